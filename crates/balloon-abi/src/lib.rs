@@ -1,0 +1,28 @@
+//! Wire layouts of the virtio balloon (device type 5) and of Aerostat's
+//! extensions to it, shared by the guest driver and the host device.
+//!
+//! The authority is `docs/protocol.md`; the specification's part is virtio 1.3,
+//! section 5.5. This crate only says what bytes mean. It never decides, never
+//! allocates, and needs nothing but `core`, because it runs inside a kernel.
+
+#![no_std]
+#![forbid(unsafe_code)]
+
+pub mod config;
+pub mod feature;
+pub mod limits;
+pub mod page;
+pub mod pfn_array;
+pub mod queue;
+pub mod record;
+pub mod status;
+
+pub use config::{ConfigSpace, Field, WriteError};
+pub use feature::Features;
+pub use page::{BALLOON_PAGE_BYTES, BALLOON_PAGE_SHIFT, Pfn};
+pub use queue::{QueueLayout, Vq};
+pub use record::{Record, RecordError, RecordHeader, Records};
+pub use status::MessageStatus;
+
+/// Virtio device type of the traditional memory balloon (virtio 1.3, section 5).
+pub const DEVICE_TYPE_BALLOON: u32 = 5;
