@@ -1,0 +1,30 @@
+//! When the balloon gives pages back because the guest needs them.
+
+/// The guest counts as short of memory below this part of what it has.
+///
+/// Reclaim runs whenever the page cache fills memory, which is no shortage;
+/// Linux 5.8 took its own balloon's shrinker out because it could not tell the
+/// two apart. `available` counts the cache as free, so it can.
+const SHORTAGE_DIVISOR: u64 = 32;
+
+/// Pages a shrinker may offer of a balloon of `held` pages when `available` of
+/// `total` guest pages could still be had without swapping: what lifts the
+/// guest out of the shortage, and nothing where there is none.
+pub const fn shrinkable_pages(held: u64, available: u64, total: u64) -> u64 {
+    let low = total / SHORTAGE_DIVISOR;
+    let missing = low.saturating_sub(available);
+    if missing < held { missing } else { held }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_page_cache_is_no_shortage() {
+        assert_eq!(shrinkable_pages(1000, 33, 1000), 0);
+        assert_eq!(shrinkable_pages(1000, 1, 3200), 99);
+        assert_eq!(shrinkable_pages(10, 1, 3200), 10, "not more than there is");
+        assert_eq!(shrinkable_pages(0, 0, 0), 0);
+    }
+}
