@@ -1,0 +1,281 @@
+//! The device: configuration space, the queues' handlers, what the guest gave.
+
+use std::time::Instant;
+
+use balloon_abi::limits::{MAX_MESSAGE_BYTES, MAX_PFN_ARRAY_BYTES};
+use balloon_abi::{ConfigSpace, Features, Field, MessageStatus, QueueLayout, Vq};
+use page_set::PageSet;
+use virtio_queue::Queue;
+use vm_memory::GuestMemory;
+
+use crate::change::Change;
+use crate::decode::{decode_bitmap, decode_pfn_array};
+use crate::drain::{Drained, drain};
+use crate::fault::{Fault, Faults};
+use crate::layout::MemoryLayout;
+use crate::message::Message;
+use crate::reclaim::Reclaim;
+
+/// A queue cannot be served any more until the driver sets it up anew.
+#[derive(Debug, thiserror::Error)]
+pub enum QueueError {
+    /// The ring itself is not as the specification says.
+    #[error("guest: the ring of the {vq:?} queue makes no sense")]
+    BadRing {
+        /// The queue.
+        vq: Vq,
+        /// What was wrong with it.
+        #[source]
+        source: virtio_queue::Error,
+    },
+    /// The queue has no number under the negotiated features.
+    #[error("front end: there is no queue {index} under the negotiated features")]
+    NoSuchQueue {
+        /// The number.
+        index: usize,
+    },
+}
+
+/// What the queues carried so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Messages on the inflate queue.
+    pub inflate_messages: u64,
+    /// Messages on the deflate queue.
+    pub deflate_messages: u64,
+    /// Balloon pages inflated.
+    pub inflated_pages: u64,
+    /// Balloon pages deflated.
+    pub deflated_pages: u64,
+}
+
+/// A balloon device for one guest.
+#[derive(Debug)]
+pub struct Balloon<R> {
+    config: ConfigSpace,
+    negotiated: Features,
+    layout: MemoryLayout,
+    /// Pages the guest gave and did not take back.
+    held: PageSet,
+    reclaim: R,
+    message: Message,
+    faults: Faults,
+    counters: Counters,
+    change: Option<Change>,
+}
+
+impl<R: Reclaim> Balloon<R> {
+    /// Features that the device offers on any transport.
+    pub const FEATURES: Features = Features::MUST_TELL_HOST
+        .union(Features::DEFLATE_ON_OOM)
+        .union(Features::RING_INDIRECT_DESC)
+        .union(Features::RING_EVENT_IDX)
+        .union(Features::VERSION_1)
+        .union(Features::PAGE_BITMAP);
+
+    /// A device without memory; see [`set_layout`](Self::set_layout).
+    pub fn new(reclaim: R) -> Self {
+        Self {
+            config: ConfigSpace::default(),
+            negotiated: Features::NONE,
+            layout: MemoryLayout::default(),
+            held: PageSet::new(),
+            reclaim,
+            message: Message::default(),
+            faults: Faults::default(),
+            counters: Counters::default(),
+            change: None,
+        }
+    }
+
+    /// A driver starts: it holds nothing, and uses any page that it wants.
+    pub fn reset(&mut self, negotiated: Features) {
+        let held = std::mem::take(&mut self.held);
+        self.reclaim.retain(&held);
+        self.negotiated = negotiated;
+        self.config.actual = 0;
+        self.config.poison_val = 0;
+    }
+
+    /// Guest memory is now at `layout`; pages that are gone are forgotten.
+    pub fn set_layout(&mut self, layout: MemoryLayout) {
+        let held = std::mem::take(&mut self.held);
+        for range in held.ranges().filter(|range| layout.covers(*range)) {
+            self.held.insert(range);
+        }
+        self.layout = layout;
+    }
+
+    /// Serves a queue: takes every message, acts on it, and returns it.
+    pub fn process_queue<M: GuestMemory>(
+        &mut self,
+        vq: Vq,
+        memory: &M,
+        queue: &mut Queue,
+    ) -> Result<Drained, QueueError> {
+        if let Some(change) = &mut self.change {
+            change.notified(Instant::now());
+        }
+        let limit = self.limit();
+        let drained = drain(queue, memory, |chain| {
+            let outcome = self.message.read(chain, memory, limit).and_then(|()| self.handle(vq));
+            self.answer(memory, outcome)
+        });
+        match drained {
+            Ok(drained) => {
+                if let Some(change) = &mut self.change {
+                    change.served(drained.chains);
+                }
+                Ok(drained)
+            }
+            Err(source) => {
+                self.faults.count(Fault::BadRing);
+                Err(QueueError::BadRing { vq, source })
+            }
+        }
+    }
+
+    /// Sets the pages that the guest is asked to give. The caller tells the
+    /// driver that the configuration changed.
+    pub fn set_target(&mut self, pages: u32, now: Instant) {
+        self.change = Some(Change::new(self.config.actual, pages, now));
+        self.config.num_pages = pages;
+    }
+
+    /// The configuration space, as a driver reads it.
+    pub fn read_config(&mut self, now: Instant) -> ConfigSpace {
+        if let Some(change) = &mut self.change {
+            change.config_read(now);
+        }
+        self.config
+    }
+
+    /// A driver's write to the configuration space; one that is not allowed is
+    /// counted and changes nothing.
+    pub fn write_config(&mut self, offset: u32, data: &[u8], now: Instant) -> Result<(), Fault> {
+        match self.config.driver_write(offset, data) {
+            Ok((Field::Actual, actual)) => {
+                if let Some(change) = &mut self.change {
+                    change.actual_written(actual, now);
+                }
+                if actual == self.config.num_pages {
+                    self.reclaim.flush();
+                }
+                Ok(())
+            }
+            Ok(_) => Ok(()),
+            Err(_) => {
+                self.faults.count(Fault::ConfigWrite);
+                Err(Fault::ConfigWrite)
+            }
+        }
+    }
+
+    /// Numbering of the queues under the negotiated features.
+    pub const fn queues(&self) -> QueueLayout {
+        QueueLayout::new(self.negotiated)
+    }
+
+    /// What the driver accepted.
+    pub const fn negotiated(&self) -> Features {
+        self.negotiated
+    }
+
+    /// Values of the configuration space.
+    pub const fn config(&self) -> ConfigSpace {
+        self.config
+    }
+
+    /// Where guest memory is.
+    pub const fn layout(&self) -> &MemoryLayout {
+        &self.layout
+    }
+
+    /// Pages that the host counts in the balloon, whatever the guest says.
+    pub const fn held(&self) -> &PageSet {
+        &self.held
+    }
+
+    /// The guest's faults so far.
+    pub const fn faults(&self) -> &Faults {
+        &self.faults
+    }
+
+    /// Totals so far.
+    pub const fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    /// The newest change of the target.
+    pub const fn change(&self) -> Option<&Change> {
+        self.change.as_ref()
+    }
+
+    /// What releases memory.
+    pub const fn reclaim(&self) -> &R {
+        &self.reclaim
+    }
+
+    /// What releases memory, to change its settings.
+    pub const fn reclaim_mut(&mut self) -> &mut R {
+        &mut self.reclaim
+    }
+
+    const fn limit(&self) -> usize {
+        if self.speaks_bitmap() { MAX_MESSAGE_BYTES } else { MAX_PFN_ARRAY_BYTES }
+    }
+
+    const fn speaks_bitmap(&self) -> bool {
+        self.negotiated.contains(Features::PAGE_BITMAP)
+    }
+
+    fn handle(&mut self, vq: Vq) -> Result<(), Fault> {
+        let bytes = self.message.bytes();
+        let pages = if self.speaks_bitmap() {
+            decode_bitmap(bytes, &self.layout)?
+        } else {
+            decode_pfn_array(bytes, &self.layout, &mut self.faults)
+        };
+        match vq {
+            Vq::Inflate => self.inflate(&pages),
+            Vq::Deflate => self.deflate(&pages),
+            // Not offered, so no layout gives them a number.
+            Vq::Stats | Vq::FreePage | Vq::Reporting | Vq::Request => {}
+        }
+        Ok(())
+    }
+
+    /// A page that is in the balloon already is released again: a guest that
+    /// lost count may have written to it.
+    fn inflate(&mut self, pages: &PageSet) {
+        self.counters.inflate_messages += 1;
+        self.counters.inflated_pages += pages.len();
+        self.held.union_with(pages);
+        self.reclaim.release(pages);
+    }
+
+    /// Pages that the balloon does not hold are kept all the same: keeping is
+    /// always safe.
+    fn deflate(&mut self, pages: &PageSet) {
+        self.counters.deflate_messages += 1;
+        self.counters.deflated_pages += pages.len();
+        let before = self.held.len();
+        self.held.subtract(pages);
+        if before - self.held.len() < pages.len() {
+            self.faults.count(Fault::NotInBalloon);
+        }
+        self.reclaim.retain(pages);
+    }
+
+    /// Counts a fault and answers the message; returns the bytes written.
+    fn answer(&mut self, memory: &impl GuestMemory, outcome: Result<(), Fault>) -> u32 {
+        let status = match outcome {
+            Ok(()) => MessageStatus::Accepted,
+            Err(fault) => {
+                self.faults.count(fault);
+                fault.status()
+            }
+        };
+        if self.speaks_bitmap() { self.message.answer(memory, status) } else { 0 }
+    }
+}

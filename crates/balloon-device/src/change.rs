@@ -1,0 +1,126 @@
+//! A stopwatch for one change of the balloon, seen from the host.
+//!
+//! The stages are those of the 2016 measurement. A host sees an unmodified
+//! guest only through its config reads, messages and config writes, so
+//! *allocate* is the time from a config read to the message that follows it:
+//! the guest takes its blocks there (and the notification travels). *Send* is
+//! what remains of the wall time once the guest's and the host's own work are
+//! taken off.
+
+use std::time::{Duration, Instant};
+
+/// The four stages of a change.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stages {
+    /// Guest: taking blocks (inflate), or gathering them (deflate).
+    pub allocate: Duration,
+    /// Messages on their way, in both directions.
+    pub send: Duration,
+    /// Host: messages to host ranges.
+    pub translate: Duration,
+    /// Host: giving memory back.
+    pub release: Duration,
+}
+
+/// One change of the target and what it took.
+#[derive(Clone, Debug)]
+pub struct Change {
+    from_pages: u32,
+    to_pages: u32,
+    started: Instant,
+    read_at: Option<Instant>,
+    reached_at: Option<Instant>,
+    allocate: Duration,
+    messages: u64,
+    drains: u64,
+}
+
+impl Change {
+    /// The operator asked for `to_pages` when the balloon had `from_pages`.
+    pub const fn new(from_pages: u32, to_pages: u32, now: Instant) -> Self {
+        Self {
+            from_pages,
+            to_pages,
+            started: now,
+            read_at: None,
+            reached_at: None,
+            allocate: Duration::ZERO,
+            messages: 0,
+            drains: 0,
+        }
+    }
+
+    /// The guest was given the target.
+    pub const fn config_read(&mut self, now: Instant) {
+        self.read_at = Some(now);
+    }
+
+    /// A notification of a queue arrived.
+    pub fn notified(&mut self, now: Instant) {
+        if let Some(read_at) = self.read_at.take() {
+            self.allocate += now.duration_since(read_at);
+        }
+    }
+
+    /// Messages were served, on one notification.
+    pub const fn served(&mut self, messages: usize) {
+        self.messages += messages as u64;
+        self.drains += 1;
+    }
+
+    /// The guest wrote its size.
+    pub const fn actual_written(&mut self, actual: u32, now: Instant) {
+        if actual == self.to_pages {
+            if self.reached_at.is_none() {
+                self.reached_at = Some(now);
+            }
+        } else {
+            self.reached_at = None;
+        }
+    }
+
+    /// Pages at the start.
+    pub const fn from_pages(&self) -> u32 {
+        self.from_pages
+    }
+
+    /// Pages asked for.
+    pub const fn to_pages(&self) -> u32 {
+        self.to_pages
+    }
+
+    /// Messages served so far.
+    pub const fn messages(&self) -> u64 {
+        self.messages
+    }
+
+    /// Notifications on which messages were served.
+    pub const fn notifications(&self) -> u64 {
+        self.drains
+    }
+
+    /// When the guest first said that it has reached the target.
+    pub const fn reached_at(&self) -> Option<Instant> {
+        self.reached_at
+    }
+
+    /// When the operator asked.
+    pub const fn started(&self) -> Instant {
+        self.started
+    }
+
+    /// Time since the start.
+    pub fn wall(&self, end: Instant) -> Duration {
+        end.saturating_duration_since(self.started)
+    }
+
+    /// The stages up to `end`, given the host's own work since the start.
+    pub fn stages(&self, end: Instant, translate: Duration, release: Duration) -> Stages {
+        let send = self
+            .wall(end)
+            .saturating_sub(self.allocate)
+            .saturating_sub(translate)
+            .saturating_sub(release);
+        Stages { allocate: self.allocate, send, translate, release }
+    }
+}

@@ -1,0 +1,95 @@
+//! Messages to sets of pages within guest memory.
+
+use balloon_abi::{Records, pfn_array};
+use page_set::{PageRange, PageSet};
+
+use crate::fault::{Fault, Faults};
+use crate::layout::MemoryLayout;
+
+/// Decodes a page-bitmap message, all or nothing.
+///
+/// A record is checked against the bounds of guest memory before any of it goes
+/// into a set, so what a message can allocate is bounded by the guest's size.
+/// Linear in words.
+pub fn decode_bitmap(message: &[u8], layout: &MemoryLayout) -> Result<PageSet, Fault> {
+    let (first, end) = layout.bounds();
+    let mut pages = PageSet::new();
+    let mut claimed = 0;
+    for record in Records::new(message) {
+        let record = record.map_err(|_| Fault::MalformedRecord)?;
+        let header = record.header();
+        if header.start_pfn.0 < first || record.span_end().0 > end {
+            return Err(Fault::OutsideMemory);
+        }
+        let blocks: u64 = record.words().map(|word| u64::from(word.count_ones())).sum();
+        claimed += blocks * header.block_pages();
+        let added = pages.insert_bitmap(header.start_pfn.0, header.block_pages(), record.words());
+        if added.ok() != Some(blocks * header.block_pages()) {
+            return Err(Fault::RepeatedPage);
+        }
+    }
+    debug_assert_eq!(claimed, pages.len());
+    if pages.ranges().all(|range| layout.covers(range)) {
+        Ok(pages)
+    } else {
+        Err(Fault::OutsideMemory)
+    }
+}
+
+/// Decodes an array of page numbers; what lies outside of guest memory is
+/// counted and left out, as QEMU does.
+pub fn decode_pfn_array(message: &[u8], layout: &MemoryLayout, faults: &mut Faults) -> PageSet {
+    let mut pages = PageSet::new();
+    let mut run = Run::default();
+    let mut add = |run: Run| {
+        if run.pages == 0 {
+            return;
+        }
+        match PageRange::new(run.start, run.pages) {
+            Ok(range) if layout.covers(range) => {
+                pages.insert(range);
+            }
+            _ => add_page_by_page(run, layout, &mut pages, faults),
+        }
+    };
+    for pfn in pfn_array::decode(message) {
+        if !run.extend(pfn.0) {
+            add(std::mem::replace(&mut run, Run { start: pfn.0, pages: 1 }));
+        }
+    }
+    add(run);
+    pages
+}
+
+fn add_page_by_page(run: Run, layout: &MemoryLayout, pages: &mut PageSet, faults: &mut Faults) {
+    for page in run.start..run.start + run.pages {
+        match PageRange::new(page, 1) {
+            Ok(range) if layout.covers(range) => {
+                pages.insert(range);
+            }
+            _ => faults.count(Fault::OutsideMemory),
+        }
+    }
+}
+
+/// Neighbouring page numbers. Linux hands them out downwards as often as
+/// upwards, so a run grows at both ends.
+#[derive(Clone, Copy, Default)]
+struct Run {
+    start: u64,
+    pages: u64,
+}
+
+impl Run {
+    fn extend(&mut self, page: u64) -> bool {
+        if self.pages > 0 && page == self.start + self.pages {
+            self.pages += 1;
+        } else if self.pages > 0 && page + 1 == self.start {
+            self.start = page;
+            self.pages += 1;
+        } else {
+            return false;
+        }
+        true
+    }
+}

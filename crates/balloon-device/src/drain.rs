@@ -1,0 +1,49 @@
+//! The one loop that takes chains off a queue and returns them.
+
+use virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT, QueueT};
+use vm_memory::GuestMemory;
+
+/// Chains that one call serves at most, so that a guest which keeps adding
+/// cannot keep the device from its other queues: four times the largest ring
+/// that Linux sets up for a balloon.
+pub const MAX_CHAINS_PER_DRAIN: usize = 1024;
+
+/// What a drain did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Drained {
+    /// Chains taken and returned.
+    pub chains: usize,
+    /// The driver wants to be notified.
+    pub notify: bool,
+    /// The limit was reached with chains left: call again.
+    pub more: bool,
+}
+
+/// Hands every available chain to `handle` and returns it with the bytes that
+/// `handle` says it wrote. Every chain that was taken is returned.
+///
+/// Notifications are off meanwhile; after they are on again the ring is looked
+/// at once more, since a driver with EVENT_IDX does not repeat a kick.
+pub(crate) fn drain<'m, M: GuestMemory>(
+    queue: &mut Queue,
+    memory: &'m M,
+    mut handle: impl FnMut(DescriptorChain<&'m M>) -> u32,
+) -> Result<Drained, Error> {
+    let mut drained = Drained::default();
+    loop {
+        queue.disable_notification(memory)?;
+        while drained.chains < MAX_CHAINS_PER_DRAIN {
+            let Some(chain) = queue.iter(memory)?.next() else { break };
+            let head = chain.head_index();
+            let written = handle(chain);
+            queue.add_used(memory, head, written)?;
+            drained.chains += 1;
+        }
+        drained.more = queue.enable_notification(memory)?;
+        if !drained.more || drained.chains >= MAX_CHAINS_PER_DRAIN {
+            break;
+        }
+    }
+    drained.notify = drained.chains > 0 && queue.needs_notification(memory)?;
+    Ok(drained)
+}

@@ -1,0 +1,130 @@
+//! Where guest memory is.
+
+use balloon_abi::page::{BALLOON_PAGE_BYTES, BALLOON_PAGE_SHIFT};
+use page_set::PageRange;
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+
+/// Why a memory map cannot be a guest's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LayoutError {
+    /// A region that does not start and end on a balloon page, or is empty.
+    #[error("front end: memory region of {bytes} bytes at {start:#x} is not made of 4 KiB pages")]
+    Unaligned {
+        /// Guest physical address.
+        start: u64,
+        /// Bytes of the region.
+        bytes: u64,
+    },
+    /// Two regions hold the same page.
+    #[error("front end: memory regions overlap at page {page:#x}")]
+    Overlap {
+        /// First balloon page in both.
+        page: u64,
+    },
+}
+
+/// The balloon pages that exist: sorted, with neighbours merged.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MemoryLayout {
+    ranges: Vec<PageRange>,
+    pages: u64,
+}
+
+impl MemoryLayout {
+    /// The layout of `(guest physical address, bytes)` regions.
+    pub fn new(regions: impl IntoIterator<Item = (u64, u64)>) -> Result<Self, LayoutError> {
+        let mut sorted = regions
+            .into_iter()
+            .map(|(start, bytes)| {
+                range_of(start, bytes).ok_or(LayoutError::Unaligned { start, bytes })
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        sorted.sort_by_key(|range| range.start());
+        let mut layout = Self::default();
+        for range in sorted {
+            layout.append(range)?;
+        }
+        Ok(layout)
+    }
+
+    /// The layout of a `vm-memory` map.
+    pub fn of(memory: &impl GuestMemoryBackend) -> Result<Self, LayoutError> {
+        Self::new(memory.iter().map(|region| (region.start_addr().raw_value(), region.len())))
+    }
+
+    /// Balloon pages in all.
+    pub const fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// First page, and first page after the last; `(0, 0)` without memory.
+    pub fn bounds(&self) -> (u64, u64) {
+        match (self.ranges.first(), self.ranges.last()) {
+            (Some(first), Some(last)) => (first.start(), last.end()),
+            _ => (0, 0),
+        }
+    }
+
+    /// True when every page of `range` exists.
+    pub fn covers(&self, range: PageRange) -> bool {
+        let after = self.ranges.partition_point(|known| known.start() <= range.start());
+        after.checked_sub(1).is_some_and(|at| range.is_within(self.ranges[at]))
+    }
+
+    fn append(&mut self, range: PageRange) -> Result<(), LayoutError> {
+        self.pages += range.pages();
+        match self.ranges.last_mut() {
+            Some(last) if range.start() < last.end() => {
+                return Err(LayoutError::Overlap { page: range.start() });
+            }
+            Some(last) if range.start() == last.end() => {
+                *last = PageRange::from_bounds(last.start(), range.end())
+                    .map_err(|_| LayoutError::Overlap { page: range.start() })?;
+            }
+            _ => self.ranges.push(range),
+        }
+        Ok(())
+    }
+}
+
+fn range_of(start: u64, bytes: u64) -> Option<PageRange> {
+    let whole =
+        start.is_multiple_of(BALLOON_PAGE_BYTES) && bytes.is_multiple_of(BALLOON_PAGE_BYTES);
+    if !whole || bytes == 0 {
+        return None;
+    }
+    PageRange::new(start >> BALLOON_PAGE_SHIFT, bytes >> BALLOON_PAGE_SHIFT).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(start: u64, pages: u64) -> PageRange {
+        PageRange::new(start, pages).unwrap()
+    }
+
+    #[test]
+    fn neighbours_are_merged_and_gaps_are_not_covered() {
+        let layout =
+            MemoryLayout::new([(0x4000, 0x2000), (0x0, 0x2000), (0x2000, 0x1000)]).unwrap();
+        assert_eq!(layout.pages(), 5);
+        assert_eq!(layout.bounds(), (0, 6));
+        assert!(layout.covers(range(0, 3)));
+        assert!(layout.covers(range(4, 2)));
+        assert!(!layout.covers(range(2, 2)), "page 3 is a gap");
+        assert!(!layout.covers(range(3, 1)));
+        assert!(!layout.covers(range(5, 2)), "beyond the end");
+        assert!(!MemoryLayout::default().covers(range(0, 1)));
+    }
+
+    #[test]
+    fn a_map_that_cannot_be_is_refused() {
+        for (start, bytes) in [(1, 0x1000), (0, 0x1001), (0, 0), (u64::MAX & !0xfff, 0x2000)] {
+            let error = MemoryLayout::new([(start, bytes)]);
+            assert_eq!(error, Err(LayoutError::Unaligned { start, bytes }));
+        }
+        let error = MemoryLayout::new([(0, 0x3000), (0x2000, 0x1000)]);
+        assert_eq!(error, Err(LayoutError::Overlap { page: 2 }));
+    }
+}

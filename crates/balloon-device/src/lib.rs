@@ -1,0 +1,29 @@
+//! The host side of the balloon: takes messages off the queues, decodes them
+//! to sets of pages, and asks a [`Reclaim`] to release or to keep those.
+//!
+//! The way of an inflated page: [`Balloon::process_queue`] drains the queue
+//! (`drain`), copies each message once (`message`), decodes it to a `PageSet`
+//! within guest memory (`decode`), and hands the set to [`Reclaim::release`].
+//!
+//! The device has no threads, no file descriptors and no clock of its own, so
+//! any monitor can hold it. Everything in guest memory is hostile: it is read
+//! once, checked, and never read again.
+
+#![forbid(unsafe_code)]
+
+mod balloon;
+mod change;
+mod decode;
+mod drain;
+mod fault;
+mod layout;
+mod message;
+mod reclaim;
+
+pub use balloon::{Balloon, Counters, QueueError};
+pub use change::{Change, Stages};
+pub use decode::{decode_bitmap, decode_pfn_array};
+pub use drain::{Drained, MAX_CHAINS_PER_DRAIN};
+pub use fault::{Fault, Faults};
+pub use layout::{LayoutError, MemoryLayout};
+pub use reclaim::Reclaim;

@@ -1,0 +1,76 @@
+//! One message: the readable bytes of a descriptor chain, copied once.
+
+use balloon_abi::MessageStatus;
+use balloon_abi::status::STATUS_BYTES;
+use virtio_queue::DescriptorChain;
+use vm_memory::{Bytes, GuestAddress, GuestMemory};
+
+use crate::fault::Fault;
+
+/// What a written status counts as in the used ring.
+const WRITTEN: u32 = size_of::<u32>() as u32;
+const _: () = assert!(WRITTEN as usize == STATUS_BYTES);
+
+/// Bytes of a message and where its answer goes.
+#[derive(Debug, Default)]
+pub(crate) struct Message {
+    /// The readable bytes; the buffer is kept from message to message.
+    bytes: Vec<u8>,
+    /// First writable descriptor with room for a status.
+    answer: Option<GuestAddress>,
+}
+
+impl Message {
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Copies the readable part of `chain`, at most `limit` bytes. Where it
+    /// fails the place for an answer is still known.
+    pub(crate) fn read<M: GuestMemory>(
+        &mut self,
+        chain: DescriptorChain<&M>,
+        memory: &M,
+        limit: usize,
+    ) -> Result<(), Fault> {
+        self.bytes.clear();
+        self.answer = None;
+        let mut outcome = Ok(());
+        for descriptor in chain {
+            let len = descriptor.len() as usize;
+            if descriptor.is_write_only() {
+                if self.answer.is_none() && len >= STATUS_BYTES {
+                    self.answer = Some(descriptor.addr());
+                }
+            } else if outcome.is_ok() {
+                outcome = self.append(memory, descriptor.addr(), len, limit);
+            }
+        }
+        outcome?;
+        if self.bytes.is_empty() { Err(Fault::EmptyMessage) } else { Ok(()) }
+    }
+
+    /// Writes the status where the driver left room for it; returns the bytes
+    /// written. A driver that named an address outside of memory gets none.
+    pub(crate) fn answer(&self, memory: &impl GuestMemory, status: MessageStatus) -> u32 {
+        match self.answer {
+            Some(at) if memory.write_slice(&status.to_bytes(), at).is_ok() => WRITTEN,
+            _ => 0,
+        }
+    }
+
+    fn append(
+        &mut self,
+        memory: &impl GuestMemory,
+        from: GuestAddress,
+        len: usize,
+        limit: usize,
+    ) -> Result<(), Fault> {
+        let start = self.bytes.len();
+        if len > limit - start {
+            return Err(Fault::OversizedMessage);
+        }
+        self.bytes.resize(start + len, 0);
+        memory.read_slice(&mut self.bytes[start..], from).map_err(|_| Fault::BadDescriptor)
+    }
+}

@@ -1,0 +1,18 @@
+//! What the device needs of whoever owns the host's memory.
+
+use page_set::PageSet;
+
+/// Releases host memory behind guest pages.
+pub trait Reclaim {
+    /// The guest does not use `pages` until [`retain`](Self::retain) says so;
+    /// their memory may be released now or later.
+    fn release(&mut self, pages: &PageSet);
+
+    /// `pages` go back to the guest. When this returns, no release of any of
+    /// them is under way or still to come.
+    fn retain(&mut self, pages: &PageSet);
+
+    /// The guest has reached its target: what waits to be released together
+    /// with later pages need not wait longer.
+    fn flush(&mut self);
+}
