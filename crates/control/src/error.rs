@@ -1,7 +1,8 @@
 //! What can go wrong, whose fault it is, and what to do about it.
 
+use std::error::Error;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::size::Size;
 
@@ -153,13 +154,21 @@ pub enum ControlError {
         /// The limit.
         limit_ms: u128,
     },
+    /// The connection ended before the answer did.
+    #[error("the connection to {} broke", path.display())]
+    Broken {
+        /// The socket.
+        path: PathBuf,
+        /// How.
+        source: Box<dyn Error + Send + Sync>,
+    },
     /// The server's answer makes no sense.
-    #[error("the answer from {} is not what this API says: {why}", path.display())]
+    #[error("the answer from {} is not what this API says", path.display())]
     BadAnswer {
         /// The socket.
         path: PathBuf,
         /// What is wrong with it.
-        why: String,
+        source: Box<dyn Error + Send + Sync>,
     },
     /// The server answered that it cannot or will not.
     #[error("{error}")]
@@ -174,6 +183,11 @@ pub enum ControlError {
 }
 
 impl ControlError {
+    /// Adds to an error of the operating system what was tried, and with what.
+    pub(crate) fn io<E: Into<io::Error>>(action: &'static str, path: &Path) -> impl Fn(E) -> Self {
+        move |source| Self::Io { action, path: path.to_owned(), source: source.into() }
+    }
+
     /// What to do about it, as one sentence without a full stop.
     pub fn hint(&self) -> String {
         match self {
@@ -214,6 +228,7 @@ impl ControlError {
                 format!("start the guest's balloon again, or remove {}", path.display())
             }
             Self::NoAnswer { .. } => "check whether that process is stopped or overloaded".into(),
+            Self::Broken { .. } => "check whether that process still runs".into(),
             Self::BadAnswer { .. } => {
                 "check that client and server are of the same version of aerostat".into()
             }

@@ -9,11 +9,28 @@
 #![forbid(unsafe_code)]
 
 pub mod api;
-pub mod balloon;
-pub mod error;
-pub mod size;
+mod balloon;
+mod client;
+mod error;
+mod metrics;
+mod name;
+mod openapi;
+mod routes;
+mod runtime_dir;
+mod server;
+mod size;
+mod socket;
 
 pub use api::Status;
 pub use balloon::Balloon;
+pub use client::Client;
 pub use error::ControlError;
+pub use name::{GuestName, MAX_NAME_BYTES};
+pub use openapi::text as openapi_text;
+pub use routes::MAX_BODY_BYTES;
+pub use runtime_dir::{
+    RUNTIME_DIR_VAR, ensure_runtime_dir, list_sockets, runtime_dir, socket_path,
+};
+pub use server::{Limits, Server};
 pub use size::{ParseSizeError, Size};
+pub use socket::MAX_SOCKET_PATH_BYTES;

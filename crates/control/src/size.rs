@@ -104,3 +104,104 @@ impl fmt::Display for Size {
         write!(f, "{}{space}B", self.0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const MIB: u64 = 1 << 20;
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn all_accepted_forms_are_read() {
+        let forms = [
+            ("0", 0),
+            ("1048576", MIB),
+            ("4096B", 4096),
+            ("4k", 4096),
+            ("3GiB", 3 * GIB),
+            ("3G", 3 * GIB),
+            ("3g", 3 * GIB),
+            ("3gib", 3 * GIB),
+            (" 3 GiB ", 3 * GIB),
+            ("512MiB", 512 * MIB),
+            ("1.5GiB", 1536 * MIB),
+            ("0.5M", MIB / 2),
+            ("1.000000001KiB", 1024),
+            ("2TiB", 2048 * GIB),
+            ("15.999999999EiB", u64::MAX - 1_152_921_504),
+            ("18446744073709551615", u64::MAX),
+        ];
+        for (text, bytes) in forms {
+            assert_eq!(text.parse::<Size>().unwrap_or_else(|e| panic!("{e}")).0, bytes, "{text}");
+        }
+    }
+
+    #[test]
+    fn everything_else_is_refused_with_the_accepted_forms() {
+        let wrong = [
+            "",
+            " ",
+            "GiB",
+            "-1",
+            "+1",
+            "3GB",
+            "3 gb",
+            "3Gi",
+            "3XiB",
+            "3GiBx",
+            "1.",
+            ".5G",
+            "1.5",
+            "1.5B",
+            "1.2.3G",
+            "1..2G",
+            "16EiB",
+            "18446744073709551616",
+            "1e3",
+            "0x10",
+            "3 3G",
+            "٣G",
+            "1.0000000001G",
+        ];
+        for text in wrong {
+            let error = text.parse::<Size>().expect_err(text).to_string();
+            assert!(error.contains("3GiB, 512MiB, 1.5G or 1048576"), "{error}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_printed_short() {
+        let texts = [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1 KiB"),
+            (1025, "1025 B"),
+            (20_000, "19.53 KiB"),
+            (1536 * MIB, "1536 MiB"),
+            (3 * GIB, "3 GiB"),
+            (3 * GIB - 4096, "2.99 GiB"),
+            (GIB + 4096, "1.00 GiB"),
+            (16 * GIB + 512 * MIB, "16.50 GiB"),
+            (u64::MAX, "15.99 EiB"),
+        ];
+        for (bytes, text) in texts {
+            assert_eq!(Size(bytes).to_string(), text);
+        }
+        assert_eq!(format!("{:#}", Size(3 * GIB)), "3GiB");
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_read_or_refused(text in "[0-9.]{0,25} ?[a-zA-Z]{0,4}") {
+            let _ = text.parse::<Size>();
+        }
+
+        #[test]
+        fn what_is_printed_reads_as_nearly_the_same(bytes: u64) {
+            let again = format!("{:#}", Size(bytes)).parse::<Size>().unwrap().0;
+            prop_assert!(again <= bytes && bytes - again <= bytes / 100, "{again}");
+        }
+    }
+}
