@@ -1,0 +1,3 @@
+//! The `aerostat` command line.
+#![forbid(unsafe_code)]
+fn main() {}

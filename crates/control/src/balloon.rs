@@ -1,0 +1,36 @@
+//! The seam between the API and whatever runs a balloon.
+
+use std::time::Duration;
+
+use crate::api::{BalloonStatus, ReleaseMode, Status};
+use crate::error::ControlError;
+
+/// A balloon that can be asked and told. The server calls it from several
+/// threads at a time, never from a thread that must not block.
+pub trait Balloon: Send + Sync {
+    /// Everything known now. May measure, and so may take some milliseconds.
+    fn status(&self) -> Status;
+
+    /// Sets what the balloon shall hold and returns the generation of that
+    /// change at once, without waiting for the guest. A target equal to the
+    /// present one is no new change and returns the present generation.
+    ///
+    /// The server has compared `pages` with [`BalloonStatus::max_bytes`] before.
+    ///
+    /// # Errors
+    /// [`ControlError::Refused`] when the target cannot be taken in the present
+    /// state, [`ControlError::Failed`] when the host is at fault.
+    fn set_target(&self, pages: u32) -> Result<u64, ControlError>;
+
+    /// Sets when pages are released, from the next message of the guest on.
+    ///
+    /// # Errors
+    /// As for [`Balloon::set_target`].
+    fn set_release_mode(&self, mode: ReleaseMode) -> Result<(), ControlError>;
+
+    /// Blocks until change `generation` is over (see [`BalloonStatus::is_over`])
+    /// or `timeout` has passed, then returns the state. A `timeout` of zero
+    /// returns the state at once, and cheaply: nothing is measured for it. A
+    /// `generation` that does not exist yet is waited for.
+    fn wait_change(&self, generation: u64, timeout: Duration) -> BalloonStatus;
+}

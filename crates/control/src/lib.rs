@@ -1,0 +1,36 @@
+//! The control API of a balloon: HTTP and JSON on a Unix socket.
+//!
+//! [`api`] holds the JSON as types. Whatever runs a balloon implements
+//! [`Balloon`] and hands it to a [`Server`]; whoever steers one uses a
+//! [`Client`]. `docs/openapi.json` describes the same for other languages.
+//!
+//! This crate knows nothing of devices: no queues, no guest addresses.
+
+#![forbid(unsafe_code)]
+
+pub mod api;
+mod balloon;
+mod client;
+mod error;
+mod metrics;
+mod name;
+mod openapi;
+mod routes;
+mod runtime_dir;
+mod server;
+mod size;
+mod socket;
+
+pub use api::Status;
+pub use balloon::Balloon;
+pub use client::Client;
+pub use error::ControlError;
+pub use name::{GuestName, MAX_NAME_BYTES};
+pub use openapi::text as openapi_text;
+pub use routes::MAX_BODY_BYTES;
+pub use runtime_dir::{
+    RUNTIME_DIR_VAR, ensure_runtime_dir, list_sockets, runtime_dir, socket_path,
+};
+pub use server::{Limits, Server};
+pub use size::{ParseSizeError, Size};
+pub use socket::MAX_SOCKET_PATH_BYTES;

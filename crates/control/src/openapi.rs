@@ -1,0 +1,30 @@
+//! The description of the API for other languages.
+
+use utoipa::OpenApi;
+
+use crate::routes;
+
+/// Gathers the descriptions that stand at the handlers and the types.
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "Aerostat balloon control",
+        description = "Steers the memory balloon of one guest, over a Unix socket.",
+    ),
+    paths(
+        routes::get_status,
+        routes::get_balloon,
+        routes::put_balloon,
+        routes::get_release,
+        routes::put_release,
+        routes::get_metrics,
+        routes::get_openapi,
+    )
+)]
+struct Description;
+
+/// The OpenAPI file as JSON, ending in a line feed.
+pub fn text() -> String {
+    // Fails only for maps with keys that are no strings; there are none.
+    Description::openapi().to_pretty_json().map(|text| text + "\n").unwrap_or_default()
+}

@@ -1,0 +1,284 @@
+//! The endpoints.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::body::{HttpBody, to_bytes};
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Query, Request, State};
+use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use tokio::sync::{Semaphore, SemaphorePermit, watch};
+use tokio::task::spawn_blocking;
+use tokio::time::timeout;
+use utoipa::IntoParams;
+
+use crate::api::{
+    BALLOON_PAGE_BYTES, BalloonStatus, Problem, ReleaseStatus, SetBalloon, SetRelease, Status,
+};
+use crate::balloon::Balloon;
+use crate::error::ControlError;
+use crate::server::Limits;
+use crate::{metrics, openapi};
+
+/// Longest body of a request. The largest valid one has some 40 bytes; the rest
+/// is for white space and for what people send by mistake.
+pub const MAX_BODY_BYTES: usize = 16 * 1024;
+
+/// Longest single call into the balloon while a client waits. Between two calls
+/// the server looks whether it shall stop and whether the client is still there.
+const WAIT_SLICE: Duration = Duration::from_millis(250);
+
+/// What all handlers share.
+#[derive(Clone)]
+pub(crate) struct App {
+    balloon: Arc<dyn Balloon>,
+    limits: Limits,
+    waiters: Arc<Semaphore>,
+    stopped: watch::Receiver<bool>,
+}
+
+/// All endpoints over `balloon`.
+pub(crate) fn router(
+    balloon: Arc<dyn Balloon>,
+    limits: Limits,
+    stopped: watch::Receiver<bool>,
+) -> Router {
+    let waiters = Arc::new(Semaphore::new(limits.waiters));
+    Router::new()
+        .route("/v1/status", get(get_status))
+        .route("/v1/balloon", get(get_balloon).put(put_balloon))
+        .route("/v1/release", get(get_release).put(put_release))
+        .route("/v1/metrics", get(get_metrics))
+        .route("/metrics", get(get_metrics))
+        .route("/v1/openapi.json", get(get_openapi))
+        .fallback(async |method: Method, uri: Uri| no_endpoint(&method, &uri, false))
+        .method_not_allowed_fallback(async |method: Method, uri: Uri| {
+            no_endpoint(&method, &uri, true)
+        })
+        .with_state(App { balloon, limits, waiters, stopped })
+}
+
+fn no_endpoint(method: &Method, uri: &Uri, method_only: bool) -> ControlError {
+    let what = format!("there is no {method} {}", uri.path());
+    ControlError::NoSuchEndpoint { what, method_only }
+}
+
+/// How long to wait for the change that a request makes.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct Wait {
+    /// Answer when the change is over or after this time, whichever comes
+    /// first. Longer than 60000 is cut to that. Without it, answer at once.
+    #[serde(default)]
+    wait_ms: u64,
+}
+
+/// Which change to wait for, and how long.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct WaitFor {
+    /// Answer when the change is over or after this time, whichever comes
+    /// first. Longer than 60000 is cut to that. Without it, answer at once.
+    #[serde(default)]
+    wait_ms: u64,
+    /// The change to wait for. The latest one if it is not given.
+    generation: Option<u64>,
+}
+
+/// Everything known about the balloon and its guest.
+#[utoipa::path(get, tag = "balloon", path = "/v1/status", responses(
+    (status = 200, body = Status),
+    (status = "default", description = "What was wrong, and what to do", body = Problem),
+))]
+pub(crate) async fn get_status(State(app): State<App>) -> Result<Json<Status>, ControlError> {
+    app.call(|balloon| balloon.status()).await.map(Json)
+}
+
+/// What the balloon shall hold and holds. With `wait_ms`, after the change.
+#[utoipa::path(get, tag = "balloon", path = "/v1/balloon", params(WaitFor), responses(
+    (status = 200, body = BalloonStatus),
+    (status = "default", description = "What was wrong, and what to do", body = Problem),
+))]
+pub(crate) async fn get_balloon(
+    State(app): State<App>,
+    wait: Result<Query<WaitFor>, QueryRejection>,
+) -> Result<Json<BalloonStatus>, ControlError> {
+    let wait = query(wait)?;
+    let waiter = app.waiter(wait.wait_ms)?;
+    let generation = match wait.generation {
+        Some(generation) => generation,
+        None => app.balloon_now().await?.generation,
+    };
+    app.wait(waiter, generation, wait.wait_ms).await.map(Json)
+}
+
+/// Sets what the balloon shall hold. The guest then works towards it.
+#[utoipa::path(put, tag = "balloon", path = "/v1/balloon", params(Wait), request_body = SetBalloon, responses(
+    (status = 200, description = "The change is over", body = BalloonStatus),
+    (status = 202, description = "The change is in progress", body = BalloonStatus),
+    (status = 422, description = "More than the guest has, or no multiple of 4096", body = Problem),
+    (status = "default", description = "What was wrong, and what to do", body = Problem),
+))]
+pub(crate) async fn put_balloon(
+    State(app): State<App>,
+    wait: Result<Query<Wait>, QueryRejection>,
+    request: Request,
+) -> Result<(StatusCode, Json<BalloonStatus>), ControlError> {
+    let wait = query(wait)?;
+    let set: SetBalloon = app.body(request).await?;
+    // Taken before the target is set, so that a refusal changes nothing.
+    let waiter = app.waiter(wait.wait_ms)?;
+    let pages = pages_of(set.target_bytes, app.balloon_now().await?.max_bytes)?;
+    let generation = app.call(move |balloon| balloon.set_target(pages)).await??;
+    let balloon = app.wait(waiter, generation, wait.wait_ms).await?;
+    let over = balloon.is_over(generation);
+    Ok((if over { StatusCode::OK } else { StatusCode::ACCEPTED }, Json(balloon)))
+}
+
+/// How memory goes back to the host, and how much of it is on its way.
+#[utoipa::path(get, tag = "balloon", path = "/v1/release", responses(
+    (status = 200, body = ReleaseStatus),
+    (status = "default", description = "What was wrong, and what to do", body = Problem),
+))]
+pub(crate) async fn get_release(
+    State(app): State<App>,
+) -> Result<Json<ReleaseStatus>, ControlError> {
+    app.call(|balloon| balloon.status().release).await.map(Json)
+}
+
+/// Sets when pages are released, from the guest's next message on.
+#[utoipa::path(put, tag = "balloon", path = "/v1/release", request_body = SetRelease, responses(
+    (status = 200, body = ReleaseStatus),
+    (status = "default", description = "What was wrong, and what to do", body = Problem),
+))]
+pub(crate) async fn put_release(
+    State(app): State<App>,
+    request: Request,
+) -> Result<Json<ReleaseStatus>, ControlError> {
+    let set: SetRelease = app.body(request).await?;
+    app.call(move |balloon| balloon.set_release_mode(set.mode)).await??;
+    get_release(State(app)).await
+}
+
+/// The figures of the status as Prometheus text. The same at `/metrics`.
+#[utoipa::path(get, tag = "balloon", path = "/v1/metrics", responses(
+    (status = 200, body = String, content_type = "text/plain; version=0.0.4"),
+    (status = "default", description = "What was wrong, and what to do", body = Problem),
+))]
+pub(crate) async fn get_metrics(State(app): State<App>) -> Result<Response, ControlError> {
+    let text = app.call(|balloon| metrics::render(&balloon.status())).await?;
+    let kind = HeaderValue::from_static(metrics::CONTENT_TYPE);
+    Ok(([(header::CONTENT_TYPE, kind)], text).into_response())
+}
+
+/// This description of the API.
+#[utoipa::path(get, tag = "balloon", path = "/v1/openapi.json", responses(
+    (status = 200, body = Object),
+))]
+pub(crate) async fn get_openapi() -> Response {
+    let kind = HeaderValue::from_static("application/json");
+    ([(header::CONTENT_TYPE, kind)], openapi::text()).into_response()
+}
+
+impl App {
+    /// Asks the balloon on a thread that may block.
+    async fn call<T: Send + 'static>(
+        &self,
+        ask: impl FnOnce(&dyn Balloon) -> T + Send + 'static,
+    ) -> Result<T, ControlError> {
+        let balloon = Arc::clone(&self.balloon);
+        spawn_blocking(move || ask(&*balloon)).await.map_err(|_| ControlError::Failed {
+            what: "the balloon failed while it was asked".into(),
+            hint: "look into the log of the process that serves it".into(),
+        })
+    }
+
+    async fn balloon_now(&self) -> Result<BalloonStatus, ControlError> {
+        self.call(|balloon| balloon.wait_change(0, Duration::ZERO)).await
+    }
+
+    /// The right to wait; none is needed to wait for no time.
+    fn waiter(&self, wait_ms: u64) -> Result<Option<SemaphorePermit<'_>>, ControlError> {
+        if wait_ms == 0 {
+            return Ok(None);
+        }
+        let limit = self.limits.waiters;
+        let waiter = self.waiters.try_acquire();
+        waiter.map(Some).map_err(|_| ControlError::TooManyWaiters { limit })
+    }
+
+    /// Waits until the change is over, the time has passed or the server stops.
+    async fn wait(
+        &self,
+        _waiter: Option<SemaphorePermit<'_>>,
+        generation: u64,
+        wait_ms: u64,
+    ) -> Result<BalloonStatus, ControlError> {
+        let end = Instant::now() + Duration::from_millis(wait_ms).min(self.limits.max_wait);
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            let slice = left.min(WAIT_SLICE);
+            let status = self.call(move |balloon| balloon.wait_change(generation, slice)).await?;
+            if left <= slice || status.is_over(generation) || *self.stopped.borrow() {
+                return Ok(status);
+            }
+        }
+    }
+
+    /// The JSON of a request's body, whatever content type it claims: `curl -d`
+    /// claims a form.
+    async fn body<T: DeserializeOwned>(&self, request: Request) -> Result<T, ControlError> {
+        let body = request.into_body();
+        let too_large = ControlError::BodyTooLarge { limit_bytes: MAX_BODY_BYTES };
+        let limit = u64::try_from(MAX_BODY_BYTES).unwrap_or(u64::MAX);
+        if body.size_hint().lower() > limit {
+            return Err(too_large);
+        }
+        let bytes = timeout(self.limits.request_timeout, to_bytes(body, MAX_BODY_BYTES)).await;
+        let limit_ms = self.limits.request_timeout.as_millis();
+        let bytes = bytes.map_err(|_| ControlError::RequestTooSlow { limit_ms })?;
+        // A body that broke off has nobody left to read this answer.
+        let bytes = bytes.map_err(|_| too_large)?;
+        serde_json::from_slice(&bytes).map_err(|error| ControlError::BadRequest {
+            what: format!("the request body is not what is expected here: {error}"),
+            hint: "see /v1/openapi.json for the fields".into(),
+        })
+    }
+}
+
+fn query<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, ControlError> {
+    query.map(|Query(query)| query).map_err(|error| ControlError::BadRequest {
+        what: format!("the query is not what is expected here: {}", error.body_text()),
+        hint: "see /v1/openapi.json for the parameters".into(),
+    })
+}
+
+/// The pages of a target that the guest can hold.
+fn pages_of(target_bytes: u64, max_bytes: Option<u64>) -> Result<u32, ControlError> {
+    // `num_pages` of the device has 32 bits.
+    let wire_max = u64::from(u32::MAX) * BALLOON_PAGE_BYTES;
+    let max_bytes = max_bytes.map_or(wire_max, |max| max.min(wire_max));
+    if target_bytes > max_bytes {
+        return Err(ControlError::TargetTooLarge { target_bytes, max_bytes });
+    }
+    if !target_bytes.is_multiple_of(BALLOON_PAGE_BYTES) {
+        return Err(ControlError::TargetUnaligned { target_bytes });
+    }
+    u32::try_from(target_bytes / BALLOON_PAGE_BYTES)
+        .map_err(|_| ControlError::TargetTooLarge { target_bytes, max_bytes })
+}
+
+impl IntoResponse for ControlError {
+    fn into_response(self) -> Response {
+        let status = StatusCode::from_u16(self.http_status());
+        let problem = Problem { error: self.to_string(), hint: self.hint() };
+        (status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR), Json(problem)).into_response()
+    }
+}

@@ -1,0 +1,207 @@
+//! Sizes as people read and write them: binary units.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// A number of bytes that is read and printed in binary units.
+///
+/// Read: `3GiB`, `3G` (the same), `512 MiB`, `1.5g`, `1048576`, `4096B`.
+/// Printed: the largest unit that leaves a whole number, as `3 GiB` or
+/// `1536 MiB`, and two decimals where that number would be long. With `{:#}`
+/// without the space, which is a form that can be read again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Size(pub u64);
+
+/// Units from large to small, with the power of two each stands for.
+const UNITS: [(&str, u32); 6] =
+    [("EiB", 60), ("PiB", 50), ("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)];
+
+/// Digits after the point that are read. More say nothing about whole bytes,
+/// and 10^9 times a `u64` fits into the `u128` of the calculation.
+const FRACTION_DIGITS: usize = 9;
+
+/// Whole numbers above this are printed with two decimals of a larger unit,
+/// because nobody reads `3145727 KiB`.
+const LONGEST_WHOLE: u64 = 9999;
+
+/// A text that is no size.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{text:?} is not a size: {why}; write it like 3GiB, 512MiB, 1.5G or 1048576 (bytes)")]
+pub struct ParseSizeError {
+    text: String,
+    why: &'static str,
+}
+
+impl FromStr for Size {
+    type Err = ParseSizeError;
+
+    fn from_str(text: &str) -> Result<Self, ParseSizeError> {
+        parse(text.trim()).map(Self).map_err(|why| ParseSizeError { text: text.into(), why })
+    }
+}
+
+fn parse(text: &str) -> Result<u64, &'static str> {
+    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(end);
+    let shift = shift_of(unit.trim_start())?;
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+    if whole.is_empty() || (number.contains('.') && fraction.is_empty()) {
+        return Err("it does not begin with a number");
+    }
+    if fraction.len() > FRACTION_DIGITS || fraction.contains('.') {
+        return Err("its fraction is not one of up to 9 digits");
+    }
+    let whole: u64 = whole.parse().map_err(|_| "it is too large")?;
+    let bytes = (u128::from(whole) << shift) + fraction_bytes(fraction, shift)?;
+    u64::try_from(bytes).map_err(|_| "it is too large")
+}
+
+/// The bytes of `0.fraction` units, rounded down.
+fn fraction_bytes(fraction: &str, shift: u32) -> Result<u128, &'static str> {
+    if fraction.is_empty() {
+        return Ok(0);
+    }
+    if shift == 0 {
+        return Err("there is no fraction of a byte");
+    }
+    let digits: u128 = fraction.parse().map_err(|_| "its fraction is not a number")?;
+    let scale = fraction.bytes().fold(1_u128, |scale, _| scale * 10);
+    Ok((digits << shift) / scale)
+}
+
+fn shift_of(unit: &str) -> Result<u32, &'static str> {
+    if unit.is_empty() || unit.eq_ignore_ascii_case("b") {
+        return Ok(0);
+    }
+    let known = |(name, _): &&(&str, u32)| {
+        unit.eq_ignore_ascii_case(name) || unit.eq_ignore_ascii_case(&name[..1])
+    };
+    if let Some((_, shift)) = UNITS.iter().find(known) {
+        return Ok(*shift);
+    }
+    match unit.as_bytes() {
+        [_, b'B' | b'b'] => Err("decimal units are not used here, only binary ones"),
+        _ => Err("its unit is unknown"),
+    }
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let space = if f.alternate() { "" } else { " " };
+        for (name, shift) in UNITS {
+            let (whole, rest) = (self.0 >> shift, self.0 & ((1_u64 << shift) - 1));
+            if whole == 0 {
+                continue;
+            }
+            if rest == 0 {
+                return write!(f, "{whole}{space}{name}");
+            }
+            if self.0.trailing_zeros() + 10 < shift || self.0 >> (shift - 10) > LONGEST_WHOLE {
+                let hundredths = (u128::from(rest) * 100) >> shift;
+                return write!(f, "{whole}.{hundredths:02}{space}{name}");
+            }
+        }
+        write!(f, "{}{space}B", self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const MIB: u64 = 1 << 20;
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn all_accepted_forms_are_read() {
+        let forms = [
+            ("0", 0),
+            ("1048576", MIB),
+            ("4096B", 4096),
+            ("4k", 4096),
+            ("3GiB", 3 * GIB),
+            ("3G", 3 * GIB),
+            ("3g", 3 * GIB),
+            ("3gib", 3 * GIB),
+            (" 3 GiB ", 3 * GIB),
+            ("512MiB", 512 * MIB),
+            ("1.5GiB", 1536 * MIB),
+            ("0.5M", MIB / 2),
+            ("1.000000001KiB", 1024),
+            ("2TiB", 2048 * GIB),
+            ("15.999999999EiB", u64::MAX - 1_152_921_504),
+            ("18446744073709551615", u64::MAX),
+        ];
+        for (text, bytes) in forms {
+            assert_eq!(text.parse::<Size>().unwrap_or_else(|e| panic!("{e}")).0, bytes, "{text}");
+        }
+    }
+
+    #[test]
+    fn everything_else_is_refused_with_the_accepted_forms() {
+        let wrong = [
+            "",
+            " ",
+            "GiB",
+            "-1",
+            "+1",
+            "3GB",
+            "3 gb",
+            "3Gi",
+            "3XiB",
+            "3GiBx",
+            "1.",
+            ".5G",
+            "1.5",
+            "1.5B",
+            "1.2.3G",
+            "1..2G",
+            "16EiB",
+            "18446744073709551616",
+            "1e3",
+            "0x10",
+            "3 3G",
+            "٣G",
+            "1.0000000001G",
+        ];
+        for text in wrong {
+            let error = text.parse::<Size>().expect_err(text).to_string();
+            assert!(error.contains("3GiB, 512MiB, 1.5G or 1048576"), "{error}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_printed_short() {
+        let texts = [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1 KiB"),
+            (1025, "1025 B"),
+            (20_000, "19.53 KiB"),
+            (1536 * MIB, "1536 MiB"),
+            (3 * GIB, "3 GiB"),
+            (3 * GIB - 4096, "2.99 GiB"),
+            (GIB + 4096, "1.00 GiB"),
+            (16 * GIB + 512 * MIB, "16.50 GiB"),
+            (u64::MAX, "15.99 EiB"),
+        ];
+        for (bytes, text) in texts {
+            assert_eq!(Size(bytes).to_string(), text);
+        }
+        assert_eq!(format!("{:#}", Size(3 * GIB)), "3GiB");
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_read_or_refused(text in "[0-9.]{0,25} ?[a-zA-Z]{0,4}") {
+            let _ = text.parse::<Size>();
+        }
+
+        #[test]
+        fn what_is_printed_reads_as_nearly_the_same(bytes: u64) {
+            let again = format!("{:#}", Size(bytes)).parse::<Size>().unwrap().0;
+            prop_assert!(again <= bytes && bytes - again <= bytes / 100, "{again}");
+        }
+    }
+}

@@ -1,0 +1,226 @@
+//! Server and client together, against a balloon without a guest.
+
+#![forbid(unsafe_code)]
+
+mod fake;
+
+use std::sync::{Arc, Barrier};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use control::api::{Driver, ReleaseMode};
+use control::{Client, ControlError, Limits, Server};
+use fake::{FakeBalloon, GUEST_BYTES, Guest};
+use tempfile::TempDir;
+
+const GIB: u64 = 1 << 30;
+const GIB_PAGES: u32 = 1 << 18;
+/// Longer than any test takes: a wait of this length ends by its event or not.
+const LONG: Duration = Duration::from_secs(30);
+
+struct Setup {
+    balloon: Arc<FakeBalloon>,
+    server: Server,
+    client: Client,
+    _dir: TempDir,
+}
+
+fn setup(guest: Guest, limits: Limits) -> Setup {
+    let dir = tempfile::tempdir().unwrap();
+    let balloon = Arc::new(FakeBalloon::new("web-1", guest));
+    let path = dir.path().join("web-1.sock");
+    let server = Server::bind_with(&path, Arc::clone(&balloon) as _, limits).unwrap();
+    let client = Client::connect(&path).unwrap();
+    Setup { balloon, server, client, _dir: dir }
+}
+
+fn answered(error: ControlError) -> (u16, String, String) {
+    match error {
+        ControlError::Answered { status, error, hint } => (status, error, hint),
+        other => panic!("not an answer of the server: {other:?}"),
+    }
+}
+
+#[test]
+fn status_says_what_the_balloon_says() {
+    let t = setup(Guest::Obeys, Limits::default());
+    let status = t.client.status().unwrap();
+    assert_eq!(status, control::Balloon::status(&*t.balloon));
+    assert_eq!(status.guest.driver, Driver::Aerostat);
+    assert_eq!(t.client.balloon().unwrap(), status.balloon);
+}
+
+#[test]
+fn a_target_is_set_and_reached() {
+    let t = setup(Guest::Obeys, Limits::default());
+    let balloon = t.client.set_balloon(3 * GIB, LONG).unwrap();
+    assert!(balloon.settled);
+    assert_eq!((balloon.generation, balloon.actual_bytes), (1, 3 * GIB));
+    assert_eq!(balloon.last_change.unwrap().to_pages, 3 * GIB_PAGES);
+    let again = t.client.set_balloon(3 * GIB, LONG).unwrap();
+    assert_eq!(again.generation, 1, "the same target is no new change");
+    let all = t.client.set_balloon(GUEST_BYTES, LONG).unwrap();
+    assert_eq!((all.generation, all.actual_bytes), (2, GUEST_BYTES));
+}
+
+#[test]
+fn a_wait_ends_when_the_guest_is_there() {
+    let t = setup(Guest::Waits, Limits::default());
+    let started = t.client.set_balloon(GIB, Duration::ZERO).unwrap();
+    assert!(!started.settled);
+    let start = Instant::now();
+    let balloon = Arc::clone(&t.balloon);
+    let guest = thread::spawn(move || {
+        balloon.until_waited();
+        balloon.reach(GIB_PAGES / 2);
+        balloon.reach(GIB_PAGES);
+    });
+    let reached = t.client.wait(started.generation, LONG).unwrap();
+    guest.join().unwrap();
+    assert!(reached.settled && start.elapsed() < LONG / 2);
+    assert_eq!(reached.actual_pages, GIB_PAGES);
+}
+
+#[test]
+fn a_wait_ends_when_a_later_target_replaces_the_change() {
+    let t = setup(Guest::Waits, Limits::default());
+    let first = t.client.set_balloon(GIB, Duration::ZERO).unwrap();
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| Client::connect(t.server.path()).unwrap().wait(1, LONG));
+        t.balloon.until_waited();
+        let second = t.client.set_balloon(2 * GIB, Duration::ZERO).unwrap();
+        assert_eq!((first.generation, second.generation), (1, 2));
+        let seen = waiting.join().unwrap().unwrap();
+        assert_eq!((seen.generation, seen.settled), (2, false));
+    });
+}
+
+#[test]
+fn a_wait_ends_after_its_time_and_says_how_far_the_guest_got() {
+    let limits = Limits { max_wait: Duration::from_millis(80), ..Limits::default() };
+    let t = setup(Guest::Waits, limits);
+    t.balloon.reach(7);
+    let start = Instant::now();
+    let balloon = t.client.set_balloon(GIB, Duration::from_millis(30)).unwrap();
+    assert!(start.elapsed() >= Duration::from_millis(30));
+    assert_eq!((balloon.settled, balloon.actual_pages), (false, 7));
+    // Asked for longer than the server allows.
+    let start = Instant::now();
+    assert!(!t.client.wait(1, LONG).unwrap().settled);
+    assert!(start.elapsed() >= Duration::from_millis(80) && start.elapsed() < LONG / 2);
+}
+
+#[test]
+fn targets_that_do_not_fit_are_refused_and_change_nothing() {
+    let t = setup(Guest::Obeys, Limits::default());
+    let (status, error, hint) = answered(t.client.set_balloon(5 * GIB, LONG).unwrap_err());
+    assert_eq!(status, 422);
+    assert_eq!(error, "a balloon of 5 GiB does not fit into a guest of 4 GiB");
+    assert!(hint.contains("4 GiB"), "{hint}");
+    let (status, error, hint) = answered(t.client.set_balloon(4097, LONG).unwrap_err());
+    assert_eq!((status, hint.as_str()), (422, "ask for 4096 bytes"));
+    assert!(error.contains("4097"), "{error}");
+    assert_eq!(t.client.balloon().unwrap().generation, 0);
+
+    t.balloon.edit(|status| status.balloon.max_bytes = None);
+    let (status, ..) = answered(t.client.set_balloon(1 << 44, LONG).unwrap_err());
+    assert_eq!(status, 422, "2^32 pages do not fit the device's 32 bits");
+    assert_eq!(t.client.set_balloon((1 << 44) - 4096, LONG).unwrap().target_pages, u32::MAX);
+    assert_eq!(t.client.set_balloon(0, LONG).unwrap().target_pages, 0);
+}
+
+#[test]
+fn what_the_balloon_refuses_reaches_the_client() {
+    let t = setup(Guest::Obeys, Limits::default());
+    t.balloon.edit(|status| status.guest.connected = false);
+    let refused = answered(t.client.set_balloon(GIB, LONG).unwrap_err());
+    assert_eq!(refused, (409, "no guest is connected".into(), "start the guest".into()));
+}
+
+#[test]
+fn the_release_mode_is_set() {
+    let t = setup(Guest::Obeys, Limits::default());
+    for mode in [ReleaseMode::Immediate, ReleaseMode::PerPage, ReleaseMode::Background] {
+        assert_eq!(t.client.set_release(mode).unwrap().mode, mode);
+        assert_eq!(t.client.status().unwrap().release.mode, mode);
+    }
+}
+
+#[test]
+fn clients_at_the_same_time_all_get_their_answers() {
+    let t = setup(Guest::Obeys, Limits { connections: 4, ..Limits::default() });
+    let all = Barrier::new(24);
+    thread::scope(|scope| {
+        for i in 0..24_u64 {
+            let (all, path) = (&all, t.server.path());
+            scope.spawn(move || {
+                let client = Client::connect(path).unwrap();
+                all.wait();
+                for round in 0..5 {
+                    client.set_balloon((i * 5 + round + 1) * 4096, LONG).unwrap();
+                    assert_eq!(client.status().unwrap().name, "web-1");
+                }
+            });
+        }
+    });
+    assert!(t.client.balloon().unwrap().generation >= 24);
+}
+
+#[test]
+fn waiters_over_the_limit_are_refused_while_others_are_served() {
+    let limits = Limits { waiters: 1, ..Limits::default() };
+    let t = setup(Guest::Waits, limits);
+    t.client.set_balloon(GIB, Duration::ZERO).unwrap();
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| Client::connect(t.server.path()).unwrap().wait(1, LONG));
+        t.balloon.until_waited();
+        let refused = answered(t.client.wait(1, LONG).unwrap_err());
+        assert_eq!(refused.0, 503);
+        assert!(refused.2.contains("later"), "{refused:?}");
+        // A refused target changes nothing.
+        assert_eq!(answered(t.client.set_balloon(2 * GIB, LONG).unwrap_err()).0, 503);
+        assert_eq!(t.client.balloon().unwrap().target_bytes, GIB);
+        t.balloon.reach(GIB_PAGES);
+        assert!(waiting.join().unwrap().unwrap().settled);
+    });
+}
+
+#[test]
+fn stopping_answers_the_clients_that_wait_and_removes_the_socket() {
+    let Setup { balloon, server, client, _dir } = setup(Guest::Waits, Limits::default());
+    let path = server.path().to_owned();
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| client.set_balloon(GIB, LONG));
+        balloon.until_waited();
+        let start = Instant::now();
+        server.stop();
+        assert!(start.elapsed() < LONG / 2);
+        assert!(!path.exists());
+        assert!(!waiting.join().unwrap().unwrap().settled);
+    });
+    assert!(matches!(client.status(), Err(ControlError::NotFound { .. })));
+}
+
+#[test]
+fn a_balloon_that_panics_costs_one_answer() {
+    struct Broken;
+    impl control::Balloon for Broken {
+        fn status(&self) -> control::Status {
+            panic!("a test of a panic")
+        }
+        fn set_target(&self, _: u32) -> Result<u64, ControlError> {
+            Ok(1)
+        }
+        fn set_release_mode(&self, _: ReleaseMode) -> Result<(), ControlError> {
+            Ok(())
+        }
+        fn wait_change(&self, _: u64, _: Duration) -> control::api::BalloonStatus {
+            control::api::BalloonStatus::from_pages(1, 1)
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::bind(&dir.path().join("s"), Arc::new(Broken)).unwrap();
+    let client = Client::connect(server.path()).unwrap();
+    assert_eq!(answered(client.status().unwrap_err()).0, 500);
+    assert_eq!(client.balloon().unwrap().actual_pages, 1);
+}

@@ -1,0 +1,160 @@
+//! What the server says about itself: the OpenAPI file and the metrics.
+
+#![forbid(unsafe_code)]
+
+mod fake;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+
+use control::{Client, Server};
+use fake::{FakeBalloon, Guest};
+use serde_json::Value;
+
+const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/openapi.json");
+
+fn ask(path: &Path, method: &str, target: &str) -> String {
+    let mut stream = UnixStream::connect(path).unwrap();
+    let request = format!("{method} {target} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n");
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+#[test]
+fn the_openapi_file_is_what_the_server_serves() {
+    let dir = tempfile::tempdir().unwrap();
+    let balloon = Arc::new(FakeBalloon::new("a", Guest::Obeys));
+    let server = Server::bind(&dir.path().join("s"), balloon).unwrap();
+    let answer = ask(server.path(), "GET", "/v1/openapi.json");
+    let (head, served) = answer.split_once("\r\n\r\n").unwrap();
+    assert!(head.contains("application/json"), "{head}");
+    if std::env::var_os("UPDATE_OPENAPI").is_some() {
+        std::fs::write(FILE, served).unwrap();
+    }
+    let file = std::fs::read_to_string(FILE).unwrap();
+    assert!(
+        file == served,
+        "docs/openapi.json is out of date; run \
+         `UPDATE_OPENAPI=1 cargo test -p control --test describe` and look at the change"
+    );
+}
+
+#[test]
+fn every_endpoint_that_is_described_exists() {
+    let dir = tempfile::tempdir().unwrap();
+    let balloon = Arc::new(FakeBalloon::new("a", Guest::Obeys));
+    let server = Server::bind(&dir.path().join("s"), balloon).unwrap();
+    let api: Value = serde_json::from_str(&control::openapi_text()).unwrap();
+    let mut described = BTreeSet::new();
+    for (path, methods) in api["paths"].as_object().unwrap() {
+        for method in methods.as_object().unwrap().keys() {
+            let answer = ask(server.path(), &method.to_uppercase(), path);
+            let status: u16 = answer[9..12].parse().unwrap();
+            // An empty body is no target, so a PUT that exists says 400.
+            let expected = if method == "put" { 400 } else { 200 };
+            assert_eq!(status, expected, "{method} {path}");
+            described.insert(format!("{method} {path}"));
+        }
+    }
+    let all = [
+        "get /v1/balloon",
+        "get /v1/metrics",
+        "get /v1/openapi.json",
+        "get /v1/release",
+        "get /v1/status",
+        "put /v1/balloon",
+        "put /v1/release",
+    ];
+    assert_eq!(described, all.map(String::from).into());
+}
+
+#[test]
+fn every_reference_in_the_description_leads_somewhere() {
+    let api: Value = serde_json::from_str(&control::openapi_text()).unwrap();
+    let mut found = 0;
+    let mut rest = vec![&api];
+    while let Some(value) = rest.pop() {
+        match value {
+            Value::Object(fields) => rest.extend(fields.values()),
+            Value::Array(items) => rest.extend(items),
+            Value::String(text) if text.starts_with("#/") => {
+                found += 1;
+                assert!(api.pointer(&text[1..]).is_some(), "{text}");
+            }
+            _ => {}
+        }
+    }
+    assert!(found > 10, "only {found} references");
+}
+
+/// Reads Prometheus text strictly: every family has HELP, then TYPE, then its
+/// samples in one run. Returns the kinds, and the samples by name and labels.
+fn parse(text: &str) -> (BTreeMap<String, String>, BTreeMap<(String, String), f64>) {
+    let (mut kinds, mut samples) = (BTreeMap::new(), BTreeMap::new());
+    let (mut helped, mut current) = (String::new(), String::new());
+    assert!(text.ends_with('\n'));
+    for line in text.lines() {
+        if let Some(help) = line.strip_prefix("# HELP ") {
+            let (name, help) = help.split_once(' ').unwrap();
+            assert!(!help.is_empty() && !kinds.contains_key(name), "{line}");
+            helped = name.into();
+        } else if let Some(kind) = line.strip_prefix("# TYPE ") {
+            let (name, kind) = kind.split_once(' ').unwrap();
+            assert_eq!(name, helped, "{line}");
+            assert!(["gauge", "counter"].contains(&kind), "{line}");
+            kinds.insert(name.into(), kind.into());
+            current = name.into();
+        } else {
+            let (name, rest) = line.split_once('{').unwrap();
+            let (labels, value) = rest.rsplit_once("} ").unwrap();
+            assert_eq!(name, current, "{line}");
+            let value: f64 = value.parse().unwrap();
+            assert!(samples.insert((name.into(), labels.into()), value).is_none(), "{line}");
+        }
+    }
+    (kinds, samples)
+}
+
+#[test]
+fn the_metrics_are_prometheus_text_with_the_figures_of_the_status() {
+    let dir = tempfile::tempdir().unwrap();
+    let balloon = Arc::new(FakeBalloon::new("a\"b\\c\nd", Guest::Obeys));
+    balloon.edit(|status| {
+        status.faults.guest.insert("page_outside_memory".into(), 3);
+        status.faults.front_end.insert("unknown_request".into(), 1);
+    });
+    let server = Server::bind(&dir.path().join("s"), balloon).unwrap();
+    let client = Client::connect(server.path()).unwrap();
+    client.set_balloon(3 << 30, std::time::Duration::ZERO).unwrap();
+    let text = client.metrics().unwrap();
+    let (kinds, samples) = parse(&text);
+
+    for (name, kind) in &kinds {
+        assert!(name.starts_with("aerostat_"), "{name}");
+        assert_eq!(name.ends_with("_total"), kind == "counter", "{name}");
+    }
+    let guest = r#"guest="a\"b\\c\nd""#;
+    let value = |name: &str, more: &str| {
+        let labels = format!("{guest}{more}");
+        *samples.get(&(name.into(), labels.clone())).unwrap_or_else(|| panic!("{name} {labels}"))
+    };
+    assert_eq!(value("aerostat_uptime_seconds", ""), 61.5);
+    assert_eq!(value("aerostat_guest_driver_info", r#",driver="aerostat""#), 1.0);
+    assert_eq!(value("aerostat_balloon_target_bytes", ""), 3221225472.0);
+    assert_eq!(value("aerostat_balloon_changes_total", ""), 1.0);
+    assert_eq!(value("aerostat_balloon_last_change_seconds", ""), 0.0125);
+    assert_eq!(value("aerostat_released_bytes_total", ""), 8192.0);
+    let kind = r#",side="guest",kind="page_outside_memory""#;
+    assert_eq!(value("aerostat_faults_total", kind), 3.0);
+    let kind = r#",side="front_end",kind="unknown_request""#;
+    assert_eq!(value("aerostat_faults_total", kind), 1.0);
+
+    let scraped = ask(server.path(), "GET", "/metrics");
+    assert!(scraped.contains("content-type: text/plain; version=0.0.4"), "{scraped}");
+    assert_eq!(parse(scraped.split_once("\r\n\r\n").unwrap().1).0, kinds);
+}

@@ -1,0 +1,154 @@
+//! A balloon without a guest: the test plays the guest.
+
+#![allow(dead_code, reason = "every test file uses its own part")]
+
+use std::sync::{Condvar, Mutex, MutexGuard};
+use std::time::Duration;
+
+use control::api::{
+    BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, Direction, Driver, GuestStatus, ReleaseMode,
+    ReleaseStatus, Status,
+};
+use control::{Balloon, ControlError};
+
+/// Memory of the guest that is not there.
+pub(crate) const GUEST_BYTES: u64 = 4 << 30;
+
+/// What the fake guest does with a new target.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Guest {
+    /// Reaches it at once.
+    Obeys,
+    /// Nothing; the test calls [`FakeBalloon::reach`].
+    Waits,
+}
+
+pub(crate) struct FakeBalloon {
+    guest: Guest,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+struct State {
+    status: Status,
+    /// True once a call that may block has begun.
+    waited: bool,
+}
+
+impl FakeBalloon {
+    pub(crate) fn new(name: &str, guest: Guest) -> Self {
+        let status = Status {
+            name: name.into(),
+            pid: std::process::id(),
+            uptime_ms: 61_500,
+            guest: GuestStatus {
+                connected: true,
+                driver: Driver::Aerostat,
+                features: vec!["must-tell-host".into(), "page-bitmap".into()],
+                memory_bytes: GUEST_BYTES,
+            },
+            balloon: BalloonStatus {
+                settled: true,
+                max_bytes: Some(GUEST_BYTES),
+                ..BalloonStatus::from_pages(0, 0)
+            },
+            release: ReleaseStatus { released_bytes: 8192, ..ReleaseStatus::default() },
+            resident_bytes: Some(1 << 30),
+            ..Status::default()
+        };
+        let state = Mutex::new(State { status, waited: false });
+        Self { guest, state, changed: Condvar::new() }
+    }
+
+    /// Lets the test put the balloon into any state.
+    pub(crate) fn edit(&self, edit: impl FnOnce(&mut Status)) {
+        edit(&mut self.lock().status);
+        self.changed.notify_all();
+    }
+
+    /// The guest holds so many pages from now on.
+    pub(crate) fn reach(&self, pages: u32) {
+        self.edit(|status| {
+            let balloon = &mut status.balloon;
+            balloon.actual_pages = pages;
+            balloon.actual_bytes = u64::from(pages) * BALLOON_PAGE_BYTES;
+            balloon.settled = pages == balloon.target_pages;
+            if let Some(change) = &mut balloon.last_change {
+                change.wall_ms = 12.5;
+                change.messages = 1;
+                change.release_calls = 2;
+            }
+        });
+    }
+
+    /// Returns when somebody waits for a change, or did.
+    pub(crate) fn until_waited(&self) {
+        let nobody = |state: &mut State| !state.waited;
+        let seen = self.changed.wait_while(self.lock(), nobody);
+        drop(seen.expect("no test panics with this lock"));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no test panics with this lock")
+    }
+}
+
+impl Balloon for FakeBalloon {
+    fn status(&self) -> Status {
+        self.lock().status.clone()
+    }
+
+    fn set_target(&self, pages: u32) -> Result<u64, ControlError> {
+        let generation = {
+            let status = &mut self.lock().status;
+            if !status.guest.connected {
+                return Err(ControlError::Refused {
+                    what: "no guest is connected".into(),
+                    hint: "start the guest".into(),
+                });
+            }
+            let balloon = &mut status.balloon;
+            if pages == balloon.target_pages {
+                return Ok(balloon.generation);
+            }
+            let from_pages = balloon.actual_pages;
+            *balloon = BalloonStatus {
+                generation: balloon.generation + 1,
+                max_bytes: balloon.max_bytes,
+                last_change: Some(BalloonChange {
+                    direction: if pages < from_pages {
+                        Direction::Deflate
+                    } else {
+                        Direction::Inflate
+                    },
+                    from_pages,
+                    to_pages: pages,
+                    ..BalloonChange::default()
+                }),
+                ..BalloonStatus::from_pages(pages, from_pages)
+            };
+            balloon.generation
+        };
+        self.changed.notify_all();
+        if self.guest == Guest::Obeys {
+            self.reach(pages);
+        }
+        Ok(generation)
+    }
+
+    fn set_release_mode(&self, mode: ReleaseMode) -> Result<(), ControlError> {
+        self.edit(|status| status.release.mode = mode);
+        Ok(())
+    }
+
+    fn wait_change(&self, generation: u64, timeout: Duration) -> BalloonStatus {
+        let mut state = self.lock();
+        if !timeout.is_zero() {
+            state.waited = true;
+            self.changed.notify_all();
+        }
+        let pending = |state: &mut State| !state.status.balloon.is_over(generation);
+        let waited = self.changed.wait_timeout_while(state, timeout, pending);
+        waited.expect("no test panics with this lock").0.status.balloon.clone()
+    }
+}

@@ -1,0 +1,229 @@
+//! Clients that err, hang or mean harm. After each, the server still serves.
+
+#![forbid(unsafe_code)]
+
+mod fake;
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use control::api::Problem;
+use control::{Client, Limits, MAX_BODY_BYTES, Server};
+use fake::{FakeBalloon, Guest};
+use tempfile::TempDir;
+
+/// A hung test ends by this; none needs a tenth of it.
+const HANG: Duration = Duration::from_secs(20);
+
+fn server(limits: Limits) -> (Server, TempDir) {
+    let dir = tempfile::tempdir().unwrap();
+    let balloon = Arc::new(FakeBalloon::new("web-1", Guest::Obeys));
+    let server = Server::bind_with(&dir.path().join("s"), balloon, limits).unwrap();
+    (server, dir)
+}
+
+fn quick() -> Limits {
+    Limits { request_timeout: Duration::from_millis(100), ..Limits::default() }
+}
+
+fn connect(path: &Path) -> UnixStream {
+    let stream = UnixStream::connect(path).unwrap();
+    stream.set_read_timeout(Some(HANG)).unwrap();
+    stream
+}
+
+/// Sends bytes and returns all that comes back until the server closes.
+fn raw(path: &Path, bytes: &[u8]) -> String {
+    let mut stream = connect(path);
+    // The server may close before it has read all of it.
+    let _ = stream.write_all(bytes);
+    until_closed(&mut stream)
+}
+
+fn until_closed(stream: &mut UnixStream) -> String {
+    let mut answer = Vec::new();
+    match stream.read_to_end(&mut answer) {
+        // A reset is how a close with unread input looks from here.
+        Ok(_) => {}
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
+        Err(error) => panic!("the server did not close the connection: {error}"),
+    }
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+fn status_of(answer: &str) -> u16 {
+    let code = answer.strip_prefix("HTTP/1.1 ").and_then(|rest| rest.get(..3));
+    code.and_then(|code| code.parse().ok()).unwrap_or_else(|| panic!("no HTTP: {answer:?}"))
+}
+
+fn problem(answer: &str) -> (u16, Problem) {
+    let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+    let problem = serde_json::from_str(body).unwrap_or_else(|e| panic!("{e}: {answer:?}"));
+    (status_of(answer), problem)
+}
+
+fn put(path: &str, body: &str) -> Vec<u8> {
+    let length = body.len();
+    format!("PUT {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n{body}").into_bytes()
+}
+
+#[track_caller]
+fn still_serves(server: &Server) {
+    assert_eq!(Client::connect(server.path()).unwrap().status().unwrap().name, "web-1");
+}
+
+#[test]
+fn bad_requests_get_a_problem_that_says_what_to_do() {
+    let (server, _dir) = server(Limits::default());
+    let get = |path: &str| format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").into_bytes();
+    let cases: &[(Vec<u8>, u16, &str)] = &[
+        (get("/"), 404, "there is no GET /"),
+        (get("/v2/status"), 404, "there is no GET /v2/status"),
+        (put("/v1/status", "{}"), 405, "there is no PUT /v1/status"),
+        (get("/v1/balloon?wait_ms=x"), 400, "wait_ms"),
+        (get("/v1/balloon?wait_ms=-1"), 400, "wait_ms"),
+        (get("/v1/balloon?wait=1"), 400, "wait"),
+        (put("/v1/balloon?generation=1", "{}"), 400, "generation"),
+        (put("/v1/balloon", ""), 400, "EOF"),
+        (put("/v1/balloon", "{}"), 400, "target_bytes"),
+        (put("/v1/balloon", "{\"target_bytes\":-1}"), 400, "-1"),
+        (put("/v1/balloon", "{\"target_bytes\":1.5}"), 400, "1.5"),
+        (put("/v1/balloon", "{\"target_bytes\":0,\"x\":1}"), 400, "`x`"),
+        (put("/v1/balloon", "{\"target_bytes\":\"3GiB\"}"), 400, "3GiB"),
+        (put("/v1/balloon", "{\"target_bytes\":18446744073709551615}"), 422, "does not fit"),
+        (put("/v1/balloon", "{\"target_bytes\":18446744073709551616}"), 400, "1.8446744"),
+        (put("/v1/release", "{\"mode\":\"never\"}"), 400, "never"),
+        (put("/v1/release", &"[".repeat(MAX_BODY_BYTES)), 400, "expected"),
+        (put("/v1/balloon", "\u{fffd}\0"), 400, "expected value"),
+    ];
+    for (request, status, text) in cases {
+        let (seen, problem) = problem(&raw(server.path(), request));
+        let shown = String::from_utf8_lossy(request).into_owned();
+        assert_eq!(seen, *status, "{shown:.60}");
+        assert!(problem.error.contains(text), "{shown:.60}: {problem:?}");
+        assert!(!problem.hint.is_empty(), "{shown:.60}");
+    }
+    still_serves(&server);
+}
+
+#[test]
+fn a_body_over_the_limit_is_refused_before_it_is_read() {
+    let (server, _dir) = server(Limits::default());
+    let huge = b"PUT /v1/balloon HTTP/1.1\r\nHost: x\r\nContent-Length: 1099511627776\r\n\r\n";
+    let (status, problem_said) = problem(&raw(server.path(), huge));
+    assert_eq!(status, 413);
+    assert!(problem_said.error.contains("16384"), "{problem_said:?}");
+
+    // A chunked body does not say its length; it is cut when it is over.
+    let mut stream = connect(server.path());
+    let head = b"PUT /v1/balloon HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n";
+    stream.write_all(head).unwrap();
+    let chunk = format!("1000\r\n{}\r\n", " ".repeat(4096));
+    for _ in 0..64 {
+        if stream.write_all(chunk.as_bytes()).is_err() {
+            break;
+        }
+    }
+    let answer = until_closed(&mut stream);
+    // The answer is lost if the close overtakes it; that it closes is what counts.
+    assert!(answer.is_empty() || status_of(&answer) == 413, "{answer:?}");
+    still_serves(&server);
+}
+
+#[test]
+fn garbage_is_closed_or_refused() {
+    let (server, _dir) = server(quick());
+    let long_path = format!("GET /{} HTTP/1.1\r\n\r\n", "a".repeat(100_000));
+    let long_header = format!("GET / HTTP/1.1\r\nx: {}\r\n\r\n", "a".repeat(100_000));
+    let many_headers = format!("GET / HTTP/1.1\r\n{}\r\n", "a: b\r\n".repeat(1000));
+    let garbage: &[&[u8]] = &[
+        b"",
+        b"\0",
+        b"\r\n\r\n",
+        b"hello\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"GET /v1/status HTTP/9.9\r\n\r\n",
+        b"GET /v1/status HTTP/1.1\r\nContent-Length: -5\r\n\r\n",
+        b"PUT /v1/balloon HTTP/1.1\r\nContent-Length: 99999999999999999999\r\n\r\n",
+        b"PUT /v1/balloon HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"PUT /v1/balloon HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nffffffffffffffffff\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        &[0xff; 65536],
+        long_path.as_bytes(),
+        long_header.as_bytes(),
+        many_headers.as_bytes(),
+    ];
+    for bytes in garbage {
+        let answer = raw(server.path(), bytes);
+        let refused = answer.is_empty() || (400..600).contains(&status_of(&answer));
+        assert!(refused, "{:.60?}: {answer}", bytes);
+    }
+    still_serves(&server);
+}
+
+#[test]
+fn a_request_that_never_ends_is_cut_off() {
+    let (server, _dir) = server(quick());
+    let start = Instant::now();
+    // No byte, half a head, and a head that comes in drops.
+    assert_eq!(raw(server.path(), b""), "");
+    let answer = raw(server.path(), b"GET /v1/status HTTP/1.1\r\nHost:");
+    assert!(answer.is_empty() || status_of(&answer) == 408, "{answer}");
+    let mut stream = connect(server.path());
+    stream.set_read_timeout(Some(Duration::from_millis(10))).unwrap();
+    let mut one = [0];
+    while start.elapsed() < HANG && stream.write_all(b"G").is_ok() {
+        match stream.read(&mut one) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            _ => break,
+        }
+    }
+    // Half a body.
+    let half = b"PUT /v1/balloon HTTP/1.1\r\nHost: x\r\nContent-Length: 20\r\n\r\n{\"target";
+    let (status, said) = problem(&raw(server.path(), half));
+    assert_eq!(status, 408);
+    assert!(said.error.contains("100 ms"), "{said:?}");
+    assert!(start.elapsed() < HANG / 2, "each of them ends by its time-out");
+    still_serves(&server);
+}
+
+#[test]
+fn clients_that_hold_all_connections_lose_them() {
+    let (server, _dir) = server(Limits { connections: 2, ..quick() });
+    let mut idle: Vec<_> = (0..6).map(|_| connect(server.path())).collect();
+    still_serves(&server);
+    for stream in &mut idle {
+        assert_eq!(until_closed(stream), "");
+    }
+}
+
+#[test]
+fn clients_that_leave_cost_nothing() {
+    let (server, _dir) = server(Limits { connections: 2, ..Limits::default() });
+    for request in [&b""[..], b"GET /v1", b"GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n"] {
+        for _ in 0..20 {
+            let mut stream = connect(server.path());
+            stream.write_all(request).unwrap();
+        }
+        // Half-closed: no more to come, but ready to read.
+        let mut stream = connect(server.path());
+        stream.write_all(request).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        until_closed(&mut stream);
+    }
+    still_serves(&server);
+}
+
+#[test]
+fn one_connection_carries_one_request() {
+    let (server, _dir) = server(Limits::default());
+    let twice = b"GET /v1/release HTTP/1.1\r\nHost: x\r\n\r\n".repeat(2);
+    let answer = raw(server.path(), &twice);
+    assert_eq!(answer.matches("HTTP/1.1 200").count(), 1, "{answer}");
+    assert!(answer.to_ascii_lowercase().contains("connection: close"), "{answer}");
+}
