@@ -246,12 +246,17 @@ impl<R: Reclaim> Balloon<R> {
     }
 
     /// A page that is in the balloon already is released again: a guest that
-    /// lost count may have written to it.
+    /// lost count may have written to it. A guest that need not tell the host
+    /// before it uses a page can only be served at once.
     fn inflate(&mut self, pages: &PageSet) {
         self.counters.inflate_messages += 1;
         self.counters.inflated_pages += pages.len();
         self.held.union_with(pages);
-        self.reclaim.release(pages);
+        if self.negotiated.contains(Features::MUST_TELL_HOST) {
+            self.reclaim.release(pages);
+        } else {
+            self.reclaim.release_now(pages);
+        }
     }
 
     /// Pages that the balloon does not hold are kept all the same: keeping is

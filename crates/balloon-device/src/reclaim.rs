@@ -8,6 +8,10 @@ pub trait Reclaim {
     /// their memory may be released now or later.
     fn release(&mut self, pages: &PageSet);
 
+    /// As [`release`](Self::release), for a guest that may use the pages as soon
+    /// as this returns: what was not released then never is.
+    fn release_now(&mut self, pages: &PageSet);
+
     /// `pages` go back to the guest. When this returns, no release of any of
     /// them is under way or still to come.
     fn retain(&mut self, pages: &PageSet);

@@ -1,0 +1,144 @@
+//! What ends a session, and whose fault it was.
+
+use std::io;
+use std::path::PathBuf;
+
+/// The back end cannot start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The vhost-user socket could not be made.
+    #[error("host: cannot listen on {path}")]
+    Listen {
+        /// The socket's path.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// Something that every process has was refused.
+    #[error("host: {what} failed")]
+    Host {
+        /// The call.
+        what: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The control socket could not be served.
+    #[error(transparent)]
+    Control(#[from] control::ControlError),
+}
+
+/// One front end's connection ended otherwise than by hanging up.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// The front end broke the protocol.
+    #[error("front end: {0}")]
+    Violation(#[from] Violation),
+    /// The connection ended in the middle of a message.
+    #[error("front end: hung up in the middle of a message")]
+    Truncated,
+    /// The connection broke.
+    #[error("front end: cannot receive")]
+    Receive(#[source] io::Error),
+    /// An answer could not be sent.
+    #[error("front end: cannot send")]
+    Send(#[source] io::Error),
+    /// Guest memory could not be mapped.
+    #[error("front end: guest memory cannot be mapped")]
+    Map(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// Something of the host's failed.
+    #[error("host: {what} failed")]
+    Host {
+        /// The call.
+        what: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// How a front end broke the protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Violation {
+    /// Version or direction of a header.
+    #[error("a header with flags {flags:#x}")]
+    Header {
+        /// The flags.
+        flags: u32,
+    },
+    /// A payload that is too long, or too short for its request.
+    #[error("request {request} with a payload of {size} bytes")]
+    PayloadSize {
+        /// The request.
+        request: u32,
+        /// Bytes announced or left.
+        size: usize,
+    },
+    /// More file descriptors than a message may carry.
+    #[error("too many file descriptors in one message")]
+    TooManyFds,
+    /// Not exactly the file descriptors that the request needs.
+    #[error("request {request} with {count} file descriptors")]
+    FdCount {
+        /// The request.
+        request: u32,
+        /// How many came.
+        count: usize,
+    },
+    /// A request that was not negotiated or that no version knows.
+    #[error("request {request}, which was not negotiated")]
+    UnknownRequest {
+        /// The request.
+        request: u32,
+    },
+    /// Features that were not offered.
+    #[error("features {features:#x}, which were not offered")]
+    Features {
+        /// The bits too many.
+        features: u64,
+    },
+    /// Another set of features while queues run.
+    #[error("other features while queues run")]
+    FeaturesWhileRunning,
+    /// A queue that does not exist.
+    #[error("queue {index}, which does not exist")]
+    NoSuchQueue {
+        /// Its number.
+        index: u32,
+    },
+    /// A size, base or address that no queue can have.
+    #[error("queue {index} cannot be set up so")]
+    QueueSetup {
+        /// Its number.
+        index: u32,
+    },
+    /// An address in no region of the memory table.
+    #[error("address {address:#x} is in no memory region")]
+    NoSuchAddress {
+        /// The front end's address.
+        address: u64,
+    },
+    /// A memory table that no guest can have.
+    #[error("a memory table that makes no sense")]
+    MemoryTable,
+    /// A queue was to be polled, without a file descriptor for kicks.
+    #[error("queue {index} without a file descriptor for kicks")]
+    NoKick {
+        /// Its number.
+        index: u32,
+    },
+}
+
+impl SessionError {
+    /// The word that the control API and the metrics count it under.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Violation(_) => "protocol_violation",
+            Self::Truncated => "truncated_message",
+            Self::Receive(_) | Self::Send(_) => "broken_connection",
+            Self::Map(_) => "unmappable_memory",
+            Self::Host { .. } => "host_call_failed",
+        }
+    }
+}

@@ -1,0 +1,21 @@
+//! The balloon device as a vhost-user back end, for any monitor that speaks
+//! vhost-user (QEMU's `docs/interop/vhost-user.rst`).
+//!
+//! A thread per guest waits for the front end, its kicks and the operator. The
+//! request loop is our own: the `vhost` crate's refuses the memory table that
+//! User Mode Linux sends, and has no message for a configuration change. Its
+//! message types are used.
+
+#![forbid(unsafe_code)]
+
+mod error;
+mod memory;
+mod reclaim;
+mod server;
+mod session;
+mod shared;
+mod vring;
+mod wire;
+
+pub use error::{Error, SessionError, Violation};
+pub use server::{Options, run};

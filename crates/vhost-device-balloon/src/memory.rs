@@ -1,0 +1,90 @@
+//! The guest's memory, as the front end describes it.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use balloon_device::MemoryLayout;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+use crate::error::{SessionError, Violation};
+use crate::wire::{MAX_FDS, Message};
+
+/// One region of the memory table.
+#[derive(Debug)]
+pub(crate) struct Region {
+    pub(crate) guest_address: u64,
+    pub(crate) bytes: u64,
+    /// Where the front end has it mapped: the addresses of queues are of there.
+    user_address: u64,
+    pub(crate) file: Arc<File>,
+    pub(crate) file_offset: u64,
+}
+
+/// A memory table, mapped.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    pub(crate) regions: Vec<Region>,
+    pub(crate) layout: MemoryLayout,
+    pub(crate) map: GuestMemoryMmap,
+}
+
+impl Memory {
+    /// Reads and maps the payload of `SET_MEM_TABLE`. User Mode Linux always
+    /// sends room for two regions, so bytes beyond the table are not looked at.
+    pub(crate) fn from_message(message: &mut Message) -> Result<Self, SessionError> {
+        let fds = std::mem::take(&mut message.fds);
+        let mut fields = message.fields();
+        let count = fields.u32()? as usize;
+        fields.u32()?;
+        if count == 0 || count > MAX_FDS || fds.len() != count {
+            return Err(Violation::FdCount { request: message.request, count: fds.len() }.into());
+        }
+        let mut regions = Vec::with_capacity(count);
+        for fd in fds {
+            regions.push(Region::read(&mut fields, fd)?);
+        }
+        let layout = MemoryLayout::new(regions.iter().map(|r| (r.guest_address, r.bytes)))
+            .map_err(|_| Violation::MemoryTable)?;
+        let mut maps = regions.iter().map(Region::map).collect::<Result<Vec<_>, _>>()?;
+        maps.sort_by_key(|map| vm_memory::GuestMemoryRegion::start_addr(map));
+        let map = GuestMemoryMmap::from_regions(maps).map_err(|e| SessionError::Map(e.into()))?;
+        Ok(Self { regions, layout, map })
+    }
+
+    /// The guest physical address of an address of the front end.
+    pub(crate) fn guest_address(&self, user: u64) -> Result<GuestAddress, SessionError> {
+        let inside = |region: &&Region| {
+            user.checked_sub(region.user_address).is_some_and(|offset| offset < region.bytes)
+        };
+        let region =
+            self.regions.iter().find(inside).ok_or(Violation::NoSuchAddress { address: user })?;
+        // Cannot overflow: `MemoryLayout` has checked that the region's end fits.
+        Ok(GuestAddress(region.guest_address + (user - region.user_address)))
+    }
+}
+
+impl Region {
+    fn read(fields: &mut crate::wire::Fields<'_>, fd: OwnedFd) -> Result<Self, SessionError> {
+        Ok(Self {
+            guest_address: fields.u64()?,
+            bytes: fields.u64()?,
+            user_address: fields.u64()?,
+            file_offset: fields.u64()?,
+            file: Arc::new(File::from(fd)),
+        })
+    }
+
+    fn map(&self) -> Result<GuestRegionMmap, SessionError> {
+        let size = usize::try_from(self.bytes).map_err(|_| Violation::MemoryTable)?;
+        let end = self.file_offset.checked_add(self.bytes).ok_or(Violation::MemoryTable)?;
+        let len = self.file.metadata().map_err(|e| SessionError::Map(e.into()))?.len();
+        // A file that is too short would turn a read into SIGBUS.
+        if len < end {
+            return Err(Violation::MemoryTable.into());
+        }
+        let file = FileOffset::from_arc(Arc::clone(&self.file), self.file_offset);
+        GuestRegionMmap::from_range(GuestAddress(self.guest_address), size, Some(file))
+            .map_err(|e| SessionError::Map(e.into()))
+    }
+}

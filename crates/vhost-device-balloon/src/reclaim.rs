@@ -1,0 +1,170 @@
+//! Connects the device's wishes to the host's memory.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use balloon_abi::BALLOON_PAGE_BYTES;
+use balloon_device::Reclaim;
+use control::api::{PartialHuge, ReleaseMode, ReleaseStatus};
+use host_memory::{MemoryMap, Reclaimer, ReclaimerOptions, Region, resident};
+use page_set::{PageRange, PageSet};
+
+use crate::error::{Error, SessionError};
+use crate::memory::Memory;
+
+/// Releases the memory of one guest, present or not.
+#[derive(Debug)]
+pub(crate) struct HostReclaim {
+    reclaimer: Reclaimer,
+    memory: Arc<MemoryMap>,
+    mode: ReleaseMode,
+    partial_huge: PartialHuge,
+}
+
+/// What was done up to some moment.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Work {
+    pub(crate) calls: u64,
+    pub(crate) bytes: u64,
+    pub(crate) translate: Duration,
+    pub(crate) release: Duration,
+}
+
+impl Work {
+    /// What was done since `earlier`.
+    pub(crate) const fn since(&self, earlier: &Self) -> Self {
+        Self {
+            calls: self.calls.saturating_sub(earlier.calls),
+            bytes: self.bytes.saturating_sub(earlier.bytes),
+            translate: self.translate.saturating_sub(earlier.translate),
+            release: self.release.saturating_sub(earlier.release),
+        }
+    }
+}
+
+impl HostReclaim {
+    /// Releases nothing until a guest's memory is known.
+    pub(crate) fn new(mode: ReleaseMode, partial_huge: PartialHuge) -> Result<Self, Error> {
+        let memory = Arc::new(MemoryMap::default());
+        let options = ReclaimerOptions {
+            mode: reclaimer_mode(mode),
+            partial_huge: match partial_huge {
+                PartialHuge::Split => host_memory::PartialHuge::Split,
+                PartialHuge::Wait => host_memory::PartialHuge::Wait,
+            },
+        };
+        let reclaimer = Reclaimer::new(Arc::clone(&memory) as _, options)
+            .map_err(|source| Error::Host { what: "starting a thread", source })?;
+        Ok(Self { reclaimer, memory, mode, partial_huge })
+    }
+
+    /// The guest's memory is now there.
+    pub(crate) fn set_memory(&mut self, memory: &Memory) -> Result<(), SessionError> {
+        let regions = memory.regions.iter().map(|region| {
+            let (start, bytes) = (region.guest_address, region.bytes);
+            let pages = PageRange::new(start / BALLOON_PAGE_BYTES, bytes / BALLOON_PAGE_BYTES)
+                .map_err(|e| SessionError::Map(e.into()))?;
+            Region::shared(pages, Arc::clone(&region.file), region.file_offset)
+                .map_err(|e| SessionError::Map(e.into()))
+        });
+        let map = MemoryMap::new(regions.collect::<Result<_, _>>()?)
+            .map_err(|e| SessionError::Map(e.into()))?;
+        self.replace(Arc::new(map));
+        Ok(())
+    }
+
+    /// The guest is gone; its memory is not held any longer.
+    pub(crate) fn forget_memory(&mut self) {
+        self.replace(Arc::new(MemoryMap::default()));
+    }
+
+    pub(crate) fn set_mode(&mut self, mode: ReleaseMode) {
+        self.mode = mode;
+        self.reclaimer.set_mode(reclaimer_mode(mode));
+    }
+
+    /// `None` while something is still to be released; else when the last release
+    /// ended, if there was any.
+    pub(crate) fn settled_at(&self) -> Option<Option<Instant>> {
+        let done = self.reclaimer.snapshot();
+        let settled = done.pending_pages == 0 && done.in_flight_pages == 0;
+        settled.then_some(done.last_batch_at)
+    }
+
+    pub(crate) fn work(&self) -> Work {
+        let done = self.reclaimer.snapshot();
+        Work {
+            calls: done.calls,
+            bytes: done.discarded_pages * BALLOON_PAGE_BYTES,
+            translate: Duration::from_nanos(done.translate_ns),
+            release: Duration::from_nanos(done.release_ns),
+        }
+    }
+
+    pub(crate) fn status(&self) -> ReleaseStatus {
+        let done = self.reclaimer.snapshot();
+        ReleaseStatus {
+            mode: self.mode,
+            partial_huge: self.partial_huge,
+            pending_bytes: done.pending_pages * BALLOON_PAGE_BYTES,
+            in_flight_bytes: done.in_flight_pages * BALLOON_PAGE_BYTES,
+            waiting_bytes: done.waiting_pages * BALLOON_PAGE_BYTES,
+            released_bytes: done.discarded_pages * BALLOON_PAGE_BYTES,
+            release_calls: done.calls,
+            release_errors: done.errors,
+        }
+    }
+
+    /// What the host really spends on the guest; `None` without a guest.
+    pub(crate) fn resident_bytes(&self) -> Option<u64> {
+        if self.memory.pages() == 0 {
+            return None;
+        }
+        let measured = resident::resident_bytes(&self.memory);
+        measured.inspect_err(|error| tracing::warn!(%error, "cannot measure guest memory")).ok()
+    }
+
+    /// What the host refused, by kind.
+    pub(crate) fn faults(&self) -> BTreeMap<String, u64> {
+        let done = self.reclaimer.snapshot();
+        let kinds = [
+            ("release_refused", done.errors),
+            ("release_panicked", done.panics),
+            ("release_outside_memory", done.outside_pages),
+        ];
+        let seen = kinds.into_iter().filter(|(_, count)| *count > 0);
+        seen.map(|(name, count)| (name.to_owned(), count)).collect()
+    }
+
+    fn replace(&mut self, memory: Arc<MemoryMap>) {
+        self.memory = memory;
+        self.reclaimer.replace_memory(Arc::clone(&self.memory) as _);
+    }
+}
+
+impl Reclaim for HostReclaim {
+    fn release(&mut self, pages: &PageSet) {
+        self.reclaimer.release(pages);
+    }
+
+    fn release_now(&mut self, pages: &PageSet) {
+        self.reclaimer.release_now(pages);
+    }
+
+    fn retain(&mut self, pages: &PageSet) {
+        self.reclaimer.retain(pages);
+    }
+
+    fn flush(&mut self) {
+        self.reclaimer.flush();
+    }
+}
+
+const fn reclaimer_mode(mode: ReleaseMode) -> host_memory::ReleaseMode {
+    match mode {
+        ReleaseMode::Background => host_memory::ReleaseMode::Background,
+        ReleaseMode::Immediate => host_memory::ReleaseMode::Immediate,
+        ReleaseMode::PerPage => host_memory::ReleaseMode::PerPage,
+    }
+}

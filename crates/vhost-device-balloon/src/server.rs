@@ -1,0 +1,182 @@
+//! Listens for front ends, one after the other, and serves each until it goes.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use control::Server;
+use control::api::{PartialHuge, ReleaseMode};
+use rustix::event::epoll::{self, EventData, EventFlags};
+
+use crate::error::{Error, SessionError};
+use crate::reclaim::HostReclaim;
+use crate::session::Session;
+use crate::shared::Shared;
+use crate::wire::Message;
+
+/// Time within which the rest of a message must come after its first byte.
+const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Events other than kicks, whose data is the queue's number.
+const EVENT_SOCKET: u64 = 1 << 32;
+const EVENT_WAKE: u64 = EVENT_SOCKET + 1;
+const EVENT_STOP: u64 = EVENT_SOCKET + 2;
+
+/// How to serve one guest.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where the monitor connects.
+    pub socket: PathBuf,
+    /// Name of the guest.
+    pub name: String,
+    /// Where the control API listens.
+    pub control: PathBuf,
+    /// When memory is released.
+    pub release: ReleaseMode,
+    /// What becomes of pieces of huge pages.
+    pub partial_huge: PartialHuge,
+}
+
+/// Serves the guest until the process is asked to end (SIGTERM or SIGINT).
+///
+/// # Errors
+/// When the sockets cannot be made. What a front end does ends its own session
+/// and nothing else.
+pub fn run(options: &Options) -> Result<(), Error> {
+    let stop = stop_signal().map_err(|source| Error::Host { what: "signal handling", source })?;
+    let reclaim = HostReclaim::new(options.release, options.partial_huge)?;
+    let shared = Arc::new(Shared::new(options.name.clone(), reclaim)?);
+    let socket = Socket::bind(&options.socket)?;
+    let _control = Server::bind(&options.control, Arc::clone(&shared) as _)?;
+    tracing::info!(socket = %options.socket.display(), name = options.name, "waiting for a monitor");
+    loop {
+        let Some(stream) = accept(&socket.listener, &stop)? else { return Ok(()) };
+        shared.set_connected(true);
+        let outcome = serve(&shared, &stream, &stop);
+        shared.set_connected(false);
+        match outcome {
+            Ok(End::Stopped) => return Ok(()),
+            Ok(End::HungUp) => tracing::info!("the monitor hung up"),
+            Err(error) => {
+                shared.count_front_end_fault(error.name());
+                let cause = std::error::Error::source(&error).map(ToString::to_string);
+                tracing::warn!(%error, cause, "the monitor's connection was ended");
+            }
+        }
+    }
+}
+
+enum End {
+    HungUp,
+    Stopped,
+}
+
+/// Serves one connection to its end.
+fn serve(shared: &Shared, stream: &UnixStream, stop: &UnixStream) -> Result<End, SessionError> {
+    let host = |what| move |source: io::Error| SessionError::Host { what, source };
+    stream.set_read_timeout(Some(MESSAGE_TIMEOUT)).map_err(host("SO_RCVTIMEO"))?;
+    stream.set_write_timeout(Some(MESSAGE_TIMEOUT)).map_err(host("SO_SNDTIMEO"))?;
+    let poll = watch(&[
+        (stream.as_fd(), EVENT_SOCKET),
+        (shared.wake().as_fd(), EVENT_WAKE),
+        (stop.as_fd(), EVENT_STOP),
+    ])
+    .map_err(host("epoll"))?;
+    let poll = Rc::new(poll);
+    let mut session = Session::new(shared, Rc::clone(&poll))?;
+    let mut message = Message::default();
+    let mut events = Vec::with_capacity(16);
+    loop {
+        wait(&poll, &mut events).map_err(host("epoll_wait"))?;
+        for event in events.drain(..) {
+            match event.data.u64() {
+                EVENT_SOCKET => {
+                    if !message.receive(stream)? {
+                        return Ok(End::HungUp);
+                    }
+                    session.handle(&mut message, stream)?;
+                }
+                EVENT_WAKE => {
+                    let _ = rustix::io::read(shared.wake(), &mut [0; 8]);
+                    session.config_changed();
+                }
+                EVENT_STOP => return Ok(End::Stopped),
+                queue => session.kicked(usize::try_from(queue).unwrap_or(usize::MAX)),
+            }
+        }
+    }
+}
+
+/// The next front end, or `None` when the process shall end.
+fn accept(listener: &UnixListener, stop: &UnixStream) -> Result<Option<UnixStream>, Error> {
+    let host = |what| move |source: io::Error| Error::Host { what, source };
+    let poll = watch(&[(listener.as_fd(), EVENT_SOCKET), (stop.as_fd(), EVENT_STOP)])
+        .map_err(host("epoll"))?;
+    let mut events = Vec::with_capacity(2);
+    loop {
+        wait(&poll, &mut events).map_err(host("epoll_wait"))?;
+        if events.iter().any(|event| event.data.u64() == EVENT_STOP) {
+            return Ok(None);
+        }
+        match listener.accept() {
+            Ok((stream, _)) => return Ok(Some(stream)),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+            Err(source) => return Err(Error::Host { what: "accept", source }),
+        }
+    }
+}
+
+fn watch(fds: &[(std::os::fd::BorrowedFd<'_>, u64)]) -> io::Result<OwnedFd> {
+    let poll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+    for (fd, data) in fds {
+        epoll::add(&poll, fd, EventData::new_u64(*data), EventFlags::IN)?;
+    }
+    Ok(poll)
+}
+
+fn wait(poll: &OwnedFd, events: &mut Vec<epoll::Event>) -> io::Result<()> {
+    events.clear();
+    match epoll::wait(poll, rustix::buffer::spare_capacity(events), None) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A stream that becomes readable on SIGTERM or SIGINT.
+fn stop_signal() -> io::Result<UnixStream> {
+    let (read, write) = UnixStream::pair()?;
+    signal_hook::low_level::pipe::register(signal_hook::consts::SIGTERM, write.try_clone()?)?;
+    signal_hook::low_level::pipe::register(signal_hook::consts::SIGINT, write)?;
+    Ok(read)
+}
+
+/// The vhost-user socket, which is gone when the back end is.
+struct Socket {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Socket {
+    /// A path left over from a back end that was killed is taken over; one that
+    /// is in use is not.
+    fn bind(path: &Path) -> Result<Self, Error> {
+        let listen = |source| Error::Listen { path: path.to_owned(), source };
+        let stale = UnixStream::connect(path)
+            .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+        if stale {
+            std::fs::remove_file(path).map_err(listen)?;
+        }
+        let listener = UnixListener::bind(path).map_err(listen)?;
+        Ok(Self { listener, path: path.to_owned() })
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}

@@ -1,0 +1,323 @@
+//! One front end's connection: its requests, in any order it likes.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+use std::time::Instant;
+
+use balloon_abi::{Features, QueueLayout, config::CONFIG_BYTES};
+use vhost::vhost_user::message::{BackendReq, FrontendReq};
+use vhost::vhost_user::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+
+use crate::error::{SessionError, Violation};
+use crate::memory::Memory;
+use crate::reclaim::HostReclaim;
+use crate::shared::Shared;
+use crate::vring::Vring;
+use crate::wire::{self, Message};
+
+type Device = balloon_device::Balloon<HostReclaim>;
+
+/// Features on top of the device's own.
+const TRANSPORT_FEATURES: Features =
+    Features(VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits());
+
+/// `CONFIG` and `BACKEND_REQ`: without both, a change of the target would not
+/// reach the guest. No `REPLY_ACK`: it would turn each config write of the guest
+/// into a round trip.
+const PROTOCOL_FEATURES: VhostUserProtocolFeatures =
+    VhostUserProtocolFeatures::CONFIG.union(VhostUserProtocolFeatures::BACKEND_REQ);
+
+/// Bytes of configuration space that may be read; those beyond the balloon's
+/// own read as zero. The protocol's reference front end (QEMU) reads at most this.
+const MAX_CONFIG_BYTES: usize = 256;
+
+/// Bits of a `SET_VRING_KICK` payload that name the queue, and the one that
+/// says that no file descriptor came.
+const VRING_INDEX_MASK: u64 = 0xff;
+const VRING_NO_FD: u64 = 1 << 8;
+
+/// State of one connection.
+pub(crate) struct Session<'a> {
+    shared: &'a Shared,
+    epoll: Rc<OwnedFd>,
+    vrings: Vec<Vring>,
+    memory: Option<Memory>,
+    features: Features,
+    channel: Option<OwnedFd>,
+}
+
+impl<'a> Session<'a> {
+    /// A connection on which nothing was said yet. Kicks are reported on
+    /// `epoll` with the queue's number as data.
+    pub(crate) fn new(shared: &'a Shared, epoll: Rc<OwnedFd>) -> Result<Self, SessionError> {
+        let vrings = (0..).take(QueueLayout::MAX_QUEUES).map(Vring::new);
+        Ok(Self {
+            shared,
+            epoll,
+            vrings: vrings.collect::<Result<_, _>>()?,
+            memory: None,
+            features: Features::NONE,
+            channel: None,
+        })
+    }
+
+    /// Carries out one request and answers it where it has an answer.
+    pub(crate) fn handle(
+        &mut self,
+        message: &mut Message,
+        socket: impl AsFd,
+    ) -> Result<(), SessionError> {
+        let request = message.request;
+        let unknown = SessionError::from(Violation::UnknownRequest { request });
+        let Ok(code) = FrontendReq::try_from(request) else { return Err(unknown) };
+        let answer = match code {
+            FrontendReq::GET_FEATURES => u64_bytes((Device::FEATURES | TRANSPORT_FEATURES).0),
+            FrontendReq::GET_PROTOCOL_FEATURES => u64_bytes(PROTOCOL_FEATURES.bits()),
+            FrontendReq::GET_QUEUE_NUM => u64_bytes(QueueLayout::MAX_QUEUES as u64),
+            FrontendReq::GET_CONFIG => self.get_config(message)?,
+            FrontendReq::GET_VRING_BASE => self.get_vring_base(message)?,
+            FrontendReq::SET_OWNER => return Ok(()),
+            FrontendReq::RESET_OWNER => return self.reset(),
+            FrontendReq::SET_FEATURES => return self.set_features(message),
+            FrontendReq::SET_PROTOCOL_FEATURES => return set_protocol_features(message),
+            FrontendReq::SET_MEM_TABLE => return self.set_mem_table(message),
+            FrontendReq::SET_VRING_NUM => return self.set_vring_num(message),
+            FrontendReq::SET_VRING_ADDR => return self.set_vring_addr(message),
+            FrontendReq::SET_VRING_BASE => return self.set_vring_base(message),
+            FrontendReq::SET_VRING_KICK => return self.set_vring_kick(message),
+            FrontendReq::SET_VRING_CALL => return self.set_vring_call(message),
+            // Errors of a queue are counted and logged; the fd is of no use here.
+            FrontendReq::SET_VRING_ERR => return Ok(()),
+            FrontendReq::SET_VRING_ENABLE => return self.set_vring_enable(message),
+            FrontendReq::SET_BACKEND_REQ_FD => return self.set_channel(message),
+            FrontendReq::SET_CONFIG => return self.set_config(message),
+            _ => return Err(unknown),
+        };
+        wire::reply(socket, request, &answer).map_err(SessionError::Send)
+    }
+
+    /// Serves queue `index` after a kick.
+    pub(crate) fn kicked(&mut self, index: usize) {
+        if let Some(vring) = self.vrings.get(index) {
+            vring.clear_kick();
+            self.process(index);
+        }
+    }
+
+    /// Tells the guest that the configuration space changed.
+    pub(crate) fn config_changed(&self) {
+        let Some(channel) = &self.channel else { return };
+        if let Err(error) = wire::request(channel, BackendReq::CONFIG_CHANGE_MSG.into(), &[]) {
+            tracing::warn!(%error, "front end: cannot tell of a configuration change");
+            self.shared.count_front_end_fault("channel_blocked");
+        }
+    }
+
+    /// Serves a queue until it is empty. A ring that makes no sense is stopped;
+    /// the other queues go on.
+    fn process(&mut self, index: usize) {
+        let Self { vrings, memory: Some(memory), shared, .. } = self else { return };
+        let Some(vring) = vrings.get_mut(index).filter(|vring| vring.runs()) else { return };
+        loop {
+            let mut device = shared.device();
+            let Some(vq) = device.queues().vq(index) else { return };
+            let drained = device.process_queue(vq, &memory.map, &mut vring.queue);
+            drop(device);
+            match drained {
+                Ok(drained) => {
+                    if drained.notify {
+                        vring.notify_guest();
+                    }
+                    if !drained.more {
+                        return;
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "queue stopped");
+                    vring.stop();
+                    return;
+                }
+            }
+        }
+    }
+
+    fn get_config(&mut self, message: &Message) -> Result<Vec<u8>, SessionError> {
+        let mut fields = message.fields();
+        let (offset, size, flags) = (fields.u32()?, fields.u32()?, fields.u32()?);
+        let (from, len) = (offset as usize, size as usize);
+        if from.saturating_add(len) > MAX_CONFIG_BYTES {
+            return Err(Violation::PayloadSize { request: message.request, size: len }.into());
+        }
+        let mut space = [0; MAX_CONFIG_BYTES];
+        space[..CONFIG_BYTES]
+            .copy_from_slice(&self.shared.device().read_config(Instant::now()).to_bytes());
+        let mut answer = Vec::with_capacity(12 + len);
+        for word in [offset, size, flags] {
+            answer.extend(word.to_ne_bytes());
+        }
+        answer.extend(&space[from..from + len]);
+        Ok(answer)
+    }
+
+    /// A write that the driver may not do is counted and ignored: it is the
+    /// guest's fault, and the front end could not help it.
+    fn set_config(&mut self, message: &Message) -> Result<(), SessionError> {
+        let mut fields = message.fields();
+        let (offset, size, _flags) = (fields.u32()?, fields.u32()?, fields.u32()?);
+        let data = fields.bytes(size as usize)?;
+        if let Err(fault) = self.shared.device().write_config(offset, data, Instant::now()) {
+            tracing::debug!(%fault, offset, "config write refused");
+        }
+        self.shared.changed();
+        Ok(())
+    }
+
+    /// New features mean that a driver starts, unless the queues still run: then
+    /// a front end only repeats itself. One without protocol features cannot stop
+    /// queues, so from it every set of features is a start.
+    fn set_features(&mut self, message: &Message) -> Result<(), SessionError> {
+        let features = Features(message.fields().u64()?);
+        let excess = features.without(Device::FEATURES | TRANSPORT_FEATURES);
+        if excess != Features::NONE {
+            return Err(Violation::Features { features: excess.0 }.into());
+        }
+        let can_stop = self.features.contains(TRANSPORT_FEATURES);
+        if can_stop && self.vrings.iter().any(Vring::runs) {
+            let same = features == self.features;
+            return if same { Ok(()) } else { Err(Violation::FeaturesWhileRunning.into()) };
+        }
+        self.reset()?;
+        self.features = features;
+        for vring in &mut self.vrings {
+            vring.enabled = !features.contains(TRANSPORT_FEATURES);
+        }
+        self.shared.device().reset(features.without(TRANSPORT_FEATURES));
+        self.shared.changed();
+        Ok(())
+    }
+
+    fn set_mem_table(&mut self, message: &mut Message) -> Result<(), SessionError> {
+        let memory = Memory::from_message(message)?;
+        if !self.vrings.iter().all(|vring| vring.is_valid(&memory.map)) {
+            return Err(Violation::MemoryTable.into());
+        }
+        let mut device = self.shared.device();
+        device.reclaim_mut().set_memory(&memory)?;
+        device.set_layout(memory.layout.clone());
+        drop(device);
+        self.memory = Some(memory);
+        self.shared.changed();
+        Ok(())
+    }
+
+    fn set_vring_num(&mut self, message: &Message) -> Result<(), SessionError> {
+        let mut fields = message.fields();
+        let (index, size) = (fields.u32()?, fields.u32()?);
+        self.vring(index)?.set_size(size)
+    }
+
+    fn set_vring_base(&mut self, message: &Message) -> Result<(), SessionError> {
+        let mut fields = message.fields();
+        let (index, base) = (fields.u32()?, fields.u32()?);
+        self.vring(index)?.set_base(base)
+    }
+
+    fn set_vring_addr(&mut self, message: &Message) -> Result<(), SessionError> {
+        let mut fields = message.fields();
+        let (index, _flags) = (fields.u32()?, fields.u32()?);
+        let event_idx = self.features.contains(Features::RING_EVENT_IDX);
+        let Self { vrings, memory, .. } = self;
+        let memory = memory.as_ref().ok_or(Violation::MemoryTable)?;
+        let vring =
+            vrings.get_mut(index as usize).ok_or(Violation::NoSuchQueue { index })?;
+        let mut place = || memory.guest_address(fields.u64()?);
+        let places = [place()?, place()?, place()?];
+        vring.set_addresses(places, &memory.map, event_idx)
+    }
+
+    fn get_vring_base(&mut self, message: &Message) -> Result<Vec<u8>, SessionError> {
+        let index = message.fields().u32()?;
+        let base = u32::from(self.vring(index)?.stop());
+        Ok([index.to_ne_bytes(), base.to_ne_bytes()].concat())
+    }
+
+    fn set_vring_kick(&mut self, message: &mut Message) -> Result<(), SessionError> {
+        let (index, fd) = vring_fd(message)?;
+        let fd = fd.ok_or(Violation::NoKick { index })?;
+        let epoll = Rc::clone(&self.epoll);
+        self.vring(index)?.set_kick(fd, &epoll)?;
+        self.process(index as usize);
+        Ok(())
+    }
+
+    fn set_vring_call(&mut self, message: &mut Message) -> Result<(), SessionError> {
+        let (index, fd) = vring_fd(message)?;
+        self.vring(index)?.set_call(fd)
+    }
+
+    fn set_vring_enable(&mut self, message: &Message) -> Result<(), SessionError> {
+        let mut fields = message.fields();
+        let (index, enable) = (fields.u32()?, fields.u32()?);
+        self.vring(index)?.enabled = enable != 0;
+        self.process(index as usize);
+        Ok(())
+    }
+
+    fn set_channel(&mut self, message: &mut Message) -> Result<(), SessionError> {
+        self.channel = Some(one_fd(message)?);
+        // A target that was set before the guest came is told once it listens.
+        if self.shared.device().config().num_pages > 0 {
+            self.config_changed();
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) -> Result<(), SessionError> {
+        self.vrings.iter_mut().for_each(Vring::reset);
+        self.features = Features::NONE;
+        self.shared.device().reset(Features::NONE);
+        self.shared.changed();
+        Ok(())
+    }
+
+    fn vring(&mut self, index: u32) -> Result<&mut Vring, SessionError> {
+        Ok(self.vrings.get_mut(index as usize).ok_or(Violation::NoSuchQueue { index })?)
+    }
+}
+
+impl Drop for Session<'_> {
+    /// The guest is gone with its monitor: nothing of it may be released any
+    /// more, since its memory may be mapped by a monitor that comes back.
+    fn drop(&mut self) {
+        let mut device = self.shared.device();
+        device.reset(Features::NONE);
+        device.reclaim_mut().forget_memory();
+        device.set_layout(balloon_device::MemoryLayout::default());
+    }
+}
+
+fn set_protocol_features(message: &Message) -> Result<(), SessionError> {
+    let excess = message.fields().u64()? & !PROTOCOL_FEATURES.bits();
+    if excess == 0 { Ok(()) } else { Err(Violation::Features { features: excess }.into()) }
+}
+
+fn u64_bytes(value: u64) -> Vec<u8> {
+    value.to_ne_bytes().to_vec()
+}
+
+fn one_fd(message: &mut Message) -> Result<OwnedFd, SessionError> {
+    let count = message.fds.len();
+    match message.fds.pop() {
+        Some(fd) if count == 1 => Ok(fd),
+        _ => Err(Violation::FdCount { request: message.request, count }.into()),
+    }
+}
+
+fn vring_fd(message: &mut Message) -> Result<(u32, Option<OwnedFd>), SessionError> {
+    let value = message.fields().u64()?;
+    let index = u32::try_from(value & VRING_INDEX_MASK).unwrap_or(u32::MAX);
+    if value & VRING_NO_FD != 0 {
+        return Ok((index, None));
+    }
+    Ok((index, Some(one_fd(message)?)))
+}

@@ -1,0 +1,242 @@
+//! What the vhost-user loop and the control API share: the device, under a
+//! lock, and what is known around it.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use balloon_abi::Features;
+use balloon_device::{Balloon, Change};
+use control::ControlError;
+use control::api::{
+    BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, Direction, Driver, Faults, GuestStatus,
+    ReleaseMode, StagesMs, Status,
+};
+use rustix::event::EventfdFlags;
+
+use crate::error::Error;
+use crate::reclaim::HostReclaim;
+
+/// How often a wait looks whether releasing in the background has come to its
+/// end, which nobody announces.
+const SETTLE_LOOK: Duration = Duration::from_millis(1);
+
+/// One guest's balloon.
+pub(crate) struct Shared {
+    name: String,
+    started: Instant,
+    state: Mutex<State>,
+    changed: Condvar,
+    wake: OwnedFd,
+}
+
+struct State {
+    device: Balloon<HostReclaim>,
+    connected: bool,
+    generation: u64,
+    /// What was released before the present change began.
+    baseline: crate::reclaim::Work,
+    front_end_faults: BTreeMap<&'static str, u64>,
+}
+
+/// The device, locked.
+pub(crate) struct DeviceGuard<'a>(MutexGuard<'a, State>);
+
+impl std::ops::Deref for DeviceGuard<'_> {
+    type Target = Balloon<HostReclaim>;
+    fn deref(&self) -> &Self::Target {
+        &self.0.device
+    }
+}
+
+impl std::ops::DerefMut for DeviceGuard<'_> {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        &mut self.0.device
+    }
+}
+
+impl Shared {
+    pub(crate) fn new(name: String, reclaim: HostReclaim) -> Result<Self, Error> {
+        let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|e| Error::Host { what: "eventfd", source: e.into() })?;
+        let state = State {
+            device: Balloon::new(reclaim),
+            connected: false,
+            generation: 0,
+            baseline: crate::reclaim::Work::default(),
+            front_end_faults: BTreeMap::new(),
+        };
+        Ok(Self {
+            name,
+            started: Instant::now(),
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            wake,
+        })
+    }
+
+    pub(crate) fn device(&self) -> DeviceGuard<'_> {
+        DeviceGuard(self.state())
+    }
+
+    /// Wakes those who wait for a change of the balloon.
+    pub(crate) fn changed(&self) {
+        self.changed.notify_all();
+    }
+
+    pub(crate) fn set_connected(&self, connected: bool) {
+        self.state().connected = connected;
+        self.changed();
+    }
+
+    pub(crate) fn count_front_end_fault(&self, name: &'static str) {
+        let mut state = self.state();
+        let count = state.front_end_faults.entry(name).or_default();
+        *count = count.saturating_add(1);
+    }
+
+    /// Becomes readable when the target has changed.
+    pub(crate) const fn wake(&self) -> &OwnedFd {
+        &self.wake
+    }
+
+    /// A thread that panicked with the lock held has left counters behind, no
+    /// half-made structure; the guest is worth more than a clean exit.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl control::Balloon for Shared {
+    fn status(&self) -> Status {
+        let state = self.state();
+        let device = &state.device;
+        let resident_bytes = device.reclaim().resident_bytes();
+        Status {
+            name: self.name.clone(),
+            pid: std::process::id(),
+            uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            guest: state.guest(),
+            balloon: state.balloon(),
+            release: device.reclaim().status(),
+            resident_bytes,
+            faults: state.faults(),
+        }
+    }
+
+    fn set_target(&self, pages: u32) -> Result<u64, ControlError> {
+        let mut state = self.state();
+        if state.device.config().num_pages == pages {
+            return Ok(state.generation);
+        }
+        state.baseline = state.device.reclaim().work();
+        state.device.set_target(pages, Instant::now());
+        state.generation += 1;
+        let generation = state.generation;
+        drop(state);
+        rustix::io::write(&self.wake, &1u64.to_ne_bytes())
+            .map_err(|error| ControlError::Failed {
+                what: format!("the balloon cannot be woken: {error}"),
+                hint: "restart the back end of this guest".into(),
+            })?;
+        self.changed();
+        Ok(generation)
+    }
+
+    fn set_release_mode(&self, mode: ReleaseMode) -> Result<(), ControlError> {
+        self.state().device.reclaim_mut().set_mode(mode);
+        Ok(())
+    }
+
+    fn wait_change(&self, generation: u64, timeout: Duration) -> BalloonStatus {
+        let end = Instant::now().checked_add(timeout);
+        let mut state = self.state();
+        loop {
+            let status = state.balloon();
+            let now = Instant::now();
+            if status.is_over(generation) || end.is_some_and(|end| now >= end) {
+                return status;
+            }
+            let left = end.map_or(Duration::MAX, |end| end - now);
+            // Only a guest that has reached its target leaves nothing but the
+            // release to wait for; all else is announced.
+            let reached = status.actual_pages == status.target_pages;
+            let wait = if reached { left.min(SETTLE_LOOK) } else { left };
+            let woken = self.changed.wait_timeout(state, wait);
+            state = woken.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+impl State {
+    fn guest(&self) -> GuestStatus {
+        let negotiated = self.device.negotiated();
+        let driver = if negotiated == Features::NONE {
+            Driver::None
+        } else if negotiated.contains(Features::PAGE_BITMAP) {
+            Driver::Aerostat
+        } else {
+            Driver::Classic
+        };
+        GuestStatus {
+            connected: self.connected,
+            driver,
+            features: negotiated.names().map(str::to_owned).collect(),
+            memory_bytes: self.device.layout().pages() * BALLOON_PAGE_BYTES,
+        }
+    }
+
+    fn balloon(&self) -> BalloonStatus {
+        let config = self.device.config();
+        let memory_pages = self.device.layout().pages();
+        BalloonStatus {
+            generation: self.generation,
+            settled: self.settled_at().is_some() || self.generation == 0,
+            max_bytes: (memory_pages > 0).then_some(memory_pages * BALLOON_PAGE_BYTES),
+            last_change: self.device.change().map(|change| self.change(change)),
+            ..BalloonStatus::from_pages(config.num_pages, config.actual)
+        }
+    }
+
+    /// When the guest had reached the target and the host had released all.
+    fn settled_at(&self) -> Option<Instant> {
+        let reached_at = self.device.change()?.reached_at()?;
+        let released_at = self.device.reclaim().settled_at()?;
+        Some(released_at.map_or(reached_at, |released_at| released_at.max(reached_at)))
+    }
+
+    fn change(&self, change: &Change) -> BalloonChange {
+        let end = self.settled_at().unwrap_or_else(Instant::now);
+        let work = self.device.reclaim().work().since(&self.baseline);
+        let stages = change.stages(end, work.translate, work.release);
+        let inflates = change.to_pages() >= change.from_pages();
+        BalloonChange {
+            direction: if inflates { Direction::Inflate } else { Direction::Deflate },
+            from_pages: change.from_pages(),
+            to_pages: change.to_pages(),
+            wall_ms: ms(change.wall(end)),
+            stages_ms: StagesMs {
+                allocate: ms(stages.allocate),
+                send: ms(stages.send),
+                translate: ms(stages.translate),
+                release: ms(stages.release),
+            },
+            messages: change.messages(),
+            release_calls: work.calls,
+            released_bytes: work.bytes,
+        }
+    }
+
+    fn faults(&self) -> Faults {
+        let seen = self.device.faults().iter().filter(|(_, count)| *count > 0);
+        let guest = seen.map(|(fault, count)| (fault.name().replace('-', "_"), count)).collect();
+        let front_end =
+            self.front_end_faults.iter().map(|(name, count)| ((*name).to_owned(), *count)).collect();
+        Faults { guest, front_end, host: self.device.reclaim().faults() }
+    }
+}
+
+fn ms(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}

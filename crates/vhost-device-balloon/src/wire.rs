@@ -1,0 +1,177 @@
+//! Framing of vhost-user messages on a stream socket.
+//!
+//! The header is read alone, so the file descriptors that arrive with a message
+//! cannot be taken for those of the next one.
+
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, recvmsg, send,
+};
+
+use crate::error::{SessionError, Violation};
+
+/// Bytes of request, flags and size.
+const HEADER_BYTES: usize = 12;
+
+/// Bytes of a payload: room for a memory table of over a hundred regions. The
+/// protocol itself sets no bound.
+const MAX_PAYLOAD_BYTES: usize = 4096;
+
+/// File descriptors one message may carry: one for each memory region.
+pub(crate) const MAX_FDS: usize = 32;
+
+/// Low bits of the flags: the protocol's version, which has always been 1.
+const VERSION: u32 = 1;
+const VERSION_MASK: u32 = 3;
+const FLAG_REPLY: u32 = 1 << 2;
+
+/// A message of the front end.
+#[derive(Debug, Default)]
+pub(crate) struct Message {
+    pub(crate) request: u32,
+    pub(crate) payload: Vec<u8>,
+    pub(crate) fds: Vec<OwnedFd>,
+}
+
+impl Message {
+    /// Reads the next message into `self`. `Ok(false)`: the front end hung up
+    /// between two messages.
+    pub(crate) fn receive(&mut self, socket: impl AsFd) -> Result<bool, SessionError> {
+        self.fds.clear();
+        let mut header = [0; HEADER_BYTES];
+        if !fill(&socket, &mut header, Some(&mut self.fds))? {
+            return Ok(false);
+        }
+        let [request, flags, size] = words(header);
+        if flags & VERSION_MASK != VERSION || flags & FLAG_REPLY != 0 {
+            return Err(Violation::Header { flags }.into());
+        }
+        let size = usize::try_from(size).unwrap_or(usize::MAX);
+        if size > MAX_PAYLOAD_BYTES {
+            return Err(Violation::PayloadSize { request, size }.into());
+        }
+        self.request = request;
+        self.payload.resize(size, 0);
+        if size > 0 && !fill(&socket, &mut self.payload, None)? {
+            return Err(SessionError::Truncated);
+        }
+        Ok(true)
+    }
+
+    /// The payload, to be read field by field.
+    pub(crate) fn fields(&self) -> Fields<'_> {
+        Fields { request: self.request, rest: &self.payload }
+    }
+}
+
+/// Answers `request` with `payload`.
+pub(crate) fn reply(socket: impl AsFd, request: u32, payload: &[u8]) -> io::Result<()> {
+    send_message(socket, request, FLAG_REPLY, payload, SendFlags::NOSIGNAL)
+}
+
+/// Sends a request of the back end. A front end that does not read its channel
+/// gets an error, not the back end's time.
+pub(crate) fn request(socket: impl AsFd, request: u32, payload: &[u8]) -> io::Result<()> {
+    send_message(socket, request, 0, payload, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
+}
+
+fn send_message(
+    socket: impl AsFd,
+    request: u32,
+    flags: u32,
+    payload: &[u8],
+    how: SendFlags,
+) -> io::Result<()> {
+    let size = u32::try_from(payload.len()).map_err(io::Error::other)?;
+    let mut bytes = Vec::with_capacity(HEADER_BYTES + payload.len());
+    for word in [request, flags | VERSION, size] {
+        bytes.extend(word.to_ne_bytes());
+    }
+    bytes.extend(payload);
+    let mut rest = &bytes[..];
+    while !rest.is_empty() {
+        match send(&socket, rest, how) {
+            Ok(sent) => rest = &rest[sent.min(rest.len())..],
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Fields of a payload, in the machine's byte order as the protocol wants it.
+pub(crate) struct Fields<'a> {
+    request: u32,
+    rest: &'a [u8],
+}
+
+impl<'a> Fields<'a> {
+    pub(crate) fn u32(&mut self) -> Result<u32, SessionError> {
+        self.chunk().map(u32::from_ne_bytes)
+    }
+
+    pub(crate) fn u64(&mut self) -> Result<u64, SessionError> {
+        self.chunk().map(u64::from_ne_bytes)
+    }
+
+    pub(crate) fn bytes(&mut self, len: usize) -> Result<&'a [u8], SessionError> {
+        let (bytes, rest) = self.rest.split_at_checked(len).ok_or_else(|| self.short())?;
+        self.rest = rest;
+        Ok(bytes)
+    }
+
+    fn chunk<const N: usize>(&mut self) -> Result<[u8; N], SessionError> {
+        let (chunk, rest) = self.rest.split_first_chunk().ok_or_else(|| self.short())?;
+        self.rest = rest;
+        Ok(*chunk)
+    }
+
+    fn short(&self) -> SessionError {
+        Violation::PayloadSize { request: self.request, size: self.rest.len() }.into()
+    }
+}
+
+fn words(header: [u8; HEADER_BYTES]) -> [u32; 3] {
+    let word = |at: usize| {
+        u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
+    };
+    [word(0), word(4), word(8)]
+}
+
+/// Reads exactly `buffer`, and file descriptors with its first part. `Ok(false)`:
+/// the end came before the first byte.
+fn fill(
+    socket: &impl AsFd,
+    buffer: &mut [u8],
+    mut fds: Option<&mut Vec<OwnedFd>>,
+) -> Result<bool, SessionError> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let part = &mut [IoSliceMut::new(&mut buffer[filled..])];
+        let received = match recvmsg(socket, part, &mut control, RecvFlags::CMSG_CLOEXEC) {
+            Ok(received) => received,
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(error) => return Err(SessionError::Receive(error.into())),
+        };
+        if received.flags.contains(ReturnFlags::CTRUNC) {
+            return Err(Violation::TooManyFds.into());
+        }
+        // What nobody asked for is closed when the buffer is drained.
+        for message in control.drain() {
+            if let (RecvAncillaryMessage::ScmRights(rights), Some(fds)) = (message, fds.as_mut()) {
+                fds.extend(rights);
+            }
+        }
+        match received.bytes {
+            0 if filled == 0 => return Ok(false),
+            0 => return Err(SessionError::Truncated),
+            bytes => filled += bytes,
+        }
+    }
+    Ok(true)
+}
