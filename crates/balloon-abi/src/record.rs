@@ -115,13 +115,18 @@ impl<'a> Record<'a> {
         words.iter().map(|raw| u64::from_le_bytes(*raw)).chain(single)
     }
 
-    /// First page after the last block that the record names, whether its bit
-    /// is set or not; cannot overflow, since a start has 52 bits.
-    pub fn span_end(&self) -> Pfn {
-        let last = self.words().enumerate().filter(|(_, word)| *word != 0).last();
-        let blocks =
-            last.map_or(0, |(i, word)| i as u64 * 64 + 64 - u64::from(word.leading_zeros()));
-        Pfn(self.header.start_pfn.0 + blocks * self.header.block_pages())
+    /// From the first page of the first block that the record names to the end of
+    /// the last one, as page numbers; `None` where it names none. The parts of a
+    /// bitmap before and behind need not exist in any guest. Cannot overflow,
+    /// since a start has 52 bits.
+    pub fn span(&self) -> Option<(Pfn, Pfn)> {
+        let mut named = self.words().enumerate().filter(|(_, word)| *word != 0);
+        let (i, word) = named.next()?;
+        let first = i as u64 * 64 + u64::from(word.trailing_zeros());
+        let (i, word) = named.last().unwrap_or((i, word));
+        let end = i as u64 * 64 + 64 - u64::from(word.leading_zeros());
+        let pfn = |block| Pfn(self.header.start_pfn.0 + block * self.header.block_pages());
+        Some((pfn(first), pfn(end)))
     }
 }
 
@@ -209,7 +214,7 @@ mod tests {
         let len = encode(&mut message, Pfn(0), 22, &[u64::MAX; 12]).unwrap().unwrap();
         assert_eq!(len, 104);
         let record = one(&message[..len]).unwrap();
-        assert_eq!(record.span_end(), Pfn(3 << 18));
+        assert_eq!(record.span(), Some((Pfn(0), Pfn(3 << 18))));
     }
 
     #[test]
@@ -218,7 +223,16 @@ mod tests {
         encode(&mut message, Pfn(512), 21, &[]).unwrap().unwrap();
         let record = one(&message).unwrap();
         assert_eq!(record.words().collect::<Vec<_>>(), [1]);
-        assert_eq!(record.span_end(), Pfn(1024));
+        assert_eq!(record.span(), Some((Pfn(512), Pfn(1024))));
+    }
+
+    #[test]
+    fn the_span_is_of_the_blocks_that_are_named() {
+        let mut message = [0; 40];
+        encode(&mut message, Pfn(0), 21, &[0, 1 << 3, 1 << 5, 0]).unwrap().unwrap();
+        assert_eq!(one(&message).unwrap().span(), Some((Pfn(67 * 512), Pfn(134 * 512))));
+        encode(&mut message, Pfn(0), 21, &[0; 4]).unwrap().unwrap();
+        assert_eq!(one(&message).unwrap().span(), None);
     }
 
     #[test]
@@ -232,7 +246,7 @@ mod tests {
         assert_eq!(one(&word(0, 12, 1)).unwrap_err(), RecordError::Truncated);
         assert_eq!(one(&[0; 7]).unwrap_err(), RecordError::Truncated);
         let top = MAX_RECORD_PFN - 1;
-        assert_eq!(one(&word(top, 12, 0)).unwrap().span_end(), Pfn(MAX_RECORD_PFN));
+        assert_eq!(one(&word(top, 12, 0)).unwrap().span(), Some((Pfn(top), Pfn(MAX_RECORD_PFN))));
         assert!(encode(&mut [0; 1024], Pfn(0), 12, &[1; 64]).is_err(), "64 words have no code");
         assert_eq!(encode(&mut [0; 15], Pfn(0), 12, &[1]), Ok(None), "no room");
     }
@@ -271,7 +285,9 @@ mod tests {
         fn any_bytes_are_read_to_an_end(message in prop::collection::vec(any::<u8>(), 0..2048)) {
             for record in Records::new(&message).flatten() {
                 prop_assert!(record.header().start_pfn.0 < MAX_RECORD_PFN);
-                prop_assert!(record.span_end().address().is_some() || record.span_end().0 >= MAX_RECORD_PFN);
+                if let Some((start, end)) = record.span() {
+                    prop_assert!(record.header().start_pfn <= start && start < end);
+                }
                 prop_assert!(record.words().count() <= MAX_RECORD_WORDS);
             }
         }

@@ -18,7 +18,8 @@ pub fn decode_bitmap(message: &[u8], layout: &MemoryLayout) -> Result<PageSet, F
     for record in Records::new(message) {
         let record = record.map_err(|_| Fault::MalformedRecord)?;
         let header = record.header();
-        if header.start_pfn.0 < first || record.span_end().0 > end {
+        let Some((span_first, span_end)) = record.span() else { continue };
+        if span_first.0 < first || span_end.0 > end {
             return Err(Fault::OutsideMemory);
         }
         let blocks: u64 = record.words().map(|word| u64::from(word.count_ones())).sum();

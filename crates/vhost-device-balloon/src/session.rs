@@ -18,8 +18,7 @@ use crate::wire::{self, Message};
 type Device = balloon_device::Balloon<HostReclaim>;
 
 /// Features on top of the device's own.
-const TRANSPORT_FEATURES: Features =
-    Features(VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits());
+const TRANSPORT_FEATURES: Features = Features(VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits());
 
 /// `CONFIG` and `BACKEND_REQ`: without both, a change of the target would not
 /// reach the guest. No `REPLY_ACK`: it would turn each config write of the guest
@@ -228,8 +227,7 @@ impl<'a> Session<'a> {
         let event_idx = self.features.contains(Features::RING_EVENT_IDX);
         let Self { vrings, memory, .. } = self;
         let memory = memory.as_ref().ok_or(Violation::MemoryTable)?;
-        let vring =
-            vrings.get_mut(index as usize).ok_or(Violation::NoSuchQueue { index })?;
+        let vring = vrings.get_mut(index as usize).ok_or(Violation::NoSuchQueue { index })?;
         let mut place = || memory.guest_address(fields.u64()?);
         let places = [place()?, place()?, place()?];
         vring.set_addresses(places, &memory.map, event_idx)

@@ -135,11 +135,12 @@ impl control::Balloon for Shared {
         state.generation += 1;
         let generation = state.generation;
         drop(state);
-        rustix::io::write(&self.wake, &1u64.to_ne_bytes())
-            .map_err(|error| ControlError::Failed {
+        rustix::io::write(&self.wake, &1u64.to_ne_bytes()).map_err(|error| {
+            ControlError::Failed {
                 what: format!("the balloon cannot be woken: {error}"),
                 hint: "restart the back end of this guest".into(),
-            })?;
+            }
+        })?;
         self.changed();
         Ok(generation)
     }
@@ -231,8 +232,11 @@ impl State {
     fn faults(&self) -> Faults {
         let seen = self.device.faults().iter().filter(|(_, count)| *count > 0);
         let guest = seen.map(|(fault, count)| (fault.name().replace('-', "_"), count)).collect();
-        let front_end =
-            self.front_end_faults.iter().map(|(name, count)| ((*name).to_owned(), *count)).collect();
+        let front_end = self
+            .front_end_faults
+            .iter()
+            .map(|(name, count)| ((*name).to_owned(), *count))
+            .collect();
         Faults { guest, front_end, host: self.device.reclaim().faults() }
     }
 }

@@ -44,8 +44,7 @@ impl Drop for Kick {
 
 impl Vring {
     pub(crate) fn new(index: u32) -> Result<Self, SessionError> {
-        let queue =
-            Queue::new(MAX_QUEUE_SIZE).map_err(|_| Violation::QueueSetup { index })?;
+        let queue = Queue::new(MAX_QUEUE_SIZE).map_err(|_| Violation::QueueSetup { index })?;
         Ok(Self { index, queue, enabled: false, kick: None, call: None })
     }
 
@@ -155,4 +154,3 @@ fn nonblocking(fd: OwnedFd) -> Result<OwnedFd, SessionError> {
         .map_err(|e| SessionError::Host { what: "FIONBIO", source: e.into() })?;
     Ok(fd)
 }
-
