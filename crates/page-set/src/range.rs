@@ -85,6 +85,13 @@ impl PageRange {
         self.start >= outer.start && self.end() <= outer.end()
     }
 
+    /// The pages below page `at` and those from it on.
+    #[must_use]
+    pub fn split_at(self, at: u64) -> (Self, Self) {
+        let at = at.clamp(self.start, self.end());
+        (Self::known(self.start, at), Self::known(at, self.end()))
+    }
+
     /// The pages that both have.
     #[must_use]
     pub fn intersection(self, other: Self) -> Self {
