@@ -6,7 +6,7 @@ use page_set::{PageRange, PageSet};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 
-use crate::advise::advise;
+use crate::advise::{advise, vectors_work};
 use crate::{Backing, MemoryMap, PartialHuge, Piece};
 
 /// Failures that a report keeps in full; beyond, they are only counted, so that
@@ -163,7 +163,7 @@ fn release(pieces: &[Piece<'_>], report: &mut DiscardReport) {
     let anonymous = |piece: &Piece<'_>| matches!(piece.region.backing(), Backing::Anonymous(_));
     for run in pieces.chunk_by(|a, b| anonymous(a) == anonymous(b)) {
         if run.first().is_some_and(anonymous) {
-            let calls = advise(run, |piece, result| {
+            let calls = advise(run, vectors_work(), |piece, result| {
                 report.count(piece, DiscardCall::DontNeed, result);
             });
             report.calls += calls;
