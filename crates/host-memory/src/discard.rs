@@ -1,0 +1,210 @@
+//! Giving the memory of a page set back to the host.
+
+use std::time::{Duration, Instant};
+
+use page_set::{PageRange, PageSet};
+use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
+
+use crate::advise::{advise, vectors_work};
+use crate::{Backing, MemoryMap, PartialHuge, Piece};
+
+/// Failures that a report keeps in full; beyond, they are only counted, so that
+/// a host which refuses everything costs bounded memory.
+pub const KEPT_FAILURES: usize = 16;
+
+/// Pieces that are translated before they are released: bounds memory (24 KiB a
+/// thousand) and is far more than one vectored call takes.
+const PIECES_PER_PASS: usize = 4096;
+
+/// Pages that one request of a classic driver carries, and so what the per-page
+/// mode translates before it releases
+/// (`VIRTIO_BALLOON_ARRAY_PFNS_MAX` in `drivers/virtio/virtio_balloon.c`).
+const PER_PAGE_REQUEST_PAGES: usize = 256;
+
+/// Something that can release pages: a [`MemoryMap`], or a stand-in in tests.
+pub trait Discard: Send + Sync {
+    /// Size of the largest host page, in 4 KiB pages; 1 if all are small.
+    fn largest_host_page(&self) -> u64;
+
+    /// Takes out of `pages` those that must wait because their host page is not
+    /// wholly in `pages`; returns them.
+    fn take_partial(&self, pages: &mut PageSet, partial_huge: PartialHuge) -> PageSet;
+
+    /// Releases the memory of `pages` with the fewest calls. What it can not
+    /// release is in the report; it never stops half-way.
+    fn discard(&self, pages: &PageSet) -> DiscardReport;
+
+    /// The same, page by page: one look-up and one call each, as QEMU did until
+    /// 2016. Exists to be compared with.
+    fn discard_per_page(&self, pages: &PageSet) -> DiscardReport;
+}
+
+/// What releasing did.
+#[derive(Clone, Debug, Default)]
+#[must_use]
+pub struct DiscardReport {
+    /// System calls.
+    pub calls: u64,
+    /// Runs of pages released, after cutting at region borders.
+    pub ranges: u64,
+    /// Pages released (4 KiB each; whether memory was behind them or not).
+    pub pages: u64,
+    /// Pages that the host refused to release.
+    pub failed_pages: u64,
+    /// Pages outside guest memory: the caller's fault.
+    pub outside_pages: u64,
+    /// The first [`KEPT_FAILURES`] failures.
+    pub failures: Vec<DiscardFailure>,
+    /// How many failures there were.
+    pub failure_count: u64,
+    /// Time to find out where pages lie.
+    pub translate: Duration,
+    /// Time spent releasing.
+    pub release: Duration,
+}
+
+/// A run of pages that the host did not release.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("cannot release pages {pages:?}: {call}")]
+pub struct DiscardFailure {
+    /// The pages.
+    pub pages: PageRange,
+    /// What was tried.
+    pub call: DiscardCall,
+    /// What the host said.
+    #[source]
+    pub errno: Errno,
+}
+
+/// The call that releases.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiscardCall {
+    /// `fallocate` with FALLOC_FL_PUNCH_HOLE.
+    PunchHole,
+    /// `madvise` or `process_madvise` with MADV_DONTNEED.
+    DontNeed,
+}
+
+impl std::fmt::Display for DiscardCall {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::PunchHole => "punching a hole into its file failed",
+            Self::DontNeed => "madvise(MADV_DONTNEED) failed",
+        })
+    }
+}
+
+impl Discard for MemoryMap {
+    fn largest_host_page(&self) -> u64 {
+        self.regions().iter().map(|region| region.host_pages().largest_pages()).max().unwrap_or(1)
+    }
+
+    fn take_partial(&self, pages: &mut PageSet, partial_huge: PartialHuge) -> PageSet {
+        self.take_partial(pages, partial_huge)
+    }
+
+    fn discard(&self, pages: &PageSet) -> DiscardReport {
+        let mut report = DiscardReport::default();
+        let mut located = pages.ranges().flat_map(|range| self.translate(range));
+        let mut pieces = Vec::new();
+        loop {
+            let started = Instant::now();
+            pieces.clear();
+            let mut seen = 0;
+            for piece in located.by_ref().take(PIECES_PER_PASS) {
+                seen += 1;
+                match piece {
+                    Ok(piece) => pieces.push(piece),
+                    Err(outside) => report.outside_pages += outside.pages.pages(),
+                }
+            }
+            let translated = Instant::now();
+            report.translate += translated - started;
+            if seen == 0 {
+                break;
+            }
+            release(&pieces, &mut report);
+            report.release += translated.elapsed();
+        }
+        report
+    }
+
+    fn discard_per_page(&self, pages: &PageSet) -> DiscardReport {
+        let mut report = DiscardReport::default();
+        let mut numbers = pages.ranges().flat_map(|range| range.start()..range.end());
+        let mut request = Vec::with_capacity(PER_PAGE_REQUEST_PAGES);
+        let mut pieces = Vec::with_capacity(PER_PAGE_REQUEST_PAGES);
+        loop {
+            request.clear();
+            request.extend(numbers.by_ref().take(PER_PAGE_REQUEST_PAGES));
+            if request.is_empty() {
+                return report;
+            }
+            // Two passes, so that the clock is read twice for 256 pages and not
+            // for each.
+            let started = Instant::now();
+            pieces.clear();
+            pieces.extend(request.iter().filter_map(|&page| self.find(page)));
+            let translated = Instant::now();
+            report.outside_pages += (request.len() - pieces.len()) as u64;
+            report.translate += translated - started;
+            for piece in &pieces {
+                release(std::slice::from_ref(piece), &mut report);
+            }
+            report.release += translated.elapsed();
+        }
+    }
+}
+
+/// Releases pieces in their order: files hole by hole, runs of anonymous memory
+/// by vectors.
+fn release(pieces: &[Piece<'_>], report: &mut DiscardReport) {
+    let anonymous = |piece: &Piece<'_>| matches!(piece.region.backing(), Backing::Anonymous(_));
+    for run in pieces.chunk_by(|a, b| anonymous(a) == anonymous(b)) {
+        if run.first().is_some_and(anonymous) {
+            let calls = advise(run, vectors_work(), |piece, result| {
+                report.count(piece, DiscardCall::DontNeed, result);
+            });
+            report.calls += calls;
+        } else {
+            for piece in run {
+                report.calls += 1;
+                let result = punch_hole(piece);
+                report.count(piece, DiscardCall::PunchHole, result);
+            }
+        }
+    }
+}
+
+/// Takes the memory behind `piece` from its file and from all who map it.
+fn punch_hole(piece: &Piece<'_>) -> Result<(), Errno> {
+    let Backing::Shared { file, .. } = piece.region.backing() else { return Err(Errno::INVAL) };
+    let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    loop {
+        match fallocate(file, mode, piece.start_bytes(), piece.len_bytes()) {
+            // A signal came: nothing says how far it got, and punching twice is
+            // harmless.
+            Err(Errno::INTR) => {}
+            result => return result,
+        }
+    }
+}
+
+impl DiscardReport {
+    fn count(&mut self, piece: &Piece<'_>, call: DiscardCall, result: Result<(), Errno>) {
+        match result {
+            Ok(()) => {
+                self.ranges += 1;
+                self.pages += piece.pages.pages();
+            }
+            Err(errno) => {
+                self.failed_pages += piece.pages.pages();
+                self.failure_count += 1;
+                if self.failures.len() < KEPT_FAILURES {
+                    self.failures.push(DiscardFailure { pages: piece.pages, call, errno });
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,40 @@
+//! Releasing and counting the host memory that backs a guest.
+//!
+//! A [`MemoryMap`] says which file or mapping backs which guest pages. It
+//! implements [`Discard`]: it gives the memory of a [`PageSet`] back to the host
+//! with the fewest system calls. A [`Reclaimer`] does so behind the guest's
+//! back, merged over many requests, and guarantees that a page which goes back
+//! to the guest is never discarded afterwards ([`Reclaimer::retain`]).
+//! [`resident`] counts what the host really spends.
+//!
+//! Nothing here knows how pages were asked for: no queues, no virtio.
+//!
+//! A "page" is 4 KiB and page numbers are guest physical addresses divided by
+//! 4096, whatever the host's page size is.
+//!
+//! [`PageSet`]: page_set::PageSet
+
+mod advise;
+mod discard;
+mod error;
+mod host_pages;
+mod map;
+mod partial;
+mod pending;
+mod reclaimer;
+mod region;
+pub mod resident;
+mod snapshot;
+
+pub use discard::{Discard, DiscardCall, DiscardFailure, DiscardReport, KEPT_FAILURES};
+pub use error::HostMemoryError;
+pub use host_pages::HostPages;
+pub use map::{MemoryMap, OutsideMemory, Piece, Pieces};
+pub use partial::PartialHuge;
+pub use pending::{Batch, PendingRelease, Retained, Take};
+pub use reclaimer::{
+    BATCH_PAGES, GRACE_MS, PARTIAL_LIMIT_PAGES, Reclaimer, ReclaimerOptions, ReleaseMode,
+    WAKE_PAGES,
+};
+pub use region::{AnonymousMemory, Backing, Region};
+pub use snapshot::Snapshot;

@@ -1,0 +1,180 @@
+//! Which pages may be discarded now: the state behind background release, as a
+//! plain value without locks, threads or clocks.
+//!
+//! A page is in at most these places: *pending* (given, not yet released),
+//! *waiting* (given, but its host page must be released whole and the rest was
+//! not given), *in flight* (some thread may be discarding it right now). There
+//! is at most one batch in flight.
+//!
+//! # Why a page that was retained is not discarded
+//! Discarding happens only between [`PendingRelease::begin`] and
+//! [`PendingRelease::finish`], and only to pages of the [`Batch`] that `begin`
+//! returned: whoever discards can get pages from nowhere else.
+//!
+//! 1. A page enters a batch only out of *pending* or *waiting*.
+//! 2. [`PendingRelease::retain`] takes its pages out of both, so no later `begin`
+//!    can return them before they are given anew by [`PendingRelease::add`].
+//! 3. If it answers [`Retained::Yes`], no batch in flight holds any of them
+//!    either. A batch that was finished is discarded no more: `finish` takes the
+//!    batch by value, and it cannot be copied.
+//! 4. If it answers [`Retained::InFlight`], the caller asks again after the batch
+//!    was finished. `finish` may have moved pages of the batch to *waiting*; the
+//!    second question takes them out there (point 2) and then point 3 holds.
+//!
+//! So once `retain` has answered yes, none of its pages is discarded until it is
+//! added again.
+
+use std::sync::Arc;
+
+use page_set::{PAGE_NUMBER_END, PageRange, PageSet};
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct PendingRelease {
+    pending: PageSet,
+    waiting: PageSet,
+    in_flight: Option<Arc<PageSet>>,
+}
+
+/// Pages that may be discarded until the batch is given back to
+/// [`PendingRelease::finish`].
+#[derive(Debug)]
+#[must_use = "pages stay in flight until the batch is finished"]
+pub struct Batch(Arc<PageSet>);
+
+/// Which pending pages to begin with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Take {
+    /// Whole 2 MiB chunks only, up to so many pages.
+    Chunks(u64),
+    /// Up to so many pages: where the host has huge pages, whole chunks before
+    /// others; else the lowest.
+    Any(u64),
+    /// Everything.
+    All,
+}
+
+/// Answer of [`PendingRelease::retain`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Retained {
+    /// None of the pages will be discarded.
+    Yes,
+    /// Some are in flight: ask again once the batch is finished.
+    InFlight,
+}
+
+impl Batch {
+    /// The pages.
+    #[must_use]
+    pub fn pages(&self) -> &PageSet {
+        &self.0
+    }
+}
+
+impl PendingRelease {
+    /// Gives pages to be released.
+    pub fn add(&mut self, pages: &PageSet) {
+        self.pending.union_with(pages);
+        self.waiting.subtract(pages);
+    }
+
+    /// Takes pages back; see [`Retained`]. Returns also how many pages it found
+    /// not yet released.
+    pub fn retain(&mut self, pages: &PageSet) -> (Retained, u64) {
+        let before = self.pending.len() + self.waiting.len();
+        self.pending.subtract(pages);
+        self.waiting.subtract(pages);
+        let cancelled = before - self.pending.len() - self.waiting.len();
+        let in_flight = self.in_flight.as_ref().is_some_and(|batch| batch.intersects(pages));
+        (if in_flight { Retained::InFlight } else { Retained::Yes }, cancelled)
+    }
+
+    /// Takes everything back that is not in flight.
+    pub fn forget(&mut self) {
+        self.pending.clear();
+        self.waiting.clear();
+    }
+
+    /// Begins a batch: none if nothing suits or one is in flight. Pages that wait
+    /// come along if a page within `largest_host_page` pages of them does, since
+    /// together they may make a whole host page.
+    pub fn begin(&mut self, take: Take, largest_host_page: u64) -> Option<Batch> {
+        if self.in_flight.is_some() {
+            return None;
+        }
+        let mut pages = match take {
+            Take::All => std::mem::take(&mut self.pending),
+            Take::Chunks(limit) => self.pending.take_full_chunks(limit),
+            // Small pages gain nothing from whole chunks, only from long ranges.
+            Take::Any(limit) if largest_host_page <= 1 => self.pending.take_up_to(limit),
+            Take::Any(limit) => match self.pending.take_full_chunks(limit) {
+                chunks if chunks.is_empty() => self.pending.take_up_to(limit),
+                chunks => chunks,
+            },
+        };
+        if pages.is_empty() {
+            return None;
+        }
+        if !self.waiting.is_empty() {
+            let joined = self.take_neighbours(&pages, largest_host_page);
+            pages.union_with(&joined);
+        }
+        let pages = Arc::new(pages);
+        self.in_flight = Some(Arc::clone(&pages));
+        Some(Batch(pages))
+    }
+
+    /// Ends a batch: nobody discards its pages any more. `partial` of them were
+    /// left alone and wait for the rest of their host page.
+    pub fn finish(&mut self, batch: Batch, partial: &PageSet) {
+        debug_assert!(self.in_flight.as_ref().is_some_and(|held| Arc::ptr_eq(held, &batch.0)));
+        self.waiting.union_with(partial);
+        // Given again meanwhile: those come with the next batch.
+        self.waiting.subtract(&self.pending);
+        self.in_flight = None;
+    }
+
+    /// Makes what waits pending again: the rule changed.
+    pub fn retry_waiting(&mut self) {
+        self.pending.union_with(&std::mem::take(&mut self.waiting));
+    }
+
+    /// Pages given and not yet begun.
+    #[must_use]
+    pub fn pending(&self) -> &PageSet {
+        &self.pending
+    }
+
+    /// Pages that wait for the rest of their host page.
+    #[must_use]
+    pub fn waiting(&self) -> &PageSet {
+        &self.waiting
+    }
+
+    /// Pages that are being discarded.
+    #[must_use]
+    pub fn in_flight_pages(&self) -> u64 {
+        self.in_flight.as_ref().map_or(0, |batch| batch.len())
+    }
+
+    /// True while a batch is in flight.
+    #[must_use]
+    pub fn is_busy(&self) -> bool {
+        self.in_flight.is_some()
+    }
+
+    /// Waiting pages that may share a host page with one of `pages`.
+    fn take_neighbours(&mut self, pages: &PageSet, largest_host_page: u64) -> PageSet {
+        let mut found = PageSet::new();
+        let reach = largest_host_page.saturating_sub(1);
+        for range in pages.ranges() {
+            let start = range.start().saturating_sub(reach);
+            let end = range.end().saturating_add(reach).min(PAGE_NUMBER_END);
+            if let Ok(around) = PageRange::from_bounds(start, end) {
+                found.union_with(&self.waiting.take_range(around));
+            }
+        }
+        found
+    }
+}

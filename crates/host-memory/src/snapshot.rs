@@ -1,0 +1,62 @@
+//! What a reclaimer has done so far.
+
+use std::time::Instant;
+
+use crate::{DiscardFailure, DiscardReport};
+
+/// Counters of a reclaimer since it was made; the first three are gauges.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Snapshot {
+    /// Pages given, not yet released.
+    pub pending_pages: u64,
+    /// Pages being released right now.
+    pub in_flight_pages: u64,
+    /// Pages that wait for the rest of their huge page.
+    pub waiting_pages: u64,
+    /// Pages given.
+    pub given_pages: u64,
+    /// Pages taken back before they were released.
+    pub retained_pages: u64,
+    /// Times that a taker-back had to wait for a batch in flight.
+    pub retain_waits: u64,
+    /// Pages released.
+    pub discarded_pages: u64,
+    /// Pages that the host refused to release; they are not tried again.
+    pub failed_pages: u64,
+    /// Pages outside guest memory; the giver should have checked.
+    pub outside_pages: u64,
+    /// Batches released.
+    pub batches: u64,
+    /// System calls to release.
+    pub calls: u64,
+    /// Ranges that the host refused.
+    pub errors: u64,
+    /// When the last batch was finished.
+    pub last_batch_at: Option<Instant>,
+    /// Batches lost to a panic.
+    pub panics: u64,
+    /// The last range that the host refused.
+    pub last_failure: Option<DiscardFailure>,
+    /// Time spent finding out where pages lie, in nanoseconds.
+    pub translate_ns: u64,
+    /// Time spent releasing, in nanoseconds.
+    pub release_ns: u64,
+}
+
+impl Snapshot {
+    pub(crate) fn count(&mut self, report: &DiscardReport) {
+        self.discarded_pages += report.pages;
+        self.failed_pages += report.failed_pages;
+        self.outside_pages += report.outside_pages;
+        self.calls += report.calls;
+        self.errors += report.failure_count;
+        self.last_failure = report.failures.last().copied().or(self.last_failure);
+        self.translate_ns = saturating_add(self.translate_ns, report.translate.as_nanos());
+        self.release_ns = saturating_add(self.release_ns, report.release.as_nanos());
+    }
+}
+
+fn saturating_add(sum: u64, ns: u128) -> u64 {
+    sum.saturating_add(u64::try_from(ns).unwrap_or(u64::MAX))
+}

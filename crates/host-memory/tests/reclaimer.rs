@@ -1,0 +1,502 @@
+//! The reclaimer with a stand-in for the host, which watches what is discarded
+//! when. No test waits for a clock to show that something happens; some wait for
+//! the clock that they test.
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use host_memory::{
+    BATCH_PAGES, Discard, DiscardReport, GRACE_MS, PARTIAL_LIMIT_PAGES, PartialHuge, Reclaimer,
+    ReclaimerOptions, ReleaseMode, WAKE_PAGES,
+};
+use page_set::{CHUNK_PAGES, PageRange, PageSet};
+
+const LONG: Duration = Duration::from_secs(60);
+
+fn pages(start: u64, count: u64) -> PageSet {
+    PageRange::new(start, count).unwrap().into()
+}
+
+fn options(mode: ReleaseMode) -> ReclaimerOptions {
+    ReclaimerOptions { mode, ..ReclaimerOptions::default() }
+}
+
+/// A host that announces each batch and goes on only when told to.
+struct Gate {
+    huge: bool,
+    begun: Sender<PageSet>,
+    go: Mutex<Receiver<Act>>,
+}
+
+enum Act {
+    Release,
+    Panic,
+    Refuse,
+}
+
+impl Discard for Gate {
+    fn largest_host_page(&self) -> u64 {
+        if self.huge { CHUNK_PAGES } else { 1 }
+    }
+
+    fn take_partial(&self, pages: &mut PageSet, rule: PartialHuge) -> PageSet {
+        if !self.huge || rule == PartialHuge::Split {
+            return PageSet::new();
+        }
+        let whole = pages.take_full_chunks(u64::MAX);
+        std::mem::replace(pages, whole)
+    }
+
+    fn discard(&self, pages: &PageSet) -> DiscardReport {
+        if pages.is_empty() {
+            return DiscardReport::default();
+        }
+        self.begun.send(pages.clone()).unwrap();
+        let mut report = DiscardReport { calls: 1, ..DiscardReport::default() };
+        let act = self.go.lock().unwrap().recv().expect("the test goes on");
+        match act {
+            Act::Release => report.pages = pages.len(),
+            Act::Refuse => {
+                report.failed_pages = pages.len();
+                report.failure_count = 1;
+            }
+            // The lock is free again, so only this call is lost.
+            Act::Panic => panic!("as the test asked"),
+        }
+        report
+    }
+
+    fn discard_per_page(&self, pages: &PageSet) -> DiscardReport {
+        DiscardReport { calls: pages.len(), ..self.discard(pages) }
+    }
+}
+
+struct Stand {
+    // Dropped first: a batch that the test no longer answers then ends by itself.
+    go: Sender<Act>,
+    begun: Receiver<PageSet>,
+    reclaimer: Reclaimer,
+}
+
+impl Stand {
+    fn new(huge: bool, mode: ReleaseMode) -> Self {
+        let (begun_tx, begun) = channel();
+        let (go, go_rx) = channel();
+        let gate = Gate { huge, begun: begun_tx, go: Mutex::new(go_rx) };
+        let reclaimer = Reclaimer::new(Arc::new(gate), options(mode)).unwrap();
+        Self { reclaimer, begun, go }
+    }
+
+    fn open(self, batches: usize) -> Self {
+        (0..batches).for_each(|_| self.go.send(Act::Release).unwrap());
+        self
+    }
+
+    fn next_batch(&self) -> PageSet {
+        self.begun.recv_timeout(LONG).expect("a batch begins")
+    }
+}
+
+#[test]
+fn retain_waits_for_the_batch_in_flight_and_only_for_it() {
+    let stand = Stand::new(false, ReleaseMode::Background);
+    stand.reclaimer.release(&pages(0, WAKE_PAGES));
+    assert_eq!(stand.next_batch(), pages(0, WAKE_PAGES));
+    // Not in flight: does not wait, though a batch is.
+    stand.reclaimer.release(&pages(WAKE_PAGES, 10));
+    stand.reclaimer.retain(&pages(WAKE_PAGES, 10));
+    assert_eq!(stand.reclaimer.snapshot().retained_pages, 10);
+
+    let returned = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let retainer = scope.spawn(|| {
+            stand.reclaimer.retain(&pages(5, 1));
+            returned.store(true, Ordering::SeqCst);
+        });
+        // It says when it begins to wait.
+        while stand.reclaimer.snapshot().retain_waits == 0 {
+            thread::yield_now();
+        }
+        assert!(!returned.load(Ordering::SeqCst), "page 5 is being discarded");
+        stand.go.send(Act::Release).unwrap();
+        retainer.join().unwrap();
+    });
+    assert!(returned.load(Ordering::SeqCst));
+    assert!(stand.reclaimer.settled(), "what was retained is not released later");
+    assert!(stand.begun.try_recv().is_err());
+}
+
+#[test]
+fn small_pieces_add_up_before_the_worker_wakes() {
+    let stand = Stand::new(false, ReleaseMode::Background).open(9);
+    let step = 256;
+    for start in (0..WAKE_PAGES).step_by(step) {
+        stand.reclaimer.release(&pages(start, step as u64));
+    }
+    assert!(stand.reclaimer.wait_settled(LONG));
+    let batches: Vec<PageSet> = stand.begun.try_iter().collect();
+    let sum: u64 = batches.iter().map(PageSet::len).sum();
+    assert_eq!(sum, WAKE_PAGES);
+    // One, unless the machine slept between two calls for the grace.
+    assert!(batches.len() < 9, "{} batches for 32 requests", batches.len());
+    assert!(batches.iter().all(|batch| batch.ranges().count() == 1), "merged");
+}
+
+#[test]
+fn batches_are_bounded() {
+    let stand = Stand::new(false, ReleaseMode::Background).open(20);
+    stand.reclaimer.release(&pages(7, 10 * BATCH_PAGES));
+    stand.reclaimer.flush();
+    assert!(stand.reclaimer.wait_settled(LONG));
+    let batches: Vec<PageSet> = stand.begun.try_iter().collect();
+    assert!(batches.iter().all(|batch| batch.len() <= BATCH_PAGES));
+    assert_eq!(batches.iter().map(PageSet::len).sum::<u64>(), 10 * BATCH_PAGES);
+    assert_eq!(stand.reclaimer.snapshot().discarded_pages, 10 * BATCH_PAGES);
+}
+
+#[test]
+fn a_few_pages_are_released_after_the_grace() {
+    let stand = Stand::new(true, ReleaseMode::Background).open(1);
+    let given = Instant::now();
+    stand.reclaimer.release(&pages(1, 3));
+    assert_eq!(stand.next_batch(), pages(1, 3));
+    assert!(given.elapsed() >= Duration::from_millis(GRACE_MS), "not before");
+}
+
+#[test]
+fn flush_does_not_wait_for_the_grace() {
+    let stand = Stand::new(true, ReleaseMode::Background).open(2);
+    // Keep the guest "busy", so that the grace never ends by itself.
+    let busy = AtomicBool::new(true);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while busy.load(Ordering::SeqCst) {
+                stand.reclaimer.release(&pages(1, 3));
+            }
+        });
+        stand.reclaimer.release(&pages(1, 3));
+        stand.reclaimer.flush();
+        assert_eq!(stand.next_batch(), pages(1, 3));
+        busy.store(false, Ordering::SeqCst);
+    });
+}
+
+#[test]
+fn on_huge_pages_whole_chunks_go_first_and_the_rest_after_the_grace() {
+    let stand = Stand::new(true, ReleaseMode::Background).open(9);
+    let mut given = pages(100, CHUNK_PAGES - 100 + WAKE_PAGES);
+    given.union_with(&pages(100 * CHUNK_PAGES, 1));
+    stand.reclaimer.release(&given);
+    assert_eq!(stand.next_batch(), pages(CHUNK_PAGES, WAKE_PAGES), "whole chunks alone");
+    let mut rest = pages(100, CHUNK_PAGES - 100);
+    rest.union_with(&pages(100 * CHUNK_PAGES, 1));
+    assert_eq!(stand.next_batch(), rest);
+}
+
+#[test]
+fn a_fragmented_guest_that_never_pauses_is_served_too() {
+    let stand = Stand::new(true, ReleaseMode::Background).open(1000);
+    // One page short of each chunk, without a pause, until something happens.
+    let mut chunk = 0;
+    let batch = loop {
+        stand.reclaimer.release(&pages(chunk * CHUNK_PAGES, CHUNK_PAGES - 1));
+        chunk += 1;
+        if let Ok(batch) = stand.begun.try_recv() {
+            break batch;
+        }
+        assert!(chunk < 1000 * PARTIAL_LIMIT_PAGES / CHUNK_PAGES, "never released");
+        thread::yield_now();
+    };
+    assert_eq!(batch.full_chunk_pages(), 0);
+}
+
+#[test]
+fn parts_of_huge_pages_wait_if_told_and_are_released_together() {
+    let stand = Stand::new(true, ReleaseMode::Background).open(9);
+    stand.reclaimer.set_partial_huge(PartialHuge::Wait);
+    stand.reclaimer.release(&pages(0, 300));
+    stand.reclaimer.flush();
+    assert!(stand.reclaimer.wait_settled(LONG));
+    let snapshot = stand.reclaimer.snapshot();
+    assert_eq!((snapshot.waiting_pages, snapshot.discarded_pages), (300, 0));
+
+    stand.reclaimer.release(&pages(300, CHUNK_PAGES - 300));
+    stand.reclaimer.flush();
+    assert!(stand.reclaimer.wait_settled(LONG));
+    assert_eq!(stand.reclaimer.snapshot().waiting_pages, 0);
+    assert_eq!(stand.next_batch(), pages(0, CHUNK_PAGES));
+
+    // Waiting pages can be taken back, and the rule can change.
+    stand.reclaimer.release(&pages(0, 300));
+    stand.reclaimer.flush();
+    assert!(stand.reclaimer.wait_settled(LONG));
+    stand.reclaimer.retain(&pages(0, 100));
+    assert_eq!(stand.reclaimer.snapshot().waiting_pages, 200);
+    stand.reclaimer.set_partial_huge(PartialHuge::Split);
+    assert_eq!(stand.next_batch(), pages(100, 200));
+}
+
+#[test]
+fn immediate_is_done_when_it_returns() {
+    for mode in [ReleaseMode::Immediate, ReleaseMode::PerPage] {
+        let stand = Stand::new(true, mode).open(2);
+        let mut given = pages(3, 5 * BATCH_PAGES);
+        given.union_with(&pages(10 * BATCH_PAGES, 1));
+        stand.reclaimer.release(&given);
+        let snapshot = stand.reclaimer.snapshot();
+        assert_eq!(stand.begun.try_iter().collect::<Vec<_>>(), [given.clone()], "in one go");
+        assert!(stand.reclaimer.settled());
+        assert_eq!(snapshot.discarded_pages, given.len());
+        assert_eq!(snapshot.calls, if mode == ReleaseMode::PerPage { given.len() } else { 1 });
+    }
+}
+
+#[test]
+fn changing_the_mode_releases_what_is_pending_first() {
+    let stand = Stand::new(true, ReleaseMode::Background).open(3);
+    stand.reclaimer.release(&pages(0, 3));
+    stand.reclaimer.set_mode(ReleaseMode::Immediate);
+    assert!(stand.reclaimer.settled());
+    assert_eq!(stand.reclaimer.snapshot().discarded_pages, 3);
+}
+
+#[test]
+fn a_panic_or_a_refusal_is_counted_and_the_next_batch_goes_on() {
+    let stand = Stand::new(false, ReleaseMode::Background);
+    for act in [Act::Panic, Act::Refuse, Act::Release] {
+        stand.go.send(act).unwrap();
+        stand.reclaimer.release(&pages(0, WAKE_PAGES));
+        assert!(stand.reclaimer.wait_settled(LONG));
+        // In flight no more, so this must not wait for ever.
+        stand.reclaimer.retain(&pages(0, WAKE_PAGES));
+    }
+    let snapshot = stand.reclaimer.snapshot();
+    assert_eq!((snapshot.panics, snapshot.errors, snapshot.batches), (1, 1, 3));
+    assert_eq!(snapshot.failed_pages, 2 * WAKE_PAGES);
+    assert_eq!(snapshot.discarded_pages, WAKE_PAGES);
+}
+
+#[test]
+fn retain_all_and_new_memory_forget_what_is_pending() {
+    let stand = Stand::new(true, ReleaseMode::Background);
+    stand.reclaimer.release(&pages(0, 3));
+    stand.reclaimer.retain_all();
+    assert!(stand.reclaimer.settled());
+    stand.reclaimer.release(&pages(0, 3));
+    let (begun_tx, begun) = channel();
+    let (go, go_rx) = channel();
+    go.send(Act::Release).unwrap();
+    let gate = Gate { huge: false, begun: begun_tx, go: Mutex::new(go_rx) };
+    stand.reclaimer.replace_memory(Arc::new(gate));
+    stand.reclaimer.release(&pages(50, 1));
+    stand.reclaimer.flush();
+    assert!(stand.reclaimer.wait_settled(LONG));
+    assert_eq!(begun.try_iter().collect::<Vec<_>>(), [pages(50, 1)]);
+    assert!(stand.begun.try_recv().is_err(), "the old memory is left alone");
+}
+
+#[test]
+fn dropping_waits_for_the_batch_in_flight_and_forgets_the_rest() {
+    let stand = Stand::new(false, ReleaseMode::Background);
+    stand.reclaimer.release(&pages(0, 3 * BATCH_PAGES));
+    assert_eq!(stand.next_batch(), pages(0, BATCH_PAGES));
+    let Stand { reclaimer, begun, go } = stand;
+    let dropped = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            drop(reclaimer);
+            dropped.store(true, Ordering::SeqCst);
+        });
+        assert!(!dropped.load(Ordering::SeqCst), "the host is still busy with it");
+        go.send(Act::Release).unwrap();
+        // A second batch may have begun before the worker was told to stop.
+        let _ = go.send(Act::Release);
+        let _ = go.send(Act::Release);
+    });
+    assert!(begun.try_iter().map(|batch| batch.len()).sum::<u64>() <= 2 * BATCH_PAGES);
+}
+
+#[test]
+fn wait_settled_gives_up_in_time() {
+    let stand = Stand::new(false, ReleaseMode::Background);
+    stand.reclaimer.release(&pages(0, WAKE_PAGES));
+    assert!(!stand.reclaimer.wait_settled(Duration::from_millis(1)));
+    stand.go.send(Act::Release).unwrap();
+    assert!(stand.reclaimer.wait_settled(Duration::MAX));
+}
+
+/// Who owns each page, as the guest sees it.
+struct Owners {
+    owner: Vec<AtomicU8>,
+    huge: bool,
+    broken: AtomicU64,
+    seen: AtomicU64,
+}
+
+const GUEST: u8 = 0;
+const BALLOON: u8 = 1;
+
+impl Owners {
+    fn check(&self, pages: &PageSet) {
+        for range in pages.ranges() {
+            for page in range.start()..range.end() {
+                let owner = self.owner[usize::try_from(page).unwrap()].load(Ordering::SeqCst);
+                self.broken.fetch_add(u64::from(owner != BALLOON), Ordering::SeqCst);
+            }
+        }
+    }
+}
+
+impl Discard for Owners {
+    fn largest_host_page(&self) -> u64 {
+        if self.huge { CHUNK_PAGES } else { 1 }
+    }
+
+    fn take_partial(&self, pages: &mut PageSet, rule: PartialHuge) -> PageSet {
+        if !self.huge || rule == PartialHuge::Split {
+            return PageSet::new();
+        }
+        let whole = pages.take_full_chunks(u64::MAX);
+        std::mem::replace(pages, whole)
+    }
+
+    /// Looks at the pages at the start, in the middle and at the end of the call.
+    fn discard(&self, pages: &PageSet) -> DiscardReport {
+        for _ in 0..3 {
+            self.check(pages);
+            thread::yield_now();
+        }
+        self.seen.fetch_add(pages.len(), Ordering::SeqCst);
+        DiscardReport { pages: pages.len(), calls: 1, ..DiscardReport::default() }
+    }
+
+    fn discard_per_page(&self, pages: &PageSet) -> DiscardReport {
+        self.discard(pages)
+    }
+}
+
+/// A small generator, so that the test needs no crate: xorshift.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % end
+    }
+}
+
+/// Two guest threads with memory of their own each give and take pages at random,
+/// while a third changes modes. Whatever the host discards must belong to the
+/// balloon for as long as it does.
+#[test]
+fn no_page_is_discarded_after_it_was_retained() {
+    const SIDE: u64 = 16 * CHUNK_PAGES;
+    let rounds = if cfg!(debug_assertions) { 3000 } else { 20_000 };
+    for huge in [false, true] {
+        let owners = Arc::new(Owners {
+            owner: (0..2 * SIDE).map(|_| AtomicU8::new(GUEST)).collect(),
+            huge,
+            broken: AtomicU64::new(0),
+            seen: AtomicU64::new(0),
+        });
+        let memory: Arc<dyn Discard> = Arc::clone(&owners) as _;
+        let reclaimer = Reclaimer::new(memory, ReclaimerOptions::default()).unwrap();
+        let guest = |side: u64| {
+            let mut dice = Dice(0x9e37_79b9 + side);
+            for _ in 0..rounds {
+                let start = side * SIDE + dice.below(SIDE);
+                let count = 1 + dice.below(3 * CHUNK_PAGES).min((side + 1) * SIDE - 1 - start);
+                let range = PageRange::new(start, count).unwrap();
+                let set = |owner| {
+                    for page in start..start + count {
+                        owners.owner[usize::try_from(page).unwrap()].store(owner, Ordering::SeqCst);
+                    }
+                };
+                if dice.below(2) == 0 {
+                    set(BALLOON);
+                    reclaimer.release(&range.into());
+                } else {
+                    reclaimer.retain(&range.into());
+                    set(GUEST);
+                }
+                if dice.below(8) == 0 {
+                    reclaimer.flush();
+                }
+            }
+        };
+        let running = AtomicBool::new(true);
+        let guest = &guest;
+        thread::scope(|scope| {
+            let sides = [0, 1].map(|side| scope.spawn(move || guest(side)));
+            scope.spawn(|| {
+                let mut dice = Dice(7);
+                while running.load(Ordering::SeqCst) {
+                    match dice.below(4) {
+                        0 => reclaimer.set_mode(ReleaseMode::Immediate),
+                        1 => reclaimer.set_partial_huge(PartialHuge::Wait),
+                        2 => reclaimer.set_partial_huge(PartialHuge::Split),
+                        _ => reclaimer.set_mode(ReleaseMode::Background),
+                    }
+                    thread::yield_now();
+                }
+            });
+            let joined = sides.map(|side| side.join());
+            running.store(false, Ordering::SeqCst);
+            joined.into_iter().for_each(|side| side.unwrap());
+        });
+        reclaimer.set_partial_huge(PartialHuge::Split);
+        reclaimer.set_mode(ReleaseMode::Immediate);
+        assert!(reclaimer.settled());
+        assert_eq!(owners.broken.load(Ordering::SeqCst), 0, "discarded under the guest");
+        let (snapshot, seen) = (reclaimer.snapshot(), owners.seen.load(Ordering::SeqCst));
+        assert_eq!(snapshot.discarded_pages, seen);
+        assert!(
+            seen > 0 && snapshot.retained_pages > 0 && snapshot.retain_waits > 0,
+            "{snapshot:?}"
+        );
+        // Every page that the balloon still owns was discarded at least once, or
+        // its owner would have been asked: nothing is pending or waiting.
+        assert_eq!(snapshot.waiting_pages + snapshot.pending_pages, 0);
+    }
+}
+
+#[test]
+fn threads_of_immediate_releases_do_not_lose_pages() {
+    let stand = Arc::new(Mutex::new(HashSet::new()));
+    struct Note(Arc<Mutex<HashSet<u64>>>);
+    impl Discard for Note {
+        fn largest_host_page(&self) -> u64 {
+            1
+        }
+        fn take_partial(&self, _: &mut PageSet, _: PartialHuge) -> PageSet {
+            PageSet::new()
+        }
+        fn discard(&self, pages: &PageSet) -> DiscardReport {
+            self.0.lock().unwrap().extend(pages.ranges().flat_map(|r| r.start()..r.end()));
+            DiscardReport::default()
+        }
+        fn discard_per_page(&self, pages: &PageSet) -> DiscardReport {
+            self.discard(pages)
+        }
+    }
+    let memory = Arc::new(Note(Arc::clone(&stand)));
+    let reclaimer = Reclaimer::new(memory, options(ReleaseMode::Immediate)).unwrap();
+    thread::scope(|scope| {
+        for thread in 0..4 {
+            let (reclaimer, stand) = (&reclaimer, &stand);
+            scope.spawn(move || {
+                for page in (thread..2000).step_by(4) {
+                    reclaimer.release(&pages(page, 1));
+                    assert!(stand.lock().unwrap().contains(&page), "done when it returns");
+                }
+            });
+        }
+    });
+    assert_eq!(stand.lock().unwrap().len(), 2000);
+}
