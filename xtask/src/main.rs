@@ -1,3 +1,29 @@
 //! Developer commands of the workspace.
 
-fn main() {}
+use clap::{Parser, Subcommand};
+
+mod core_object;
+mod module;
+mod package;
+mod process;
+
+/// Developer commands of the workspace.
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Module(module::Args),
+    Package(package::Args),
+}
+
+fn main() -> anyhow::Result<()> {
+    match Cli::parse().command {
+        Command::Module(args) => module::run(&args),
+        Command::Package(args) => package::run(&args),
+    }
+}

@@ -1,0 +1,255 @@
+//! Compiles the Rust half of the guest module to one relocatable object.
+//!
+//! Kernels build without Rust, so nothing of theirs is used: `core` comes from
+//! the sources of the compiler, everything is linked into one object here, and
+//! the object is checked for what a kernel could not link or would not run.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::ValueEnum;
+
+use crate::process::{output, root};
+
+/// Kernels that one object suits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Flavour {
+    /// Kernels of distributions for x86-64, 6.1 and later.
+    X86,
+    /// User Mode Linux on x86-64.
+    Um,
+}
+
+/// Flags of every flavour: no unwinding, one object, no SSE (the target has
+/// none), no red zone, no jump tables since those are indirect branches.
+const COMMON_FLAGS: &[&str] = &[
+    "--target=x86_64-unknown-none",
+    "-Cpanic=abort",
+    "-Copt-level=2",
+    "-Cdebuginfo=0",
+    "-Ccodegen-units=1",
+    "-Cembed-bitcode=yes",
+    "-Crelocation-model=static",
+    "-Cno-redzone=y",
+    "-Cforce-unwind-tables=no",
+    "-Cjump-tables=n",
+    "-Coverflow-checks=n",
+    "-Cdebug-assertions=n",
+    "-Zfunction-sections=no",
+    // Else a call to the kernel goes through a pointer in a GOT.
+    "-Zplt=yes",
+];
+
+/// What kernels with IBT, return thunks and call depth tracking rely on, and
+/// others ignore: `endbr64`, returns through the thunk that every 6.1 and later
+/// exports, and 16 bytes in front of each function for the kernel to patch.
+const X86_FLAGS: &[&str] = &[
+    "-Ccode-model=kernel",
+    "-Zcf-protection=branch",
+    "-Zfunction-return=thunk-extern",
+    "-Zpatchable-function-entry=16,16",
+];
+
+/// UML loads modules above 4 GiB.
+const UM_FLAGS: &[&str] = &["-Ccode-model=large"];
+
+/// Sections that no kernel needs. `__patchable_function_entries` lists the
+/// padding for tools that do not run here.
+const DROPPED_SECTIONS: &[&str] =
+    &[".llvmbc", ".llvmcmd", ".comment", "__patchable_function_entries", ".note.gnu.property"];
+
+/// What the object may ask of a kernel apart from the glue: memory functions
+/// and the return thunk.
+const KERNEL_SYMBOLS: &[&str] = &["memcpy", "memmove", "memset", "memcmp", "__x86_return_thunk"];
+
+const GLUE_PREFIX: &str = "aerostat_glue_";
+
+/// Crates in the order of their dependencies, and where their roots are.
+const CRATES: &[(&str, &str)] = &[
+    ("balloon_abi", "crates/balloon-abi/src/lib.rs"),
+    ("balloon_driver", "crates/balloon-driver/src/lib.rs"),
+];
+
+/// A compiler whose library sources are at hand.
+pub(crate) struct Compiler {
+    rustc: PathBuf,
+    library: PathBuf,
+    version: String,
+}
+
+impl Compiler {
+    /// The first of `$RUSTC`, `rustc` and `/usr/bin/rustc` with library sources.
+    pub(crate) fn find() -> Result<Self> {
+        let named = std::env::var_os("RUSTC").map(PathBuf::from);
+        let candidates =
+            named.into_iter().chain([PathBuf::from("rustc"), PathBuf::from("/usr/bin/rustc")]);
+        for rustc in candidates {
+            let Ok((sysroot, _)) = output(Command::new(&rustc).arg("--print=sysroot")) else {
+                continue;
+            };
+            let library = Path::new(sysroot.trim()).join("lib/rustlib/src/rust/library");
+            if library.join("core/src/lib.rs").exists() {
+                let (version, _) = output(Command::new(&rustc).arg("-vV"))?;
+                return Ok(Self { rustc, library, version });
+            }
+        }
+        bail!(
+            "no rustc with library sources found: install rust-src (`rustup component add \
+             rust-src`, or Debian's packages rustc-web and rust-web-src)"
+        )
+    }
+}
+
+/// Builds `aerostat_core.o` of `flavour` and returns its path.
+pub(crate) fn build(compiler: &Compiler, flavour: Flavour) -> Result<PathBuf> {
+    let name = format!("{flavour:?}").to_lowercase();
+    let dir = root().join("target/module").join(name);
+    fs::create_dir_all(&dir)?;
+    let build = Build { compiler, flavour, dir: &dir };
+    build.library()?;
+    let mut flags = Vec::new();
+    for (name, source) in CRATES {
+        build.compile(name, &root().join(source), "rlib", &flags)?;
+        flags.extend(["--extern", name]);
+    }
+    flags.push("-Clto=fat");
+    let entry = root().join("guest/linux/core/src/lib.rs");
+    build.compile("aerostat_core", &entry, "staticlib", &flags)?;
+    let object = build.link()?;
+    check(&object, flavour)?;
+    Ok(object)
+}
+
+struct Build<'a> {
+    compiler: &'a Compiler,
+    flavour: Flavour,
+    dir: &'a Path,
+}
+
+impl Build<'_> {
+    fn flags(&self) -> impl Iterator<Item = &'static str> + use<> {
+        let own = match self.flavour {
+            Flavour::X86 => X86_FLAGS,
+            Flavour::Um => UM_FLAGS,
+        };
+        COMMON_FLAGS.iter().chain(own).copied()
+    }
+
+    /// Compiles `core` and the stand-in for `compiler_builtins`, unless that
+    /// was done with the same compiler and flags.
+    fn library(&self) -> Result<()> {
+        let stamp = self.dir.join("library.stamp");
+        let key = format!("{}{:?}", self.compiler.version, self.flags().collect::<Vec<_>>());
+        if fs::read_to_string(&stamp).is_ok_and(|old| old == key) {
+            return Ok(());
+        }
+        eprintln!("compiling core for {:?} kernels (about 30 s, once)", self.flavour);
+        let core = self.compiler.library.join("core/src/lib.rs");
+        self.compile("core", &core, "rlib", &["--cap-lints=allow"])?;
+        let builtins = root().join("guest/linux/core/compiler_builtins.rs");
+        self.compile("compiler_builtins", &builtins, "rlib", &[])?;
+        fs::write(&stamp, key)?;
+        Ok(())
+    }
+
+    fn compile(&self, name: &str, source: &Path, kind: &str, extra: &[&str]) -> Result<()> {
+        let mut remap = std::ffi::OsString::from("--remap-path-prefix=");
+        remap.push(root());
+        remap.push("=.");
+        let (_, warnings) = output(
+            Command::new(&self.compiler.rustc)
+                // The flags of kernels are unstable ones.
+                .env("RUSTC_BOOTSTRAP", "1")
+                .args(self.flags())
+                .args(["--edition=2024", "--crate-name", name, "--crate-type", kind])
+                // Nothing of the host's library may slip in.
+                .args(["--sysroot", "/nonexistent"])
+                .args(extra)
+                .arg(remap)
+                .arg("-L")
+                .arg(self.dir)
+                .arg("--out-dir")
+                .arg(self.dir)
+                .arg(source),
+        )?;
+        ensure!(warnings.is_empty(), "{name}: {warnings}");
+        Ok(())
+    }
+
+    fn link(&self) -> Result<PathBuf> {
+        let object = self.dir.join("aerostat_core.o");
+        output(
+            Command::new("ld")
+                .args(["-r", "--discard-locals", "--whole-archive", "-o"])
+                .arg(&object)
+                .arg(self.dir.join("libaerostat_core.a")),
+        )?;
+        let mut strip = Command::new("objcopy");
+        strip.arg("--strip-debug");
+        for section in DROPPED_SECTIONS {
+            strip.arg(format!("--remove-section={section}"));
+        }
+        output(strip.arg(&object))?;
+        Ok(object)
+    }
+}
+
+/// Refuses an object that would not link, or would not be safe to run, in a
+/// kernel of the flavour.
+fn check(object: &Path, flavour: Flavour) -> Result<()> {
+    let (symbols, _) = output(Command::new("nm").arg("-u").arg(object))?;
+    for line in symbols.lines() {
+        let symbol = line.trim().trim_start_matches("U ").trim();
+        ensure!(
+            symbol.starts_with(GLUE_PREFIX) || KERNEL_SYMBOLS.contains(&symbol),
+            "{}: needs {symbol}, which kernels do not have",
+            object.display()
+        );
+    }
+    let (code, _) = output(Command::new("objdump").args(["-d", "--no-show-raw-insn"]).arg(object))?;
+    for line in code.lines() {
+        check_instruction(line, flavour).with_context(|| object.display().to_string())?;
+    }
+    Ok(())
+}
+
+fn check_instruction(line: &str, flavour: Flavour) -> Result<()> {
+    let Some((_, instruction)) = line.split_once(":\t") else { return Ok(()) };
+    ensure!(
+        !["%xmm", "%ymm", "%mm", "%st"].iter().any(|register| instruction.contains(register)),
+        "uses floating point or vector registers: {instruction}"
+    );
+    let mnemonic = instruction.split_whitespace().next().unwrap_or_default();
+    // Without retpolines there must be nothing to retpoline. The large code
+    // model of UML cannot do without.
+    let branches = mnemonic.starts_with("call") || mnemonic.starts_with("jmp");
+    ensure!(
+        flavour == Flavour::Um || !(branches && instruction.contains('*')),
+        "has an indirect branch: {instruction}"
+    );
+    ensure!(
+        flavour == Flavour::Um || !mnemonic.starts_with("ret"),
+        "returns without the thunk: {instruction}"
+    );
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn instructions_that_a_kernel_forbids_are_found() {
+        let line = |instruction: &str| format!("  40:\t{instruction}");
+        for bad in ["call   *%rax", "jmp    *0x0(,%rax,8)", "ret", "movups %xmm0,(%rdi)"] {
+            assert!(check_instruction(&line(bad), Flavour::X86).is_err(), "{bad}");
+        }
+        for good in ["call   1b <memcpy>", "jmp    20 <f+0x10>", "endbr64", "mov    (%rdi),%rax"] {
+            check_instruction(&line(good), Flavour::X86).unwrap();
+        }
+        assert!(check_instruction(&line("call   *%rax"), Flavour::Um).is_ok());
+        assert!(check_instruction("0000000000000040 <aerostat_run>:", Flavour::X86).is_ok());
+    }
+}
