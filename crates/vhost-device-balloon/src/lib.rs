@@ -18,4 +18,4 @@ mod vring;
 mod wire;
 
 pub use error::{Error, SessionError, Violation};
-pub use server::{Options, run};
+pub use server::{Backend, End, Options, run};

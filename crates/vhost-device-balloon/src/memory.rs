@@ -47,7 +47,7 @@ impl Memory {
         let layout = MemoryLayout::new(regions.iter().map(|r| (r.guest_address, r.bytes)))
             .map_err(|_| Violation::MemoryTable)?;
         let mut maps = regions.iter().map(Region::map).collect::<Result<Vec<_>, _>>()?;
-        maps.sort_by_key(|map| vm_memory::GuestMemoryRegion::start_addr(map));
+        maps.sort_by_key(vm_memory::GuestMemoryRegion::start_addr);
         let map = GuestMemoryMmap::from_regions(maps).map_err(|e| SessionError::Map(e.into()))?;
         Ok(Self { regions, layout, map })
     }

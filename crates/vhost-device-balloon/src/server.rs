@@ -48,35 +48,76 @@ pub struct Options {
 /// and nothing else.
 pub fn run(options: &Options) -> Result<(), Error> {
     let stop = stop_signal().map_err(|source| Error::Host { what: "signal handling", source })?;
-    let reclaim = HostReclaim::new(options.release, options.partial_huge)?;
-    let shared = Arc::new(Shared::new(options.name.clone(), reclaim)?);
+    let backend = Backend::new(&options.name, options.release, options.partial_huge)?;
     let socket = Socket::bind(&options.socket)?;
-    let _control = Server::bind(&options.control, Arc::clone(&shared) as _)?;
-    tracing::info!(socket = %options.socket.display(), name = options.name, "waiting for a monitor");
-    loop {
-        let Some(stream) = accept(&socket.listener, &stop)? else { return Ok(()) };
-        shared.set_connected(true);
-        let outcome = serve(&shared, &stream, &stop);
-        shared.set_connected(false);
-        match outcome {
-            Ok(End::Stopped) => return Ok(()),
-            Ok(End::HungUp) => tracing::info!("the monitor hung up"),
-            Err(error) => {
-                shared.count_front_end_fault(error.name());
-                let cause = std::error::Error::source(&error).map(ToString::to_string);
-                tracing::warn!(%error, cause, "the monitor's connection was ended");
-            }
-        }
-    }
+    let _control = Server::bind(&options.control, backend.balloon())?;
+    tracing::info!(
+        socket = %options.socket.display(), name = options.name, "waiting for a monitor"
+    );
+    backend.listen(&socket.listener, &stop)
 }
 
-enum End {
+/// The back end of one guest, which may come and go.
+pub struct Backend {
+    shared: Arc<Shared>,
+}
+
+/// How a front end's connection ended without anybody's fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The front end closed it.
     HungUp,
+    /// The process is asked to end.
     Stopped,
 }
 
+impl Backend {
+    /// A back end without a guest.
+    ///
+    /// # Errors
+    /// The host has no thread or no file descriptor left.
+    pub fn new(name: &str, release: ReleaseMode, partial_huge: PartialHuge) -> Result<Self, Error> {
+        let reclaim = HostReclaim::new(release, partial_huge)?;
+        Ok(Self { shared: Arc::new(Shared::new(name.to_owned(), reclaim)?) })
+    }
+
+    /// The balloon, for a control API.
+    pub fn balloon(&self) -> Arc<dyn control::Balloon> {
+        Arc::clone(&self.shared) as _
+    }
+
+    /// Serves front ends one after the other until `stop` becomes readable.
+    ///
+    /// # Errors
+    /// When the host fails; a front end's fault is counted, logged, and over.
+    pub fn listen(&self, listener: &UnixListener, stop: &impl AsFd) -> Result<(), Error> {
+        while let Some(stream) = accept(listener, stop)? {
+            match self.serve(&stream, stop) {
+                Ok(End::Stopped) => break,
+                Ok(End::HungUp) => tracing::info!("the monitor hung up"),
+                Err(error) => {
+                    let cause = std::error::Error::source(&error).map(ToString::to_string);
+                    tracing::warn!(%error, cause, "the monitor's connection was ended");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Serves one connected front end to its end.
+    ///
+    /// # Errors
+    /// When the front end breaks the protocol, or the connection breaks.
+    pub fn serve(&self, stream: &UnixStream, stop: &impl AsFd) -> Result<End, SessionError> {
+        self.shared.set_connected(true);
+        let outcome = serve(&self.shared, stream, stop);
+        self.shared.set_connected(false);
+        outcome.inspect_err(|error| self.shared.count_front_end_fault(error.name()))
+    }
+}
+
 /// Serves one connection to its end.
-fn serve(shared: &Shared, stream: &UnixStream, stop: &UnixStream) -> Result<End, SessionError> {
+fn serve(shared: &Shared, stream: &UnixStream, stop: &impl AsFd) -> Result<End, SessionError> {
     let host = |what| move |source: io::Error| SessionError::Host { what, source };
     stream.set_read_timeout(Some(MESSAGE_TIMEOUT)).map_err(host("SO_RCVTIMEO"))?;
     stream.set_write_timeout(Some(MESSAGE_TIMEOUT)).map_err(host("SO_SNDTIMEO"))?;
@@ -112,7 +153,7 @@ fn serve(shared: &Shared, stream: &UnixStream, stop: &UnixStream) -> Result<End,
 }
 
 /// The next front end, or `None` when the process shall end.
-fn accept(listener: &UnixListener, stop: &UnixStream) -> Result<Option<UnixStream>, Error> {
+fn accept(listener: &UnixListener, stop: &impl AsFd) -> Result<Option<UnixStream>, Error> {
     let host = |what| move |source: io::Error| Error::Host { what, source };
     let poll = watch(&[(listener.as_fd(), EVENT_SOCKET), (stop.as_fd(), EVENT_STOP)])
         .map_err(host("epoll"))?;
