@@ -120,6 +120,9 @@ pub(crate) async fn get_balloon(
 }
 
 /// Sets what the balloon shall hold. The guest then works towards it.
+///
+/// An answer with another `target_bytes` says that another client replaced the
+/// target during the wait.
 #[utoipa::path(put, tag = "balloon", path = "/v1/balloon", params(Wait), request_body = SetBalloon, responses(
     (status = 200, description = "The change is over", body = BalloonStatus),
     (status = 202, description = "The change is in progress", body = BalloonStatus),

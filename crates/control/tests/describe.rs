@@ -1,6 +1,7 @@
 //! What the server says about itself: the OpenAPI file and the metrics.
 
 #![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
 
 mod fake;
 
