@@ -17,7 +17,7 @@ use crate::cmd::Command;
 
 /// Gives memory back from running Linux guests, fast.
 #[derive(Debug, Parser)]
-#[command(version, after_help = EXIT_CODES, propagate_version = true)]
+#[command(version, after_help = EXIT_CODES)]
 struct Cli {
     #[command(flatten)]
     log: log::LogArgs,
