@@ -85,7 +85,8 @@ impl Client {
 
     /// Sets what the balloon shall hold, waits up to `wait` for the guest, and
     /// returns the state then. [`BalloonStatus::settled`] says whether it got
-    /// there, [`Client::wait`] goes on.
+    /// there, [`Client::wait`] goes on. Another target in it than `target_bytes`
+    /// says that another client replaced this one during the wait.
     ///
     /// # Errors
     /// As [`Client::status`].

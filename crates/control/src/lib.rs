@@ -21,7 +21,10 @@ mod server;
 mod size;
 mod socket;
 
-pub use api::Status;
+pub use api::{
+    BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, Direction, Driver, Faults, GuestStatus,
+    PartialHuge, Problem, ReleaseMode, ReleaseStatus, SetBalloon, SetRelease, StagesMs, Status,
+};
 pub use balloon::Balloon;
 pub use client::Client;
 pub use error::ControlError;

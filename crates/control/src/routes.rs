@@ -94,7 +94,7 @@ pub(crate) struct WaitFor {
 
 /// Everything known about the balloon and its guest.
 #[utoipa::path(get, tag = "balloon", path = "/v1/status", responses(
-    (status = 200, body = Status),
+    (status = 200, description = "What is known", body = Status),
     (status = "default", description = "What was wrong, and what to do", body = Problem),
 ))]
 pub(crate) async fn get_status(State(app): State<App>) -> Result<Json<Status>, ControlError> {
@@ -103,7 +103,7 @@ pub(crate) async fn get_status(State(app): State<App>) -> Result<Json<Status>, C
 
 /// What the balloon shall hold and holds. With `wait_ms`, after the change.
 #[utoipa::path(get, tag = "balloon", path = "/v1/balloon", params(WaitFor), responses(
-    (status = 200, body = BalloonStatus),
+    (status = 200, description = "The state now, or after the wait", body = BalloonStatus),
     (status = "default", description = "What was wrong, and what to do", body = Problem),
 ))]
 pub(crate) async fn get_balloon(
@@ -120,6 +120,9 @@ pub(crate) async fn get_balloon(
 }
 
 /// Sets what the balloon shall hold. The guest then works towards it.
+///
+/// An answer with another `target_bytes` says that another client replaced the
+/// target during the wait.
 #[utoipa::path(put, tag = "balloon", path = "/v1/balloon", params(Wait), request_body = SetBalloon, responses(
     (status = 200, description = "The change is over", body = BalloonStatus),
     (status = 202, description = "The change is in progress", body = BalloonStatus),
@@ -144,7 +147,7 @@ pub(crate) async fn put_balloon(
 
 /// How memory goes back to the host, and how much of it is on its way.
 #[utoipa::path(get, tag = "balloon", path = "/v1/release", responses(
-    (status = 200, body = ReleaseStatus),
+    (status = 200, description = "The state now", body = ReleaseStatus),
     (status = "default", description = "What was wrong, and what to do", body = Problem),
 ))]
 pub(crate) async fn get_release(
@@ -155,7 +158,7 @@ pub(crate) async fn get_release(
 
 /// Sets when pages are released, from the guest's next message on.
 #[utoipa::path(put, tag = "balloon", path = "/v1/release", request_body = SetRelease, responses(
-    (status = 200, body = ReleaseStatus),
+    (status = 200, description = "The state now", body = ReleaseStatus),
     (status = "default", description = "What was wrong, and what to do", body = Problem),
 ))]
 pub(crate) async fn put_release(
@@ -169,7 +172,7 @@ pub(crate) async fn put_release(
 
 /// The figures of the status as Prometheus text. The same at `/metrics`.
 #[utoipa::path(get, tag = "balloon", path = "/v1/metrics", responses(
-    (status = 200, body = String, content_type = "text/plain; version=0.0.4"),
+    (status = 200, description = "Prometheus text", body = String, content_type = "text/plain; version=0.0.4"),
     (status = "default", description = "What was wrong, and what to do", body = Problem),
 ))]
 pub(crate) async fn get_metrics(State(app): State<App>) -> Result<Response, ControlError> {
@@ -180,7 +183,7 @@ pub(crate) async fn get_metrics(State(app): State<App>) -> Result<Response, Cont
 
 /// This description of the API.
 #[utoipa::path(get, tag = "balloon", path = "/v1/openapi.json", responses(
-    (status = 200, body = Object),
+    (status = 200, description = "OpenAPI 3.1", body = Object),
 ))]
 pub(crate) async fn get_openapi() -> Response {
     let kind = HeaderValue::from_static("application/json");

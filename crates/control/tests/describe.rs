@@ -1,6 +1,7 @@
 //! What the server says about itself: the OpenAPI file and the metrics.
 
 #![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
 
 mod fake;
 
@@ -59,6 +60,10 @@ fn every_endpoint_that_is_described_exists() {
             let expected = if method == "put" { 400 } else { 200 };
             assert_eq!(status, expected, "{method} {path}");
             described.insert(format!("{method} {path}"));
+            for (code, response) in api["paths"][path][method]["responses"].as_object().unwrap() {
+                let said = response["description"].as_str().unwrap_or_default();
+                assert!(!said.is_empty(), "{method} {path} {code}: OpenAPI asks for a description");
+            }
         }
     }
     let all = [

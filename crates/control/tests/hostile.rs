@@ -1,6 +1,7 @@
 //! Clients that err, hang or mean harm. After each, the server still serves.
 
 #![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
 
 mod fake;
 

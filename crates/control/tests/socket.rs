@@ -1,6 +1,7 @@
 //! The socket as a file: who may use it, and what may be replaced by it.
 
 #![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
 
 mod fake;
 

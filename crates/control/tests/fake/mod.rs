@@ -31,8 +31,8 @@ pub(crate) struct FakeBalloon {
 
 struct State {
     status: Status,
-    /// True once a call that may block has begun.
-    waited: bool,
+    /// Calls that may block and have begun.
+    waits: u32,
 }
 
 impl FakeBalloon {
@@ -56,7 +56,7 @@ impl FakeBalloon {
             resident_bytes: Some(1 << 30),
             ..Status::default()
         };
-        let state = Mutex::new(State { status, waited: false });
+        let state = Mutex::new(State { status, waits: 0 });
         Self { guest, state, changed: Condvar::new() }
     }
 
@@ -83,8 +83,22 @@ impl FakeBalloon {
 
     /// Returns when somebody waits for a change, or did.
     pub(crate) fn until_waited(&self) {
-        let nobody = |state: &mut State| !state.waited;
-        let seen = self.changed.wait_while(self.lock(), nobody);
+        self.until(|state| state.waits > 0);
+    }
+
+    /// Returns when `count` more waits have begun.
+    pub(crate) fn until_waits(&self, count: u32) {
+        let before = self.lock().waits;
+        self.until(|state| state.waits >= before + count);
+    }
+
+    /// Returns when the target is `pages`.
+    pub(crate) fn until_target(&self, pages: u32) {
+        self.until(|state| state.status.balloon.target_pages == pages);
+    }
+
+    fn until(&self, done: impl Fn(&State) -> bool) {
+        let seen = self.changed.wait_while(self.lock(), |state| !done(state));
         drop(seen.expect("no test panics with this lock"));
     }
 
@@ -144,7 +158,7 @@ impl Balloon for FakeBalloon {
     fn wait_change(&self, generation: u64, timeout: Duration) -> BalloonStatus {
         let mut state = self.lock();
         if !timeout.is_zero() {
-            state.waited = true;
+            state.waits += 1;
             self.changed.notify_all();
         }
         let pending = |state: &mut State| !state.status.balloon.is_over(generation);

@@ -1,0 +1,186 @@
+//! `aerostat balloon`: shows or sets what a guest's balloon holds.
+
+use std::io::{self, IsTerminal};
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use control::api::{BALLOON_PAGE_BYTES, BalloonStatus, Direction};
+use control::{Client, Size};
+use humantime::format_duration;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::failure::{Exit, Failure};
+use crate::guest_arg::GuestArg;
+use crate::output::{plural, print, print_json};
+
+/// Shows or sets what a guest's balloon holds
+///
+/// With a size, sets it and waits until the guest has given or got its memory.
+/// If the time-out ends the wait, the target stays set and the guest goes on.
+#[derive(Debug, Args)]
+pub(crate) struct BalloonArgs {
+    /// Name of the guest, or the path of its control socket
+    guest: GuestArg,
+
+    /// What the balloon shall hold, such as 3GiB; whole pages of 4 KiB
+    size: Option<Size>,
+
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+
+    /// How long to wait, such as 500ms, 30s or 5min
+    #[arg(long, default_value = "60s", value_parser = humantime::parse_duration)]
+    timeout: Duration,
+}
+
+/// One wait for the guest between two movements of the progress bar.
+const BAR_WAIT: Duration = Duration::from_millis(100);
+
+/// One wait between two lines of progress where there is no terminal.
+const LINE_WAIT: Duration = Duration::from_secs(1);
+
+pub(crate) fn run(args: &BalloonArgs) -> Result<(), Failure> {
+    let client = args.guest.connect()?;
+    match args.size {
+        None => show(args, &client.balloon()?),
+        Some(Size(bytes)) => set(args, &client, bytes - bytes % BALLOON_PAGE_BYTES),
+    }
+}
+
+fn show(args: &BalloonArgs, balloon: &BalloonStatus) -> Result<(), Failure> {
+    if args.json {
+        return print_json(balloon);
+    }
+    let of = match balloon.max_bytes {
+        Some(max_bytes) => format!("of a guest of {}", Size(max_bytes)),
+        None => "and no guest is connected".into(),
+    };
+    let (actual, target) = (Size(balloon.actual_bytes), Size(balloon.target_bytes));
+    print(&format!("{}: the balloon holds {actual} {of}, its target is {target}\n", args.guest))
+}
+
+fn set(args: &BalloonArgs, client: &Client, target_bytes: u64) -> Result<(), Failure> {
+    let start = Instant::now();
+    let left = || args.timeout.saturating_sub(start.elapsed());
+    // A first wait that is mostly the last one: then no progress is shown.
+    let mut balloon = client.set_balloon(target_bytes, left().min(BAR_WAIT))?;
+    let progress = Progress::new(args, &balloon);
+    // Another target than ours is another client's, whose change is not ours to
+    // wait for.
+    while !balloon.settled && balloon.target_bytes == target_bytes && !left().is_zero() {
+        balloon = client.wait(balloon.generation, left().min(progress.wait()))?;
+        progress.show(&balloon);
+    }
+    progress.end();
+    if args.json {
+        print_json(&balloon)?;
+    }
+    if balloon.target_bytes != target_bytes {
+        return Err(replaced(args, &balloon));
+    }
+    if !balloon.settled {
+        return Err(timed_out(args, &balloon));
+    }
+    if args.json {
+        return Ok(());
+    }
+    print(&format!("{}: {}\n", args.guest, outcome(&balloon)))
+}
+
+/// What a settled change did, in one line.
+fn outcome(balloon: &BalloonStatus) -> String {
+    let now = Size(balloon.actual_bytes);
+    let Some(change) = &balloon.last_change else {
+        return format!("the balloon holds {now}");
+    };
+    let verb = match change.direction {
+        Direction::Inflate => "inflated",
+        Direction::Deflate => "deflated",
+    };
+    let from = Size(u64::from(change.from_pages) * BALLOON_PAGE_BYTES);
+    let messages = plural(change.messages, "message");
+    let calls = plural(change.release_calls, "release call");
+    format!("{verb} from {from} to {now} in {:.1} ms, {messages}, {calls}", change.wall_ms)
+}
+
+fn replaced(args: &BalloonArgs, balloon: &BalloonStatus) -> Failure {
+    let other = Size(balloon.target_bytes);
+    Failure {
+        what: format!("someone else set the balloon of {} to {other} meanwhile", args.guest),
+        hint: "agree on who steers this guest, then set it again".into(),
+        exit: Exit::Failed,
+    }
+}
+
+fn timed_out(args: &BalloonArgs, balloon: &BalloonStatus) -> Failure {
+    let (actual, target) = (Size(balloon.actual_bytes), Size(balloon.target_bytes));
+    let what = format!(
+        "the balloon of {} holds {actual}, not {target}, after {}",
+        args.guest,
+        format_duration(args.timeout)
+    );
+    let hint = if balloon.max_bytes.is_none() {
+        "no guest is connected; the target stays set for when one is".into()
+    } else if balloon.actual_bytes == balloon.target_bytes {
+        "the guest is done, the host still releases; `aerostat status` shows how much".into()
+    } else {
+        "the target stays set; see whether the guest has the driver loaded and memory free".into()
+    };
+    Failure { what, hint, exit: Exit::Timeout }
+}
+
+/// How far the guest is: a bar on a terminal, else a line a second, both on
+/// standard error; nothing where JSON is wanted.
+enum Progress {
+    Bar { bar: ProgressBar, from_bytes: u64 },
+    Lines,
+    Silent,
+}
+
+impl Progress {
+    fn new(args: &BalloonArgs, balloon: &BalloonStatus) -> Self {
+        if args.json || balloon.settled {
+            return Self::Silent;
+        }
+        if !io::stderr().is_terminal() {
+            return Self::Lines;
+        }
+        let from_pages = balloon.last_change.as_ref().map_or(0, |change| change.from_pages);
+        let from_bytes = u64::from(from_pages) * BALLOON_PAGE_BYTES;
+        let bar = ProgressBar::new(balloon.target_bytes.abs_diff(from_bytes));
+        // A template that does not parse leaves the default style.
+        if let Ok(style) = ProgressStyle::with_template("{prefix} [{bar:40}] {percent}% {msg}") {
+            bar.set_style(style.progress_chars("=> "));
+        }
+        bar.set_prefix(args.guest.to_string());
+        let progress = Self::Bar { bar, from_bytes };
+        progress.show(balloon);
+        progress
+    }
+
+    fn wait(&self) -> Duration {
+        match self {
+            Self::Bar { .. } => BAR_WAIT,
+            Self::Lines | Self::Silent => LINE_WAIT,
+        }
+    }
+
+    fn show(&self, balloon: &BalloonStatus) {
+        let text = format!("{} of {}", Size(balloon.actual_bytes), Size(balloon.target_bytes));
+        match self {
+            Self::Bar { bar, from_bytes } => {
+                bar.set_position(balloon.actual_bytes.abs_diff(*from_bytes));
+                bar.set_message(text);
+            }
+            Self::Lines => eprintln!("{text}"),
+            Self::Silent => {}
+        }
+    }
+
+    fn end(&self) {
+        if let Self::Bar { bar, .. } = self {
+            bar.finish_and_clear();
+        }
+    }
+}

@@ -1,0 +1,37 @@
+//! The commands, one file each: its arguments, and `run`, which calls the room
+//! that does the work and prints what it says.
+
+mod balloon;
+mod status;
+mod vhost_user;
+
+use clap::Subcommand;
+
+use crate::failure::Failure;
+use crate::log::LogLevel;
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    Balloon(balloon::BalloonArgs),
+    Status(status::StatusArgs),
+    VhostUser(vhost_user::VhostUserArgs),
+}
+
+impl Command {
+    pub(crate) fn run(self) -> Result<(), Failure> {
+        match self {
+            Self::Balloon(args) => balloon::run(&args),
+            Self::Status(args) => status::run(&args),
+            Self::VhostUser(args) => vhost_user::run(args),
+        }
+    }
+
+    /// What is logged without `-v`.
+    pub(crate) fn log_level(&self) -> LogLevel {
+        match self {
+            Self::VhostUser(_) => LogLevel::Info,
+            _ => LogLevel::Warn,
+        }
+    }
+}

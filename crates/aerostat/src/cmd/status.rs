@@ -1,0 +1,183 @@
+//! `aerostat status`: one guest, or all of them in a table.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::Args;
+use control::api::{BalloonChange, Faults, Status};
+use control::{Client, ControlError, Size, list_sockets, runtime_dir};
+use humantime::format_duration;
+use serde::Serialize;
+
+use crate::failure::Failure;
+use crate::guest_arg::GuestArg;
+use crate::output::{plural, print, print_json};
+
+/// Shows one guest, or all guests in a table
+#[derive(Debug, Args)]
+pub(crate) struct StatusArgs {
+    /// Name of the guest, or the path of its control socket; all without it
+    guest: Option<GuestArg>,
+
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Time for each guest of the table, so that one that hangs does not hide the
+/// others for long.
+const TABLE_ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+
+pub(crate) fn run(args: &StatusArgs) -> Result<(), Failure> {
+    match &args.guest {
+        Some(guest) => {
+            let status = guest.connect()?.status()?;
+            if args.json { print_json(&status) } else { print(&details(&status)) }
+        }
+        None => {
+            let rows = all()?;
+            if args.json { print_json(&rows) } else { print(&table(&rows)?) }
+        }
+    }
+}
+
+/// One guest of the table.
+#[derive(Debug, Serialize)]
+struct Row {
+    name: String,
+    socket: PathBuf,
+    /// `running`, `dead`, `unreachable`.
+    state: &'static str,
+    /// What it says, if it answers.
+    status: Option<Status>,
+    /// Why it does not.
+    error: Option<String>,
+}
+
+fn all() -> Result<Vec<Row>, Failure> {
+    let sockets = list_sockets()?;
+    Ok(sockets.into_iter().map(|(name, socket)| row(name.to_string(), socket)).collect())
+}
+
+fn row(name: String, socket: PathBuf) -> Row {
+    match ask(&socket) {
+        Ok(status) => Row { name, socket, state: "running", status: Some(status), error: None },
+        Err(error) => {
+            let dead = matches!(error, ControlError::Dead { .. } | ControlError::NotFound { .. });
+            let state = if dead { "dead" } else { "unreachable" };
+            Row { name, socket, state, status: None, error: Some(error.to_string()) }
+        }
+    }
+}
+
+fn ask(socket: &Path) -> Result<Status, ControlError> {
+    Client::connect(socket)?.with_answer_timeout(TABLE_ANSWER_TIMEOUT).status()
+}
+
+const HEAD: [&str; 8] =
+    ["NAME", "STATE", "DRIVER", "MEMORY", "BALLOON", "TARGET", "RESIDENT", "FAULTS"];
+
+fn table(rows: &[Row]) -> Result<String, Failure> {
+    if rows.is_empty() {
+        return Ok(format!("no guests in {}\n", runtime_dir()?.display()));
+    }
+    let mut cells: Vec<[String; 8]> = vec![HEAD.map(String::from)];
+    cells.extend(rows.iter().map(row_cells));
+    let width = |column: usize| cells.iter().map(|row| row[column].len()).max().unwrap_or(0);
+    let widths: [usize; 8] = std::array::from_fn(width);
+    let mut text = String::new();
+    for row in &cells {
+        let line: Vec<_> =
+            row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        text += line.join("  ").trim_end();
+        text.push('\n');
+    }
+    Ok(text)
+}
+
+fn row_cells(row: &Row) -> [String; 8] {
+    let mut cells: [String; 8] = std::array::from_fn(|_| "-".into());
+    cells[0].clone_from(&row.name);
+    cells[1] = row.state.into();
+    if let Some(status) = &row.status {
+        cells[2] = driver(status).into();
+        cells[3] = Size(status.guest.memory_bytes).to_string();
+        cells[4] = Size(status.balloon.actual_bytes).to_string();
+        cells[5] = Size(status.balloon.target_bytes).to_string();
+        cells[6] = status.resident_bytes.map_or("-".into(), |bytes| Size(bytes).to_string());
+        cells[7] = status.faults.total().to_string();
+    }
+    cells
+}
+
+fn driver(status: &Status) -> &'static str {
+    if status.guest.connected { status.guest.driver.as_str() } else { "-" }
+}
+
+/// One guest, in lines of a name and a text.
+fn details(status: &Status) -> String {
+    let (guest, balloon, release) = (&status.guest, &status.balloon, &status.release);
+    let mut lines = vec![("name", status.name.clone())];
+    let uptime = format_duration(Duration::from_secs(status.uptime_ms / 1000));
+    lines.push(("process", format!("{}, for {uptime}", status.pid)));
+    let connected = match (guest.connected, guest.features.join(", ")) {
+        (false, _) => "not connected".into(),
+        (true, features) if features.is_empty() => format!("driver {}", guest.driver.as_str()),
+        (true, features) => format!("driver {} ({features})", guest.driver.as_str()),
+    };
+    lines.push(("guest", connected));
+    let resident = match status.resident_bytes {
+        Some(bytes) => format!(", {} of it in host memory", Size(bytes)),
+        None => String::new(),
+    };
+    lines.push(("memory", format!("{}{resident}", Size(guest.memory_bytes))));
+    let (actual, target) = (Size(balloon.actual_bytes), Size(balloon.target_bytes));
+    let state = if balloon.settled { "settled" } else { "in progress" };
+    lines.push(("balloon", format!("{actual} of {target}, {state}")));
+    if let Some(change) = &balloon.last_change {
+        lines.push(("last change", last_change(change)));
+    }
+    let (mode, partial) = (release.mode.as_str(), release.partial_huge.as_str());
+    lines.push(("release", format!("{mode}, parts of huge pages: {partial}")));
+    let (pending, in_flight) = (Size(release.pending_bytes), Size(release.in_flight_bytes));
+    let waiting = Size(release.waiting_bytes);
+    lines.push((
+        "on the way",
+        format!("{pending} pending, {in_flight} in flight, {waiting} waiting"),
+    ));
+    let (calls, errors) =
+        (plural(release.release_calls, "call"), plural(release.release_errors, "error"));
+    lines.push(("released", format!("{} in {calls}, {errors}", Size(release.released_bytes))));
+    lines.push(("faults", faults(&status.faults)));
+    lines.iter().fold(String::new(), |mut text, (name, value)| {
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "{name:<12} {value}");
+        text
+    })
+}
+
+fn last_change(change: &BalloonChange) -> String {
+    let size = |pages: u32| Size(u64::from(pages) * control::BALLOON_PAGE_BYTES);
+    let stages = &change.stages_ms;
+    format!(
+        "{} to {} in {:.1} ms (allocate {:.1}, send {:.1}, translate {:.1}, release {:.1}), {}, {}",
+        size(change.from_pages),
+        size(change.to_pages),
+        change.wall_ms,
+        stages.allocate,
+        stages.send,
+        stages.translate,
+        stages.release,
+        plural(change.messages, "message"),
+        plural(change.release_calls, "release call"),
+    )
+}
+
+fn faults(faults: &Faults) -> String {
+    let mut all = Vec::new();
+    for (side, kinds) in faults.sides() {
+        all.extend(kinds.iter().map(|(kind, count)| format!("{side} {kind} {count}")));
+    }
+    if all.is_empty() { "none".into() } else { all.join(", ") }
+}

@@ -1,0 +1,99 @@
+//! `aerostat vhost-user`: serves a balloon to any monitor.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use control::{GuestName, PartialHuge, ReleaseMode, ensure_runtime_dir, socket_path};
+
+use crate::failure::{Exit, Failure};
+
+/// Serves a balloon to a monitor over vhost-user, until SIGTERM or SIGINT
+#[derive(Debug, Args)]
+pub(crate) struct VhostUserArgs {
+    /// Socket the monitor connects to; it is made here
+    #[arg(long, value_name = "PATH")]
+    socket: PathBuf,
+
+    /// Name of the guest, for the other commands
+    #[arg(long, value_parser = guest_name)]
+    name: GuestName,
+
+    /// When pages that the guest gave are released
+    #[arg(long, value_enum, default_value_t = Release::Background)]
+    release: Release,
+
+    /// What becomes of parts of the host's huge pages
+    #[arg(long, value_enum, default_value_t = Partial::Wait)]
+    partial_huge: Partial,
+
+    /// Control socket; by the name, in the runtime directory, if it is not given
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Release {
+    /// After the guest was answered, many messages together
+    Background,
+    /// Before the guest is answered, a message at a time
+    Immediate,
+    /// Before the guest is answered, page by page; for comparison only
+    PerPage,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Partial {
+    /// Released at once; the host splits the huge page
+    Split,
+    /// Kept until the huge page is complete
+    Wait,
+}
+
+impl From<Release> for ReleaseMode {
+    fn from(release: Release) -> Self {
+        match release {
+            Release::Background => Self::Background,
+            Release::Immediate => Self::Immediate,
+            Release::PerPage => Self::PerPage,
+        }
+    }
+}
+
+impl From<Partial> for PartialHuge {
+    fn from(partial: Partial) -> Self {
+        match partial {
+            Partial::Split => Self::Split,
+            Partial::Wait => Self::Wait,
+        }
+    }
+}
+
+fn guest_name(text: &str) -> Result<GuestName, String> {
+    text.parse().map_err(|error: control::ControlError| format!("{error}; {}", error.hint()))
+}
+
+pub(crate) fn run(args: VhostUserArgs) -> Result<(), Failure> {
+    let control = match args.control {
+        Some(path) => path,
+        None => {
+            ensure_runtime_dir()?;
+            socket_path(&args.name)?
+        }
+    };
+    serve(args.socket, &args.name, control, args.release.into(), args.partial_huge.into())
+}
+
+/// The one call into the room that does the work.
+fn serve(
+    _socket: PathBuf,
+    _name: &GuestName,
+    _control: PathBuf,
+    _release: ReleaseMode,
+    _partial_huge: PartialHuge,
+) -> Result<(), Failure> {
+    Err(Failure {
+        what: "this build has no vhost-user back end".into(),
+        hint: "use a build that has one".into(),
+        exit: Exit::Failed,
+    })
+}

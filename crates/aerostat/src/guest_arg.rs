@@ -1,0 +1,49 @@
+//! Which guest is meant: a name, or the path of its control socket.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use control::{Client, GuestName, socket_path};
+
+use crate::failure::Failure;
+
+/// A guest as given on the command line.
+#[derive(Clone, Debug)]
+pub(crate) enum GuestArg {
+    /// A guest whose socket is in the runtime directory.
+    Name(GuestName),
+    /// A socket anywhere, told from a name by its slash.
+    Socket(PathBuf),
+}
+
+impl FromStr for GuestArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text.contains('/') {
+            return Ok(Self::Socket(text.into()));
+        }
+        let name = text.parse::<GuestName>();
+        name.map(Self::Name).map_err(|error| format!("{error}; {}", error.hint()))
+    }
+}
+
+impl GuestArg {
+    /// A client of the guest's balloon.
+    pub(crate) fn connect(&self) -> Result<Client, Failure> {
+        let path = match self {
+            Self::Name(name) => socket_path(name)?,
+            Self::Socket(path) => path.clone(),
+        };
+        Ok(Client::connect(&path)?)
+    }
+}
+
+impl std::fmt::Display for GuestArg {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Name(name) => name.fmt(f),
+            Self::Socket(path) => path.display().fmt(f),
+        }
+    }
+}

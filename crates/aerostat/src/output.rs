@@ -1,0 +1,30 @@
+//! Results on standard output.
+
+use std::io::{self, ErrorKind, Write};
+
+use serde::Serialize;
+
+use crate::failure::Failure;
+
+/// Prints a text. A reader that has seen enough, such as `head`, is no failure.
+pub(crate) fn print(text: &str) -> Result<(), Failure> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(Failure::new(&error, "check where standard output goes"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Prints a value as JSON for programs to read.
+pub(crate) fn print_json(value: &impl Serialize) -> Result<(), Failure> {
+    let text = serde_json::to_string_pretty(value)
+        .map_err(|error| Failure::new(&error, "please report this as a fault of aerostat"))?;
+    print(&(text + "\n"))
+}
+
+/// `1 message`, `2 messages`.
+pub(crate) fn plural(count: u64, word: &str) -> String {
+    format!("{count} {word}{}", if count == 1 { "" } else { "s" })
+}

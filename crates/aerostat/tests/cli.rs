@@ -1,0 +1,286 @@
+//! The command line as a shell sees it, against balloons without a guest.
+
+#![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
+
+#[path = "../../control/tests/fake/mod.rs"]
+mod fake;
+
+use std::fs;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use control::{Server, Status};
+use fake::{FakeBalloon, Guest};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// A runtime directory with guests in it.
+struct Host {
+    dir: TempDir,
+    servers: Vec<Server>,
+}
+
+impl Host {
+    fn new() -> Self {
+        Self { dir: tempfile::tempdir().unwrap(), servers: Vec::new() }
+    }
+
+    fn start(&mut self, name: &str, guest: Guest) -> Arc<FakeBalloon> {
+        let balloon = Arc::new(FakeBalloon::new(name, guest));
+        let server = Server::bind(&self.socket(name), Arc::clone(&balloon) as _).unwrap();
+        self.servers.push(server);
+        balloon
+    }
+
+    fn socket(&self, name: &str) -> PathBuf {
+        self.dir.path().join(format!("{name}.sock"))
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_aerostat"));
+        command.args(args).env("AEROSTAT_RUNTIME_DIR", self.dir.path()).env_remove("RUST_LOG");
+        command.stdin(Stdio::null());
+        command
+    }
+
+    /// Exit code, standard output, standard error.
+    fn run(&self, args: &[&str]) -> (i32, String, String) {
+        told(&self.command(args).output().unwrap())
+    }
+}
+
+fn told(output: &Output) -> (i32, String, String) {
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+    (output.status.code().unwrap(), text(&output.stdout), text(&output.stderr))
+}
+
+fn json(text: &str) -> Value {
+    serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))
+}
+
+#[test]
+fn balloon_sets_shows_and_takes_back() {
+    let mut host = Host::new();
+    host.start("web-1", Guest::Obeys);
+    let (code, out, err) = host.run(&["balloon", "web-1", "3GiB"]);
+    assert_eq!((code, err.as_str()), (0, ""));
+    assert_eq!(out, "web-1: inflated from 0 B to 3 GiB in 12.5 ms, 1 message, 2 release calls\n");
+    let (code, out, _) = host.run(&["balloon", "web-1"]);
+    assert_eq!(code, 0);
+    assert_eq!(out, "web-1: the balloon holds 3 GiB of a guest of 4 GiB, its target is 3 GiB\n");
+    let (_, out, _) = host.run(&["balloon", "web-1", "1.5G"]);
+    assert!(out.starts_with("web-1: deflated from 3 GiB to 1536 MiB in"), "{out}");
+    // Whole pages only, and the path of a socket instead of a name.
+    let socket = host.socket("web-1");
+    let (code, out, err) = host.run(&["balloon", socket.to_str().unwrap(), "10000", "--json"]);
+    assert_eq!((code, err.as_str()), (0, ""));
+    let balloon = json(&out);
+    assert_eq!(balloon["actual_bytes"], 8192);
+    assert_eq!(balloon["settled"], true);
+    assert_eq!(balloon["last_change"]["direction"], "deflate");
+    let (_, again, _) = host.run(&["balloon", "web-1", "--json"]);
+    assert_eq!(json(&again), balloon);
+}
+
+#[test]
+fn a_guest_that_is_slow_is_waited_for_with_lines_of_progress() {
+    let mut host = Host::new();
+    let balloon = host.start("web-1", Guest::Waits);
+    let guest = thread::spawn(move || {
+        balloon.until_target(1 << 18);
+        balloon.reach(1 << 17);
+        balloon.until_waits(2);
+        balloon.reach(1 << 18);
+    });
+    let (code, out, err) = host.run(&["balloon", "web-1", "1GiB", "--timeout", "60s"]);
+    guest.join().unwrap();
+    assert_eq!(code, 0, "{err}");
+    assert!(out.contains("inflated from 0 B to 1 GiB"), "{out}");
+    assert!(err.lines().last().unwrap().ends_with("of 1 GiB"), "{err}");
+}
+
+#[test]
+fn a_time_out_says_how_far_the_guest_got() {
+    let mut host = Host::new();
+    let balloon = host.start("web-1", Guest::Waits);
+    balloon.reach(1 << 17);
+    let command = ["balloon", "web-1", "1GiB", "--timeout", "20ms"];
+    let (code, out, err) = host.run(&command);
+    assert_eq!((code, out.as_str()), (4, ""));
+    let what = "error: the balloon of web-1 holds 512 MiB, not 1 GiB, after 20ms\n  hint: ";
+    assert!(err.contains(what), "{err}");
+    assert!(err.contains("driver"), "{err}");
+    let (code, out, err) = host.run(&[&command[..], &["--json"]].concat());
+    assert_eq!((code, json(&out)["settled"].clone()), (4, Value::Bool(false)));
+    assert!(err.starts_with("error: "), "no progress with --json: {err}");
+    balloon.edit(|status| status.balloon.max_bytes = None);
+    let (code, _, err) = host.run(&command);
+    assert_eq!(code, 4);
+    assert!(err.contains("no guest is connected"), "{err}");
+}
+
+#[test]
+fn a_target_that_another_client_replaced_is_a_failure() {
+    let mut host = Host::new();
+    let balloon = host.start("web-1", Guest::Waits);
+    let other = thread::spawn(move || {
+        balloon.until_target(1 << 18);
+        balloon.until_waits(1);
+        control::Balloon::set_target(&*balloon, 1 << 19).unwrap();
+    });
+    let start = Instant::now();
+    let (code, out, err) = host.run(&["balloon", "web-1", "1GiB", "--timeout", "60s"]);
+    other.join().unwrap();
+    assert!(start.elapsed() < Duration::from_secs(30), "the other change is not waited for");
+    assert_eq!((code, out.as_str()), (1, ""));
+    assert!(err.contains("someone else set the balloon of web-1 to 2 GiB"), "{err}");
+}
+
+#[test]
+fn what_the_server_refuses_is_said_with_its_hint() {
+    let mut host = Host::new();
+    host.start("web-1", Guest::Obeys);
+    let (code, out, err) = host.run(&["balloon", "web-1", "5GiB"]);
+    assert_eq!((code, out.as_str()), (1, ""));
+    let what = "error: a balloon of 5 GiB does not fit into a guest of 4 GiB\n  hint: ask for less";
+    assert!(err.starts_with(what), "{err}");
+}
+
+#[test]
+fn guests_that_are_not_there_are_exit_code_3() {
+    let host = Host::new();
+    let (code, out, err) = host.run(&["balloon", "nobody", "1GiB"]);
+    assert_eq!((code, out.as_str()), (3, ""));
+    assert!(err.starts_with("error: there is no control socket at "), "{err}");
+    assert!(err.contains("\n  hint: `aerostat status` lists"), "{err}");
+    drop(UnixListener::bind(host.socket("dead")).unwrap());
+    let (code, _, err) = host.run(&["status", "dead"]);
+    assert_eq!(code, 3);
+    assert!(err.contains("the process that served it is gone"), "{err}");
+}
+
+#[test]
+fn wrong_usage_is_exit_code_2_and_says_what_is_accepted() {
+    let host = Host::new();
+    let cases: &[(&[&str], &str)] = &[
+        (&[], "Usage: aerostat"),
+        (&["balon"], "balloon"),
+        (&["balloon"], "<GUEST>"),
+        (&["balloon", "web-1", "3GB"], "write it like 3GiB, 512MiB, 1.5G or 1048576"),
+        (&["balloon", "web-1", "much"], "write it like 3GiB"),
+        (&["balloon", "web 1", "3GiB"], "use up to 64 letters"),
+        (&["balloon", ".."], "use up to 64 letters"),
+        (&["balloon", "web-1", "3GiB", "--timeout", "30"], "time unit needed"),
+        (&["vhost-user", "--name", "a"], "--socket <PATH>"),
+        (&["vhost-user", "--socket", "s", "--name", "a/b"], "use up to 64 letters"),
+        (&["vhost-user", "--socket", "s", "--name", "a", "--release", "x"], "per-page"),
+        (&["status", "--log", "control=loud"], "--log"),
+    ];
+    for (args, text) in cases {
+        let (code, out, err) = host.run(args);
+        assert_eq!((code, out.as_str()), (2, ""), "{args:?}");
+        assert!(err.contains(text), "{args:?}: {err}");
+    }
+}
+
+#[test]
+fn help_tells_the_exit_codes() {
+    let (code, out, _) = Host::new().run(&["--help"]);
+    assert_eq!(code, 0);
+    assert!(out.contains("4  not done within the time-out"), "{out}");
+    let (code, out, _) = Host::new().run(&["--version"]);
+    assert_eq!((code, out.as_str()), (0, concat!("aerostat ", env!("CARGO_PKG_VERSION"), "\n")));
+}
+
+#[test]
+fn status_shows_one_guest() {
+    let mut host = Host::new();
+    let balloon = host.start("web-1", Guest::Obeys);
+    control::Balloon::set_target(&*balloon, 3 << 18).unwrap();
+    balloon.edit(|status| {
+        status.faults.guest.insert("page_outside_memory".into(), 3);
+        status.faults.host.insert("discard_failed".into(), 1);
+    });
+    let (code, out, _) = host.run(&["status", "web-1"]);
+    assert_eq!(code, 0);
+    for line in [
+        "name         web-1",
+        "guest        driver aerostat (must-tell-host, page-bitmap)",
+        "memory       4 GiB, 1 GiB of it in host memory",
+        "balloon      3 GiB of 3 GiB, settled",
+        "last change  0 B to 3 GiB in 12.5 ms (allocate 0.0, send 0.0, translate 0.0, release 0.0), \
+         1 message, 2 release calls",
+        "release      background, parts of huge pages: wait",
+        "on the way   0 B pending, 0 B in flight, 0 B waiting",
+        "released     8 KiB in 0 calls, 0 errors",
+        "faults       guest page_outside_memory 3, host discard_failed 1",
+    ] {
+        assert!(out.lines().any(|seen| seen == line), "{line:?} is not in\n{out}");
+    }
+    let (code, out, _) = host.run(&["status", "web-1", "--json"]);
+    assert_eq!(code, 0);
+    let status: Status = serde_json::from_str(&out).unwrap();
+    assert_eq!(status, control::Balloon::status(&*balloon));
+}
+
+#[test]
+fn status_lists_all_guests_and_says_which_are_dead() {
+    let mut host = Host::new();
+    let (code, out, _) = host.run(&["status"]);
+    assert_eq!((code, out), (0, format!("no guests in {}\n", host.dir.path().display())));
+    host.start("web-1", Guest::Obeys);
+    host.start("db", Guest::Obeys).edit(|status| status.guest.connected = false);
+    drop(UnixListener::bind(host.socket("old")).unwrap());
+    fs::write(host.dir.path().join("note.txt"), "").unwrap();
+    let (code, out, err) = host.run(&["status"]);
+    assert_eq!((code, err.as_str()), (0, ""));
+    let rows: Vec<Vec<_>> = out.lines().map(|line| line.split("  ").collect()).collect();
+    let rows = rows.into_iter().map(|row| {
+        row.into_iter().map(str::trim).filter(|cell| !cell.is_empty()).collect::<Vec<_>>().join("|")
+    });
+    let expected = [
+        "NAME|STATE|DRIVER|MEMORY|BALLOON|TARGET|RESIDENT|FAULTS",
+        "db|running|-|4 GiB|0 B|0 B|1 GiB|0",
+        "old|dead|-|-|-|-|-|-",
+        "web-1|running|aerostat|4 GiB|0 B|0 B|1 GiB|0",
+    ];
+    assert_eq!(rows.collect::<Vec<_>>(), expected);
+    let (code, out, _) = host.run(&["status", "--json"]);
+    assert_eq!(code, 0);
+    let rows = json(&out);
+    assert_eq!(rows[1]["name"], "old");
+    assert_eq!(rows[1]["state"], "dead");
+    assert_eq!(rows[1]["status"], Value::Null);
+    assert!(rows[1]["error"].as_str().unwrap().contains("is gone"));
+    assert_eq!(rows[2]["status"]["guest"]["driver"], "aerostat");
+}
+
+#[test]
+fn a_reader_that_leaves_is_no_failure() {
+    let mut host = Host::new();
+    host.start("web-1", Guest::Obeys);
+    let mut child = host.command(&["status", "web-1"]);
+    let mut child = child.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let (code, _, err) = told(&child.wait_with_output().unwrap());
+    assert_eq!((code, err.as_str()), (0, ""));
+}
+
+#[test]
+fn without_a_place_for_sockets_the_variable_is_named() {
+    let host = Host::new();
+    let run = |dir: &Path| {
+        told(&host.command(&["status"]).env("AEROSTAT_RUNTIME_DIR", dir).output().unwrap())
+    };
+    let (code, _, err) = run(Path::new("relative"));
+    assert_eq!(code, 1);
+    assert!(err.contains("not an absolute path\n  hint: set AEROSTAT_RUNTIME_DIR"), "{err}");
+    let (code, out, _) = run(&host.dir.path().join("none"));
+    assert_eq!(code, 0);
+    assert!(out.starts_with("no guests in "), "{out}");
+}
