@@ -1,0 +1,137 @@
+//! What a guest is made of: its initramfs and the command line of its monitor.
+
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
+
+use crate::debian::DebianKernel;
+use crate::error::{Context, LabError, Result};
+use crate::guest::{GuestBuilder, module_name};
+use crate::guest_build;
+use crate::initramfs::Initramfs;
+use crate::tool;
+use crate::uml::UmlKernel;
+
+/// The virtio device type of a balloon (virtio 1.3, 5.5.1), as `virtio_uml.device` wants it.
+const BALLOON_DEVICE_TYPE: u32 = 5;
+
+/// Words for every guest's kernel: few messages, and an end instead of a hang.
+const COMMON_ARGUMENTS: [&str; 3] = ["quiet", "oops=panic", "panic=1"];
+
+/// The package with the emulator.
+const QEMU_PACKAGE: &str = "qemu-system-x86";
+
+/// What runs the guest.
+#[derive(Debug, Clone)]
+pub(crate) enum Machine {
+    Uml(UmlKernel),
+    Qemu(DebianKernel),
+}
+
+/// A guest that is ready to be started.
+pub(crate) struct Launch {
+    pub(crate) words: Vec<OsString>,
+    memory_dir: PathBuf,
+}
+
+impl Launch {
+    /// What the guest's process gets in its environment.
+    pub(crate) fn variables(&self) -> [(&'static str, &OsStr); 1] {
+        [("TMPDIR", self.memory_dir.as_os_str())]
+    }
+}
+
+/// Writes the initramfs into `directory` and puts the command line together.
+pub(crate) fn prepare(guest: &GuestBuilder, directory: &Path) -> Result<Launch> {
+    let initramfs = directory.join("initramfs.cpio");
+    std::fs::write(&initramfs, pack(guest)?).context_path("write", &initramfs)?;
+    let mut words: Vec<OsString> = Vec::new();
+    if let Some(cpu) = guest.cpu {
+        words.extend(["taskset".into(), "--cpu-list".into(), cpu.to_string().into()]);
+    }
+    match &guest.machine {
+        Machine::Uml(kernel) => words.extend(uml_words(guest, kernel, &initramfs, directory)?),
+        Machine::Qemu(kernel) => words.extend(qemu_words(guest, kernel, &initramfs)?),
+    }
+    Ok(Launch { words, memory_dir: guest.memory_dir.clone() })
+}
+
+fn pack(guest: &GuestBuilder) -> Result<Vec<u8>> {
+    let mut archive = Initramfs::new();
+    // The kernel opens it for init before anything is mounted.
+    archive.character_device("dev/console", 0o600, 5, 1)?;
+    archive.host_file("init", 0o755, &guest_build::init()?)?;
+    archive.directory("modules")?;
+    for module in &guest.modules {
+        let name = module_name(module)?;
+        archive.host_file(&format!("modules/{name}.ko"), 0o644, module)?;
+    }
+    archive.finish()
+}
+
+/// Kernel messages go to standard error by way of a serial line, so that they never mix with the
+/// console of init on standard input and output.
+fn uml_words(
+    guest: &GuestBuilder,
+    kernel: &UmlKernel,
+    initramfs: &Path,
+    directory: &Path,
+) -> Result<Vec<OsString>> {
+    if !guest.machine_arguments.is_empty() {
+        return Err(unsupported("give QEMU's arguments to User Mode Linux"));
+    }
+    let mut words: Vec<OsString> = vec![kernel.linux.clone().into()];
+    words.push(format!("mem={}M", guest.memory_mib).into());
+    words.push(joined("initrd=", initramfs, ""));
+    words.push(joined("uml_dir=", directory, ""));
+    words.extend(["con=null", "con0=fd:0,fd:1"].map(Into::into));
+    words.extend(["ssl=null", "ssl0=null,fd:2", "console=ttyS0"].map(Into::into));
+    words.extend(COMMON_ARGUMENTS.map(Into::into));
+    for socket in &guest.balloons {
+        let device = format!(":{BALLOON_DEVICE_TYPE}");
+        words.push(joined("virtio_uml.device=", socket, &device));
+    }
+    words.extend(guest.kernel_arguments.iter().map(Into::into));
+    Ok(words)
+}
+
+fn qemu_words(
+    guest: &GuestBuilder,
+    kernel: &DebianKernel,
+    initramfs: &Path,
+) -> Result<Vec<OsString>> {
+    if !guest.balloons.is_empty() {
+        return Err(unsupported("attach a vhost-user balloon to QEMU"));
+    }
+    let program = "qemu-system-x86_64";
+    tool::program_version(program, QEMU_PACKAGE)?;
+    let mut words: Vec<OsString> = vec![program.into()];
+    words.extend(["-no-user-config", "-nodefaults", "-no-reboot"].map(Into::into));
+    words.extend(["-machine", "q35", "-cpu", "max", "-display", "none"].map(Into::into));
+    // One thread: with several, emulation races with the kernel's patching of its own code.
+    words.extend(["-accel", "tcg,thread=single", "-smp", "1"].map(Into::into));
+    words.extend(["-m".into(), format!("{}M", guest.memory_mib).into()]);
+    words.extend(["-kernel".into(), kernel.vmlinuz.clone().into()]);
+    words.extend(["-initrd".into(), initramfs.into()]);
+    // The first serial line takes the kernel's messages, the second one is init's console.
+    words.extend(["-serial", "file:/dev/stderr"].map(Into::into));
+    words.extend(
+        ["-chardev", "stdio,id=init,signal=off", "-serial", "chardev:init"].map(Into::into),
+    );
+    let mut arguments = vec!["console=ttyS0", "LAB_CONSOLE=ttyS1"];
+    arguments.extend(COMMON_ARGUMENTS);
+    arguments.extend(guest.kernel_arguments.iter().map(String::as_str));
+    words.extend(["-append".into(), arguments.join(" ").into()]);
+    words.extend(guest.machine_arguments.iter().map(Into::into));
+    Ok(words)
+}
+
+fn joined(before: &str, path: &Path, after: &str) -> OsString {
+    let mut word = OsString::from(before);
+    word.push(path);
+    word.push(after);
+    word
+}
+
+fn unsupported(what: &str) -> LabError {
+    LabError::Host { what: what.to_owned(), advice: "use the other kind of guest".to_owned() }
+}

@@ -1,0 +1,185 @@
+//! Unmodified kernels as Debian ships them, fetched into the cache and not installed.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::cache::{self, Key};
+use crate::error::{Context, LabError, Result};
+use crate::guest::module_name;
+use crate::guest_build::KernelTree;
+use crate::tool;
+
+/// Raise it when the way packages are fetched changes.
+const RECIPE: u32 = 1;
+
+/// Begins the list of needed modules in a module's information section.
+const DEPENDS: &[u8] = b"\0depends=";
+
+/// A kernel that Debian 12 has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Release {
+    /// The cloud kernel that Debian 12 came with.
+    Cloud6_1,
+    /// The cloud kernel of the later series.
+    Cloud6_12,
+}
+
+impl Release {
+    /// The package that depends on the newest real one.
+    fn meta_package(self) -> &'static str {
+        match self {
+            Self::Cloud6_1 => "linux-image-cloud-amd64",
+            Self::Cloud6_12 => "linux-image-6.12-cloud-amd64",
+        }
+    }
+}
+
+/// A fetched kernel.
+#[derive(Debug, Clone)]
+pub struct DebianKernel {
+    /// The compressed kernel as boot loaders want it.
+    pub vmlinuz: PathBuf,
+    /// What `uname -r` says in it.
+    pub release: String,
+    module_dir: PathBuf,
+}
+
+impl DebianKernel {
+    /// The module of this name and those it needs, in loading order.
+    ///
+    /// # Errors
+    /// When one of them is not in the package.
+    pub fn module(&self, name: &str) -> Result<Vec<PathBuf>> {
+        let files = cache::files_below(&self.module_dir)?;
+        let mut order = Vec::new();
+        self.add_module(name, &files, &mut order)?;
+        Ok(order)
+    }
+
+    /// The headers of this kernel, which must be installed on this machine.
+    ///
+    /// # Errors
+    /// A missing package is named.
+    pub fn tree(&self) -> Result<KernelTree> {
+        let package = format!("linux-headers-{}", self.release);
+        let path = Path::new("/usr/src").join(&package);
+        match path.join("Module.symvers").exists() {
+            true => Ok(KernelTree { path, is_uml: false }),
+            false => Err(LabError::Missing { what: path.display().to_string(), package }),
+        }
+    }
+
+    fn add_module(&self, name: &str, files: &[PathBuf], order: &mut Vec<PathBuf>) -> Result<()> {
+        let path = files.iter().find(|path| {
+            // In module names a dash and an underscore are the same.
+            let is_module = path.extension().is_some_and(|extension| extension == "ko");
+            is_module && module_name(path).is_ok_and(|stem| stem.replace('-', "_") == name)
+        });
+        let path = path.ok_or_else(|| LabError::Unexpected {
+            what: format!("the kernel {}", self.release),
+            detail: format!("it has no module {name}"),
+        })?;
+        if order.contains(path) {
+            return Ok(());
+        }
+        let bytes = fs::read(path).context_path("read", path)?;
+        for needed in dependencies(&bytes) {
+            self.add_module(&needed.replace('-', "_"), files, order)?;
+        }
+        order.push(path.clone());
+        Ok(())
+    }
+}
+
+/// Returns the kernel; fetches it if this machine has not done so yet.
+///
+/// # Errors
+/// When the package is not known to apt, or cannot be fetched.
+pub fn kernel(release: Release) -> Result<DebianKernel> {
+    let package = real_package(release.meta_package())?;
+    let version = candidate_version(&package)?;
+    let key = Key::new(RECIPE).with("package", &package).with("version", &version);
+    let directory =
+        cache::artifact(&package, &key, |directory| fetch(&package, &version, directory))?;
+    let release = package.trim_start_matches("linux-image-").to_owned();
+    Ok(DebianKernel {
+        vmlinuz: directory.join(format!("boot/vmlinuz-{release}")),
+        module_dir: directory.join(format!("lib/modules/{release}")),
+        release,
+    })
+}
+
+/// The package with a kernel that a meta package depends on.
+fn real_package(meta: &str) -> Result<String> {
+    let answer = tool::capture(tool::command("apt-cache").args(["depends", meta]), "apt")?;
+    answer
+        .unwrap_or_default()
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("Depends: "))
+        .find(|package| package.starts_with("linux-image-"))
+        .map(str::to_owned)
+        .ok_or_else(|| unknown(meta))
+}
+
+fn candidate_version(package: &str) -> Result<String> {
+    let mut show = tool::command("apt-cache");
+    show.args(["show", "--no-all-versions", package]);
+    tool::capture(&mut show, "apt")?
+        .unwrap_or_default()
+        .lines()
+        .find_map(|line| line.strip_prefix("Version: "))
+        .map(str::to_owned)
+        .ok_or_else(|| unknown(package))
+}
+
+fn unknown(package: &str) -> LabError {
+    LabError::Host {
+        what: format!("find the package {package}"),
+        advice: "use Debian 12 and run `apt-get update`".to_owned(),
+    }
+}
+
+fn fetch(package: &str, version: &str, directory: &Path) -> Result<()> {
+    let log = directory.join("fetch.log");
+    let mut download = tool::command("apt-get");
+    // apt's own user may not write into the cache.
+    download.args(["-o", "APT::Sandbox::User=root", "download"]);
+    download.arg(format!("{package}={version}")).current_dir(directory);
+    tool::run(&mut download, "apt", &log)?;
+    let archives = cache::files_below(directory)?;
+    let archive = archives.iter().find(|path| path.extension().is_some_and(|end| end == "deb"));
+    let archive = archive.ok_or_else(|| LabError::Unexpected {
+        what: format!("the download of {package}"),
+        detail: "no package file came".to_owned(),
+    })?;
+    let mut extract = tool::command("dpkg-deb");
+    extract.arg("--extract").arg(archive).arg(directory);
+    tool::run(&mut extract, "dpkg", &log)?;
+    fs::remove_file(archive).context_path("remove", archive)
+}
+
+/// The names in the `depends` line of a module.
+fn dependencies(module: &[u8]) -> Vec<String> {
+    let start = module.windows(DEPENDS.len()).position(|window| window == DEPENDS);
+    let Some(start) = start else {
+        return Vec::new();
+    };
+    let value = module[start + DEPENDS.len()..].split(|byte| *byte == 0).next();
+    let names = String::from_utf8_lossy(value.unwrap_or_default()).into_owned();
+    names.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dependencies_are_read_from_a_module() {
+        assert_eq!(
+            dependencies(b"xx\0license=GPL\0depends=virtio,virtio_ring\0y=z\0"),
+            ["virtio", "virtio_ring"]
+        );
+        assert!(dependencies(b"\0depends=\0name=x\0").is_empty());
+        assert!(dependencies(b"nothing").is_empty());
+    }
+}

@@ -1,0 +1,112 @@
+//! Builds what runs in the guests: the init, and kernel modules by kbuild.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::cache::{self, Key};
+use crate::error::{Context, LabError, Result};
+use crate::tool;
+
+/// Raise it when the way init is built changes.
+const INIT_RECIPE: u32 = 1;
+
+/// Raise it when the way modules are built changes.
+const MODULE_RECIPE: u32 = 1;
+
+/// Overrides the clone whose guest sources are built.
+pub const SOURCE_VARIABLE: &str = "AEROSTAT_SOURCE";
+
+/// The guest's processor and C library; linked statically, so no library goes into the initramfs.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// A tree that kbuild can make modules against.
+#[derive(Debug, Clone)]
+pub struct KernelTree {
+    /// The directory with the kernel's top Makefile.
+    pub path: PathBuf,
+    /// Whether it is a tree of User Mode Linux, which needs `ARCH=um`.
+    pub is_uml: bool,
+}
+
+/// Builds the guests' init, once for each state of its sources.
+///
+/// # Errors
+/// When the sources are not there or do not build.
+pub fn init() -> Result<PathBuf> {
+    let source = guest_source("init")?;
+    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
+    let key = Key::new(INIT_RECIPE)
+        .with("rustc", tool::program_version("rustc", "rustc")?)
+        .with("manifest", read(&source.join("Cargo.toml"))?)
+        .with("lock", read(&source.join("Cargo.lock"))?)
+        .with_directory(&source.join("src"))?;
+    let directory = cache::artifact("init", &key, |directory| {
+        let build = directory.join("build");
+        let mut command = tool::command(&cargo);
+        command.args(["build", "--release", "--locked", "--target", TARGET, "--target-dir"]);
+        command.arg(&build).arg("--manifest-path").arg(source.join("Cargo.toml"));
+        command.env("CARGO_ENCODED_RUSTFLAGS", "-Ctarget-feature=+crt-static");
+        tool::run(&mut command, "cargo", &directory.join("build.log"))?;
+        let made = build.join(TARGET).join("release/init");
+        fs::rename(&made, directory.join("init")).context_path("move", &made)?;
+        fs::remove_dir_all(&build).context_path("remove", &build)
+    })?;
+    Ok(directory.join("init"))
+}
+
+/// Builds the laboratory's own module, which fragments the guest's memory.
+///
+/// # Errors
+/// When the sources are not there or do not build.
+pub fn lab_module(tree: &KernelTree) -> Result<PathBuf> {
+    module("lab_memory", &guest_source("lab")?, tree)
+}
+
+/// Builds the module `name` from a directory of sources, once for each state of these.
+///
+/// # Errors
+/// When the sources or the kernel's tree are not there, or do not build.
+pub fn module(name: &str, source: &Path, tree: &KernelTree) -> Result<PathBuf> {
+    let key = Key::new(MODULE_RECIPE)
+        .with("gcc", tool::program_version("gcc", "gcc")?)
+        .with("tree", tree.path.to_string_lossy().as_bytes())
+        .with("symbols", read(&tree.path.join("Module.symvers"))?)
+        .with_directory(source)?;
+    let object = format!("{name}.ko");
+    let directory = cache::artifact(name, &key, |directory| {
+        // kbuild writes beside the sources, and a clone must stay clean.
+        for path in cache::files_below(source)? {
+            let copy = directory.join(path.strip_prefix(source).unwrap_or(&path));
+            let parent = copy.parent().unwrap_or(directory);
+            fs::create_dir_all(parent).context_path("make", parent)?;
+            fs::copy(&path, &copy).context_path("copy", &path)?;
+        }
+        let mut command = tool::command("make");
+        command.arg("-C").arg(&tree.path);
+        if tree.is_uml {
+            command.args(crate::uml::ARCHITECTURE);
+        }
+        let mut place = std::ffi::OsString::from("M=");
+        place.push(directory);
+        command.arg(place).arg("modules");
+        tool::run(&mut command, "make", &directory.join("build.log"))
+    })?;
+    Ok(directory.join(object))
+}
+
+fn guest_source(name: &str) -> Result<PathBuf> {
+    let clone = match std::env::var_os(SOURCE_VARIABLE) {
+        Some(path) => PathBuf::from(path),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../.."),
+    };
+    let source = clone.join("guest").join(name);
+    let found = fs::canonicalize(&source);
+    found.map_err(|_| LabError::Host {
+        what: format!("find the guest's sources at {}", source.display()),
+        advice: format!("set {SOURCE_VARIABLE} to a clone of Aerostat"),
+    })
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).context_path("read", path)
+}

@@ -1,0 +1,34 @@
+//! Boots real kernels: for the demo, the tests and the benches.
+//!
+//! [`uml::kernel`] builds User Mode Linux once, [`debian::kernel`] fetches an unmodified Debian
+//! kernel once; [`Guest::uml`] and [`Guest::qemu`] boot them; [`Guest::run`] runs a command in the
+//! guest. A guest ends with its [`Guest`], and with the process that booted it, however it ends.
+//!
+//! ```no_run
+//! let kernel = lab::uml::kernel()?;
+//! let mut guest = lab::Guest::uml(&kernel).memory_mib(4096).boot()?;
+//! guest.run("touch 3400")?;
+//! println!("{} MiB free", guest.run("free-mib")?.text);
+//! # Ok::<(), lab::LabError>(())
+//! ```
+
+#![forbid(unsafe_code)]
+
+pub mod cache;
+pub mod console;
+pub mod debian;
+pub mod guest;
+pub mod guest_build;
+pub mod initramfs;
+pub mod memory_dir;
+pub mod uml;
+
+mod boot;
+mod error;
+mod keeper;
+mod tool;
+
+pub use console::Reply;
+pub use error::{LabError, Result};
+pub use guest::{Guest, GuestBuilder};
+pub use memory_dir::{Backing, GuestMemoryDir};

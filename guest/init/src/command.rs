@@ -1,0 +1,55 @@
+//! What the host can ask for.
+
+use std::fs;
+use std::str::FromStr;
+
+use crate::{memory, module, pressure, system};
+
+/// Takes one line of an answer to the host.
+type Emit<'a> = &'a mut dyn FnMut(&str) -> Result<(), String>;
+
+/// Runs one command; the text goes into the last line of the answer.
+pub(crate) fn run(name: &str, arguments: &[String], emit: Emit<'_>) -> Result<String, String> {
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match (name, words.as_slice()) {
+        ("insmod", [path, parameters @ ..]) => module::insert(path, &parameters.join(" ")),
+        ("rmmod", [module]) => module::remove(module),
+        ("meminfo", []) => print_file("/proc/meminfo", emit),
+        ("free-mib", []) => memory::free_mib(),
+        ("touch", [mib]) => memory::touch(number(mib)?),
+        ("fill", [file, mib, seed]) => memory::fill(file, number(mib)?, number(seed)?),
+        ("verify", [file, mib, seed]) => memory::verify(file, number(mib)?, number(seed)?),
+        ("drop", [file]) => memory::drop_file(file),
+        ("cat", [path]) => print_file(path, emit),
+        ("write", [path, text @ ..]) => write_file(path, &text.join(" ")),
+        ("drop-caches", []) => system::drop_caches(),
+        ("pressure", [mib, hold_ms]) => pressure::run(number(mib)?, number(hold_ms)?),
+        ("sync", []) => {
+            rustix::fs::sync();
+            Ok(String::new())
+        }
+        ("poweroff", []) => {
+            // The answer would be lost with the console, so the end of the guest is the answer.
+            system::power_off();
+            Err("the guest is still on".to_owned())
+        }
+        _ => Err(format!("no such command or wrong arguments: {name} {}", words.join(" "))),
+    }
+}
+
+fn number<T: FromStr>(word: &str) -> Result<T, String> {
+    word.parse().map_err(|_| format!("not a number: {word}"))
+}
+
+fn print_file(path: &str, emit: Emit<'_>) -> Result<String, String> {
+    let text = fs::read(path).map_err(|error| format!("cannot read {path}: {error}"))?;
+    for line in String::from_utf8_lossy(&text).lines() {
+        emit(line)?;
+    }
+    Ok(String::new())
+}
+
+fn write_file(path: &str, text: &str) -> Result<String, String> {
+    fs::write(path, text).map_err(|error| format!("cannot write {path}: {error}"))?;
+    Ok(String::new())
+}

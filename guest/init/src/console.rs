@@ -1,0 +1,103 @@
+//! The line protocol with the host.
+//!
+//! The host writes `ID COMMAND ARGUMENT...`, one line a command. The guest answers with any
+//! number of `@lab ID | TEXT` lines and then exactly one `@lab ID ok TEXT` or `@lab ID err TEXT`.
+//! The marker keeps answers apart from kernel messages, and the number keeps the answer to a
+//! command that was given up on apart from the next one. Number 0 is the guest's own: it is
+//! ready, or it got a line that it could not read.
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
+
+use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
+
+/// Begins every answer.
+const MARKER: &str = "@lab";
+
+/// Names the terminal to talk on, for instance `ttyS1`; set on the kernel command line.
+const TERMINAL_VARIABLE: &str = "LAB_CONSOLE";
+
+/// The terminal when none is named: the first one of User Mode Linux.
+const DEFAULT_TERMINAL: &str = "tty0";
+
+/// One command of the host.
+pub(crate) struct Request {
+    pub(crate) id: u64,
+    pub(crate) words: Vec<String>,
+}
+
+/// The terminal on which the host talks.
+pub(crate) struct Console {
+    input: BufReader<File>,
+    output: File,
+}
+
+impl Console {
+    /// Opens the terminal and takes the line discipline out of the way.
+    pub(crate) fn open() -> Result<Self, String> {
+        let name =
+            std::env::var(TERMINAL_VARIABLE).unwrap_or_else(|_| DEFAULT_TERMINAL.to_owned());
+        let path = format!("/dev/{name}");
+        let terminal = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .map_err(|error| format!("cannot open {path}: {error}"))?;
+        let mut settings =
+            tcgetattr(&terminal).map_err(|error| format!("{path} is no terminal: {error}"))?;
+        settings.make_raw();
+        tcsetattr(&terminal, OptionalActions::Now, &settings)
+            .map_err(|error| format!("cannot make {path} raw: {error}"))?;
+        let output = terminal.try_clone().map_err(|error| error.to_string())?;
+        Ok(Self { input: BufReader::new(terminal), output })
+    }
+
+    /// Waits for the next command; `None` when the host has hung up.
+    ///
+    /// A line without a number is answered here, under number 0.
+    pub(crate) fn next_request(&mut self) -> Result<Option<Request>, String> {
+        loop {
+            let mut line = Vec::new();
+            let length = self
+                .input
+                .read_until(b'\n', &mut line)
+                .map_err(|error| format!("cannot read the console: {error}"))?;
+            if length == 0 {
+                return Ok(None);
+            }
+            let line = String::from_utf8_lossy(&line);
+            let mut words = line.split_whitespace();
+            let id = words.next().and_then(|word| word.parse().ok());
+            match id {
+                Some(id) => {
+                    let words = words.map(str::to_owned).collect();
+                    return Ok(Some(Request { id, words }));
+                }
+                None => {
+                    let complaint = format!("no number before the command: {}", line.trim_end());
+                    self.reply(0, &Err(complaint))?;
+                }
+            }
+        }
+    }
+
+    /// Sends one line of an answer that is not over yet.
+    pub(crate) fn line(&mut self, id: u64, text: &str) -> Result<(), String> {
+        self.send(&format!("{MARKER} {id} | {text}\n"))
+    }
+
+    /// Ends an answer.
+    pub(crate) fn reply(&mut self, id: u64, outcome: &Result<String, String>) -> Result<(), String> {
+        let (verdict, text) = match outcome {
+            Ok(text) => ("ok", text),
+            Err(text) => ("err", text),
+        };
+        self.send(&format!("{MARKER} {id} {verdict} {}\n", text.replace('\n', "; ")))
+    }
+
+    fn send(&mut self, text: &str) -> Result<(), String> {
+        self.output
+            .write_all(text.as_bytes())
+            .map_err(|error| format!("cannot write to the console: {error}"))
+    }
+}

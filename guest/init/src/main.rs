@@ -1,0 +1,47 @@
+//! PID 1 of the laboratory guests.
+//!
+//! Mounts what it needs, says that it is ready, and then answers one command after the other on
+//! the console. See [`console`] for the protocol and [`command`] for what it can do.
+
+#![forbid(unsafe_code)]
+
+mod command;
+mod console;
+mod memory;
+mod module;
+mod pattern;
+mod pressure;
+mod system;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().collect();
+    // Under pressure the allocation is done by a second process, which the kernel may kill.
+    if arguments.get(1).map(String::as_str) == Some(pressure::CHILD_ARGUMENT) {
+        return pressure::child(&arguments);
+    }
+    if let Err(error) = serve() {
+        eprintln!("init: {error}");
+    }
+    // PID 1 must not return: the kernel would panic. The guest is of no use now.
+    system::power_off();
+    ExitCode::FAILURE
+}
+
+/// Prepares the guest and answers commands until the console is hung up.
+fn serve() -> Result<(), String> {
+    system::mount_all()?;
+    let mut console = console::Console::open()?;
+    console.reply(0, &Ok("ready".to_owned()))?;
+    while let Some(request) = console.next_request()? {
+        let outcome = match request.words.split_first() {
+            None => Err("empty command".to_owned()),
+            Some((name, arguments)) => {
+                command::run(name, arguments, &mut |line| console.line(request.id, line))
+            }
+        };
+        console.reply(request.id, &outcome)?;
+    }
+    Ok(())
+}

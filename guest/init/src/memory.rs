@@ -1,0 +1,98 @@
+//! Memory as files on a tmpfs.
+//!
+//! Page faults from user space are slow in User Mode Linux, so memory is written and read by
+//! `write` and `read` with one buffer: the kernel then touches it at its own speed.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+
+use crate::pattern::{self, PAGE_BYTES};
+use crate::system::MEMORY_DIRECTORY;
+
+/// One system call's worth; large enough that the call itself costs nothing.
+const CHUNK_BYTES: usize = 1 << 20;
+
+/// Pages in a chunk.
+const CHUNK_PAGES: u64 = (CHUNK_BYTES / PAGE_BYTES) as u64;
+
+/// What `touch` writes: not zero, so that no zero page can stand in for it.
+const TOUCH_BYTE: u8 = 0xa5;
+
+/// Free memory in MiB, rounded down.
+pub(crate) fn free_mib() -> Result<String, String> {
+    let text = fs::read_to_string("/proc/meminfo").map_err(|error| error.to_string())?;
+    let kib: u64 = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemFree:"))
+        .and_then(|rest| rest.split_whitespace().next())
+        .and_then(|word| word.parse().ok())
+        .ok_or("no MemFree in /proc/meminfo")?;
+    Ok((kib / 1024).to_string())
+}
+
+/// Writes `mib` MiB of memory and frees it again.
+pub(crate) fn touch(mib: u64) -> Result<String, String> {
+    let path = path_of("touched")?;
+    let outcome = write_chunks(&path, mib, |buffer, _| buffer.fill(TOUCH_BYTE));
+    // Also after a failure: a half written file would keep the memory.
+    fs::remove_file(&path).map_err(|error| format!("cannot remove {path}: {error}"))?;
+    outcome?;
+    Ok(format!("{mib}"))
+}
+
+/// Keeps `mib` MiB of memory with a pattern of its own in each page.
+pub(crate) fn fill(name: &str, mib: u64, seed: u64) -> Result<String, String> {
+    write_chunks(&path_of(name)?, mib, |buffer, first_page| {
+        pattern::generate(buffer, seed, first_page);
+    })?;
+    Ok(format!("{mib}"))
+}
+
+/// Reads back what [`fill`] wrote and answers with the number of wrong pages.
+pub(crate) fn verify(name: &str, mib: u64, seed: u64) -> Result<String, String> {
+    let path = path_of(name)?;
+    let mut file = File::open(&path).map_err(|error| format!("cannot open {path}: {error}"))?;
+    let mut found = vec![0; CHUNK_BYTES];
+    let mut wanted = vec![0; CHUNK_BYTES];
+    let mut wrong = 0;
+    for chunk in 0..mib {
+        file.read_exact(&mut found)
+            .map_err(|error| format!("cannot read MiB {chunk} of {path}: {error}"))?;
+        wrong += pattern::count_wrong(&found, &mut wanted, seed, chunk * CHUNK_PAGES);
+    }
+    match file.read(&mut found) {
+        Ok(0) => Ok(wrong.to_string()),
+        Ok(_) => Err(format!("{path} holds more than {mib} MiB")),
+        Err(error) => Err(format!("cannot read {path}: {error}")),
+    }
+}
+
+/// Frees what [`fill`] holds.
+pub(crate) fn drop_file(name: &str) -> Result<String, String> {
+    let path = path_of(name)?;
+    fs::remove_file(&path).map_err(|error| format!("cannot remove {path}: {error}"))?;
+    Ok(String::new())
+}
+
+/// Writes a file MiB by MiB; `produce` gets the buffer and the number of its first page.
+fn write_chunks(
+    path: &str,
+    mib: u64,
+    mut produce: impl FnMut(&mut [u8], u64),
+) -> Result<(), String> {
+    let mut file = File::create(path).map_err(|error| format!("cannot make {path}: {error}"))?;
+    let mut buffer = vec![0; CHUNK_BYTES];
+    for chunk in 0..mib {
+        produce(&mut buffer, chunk * CHUNK_PAGES);
+        file.write_all(&buffer)
+            .map_err(|error| format!("cannot write MiB {chunk} of {path}: {error}"))?;
+    }
+    Ok(())
+}
+
+fn path_of(name: &str) -> Result<String, String> {
+    match name.is_empty() || name.contains('/') || name.starts_with('.') {
+        true => Err(format!("not a plain file name: {name}")),
+        false => Ok(format!("{MEMORY_DIRECTORY}/{name}")),
+    }
+}
