@@ -41,6 +41,19 @@ fn an_available_index_that_jumps() {
 }
 
 #[test]
+fn a_head_beyond_the_ring() {
+    for form in [BITMAP, CLASSIC] {
+        for head in [RING_SIZE, RING_SIZE + 1, u16::MAX] {
+            let mut guest = Guest::new(form);
+            let source = expects_bad_ring(&mut guest, |guest| {
+                guest.inflate.ring.publish(&guest.memory, head);
+            });
+            assert!(matches!(source, Error::InvalidDescriptorIndex), "{source}");
+        }
+    }
+}
+
+#[test]
 fn what_came_before_a_bad_head_is_served_and_returned() {
     let mut guest = Guest::new(BITMAP);
     let memory = guest.memory.clone();
@@ -72,6 +85,40 @@ fn the_same_chain_offered_many_times_is_served_each_time() {
     guest.still_works();
 }
 
+/// Rings of which a part is not in memory; the last four bytes of memory hold an
+/// index, but no entry behind it. An index that never catches up is not waited
+/// for.
+#[test]
+fn a_ring_without_memory_is_given_up() {
+    let end = END_PAGE * 4096;
+    let well = GuestRing::new(2 * MIB, RING_SIZE);
+    let (table, avail, used) = (well.table(), well.avail(), well.used());
+    for (what, table, avail, used) in [
+        ("all nowhere", NOWHERE, NOWHERE + 0x100, NOWHERE + 0x200),
+        ("all at the end of addresses", u64::MAX - 15, u64::MAX - 1, u64::MAX - 3),
+        ("no available ring", table, NOWHERE, used),
+        ("no available entries", table, end - 4, used),
+        ("no used ring", table, avail, NOWHERE),
+        ("no used entries", table, avail, end - 4),
+    ] {
+        println!("{what}");
+        let mut guest = Guest::new(BITMAP);
+        let memory = guest.memory.clone();
+        well.clone().send(&memory, &[]);
+        memory.write_obj(1u16.to_le(), GuestAddress(end - 2)).unwrap();
+        let mut queue = well.queue();
+        queue.try_set_desc_table_address(GuestAddress(table)).unwrap();
+        queue.try_set_avail_ring_address(GuestAddress(avail)).unwrap();
+        queue.try_set_used_ring_address(GuestAddress(used)).unwrap();
+        guest.inflate.queue = queue;
+        let result = guest.kick(Vq::Inflate);
+        assert!(matches!(result, Err(QueueError::BadRing { .. })), "{result:?}");
+        assert_eq!(guest.balloon.faults().get(Fault::BadRing), 1);
+        guest.inflate.set_up(&memory);
+        guest.still_works();
+    }
+}
+
 /// Descriptors that cannot be read make an empty chain, which is returned.
 #[test]
 fn a_descriptor_table_without_memory_is_a_chain_without_a_message() {
@@ -82,6 +129,21 @@ fn a_descriptor_table_without_memory_is_a_chain_without_a_message() {
         let memory = guest.memory.clone();
         guest.inflate.set_up(&memory);
     });
+}
+
+#[test]
+fn a_queue_that_was_never_set_up() {
+    let mut guest = Guest::new(BITMAP);
+    let source = expects_bad_ring(&mut guest, |guest| guest.inflate.queue.set_ready(false));
+    assert!(matches!(source, Error::QueueNotReady));
+
+    // Its addresses are wherever they are before a driver says; nothing is
+    // written there.
+    let used_flags = GuestAddress(guest.inflate.ring.used());
+    guest.memory.write_obj(0xaaaau16, used_flags).unwrap();
+    guest.inflate.queue.set_ready(false);
+    assert!(guest.kick(Vq::Inflate).is_err());
+    assert_eq!(guest.memory.read_obj::<u16>(used_flags).unwrap(), 0xaaaa);
 }
 
 #[test]
