@@ -104,6 +104,41 @@ fn buffers_of_4_gib() {
     }
 }
 
+#[test]
+fn a_chain_beyond_4_gib_is_refused_where_it_breaks_off() {
+    for form in FORMS {
+        let (mut guest, good) = guest_with_message(form);
+        let room = Buffer::writable(STATUS, u32::MAX - good);
+        let chain = [Buffer::readable(MESSAGE, good), room, Buffer::writable(STATUS, 8)];
+        guest.expects_fault(Fault::BadDescriptor, |guest| {
+            guest.send_chain(Vq::Inflate, &chain);
+        });
+    }
+}
+
+#[test]
+fn chains_that_do_not_end() {
+    let good = |form| if form == BITMAP { 8 } else { 4 };
+    for form in FORMS {
+        for (what, descriptors) in [
+            ("a loop of one", vec![(MESSAGE, good(form), NEXT, 0)]),
+            ("a loop of two", vec![(MESSAGE, good(form), NEXT, 1), (STATUS, 4, NEXT | WRITE, 0)]),
+            ("on to a slot that is not there", vec![(MESSAGE, good(form), NEXT, RING_SIZE)]),
+            ("on to slot 65535", vec![(MESSAGE, good(form), NEXT, u16::MAX)]),
+            ("room in a loop", vec![(MESSAGE, good(form), NEXT, 1), (STATUS, 0, NEXT | WRITE, 1)]),
+        ] {
+            println!("{what}");
+            let (mut guest, _) = guest_with_message(form);
+            guest.expects_fault(Fault::BadDescriptor, |guest| {
+                send_raw(guest, &descriptors);
+                // The broken slots are the driver's again.
+                let memory = guest.memory.clone();
+                guest.inflate.set_up(&memory);
+            });
+        }
+    }
+}
+
 /// An indirect table with the honest message and room for a status.
 fn write_table(guest: &Guest, len: u32) {
     assert!(write_descriptor(&guest.memory, TABLE, 0, Descriptor::new(MESSAGE, len, NEXT, 1)));
@@ -119,6 +154,68 @@ fn an_indirect_table_is_followed() {
         assert_eq!(written, if form == BITMAP { 4 } else { 0 });
         assert_eq!(guest.held(), [(0x200, 1)]);
         assert_eq!(guest.balloon.faults().total(), 0);
+    }
+}
+
+#[test]
+fn indirect_tables_that_cannot_be() {
+    for form in FORMS {
+        for (what, table, len) in [
+            ("no entry", TABLE, 0),
+            ("half an entry", TABLE, 8),
+            ("an entry and a half", TABLE, 24),
+            ("nowhere", NOWHERE, 32),
+            ("at the end of all addresses", u64::MAX & !15, 32),
+            ("4 GiB", TABLE, u32::MAX & !15),
+        ] {
+            println!("{what}");
+            let (mut guest, good) = guest_with_message(form);
+            write_table(&guest, good);
+            // Nothing comes before the table: there is no message.
+            guest.expects_fault(Fault::EmptyMessage, |guest| {
+                send_raw(guest, &[(table, len, INDIRECT, 0)]);
+            });
+            // A whole message comes before it: still nothing is acted on.
+            guest.inflate.set_up(&guest.memory);
+            guest.expects_fault(Fault::BadDescriptor, |guest| {
+                send_raw(guest, &[(MESSAGE, good, NEXT, 1), (table, len, INDIRECT, 0)]);
+                let memory = guest.memory.clone();
+                guest.inflate.set_up(&memory);
+            });
+        }
+    }
+}
+
+#[test]
+fn an_indirect_table_within_a_table_is_refused() {
+    for form in FORMS {
+        let (mut guest, len) = guest_with_message(form);
+        write_table(&guest, len);
+        let outer = TABLE + 0x1000;
+        let first = Descriptor::new(MESSAGE, len, NEXT, 1);
+        assert!(write_descriptor(&guest.memory, outer, 0, first));
+        let nested = Descriptor::new(TABLE, 32, INDIRECT, 0);
+        assert!(write_descriptor(&guest.memory, outer, 1, nested));
+        guest.expects_fault(Fault::BadDescriptor, |guest| {
+            send_raw(guest, &[(outer, 32, INDIRECT, 0)]);
+        });
+    }
+}
+
+#[test]
+fn indirect_tables_that_do_not_end() {
+    for form in FORMS {
+        let (mut guest, len) = guest_with_message(form);
+        for next in [0, 1, 2, u16::MAX] {
+            let first = Descriptor::new(MESSAGE, len, NEXT, next);
+            assert!(write_descriptor(&guest.memory, TABLE, 0, first));
+            assert!(write_descriptor(&guest.memory, TABLE, 1, Descriptor::new(STATUS, 0, NEXT, 0)));
+            guest.expects_fault(Fault::BadDescriptor, |guest| {
+                send_raw(guest, &[(TABLE, 32, INDIRECT, 0)]);
+                let memory = guest.memory.clone();
+                guest.inflate.set_up(&memory);
+            });
+        }
     }
 }
 
@@ -160,4 +257,24 @@ fn a_status_on_top_of_its_own_message_does_no_harm() {
     let chain = [Buffer::readable(MESSAGE, 8), Buffer::writable(MESSAGE, 8)];
     assert_eq!(guest.send_chain(Vq::Inflate, &chain), 4);
     assert_eq!(guest.held(), [(0x200, 1)]);
+}
+
+/// An indirect table may be longer than a message may be.
+#[test]
+fn a_chain_of_65535_descriptors_is_not_followed_to_its_end() {
+    let (mut guest, len) = guest_with_message(BITMAP);
+    let table = 4 * MIB;
+    for i in 0..u16::MAX {
+        let (addr, len) = if i == 0 { (MESSAGE, len) } else { (u64::MAX, 0) };
+        let flags = if i == u16::MAX - 1 { 0 } else { NEXT };
+        assert!(write_descriptor(
+            &guest.memory,
+            table,
+            i,
+            Descriptor::new(addr, len, flags, i + 1)
+        ));
+    }
+    guest.expects_fault(Fault::BadDescriptor, |guest| {
+        send_raw(guest, &[(table, 16 * u32::from(u16::MAX), INDIRECT, 0)]);
+    });
 }
