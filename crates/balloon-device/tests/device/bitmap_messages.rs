@@ -55,6 +55,21 @@ fn blocks_outside_of_memory_are_refused() {
 }
 
 #[test]
+fn only_set_bits_must_lie_in_memory() {
+    let mut guest = Guest::new(BITMAP);
+    // Starts before memory and ends beyond it; the set bit is at page 0x100.
+    let mut words = [0; 63];
+    words[4] = 1;
+    guest.accepts(Vq::Inflate, &record_bytes(0, 12, &words));
+    // Bits over the gap, but none in it.
+    guest.accepts(Vq::Inflate, &record_bytes(0x600, 21, &[0b101]));
+    // No bit at all, nowhere.
+    guest.accepts(Vq::Inflate, &record_bytes(0, 30, &[0; 63]));
+    assert_eq!(guest.held(), [(0x100, 1), (0x600, 0x200), (0xa00, 0x200)]);
+    assert_eq!(guest.balloon.faults().total(), 0);
+}
+
+#[test]
 fn bytes_that_are_no_records_are_refused() {
     let malformed = [
         ("half a header", vec![0; 7]),
