@@ -89,10 +89,11 @@ impl<R: Reclaim> Balloon<R> {
     }
 
     /// A driver starts: it holds nothing, and uses any page that it wants.
+    /// Features that were not offered are not accepted either.
     pub fn reset(&mut self, negotiated: Features) {
         let held = std::mem::take(&mut self.held);
         self.reclaim.retain(&held);
-        self.negotiated = negotiated;
+        self.negotiated = negotiated & Self::FEATURES;
         self.config.actual = 0;
         self.config.poison_val = 0;
     }

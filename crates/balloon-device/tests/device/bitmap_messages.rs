@@ -191,3 +191,13 @@ fn a_reset_gives_everything_back_and_changes_the_form() {
     assert_eq!(guest.held(), [(0x200, 1)]);
     assert_eq!(guest.balloon.faults().get(Fault::OutsideMemory), 1);
 }
+
+#[test]
+fn features_that_were_not_offered_are_not_accepted() {
+    let mut guest = Guest::new(Features(u64::MAX));
+    assert_eq!(guest.balloon.queues().index(Vq::Deflate), Some(1));
+    for vq in [Vq::Stats, Vq::FreePage, Vq::Reporting, Vq::Request] {
+        assert_eq!(guest.balloon.queues().index(vq), None, "{vq:?}");
+    }
+    guest.still_works();
+}
