@@ -98,11 +98,15 @@ impl<R: Reclaim> Balloon<R> {
         self.config.poison_val = 0;
     }
 
-    /// Guest memory is now at `layout`; pages that are gone are forgotten.
+    /// Guest memory is now at `layout`. Pages that are gone are forgotten, and
+    /// not released later: other memory may come in their place.
     pub fn set_layout(&mut self, layout: MemoryLayout) {
-        let held = std::mem::take(&mut self.held);
-        for range in held.ranges().filter(|range| layout.covers(*range)) {
-            self.held.insert(range);
+        let mut gone = std::mem::take(&mut self.held);
+        for range in layout.ranges() {
+            self.held.union_with(&gone.take_range(*range));
+        }
+        if !gone.is_empty() {
+            self.reclaim.retain(&gone);
         }
         self.layout = layout;
     }

@@ -236,6 +236,22 @@ fn reaching_the_target_flushes_and_missing_it_does_not() {
 }
 
 #[test]
+fn when_memory_moves_only_what_is_gone_is_forgotten() {
+    let mut guest = Guest::new(BITMAP);
+    // Held across both neighbours, and in the last region.
+    guest.accepts(Vq::Inflate, &record_bytes(0x200, 21, &[0b10111]));
+    assert_eq!(guest.held(), [(0x200, 0x600), (0xa00, 0x200)]);
+    guest.balloon.reclaim_mut().events.clear();
+    let smaller = MemoryLayout::new([REGIONS[0], REGIONS[2]]).unwrap();
+    guest.balloon.set_layout(smaller);
+    assert_eq!(guest.held(), [(0x200, 0x200), (0xa00, 0x200)]);
+    // What is gone must not be released later, in memory that came instead.
+    let gone = Event::Retain { pages: set([(0x400, 0x400)]), returned: 0 };
+    assert_eq!(guest.balloon.reclaim().events, [gone]);
+    guest.still_works();
+}
+
+#[test]
 fn a_device_without_memory_refuses_everything() {
     let mut guest = Guest::new(BITMAP);
     guest.balloon.set_layout(MemoryLayout::default());
