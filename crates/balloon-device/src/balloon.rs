@@ -124,6 +124,9 @@ impl<R: Reclaim> Balloon<R> {
         let limit = self.limit();
         let drained = drain(queue, memory, |chain| {
             let outcome = self.message.read(chain, memory, limit).and_then(|()| self.handle(vq));
+            if outcome.is_err() {
+                self.refuse(vq);
+            }
             self.answer(memory, outcome)
         });
         match drained {
@@ -275,6 +278,15 @@ impl<R: Reclaim> Balloon<R> {
             self.faults.count(Fault::NotInBalloon);
         }
         self.reclaim.retain(pages);
+    }
+
+    /// A driver without `PAGE_BITMAP` cannot be told that its deflate was refused:
+    /// it uses the pages as soon as the message comes back. The device does not
+    /// know which ones, so none that it holds may be released any more.
+    fn refuse(&mut self, vq: Vq) {
+        if vq == Vq::Deflate && !self.speaks_bitmap() {
+            self.reclaim.retain(&self.held);
+        }
     }
 
     /// Counts a fault and answers the message; returns the bytes written.

@@ -74,6 +74,24 @@ fn the_longest_array_is_taken_and_a_longer_one_is_refused() {
     guest.expects_fault(Fault::OversizedMessage, |guest| guest.accepts(Vq::Inflate, &longer));
 }
 
+/// A driver that gets a classic deflate back uses the pages: there is no status
+/// to say that the device did not understand it.
+#[test]
+fn a_deflate_that_was_not_understood_keeps_all_that_is_held() {
+    let mut guest = Guest::new(CLASSIC);
+    guest.accepts(Vq::Inflate, &pfns(0x200..0x210));
+    let everything = set([(0x200, 0x10)]);
+    let oversized = pfns([0x200; MAX_PFN_ARRAY_BYTES / 4 + 1]);
+    guest.balloon.reclaim_mut().events.clear();
+    guest.accepts(Vq::Deflate, &oversized);
+    let bad = [Buffer::readable(NOWHERE, 4)];
+    guest.send_chain(Vq::Deflate, &bad);
+    let kept = |returned| Event::Retain { pages: everything.clone(), returned };
+    assert_eq!(guest.balloon.reclaim().events, [kept(0), kept(1)]);
+    assert_eq!(*guest.balloon.held(), everything, "the guest did not say which");
+    guest.still_works();
+}
+
 #[test]
 fn a_deflate_of_pages_that_are_not_held_is_counted() {
     let mut guest = Guest::new(CLASSIC);
