@@ -4,4 +4,5 @@ mod bitmap_messages;
 mod classic_messages;
 mod descriptors;
 mod guest;
+mod model;
 mod rings;
