@@ -89,19 +89,24 @@ impl<R: Reclaim> Balloon<R> {
     }
 
     /// A driver starts: it holds nothing, and uses any page that it wants.
+    /// Features that were not offered are not accepted either.
     pub fn reset(&mut self, negotiated: Features) {
         let held = std::mem::take(&mut self.held);
         self.reclaim.retain(&held);
-        self.negotiated = negotiated;
+        self.negotiated = negotiated & Self::FEATURES;
         self.config.actual = 0;
         self.config.poison_val = 0;
     }
 
-    /// Guest memory is now at `layout`; pages that are gone are forgotten.
+    /// Guest memory is now at `layout`. Pages that are gone are forgotten, and
+    /// not released later: other memory may come in their place.
     pub fn set_layout(&mut self, layout: MemoryLayout) {
-        let held = std::mem::take(&mut self.held);
-        for range in held.ranges().filter(|range| layout.covers(*range)) {
-            self.held.insert(range);
+        let mut gone = std::mem::take(&mut self.held);
+        for range in layout.ranges() {
+            self.held.union_with(&gone.take_range(*range));
+        }
+        if !gone.is_empty() {
+            self.reclaim.retain(&gone);
         }
         self.layout = layout;
     }
@@ -119,6 +124,9 @@ impl<R: Reclaim> Balloon<R> {
         let limit = self.limit();
         let drained = drain(queue, memory, |chain| {
             let outcome = self.message.read(chain, memory, limit).and_then(|()| self.handle(vq));
+            if outcome.is_err() {
+                self.refuse(vq);
+            }
             self.answer(memory, outcome)
         });
         match drained {
@@ -270,6 +278,15 @@ impl<R: Reclaim> Balloon<R> {
             self.faults.count(Fault::NotInBalloon);
         }
         self.reclaim.retain(pages);
+    }
+
+    /// A driver without `PAGE_BITMAP` cannot be told that its deflate was refused:
+    /// it uses the pages as soon as the message comes back. The device does not
+    /// know which ones, so none that it holds may be released any more.
+    fn refuse(&mut self, vq: Vq) {
+        if vq == Vq::Deflate && !self.speaks_bitmap() {
+            self.reclaim.retain(&self.held);
+        }
     }
 
     /// Counts a fault and answers the message; returns the bytes written.

@@ -1,5 +1,7 @@
 //! The one loop that takes chains off a queue and returns them.
 
+use std::sync::atomic::Ordering;
+
 use virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestMemory;
 
@@ -24,16 +26,21 @@ pub struct Drained {
 ///
 /// Notifications are off meanwhile; after they are on again the ring is looked
 /// at once more, since a driver with EVENT_IDX does not repeat a kick.
+///
+/// A queue that is not ready is not touched: its addresses are no addresses yet.
 pub(crate) fn drain<'m, M: GuestMemory>(
     queue: &mut Queue,
     memory: &'m M,
     mut handle: impl FnMut(DescriptorChain<&'m M>) -> u32,
 ) -> Result<Drained, Error> {
+    if !queue.ready() {
+        return Err(Error::QueueNotReady);
+    }
     let mut drained = Drained::default();
     loop {
         queue.disable_notification(memory)?;
         while drained.chains < MAX_CHAINS_PER_DRAIN {
-            let Some(chain) = queue.iter(memory)?.next() else { break };
+            let Some(chain) = next_chain(queue, memory)? else { break };
             let head = chain.head_index();
             let written = handle(chain);
             queue.add_used(memory, head, written)?;
@@ -46,4 +53,22 @@ pub(crate) fn drain<'m, M: GuestMemory>(
     }
     drained.notify = drained.chains > 0 && queue.needs_notification(memory)?;
     Ok(drained)
+}
+
+/// The next available chain, or `None` where there is none.
+///
+/// The iterator says `None` as well where it cannot read the ring's entry, and
+/// the index would say for ever that there is one: that is an error here. So is
+/// a head that the ring does not have, since it could not be returned.
+fn next_chain<'m, M: GuestMemory>(
+    queue: &mut Queue,
+    memory: &'m M,
+) -> Result<Option<DescriptorChain<&'m M>>, Error> {
+    let size = queue.size();
+    let any = queue.avail_idx(memory, Ordering::Acquire)?.0 != queue.next_avail();
+    match queue.iter(memory)?.next() {
+        Some(chain) if chain.head_index() >= size => Err(Error::InvalidDescriptorIndex),
+        None if any => Err(Error::InvalidAvailRingIndex),
+        chain => Ok(chain),
+    }
 }

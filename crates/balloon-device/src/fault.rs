@@ -11,8 +11,9 @@ pub enum Fault {
     /// Longer than the limit of its form.
     #[error("guest: a message longer than its form allows")]
     OversizedMessage,
-    /// A descriptor that points outside of guest memory.
-    #[error("guest: a descriptor outside of guest memory")]
+    /// A descriptor that points outside of guest memory, or a chain of them that
+    /// does not end as it should.
+    #[error("guest: a descriptor outside of guest memory, or a chain that breaks off")]
     BadDescriptor,
     /// No run of page-bitmap records.
     #[error("guest: bytes that are no page-bitmap records")]

@@ -57,6 +57,11 @@ impl MemoryLayout {
         self.pages
     }
 
+    /// The pages as ranges, lowest first, no two of them neighbours.
+    pub fn ranges(&self) -> &[PageRange] {
+        &self.ranges
+    }
+
     /// First page, and first page after the last; `(0, 0)` without memory.
     pub fn bounds(&self) -> (u64, u64) {
         match (self.ranges.first(), self.ranges.last()) {

@@ -11,6 +11,11 @@ use crate::fault::Fault;
 const WRITTEN: u32 = 4;
 const _: () = assert!(WRITTEN as usize == STATUS_BYTES);
 
+/// Descriptors that a message may have. The specification allows as many as the
+/// ring has entries, and Linux sets up rings of 256 for a balloon; an indirect
+/// table could hold 65535, each of which costs the device a look.
+const MAX_DESCRIPTORS: usize = 1024;
+
 /// Bytes of a message and where its answer goes.
 #[derive(Debug, Default)]
 pub(crate) struct Message {
@@ -27,6 +32,9 @@ impl Message {
 
     /// Copies the readable part of `chain`, at most `limit` bytes. Where it
     /// fails the place for an answer is still known.
+    ///
+    /// A chain that breaks off (a loop, a next descriptor or a table that is not
+    /// there, too many descriptors) ends with one that says another follows.
     pub(crate) fn read<M: GuestMemory>(
         &mut self,
         chain: DescriptorChain<&M>,
@@ -36,7 +44,9 @@ impl Message {
         self.bytes.clear();
         self.answer = None;
         let mut outcome = Ok(());
-        for descriptor in chain {
+        let mut broken_off = false;
+        for descriptor in chain.take(MAX_DESCRIPTORS) {
+            broken_off = descriptor.has_next();
             let len = descriptor.len() as usize;
             if descriptor.is_write_only() {
                 if self.answer.is_none() && len >= STATUS_BYTES {
@@ -47,6 +57,9 @@ impl Message {
             }
         }
         outcome?;
+        if broken_off {
+            return Err(Fault::BadDescriptor);
+        }
         if self.bytes.is_empty() { Err(Fault::EmptyMessage) } else { Ok(()) }
     }
 

@@ -1,0 +1,105 @@
+//! The classic message: page numbers, and what lies among them.
+
+use crate::guest::*;
+use balloon_abi::Vq;
+use balloon_abi::limits::MAX_PFN_ARRAY_BYTES;
+use balloon_device::Fault;
+use guest_ring::Buffer;
+
+#[test]
+fn page_numbers_in_any_order_are_one_set() {
+    let mut guest = Guest::new(CLASSIC);
+    let pages = (0x300..0x340).chain((0x200..0x240).rev()).chain([0x240, 0xa00, 0x7ff]);
+    guest.accepts(Vq::Inflate, &pfns(pages));
+    let expected = [(0x200, 0x41), (0x300, 0x40), (0x7ff, 1), (0xa00, 1)];
+    assert_eq!(guest.held(), expected);
+    assert_eq!(guest.balloon.reclaim().events, [Event::Release(set(expected))]);
+    assert_eq!(guest.balloon.faults().total(), 0);
+}
+
+#[test]
+fn a_repeated_page_number_is_said_once() {
+    let mut guest = Guest::new(CLASSIC);
+    guest.accepts(Vq::Inflate, &pfns([0x200, 0x200, 0x201, 0x200, 0x201]));
+    assert_eq!(guest.held(), [(0x200, 2)]);
+    assert_eq!(guest.balloon.counters().inflated_pages, 2);
+}
+
+#[test]
+fn each_page_outside_of_memory_is_counted_and_left_out() {
+    let mut guest = Guest::new(CLASSIC);
+    let outside = [0, FIRST_PAGE - 1, GAP.start, GAP.end - 1, END_PAGE, u64::from(u32::MAX)];
+    guest.accepts(Vq::Inflate, &pfns(outside));
+    assert_eq!(guest.held(), []);
+    assert_eq!(guest.balloon.faults().get(Fault::OutsideMemory), outside.len() as u64);
+    guest.still_works();
+    // Runs that cross a border, both ways.
+    let runs = (GAP.start - 2..GAP.start + 2).chain((GAP.end - 2..GAP.end + 2).rev());
+    guest.accepts(Vq::Inflate, &pfns(runs));
+    assert_eq!(guest.held(), [(GAP.start - 2, 2), (GAP.end, 2)]);
+    assert_eq!(guest.balloon.faults().get(Fault::OutsideMemory), outside.len() as u64 + 4);
+    assert_eq!(guest.balloon.faults().total(), outside.len() as u64 + 4);
+    for event in &guest.balloon.reclaim().events {
+        if let Event::Release(pages) = event {
+            assert!(pages.ranges().all(|range| guest.balloon.layout().covers(range)));
+        }
+    }
+}
+
+#[test]
+fn a_torn_page_number_is_none() {
+    let mut guest = Guest::new(CLASSIC);
+    let mut message = pfns([0x200, 0x201]);
+    message.pop();
+    guest.accepts(Vq::Inflate, &message);
+    assert_eq!(guest.held(), [(0x200, 1)]);
+}
+
+#[test]
+fn no_status_is_written_even_where_there_is_room() {
+    let mut guest = Guest::new(CLASSIC);
+    assert_eq!(guest.send(Vq::Inflate, &pfns([0x200])), NO_STATUS);
+    assert_eq!(guest.send(Vq::Inflate, &[]), NO_STATUS);
+    assert_eq!(guest.balloon.faults().get(Fault::EmptyMessage), 1);
+    assert_eq!(guest.balloon.faults().total(), 1);
+}
+
+#[test]
+fn the_longest_array_is_taken_and_a_longer_one_is_refused() {
+    let mut guest = Guest::new(CLASSIC);
+    let longest = pfns((0..MAX_PFN_ARRAY_BYTES as u64 / 4).map(|i| 0x200 + i % 0x200));
+    guest.accepts(Vq::Inflate, &longest);
+    assert_eq!(guest.held(), [(0x200, 0x200)]);
+    let longer = [longest, pfns([0x500])].concat();
+    guest.expects_fault(Fault::OversizedMessage, |guest| guest.accepts(Vq::Inflate, &longer));
+}
+
+/// A driver that gets a classic deflate back uses the pages: there is no status
+/// to say that the device did not understand it.
+#[test]
+fn a_deflate_that_was_not_understood_keeps_all_that_is_held() {
+    let mut guest = Guest::new(CLASSIC);
+    guest.accepts(Vq::Inflate, &pfns(0x200..0x210));
+    let everything = set([(0x200, 0x10)]);
+    let oversized = pfns([0x200; MAX_PFN_ARRAY_BYTES / 4 + 1]);
+    guest.balloon.reclaim_mut().events.clear();
+    guest.accepts(Vq::Deflate, &oversized);
+    let bad = [Buffer::readable(NOWHERE, 4)];
+    guest.send_chain(Vq::Deflate, &bad);
+    let kept = |returned| Event::Retain { pages: everything.clone(), returned };
+    assert_eq!(guest.balloon.reclaim().events, [kept(0), kept(1)]);
+    assert_eq!(*guest.balloon.held(), everything, "the guest did not say which");
+    guest.still_works();
+}
+
+#[test]
+fn a_deflate_of_pages_that_are_not_held_is_counted() {
+    let mut guest = Guest::new(CLASSIC);
+    guest.accepts(Vq::Inflate, &pfns([0x200, 0x202]));
+    guest.accepts(Vq::Deflate, &pfns([0x200, 0x201]));
+    assert_eq!(guest.held(), [(0x202, 1)]);
+    assert_eq!(guest.balloon.faults().get(Fault::NotInBalloon), 1);
+    assert_eq!(guest.balloon.faults().total(), 1);
+    let kept = Event::Retain { pages: set([(0x200, 2)]), returned: 0 };
+    assert_eq!(guest.balloon.reclaim().events.last(), Some(&kept));
+}

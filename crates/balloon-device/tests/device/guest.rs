@@ -1,0 +1,252 @@
+//! A guest of a few regions with two queues, and a device that serves them.
+
+use std::time::Instant;
+
+use balloon_abi::{Features, Field, MessageStatus, Pfn, Vq, record};
+use balloon_device::{Balloon, Fault, MemoryLayout, QueueError, Reclaim};
+use guest_ring::{Buffer, GuestRing};
+use page_set::{PageRange, PageSet};
+use virtio_queue::Queue;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+/// Guest memory: two neighbours, a gap of 2 MiB, one more. It does not start at
+/// 0, and the last one ends in the middle of a 2 MiB block.
+pub(crate) const REGIONS: [(u64, u64); 3] =
+    [(MIB, 3 * MIB), (4 * MIB, 4 * MIB), (10 * MIB, 5 * MIB)];
+pub(crate) const MIB: u64 = 1 << 20;
+/// First page of guest memory, and first after it.
+pub(crate) const FIRST_PAGE: u64 = 0x100;
+pub(crate) const END_PAGE: u64 = 0xf00;
+/// The gap.
+pub(crate) const GAP: std::ops::Range<u64> = 0x800..0xa00;
+/// An address that is in no region.
+pub(crate) const NOWHERE: u64 = 9 * MIB;
+
+pub(crate) const RING_SIZE: u16 = 16;
+const INFLATE_RING: u64 = MIB;
+const DEFLATE_RING: u64 = MIB + 0x1000;
+/// Where messages are written; 128 KiB.
+pub(crate) const MESSAGE: u64 = MIB + 0x10000;
+/// Where the device answers.
+pub(crate) const STATUS: u64 = MIB + 0x8000;
+/// What the status word holds before the device writes it.
+pub(crate) const NO_STATUS: u32 = 0xdead_beef;
+
+pub(crate) const BITMAP: Features =
+    Features::VERSION_1.union(Features::MUST_TELL_HOST).union(Features::PAGE_BITMAP);
+pub(crate) const CLASSIC: Features = Features::VERSION_1.union(Features::MUST_TELL_HOST);
+
+/// What the device asked for, and how many deflate messages the driver could
+/// see as returned at that time.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Event {
+    Release(PageSet),
+    Retain { pages: PageSet, returned: u16 },
+    Flush,
+}
+
+pub(crate) struct Recorder {
+    memory: GuestMemoryMmap,
+    deflate_used: GuestAddress,
+    pub(crate) events: Vec<Event>,
+}
+
+impl Reclaim for Recorder {
+    fn release(&mut self, pages: &PageSet) {
+        self.events.push(Event::Release(pages.clone()));
+    }
+
+    fn retain(&mut self, pages: &PageSet) {
+        let returned = self.memory.read_obj(self.deflate_used).map(u16::from_le).unwrap();
+        self.events.push(Event::Retain { pages: pages.clone(), returned });
+    }
+
+    fn flush(&mut self) {
+        self.events.push(Event::Flush);
+    }
+}
+
+pub(crate) struct Guest {
+    pub(crate) memory: GuestMemoryMmap,
+    pub(crate) balloon: Balloon<Recorder>,
+    pub(crate) inflate: Side,
+    pub(crate) deflate: Side,
+}
+
+/// One queue from both sides.
+pub(crate) struct Side {
+    pub(crate) ring: GuestRing,
+    pub(crate) queue: Queue,
+}
+
+impl Side {
+    fn new(at: u64) -> Self {
+        let ring = GuestRing::new(at, RING_SIZE);
+        Self { queue: ring.queue(), ring }
+    }
+
+    /// The driver sets the queue up anew.
+    pub(crate) fn set_up(&mut self, memory: &GuestMemoryMmap) {
+        self.ring.reset(memory);
+        self.queue = self.ring.queue();
+    }
+}
+
+impl Guest {
+    pub(crate) fn new(negotiated: Features) -> Self {
+        let ranges = REGIONS.map(|(start, bytes)| (GuestAddress(start), bytes as usize));
+        let memory = GuestMemoryMmap::<()>::from_ranges(&ranges).unwrap();
+        let inflate = Side::new(INFLATE_RING);
+        let deflate = Side::new(DEFLATE_RING);
+        let deflate_used = GuestAddress(deflate.ring.used_idx_addr());
+        let recorder = Recorder { memory: memory.clone(), deflate_used, events: Vec::new() };
+        let mut balloon = Balloon::new(recorder);
+        balloon.set_layout(MemoryLayout::of(&memory).unwrap());
+        balloon.reset(negotiated);
+        balloon.reclaim_mut().events.clear();
+        Self { memory, balloon, inflate, deflate }
+    }
+
+    pub(crate) fn write(&self, at: u64, bytes: &[u8]) {
+        self.memory.write_slice(bytes, GuestAddress(at)).unwrap();
+    }
+
+    pub(crate) fn side(&mut self, vq: Vq) -> &mut Side {
+        if vq == Vq::Inflate { &mut self.inflate } else { &mut self.deflate }
+    }
+
+    /// The device serves the queue.
+    pub(crate) fn kick(&mut self, vq: Vq) -> Result<balloon_device::Drained, QueueError> {
+        let side = if vq == Vq::Inflate { &mut self.inflate } else { &mut self.deflate };
+        self.balloon.process_queue(vq, &self.memory, &mut side.queue)
+    }
+
+    /// Sends one chain and expects it back; the bytes the device says it wrote.
+    pub(crate) fn send_chain(&mut self, vq: Vq, buffers: &[Buffer]) -> u32 {
+        let memory = self.memory.clone();
+        let head = self.side(vq).ring.send(&memory, buffers);
+        self.kick_for(vq, head)
+    }
+
+    /// Serves the queue and expects exactly the chain at `head` back.
+    pub(crate) fn kick_for(&mut self, vq: Vq, head: u16) -> u32 {
+        let drained = self.kick(vq).expect("the ring is well");
+        assert_eq!((drained.chains, drained.more), (1, false));
+        let memory = self.memory.clone();
+        let used = self.side(vq).ring.take_used(&memory).expect("the chain comes back");
+        assert_eq!(used.head, u32::from(head));
+        assert_eq!(self.side(vq).ring.take_used(&memory), None, "it comes back once");
+        used.written_bytes
+    }
+
+    /// Sends `message` with room for a status; the status word afterwards.
+    pub(crate) fn send(&mut self, vq: Vq, message: &[u8]) -> u32 {
+        self.write(MESSAGE, message);
+        self.write(STATUS, &NO_STATUS.to_le_bytes());
+        let len = u32::try_from(message.len()).unwrap();
+        let buffers = [Buffer::readable(MESSAGE, len), Buffer::writable(STATUS, 4)];
+        let written = self.send_chain(vq, &buffers);
+        let status = self.status();
+        assert_eq!(written, if status == NO_STATUS { 0 } else { 4 });
+        status
+    }
+
+    pub(crate) fn status(&self) -> u32 {
+        u32::from_le(self.memory.read_obj(GuestAddress(STATUS)).unwrap())
+    }
+
+    /// Sends `message` and expects it to be refused for `fault` alone, without
+    /// any effect, and an honest message to work right after.
+    pub(crate) fn refuses(&mut self, vq: Vq, message: &[u8], fault: Fault, status: MessageStatus) {
+        self.expects_fault(fault, |guest| {
+            assert_eq!(guest.send(vq, message), status as u32);
+        });
+    }
+
+    /// Runs `bad` and expects one more fault of kind `fault`, no other, and no
+    /// page touched; and an honest message to work right after.
+    pub(crate) fn expects_fault(&mut self, fault: Fault, bad: impl FnOnce(&mut Self)) {
+        let (held, faults) = (self.balloon.held().clone(), *self.balloon.faults());
+        self.balloon.reclaim_mut().events.clear();
+        bad(self);
+        let mut expected = faults;
+        expected.count(fault);
+        assert_eq!(*self.balloon.faults(), expected, "expected one {fault:?}");
+        assert_eq!(*self.balloon.held(), held);
+        for event in &self.balloon.reclaim().events {
+            assert!(matches!(event, Event::Retain { .. }), "{event:?}");
+        }
+        self.still_works();
+    }
+
+    /// An honest page goes in and out of the balloon.
+    pub(crate) fn still_works(&mut self) {
+        let faults = *self.balloon.faults();
+        let (held, page) = (self.balloon.held().clone(), END_PAGE - 1);
+        assert!(!held.contains(page), "the tests leave this page alone");
+        let message = self.message([(page, 1)]);
+        self.balloon.reclaim_mut().events.clear();
+        self.accepts(Vq::Inflate, &message);
+        assert!(self.balloon.held().contains(page));
+        self.accepts(Vq::Deflate, &message);
+        assert_eq!(*self.balloon.held(), held);
+        assert_eq!(*self.balloon.faults(), faults);
+        let pages = set([(page, 1)]);
+        let [Event::Release(released), Event::Retain { pages: retained, .. }] =
+            &self.balloon.reclaim().events[..]
+        else {
+            panic!("{:?}", self.balloon.reclaim().events)
+        };
+        assert_eq!((released, retained), (&pages, &pages));
+    }
+
+    pub(crate) fn accepts(&mut self, vq: Vq, message: &[u8]) {
+        let expected = if self.speaks_bitmap() { 0 } else { NO_STATUS };
+        assert_eq!(self.send(vq, message), expected);
+    }
+
+    pub(crate) fn speaks_bitmap(&self) -> bool {
+        self.balloon.negotiated().contains(Features::PAGE_BITMAP)
+    }
+
+    /// An honest message in the form that was negotiated.
+    pub(crate) fn message<const N: usize>(&self, runs: [(u64, u64); N]) -> Vec<u8> {
+        let pages = runs.into_iter().flat_map(|(start, pages)| start..start + pages);
+        if self.speaks_bitmap() {
+            pages.flat_map(|page| record_bytes(page, 12, &[])).collect()
+        } else {
+            pfns(pages)
+        }
+    }
+
+    pub(crate) fn held(&self) -> Vec<(u64, u64)> {
+        self.balloon.held().ranges().map(|range| (range.start(), range.pages())).collect()
+    }
+
+    /// The driver says how large the balloon is.
+    pub(crate) fn write_actual(&mut self, pages: u32) {
+        let offset = u32::try_from(Field::Actual.offset()).unwrap();
+        self.balloon.write_config(offset, &pages.to_le_bytes(), Instant::now()).unwrap();
+    }
+}
+
+pub(crate) fn set(runs: impl IntoIterator<Item = (u64, u64)>) -> PageSet {
+    runs.into_iter().map(|(start, pages)| PageRange::new(start, pages).unwrap()).collect()
+}
+
+/// Page numbers as the classic message carries them, cut to 32 bits.
+pub(crate) fn pfns(pages: impl IntoIterator<Item = u64>) -> Vec<u8> {
+    pages.into_iter().flat_map(|page| u32::try_from(page).unwrap().to_le_bytes()).collect()
+}
+
+/// A record that the encoder agrees to.
+pub(crate) fn record_bytes(start: u64, granule_shift: u32, words: &[u64]) -> Vec<u8> {
+    let mut bytes = vec![0; 8 * (words.len() + 1)];
+    record::encode(&mut bytes, Pfn(start), granule_shift, words).unwrap().unwrap();
+    bytes
+}
+
+/// A record's header with any values, unchecked.
+pub(crate) fn raw_header(start: u64, granule_shift: u64, words: u64) -> Vec<u8> {
+    (start | granule_shift << 52 | words << 58).to_le_bytes().to_vec()
+}

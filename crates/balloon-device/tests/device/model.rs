@@ -1,0 +1,298 @@
+//! A guest that sends anything, against a model that is a `BTreeSet` of pages.
+//!
+//! The model reads messages with its own few lines, bit by bit, so that it
+//! shares no mistake with the crates under test.
+
+use std::collections::BTreeSet;
+
+use balloon_abi::{Features, MessageStatus, Vq};
+use balloon_device::Fault;
+use guest_ring::{Buffer, NEXT};
+use proptest::collection::vec;
+use proptest::prelude::*;
+use virtio_queue::desc::split::Descriptor;
+
+use crate::guest::*;
+
+type Pages = BTreeSet<u64>;
+
+/// How the bytes of a message are put into a chain.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Shape {
+    Whole,
+    NoStatus,
+    Split(u16),
+    /// Another buffer follows that is in no memory.
+    Nowhere,
+    /// The last descriptor goes on to one that the ring does not have.
+    BreaksOff,
+    /// Another buffer of 4 GiB follows.
+    Oversized,
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Message { deflate: bool, bytes: Vec<u8>, shape: Shape },
+    Reset { bitmap: bool },
+}
+
+/// What a message says, as the model reads it.
+enum Meaning {
+    /// These pages; so many others lie outside of memory and are left out.
+    Pages(Pages, u64),
+    /// Refused, for one of these reasons.
+    Refused(Vec<Fault>),
+}
+
+fn exists(page: u64) -> bool {
+    (FIRST_PAGE..END_PAGE).contains(&page) && !GAP.contains(&page)
+}
+
+fn classic_meaning(bytes: &[u8]) -> Meaning {
+    let named = bytes.chunks_exact(4).map(|b| {
+        u64::from(b[0]) | u64::from(b[1]) << 8 | u64::from(b[2]) << 16 | u64::from(b[3]) << 24
+    });
+    let (inside, outside): (Vec<u64>, Vec<u64>) = named.partition(|page| exists(*page));
+    Meaning::Pages(inside.into_iter().collect(), outside.len() as u64)
+}
+
+fn bitmap_meaning(bytes: &[u8]) -> Meaning {
+    let mut pages = Pages::new();
+    let (mut outside, mut repeated) = (false, false);
+    let words: Vec<u64> = bytes
+        .chunks_exact(8)
+        .map(|chunk| (0..8).map(|i| u64::from(chunk[i]) << (8 * i)).sum())
+        .collect();
+    let mut at = 0;
+    let mut malformed = bytes.len() % 8 != 0;
+    while at < words.len() {
+        let (start, shift, count) =
+            (words[at] % (1 << 52), words[at] >> 52 & 63, (words[at] >> 58) as usize);
+        at += 1;
+        let aligned = (12..=30).contains(&shift) && start % (1 << (shift - 12)) == 0;
+        if !aligned || at + count > words.len() {
+            malformed = true;
+            break;
+        }
+        for block in 0..(count as u64 * 64).max(1) {
+            let named = count == 0 || words[at + block as usize / 64] >> (block % 64) & 1 == 1;
+            let first = start + (block << (shift - 12));
+            let last = first + (1 << (shift - 12)) - 1;
+            if !named {
+            } else if !exists(first) || !exists(last) || (first..last).any(|page| !exists(page)) {
+                outside = true;
+            } else {
+                (first..=last).for_each(|page| repeated |= !pages.insert(page));
+            }
+        }
+        at += count;
+    }
+    let reasons = [
+        (malformed, Fault::MalformedRecord),
+        (outside, Fault::OutsideMemory),
+        // A page that does not exist may stand there twice; the model does not ask.
+        (repeated || outside, Fault::RepeatedPage),
+    ];
+    let reasons: Vec<_> = reasons.into_iter().filter_map(|(is, f)| is.then_some(f)).collect();
+    if reasons.is_empty() { Meaning::Pages(pages, 0) } else { Meaning::Refused(reasons) }
+}
+
+/// What a message in this shape says.
+fn meaning(bitmap: bool, bytes: &[u8], shape: Shape) -> Meaning {
+    match shape {
+        Shape::Nowhere | Shape::BreaksOff => Meaning::Refused(vec![Fault::BadDescriptor]),
+        Shape::Oversized => Meaning::Refused(vec![Fault::OversizedMessage]),
+        _ if bytes.is_empty() => Meaning::Refused(vec![Fault::EmptyMessage]),
+        _ if bitmap => bitmap_meaning(bytes),
+        _ => classic_meaning(bytes),
+    }
+}
+
+struct Run {
+    guest: Guest,
+    held: Pages,
+    deflates: u16,
+}
+
+impl Run {
+    fn step(&mut self, op: &Op) {
+        self.guest.balloon.reclaim_mut().events.clear();
+        match op {
+            Op::Reset { bitmap } => {
+                self.guest.balloon.reset(if *bitmap { BITMAP } else { CLASSIC });
+                let kept = std::mem::take(&mut self.held);
+                assert_eq!(self.guest.balloon.reclaim().events, [self.retain(&kept)]);
+            }
+            Op::Message { deflate, bytes, shape } => {
+                let vq = if *deflate { Vq::Deflate } else { Vq::Inflate };
+                self.message(vq, bytes, *shape);
+                self.deflates += u16::from(*deflate);
+                if *shape == Shape::BreaksOff {
+                    let memory = self.guest.memory.clone();
+                    self.guest.side(vq).set_up(&memory);
+                    self.deflates = if *deflate { 0 } else { self.deflates };
+                }
+            }
+        }
+        let held: Pages =
+            self.guest.balloon.held().ranges().flat_map(|r| r.start()..r.end()).collect();
+        assert_eq!(held, self.held);
+    }
+
+    fn message(&mut self, vq: Vq, bytes: &[u8], shape: Shape) {
+        let bitmap = self.guest.speaks_bitmap();
+        let before = *self.guest.balloon.faults();
+        let status = send(&mut self.guest, vq, bytes, shape);
+        let mut faults = before;
+        let (expected, mut statuses) = match meaning(bitmap, bytes, shape) {
+            Meaning::Pages(pages, outside) => {
+                (0..outside).for_each(|_| faults.count(Fault::OutsideMemory));
+                let events = self.accept(vq, &pages, &mut faults);
+                assert_eq!(*self.guest.balloon.faults(), faults);
+                (events, vec![MessageStatus::Accepted as u32])
+            }
+            Meaning::Refused(reasons) => {
+                let one_of = reasons.iter().map(|fault| {
+                    let mut faults = before;
+                    faults.count(*fault);
+                    faults
+                });
+                let seen = *self.guest.balloon.faults();
+                assert!(one_of.into_iter().any(|faults| faults == seen), "{reasons:?} {seen:?}");
+                let all = self.held.clone();
+                let keeps = vq == Vq::Deflate && !bitmap;
+                let events = if keeps { vec![self.retain(&all)] } else { vec![] };
+                (events, reasons.into_iter().map(status_of).collect())
+            }
+        };
+        assert_eq!(self.guest.balloon.reclaim().events, expected);
+        if !bitmap || shape == Shape::NoStatus {
+            statuses = vec![NO_STATUS];
+        }
+        assert!(statuses.contains(&status), "{status} is not of {statuses:?}");
+    }
+
+    /// What an accepted message does to the model and asks of the host.
+    fn accept(&mut self, vq: Vq, pages: &Pages, faults: &mut balloon_device::Faults) -> Vec<Event> {
+        if vq == Vq::Inflate {
+            self.held.extend(pages);
+            return vec![Event::Release(set(pages.iter().map(|page| (*page, 1))))];
+        }
+        if !pages.is_subset(&self.held) {
+            faults.count(Fault::NotInBalloon);
+        }
+        self.held.retain(|page| !pages.contains(page));
+        vec![self.retain(pages)]
+    }
+
+    /// The host keeps `pages` before the driver sees the message returned.
+    fn retain(&self, pages: &Pages) -> Event {
+        let pages = set(pages.iter().map(|page| (*page, 1)));
+        Event::Retain { pages, returned: self.deflates }
+    }
+}
+
+fn status_of(fault: Fault) -> u32 {
+    match fault {
+        Fault::OutsideMemory => MessageStatus::OutsideMemory as u32,
+        Fault::RepeatedPage => MessageStatus::RepeatedPage as u32,
+        _ => MessageStatus::Malformed as u32,
+    }
+}
+
+/// Sends the message, expects its chain back, and returns the status word.
+fn send(guest: &mut Guest, vq: Vq, bytes: &[u8], shape: Shape) -> u32 {
+    guest.write(MESSAGE, bytes);
+    guest.write(STATUS, &NO_STATUS.to_le_bytes());
+    let len = u32::try_from(bytes.len()).unwrap();
+    let (message, status) = (Buffer::readable(MESSAGE, len), Buffer::writable(STATUS, 4));
+    let written = match shape {
+        Shape::Whole => guest.send_chain(vq, &[message, status]),
+        Shape::NoStatus => guest.send_chain(vq, &[message]),
+        Shape::Split(at) => {
+            let at = u32::from(at) % (len + 1);
+            let rest = Buffer::readable(MESSAGE + u64::from(at), len - at);
+            guest.send_chain(vq, &[Buffer::readable(MESSAGE, at), status, rest])
+        }
+        Shape::Nowhere => guest.send_chain(vq, &[message, Buffer::readable(NOWHERE, 8), status]),
+        Shape::Oversized => {
+            guest.send_chain(vq, &[status, message, Buffer::readable(MESSAGE, u32::MAX - 65536)])
+        }
+        Shape::BreaksOff => {
+            let memory = guest.memory.clone();
+            let ring = &mut guest.side(vq).ring;
+            ring.write_descriptor(&memory, 0, Descriptor::new(STATUS, 4, NEXT | 2, 1));
+            ring.write_descriptor(&memory, 1, Descriptor::new(MESSAGE, len, NEXT, RING_SIZE));
+            ring.publish(&memory, 0);
+            guest.kick_for(vq, 0)
+        }
+    };
+    let status = guest.status();
+    assert_eq!(written, if status == NO_STATUS { 0 } else { 4 });
+    status
+}
+
+/// A record around guest memory: mostly one that could be true.
+fn records() -> impl Strategy<Value = Vec<u8>> {
+    let shift = prop_oneof![6 => Just(12u64), 2 => 13..=16u64, 3 => Just(21u64), 1 => 10..=31u64];
+    let word = prop_oneof![Just(0u64), Just(u64::MAX), Just(1u64), any::<u64>()];
+    let record =
+        (shift, 0..0x1000u64, vec(word, 0..=3), 0..40u8).prop_map(|(shift, page, words, twist)| {
+            let align = shift.saturating_sub(12).min(18);
+            let start = if twist == 0 { page } else { page >> align << align };
+            let count = words.len() as u64 + u64::from(twist == 1);
+            let mut bytes = raw_header(start, shift, count);
+            bytes.extend(words.iter().flat_map(|word| word.to_le_bytes()));
+            bytes
+        });
+    vec(record, 1..4).prop_map(|records| records.concat())
+}
+
+fn page_numbers() -> impl Strategy<Value = Vec<u8>> {
+    let run = (0..0x1000u64, 1..80u64, any::<bool>()).prop_map(|(start, pages, down)| {
+        let run = pfns(start..start + pages);
+        if down { run.rchunks(4).flatten().copied().collect() } else { run }
+    });
+    vec(run, 1..4).prop_map(|runs| runs.concat())
+}
+
+fn ops(bitmap: bool) -> impl Strategy<Value = Op> {
+    let form = if bitmap { records().boxed() } else { page_numbers().boxed() };
+    let bytes = prop_oneof![12 => form, 1 => vec(any::<u8>(), 0..40)];
+    let shape = prop_oneof![
+        12 => Just(Shape::Whole),
+        2 => Just(Shape::NoStatus),
+        4 => any::<u16>().prop_map(Shape::Split),
+        1 => Just(Shape::Nowhere),
+        1 => Just(Shape::BreaksOff),
+        1 => Just(Shape::Oversized),
+    ];
+    let message = (any::<bool>(), bytes, shape).prop_map(|(deflate, bytes, shape)| Op::Message {
+        deflate,
+        bytes,
+        shape,
+    });
+    prop_oneof![20 => message, 1 => any::<bool>().prop_map(|bitmap| Op::Reset { bitmap })]
+}
+
+fn run(form: Features, ops: &[Op]) {
+    let mut run = Run { guest: Guest::new(form), held: Pages::new(), deflates: 0 };
+    ops.iter().for_each(|op| run.step(op));
+    // The tests' own page may have been taken meanwhile.
+    run.guest.balloon.reset(form);
+    run.guest.inflate.set_up(&run.guest.memory);
+    run.guest.deflate.set_up(&run.guest.memory);
+    run.guest.still_works();
+}
+
+proptest! {
+    #[test]
+    fn the_device_does_what_the_model_says_with_bitmaps(ops in vec(ops(true), 1..40)) {
+        run(BITMAP, &ops);
+    }
+
+    #[test]
+    fn the_device_does_what_the_model_says_with_page_numbers(ops in vec(ops(false), 1..40)) {
+        run(CLASSIC, &ops);
+    }
+}
