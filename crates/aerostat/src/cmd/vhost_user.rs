@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use control::{GuestName, PartialHuge, ReleaseMode, ensure_runtime_dir, socket_path};
+use vhost_device_balloon::{Error, Options};
 
-use crate::failure::{Exit, Failure};
+use crate::failure::Failure;
 
 /// Serves a balloon to a monitor over vhost-user, until SIGTERM or SIGINT
 #[derive(Debug, Args)]
@@ -80,20 +81,15 @@ pub(crate) fn run(args: VhostUserArgs) -> Result<(), Failure> {
             socket_path(&args.name)?
         }
     };
-    serve(args.socket, &args.name, control, args.release.into(), args.partial_huge.into())
-}
-
-/// The one call into the room that does the work.
-fn serve(
-    _socket: PathBuf,
-    _name: &GuestName,
-    _control: PathBuf,
-    _release: ReleaseMode,
-    _partial_huge: PartialHuge,
-) -> Result<(), Failure> {
-    Err(Failure {
-        what: "this build has no vhost-user back end".into(),
-        hint: "use a build that has one".into(),
-        exit: Exit::Failed,
+    let options = Options {
+        socket: args.socket,
+        name: args.name.to_string(),
+        control,
+        release: args.release.into(),
+        partial_huge: args.partial_huge.into(),
+    };
+    vhost_device_balloon::run(&options).map_err(|error| match error {
+        Error::Control(error) => error.into(),
+        other => Failure::new(&other, "check the path of --socket, and the limits of this user"),
     })
 }
