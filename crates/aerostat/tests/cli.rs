@@ -7,10 +7,11 @@
 mod fake;
 
 use std::fs;
+use std::io::{self, BufRead, BufReader};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -283,4 +284,36 @@ fn without_a_place_for_sockets_the_variable_is_named() {
     let (code, out, _) = run(&host.dir.path().join("none"));
     assert_eq!(code, 0);
     assert!(out.starts_with("no guests in "), "{out}");
+}
+
+#[test]
+fn a_back_end_is_reached_by_its_name_until_it_is_told_to_end() {
+    let host = Host::new();
+    let monitor = host.dir.path().join("monitor");
+    let args = ["vhost-user", "--socket", monitor.to_str().unwrap(), "--name", "web-1"];
+    let mut command = host.command(&[&args[..], &["--release", "immediate"]].concat());
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // Its first line says that the sockets are there.
+    let mut log = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    log.read_line(&mut line).unwrap();
+    assert!(line.contains("web-1"), "{line}");
+    let (code, out, err) = host.run(&["status", "web-1", "--json"]);
+    assert_eq!(code, 0, "{err}");
+    let status: Status = serde_json::from_str(&out).unwrap();
+    assert_eq!(status.pid, child.id());
+    assert_eq!((status.guest.connected, status.release.mode.as_str()), (false, "immediate"));
+    let (code, _, err) = host.run(&args);
+    assert_eq!(code, 1, "a second one of the same name is refused: {err}");
+    let pid = child.id().to_string();
+    assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+    // Its end closes its log; a wait with a time-out is for the case that it hangs.
+    let (ended, end) = mpsc::channel();
+    thread::spawn(move || ended.send(io::read_to_string(log)));
+    if end.recv_timeout(Duration::from_secs(20)).is_err() {
+        child.kill().unwrap();
+        panic!("the back end does not end on SIGTERM");
+    }
+    assert!(child.wait().unwrap().success());
+    assert!(!host.socket("web-1").exists() && !monitor.exists());
 }
