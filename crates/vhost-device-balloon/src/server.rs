@@ -163,6 +163,10 @@ fn accept(listener: &UnixListener, stop: &impl AsFd) -> Result<Option<UnixStream
         if events.iter().any(|event| event.data.u64() == EVENT_STOP) {
             return Ok(None);
         }
+        if events.is_empty() {
+            // A signal interrupted the wait; `accept` would block now.
+            continue;
+        }
         match listener.accept() {
             Ok((stream, _)) => return Ok(Some(stream)),
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
