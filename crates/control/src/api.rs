@@ -211,9 +211,10 @@ impl ReleaseMode {
 #[serde(rename_all = "lowercase")]
 pub enum PartialHuge {
     /// It waits until the whole huge page is in the balloon.
-    #[default]
     Wait,
-    /// It is released at once; the host splits the huge page.
+    /// It waits until the guest has reached its target or pauses, and is then
+    /// released; the host splits the huge page.
+    #[default]
     Split,
 }
 

@@ -62,6 +62,33 @@ pub fn lab_module(tree: &KernelTree) -> Result<PathBuf> {
     module("lab_memory", &guest_source("lab")?, tree)
 }
 
+/// Builds the guest driver for a kernel, once for each state of its sources.
+///
+/// # Errors
+/// When the sources, the kernel's tree or the Rust compiler with its library's sources are not
+/// there, or do not build.
+pub fn balloon_module(tree: &KernelTree) -> Result<PathBuf> {
+    let clone = clone_root();
+    let mut key = Key::new(MODULE_RECIPE)
+        .with("gcc", tool::program_version("gcc", "gcc")?)
+        .with("rustc", tool::program_version("/usr/bin/rustc", "rustc-web")?)
+        .with("tree", tree.path.to_string_lossy().as_bytes())
+        .with("symbols", read(&tree.path.join("Module.symvers"))?);
+    for part in ["guest/linux", "crates/balloon-abi/src", "crates/balloon-driver/src", "xtask/src"]
+    {
+        key = key.with_directory(&clone.join(part))?;
+    }
+    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
+    let directory = cache::artifact("aerostat_balloon", &key, |directory| {
+        let mut command = tool::command(&cargo);
+        command.current_dir(&clone).args(["xtask", "module", "--kernel"]).arg(&tree.path);
+        command.args(["--flavour", if tree.is_uml { "um" } else { "x86" }, "--out"]);
+        command.arg(directory);
+        tool::run(&mut command, "cargo", &directory.join("build.log"))
+    })?;
+    Ok(directory.join("aerostat_balloon.ko"))
+}
+
 /// Builds the module `name` from a directory of sources, once for each state of these.
 ///
 /// # Errors
@@ -94,12 +121,15 @@ pub fn module(name: &str, source: &Path, tree: &KernelTree) -> Result<PathBuf> {
     Ok(directory.join(object))
 }
 
-fn guest_source(name: &str) -> Result<PathBuf> {
-    let clone = match std::env::var_os(SOURCE_VARIABLE) {
+fn clone_root() -> PathBuf {
+    match std::env::var_os(SOURCE_VARIABLE) {
         Some(path) => PathBuf::from(path),
         None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../.."),
-    };
-    let source = clone.join("guest").join(name);
+    }
+}
+
+fn guest_source(name: &str) -> Result<PathBuf> {
+    let source = clone_root().join("guest").join(name);
     let found = fs::canonicalize(&source);
     found.map_err(|_| LabError::Host {
         what: format!("find the guest's sources at {}", source.display()),

@@ -2,6 +2,7 @@
 //! that does the work and prints what it says.
 
 mod balloon;
+mod bench;
 mod status;
 mod vhost_user;
 
@@ -14,6 +15,7 @@ use crate::log::LogLevel;
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     Balloon(balloon::BalloonArgs),
+    Bench(bench::BenchArgs),
     Status(status::StatusArgs),
     VhostUser(vhost_user::VhostUserArgs),
 }
@@ -22,6 +24,7 @@ impl Command {
     pub(crate) fn run(self) -> Result<(), Failure> {
         match self {
             Self::Balloon(args) => balloon::run(&args),
+            Self::Bench(args) => bench::run(&args),
             Self::Status(args) => status::run(&args),
             Self::VhostUser(args) => vhost_user::run(args),
         }

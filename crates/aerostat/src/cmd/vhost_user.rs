@@ -24,7 +24,7 @@ pub(crate) struct VhostUserArgs {
     release: Release,
 
     /// What becomes of parts of the host's huge pages
-    #[arg(long, value_enum, default_value_t = Partial::Wait)]
+    #[arg(long, value_enum, default_value_t = Partial::Split)]
     partial_huge: Partial,
 
     /// Control socket; by the name, in the runtime directory, if it is not given
@@ -44,7 +44,7 @@ enum Release {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Partial {
-    /// Released at once; the host splits the huge page
+    /// Released once nothing more adds up; the host splits the huge page
     Split,
     /// Kept until the huge page is complete
     Wait,

@@ -1,0 +1,154 @@
+//! `aerostat bench`: measures on real guests.
+
+use std::path::PathBuf;
+
+use bench::inflate::{self, HostPages, Memory, Report};
+use clap::{Args, Subcommand, ValueEnum};
+use control::Size;
+
+use crate::failure::Failure;
+use crate::output::{print, print_json};
+
+/// Measures on real guests, which it boots
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    Inflate(InflateArgs),
+}
+
+/// Takes memory from guests: page by page, with the stock driver, with ours
+#[derive(Debug, Args)]
+struct InflateArgs {
+    /// Print the report as JSON
+    #[arg(long)]
+    json: bool,
+
+    /// Rounds; every case is run once in each
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+
+    /// Size of the guests; may be given several times
+    #[arg(long, value_name = "SIZE", default_value = "4GiB")]
+    guest: Vec<Size>,
+
+    /// Only this state of the guest's memory; may be given several times
+    #[arg(long, value_enum)]
+    memory: Vec<MemoryArg>,
+
+    /// Only this kind of host pages; may be given several times
+    #[arg(long, value_enum)]
+    backing: Vec<BackingArg>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum MemoryArg {
+    /// Never touched
+    Idle,
+    /// Written to and freed
+    Touched,
+    /// Written to, with pinned pages in every second 2 MiB
+    Fragmented,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum BackingArg {
+    /// tmpfs with 4 KiB pages
+    #[value(name = "4k")]
+    Small,
+    /// tmpfs with huge pages
+    Huge,
+}
+
+pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
+    match &args.what {
+        What::Inflate(args) => run_inflate(args),
+    }
+}
+
+fn run_inflate(args: &InflateArgs) -> Result<(), Failure> {
+    let options = inflate::Options {
+        program: program()?,
+        rounds: args.rounds,
+        guest_mib: args.guest.iter().map(|size| size.0 >> 20).collect(),
+        memory: chosen(&args.memory, &Memory::ALL, |memory| match memory {
+            MemoryArg::Idle => Memory::Idle,
+            MemoryArg::Touched => Memory::Touched,
+            MemoryArg::Fragmented => Memory::Fragmented,
+        }),
+        backing: chosen(&args.backing, &HostPages::ALL, |backing| match backing {
+            BackingArg::Small => HostPages::Small,
+            BackingArg::Huge => HostPages::Huge,
+        }),
+    };
+    let report = inflate::run(&options, &mut |step| eprintln!("{step}")).map_err(failure)?;
+    if args.json { print_json(&report) } else { print(&table(&report)) }
+}
+
+fn chosen<A: Copy, T: Copy>(asked: &[A], all: &[T], each: impl Fn(A) -> T) -> Vec<T> {
+    if asked.is_empty() { all.to_vec() } else { asked.iter().map(|arg| each(*arg)).collect() }
+}
+
+/// This program, which also serves as the back end.
+pub(crate) fn program() -> Result<PathBuf, Failure> {
+    std::env::current_exe().map_err(|error| Failure::new(&error, "run aerostat by its full path"))
+}
+
+pub(crate) fn failure(error: bench::BenchError) -> Failure {
+    Failure::new(&error, "./check sets up all that a bench needs; it has to run as root")
+}
+
+fn table(report: &Report) -> String {
+    let mut text = format!(
+        "{:>9} {:>5} {:>10} {:>8} {:>10} {:>21} {:>9} {:>8} {:>9} {:>9}\n",
+        "guest",
+        "pages",
+        "memory",
+        "case",
+        "wall ms",
+        "(min .. max)",
+        "deflate",
+        "messages",
+        "calls",
+        "returned"
+    );
+    for case in &report.cases {
+        text += &format!(
+            "{:>5} MiB {:>5} {:>10} {:>8} {:>10.1} {:>21} {:>9.1} {:>8} {:>9} {:>5.0} MiB\n",
+            case.guest_mib,
+            name(&case.backing),
+            name(&case.memory),
+            name(&case.name),
+            case.wall_ms.median,
+            format!("({:.1} .. {:.1})", case.wall_ms.min, case.wall_ms.max),
+            case.deflate_ms.median,
+            case.messages,
+            case.release_calls,
+            case.returned_mib,
+        );
+    }
+    for floor in &report.floors {
+        text += &format!(
+            "{} MiB, {}, {}: bitmap {:.1} x, stock {:.1} x faster than classic; floor {:.1} ms\n",
+            floor.guest_mib,
+            name(&floor.backing),
+            name(&floor.memory),
+            floor.speedup,
+            floor.stock_speedup,
+            floor.floor_ms.median,
+        );
+    }
+    text
+}
+
+/// The word that JSON has for it.
+fn name(value: &impl serde::Serialize) -> String {
+    serde_json::to_value(value)
+        .ok()
+        .and_then(|value| value.as_str().map(str::to_owned))
+        .unwrap_or_default()
+}

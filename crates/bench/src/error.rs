@@ -1,0 +1,56 @@
+//! Why nothing could be measured.
+
+use std::io;
+
+use control::ControlError;
+use lab::LabError;
+
+/// What stood in the way of a measurement.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// The lab has no guest.
+    #[error(transparent)]
+    Lab(#[from] LabError),
+    /// The balloon does not answer or refuses.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// The back end could not be run.
+    #[error("the back end: {what}")]
+    Backend {
+        /// What was tried.
+        what: &'static str,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// The host refused something that measuring needs.
+    #[error("host: {what}")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// What the host said.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The guest did not do what it was asked within the time that it has.
+    #[error("the balloon of {name} stayed at {actual_pages} of {target_pages} pages")]
+    NotReached {
+        /// The guest.
+        name: String,
+        /// Pages it holds.
+        actual_pages: u32,
+        /// Pages it shall hold.
+        target_pages: u32,
+    },
+    /// The guest's answer makes no sense.
+    #[error("the guest answered {answer:?} to {command:?}")]
+    GuestAnswer {
+        /// What it was asked.
+        command: String,
+        /// What it said.
+        answer: String,
+    },
+}
+
+/// Result of a measurement.
+pub type Result<T> = std::result::Result<T, BenchError>;

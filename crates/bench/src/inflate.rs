@@ -1,0 +1,349 @@
+//! `bench inflate`: takes memory from guests in three ways and compares.
+//!
+//! Two guests run side by side, one with the stock driver and one with ours,
+//! since a driver cannot negotiate more than its predecessor did on the same
+//! User Mode Linux device. In each round every case is run once, one after the
+//! other, so that what disturbs the machine disturbs all of them.
+
+use std::path::PathBuf;
+
+use control::{BalloonChange, ReleaseMode};
+use lab::{Backing, GuestMemoryDir};
+use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
+use crate::floor;
+use crate::sample::Spread;
+use crate::testbed::{Driver, Testbed, TestbedOptions};
+
+/// Balloon pages in a MiB.
+const PAGES_PER_MIB: u64 = 256;
+
+/// What a fragmented guest keeps of its free memory, in percent: its own needs
+/// and the kernel's reserves.
+const KEPT_PERCENT: u64 = 3;
+
+/// Memory that fragmenting leaves alone, in MiB.
+const UNFRAGMENTED_MIB: u64 = 64;
+
+/// Room in the directory for the memory of two guests and of the floor.
+const GUESTS: u64 = 3;
+
+/// Which protocol and which host are measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Case {
+    /// Stock driver; the host translates and releases page by page.
+    Classic,
+    /// Stock driver on our device.
+    Stock,
+    /// Our driver on our device.
+    Bitmap,
+}
+
+impl Case {
+    /// All cases in the order of a round.
+    pub const ALL: [Self; 3] = [Self::Classic, Self::Stock, Self::Bitmap];
+
+    const fn driver(self) -> Driver {
+        match self {
+            Self::Classic | Self::Stock => Driver::Stock,
+            Self::Bitmap => Driver::Own,
+        }
+    }
+
+    const fn release(self) -> ReleaseMode {
+        match self {
+            Self::Classic => ReleaseMode::PerPage,
+            Self::Stock | Self::Bitmap => ReleaseMode::Background,
+        }
+    }
+}
+
+/// State of the guest's memory before it is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Memory {
+    /// Never touched.
+    Idle,
+    /// Five sixths written to and freed before.
+    Touched,
+    /// All written to; one page pinned in the middle of every second 2 MiB.
+    Fragmented,
+}
+
+impl Memory {
+    /// All states.
+    pub const ALL: [Self; 3] = [Self::Idle, Self::Touched, Self::Fragmented];
+}
+
+/// Pages that hold the guest's memory on the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum HostPages {
+    /// tmpfs with 4 KiB pages.
+    #[serde(rename = "4k")]
+    Small,
+    /// tmpfs mounted with `huge=always`.
+    #[serde(rename = "huge")]
+    Huge,
+}
+
+impl HostPages {
+    /// Both kinds.
+    pub const ALL: [Self; 2] = [Self::Small, Self::Huge];
+
+    const fn backing(self) -> Backing {
+        match self {
+            Self::Small => Backing::Small,
+            Self::Huge => Backing::Huge,
+        }
+    }
+}
+
+/// What to measure.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The `aerostat` program.
+    pub program: PathBuf,
+    /// Rounds; every case is run once in each.
+    pub rounds: usize,
+    /// Sizes of guests, in MiB.
+    pub guest_mib: Vec<u64>,
+    /// States of the guest's memory.
+    pub memory: Vec<Memory>,
+    /// Kinds of host pages.
+    pub backing: Vec<HostPages>,
+}
+
+/// The four stages of a change, medians in milliseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct StagesMs {
+    /// Guest: from the config read to the message after it.
+    pub allocate: f64,
+    /// Messages on their way.
+    pub send: f64,
+    /// Host: messages to host ranges.
+    pub translate: f64,
+    /// Host: giving memory back.
+    pub release: f64,
+}
+
+/// One case's result.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CaseReport {
+    /// Protocol and host.
+    pub name: Case,
+    /// State of the guest's memory.
+    pub memory: Memory,
+    /// The host's pages.
+    pub backing: HostPages,
+    /// Size of the guest.
+    pub guest_mib: u64,
+    /// Memory asked for.
+    pub asked_mib: u64,
+    /// From asking until the guest had given and the host had released all.
+    pub wall_ms: Spread,
+    /// Where that time went.
+    pub stages_ms: StagesMs,
+    /// The way back.
+    pub deflate_ms: Spread,
+    /// Messages of the inflate.
+    pub messages: u64,
+    /// System calls that released memory.
+    pub release_calls: u64,
+    /// What the host had less of afterwards, measured there.
+    pub returned_mib: f64,
+    /// Free memory of the guest before, by its own account.
+    pub guest_free_mib: u64,
+}
+
+/// The least that the release can cost, for one state of memory.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FloorReport {
+    /// State of the guest's memory.
+    pub memory: Memory,
+    /// The host's pages.
+    pub backing: HostPages,
+    /// Size of the guest.
+    pub guest_mib: u64,
+    /// One call over as much memory as `bitmap` took, as much of it in use.
+    pub floor_ms: Spread,
+    /// Median of classic over median of bitmap.
+    pub speedup: f64,
+    /// Median of classic over median of stock.
+    pub stock_speedup: f64,
+}
+
+/// What `bench inflate --json` prints.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// Rounds that the medians are of.
+    pub rounds: usize,
+    /// One entry for each case, state, backing and size.
+    pub cases: Vec<CaseReport>,
+    /// One entry for each state, backing and size.
+    pub floors: Vec<FloorReport>,
+}
+
+/// One run of one case.
+struct Run {
+    inflate: BalloonChange,
+    deflate: BalloonChange,
+    returned_mib: f64,
+    guest_free_mib: u64,
+    asked_mib: u64,
+}
+
+/// One state of memory on one backing.
+#[derive(Clone, Copy)]
+struct Scenario {
+    memory: Memory,
+    backing: HostPages,
+    guest_mib: u64,
+}
+
+/// Measures everything that `options` asks for; `progress` hears of each step.
+///
+/// # Errors
+/// The first thing that went wrong; there is no partial report.
+pub fn run(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<Report> {
+    let mut report = Report { rounds: options.rounds, ..Report::default() };
+    for &guest_mib in &options.guest_mib {
+        for &backing in &options.backing {
+            for &memory in &options.memory {
+                let scenario = Scenario { memory, backing, guest_mib };
+                measure(scenario, options, &mut report, progress)?;
+            }
+        }
+    }
+    Ok(report)
+}
+
+fn measure(
+    scenario: Scenario,
+    options: &Options,
+    report: &mut Report,
+    progress: &mut dyn FnMut(&str),
+) -> Result<()> {
+    let directory = GuestMemoryDir::mount(scenario.backing.backing(), scenario.guest_mib * GUESTS)?;
+    let testbed = TestbedOptions {
+        program: options.program.clone(),
+        kernel: lab::uml::kernel()?,
+        memory_mib: scenario.guest_mib,
+        memory_dir: directory.path().to_owned(),
+    };
+    progress(&format!("booting two guests of {} MiB", scenario.guest_mib));
+    let mut stock = Testbed::start("stock", Driver::Stock, &testbed)?;
+    let mut own = Testbed::start("own", Driver::Own, &testbed)?;
+    if scenario.memory == Memory::Fragmented {
+        for guest in [&mut stock, &mut own] {
+            let command = "write /sys/module/lab_memory/parameters/fragment";
+            guest.guest.run("insmod lab_memory")?;
+            guest.guest.run(&format!("{command} {UNFRAGMENTED_MIB}"))?;
+        }
+    }
+    let mut runs: [Vec<Run>; 3] = Default::default();
+    let mut floors = Vec::new();
+    for round in 1..=options.rounds {
+        for (case, runs) in Case::ALL.into_iter().zip(&mut runs) {
+            let bed = match case.driver() {
+                Driver::Stock => &mut stock,
+                Driver::Own => &mut own,
+            };
+            let run = run_case(case, scenario, bed)?;
+            progress(&describe(case, scenario, round, &run));
+            runs.push(run);
+        }
+        let [.., bitmap] = &runs;
+        if let Some(run) = bitmap.last() {
+            let took = floor::release_once(directory.path(), run.asked_mib, touched_of(run))?;
+            floors.push(took.as_secs_f64() * 1e3);
+        }
+    }
+    summarise(scenario, &runs, floors, report);
+    Ok(())
+}
+
+/// Prepares memory, inflates, deflates.
+fn run_case(case: Case, scenario: Scenario, bed: &mut Testbed) -> Result<Run> {
+    bed.set_release(case.release())?;
+    prepare(scenario, bed)?;
+    let guest_free_mib = bed.number("free-mib")?;
+    let asked_mib = match scenario.memory {
+        Memory::Idle | Memory::Touched => scenario.guest_mib * 3 / 4,
+        Memory::Fragmented => guest_free_mib * (100 - KEPT_PERCENT) / 100,
+    };
+    let pages = u32::try_from(asked_mib * PAGES_PER_MIB).unwrap_or(u32::MAX);
+    let before_mib = bed.resident_mib()?;
+    let inflate = bed.inflate_to(pages)?;
+    let returned_mib = before_mib - bed.resident_mib()?;
+    let deflate = bed.inflate_to(0)?;
+    Ok(Run { inflate, deflate, returned_mib, guest_free_mib, asked_mib })
+}
+
+/// Brings the guest's memory into its state again after the last run emptied it.
+fn prepare(scenario: Scenario, bed: &mut Testbed) -> Result<()> {
+    let touch_mib = match scenario.memory {
+        Memory::Idle => return Ok(()),
+        Memory::Touched => scenario.guest_mib * 85 / 100,
+        // The pinned pages stay where they are; all else is touched again.
+        Memory::Fragmented => bed.number("free-mib")? * (100 - KEPT_PERCENT + 1) / 100,
+    };
+    bed.guest.run(&format!("touch {touch_mib}"))?;
+    Ok(())
+}
+
+/// Memory in use that a run really gave back, in MiB: what the floor must give
+/// back too.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped before")]
+fn touched_of(run: &Run) -> u64 {
+    run.returned_mib.clamp(0.0, run.asked_mib as f64) as u64
+}
+
+fn describe(case: Case, scenario: Scenario, round: usize, run: &Run) -> String {
+    format!(
+        "{} MiB {:?} {:?} {case:?} round {round}: {} MiB in {:.1} ms, back in {:.1} ms",
+        scenario.guest_mib,
+        scenario.backing,
+        scenario.memory,
+        run.asked_mib,
+        run.inflate.wall_ms,
+        run.deflate.wall_ms,
+    )
+}
+
+fn summarise(scenario: Scenario, runs: &[Vec<Run>; 3], floors: Vec<f64>, report: &mut Report) {
+    let Scenario { memory, backing, guest_mib } = scenario;
+    let middle = |runs: &[Run], of: fn(&Run) -> f64| Spread::of(runs.iter().map(of)).median;
+    for (name, runs) in Case::ALL.into_iter().zip(runs) {
+        report.cases.push(CaseReport {
+            name,
+            memory,
+            backing,
+            guest_mib,
+            asked_mib: runs.last().map_or(0, |run| run.asked_mib),
+            wall_ms: Spread::of(runs.iter().map(|run| run.inflate.wall_ms)),
+            stages_ms: StagesMs {
+                allocate: middle(runs, |run| run.inflate.stages_ms.allocate),
+                send: middle(runs, |run| run.inflate.stages_ms.send),
+                translate: middle(runs, |run| run.inflate.stages_ms.translate),
+                release: middle(runs, |run| run.inflate.stages_ms.release),
+            },
+            deflate_ms: Spread::of(runs.iter().map(|run| run.deflate.wall_ms)),
+            messages: runs.iter().map(|run| run.inflate.messages).max().unwrap_or(0),
+            release_calls: runs.iter().map(|run| run.inflate.release_calls).max().unwrap_or(0),
+            returned_mib: middle(runs, |run| run.returned_mib),
+            guest_free_mib: runs.last().map_or(0, |run| run.guest_free_mib),
+        });
+    }
+    let [classic, stock, bitmap] =
+        runs.each_ref().map(|runs| middle(runs, |run| run.inflate.wall_ms));
+    report.floors.push(FloorReport {
+        memory,
+        backing,
+        guest_mib,
+        floor_ms: Spread::of(floors),
+        speedup: classic / bitmap,
+        stock_speedup: classic / stock,
+    });
+}

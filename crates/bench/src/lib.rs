@@ -1,0 +1,17 @@
+//! What is measured and shown on real guests.
+//!
+//! A [`Testbed`] is a guest of the lab and the back end of its balloon, as an
+//! operator would run them. [`inflate`] measures on testbeds and fills in a
+//! report that is printed as JSON or as a table.
+
+#![forbid(unsafe_code)]
+
+mod error;
+mod floor;
+pub mod inflate;
+mod sample;
+mod testbed;
+
+pub use error::{BenchError, Result};
+pub use sample::{Spread, median};
+pub use testbed::{Driver, Testbed, TestbedOptions};
