@@ -1,6 +1,7 @@
 //! The reclaimer with a stand-in for the host, which watches what is discarded
 //! when. No test waits for a clock to show that something happens; some wait for
 //! the clock that they test.
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
