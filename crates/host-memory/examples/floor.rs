@@ -1,7 +1,7 @@
 //! What releasing costs on this host: the floor that everything above is measured
 //! against, and what parts of huge pages cost.
 //!
-//! `cargo run --release -p host-memory --example floor [MIB]` (root, to mount
+//! `cargo run --release -p host-memory --example floor [MIB [NAME]]` (root, to mount
 //! tmpfs; 3072 MiB and the memory for it unless told otherwise).
 
 use std::error::Error;
@@ -27,12 +27,19 @@ const SETTLE: Duration = Duration::from_secs(120);
 
 fn main() -> Result<()> {
     let mib = std::env::args().nth(1).map_or(Ok(DEFAULT_MIB), |arg| arg.parse())?;
-    println!("{:<20} {:<44} {:>8} {:>10} {:>9}", "memory", "release", "calls", "ms", "MiB left");
+    println!(
+        "{:<20} {:<44} {:>8} {:>10} {:>9} {:>9}",
+        "memory", "release", "calls", "ms", "MiB left", "MiB huge"
+    );
+    let only = std::env::args().nth(2);
     for (name, options) in [
         ("tmpfs 4k", Some("huge=never")),
         ("tmpfs huge=always", Some("huge=always")),
         ("anonymous", None),
     ] {
+        if only.as_ref().is_some_and(|only| !name.contains(only)) {
+            continue;
+        }
         match options {
             Some(options) => {
                 let mounted = Mounted::new(&format!("size={}m,{options}", mib + 64))?;
@@ -79,11 +86,12 @@ fn measure(name: &str, mib: u64, file: Option<Arc<File>>) -> Result<()> {
         for page in 0..all.pages() {
             memory.write_obj(1u8, GuestAddress(page * PAGE_BYTES))?;
         }
+        let huge = system_huge_mib();
         let started = Instant::now();
         let calls = release()?;
         let ms = started.elapsed().as_secs_f64() * 1e3;
         let left = resident_bytes(&map)? / MIB;
-        println!("{name:<20} {what:<44} {calls:>8} {ms:>10.1} {left:>9}");
+        println!("{name:<20} {what:<44} {calls:>8} {ms:>10.1} {left:>9} {huge:>9}");
         Ok(())
     };
     let by = |pages: u64| {
@@ -123,6 +131,14 @@ fn measure(name: &str, mib: u64, file: Option<Arc<File>>) -> Result<()> {
     background("in the background, 256 pages a message", &case, &shared, 256, all)
 }
 
+/// Shared memory on huge pages in the whole system: whether a mount that asks for
+/// huge pages got them.
+fn system_huge_mib() -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("ShmemHugePages:"));
+    line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) / 1024
+}
+
 type Case<'a> = &'a dyn Fn(&str, &dyn Fn() -> Result<u64>) -> Result<()>;
 
 /// Gives everything in messages of `step` pages; prints how long the giver took.
@@ -145,8 +161,9 @@ fn background(
         if !reclaimer.wait_settled(SETTLE) {
             return Err("the release did not end".into());
         }
-        let Snapshot { calls, batches, .. } = reclaimer.snapshot();
-        println!("  given in {given:?}, {batches} batches");
+        let Snapshot { calls, batches, release_ns, .. } = reclaimer.snapshot();
+        let released = Duration::from_nanos(release_ns);
+        println!("  given in {given:?}, {batches} batches, {released:?} in calls");
         Ok(calls)
     })
 }
