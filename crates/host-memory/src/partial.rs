@@ -8,7 +8,9 @@ use crate::{HostPages, MemoryMap, Piece};
 /// whole one. hugetlbfs pages always wait.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum PartialHuge {
-    /// Release them, which splits the huge page.
+    /// Release them, which splits the huge page. The default: Linux gives every
+    /// given page back at some 0.1 ms for each huge page split (measured on
+    /// 6.18 with `examples/floor.rs`), where waiting may give back nothing.
     #[default]
     Split,
     /// Keep them, and count them as waiting, until the rest arrives.

@@ -1,5 +1,6 @@
 //! The state behind background release against a model that knows, for each
 //! page, where it is.
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use std::collections::BTreeSet;
 

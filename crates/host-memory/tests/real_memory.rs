@@ -1,5 +1,6 @@
 //! Discarding with real memory: what was asked reads as zeros and leaves the
 //! host, and every other byte stays.
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -395,14 +396,13 @@ fn hugetlb_pages_are_released_whole_or_wait() {
 #[test]
 fn what_the_guest_wrote_is_still_there() {
     const PAGES: u64 = 6 * CHUNK_PAGES;
-    let mut backings: Vec<(&str, Option<Arc<File>>, Option<Mount>)> = vec![
-        ("anonymous", None, None),
-        ("memfd", Some(memfd(16 * MIB, MemfdFlags::empty()).unwrap()), None),
-    ];
-    if let Some(mount) = Mount::tmpfs("huge-guest", "size=20m,huge=always") {
-        backings.push(("tmpfs, huge pages", Some(mount.file(16 * MIB)), Some(mount)));
+    let memfd = memfd(16 * MIB, MemfdFlags::empty()).unwrap();
+    let huge = Mount::tmpfs("huge-guest", "size=20m,huge=always");
+    let mut backings = vec![("anonymous", None), ("memfd", Some(memfd))];
+    if let Some(mount) = &huge {
+        backings.push(("tmpfs, huge pages", Some(mount.file(16 * MIB))));
     }
-    for (name, file, _mount) in &backings {
+    for (name, file) in &backings {
         let guest = Guest::new(&[(7, PAGES)], file.as_ref());
         let map: Arc<dyn Discard> = Arc::new(guest.map.clone());
         for mode in [ReleaseMode::Background, ReleaseMode::Immediate, ReleaseMode::PerPage] {

@@ -1,6 +1,7 @@
 //! The reclaimer with a stand-in for the host, which watches what is discarded
 //! when. No test waits for a clock to show that something happens; some wait for
 //! the clock that they test.
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
@@ -499,4 +500,25 @@ fn threads_of_immediate_releases_do_not_lose_pages() {
         }
     });
     assert_eq!(stand.lock().unwrap().len(), 2000);
+}
+
+/// Reported pages: the guest may use them as soon as it is answered.
+#[test]
+fn release_now_leaves_nothing_behind_in_any_mode() {
+    for mode in [ReleaseMode::Background, ReleaseMode::Immediate] {
+        let stand = Stand::new(true, mode).open(1);
+        stand.reclaimer.set_partial_huge(PartialHuge::Wait);
+        let whole = pages(CHUNK_PAGES, 2 * CHUNK_PAGES);
+        let mut given = whole.clone();
+        given.union_with(&pages(9 * CHUNK_PAGES, 5));
+        stand.reclaimer.release_now(&given);
+        assert_eq!(stand.begun.try_iter().collect::<Vec<_>>(), [whole], "done when it returns");
+        let snapshot = stand.reclaimer.snapshot();
+        assert_eq!(
+            (snapshot.waiting_pages, snapshot.pending_pages),
+            (0, 0),
+            "the rest is taken back"
+        );
+        assert_eq!(snapshot.retained_pages, 5);
+    }
 }

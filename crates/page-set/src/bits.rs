@@ -36,8 +36,9 @@ impl Bits512 {
         self.0[(bit / 64) % WORDS] |= 1 << (bit % 64);
     }
 
-    pub(crate) fn clear(&mut self, bit: usize) {
-        self.0[(bit / 64) % WORDS] &= !(1 << (bit % 64));
+    pub(crate) fn assign(&mut self, bit: usize, value: bool) {
+        let word = &mut self.0[(bit / 64) % WORDS];
+        *word = *word & !(1 << (bit % 64)) | u64::from(value) << (bit % 64);
     }
 
     pub(crate) fn is_empty(&self) -> bool {

@@ -31,8 +31,9 @@ pub(crate) enum Slab {
 pub(crate) struct Mixed {
     /// Pages in the slab, kept up to date.
     pages: u32,
-    /// Chunks of which every page is in.
+    /// Chunks of which every page is in, and how many they are.
     full: Bits512,
+    full_chunks: u32,
     /// Chunks of which some pages are in; disjoint from `full`.
     partial: Bits512,
     /// One page bitmap for each bit of `partial`, in its order; none is empty
@@ -53,6 +54,7 @@ impl Slab {
         Self::Mixed(Box::new(Mixed {
             pages: 0,
             full: Bits512::EMPTY,
+            full_chunks: 0,
             partial: Bits512::EMPTY,
             chunks: Vec::new(),
         }))
@@ -68,7 +70,7 @@ impl Slab {
     pub(crate) fn full_chunks(&self) -> u64 {
         match self {
             Self::Full => BITS as u64,
-            Self::Mixed(mixed) => u64::from(mixed.full.count()),
+            Self::Mixed(mixed) => u64::from(mixed.full_chunks),
         }
     }
 
@@ -169,6 +171,7 @@ impl Slab {
         let mixed = self.edit();
         let lowest = mixed.full.lowest(chunks);
         mixed.full = mixed.full.and_not(lowest);
+        mixed.full_chunks -= lowest.count();
         mixed.pages -= lowest.count() * CHUNK_PAGES_U32;
         self.normalise();
         let mut taken = Self::empty();
@@ -214,6 +217,7 @@ impl Slab {
             *self = Self::Mixed(Box::new(Mixed {
                 pages: SLAB_PAGES_U32,
                 full: Bits512::FULL,
+                full_chunks: CHUNK_PAGES_U32,
                 partial: Bits512::EMPTY,
                 chunks: Vec::new(),
             }));
@@ -245,17 +249,23 @@ impl Mixed {
     /// Makes `bits` what chunk `chunk` holds.
     fn set_page_bits(&mut self, chunk: usize, bits: Bits512) {
         let rank = self.partial.rank(chunk);
+        let was_full = self.full.get(chunk);
         let was_partial = self.partial.get(chunk);
-        self.pages -= self.page_bits(chunk).count();
-        self.pages += bits.count();
-        self.full.clear(chunk);
-        self.partial.clear(chunk);
-        if bits.is_full() {
-            self.full.set(chunk);
-        } else if !bits.is_empty() {
-            self.partial.set(chunk);
+        let held = match self.chunks.get(rank) {
+            Some(old) if was_partial => old.count(),
+            _ if was_full => CHUNK_PAGES_U32,
+            _ => 0,
+        };
+        let holds = bits.count();
+        self.pages = self.pages - held + holds;
+        let is_full = holds == CHUNK_PAGES_U32;
+        let is_partial = !is_full && holds > 0;
+        if is_full != was_full {
+            self.full.assign(chunk, is_full);
+            self.full_chunks = self.full_chunks + u32::from(is_full) - u32::from(was_full);
         }
-        match (was_partial, self.partial.get(chunk)) {
+        self.partial.assign(chunk, is_partial);
+        match (was_partial, is_partial) {
             (true, true) => self.chunks[rank] = bits,
             (true, false) => {
                 self.chunks.remove(rank);
@@ -282,16 +292,19 @@ impl Mixed {
         for chunk in self.partial.and(chunks).ones() {
             self.set_page_bits(chunk, Bits512::EMPTY);
         }
-        let new = chunks.and_not(self.full);
-        self.full = self.full.or(new);
-        self.pages += new.count() * CHUNK_PAGES_U32;
+        self.add_full(chunks.and_not(self.full));
     }
 
     fn fill_chunks(&mut self, first: usize, end: usize) {
         self.empty_chunks(first, end);
-        let new = Bits512::range(first, end);
-        self.full = self.full.or(new);
-        self.pages += new.count() * CHUNK_PAGES_U32;
+        self.add_full(Bits512::range(first, end));
+    }
+
+    /// Adds whole chunks that hold no page yet.
+    fn add_full(&mut self, chunks: Bits512) {
+        self.full = self.full.or(chunks);
+        self.full_chunks += chunks.count();
+        self.pages += chunks.count() * CHUNK_PAGES_U32;
     }
 
     fn empty_chunks(&mut self, first: usize, end: usize) {
@@ -301,7 +314,9 @@ impl Mixed {
         let gone = Bits512::range(first, end);
         let stored = self.partial.rank(first)..self.partial.rank(end);
         let partial: u32 = self.chunks.drain(stored).map(|bits| bits.count()).sum();
-        self.pages -= partial + self.full.and(gone).count() * CHUNK_PAGES_U32;
+        let full = self.full.and(gone).count();
+        self.pages -= partial + full * CHUNK_PAGES_U32;
+        self.full_chunks -= full;
         self.full = self.full.and_not(gone);
         self.partial = self.partial.and_not(gone);
     }
@@ -342,7 +357,7 @@ impl Mixed {
                 chunks.push(bits);
             }
         }
-        *self = Self { pages, full, partial, chunks };
+        *self = Self { pages, full, full_chunks: full.count(), partial, chunks };
     }
 
     fn intersects(&self, other: &Self) -> bool {

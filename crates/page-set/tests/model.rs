@@ -159,6 +159,17 @@ proptest! {
     }
 
     #[test]
+    fn insert_pages((mut set, mut model) in sets(), pages in vec((prop::sample::select(&BASES[..]), 0..WINDOW), 0..200), run in ranges_in_window()) {
+        let pages: Vec<u64> = pages.into_iter().map(|(base, offset)| base + offset)
+            .filter(|&page| page < PAGE_NUMBER_END)
+            .chain((run.start()..run.end()).rev()).collect();
+        let before = model.len();
+        model.extend(&pages);
+        prop_assert_eq!(set.insert_pages(pages), Ok((model.len() - before) as u64));
+        assert_same(&set, &model);
+    }
+
+    #[test]
     fn insert_bitmap(
         (mut set, mut model) in sets(),
         shift in 0..12u32,
@@ -213,6 +224,10 @@ fn refuses_what_no_set_can_hold() {
     }
     assert!(set.is_empty());
     assert!(set.insert_bitmap(u64::MAX, 1, [1]).is_err());
+    for page in [PAGE_NUMBER_END, u64::MAX] {
+        assert!(set.insert_pages([5, page, 6]).is_err());
+        assert_eq!(set.len(), 1, "what came before is in, what came after is not");
+    }
 }
 
 #[test]
