@@ -10,7 +10,10 @@ use crate::guest_build::KernelTree;
 use crate::tool;
 
 /// Raise it when the way packages are fetched changes.
-const RECIPE: u32 = 1;
+const RECIPE: u32 = 2;
+
+/// Paths on one command line: far below what Linux allows.
+const FILES_AT_ONCE: usize = 256;
 
 /// Begins the list of needed modules in a module's information section.
 const DEPENDS: &[u8] = b"\0depends=";
@@ -45,14 +48,19 @@ pub struct DebianKernel {
 }
 
 impl DebianKernel {
-    /// The module of this name and those it needs, in loading order.
+    /// These modules and those they need, in loading order, without what is built in.
     ///
     /// # Errors
     /// When one of them is not in the package.
-    pub fn module(&self, name: &str) -> Result<Vec<PathBuf>> {
+    pub fn modules(&self, names: &[&str]) -> Result<Vec<PathBuf>> {
         let files = cache::files_below(&self.module_dir)?;
+        let list = self.module_dir.join("modules.builtin");
+        let built_in = fs::read_to_string(&list).context_path("read", &list)?;
+        let built_in: Vec<&Path> = built_in.lines().map(Path::new).collect();
         let mut order = Vec::new();
-        self.add_module(name, &files, &mut order)?;
+        for name in names {
+            self.add_module(name, &files, &built_in, &mut order)?;
+        }
         Ok(order)
     }
 
@@ -69,12 +77,17 @@ impl DebianKernel {
         }
     }
 
-    fn add_module(&self, name: &str, files: &[PathBuf], order: &mut Vec<PathBuf>) -> Result<()> {
-        let path = files.iter().find(|path| {
-            // In module names a dash and an underscore are the same.
-            let is_module = path.extension().is_some_and(|extension| extension == "ko");
-            is_module && module_name(path).is_ok_and(|stem| stem.replace('-', "_") == name)
-        });
+    fn add_module(
+        &self,
+        name: &str,
+        files: &[PathBuf],
+        built_in: &[&Path],
+        order: &mut Vec<PathBuf>,
+    ) -> Result<()> {
+        if built_in.iter().any(|path| is_module(path, name)) {
+            return Ok(());
+        }
+        let path = files.iter().find(|path| is_module(path, name));
         let path = path.ok_or_else(|| LabError::Unexpected {
             what: format!("the kernel {}", self.release),
             detail: format!("it has no module {name}"),
@@ -84,11 +97,17 @@ impl DebianKernel {
         }
         let bytes = fs::read(path).context_path("read", path)?;
         for needed in dependencies(&bytes) {
-            self.add_module(&needed.replace('-', "_"), files, order)?;
+            self.add_module(&needed, files, built_in, order)?;
         }
         order.push(path.clone());
         Ok(())
     }
+}
+
+/// Whether a path is that of a module; in names a dash and an underscore are the same.
+fn is_module(path: &Path, name: &str) -> bool {
+    path.extension().is_some_and(|extension| extension == "ko")
+        && module_name(path).is_ok_and(|stem| stem.replace('-', "_") == name.replace('-', "_"))
 }
 
 /// Returns the kernel; fetches it if this machine has not done so yet.
@@ -155,7 +174,19 @@ fn fetch(package: &str, version: &str, directory: &Path) -> Result<()> {
     let mut extract = tool::command("dpkg-deb");
     extract.arg("--extract").arg(archive).arg(directory);
     tool::run(&mut extract, "dpkg", &log)?;
-    fs::remove_file(archive).context_path("remove", archive)
+    fs::remove_file(archive).context_path("remove", archive)?;
+    decompress_modules(directory, &log)
+}
+
+/// The kernel would load a compressed module too, but only if it was built to.
+fn decompress_modules(directory: &Path, log: &Path) -> Result<()> {
+    let files = cache::files_below(directory)?;
+    let is_compressed = |path: &&PathBuf| path.extension().is_some_and(|end| end == "xz");
+    let compressed: Vec<_> = files.iter().filter(is_compressed).collect();
+    for some in compressed.chunks(FILES_AT_ONCE) {
+        tool::run(tool::command("xz").arg("--decompress").args(some), "xz-utils", log)?;
+    }
+    Ok(())
 }
 
 /// The names in the `depends` line of a module.
@@ -172,6 +203,14 @@ fn dependencies(module: &[u8]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_of_modules_do_not_tell_dashes_from_underscores() {
+        assert!(is_module(Path::new("kernel/kvm-amd.ko"), "kvm_amd"));
+        assert!(is_module(Path::new("kvm_amd.ko"), "kvm-amd"));
+        assert!(!is_module(Path::new("kvm-amd.ko.xz"), "kvm_amd"));
+        assert!(!is_module(Path::new("kvm.ko"), "kvm_amd"));
+    }
 
     #[test]
     fn dependencies_are_read_from_a_module() {

@@ -195,6 +195,17 @@ impl Guest {
         self.explain(reply)
     }
 
+    /// Loads packed modules in this order, by the paths they were packed from.
+    ///
+    /// # Errors
+    /// The first module that the guest refuses.
+    pub fn load(&mut self, modules: &[PathBuf]) -> Result<()> {
+        for module in modules {
+            self.run(&format!("insmod {}", module_name(module)?))?;
+        }
+        Ok(())
+    }
+
     /// The main process of the guest, which leads its process group.
     pub fn pid(&self) -> u32 {
         self.kept.pid()

@@ -21,6 +21,7 @@ pub(crate) fn run(name: &str, arguments: &[String], emit: Emit<'_>) -> Result<St
         ("verify", [file, mib, seed]) => memory::verify(file, number(mib)?, number(seed)?),
         ("drop", [file]) => memory::drop_file(file),
         ("cat", [path]) => print_file(path, emit),
+        ("ls", [path]) => list(path, emit),
         ("write", [path, text @ ..]) => write_file(path, &text.join(" ")),
         ("drop-caches", []) => system::drop_caches(),
         ("pressure", [mib, hold_ms]) => pressure::run(number(mib)?, number(hold_ms)?),
@@ -45,6 +46,14 @@ fn print_file(path: &str, emit: Emit<'_>) -> Result<String, String> {
     let text = fs::read(path).map_err(|error| format!("cannot read {path}: {error}"))?;
     for line in String::from_utf8_lossy(&text).lines() {
         emit(line)?;
+    }
+    Ok(String::new())
+}
+
+fn list(path: &str, emit: Emit<'_>) -> Result<String, String> {
+    let failed = |error| format!("cannot list {path}: {error}");
+    for entry in fs::read_dir(path).map_err(failed)? {
+        emit(&entry.map_err(failed)?.file_name().to_string_lossy())?;
     }
     Ok(String::new())
 }

@@ -1,0 +1,38 @@
+//! Boots unmodified Debian kernels in QEMU for real.
+
+#![allow(clippy::unwrap_used)]
+
+use lab::Guest;
+use lab::debian::{self, Release};
+
+/// Emulation is slow, so the guests are small.
+const MEMORY_MIB: u64 = 512;
+
+/// Memory that a test fills.
+const FILLED_MIB: u64 = 200;
+
+fn number(guest: &mut Guest, command: &str) -> u64 {
+    guest.run(command).unwrap().text.parse().unwrap()
+}
+
+#[test]
+fn debian_kernels_boot_and_keep_memory() {
+    for release in [Release::Cloud6_12, Release::Cloud6_1] {
+        let kernel = debian::kernel(release).unwrap();
+        let balloon = kernel.modules(&["virtio_pci", "virtio_balloon"]).unwrap();
+        let mut guest = Guest::qemu(&kernel)
+            .memory_mib(MEMORY_MIB)
+            .modules(&balloon)
+            .machine_arguments(["-device", "virtio-balloon-pci"])
+            .boot()
+            .unwrap();
+        let running = guest.run("cat /proc/sys/kernel/osrelease").unwrap().lines.join("");
+        assert_eq!(running, kernel.release);
+        guest.load(&balloon).unwrap();
+        let devices = guest.run("ls /sys/bus/virtio/drivers/virtio_balloon").unwrap().lines;
+        assert!(devices.contains(&"virtio0".to_owned()), "{devices:?}");
+        guest.run(&format!("fill data {FILLED_MIB} 3")).unwrap();
+        assert_eq!(number(&mut guest, &format!("verify data {FILLED_MIB} 3")), 0);
+        assert!(guest.power_off().unwrap().success());
+    }
+}
