@@ -23,6 +23,9 @@ const COMMAND_LIMIT: Duration = Duration::from_secs(180);
 /// How long the processes of a killed guest may take to give back gigabytes of memory.
 const END_LIMIT: Duration = Duration::from_secs(20);
 
+/// Where the laboratory's module is told what to do.
+const LAB_PARAMETERS: &str = "/sys/module/lab_memory/parameters";
+
 /// Memory of a guest that does not say: the main measurement's.
 const DEFAULT_MEMORY_MIB: u64 = 4096;
 
@@ -204,6 +207,20 @@ impl Guest {
             self.run(&format!("insmod {}", module_name(module)?))?;
         }
         Ok(())
+    }
+
+    /// Fragments all free memory but `leave_mib` MiB: pins one page in every second 2 MiB, and
+    /// returns how many pages that is. Needs [`crate::guest_build::lab_module`] packed and loaded.
+    ///
+    /// # Errors
+    /// When the module is not loaded.
+    pub fn fragment(&mut self, leave_mib: u64) -> Result<u64> {
+        self.run(&format!("write {LAB_PARAMETERS}/fragment {leave_mib}"))?;
+        let pinned = self.run(&format!("cat {LAB_PARAMETERS}/pinned_pages"))?.lines.join(" ");
+        pinned.parse().map_err(|_| LabError::Unexpected {
+            what: "the number of pinned pages".to_owned(),
+            detail: pinned,
+        })
     }
 
     /// The main process of the guest, which leads its process group.

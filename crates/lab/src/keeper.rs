@@ -61,7 +61,7 @@ impl Kept {
             .stderr(Stdio::piped())
             .process_group(0)
             .spawn()
-            .context(|| format!("start {}", words.first().map_or("", |_| "the guest")))?;
+            .context(|| "start a shell for the guest".to_owned())?;
         Ok(Self { child, status: None, _alive: alive })
     }
 

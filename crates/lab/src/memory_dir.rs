@@ -3,6 +3,7 @@
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::statvfs;
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount,
@@ -13,6 +14,9 @@ use crate::error::{Context, LabError, Result};
 
 /// What the host can say about huge pages on tmpfs, for all of them.
 const SHMEM_SETTING: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+
+/// Writing to it makes the host put its free memory together.
+const COMPACT: &str = "/proc/sys/vm/compact_memory";
 
 /// The pages that hold the guest's memory on the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -57,6 +61,10 @@ impl GuestMemoryDir {
     /// When this process is not root, or the host overrides the size of pages.
     pub fn mount(backing: Backing, size_mib: u64) -> Result<Self> {
         check_setting(backing)?;
+        if backing == Backing::Huge {
+            // A host whose free memory is in pieces would hand out small pages without a word.
+            std::fs::write(COMPACT, "1").context(|| format!("write {COMPACT}"))?;
+        }
         let context = || format!("mount a tmpfs with huge={}", backing.mount_option());
         let options = [
             ("size", format!("{size_mib}m")),
@@ -86,6 +94,15 @@ impl GuestMemoryDir {
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    /// Memory that the files in it hold now, in bytes: what guests have touched and not returned.
+    ///
+    /// # Errors
+    /// When the system does not say.
+    pub fn used_bytes(&self) -> Result<u64> {
+        let status = statvfs(&self.path).context_path("measure", &self.path)?;
+        Ok(status.f_blocks.saturating_sub(status.f_bfree).saturating_mul(status.f_frsize))
+    }
 }
 
 fn check_setting(backing: Backing) -> Result<()> {
@@ -108,28 +125,43 @@ fn check_setting(backing: Backing) -> Result<()> {
 mod tests {
     use super::*;
 
-    /// Huge pages of tmpfs files in use on this machine, in KiB.
-    fn huge_kib() -> u64 {
-        let text = std::fs::read_to_string("/proc/meminfo").unwrap();
-        let line = text.lines().find(|line| line.starts_with("ShmemHugePages:")).unwrap();
-        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    const SIZE_MIB: u64 = 128;
+    const WRITTEN_BYTES: u64 = 64 << 20;
+    const HUGE_PAGE_BYTES: u64 = 2 << 20;
+
+    /// A file with one byte written and what the file system then holds.
+    fn bytes_for_one_byte(backing: Backing) -> u64 {
+        let directory = GuestMemoryDir::mount(backing, SIZE_MIB).unwrap();
+        std::fs::write(directory.path().join("file"), "x").unwrap();
+        directory.used_bytes().unwrap()
     }
 
     #[test]
-    fn the_two_backings_hold_files_and_differ_in_pages() {
-        const WRITTEN_BYTES: usize = 64 << 20;
+    fn pages_are_as_large_as_asked_for() {
+        assert_eq!(bytes_for_one_byte(Backing::Small), 4096);
+        assert_eq!(bytes_for_one_byte(Backing::Huge), HUGE_PAGE_BYTES);
+    }
+
+    #[test]
+    fn what_files_hold_is_measured_and_limited() {
         for backing in [Backing::Small, Backing::Huge] {
-            let directory = GuestMemoryDir::mount(backing, 128).unwrap();
-            let before_kib = huge_kib();
-            std::fs::write(directory.path().join("file"), vec![1; WRITTEN_BYTES]).unwrap();
-            let grown_kib = huge_kib().saturating_sub(before_kib);
-            match backing {
-                // Others may use huge pages at the same time, so only a lower bound is certain.
-                Backing::Huge => assert!(grown_kib > 0),
-                Backing::Small => {}
-            }
-            let status = rustix::fs::statvfs(directory.path()).unwrap();
-            assert_eq!(status.f_blocks * status.f_frsize, 128 << 20);
+            let directory = GuestMemoryDir::mount(backing, SIZE_MIB).unwrap();
+            let file = directory.path().join("file");
+            std::fs::write(&file, vec![1; 64 << 20]).unwrap();
+            assert_eq!(directory.used_bytes().unwrap(), WRITTEN_BYTES);
+            let more = directory.path().join("more");
+            assert!(std::fs::write(&more, vec![1; 65 << 20]).is_err());
+            std::fs::remove_file(&file).unwrap();
+            std::fs::remove_file(&more).unwrap();
+            assert_eq!(directory.used_bytes().unwrap(), 0);
         }
+    }
+
+    #[test]
+    fn nothing_is_left_in_the_table_of_mounts() {
+        let mounts = || std::fs::read_to_string("/proc/self/mounts").unwrap();
+        let before = mounts();
+        let _directory = GuestMemoryDir::mount(Backing::Small, SIZE_MIB).unwrap();
+        assert_eq!(mounts(), before);
     }
 }

@@ -35,8 +35,7 @@ pub(crate) struct Console {
 impl Console {
     /// Opens the terminal and takes the line discipline out of the way.
     pub(crate) fn open() -> Result<Self, String> {
-        let name =
-            std::env::var(TERMINAL_VARIABLE).unwrap_or_else(|_| DEFAULT_TERMINAL.to_owned());
+        let name = std::env::var(TERMINAL_VARIABLE).unwrap_or_else(|_| DEFAULT_TERMINAL.to_owned());
         let path = format!("/dev/{name}");
         let terminal = OpenOptions::new()
             .read(true)
@@ -87,7 +86,11 @@ impl Console {
     }
 
     /// Ends an answer.
-    pub(crate) fn reply(&mut self, id: u64, outcome: &Result<String, String>) -> Result<(), String> {
+    pub(crate) fn reply(
+        &mut self,
+        id: u64,
+        outcome: &Result<String, String>,
+    ) -> Result<(), String> {
         let (verdict, text) = match outcome {
             Ok(text) => ("ok", text),
             Err(text) => ("err", text),
