@@ -3,6 +3,7 @@
 
 mod balloon;
 mod bench;
+mod demo;
 mod status;
 mod vhost_user;
 
@@ -16,6 +17,7 @@ use crate::log::LogLevel;
 pub(crate) enum Command {
     Balloon(balloon::BalloonArgs),
     Bench(bench::BenchArgs),
+    Demo(demo::DemoArgs),
     Status(status::StatusArgs),
     VhostUser(vhost_user::VhostUserArgs),
 }
@@ -25,6 +27,7 @@ impl Command {
         match self {
             Self::Balloon(args) => balloon::run(&args),
             Self::Bench(args) => bench::run(&args),
+            Self::Demo(args) => demo::run(&args),
             Self::Status(args) => status::run(&args),
             Self::VhostUser(args) => vhost_user::run(args),
         }

@@ -1,0 +1,112 @@
+//! `aerostat demo`: the four stages of taking memory, the old way and ours.
+
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use bench::inflate::{self, Case, CaseReport, HostPages, Memory, Report};
+use clap::Args;
+use indicatif::ProgressBar;
+
+use crate::cmd::bench::{failure, program};
+use crate::failure::Failure;
+use crate::output::print;
+
+/// Size of the guest, and of the balloon, in MiB: those of the measurement of 2016.
+const GUEST_MIB: u64 = 4096;
+
+/// Milliseconds between two pictures of the spinner.
+const TICK_MS: u64 = 100;
+
+/// Boots a 4 GiB guest and takes 3 GiB from it, the old way and the new one
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {}
+
+pub(crate) fn run(_: &DemoArgs) -> Result<(), Failure> {
+    let options = inflate::Options {
+        program: program()?,
+        rounds: 1,
+        guest_mib: vec![GUEST_MIB],
+        memory: vec![Memory::Idle, Memory::Touched],
+        backing: vec![HostPages::Small],
+    };
+    print(
+        "Takes 3 GiB from a 4 GiB guest, a real Linux kernel in user mode, and gives them back.\n\
+         The first run builds that kernel, which takes some minutes.\n\n",
+    )?;
+    let steps = Steps::start();
+    let report = inflate::run(&options, &mut |step| steps.show(step)).map_err(failure)?;
+    steps.end();
+    print(&picture(&report))
+}
+
+/// What is going on: a spinner on a terminal, lines elsewhere.
+struct Steps(Option<ProgressBar>);
+
+impl Steps {
+    fn start() -> Self {
+        let bar = std::io::stderr().is_terminal().then(ProgressBar::new_spinner);
+        if let Some(bar) = &bar {
+            bar.set_message("preparing the guest");
+            bar.enable_steady_tick(Duration::from_millis(TICK_MS));
+        }
+        Self(bar)
+    }
+
+    fn show(&self, step: &str) {
+        match &self.0 {
+            Some(bar) => bar.set_message(step.to_owned()),
+            None => eprintln!("{step}"),
+        }
+    }
+
+    fn end(&self) {
+        if let Some(bar) = &self.0 {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+fn picture(report: &Report) -> String {
+    let mut text = String::new();
+    for (memory, title) in [
+        (Memory::Idle, "Memory that the guest never used"),
+        (Memory::Touched, "Memory that the guest used and freed"),
+    ] {
+        text += &format!(
+            "{title:<44}{:>10}{:>9}{:>11}{:>9}{:>11}{:>10}{:>11}\n",
+            "allocate", "send", "translate", "release", "total ms", "messages", "back in ms"
+        );
+        let cases = report.cases.iter().filter(|case| case.memory == memory);
+        cases.for_each(|case| text += &row(case));
+        for floor in report.floors.iter().filter(|floor| floor.memory == memory) {
+            text += &format!("  {:.0} times faster", floor.speedup);
+            text += &match memory {
+                Memory::Idle => "\n\n".to_owned(),
+                _ => format!(
+                    "; the host kernel alone needs {:.0} ms to take so much memory back\n\n",
+                    floor.floor_ms.median
+                ),
+            };
+        }
+    }
+    text + "One run each; `aerostat bench inflate` measures properly.\n"
+}
+
+fn row(case: &CaseReport) -> String {
+    let what = match case.name {
+        Case::Classic => "stock driver, host page by page",
+        Case::Stock => "stock driver, Aerostat's device",
+        Case::Bitmap => "Aerostat's driver and device",
+    };
+    let stages = case.stages_ms;
+    format!(
+        "  {what:<42}{:>10.1}{:>9.1}{:>11.1}{:>9.1}{:>11.1}{:>10}{:>11.1}\n",
+        stages.allocate,
+        stages.send,
+        stages.translate,
+        stages.release,
+        case.wall_ms.median,
+        case.messages,
+        case.deflate_ms.median,
+    )
+}
