@@ -1,0 +1,113 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR MIT OR Apache-2.0 */
+/* What the files of the glue share. */
+#ifndef AEROSTAT_H
+#define AEROSTAT_H
+
+#include <linux/mm.h>
+#include <linux/mutex.h>
+#include <linux/notifier.h>
+#include <linux/shrinker.h>
+#include <linux/version.h>
+#include <linux/virtio.h>
+#include <linux/virtio_balloon.h>
+#include <linux/virtio_config.h>
+#include <linux/wait.h>
+#include <linux/workqueue.h>
+
+#include "aerostat_core.h"
+
+/* Inflate and deflate; the other queues are not negotiated. */
+#define AEROSTAT_VQS		2
+
+/* Memory for messages: 64 KiB, in pages of their own since a high order may
+ * not be had, and never static since UML maps no .bss to devices.
+ */
+#define AEROSTAT_POOL_PAGES	16
+#define AEROSTAT_BITMAP_BYTES	4096u
+#define AEROSTAT_PFNS_BYTES	1024u
+#define AEROSTAT_MAX_SLOTS	(AEROSTAT_POOL_PAGES * AEROSTAT_BITMAP_BYTES / AEROSTAT_PFNS_BYTES)
+
+#if defined(MAX_PAGE_ORDER)
+#define AEROSTAT_MAX_ORDER	MAX_PAGE_ORDER
+#elif LINUX_VERSION_CODE >= KERNEL_VERSION(6, 4, 0)
+#define AEROSTAT_MAX_ORDER	MAX_ORDER
+#else
+#define AEROSTAT_MAX_ORDER	(MAX_ORDER - 1)
+#endif
+
+/* Balloon pages in a page of the kernel, as a shift. */
+#define AEROSTAT_PAGE_SHIFT	(PAGE_SHIFT - VIRTIO_BALLOON_PFN_SHIFT)
+
+struct aerostat {
+	struct virtio_device *vdev;
+	struct virtqueue *vqs[AEROSTAT_VQS];
+	struct workqueue_struct *wq;
+	struct delayed_work work;
+	wait_queue_head_t acked;
+
+	/* Guards stopping against a last config change. */
+	spinlock_t stop_lock;
+	bool stopping;
+	/* Those who wait for the lock to get pages back: a fill ends early. */
+	atomic_t pressure;
+
+	/* Guards everything below; owner is who holds it. */
+	struct mutex lock;
+	struct task_struct *owner;
+	struct aerostat_core *core;
+	bool gone;
+	bool starved;
+
+	/* The balloon's blocks by order, and those on their way out. */
+	struct list_head blocks[AEROSTAT_MAX_ORDER + 1];
+	struct list_head withdrawn;
+
+	/* Message slots; idle has a bit for each that the host does not hold. */
+	void *pool[AEROSTAT_POOL_PAGES];
+	bool answers;
+	unsigned int slot_bytes;
+	unsigned int in_flight;
+	u64 idle;
+	int current_slot;
+
+	struct notifier_block oom_nb;
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 7, 0)
+	struct shrinker *shrinker;
+#else
+	struct shrinker shrinker;
+#endif
+
+	/* Read without the lock by sysfs and the shrinker. */
+	u64 pages;
+	u64 messages;
+	u64 refused;
+	u64 run_ns;
+	u64 wait_ns;
+
+	/* The host writes here. */
+	__le32 status[AEROSTAT_MAX_SLOTS] ____cacheline_aligned;
+};
+
+/* main.c */
+void aerostat_lock(struct aerostat *vb);
+void aerostat_unlock(struct aerostat *vb);
+
+static inline bool aerostat_deflates_on_oom(struct aerostat *vb)
+{
+	return virtio_has_feature(vb->vdev, VIRTIO_BALLOON_F_DEFLATE_ON_OOM);
+}
+
+/* memory.c */
+void aerostat_free_all(struct aerostat *vb);
+
+/* queues.c */
+int aerostat_find_vqs(struct aerostat *vb);
+void aerostat_reset_slots(struct aerostat *vb);
+int aerostat_alloc_pool(struct aerostat *vb);
+void aerostat_free_pool(struct aerostat *vb);
+
+/* pressure.c */
+int aerostat_register_pressure(struct aerostat *vb);
+void aerostat_unregister_pressure(struct aerostat *vb);
+
+#endif /* AEROSTAT_H */

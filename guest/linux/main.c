@@ -1,0 +1,294 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT OR Apache-2.0
+/*
+ * Aerostat's virtio balloon driver: what only C can do of it.
+ *
+ * The decisions are in Rust. These files give the core pages, queues and the
+ * configuration space, and call it when the host or the guest wants something.
+ */
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
+#include <linux/ktime.h>
+#include <linux/module.h>
+#include <linux/slab.h>
+#include <linux/virtio_ids.h>
+
+#include "aerostat.h"
+
+/* Aerostat's own feature bit: messages are page-bitmap records. */
+#define AEROSTAT_F_PAGE_BITMAP	60
+
+static bool page_bitmap = true;
+module_param(page_bitmap, bool, 0444);
+MODULE_PARM_DESC(page_bitmap, "Send page bitmaps where the host takes them (default: Y)");
+
+/* For those who want pages back: whoever fills the balloon stops. */
+void aerostat_lock(struct aerostat *vb)
+{
+	atomic_inc(&vb->pressure);
+	mutex_lock(&vb->lock);
+	atomic_dec(&vb->pressure);
+	WRITE_ONCE(vb->owner, current);
+}
+
+void aerostat_unlock(struct aerostat *vb)
+{
+	WRITE_ONCE(vb->owner, NULL);
+	mutex_unlock(&vb->lock);
+}
+
+void aerostat_glue_bug(const char *file, size_t file_bytes, u32 line)
+{
+	pr_emerg("panic at %.*s:%u\n", (int)file_bytes, file, line);
+	BUG();
+}
+
+static void aerostat_schedule(struct aerostat *vb, unsigned long delay)
+{
+	unsigned long flags;
+
+	spin_lock_irqsave(&vb->stop_lock, flags);
+	if (!vb->stopping)
+		mod_delayed_work(vb->wq, &vb->work, delay);
+	spin_unlock_irqrestore(&vb->stop_lock, flags);
+}
+
+static void aerostat_config_changed(struct virtio_device *vdev)
+{
+	aerostat_schedule(vdev->priv, 0);
+}
+
+static void aerostat_work(struct work_struct *work)
+{
+	struct aerostat *vb = container_of(work, struct aerostat, work.work);
+	int retry_ms;
+	u64 start;
+
+	mutex_lock(&vb->lock);
+	WRITE_ONCE(vb->owner, current);
+	start = ktime_get_ns();
+	retry_ms = vb->gone ? 0 : aerostat_run(vb->core, vb);
+	vb->run_ns += ktime_get_ns() - start;
+	if (retry_ms < 0)
+		dev_err(&vb->vdev->dev, "the device does not answer, the balloon stays at %llu pages\n",
+			vb->pages);
+	else if (retry_ms && !vb->starved)
+		dev_info(&vb->vdev->dev, "no more memory to give at %llu pages, will try again\n",
+			 vb->pages);
+	vb->starved = retry_ms > 0;
+	aerostat_unlock(vb);
+	if (retry_ms > 0)
+		aerostat_schedule(vb, msecs_to_jiffies(retry_ms));
+}
+
+static int aerostat_start(struct aerostat *vb)
+{
+	int err = aerostat_find_vqs(vb);
+
+	if (err)
+		return err;
+	aerostat_reset_slots(vb);
+	vb->gone = false;
+	vb->stopping = false;
+	aerostat_init(vb->core, vb->vdev->features, PAGE_SHIFT, AEROSTAT_MAX_ORDER);
+	virtio_device_ready(vb->vdev);
+	return 0;
+}
+
+/* Leaves the device with an empty balloon, told properly where it listens. */
+static void aerostat_stop(struct aerostat *vb)
+{
+	spin_lock_irq(&vb->stop_lock);
+	vb->stopping = true;
+	spin_unlock_irq(&vb->stop_lock);
+	cancel_delayed_work_sync(&vb->work);
+
+	aerostat_lock(vb);
+	if (aerostat_empty(vb->core, vb))
+		dev_warn(&vb->vdev->dev, "the device does not answer, taking the pages back\n");
+	vb->gone = true;
+	/* After a reset the device has no claim on what it was not told of. */
+	virtio_reset_device(vb->vdev);
+	aerostat_free_all(vb);
+	aerostat_init(vb->core, vb->vdev->features, PAGE_SHIFT, AEROSTAT_MAX_ORDER);
+	WRITE_ONCE(vb->pages, 0);
+	vb->vdev->config->del_vqs(vb->vdev);
+	aerostat_unlock(vb);
+}
+
+static void aerostat_free(struct aerostat *vb)
+{
+	aerostat_free_pool(vb);
+	if (vb->wq)
+		destroy_workqueue(vb->wq);
+	kfree(vb->core);
+	kfree(vb);
+}
+
+static struct aerostat *aerostat_alloc(struct virtio_device *vdev)
+{
+	struct aerostat *vb = kzalloc(sizeof(*vb), GFP_KERNEL);
+	unsigned int i;
+
+	if (!vb)
+		return NULL;
+	vb->vdev = vdev;
+	INIT_DELAYED_WORK(&vb->work, aerostat_work);
+	init_waitqueue_head(&vb->acked);
+	spin_lock_init(&vb->stop_lock);
+	mutex_init(&vb->lock);
+	INIT_LIST_HEAD(&vb->withdrawn);
+	for (i = 0; i <= AEROSTAT_MAX_ORDER; i++)
+		INIT_LIST_HEAD(&vb->blocks[i]);
+	vb->core = kzalloc(aerostat_core_bytes(), GFP_KERNEL);
+	/* Unbound: a fill takes long enough for the scheduler to mind. */
+	vb->wq = alloc_ordered_workqueue("aerostat_balloon", WQ_FREEZABLE);
+	if (!vb->core || !vb->wq || aerostat_alloc_pool(vb)) {
+		aerostat_free(vb);
+		return NULL;
+	}
+	return vb;
+}
+
+static int aerostat_probe(struct virtio_device *vdev)
+{
+	struct aerostat *vb;
+	int err;
+
+	if (!vdev->config->get) {
+		dev_err(&vdev->dev, "the device has no configuration space\n");
+		return -EINVAL;
+	}
+	vb = aerostat_alloc(vdev);
+	if (!vb)
+		return -ENOMEM;
+	vdev->priv = vb;
+	err = aerostat_start(vb);
+	if (err)
+		goto out_free;
+	err = aerostat_register_pressure(vb);
+	if (err)
+		goto out_stop;
+	dev_info(&vdev->dev, "balloon ready: %s%s\n",
+		 vb->answers ? "page bitmaps" : "page numbers",
+		 aerostat_deflates_on_oom(vb) ? ", deflates on OOM" : "");
+	aerostat_schedule(vb, 0);
+	return 0;
+
+out_stop:
+	aerostat_stop(vb);
+out_free:
+	aerostat_free(vb);
+	return err;
+}
+
+static void aerostat_remove(struct virtio_device *vdev)
+{
+	struct aerostat *vb = vdev->priv;
+
+	aerostat_unregister_pressure(vb);
+	aerostat_stop(vb);
+	aerostat_free(vb);
+}
+
+static int aerostat_validate(struct virtio_device *vdev)
+{
+	/* The host needs guest physical addresses, whatever DMA would use. */
+	__virtio_clear_bit(vdev, VIRTIO_F_ACCESS_PLATFORM);
+	return 0;
+}
+
+#ifdef CONFIG_PM_SLEEP
+static int aerostat_freeze(struct virtio_device *vdev)
+{
+	aerostat_stop(vdev->priv);
+	return 0;
+}
+
+static int aerostat_restore(struct virtio_device *vdev)
+{
+	int err = aerostat_start(vdev->priv);
+
+	if (!err)
+		aerostat_schedule(vdev->priv, 0);
+	return err;
+}
+#endif
+
+#define AEROSTAT_COUNTER(_name)							\
+static ssize_t _name##_show(struct device *dev, struct device_attribute *attr,	\
+			    char *buf)						\
+{										\
+	struct aerostat *vb = dev_to_virtio(dev)->priv;				\
+										\
+	return sysfs_emit(buf, "%llu\n", READ_ONCE(vb->_name));			\
+}										\
+static DEVICE_ATTR_RO(_name)
+
+AEROSTAT_COUNTER(pages);
+AEROSTAT_COUNTER(messages);
+AEROSTAT_COUNTER(refused);
+AEROSTAT_COUNTER(run_ns);
+AEROSTAT_COUNTER(wait_ns);
+
+static struct attribute *aerostat_attrs[] = {
+	&dev_attr_pages.attr,
+	&dev_attr_messages.attr,
+	&dev_attr_refused.attr,
+	&dev_attr_run_ns.attr,
+	&dev_attr_wait_ns.attr,
+	NULL,
+};
+
+static const struct attribute_group aerostat_group = {
+	.name = "balloon",
+	.attrs = aerostat_attrs,
+};
+
+static const struct attribute_group *aerostat_groups[] = { &aerostat_group, NULL };
+
+static const struct virtio_device_id aerostat_ids[] = {
+	{ VIRTIO_ID_BALLOON, VIRTIO_DEV_ANY_ID },
+	{ 0 },
+};
+MODULE_DEVICE_TABLE(virtio, aerostat_ids);
+
+/* The last one is left out when page_bitmap=N. */
+static const unsigned int aerostat_features[] = {
+	VIRTIO_BALLOON_F_MUST_TELL_HOST,
+	VIRTIO_BALLOON_F_DEFLATE_ON_OOM,
+	AEROSTAT_F_PAGE_BITMAP,
+};
+
+static struct virtio_driver aerostat_driver = {
+	.driver.name = KBUILD_MODNAME,
+	.driver.owner = THIS_MODULE,
+	.driver.dev_groups = aerostat_groups,
+	.id_table = aerostat_ids,
+	.feature_table = aerostat_features,
+	.feature_table_size = ARRAY_SIZE(aerostat_features),
+	.validate = aerostat_validate,
+	.probe = aerostat_probe,
+	.remove = aerostat_remove,
+	.config_changed = aerostat_config_changed,
+#ifdef CONFIG_PM_SLEEP
+	.freeze = aerostat_freeze,
+	.restore = aerostat_restore,
+#endif
+};
+
+static int __init aerostat_module_init(void)
+{
+	if (!page_bitmap)
+		aerostat_driver.feature_table_size--;
+	return register_virtio_driver(&aerostat_driver);
+}
+module_init(aerostat_module_init);
+
+static void __exit aerostat_module_exit(void)
+{
+	unregister_virtio_driver(&aerostat_driver);
+}
+module_exit(aerostat_module_exit);
+
+MODULE_DESCRIPTION("Aerostat virtio balloon driver");
+MODULE_LICENSE("GPL");
