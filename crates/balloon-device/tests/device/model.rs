@@ -64,7 +64,7 @@ fn bitmap_meaning(bytes: &[u8]) -> Meaning {
         .map(|chunk| (0..8).map(|i| u64::from(chunk[i]) << (8 * i)).sum())
         .collect();
     let mut at = 0;
-    let mut malformed = bytes.len() % 8 != 0;
+    let mut malformed = !bytes.len().is_multiple_of(8);
     while at < words.len() {
         let (start, shift, count) =
             (words[at] % (1 << 52), words[at] >> 52 & 63, (words[at] >> 58) as usize);
