@@ -3,9 +3,12 @@
 //!
 //! It writes whatever it is told: an honest chain with [`GuestRing::send`], or
 //! any descriptor, any head and any index with the calls below it. Reading the
-//! used ring is how a test learns that a chain was returned.
+//! used ring is how a test learns that a chain was returned. [`naive`] says what
+//! a message means.
 
 #![forbid(unsafe_code)]
+
+pub mod naive;
 
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;

@@ -1,8 +1,8 @@
 //! The classic message: page numbers, and what lies among them.
 
 use crate::guest::*;
-use balloon_abi::Vq;
 use balloon_abi::limits::MAX_PFN_ARRAY_BYTES;
+use balloon_abi::{Features, Vq};
 use balloon_device::Fault;
 use guest_ring::Buffer;
 
@@ -15,6 +15,15 @@ fn page_numbers_in_any_order_are_one_set() {
     assert_eq!(guest.held(), expected);
     assert_eq!(guest.balloon.reclaim().events, [Event::Release(set(expected))]);
     assert_eq!(guest.balloon.faults().total(), 0);
+}
+
+/// Without `MUST_TELL_HOST` the guest may use a page as soon as the message is back.
+#[test]
+fn a_guest_that_need_not_tell_is_served_at_once() {
+    let mut guest = Guest::new(Features::VERSION_1);
+    guest.accepts(Vq::Inflate, &pfns([0x200]));
+    assert_eq!(guest.balloon.reclaim().events, [Event::ReleaseNow(set([(0x200, 1)]))]);
+    assert_eq!(guest.held(), [(0x200, 1)]);
 }
 
 #[test]

@@ -41,6 +41,7 @@ pub(crate) const CLASSIC: Features = Features::VERSION_1.union(Features::MUST_TE
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Event {
     Release(PageSet),
+    ReleaseNow(PageSet),
     Retain { pages: PageSet, returned: u16 },
     Flush,
 }
@@ -54,6 +55,10 @@ pub(crate) struct Recorder {
 impl Reclaim for Recorder {
     fn release(&mut self, pages: &PageSet) {
         self.events.push(Event::Release(pages.clone()));
+    }
+
+    fn release_now(&mut self, pages: &PageSet) {
+        self.events.push(Event::ReleaseNow(pages.clone()));
     }
 
     fn retain(&mut self, pages: &PageSet) {

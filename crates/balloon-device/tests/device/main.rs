@@ -1,5 +1,11 @@
 //! The device behind real virtqueues in real guest memory.
 
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::unwrap_used,
+    reason = "a test that gets this wrong fails"
+)]
+
 mod bitmap_messages;
 mod classic_messages;
 mod descriptors;

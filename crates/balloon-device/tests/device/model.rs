@@ -1,13 +1,12 @@
 //! A guest that sends anything, against a model that is a `BTreeSet` of pages.
 //!
-//! The model reads messages with its own few lines, bit by bit, so that it
-//! shares no mistake with the crates under test.
+//! The model reads messages with `guest_ring::naive`.
 
 use std::collections::BTreeSet;
 
 use balloon_abi::{Features, MessageStatus, Vq};
 use balloon_device::Fault;
-use guest_ring::{Buffer, NEXT};
+use guest_ring::{Buffer, NEXT, naive};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use virtio_queue::desc::split::Descriptor;
@@ -36,65 +35,14 @@ enum Op {
     Reset { bitmap: bool },
 }
 
-/// What a message says, as the model reads it.
+/// What a message says, with the device's faults as reasons.
 enum Meaning {
-    /// These pages; so many others lie outside of memory and are left out.
     Pages(Pages, u64),
-    /// Refused, for one of these reasons.
     Refused(Vec<Fault>),
 }
 
 fn exists(page: u64) -> bool {
     (FIRST_PAGE..END_PAGE).contains(&page) && !GAP.contains(&page)
-}
-
-fn classic_meaning(bytes: &[u8]) -> Meaning {
-    let named = bytes.chunks_exact(4).map(|b| {
-        u64::from(b[0]) | u64::from(b[1]) << 8 | u64::from(b[2]) << 16 | u64::from(b[3]) << 24
-    });
-    let (inside, outside): (Vec<u64>, Vec<u64>) = named.partition(|page| exists(*page));
-    Meaning::Pages(inside.into_iter().collect(), outside.len() as u64)
-}
-
-fn bitmap_meaning(bytes: &[u8]) -> Meaning {
-    let mut pages = Pages::new();
-    let (mut outside, mut repeated) = (false, false);
-    let words: Vec<u64> = bytes
-        .chunks_exact(8)
-        .map(|chunk| (0..8).map(|i| u64::from(chunk[i]) << (8 * i)).sum())
-        .collect();
-    let mut at = 0;
-    let mut malformed = bytes.len() % 8 != 0;
-    while at < words.len() {
-        let (start, shift, count) =
-            (words[at] % (1 << 52), words[at] >> 52 & 63, (words[at] >> 58) as usize);
-        at += 1;
-        let aligned = (12..=30).contains(&shift) && start % (1 << (shift - 12)) == 0;
-        if !aligned || at + count > words.len() {
-            malformed = true;
-            break;
-        }
-        for block in 0..(count as u64 * 64).max(1) {
-            let named = count == 0 || words[at + block as usize / 64] >> (block % 64) & 1 == 1;
-            let first = start + (block << (shift - 12));
-            let last = first + (1 << (shift - 12)) - 1;
-            if !named {
-            } else if !exists(first) || !exists(last) || (first..last).any(|page| !exists(page)) {
-                outside = true;
-            } else {
-                (first..=last).for_each(|page| repeated |= !pages.insert(page));
-            }
-        }
-        at += count;
-    }
-    let reasons = [
-        (malformed, Fault::MalformedRecord),
-        (outside, Fault::OutsideMemory),
-        // A page that does not exist may stand there twice; the model does not ask.
-        (repeated || outside, Fault::RepeatedPage),
-    ];
-    let reasons: Vec<_> = reasons.into_iter().filter_map(|(is, f)| is.then_some(f)).collect();
-    if reasons.is_empty() { Meaning::Pages(pages, 0) } else { Meaning::Refused(reasons) }
 }
 
 /// What a message in this shape says.
@@ -103,8 +51,24 @@ fn meaning(bitmap: bool, bytes: &[u8], shape: Shape) -> Meaning {
         Shape::Nowhere | Shape::BreaksOff => Meaning::Refused(vec![Fault::BadDescriptor]),
         Shape::Oversized => Meaning::Refused(vec![Fault::OversizedMessage]),
         _ if bytes.is_empty() => Meaning::Refused(vec![Fault::EmptyMessage]),
-        _ if bitmap => bitmap_meaning(bytes),
-        _ => classic_meaning(bytes),
+        _ if bitmap => naive::records(bytes, exists).into(),
+        _ => naive::page_numbers(bytes, exists).into(),
+    }
+}
+
+impl From<naive::Meaning> for Meaning {
+    fn from(meaning: naive::Meaning) -> Self {
+        let fault = |reason| match reason {
+            naive::Reason::Malformed => Fault::MalformedRecord,
+            naive::Reason::Outside => Fault::OutsideMemory,
+            naive::Reason::Repeated => Fault::RepeatedPage,
+        };
+        match meaning {
+            naive::Meaning::Pages(pages, outside) => Self::Pages(pages, outside),
+            naive::Meaning::Refused(reasons) => {
+                Self::Refused(reasons.into_iter().map(fault).collect())
+            }
+        }
     }
 }
 
