@@ -11,7 +11,7 @@ use control::{BalloonChange, ReleaseMode};
 use lab::{Backing, GuestMemoryDir};
 use serde::{Deserialize, Serialize};
 
-use crate::error::Result;
+use crate::error::{BenchError, Result};
 use crate::floor;
 use crate::sample::Spread;
 use crate::testbed::{Driver, Testbed, TestbedOptions};
@@ -155,6 +155,9 @@ pub struct CaseReport {
     pub returned_mib: f64,
     /// Free memory of the guest before, by its own account.
     pub guest_free_mib: u64,
+    /// Memory of this host in tmpfs huge pages before: the kernel falls back to
+    /// small pages without a word where it finds no huge ones.
+    pub host_huge_mib: u64,
 }
 
 /// The least that the release can cost, for one state of memory.
@@ -166,8 +169,10 @@ pub struct FloorReport {
     pub backing: HostPages,
     /// Size of the guest.
     pub guest_mib: u64,
-    /// One call over as much memory as `bitmap` took, as much of it in use.
-    pub floor_ms: Spread,
+    /// One call over as much memory as `bitmap` took, as much of it in use: median.
+    pub floor_ms: f64,
+    /// The spread of that.
+    pub floor_spread_ms: Spread,
     /// Median of classic over median of bitmap.
     pub speedup: f64,
     /// Median of classic over median of stock.
@@ -191,6 +196,7 @@ struct Run {
     deflate: BalloonChange,
     returned_mib: f64,
     guest_free_mib: u64,
+    host_huge_mib: u64,
     asked_mib: u64,
 }
 
@@ -276,11 +282,12 @@ fn run_case(case: Case, scenario: Scenario, bed: &mut Testbed) -> Result<Run> {
         Memory::Fragmented => guest_free_mib * (100 - KEPT_PERCENT) / 100,
     };
     let pages = u32::try_from(asked_mib * PAGES_PER_MIB).unwrap_or(u32::MAX);
+    let host_huge_mib = host_huge_mib()?;
     let before_mib = bed.resident_mib()?;
     let inflate = bed.inflate_to(pages)?;
     let returned_mib = before_mib - bed.resident_mib()?;
     let deflate = bed.inflate_to(0)?;
-    Ok(Run { inflate, deflate, returned_mib, guest_free_mib, asked_mib })
+    Ok(Run { inflate, deflate, returned_mib, guest_free_mib, host_huge_mib, asked_mib })
 }
 
 /// Brings the guest's memory into its state again after the last run emptied it.
@@ -302,13 +309,23 @@ fn touched_of(run: &Run) -> u64 {
     run.returned_mib.clamp(0.0, run.asked_mib as f64) as u64
 }
 
+/// `ShmemHugePages` of this host.
+fn host_huge_mib() -> Result<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo");
+    let text =
+        text.map_err(|e| BenchError::Host { what: "reading /proc/meminfo", source: e.into() })?;
+    let line = text.lines().find_map(|line| line.strip_prefix("ShmemHugePages:"));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+    Ok(kib.unwrap_or(0) >> 10)
+}
+
 fn describe(case: Case, scenario: Scenario, round: usize, run: &Run) -> String {
     format!(
-        "{} MiB {:?} {:?} {case:?} round {round}: {} MiB in {:.1} ms, back in {:.1} ms",
-        scenario.guest_mib,
-        scenario.backing,
+        "round {round}, {:?} memory on {:?} pages, {case:?}: {} of {} MiB in {:.1} ms, back in {:.1} ms",
         scenario.memory,
+        scenario.backing,
         run.asked_mib,
+        scenario.guest_mib,
         run.inflate.wall_ms,
         run.deflate.wall_ms,
     )
@@ -336,15 +353,18 @@ fn summarise(scenario: Scenario, runs: &[Vec<Run>; 3], floors: Vec<f64>, report:
             release_calls: runs.iter().map(|run| run.inflate.release_calls).max().unwrap_or(0),
             returned_mib: middle(runs, |run| run.returned_mib),
             guest_free_mib: runs.last().map_or(0, |run| run.guest_free_mib),
+            host_huge_mib: runs.last().map_or(0, |run| run.host_huge_mib),
         });
     }
     let [classic, stock, bitmap] =
         runs.each_ref().map(|runs| middle(runs, |run| run.inflate.wall_ms));
+    let floor_spread_ms = Spread::of(floors);
     report.floors.push(FloorReport {
         memory,
         backing,
         guest_mib,
-        floor_ms: Spread::of(floors),
+        floor_ms: floor_spread_ms.median,
+        floor_spread_ms,
         speedup: classic / bitmap,
         stock_speedup: classic / stock,
     });

@@ -139,7 +139,7 @@ fn table(report: &Report) -> String {
             name(&floor.memory),
             floor.speedup,
             floor.stock_speedup,
-            floor.floor_ms.median,
+            floor.floor_ms,
         );
     }
     text

@@ -73,8 +73,15 @@ fn picture(report: &Report) -> String {
         (Memory::Touched, "Memory that the guest used and freed"),
     ] {
         text += &format!(
-            "{title:<44}{:>10}{:>9}{:>11}{:>9}{:>11}{:>10}{:>11}\n",
-            "allocate", "send", "translate", "release", "total ms", "messages", "back in ms"
+            "{title:<40}{:>10}{:>8}{:>11}{:>9}{:>10}{:>10}{:>10}{:>12}\n",
+            "allocate",
+            "send",
+            "translate",
+            "release",
+            "total ms",
+            "messages",
+            "returned",
+            "back in ms"
         );
         let cases = report.cases.iter().filter(|case| case.memory == memory);
         cases.for_each(|case| text += &row(case));
@@ -84,7 +91,7 @@ fn picture(report: &Report) -> String {
                 Memory::Idle => "\n\n".to_owned(),
                 _ => format!(
                     "; the host kernel alone needs {:.0} ms to take so much memory back\n\n",
-                    floor.floor_ms.median
+                    floor.floor_ms
                 ),
             };
         }
@@ -100,13 +107,14 @@ fn row(case: &CaseReport) -> String {
     };
     let stages = case.stages_ms;
     format!(
-        "  {what:<42}{:>10.1}{:>9.1}{:>11.1}{:>9.1}{:>11.1}{:>10}{:>11.1}\n",
+        "  {what:<38}{:>10.1}{:>8.1}{:>11.1}{:>9.1}{:>10.1}{:>10}{:>6.0} MiB{:>12.1}\n",
         stages.allocate,
         stages.send,
         stages.translate,
         stages.release,
         case.wall_ms.median,
         case.messages,
+        case.returned_mib,
         case.deflate_ms.median,
     )
 }
