@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod chart;
 mod error;
 mod floor;
 pub mod inflate;

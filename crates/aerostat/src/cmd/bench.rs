@@ -28,6 +28,10 @@ struct InflateArgs {
     #[arg(long)]
     json: bool,
 
+    /// Draw the report into this SVG file
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+
     /// Rounds; every case is run once in each
     #[arg(long, default_value_t = 5)]
     rounds: usize,
@@ -86,6 +90,11 @@ fn run_inflate(args: &InflateArgs) -> Result<(), Failure> {
         }),
     };
     let report = inflate::run(&options, &mut |step| eprintln!("{step}")).map_err(failure)?;
+    if let Some(path) = &args.svg {
+        let guest_mib = options.guest_mib.first().copied().unwrap_or_default();
+        std::fs::write(path, bench::chart::svg(&report, guest_mib))
+            .map_err(|error| Failure::new(&error, "check the path of --svg"))?;
+    }
     if args.json { print_json(&report) } else { print(&table(&report)) }
 }
 
@@ -102,23 +111,16 @@ pub(crate) fn failure(error: bench::BenchError) -> Failure {
     Failure::new(&error, "./check sets up all that a bench needs; it has to run as root")
 }
 
+/// Two tables that are plain text and Markdown both.
 fn table(report: &Report) -> String {
     let mut text = format!(
-        "{:>9} {:>5} {:>10} {:>8} {:>10} {:>21} {:>9} {:>8} {:>9} {:>9}\n",
-        "guest",
-        "pages",
-        "memory",
-        "case",
-        "wall ms",
-        "(min .. max)",
-        "deflate",
-        "messages",
-        "calls",
-        "returned"
+        "| guest | host pages | memory | case | wall ms {:>19} | deflate ms | messages | calls  | returned |\n\
+         |---|---|---|---|---|---|---|---|---|\n",
+        "(min .. max)"
     );
     for case in &report.cases {
         text += &format!(
-            "{:>5} MiB {:>5} {:>10} {:>8} {:>10.1} {:>21} {:>9.1} {:>8} {:>9} {:>5.0} MiB\n",
+            "| {} MiB | {:<4} | {:<10} | {:<7} | {:>7.1} {:>19} | {:>10.1} | {:>8} | {:>6} | {:>4.0} MiB |\n",
             case.guest_mib,
             name(&case.backing),
             name(&case.memory),
@@ -131,9 +133,11 @@ fn table(report: &Report) -> String {
             case.returned_mib,
         );
     }
+    text += "\n| guest | host pages | memory | classic / bitmap | classic / stock | floor ms |\n\
+             |---|---|---|---|---|---|\n";
     for floor in &report.floors {
         text += &format!(
-            "{} MiB, {}, {}: bitmap {:.1} x, stock {:.1} x faster than classic; floor {:.1} ms\n",
+            "| {} MiB | {:<4} | {:<10} | {:>14.1} x | {:>13.1} x | {:>8.1} |\n",
             floor.guest_mib,
             name(&floor.backing),
             name(&floor.memory),
