@@ -30,11 +30,12 @@ pub fn decode_bitmap(message: &[u8], layout: &MemoryLayout) -> Result<PageSet, F
         }
     }
     debug_assert_eq!(claimed, pages.len());
-    if pages.ranges().all(|range| layout.covers(range)) {
-        Ok(pages)
-    } else {
-        Err(Fault::OutsideMemory)
+    // All records are within the bounds. Memory has few gaps, but a set may have
+    // millions of ranges.
+    if layout.gaps().any(|gap| pages.intersects_range(gap)) {
+        return Err(Fault::OutsideMemory);
     }
+    Ok(pages)
 }
 
 /// Decodes an array of page numbers; what lies outside of guest memory is

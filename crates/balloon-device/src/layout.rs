@@ -70,6 +70,13 @@ impl MemoryLayout {
         }
     }
 
+    /// The ranges of pages between those that exist, lowest first.
+    pub fn gaps(&self) -> impl Iterator<Item = PageRange> + '_ {
+        self.ranges
+            .windows(2)
+            .filter_map(|pair| PageRange::from_bounds(pair[0].end(), pair[1].start()).ok())
+    }
+
     /// True when every page of `range` exists.
     pub fn covers(&self, range: PageRange) -> bool {
         let after = self.ranges.partition_point(|known| known.start() <= range.start());
@@ -115,6 +122,8 @@ mod tests {
             MemoryLayout::new([(0x4000, 0x2000), (0x0, 0x2000), (0x2000, 0x1000)]).unwrap();
         assert_eq!(layout.pages(), 5);
         assert_eq!(layout.bounds(), (0, 6));
+        assert_eq!(layout.ranges(), [range(0, 3), range(4, 2)]);
+        assert_eq!(layout.gaps().collect::<Vec<_>>(), [range(3, 1)]);
         assert!(layout.covers(range(0, 3)));
         assert!(layout.covers(range(4, 2)));
         assert!(!layout.covers(range(2, 2)), "page 3 is a gap");
