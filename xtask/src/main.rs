@@ -3,6 +3,7 @@
 use clap::{Parser, Subcommand};
 
 mod core_object;
+mod fuzz;
 mod module;
 mod package;
 mod process;
@@ -17,12 +18,14 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Fuzz(fuzz::Args),
     Module(module::Args),
     Package(package::Args),
 }
 
 fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
+        Command::Fuzz(args) => fuzz::run(&args),
         Command::Module(args) => module::run(&args),
         Command::Package(args) => package::run(&args),
     }

@@ -1,0 +1,51 @@
+//! A [`Reclaim`] that knows what may be asked of it.
+
+use balloon_device::{Balloon, MemoryLayout, Reclaim};
+use page_set::PageSet;
+
+/// Pages that a host would still be allowed to release at any time.
+#[derive(Debug, Default)]
+pub(crate) struct Checked {
+    /// The guest's offer.
+    layout: MemoryLayout,
+    may_release: PageSet,
+}
+
+impl Checked {
+    pub(crate) fn set_layout(&mut self, layout: MemoryLayout) {
+        self.layout = layout;
+    }
+
+    fn check(&self, pages: &PageSet) {
+        for range in pages.ranges() {
+            assert!(self.layout.covers(range), "release of {range:?}, which is no memory");
+        }
+    }
+}
+
+impl Reclaim for Checked {
+    fn release(&mut self, pages: &PageSet) {
+        self.check(pages);
+        self.may_release.union_with(pages);
+    }
+
+    fn release_now(&mut self, pages: &PageSet) {
+        self.check(pages);
+    }
+
+    fn retain(&mut self, pages: &PageSet) {
+        self.may_release.subtract(pages);
+    }
+
+    fn flush(&mut self) {}
+}
+
+/// What has to hold between any two steps.
+pub(crate) fn check(balloon: &Balloon<Checked>) {
+    for range in balloon.held().ranges() {
+        assert!(balloon.layout().covers(range), "{range:?} is held and no memory");
+    }
+    let mut outside = balloon.reclaim().may_release.clone();
+    outside.subtract(balloon.held());
+    assert!(outside.is_empty(), "{outside:?} may be released and is not in the balloon");
+}

@@ -1,0 +1,29 @@
+//! The fuzz targets as functions of bytes. Each panics where something that has
+//! to hold does not.
+//!
+//! Bytes are read as a script of small steps, so that every input is a valid
+//! script, the fuzzer's changes stay small, and honest steps are as near as
+//! hostile ones.
+
+#![forbid(unsafe_code)]
+
+mod checked;
+mod queue;
+mod records;
+mod script;
+mod vhost_user;
+
+pub use queue::{deflate_queue, inflate_queue};
+pub use records::records;
+pub use vhost_user::vhost_user;
+
+/// A target's body.
+pub type Body = fn(&[u8]);
+
+/// Every target by its name, which is that of its corpus as well.
+pub const TARGETS: [(&str, Body); 4] = [
+    ("inflate_queue", inflate_queue),
+    ("deflate_queue", deflate_queue),
+    ("records", records),
+    ("vhost_user", vhost_user),
+];
