@@ -1,5 +1,7 @@
 //! Developer commands of the workspace.
 
+#![forbid(unsafe_code)]
+
 use clap::{Parser, Subcommand};
 
 mod core_object;
@@ -7,6 +9,7 @@ mod fuzz;
 mod module;
 mod package;
 mod process;
+mod tidy;
 
 /// Developer commands of the workspace.
 #[derive(Parser)]
@@ -21,6 +24,7 @@ enum Command {
     Fuzz(fuzz::Args),
     Module(module::Args),
     Package(package::Args),
+    Tidy(tidy::Args),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -28,5 +32,6 @@ fn main() -> anyhow::Result<()> {
         Command::Fuzz(args) => fuzz::run(&args),
         Command::Module(args) => module::run(&args),
         Command::Package(args) => package::run(&args),
+        Command::Tidy(args) => tidy::run(&args),
     }
 }
