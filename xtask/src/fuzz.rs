@@ -112,7 +112,7 @@ fn build(fuzz: &Path, names: &[String]) -> Result<PathBuf> {
     let target_dir = fuzz.join("target");
     let mut cargo = Command::new("cargo");
     // With a --target, build scripts and macros are spared the coverage flags.
-    cargo.args(["build", "--release", "--locked", "--quiet", "--target", &host]);
+    cargo.args(["build", "--release", "--quiet", "--target", &host]);
     cargo.arg("--manifest-path").arg(fuzz.join("Cargo.toml"));
     cargo.arg("--target-dir").arg(&target_dir);
     names.iter().for_each(|name| {
