@@ -124,3 +124,53 @@ impl Change {
         Stages { allocate: self.allocate, send, translate, release }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    #[test]
+    fn the_stages_add_up_to_the_wall_time() {
+        let start = Instant::now();
+        let mut change = Change::new(0, 8, start);
+        change.config_read(start + ms(1));
+        change.notified(start + ms(11));
+        change.served(3);
+        // No config read before it: the guest took no blocks.
+        change.notified(start + ms(20));
+        change.served(1);
+        change.actual_written(8, start + ms(30));
+        assert_eq!(change.reached_at(), Some(start + ms(30)));
+        assert_eq!((change.messages(), change.notifications()), (4, 2));
+        let stages = change.stages(start + ms(30), ms(2), ms(5));
+        let expected = Stages { allocate: ms(10), send: ms(13), translate: ms(2), release: ms(5) };
+        assert_eq!(stages, expected);
+    }
+
+    #[test]
+    fn more_work_than_time_leaves_nothing_to_send() {
+        // Work in the background overlaps with the guest's.
+        let start = Instant::now();
+        let change = Change::new(0, 8, start);
+        let stages = change.stages(start + ms(3), ms(2), ms(5));
+        assert_eq!(stages.send, Duration::ZERO);
+        assert_eq!(change.wall(start - ms(1)), Duration::ZERO);
+    }
+
+    #[test]
+    fn the_target_is_reached_once_and_can_be_left_again() {
+        let start = Instant::now();
+        let mut change = Change::new(4, 8, start);
+        change.actual_written(7, start + ms(1));
+        assert_eq!(change.reached_at(), None);
+        change.actual_written(8, start + ms(2));
+        change.actual_written(8, start + ms(3));
+        assert_eq!(change.reached_at(), Some(start + ms(2)));
+        change.actual_written(0, start + ms(4));
+        assert_eq!(change.reached_at(), None);
+    }
+}

@@ -95,3 +95,47 @@ impl Run {
         true
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layout() -> MemoryLayout {
+        MemoryLayout::new([(0x10_0000, 0x10_0000), (0x30_0000, 0x10_0000)]).unwrap()
+    }
+
+    fn runs(pages: &PageSet) -> Vec<(u64, u64)> {
+        pages.ranges().map(|range| (range.start(), range.pages())).collect()
+    }
+
+    #[test]
+    fn runs_of_page_numbers_go_in_whole_in_both_directions() {
+        let mut run = Run::default();
+        assert!(!run.extend(5), "the first page begins a run");
+        run = Run { start: 5, pages: 1 };
+        assert!(run.extend(6) && run.extend(4));
+        assert!(!run.extend(4) && !run.extend(8) && !run.extend(2));
+        assert_eq!((run.start, run.pages), (4, 3));
+        let mut at_zero = Run { start: 0, pages: 1 };
+        assert!(!at_zero.extend(u64::from(u32::MAX)), "nothing comes before page 0");
+    }
+
+    #[test]
+    fn a_run_across_the_end_of_memory_is_cut_there() {
+        let message: Vec<u8> = (0x1fe..0x202u32).flat_map(u32::to_le_bytes).collect();
+        let mut faults = Faults::default();
+        let pages = decode_pfn_array(&message, &layout(), &mut faults);
+        assert_eq!(runs(&pages), [(0x1fe, 2)]);
+        assert_eq!(faults.get(Fault::OutsideMemory), 2);
+    }
+
+    #[test]
+    fn a_bitmap_over_a_gap_names_nothing_in_it() {
+        let record =
+            |word: u64| [(0x100u64 | 20 << 52 | 1 << 58).to_le_bytes(), word.to_le_bytes()];
+        let decode = |word| decode_bitmap(&record(word).concat(), &layout());
+        assert_eq!(runs(&decode(0b101).unwrap()), [(0x100, 0x100), (0x300, 0x100)]);
+        assert_eq!(decode(0b111), Err(Fault::OutsideMemory));
+        assert_eq!(decode(0b1001), Err(Fault::OutsideMemory));
+    }
+}
