@@ -216,7 +216,7 @@ fn status_shows_one_guest() {
         "balloon      3 GiB of 3 GiB, settled",
         "last change  0 B to 3 GiB in 12.5 ms (allocate 0.0, send 0.0, translate 0.0, release 0.0), \
          1 message, 2 release calls",
-        "release      background, parts of huge pages: wait",
+        "release      background, parts of huge pages: split",
         "on the way   0 B pending, 0 B in flight, 0 B waiting",
         "released     8 KiB in 0 calls, 0 errors",
         "faults       guest page_outside_memory 3, host discard_failed 1",
