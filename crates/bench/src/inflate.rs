@@ -298,6 +298,10 @@ fn prepare(scenario: Scenario, free_mib: u64, bed: &mut Testbed) -> Result<()> {
         // The pinned pages stay where they are; all else is touched again.
         Memory::Fragmented => free_mib * (100 - KEPT_PERCENT + 1) / 100,
     };
+    if scenario.backing == HostPages::Huge {
+        // The last case may have split huge pages, and others use this machine.
+        lab::memory_dir::gather_huge_pages()?;
+    }
     bed.guest.run(&format!("touch {touch_mib}"))?;
     Ok(())
 }

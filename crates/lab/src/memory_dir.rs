@@ -15,6 +15,9 @@ use crate::error::{Context, LabError, Result};
 /// What the host can say about huge pages on tmpfs, for all of them.
 const SHMEM_SETTING: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 
+/// Writing to it makes the host drop file contents that it can read again.
+const DROP_CACHES: &str = "/proc/sys/vm/drop_caches";
+
 /// Writing to it makes the host put its free memory together.
 const COMPACT: &str = "/proc/sys/vm/compact_memory";
 
@@ -63,7 +66,7 @@ impl GuestMemoryDir {
         check_setting(backing)?;
         if backing == Backing::Huge {
             // A host whose free memory is in pieces would hand out small pages without a word.
-            std::fs::write(COMPACT, "1").context(|| format!("write {COMPACT}"))?;
+            gather_huge_pages()?;
         }
         let context = || format!("mount a tmpfs with huge={}", backing.mount_option());
         let options = [
@@ -103,6 +106,18 @@ impl GuestMemoryDir {
         let status = statvfs(&self.path).context_path("measure", &self.path)?;
         Ok(status.f_blocks.saturating_sub(status.f_bfree).saturating_mul(status.f_frsize))
     }
+}
+
+/// Makes the host gather huge pages for what is written next. Builds leave its free memory in
+/// pieces, and tmpfs then takes small pages without a word. Needs root.
+///
+/// # Errors
+/// When the host refuses.
+pub fn gather_huge_pages() -> Result<()> {
+    for path in [DROP_CACHES, COMPACT] {
+        std::fs::write(path, "1").context(|| format!("write {path}"))?;
+    }
+    Ok(())
 }
 
 fn check_setting(backing: Backing) -> Result<()> {
