@@ -109,7 +109,8 @@ fn choose(all: &[String], wanted: &[String]) -> Result<Vec<String>> {
 /// Builds the targets and returns the directory they are in.
 fn build(fuzz: &Path, names: &[String]) -> Result<PathBuf> {
     let host = host_triple()?;
-    let target_dir = fuzz.join("target");
+    let target_dir = std::env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| fuzz.join("target"), |shared| PathBuf::from(shared).join("fuzz"));
     let mut cargo = Command::new("cargo");
     // With a --target, build scripts and macros are spared the coverage flags.
     cargo.args(["build", "--release", "--quiet", "--target", &host]);
