@@ -122,6 +122,12 @@ pub enum Violation {
     /// A memory table that no guest can have.
     #[error("a memory table that makes no sense")]
     MemoryTable,
+    /// A kick or call file that cannot notify: no event file, pipe or socket.
+    #[error("queue {index} with a file that cannot notify")]
+    NotifyFile {
+        /// Its number.
+        index: u32,
+    },
     /// A queue was to be polled, without a file descriptor for kicks.
     #[error("queue {index} without a file descriptor for kicks")]
     NoKick {

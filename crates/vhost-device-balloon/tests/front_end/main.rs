@@ -1,0 +1,67 @@
+//! The back end against front ends: honest ones, which send what User Mode Linux
+//! and QEMU send, and hostile ones, which send everything else.
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+#![allow(clippy::cast_possible_truncation, reason = "small numbers of our own")]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod control_api;
+mod hostile;
+mod misuse;
+mod pace;
+mod qemu;
+mod quiet;
+mod safety;
+mod uml;
+
+use std::collections::BTreeSet;
+
+use balloon_abi::Features;
+use vhost_device_balloon::End;
+
+use support::LONG;
+use support::driver::{Monitor, Vm};
+use support::guest::data_pages;
+use support::server::Server;
+
+/// Every second page of a part and all of another: ranges of all sizes.
+fn some_pages() -> BTreeSet<u64> {
+    let first = data_pages().start;
+    (first + 5..first + 65).step_by(2).chain(first + 100..first + 700).collect()
+}
+
+/// A whole life of a guest: target, inflate, release, deflate, end. What any
+/// connection must still be able to do after whatever came before it.
+fn assert_serves(server: &Server, monitor: Monitor, features: Features) {
+    let (front, served) = server.connect();
+    let mut vm = Vm::boot(monitor, front, features);
+    assert_balloons(server, &mut vm);
+    drop(vm);
+    assert_eq!(served.outcome().unwrap(), End::HungUp);
+}
+
+/// The same on a connection that is there, of a driver that holds nothing.
+fn assert_balloons(server: &Server, vm: &mut Vm) {
+    let pages = some_pages();
+    let count = pages.len() as u32;
+    vm.guest.write_patterns(data_pages());
+    let blocks = vm.guest.blocks();
+    let generation = server.balloon.set_target(count).unwrap();
+
+    vm.inflate(&pages);
+    vm.front.write_actual(count);
+    let status = server.balloon.wait_change(generation, LONG);
+    assert!(status.settled && status.generation == generation, "{status:?}");
+    assert_eq!(status.actual_pages, count);
+    // Before anybody reads: a read through a mapping fills the hole.
+    assert_eq!(blocks - vm.guest.blocks(), u64::from(count) * 8, "in units of 512 bytes");
+    vm.guest.assert_gone(&pages);
+
+    let generation = server.balloon.set_target(0).unwrap();
+    vm.deflate(&pages);
+    vm.front.write_actual(0);
+    assert!(server.balloon.wait_change(generation, LONG).settled);
+    vm.guest.write_patterns(pages);
+    vm.guest.assert_gone(&BTreeSet::new());
+}

@@ -1,0 +1,187 @@
+//! vhost-user messages as a front end writes and reads them.
+
+use std::io::{self, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use rustix::event::EventfdFlags;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+
+use super::LONG;
+
+/// Requests by number (vhost-user.rst, "Front-end message types").
+pub(crate) mod request {
+    pub(crate) const GET_FEATURES: u32 = 1;
+    pub(crate) const SET_FEATURES: u32 = 2;
+    pub(crate) const SET_OWNER: u32 = 3;
+    pub(crate) const RESET_OWNER: u32 = 4;
+    pub(crate) const SET_MEM_TABLE: u32 = 5;
+    pub(crate) const SET_VRING_NUM: u32 = 8;
+    pub(crate) const SET_VRING_ADDR: u32 = 9;
+    pub(crate) const SET_VRING_BASE: u32 = 10;
+    pub(crate) const GET_VRING_BASE: u32 = 11;
+    pub(crate) const SET_VRING_KICK: u32 = 12;
+    pub(crate) const SET_VRING_CALL: u32 = 13;
+    pub(crate) const SET_VRING_ERR: u32 = 14;
+    pub(crate) const GET_PROTOCOL_FEATURES: u32 = 15;
+    pub(crate) const SET_PROTOCOL_FEATURES: u32 = 16;
+    pub(crate) const GET_QUEUE_NUM: u32 = 17;
+    pub(crate) const SET_VRING_ENABLE: u32 = 18;
+    pub(crate) const SET_BACKEND_REQ_FD: u32 = 21;
+    pub(crate) const GET_CONFIG: u32 = 24;
+    pub(crate) const SET_CONFIG: u32 = 25;
+}
+
+/// Version 1, from the front end.
+pub(crate) const FLAGS: u32 = 1;
+/// Version 1, an answer.
+const REPLY_FLAGS: u32 = 5;
+/// Feature bit 30: protocol features.
+pub(crate) const PROTOCOL_FEATURES: u64 = 1 << 30;
+/// Protocol features that the back end offers: BACKEND_REQ and CONFIG, no
+/// REPLY_ACK (3) and no MQ (0).
+pub(crate) const OFFERED_PROTOCOL: u64 = 1 << 5 | 1 << 9;
+/// A message of the back end on its channel: the configuration changed.
+pub(crate) const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
+
+/// The front end's side of a connection.
+pub(crate) struct FrontEnd {
+    pub(crate) socket: UnixStream,
+}
+
+impl FrontEnd {
+    pub(crate) fn new(socket: UnixStream) -> Self {
+        socket.set_read_timeout(Some(LONG)).unwrap();
+        socket.set_write_timeout(Some(LONG)).unwrap();
+        Self { socket }
+    }
+
+    /// Sends a message as real front ends do: all in one piece. The back end may
+    /// have ended the session already.
+    pub(crate) fn try_send(&self, request: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> bool {
+        self.send_raw(&message(request, FLAGS, payload), fds).is_ok()
+    }
+
+    pub(crate) fn send(&self, request: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) {
+        assert!(self.try_send(request, payload, fds), "the back end is gone at {request}");
+    }
+
+    pub(crate) fn send_u64(&self, request: u32, value: u64) {
+        self.send(request, &value.to_ne_bytes(), &[]);
+    }
+
+    pub(crate) fn send_state(&self, request: u32, index: u32, value: u32) {
+        self.send(request, &words(&[index, value]), &[]);
+    }
+
+    /// Hands over a queue's file descriptor.
+    pub(crate) fn send_fd(&self, request: u32, index: u64, fd: impl AsFd) {
+        self.send(request, &index.to_ne_bytes(), &[fd.as_fd()]);
+    }
+
+    /// Sends bytes that need be no message.
+    pub(crate) fn send_raw(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() {
+            assert!(control.push(SendAncillaryMessage::ScmRights(fds)));
+        }
+        let sent = sendmsg(&self.socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?;
+        (&self.socket).write_all(&bytes[sent..])
+    }
+
+    /// The payload of the answer to `request`.
+    pub(crate) fn reply(&self, request: u32) -> Vec<u8> {
+        self.try_reply(request).expect("an answer")
+    }
+
+    pub(crate) fn try_reply(&self, request: u32) -> io::Result<Vec<u8>> {
+        let mut header = [0; 12];
+        (&self.socket).read_exact(&mut header)?;
+        let [code, flags, size] = header_words(header);
+        assert_eq!((code, flags), (request, REPLY_FLAGS));
+        let mut payload = vec![0; size as usize];
+        (&self.socket).read_exact(&mut payload)?;
+        Ok(payload)
+    }
+
+    pub(crate) fn ask_u64(&self, request: u32) -> u64 {
+        self.send(request, &[], &[]);
+        u64::from_ne_bytes(self.reply(request).try_into().unwrap())
+    }
+
+    /// Waits until the back end has carried out all that was sent.
+    pub(crate) fn barrier(&self) {
+        self.ask_u64(request::GET_FEATURES);
+    }
+
+    /// The fields of the configuration space, read as UML does: all from the start.
+    pub(crate) fn read_config(&self, bytes: u32) -> Vec<u8> {
+        let mut payload = words(&[0, bytes, 0]);
+        payload.resize(12 + bytes as usize, 0);
+        self.send(request::GET_CONFIG, &payload, &[]);
+        let answer = self.reply(request::GET_CONFIG);
+        assert_eq!(answer[..12], payload[..12], "offset, size and flags are repeated");
+        assert_eq!(answer.len(), payload.len());
+        answer[12..].to_vec()
+    }
+
+    pub(crate) fn num_pages(&self) -> u32 {
+        u32::from_le_bytes(self.read_config(4).try_into().unwrap())
+    }
+
+    pub(crate) fn write_config(&self, offset: u32, data: &[u8]) {
+        let size = u32::try_from(data.len()).unwrap();
+        let payload = [words(&[offset, size, 0]), data.to_vec()].concat();
+        self.send(request::SET_CONFIG, &payload, &[]);
+    }
+
+    /// The guest says how many pages it holds.
+    pub(crate) fn write_actual(&self, pages: u32) {
+        self.write_config(4, &pages.to_le_bytes());
+    }
+
+    /// Nothing more will come; what was sent is still read.
+    pub(crate) fn finish(&self) {
+        // The back end may have closed its end already.
+        let _ = self.socket.shutdown(Shutdown::Write);
+    }
+
+    /// Waits until the back end has closed the connection, whatever it still said.
+    pub(crate) fn wait_closed(&self) {
+        let mut rest = Vec::new();
+        let _ = (&self.socket).read_to_end(&mut rest);
+    }
+}
+
+pub(crate) fn message(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
+    let size = u32::try_from(payload.len()).unwrap();
+    [words(&[request, flags, size]), payload.to_vec()].concat()
+}
+
+pub(crate) fn words(words: &[u32]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_ne_bytes()).collect()
+}
+
+pub(crate) fn longs(longs: &[u64]) -> Vec<u8> {
+    longs.iter().flat_map(|long| long.to_ne_bytes()).collect()
+}
+
+fn header_words(header: [u8; 12]) -> [u32; 3] {
+    let (words, _) = header.as_chunks::<4>();
+    [0, 1, 2].map(|i: usize| u32::from_ne_bytes(words[i]))
+}
+
+/// The next message on the back end's channel.
+pub(crate) fn channel_message(channel: &UnixStream) -> [u32; 3] {
+    channel.set_read_timeout(Some(LONG)).unwrap();
+    let mut header = [0; 12];
+    (&*channel).read_exact(&mut header).expect("a message of the back end");
+    header_words(header)
+}
+
+pub(crate) fn eventfd() -> OwnedFd {
+    rustix::event::eventfd(0, EventfdFlags::CLOEXEC).unwrap()
+}

@@ -1,0 +1,109 @@
+//! Guest memory in a memfd, with contents that can be told apart.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+
+use rustix::fs::{MemfdFlags, memfd_create};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+pub(crate) const PAGE: u64 = 4096;
+/// Pages of a guest.
+pub(crate) const PAGES: u64 = 1024;
+pub(crate) const BYTES: u64 = PAGES * PAGE;
+/// Guest physical address of its memory: beyond 4 GiB, as in User Mode Linux.
+pub(crate) const BASE: u64 = 0x1_2340_0000;
+pub(crate) const FIRST_PAGE: u64 = BASE / PAGE;
+/// Where the region starts in its file.
+pub(crate) const FILE_OFFSET: u64 = 0x3000;
+/// Pages of the rings and messages; the others carry patterns.
+pub(crate) const OWN_PAGES: u64 = 64;
+/// A monitor's address of the memory, where it is not the guest's.
+pub(crate) const USER_BASE: u64 = 0x7f55_0000_0000;
+
+/// Memory of a guest, mapped here and handed to the back end as a file.
+pub(crate) struct Guest {
+    pub(crate) file: File,
+    pub(crate) memory: GuestMemoryMmap,
+}
+
+pub(crate) fn memfd(bytes: u64) -> File {
+    let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(bytes).unwrap();
+    file
+}
+
+impl Guest {
+    /// A guest whose pages are all written.
+    pub(crate) fn new() -> Self {
+        let file = memfd(FILE_OFFSET + BYTES);
+        let place = FileOffset::new(file.try_clone().unwrap(), FILE_OFFSET);
+        let region =
+            GuestRegionMmap::from_range(GuestAddress(BASE), BYTES as usize, Some(place)).unwrap();
+        let memory = GuestMemoryMmap::from_regions(vec![region]).unwrap();
+        let guest = Self { file, memory };
+        guest.zero(BASE, OWN_PAGES * PAGE);
+        guest.write_patterns(data_pages());
+        guest
+    }
+
+    /// The driver zeroes a few pages; `reset` of a ring would take it longer.
+    pub(crate) fn zero(&self, at: u64, bytes: u64) {
+        self.memory.write_slice(&vec![0; bytes as usize], GuestAddress(at)).unwrap();
+    }
+
+    pub(crate) fn write(&self, at: u64, bytes: &[u8]) {
+        self.memory.write_slice(bytes, GuestAddress(at)).unwrap();
+    }
+
+    pub(crate) fn write_patterns(&self, pages: impl IntoIterator<Item = u64>) {
+        for page in pages {
+            self.write(page * PAGE, &pattern(page));
+        }
+    }
+
+    pub(crate) fn page(&self, page: u64) -> [u8; PAGE as usize] {
+        let mut bytes = [0; PAGE as usize];
+        self.memory.read_slice(&mut bytes, GuestAddress(page * PAGE)).unwrap();
+        bytes
+    }
+
+    pub(crate) fn is_zero(&self, page: u64) -> bool {
+        self.page(page) == [0; PAGE as usize]
+    }
+
+    pub(crate) fn has_pattern(&self, page: u64) -> bool {
+        self.page(page) == pattern(page)
+    }
+
+    /// Of the pages with patterns, exactly those in `gone` read as zeros and all
+    /// others are as they were written.
+    pub(crate) fn assert_gone(&self, gone: &BTreeSet<u64>) {
+        for page in data_pages() {
+            if gone.contains(&page) {
+                assert!(self.is_zero(page), "page {page:#x} was inflated and is still there");
+            } else {
+                assert!(self.has_pattern(page), "page {page:#x} has lost its contents");
+            }
+        }
+    }
+
+    /// What the file holds, in units of 512 bytes.
+    pub(crate) fn blocks(&self) -> u64 {
+        self.file.metadata().unwrap().blocks()
+    }
+}
+
+/// All pages that carry patterns.
+pub(crate) fn data_pages() -> std::ops::Range<u64> {
+    FIRST_PAGE + OWN_PAGES..FIRST_PAGE + PAGES
+}
+
+/// Not zero anywhere, and different for each page.
+fn pattern(page: u64) -> [u8; PAGE as usize] {
+    let word = (page | 1 << 63).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 0x0101_0101_0101_0101;
+    let mut bytes = [0; PAGE as usize];
+    let (words, _) = bytes.as_chunks_mut::<8>();
+    words.fill(word.to_le_bytes());
+    bytes
+}
