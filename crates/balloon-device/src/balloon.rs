@@ -10,7 +10,7 @@ use vm_memory::GuestMemory;
 
 use crate::change::Change;
 use crate::decode::{decode_bitmap, decode_pfn_array};
-use crate::drain::{Drained, drain};
+use crate::drain::{Drained, Handled, drain};
 use crate::fault::{Fault, Faults};
 use crate::layout::MemoryLayout;
 use crate::message::Message;
@@ -96,6 +96,16 @@ impl<R: Reclaim> Balloon<R> {
         self.negotiated = negotiated & Self::FEATURES;
         self.config.actual = 0;
         self.config.poison_val = 0;
+        if let Some(change) = &mut self.change {
+            change.actual_written(0, Instant::now());
+        }
+    }
+
+    /// The driver's queues stop. It may be reset now, and then uses any page that
+    /// it wants before the device hears of it again: what was not released yet
+    /// never is. Where it only pauses, its balloon is still what it was.
+    pub fn suspend(&mut self) {
+        self.reclaim.retain(&self.held);
     }
 
     /// Guest memory is now at `layout`. Pages that are gone are forgotten, and
@@ -127,7 +137,8 @@ impl<R: Reclaim> Balloon<R> {
             if outcome.is_err() {
                 self.refuse(vq);
             }
-            self.answer(memory, outcome)
+            let written_bytes = self.answer(memory, outcome);
+            Handled { read_bytes: self.message.bytes().len(), written_bytes }
         });
         match drained {
             Ok(drained) => {
@@ -146,7 +157,12 @@ impl<R: Reclaim> Balloon<R> {
     /// Sets the pages that the guest is asked to give. The caller tells the
     /// driver that the configuration changed.
     pub fn set_target(&mut self, pages: u32, now: Instant) {
-        self.change = Some(Change::new(self.config.actual, pages, now));
+        let mut change = Change::new(self.config.actual, pages, now);
+        if self.config.actual == pages {
+            // A driver does not write the size that it has.
+            change.actual_written(pages, now);
+        }
+        self.change = Some(change);
         self.config.num_pages = pages;
     }
 

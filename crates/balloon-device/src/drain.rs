@@ -10,6 +10,21 @@ use vm_memory::GuestMemory;
 /// that Linux sets up for a balloon.
 pub const MAX_CHAINS_PER_DRAIN: usize = 1024;
 
+/// Bytes of messages after which a drain ends, so that messages which cost much
+/// do not keep the device from all else: four of the largest, some tens of
+/// milliseconds of work where every second page of 16 GiB is named, and more than
+/// a whole ring of Linux's classic messages.
+pub const MAX_BYTES_PER_DRAIN: usize = 4 * balloon_abi::limits::MAX_MESSAGE_BYTES;
+
+/// What was done with a chain.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Handled {
+    /// Bytes that were read.
+    pub(crate) read_bytes: usize,
+    /// Bytes that were written, for the used ring.
+    pub(crate) written_bytes: u32,
+}
+
 /// What a drain did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Drained {
@@ -21,8 +36,8 @@ pub struct Drained {
     pub more: bool,
 }
 
-/// Hands every available chain to `handle` and returns it with the bytes that
-/// `handle` says it wrote. Every chain that was taken is returned.
+/// Hands available chains, up to a bound, to `handle` and returns each with the
+/// bytes that `handle` says it wrote. Every chain that was taken is returned.
 ///
 /// Notifications are off meanwhile; after they are on again the ring is looked
 /// at once more, since a driver with EVENT_IDX does not repeat a kick.
@@ -31,23 +46,31 @@ pub struct Drained {
 pub(crate) fn drain<'m, M: GuestMemory>(
     queue: &mut Queue,
     memory: &'m M,
-    mut handle: impl FnMut(DescriptorChain<&'m M>) -> u32,
+    mut handle: impl FnMut(DescriptorChain<&'m M>) -> Handled,
 ) -> Result<Drained, Error> {
     if !queue.ready() {
         return Err(Error::QueueNotReady);
     }
     let mut drained = Drained::default();
+    let mut bytes = 0;
     loop {
+        let before = drained.chains;
         queue.disable_notification(memory)?;
-        while drained.chains < MAX_CHAINS_PER_DRAIN {
+        while drained.chains < MAX_CHAINS_PER_DRAIN && bytes < MAX_BYTES_PER_DRAIN {
             let Some(chain) = next_chain(queue, memory)? else { break };
             let head = chain.head_index();
-            let written = handle(chain);
-            queue.add_used(memory, head, written)?;
+            let handled = handle(chain);
+            queue.add_used(memory, head, handled.written_bytes)?;
             drained.chains += 1;
+            bytes += handled.read_bytes;
+        }
+        // The last round saw a chain that is gone now, so this would never end:
+        // perhaps the notifications' own words lie upon the ring's index.
+        if drained.more && drained.chains == before {
+            return Err(Error::InvalidAvailRingIndex);
         }
         drained.more = queue.enable_notification(memory)?;
-        if !drained.more || drained.chains >= MAX_CHAINS_PER_DRAIN {
+        if !drained.more || drained.chains >= MAX_CHAINS_PER_DRAIN || bytes >= MAX_BYTES_PER_DRAIN {
             break;
         }
     }

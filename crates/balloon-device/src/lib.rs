@@ -23,7 +23,7 @@ mod reclaim;
 pub use balloon::{Balloon, Counters, QueueError};
 pub use change::{Change, Stages};
 pub use decode::{decode_bitmap, decode_pfn_array};
-pub use drain::{Drained, MAX_CHAINS_PER_DRAIN};
+pub use drain::{Drained, MAX_BYTES_PER_DRAIN, MAX_CHAINS_PER_DRAIN};
 pub use fault::{Fault, Faults};
 pub use layout::{LayoutError, MemoryLayout};
 pub use reclaim::Reclaim;

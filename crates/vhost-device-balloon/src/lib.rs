@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 mod error;
+mod log_limit;
 mod memory;
 mod reclaim;
 mod server;

@@ -5,21 +5,18 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use control::Server;
 use control::api::{PartialHuge, ReleaseMode};
+use rustix::event::Timespec;
 use rustix::event::epoll::{self, EventData, EventFlags};
 
 use crate::error::{Error, SessionError};
 use crate::reclaim::HostReclaim;
 use crate::session::Session;
 use crate::shared::Shared;
-use crate::wire::Message;
-
-/// Time within which the rest of a message must come after its first byte.
-const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
+use crate::wire::{MESSAGE_TIMEOUT, Message};
 
 /// Events other than kicks, whose data is the queue's number.
 const EVENT_SOCKET: u64 = 1 << 32;
@@ -60,6 +57,8 @@ pub fn run(options: &Options) -> Result<(), Error> {
 /// The back end of one guest, which may come and go.
 pub struct Backend {
     shared: Arc<Shared>,
+    /// Held while a front end is served: there is one guest.
+    serving: Mutex<()>,
 }
 
 /// How a front end's connection ended without anybody's fault.
@@ -78,7 +77,8 @@ impl Backend {
     /// The host has no thread or no file descriptor left.
     pub fn new(name: &str, release: ReleaseMode, partial_huge: PartialHuge) -> Result<Self, Error> {
         let reclaim = HostReclaim::new(release, partial_huge)?;
-        Ok(Self { shared: Arc::new(Shared::new(name.to_owned(), reclaim)?) })
+        let shared = Arc::new(Shared::new(name.to_owned(), reclaim)?);
+        Ok(Self { shared, serving: Mutex::new(()) })
     }
 
     /// The balloon, for a control API.
@@ -94,6 +94,8 @@ impl Backend {
         while let Some(stream) = accept(listener, stop)? {
             match self.serve(&stream, stop) {
                 Ok(End::Stopped) => break,
+                // Whoever may connect may do so many times a second.
+                _ if !self.shared.may_log() => {}
                 Ok(End::HungUp) => tracing::info!("the monitor hung up"),
                 Err(error) => {
                     let cause = std::error::Error::source(&error).map(ToString::to_string);
@@ -104,11 +106,13 @@ impl Backend {
         Ok(())
     }
 
-    /// Serves one connected front end to its end.
+    /// Serves one connected front end to its end. A second call waits for the
+    /// end of the first.
     ///
     /// # Errors
     /// When the front end breaks the protocol, or the connection breaks.
     pub fn serve(&self, stream: &UnixStream, stop: &impl AsFd) -> Result<End, SessionError> {
+        let _serving = self.serving.lock().unwrap_or_else(PoisonError::into_inner);
         self.shared.set_connected(true);
         let outcome = serve(&self.shared, stream, stop);
         self.shared.set_connected(false);
@@ -119,7 +123,6 @@ impl Backend {
 /// Serves one connection to its end.
 fn serve(shared: &Shared, stream: &UnixStream, stop: &impl AsFd) -> Result<End, SessionError> {
     let host = |what| move |source: io::Error| SessionError::Host { what, source };
-    stream.set_read_timeout(Some(MESSAGE_TIMEOUT)).map_err(host("SO_RCVTIMEO"))?;
     stream.set_write_timeout(Some(MESSAGE_TIMEOUT)).map_err(host("SO_SNDTIMEO"))?;
     let poll = watch(&[
         (stream.as_fd(), EVENT_SOCKET),
@@ -132,7 +135,9 @@ fn serve(shared: &Shared, stream: &UnixStream, stop: &impl AsFd) -> Result<End, 
     let mut message = Message::default();
     let mut events = Vec::with_capacity(16);
     loop {
-        wait(&poll, &mut events).map_err(host("epoll_wait"))?;
+        let timeout = session.has_more().then(Timespec::default);
+        wait(&poll, &mut events, timeout.as_ref()).map_err(host("epoll_wait"))?;
+        session.go_on();
         for event in events.drain(..) {
             match event.data.u64() {
                 EVENT_SOCKET => {
@@ -159,7 +164,7 @@ fn accept(listener: &UnixListener, stop: &impl AsFd) -> Result<Option<UnixStream
         .map_err(host("epoll"))?;
     let mut events = Vec::with_capacity(2);
     loop {
-        wait(&poll, &mut events).map_err(host("epoll_wait"))?;
+        wait(&poll, &mut events, None).map_err(host("epoll_wait"))?;
         if events.iter().any(|event| event.data.u64() == EVENT_STOP) {
             return Ok(None);
         }
@@ -183,9 +188,13 @@ fn watch(fds: &[(std::os::fd::BorrowedFd<'_>, u64)]) -> io::Result<OwnedFd> {
     Ok(poll)
 }
 
-fn wait(poll: &OwnedFd, events: &mut Vec<epoll::Event>) -> io::Result<()> {
+fn wait(
+    poll: &OwnedFd,
+    events: &mut Vec<epoll::Event>,
+    timeout: Option<&Timespec>,
+) -> io::Result<()> {
     events.clear();
-    match epoll::wait(poll, rustix::buffer::spare_capacity(events), None) {
+    match epoll::wait(poll, rustix::buffer::spare_capacity(events), timeout) {
         Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
         Err(error) => Err(error.into()),
     }

@@ -4,7 +4,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::time::Instant;
 
-use balloon_abi::{Features, QueueLayout, config::CONFIG_BYTES};
+use balloon_abi::config::{CONFIG_BYTES, Field};
+use balloon_abi::{Features, QueueLayout};
 use vhost::vhost_user::message::{BackendReq, FrontendReq};
 use vhost::vhost_user::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 
@@ -29,6 +30,9 @@ const PROTOCOL_FEATURES: VhostUserProtocolFeatures =
 /// Bytes of configuration space that may be read; those beyond the balloon's
 /// own read as zero. The protocol's reference front end (QEMU) reads at most this.
 const MAX_CONFIG_BYTES: usize = 256;
+
+/// Bytes of a field of the configuration space.
+const FIELD_BYTES: usize = 4;
 
 /// Bits of a `SET_VRING_KICK` payload that name the queue, and the one that
 /// says that no file descriptor came.
@@ -103,38 +107,56 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// True while a queue has more than was served at once.
+    pub(crate) fn has_more(&self) -> bool {
+        self.vrings.iter().any(|vring| vring.more)
+    }
+
+    /// Serves once more each queue that was left with something.
+    pub(crate) fn go_on(&mut self) {
+        for index in 0..self.vrings.len() {
+            if self.vrings[index].more {
+                self.process(index);
+            }
+        }
+    }
+
     /// Tells the guest that the configuration space changed.
     pub(crate) fn config_changed(&self) {
         let Some(channel) = &self.channel else { return };
         if let Err(error) = wire::request(channel, BackendReq::CONFIG_CHANGE_MSG.into(), &[]) {
-            tracing::warn!(%error, "front end: cannot tell of a configuration change");
             self.shared.count_front_end_fault("channel_blocked");
+            if self.shared.may_log() {
+                tracing::warn!(%error, "front end: cannot tell of a configuration change");
+            }
         }
     }
 
-    /// Serves a queue until it is empty. A ring that makes no sense is stopped;
-    /// the other queues go on.
+    /// Serves a queue once: a guest that never stops to add must not keep the
+    /// loop from the socket, so what is left is for [`go_on`](Self::go_on). A ring
+    /// that makes no sense is stopped; the other queues go on.
     fn process(&mut self, index: usize) {
         let Self { vrings, memory: Some(memory), shared, .. } = self else { return };
-        let Some(vring) = vrings.get_mut(index).filter(|vring| vring.runs()) else { return };
-        loop {
-            let mut device = shared.device();
-            let Some(vq) = device.queues().vq(index) else { return };
-            let drained = device.process_queue(vq, &memory.map, &mut vring.queue);
-            drop(device);
-            match drained {
-                Ok(drained) => {
-                    if drained.notify {
-                        vring.notify_guest();
-                    }
-                    if !drained.more {
-                        return;
-                    }
+        let Some(vring) = vrings.get_mut(index) else { return };
+        vring.more = false;
+        if !vring.runs() {
+            return;
+        }
+        let mut device = shared.device();
+        let Some(vq) = device.queues().vq(index) else { return };
+        let drained = device.process_queue(vq, &memory.map, &mut vring.queue);
+        drop(device);
+        match drained {
+            Ok(drained) => {
+                vring.more = drained.more;
+                if drained.notify {
+                    vring.notify_guest();
                 }
-                Err(error) => {
+            }
+            Err(error) => {
+                vring.stop();
+                if shared.may_log() {
                     tracing::warn!(%error, "queue stopped");
-                    vring.stop();
-                    return;
                 }
             }
         }
@@ -160,13 +182,30 @@ impl<'a> Session<'a> {
 
     /// A write that the driver may not do is counted and ignored: it is the
     /// guest's fault, and the front end could not help it.
+    ///
+    /// QEMU writes the whole space when the guest writes any of it, with what it
+    /// knows of the other fields. Then the driver's fields are taken out of it.
     fn set_config(&mut self, message: &Message) -> Result<(), SessionError> {
         let mut fields = message.fields();
         let (offset, size, _flags) = (fields.u32()?, fields.u32()?, fields.u32()?);
         let data = fields.bytes(size as usize)?;
-        if let Err(fault) = self.shared.device().write_config(offset, data, Instant::now()) {
-            tracing::debug!(%fault, offset, "config write refused");
+        let mut device = self.shared.device();
+        let mut write = |offset, data| {
+            if let Err(fault) = device.write_config(offset, data, Instant::now()) {
+                tracing::debug!(%fault, offset, "config write refused");
+            }
+        };
+        if offset == 0 && data.len() > FIELD_BYTES && data.len().is_multiple_of(FIELD_BYTES) {
+            for (place, data) in (0..).step_by(FIELD_BYTES).zip(data.chunks(FIELD_BYTES)) {
+                let field = Field::ALL.into_iter().find(|field| field.offset() == place as usize);
+                if field.is_some_and(Field::is_driver_writable) {
+                    write(place, data);
+                }
+            }
+        } else {
+            write(offset, data);
         }
+        drop(device);
         self.shared.changed();
         Ok(())
     }
@@ -228,14 +267,18 @@ impl<'a> Session<'a> {
         let Self { vrings, memory, .. } = self;
         let memory = memory.as_ref().ok_or(Violation::MemoryTable)?;
         let vring = vrings.get_mut(index as usize).ok_or(Violation::NoSuchQueue { index })?;
-        let mut place = || memory.guest_address(fields.u64()?);
-        let places = [place()?, place()?, place()?];
-        vring.set_addresses(places, &memory.map, event_idx)
+        let users = [fields.u64()?, fields.u64()?, fields.u64()?];
+        let place = |i: usize| memory.guest_address(users[i]);
+        let places = [place(0)?, place(1)?, place(2)?];
+        vring.set_addresses(places, &memory.map, event_idx)?;
+        self.process(index as usize);
+        Ok(())
     }
 
     fn get_vring_base(&mut self, message: &Message) -> Result<Vec<u8>, SessionError> {
         let index = message.fields().u32()?;
         let base = u32::from(self.vring(index)?.stop());
+        self.shared.device().suspend();
         Ok([index.to_ne_bytes(), base.to_ne_bytes()].concat())
     }
 
@@ -257,6 +300,9 @@ impl<'a> Session<'a> {
         let mut fields = message.fields();
         let (index, enable) = (fields.u32()?, fields.u32()?);
         self.vring(index)?.enabled = enable != 0;
+        if enable == 0 {
+            self.shared.device().suspend();
+        }
         self.process(index as usize);
         Ok(())
     }
@@ -264,7 +310,8 @@ impl<'a> Session<'a> {
     fn set_channel(&mut self, message: &mut Message) -> Result<(), SessionError> {
         self.channel = Some(one_fd(message)?);
         // A target that was set before the guest came is told once it listens.
-        if self.shared.device().config().num_pages > 0 {
+        let config = self.shared.device().config();
+        if config.num_pages != config.actual {
             self.config_changed();
         }
         Ok(())

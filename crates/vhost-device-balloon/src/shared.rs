@@ -16,6 +16,7 @@ use control::api::{
 use rustix::event::EventfdFlags;
 
 use crate::error::Error;
+use crate::log_limit::LogLimit;
 use crate::reclaim::HostReclaim;
 
 /// How often a wait looks whether releasing in the background has come to its
@@ -29,6 +30,7 @@ pub(crate) struct Shared {
     state: Mutex<State>,
     changed: Condvar,
     wake: OwnedFd,
+    log_limit: Mutex<LogLimit>,
 }
 
 struct State {
@@ -73,6 +75,7 @@ impl Shared {
             state: Mutex::new(state),
             changed: Condvar::new(),
             wake,
+            log_limit: Mutex::default(),
         })
     }
 
@@ -94,6 +97,16 @@ impl Shared {
         let mut state = self.state();
         let count = state.front_end_faults.entry(name).or_default();
         *count = count.saturating_add(1);
+    }
+
+    /// True where one more line about a peer's doing may go to the log.
+    pub(crate) fn may_log(&self) -> bool {
+        let mut limit = self.log_limit.lock().unwrap_or_else(PoisonError::into_inner);
+        let left_out = limit.take(Instant::now());
+        if let Some(lines @ 1..) = left_out {
+            tracing::warn!(lines, "more happened than was logged; see the fault counters");
+        }
+        left_out.is_some()
     }
 
     /// Becomes readable when the target has changed.
@@ -127,6 +140,14 @@ impl control::Balloon for Shared {
 
     fn set_target(&self, pages: u32) -> Result<u64, ControlError> {
         let mut state = self.state();
+        let memory_pages = state.device.layout().pages();
+        // Asked here once more: the guest may have come since the server asked.
+        if memory_pages > 0 && u64::from(pages) > memory_pages {
+            return Err(ControlError::TargetTooLarge {
+                target_bytes: u64::from(pages) * BALLOON_PAGE_BYTES,
+                max_bytes: memory_pages * BALLOON_PAGE_BYTES,
+            });
+        }
         if state.device.config().num_pages == pages {
             return Ok(state.generation);
         }

@@ -3,16 +3,25 @@
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
-use rustix::event::epoll;
-use rustix::io::Errno;
+use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
+use rustix::fs::{FileType, fstat};
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{GuestAddress, GuestMemory};
+use vm_memory::{GuestAddress, GuestMemory, Permissions};
 
 use crate::error::{SessionError, Violation};
 
 /// Entries a queue may have: four times what Linux front ends use, so that the
 /// work of one drain stays bounded.
 pub(crate) const MAX_QUEUE_SIZE: u16 = 1024;
+
+/// Alignment of the descriptor table, the used and the available ring in bytes
+/// (virtio 1.3, section 2.7).
+const ALIGNMENTS: [u64; 3] = [16, 4, 2];
+
+/// Bytes of kicks that are read at once, and how often at most: together what a
+/// pipe holds.
+const KICK_BYTES: usize = 4096;
+const KICK_READS: usize = 16;
 
 /// A queue with its notifications.
 #[derive(Debug)]
@@ -22,15 +31,22 @@ pub(crate) struct Vring {
     /// Set by the front end, or implied where it did not negotiate protocol
     /// features (vhost-user, "Ring states").
     pub(crate) enabled: bool,
+    /// Chains were left when it was served last.
+    pub(crate) more: bool,
     kick: Option<Kick>,
     call: Option<OwnedFd>,
 }
 
 /// A file descriptor for kicks that is being waited for. The front end holds it
 /// too, so closing it would not end the waiting.
+///
+/// Each kick is reported once (`EPOLLET`): a file that stays readable for ever,
+/// such as a pipe whose other end is closed, must not keep the loop busy.
 #[derive(Debug)]
 struct Kick {
     fd: OwnedFd,
+    /// A pipe or socket, which is full some day if nobody reads it.
+    fills: bool,
     epoll: Rc<OwnedFd>,
 }
 
@@ -45,20 +61,22 @@ impl Drop for Kick {
 impl Vring {
     pub(crate) fn new(index: u32) -> Result<Self, SessionError> {
         let queue = Queue::new(MAX_QUEUE_SIZE).map_err(|_| Violation::QueueSetup { index })?;
-        Ok(Self { index, queue, enabled: false, kick: None, call: None })
+        Ok(Self { index, queue, enabled: false, more: false, kick: None, call: None })
     }
 
-    /// Forgets everything but the number.
+    /// Forgets everything but the number and the call, which QEMU hands over
+    /// before it negotiates features.
     pub(crate) fn reset(&mut self) {
         self.queue.reset();
         self.enabled = false;
+        self.more = false;
         self.kick = None;
-        self.call = None;
     }
 
-    /// True once a kick can arrive and be served.
-    pub(crate) const fn runs(&self) -> bool {
-        self.enabled && self.kick.is_some()
+    /// True once a kick can arrive and be served. The parts that this needs come
+    /// in any order.
+    pub(crate) fn runs(&self) -> bool {
+        self.enabled && self.kick.is_some() && self.queue.ready()
     }
 
     pub(crate) fn set_size(&mut self, size: u32) -> Result<(), SessionError> {
@@ -78,10 +96,16 @@ impl Vring {
     /// Places the three parts of the ring and checks that they lie in memory.
     pub(crate) fn set_addresses(
         &mut self,
-        [descriptors, used, available]: [GuestAddress; 3],
+        places: [GuestAddress; 3],
         memory: &impl GuestMemory,
         event_idx: bool,
     ) -> Result<(), SessionError> {
+        // Asked before the queue is, which would log what a peer sent.
+        let mut parts = places.iter().zip(ALIGNMENTS);
+        if !parts.all(|(place, alignment)| place.0.is_multiple_of(alignment)) {
+            return Err(self.bad_setup());
+        }
+        let [descriptors, used, available] = places;
         let queue = &mut self.queue;
         let placed = queue
             .try_set_desc_table_address(descriptors)
@@ -90,17 +114,27 @@ impl Vring {
         placed.map_err(|_| self.bad_setup())?;
         self.queue.set_event_idx(event_idx);
         self.queue.set_ready(true);
-        if self.queue.is_valid(memory) { Ok(()) } else { Err(self.bad_setup()) }
+        if self.is_valid(memory) { Ok(()) } else { Err(self.bad_setup()) }
     }
 
     /// True when the ring lies in `memory`; to be asked again when memory moves.
     pub(crate) fn is_valid(&self, memory: &impl GuestMemory) -> bool {
-        !self.queue.ready() || self.queue.is_valid(memory)
+        let queue = &self.queue;
+        let entries = usize::from(queue.size());
+        // The two rings have three words besides their entries.
+        let parts = [
+            (queue.desc_table(), entries * 16, Permissions::Read),
+            (queue.used_ring(), entries * 8 + 6, Permissions::Write),
+            (queue.avail_ring(), entries * 2 + 6, Permissions::Read),
+        ];
+        let inside = |(start, len, access)| memory.check_range(GuestAddress(start), len, access);
+        !queue.ready() || parts.into_iter().all(inside)
     }
 
     /// Stops the ring and returns what the front end needs to go on elsewhere.
     pub(crate) fn stop(&mut self) -> u16 {
         self.queue.set_ready(false);
+        self.more = false;
         self.kick = None;
         self.queue.next_avail()
     }
@@ -111,46 +145,65 @@ impl Vring {
         kick: OwnedFd,
         epoll: &Rc<OwnedFd>,
     ) -> Result<(), SessionError> {
-        let fd = nonblocking(kick)?;
+        let (fd, file_type) = self.notify_file(kick)?;
+        let fills = matches!(file_type, FileType::Fifo | FileType::Socket);
         self.kick = None;
         let event = epoll::EventData::new_u64(u64::from(self.index));
-        epoll::add(epoll, &fd, event, epoll::EventFlags::IN)
-            .map_err(|_| Violation::NoKick { index: self.index })?;
-        self.kick = Some(Kick { fd, epoll: Rc::clone(epoll) });
+        epoll::add(epoll, &fd, event, epoll::EventFlags::IN | epoll::EventFlags::ET)
+            .map_err(|_| Violation::NotifyFile { index: self.index })?;
+        self.kick = Some(Kick { fd, fills, epoll: Rc::clone(epoll) });
         Ok(())
     }
 
     pub(crate) fn set_call(&mut self, call: Option<OwnedFd>) -> Result<(), SessionError> {
-        self.call = call.map(nonblocking).transpose()?;
+        self.call = call.map(|fd| self.notify_file(fd)).transpose()?.map(|(fd, _)| fd);
         Ok(())
     }
 
-    /// Takes a kick off its file descriptor. One that is not there any more was
-    /// served already.
+    /// Takes kicks off a file that would fill; an event file only counts.
     pub(crate) fn clear_kick(&self) {
-        if let Some(kick) = &self.kick {
-            let _ = rustix::io::read(&kick.fd, &mut [0; 8]);
+        let Some(kick) = self.kick.as_ref().filter(|kick| kick.fills) else { return };
+        let mut bytes = [0; KICK_BYTES];
+        for _ in 0..KICK_READS {
+            // An error says that nothing is there, or never will be.
+            if rustix::io::read(&kick.fd, &mut bytes) != Ok(KICK_BYTES) {
+                return;
+            }
         }
     }
 
     /// Interrupts the guest. A full pipe is an interrupt that is still to be
     /// taken; any other failure is the front end's loss.
+    ///
+    /// It is asked whether the file takes more, because the front end shares it
+    /// and may have made it block again.
     pub(crate) fn notify_guest(&self) {
         let Some(call) = &self.call else { return };
-        match rustix::io::write(call, &1u64.to_ne_bytes()) {
-            Ok(_) | Err(Errno::AGAIN) => {}
-            Err(error) => tracing::debug!(queue = self.index, %error, "front end: call failed"),
+        let now = Timespec::default();
+        let mut room = [PollFd::new(call, PollFlags::OUT)];
+        if poll(&mut room, Some(&now)) != Ok(1) || room[0].revents() != PollFlags::OUT {
+            return;
         }
+        if let Err(error) = rustix::io::write(call, &1u64.to_ne_bytes()) {
+            tracing::debug!(queue = self.index, %error, "front end: call failed");
+        }
+    }
+
+    /// A file that the peer handed over to notify by, made not to block. Reading
+    /// and writing files of other types can block whatever is asked, and would
+    /// fill a disk.
+    fn notify_file(&self, fd: OwnedFd) -> Result<(OwnedFd, FileType), SessionError> {
+        let refused = |_| Violation::NotifyFile { index: self.index };
+        let file_type = FileType::from_raw_mode(fstat(&fd).map_err(refused)?.st_mode);
+        // Event files have no type.
+        if !matches!(file_type, FileType::Unknown | FileType::Fifo | FileType::Socket) {
+            return Err(Violation::NotifyFile { index: self.index }.into());
+        }
+        rustix::io::ioctl_fionbio(&fd, true).map_err(refused)?;
+        Ok((fd, file_type))
     }
 
     fn bad_setup(&self) -> SessionError {
         Violation::QueueSetup { index: self.index }.into()
     }
-}
-
-/// The peer may hand over any kind of file; none may block the loop.
-fn nonblocking(fd: OwnedFd) -> Result<OwnedFd, SessionError> {
-    rustix::io::ioctl_fionbio(&fd, true)
-        .map_err(|e| SessionError::Host { what: "FIONBIO", source: e.into() })?;
-    Ok(fd)
 }

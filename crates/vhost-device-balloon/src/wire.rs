@@ -6,12 +6,19 @@
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, recvmsg, send,
 };
 
 use crate::error::{SessionError, Violation};
+
+/// Time within which all of a message must come after its first byte, or an
+/// answer be taken. Meanwhile nothing else is served.
+pub(crate) const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Bytes of request, flags and size.
 const HEADER_BYTES: usize = 12;
@@ -41,8 +48,9 @@ impl Message {
     /// between two messages.
     pub(crate) fn receive(&mut self, socket: impl AsFd) -> Result<bool, SessionError> {
         self.fds.clear();
+        let deadline = Instant::now() + MESSAGE_TIMEOUT;
         let mut header = [0; HEADER_BYTES];
-        if !fill(&socket, &mut header, Some(&mut self.fds))? {
+        if !fill(&socket, &mut header, Some(&mut self.fds), deadline)? {
             return Ok(false);
         }
         let [request, flags, size] = words(header);
@@ -55,7 +63,7 @@ impl Message {
         }
         self.request = request;
         self.payload.resize(size, 0);
-        if size > 0 && !fill(&socket, &mut self.payload, None)? {
+        if size > 0 && !fill(&socket, &mut self.payload, None, deadline)? {
             return Err(SessionError::Truncated);
         }
         Ok(true)
@@ -95,7 +103,7 @@ fn send_message(
     while !rest.is_empty() {
         match send(&socket, rest, how) {
             Ok(sent) => rest = &rest[sent.min(rest.len())..],
-            Err(rustix::io::Errno::INTR) => {}
+            Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
     }
@@ -141,21 +149,27 @@ fn words(header: [u8; HEADER_BYTES]) -> [u32; 3] {
     [word(0), word(4), word(8)]
 }
 
-/// Reads exactly `buffer`, and file descriptors with its first part. `Ok(false)`:
-/// the end came before the first byte.
+/// Reads exactly `buffer` before `deadline`, and file descriptors on the way.
+/// `Ok(false)`: the end came before the first byte.
 fn fill(
     socket: &impl AsFd,
     buffer: &mut [u8],
     mut fds: Option<&mut Vec<OwnedFd>>,
+    deadline: Instant,
 ) -> Result<bool, SessionError> {
+    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
     let mut filled = 0;
     while filled < buffer.len() {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let part = &mut [IoSliceMut::new(&mut buffer[filled..])];
-        let received = match recvmsg(socket, part, &mut control, RecvFlags::CMSG_CLOEXEC) {
+        let received = match recvmsg(socket, part, &mut control, flags) {
             Ok(received) => received,
-            Err(rustix::io::Errno::INTR) => continue,
+            Err(Errno::INTR) => continue,
+            Err(Errno::AGAIN) => {
+                wait_readable(socket, deadline).map_err(SessionError::Receive)?;
+                continue;
+            }
             Err(error) => return Err(SessionError::Receive(error.into())),
         };
         if received.flags.contains(ReturnFlags::CTRUNC) {
@@ -165,6 +179,10 @@ fn fill(
         for message in control.drain() {
             if let (RecvAncillaryMessage::ScmRights(rights), Some(fds)) = (message, fds.as_mut()) {
                 fds.extend(rights);
+                // Some could come with each byte.
+                if fds.len() > MAX_FDS {
+                    return Err(Violation::TooManyFds.into());
+                }
             }
         }
         match received.bytes {
@@ -174,4 +192,16 @@ fn fill(
         }
     }
     Ok(true)
+}
+
+fn wait_readable(socket: &impl AsFd, deadline: Instant) -> io::Result<()> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(io::ErrorKind::TimedOut.into());
+    }
+    let left = left.try_into().map_err(io::Error::other)?;
+    match poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&left)) {
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
 }

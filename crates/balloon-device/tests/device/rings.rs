@@ -3,8 +3,11 @@
 use std::time::Instant;
 
 use crate::guest::*;
+use balloon_abi::limits::MAX_MESSAGE_BYTES;
 use balloon_abi::{Features, Vq};
-use balloon_device::{Balloon, Drained, Fault, MAX_CHAINS_PER_DRAIN, MemoryLayout, QueueError};
+use balloon_device::{
+    Balloon, Drained, Fault, MAX_BYTES_PER_DRAIN, MAX_CHAINS_PER_DRAIN, MemoryLayout, QueueError,
+};
 use guest_ring::{Buffer, GuestRing};
 use virtio_queue::{Error, QueueT};
 use vm_memory::{Bytes, GuestAddress};
@@ -88,6 +91,24 @@ fn the_same_chain_offered_many_times_is_served_each_time() {
 /// Rings of which a part is not in memory; the last four bytes of memory hold an
 /// index, but no entry behind it. An index that never catches up is not waited
 /// for.
+/// The word by which the device turns notifications off is the index of what is
+/// available: it changes with each look and never holds a chain.
+#[test]
+fn an_index_that_changes_with_the_notifications() {
+    for form in [BITMAP, CLASSIC] {
+        let mut guest = Guest::new(form);
+        let source = expects_bad_ring(&mut guest, |guest| {
+            let used = guest.inflate.ring.used();
+            let queue = &mut guest.inflate.queue;
+            queue.try_set_avail_ring_address(GuestAddress(used - 2)).unwrap();
+            queue.try_set_used_ring_address(GuestAddress(used)).unwrap();
+            queue.set_next_avail(1);
+            queue.set_next_used(1);
+        });
+        assert!(matches!(source, Error::InvalidAvailRingIndex), "{source}");
+    }
+}
+
 #[test]
 fn a_ring_without_memory_is_given_up() {
     let end = END_PAGE * 4096;
@@ -193,6 +214,60 @@ fn a_full_ring_does_not_keep_the_device_from_its_other_queues() {
         returned += 1;
     }
     assert_eq!(returned, SIZE);
+}
+
+#[test]
+fn large_messages_end_a_drain_sooner() {
+    let mut guest = Guest::new(BITMAP);
+    let memory = guest.memory.clone();
+    let per_drain = MAX_BYTES_PER_DRAIN / MAX_MESSAGE_BYTES;
+    let messages = usize::from(RING_SIZE);
+    for _ in 0..messages {
+        let buffers = [Buffer::readable(MESSAGE, MAX_MESSAGE_BYTES as u32)];
+        guest.inflate.ring.send(&memory, &buffers);
+    }
+    let mut chains = 0;
+    while chains < messages {
+        let drained = guest.kick(Vq::Inflate).unwrap();
+        assert_eq!(drained.chains, per_drain.min(messages - chains));
+        chains += drained.chains;
+        assert_eq!(drained.more, chains < messages);
+    }
+}
+
+/// A driver that starts holds nothing, and one that has what is asked for already
+/// does not say so once more.
+#[test]
+fn a_change_is_over_when_the_driver_has_what_was_asked() {
+    let mut guest = Guest::new(BITMAP);
+    let now = Instant::now();
+    let reached = |guest: &Guest| guest.balloon.change().unwrap().reached_at().is_some();
+    guest.balloon.set_target(0, now);
+    assert!(reached(&guest));
+    guest.balloon.set_target(3, now);
+    assert!(!reached(&guest));
+    guest.balloon.write_config(4, &3u32.to_le_bytes(), now).unwrap();
+    assert!(reached(&guest));
+    guest.balloon.reset(BITMAP);
+    assert!(!reached(&guest));
+    guest.balloon.write_config(4, &3u32.to_le_bytes(), now).unwrap();
+    guest.balloon.set_target(0, now);
+    assert!(!reached(&guest));
+    guest.balloon.reset(BITMAP);
+    assert!(reached(&guest));
+}
+
+#[test]
+fn a_suspended_device_takes_back_all_that_it_holds_and_still_knows_it() {
+    let mut guest = Guest::new(BITMAP);
+    guest.send(Vq::Inflate, &record_bytes(0x200, 12, &[0b1011]));
+    let held = guest.balloon.held().clone();
+    assert_eq!(held.len(), 3);
+    guest.balloon.reclaim_mut().events.clear();
+    guest.balloon.suspend();
+    let expected = Event::Retain { pages: held.clone(), returned: 0 };
+    assert_eq!(guest.balloon.reclaim_mut().events, [expected]);
+    assert_eq!(*guest.balloon.held(), held);
 }
 
 #[test]

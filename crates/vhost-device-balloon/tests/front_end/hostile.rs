@@ -84,7 +84,7 @@ pub(crate) fn outcome_of(
     attack: impl FnOnce(&mut Vm),
 ) -> Result<End, SessionError> {
     let (front, served) = server.connect();
-    let mut vm = Vm::new(Monitor::Uml, front, Guest::new());
+    let mut vm = Vm::new(Monitor::Uml, front, Guest::sparse());
     stage.reach(&mut vm);
     attack(&mut vm);
     vm.front.finish();
@@ -585,8 +585,7 @@ fn queues_start_whatever_the_order_of_their_setup() {
     let ring: Step = |vm, queue| vm.send_ring(queue, BASE, 0);
     let kick: Step =
         |vm, queue| vm.front.send_fd(request::SET_VRING_KICK, queue as u64, &vm.kicks[queue]);
-    let enable: Step =
-        |vm, queue| vm.front.send_state(request::SET_VRING_ENABLE, queue as u32, 1);
+    let enable: Step = |vm, queue| vm.front.send_state(request::SET_VRING_ENABLE, queue as u32, 1);
     let call: Step =
         |vm, queue| vm.front.send_fd(request::SET_VRING_CALL, queue as u64, &vm.calls[queue]);
     let orders =

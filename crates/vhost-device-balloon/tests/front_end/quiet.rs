@@ -107,7 +107,8 @@ fn a_kick_that_can_be_waited_for_but_not_read() {
     assert_idle_after(|vm| {
         let full = eventfd();
         rustix::io::write(&full, &1u64.to_ne_bytes()).unwrap();
-        let poll: OwnedFd = rustix::event::epoll::create(rustix::event::epoll::CreateFlags::CLOEXEC).unwrap();
+        let poll: OwnedFd =
+            rustix::event::epoll::create(rustix::event::epoll::CreateFlags::CLOEXEC).unwrap();
         let event = rustix::event::epoll::EventData::new_u64(0);
         rustix::event::epoll::add(&poll, &full, event, rustix::event::epoll::EventFlags::IN)
             .unwrap();

@@ -6,14 +6,14 @@ use std::io::Write;
 use control::api::ReleaseMode;
 use vhost_device_balloon::End;
 
+use crate::some_pages;
 use crate::support::driver::{BITMAP, CLASSIC, DEFLATE, INFLATE, Monitor, UNTOLD, Vm};
 use crate::support::front_end::request;
 use crate::support::guest::data_pages;
 use crate::support::server::Server;
-use crate::some_pages;
 
 /// Rounds of a race, each with another point in time.
-const ROUNDS: usize = 100;
+const ROUNDS: usize = 60;
 
 /// After the driver is known to have stopped, it may use every page: what it
 /// writes stays. `stop` makes the monitor stop it and returns when the monitor
@@ -146,7 +146,7 @@ fn contents_survive_deflates_that_race_with_the_release() {
         let mut vm = Vm::boot(Monitor::Uml, front, features);
         let mut random = Random(0x1234_5678_9abc_def1 ^ features.0);
         let mut held = BTreeSet::new();
-        for round in 0..600 {
+        for round in 0..300 {
             let free: BTreeSet<u64> = data_pages().filter(|page| !held.contains(page)).collect();
             let given = random.some_of(&free);
             if !given.is_empty() {
@@ -186,8 +186,7 @@ fn pages_of_a_returned_deflate_are_kept_whatever_the_order_of_the_queues() {
     let mut vm = Vm::boot(Monitor::Uml, front, CLASSIC);
     let message = vm.name_pages(&some_pages());
     for round in 0..300 {
-        let (first, second) =
-            if round % 2 == 0 { (INFLATE, DEFLATE) } else { (DEFLATE, INFLATE) };
+        let (first, second) = if round % 2 == 0 { (INFLATE, DEFLATE) } else { (DEFLATE, INFLATE) };
         vm.post(first, &message);
         vm.post(second, &message);
         vm.kick(first);

@@ -36,15 +36,20 @@ pub(crate) fn memfd(bytes: u64) -> File {
 impl Guest {
     /// A guest whose pages are all written.
     pub(crate) fn new() -> Self {
+        let guest = Self::sparse();
+        guest.zero(BASE, OWN_PAGES * PAGE);
+        guest.write_patterns(data_pages());
+        guest
+    }
+
+    /// A guest that has not used its memory.
+    pub(crate) fn sparse() -> Self {
         let file = memfd(FILE_OFFSET + BYTES);
         let place = FileOffset::new(file.try_clone().unwrap(), FILE_OFFSET);
         let region =
             GuestRegionMmap::from_range(GuestAddress(BASE), BYTES as usize, Some(place)).unwrap();
         let memory = GuestMemoryMmap::from_regions(vec![region]).unwrap();
-        let guest = Self { file, memory };
-        guest.zero(BASE, OWN_PAGES * PAGE);
-        guest.write_patterns(data_pages());
-        guest
+        Self { file, memory }
     }
 
     /// The driver zeroes a few pages; `reset` of a ring would take it longer.
@@ -73,7 +78,7 @@ impl Guest {
     }
 
     pub(crate) fn has_pattern(&self, page: u64) -> bool {
-        self.page(page) == pattern(page)
+        self.page(page)[..] == pattern(page)
     }
 
     /// Of the pages with patterns, exactly those in `gone` read as zeros and all
@@ -100,10 +105,7 @@ pub(crate) fn data_pages() -> std::ops::Range<u64> {
 }
 
 /// Not zero anywhere, and different for each page.
-fn pattern(page: u64) -> [u8; PAGE as usize] {
+fn pattern(page: u64) -> Vec<u8> {
     let word = (page | 1 << 63).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 0x0101_0101_0101_0101;
-    let mut bytes = [0; PAGE as usize];
-    let (words, _) = bytes.as_chunks_mut::<8>();
-    words.fill(word.to_le_bytes());
-    bytes
+    word.to_le_bytes().repeat(PAGE as usize / 8)
 }

@@ -24,7 +24,8 @@ pub(crate) struct Server {
 
 /// A connection that the back end serves.
 pub(crate) struct Served {
-    thread: JoinHandle<Result<End, SessionError>>,
+    thread: JoinHandle<()>,
+    outcome: mpsc::Receiver<Result<End, SessionError>>,
     /// `/proc` directory of the serving thread.
     pub(crate) task: PathBuf,
 }
@@ -45,12 +46,14 @@ impl Server {
     pub(crate) fn serve(&self, stream: UnixStream) -> Served {
         let (backend, stop) = (Arc::clone(&self.backend), Arc::clone(&self.stop));
         let (send_task, task) = mpsc::channel();
+        let (send_outcome, outcome) = mpsc::channel();
         let thread = thread::spawn(move || {
             send_task.send(std::fs::read_link("/proc/thread-self").unwrap()).unwrap();
-            backend.serve(&stream, &stop.0)
+            // A test that failed does not listen any more.
+            let _ = send_outcome.send(backend.serve(&stream, &stop.0));
         });
         let task = PathBuf::from("/proc").join(task.recv_timeout(LONG).unwrap());
-        Served { thread, task }
+        Served { thread, outcome, task }
     }
 
     pub(crate) fn backend(&self) -> Arc<Backend> {
@@ -92,16 +95,12 @@ impl Server {
 impl Served {
     /// How the session ended, once it has; a back end that goes on is a failure.
     pub(crate) fn outcome(self) -> Result<End, SessionError> {
-        let end = Instant::now() + LONG;
-        while !self.thread.is_finished() {
-            assert!(Instant::now() < end, "the back end does not end the session");
-            thread::sleep(std::time::Duration::from_micros(100));
+        let outcome = self.outcome.recv_timeout(LONG);
+        if let Err(mpsc::RecvTimeoutError::Timeout) = outcome {
+            panic!("the back end does not end the session");
         }
-        self.thread.join().expect("the back end panicked")
-    }
-
-    pub(crate) fn is_over(&self) -> bool {
-        self.thread.is_finished()
+        self.thread.join().expect("the back end panicked");
+        outcome.unwrap()
     }
 
     /// Time that the serving thread has spent on a processor, in nanoseconds
