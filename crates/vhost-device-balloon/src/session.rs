@@ -74,13 +74,16 @@ impl<'a> Session<'a> {
         let unknown = SessionError::from(Violation::UnknownRequest { request });
         let Ok(code) = FrontendReq::try_from(request) else { return Err(unknown) };
         let answer = match code {
-            FrontendReq::GET_FEATURES => u64_bytes((Device::FEATURES | TRANSPORT_FEATURES).0),
+            FrontendReq::GET_FEATURES => self.get_features(),
             FrontendReq::GET_PROTOCOL_FEATURES => u64_bytes(PROTOCOL_FEATURES.bits()),
             FrontendReq::GET_QUEUE_NUM => u64_bytes(QueueLayout::MAX_QUEUES as u64),
             FrontendReq::GET_CONFIG => self.get_config(message)?,
             FrontendReq::GET_VRING_BASE => self.get_vring_base(message)?,
             FrontendReq::SET_OWNER => return Ok(()),
-            FrontendReq::RESET_OWNER => return self.reset(),
+            FrontendReq::RESET_OWNER => {
+                self.reset();
+                return Ok(());
+            }
             FrontendReq::SET_FEATURES => return self.set_features(message),
             FrontendReq::SET_PROTOCOL_FEATURES => return set_protocol_features(message),
             FrontendReq::SET_MEM_TABLE => return self.set_mem_table(message),
@@ -210,9 +213,21 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
+    /// User Mode Linux asks this too when it has removed a driver, and where it
+    /// cannot stop queues it says nothing else.
+    fn get_features(&self) -> Vec<u8> {
+        if !self.features.contains(TRANSPORT_FEATURES) {
+            self.shared.device().suspend();
+        }
+        u64_bytes((Device::FEATURES | TRANSPORT_FEATURES).0)
+    }
+
     /// New features mean that a driver starts, unless the queues still run: then
     /// a front end only repeats itself. One without protocol features cannot stop
     /// queues, so from it every set of features is a start.
+    ///
+    /// After queues were stopped the same features may also mean that a paused
+    /// guest goes on; the queues' bases tell.
     fn set_features(&mut self, message: &Message) -> Result<(), SessionError> {
         let features = Features(message.fields().u64()?);
         let excess = features.without(Device::FEATURES | TRANSPORT_FEATURES);
@@ -224,13 +239,17 @@ impl<'a> Session<'a> {
             let same = features == self.features;
             return if same { Ok(()) } else { Err(Violation::FeaturesWhileRunning.into()) };
         }
-        self.reset()?;
-        self.features = features;
+        self.vrings.iter_mut().for_each(Vring::reset);
         for vring in &mut self.vrings {
             vring.enabled = !features.contains(TRANSPORT_FEATURES);
         }
-        self.shared.device().reset(features.without(TRANSPORT_FEATURES));
-        self.shared.changed();
+        let stopped = self.vrings.iter().any(|vring| vring.stopped_at.is_some());
+        if stopped && features == self.features {
+            self.shared.device().suspend();
+        } else {
+            self.features = features;
+            self.driver_starts();
+        }
         Ok(())
     }
 
@@ -257,7 +276,14 @@ impl<'a> Session<'a> {
     fn set_vring_base(&mut self, message: &Message) -> Result<(), SessionError> {
         let mut fields = message.fields();
         let (index, base) = (fields.u32()?, fields.u32()?);
-        self.vring(index)?.set_base(base)
+        let vring = self.vring(index)?;
+        vring.set_base(base)?;
+        // A new driver begins at 0; where the ring stood there, nobody can tell,
+        // and to forget what the guest holds is safe.
+        if vring.stopped_at.take().is_some_and(|at| base == 0 || base != u32::from(at)) {
+            self.driver_starts();
+        }
+        Ok(())
     }
 
     fn set_vring_addr(&mut self, message: &Message) -> Result<(), SessionError> {
@@ -277,8 +303,11 @@ impl<'a> Session<'a> {
 
     fn get_vring_base(&mut self, message: &Message) -> Result<Vec<u8>, SessionError> {
         let index = message.fields().u32()?;
-        let base = u32::from(self.vring(index)?.stop());
+        let vring = self.vring(index)?;
+        let base = vring.stop();
+        vring.stopped_at = Some(base);
         self.shared.device().suspend();
+        let base = u32::from(base);
         Ok([index.to_ne_bytes(), base.to_ne_bytes()].concat())
     }
 
@@ -317,12 +346,19 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    fn reset(&mut self) -> Result<(), SessionError> {
+    fn reset(&mut self) {
         self.vrings.iter_mut().for_each(Vring::reset);
         self.features = Features::NONE;
-        self.shared.device().reset(Features::NONE);
+        self.driver_starts();
+    }
+
+    /// Whatever the guest held is its own again.
+    fn driver_starts(&mut self) {
+        for vring in &mut self.vrings {
+            vring.stopped_at = None;
+        }
+        self.shared.device().reset(self.features.without(TRANSPORT_FEATURES));
         self.shared.changed();
-        Ok(())
     }
 
     fn vring(&mut self, index: u32) -> Result<&mut Vring, SessionError> {

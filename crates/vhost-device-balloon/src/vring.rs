@@ -33,6 +33,8 @@ pub(crate) struct Vring {
     pub(crate) enabled: bool,
     /// Chains were left when it was served last.
     pub(crate) more: bool,
+    /// Where the front end stopped it, until it says where to go on.
+    pub(crate) stopped_at: Option<u16>,
     kick: Option<Kick>,
     call: Option<OwnedFd>,
 }
@@ -61,11 +63,19 @@ impl Drop for Kick {
 impl Vring {
     pub(crate) fn new(index: u32) -> Result<Self, SessionError> {
         let queue = Queue::new(MAX_QUEUE_SIZE).map_err(|_| Violation::QueueSetup { index })?;
-        Ok(Self { index, queue, enabled: false, more: false, kick: None, call: None })
+        Ok(Self {
+            index,
+            queue,
+            enabled: false,
+            more: false,
+            stopped_at: None,
+            kick: None,
+            call: None,
+        })
     }
 
-    /// Forgets everything but the number and the call, which QEMU hands over
-    /// before it negotiates features.
+    /// Forgets its setup, but not the call, which QEMU hands over before it
+    /// negotiates features.
     pub(crate) fn reset(&mut self) {
         self.queue.reset();
         self.enabled = false;

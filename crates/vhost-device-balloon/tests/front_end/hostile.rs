@@ -11,11 +11,13 @@ use rustix::fs::{Mode, OFlags, open};
 use vhost_device_balloon::{End, SessionError, Violation};
 
 use crate::assert_serves;
-use crate::support::driver::{CLASSIC, DEFLATE, INFLATE, Monitor, Vm, mem_table, vring_addr};
+use crate::support::driver::{
+    CLASSIC, DEFLATE, INFLATE, Monitor, Vm, is_readable, mem_table, vring_addr,
+};
 use crate::support::front_end::{
     FLAGS, PROTOCOL_FEATURES, eventfd, longs, message, request, words,
 };
-use crate::support::guest::{BASE, BYTES, FILE_OFFSET, Guest, PAGE, data_pages, memfd};
+use crate::support::guest::{BASE, BYTES, FILE_OFFSET, FIRST_PAGE, Guest, PAGE, data_pages, memfd};
 use crate::support::server::Server;
 
 /// How far the front end is when it misbehaves.
@@ -441,6 +443,11 @@ fn memory_that_cannot_be_mapped() {
         let table = mem_table(&[[0, bytes, BASE, 0]]);
         vm.front.send(request::SET_MEM_TABLE, &table, &[memfd(bytes).as_fd()]);
     });
+    // Up to the last byte that there is, which has no end.
+    assert_unmappable(|vm| {
+        let table = mem_table(&[[!0xfff, PAGE, BASE, 0]]);
+        vm.front.send(request::SET_MEM_TABLE, &table, &[vm.guest.file.as_fd()]);
+    });
     // Sealed against writing.
     assert_unmappable(|vm| {
         use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
@@ -562,6 +569,45 @@ fn a_call_file_is_not_written_that_is_none() {
     });
     assert!(outcome.is_err());
     assert_eq!(file.seek(std::io::SeekFrom::End(0)).unwrap(), 0);
+}
+
+/// A guest may give away what it stands on: the pages of its ring. They read as
+/// zeros then, and the ring makes no sense any more.
+#[test]
+fn a_ring_whose_own_pages_are_inflated() {
+    let server = Server::new(ReleaseMode::Immediate);
+    let outcome = outcome_of(&server, Stage::Running, |vm| {
+        vm.features = CLASSIC;
+        let ring_pages = FIRST_PAGE..FIRST_PAGE + 16;
+        let message = vm.name_pages(&ring_pages.collect());
+        vm.post(INFLATE, &message);
+        vm.kick(INFLATE);
+        vm.front.barrier();
+        vm.post(INFLATE, &message);
+        vm.kick(INFLATE);
+        vm.front.barrier();
+        vm.deflate(&data_pages().take(9).collect());
+    });
+    assert_eq!(outcome.unwrap(), End::HungUp);
+    assert_serves(&server, Monitor::Uml, CLASSIC);
+}
+
+/// One guest at a time: the next front end waits for the end of the first.
+#[test]
+fn a_second_front_end_waits_for_the_first() {
+    let server = Server::new(ReleaseMode::Background);
+    let (front, served) = server.connect();
+    let mut vm = Vm::boot(Monitor::Uml, front, CLASSIC);
+    let (second, second_served) = server.connect();
+    second.send(request::GET_FEATURES, &[], &[]);
+    crate::assert_balloons(&server, &mut vm);
+    assert!(!is_readable(&second.socket, std::time::Duration::from_millis(20)));
+    drop(vm);
+    assert_eq!(served.outcome().unwrap(), End::HungUp);
+    second.reply(request::GET_FEATURES);
+    assert!(server.status().guest.connected);
+    drop(second);
+    assert_eq!(second_served.outcome().unwrap(), End::HungUp);
 }
 
 /// Messages in pieces are no fault.

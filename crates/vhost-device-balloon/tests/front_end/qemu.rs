@@ -66,6 +66,7 @@ fn rings_go_on_where_they_stopped() {
     vm.inflate(&page(0));
     vm.inflate(&page(1));
     vm.deflate(&page(1));
+    vm.front.write_actual(1);
     let bases = vm.stop_qemu();
     assert_eq!(bases, [2, 1]);
     // The guest's kick comes while nobody serves the ring.
@@ -76,7 +77,20 @@ fn rings_go_on_where_they_stopped() {
     server.settle();
     assert!(vm.guest.is_zero(data_pages().start + 2));
     vm.deflate(&page(2));
-    assert_eq!(vm.stop_qemu(), [3, 2]);
+    assert_eq!(server.status().balloon.actual_pages, 1, "the guest still has its balloon");
+    vm.deflate(&page(0));
+    assert_eq!(vm.stop_qemu(), [3, 3]);
+    assert_eq!(server.status().faults.total(), 0, "all pages were in the balloon");
+
+    // A driver that begins at 0 is a new one; so is one with other features.
+    for features in [CLASSIC, BITMAP] {
+        vm.start_qemu(features, [0; 2]);
+        vm.front.barrier();
+        assert_eq!(server.status().balloon.actual_pages, 0);
+        vm.inflate(&page(3));
+        vm.front.write_actual(1);
+        vm.stop_qemu();
+    }
     drop(vm);
     assert_eq!(served.outcome().unwrap(), End::HungUp);
 }

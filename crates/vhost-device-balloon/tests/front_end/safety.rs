@@ -73,6 +73,23 @@ fn nothing_is_released_after_reset_owner() {
     });
 }
 
+/// Queues that cannot be disabled: User Mode Linux only asks for the features.
+#[test]
+fn nothing_is_released_after_a_removal_without_bit_30() {
+    let server = Server::new(ReleaseMode::Background);
+    let (front, _served) = server.connect();
+    let mut vm = Vm::boot(Monitor::Uml, front, CLASSIC);
+    vm.remove_uml(true);
+    for _ in 0..ROUNDS {
+        vm.probe_uml(CLASSIC, false);
+        vm.inflate(&some_pages());
+        vm.remove_uml(false);
+        vm.guest.write_patterns(data_pages());
+        assert_eq!(server.status().release.pending_bytes, 0);
+        vm.guest.assert_gone(&BTreeSet::new());
+    }
+}
+
 /// A driver that starts on queues that cannot be disabled.
 #[test]
 fn nothing_is_released_after_features_without_bit_30() {
