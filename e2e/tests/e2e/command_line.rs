@@ -56,6 +56,20 @@ fn a_guest_is_seen_and_steered() {
 }
 
 #[test]
+fn a_guest_without_a_driver_is_waited_for_and_left_alone() {
+    let host = Host::start(NAME, Backing::Small, MEMORY_MIB);
+    let mut bed = host.boot(Driver::Own);
+    let (code, _, err) = host.aerostat(&["balloon", NAME, "512MiB", "--timeout", "100ms"]);
+    assert_eq!(code, Some(4), "{err}");
+    assert!(err.contains("or its driver has not started; the target stays set"), "{err}");
+    done(&host, &["balloon", NAME, "0"]);
+    let (code, _, err) = host.aerostat(&["balloon", NAME, "256MiB", "--timeout", "100ms"]);
+    assert_eq!(code, Some(4), "{err}");
+    bed.load_driver();
+    assert_eq!(host.settle().balloon.actual_bytes, 256 << 20);
+}
+
+#[test]
 fn what_cannot_be_is_refused() {
     let host = Host::start(NAME, Backing::Small, MEMORY_MIB);
     let mut bed = host.boot(Driver::Own);

@@ -28,6 +28,9 @@ const SMALL_MIB: u64 = 1024;
 /// one chunk of everything.
 const LARGE_MIB: u64 = 4096;
 
+/// Targets that are set and taken back at once.
+const TAKEN_BACK: u32 = 20;
+
 /// How often the guest takes back all that it just gave. Where pages were
 /// released that it had taken back, one time in two would tell.
 const ROUNDS: u64 = 8;
@@ -72,6 +75,7 @@ fn keeps_every_byte(name: &str, driver: Driver, backing: Backing, memory_mib: u6
     let free_mib = bed.free_mib();
     bed.load_driver();
     what_is_given_comes_back_to_the_host(&mut bed);
+    targets_taken_back_at_once_are_over(&bed, seed);
     what_is_taken_back_at_once_stays(&mut bed, seed);
     walk(&mut bed, seed);
     everything_is_usable_again(&mut bed, free_mib);
@@ -108,6 +112,16 @@ fn what_is_given_comes_back_to_the_host(bed: &mut Bed<'_>) {
     assert!(bed.free_mib() <= free_mib - given_mib);
     bed.set_target(0);
     bed.settle();
+}
+
+/// The guest sees some of these targets, and of others nothing.
+fn targets_taken_back_at_once_are_over(bed: &Bed<'_>, seed: u64) {
+    let mut rng = fastrand::Rng::with_seed(seed);
+    for _ in 0..TAKEN_BACK {
+        bed.set_target(rng.u32(1..=pages(SMALL_MIB / 2)));
+        bed.set_target(0);
+        bed.settle();
+    }
 }
 
 /// The guest takes everything back and uses it while the host still releases.
