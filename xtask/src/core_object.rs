@@ -102,11 +102,26 @@ impl Compiler {
     }
 }
 
-/// Builds `aerostat_core.o` of `flavour` and returns its path.
-pub(crate) fn build(compiler: &Compiler, flavour: Flavour) -> Result<PathBuf> {
+/// A built object. Nobody builds it anew as long as this lives.
+pub(crate) struct Object {
+    path: PathBuf,
+    _lock: fs::File,
+}
+
+impl Object {
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// Builds `aerostat_core.o` of `flavour`; waits for others that do the same.
+pub(crate) fn build(compiler: &Compiler, flavour: Flavour) -> Result<Object> {
     let name = format!("{flavour:?}").to_lowercase();
     let dir = root().join("target/module").join(name);
     fs::create_dir_all(&dir)?;
+    let lock = fs::File::create(dir.join("lock"))?;
+    lock.lock().context("cannot lock the directory of the object")?;
     let build = Build { compiler, flavour, dir: &dir };
     build.library()?;
     let mut flags = Vec::new();
@@ -117,9 +132,9 @@ pub(crate) fn build(compiler: &Compiler, flavour: Flavour) -> Result<PathBuf> {
     flags.push("-Clto=fat");
     let entry = root().join("guest/linux/core/src/lib.rs");
     build.compile("aerostat_core", &entry, "staticlib", &flags)?;
-    let object = build.link()?;
-    check(&object, flavour)?;
-    Ok(object)
+    let path = build.link()?;
+    check(&path, flavour)?;
+    Ok(Object { path, _lock: lock })
 }
 
 struct Build<'a> {

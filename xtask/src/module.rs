@@ -38,7 +38,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     fs::create_dir_all(&args.out)?;
     let out = args.out.canonicalize()?;
     let dir = out.join("build");
-    lay_out(&object, &dir)?;
+    lay_out(object.path(), &dir)?;
     kbuild(&args.kernel, args.flavour, &dir)?;
     let module = out.join(MODULE);
     fs::copy(dir.join(MODULE), &module)?;

@@ -35,7 +35,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if tree.exists() {
         fs::remove_dir_all(&tree)?;
     }
-    fill(&tree, &object)?;
+    fill(&tree, object.path())?;
     let package = args.out.join(format!("aerostat-balloon-dkms_{VERSION}_amd64.deb"));
     output(
         Command::new("dpkg-deb").args(["--build", "--root-owner-group"]).arg(&tree).arg(&package),

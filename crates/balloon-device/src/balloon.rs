@@ -97,7 +97,7 @@ impl<R: Reclaim> Balloon<R> {
         self.config.actual = 0;
         self.config.poison_val = 0;
         if let Some(change) = &mut self.change {
-            change.actual_written(0, Instant::now());
+            change.actual_is(0, Instant::now());
         }
     }
 
@@ -157,19 +157,19 @@ impl<R: Reclaim> Balloon<R> {
     /// Sets the pages that the guest is asked to give. The caller tells the
     /// driver that the configuration changed.
     pub fn set_target(&mut self, pages: u32, now: Instant) {
-        let mut change = Change::new(self.config.actual, pages, now);
-        if self.config.actual == pages {
-            // A driver does not write the size that it has.
-            change.actual_written(pages, now);
+        let actual = self.config.actual;
+        let change = self.change.insert(Change::new(actual, pages, now));
+        if self.negotiated == Features::NONE && actual == pages {
+            // No driver will come to say so.
+            change.actual_is(actual, now);
         }
-        self.change = Some(change);
         self.config.num_pages = pages;
     }
 
     /// The configuration space, as a driver reads it.
     pub fn read_config(&mut self, now: Instant) -> ConfigSpace {
         if let Some(change) = &mut self.change {
-            change.config_read(now);
+            change.config_read(self.config.actual, now);
         }
         self.config
     }
@@ -180,7 +180,7 @@ impl<R: Reclaim> Balloon<R> {
         match self.config.driver_write(offset, data) {
             Ok((Field::Actual, actual)) => {
                 if let Some(change) = &mut self.change {
-                    change.actual_written(actual, now);
+                    change.actual_is(actual, now);
                 }
                 if actual == self.config.num_pages {
                     self.reclaim.flush();

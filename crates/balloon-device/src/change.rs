@@ -50,9 +50,13 @@ impl Change {
         }
     }
 
-    /// The guest was given the target.
-    pub const fn config_read(&mut self, now: Instant) {
+    /// The guest was given the target, after it said that it has `actual` pages.
+    /// If that is the target already, it has nothing to do and nothing to say.
+    pub const fn config_read(&mut self, actual: u32, now: Instant) {
         self.read_at = Some(now);
+        if actual == self.to_pages {
+            self.actual_is(actual, now);
+        }
     }
 
     /// A notification of a queue arrived.
@@ -68,8 +72,8 @@ impl Change {
         self.drains += 1;
     }
 
-    /// The guest wrote its size.
-    pub const fn actual_written(&mut self, actual: u32, now: Instant) {
+    /// The guest has `actual` pages now: it wrote so, or it is gone with all.
+    pub const fn actual_is(&mut self, actual: u32, now: Instant) {
         if actual == self.to_pages {
             if self.reached_at.is_none() {
                 self.reached_at = Some(now);
@@ -137,13 +141,13 @@ mod tests {
     fn the_stages_add_up_to_the_wall_time() {
         let start = Instant::now();
         let mut change = Change::new(0, 8, start);
-        change.config_read(start + ms(1));
+        change.config_read(0, start + ms(1));
         change.notified(start + ms(11));
         change.served(3);
         // No config read before it: the guest took no blocks.
         change.notified(start + ms(20));
         change.served(1);
-        change.actual_written(8, start + ms(30));
+        change.actual_is(8, start + ms(30));
         assert_eq!(change.reached_at(), Some(start + ms(30)));
         assert_eq!((change.messages(), change.notifications()), (4, 2));
         let stages = change.stages(start + ms(30), ms(2), ms(5));
@@ -165,12 +169,23 @@ mod tests {
     fn the_target_is_reached_once_and_can_be_left_again() {
         let start = Instant::now();
         let mut change = Change::new(4, 8, start);
-        change.actual_written(7, start + ms(1));
+        change.actual_is(7, start + ms(1));
         assert_eq!(change.reached_at(), None);
-        change.actual_written(8, start + ms(2));
-        change.actual_written(8, start + ms(3));
+        change.actual_is(8, start + ms(2));
+        change.actual_is(8, start + ms(3));
         assert_eq!(change.reached_at(), Some(start + ms(2)));
-        change.actual_written(0, start + ms(4));
+        change.actual_is(0, start + ms(4));
         assert_eq!(change.reached_at(), None);
+    }
+
+    #[test]
+    fn a_guest_that_has_nothing_to_do_has_reached_the_target_when_it_reads_it() {
+        let start = Instant::now();
+        let mut change = Change::new(4, 4, start);
+        change.config_read(3, start + ms(1));
+        assert_eq!(change.reached_at(), None);
+        change.config_read(4, start + ms(2));
+        change.config_read(4, start + ms(3));
+        assert_eq!(change.reached_at(), Some(start + ms(2)));
     }
 }

@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+mod backend;
 pub mod chart;
 mod error;
 mod floor;
@@ -13,6 +14,7 @@ pub mod inflate;
 mod sample;
 mod testbed;
 
+pub use backend::Backend;
 pub use error::{BenchError, Result};
 pub use sample::{Spread, median};
 pub use testbed::{Driver, Testbed, TestbedOptions};

@@ -1,20 +1,14 @@
 //! A guest of the lab with the back end of its balloon.
 
-use std::fs::File;
-use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use control::{BalloonChange, BalloonStatus, Client, ReleaseMode, Status};
 use lab::uml::UmlKernel;
 use lab::{Guest, guest_build};
-use rustix::thread::{CpuSet, sched_setaffinity};
 
+use crate::backend::Backend;
 use crate::error::{BenchError, Result};
-
-/// Time for the back end to listen.
-const START_LIMIT: Duration = Duration::from_secs(10);
 
 /// Time for one change of the balloon: per page, on memory in use and on a busy
 /// machine, 3 GiB take some seconds.
@@ -32,6 +26,27 @@ pub enum Driver {
     Stock,
     /// Aerostat's.
     Own,
+}
+
+impl Driver {
+    /// The module as a guest loads and unloads it.
+    pub const fn module_name(self) -> &'static str {
+        match self {
+            Self::Stock => "virtio_balloon",
+            Self::Own => "aerostat_balloon",
+        }
+    }
+
+    /// The files to pack into a guest.
+    ///
+    /// # Errors
+    /// The module is not there and does not build.
+    pub fn modules(self, kernel: &UmlKernel) -> Result<Vec<PathBuf>> {
+        Ok(match self {
+            Self::Stock => kernel.stock_modules.clone(),
+            Self::Own => vec![guest_build::balloon_module(&kernel.tree())?],
+        })
+    }
 }
 
 /// What testbeds have in common.
@@ -65,25 +80,18 @@ impl Testbed {
         let directory = tempfile::Builder::new().prefix("aerostat-bench-").tempdir();
         let directory = directory.map_err(host("making a directory"))?;
         let backend = Backend::start(&options.program, name, directory.path())?;
+        backend.pin(CORE)?;
         let tree = options.kernel.tree();
-        let modules = match driver {
-            Driver::Stock => options.kernel.stock_modules.clone(),
-            Driver::Own => vec![guest_build::balloon_module(&tree)?],
-        };
         let mut guest = Guest::uml(&options.kernel)
             .memory_mib(options.memory_mib)
             .memory_dir(&options.memory_dir)
             .cpu(Some(CORE))
-            .balloon(&backend.socket)
-            .modules(modules)
+            .balloon(backend.socket())
+            .modules(driver.modules(&options.kernel)?)
             .module(guest_build::lab_module(&tree)?)
             .boot()?;
-        let module = match driver {
-            Driver::Stock => "virtio_balloon",
-            Driver::Own => "aerostat_balloon",
-        };
-        guest.run(&format!("insmod {module}"))?;
-        let client = Client::connect(&backend.control)?;
+        guest.run(&format!("insmod {}", driver.module_name()))?;
+        let client = backend.client()?;
         Ok(Self { guest, client, name: name.to_owned(), backend, _directory: directory })
     }
 
@@ -129,7 +137,7 @@ impl Testbed {
 
     /// Process of the back end.
     pub fn backend_pid(&self) -> u32 {
-        self.backend.process.id()
+        self.backend.pid()
     }
 
     fn wait(&self, generation: u64) -> Result<BalloonStatus> {
@@ -140,77 +148,5 @@ impl Testbed {
                 return Ok(status);
             }
         }
-    }
-}
-
-/// The back end's process.
-struct Backend {
-    process: Child,
-    socket: PathBuf,
-    control: PathBuf,
-}
-
-impl Backend {
-    fn start(program: &Path, name: &str, directory: &Path) -> Result<Self> {
-        let host = |what| move |source: std::io::Error| BenchError::Backend { what, source };
-        let (socket, control) = (directory.join("vhost.sock"), directory.join("control.sock"));
-        let log = directory.join("backend.log");
-        let output = File::create(&log).map_err(host("writing its log"))?;
-        // The parent-death signal leaves no back end behind a bench that was killed.
-        let process = Command::new("setpriv")
-            .args(["--pdeathsig", "KILL", "--"])
-            .arg(program)
-            .arg("vhost-user")
-            .arg("--socket")
-            .arg(&socket)
-            .args(["--name", name, "--control"])
-            .arg(&control)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(output)
-            .process_group(0)
-            .spawn()
-            .map_err(host("starting it"))?;
-        let mut backend = Self { process, socket, control };
-        backend.wait_until_it_listens()?;
-        backend.pin()?;
-        Ok(backend)
-    }
-
-    fn wait_until_it_listens(&mut self) -> Result<()> {
-        let end = Instant::now() + START_LIMIT;
-        while !(self.control.exists() && self.socket.exists()) {
-            let host = |source| BenchError::Backend { what: "starting it", source };
-            let ended = self.process.try_wait().map_err(host)?;
-            if ended.is_some() || Instant::now() > end {
-                let log = self.socket.with_file_name("backend.log");
-                let said = std::fs::read_to_string(log).unwrap_or_default();
-                return Err(host(std::io::Error::other(format!("it does not listen: {said}"))));
-            }
-            // Nothing announces a socket's birth to a stranger.
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        Ok(())
-    }
-
-    /// Puts the thread that answers the guest on the guest's core; the others,
-    /// above all the one that releases memory, stay free.
-    fn pin(&self) -> Result<()> {
-        let mut cores = CpuSet::new();
-        cores.set(CORE);
-        let thread = i32::try_from(self.process.id()).ok().and_then(rustix::process::Pid::from_raw);
-        sched_setaffinity(thread, &cores)
-            .map_err(|e| BenchError::Backend { what: "pinning it to a core", source: e.into() })
-    }
-}
-
-impl Drop for Backend {
-    fn drop(&mut self) {
-        let pid = i32::try_from(self.process.id()).ok().and_then(rustix::process::Pid::from_raw);
-        if let Some(pid) = pid {
-            // It may have ended by itself; then there is nothing to stop.
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-        }
-        let _ = self.process.wait();
     }
 }

@@ -137,6 +137,13 @@ pub enum Violation {
 }
 
 impl SessionError {
+    /// Whether the front end's process ended, or closed the connection, with
+    /// messages under way. A guest that is killed does that.
+    pub fn is_hang_up(&self) -> bool {
+        let (Self::Receive(error) | Self::Send(error)) = self else { return false };
+        matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe)
+    }
+
     /// The word that the control API and the metrics count it under.
     pub const fn name(&self) -> &'static str {
         match self {

@@ -116,6 +116,10 @@ impl Backend {
         self.shared.set_connected(true);
         let outcome = serve(&self.shared, stream, stop);
         self.shared.set_connected(false);
+        let outcome = match outcome {
+            Err(error) if error.is_hang_up() => Ok(End::HungUp),
+            other => other,
+        };
         outcome.inspect_err(|error| self.shared.count_front_end_fault(error.name()))
     }
 }
@@ -232,5 +236,25 @@ impl Socket {
 impl Drop for Socket {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn a_front_end_that_goes_without_its_answers_is_no_fault() {
+        let backend = Backend::new("guest", ReleaseMode::default(), PartialHuge::default());
+        let backend = backend.unwrap();
+        let (mut front_end, stream) = UnixStream::pair().unwrap();
+        let (stop, _keep) = UnixStream::pair().unwrap();
+        // GET_FEATURES, version 1, no payload.
+        front_end.write_all(&[1u32, 1, 0].map(u32::to_ne_bytes).concat()).unwrap();
+        drop(front_end);
+        assert_eq!(backend.serve(&stream, &stop).unwrap(), End::HungUp);
+        assert_eq!(backend.balloon().status().faults.total(), 0);
     }
 }

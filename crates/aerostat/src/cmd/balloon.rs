@@ -121,7 +121,7 @@ fn timed_out(args: &BalloonArgs, balloon: &BalloonStatus) -> Failure {
         format_duration(args.timeout)
     );
     let hint = if balloon.max_bytes.is_none() {
-        "no guest is connected; the target stays set for when one is".into()
+        "no guest is connected, or its driver has not started; the target stays set for then".into()
     } else if balloon.actual_bytes == balloon.target_bytes {
         "the guest is done, the host still releases; `aerostat status` shows how much".into()
     } else {

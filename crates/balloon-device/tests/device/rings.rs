@@ -243,6 +243,8 @@ fn a_change_is_over_when_the_driver_has_what_was_asked() {
     let now = Instant::now();
     let reached = |guest: &Guest| guest.balloon.change().unwrap().reached_at().is_some();
     guest.balloon.set_target(0, now);
+    assert!(!reached(&guest), "it may be on its way to an older target");
+    guest.balloon.read_config(now);
     assert!(reached(&guest));
     guest.balloon.set_target(3, now);
     assert!(!reached(&guest));
@@ -308,6 +310,33 @@ fn reaching_the_target_flushes_and_missing_it_does_not() {
     assert!(guest.balloon.change().unwrap().reached_at().is_some());
     guest.write_actual(u32::MAX);
     assert!(guest.balloon.change().unwrap().reached_at().is_none());
+}
+
+#[test]
+fn a_driver_that_goes_leaves_its_target_unreached() {
+    let mut guest = Guest::new(BITMAP);
+    let reached = |guest: &Guest| guest.balloon.change().unwrap().reached_at().is_some();
+    guest.balloon.set_target(8, Instant::now());
+    guest.write_actual(8);
+    assert!(reached(&guest));
+    guest.balloon.reset(Features::NONE);
+    assert!(!reached(&guest), "the balloon is empty");
+    // With nobody there, an empty balloon is all that a target of 0 wants.
+    guest.balloon.set_target(0, Instant::now());
+    assert!(reached(&guest));
+    guest.balloon.set_target(8, Instant::now());
+    assert!(!reached(&guest));
+}
+
+#[test]
+fn a_target_that_was_taken_back_unseen_is_reached_when_the_driver_looks() {
+    let mut guest = Guest::new(BITMAP);
+    guest.balloon.set_target(8, Instant::now());
+    guest.balloon.set_target(0, Instant::now());
+    // It may have pages under way to the old target, and say so yet.
+    assert!(guest.balloon.change().unwrap().reached_at().is_none());
+    guest.balloon.read_config(Instant::now());
+    assert!(guest.balloon.change().unwrap().reached_at().is_some());
 }
 
 #[test]

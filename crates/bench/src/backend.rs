@@ -1,0 +1,157 @@
+//! The process that serves a guest's balloon.
+
+use std::fs::File;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use control::Client;
+use rustix::process::{Pid, Signal, kill_process};
+use rustix::thread::{CpuSet, sched_setaffinity};
+
+use crate::error::{BenchError, Result};
+
+/// Time for the back end to listen.
+const START_LIMIT: Duration = Duration::from_secs(10);
+
+/// Time for the back end to end once it was asked to.
+const STOP_LIMIT: Duration = Duration::from_secs(20);
+
+/// A running `aerostat vhost-user`; it ends when this is dropped, or with the thread that started
+/// it.
+#[derive(Debug)]
+pub struct Backend {
+    process: Child,
+    socket: PathBuf,
+    control: PathBuf,
+    log: PathBuf,
+}
+
+impl Backend {
+    /// Starts `program` for the guest `name` and waits until it listens. Its sockets and its log
+    /// are in `directory`, which suits `AEROSTAT_RUNTIME_DIR`.
+    ///
+    /// # Errors
+    /// The program cannot be run, or ends, with what it said.
+    pub fn start(program: &Path, name: &str, directory: &Path) -> Result<Self> {
+        let host = |what| move |source: std::io::Error| BenchError::Backend { what, source };
+        // Without the ending of control sockets, so that it is not taken for one.
+        let socket = directory.join(format!("{name}.monitor"));
+        let control = directory.join(format!("{name}.sock"));
+        let log = directory.join(format!("{name}.log"));
+        let output = File::create(&log).map_err(host("writing its log"))?;
+        // The parent-death signal leaves no back end behind a bench that was killed.
+        let process = Command::new("setpriv")
+            .args(["--pdeathsig", "KILL", "--"])
+            .arg(program)
+            .arg("vhost-user")
+            .arg("--socket")
+            .arg(&socket)
+            .args(["--name", name, "--control"])
+            .arg(&control)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(output)
+            .process_group(0)
+            .spawn()
+            .map_err(host("starting it"))?;
+        let mut backend = Self { process, socket, control, log };
+        backend.wait_until_it_listens()?;
+        Ok(backend)
+    }
+
+    /// Where a monitor connects.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Where operators connect.
+    pub fn control(&self) -> &Path {
+        &self.control
+    }
+
+    /// The process.
+    pub fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// What it logged so far.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// A client of its control API.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn client(&self) -> Result<Client> {
+        Ok(Client::connect(&self.control)?)
+    }
+
+    /// Asks it to end by SIGTERM and returns how it did.
+    ///
+    /// # Errors
+    /// It does not end within 20 s; it is killed then.
+    pub fn stop(mut self) -> Result<ExitStatus> {
+        self.end()
+    }
+
+    /// Puts the thread that answers the guest on core `core`; the others, above
+    /// all the one that releases memory, stay free.
+    pub(crate) fn pin(&self, core: usize) -> Result<()> {
+        let mut cores = CpuSet::new();
+        cores.set(core);
+        sched_setaffinity(self.raw_pid(), &cores)
+            .map_err(|e| BenchError::Backend { what: "pinning it to a core", source: e.into() })
+    }
+
+    fn wait_until_it_listens(&mut self) -> Result<()> {
+        let end = Instant::now() + START_LIMIT;
+        // The control socket is the second of the two. That it has a path is not enough: it
+        // does not listen yet when it gets that.
+        while self.client().is_err() {
+            let host = |source| BenchError::Backend { what: "starting it", source };
+            let ended = self.process.try_wait().map_err(host)?;
+            if ended.is_some() || Instant::now() > end {
+                let said = self.log();
+                return Err(host(std::io::Error::other(format!("it does not listen: {said}"))));
+            }
+            // Nothing announces a socket's birth to a stranger.
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
+    }
+
+    fn end(&mut self) -> Result<ExitStatus> {
+        let host = |source| BenchError::Backend { what: "ending it", source };
+        if let Some(status) = self.process.try_wait().map_err(host)? {
+            return Ok(status);
+        }
+        if let Some(pid) = self.raw_pid() {
+            kill_process(pid, Signal::TERM).map_err(|e| host(e.into()))?;
+        }
+        let end = Instant::now() + STOP_LIMIT;
+        while Instant::now() < end {
+            if let Some(status) = self.process.try_wait().map_err(host)? {
+                return Ok(status);
+            }
+            // Waiting for a child has no time-out.
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        self.process.kill().map_err(host)?;
+        self.process.wait().map_err(host)?;
+        Err(host(std::io::Error::other("it did not end on SIGTERM and was killed")))
+    }
+
+    fn raw_pid(&self) -> Option<Pid> {
+        i32::try_from(self.process.id()).ok().and_then(Pid::from_raw)
+    }
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        // One that had to be killed is gone all the same.
+        let _ = self.end();
+    }
+}

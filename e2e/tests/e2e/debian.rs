@@ -1,0 +1,120 @@
+//! Our driver in unmodified Debian kernels, on QEMU's own balloon device.
+
+use std::fs;
+
+use lab::debian::{self, Release};
+use lab::{Guest, guest_build};
+
+use crate::qmp::Qmp;
+
+/// Memory of the guests, in MiB: emulation is slow.
+const MEMORY_MIB: u64 = 512;
+
+/// What a file keeps outside of the balloon.
+const KEPT_MIB: u64 = 100;
+
+/// What the balloon takes.
+const INFLATED_MIB: u64 = 256;
+
+/// Memory that the guest's kernel may have used for itself meanwhile.
+const FREE_SLACK_MIB: u64 = 8;
+
+/// What a module built outside of the kernel's tree and not signed means to the
+/// kernel: TAINT_OOT_MODULE and TAINT_UNSIGNED_MODULE (admin-guide/tainted-kernels).
+const ALLOWED_TAINT: u64 = (1 << 12) | (1 << 13);
+
+const MIB: u64 = 1 << 20;
+
+#[test]
+fn debian_6_12_runs_our_driver() {
+    runs_our_driver(Release::Cloud6_12);
+}
+
+#[test]
+fn debian_6_1_runs_our_driver() {
+    runs_our_driver(Release::Cloud6_1);
+}
+
+fn runs_our_driver(release: Release) {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("qmp");
+    let kernel = debian::kernel(release).unwrap();
+    let own = guest_build::balloon_module(&kernel.tree().unwrap()).unwrap();
+    let needed = kernel.modules(&["virtio_pci"]).unwrap();
+    let mut guest = Guest::qemu(&kernel)
+        .memory_mib(MEMORY_MIB)
+        .modules(&needed)
+        .module(&own)
+        // Warnings too, not errors alone.
+        .kernel_argument("ignore_loglevel")
+        .machine_arguments(["-device", "virtio-balloon-pci,deflate-on-oom=on"])
+        .machine_arguments([
+            "-qmp".to_owned(),
+            format!("unix:{},server=on,wait=off", socket.display()),
+        ])
+        .boot()
+        .unwrap();
+    let mut qmp = Qmp::connect(&socket);
+    guest.load(&needed).unwrap();
+    let tainted_before = number(&mut guest, "cat /proc/sys/kernel/tainted");
+    assert_eq!(tainted_before, 0);
+    guest.load(&[own]).unwrap();
+    let devices = guest.run("ls /sys/bus/virtio/drivers/aerostat_balloon").unwrap().lines;
+    assert!(devices.contains(&"virtio0".to_owned()), "{devices:?}");
+
+    memory_goes_and_comes_back(&mut guest, &mut qmp);
+
+    let tainted = number(&mut guest, "cat /proc/sys/kernel/tainted");
+    assert_eq!(tainted & !ALLOWED_TAINT, 0, "{}", guest.console_log());
+    let log = guest.console_log();
+    assert!(log.contains("aerostat_balloon virtio0: balloon ready: page numbers"), "{log}");
+    for word in ["WARNING", "BUG", "Oops", "objtool", "unpatched", "disagrees"] {
+        assert!(!log.contains(word), "{word} in\n{log}");
+    }
+    assert!(guest.power_off().unwrap().success());
+}
+
+fn memory_goes_and_comes_back(guest: &mut Guest, qmp: &mut Qmp) {
+    guest.run(&format!("fill kept {KEPT_MIB} 1")).unwrap();
+    let free_mib = number(guest, "free-mib");
+    assert!(free_mib > INFLATED_MIB + FREE_SLACK_MIB, "{free_mib}");
+    guest.run(&format!("touch {}", INFLATED_MIB + FREE_SLACK_MIB)).unwrap();
+    let before = resident_mib(guest);
+    qmp.balloon((MEMORY_MIB - INFLATED_MIB) * MIB);
+    assert!(number(guest, "free-mib") <= free_mib + FREE_SLACK_MIB - INFLATED_MIB);
+    // QEMU released what the guest had touched.
+    let fell_mib = before - resident_mib(guest);
+    assert!(fell_mib >= INFLATED_MIB * 3 / 4, "{fell_mib} of {INFLATED_MIB} MiB");
+    verify(guest, "kept", KEPT_MIB, 1);
+    qmp.balloon((MEMORY_MIB - INFLATED_MIB / 2) * MIB);
+    guest.run(&format!("fill more {} 2", INFLATED_MIB / 4)).unwrap();
+    qmp.balloon((MEMORY_MIB - INFLATED_MIB / 2 - 1) * MIB);
+    verify(guest, "more", INFLATED_MIB / 4, 2);
+    verify(guest, "kept", KEPT_MIB, 1);
+    guest.run("drop more").unwrap();
+
+    guest.run("rmmod aerostat_balloon").unwrap();
+    assert_eq!(qmp.left_bytes(), MEMORY_MIB * MIB);
+    // As much as was free can be used again.
+    let fill_mib = free_mib - FREE_SLACK_MIB;
+    guest.run(&format!("fill all {fill_mib} 3")).unwrap();
+    verify(guest, "all", fill_mib, 3);
+    verify(guest, "kept", KEPT_MIB, 1);
+}
+
+fn verify(guest: &mut Guest, file: &str, mib: u64, seed: u64) {
+    assert_eq!(number(guest, &format!("verify {file} {mib} {seed}")), 0, "wrong pages in {file}");
+}
+
+fn number(guest: &mut Guest, command: &str) -> u64 {
+    let reply = guest.run(command).unwrap();
+    let text = if reply.text.is_empty() { reply.lines.join("") } else { reply.text };
+    text.parse().unwrap_or_else(|_| panic!("{command}: {text}"))
+}
+
+/// Memory of the QEMU process, in MiB (proc(5), `statm`).
+fn resident_mib(guest: &Guest) -> u64 {
+    let statm = fs::read_to_string(format!("/proc/{}/statm", guest.pid())).unwrap();
+    let pages: u64 = statm.split(' ').nth(1).unwrap().parse().unwrap();
+    pages / 256
+}

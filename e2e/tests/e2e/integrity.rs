@@ -1,0 +1,170 @@
+//! What a guest holds outside of its balloon stays as it is, and what it gave
+//! really goes back to the host.
+
+use std::time::{Duration, Instant};
+
+use bench::Driver;
+use lab::Backing;
+
+use crate::bed::{Bed, Host, pages};
+use crate::walk::Walk;
+
+/// Makes each walk last so many minutes.
+const MINUTES_VARIABLE: &str = "AEROSTAT_E2E_MINUTES";
+
+/// Repeats a walk.
+const SEED_VARIABLE: &str = "AEROSTAT_E2E_SEED";
+
+/// Steps of a walk that is not measured in minutes.
+const STEPS: u32 = 40;
+
+/// Steps between two looks at every byte.
+const CHECK_STEPS: u32 = 5;
+
+/// Memory of a small guest, in MiB.
+const SMALL_MIB: u64 = 1024;
+
+/// Memory of the large one: page numbers beyond 32 bits of bytes, and more than
+/// one chunk of everything.
+const LARGE_MIB: u64 = 4096;
+
+/// Targets that are set and taken back at once.
+const TAKEN_BACK: u32 = 20;
+
+/// How often the guest takes back all that it just gave. Where pages were
+/// released that it had taken back, one time in two would tell.
+const ROUNDS: u64 = 8;
+
+/// Most memory used at once then, in MiB: what comes later is not in time.
+const MOST_USED_MIB: u64 = 256;
+
+/// Part of free memory that cannot be filled: page tables, and the guest's own
+/// reserve.
+const UNFILLED_DIVISOR: u64 = 20;
+
+#[test]
+fn stock_driver_on_small_pages() {
+    keeps_every_byte("stock-4k", Driver::Stock, Backing::Small, SMALL_MIB);
+}
+
+#[test]
+fn stock_driver_on_huge_pages() {
+    keeps_every_byte("stock-huge", Driver::Stock, Backing::Huge, SMALL_MIB);
+}
+
+#[test]
+fn own_driver_on_small_pages() {
+    keeps_every_byte("own-4k", Driver::Own, Backing::Small, SMALL_MIB);
+}
+
+#[test]
+fn own_driver_on_huge_pages() {
+    keeps_every_byte("own-huge", Driver::Own, Backing::Huge, SMALL_MIB);
+}
+
+#[test]
+fn own_driver_in_a_large_guest() {
+    keeps_every_byte("own-large", Driver::Own, Backing::Small, LARGE_MIB);
+}
+
+fn keeps_every_byte(name: &str, driver: Driver, backing: Backing, memory_mib: u64) {
+    let seed = seed();
+    println!("{name}: repeat with {SEED_VARIABLE}={seed}");
+    let host = Host::start(name, backing, memory_mib);
+    let mut bed = host.boot(driver);
+    let free_mib = bed.free_mib();
+    bed.load_driver();
+    what_is_given_comes_back_to_the_host(&mut bed);
+    targets_taken_back_at_once_are_over(&bed, seed);
+    what_is_taken_back_at_once_stays(&mut bed, seed);
+    walk(&mut bed, seed);
+    everything_is_usable_again(&mut bed, free_mib);
+    assert_eq!(host.status().faults.total(), 0, "{:?}", host.status().faults);
+}
+
+fn walk(bed: &mut Bed<'_>, seed: u64) {
+    let end = minutes().map(|minutes| Instant::now() + minutes);
+    let mut walk = Walk::new(bed, seed);
+    for step in 1.. {
+        walk.step();
+        if step % CHECK_STEPS == 0 {
+            walk.check();
+        }
+        if end.map_or(step >= STEPS, |end| Instant::now() >= end) {
+            break;
+        }
+    }
+    walk.end();
+}
+
+/// All that is free was touched, so all that is inflated was the host's memory,
+/// and must be missing there to the last page that can be.
+fn what_is_given_comes_back_to_the_host(bed: &mut Bed<'_>) {
+    let free_mib = bed.free_mib();
+    bed.run(&format!("touch {}", free_mib - free_mib / UNFILLED_DIVISOR));
+    let before = bed.status().resident_bytes.unwrap();
+    let given_mib = free_mib / 2;
+    bed.set_target(pages(given_mib));
+    let inflated = bed.settle();
+    let fell_mib = (before - inflated.resident_bytes.unwrap()) >> 20;
+    let touched_of_it_mib = given_mib - free_mib / UNFILLED_DIVISOR;
+    assert!(fell_mib >= touched_of_it_mib, "{fell_mib} of {given_mib} MiB: {inflated:?}");
+    assert!(bed.free_mib() <= free_mib - given_mib);
+    bed.set_target(0);
+    bed.settle();
+}
+
+/// The guest sees some of these targets, and of others nothing.
+fn targets_taken_back_at_once_are_over(bed: &Bed<'_>, seed: u64) {
+    let mut rng = fastrand::Rng::with_seed(seed);
+    for _ in 0..TAKEN_BACK {
+        bed.set_target(rng.u32(1..=pages(SMALL_MIB / 2)));
+        bed.set_target(0);
+        bed.settle();
+    }
+}
+
+/// The guest takes everything back and uses it while the host still releases.
+/// In pieces, it takes the host longest.
+fn what_is_taken_back_at_once_stays(bed: &mut Bed<'_>, seed: u64) {
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let free_mib = bed.free_mib();
+    bed.fragment(free_mib / UNFILLED_DIVISOR);
+    let usable_mib = bed.free_mib() - 2 * free_mib / UNFILLED_DIVISOR;
+    let used_mib = usable_mib.min(MOST_USED_MIB);
+    for round in 0..ROUNDS {
+        bed.run(&format!("touch {usable_mib}"));
+        bed.set_target(pages(usable_mib));
+        let enough = rng.u32(0..=pages(usable_mib));
+        bed.until("on its way", |status| status.balloon.actual_pages >= enough);
+        bed.set_target(0);
+        bed.until("empty", |status| status.balloon.actual_pages == 0);
+        bed.fill_and_verify("used", used_mib, round);
+        bed.run("drop used");
+        bed.settle();
+    }
+    bed.defragment();
+}
+
+/// As much can be filled as before the driver came. What the guest calls free
+/// would not tell: up to an eighth of it is in lists of its processors.
+fn everything_is_usable_again(bed: &mut Bed<'_>, free_mib: u64) {
+    bed.unload_driver();
+    let fill_mib = free_mib - free_mib / UNFILLED_DIVISOR;
+    bed.fill_and_verify("all", fill_mib, 1);
+    let resident_mib = bed.status().resident_bytes.unwrap() >> 20;
+    assert!(resident_mib >= fill_mib, "{fill_mib} MiB hold a pattern in {resident_mib}");
+}
+
+fn seed() -> u64 {
+    match std::env::var(SEED_VARIABLE) {
+        Ok(seed) => seed.parse().expect("a seed is a number"),
+        Err(_) => fastrand::u64(..),
+    }
+}
+
+fn minutes() -> Option<Duration> {
+    let minutes = std::env::var(MINUTES_VARIABLE).ok()?;
+    let minutes: u64 = minutes.parse().expect("minutes are a number");
+    Some(Duration::from_secs(60 * minutes))
+}

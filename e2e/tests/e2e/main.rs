@@ -1,0 +1,20 @@
+//! The whole of Aerostat on real kernels: guests in User Mode Linux with the
+//! back end of the release build, and unmodified Debian kernels in QEMU.
+//!
+//! `AEROSTAT_PROGRAM` names the back end's program; without it, it is built.
+//! `AEROSTAT_E2E_MINUTES` lets each random test run so long instead of for a
+//! number of steps, `AEROSTAT_E2E_SEED` repeats one.
+
+#![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
+
+mod bed;
+mod command_line;
+mod debian;
+mod integrity;
+mod life;
+mod package;
+mod pressure;
+mod program;
+mod qmp;
+mod walk;

@@ -1,0 +1,113 @@
+//! The package for guests: what DKMS does with it, where there is no Rust.
+
+use std::ffi::OsString;
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use lab::debian::{self, Release};
+
+use crate::program::{cargo, succeed};
+
+/// What DKMS runs where `dkms.conf` has no `MAKE` of its own (dkms(8)).
+const DEFAULT_MAKE: &str = "make -C $kernel_source_dir M=$dkms_tree/$module/$module_version/build";
+
+/// Where programs of Debian's packages are.
+const PROGRAM_DIRECTORIES: [&str; 2] = ["/usr/sbin", "/usr/bin"];
+
+#[test]
+fn the_package_builds_for_debian_kernels_without_rust() {
+    let directory = tempfile::tempdir().unwrap();
+    let unpacked = unpack(directory.path());
+    let source = only_entry(&unpacked.join("usr/src"));
+    let settings = fs::read_to_string(source.join("dkms.conf")).unwrap();
+    let programs = directory.path().join("programs");
+    link_programs_but_rust(&programs);
+    for release in [Release::Cloud6_12, Release::Cloud6_1] {
+        let kernel = debian::kernel(release).unwrap();
+        let tree = kernel.tree().unwrap().path;
+        // As in /var/lib/dkms: PACKAGE/VERSION/build.
+        let dkms = directory.path().join(&kernel.release);
+        let build = dkms.join(setting(&settings, "PACKAGE_NAME"));
+        let build = build.join(setting(&settings, "PACKAGE_VERSION")).join("build");
+        copy(&source, &build);
+        let said = make(&settings, &dkms, &tree, &kernel.release, &programs);
+        assert!(!said.to_lowercase().contains("warning"), "{said}");
+        let module = setting(&settings, "BUILT_MODULE_NAME[0]");
+        let module = build.join(format!("{module}.ko"));
+        let (magic, _) = succeed(Command::new("modinfo").args(["-F", "vermagic"]).arg(&module));
+        let words: Vec<_> = magic.split_whitespace().collect();
+        assert_eq!(words[..2], [kernel.release.as_str(), "SMP"], "{magic}");
+        assert!(words.contains(&"modversions"), "{magic}");
+        let (alias, _) = succeed(Command::new("modinfo").args(["-F", "alias"]).arg(&module));
+        assert_eq!(alias.trim(), "virtio:d00000005v*");
+        assert!(is_for(&settings, &kernel.release), "{settings}");
+    }
+    assert!(!is_for(&settings, "5.10.0-33-amd64"));
+}
+
+/// Makes the package and unpacks it.
+fn unpack(directory: &Path) -> PathBuf {
+    let mut package = cargo();
+    package.args(["xtask", "package", "--out"]).arg(directory.join("package"));
+    let path = PathBuf::from(succeed(&mut package).0.trim());
+    assert!(path.exists(), "{}", path.display());
+    let unpacked = directory.join("unpacked");
+    succeed(Command::new("dpkg-deb").arg("--extract").arg(&path).arg(&unpacked));
+    unpacked
+}
+
+/// Runs what DKMS would, and returns all that was said.
+fn make(settings: &str, dkms: &Path, tree: &Path, release: &str, programs: &Path) -> String {
+    let line = settings.lines().find_map(|line| line.strip_prefix("MAKE[0]="));
+    let line = line.map_or(DEFAULT_MAKE, |line| line.trim_matches('"'));
+    let mut shell = Command::new("/bin/sh");
+    shell.env_clear().env("PATH", programs).args(["-c", line]).current_dir("/");
+    shell.env("kernel_source_dir", tree).env("kernelver", release).env("dkms_tree", dkms);
+    shell.env("module", setting(settings, "PACKAGE_NAME"));
+    shell.env("module_version", setting(settings, "PACKAGE_VERSION"));
+    let (out, err) = succeed(&mut shell);
+    out + &err
+}
+
+/// A value of `dkms.conf`.
+fn setting<'a>(settings: &'a str, name: &str) -> &'a str {
+    let line = settings.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+    line.unwrap_or_else(|| panic!("no {name} in {settings}")).trim_matches('"')
+}
+
+/// Whether DKMS takes the package to be for a kernel (it uses bash's `=~`).
+fn is_for(settings: &str, release: &str) -> bool {
+    let pattern = setting(settings, "BUILD_EXCLUSIVE_KERNEL");
+    let test = ["-c", "[[ $0 =~ $1 ]]", release, pattern];
+    Command::new("bash").args(test).status().unwrap().success()
+}
+
+/// A directory with all programs of this machine but those of Rust.
+fn link_programs_but_rust(directory: &Path) {
+    fs::create_dir(directory).unwrap();
+    for entry in PROGRAM_DIRECTORIES.iter().flat_map(|from| fs::read_dir(from).unwrap()) {
+        let program = entry.unwrap();
+        let name: OsString = program.file_name();
+        let text = name.to_string_lossy();
+        let is_rust = ["rust", "cargo"].iter().any(|start| text.starts_with(start));
+        if !is_rust && !directory.join(&name).exists() {
+            symlink(program.path(), directory.join(&name)).unwrap();
+        }
+    }
+    let mut find = Command::new("/bin/sh");
+    let found = find.args(["-c", "command -v rustc"]).env("PATH", directory).output().unwrap();
+    assert_eq!(found.stdout, b"", "there is a Rust compiler after all");
+}
+
+fn only_entry(directory: &Path) -> PathBuf {
+    let entries: Vec<_> = fs::read_dir(directory).unwrap().map(|e| e.unwrap().path()).collect();
+    assert_eq!(entries.len(), 1, "{entries:?}");
+    entries[0].clone()
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to.parent().unwrap()).unwrap();
+    succeed(Command::new("cp").arg("--recursive").arg(from).arg(to));
+}
