@@ -57,6 +57,8 @@ struct aerostat {
 	struct aerostat_core *core;
 	bool gone;
 	bool starved;
+	/* Pages were taken back since the last run that was not starved. */
+	bool yielded;
 
 	/* The balloon's blocks by order, and those on their way out. */
 	struct list_head blocks[AEROSTAT_MAX_ORDER + 1];
@@ -107,6 +109,7 @@ int aerostat_alloc_pool(struct aerostat *vb);
 void aerostat_free_pool(struct aerostat *vb);
 
 /* pressure.c */
+bool aerostat_is_short(void);
 int aerostat_register_pressure(struct aerostat *vb);
 void aerostat_unregister_pressure(struct aerostat *vb);
 

@@ -75,6 +75,8 @@ static void aerostat_work(struct work_struct *work)
 		dev_info(&vb->vdev->dev, "no more memory to give at %llu pages, will try again\n",
 			 vb->pages);
 	vb->starved = retry_ms > 0;
+	if (!vb->starved)
+		vb->yielded = false;
 	aerostat_unlock(vb);
 	if (retry_ms > 0)
 		aerostat_schedule(vb, msecs_to_jiffies(retry_ms));
@@ -88,6 +90,8 @@ static int aerostat_start(struct aerostat *vb)
 		return err;
 	aerostat_reset_slots(vb);
 	vb->gone = false;
+	vb->starved = false;
+	vb->yielded = false;
 	vb->stopping = false;
 	aerostat_init(vb->core, vb->vdev->features, PAGE_SHIFT, AEROSTAT_MAX_ORDER);
 	virtio_device_ready(vb->vdev);

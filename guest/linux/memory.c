@@ -32,6 +32,9 @@ u64 aerostat_glue_allocate(struct aerostat *vb, u32 order)
 	if (order > AEROSTAT_MAX_ORDER || atomic_read(&vb->pressure) ||
 	    READ_ONCE(vb->stopping))
 		return AEROSTAT_NO_PFN;
+	/* What was taken back would have to be given back once more. */
+	if (vb->starved && vb->yielded && aerostat_is_short())
+		return AEROSTAT_NO_PFN;
 	if (order)	/* not worth compaction or reclaim */
 		gfp &= ~__GFP_RECLAIM;
 	page = alloc_pages(gfp, order);

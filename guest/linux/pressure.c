@@ -10,6 +10,18 @@
 /* The stock driver's: asked before notifiers of the default priority. */
 #define AEROSTAT_OOM_PRIORITY	80
 
+/* Whether the shrinker would offer pages, had it any number of them. */
+bool aerostat_is_short(void)
+{
+	return aerostat_shrinkable(~0ULL, max(si_mem_available(), 0L), totalram_pages());
+}
+
+static u64 aerostat_take_back(struct aerostat *vb, u64 wanted)
+{
+	vb->yielded = true;
+	return aerostat_yield(vb->core, vb, wanted) >> AEROSTAT_PAGE_SHIFT;
+}
+
 static bool aerostat_trylock(struct aerostat *vb)
 {
 	if (!mutex_trylock(&vb->lock))
@@ -29,7 +41,7 @@ static int aerostat_oom_notify(struct notifier_block *nb, unsigned long dummy,
 		return NOTIFY_OK;
 	aerostat_lock(vb);
 	if (!vb->gone)
-		*freed += aerostat_yield(vb->core, vb, 0) >> AEROSTAT_PAGE_SHIFT;
+		*freed += aerostat_take_back(vb, 0);
 	aerostat_unlock(vb);
 	return NOTIFY_OK;
 }
@@ -50,10 +62,9 @@ static unsigned long aerostat_shrink_scan(struct aerostat *vb, struct shrink_con
 	if (!aerostat_trylock(vb))
 		return SHRINK_STOP;
 	if (!vb->gone)
-		freed = aerostat_yield(vb->core, vb,
-				       (u64)sc->nr_to_scan << AEROSTAT_PAGE_SHIFT);
+		freed = aerostat_take_back(vb, (u64)sc->nr_to_scan << AEROSTAT_PAGE_SHIFT);
 	aerostat_unlock(vb);
-	return freed ? freed >> AEROSTAT_PAGE_SHIFT : SHRINK_STOP;
+	return freed ? freed : SHRINK_STOP;
 }
 
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 7, 0)

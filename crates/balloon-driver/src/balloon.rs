@@ -47,6 +47,8 @@ pub struct Balloon {
     blocks: [u64; MAX_ORDERS as usize],
     /// Balloon pages held.
     pages: u64,
+    /// Target that was reached last.
+    reached: Option<u32>,
     /// Target at which the guest took pages back for itself.
     yielded_at: Option<u32>,
 }
@@ -61,6 +63,7 @@ impl Balloon {
             messages: Messages::new(negotiated),
             blocks: [0; MAX_ORDERS as usize],
             pages: 0,
+            reached: None,
             yielded_at: None,
         }
     }
@@ -80,6 +83,7 @@ impl Balloon {
             let target = queues.num_pages();
             let wanted = u64::from(target) / self.unit() * self.unit();
             if wanted == self.pages {
+                self.reached = Some(target);
                 return Ok(Progress::Settled);
             }
             if wanted < self.pages {
@@ -100,6 +104,10 @@ impl Balloon {
 
     /// Gives back at least `wanted` pages where there are as many, because the
     /// guest is out of memory. Returns the balloon pages freed.
+    ///
+    /// A balloon that had reached its target is then left alone until the target
+    /// changes. One that had not may have caused the shortage by itself, with the
+    /// last that there was to take; it goes on later.
     pub fn yield_pages(
         &mut self,
         wanted: u64,
@@ -109,7 +117,10 @@ impl Balloon {
         if self.pages == 0 {
             return Ok(0);
         }
-        self.yielded_at = Some(queues.num_pages());
+        let target = queues.num_pages();
+        if self.reached == Some(target) {
+            self.yielded_at = Some(target);
+        }
         self.leak_balloon(wanted.max(OOM_PAGES).min(self.pages), memory, queues)
     }
 

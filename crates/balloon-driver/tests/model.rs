@@ -229,6 +229,21 @@ fn a_guest_that_took_pages_back_is_left_alone_until_the_target_changes() {
 }
 
 #[test]
+fn a_guest_that_could_not_give_all_and_took_some_back_gives_it_later() {
+    let (mut balloon, mut memory, mut host) = small_pages(Features::PAGE_BITMAP, 4);
+    host.num_pages = 100;
+    assert_eq!(balloon.run(&mut memory, &mut host), Ok(Progress::Settled));
+    host.num_pages = 5000;
+    assert_eq!(balloon.run(&mut memory, &mut host), Ok(Progress::Starved));
+    assert!(balloon.yield_pages(1, &mut memory, &mut host).unwrap() >= 256);
+    memory.free[MAX_ORDER as usize].insert(4 << MAX_ORDER);
+    memory.freed.clear();
+    assert_eq!(balloon.run(&mut memory, &mut host), Ok(Progress::Settled));
+    assert_eq!(balloon.pages(), 5000);
+    agree(&balloon, &memory, &host);
+}
+
+#[test]
 fn what_page_numbers_cannot_name_stays_with_the_guest() {
     let geometry = Geometry { page_shift: 12, max_order: 0 };
     let mut memory = Buddy::new(12, 0);

@@ -81,7 +81,6 @@ fn memory_goes_and_comes_back(guest: &mut Guest, qmp: &mut Qmp) {
     guest.run(&format!("touch {}", INFLATED_MIB + FREE_SLACK_MIB)).unwrap();
     let before = resident_mib(guest);
     qmp.balloon((MEMORY_MIB - INFLATED_MIB) * MIB);
-    assert!(number(guest, "free-mib") <= free_mib + FREE_SLACK_MIB - INFLATED_MIB);
     // QEMU released what the guest had touched.
     let fell_mib = before - resident_mib(guest);
     assert!(fell_mib >= INFLATED_MIB * 3 / 4, "{fell_mib} of {INFLATED_MIB} MiB");

@@ -109,7 +109,6 @@ fn what_is_given_comes_back_to_the_host(bed: &mut Bed<'_>) {
     let fell_mib = (before - inflated.resident_bytes.unwrap()) >> 20;
     let touched_of_it_mib = given_mib - free_mib / UNFILLED_DIVISOR;
     assert!(fell_mib >= touched_of_it_mib, "{fell_mib} of {given_mib} MiB: {inflated:?}");
-    assert!(bed.free_mib() <= free_mib - given_mib);
     bed.set_target(0);
     bed.settle();
 }

@@ -17,6 +17,9 @@ const KEPT_MIB: u64 = 300;
 /// More than the rest of it, but less than all.
 const TOO_MUCH_MIB: u64 = 400;
 
+/// What it needs itself while it starves.
+const SQUEEZED_MIB: u64 = 50;
+
 /// What the guest is asked for before it comes under pressure.
 const INFLATED_MIB: u64 = 350;
 
@@ -62,6 +65,9 @@ fn gives_later_what_it_cannot_give_now(name: &str, driver: Driver) {
     assert!(partial.actual_pages > 0 && !partial.settled, "{partial:?}");
     assert!(partial.actual_pages < pages(TOO_MUCH_MIB), "{partial:?}");
     bed.verify("kept", KEPT_MIB, 1);
+    // What it needs itself it takes back, and that is not its last word.
+    let told = bed.run(&format!("pressure {SQUEEZED_MIB} 0"));
+    assert_eq!(told, format!("taken_mib={SQUEEZED_MIB} end=complete"));
     bed.run("drop kept");
     let reached = host.settle();
     assert_eq!(reached.balloon.actual_pages, pages(TOO_MUCH_MIB));
