@@ -21,7 +21,7 @@ const PAGES_PER_MIB: u64 = 256;
 
 /// What a fragmented guest keeps of its free memory, in percent: its own needs
 /// and the kernel's reserves.
-const KEPT_PERCENT: u64 = 2;
+const KEPT_PERCENT: u64 = 3;
 
 /// Memory that fragmenting leaves alone, in MiB.
 const UNFRAGMENTED_MIB: u64 = 64;

@@ -14,6 +14,7 @@ mod qemu;
 mod quiet;
 mod safety;
 mod uml;
+mod unusual;
 
 use std::collections::BTreeSet;
 
