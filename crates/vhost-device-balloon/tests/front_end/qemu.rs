@@ -121,7 +121,11 @@ fn calls_go_where_the_front_end_said_last() {
     let (front, served) = server.connect();
     let mut vm = Vm::boot(Monitor::Qemu, front, CLASSIC);
     let page = BTreeSet::from([data_pages().start]);
-    vm.inflate(&page);
+    let message = vm.name_pages(&page);
+    let head = vm.post(INFLATE, &message);
+    vm.kick(INFLATE);
+    assert!(is_readable(&vm.calls[INFLATE], LONG), "the call from before the features is lost");
+    assert_eq!(vm.wait_used(INFLATE), u32::from(head));
     let masked = std::mem::replace(&mut vm.calls[DEFLATE], eventfd());
     vm.front.send_fd(request::SET_VRING_CALL, 1, &vm.calls[DEFLATE]);
     vm.front.barrier();
