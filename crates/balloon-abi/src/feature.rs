@@ -30,7 +30,7 @@ impl Features {
     pub const VERSION_1: Self = Self::bit(32);
     /// Aerostat: inflate and deflate messages are page-bitmap records (bit 60).
     pub const PAGE_BITMAP: Self = Self::bit(60);
-    /// Aerostat: a request queue exists (bit 61). Reserved: no device offers it yet.
+    /// Aerostat: a queue for the host's requests exists (bit 61).
     pub const REQUEST_VQ: Self = Self::bit(61);
 
     const fn bit(n: u32) -> Self {

@@ -1,9 +1,9 @@
-//! The device's answer to a page-bitmap message.
+//! The device's answer to a page-bitmap message or to a driver's answer.
 
 /// Bytes of the answer: one little-endian `u32`.
 pub const STATUS_BYTES: usize = 4;
 
-/// What the device thought of a page-bitmap message. It is all or nothing: a
+/// What the device thought of a message. It is all or nothing: a
 /// message with any fault in it is not acted on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
@@ -16,6 +16,8 @@ pub enum MessageStatus {
     OutsideMemory = 2,
     /// A page stands in the message twice.
     RepeatedPage = 3,
+    /// Request queue: nobody waits for answers to this request.
+    Unwanted = 4,
 }
 
 impl MessageStatus {
@@ -31,6 +33,7 @@ impl MessageStatus {
             1 => Some(Self::Malformed),
             2 => Some(Self::OutsideMemory),
             3 => Some(Self::RepeatedPage),
+            4 => Some(Self::Unwanted),
             _ => None,
         }
     }

@@ -122,6 +122,7 @@ pub extern "C" fn aerostat_refusal(status: u32) -> *const c_char {
         Some(MessageStatus::Malformed) => c"malformed",
         Some(MessageStatus::OutsideMemory) => c"outside of guest memory",
         Some(MessageStatus::RepeatedPage) => c"a page twice",
+        Some(MessageStatus::Unwanted) => c"nobody asked for it",
         None => c"no known answer",
     };
     why.as_ptr()
