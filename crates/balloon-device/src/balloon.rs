@@ -1,5 +1,7 @@
 //! The device: configuration space, the queues' handlers, what the guest gave.
 
+mod free_pages;
+
 use std::time::Instant;
 
 use balloon_abi::limits::{MAX_MESSAGE_BYTES, MAX_PFN_ARRAY_BYTES};
@@ -12,9 +14,11 @@ use crate::change::Change;
 use crate::decode::{decode_bitmap, decode_pfn_array};
 use crate::drain::{Drained, Handled, drain};
 use crate::fault::{Fault, Faults};
+use crate::hint::Hinting;
 use crate::layout::MemoryLayout;
 use crate::message::Message;
 use crate::reclaim::Reclaim;
+use crate::report::Reports;
 
 /// A queue cannot be served any more until the driver sets it up anew.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +57,7 @@ pub struct Counters {
 #[derive(Debug)]
 pub struct Balloon<R> {
     config: ConfigSpace,
+    offered: Features,
     negotiated: Features,
     layout: MemoryLayout,
     /// Pages the guest gave and did not take back.
@@ -62,12 +67,17 @@ pub struct Balloon<R> {
     faults: Faults,
     counters: Counters,
     change: Option<Change>,
+    hinting: Hinting,
+    reports: Reports,
 }
 
 impl<R: Reclaim> Balloon<R> {
-    /// Features that the device offers on any transport.
+    /// Features that the device can offer on any transport.
     pub const FEATURES: Features = Features::MUST_TELL_HOST
         .union(Features::DEFLATE_ON_OOM)
+        .union(Features::FREE_PAGE_HINT)
+        .union(Features::PAGE_POISON)
+        .union(Features::REPORTING)
         .union(Features::RING_INDIRECT_DESC)
         .union(Features::RING_EVENT_IDX)
         .union(Features::VERSION_1)
@@ -77,6 +87,7 @@ impl<R: Reclaim> Balloon<R> {
     pub fn new(reclaim: R) -> Self {
         Self {
             config: ConfigSpace::default(),
+            offered: Self::FEATURES,
             negotiated: Features::NONE,
             layout: MemoryLayout::default(),
             held: PageSet::new(),
@@ -85,7 +96,14 @@ impl<R: Reclaim> Balloon<R> {
             faults: Faults::default(),
             counters: Counters::default(),
             change: None,
+            hinting: Hinting::default(),
+            reports: Reports::default(),
         }
+    }
+
+    /// Offers no feature of `features`, from the next driver on.
+    pub fn withhold(&mut self, features: Features) {
+        self.offered = Self::FEATURES.without(features);
     }
 
     /// A driver starts: it holds nothing, and uses any page that it wants.
@@ -93,9 +111,11 @@ impl<R: Reclaim> Balloon<R> {
     pub fn reset(&mut self, negotiated: Features) {
         let held = std::mem::take(&mut self.held);
         self.reclaim.retain(&held);
-        self.negotiated = negotiated & Self::FEATURES;
+        self.negotiated = negotiated & self.offered;
         self.config.actual = 0;
         self.config.poison_val = 0;
+        self.hinting.reset();
+        self.show_hint_command();
         if let Some(change) = &mut self.change {
             change.actual_is(0, Instant::now());
         }
@@ -111,10 +131,8 @@ impl<R: Reclaim> Balloon<R> {
     /// Guest memory is now at `layout`. Pages that are gone are forgotten, and
     /// not released later: other memory may come in their place.
     pub fn set_layout(&mut self, layout: MemoryLayout) {
-        let mut gone = std::mem::take(&mut self.held);
-        for range in layout.ranges() {
-            self.held.union_with(&gone.take_range(*range));
-        }
+        self.hinting.forget_outside(&layout);
+        let gone = layout.cut(&mut self.held);
         if !gone.is_empty() {
             self.reclaim.retain(&gone);
         }
@@ -128,6 +146,9 @@ impl<R: Reclaim> Balloon<R> {
         memory: &M,
         queue: &mut Queue,
     ) -> Result<Drained, QueueError> {
+        if matches!(vq, Vq::FreePage | Vq::Reporting) {
+            return self.process_free_pages(vq, memory, queue);
+        }
         if let Some(change) = &mut self.change {
             change.notified(Instant::now());
         }
@@ -140,18 +161,22 @@ impl<R: Reclaim> Balloon<R> {
             let written_bytes = self.answer(memory, outcome);
             Handled { read_bytes: self.message.bytes().len(), written_bytes }
         });
-        match drained {
-            Ok(drained) => {
-                if let Some(change) = &mut self.change {
-                    change.served(drained.chains);
-                }
-                Ok(drained)
-            }
-            Err(source) => {
-                self.faults.count(Fault::BadRing);
-                Err(QueueError::BadRing { vq, source })
-            }
+        let drained = self.ring_checked(vq, drained)?;
+        if let Some(change) = &mut self.change {
+            change.served(drained.chains);
         }
+        Ok(drained)
+    }
+
+    fn ring_checked(
+        &mut self,
+        vq: Vq,
+        drained: Result<Drained, virtio_queue::Error>,
+    ) -> Result<Drained, QueueError> {
+        drained.map_err(|source| {
+            self.faults.count(Fault::BadRing);
+            QueueError::BadRing { vq, source }
+        })
     }
 
     /// Sets the pages that the guest is asked to give. The caller tells the
@@ -177,6 +202,11 @@ impl<R: Reclaim> Balloon<R> {
     /// A driver's write to the configuration space; one that is not allowed is
     /// counted and changes nothing.
     pub fn write_config(&mut self, offset: u32, data: &[u8], now: Instant) -> Result<(), Fault> {
+        let is_poison = Field::PoisonVal.offset() as u64 == u64::from(offset);
+        if is_poison && !self.negotiated.contains(Features::PAGE_POISON) {
+            self.faults.count(Fault::ConfigWrite);
+            return Err(Fault::ConfigWrite);
+        }
         match self.config.driver_write(offset, data) {
             Ok((Field::Actual, actual)) => {
                 if let Some(change) = &mut self.change {
@@ -198,6 +228,11 @@ impl<R: Reclaim> Balloon<R> {
     /// Numbering of the queues under the negotiated features.
     pub const fn queues(&self) -> QueueLayout {
         QueueLayout::new(self.negotiated)
+    }
+
+    /// What the next driver can accept.
+    pub const fn offered(&self) -> Features {
+        self.offered
     }
 
     /// What the driver accepted.

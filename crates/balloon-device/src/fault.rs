@@ -30,6 +30,18 @@ pub enum Fault {
     /// A write to a configuration field that is not the driver's, or to none.
     #[error("guest: a write to configuration space outside of the driver's fields")]
     ConfigWrite,
+    /// A message about free pages that is neither a command nor pages.
+    #[error("guest: a message about free pages that is neither a command nor pages")]
+    MalformedFreePages,
+    /// A command for free page hints that the device did not give.
+    #[error("guest: a hint command that was not given, or was given once and came twice")]
+    StrayCommand,
+    /// A page that is said to be free and is in the balloon.
+    #[error("guest: a page is said to be free that is in the balloon")]
+    NotFree,
+    /// A buffer of statistics while the device has one already.
+    #[error("guest: more than one buffer of statistics")]
+    ExtraStats,
     /// A ring that cannot be followed.
     #[error("guest: a ring that makes no sense")]
     BadRing,
@@ -37,7 +49,7 @@ pub enum Fault {
 
 impl Fault {
     /// All kinds, in a fixed order.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 13] = [
         Self::EmptyMessage,
         Self::OversizedMessage,
         Self::BadDescriptor,
@@ -46,6 +58,10 @@ impl Fault {
         Self::RepeatedPage,
         Self::NotInBalloon,
         Self::ConfigWrite,
+        Self::MalformedFreePages,
+        Self::StrayCommand,
+        Self::NotFree,
+        Self::ExtraStats,
         Self::BadRing,
     ];
 
@@ -60,6 +76,10 @@ impl Fault {
             Self::RepeatedPage => "repeated-page",
             Self::NotInBalloon => "not-in-balloon",
             Self::ConfigWrite => "config-write",
+            Self::MalformedFreePages => "malformed-free-pages",
+            Self::StrayCommand => "stray-command",
+            Self::NotFree => "not-free",
+            Self::ExtraStats => "extra-stats",
             Self::BadRing => "bad-ring",
         }
     }

@@ -152,6 +152,10 @@ impl Reclaim for HostReclaim {
         self.reclaimer.release_now(pages);
     }
 
+    fn release_free(&mut self, pages: &PageSet) {
+        self.reclaimer.release_free(pages);
+    }
+
     fn retain(&mut self, pages: &PageSet) {
         self.reclaimer.retain(pages);
     }

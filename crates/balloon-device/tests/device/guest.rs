@@ -42,6 +42,7 @@ pub(crate) const CLASSIC: Features = Features::VERSION_1.union(Features::MUST_TE
 pub(crate) enum Event {
     Release(PageSet),
     ReleaseNow(PageSet),
+    ReleaseFree(PageSet),
     Retain { pages: PageSet, returned: u16 },
     Flush,
 }
@@ -59,6 +60,10 @@ impl Reclaim for Recorder {
 
     fn release_now(&mut self, pages: &PageSet) {
         self.events.push(Event::ReleaseNow(pages.clone()));
+    }
+
+    fn release_free(&mut self, pages: &PageSet) {
+        self.events.push(Event::ReleaseFree(pages.clone()));
     }
 
     fn retain(&mut self, pages: &PageSet) {

@@ -1,0 +1,50 @@
+//! Free page reporting (virtio 1.3, section 5.5.6.7): the guest names pages that
+//! are free and does not use them until the message comes back. There is no other
+//! word about them, so they are released before it does, and are nobody's then.
+
+use page_set::PageSet;
+
+use crate::fault::Fault;
+use crate::reclaim::Reclaim;
+
+/// Pages that one report may name: 16 GiB, which is what Linux sends at most (32
+/// blocks of 512 MiB, on arm64 with pages of 64 KiB). The device serves nothing
+/// else until they are released, some 3 s where all of it is in use.
+pub const MAX_REPORT_PAGES: u64 = 1 << 22;
+
+/// What was reported so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reports {
+    /// Messages, refused ones too.
+    pub messages: u64,
+    /// Balloon pages that were reported as free.
+    pub pages: u64,
+    /// Those of them that were not released, because the guest expects to find its
+    /// poison in them.
+    pub poisoned_pages: u64,
+}
+
+impl Reports {
+    /// The guest reports `pages`.
+    pub(crate) fn take(
+        &mut self,
+        pages: &PageSet,
+        held: &PageSet,
+        may_turn_to_zeros: bool,
+        reclaim: &mut impl Reclaim,
+    ) -> Result<(), Fault> {
+        if pages.len() > MAX_REPORT_PAGES {
+            return Err(Fault::OversizedMessage);
+        }
+        if pages.intersects(held) {
+            return Err(Fault::NotFree);
+        }
+        self.pages += pages.len();
+        if may_turn_to_zeros {
+            reclaim.release_free(pages);
+        } else {
+            self.poisoned_pages += pages.len();
+        }
+        Ok(())
+    }
+}
