@@ -138,7 +138,7 @@ impl<R: Reclaim> Balloon<R> {
                 self.refuse(vq);
             }
             let written_bytes = self.answer(memory, outcome);
-            Handled { read_bytes: self.message.bytes().len(), written_bytes }
+            Handled { read_bytes: self.message.bytes().len(), written_bytes: Some(written_bytes) }
         });
         match drained {
             Ok(drained) => {

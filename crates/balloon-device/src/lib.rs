@@ -16,6 +16,7 @@ mod change;
 mod decode;
 mod drain;
 mod fault;
+mod kept;
 mod layout;
 mod message;
 mod reclaim;
