@@ -1,6 +1,7 @@
 //! The device: configuration space, the queues' handlers, what the guest gave.
 
 mod free_pages;
+mod stats_queue;
 
 use std::time::Instant;
 
@@ -19,6 +20,7 @@ use crate::layout::MemoryLayout;
 use crate::message::Message;
 use crate::reclaim::Reclaim;
 use crate::report::Reports;
+use crate::stats::Stats;
 
 /// A queue cannot be served any more until the driver sets it up anew.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +71,7 @@ pub struct Balloon<R> {
     change: Option<Change>,
     hinting: Hinting,
     reports: Reports,
+    stats: Stats,
 }
 
 impl<R: Reclaim> Balloon<R> {
@@ -77,6 +80,7 @@ impl<R: Reclaim> Balloon<R> {
         .union(Features::DEFLATE_ON_OOM)
         .union(Features::FREE_PAGE_HINT)
         .union(Features::PAGE_POISON)
+        .union(Features::STATS_VQ)
         .union(Features::REPORTING)
         .union(Features::RING_INDIRECT_DESC)
         .union(Features::RING_EVENT_IDX)
@@ -98,6 +102,7 @@ impl<R: Reclaim> Balloon<R> {
             change: None,
             hinting: Hinting::default(),
             reports: Reports::default(),
+            stats: Stats::default(),
         }
     }
 
@@ -115,6 +120,7 @@ impl<R: Reclaim> Balloon<R> {
         self.config.actual = 0;
         self.config.poison_val = 0;
         self.hinting.reset();
+        self.stats.reset(!self.negotiated.contains(Features::VERSION_1));
         self.show_hint_command();
         if let Some(change) = &mut self.change {
             change.actual_is(0, Instant::now());
@@ -124,8 +130,34 @@ impl<R: Reclaim> Balloon<R> {
     /// The driver's queues stop. It may be reset now, and then uses any page that
     /// it wants before the device hears of it again: what was not released yet
     /// never is. Where it only pauses, its balloon is still what it was.
+    ///
+    /// Chains that are kept are forgotten; see [`give_back`](Self::give_back).
     pub fn suspend(&mut self) {
         self.reclaim.retain(&self.held);
+        self.stats.kept.forget();
+    }
+
+    /// A queue is about to stop: chains of it that the device keeps go back to
+    /// the driver with nothing in them. True where it wants to be notified.
+    pub fn give_back<M: GuestMemory>(
+        &mut self,
+        vq: Vq,
+        memory: &M,
+        queue: &mut Queue,
+    ) -> Result<bool, QueueError> {
+        if vq != Vq::Stats {
+            return Ok(false);
+        }
+        let given_back = self.stats.kept.give_back(queue, memory);
+        given_back.map_err(|source| self.bad_ring(vq, source))
+    }
+
+    /// A queue is set up anew without having been stopped: what is kept of it
+    /// cannot be returned.
+    pub fn forget_kept(&mut self, vq: Vq) {
+        if vq == Vq::Stats {
+            self.stats.kept.forget();
+        }
     }
 
     /// Guest memory is now at `layout`. Pages that are gone are forgotten, and
@@ -146,8 +178,10 @@ impl<R: Reclaim> Balloon<R> {
         memory: &M,
         queue: &mut Queue,
     ) -> Result<Drained, QueueError> {
-        if matches!(vq, Vq::FreePage | Vq::Reporting) {
-            return self.process_free_pages(vq, memory, queue);
+        match vq {
+            Vq::Stats => return self.process_stats(memory, queue),
+            Vq::FreePage | Vq::Reporting => return self.process_free_pages(vq, memory, queue),
+            Vq::Inflate | Vq::Deflate | Vq::Request => {}
         }
         if let Some(change) = &mut self.change {
             change.notified(Instant::now());
@@ -159,24 +193,18 @@ impl<R: Reclaim> Balloon<R> {
                 self.refuse(vq);
             }
             let written_bytes = self.answer(memory, outcome);
-            Handled { read_bytes: self.message.bytes().len(), written_bytes }
+            Handled { read_bytes: self.message.bytes().len(), written_bytes: Some(written_bytes) }
         });
-        let drained = self.ring_checked(vq, drained)?;
+        let drained = drained.map_err(|source| self.bad_ring(vq, source))?;
         if let Some(change) = &mut self.change {
             change.served(drained.chains);
         }
         Ok(drained)
     }
 
-    fn ring_checked(
-        &mut self,
-        vq: Vq,
-        drained: Result<Drained, virtio_queue::Error>,
-    ) -> Result<Drained, QueueError> {
-        drained.map_err(|source| {
-            self.faults.count(Fault::BadRing);
-            QueueError::BadRing { vq, source }
-        })
+    fn bad_ring(&mut self, vq: Vq, source: virtio_queue::Error) -> QueueError {
+        self.faults.count(Fault::BadRing);
+        QueueError::BadRing { vq, source }
     }
 
     /// Sets the pages that the guest is asked to give. The caller tells the

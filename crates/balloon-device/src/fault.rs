@@ -36,9 +36,9 @@ pub enum Fault {
     /// A command for free page hints that the device did not give.
     #[error("guest: a hint command that was not given, or was given once and came twice")]
     StrayCommand,
-    /// A page that is said to be free and is in the balloon.
-    #[error("guest: a page is said to be free that is in the balloon")]
-    NotFree,
+    /// A page named as free that is in the balloon.
+    #[error("guest: a page named as free that is in the balloon")]
+    FreeInBalloon,
     /// A buffer of statistics while the device has one already.
     #[error("guest: more than one buffer of statistics")]
     ExtraStats,
@@ -60,7 +60,7 @@ impl Fault {
         Self::ConfigWrite,
         Self::MalformedFreePages,
         Self::StrayCommand,
-        Self::NotFree,
+        Self::FreeInBalloon,
         Self::ExtraStats,
         Self::BadRing,
     ];
@@ -78,7 +78,7 @@ impl Fault {
             Self::ConfigWrite => "config-write",
             Self::MalformedFreePages => "malformed-free-pages",
             Self::StrayCommand => "stray-command",
-            Self::NotFree => "not-free",
+            Self::FreeInBalloon => "free-in-balloon",
             Self::ExtraStats => "extra-stats",
             Self::BadRing => "bad-ring",
         }

@@ -44,8 +44,8 @@ pub enum HintError {
 pub struct Hinting {
     /// What the configuration space shows.
     command: HintCommand,
-    /// The next number; each is used once.
-    next: HintId,
+    /// The newest number; each is used once.
+    id: Option<HintId>,
     /// What the driver said last that its pages belong to.
     under: Option<HintId>,
     phase: HintPhase,
@@ -58,7 +58,7 @@ impl Default for Hinting {
     fn default() -> Self {
         Self {
             command: HintCommand::Stop,
-            next: HintId::FIRST,
+            id: None,
             under: None,
             phase: HintPhase::Idle,
             started: None,
@@ -72,6 +72,11 @@ impl Hinting {
     /// How far it has come.
     pub const fn phase(&self) -> HintPhase {
         self.phase
+    }
+
+    /// Number of the newest request.
+    pub const fn id(&self) -> Option<HintId> {
+        self.id
     }
 
     /// When the guest was asked.
@@ -97,8 +102,8 @@ impl Hinting {
 
     /// Asks anew, under a number that was never used. What came before is gone.
     pub(crate) fn start(&mut self, now: Instant) -> HintId {
-        let id = self.next;
-        self.next = id.next();
+        let id = self.id.map_or(HintId::FIRST, HintId::next);
+        self.id = Some(id);
         self.command = HintCommand::Hint(id);
         self.phase = HintPhase::Asked;
         self.started = Some(now);
@@ -175,7 +180,7 @@ impl Hinting {
             return Ok(());
         }
         if pages.intersects(held) {
-            return Err(Fault::NotFree);
+            return Err(Fault::FreeInBalloon);
         }
         self.pages.union_with(pages);
         Ok(())
@@ -188,7 +193,8 @@ impl Hinting {
     }
 
     fn was_given(&self, id: HintId) -> bool {
-        (HintId::FIRST.get()..self.next.get()).contains(&id.get())
+        let given = |newest: HintId| (HintId::FIRST.get()..=newest.get()).contains(&id.get());
+        self.id.is_some_and(given)
     }
 }
 
@@ -271,7 +277,7 @@ mod tests {
         let mut hinting = Hinting::default();
         let id = hinting.start(Instant::now()).get();
         hinting.said(id).unwrap();
-        assert_eq!(hinting.named(&set(1, 9), &set(9, 9)), Err(Fault::NotFree));
+        assert_eq!(hinting.named(&set(1, 9), &set(9, 9)), Err(Fault::FreeInBalloon));
         assert!(hinting.pages().is_empty());
     }
 

@@ -37,7 +37,7 @@ impl Reports {
             return Err(Fault::OversizedMessage);
         }
         if pages.intersects(held) {
-            return Err(Fault::NotFree);
+            return Err(Fault::FreeInBalloon);
         }
         self.pages += pages.len();
         if may_turn_to_zeros {

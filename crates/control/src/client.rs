@@ -17,7 +17,8 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::time::{sleep, timeout};
 
 use crate::api::{
-    BalloonStatus, Problem, ReleaseMode, ReleaseStatus, SetBalloon, SetRelease, Status,
+    BalloonStatus, FreePageHints, Problem, ReleaseMode, ReleaseStatus, SetBalloon, SetRelease,
+    SetStats, StatsStatus, Status,
 };
 use crate::error::ControlError;
 
@@ -115,6 +116,23 @@ impl Client {
     /// As [`Client::status`].
     pub fn set_release(&self, mode: ReleaseMode) -> Result<ReleaseStatus, ControlError> {
         self.put("/v1/release", &SetRelease { mode }, Duration::ZERO)
+    }
+
+    /// Sets how often the guest is asked for statistics; 0 is never.
+    ///
+    /// # Errors
+    /// As [`Client::status`].
+    pub fn set_stats(&self, interval_ms: u64) -> Result<StatsStatus, ControlError> {
+        self.put("/v1/stats", &SetStats { interval_ms }, Duration::ZERO)
+    }
+
+    /// Asks the guest which pages it does not use, for up to `wait`.
+    ///
+    /// # Errors
+    /// As [`Client::status`].
+    pub fn hints(&self, wait: Duration) -> Result<FreePageHints, ControlError> {
+        let path = format!("/v1/hints?wait_ms={}", wait.as_millis());
+        self.json(Method::POST, &path, Bytes::new(), wait)
     }
 
     /// The figures as Prometheus text.

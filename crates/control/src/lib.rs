@@ -12,6 +12,7 @@ pub mod api;
 mod balloon;
 mod client;
 mod error;
+mod guest_routes;
 mod metrics;
 mod name;
 mod openapi;
@@ -22,8 +23,9 @@ mod size;
 mod socket;
 
 pub use api::{
-    BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, Direction, Driver, Faults, GuestStatus,
-    PartialHuge, Problem, ReleaseMode, ReleaseStatus, SetBalloon, SetRelease, StagesMs, Status,
+    BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, Direction, Driver, Faults, FreePageHints,
+    GuestStatus, HintOutcome, PartialHuge, Problem, ReleaseMode, ReleaseStatus, ReportsStatus,
+    SetBalloon, SetRelease, SetStats, StagesMs, StatsStatus, Status,
 };
 pub use balloon::Balloon;
 pub use client::Client;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use balloon_abi::BALLOON_PAGE_BYTES;
 use balloon_device::Reclaim;
-use control::api::{PartialHuge, ReleaseMode, ReleaseStatus};
+use control::api::{PartialHuge, ReleaseMode, ReleaseStatus, ReportsStatus};
 use host_memory::{MemoryMap, Reclaimer, ReclaimerOptions, Region, resident};
 use page_set::{PageRange, PageSet};
 
@@ -113,6 +113,17 @@ impl HostReclaim {
             released_bytes: done.discarded_pages * BALLOON_PAGE_BYTES,
             release_calls: done.calls,
             release_errors: done.errors,
+        }
+    }
+
+    /// What was released because the guest reported it; the rest is the device's.
+    pub(crate) fn reports(&self) -> ReportsStatus {
+        let done = self.reclaimer.snapshot();
+        ReportsStatus {
+            released_bytes: done.free_pages * BALLOON_PAGE_BYTES,
+            release_calls: done.free_calls,
+            partial_bytes: done.free_partial_pages * BALLOON_PAGE_BYTES,
+            ..ReportsStatus::default()
         }
     }
 

@@ -6,7 +6,9 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
+use balloon_abi::Features;
 use control::Server;
 use control::api::{PartialHuge, ReleaseMode};
 use rustix::event::Timespec;
@@ -36,6 +38,8 @@ pub struct Options {
     pub release: ReleaseMode,
     /// What becomes of pieces of huge pages.
     pub partial_huge: PartialHuge,
+    /// Features that the device does not offer.
+    pub without: Features,
 }
 
 /// Serves the guest until the process is asked to end (SIGTERM or SIGINT).
@@ -46,6 +50,7 @@ pub struct Options {
 pub fn run(options: &Options) -> Result<(), Error> {
     let stop = stop_signal().map_err(|source| Error::Host { what: "signal handling", source })?;
     let backend = Backend::new(&options.name, options.release, options.partial_huge)?;
+    backend.withhold(options.without);
     let socket = Socket::bind(&options.socket)?;
     let _control = Server::bind(&options.control, backend.balloon())?;
     tracing::info!(
@@ -79,6 +84,11 @@ impl Backend {
         let reclaim = HostReclaim::new(release, partial_huge)?;
         let shared = Arc::new(Shared::new(name.to_owned(), reclaim)?);
         Ok(Self { shared, serving: Mutex::new(()) })
+    }
+
+    /// Offers no feature of `features`, from the next front end on.
+    pub fn withhold(&self, features: Features) {
+        self.shared.device().withhold(features);
     }
 
     /// The balloon, for a control API.
@@ -139,9 +149,11 @@ fn serve(shared: &Shared, stream: &UnixStream, stop: &impl AsFd) -> Result<End, 
     let mut message = Message::default();
     let mut events = Vec::with_capacity(16);
     loop {
-        let timeout = session.has_more().then(Timespec::default);
+        let timeout = if session.has_more() { Some(Duration::ZERO) } else { session.until_stats() };
+        let timeout = timeout.map(|time| Timespec::try_from(time).unwrap_or_default());
         wait(&poll, &mut events, timeout.as_ref()).map_err(host("epoll_wait"))?;
         session.go_on();
+        session.ask_for_stats();
         for event in events.drain(..) {
             match event.data.u64() {
                 EVENT_SOCKET => {
@@ -152,7 +164,9 @@ fn serve(shared: &Shared, stream: &UnixStream, stop: &impl AsFd) -> Result<End, 
                 }
                 EVENT_WAKE => {
                     let _ = rustix::io::read(shared.wake(), &mut [0; 8]);
-                    session.config_changed();
+                    if shared.take_config_changed() {
+                        session.config_changed();
+                    }
                 }
                 EVENT_STOP => return Ok(End::Stopped),
                 queue => session.kicked(usize::try_from(queue).unwrap_or(usize::MAX)),

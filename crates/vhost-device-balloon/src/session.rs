@@ -2,21 +2,19 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use balloon_abi::config::{CONFIG_BYTES, Field};
-use balloon_abi::{Features, QueueLayout};
+use balloon_abi::{Features, QueueLayout, Vq};
 use vhost::vhost_user::message::{BackendReq, FrontendReq};
 use vhost::vhost_user::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 
 use crate::error::{SessionError, Violation};
 use crate::memory::Memory;
-use crate::reclaim::HostReclaim;
 use crate::shared::Shared;
+use crate::stats_clock::StatsClock;
 use crate::vring::Vring;
 use crate::wire::{self, Message};
-
-type Device = balloon_device::Balloon<HostReclaim>;
 
 /// Features on top of the device's own.
 const TRANSPORT_FEATURES: Features = Features(VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits());
@@ -47,6 +45,7 @@ pub(crate) struct Session<'a> {
     memory: Option<Memory>,
     features: Features,
     channel: Option<OwnedFd>,
+    stats_clock: StatsClock,
 }
 
 impl<'a> Session<'a> {
@@ -61,6 +60,7 @@ impl<'a> Session<'a> {
             memory: None,
             features: Features::NONE,
             channel: None,
+            stats_clock: StatsClock::default(),
         })
     }
 
@@ -124,6 +124,34 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// Time until the guest is to be asked for statistics, if it is.
+    pub(crate) fn until_stats(&self) -> Option<Duration> {
+        self.stats_clock.left(self.shared.stats_interval(), Instant::now())
+    }
+
+    /// Asks the guest for statistics where it is time to.
+    pub(crate) fn ask_for_stats(&mut self) {
+        let now = Instant::now();
+        if !self.stats_clock.is_due(self.shared.stats_interval(), now) {
+            return;
+        }
+        let Self { vrings, memory: Some(memory), shared, .. } = self else { return };
+        let mut device = shared.device();
+        let Some(index) = device.queues().index(Vq::Stats) else { return };
+        let Some(vring) = vrings.get_mut(index).filter(|vring| vring.runs()) else { return };
+        match device.request_stats(&memory.map, &mut vring.queue) {
+            Ok(true) => vring.notify_guest(),
+            Ok(false) => {}
+            Err(error) => {
+                vring.stop();
+                device.forget_kept(Vq::Stats);
+                if shared.may_log() {
+                    tracing::warn!(%error, "queue stopped");
+                }
+            }
+        }
+    }
+
     /// Tells the guest that the configuration space changed.
     pub(crate) fn config_changed(&self) {
         let Some(channel) = &self.channel else { return };
@@ -148,7 +176,13 @@ impl<'a> Session<'a> {
         let mut device = shared.device();
         let Some(vq) = device.queues().vq(index) else { return };
         let drained = device.process_queue(vq, &memory.map, &mut vring.queue);
+        if drained.is_err() {
+            device.forget_kept(vq);
+        }
         drop(device);
+        if vq == Vq::FreePage {
+            shared.changed();
+        }
         match drained {
             Ok(drained) => {
                 vring.more = drained.more;
@@ -193,6 +227,8 @@ impl<'a> Session<'a> {
         let (offset, size, _flags) = (fields.u32()?, fields.u32()?, fields.u32()?);
         let data = fields.bytes(size as usize)?;
         let mut device = self.shared.device();
+        let poisons = device.negotiated().contains(Features::PAGE_POISON);
+        let valid = |field| field != Field::PoisonVal || poisons;
         let mut write = |offset, data| {
             if let Err(fault) = device.write_config(offset, data, Instant::now()) {
                 tracing::debug!(%fault, offset, "config write refused");
@@ -201,7 +237,7 @@ impl<'a> Session<'a> {
         if offset == 0 && data.len() > FIELD_BYTES && data.len().is_multiple_of(FIELD_BYTES) {
             for (place, data) in (0..).step_by(FIELD_BYTES).zip(data.chunks(FIELD_BYTES)) {
                 let field = Field::ALL.into_iter().find(|field| field.offset() == place as usize);
-                if field.is_some_and(Field::is_driver_writable) {
+                if field.is_some_and(|field| field.is_driver_writable() && valid(field)) {
                     write(place, data);
                 }
             }
@@ -219,7 +255,11 @@ impl<'a> Session<'a> {
         if !self.features.contains(TRANSPORT_FEATURES) {
             self.shared.device().suspend();
         }
-        u64_bytes((Device::FEATURES | TRANSPORT_FEATURES).0)
+        u64_bytes(self.offered().0)
+    }
+
+    fn offered(&self) -> Features {
+        self.shared.device().offered() | TRANSPORT_FEATURES
     }
 
     /// New features mean that a driver starts, unless the queues still run: then
@@ -230,7 +270,7 @@ impl<'a> Session<'a> {
     /// guest goes on; the queues' bases tell.
     fn set_features(&mut self, message: &Message) -> Result<(), SessionError> {
         let features = Features(message.fields().u64()?);
-        let excess = features.without(Device::FEATURES | TRANSPORT_FEATURES);
+        let excess = features.without(self.offered());
         if excess != Features::NONE {
             return Err(Violation::Features { features: excess.0 }.into());
         }
@@ -276,6 +316,9 @@ impl<'a> Session<'a> {
     fn set_vring_base(&mut self, message: &Message) -> Result<(), SessionError> {
         let mut fields = message.fields();
         let (index, base) = (fields.u32()?, fields.u32()?);
+        if let Some(vq) = self.vq(index) {
+            self.shared.device().forget_kept(vq);
+        }
         let vring = self.vring(index)?;
         vring.set_base(base)?;
         // A new driver begins at 0; where the ring stood there, nobody can tell,
@@ -303,6 +346,7 @@ impl<'a> Session<'a> {
 
     fn get_vring_base(&mut self, message: &Message) -> Result<Vec<u8>, SessionError> {
         let index = message.fields().u32()?;
+        self.give_back(index);
         let vring = self.vring(index)?;
         let base = vring.stop();
         vring.stopped_at = Some(base);
@@ -328,12 +372,38 @@ impl<'a> Session<'a> {
     fn set_vring_enable(&mut self, message: &Message) -> Result<(), SessionError> {
         let mut fields = message.fields();
         let (index, enable) = (fields.u32()?, fields.u32()?);
+        if enable == 0 {
+            self.give_back(index);
+        }
         self.vring(index)?.enabled = enable != 0;
         if enable == 0 {
             self.shared.device().suspend();
         }
         self.process(index as usize);
         Ok(())
+    }
+
+    /// Chains that the device keeps go back while the queue can still be written.
+    fn give_back(&mut self, index: u32) {
+        let vq = self.vq(index);
+        let Self { vrings, memory: Some(memory), shared, .. } = self else { return };
+        let (Some(vq), Some(vring)) = (vq, vrings.get_mut(index as usize)) else { return };
+        if !vring.runs() {
+            return;
+        }
+        match shared.device().give_back(vq, &memory.map, &mut vring.queue) {
+            Ok(true) => vring.notify_guest(),
+            Ok(false) => {}
+            Err(error) => {
+                if shared.may_log() {
+                    tracing::warn!(%error, "a queue that stops cannot be written");
+                }
+            }
+        }
+    }
+
+    fn vq(&self, index: u32) -> Option<Vq> {
+        self.shared.device().queues().vq(index as usize)
     }
 
     fn set_channel(&mut self, message: &mut Message) -> Result<(), SessionError> {

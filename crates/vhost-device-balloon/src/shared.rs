@@ -1,8 +1,12 @@
 //! What the vhost-user loop and the control API share: the device, under a
 //! lock, and what is known around it.
 
+mod hints;
+mod stats;
+
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -10,8 +14,8 @@ use balloon_abi::Features;
 use balloon_device::{Balloon, Change};
 use control::ControlError;
 use control::api::{
-    BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, Direction, Driver, Faults, GuestStatus,
-    ReleaseMode, StagesMs, Status,
+    BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, Direction, Driver, Faults, FreePageHints,
+    GuestStatus, ReleaseMode, ReportsStatus, StagesMs, Status,
 };
 use rustix::event::EventfdFlags;
 
@@ -30,6 +34,8 @@ pub(crate) struct Shared {
     state: Mutex<State>,
     changed: Condvar,
     wake: OwnedFd,
+    /// The guest is to be told that the configuration changed.
+    config_changed: AtomicBool,
     log_limit: Mutex<LogLimit>,
 }
 
@@ -40,6 +46,8 @@ struct State {
     /// What was released before the present change began.
     baseline: crate::reclaim::Work,
     front_end_faults: BTreeMap<&'static str, u64>,
+    /// How often the guest is asked for statistics, if it is.
+    stats_interval: Option<Duration>,
 }
 
 /// The device, locked.
@@ -68,6 +76,7 @@ impl Shared {
             generation: 0,
             baseline: crate::reclaim::Work::default(),
             front_end_faults: BTreeMap::new(),
+            stats_interval: None,
         };
         Ok(Self {
             name,
@@ -75,6 +84,7 @@ impl Shared {
             state: Mutex::new(state),
             changed: Condvar::new(),
             wake,
+            config_changed: AtomicBool::new(false),
             log_limit: Mutex::default(),
         })
     }
@@ -109,9 +119,26 @@ impl Shared {
         left_out.is_some()
     }
 
-    /// Becomes readable when the target has changed.
+    /// Becomes readable when there is something new for the loop.
     pub(crate) const fn wake(&self) -> &OwnedFd {
         &self.wake
+    }
+
+    /// Whether the guest is to be told that the configuration changed; asked once
+    /// for each change.
+    pub(crate) fn take_config_changed(&self) -> bool {
+        self.config_changed.swap(false, Ordering::AcqRel)
+    }
+
+    fn wake_loop(&self) -> std::io::Result<()> {
+        rustix::io::write(&self.wake, &1u64.to_ne_bytes())?;
+        Ok(())
+    }
+
+    /// Lets the loop tell the guest that the configuration changed.
+    fn announce(&self) -> Result<(), ControlError> {
+        self.config_changed.store(true, Ordering::Release);
+        self.wake_loop().map_err(not_woken)
     }
 
     /// A thread that panicked with the lock held has left counters behind, no
@@ -134,6 +161,8 @@ impl control::Balloon for Shared {
             balloon: state.balloon(),
             release: device.reclaim().status(),
             resident_bytes,
+            stats: state.stats(),
+            reports: state.reports(),
             faults: state.faults(),
         }
     }
@@ -156,12 +185,7 @@ impl control::Balloon for Shared {
         state.generation += 1;
         let generation = state.generation;
         drop(state);
-        rustix::io::write(&self.wake, &1u64.to_ne_bytes()).map_err(|error| {
-            ControlError::Failed {
-                what: format!("the balloon cannot be woken: {error}"),
-                hint: "restart the back end of this guest".into(),
-            }
-        })?;
+        self.announce()?;
         self.changed();
         Ok(generation)
     }
@@ -169,6 +193,22 @@ impl control::Balloon for Shared {
     fn set_release_mode(&self, mode: ReleaseMode) -> Result<(), ControlError> {
         self.state().device.reclaim_mut().set_mode(mode);
         Ok(())
+    }
+
+    fn set_stats_interval(&self, interval: Option<Duration>) -> Result<(), ControlError> {
+        self.change_stats_interval(interval).map_err(not_woken)
+    }
+
+    fn start_hints(&self) -> Result<u32, ControlError> {
+        self.begin_hints()
+    }
+
+    fn wait_hints(&self, id: u32, timeout: Duration) -> FreePageHints {
+        self.await_hints(id, timeout)
+    }
+
+    fn end_hints(&self, id: u32) -> Result<(), ControlError> {
+        self.finish_hints(id)
     }
 
     fn wait_change(&self, generation: u64, timeout: Duration) -> BalloonStatus {
@@ -205,6 +245,9 @@ impl State {
             connected: self.connected,
             driver,
             features: negotiated.names().map(str::to_owned).collect(),
+            poison_val: negotiated
+                .contains(Features::PAGE_POISON)
+                .then_some(self.device.config().poison_val),
             memory_bytes: self.device.layout().pages() * BALLOON_PAGE_BYTES,
         }
     }
@@ -250,6 +293,16 @@ impl State {
         }
     }
 
+    fn reports(&self) -> ReportsStatus {
+        let reports = self.device.reports();
+        ReportsStatus {
+            messages: reports.messages,
+            reported_bytes: reports.pages * BALLOON_PAGE_BYTES,
+            poisoned_bytes: reports.poisoned_pages * BALLOON_PAGE_BYTES,
+            ..self.device.reclaim().reports()
+        }
+    }
+
     fn faults(&self) -> Faults {
         let seen = self.device.faults().iter().filter(|(_, count)| *count > 0);
         let guest = seen.map(|(fault, count)| (fault.name().replace('-', "_"), count)).collect();
@@ -259,6 +312,13 @@ impl State {
             .map(|(name, count)| ((*name).to_owned(), *count))
             .collect();
         Faults { guest, front_end, host: self.device.reclaim().faults() }
+    }
+}
+
+fn not_woken(error: std::io::Error) -> ControlError {
+    ControlError::Failed {
+        what: format!("the balloon cannot be woken: {error}"),
+        hint: "restart the back end of this guest".into(),
     }
 }
 

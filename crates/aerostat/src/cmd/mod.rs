@@ -6,6 +6,7 @@ mod bench;
 mod demo;
 mod status;
 mod vhost_user;
+mod watch;
 
 use clap::Subcommand;
 

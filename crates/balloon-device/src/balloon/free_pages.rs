@@ -78,7 +78,7 @@ impl<R: Reclaim> Balloon<R> {
             Handled { read_bytes, written_bytes: Some(0) }
         });
         self.show_hint_command();
-        self.ring_checked(vq, drained)
+        drained.map_err(|source| self.bad_ring(vq, source))
     }
 
     fn hint(&mut self, named: &Named) -> Result<(), Fault> {
