@@ -44,7 +44,8 @@ pub trait Balloon: Send + Sync {
     /// request runs; [`ControlError::Failed`] when the host is at fault.
     fn start_hints(&self) -> Result<u32, ControlError>;
 
-    /// Blocks until the guest has answered request `id` or `timeout` has passed.
+    /// Blocks until the guest has answered request `id` or `timeout` has passed. The
+    /// pages are listed once it has.
     fn wait_hints(&self, id: u32, timeout: Duration) -> FreePageHints;
 
     /// Ends request `id`: the guest uses what it named again.

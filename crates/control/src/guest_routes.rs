@@ -23,6 +23,9 @@ pub(crate) struct HintWait {
     /// Give up after this time. Longer than 60000 is cut to that.
     #[serde(default = "default_hint_wait_ms")]
     wait_ms: u64,
+    /// Whether to list the pages too.
+    #[serde(default)]
+    list: bool,
 }
 
 /// Linux names all of 4 GiB within 0.1 s; one that swaps or is paused does not.
@@ -72,7 +75,7 @@ pub(crate) async fn post_hints(
     State(app): State<App>,
     wait: Result<Query<HintWait>, QueryRejection>,
 ) -> Result<Json<FreePageHints>, ControlError> {
-    let wait_ms = query(wait)?.wait_ms;
+    let HintWait { wait_ms, list } = query(wait)?;
     let wait = Duration::from_millis(wait_ms).min(app.limits.max_wait);
     // On its own, so that a client which hangs up leaves no guest without its pages.
     let asked = tokio::spawn(async move {
@@ -83,7 +86,10 @@ pub(crate) async fn post_hints(
         what: "the balloon failed while it was asked".into(),
         hint: "look into the log of the process that serves it".into(),
     };
-    let hints = asked.await.map_err(lost)??;
+    let mut hints = asked.await.map_err(lost)??;
+    if !list {
+        hints.list.clear();
+    }
     match hints.outcome {
         HintOutcome::Complete => Ok(Json(hints)),
         HintOutcome::InProgress => Err(ControlError::GuestSilent { limit_ms: wait.as_millis() }),

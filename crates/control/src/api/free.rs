@@ -21,8 +21,12 @@ pub struct ReportsStatus {
     pub partial_bytes: u64,
 }
 
+/// Runs that an answer lists at most: some 0.5 MiB of JSON, and all that a guest of
+/// 64 GiB can name in blocks of 4 MiB.
+pub const MAX_LISTED_RUNS: usize = 16384;
+
 /// What the guest does not use, as it said when it was asked.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct FreePageHints {
     /// Number of this request, which the guest repeated.
     pub id: u32,
@@ -33,9 +37,21 @@ pub struct FreePageHints {
     /// The same in bytes.
     pub bytes: u64,
     /// Runs of neighbouring pages among them.
-    pub ranges: u64,
+    pub runs: u64,
     /// Time since the guest was asked.
     pub elapsed_ms: u64,
+    /// The lowest 16384 runs, where they were asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub list: Vec<PageRun>,
+}
+
+/// Neighbouring pages of the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PageRun {
+    /// Guest physical address of the first one divided by 4096.
+    pub start: u64,
+    /// How many.
+    pub pages: u64,
 }
 
 /// How a request for hints went.

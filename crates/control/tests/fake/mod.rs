@@ -187,7 +187,7 @@ impl Balloon for FakeBalloon {
             }
         };
         let bytes = pages * BALLOON_PAGE_BYTES;
-        FreePageHints { id, outcome, pages, bytes, ranges: 1, elapsed_ms: 2 }
+        FreePageHints { id, outcome, pages, bytes, runs: 1, elapsed_ms: 2, list: vec![] }
     }
 
     fn end_hints(&self, id: u32) -> Result<(), ControlError> {

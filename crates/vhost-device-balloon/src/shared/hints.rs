@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use balloon_abi::BALLOON_PAGE_BYTES;
 use balloon_device::HintPhase;
 use control::ControlError;
-use control::api::{FreePageHints, HintOutcome};
+use control::api::{FreePageHints, HintOutcome, MAX_LISTED_RUNS, PageRun};
+use page_set::PageRange;
 
 use super::stats::whole_ms;
 use super::{Shared, State};
@@ -73,14 +74,25 @@ impl State {
             HintPhase::Lost => HintOutcome::Lost,
             HintPhase::Idle | HintPhase::Stopped => HintOutcome::Replaced,
         };
-        let pages = if newest { hinting.pages().len() } else { 0 };
-        FreePageHints {
+        let mut hints = FreePageHints {
             id,
             outcome,
-            pages,
-            bytes: pages * BALLOON_PAGE_BYTES,
-            ranges: if newest { hinting.pages().ranges().count() as u64 } else { 0 },
             elapsed_ms: hinting.started().map_or(0, |at| whole_ms(at.elapsed())),
+            ..FreePageHints::default()
+        };
+        if newest {
+            hints.pages = hinting.pages().len();
+            hints.bytes = hints.pages * BALLOON_PAGE_BYTES;
         }
+        if outcome == HintOutcome::Complete {
+            let runs = hinting.pages().ranges();
+            hints.list = runs.take(MAX_LISTED_RUNS).map(run).collect();
+            hints.runs = hinting.pages().ranges().count() as u64;
+        }
+        hints
     }
+}
+
+fn run(range: PageRange) -> PageRun {
+    PageRun { start: range.start(), pages: range.pages() }
 }
