@@ -34,5 +34,5 @@ pub use fault::{Fault, Faults};
 pub use hint::{HintError, HintPhase, Hinting};
 pub use layout::{LayoutError, MemoryLayout};
 pub use reclaim::Reclaim;
-pub use report::{MAX_REPORT_PAGES, Reports};
+pub use report::Reports;
 pub use stats::Stats;

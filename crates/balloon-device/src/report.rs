@@ -1,16 +1,12 @@
 //! Free page reporting (virtio 1.3, section 5.5.6.7): the guest names pages that
 //! are free and does not use them until the message comes back. There is no other
 //! word about them, so they are released before it does, and are nobody's then.
+//! A chain holds less than 4 GiB, so that takes a second at worst.
 
 use page_set::PageSet;
 
 use crate::fault::Fault;
 use crate::reclaim::Reclaim;
-
-/// Pages that one report may name: 16 GiB, which is what Linux sends at most (32
-/// blocks of 512 MiB, on arm64 with pages of 64 KiB). The device serves nothing
-/// else until they are released, some 3 s where all of it is in use.
-pub const MAX_REPORT_PAGES: u64 = 1 << 22;
 
 /// What was reported so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -33,9 +29,6 @@ impl Reports {
         may_turn_to_zeros: bool,
         reclaim: &mut impl Reclaim,
     ) -> Result<(), Fault> {
-        if pages.len() > MAX_REPORT_PAGES {
-            return Err(Fault::OversizedMessage);
-        }
         if pages.intersects(held) {
             return Err(Fault::FreeInBalloon);
         }

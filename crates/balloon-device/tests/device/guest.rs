@@ -25,6 +25,7 @@ pub(crate) const NOWHERE: u64 = 9 * MIB;
 pub(crate) const RING_SIZE: u16 = 16;
 const INFLATE_RING: u64 = MIB;
 const DEFLATE_RING: u64 = MIB + 0x1000;
+const OTHER_RING: u64 = MIB + 0x2000;
 /// Where messages are written; 128 KiB.
 pub(crate) const MESSAGE: u64 = MIB + 0x10000;
 /// Where the device answers.
@@ -81,6 +82,8 @@ pub(crate) struct Guest {
     pub(crate) balloon: Balloon<Recorder>,
     pub(crate) inflate: Side,
     pub(crate) deflate: Side,
+    /// The queue that a test is about, if it is neither of these.
+    pub(crate) other: Side,
 }
 
 /// One queue from both sides.
@@ -114,7 +117,7 @@ impl Guest {
         balloon.set_layout(MemoryLayout::of(&memory).unwrap());
         balloon.reset(negotiated);
         balloon.reclaim_mut().events.clear();
-        Self { memory, balloon, inflate, deflate }
+        Self { memory, balloon, inflate, deflate, other: Side::new(OTHER_RING) }
     }
 
     pub(crate) fn write(&self, at: u64, bytes: &[u8]) {
@@ -122,12 +125,20 @@ impl Guest {
     }
 
     pub(crate) fn side(&mut self, vq: Vq) -> &mut Side {
-        if vq == Vq::Inflate { &mut self.inflate } else { &mut self.deflate }
+        match vq {
+            Vq::Inflate => &mut self.inflate,
+            Vq::Deflate => &mut self.deflate,
+            _ => &mut self.other,
+        }
     }
 
     /// The device serves the queue.
     pub(crate) fn kick(&mut self, vq: Vq) -> Result<balloon_device::Drained, QueueError> {
-        let side = if vq == Vq::Inflate { &mut self.inflate } else { &mut self.deflate };
+        let side = match vq {
+            Vq::Inflate => &mut self.inflate,
+            Vq::Deflate => &mut self.deflate,
+            _ => &mut self.other,
+        };
         self.balloon.process_queue(vq, &self.memory, &mut side.queue)
     }
 

@@ -9,6 +9,8 @@
 mod bitmap_messages;
 mod classic_messages;
 mod descriptors;
+mod free_pages;
 mod guest;
 mod model;
 mod rings;
+mod statistics;
