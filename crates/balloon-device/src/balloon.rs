@@ -16,10 +16,13 @@ use crate::decode::{decode_bitmap, decode_pfn_array};
 use crate::drain::{Drained, Handled, drain};
 use crate::fault::{Fault, Faults};
 use crate::hint::Hinting;
+use crate::kept::Kept;
 use crate::layout::MemoryLayout;
 use crate::message::Message;
 use crate::reclaim::Reclaim;
 use crate::report::Reports;
+use crate::request::{RequestFailure, Requests};
+use crate::request_queue::RequestQueue;
 use crate::stats::Stats;
 
 /// A queue cannot be served any more until the driver sets it up anew.
@@ -72,6 +75,9 @@ pub struct Balloon<R> {
     hinting: Hinting,
     reports: Reports,
     stats: Stats,
+    requests: Requests,
+    /// Chains of the request queue that wait for a request.
+    waiting: Kept,
 }
 
 impl<R: Reclaim> Balloon<R> {
@@ -85,7 +91,8 @@ impl<R: Reclaim> Balloon<R> {
         .union(Features::RING_INDIRECT_DESC)
         .union(Features::RING_EVENT_IDX)
         .union(Features::VERSION_1)
-        .union(Features::PAGE_BITMAP);
+        .union(Features::PAGE_BITMAP)
+        .union(Features::REQUEST_VQ);
 
     /// A device without memory; see [`set_layout`](Self::set_layout).
     pub fn new(reclaim: R) -> Self {
@@ -103,6 +110,8 @@ impl<R: Reclaim> Balloon<R> {
             hinting: Hinting::default(),
             reports: Reports::default(),
             stats: Stats::default(),
+            requests: Requests::default(),
+            waiting: Kept::default(),
         }
     }
 
@@ -117,6 +126,8 @@ impl<R: Reclaim> Balloon<R> {
         let held = std::mem::take(&mut self.held);
         self.reclaim.retain(&held);
         self.negotiated = negotiated & self.offered;
+        self.waiting.forget();
+        self.requests.reset(self.negotiated);
         self.config.actual = 0;
         self.config.poison_val = 0;
         self.hinting.reset();
@@ -135,6 +146,8 @@ impl<R: Reclaim> Balloon<R> {
     pub fn suspend(&mut self) {
         self.reclaim.retain(&self.held);
         self.stats.kept.forget();
+        self.waiting.forget();
+        self.requests.suspend();
     }
 
     /// A queue is about to stop: chains of it that the device keeps go back to
@@ -145,18 +158,22 @@ impl<R: Reclaim> Balloon<R> {
         memory: &M,
         queue: &mut Queue,
     ) -> Result<bool, QueueError> {
-        if vq != Vq::Stats {
-            return Ok(false);
-        }
-        let given_back = self.stats.kept.give_back(queue, memory);
+        let kept = match vq {
+            Vq::Stats => &mut self.stats.kept,
+            Vq::Request => &mut self.waiting,
+            Vq::Inflate | Vq::Deflate | Vq::FreePage | Vq::Reporting => return Ok(false),
+        };
+        let given_back = kept.give_back(queue, memory);
         given_back.map_err(|source| self.bad_ring(vq, source))
     }
 
     /// A queue is set up anew without having been stopped: what is kept of it
     /// cannot be returned.
     pub fn forget_kept(&mut self, vq: Vq) {
-        if vq == Vq::Stats {
-            self.stats.kept.forget();
+        match vq {
+            Vq::Stats => self.stats.kept.forget(),
+            Vq::Request => self.waiting.forget(),
+            Vq::Inflate | Vq::Deflate | Vq::FreePage | Vq::Reporting => {}
         }
     }
 
@@ -169,6 +186,7 @@ impl<R: Reclaim> Balloon<R> {
             self.reclaim.retain(&gone);
         }
         self.layout = layout;
+        self.requests.forget_pages();
     }
 
     /// Serves a queue: takes every message, acts on it, and returns it.
@@ -181,7 +199,8 @@ impl<R: Reclaim> Balloon<R> {
         match vq {
             Vq::Stats => return self.process_stats(memory, queue),
             Vq::FreePage | Vq::Reporting => return self.process_free_pages(vq, memory, queue),
-            Vq::Inflate | Vq::Deflate | Vq::Request => {}
+            Vq::Request => return self.process_requests(memory, queue),
+            Vq::Inflate | Vq::Deflate => {}
         }
         if let Some(change) = &mut self.change {
             change.notified(Instant::now());
@@ -200,6 +219,30 @@ impl<R: Reclaim> Balloon<R> {
             change.served(drained.chains);
         }
         Ok(drained)
+    }
+
+    /// Serves the request queue: also when something was submitted, stopped or
+    /// ran out of time.
+    fn process_requests<M: GuestMemory>(
+        &mut self,
+        memory: &M,
+        queue: &mut Queue,
+    ) -> Result<Drained, QueueError> {
+        self.requests.resume();
+        let served = RequestQueue {
+            requests: &mut self.requests,
+            waiting: &mut self.waiting,
+            message: &mut self.message,
+            faults: &mut self.faults,
+            layout: &self.layout,
+            balloon: &self.held,
+        }
+        .process(memory, queue);
+        served.map_err(|source| {
+            self.waiting.forget();
+            self.requests.end_all(RequestFailure::BadRing);
+            self.bad_ring(Vq::Request, source)
+        })
     }
 
     fn bad_ring(&mut self, vq: Vq, source: virtio_queue::Error) -> QueueError {
@@ -298,6 +341,17 @@ impl<R: Reclaim> Balloon<R> {
         self.change.as_ref()
     }
 
+    /// What the operator asks of the guest.
+    pub const fn requests(&self) -> &Requests {
+        &self.requests
+    }
+
+    /// What the operator asks of the guest, to ask more. The request queue is to
+    /// be [served](Self::process_queue) then.
+    pub const fn requests_mut(&mut self) -> &mut Requests {
+        &mut self.requests
+    }
+
     /// What releases memory.
     pub const fn reclaim(&self) -> &R {
         &self.reclaim
@@ -326,7 +380,7 @@ impl<R: Reclaim> Balloon<R> {
         match vq {
             Vq::Inflate => self.inflate(&pages),
             Vq::Deflate => self.deflate(&pages),
-            // Not offered, so no layout gives them a number.
+            // Not offered, so no layout gives them a number; requests go their own way.
             Vq::Stats | Vq::FreePage | Vq::Reporting | Vq::Request => {}
         }
         Ok(())
@@ -339,6 +393,7 @@ impl<R: Reclaim> Balloon<R> {
         self.counters.inflate_messages += 1;
         self.counters.inflated_pages += pages.len();
         self.held.union_with(pages);
+        self.requests.inflated(pages);
         if self.negotiated.contains(Features::MUST_TELL_HOST) {
             self.reclaim.release(pages);
         } else {

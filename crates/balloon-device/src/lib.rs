@@ -11,6 +11,7 @@
 
 #![forbid(unsafe_code)]
 
+mod answer;
 mod balloon;
 mod change;
 mod decode;
@@ -24,8 +25,12 @@ mod named;
 mod poison;
 mod reclaim;
 mod report;
+mod request;
+mod request_queue;
 mod stats;
+mod totals;
 
+pub use answer::{Answer, Blocks, FreeKind, FreePages};
 pub use balloon::{Balloon, Counters, QueueError};
 pub use change::{Change, Stages};
 pub use decode::{decode_bitmap, decode_pfn_array};
@@ -35,4 +40,9 @@ pub use hint::{HintError, HintPhase, Hinting};
 pub use layout::{LayoutError, MemoryLayout};
 pub use reclaim::Reclaim;
 pub use report::Reports;
+pub use request::{
+    Ask, Hold, HoldState, MAX_OUTCOMES, MAX_QUEUED_REQUESTS, RequestFailure, RequestResult,
+    Requests, SubmitError,
+};
 pub use stats::Stats;
+pub use totals::{RequestKind, RequestTotals};

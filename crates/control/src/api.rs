@@ -5,6 +5,7 @@
 //! is in milliseconds; a measured one may have a fraction.
 
 mod free;
+mod requests;
 mod stats;
 
 use std::collections::BTreeMap;
@@ -13,6 +14,11 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 pub use free::{FreePageHints, HintOutcome, MAX_LISTED_RUNS, PageRun, ReportsStatus};
+pub use requests::{
+    AskFreePages, BLOCK_BYTES, BlockCount, CacheSize, Caches, CancelledRequest, CoarseMap,
+    CoarseRegion, DEFAULT_RESERVE_BYTES, DEFAULT_TIMEOUT_MS, DropCaches, DroppedCaches, FreeKind,
+    FreePages, HoldState, ReleasedHold, RequestStatus,
+};
 pub use stats::{MAX_STATS_INTERVAL_MS, MIN_STATS_INTERVAL_MS, SetStats, StatsStatus};
 
 /// Bytes of one balloon page, the unit of the virtio balloon (virtio 1.3,
@@ -45,6 +51,8 @@ pub struct Status {
     pub reports: ReportsStatus,
     /// What went wrong so far.
     pub faults: Faults,
+    /// What was asked of the guest's kernel.
+    pub requests: RequestStatus,
 }
 
 /// The guest and its driver.

@@ -16,6 +16,7 @@ pub(crate) fn render(status: &Status) -> String {
     release(&mut page, status);
     stats(&mut page, status);
     reports(&mut page, status);
+    requests(&mut page, status);
     faults(&mut page, status);
     page.text
 }
@@ -128,6 +129,22 @@ fn reports(page: &mut Page, status: &Status) {
         "Reported memory kept as part of a larger host page.",
         reports.partial_bytes,
     );
+}
+
+fn requests(page: &mut Page, status: &Status) {
+    let requests = &status.requests;
+    page.gauge("requests_waiting", "Requests that wait for the guest.", requests.waiting);
+    page.counter(
+        "request_late_answers_total",
+        "Answers of the guest that came after their time.",
+        requests.late_answers,
+    );
+    page.head("requests_total", "counter", "Ended requests, by command and by how they ended.");
+    for (command, outcomes) in &requests.ended {
+        for (outcome, count) in outcomes {
+            page.sample("requests_total", &[("command", command), ("outcome", outcome)], count);
+        }
+    }
 }
 
 fn faults(page: &mut Page, status: &Status) {

@@ -20,6 +20,13 @@ use crate::{guest_routes, routes};
         guest_routes::get_stats,
         guest_routes::put_stats,
         guest_routes::post_hints,
+        routes::request::post_drop_caches,
+        routes::request::post_free_pages,
+        routes::request::get_free_pages,
+        routes::request::delete_free_pages,
+        routes::request::get_bitmap,
+        routes::request::get_picture,
+        routes::request::post_cancel,
         routes::get_metrics,
         routes::get_openapi,
     )

@@ -218,6 +218,28 @@ fn a_balloon_that_panics_costs_one_answer() {
         fn set_stats_interval(&self, _: Option<Duration>) -> Result<(), ControlError> {
             Ok(())
         }
+        fn name(&self) -> String {
+            "broken".into()
+        }
+        fn submit(&self, _: control::GuestAsk, _: Duration) -> Result<u32, ControlError> {
+            panic!("a test of a panic")
+        }
+        fn wait_request(
+            &self,
+            _: u32,
+            _: Duration,
+        ) -> Option<Result<control::GuestAnswer, ControlError>> {
+            None
+        }
+        fn cancel_request(
+            &self,
+            _: Option<u32>,
+        ) -> Result<control::api::CancelledRequest, ControlError> {
+            panic!("a test of a panic")
+        }
+        fn free_pages(&self) -> Option<control::FreePagesMap> {
+            None
+        }
         fn start_hints(&self) -> Result<u32, ControlError> {
             Ok(1)
         }

@@ -17,6 +17,15 @@ use serde_json::Value;
 
 const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/openapi.json");
 
+/// What the guest is asked on the request queue, which the guest here has not.
+const REQUESTS: [&str; 5] = [
+    "/v1/cancel",
+    "/v1/drop-caches",
+    "/v1/free-pages",
+    "/v1/free-pages/bitmap",
+    "/v1/free-pages/picture",
+];
+
 fn ask(path: &Path, method: &str, target: &str) -> String {
     let mut stream = UnixStream::connect(path).unwrap();
     let request = format!("{method} {target} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n");
@@ -58,7 +67,12 @@ fn every_endpoint_that_is_described_exists() {
             let status: u16 = answer[9..12].parse().unwrap();
             // An empty body is no target, so a PUT that exists says 400.
             let expected = if method == "put" { 400 } else { 200 };
-            assert_eq!(status, expected, "{method} {path}");
+            if REQUESTS.contains(&path.as_str()) {
+                // Refused by this guest, or there is nothing to show.
+                assert!((400..500).contains(&status) && status != 405, "{status} {method} {path}");
+            } else {
+                assert_eq!(status, expected, "{method} {path}");
+            }
             described.insert(format!("{method} {path}"));
             for (code, response) in api["paths"][path][method]["responses"].as_object().unwrap() {
                 let said = response["description"].as_str().unwrap_or_default();
@@ -67,12 +81,19 @@ fn every_endpoint_that_is_described_exists() {
         }
     }
     let all = [
+        "delete /v1/free-pages",
         "get /v1/balloon",
+        "get /v1/free-pages",
+        "get /v1/free-pages/bitmap",
+        "get /v1/free-pages/picture",
         "get /v1/metrics",
         "get /v1/openapi.json",
         "get /v1/release",
         "get /v1/stats",
         "get /v1/status",
+        "post /v1/cancel",
+        "post /v1/drop-caches",
+        "post /v1/free-pages",
         "post /v1/hints",
         "put /v1/balloon",
         "put /v1/release",

@@ -149,11 +149,18 @@ fn serve(shared: &Shared, stream: &UnixStream, stop: &impl AsFd) -> Result<End, 
     let mut message = Message::default();
     let mut events = Vec::with_capacity(16);
     loop {
-        let timeout = if session.has_more() { Some(Duration::ZERO) } else { session.until_stats() };
-        let timeout = timeout.map(|time| Timespec::try_from(time).unwrap_or_default());
+        let timeout = if session.has_more() {
+            Some(Duration::ZERO)
+        } else {
+            shared.until_deadline().into_iter().chain(session.until_stats()).min()
+        };
+        let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
         wait(&poll, &mut events, timeout.as_ref()).map_err(host("epoll_wait"))?;
         session.go_on();
         session.ask_for_stats();
+        if shared.expire_requests() {
+            session.serve_requests();
+        }
         for event in events.drain(..) {
             match event.data.u64() {
                 EVENT_SOCKET => {
@@ -167,6 +174,7 @@ fn serve(shared: &Shared, stream: &UnixStream, stop: &impl AsFd) -> Result<End, 
                     if shared.take_config_changed() {
                         session.config_changed();
                     }
+                    session.serve_requests();
                 }
                 EVENT_STOP => return Ok(End::Stopped),
                 queue => session.kicked(usize::try_from(queue).unwrap_or(usize::MAX)),

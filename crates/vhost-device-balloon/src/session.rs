@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use balloon_abi::config::{CONFIG_BYTES, Field};
 use balloon_abi::{Features, QueueLayout, Vq};
+use balloon_device::RequestFailure;
 use vhost::vhost_user::message::{BackendReq, FrontendReq};
 use vhost::vhost_user::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 
@@ -152,6 +153,15 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// Serves the request queue, where there is one: the operator asked for
+    /// something, or time ran out.
+    pub(crate) fn serve_requests(&mut self) {
+        let index = self.shared.device().queues().index(Vq::Request);
+        if let Some(index) = index {
+            self.process(index);
+        }
+    }
+
     /// Tells the guest that the configuration space changed.
     pub(crate) fn config_changed(&self) {
         let Some(channel) = &self.channel else { return };
@@ -180,7 +190,7 @@ impl<'a> Session<'a> {
             device.forget_kept(vq);
         }
         drop(device);
-        if vq == Vq::FreePage {
+        if matches!(vq, Vq::FreePage | Vq::Request) {
             shared.changed();
         }
         match drained {
@@ -251,9 +261,9 @@ impl<'a> Session<'a> {
 
     /// User Mode Linux asks this too when it has removed a driver, and where it
     /// cannot stop queues it says nothing else.
-    fn get_features(&self) -> Vec<u8> {
+    fn get_features(&mut self) -> Vec<u8> {
         if !self.features.contains(TRANSPORT_FEATURES) {
-            self.shared.device().suspend();
+            self.suspend();
         }
         u64_bytes(self.offered().0)
     }
@@ -285,7 +295,7 @@ impl<'a> Session<'a> {
         }
         let stopped = self.vrings.iter().any(|vring| vring.stopped_at.is_some());
         if stopped && features == self.features {
-            self.shared.device().suspend();
+            self.suspend();
         } else {
             self.features = features;
             self.driver_starts();
@@ -310,15 +320,14 @@ impl<'a> Session<'a> {
     fn set_vring_num(&mut self, message: &Message) -> Result<(), SessionError> {
         let mut fields = message.fields();
         let (index, size) = (fields.u32()?, fields.u32()?);
+        self.forget_kept(index);
         self.vring(index)?.set_size(size)
     }
 
     fn set_vring_base(&mut self, message: &Message) -> Result<(), SessionError> {
         let mut fields = message.fields();
         let (index, base) = (fields.u32()?, fields.u32()?);
-        if let Some(vq) = self.vq(index) {
-            self.shared.device().forget_kept(vq);
-        }
+        self.forget_kept(index);
         let vring = self.vring(index)?;
         vring.set_base(base)?;
         // A new driver begins at 0; where the ring stood there, nobody can tell,
@@ -346,11 +355,11 @@ impl<'a> Session<'a> {
 
     fn get_vring_base(&mut self, message: &Message) -> Result<Vec<u8>, SessionError> {
         let index = message.fields().u32()?;
-        self.give_back(index);
+        self.vring(index)?;
+        self.suspend();
         let vring = self.vring(index)?;
         let base = vring.stop();
         vring.stopped_at = Some(base);
-        self.shared.device().suspend();
         let base = u32::from(base);
         Ok([index.to_ne_bytes(), base.to_ne_bytes()].concat())
     }
@@ -372,38 +381,13 @@ impl<'a> Session<'a> {
     fn set_vring_enable(&mut self, message: &Message) -> Result<(), SessionError> {
         let mut fields = message.fields();
         let (index, enable) = (fields.u32()?, fields.u32()?);
+        self.vring(index)?;
         if enable == 0 {
-            self.give_back(index);
+            self.suspend();
         }
         self.vring(index)?.enabled = enable != 0;
-        if enable == 0 {
-            self.shared.device().suspend();
-        }
         self.process(index as usize);
         Ok(())
-    }
-
-    /// Chains that the device keeps go back while the queue can still be written.
-    fn give_back(&mut self, index: u32) {
-        let vq = self.vq(index);
-        let Self { vrings, memory: Some(memory), shared, .. } = self else { return };
-        let (Some(vq), Some(vring)) = (vq, vrings.get_mut(index as usize)) else { return };
-        if !vring.runs() {
-            return;
-        }
-        match shared.device().give_back(vq, &memory.map, &mut vring.queue) {
-            Ok(true) => vring.notify_guest(),
-            Ok(false) => {}
-            Err(error) => {
-                if shared.may_log() {
-                    tracing::warn!(%error, "a queue that stops cannot be written");
-                }
-            }
-        }
-    }
-
-    fn vq(&self, index: u32) -> Option<Vq> {
-        self.shared.device().queues().vq(index as usize)
     }
 
     fn set_channel(&mut self, message: &mut Message) -> Result<(), SessionError> {
@@ -420,6 +404,40 @@ impl<'a> Session<'a> {
         self.vrings.iter_mut().for_each(Vring::reset);
         self.features = Features::NONE;
         self.driver_starts();
+    }
+
+    /// The queues stop, or one of them does. The device keeps chains no longer;
+    /// those of a queue that goes on come back with the driver's next kick.
+    fn suspend(&mut self) {
+        let mut device = self.shared.device();
+        if let Some(memory) = &self.memory {
+            for (vring, vq) in self.vrings.iter_mut().zip(device.queues().queues()) {
+                if !vring.runs() {
+                    continue;
+                }
+                match device.give_back(vq, &memory.map, &mut vring.queue) {
+                    Ok(true) => vring.notify_guest(),
+                    Ok(false) => {}
+                    Err(error) => {
+                        vring.stop();
+                        if self.shared.may_log() {
+                            tracing::warn!(%error, "queue stopped");
+                        }
+                    }
+                }
+            }
+        }
+        device.suspend();
+        drop(device);
+        self.shared.changed();
+    }
+
+    /// A queue is set up anew.
+    fn forget_kept(&self, index: u32) {
+        let mut device = self.shared.device();
+        if let Some(vq) = device.queues().vq(index as usize) {
+            device.forget_kept(vq);
+        }
     }
 
     /// Whatever the guest held is its own again.
@@ -441,9 +459,12 @@ impl Drop for Session<'_> {
     /// more, since its memory may be mapped by a monitor that comes back.
     fn drop(&mut self) {
         let mut device = self.shared.device();
+        device.requests_mut().end_all(RequestFailure::HungUp);
         device.reset(Features::NONE);
         device.reclaim_mut().forget_memory();
         device.set_layout(balloon_device::MemoryLayout::default());
+        drop(device);
+        self.shared.changed();
     }
 }
 

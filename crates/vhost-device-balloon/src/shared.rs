@@ -6,22 +6,22 @@ mod stats;
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use balloon_abi::Features;
 use balloon_device::{Balloon, Change};
-use control::ControlError;
 use control::api::{
-    BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, Direction, Driver, Faults, FreePageHints,
-    GuestStatus, ReleaseMode, ReportsStatus, StagesMs, Status,
+    BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, CancelledRequest, Direction, Driver, Faults,
+    FreePageHints, GuestStatus, ReleaseMode, ReportsStatus, StagesMs, Status,
 };
+use control::{ControlError, FreePagesMap, GuestAnswer, GuestAsk};
 use rustix::event::EventfdFlags;
 
 use crate::error::Error;
 use crate::log_limit::LogLimit;
 use crate::reclaim::HostReclaim;
+use crate::requests::RequestTimes;
 
 /// How often a wait looks whether releasing in the background has come to its
 /// end, which nobody announces.
@@ -32,22 +32,24 @@ pub(crate) struct Shared {
     name: String,
     started: Instant,
     state: Mutex<State>,
-    changed: Condvar,
+    pub(crate) changed: Condvar,
     wake: OwnedFd,
-    /// The guest is to be told that the configuration changed.
-    config_changed: AtomicBool,
     log_limit: Mutex<LogLimit>,
 }
 
-struct State {
-    device: Balloon<HostReclaim>,
-    connected: bool,
+pub(crate) struct State {
+    pub(crate) device: Balloon<HostReclaim>,
+    pub(crate) connected: bool,
     generation: u64,
     /// What was released before the present change began.
     baseline: crate::reclaim::Work,
     front_end_faults: BTreeMap<&'static str, u64>,
     /// How often the guest is asked for statistics, if it is.
     stats_interval: Option<Duration>,
+    /// The configuration space has changed and the guest was not told yet.
+    config_changed: bool,
+    /// When requests were submitted, and what became of the newest free pages.
+    pub(crate) times: RequestTimes,
 }
 
 /// The device, locked.
@@ -77,6 +79,8 @@ impl Shared {
             baseline: crate::reclaim::Work::default(),
             front_end_faults: BTreeMap::new(),
             stats_interval: None,
+            config_changed: false,
+            times: RequestTimes::default(),
         };
         Ok(Self {
             name,
@@ -84,7 +88,6 @@ impl Shared {
             state: Mutex::new(state),
             changed: Condvar::new(),
             wake,
-            config_changed: AtomicBool::new(false),
             log_limit: Mutex::default(),
         })
     }
@@ -119,36 +122,44 @@ impl Shared {
         left_out.is_some()
     }
 
-    /// Becomes readable when there is something new for the loop.
+    /// True once for each change of the configuration space, or for many at once.
+    pub(crate) fn take_config_changed(&self) -> bool {
+        std::mem::take(&mut self.state().config_changed)
+    }
+
+    /// Has the loop look at what the operator wants.
+    pub(crate) fn wake_up(&self) -> Result<(), ControlError> {
+        let woken = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+        woken.map(drop).map_err(|error| ControlError::Failed {
+            what: format!("the balloon cannot be woken: {error}"),
+            hint: "restart the back end of this guest".into(),
+        })
+    }
+
+    /// Becomes readable when the operator wants something.
     pub(crate) const fn wake(&self) -> &OwnedFd {
         &self.wake
     }
 
-    /// Whether the guest is to be told that the configuration changed; asked once
-    /// for each change.
-    pub(crate) fn take_config_changed(&self) -> bool {
-        self.config_changed.swap(false, Ordering::AcqRel)
-    }
-
-    fn wake_loop(&self) -> std::io::Result<()> {
-        rustix::io::write(&self.wake, &1u64.to_ne_bytes())?;
-        Ok(())
-    }
-
-    /// Lets the loop tell the guest that the configuration changed.
-    fn announce(&self) -> Result<(), ControlError> {
-        self.config_changed.store(true, Ordering::Release);
-        self.wake_loop().map_err(not_woken)
+    /// Has the loop tell the guest that the configuration space changed.
+    fn announce(&self, mut state: MutexGuard<'_, State>) -> Result<(), ControlError> {
+        state.config_changed = true;
+        drop(state);
+        self.wake_up()
     }
 
     /// A thread that panicked with the lock held has left counters behind, no
     /// half-made structure; the guest is worth more than a clean exit.
-    fn state(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl control::Balloon for Shared {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
     fn status(&self) -> Status {
         let state = self.state();
         let device = &state.device;
@@ -164,6 +175,7 @@ impl control::Balloon for Shared {
             stats: state.stats(),
             reports: state.reports(),
             faults: state.faults(),
+            requests: state.requests(),
         }
     }
 
@@ -184,8 +196,7 @@ impl control::Balloon for Shared {
         state.device.set_target(pages, Instant::now());
         state.generation += 1;
         let generation = state.generation;
-        drop(state);
-        self.announce()?;
+        self.announce(state)?;
         self.changed();
         Ok(generation)
     }
@@ -196,7 +207,7 @@ impl control::Balloon for Shared {
     }
 
     fn set_stats_interval(&self, interval: Option<Duration>) -> Result<(), ControlError> {
-        self.change_stats_interval(interval).map_err(not_woken)
+        self.change_stats_interval(interval)
     }
 
     fn start_hints(&self) -> Result<u32, ControlError> {
@@ -209,6 +220,26 @@ impl control::Balloon for Shared {
 
     fn end_hints(&self, id: u32) -> Result<(), ControlError> {
         self.finish_hints(id)
+    }
+
+    fn submit(&self, ask: GuestAsk, timeout: Duration) -> Result<u32, ControlError> {
+        self.submit_request(ask, timeout)
+    }
+
+    fn wait_request(
+        &self,
+        id: u32,
+        timeout: Duration,
+    ) -> Option<Result<GuestAnswer, ControlError>> {
+        self.wait_for_request(id, timeout)
+    }
+
+    fn cancel_request(&self, id: Option<u32>) -> Result<CancelledRequest, ControlError> {
+        self.cancel_one(id)
+    }
+
+    fn free_pages(&self) -> Option<FreePagesMap> {
+        self.state().newest_free_pages()
     }
 
     fn wait_change(&self, generation: u64, timeout: Duration) -> BalloonStatus {
@@ -315,13 +346,6 @@ impl State {
     }
 }
 
-fn not_woken(error: std::io::Error) -> ControlError {
-    ControlError::Failed {
-        what: format!("the balloon cannot be woken: {error}"),
-        hint: "restart the back end of this guest".into(),
-    }
-}
-
-fn ms(duration: Duration) -> f64 {
+pub(crate) fn ms(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
 }

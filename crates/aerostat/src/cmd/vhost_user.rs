@@ -68,6 +68,8 @@ enum Feature {
     DeflateOnOom,
     /// Messages of Aerostat's own driver
     PageBitmap,
+    /// Requests to Aerostat's own driver
+    Request,
 }
 
 impl From<Feature> for Features {
@@ -79,6 +81,7 @@ impl From<Feature> for Features {
             Feature::Poison => Self::PAGE_POISON,
             Feature::DeflateOnOom => Self::DEFLATE_ON_OOM,
             Feature::PageBitmap => Self::PAGE_BITMAP,
+            Feature::Request => Self::REQUEST_VQ,
         }
     }
 }

@@ -6,10 +6,10 @@ use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use control::api::{
-    BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, Direction, Driver, FreePageHints,
-    GuestStatus, HintOutcome, ReleaseMode, ReleaseStatus, Status,
+    BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, CancelledRequest, Direction, Driver,
+    FreePageHints, GuestStatus, HintOutcome, ReleaseMode, ReleaseStatus, Status,
 };
-use control::{Balloon, ControlError};
+use control::{Balloon, ControlError, FreePagesMap, GuestAnswer, GuestAsk};
 
 /// Memory of the guest that is not there.
 pub(crate) const GUEST_BYTES: u64 = 4 << 30;
@@ -177,6 +177,27 @@ impl Balloon for FakeBalloon {
         Ok(state.hints)
     }
 
+    fn name(&self) -> String {
+        self.lock().status.name.clone()
+    }
+
+    /// This guest has no request queue.
+    fn submit(&self, _: GuestAsk, _: Duration) -> Result<u32, ControlError> {
+        Err(no_requests())
+    }
+
+    fn wait_request(&self, _: u32, _: Duration) -> Option<Result<GuestAnswer, ControlError>> {
+        Some(Err(no_requests()))
+    }
+
+    fn cancel_request(&self, _: Option<u32>) -> Result<CancelledRequest, ControlError> {
+        Err(no_requests())
+    }
+
+    fn free_pages(&self) -> Option<FreePagesMap> {
+        None
+    }
+
     /// A guest that obeys has a free MiB.
     fn wait_hints(&self, id: u32, timeout: Duration) -> FreePageHints {
         let (outcome, pages) = match self.guest {
@@ -208,4 +229,8 @@ impl Balloon for FakeBalloon {
         let waited = self.changed.wait_timeout_while(state, timeout, pending);
         waited.expect("no test panics with this lock").0.status.balloon.clone()
     }
+}
+
+fn no_requests() -> ControlError {
+    ControlError::Refused { what: "a guest without requests".into(), hint: "none".into() }
 }

@@ -29,8 +29,7 @@ impl Shared {
             what: error.to_string(),
             hint: "the driver must accept free-page-hint; see the features in the status".into(),
         })?;
-        drop(state);
-        self.announce()?;
+        self.announce(state)?;
         Ok(id.get())
     }
 
@@ -57,9 +56,8 @@ impl Shared {
             return Ok(());
         }
         state.device.hinting_done();
-        drop(state);
         self.changed();
-        self.announce()
+        self.announce(state)
     }
 }
 

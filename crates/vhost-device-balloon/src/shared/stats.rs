@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use balloon_abi::StatTag;
+use control::ControlError;
 use control::api::StatsStatus;
 
 use super::{Shared, State};
@@ -14,9 +15,12 @@ impl Shared {
     }
 
     /// `None` asks no more. The loop is woken, since it may sleep for long.
-    pub(super) fn change_stats_interval(&self, interval: Option<Duration>) -> std::io::Result<()> {
+    pub(super) fn change_stats_interval(
+        &self,
+        interval: Option<Duration>,
+    ) -> Result<(), ControlError> {
         self.state().stats_interval = interval;
-        self.wake_loop()
+        self.wake_up()
     }
 }
 
