@@ -7,7 +7,7 @@ use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 
 use crate::advise::{advise, vectors_work};
-use crate::{Backing, MemoryMap, PartialHuge, Piece};
+use crate::{Backing, MemoryMap, PartialHuge, Piece, resident};
 
 /// Failures that a report keeps in full; beyond, they are only counted, so that
 /// a host which refuses everything costs bounded memory.
@@ -35,8 +35,13 @@ pub trait Discard: Send + Sync {
     /// release is in the report; it never stops half-way.
     fn discard(&self, pages: &PageSet) -> DiscardReport;
 
-    /// The same, page by page: one look-up and one call each, as QEMU did until
-    /// 2016. Exists to be compared with.
+    /// 4 KiB pages that the host spends on the guest although at least
+    /// `released_pages` of them were released: huge pages that came back when the
+    /// guest touched a part of a hole. `None` where it cannot be asked cheaply.
+    fn returned_pages(&self, released_pages: u64) -> Option<u64>;
+
+    /// As [`discard`](Self::discard), page by page: one look-up and one call each,
+    /// as QEMU did until 2016. Exists to be compared with.
     fn discard_per_page(&self, pages: &PageSet) -> DiscardReport;
 }
 
@@ -102,6 +107,10 @@ impl Discard for MemoryMap {
 
     fn take_partial(&self, pages: &mut PageSet, partial_huge: PartialHuge) -> PageSet {
         self.take_partial(pages, partial_huge)
+    }
+
+    fn returned_pages(&self, released_pages: u64) -> Option<u64> {
+        resident::returned_pages(self, released_pages)
     }
 
     fn discard(&self, pages: &PageSet) -> DiscardReport {
