@@ -2,12 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use page_set::{PageRange, PageSet};
+use page_set::{PAGE_BYTES, PageRange, PageSet};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 
 use crate::advise::{advise, vectors_work};
-use crate::{Backing, MemoryMap, PartialHuge, Piece, resident};
+use crate::{Backing, MemoryMap, PartialHuge, Piece, Region, resident};
 
 /// Failures that a report keeps in full; beyond, they are only counted, so that
 /// a host which refuses everything costs bounded memory.
@@ -35,10 +35,9 @@ pub trait Discard: Send + Sync {
     /// release is in the report; it never stops half-way.
     fn discard(&self, pages: &PageSet) -> DiscardReport;
 
-    /// 4 KiB pages that the host spends on the guest although at least
-    /// `released_pages` of them were released: huge pages that came back when the
-    /// guest touched a part of a hole. `None` where it cannot be asked cheaply.
-    fn returned_pages(&self, released_pages: u64) -> Option<u64>;
+    /// 4 KiB pages that the host spends on the guest now, or `None` where asking
+    /// would cost a look at each page.
+    fn resident_pages(&self) -> Option<u64>;
 
     /// As [`discard`](Self::discard), page by page: one look-up and one call each,
     /// as QEMU did until 2016. Exists to be compared with.
@@ -109,8 +108,10 @@ impl Discard for MemoryMap {
         self.take_partial(pages, partial_huge)
     }
 
-    fn returned_pages(&self, released_pages: u64) -> Option<u64> {
-        resident::returned_pages(self, released_pages)
+    fn resident_pages(&self) -> Option<u64> {
+        let shared = |region: &Region| matches!(region.backing(), Backing::Shared { .. });
+        let bytes = self.regions().iter().all(shared).then(|| resident::resident_bytes(self));
+        Some(bytes?.ok()? / PAGE_BYTES)
     }
 
     fn discard(&self, pages: &PageSet) -> DiscardReport {

@@ -33,8 +33,8 @@ pub const GRACE_MS: u64 = 10;
 /// A look is one fstat; the host shall not wait long for memory that it was given.
 pub const SWEEP_LOOK_MS: u64 = 1000;
 
-/// How rare looks become, in milliseconds, where sweeping does not help: the host
-/// cannot split its pages now.
+/// How rare looks become, in milliseconds, while sweeps find nothing: one may take
+/// a microsecond or two for each of the ranges that the guest gave.
 pub const SWEEP_LOOK_MAX_MS: u64 = 64_000;
 
 /// How pages are released.
@@ -125,8 +125,10 @@ struct Inner {
 struct Look {
     at: Instant,
     every: Duration,
-    /// Pages too many at the last look.
-    returned: u64,
+    /// Pages that the host spent on the guest when the last sweep had ended.
+    swept_to: Option<u64>,
+    /// The same when the present sweep began.
+    sweeping_from: Option<u64>,
     /// The worker will wake by itself to look.
     armed: bool,
 }
@@ -157,7 +159,8 @@ impl Reclaimer {
             look: Look {
                 at: Instant::now(),
                 every: Duration::from_millis(SWEEP_LOOK_MS),
-                returned: 0,
+                swept_to: None,
+                sweeping_from: None,
                 armed: false,
             },
             counters: Snapshot::default(),
@@ -235,8 +238,13 @@ impl Reclaimer {
     /// it. Good at the end of a message that says all there is to say.
     pub fn flush(&self) {
         let mut inner = self.shared.lock();
-        if !inner.pages.pending().is_empty() {
-            inner.flushing = true;
+        // The operator's change is over: what it left behind shall be found soon.
+        inner.look.every = Duration::from_millis(SWEEP_LOOK_MS);
+        inner.look.at = Instant::now() + inner.look.every;
+        let returns = inner.may_return();
+        inner.flushing = !inner.pages.pending().is_empty();
+        inner.look.armed |= returns;
+        if inner.flushing || returns {
             drop(inner);
             self.shared.work.notify_one();
         }
@@ -486,30 +494,42 @@ impl Inner {
         if !self.may_return() {
             return Step::Wait;
         }
-        let now = Instant::now();
-        if now >= self.look.at {
-            self.look_for_returned(now);
-        }
         if let Some(batch) = self.pages.begin_sweep(BATCH_PAGES) {
             return Step::Run(batch);
         }
+        let now = Instant::now();
+        if let Some(before) = self.look.sweeping_from.take() {
+            self.sweep_ended(before, now);
+        } else if now >= self.look.at {
+            self.look.at = now + self.look.every;
+            self.begin_to_sweep();
+            if let Some(batch) = self.pages.begin_sweep(BATCH_PAGES) {
+                return Step::Run(batch);
+            }
+        }
         self.look.armed = true;
-        Step::WaitFor(self.look.at - now)
+        Step::WaitFor(self.look.at.saturating_duration_since(now))
     }
 
-    fn look_for_returned(&mut self, now: Instant) {
-        let released = self.pages.given().len().saturating_sub(self.pages.waiting().len());
-        let returned = self.memory.returned_pages(released).unwrap_or(0);
-        let helped = returned < CHUNK_PAGES || returned < self.look.returned;
-        let every = Duration::from_millis(SWEEP_LOOK_MS);
-        let most = Duration::from_millis(SWEEP_LOOK_MAX_MS);
-        self.look.every = if helped { every } else { (self.look.every * 2).min(most) };
-        self.look.returned = returned;
-        self.look.at = now + self.look.every;
-        if returned >= CHUNK_PAGES {
+    /// A guest for which the host spends what it did before has touched nothing.
+    fn begin_to_sweep(&mut self) {
+        let resident = self.memory.resident_pages();
+        if resident.is_some() && resident != self.look.swept_to {
             let memory = Arc::clone(&self.memory);
             self.pages.sweep(|released| memory.take_partial(released, PartialHuge::Wait));
+            self.look.sweeping_from = resident;
         }
+    }
+
+    fn sweep_ended(&mut self, before: u64, now: Instant) {
+        self.look.swept_to = self.memory.resident_pages();
+        let found = before.saturating_sub(self.look.swept_to.unwrap_or(before));
+        self.look.every = if found >= CHUNK_PAGES {
+            Duration::from_millis(SWEEP_LOOK_MS)
+        } else {
+            (self.look.every * 2).min(Duration::from_millis(SWEEP_LOOK_MAX_MS))
+        };
+        self.look.at = now + self.look.every;
     }
 }
 

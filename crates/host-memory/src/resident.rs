@@ -49,23 +49,6 @@ pub fn resident_bytes(map: &MemoryMap) -> Result<u64, HostMemoryError> {
     Ok(sum)
 }
 
-/// 4 KiB pages behind files of guest memory beyond what can be there when
-/// `released_pages` of them are holes. `None` where some memory is anonymous,
-/// which only a look at each page would tell, or the host cannot be asked.
-pub(crate) fn returned_pages(map: &MemoryMap, released_pages: u64) -> Option<u64> {
-    let mut seen = HashSet::new();
-    let (mut held, mut size) = (0, 0);
-    for region in map.regions() {
-        let Backing::Shared { file, .. } = region.backing() else { return None };
-        let stat = fstat(file).ok()?;
-        if seen.insert((stat.st_dev, stat.st_ino)) {
-            held += u64::try_from(stat.st_blocks).ok()? * STAT_BLOCK_BYTES / PAGE_BYTES;
-            size += u64::try_from(stat.st_size).ok()? / PAGE_BYTES;
-        }
-    }
-    Some(held.saturating_sub(size.saturating_sub(released_pages)))
-}
-
 fn anonymous_bytes(region: &Region, host_bytes: u64) -> Result<u64, HostMemoryError> {
     let failed = |source| HostMemoryError::Host { what: "reading /proc/self/pagemap", source };
     let pagemap = File::open("/proc/self/pagemap").map_err(failed)?;

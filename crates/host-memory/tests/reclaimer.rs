@@ -29,8 +29,8 @@ fn options(mode: ReleaseMode) -> ReclaimerOptions {
 /// A host that announces each batch and goes on only when told to.
 struct Gate {
     huge: bool,
-    /// Pages that the host says have come back.
-    returned: Arc<AtomicU64>,
+    /// Pages that the host says it spends on the guest.
+    resident: Arc<AtomicU64>,
     begun: Sender<PageSet>,
     go: Mutex<Receiver<Act>>,
 }
@@ -54,8 +54,8 @@ impl Discard for Gate {
         std::mem::replace(pages, whole)
     }
 
-    fn returned_pages(&self, _: u64) -> Option<u64> {
-        Some(self.returned.load(Ordering::SeqCst))
+    fn resident_pages(&self) -> Option<u64> {
+        Some(self.resident.load(Ordering::SeqCst))
     }
 
     fn discard(&self, pages: &PageSet) -> DiscardReport {
@@ -86,7 +86,7 @@ struct Stand {
     // Dropped first: a batch that the test no longer answers then ends by itself.
     go: Sender<Act>,
     begun: Receiver<PageSet>,
-    returned: Arc<AtomicU64>,
+    resident: Arc<AtomicU64>,
     reclaimer: Reclaimer,
 }
 
@@ -94,11 +94,11 @@ impl Stand {
     fn new(huge: bool, mode: ReleaseMode) -> Self {
         let (begun_tx, begun) = channel();
         let (go, go_rx) = channel();
-        let returned = Arc::default();
+        let resident = Arc::default();
         let gate =
-            Gate { huge, returned: Arc::clone(&returned), begun: begun_tx, go: Mutex::new(go_rx) };
+            Gate { huge, resident: Arc::clone(&resident), begun: begun_tx, go: Mutex::new(go_rx) };
         let reclaimer = Reclaimer::new(Arc::new(gate), options(mode)).unwrap();
-        Self { reclaimer, begun, returned, go }
+        Self { reclaimer, begun, resident, go }
     }
 
     fn open(self, batches: usize) -> Self {
@@ -149,7 +149,7 @@ fn what_came_back_with_a_huge_page_is_released_once_more() {
     let before = stand.reclaimer.snapshot();
     // The guest takes a page back and touches it, and the host gives it 512.
     stand.reclaimer.retain(&pages(7, 1));
-    stand.returned.store(CHUNK_PAGES, Ordering::SeqCst);
+    stand.resident.store(CHUNK_PAGES, Ordering::SeqCst);
     stand.reclaimer.release(&pages(4 * CHUNK_PAGES, CHUNK_PAGES));
     assert_eq!(stand.next_batch(), pages(4 * CHUNK_PAGES, CHUNK_PAGES));
     let mut rest = pages(0, CHUNK_PAGES);
@@ -162,7 +162,7 @@ fn what_came_back_with_a_huge_page_is_released_once_more() {
 #[test]
 fn a_page_that_is_being_swept_is_retained_only_afterwards() {
     let stand = Stand::new(true, ReleaseMode::Background).open(1);
-    stand.returned.store(CHUNK_PAGES, Ordering::SeqCst);
+    stand.resident.store(CHUNK_PAGES, Ordering::SeqCst);
     stand.reclaimer.release(&pages(0, 3));
     assert_eq!(stand.next_batch(), pages(0, 3));
     assert_eq!(stand.next_batch(), pages(0, 3), "swept");
@@ -345,7 +345,7 @@ fn retain_all_and_new_memory_forget_what_is_pending() {
     let (go, go_rx) = channel();
     go.send(Act::Release).unwrap();
     let gate =
-        Gate { huge: false, returned: Arc::default(), begun: begun_tx, go: Mutex::new(go_rx) };
+        Gate { huge: false, resident: Arc::default(), begun: begun_tx, go: Mutex::new(go_rx) };
     stand.reclaimer.replace_memory(Arc::new(gate));
     stand.reclaimer.release(&pages(50, 1));
     stand.reclaimer.flush();
@@ -390,6 +390,7 @@ struct Owners {
     huge: bool,
     broken: AtomicU64,
     seen: AtomicU64,
+    looks: AtomicU64,
 }
 
 const GUEST: u8 = 0;
@@ -419,9 +420,9 @@ impl Discard for Owners {
         std::mem::replace(pages, whole)
     }
 
-    fn returned_pages(&self, _: u64) -> Option<u64> {
-        // Always some, so that what was released is swept again and again.
-        self.huge.then_some(CHUNK_PAGES)
+    fn resident_pages(&self) -> Option<u64> {
+        // Never the same, so that what was released is swept again and again.
+        self.huge.then(|| self.looks.fetch_add(1, Ordering::SeqCst))
     }
 
     /// Looks at the pages at the start, in the middle and at the end of the call.
@@ -464,6 +465,7 @@ fn no_page_is_discarded_after_it_was_retained() {
             huge,
             broken: AtomicU64::new(0),
             seen: AtomicU64::new(0),
+            looks: AtomicU64::new(0),
         });
         let memory: Arc<dyn Discard> = Arc::clone(&owners) as _;
         let reclaimer = Reclaimer::new(memory, ReclaimerOptions::default()).unwrap();
@@ -537,7 +539,7 @@ fn threads_of_immediate_releases_do_not_lose_pages() {
         fn take_partial(&self, _: &mut PageSet, _: PartialHuge) -> PageSet {
             PageSet::new()
         }
-        fn returned_pages(&self, _: u64) -> Option<u64> {
+        fn resident_pages(&self) -> Option<u64> {
             None
         }
         fn discard(&self, pages: &PageSet) -> DiscardReport {
