@@ -1,6 +1,7 @@
 //! The device: configuration space, the queues' handlers, what the guest gave.
 
 mod free_pages;
+mod resume;
 mod stats_queue;
 
 use std::time::Instant;
@@ -8,7 +9,7 @@ use std::time::Instant;
 use balloon_abi::limits::{MAX_MESSAGE_BYTES, MAX_PFN_ARRAY_BYTES};
 use balloon_abi::{ConfigSpace, Features, Field, MessageStatus, QueueLayout, Vq};
 use page_set::PageSet;
-use virtio_queue::Queue;
+use virtio_queue::QueueT;
 use vm_memory::GuestMemory;
 
 use crate::change::Change;
@@ -67,6 +68,8 @@ pub struct Balloon<R> {
     layout: MemoryLayout,
     /// Pages the guest gave and did not take back.
     held: PageSet,
+    /// Pages that the guest gave before the device began to watch.
+    inherited_pages: u64,
     reclaim: R,
     message: Message,
     faults: Faults,
@@ -102,6 +105,7 @@ impl<R: Reclaim> Balloon<R> {
             negotiated: Features::NONE,
             layout: MemoryLayout::default(),
             held: PageSet::new(),
+            inherited_pages: 0,
             reclaim,
             message: Message::default(),
             faults: Faults::default(),
@@ -125,6 +129,7 @@ impl<R: Reclaim> Balloon<R> {
     pub fn reset(&mut self, negotiated: Features) {
         let held = std::mem::take(&mut self.held);
         self.reclaim.retain(&held);
+        self.inherited_pages = 0;
         self.negotiated = negotiated & self.offered;
         self.waiting.forget();
         self.requests.reset(self.negotiated);
@@ -156,7 +161,7 @@ impl<R: Reclaim> Balloon<R> {
         &mut self,
         vq: Vq,
         memory: &M,
-        queue: &mut Queue,
+        queue: &mut impl QueueT,
     ) -> Result<bool, QueueError> {
         let kept = match vq {
             Vq::Stats => &mut self.stats.kept,
@@ -194,7 +199,7 @@ impl<R: Reclaim> Balloon<R> {
         &mut self,
         vq: Vq,
         memory: &M,
-        queue: &mut Queue,
+        queue: &mut impl QueueT,
     ) -> Result<Drained, QueueError> {
         match vq {
             Vq::Stats => return self.process_stats(memory, queue),
@@ -226,7 +231,7 @@ impl<R: Reclaim> Balloon<R> {
     fn process_requests<M: GuestMemory>(
         &mut self,
         memory: &M,
-        queue: &mut Queue,
+        queue: &mut impl QueueT,
     ) -> Result<Drained, QueueError> {
         self.requests.resume();
         let served = RequestQueue {
@@ -408,9 +413,11 @@ impl<R: Reclaim> Balloon<R> {
         self.counters.deflated_pages += pages.len();
         let before = self.held.len();
         self.held.subtract(pages);
-        if before - self.held.len() < pages.len() {
+        let unknown = pages.len() - (before - self.held.len());
+        if unknown > self.inherited_pages {
             self.faults.count(Fault::NotInBalloon);
         }
+        self.inherited_pages = self.inherited_pages.saturating_sub(unknown);
         self.reclaim.retain(pages);
     }
 

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT, QueueT};
+use virtio_queue::{DescriptorChain, Error, QueueT};
 use vm_memory::GuestMemory;
 
 /// Chains that one call serves at most, so that a guest which keeps adding
@@ -46,7 +46,7 @@ pub struct Drained {
 ///
 /// A queue that is not ready is not touched: its addresses are no addresses yet.
 pub(crate) fn drain<'m, M: GuestMemory>(
-    queue: &mut Queue,
+    queue: &mut impl QueueT,
     memory: &'m M,
     mut handle: impl FnMut(DescriptorChain<&'m M>) -> Handled,
 ) -> Result<Drained, Error> {
@@ -86,18 +86,24 @@ pub(crate) fn drain<'m, M: GuestMemory>(
 
 /// The next available chain, or `None` where there is none.
 ///
-/// The iterator says `None` as well where it cannot read the ring's entry, and
+/// The queue says `None` as well where it cannot read the ring's entry, and
 /// the index would say for ever that there is one: that is an error here. So is
 /// a head that the ring does not have, since it could not be returned.
+///
+/// An index that is impossibly far ahead is found before the queue is asked,
+/// which would log it.
 fn next_chain<'m, M: GuestMemory>(
-    queue: &mut Queue,
+    queue: &mut impl QueueT,
     memory: &'m M,
 ) -> Result<Option<DescriptorChain<&'m M>>, Error> {
     let size = queue.size();
-    let any = queue.avail_idx(memory, Ordering::Acquire)?.0 != queue.next_avail();
-    match queue.iter(memory)?.next() {
+    let ahead = queue.avail_idx(memory, Ordering::Acquire)?.0.wrapping_sub(queue.next_avail());
+    if ahead > size {
+        return Err(Error::InvalidAvailRingIndex);
+    }
+    match queue.pop_descriptor_chain(memory) {
         Some(chain) if chain.head_index() >= size => Err(Error::InvalidDescriptorIndex),
-        None if any => Err(Error::InvalidAvailRingIndex),
+        None if ahead > 0 => Err(Error::InvalidAvailRingIndex),
         chain => Ok(chain),
     }
 }

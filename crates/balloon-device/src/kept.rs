@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use virtio_queue::{Error, Queue, QueueT};
+use virtio_queue::{Error, QueueT};
 use vm_memory::{GuestAddress, GuestMemory};
 
 /// A chain that was taken off a queue and is not returned yet.
@@ -54,7 +54,7 @@ impl Kept {
     /// it. True where the driver wants to be notified.
     pub(crate) fn give_back<M: GuestMemory>(
         &mut self,
-        queue: &mut Queue,
+        queue: &mut impl QueueT,
         memory: &M,
     ) -> Result<bool, Error> {
         if self.0.is_empty() || !queue.ready() {

@@ -2,7 +2,7 @@
 
 use balloon_abi::limits::MAX_MESSAGE_BYTES;
 use page_set::PageSet;
-use virtio_queue::{Error, Queue, QueueT};
+use virtio_queue::{Error, QueueT};
 use vm_memory::{Bytes, GuestMemory};
 
 use crate::drain::{Drained, Handled, drain};
@@ -33,7 +33,7 @@ impl RequestQueue<'_> {
     pub(crate) fn process<M: GuestMemory>(
         &mut self,
         memory: &M,
-        queue: &mut Queue,
+        queue: &mut impl QueueT,
     ) -> Result<Drained, Error> {
         let limit = usize::from(queue.size());
         let mut drained = drain(queue, memory, |chain| {
@@ -74,7 +74,11 @@ impl RequestQueue<'_> {
     }
 
     /// Puts requests into waiting chains. True where the driver wants to be told.
-    fn send<M: GuestMemory>(&mut self, memory: &M, queue: &mut Queue) -> Result<bool, Error> {
+    fn send<M: GuestMemory>(
+        &mut self,
+        memory: &M,
+        queue: &mut impl QueueT,
+    ) -> Result<bool, Error> {
         let mut any = false;
         while let Some(request) = self.requests.to_send() {
             let Some(chain) = self.waiting.take() else { break };

@@ -15,6 +15,15 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// The file that outlives the process could not be read.
+    #[error("host: cannot keep state in {path}")]
+    State {
+        /// The file's path.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
     /// Something that every process has was refused.
     #[error("host: {what} failed")]
     Host {
@@ -128,6 +137,9 @@ pub enum Violation {
         /// Its number.
         index: u32,
     },
+    /// Memory for inflight tracking that cannot be it, or is not any more.
+    #[error("memory for inflight tracking that makes no sense")]
+    Inflight,
     /// A queue was to be polled, without a file descriptor for kicks.
     #[error("queue {index} without a file descriptor for kicks")]
     NoKick {

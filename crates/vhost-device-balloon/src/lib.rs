@@ -9,14 +9,17 @@
 #![forbid(unsafe_code)]
 
 mod error;
+mod inflight;
 mod log_limit;
 mod memory;
 mod reclaim;
 mod requests;
+mod saved;
 mod server;
 mod session;
 mod shared;
 mod stats_clock;
+mod tracked;
 mod vring;
 mod wire;
 

@@ -6,9 +6,10 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use balloon_abi::Features;
+use balloon_device::Reclaim;
 use control::Server;
 use control::api::{PartialHuge, ReleaseMode};
 use rustix::event::Timespec;
@@ -24,6 +25,13 @@ use crate::wire::{MESSAGE_TIMEOUT, Message};
 const EVENT_SOCKET: u64 = 1 << 32;
 const EVENT_WAKE: u64 = EVENT_SOCKET + 1;
 const EVENT_STOP: u64 = EVENT_SOCKET + 2;
+
+/// Time to finish the release when the process is to end: some 8 GiB of small
+/// pages, and less than a service manager waits.
+const STOP_RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How often that is looked at; nobody announces its end.
+const SETTLE_LOOK: Duration = Duration::from_millis(1);
 
 /// How to serve one guest.
 #[derive(Clone, Debug)]
@@ -89,6 +97,14 @@ impl Backend {
     /// Offers no feature of `features`, from the next front end on.
     pub fn withhold(&self, features: Features) {
         self.shared.device().withhold(features);
+    }
+
+    /// Keeps in the file at `path` what has to be known after a restart.
+    ///
+    /// # Errors
+    /// The file can be neither read nor made.
+    pub fn keep_state(&self, path: &Path) -> Result<(), Error> {
+        self.shared.keep_in(path)
     }
 
     /// The balloon, for a control API.
@@ -176,10 +192,28 @@ fn serve(shared: &Shared, stream: &UnixStream, stop: &impl AsFd) -> Result<End, 
                     }
                     session.serve_requests();
                 }
-                EVENT_STOP => return Ok(End::Stopped),
+                EVENT_STOP => {
+                    finish_release(shared);
+                    return Ok(End::Stopped);
+                }
                 queue => session.kicked(usize::try_from(queue).unwrap_or(usize::MAX)),
             }
         }
+        session.check()?;
+    }
+}
+
+/// Releases what the guest gave before the process ends: afterwards nobody would
+/// know that it did.
+fn finish_release(shared: &Shared) {
+    let end = Instant::now() + STOP_RELEASE_TIMEOUT;
+    shared.device().reclaim_mut().flush();
+    while shared.device().reclaim().settled_at().is_none() {
+        if Instant::now() >= end {
+            tracing::warn!("host: the release was cancelled, the process is to end");
+            return;
+        }
+        std::thread::sleep(SETTLE_LOOK);
     }
 }
 

@@ -9,8 +9,11 @@ use balloon_abi::{Features, QueueLayout, Vq};
 use balloon_device::RequestFailure;
 use vhost::vhost_user::message::{BackendReq, FrontendReq};
 use vhost::vhost_user::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use virtio_queue::QueueT;
+use vm_memory::GuestMemoryMmap;
 
 use crate::error::{SessionError, Violation};
+use crate::inflight::{self, Region};
 use crate::memory::Memory;
 use crate::shared::Shared;
 use crate::stats_clock::StatsClock;
@@ -23,8 +26,11 @@ const TRANSPORT_FEATURES: Features = Features(VhostUserVirtioFeatures::PROTOCOL_
 /// `CONFIG` and `BACKEND_REQ`: without both, a change of the target would not
 /// reach the guest. No `REPLY_ACK`: it would turn each config write of the guest
 /// into a round trip.
-const PROTOCOL_FEATURES: VhostUserProtocolFeatures =
-    VhostUserProtocolFeatures::CONFIG.union(VhostUserProtocolFeatures::BACKEND_REQ);
+///
+/// `INFLIGHT_SHMFD`: what was under way outlives this process.
+const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::CONFIG
+    .union(VhostUserProtocolFeatures::BACKEND_REQ)
+    .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
 
 /// Bytes of configuration space that may be read; those beyond the balloon's
 /// own read as zero. The protocol's reference front end (QEMU) reads at most this.
@@ -47,6 +53,9 @@ pub(crate) struct Session<'a> {
     features: Features,
     channel: Option<OwnedFd>,
     stats_clock: StatsClock,
+    /// What the device knows is about the driver that runs: it was seen to start,
+    /// or found to go on.
+    driver_known: bool,
 }
 
 impl<'a> Session<'a> {
@@ -62,6 +71,7 @@ impl<'a> Session<'a> {
             features: Features::NONE,
             channel: None,
             stats_clock: StatsClock::default(),
+            driver_known: false,
         })
     }
 
@@ -98,6 +108,8 @@ impl<'a> Session<'a> {
             FrontendReq::SET_VRING_ENABLE => return self.set_vring_enable(message),
             FrontendReq::SET_BACKEND_REQ_FD => return self.set_channel(message),
             FrontendReq::SET_CONFIG => return self.set_config(message),
+            FrontendReq::GET_INFLIGHT_FD => return get_inflight(message, socket),
+            FrontendReq::SET_INFLIGHT_FD => return self.set_inflight(message),
             _ => return Err(unknown),
         };
         wire::reply(socket, request, &answer).map_err(SessionError::Send)
@@ -183,6 +195,9 @@ impl<'a> Session<'a> {
         if !vring.runs() {
             return;
         }
+        if !vring.found && !find(shared, vring, index, &memory.map, &mut self.driver_known) {
+            return;
+        }
         let mut device = shared.device();
         let Some(vq) = device.queues().vq(index) else { return };
         let drained = device.process_queue(vq, &memory.map, &mut vring.queue);
@@ -236,6 +251,7 @@ impl<'a> Session<'a> {
         let mut fields = message.fields();
         let (offset, size, _flags) = (fields.u32()?, fields.u32()?, fields.u32()?);
         let data = fields.bytes(size as usize)?;
+        self.shared.keep_poison(offset, data);
         let mut device = self.shared.device();
         let poisons = device.negotiated().contains(Features::PAGE_POISON);
         let valid = |field| field != Field::PoisonVal || poisons;
@@ -255,6 +271,9 @@ impl<'a> Session<'a> {
             write(offset, data);
         }
         drop(device);
+        if self.driver_known {
+            self.shared.keep_actual();
+        }
         self.shared.changed();
         Ok(())
     }
@@ -400,6 +419,26 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
+    /// Chains are noted in this memory from now on. It is said before the queues run.
+    fn set_inflight(&mut self, message: &mut Message) -> Result<(), SessionError> {
+        let description = inflight::Description::read(message)?;
+        let region = Region::attach(description, one_fd(message)?)?;
+        if self.vrings.iter().any(Vring::runs) {
+            return Err(Violation::Inflight.into());
+        }
+        for (index, vring) in self.vrings.iter_mut().enumerate() {
+            vring.queue.set_notes(region.part(index));
+            vring.found = false;
+        }
+        Ok(())
+    }
+
+    /// The front end took away the memory that chains are noted in.
+    pub(crate) fn check(&self) -> Result<(), SessionError> {
+        let lost = self.vrings.iter().any(|vring| vring.queue.is_lost());
+        if lost { Err(Violation::Inflight.into()) } else { Ok(()) }
+    }
+
     fn reset(&mut self) {
         self.vrings.iter_mut().for_each(Vring::reset);
         self.features = Features::NONE;
@@ -445,7 +484,8 @@ impl<'a> Session<'a> {
         for vring in &mut self.vrings {
             vring.stopped_at = None;
         }
-        self.shared.device().reset(self.features.without(TRANSPORT_FEATURES));
+        self.driver_known = false;
+        self.shared.reset(self.features.without(TRANSPORT_FEATURES));
         self.shared.changed();
     }
 
@@ -466,6 +506,60 @@ impl Drop for Session<'_> {
         drop(device);
         self.shared.changed();
     }
+}
+
+/// Looks where a queue stands that another back end may have served. False where
+/// it cannot be served.
+fn find(
+    shared: &Shared,
+    vring: &mut Vring,
+    index: usize,
+    memory: &GuestMemoryMmap,
+    driver_known: &mut bool,
+) -> bool {
+    let mut device = shared.device();
+    let Some(vq) = device.queues().vq(index) else { return false };
+    let found = match vring.queue.find(memory) {
+        Ok(found) => found,
+        Err(source) => {
+            drop(device);
+            vring.stop();
+            if shared.may_log() {
+                tracing::warn!(%source, ?vq, "queue stopped: its ring cannot be read");
+            }
+            return false;
+        }
+    };
+    vring.found = true;
+    let goes_on = found.used && !*driver_known;
+    if !*driver_known {
+        shared.driver_found(&mut device, found.used);
+        *driver_known = true;
+    }
+    drop(device);
+    // Chains of this queue come back in another order than they came, so without
+    // notes nobody knows which are still the device's.
+    if goes_on && vq == Vq::Request && !vring.queue.has_notes() {
+        vring.stop();
+        if shared.may_log() {
+            tracing::warn!("requests to the guest have to wait until its driver is loaded anew");
+        }
+        return false;
+    }
+    let mut returned = false;
+    for head in found.kept {
+        returned |= vring.queue.add_used(memory, head, 0).is_ok();
+    }
+    if returned {
+        vring.notify_guest();
+    }
+    true
+}
+
+fn get_inflight(message: &Message, socket: impl AsFd) -> Result<(), SessionError> {
+    let region = Region::create(inflight::Description::read(message)?)?;
+    let answer = region.description().to_bytes();
+    wire::reply_with(socket, message.request, &answer, region.file()).map_err(SessionError::Send)
 }
 
 fn set_protocol_features(message: &Message) -> Result<(), SessionError> {

@@ -2,6 +2,7 @@
 //! lock, and what is known around it.
 
 mod hints;
+mod keep;
 mod stats;
 
 use std::collections::BTreeMap;
@@ -22,6 +23,7 @@ use crate::error::Error;
 use crate::log_limit::LogLimit;
 use crate::reclaim::HostReclaim;
 use crate::requests::RequestTimes;
+use crate::saved::{Saved, StateFile};
 
 /// How often a wait looks whether releasing in the background has come to its
 /// end, which nobody announces.
@@ -48,6 +50,10 @@ pub(crate) struct State {
     stats_interval: Option<Duration>,
     /// The configuration space has changed and the guest was not told yet.
     config_changed: bool,
+    /// What a driver said, for when it goes on.
+    saved: Saved,
+    /// Where that is kept, if it is.
+    file: Option<StateFile>,
     /// When requests were submitted, and what became of the newest free pages.
     pub(crate) times: RequestTimes,
 }
@@ -80,6 +86,8 @@ impl Shared {
             front_end_faults: BTreeMap::new(),
             stats_interval: None,
             config_changed: false,
+            saved: Saved::default(),
+            file: None,
             times: RequestTimes::default(),
         };
         Ok(Self {
@@ -194,6 +202,8 @@ impl control::Balloon for Shared {
         }
         state.baseline = state.device.reclaim().work();
         state.device.set_target(pages, Instant::now());
+        state.saved.target = pages;
+        self.save(&mut state);
         state.generation += 1;
         let generation = state.generation;
         self.announce(state)?;

@@ -5,10 +5,11 @@ use std::rc::Rc;
 
 use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 use rustix::fs::{FileType, fstat};
-use virtio_queue::{Queue, QueueT};
+use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestMemory, Permissions};
 
 use crate::error::{SessionError, Violation};
+use crate::tracked::TrackedQueue;
 
 /// Entries a queue may have: four times what Linux front ends use, so that the
 /// work of one drain stays bounded.
@@ -27,10 +28,12 @@ const KICK_READS: usize = 16;
 #[derive(Debug)]
 pub(crate) struct Vring {
     index: u32,
-    pub(crate) queue: Queue,
+    pub(crate) queue: TrackedQueue,
     /// Set by the front end, or implied where it did not negotiate protocol
     /// features (vhost-user, "Ring states").
     pub(crate) enabled: bool,
+    /// It was looked at where the ring stands, since it was set up.
+    pub(crate) found: bool,
     /// Chains were left when it was served last.
     pub(crate) more: bool,
     /// Where the front end stopped it, until it says where to go on.
@@ -62,11 +65,12 @@ impl Drop for Kick {
 
 impl Vring {
     pub(crate) fn new(index: u32) -> Result<Self, SessionError> {
-        let queue = Queue::new(MAX_QUEUE_SIZE).map_err(|_| Violation::QueueSetup { index })?;
+        let queue = TrackedQueue::new(MAX_QUEUE_SIZE).map_err(|_| Violation::QueueSetup { index })?;
         Ok(Self {
             index,
             queue,
             enabled: false,
+            found: false,
             more: false,
             stopped_at: None,
             kick: None,
@@ -79,6 +83,7 @@ impl Vring {
     pub(crate) fn reset(&mut self) {
         self.queue.reset();
         self.enabled = false;
+        self.found = false;
         self.more = false;
         self.kick = None;
     }
@@ -92,12 +97,17 @@ impl Vring {
     pub(crate) fn set_size(&mut self, size: u32) -> Result<(), SessionError> {
         let size = u16::try_from(size).map_err(|_| self.bad_setup())?;
         self.queue.set_ready(false);
+        self.found = false;
         self.queue.try_set_size(size).map_err(|_| self.bad_setup())
     }
 
+    /// Cloud Hypervisor and crosvm say it after the addresses, and QEMU before.
     pub(crate) fn set_base(&mut self, base: u32) -> Result<(), SessionError> {
         let base = u16::try_from(base).map_err(|_| self.bad_setup())?;
-        self.queue.set_ready(false);
+        if self.runs() {
+            self.queue.set_ready(false);
+        }
+        self.found = false;
         self.queue.set_next_avail(base);
         self.queue.set_next_used(base);
         Ok(())
@@ -123,6 +133,7 @@ impl Vring {
             .and_then(|()| queue.try_set_avail_ring_address(available));
         placed.map_err(|_| self.bad_setup())?;
         self.queue.set_event_idx(event_idx);
+        self.found = false;
         self.queue.set_ready(true);
         if self.is_valid(memory) { Ok(()) } else { Err(self.bad_setup()) }
     }
@@ -144,6 +155,7 @@ impl Vring {
     /// Stops the ring and returns what the front end needs to go on elsewhere.
     pub(crate) fn stop(&mut self) -> u16 {
         self.queue.set_ready(false);
+        self.found = false;
         self.more = false;
         self.kick = None;
         self.queue.next_avail()

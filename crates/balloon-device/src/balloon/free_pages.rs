@@ -4,7 +4,7 @@
 use std::time::Instant;
 
 use balloon_abi::{Features, HintId, Vq};
-use virtio_queue::Queue;
+use virtio_queue::QueueT;
 use vm_memory::GuestMemory;
 
 use super::{Balloon, QueueError};
@@ -60,7 +60,7 @@ impl<R: Reclaim> Balloon<R> {
         &mut self,
         vq: Vq,
         memory: &M,
-        queue: &mut Queue,
+        queue: &mut impl QueueT,
     ) -> Result<Drained, QueueError> {
         let drained = drain(queue, memory, |chain| {
             let (read_bytes, named) = named::read(chain, memory, &self.layout);

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use balloon_abi::Vq;
 use balloon_abi::stats::MAX_STATS_BYTES;
-use virtio_queue::{Queue, QueueT};
+use virtio_queue::QueueT;
 use vm_memory::GuestMemory;
 
 use super::{Balloon, QueueError};
@@ -24,7 +24,7 @@ impl<R: Reclaim> Balloon<R> {
     pub fn request_stats<M: GuestMemory>(
         &mut self,
         memory: &M,
-        queue: &mut Queue,
+        queue: &mut impl QueueT,
     ) -> Result<bool, QueueError> {
         if !queue.ready() {
             return Ok(false);
@@ -38,7 +38,7 @@ impl<R: Reclaim> Balloon<R> {
     pub(super) fn process_stats<M: GuestMemory>(
         &mut self,
         memory: &M,
-        queue: &mut Queue,
+        queue: &mut impl QueueT,
     ) -> Result<Drained, QueueError> {
         let drained = drain(queue, memory, |chain| {
             let head = chain.head_index();
