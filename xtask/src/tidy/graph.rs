@@ -38,7 +38,8 @@ const ROOMS: &[(&str, Leans)] = &[
     ),
     ("lab", Rooms(&[])),
     ("bench", Rooms(&["control", "host-memory", "lab", "page-set"])),
-    ("aerostat", Rooms(&["bench", "control", "vhost-device-balloon"])),
+    ("sandbox", Only(&["landlock", "libc", "rustix", "seccompiler", "thiserror"])),
+    ("aerostat", Rooms(&["bench", "control", "sandbox", "vhost-device-balloon"])),
     // For tests: what ships cannot lean on them, since no row above names them.
     ("guest-ring", Only(&["virtio-queue", "vm-memory"])),
     (
