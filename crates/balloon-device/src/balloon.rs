@@ -68,8 +68,8 @@ pub struct Balloon<R> {
     layout: MemoryLayout,
     /// Pages the guest gave and did not take back.
     held: PageSet,
-    /// Pages that the guest gave before the device began to watch.
-    inherited_pages: u64,
+    /// The guest gave pages before the device began to watch, nobody knows which.
+    inherited: bool,
     reclaim: R,
     message: Message,
     faults: Faults,
@@ -105,7 +105,7 @@ impl<R: Reclaim> Balloon<R> {
             negotiated: Features::NONE,
             layout: MemoryLayout::default(),
             held: PageSet::new(),
-            inherited_pages: 0,
+            inherited: false,
             reclaim,
             message: Message::default(),
             faults: Faults::default(),
@@ -129,7 +129,7 @@ impl<R: Reclaim> Balloon<R> {
     pub fn reset(&mut self, negotiated: Features) {
         let held = std::mem::take(&mut self.held);
         self.reclaim.retain(&held);
-        self.inherited_pages = 0;
+        self.inherited = false;
         self.negotiated = negotiated & self.offered;
         self.waiting.forget();
         self.requests.reset(self.negotiated);
@@ -413,11 +413,9 @@ impl<R: Reclaim> Balloon<R> {
         self.counters.deflated_pages += pages.len();
         let before = self.held.len();
         self.held.subtract(pages);
-        let unknown = pages.len() - (before - self.held.len());
-        if unknown > self.inherited_pages {
+        if before - self.held.len() < pages.len() && !self.inherited {
             self.faults.count(Fault::NotInBalloon);
         }
-        self.inherited_pages = self.inherited_pages.saturating_sub(unknown);
         self.reclaim.retain(pages);
     }
 

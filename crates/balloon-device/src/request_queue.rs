@@ -74,11 +74,7 @@ impl RequestQueue<'_> {
     }
 
     /// Puts requests into waiting chains. True where the driver wants to be told.
-    fn send<M: GuestMemory>(
-        &mut self,
-        memory: &M,
-        queue: &mut impl QueueT,
-    ) -> Result<bool, Error> {
+    fn send<M: GuestMemory>(&mut self, memory: &M, queue: &mut impl QueueT) -> Result<bool, Error> {
         let mut any = false;
         while let Some(request) = self.requests.to_send() {
             let Some(chain) = self.waiting.take() else { break };

@@ -96,8 +96,8 @@ const ALLOWED: &[i64] = &[
 /// # Errors
 /// The kernel has no seccomp, or there is no list for this architecture.
 pub fn restrict_calls(network: Network) -> Result<(), SandboxError> {
-    let arch = TargetArch::try_from(std::env::consts::ARCH)
-        .map_err(|_| SandboxError::Architecture)?;
+    let arch =
+        TargetArch::try_from(std::env::consts::ARCH).map_err(|_| SandboxError::Architecture)?;
     if arch != TargetArch::x86_64 {
         return Err(SandboxError::Architecture);
     }
@@ -127,12 +127,8 @@ fn rules(network: Network) -> Result<Rules, seccompiler::BackendError> {
     let mut rules: Rules = ALLOWED.iter().map(|call| (*call, Vec::new())).collect();
     let mut only = |call: i64, argument: u8, values: &[(SeccompCmpOp, u64)]| {
         let rule = |(how, value): &(SeccompCmpOp, u64)| {
-            let condition = SeccompCondition::new(
-                argument,
-                SeccompCmpArgLen::Dword,
-                how.clone(),
-                *value,
-            )?;
+            let condition =
+                SeccompCondition::new(argument, SeccompCmpArgLen::Dword, how.clone(), *value)?;
             SeccompRule::new(vec![condition])
         };
         let found: Result<Vec<_>, _> = values.iter().map(rule).collect();

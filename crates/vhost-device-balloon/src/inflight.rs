@@ -129,7 +129,8 @@ impl Region {
         let len = u64::try_from(stat.st_size).map_err(|_| Violation::Inflight)?;
         let end = description.mmap_offset.checked_add(description.bytes());
         let regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
-        let fits = description.mmap_size >= description.bytes() && end.is_some_and(|end| end <= len);
+        let fits =
+            description.mmap_size >= description.bytes() && end.is_some_and(|end| end <= len);
         if !regular || !fits {
             return Err(Violation::Inflight.into());
         }

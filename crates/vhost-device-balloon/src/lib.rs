@@ -8,6 +8,7 @@
 
 #![forbid(unsafe_code)]
 
+mod connector;
 mod error;
 mod inflight;
 mod log_limit;
@@ -16,6 +17,7 @@ mod reclaim;
 mod requests;
 mod saved;
 mod server;
+mod service;
 mod session;
 mod shared;
 mod stats_clock;
@@ -25,4 +27,5 @@ mod wire;
 
 pub use balloon_abi::Features;
 pub use error::{Error, SessionError, Violation};
-pub use server::{Backend, End, Options, run};
+pub use server::{Backend, End};
+pub use service::{Options, Service};

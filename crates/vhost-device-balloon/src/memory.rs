@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use balloon_device::MemoryLayout;
+use rustix::fs::{SealFlags, fcntl_get_seals};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::error::{SessionError, Violation};
@@ -50,6 +51,15 @@ impl Memory {
         maps.sort_by_key(vm_memory::GuestMemoryRegion::start_addr);
         let map = GuestMemoryMmap::from_regions(maps).map_err(|e| SessionError::Map(e.into()))?;
         Ok(Self { regions, layout, map })
+    }
+
+    /// True where no file can shrink any more: a file that did would end the process
+    /// that reads it. Asked of a file, this never becomes untrue.
+    pub(crate) fn is_sealed(&self) -> bool {
+        let sealed = |region: &Region| {
+            fcntl_get_seals(&region.file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK))
+        };
+        self.regions.iter().all(sealed)
     }
 
     /// The guest physical address of an address of the front end.

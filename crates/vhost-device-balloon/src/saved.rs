@@ -123,8 +123,7 @@ fn decode(bytes: &[u8; SLOT_BYTES]) -> Option<(u64, Saved)> {
     let (mark, rest) = text.split_first_chunk::<8>()?;
     let (number, rest) = rest.split_first_chunk::<8>()?;
     let (words, _) = rest.as_chunks::<4>();
-    let [target, actual, poisons, poison] =
-        words.first_chunk::<4>()?.map(u32::from_le_bytes);
+    let [target, actual, poisons, poison] = words.first_chunk::<4>()?.map(u32::from_le_bytes);
     let known = *mark == MARK && poisons <= 1;
     let poison_val = (poisons == 1).then_some(poison);
     known.then_some((u64::from_le_bytes(*number), Saved { target, actual, poison_val }))

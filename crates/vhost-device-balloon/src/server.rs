@@ -3,18 +3,18 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use balloon_abi::Features;
 use balloon_device::Reclaim;
-use control::Server;
 use control::api::{PartialHuge, ReleaseMode};
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, EventData, EventFlags};
 
+use crate::connector::{Connector, RETRY};
 use crate::error::{Error, SessionError};
 use crate::reclaim::HostReclaim;
 use crate::session::Session;
@@ -33,39 +33,16 @@ const STOP_RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often that is looked at; nobody announces its end.
 const SETTLE_LOOK: Duration = Duration::from_millis(1);
 
-/// How to serve one guest.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Where the monitor connects.
-    pub socket: PathBuf,
-    /// Name of the guest.
-    pub name: String,
-    /// Where the control API listens.
-    pub control: PathBuf,
-    /// When memory is released.
-    pub release: ReleaseMode,
-    /// What becomes of pieces of huge pages.
-    pub partial_huge: PartialHuge,
-    /// Features that the device does not offer.
-    pub without: Features,
+/// Where front ends come from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum MonitorSource<'a> {
+    Listener(&'a UnixListener),
+    Connector(&'a Connector),
 }
 
-/// Serves the guest until the process is asked to end (SIGTERM or SIGINT).
-///
-/// # Errors
-/// When the sockets cannot be made. What a front end does ends its own session
-/// and nothing else.
-pub fn run(options: &Options) -> Result<(), Error> {
-    let stop = stop_signal().map_err(|source| Error::Host { what: "signal handling", source })?;
-    let backend = Backend::new(&options.name, options.release, options.partial_huge)?;
-    backend.withhold(options.without);
-    let socket = Socket::bind(&options.socket)?;
-    let _control = Server::bind(&options.control, backend.balloon())?;
-    tracing::info!(
-        socket = %options.socket.display(), name = options.name, "waiting for a monitor"
-    );
-    backend.listen(&socket.listener, &stop)
-}
+/// Pause after an `accept` that the host refused, which mostly means that it has no
+/// file descriptor left; and between two connections to a monitor that hangs up.
+const BACKOFF: Duration = Duration::from_millis(100);
 
 /// The back end of one guest, which may come and go.
 pub struct Backend {
@@ -99,6 +76,11 @@ impl Backend {
         self.shared.device().withhold(features);
     }
 
+    /// Takes guest memory only where it is sealed against shrinking.
+    pub fn want_sealed(&self, sealed_only: bool) {
+        self.shared.want_sealed(sealed_only);
+    }
+
     /// Keeps in the file at `path` what has to be known after a restart.
     ///
     /// # Errors
@@ -117,7 +99,15 @@ impl Backend {
     /// # Errors
     /// When the host fails; a front end's fault is counted, logged, and over.
     pub fn listen(&self, listener: &UnixListener, stop: &impl AsFd) -> Result<(), Error> {
-        while let Some(stream) = accept(listener, stop)? {
+        self.serve_all(MonitorSource::Listener(listener), stop)
+    }
+
+    pub(crate) fn serve_all(
+        &self,
+        monitors: MonitorSource<'_>,
+        stop: &impl AsFd,
+    ) -> Result<(), Error> {
+        while let Some(stream) = self.next(monitors, stop)? {
             match self.serve(&stream, stop) {
                 Ok(End::Stopped) => break,
                 // Whoever may connect may do so many times a second.
@@ -147,6 +137,56 @@ impl Backend {
             other => other,
         };
         outcome.inspect_err(|error| self.shared.count_front_end_fault(error.name()))
+    }
+
+    /// The next front end, or `None` when the process shall end.
+    fn next(
+        &self,
+        monitors: MonitorSource<'_>,
+        stop: &impl AsFd,
+    ) -> Result<Option<UnixStream>, Error> {
+        let host = |what| move |source: io::Error| Error::Host { what, source };
+        let poll = watch(&[(stop.as_fd(), EVENT_STOP)]).map_err(host("epoll"))?;
+        if let MonitorSource::Listener(listener) = monitors {
+            let event = EventData::new_u64(EVENT_SOCKET);
+            epoll::add(&poll, listener, event, EventFlags::IN)
+                .map_err(|e| host("epoll")(e.into()))?;
+        }
+        let mut events = Vec::with_capacity(2);
+        loop {
+            let pause = match monitors {
+                MonitorSource::Listener(_) => None,
+                MonitorSource::Connector(_) => Timespec::try_from(RETRY).ok(),
+            };
+            wait(&poll, &mut events, pause.as_ref()).map_err(host("epoll_wait"))?;
+            if events.iter().any(|event| event.data.u64() == EVENT_STOP) {
+                return Ok(None);
+            }
+            let next = match monitors {
+                // A signal interrupted the wait; `accept` would block now.
+                MonitorSource::Listener(_) if events.is_empty() => None,
+                MonitorSource::Listener(listener) => self.accept(listener),
+                MonitorSource::Connector(connector) => connector.connect()?,
+            };
+            if next.is_some() {
+                return Ok(next);
+            }
+        }
+    }
+
+    /// A host that has no file descriptor left now may have one later.
+    fn accept(&self, listener: &UnixListener) -> Option<UnixStream> {
+        match listener.accept() {
+            Ok((stream, _)) => return Some(stream),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+            Err(error) => {
+                if self.shared.may_log() {
+                    tracing::error!(%error, "host: cannot accept a monitor's connection");
+                }
+                std::thread::sleep(BACKOFF);
+            }
+        }
+        None
     }
 }
 
@@ -217,29 +257,6 @@ fn finish_release(shared: &Shared) {
     }
 }
 
-/// The next front end, or `None` when the process shall end.
-fn accept(listener: &UnixListener, stop: &impl AsFd) -> Result<Option<UnixStream>, Error> {
-    let host = |what| move |source: io::Error| Error::Host { what, source };
-    let poll = watch(&[(listener.as_fd(), EVENT_SOCKET), (stop.as_fd(), EVENT_STOP)])
-        .map_err(host("epoll"))?;
-    let mut events = Vec::with_capacity(2);
-    loop {
-        wait(&poll, &mut events, None).map_err(host("epoll_wait"))?;
-        if events.iter().any(|event| event.data.u64() == EVENT_STOP) {
-            return Ok(None);
-        }
-        if events.is_empty() {
-            // A signal interrupted the wait; `accept` would block now.
-            continue;
-        }
-        match listener.accept() {
-            Ok((stream, _)) => return Ok(Some(stream)),
-            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
-            Err(source) => return Err(Error::Host { what: "accept", source }),
-        }
-    }
-}
-
 fn watch(fds: &[(std::os::fd::BorrowedFd<'_>, u64)]) -> io::Result<OwnedFd> {
     let poll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
     for (fd, data) in fds {
@@ -257,41 +274,6 @@ fn wait(
     match epoll::wait(poll, rustix::buffer::spare_capacity(events), timeout) {
         Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
         Err(error) => Err(error.into()),
-    }
-}
-
-/// A stream that becomes readable on SIGTERM or SIGINT.
-fn stop_signal() -> io::Result<UnixStream> {
-    let (read, write) = UnixStream::pair()?;
-    signal_hook::low_level::pipe::register(signal_hook::consts::SIGTERM, write.try_clone()?)?;
-    signal_hook::low_level::pipe::register(signal_hook::consts::SIGINT, write)?;
-    Ok(read)
-}
-
-/// The vhost-user socket, which is gone when the back end is.
-struct Socket {
-    listener: UnixListener,
-    path: PathBuf,
-}
-
-impl Socket {
-    /// A path left over from a back end that was killed is taken over; one that
-    /// is in use is not.
-    fn bind(path: &Path) -> Result<Self, Error> {
-        let listen = |source| Error::Listen { path: path.to_owned(), source };
-        let stale = UnixStream::connect(path)
-            .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
-        if stale {
-            std::fs::remove_file(path).map_err(listen)?;
-        }
-        let listener = UnixListener::bind(path).map_err(listen)?;
-        Ok(Self { listener, path: path.to_owned() })
-    }
-}
-
-impl Drop for Socket {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
     }
 }
 

@@ -324,6 +324,9 @@ impl<'a> Session<'a> {
 
     fn set_mem_table(&mut self, message: &mut Message) -> Result<(), SessionError> {
         let memory = Memory::from_message(message)?;
+        if self.shared.sealed_only() && !memory.is_sealed() {
+            return Err(Violation::UnsealedMemory.into());
+        }
         if !self.vrings.iter().all(|vring| vring.is_valid(&memory.map)) {
             return Err(Violation::MemoryTable.into());
         }

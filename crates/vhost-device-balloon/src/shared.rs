@@ -7,6 +7,7 @@ mod stats;
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -37,6 +38,7 @@ pub(crate) struct Shared {
     pub(crate) changed: Condvar,
     wake: OwnedFd,
     log_limit: Mutex<LogLimit>,
+    sealed_only: AtomicBool,
 }
 
 pub(crate) struct State {
@@ -97,6 +99,7 @@ impl Shared {
             changed: Condvar::new(),
             wake,
             log_limit: Mutex::default(),
+            sealed_only: AtomicBool::new(false),
         })
     }
 
@@ -118,6 +121,15 @@ impl Shared {
         let mut state = self.state();
         let count = state.front_end_faults.entry(name).or_default();
         *count = count.saturating_add(1);
+    }
+
+    /// Whether guest memory has to be sealed against shrinking.
+    pub(crate) fn sealed_only(&self) -> bool {
+        self.sealed_only.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn want_sealed(&self, sealed_only: bool) {
+        self.sealed_only.store(sealed_only, Ordering::Relaxed);
     }
 
     /// True where one more line about a peer's doing may go to the log.

@@ -65,7 +65,8 @@ impl Drop for Kick {
 
 impl Vring {
     pub(crate) fn new(index: u32) -> Result<Self, SessionError> {
-        let queue = TrackedQueue::new(MAX_QUEUE_SIZE).map_err(|_| Violation::QueueSetup { index })?;
+        let queue =
+            TrackedQueue::new(MAX_QUEUE_SIZE).map_err(|_| Violation::QueueSetup { index })?;
         Ok(Self {
             index,
             queue,

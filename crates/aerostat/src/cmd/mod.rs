@@ -39,7 +39,7 @@ impl Command {
             Self::DropCaches(args) => drop_caches::run(&args),
             Self::FreePages(args) => free_pages::run(&args),
             Self::Status(args) => status::run(&args),
-            Self::VhostUser(args) => vhost_user::run(args),
+            Self::VhostUser(args) => vhost_user::run(&args),
         }
     }
 
