@@ -41,6 +41,7 @@ pub struct GuestBuilder {
     pub(crate) modules: Vec<PathBuf>,
     pub(crate) kernel_arguments: Vec<String>,
     pub(crate) machine_arguments: Vec<String>,
+    pub(crate) qemu_program: Option<PathBuf>,
     log_file: Option<PathBuf>,
     boot_limit: Duration,
 }
@@ -56,6 +57,7 @@ impl GuestBuilder {
             modules: Vec::new(),
             kernel_arguments: Vec::new(),
             machine_arguments: Vec::new(),
+            qemu_program: None,
             log_file: None,
             boot_limit: BOOT_LIMIT,
         }
@@ -109,6 +111,12 @@ impl GuestBuilder {
         arguments: impl IntoIterator<Item = impl Into<String>>,
     ) -> Self {
         self.machine_arguments.extend(arguments.into_iter().map(Into::into));
+        self
+    }
+
+    /// Boots on this QEMU instead of the machine's own.
+    pub fn qemu_program(mut self, path: impl Into<PathBuf>) -> Self {
+        self.qemu_program = Some(path.into());
         self
     }
 

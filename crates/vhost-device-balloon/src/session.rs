@@ -27,10 +27,12 @@ const TRANSPORT_FEATURES: Features = Features(VhostUserVirtioFeatures::PROTOCOL_
 /// reach the guest. No `REPLY_ACK`: it would turn each config write of the guest
 /// into a round trip.
 ///
-/// `INFLIGHT_SHMFD`: what was under way outlives this process.
+/// `INFLIGHT_SHMFD`: what was under way outlives this process. `MQ`: without it QEMU
+/// and crosvm believe in fewer queues than there are.
 const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::CONFIG
     .union(VhostUserProtocolFeatures::BACKEND_REQ)
-    .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
+    .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
+    .union(VhostUserProtocolFeatures::MQ);
 
 /// Bytes of configuration space that may be read; those beyond the balloon's
 /// own read as zero. The protocol's reference front end (QEMU) reads at most this.

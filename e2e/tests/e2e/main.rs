@@ -13,6 +13,7 @@ mod command_line;
 mod debian;
 mod integrity;
 mod life;
+mod monitor;
 mod package;
 mod pressure;
 mod program;

@@ -45,9 +45,9 @@ pub(crate) const FLAGS: u32 = 1;
 const REPLY_FLAGS: u32 = 5;
 /// Feature bit 30: protocol features.
 pub(crate) const PROTOCOL_FEATURES: u64 = 1 << 30;
-/// Protocol features that the back end offers: BACKEND_REQ, CONFIG and
-/// INFLIGHT_SHMFD, no REPLY_ACK (3) and no MQ (0).
-pub(crate) const OFFERED_PROTOCOL: u64 = 1 << 5 | 1 << 9 | 1 << 12;
+/// Protocol features that the back end offers: MQ, BACKEND_REQ, CONFIG and
+/// INFLIGHT_SHMFD, no REPLY_ACK (3).
+pub(crate) const OFFERED_PROTOCOL: u64 = 1 | 1 << 5 | 1 << 9 | 1 << 12;
 /// A message of the back end on its channel: the configuration changed.
 pub(crate) const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
 
