@@ -7,6 +7,8 @@ mod cmd;
 mod failure;
 mod guest_arg;
 mod log;
+#[cfg(test)]
+mod man;
 mod memory_map;
 mod output;
 

@@ -10,6 +10,7 @@
 
 mod connector;
 mod error;
+mod found;
 mod inflight;
 mod log_limit;
 mod memory;
@@ -20,6 +21,7 @@ mod server;
 mod service;
 mod session;
 mod shared;
+mod silence;
 mod stats_clock;
 mod tracked;
 mod vring;

@@ -208,12 +208,15 @@ fn serve(shared: &Shared, stream: &UnixStream, stop: &impl AsFd) -> Result<End, 
         let timeout = if session.has_more() {
             Some(Duration::ZERO)
         } else {
-            shared.until_deadline().into_iter().chain(session.until_stats()).min()
+            let deadlines =
+                [shared.until_deadline(), session.until_stats(), session.until_silence()];
+            deadlines.into_iter().flatten().min()
         };
         let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
         wait(&poll, &mut events, timeout.as_ref()).map_err(host("epoll_wait"))?;
         session.go_on();
         session.ask_for_stats();
+        session.end_silence();
         if shared.expire_requests() {
             session.serve_requests();
         }

@@ -9,13 +9,13 @@ use balloon_abi::{Features, QueueLayout, Vq};
 use balloon_device::RequestFailure;
 use vhost::vhost_user::message::{BackendReq, FrontendReq};
 use vhost::vhost_user::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use virtio_queue::QueueT;
-use vm_memory::GuestMemoryMmap;
 
 use crate::error::{SessionError, Violation};
+use crate::found::find;
 use crate::inflight::{self, Region};
 use crate::memory::Memory;
 use crate::shared::Shared;
+use crate::silence::Silence;
 use crate::stats_clock::StatsClock;
 use crate::vring::Vring;
 use crate::wire::{self, Message};
@@ -58,6 +58,7 @@ pub(crate) struct Session<'a> {
     /// What the device knows is about the driver that runs: it was seen to start,
     /// or found to go on.
     driver_known: bool,
+    silence: Silence,
 }
 
 impl<'a> Session<'a> {
@@ -74,6 +75,7 @@ impl<'a> Session<'a> {
             channel: None,
             stats_clock: StatsClock::default(),
             driver_known: false,
+            silence: Silence::default(),
         })
     }
 
@@ -144,6 +146,18 @@ impl<'a> Session<'a> {
         self.stats_clock.left(self.shared.stats_interval(), Instant::now())
     }
 
+    /// Time until the guest's size is to be assumed, if nobody says it.
+    pub(crate) fn until_silence(&self) -> Option<Duration> {
+        self.silence.left(Instant::now())
+    }
+
+    /// Assumes that the guest holds what it gave, where nobody says what it does.
+    pub(crate) fn end_silence(&mut self) {
+        if self.silence.is_over(Instant::now()) {
+            self.shared.assume_actual();
+        }
+    }
+
     /// Asks the guest for statistics where it is time to.
     pub(crate) fn ask_for_stats(&mut self) {
         let now = Instant::now();
@@ -207,6 +221,9 @@ impl<'a> Session<'a> {
             device.forget_kept(vq);
         }
         drop(device);
+        if matches!(vq, Vq::Inflate | Vq::Deflate) {
+            self.silence.changed(Instant::now());
+        }
         if matches!(vq, Vq::FreePage | Vq::Request) {
             shared.changed();
         }
@@ -253,6 +270,7 @@ impl<'a> Session<'a> {
         let mut fields = message.fields();
         let (offset, size, _flags) = (fields.u32()?, fields.u32()?, fields.u32()?);
         let data = fields.bytes(size as usize)?;
+        self.silence.broken();
         self.shared.keep_poison(offset, data);
         let mut device = self.shared.device();
         let poisons = device.negotiated().contains(Features::PAGE_POISON);
@@ -511,54 +529,6 @@ impl Drop for Session<'_> {
         drop(device);
         self.shared.changed();
     }
-}
-
-/// Looks where a queue stands that another back end may have served. False where
-/// it cannot be served.
-fn find(
-    shared: &Shared,
-    vring: &mut Vring,
-    index: usize,
-    memory: &GuestMemoryMmap,
-    driver_known: &mut bool,
-) -> bool {
-    let mut device = shared.device();
-    let Some(vq) = device.queues().vq(index) else { return false };
-    let found = match vring.queue.find(memory) {
-        Ok(found) => found,
-        Err(source) => {
-            drop(device);
-            vring.stop();
-            if shared.may_log() {
-                tracing::warn!(%source, ?vq, "queue stopped: its ring cannot be read");
-            }
-            return false;
-        }
-    };
-    vring.found = true;
-    let goes_on = found.used && !*driver_known;
-    if !*driver_known {
-        shared.driver_found(&mut device, found.used);
-        *driver_known = true;
-    }
-    drop(device);
-    // Chains of this queue come back in another order than they came, so without
-    // notes nobody knows which are still the device's.
-    if goes_on && vq == Vq::Request && !vring.queue.has_notes() {
-        vring.stop();
-        if shared.may_log() {
-            tracing::warn!("requests to the guest have to wait until its driver is loaded anew");
-        }
-        return false;
-    }
-    let mut returned = false;
-    for head in found.kept {
-        returned |= vring.queue.add_used(memory, head, 0).is_ok();
-    }
-    if returned {
-        vring.notify_guest();
-    }
-    true
 }
 
 fn get_inflight(message: &Message, socket: impl AsFd) -> Result<(), SessionError> {

@@ -22,4 +22,9 @@ impl<R: Reclaim> Balloon<R> {
             change.actual_is(actual, now);
         }
     }
+
+    /// True where the driver holds pages that the device did not see it give.
+    pub const fn inherits(&self) -> bool {
+        self.inherited
+    }
 }

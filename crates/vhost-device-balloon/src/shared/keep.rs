@@ -64,6 +64,21 @@ impl Shared {
         self.save(state);
     }
 
+    /// Nobody says how many pages the driver holds, so it is those that it gave. Of
+    /// one that was there before the device, they are not all.
+    pub(crate) fn assume_actual(&self) {
+        let state = &mut *self.state();
+        let held = u32::try_from(state.device.held().len()).unwrap_or(u32::MAX);
+        if state.device.inherits() || state.device.config().actual == held {
+            return;
+        }
+        let at = u32::try_from(Field::Actual.offset()).unwrap_or(u32::MAX);
+        let _ = state.device.write_config(at, &held.to_le_bytes(), Instant::now());
+        state.saved.actual = held;
+        self.save(state);
+        self.changed();
+    }
+
     /// The front end may have said what the driver fills free pages with: alone, or
     /// with all else.
     pub(crate) fn keep_poison(&self, offset: u32, data: &[u8]) {

@@ -6,8 +6,11 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod cloud_hypervisor;
 mod control_api;
+mod crosvm;
 mod hostile;
+mod inflight;
 mod misuse;
 mod pace;
 mod qemu;
