@@ -36,8 +36,10 @@ static int aerostat_oom_notify(struct notifier_block *nb, unsigned long dummy,
 	struct aerostat *vb = container_of(nb, struct aerostat, oom_nb);
 	unsigned long *freed = parm;
 
+	/* What is held for the host alone goes first. */
+	*freed += aerostat_lose_hold(vb, true);
 	/* The transport may allocate under our own lock. */
-	if (READ_ONCE(vb->owner) == current)
+	if (*freed || !aerostat_deflates_on_oom(vb) || READ_ONCE(vb->owner) == current)
 		return NOTIFY_OK;
 	aerostat_lock(vb);
 	if (!vb->gone)
@@ -48,16 +50,24 @@ static int aerostat_oom_notify(struct notifier_block *nb, unsigned long dummy,
 
 static unsigned long aerostat_shrink_count(struct aerostat *vb)
 {
-	u64 held = READ_ONCE(vb->pages) >> AEROSTAT_PAGE_SHIFT;
-	long available = held ? si_mem_available() : 0;
+	u64 held = READ_ONCE(vb->held);
+	long available;
 
+	if (aerostat_deflates_on_oom(vb))
+		held += READ_ONCE(vb->pages);
+	held >>= AEROSTAT_PAGE_SHIFT;
+	available = held ? si_mem_available() : 0;
 	return aerostat_shrinkable(held, max(available, 0L), totalram_pages());
 }
 
 static unsigned long aerostat_shrink_scan(struct aerostat *vb, struct shrink_control *sc)
 {
-	u64 freed = 0;
+	u64 freed = aerostat_lose_hold(vb, false);
 
+	if (freed)
+		return freed;
+	if (!aerostat_deflates_on_oom(vb))
+		return SHRINK_STOP;
 	/* A fill that runs into reclaim comes here with the lock held. */
 	if (!aerostat_trylock(vb))
 		return SHRINK_STOP;
@@ -119,11 +129,17 @@ static void aerostat_unregister_shrinker(struct aerostat *vb)
 }
 #endif
 
+/* A hold yields whether or not the balloon does. */
+static bool aerostat_can_yield(struct aerostat *vb)
+{
+	return aerostat_deflates_on_oom(vb) || vb->requests;
+}
+
 int aerostat_register_pressure(struct aerostat *vb)
 {
 	int err;
 
-	if (!aerostat_deflates_on_oom(vb))
+	if (!aerostat_can_yield(vb))
 		return 0;
 	err = aerostat_register_shrinker(vb);
 	if (err)
@@ -138,7 +154,7 @@ int aerostat_register_pressure(struct aerostat *vb)
 
 void aerostat_unregister_pressure(struct aerostat *vb)
 {
-	if (!aerostat_deflates_on_oom(vb))
+	if (!aerostat_can_yield(vb))
 		return;
 	unregister_oom_notifier(&vb->oom_nb);
 	aerostat_unregister_shrinker(vb);
