@@ -247,7 +247,9 @@ impl RequestKernel for Kernel {
     }
 
     fn has_free(&mut self, order: u32) -> bool {
-        self.0.borrow().buddy.has(order)
+        let mut world = self.0.borrow_mut();
+        world.tick();
+        world.buddy.has(order)
     }
 
     fn scan(&mut self, zone: u32, from: Pfn, order: u32, visits: u32, found: &mut [Pfn]) -> Slice {
