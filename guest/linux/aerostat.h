@@ -54,7 +54,7 @@ struct aerostat {
 	struct delayed_work work;
 	wait_queue_head_t acked;
 	/* NULL where they were not negotiated. Has locks of its own. */
-	struct aerostat_requests *requests;
+	struct aerostat_requests *rq;
 
 	/* Guards stopping against a last config change. */
 	spinlock_t stop_lock;
@@ -96,7 +96,7 @@ struct aerostat {
 	u64 refused;
 	u64 run_ns;
 	u64 wait_ns;
-	u64 requests_run;
+	u64 requests;
 	u64 held;
 	u64 holds_lost;
 

@@ -19,14 +19,14 @@
 void *aerostat_glue_hold_lock(struct aerostat *vb)
 {
 	cond_resched();
-	mutex_lock(&vb->requests->hold_lock);
-	return vb->requests->hold;
+	mutex_lock(&vb->rq->hold_lock);
+	return vb->rq->hold;
 }
 
 void aerostat_glue_hold_unlock(struct aerostat *vb)
 {
-	WRITE_ONCE(vb->held, aerostat_hold_pages(vb->requests->hold));
-	mutex_unlock(&vb->requests->hold_lock);
+	WRITE_ONCE(vb->held, aerostat_hold_pages(vb->rq->hold));
+	mutex_unlock(&vb->rq->hold_lock);
 }
 
 bool aerostat_glue_hold_take(struct aerostat *vb, u32 order)
@@ -42,13 +42,13 @@ bool aerostat_glue_hold_take(struct aerostat *vb, u32 order)
 	if (!page)
 		return false;
 	set_page_private(page, order);
-	list_add_tail(&page->lru, &vb->requests->taken[order]);
+	list_add_tail(&page->lru, &vb->rq->taken[order]);
 	return true;
 }
 
 u64 aerostat_glue_hold_name(struct aerostat *vb, u32 order)
 {
-	struct aerostat_requests *rq = vb->requests;
+	struct aerostat_requests *rq = vb->rq;
 	struct page *page;
 
 	if (order > AEROSTAT_MAX_ORDER || list_empty(&rq->taken[order]))
@@ -76,9 +76,9 @@ void aerostat_glue_hold_free(struct aerostat *vb)
 {
 	unsigned int order;
 
-	aerostat_free_held(&vb->requests->named);
+	aerostat_free_held(&vb->rq->named);
 	for (order = 0; order <= AEROSTAT_MAX_ORDER; order++)
-		aerostat_free_held(&vb->requests->taken[order]);
+		aerostat_free_held(&vb->rq->taken[order]);
 }
 
 /* Frees a lost hold once the host cannot count on it any more. */
@@ -109,7 +109,7 @@ void aerostat_end_loss(struct aerostat_requests *rq)
  */
 u64 aerostat_lose_hold(struct aerostat *vb, bool wait_for_lock)
 {
-	struct aerostat_requests *rq = vb->requests;
+	struct aerostat_requests *rq = vb->rq;
 	unsigned int looks = AEROSTAT_LOSS_LOOKS;
 	u8 header[AEROSTAT_HEADER_BYTES];
 	bool losing;

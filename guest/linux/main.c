@@ -87,8 +87,8 @@ static int aerostat_start(struct aerostat *vb)
 {
 	int err;
 
-	if (vb->requests)
-		aerostat_reset_requests(vb->requests);
+	if (vb->rq)
+		aerostat_reset_requests(vb->rq);
 	err = aerostat_find_vqs(vb);
 	if (err)
 		return err;
@@ -99,8 +99,8 @@ static int aerostat_start(struct aerostat *vb)
 	vb->stopping = false;
 	aerostat_init(vb->core, vb->vdev->features, PAGE_SHIFT, AEROSTAT_MAX_ORDER);
 	virtio_device_ready(vb->vdev);
-	if (vb->requests)
-		aerostat_start_requests(vb->requests,
+	if (vb->rq)
+		aerostat_start_requests(vb->rq,
 					vb->vqs[aerostat_request_vq(vb->vdev->features)]);
 	return 0;
 }
@@ -112,8 +112,8 @@ static void aerostat_stop(struct aerostat *vb)
 	vb->stopping = true;
 	spin_unlock_irq(&vb->stop_lock);
 	cancel_delayed_work_sync(&vb->work);
-	if (vb->requests)
-		aerostat_stop_requests(vb->requests);
+	if (vb->rq)
+		aerostat_stop_requests(vb->rq);
 
 	aerostat_lock(vb);
 	if (aerostat_empty(vb->core, vb))
@@ -121,8 +121,8 @@ static void aerostat_stop(struct aerostat *vb)
 	vb->gone = true;
 	/* After a reset the device has no claim on what it was not told of. */
 	virtio_reset_device(vb->vdev);
-	if (vb->requests)
-		aerostat_forget_requests(vb->requests);
+	if (vb->rq)
+		aerostat_forget_requests(vb->rq);
 	aerostat_free_all(vb);
 	aerostat_init(vb->core, vb->vdev->features, PAGE_SHIFT, AEROSTAT_MAX_ORDER);
 	WRITE_ONCE(vb->pages, 0);
@@ -133,7 +133,7 @@ static void aerostat_stop(struct aerostat *vb)
 static void aerostat_free(struct aerostat *vb)
 {
 	aerostat_free_pool(vb);
-	aerostat_free_requests(vb->requests);
+	aerostat_free_requests(vb->rq);
 	if (vb->wq)
 		destroy_workqueue(vb->wq);
 	kfree(vb->core);
@@ -159,9 +159,9 @@ static struct aerostat *aerostat_alloc(struct virtio_device *vdev)
 	/* Unbound: a fill takes long enough for the scheduler to mind. */
 	vb->wq = alloc_ordered_workqueue("aerostat_balloon", WQ_FREEZABLE);
 	if (aerostat_request_vq(vdev->features) >= 0)
-		vb->requests = aerostat_alloc_requests(vb);
+		vb->rq = aerostat_alloc_requests(vb);
 	if (!vb->core || !vb->wq || aerostat_alloc_pool(vb) ||
-	    (aerostat_request_vq(vdev->features) >= 0 && !vb->requests)) {
+	    (aerostat_request_vq(vdev->features) >= 0 && !vb->rq)) {
 		aerostat_free(vb);
 		return NULL;
 	}
@@ -190,7 +190,7 @@ static int aerostat_probe(struct virtio_device *vdev)
 	dev_info(&vdev->dev, "balloon ready: %s%s%s\n",
 		 vb->answers ? "page bitmaps" : "page numbers",
 		 aerostat_deflates_on_oom(vb) ? ", deflates on OOM" : "",
-		 vb->requests ? ", takes requests" : "");
+		 vb->rq ? ", takes requests" : "");
 	aerostat_schedule(vb, 0);
 	return 0;
 
@@ -249,7 +249,7 @@ AEROSTAT_COUNTER(messages);
 AEROSTAT_COUNTER(refused);
 AEROSTAT_COUNTER(run_ns);
 AEROSTAT_COUNTER(wait_ns);
-AEROSTAT_COUNTER(requests_run);
+AEROSTAT_COUNTER(requests);
 AEROSTAT_COUNTER(held);
 AEROSTAT_COUNTER(holds_lost);
 
@@ -259,7 +259,7 @@ static struct attribute *aerostat_attrs[] = {
 	&dev_attr_refused.attr,
 	&dev_attr_run_ns.attr,
 	&dev_attr_wait_ns.attr,
-	&dev_attr_requests_run.attr,
+	&dev_attr_requests.attr,
 	&dev_attr_held.attr,
 	&dev_attr_holds_lost.attr,
 	NULL,

@@ -132,7 +132,7 @@ static void aerostat_unregister_shrinker(struct aerostat *vb)
 /* A hold yields whether or not the balloon does. */
 static bool aerostat_can_yield(struct aerostat *vb)
 {
-	return aerostat_deflates_on_oom(vb) || vb->requests;
+	return aerostat_deflates_on_oom(vb) || vb->rq;
 }
 
 int aerostat_register_pressure(struct aerostat *vb)

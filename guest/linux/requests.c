@@ -139,7 +139,7 @@ static void aerostat_take_back(struct aerostat_requests *rq, struct aerostat_slo
 void aerostat_requests_returned(struct virtqueue *vq)
 {
 	struct aerostat *vb = vq->vdev->priv;
-	struct aerostat_requests *rq = vb->requests;
+	struct aerostat_requests *rq = vb->rq;
 	struct aerostat_slot *slot;
 	unsigned long flags;
 	unsigned int len;
@@ -219,7 +219,7 @@ static int aerostat_wait_answers(struct aerostat_requests *rq, unsigned int most
 
 bool aerostat_glue_begin_next(struct aerostat *vb, void *asked)
 {
-	struct aerostat_requests *rq = vb->requests;
+	struct aerostat_requests *rq = vb->rq;
 	bool next;
 
 	spin_lock_irq(&rq->lock);
@@ -231,12 +231,12 @@ bool aerostat_glue_begin_next(struct aerostat *vb, void *asked)
 int aerostat_glue_stopped(struct aerostat *vb)
 {
 	cond_resched();
-	return aerostat_stopped(vb->requests, false);
+	return aerostat_stopped(vb->rq, false);
 }
 
 int aerostat_glue_answer_buffer(struct aerostat *vb, bool last, u8 **buffer, size_t *bytes)
 {
-	struct aerostat_requests *rq = vb->requests;
+	struct aerostat_requests *rq = vb->rq;
 	int stop = aerostat_wait_answers(rq, rq->current_slot < 0 ? AEROSTAT_ANSWERS - 1 :
 					 AEROSTAT_ANSWERS, last);
 	unsigned int i;
@@ -253,7 +253,7 @@ int aerostat_glue_answer_buffer(struct aerostat *vb, bool last, u8 **buffer, siz
 
 int aerostat_glue_post_answer(struct aerostat *vb, u32 id, size_t bytes)
 {
-	struct aerostat_requests *rq = vb->requests;
+	struct aerostat_requests *rq = vb->rq;
 	int stop, err = -EINVAL;
 
 	if (rq->current_slot < 0 || bytes < AEROSTAT_HEADER_BYTES ||
@@ -291,7 +291,7 @@ int aerostat_glue_post_answer(struct aerostat *vb, u32 id, size_t bytes)
 
 int aerostat_glue_finish_answers(struct aerostat *vb)
 {
-	return aerostat_wait_answers(vb->requests, 0, true);
+	return aerostat_wait_answers(vb->rq, 0, true);
 }
 
 u64 aerostat_glue_now_ns(void)
@@ -303,7 +303,7 @@ static void aerostat_request_work(struct work_struct *work)
 {
 	struct aerostat_requests *rq = container_of(work, struct aerostat_requests, work);
 
-	rq->vb->requests_run += aerostat_requests_run(rq->core, rq->vb);
+	rq->vb->requests += aerostat_requests_run(rq->core, rq->vb);
 }
 
 static void aerostat_loss_work(struct work_struct *work)
