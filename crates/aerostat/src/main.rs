@@ -7,6 +7,7 @@ mod cmd;
 mod failure;
 mod guest_arg;
 mod log;
+mod memory_map;
 mod output;
 
 use std::process::ExitCode;

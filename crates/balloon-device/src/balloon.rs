@@ -12,9 +12,12 @@ use crate::change::Change;
 use crate::decode::{decode_bitmap, decode_pfn_array};
 use crate::drain::{Drained, Handled, drain};
 use crate::fault::{Fault, Faults};
+use crate::kept::Kept;
 use crate::layout::MemoryLayout;
 use crate::message::Message;
 use crate::reclaim::Reclaim;
+use crate::request::{RequestFailure, Requests};
+use crate::request_queue::RequestQueue;
 
 /// A queue cannot be served any more until the driver sets it up anew.
 #[derive(Debug, thiserror::Error)]
@@ -62,6 +65,9 @@ pub struct Balloon<R> {
     faults: Faults,
     counters: Counters,
     change: Option<Change>,
+    requests: Requests,
+    /// Chains of the request queue that wait for a request.
+    waiting: Kept,
 }
 
 impl<R: Reclaim> Balloon<R> {
@@ -71,7 +77,8 @@ impl<R: Reclaim> Balloon<R> {
         .union(Features::RING_INDIRECT_DESC)
         .union(Features::RING_EVENT_IDX)
         .union(Features::VERSION_1)
-        .union(Features::PAGE_BITMAP);
+        .union(Features::PAGE_BITMAP)
+        .union(Features::REQUEST_VQ);
 
     /// A device without memory; see [`set_layout`](Self::set_layout).
     pub fn new(reclaim: R) -> Self {
@@ -85,6 +92,8 @@ impl<R: Reclaim> Balloon<R> {
             faults: Faults::default(),
             counters: Counters::default(),
             change: None,
+            requests: Requests::default(),
+            waiting: Kept::default(),
         }
     }
 
@@ -94,6 +103,8 @@ impl<R: Reclaim> Balloon<R> {
         let held = std::mem::take(&mut self.held);
         self.reclaim.retain(&held);
         self.negotiated = negotiated & Self::FEATURES;
+        self.waiting.forget();
+        self.requests.reset(self.negotiated);
         self.config.actual = 0;
         self.config.poison_val = 0;
         if let Some(change) = &mut self.change {
@@ -104,8 +115,35 @@ impl<R: Reclaim> Balloon<R> {
     /// The driver's queues stop. It may be reset now, and then uses any page that
     /// it wants before the device hears of it again: what was not released yet
     /// never is. Where it only pauses, its balloon is still what it was.
+    ///
+    /// Chains that are kept are forgotten; see [`give_back`](Self::give_back).
     pub fn suspend(&mut self) {
         self.reclaim.retain(&self.held);
+        self.waiting.forget();
+        self.requests.suspend();
+    }
+
+    /// A queue is about to stop: chains of it that the device keeps go back to
+    /// the driver with nothing in them. True where it wants to be notified.
+    pub fn give_back<M: GuestMemory>(
+        &mut self,
+        vq: Vq,
+        memory: &M,
+        queue: &mut Queue,
+    ) -> Result<bool, QueueError> {
+        if vq != Vq::Request {
+            return Ok(false);
+        }
+        let given_back = self.waiting.give_back(queue, memory);
+        given_back.map_err(|source| self.bad_ring(vq, source))
+    }
+
+    /// A queue is set up anew without having been stopped: what is kept of it
+    /// cannot be returned.
+    pub fn forget_kept(&mut self, vq: Vq) {
+        if vq == Vq::Request {
+            self.waiting.forget();
+        }
     }
 
     /// Guest memory is now at `layout`. Pages that are gone are forgotten, and
@@ -119,6 +157,7 @@ impl<R: Reclaim> Balloon<R> {
             self.reclaim.retain(&gone);
         }
         self.layout = layout;
+        self.requests.forget_pages();
     }
 
     /// Serves a queue: takes every message, acts on it, and returns it.
@@ -128,6 +167,9 @@ impl<R: Reclaim> Balloon<R> {
         memory: &M,
         queue: &mut Queue,
     ) -> Result<Drained, QueueError> {
+        if vq == Vq::Request {
+            return self.process_requests(memory, queue);
+        }
         if let Some(change) = &mut self.change {
             change.notified(Instant::now());
         }
@@ -138,7 +180,7 @@ impl<R: Reclaim> Balloon<R> {
                 self.refuse(vq);
             }
             let written_bytes = self.answer(memory, outcome);
-            Handled { read_bytes: self.message.bytes().len(), written_bytes }
+            Handled { read_bytes: self.message.bytes().len(), written_bytes: Some(written_bytes) }
         });
         match drained {
             Ok(drained) => {
@@ -147,11 +189,37 @@ impl<R: Reclaim> Balloon<R> {
                 }
                 Ok(drained)
             }
-            Err(source) => {
-                self.faults.count(Fault::BadRing);
-                Err(QueueError::BadRing { vq, source })
-            }
+            Err(source) => Err(self.bad_ring(vq, source)),
         }
+    }
+
+    /// Serves the request queue: also when something was submitted, stopped or
+    /// ran out of time.
+    fn process_requests<M: GuestMemory>(
+        &mut self,
+        memory: &M,
+        queue: &mut Queue,
+    ) -> Result<Drained, QueueError> {
+        self.requests.resume();
+        let served = RequestQueue {
+            requests: &mut self.requests,
+            waiting: &mut self.waiting,
+            message: &mut self.message,
+            faults: &mut self.faults,
+            layout: &self.layout,
+            balloon: &self.held,
+        }
+        .process(memory, queue);
+        served.map_err(|source| {
+            self.waiting.forget();
+            self.requests.end_all(RequestFailure::BadRing);
+            self.bad_ring(Vq::Request, source)
+        })
+    }
+
+    fn bad_ring(&mut self, vq: Vq, source: virtio_queue::Error) -> QueueError {
+        self.faults.count(Fault::BadRing);
+        QueueError::BadRing { vq, source }
     }
 
     /// Sets the pages that the guest is asked to give. The caller tells the
@@ -235,6 +303,17 @@ impl<R: Reclaim> Balloon<R> {
         self.change.as_ref()
     }
 
+    /// What the operator asks of the guest.
+    pub const fn requests(&self) -> &Requests {
+        &self.requests
+    }
+
+    /// What the operator asks of the guest, to ask more. The request queue is to
+    /// be [served](Self::process_queue) then.
+    pub const fn requests_mut(&mut self) -> &mut Requests {
+        &mut self.requests
+    }
+
     /// What releases memory.
     pub const fn reclaim(&self) -> &R {
         &self.reclaim
@@ -263,7 +342,7 @@ impl<R: Reclaim> Balloon<R> {
         match vq {
             Vq::Inflate => self.inflate(&pages),
             Vq::Deflate => self.deflate(&pages),
-            // Not offered, so no layout gives them a number.
+            // Not offered, so no layout gives them a number; requests go their own way.
             Vq::Stats | Vq::FreePage | Vq::Reporting | Vq::Request => {}
         }
         Ok(())
@@ -276,6 +355,7 @@ impl<R: Reclaim> Balloon<R> {
         self.counters.inflate_messages += 1;
         self.counters.inflated_pages += pages.len();
         self.held.union_with(pages);
+        self.requests.inflated(pages);
         if self.negotiated.contains(Features::MUST_TELL_HOST) {
             self.reclaim.release(pages);
         } else {

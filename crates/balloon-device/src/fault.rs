@@ -33,11 +33,32 @@ pub enum Fault {
     /// A ring that cannot be followed.
     #[error("guest: a ring that makes no sense")]
     BadRing,
+    /// A waiting chain that waits already.
+    #[error("guest: a chain on the request queue twice")]
+    RepeatedChain,
+    /// More waiting chains than the ring has entries.
+    #[error("guest: more waiting chains than the ring has entries")]
+    TooManyWaiting,
+    /// Bytes that are no answer to what was asked.
+    #[error("guest: bytes that are no answer to the request")]
+    MalformedAnswer,
+    /// An answer to what was never asked, or so long ago that nobody knows.
+    #[error("guest: an answer to a request that was not made")]
+    UnknownRequest,
+    /// One more answer after the last one.
+    #[error("guest: a second last answer to a request")]
+    AnsweredTwice,
+    /// A page named as free that is in the balloon.
+    #[error("guest: a page named as free that is in the balloon")]
+    FreeInBalloon,
+    /// Answers to one request that name twice as many pages as there are.
+    #[error("guest: answers that name more than twice as many pages as there are")]
+    TooManyPages,
 }
 
 impl Fault {
     /// All kinds, in a fixed order.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 16] = [
         Self::EmptyMessage,
         Self::OversizedMessage,
         Self::BadDescriptor,
@@ -47,6 +68,13 @@ impl Fault {
         Self::NotInBalloon,
         Self::ConfigWrite,
         Self::BadRing,
+        Self::RepeatedChain,
+        Self::TooManyWaiting,
+        Self::MalformedAnswer,
+        Self::UnknownRequest,
+        Self::AnsweredTwice,
+        Self::FreeInBalloon,
+        Self::TooManyPages,
     ];
 
     /// The word that the control API and the metrics use.
@@ -61,14 +89,23 @@ impl Fault {
             Self::NotInBalloon => "not-in-balloon",
             Self::ConfigWrite => "config-write",
             Self::BadRing => "bad-ring",
+            Self::RepeatedChain => "repeated-chain",
+            Self::TooManyWaiting => "too-many-waiting",
+            Self::MalformedAnswer => "malformed-answer",
+            Self::UnknownRequest => "unknown-request",
+            Self::AnsweredTwice => "answered-twice",
+            Self::FreeInBalloon => "free-in-balloon",
+            Self::TooManyPages => "too-many-pages",
         }
     }
 
-    /// What a page-bitmap message with this fault is answered.
+    /// What a message with this fault is answered. A page in the balloon is no
+    /// memory of the guest's for as long as it is there.
     pub(crate) const fn status(self) -> MessageStatus {
         match self {
-            Self::OutsideMemory => MessageStatus::OutsideMemory,
+            Self::OutsideMemory | Self::FreeInBalloon => MessageStatus::OutsideMemory,
             Self::RepeatedPage => MessageStatus::RepeatedPage,
+            Self::UnknownRequest | Self::AnsweredTwice => MessageStatus::Unwanted,
             _ => MessageStatus::Malformed,
         }
     }

@@ -11,15 +11,21 @@
 
 #![forbid(unsafe_code)]
 
+mod answer;
 mod balloon;
 mod change;
 mod decode;
 mod drain;
 mod fault;
+mod kept;
 mod layout;
 mod message;
 mod reclaim;
+mod request;
+mod request_queue;
+mod totals;
 
+pub use answer::{Answer, Blocks, FreeKind, FreePages};
 pub use balloon::{Balloon, Counters, QueueError};
 pub use change::{Change, Stages};
 pub use decode::{decode_bitmap, decode_pfn_array};
@@ -27,3 +33,8 @@ pub use drain::{Drained, MAX_BYTES_PER_DRAIN, MAX_CHAINS_PER_DRAIN};
 pub use fault::{Fault, Faults};
 pub use layout::{LayoutError, MemoryLayout};
 pub use reclaim::Reclaim;
+pub use request::{
+    Ask, Hold, HoldState, MAX_OUTCOMES, MAX_QUEUED_REQUESTS, RequestFailure, RequestResult,
+    Requests, SubmitError,
+};
+pub use totals::{RequestKind, RequestTotals};

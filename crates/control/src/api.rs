@@ -4,10 +4,18 @@
 //! balloon page of 4 KiB, whatever the pages of host and guest are. Every time
 //! is in milliseconds; a measured one may have a fraction.
 
+mod requests;
+
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
+
+pub use requests::{
+    AskFreePages, BLOCK_BYTES, BlockCount, CacheSize, Caches, CancelledRequest, CoarseMap,
+    CoarseRegion, DEFAULT_RESERVE_BYTES, DEFAULT_TIMEOUT_MS, DropCaches, DroppedCaches, FreeKind,
+    FreePages, HoldState, ReleasedHold, RequestStatus,
+};
 
 /// Bytes of one balloon page, the unit of the virtio balloon (virtio 1.3,
 /// section 5.5.6).
@@ -33,6 +41,8 @@ pub struct Status {
     pub resident_bytes: Option<u64>,
     /// What went wrong so far.
     pub faults: Faults,
+    /// What was asked of the guest's kernel.
+    pub requests: RequestStatus,
 }
 
 /// The guest and its driver.

@@ -6,6 +6,35 @@ use std::path::{Path, PathBuf};
 
 use crate::size::Size;
 
+/// Why what was asked of the guest has no result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhyNot {
+    /// The present state does not allow it: no driver, no request queue, no hold.
+    NotPossible,
+    /// It was never asked.
+    NotAsked,
+    /// Too many requests wait.
+    TooMany,
+    /// The guest did not answer in time.
+    TimedOut,
+    /// It was stopped, or the guest went.
+    Stopped,
+    /// The guest refused, or broke the protocol.
+    Refused,
+}
+
+impl WhyNot {
+    const fn http_status(self) -> u16 {
+        match self {
+            Self::NotAsked => 404,
+            Self::NotPossible | Self::Stopped => 409,
+            Self::Refused => 502,
+            Self::TooMany => 503,
+            Self::TimedOut => 504,
+        }
+    }
+}
+
 /// Everything that can go wrong between a client and a balloon.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -32,6 +61,24 @@ pub enum ControlError {
     #[error("{what}")]
     Refused {
         /// What was wrong.
+        what: String,
+        /// What to do about it.
+        hint: String,
+    },
+    /// A size that cannot be.
+    #[error("{what}")]
+    BadSize {
+        /// What was wrong.
+        what: String,
+        /// What to do about it.
+        hint: String,
+    },
+    /// What was asked of the guest has no result.
+    #[error("{what}")]
+    Guest {
+        /// The kind of reason.
+        why: WhyNot,
+        /// What was wrong, and whose fault it was.
         what: String,
         /// What to do about it.
         hint: String,
@@ -201,6 +248,8 @@ impl ControlError {
                 format!("ask for {} bytes", target_bytes & !4095)
             }
             Self::Refused { hint, .. }
+            | Self::BadSize { hint, .. }
+            | Self::Guest { hint, .. }
             | Self::BadRequest { hint, .. }
             | Self::Failed { hint, .. }
             | Self::Answered { hint, .. } => hint.clone(),
@@ -238,7 +287,10 @@ impl ControlError {
     /// The HTTP status that tells a client of this error.
     pub fn http_status(&self) -> u16 {
         match self {
-            Self::TargetTooLarge { .. } | Self::TargetUnaligned { .. } => 422,
+            Self::TargetTooLarge { .. } | Self::TargetUnaligned { .. } | Self::BadSize { .. } => {
+                422
+            }
+            Self::Guest { why, .. } => why.http_status(),
             Self::BadRequest { .. } => 400,
             Self::NoSuchEndpoint { method_only: false, .. } => 404,
             Self::NoSuchEndpoint { method_only: true, .. } => 405,

@@ -14,6 +14,7 @@ pub(crate) fn render(status: &Status) -> String {
     guest(&mut page, status);
     balloon(&mut page, status);
     release(&mut page, status);
+    requests(&mut page, status);
     faults(&mut page, status);
     page.text
 }
@@ -71,6 +72,22 @@ fn release(page: &mut Page, status: &Status) {
         "Calls among them that the host refused.",
         release.release_errors,
     );
+}
+
+fn requests(page: &mut Page, status: &Status) {
+    let requests = &status.requests;
+    page.gauge("requests_waiting", "Requests that wait for the guest.", requests.waiting);
+    page.counter(
+        "request_late_answers_total",
+        "Answers of the guest that came after their time.",
+        requests.late_answers,
+    );
+    page.head("requests_total", "counter", "Ended requests, by command and by how they ended.");
+    for (command, outcomes) in &requests.ended {
+        for (outcome, count) in outcomes {
+            page.sample("requests_total", &[("command", command), ("outcome", outcome)], count);
+        }
+    }
 }
 
 fn faults(page: &mut Page, status: &Status) {

@@ -17,6 +17,13 @@ use crate::routes;
         routes::put_balloon,
         routes::get_release,
         routes::put_release,
+        routes::request::post_drop_caches,
+        routes::request::post_free_pages,
+        routes::request::get_free_pages,
+        routes::request::delete_free_pages,
+        routes::request::get_bitmap,
+        routes::request::get_picture,
+        routes::request::post_cancel,
         routes::get_metrics,
         routes::get_openapi,
     )

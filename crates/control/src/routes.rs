@@ -1,5 +1,7 @@
 //! The endpoints.
 
+pub(crate) mod request;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,7 +10,7 @@ use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, Request, State};
 use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -53,6 +55,16 @@ pub(crate) fn router(
         .route("/v1/status", get(get_status))
         .route("/v1/balloon", get(get_balloon).put(put_balloon))
         .route("/v1/release", get(get_release).put(put_release))
+        .route("/v1/drop-caches", post(request::post_drop_caches))
+        .route(
+            "/v1/free-pages",
+            get(request::get_free_pages)
+                .post(request::post_free_pages)
+                .delete(request::delete_free_pages),
+        )
+        .route("/v1/free-pages/bitmap", get(request::get_bitmap))
+        .route("/v1/free-pages/picture", get(request::get_picture))
+        .route("/v1/cancel", post(request::post_cancel))
         .route("/v1/metrics", get(get_metrics))
         .route("/metrics", get(get_metrics))
         .route("/v1/openapi.json", get(get_openapi))
@@ -209,12 +221,12 @@ impl App {
 
     /// The right to wait; none is needed to wait for no time.
     fn waiter(&self, wait_ms: u64) -> Result<Option<SemaphorePermit<'_>>, ControlError> {
-        if wait_ms == 0 {
-            return Ok(None);
-        }
+        if wait_ms == 0 { Ok(None) } else { self.any_waiter().map(Some) }
+    }
+
+    fn any_waiter(&self) -> Result<SemaphorePermit<'_>, ControlError> {
         let limit = self.limits.waiters;
-        let waiter = self.waiters.try_acquire();
-        waiter.map(Some).map_err(|_| ControlError::TooManyWaiters { limit })
+        self.waiters.try_acquire().map_err(|_| ControlError::TooManyWaiters { limit })
     }
 
     /// Waits until the change is over, the time has passed or the server stops.

@@ -6,6 +6,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use control::Server;
 use control::api::{PartialHuge, ReleaseMode};
@@ -139,9 +140,14 @@ fn serve(shared: &Shared, stream: &UnixStream, stop: &impl AsFd) -> Result<End, 
     let mut message = Message::default();
     let mut events = Vec::with_capacity(16);
     loop {
-        let timeout = session.has_more().then(Timespec::default);
+        let timeout =
+            if session.has_more() { Some(Duration::ZERO) } else { shared.until_deadline() };
+        let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
         wait(&poll, &mut events, timeout.as_ref()).map_err(host("epoll_wait"))?;
         session.go_on();
+        if shared.expire_requests() {
+            session.serve_requests();
+        }
         for event in events.drain(..) {
             match event.data.u64() {
                 EVENT_SOCKET => {
@@ -152,7 +158,10 @@ fn serve(shared: &Shared, stream: &UnixStream, stop: &impl AsFd) -> Result<End, 
                 }
                 EVENT_WAKE => {
                     let _ = rustix::io::read(shared.wake(), &mut [0; 8]);
-                    session.config_changed();
+                    if shared.take_target_changed() {
+                        session.config_changed();
+                    }
+                    session.serve_requests();
                 }
                 EVENT_STOP => return Ok(End::Stopped),
                 queue => session.kicked(usize::try_from(queue).unwrap_or(usize::MAX)),

@@ -5,7 +5,8 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use balloon_abi::config::{CONFIG_BYTES, Field};
-use balloon_abi::{Features, QueueLayout};
+use balloon_abi::{Features, QueueLayout, Vq};
+use balloon_device::RequestFailure;
 use vhost::vhost_user::message::{BackendReq, FrontendReq};
 use vhost::vhost_user::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 
@@ -124,6 +125,15 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// Serves the request queue, where there is one: the operator asked for
+    /// something, or time ran out.
+    pub(crate) fn serve_requests(&mut self) {
+        let index = self.shared.device().queues().index(Vq::Request);
+        if let Some(index) = index {
+            self.process(index);
+        }
+    }
+
     /// Tells the guest that the configuration space changed.
     pub(crate) fn config_changed(&self) {
         let Some(channel) = &self.channel else { return };
@@ -149,6 +159,9 @@ impl<'a> Session<'a> {
         let Some(vq) = device.queues().vq(index) else { return };
         let drained = device.process_queue(vq, &memory.map, &mut vring.queue);
         drop(device);
+        if vq == Vq::Request {
+            shared.changed();
+        }
         match drained {
             Ok(drained) => {
                 vring.more = drained.more;
@@ -215,9 +228,9 @@ impl<'a> Session<'a> {
 
     /// User Mode Linux asks this too when it has removed a driver, and where it
     /// cannot stop queues it says nothing else.
-    fn get_features(&self) -> Vec<u8> {
+    fn get_features(&mut self) -> Vec<u8> {
         if !self.features.contains(TRANSPORT_FEATURES) {
-            self.shared.device().suspend();
+            self.suspend();
         }
         u64_bytes((Device::FEATURES | TRANSPORT_FEATURES).0)
     }
@@ -245,7 +258,7 @@ impl<'a> Session<'a> {
         }
         let stopped = self.vrings.iter().any(|vring| vring.stopped_at.is_some());
         if stopped && features == self.features {
-            self.shared.device().suspend();
+            self.suspend();
         } else {
             self.features = features;
             self.driver_starts();
@@ -270,12 +283,14 @@ impl<'a> Session<'a> {
     fn set_vring_num(&mut self, message: &Message) -> Result<(), SessionError> {
         let mut fields = message.fields();
         let (index, size) = (fields.u32()?, fields.u32()?);
+        self.forget_kept(index);
         self.vring(index)?.set_size(size)
     }
 
     fn set_vring_base(&mut self, message: &Message) -> Result<(), SessionError> {
         let mut fields = message.fields();
         let (index, base) = (fields.u32()?, fields.u32()?);
+        self.forget_kept(index);
         let vring = self.vring(index)?;
         vring.set_base(base)?;
         // A new driver begins at 0; where the ring stood there, nobody can tell,
@@ -303,10 +318,11 @@ impl<'a> Session<'a> {
 
     fn get_vring_base(&mut self, message: &Message) -> Result<Vec<u8>, SessionError> {
         let index = message.fields().u32()?;
+        self.vring(index)?;
+        self.suspend();
         let vring = self.vring(index)?;
         let base = vring.stop();
         vring.stopped_at = Some(base);
-        self.shared.device().suspend();
         let base = u32::from(base);
         Ok([index.to_ne_bytes(), base.to_ne_bytes()].concat())
     }
@@ -328,10 +344,11 @@ impl<'a> Session<'a> {
     fn set_vring_enable(&mut self, message: &Message) -> Result<(), SessionError> {
         let mut fields = message.fields();
         let (index, enable) = (fields.u32()?, fields.u32()?);
-        self.vring(index)?.enabled = enable != 0;
+        self.vring(index)?;
         if enable == 0 {
-            self.shared.device().suspend();
+            self.suspend();
         }
+        self.vring(index)?.enabled = enable != 0;
         self.process(index as usize);
         Ok(())
     }
@@ -350,6 +367,40 @@ impl<'a> Session<'a> {
         self.vrings.iter_mut().for_each(Vring::reset);
         self.features = Features::NONE;
         self.driver_starts();
+    }
+
+    /// The queues stop, or one of them does. The device keeps chains no longer;
+    /// those of a queue that goes on come back with the driver's next kick.
+    fn suspend(&mut self) {
+        let mut device = self.shared.device();
+        if let Some(memory) = &self.memory {
+            for (vring, vq) in self.vrings.iter_mut().zip(device.queues().queues()) {
+                if !vring.runs() {
+                    continue;
+                }
+                match device.give_back(vq, &memory.map, &mut vring.queue) {
+                    Ok(true) => vring.notify_guest(),
+                    Ok(false) => {}
+                    Err(error) => {
+                        vring.stop();
+                        if self.shared.may_log() {
+                            tracing::warn!(%error, "queue stopped");
+                        }
+                    }
+                }
+            }
+        }
+        device.suspend();
+        drop(device);
+        self.shared.changed();
+    }
+
+    /// A queue is set up anew.
+    fn forget_kept(&self, index: u32) {
+        let mut device = self.shared.device();
+        if let Some(vq) = device.queues().vq(index as usize) {
+            device.forget_kept(vq);
+        }
     }
 
     /// Whatever the guest held is its own again.
@@ -371,9 +422,12 @@ impl Drop for Session<'_> {
     /// more, since its memory may be mapped by a monitor that comes back.
     fn drop(&mut self) {
         let mut device = self.shared.device();
+        device.requests_mut().end_all(RequestFailure::HungUp);
         device.reset(Features::NONE);
         device.reclaim_mut().forget_memory();
         device.set_layout(balloon_device::MemoryLayout::default());
+        drop(device);
+        self.shared.changed();
     }
 }
 

@@ -8,16 +8,17 @@ use std::time::{Duration, Instant};
 
 use balloon_abi::Features;
 use balloon_device::{Balloon, Change};
-use control::ControlError;
 use control::api::{
-    BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, Direction, Driver, Faults, GuestStatus,
-    ReleaseMode, StagesMs, Status,
+    BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, CancelledRequest, Direction, Driver, Faults,
+    GuestStatus, ReleaseMode, StagesMs, Status,
 };
+use control::{ControlError, FreePagesMap, GuestAnswer, GuestAsk};
 use rustix::event::EventfdFlags;
 
 use crate::error::Error;
 use crate::log_limit::LogLimit;
 use crate::reclaim::HostReclaim;
+use crate::requests::RequestTimes;
 
 /// How often a wait looks whether releasing in the background has come to its
 /// end, which nobody announces.
@@ -28,18 +29,22 @@ pub(crate) struct Shared {
     name: String,
     started: Instant,
     state: Mutex<State>,
-    changed: Condvar,
+    pub(crate) changed: Condvar,
     wake: OwnedFd,
     log_limit: Mutex<LogLimit>,
 }
 
-struct State {
-    device: Balloon<HostReclaim>,
-    connected: bool,
+pub(crate) struct State {
+    pub(crate) device: Balloon<HostReclaim>,
+    pub(crate) connected: bool,
     generation: u64,
     /// What was released before the present change began.
     baseline: crate::reclaim::Work,
     front_end_faults: BTreeMap<&'static str, u64>,
+    /// The target has changed and the guest was not told yet.
+    target_changed: bool,
+    /// When requests were submitted, and what became of the newest free pages.
+    pub(crate) times: RequestTimes,
 }
 
 /// The device, locked.
@@ -68,6 +73,8 @@ impl Shared {
             generation: 0,
             baseline: crate::reclaim::Work::default(),
             front_end_faults: BTreeMap::new(),
+            target_changed: false,
+            times: RequestTimes::default(),
         };
         Ok(Self {
             name,
@@ -109,19 +116,37 @@ impl Shared {
         left_out.is_some()
     }
 
-    /// Becomes readable when the target has changed.
+    /// True once for each change of the target, or for many at once.
+    pub(crate) fn take_target_changed(&self) -> bool {
+        std::mem::take(&mut self.state().target_changed)
+    }
+
+    /// Has the loop look at what the operator wants.
+    pub(crate) fn wake_up(&self) -> Result<(), ControlError> {
+        let woken = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+        woken.map(drop).map_err(|error| ControlError::Failed {
+            what: format!("the balloon cannot be woken: {error}"),
+            hint: "restart the back end of this guest".into(),
+        })
+    }
+
+    /// Becomes readable when the operator wants something.
     pub(crate) const fn wake(&self) -> &OwnedFd {
         &self.wake
     }
 
     /// A thread that panicked with the lock held has left counters behind, no
     /// half-made structure; the guest is worth more than a clean exit.
-    fn state(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl control::Balloon for Shared {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
     fn status(&self) -> Status {
         let state = self.state();
         let device = &state.device;
@@ -135,6 +160,7 @@ impl control::Balloon for Shared {
             release: device.reclaim().status(),
             resident_bytes,
             faults: state.faults(),
+            requests: state.requests(),
         }
     }
 
@@ -153,15 +179,11 @@ impl control::Balloon for Shared {
         }
         state.baseline = state.device.reclaim().work();
         state.device.set_target(pages, Instant::now());
+        state.target_changed = true;
         state.generation += 1;
         let generation = state.generation;
         drop(state);
-        rustix::io::write(&self.wake, &1u64.to_ne_bytes()).map_err(|error| {
-            ControlError::Failed {
-                what: format!("the balloon cannot be woken: {error}"),
-                hint: "restart the back end of this guest".into(),
-            }
-        })?;
+        self.wake_up()?;
         self.changed();
         Ok(generation)
     }
@@ -169,6 +191,26 @@ impl control::Balloon for Shared {
     fn set_release_mode(&self, mode: ReleaseMode) -> Result<(), ControlError> {
         self.state().device.reclaim_mut().set_mode(mode);
         Ok(())
+    }
+
+    fn submit(&self, ask: GuestAsk, timeout: Duration) -> Result<u32, ControlError> {
+        self.submit_request(ask, timeout)
+    }
+
+    fn wait_request(
+        &self,
+        id: u32,
+        timeout: Duration,
+    ) -> Option<Result<GuestAnswer, ControlError>> {
+        self.wait_for_request(id, timeout)
+    }
+
+    fn cancel_request(&self, id: Option<u32>) -> Result<CancelledRequest, ControlError> {
+        self.cancel_one(id)
+    }
+
+    fn free_pages(&self) -> Option<FreePagesMap> {
+        self.state().newest_free_pages()
     }
 
     fn wait_change(&self, generation: u64, timeout: Duration) -> BalloonStatus {
@@ -262,6 +304,6 @@ impl State {
     }
 }
 
-fn ms(duration: Duration) -> f64 {
+pub(crate) fn ms(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
 }

@@ -30,8 +30,8 @@ const ROOMS: &[(&str, Leans)] = &[
         Only(&["balloon-abi", "page-set", "thiserror", "virtio-queue", "vm-memory"]),
     ),
     ("host-memory", Only(&["libc", "page-set", "rustix", "thiserror", "tracing", "vm-memory"])),
-    // The API's words and sizes, never the device's insides.
-    ("control", Rooms(&[])),
+    // The API's words, sizes and sets of pages, never the device's insides.
+    ("control", Rooms(&["page-set"])),
     (
         "vhost-device-balloon",
         Rooms(&["balloon-abi", "balloon-device", "control", "host-memory", "page-set"]),

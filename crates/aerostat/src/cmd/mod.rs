@@ -3,7 +3,10 @@
 
 mod balloon;
 mod bench;
+mod cancel;
 mod demo;
+mod drop_caches;
+mod free_pages;
 mod status;
 mod vhost_user;
 
@@ -17,7 +20,10 @@ use crate::log::LogLevel;
 pub(crate) enum Command {
     Balloon(balloon::BalloonArgs),
     Bench(bench::BenchArgs),
+    Cancel(cancel::CancelArgs),
     Demo(demo::DemoArgs),
+    DropCaches(drop_caches::DropCachesArgs),
+    FreePages(free_pages::FreePagesArgs),
     Status(status::StatusArgs),
     VhostUser(vhost_user::VhostUserArgs),
 }
@@ -27,7 +33,10 @@ impl Command {
         match self {
             Self::Balloon(args) => balloon::run(&args),
             Self::Bench(args) => bench::run(&args),
+            Self::Cancel(args) => cancel::run(&args),
             Self::Demo(args) => demo::run(&args),
+            Self::DropCaches(args) => drop_caches::run(&args),
+            Self::FreePages(args) => free_pages::run(&args),
             Self::Status(args) => status::run(&args),
             Self::VhostUser(args) => vhost_user::run(args),
         }

@@ -196,7 +196,7 @@ fn a_reset_gives_everything_back_and_changes_the_form() {
 fn features_that_were_not_offered_are_not_accepted() {
     let mut guest = Guest::new(Features(u64::MAX));
     assert_eq!(guest.balloon.queues().index(Vq::Deflate), Some(1));
-    for vq in [Vq::Stats, Vq::FreePage, Vq::Reporting, Vq::Request] {
+    for vq in [Vq::Stats, Vq::FreePage, Vq::Reporting] {
         assert_eq!(guest.balloon.queues().index(vq), None, "{vq:?}");
     }
     guest.still_works();

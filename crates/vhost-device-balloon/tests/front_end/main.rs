@@ -12,6 +12,7 @@ mod misuse;
 mod pace;
 mod qemu;
 mod quiet;
+mod requests;
 mod safety;
 mod uml;
 mod unusual;

@@ -1,0 +1,371 @@
+//! What the operator asks of the guest's kernel: in the API's words, with times.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use balloon_abi::{Caches, Features};
+use balloon_device::{
+    Answer, Ask, FreeKind, FreePages, HoldState, MAX_OUTCOMES, MAX_QUEUED_REQUESTS, RequestFailure,
+    RequestKind, RequestResult, SubmitError,
+};
+use control::api::{self, BALLOON_PAGE_BYTES, BlockCount, CancelledRequest, RequestStatus};
+use control::{ControlError, FreePagesMap, GuestAnswer, GuestAsk, WhyNot};
+
+use crate::shared::{Shared, State, ms};
+
+/// Time for a guest to say that it stopped what it was told to stop. After it
+/// the request has ended whatever the guest does.
+const CANCEL_TIME: Duration = Duration::from_secs(2);
+
+/// When requests were made: of all that can have an outcome, and one more that
+/// is just being made.
+const MAX_TIMES: usize = MAX_OUTCOMES + 1;
+
+/// Times around requests, of which the device knows none.
+#[derive(Debug, Default)]
+pub(crate) struct RequestTimes {
+    asked: VecDeque<(u32, Asked)>,
+    /// Id, duration and arrival of the newest free pages.
+    newest: Option<(u32, Duration, Instant)>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Asked {
+    at: Instant,
+    timeout: Duration,
+    kind: RequestKind,
+}
+
+impl Shared {
+    /// Time until the device has a request to end.
+    pub(crate) fn until_deadline(&self) -> Option<Duration> {
+        let deadline = self.state().device.requests().next_deadline()?;
+        // A millisecond more than nothing: the poll rounds down to those.
+        Some(deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1))
+    }
+
+    /// Ends requests whose time is over; true where there were any.
+    pub(crate) fn expire_requests(&self) -> bool {
+        let any = self.state().device.requests_mut().expire(Instant::now());
+        if any {
+            self.changed();
+        }
+        any
+    }
+
+    pub(crate) fn submit_request(
+        &self,
+        ask: GuestAsk,
+        timeout: Duration,
+    ) -> Result<u32, ControlError> {
+        let ask = device_ask(ask);
+        let now = Instant::now();
+        let mut state = self.state();
+        let submitted = state.device.requests_mut().submit(ask, now + timeout);
+        let id = submitted.map_err(|error| refused(ask.kind(), error, state.connected))?;
+        if state.times.asked.len() == MAX_TIMES {
+            state.times.asked.pop_front();
+        }
+        state.times.asked.push_back((id, Asked { at: now, timeout, kind: ask.kind() }));
+        drop(state);
+        self.wake_up()?;
+        Ok(id)
+    }
+
+    pub(crate) fn wait_for_request(
+        &self,
+        id: u32,
+        timeout: Duration,
+    ) -> Option<Result<GuestAnswer, ControlError>> {
+        let end = Instant::now() + timeout;
+        let mut state = self.state();
+        loop {
+            if let Some(outcome) = state.take_outcome(id) {
+                return Some(outcome);
+            }
+            if !state.device.requests().is_open(id) {
+                return Some(Err(ControlError::Failed {
+                    what: format!("nobody knows any more how request {id} ended"),
+                    hint: "ask again; only the last few outcomes are kept".into(),
+                }));
+            }
+            let now = Instant::now();
+            if now >= end {
+                return None;
+            }
+            let woken = self.changed.wait_timeout(state, end - now);
+            state = woken.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    pub(crate) fn cancel_one(&self, id: Option<u32>) -> Result<CancelledRequest, ControlError> {
+        let mut state = self.state();
+        let requests = state.device.requests_mut();
+        let id = id.or_else(|| requests.current().map(|(id, _)| id));
+        let cancelled = id.filter(|id| requests.cancel(*id, Instant::now() + CANCEL_TIME));
+        let id = cancelled.ok_or_else(|| ControlError::Guest {
+            why: WhyNot::NotPossible,
+            what: "there is no request to stop".into(),
+            hint: "`aerostat status NAME` shows what the guest works on".into(),
+        })?;
+        let command = state.times.of(id).map_or("", |asked| asked.kind.name()).to_owned();
+        drop(state);
+        self.changed();
+        self.wake_up()?;
+        Ok(CancelledRequest { id, command })
+    }
+}
+
+impl RequestTimes {
+    fn of(&self, id: u32) -> Option<Asked> {
+        self.asked.iter().find(|(asked, _)| *asked == id).map(|(_, asked)| *asked)
+    }
+}
+
+impl State {
+    pub(crate) fn requests(&self) -> RequestStatus {
+        let requests = self.device.requests();
+        let mut ended = BTreeMap::<String, BTreeMap<String, u64>>::new();
+        for (kind, outcome, count) in requests.totals().iter() {
+            let outcomes = ended.entry(kind.name().into()).or_default();
+            outcomes.insert(outcome.replace('-', "_"), count);
+        }
+        RequestStatus {
+            possible: self.device.negotiated().contains(Features::REQUEST_VQ),
+            running: requests.running().map(|(_, ask)| ask.kind().name().into()),
+            waiting: requests.queued() as u64,
+            hold: requests.hold().map(|hold| hold_state(hold.state)),
+            late_answers: requests.late_answers(),
+            ended,
+        }
+    }
+
+    pub(crate) fn newest_free_pages(&self) -> Option<FreePagesMap> {
+        self.device.requests().newest().map(|pages| self.free_pages_map(pages))
+    }
+
+    fn take_outcome(&mut self, id: u32) -> Option<Result<GuestAnswer, ControlError>> {
+        let outcome = self.device.requests_mut().take_outcome(id)?;
+        let now = Instant::now();
+        let asked = self.times.of(id);
+        let elapsed = asked.map_or(Duration::ZERO, |asked| now.duration_since(asked.at));
+        if let Ok(Answer { free: Some(pages), .. }) = &outcome {
+            self.times.newest = Some((pages.id, elapsed, now));
+        }
+        Some(self.told(id, asked, elapsed, outcome))
+    }
+
+    fn told(
+        &self,
+        id: u32,
+        asked: Option<Asked>,
+        elapsed: Duration,
+        outcome: RequestResult,
+    ) -> Result<GuestAnswer, ControlError> {
+        match outcome {
+            Ok(answer) => Ok(GuestAnswer {
+                id,
+                elapsed_ms: ms(elapsed),
+                guest_ms: ms(Duration::from_nanos(answer.elapsed_ns)),
+                values: answer.values,
+                free: answer.free.map(|pages| self.free_pages_map(&pages)),
+            }),
+            Err(failure) => {
+                let kind = asked.map_or(RequestKind::DropCaches, |asked| asked.kind);
+                let timeout = asked.map_or(elapsed, |asked| asked.timeout);
+                Err(failed(kind, failure, timeout))
+            }
+        }
+    }
+
+    fn free_pages_map(&self, pages: &Arc<FreePages>) -> FreePagesMap {
+        let bytes = |pages: u64| pages.saturating_mul(BALLOON_PAGE_BYTES);
+        let requests = self.device.requests();
+        let hold = requests.hold().filter(|hold| hold.pages.id == pages.id);
+        let times = self.times.newest.filter(|(id, ..)| *id == pages.id);
+        let guest_ms = ms(Duration::from_nanos(pages.elapsed_ns));
+        let blocks = pages.blocks.iter();
+        let blocks = blocks.map(|(block_bytes, count)| BlockCount { block_bytes, count });
+        let age = times.map_or(Duration::ZERO, |(.., at)| at.elapsed());
+        let summary = api::FreePages {
+            id: pages.id,
+            kind: match pages.kind {
+                FreeKind::Snapshot => api::FreeKind::Snapshot,
+                FreeKind::Hold => api::FreeKind::Hold,
+            },
+            hold: hold.map(|hold| hold_state(hold.state)),
+            total_bytes: bytes(pages.pages.len()),
+            guest_free_bytes: bytes(pages.guest_free_pages),
+            memory_bytes: bytes(self.device.layout().pages()),
+            balloon_bytes: bytes(self.device.held().len()),
+            blocks: blocks.collect(),
+            elapsed_ms: times.map_or(guest_ms, |(_, elapsed, _)| ms(elapsed)),
+            guest_ms,
+            lock_ns_max: pages.lock_ns,
+            age_ms: u64::try_from(age.as_millis()).unwrap_or(u64::MAX),
+            map: api::CoarseMap::default(),
+        };
+        FreePagesMap {
+            summary,
+            regions: self.device.layout().ranges().to_vec(),
+            free: Arc::clone(&pages.pages),
+            balloon: self.device.held().clone(),
+        }
+    }
+}
+
+fn device_ask(ask: GuestAsk) -> Ask {
+    match ask {
+        GuestAsk::DropCaches(what) => Ask::DropCaches(match what {
+            api::Caches::PageCache => Caches::PAGE_CACHE,
+            api::Caches::Slab => Caches::SLAB,
+            api::Caches::All => Caches::ALL,
+        }),
+        GuestAsk::Snapshot { min_block_bytes } => {
+            Ask::ReportFree { min_granule_shift: min_block_bytes.trailing_zeros() }
+        }
+        GuestAsk::Hold { reserve_bytes } => {
+            Ask::HoldFree { reserve_pages: reserve_bytes / BALLOON_PAGE_BYTES }
+        }
+        GuestAsk::ReleaseHold => Ask::ReleaseHold,
+    }
+}
+
+const fn hold_state(state: HoldState) -> api::HoldState {
+    match state {
+        HoldState::Kept => api::HoldState::Kept,
+        HoldState::Paused => api::HoldState::Paused,
+        HoldState::Releasing => api::HoldState::Releasing,
+    }
+}
+
+/// What the guest was to do.
+const fn deed(kind: RequestKind) -> &'static str {
+    match kind {
+        RequestKind::DropCaches => "drop caches",
+        RequestKind::ReportFree => "report its free pages",
+        RequestKind::HoldFree => "hold free pages",
+        RequestKind::ReleaseHold => "release its hold",
+    }
+}
+
+/// Why a request is not made.
+fn refused(kind: RequestKind, error: SubmitError, connected: bool) -> ControlError {
+    let deed = deed(kind);
+    let (why, what, hint) = match error {
+        SubmitError::NoQueue if !connected => (
+            WhyNot::NotPossible,
+            format!("no guest is connected that could {deed}"),
+            "start the guest, then ask again",
+        ),
+        SubmitError::NoQueue => (
+            WhyNot::NotPossible,
+            format!("the guest's driver cannot {deed}: it has no request queue"),
+            "load aerostat_balloon in the guest",
+        ),
+        SubmitError::Stopped => (
+            WhyNot::NotPossible,
+            format!("the guest cannot {deed} now: it is paused, or its driver was unloaded"),
+            "resume the guest, or load aerostat_balloon in it",
+        ),
+        SubmitError::TooMany => (
+            WhyNot::TooMany,
+            format!("{MAX_QUEUED_REQUESTS} requests wait for the guest already"),
+            "wait for them, or stop the one that runs with `aerostat cancel NAME`",
+        ),
+        SubmitError::NoHold => (
+            WhyNot::NotPossible,
+            "the guest holds no free pages".into(),
+            "ask for a hold first, with `aerostat free-pages NAME --hold`",
+        ),
+        SubmitError::HeldAlready => (
+            WhyNot::NotPossible,
+            "the guest holds free pages already".into(),
+            "release them first, with `aerostat free-pages NAME --release`",
+        ),
+    };
+    ControlError::Guest { why, what, hint: hint.into() }
+}
+
+/// Why a request brought nothing.
+fn failed(kind: RequestKind, failure: RequestFailure, timeout: Duration) -> ControlError {
+    let deed = deed(kind);
+    let (why, what, hint) = match failure {
+        RequestFailure::TimedOut { sent: true } => (
+            WhyNot::TimedOut,
+            format!("the guest did not {deed} within {} ms", timeout.as_millis()),
+            "see whether the guest still runs; a longer time-out may help",
+        ),
+        RequestFailure::TimedOut { sent: false } => (
+            WhyNot::TimedOut,
+            format!("the guest's driver took no request to {deed} in {} ms", timeout.as_millis()),
+            "it is busy with another request, or hangs; `aerostat status NAME` shows which",
+        ),
+        RequestFailure::Cancelled => (
+            WhyNot::Stopped,
+            format!("the request to {deed} was stopped"),
+            "ask again if this was not meant",
+        ),
+        RequestFailure::UnknownCommand => (
+            WhyNot::Refused,
+            format!("the guest's driver does not know how to {deed}"),
+            "load an aerostat_balloon of this version in the guest",
+        ),
+        RequestFailure::BadArgument => (
+            WhyNot::Refused,
+            format!("the guest's driver refused to {deed}: it sees no meaning in the argument"),
+            "load an aerostat_balloon of this version in the guest",
+        ),
+        RequestFailure::Refused { errno } => (
+            WhyNot::Refused,
+            format!("the guest's kernel refused to {deed}: {}", errno_text(errno)),
+            "look into the guest's kernel log",
+        ),
+        RequestFailure::HoldLost => (
+            WhyNot::Refused,
+            "the guest needed its free memory itself, and the hold is over".into(),
+            "leave it more, with --reserve",
+        ),
+        RequestFailure::Busy => (
+            WhyNot::Refused,
+            format!("the guest's driver refused to {deed}: it has too much to do, or a hold"),
+            "release the hold, or ask again later",
+        ),
+        RequestFailure::Fault(fault) => (
+            WhyNot::Refused,
+            format!("the guest's answer breaks the protocol ({fault})"),
+            "the guest's driver is at fault; the fault counters tell how often",
+        ),
+        RequestFailure::QueuesStopped => (
+            WhyNot::Stopped,
+            format!("the guest was paused, or its driver unloaded, before it could {deed}"),
+            "ask again once the driver runs",
+        ),
+        RequestFailure::DriverReset => (
+            WhyNot::Stopped,
+            format!("the guest's driver was reset before it could {deed}"),
+            "ask again once the driver runs",
+        ),
+        RequestFailure::HungUp => (
+            WhyNot::Stopped,
+            format!("the guest's monitor hung up before the guest could {deed}"),
+            "start the guest, then ask again",
+        ),
+        RequestFailure::BadRing => (
+            WhyNot::Refused,
+            "the guest's request queue makes no sense and was stopped".into(),
+            "load the driver in the guest anew",
+        ),
+    };
+    ControlError::Guest { why, what, hint: hint.into() }
+}
+
+/// An error number of the guest's, in words.
+fn errno_text(errno: u64) -> String {
+    match i32::try_from(errno) {
+        Ok(errno @ 1..=4095) => io::Error::from_raw_os_error(errno).to_string(),
+        _ => format!("error {errno}"),
+    }
+}
