@@ -6,6 +6,7 @@
 
 #include <linux/ktime.h>
 #include <linux/scatterlist.h>
+#include <linux/sched.h>
 #include <linux/slab.h>
 
 #include "requests.h"
@@ -16,6 +17,12 @@
  * enough for the next request, too late for the two to play ball.
  */
 #define AEROSTAT_REPOST_JIFFIES	(HZ / 10)
+
+/* The work item asks the scheduler this often who shall run. A kernel that is
+ * not preemptible would look only when its timer ticks, and let nobody else
+ * allocate on this CPU until then.
+ */
+#define AEROSTAT_TURN_NS	(100 * NSEC_PER_USEC)
 
 /* What the core says of a request that has come. */
 enum { AEROSTAT_IGNORE, AEROSTAT_QUEUED, AEROSTAT_STOP_RUNNING, AEROSTAT_REFUSE };
@@ -230,8 +237,13 @@ bool aerostat_glue_begin_next(struct aerostat *vb, void *asked)
 
 int aerostat_glue_stopped(struct aerostat *vb)
 {
-	cond_resched();
-	return aerostat_stopped(vb->rq, false);
+	struct aerostat_requests *rq = vb->rq;
+
+	if (ktime_get_ns() - rq->ran_since_ns > AEROSTAT_TURN_NS) {
+		schedule();
+		rq->ran_since_ns = ktime_get_ns();
+	}
+	return aerostat_stopped(rq, false);
 }
 
 int aerostat_glue_answer_buffer(struct aerostat *vb, bool last, u8 **buffer, size_t *bytes)

@@ -48,6 +48,7 @@ struct aerostat_requests {
 	/* Belongs to the work item. */
 	struct aerostat_requests_core *core;
 	int current_slot;
+	u64 ran_since_ns;
 
 	/* Guards the queue, the slots and everything to the next comment. Never
 	 * held while waiting, and taken by the queue's interrupt.

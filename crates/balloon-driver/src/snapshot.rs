@@ -20,12 +20,12 @@ pub(crate) const MAX_FOUND: usize = 256;
 /// Pages that one slice looks at: at first, and within what bounds.
 const FIRST_VISITS: u32 = 128;
 const MIN_VISITS: u32 = 16;
-const MAX_VISITS: u32 = 2048;
+const MAX_VISITS: u32 = 512;
 
-/// How long a slice may hold the zone's lock before the next one is halved: less
-/// than half of the 50 us that no slice shall exceed, since a slice can meet
-/// colder memory than the one before.
-const LONG_SLICE_NS: u64 = 20_000;
+/// How long a slice may hold the zone's lock before the next one is halved: a
+/// third of the 50 us that no slice shall exceed, since a slice can meet colder
+/// memory than the one before.
+const LONG_SLICE_NS: u64 = 16_000;
 
 /// How often guest memory may be named in answers to one request (see
 /// `docs/protocol.md`).

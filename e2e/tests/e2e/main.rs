@@ -17,4 +17,5 @@ mod package;
 mod pressure;
 mod program;
 mod qmp;
+mod requests;
 mod walk;

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Read;
+use std::sync::Mutex;
 
 use rustix::mount::{MountFlags, mount};
 
@@ -10,6 +11,9 @@ const HOST_DIRECTORY: &str = "/host";
 
 /// One system call's worth.
 const CHUNK_BYTES: usize = 1 << 20;
+
+/// Files that were read: a file of the host loses its pages with its last user.
+static OPEN: Mutex<Vec<File>> = Mutex::new(Vec::new());
 
 /// Mounts a directory of the host (User Mode Linux only).
 pub(crate) fn mount_host(directory: &str) -> Result<String, String> {
@@ -21,7 +25,8 @@ pub(crate) fn mount_host(directory: &str) -> Result<String, String> {
     Ok(String::new())
 }
 
-/// Reads the first `mib` MiB of a file or a block device, which fills the page cache.
+/// Reads the first `mib` MiB of a file or a block device, which fills the page cache. The file
+/// stays open.
 pub(crate) fn read(path: &str, mib: u64) -> Result<String, String> {
     let mut file = File::open(path).map_err(|error| format!("cannot open {path}: {error}"))?;
     let mut buffer = vec![0; CHUNK_BYTES];
@@ -29,5 +34,6 @@ pub(crate) fn read(path: &str, mib: u64) -> Result<String, String> {
         file.read_exact(&mut buffer)
             .map_err(|error| format!("cannot read MiB {chunk} of {path}: {error}"))?;
     }
+    OPEN.lock().map_err(|error| error.to_string())?.push(file);
     Ok(mib.to_string())
 }
