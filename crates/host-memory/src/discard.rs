@@ -2,12 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use page_set::{PageRange, PageSet};
+use page_set::{PAGE_BYTES, PageRange, PageSet};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 
 use crate::advise::{advise, vectors_work};
-use crate::{Backing, MemoryMap, PartialHuge, Piece};
+use crate::{Backing, MemoryMap, PartialHuge, Piece, Region, resident};
 
 /// Failures that a report keeps in full; beyond, they are only counted, so that
 /// a host which refuses everything costs bounded memory.
@@ -35,8 +35,12 @@ pub trait Discard: Send + Sync {
     /// release is in the report; it never stops half-way.
     fn discard(&self, pages: &PageSet) -> DiscardReport;
 
-    /// The same, page by page: one look-up and one call each, as QEMU did until
-    /// 2016. Exists to be compared with.
+    /// 4 KiB pages that the host spends on the guest now, or `None` where asking
+    /// would cost a look at each page.
+    fn resident_pages(&self) -> Option<u64>;
+
+    /// As [`discard`](Self::discard), page by page: one look-up and one call each,
+    /// as QEMU did until 2016. Exists to be compared with.
     fn discard_per_page(&self, pages: &PageSet) -> DiscardReport;
 }
 
@@ -102,6 +106,12 @@ impl Discard for MemoryMap {
 
     fn take_partial(&self, pages: &mut PageSet, partial_huge: PartialHuge) -> PageSet {
         self.take_partial(pages, partial_huge)
+    }
+
+    fn resident_pages(&self) -> Option<u64> {
+        let shared = |region: &Region| matches!(region.backing(), Backing::Shared { .. });
+        let bytes = self.regions().iter().all(shared).then(|| resident::resident_bytes(self));
+        Some(bytes?.ok()? / PAGE_BYTES)
     }
 
     fn discard(&self, pages: &PageSet) -> DiscardReport {

@@ -1,10 +1,9 @@
 //! What sizes of page the host uses behind a region.
 
-use std::fs;
 use std::os::fd::AsFd;
 
 use page_set::{CHUNK_PAGES, PAGE_BYTES};
-use rustix::fs::{FsWord, fstat, fstatfs, major, minor};
+use rustix::fs::{FsWord, fstat, fstatfs};
 
 use crate::HostMemoryError;
 
@@ -12,8 +11,6 @@ use crate::HostMemoryError;
 const HUGETLBFS_MAGIC: FsWord = 0x9584_58f6;
 /// `f_type` of tmpfs, which also is what memfd files live on.
 const TMPFS_MAGIC: FsWord = 0x0102_1994;
-/// How huge pages are chosen for memfd files, which no mount option governs.
-const SHMEM_ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 
 /// The pages that the host uses behind a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,8 +39,10 @@ impl HostPages {
         }
     }
 
-    /// Finds out what backs `file`: the block size on hugetlbfs; on tmpfs, the
-    /// `huge=` option of its mount or, for a memfd, the system's setting.
+    /// Finds out what backs `file`: on hugetlbfs the file system's block size, on
+    /// tmpfs (memfd files too) the file's, which is a huge page's where the kernel
+    /// would use one (`shmem_getattr` in `mm/shmem.c`, Linux 4.18). Mount options
+    /// would not do: the mount may be in another namespace, or in none.
     ///
     /// `huge=advise` counts as small pages, since whether anyone advised cannot
     /// be seen; set it on the region if you know.
@@ -51,10 +50,10 @@ impl HostPages {
     /// # Errors
     /// The file's file system cannot be asked.
     pub fn of_file(file: impl AsFd) -> Result<Self, HostMemoryError> {
-        let stats = fstatfs(&file).map_err(|e| HostMemoryError::Host {
-            what: "fstatfs of guest memory",
-            source: e.into(),
-        })?;
+        let failed = |what| {
+            move |error: rustix::io::Errno| HostMemoryError::Host { what, source: error.into() }
+        };
+        let stats = fstatfs(&file).map_err(failed("fstatfs of guest memory"))?;
         if stats.f_type == HUGETLBFS_MAGIC {
             let bytes = u64::try_from(stats.f_bsize).unwrap_or(PAGE_BYTES);
             return Ok(Self::Hugetlb { host_page_pages: (bytes / PAGE_BYTES).max(1) });
@@ -62,62 +61,8 @@ impl HostPages {
         if stats.f_type != TMPFS_MAGIC {
             return Ok(Self::Small);
         }
-        let dev = fstat(&file)
-            .map_err(|e| HostMemoryError::Host { what: "fstat of guest memory", source: e.into() })?
-            .st_dev;
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        let huge = match mount_options(&mounts, &format!("{}:{}", major(dev), minor(dev))) {
-            Some(options) => options
-                .split(',')
-                .find_map(|option| option.strip_prefix("huge="))
-                .is_some_and(uses_huge_pages),
-            // Not a mount: the kernel's own one, where memfd files live.
-            None => fs::read_to_string(SHMEM_ENABLED)
-                .is_ok_and(|setting| chosen(&setting).is_some_and(uses_huge_pages)),
-        };
+        let block_bytes = fstat(&file).map_err(failed("fstat of guest memory"))?.st_blksize;
+        let huge = u64::try_from(block_bytes).is_ok_and(|bytes| bytes >= CHUNK_PAGES * PAGE_BYTES);
         Ok(if huge { Self::Transparent } else { Self::Small })
-    }
-}
-
-fn uses_huge_pages(setting: &str) -> bool {
-    // As in mm/shmem.c; `force` is for testing and overrides mounts.
-    matches!(setting, "always" | "within_size" | "force")
-}
-
-/// The bracketed word of a sysfs choice: `always [advise] never`.
-fn chosen(setting: &str) -> Option<&str> {
-    setting.split_once('[')?.1.split_once(']').map(|(word, _)| word)
-}
-
-/// The super block's options of the mount on device `dev` (`major:minor`), from
-/// the text of mountinfo (proc_pid_mountinfo(5)).
-fn mount_options<'a>(mountinfo: &'a str, dev: &str) -> Option<&'a str> {
-    mountinfo
-        .lines()
-        .find(|line| line.split(' ').nth(2) == Some(dev))
-        .and_then(|line| line.split_once(" - "))
-        .and_then(|(_, after)| after.split(' ').nth(2))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn reads_mount_options_of_the_right_device() {
-        let text = "\
-22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n\
-30 22 0:25 / /dev/shm rw - tmpfs shm rw,size=1k\n\
-31 22 0:26 / /mnt rw shared:2 master:1 - tmpfs x rw,huge=always,inode64\n";
-        assert_eq!(mount_options(text, "0:25"), Some("rw,size=1k"));
-        assert_eq!(mount_options(text, "0:26"), Some("rw,huge=always,inode64"));
-        assert_eq!(mount_options(text, "0:2"), None);
-    }
-
-    #[test]
-    fn reads_the_bracketed_word() {
-        assert_eq!(chosen("always within_size [advise] never\n"), Some("advise"));
-        assert_eq!(chosen("nothing"), None);
-        assert!(uses_huge_pages("within_size") && !uses_huge_pages("advise"));
     }
 }

@@ -34,7 +34,7 @@ pub use partial::PartialHuge;
 pub use pending::{Batch, PendingRelease, Retained, Take};
 pub use reclaimer::{
     BATCH_PAGES, GRACE_MS, PARTIAL_LIMIT_PAGES, Reclaimer, ReclaimerOptions, ReleaseMode,
-    WAKE_PAGES,
+    SWEEP_LOOK_MAX_MS, SWEEP_LOOK_MS, WAKE_PAGES,
 };
 pub use region::{AnonymousMemory, Backing, Region};
 pub use snapshot::Snapshot;

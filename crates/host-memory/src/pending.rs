@@ -3,17 +3,22 @@
 //!
 //! A page is in at most these places: *pending* (given, not yet released),
 //! *waiting* (given, but its host page must be released whole and the rest was
-//! not given), *in flight* (some thread may be discarding it right now). There
-//! is at most one batch in flight.
+//! not given), *in flight* (some thread may be discarding it right now), *to be
+//! swept* (released once, and to be released again because a huge page of the
+//! host has come back around it). There is at most one batch in flight. *Given*
+//! are all of these and those that were released: what was added and not
+//! retained.
 //!
 //! # Why a page that was retained is not discarded
 //! Discarding happens only between [`PendingRelease::begin`] and
 //! [`PendingRelease::finish`], and only to pages of the [`Batch`] that `begin`
 //! returned: whoever discards can get pages from nowhere else.
 //!
-//! 1. A page enters a batch only out of *pending* or *waiting*.
-//! 2. [`PendingRelease::retain`] takes its pages out of both, so no later `begin`
-//!    can return them before they are given anew by [`PendingRelease::add`].
+//! 1. A page enters a batch only out of *pending*, *waiting* or *to be swept*, and
+//!    the last is only ever filled out of *given*.
+//! 2. [`PendingRelease::retain`] takes its pages out of all four, so no later
+//!    `begin` can return them before they are given anew by
+//!    [`PendingRelease::add`].
 //! 3. If it answers [`Retained::Yes`], no batch in flight holds any of them
 //!    either. A batch that was finished is discarded no more: `finish` takes the
 //!    batch by value, and it cannot be copied.
@@ -31,16 +36,27 @@ use page_set::{PAGE_NUMBER_END, PageRange, PageSet};
 /// See the module.
 #[derive(Debug, Default)]
 pub struct PendingRelease {
+    given: PageSet,
     pending: PageSet,
     waiting: PageSet,
-    in_flight: Option<Arc<PageSet>>,
+    sweep: PageSet,
+    in_flight: Option<Flight>,
+}
+
+#[derive(Debug)]
+struct Flight {
+    pages: Arc<PageSet>,
+    swept: bool,
 }
 
 /// Pages that may be discarded until the batch is given back to
 /// [`PendingRelease::finish`].
 #[derive(Debug)]
 #[must_use = "pages stay in flight until the batch is finished"]
-pub struct Batch(Arc<PageSet>);
+pub struct Batch {
+    pages: Arc<PageSet>,
+    swept: bool,
+}
 
 /// Which pending pages to begin with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,32 +84,64 @@ impl Batch {
     /// The pages.
     #[must_use]
     pub fn pages(&self) -> &PageSet {
-        &self.0
+        &self.pages
+    }
+
+    /// True where the pages were released before.
+    #[must_use]
+    pub fn is_swept(&self) -> bool {
+        self.swept
     }
 }
 
 impl PendingRelease {
     /// Gives pages to be released.
     pub fn add(&mut self, pages: &PageSet) {
+        self.given.union_with(pages);
         self.pending.union_with(pages);
         self.waiting.subtract(pages);
+        self.sweep.subtract(pages);
     }
 
     /// Takes pages back; see [`Retained`]. Returns also how many pages it found
     /// not yet released.
     pub fn retain(&mut self, pages: &PageSet) -> (Retained, u64) {
         let before = self.pending.len() + self.waiting.len();
+        self.given.subtract(pages);
         self.pending.subtract(pages);
         self.waiting.subtract(pages);
+        self.sweep.subtract(pages);
         let cancelled = before - self.pending.len() - self.waiting.len();
-        let in_flight = self.in_flight.as_ref().is_some_and(|batch| batch.intersects(pages));
+        let flight = self.in_flight.as_ref();
+        let in_flight = flight.is_some_and(|flight| flight.pages.intersects(pages));
         (if in_flight { Retained::InFlight } else { Retained::Yes }, cancelled)
     }
 
     /// Takes everything back that is not in flight.
     pub fn forget(&mut self) {
+        self.given.clear();
         self.pending.clear();
         self.waiting.clear();
+        self.sweep.clear();
+    }
+
+    /// Marks to be swept what `choose` takes out of the pages that were released.
+    pub fn sweep(&mut self, choose: impl FnOnce(&mut PageSet) -> PageSet) {
+        let mut released = self.given.clone();
+        released.subtract(&self.pending);
+        released.subtract(&self.waiting);
+        self.sweep = choose(&mut released);
+        debug_assert!(!self.sweep.intersects(&released), "chosen pages are taken out");
+    }
+
+    /// Begins a batch of up to so many pages to be swept: none if there are none
+    /// or a batch is in flight.
+    pub fn begin_sweep(&mut self, limit: u64) -> Option<Batch> {
+        if self.in_flight.is_some() {
+            return None;
+        }
+        let pages = self.sweep.take_up_to(limit);
+        self.fly(pages, true)
     }
 
     /// Begins a batch: none if nothing suits or one is in flight. Pages that wait
@@ -113,22 +161,18 @@ impl PendingRelease {
                 chunks => chunks,
             },
         };
-        if pages.is_empty() {
-            return None;
-        }
         if !self.waiting.is_empty() {
             let joined = self.take_neighbours(&pages, largest_host_page);
             pages.union_with(&joined);
         }
-        let pages = Arc::new(pages);
-        self.in_flight = Some(Arc::clone(&pages));
-        Some(Batch(pages))
+        self.fly(pages, false)
     }
 
     /// Ends a batch: nobody discards its pages any more. `partial` of them were
     /// left alone and wait for the rest of their host page.
     pub fn finish(&mut self, batch: Batch, partial: &PageSet) {
-        debug_assert!(self.in_flight.as_ref().is_some_and(|held| Arc::ptr_eq(held, &batch.0)));
+        let flight = self.in_flight.as_ref();
+        debug_assert!(flight.is_some_and(|flight| Arc::ptr_eq(&flight.pages, &batch.pages)));
         self.waiting.union_with(partial);
         // Given again meanwhile: those come with the next batch.
         self.waiting.subtract(&self.pending);
@@ -152,16 +196,34 @@ impl PendingRelease {
         &self.waiting
     }
 
-    /// Pages that are being discarded.
+    /// Pages that were given and not retained since.
+    #[must_use]
+    pub fn given(&self) -> &PageSet {
+        &self.given
+    }
+
+    /// Pages that are being discarded for the first time.
     #[must_use]
     pub fn in_flight_pages(&self) -> u64 {
-        self.in_flight.as_ref().map_or(0, |batch| batch.len())
+        self.in_flight
+            .as_ref()
+            .filter(|flight| !flight.swept)
+            .map_or(0, |flight| flight.pages.len())
     }
 
     /// True while a batch is in flight.
     #[must_use]
     pub fn is_busy(&self) -> bool {
         self.in_flight.is_some()
+    }
+
+    fn fly(&mut self, pages: PageSet, swept: bool) -> Option<Batch> {
+        if pages.is_empty() {
+            return None;
+        }
+        let pages = Arc::new(pages);
+        self.in_flight = Some(Flight { pages: Arc::clone(&pages), swept });
+        Some(Batch { pages, swept })
     }
 
     /// Waiting pages that may share a host page with one of `pages`.

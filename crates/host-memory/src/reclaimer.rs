@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use page_set::PageSet;
+use page_set::{CHUNK_PAGES, PageSet};
 
 use crate::{Batch, Discard, DiscardReport, PartialHuge, PendingRelease, Retained, Snapshot, Take};
 
@@ -28,6 +28,14 @@ pub const PARTIAL_LIMIT_PAGES: u64 = 65536;
 /// what is left is released. A driver that waits for its answers sends again
 /// within one.
 pub const GRACE_MS: u64 = 10;
+
+/// How often the worker looks whether huge pages have come back, in milliseconds.
+/// A look is one fstat; the host shall not wait long for memory that it was given.
+pub const SWEEP_LOOK_MS: u64 = 1000;
+
+/// How rare looks become, in milliseconds, while sweeps find nothing: one may take
+/// a microsecond or two for each of the ranges that the guest gave.
+pub const SWEEP_LOOK_MAX_MS: u64 = 64_000;
 
 /// How pages are released.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -73,6 +81,12 @@ pub struct ReclaimerOptions {
 /// stays resident harms nobody. A panic while discarding is caught and counted
 /// likewise.
 ///
+/// # Huge pages that come back
+/// A guest that touches one page of a 2 MiB hole gets a huge page from the host
+/// (tmpfs with `huge=always`), and with it come back the pages around it that it
+/// gave and may not use. The worker looks now and then whether the host spends more
+/// than it should, and then releases the given parts of such pages once more.
+///
 /// # End
 /// Dropping waits for the batch in flight and forgets what is pending: it is for
 /// a guest that is gone, whose memory goes with it.
@@ -103,7 +117,20 @@ struct Inner {
     /// The worker will wake by itself to see whether the grace is over.
     armed: bool,
     stop: bool,
+    look: Look,
     counters: Snapshot,
+}
+
+/// When to look for huge pages that came back.
+struct Look {
+    at: Instant,
+    every: Duration,
+    /// Pages that the host spent on the guest when the last sweep had ended.
+    swept_to: Option<u64>,
+    /// The same when the present sweep began.
+    sweeping_from: Option<u64>,
+    /// The worker will wake by itself to look.
+    armed: bool,
 }
 
 /// What the worker should do now.
@@ -129,6 +156,13 @@ impl Reclaimer {
             last_given: Instant::now(),
             armed: false,
             stop: false,
+            look: Look {
+                at: Instant::now(),
+                every: Duration::from_millis(SWEEP_LOOK_MS),
+                swept_to: None,
+                sweeping_from: None,
+                armed: false,
+            },
             counters: Snapshot::default(),
         };
         let shared = Arc::new(Shared {
@@ -181,6 +215,12 @@ impl Reclaimer {
             let (retained, cancelled) = inner.pages.retain(pages);
             inner.counters.retained_pages += cancelled;
             if retained == Retained::Yes {
+                let begins_to_look = inner.may_return() && !inner.look.armed;
+                inner.look.armed |= begins_to_look;
+                drop(inner);
+                if begins_to_look {
+                    self.shared.work.notify_one();
+                }
                 return;
             }
             inner.counters.retain_waits += 1;
@@ -198,8 +238,13 @@ impl Reclaimer {
     /// it. Good at the end of a message that says all there is to say.
     pub fn flush(&self) {
         let mut inner = self.shared.lock();
-        if !inner.pages.pending().is_empty() {
-            inner.flushing = true;
+        // The operator's change is over: what it left behind shall be found soon.
+        inner.look.every = Duration::from_millis(SWEEP_LOOK_MS);
+        inner.look.at = Instant::now() + inner.look.every;
+        let returns = inner.may_return();
+        inner.flushing = !inner.pages.pending().is_empty();
+        inner.look.armed |= returns;
+        if inner.flushing || returns {
             drop(inner);
             self.shared.work.notify_one();
         }
@@ -328,15 +373,21 @@ impl Shared {
     /// Discards a batch without the lock, then gives it back.
     fn run<'a>(&'a self, mut inner: MutexGuard<'a, Inner>, batch: Batch) -> MutexGuard<'a, Inner> {
         let memory = Arc::clone(&inner.memory);
-        let (mode, partial_huge) = (inner.mode, inner.partial_huge);
+        let (mode, partial_huge, swept) = (inner.mode, inner.partial_huge, batch.is_swept());
         drop(inner);
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             discard(memory.as_ref(), batch.pages(), mode, partial_huge)
         }));
         inner = self.lock();
-        inner.counters.batches += 1;
-        inner.counters.last_batch_at = Some(Instant::now());
+        if !swept {
+            inner.counters.batches += 1;
+            inner.counters.last_batch_at = Some(Instant::now());
+        }
         match outcome {
+            Ok((report, partial)) if swept => {
+                inner.counters.swept_pages += report.pages;
+                inner.pages.finish(batch, &partial);
+            }
             Ok((report, partial)) => {
                 inner.counters.count(&report);
                 inner.pages.finish(batch, &partial);
@@ -348,7 +399,7 @@ impl Shared {
             }
         }
         self.done.notify_all();
-        if !inner.pages.pending().is_empty() {
+        if !inner.pages.pending().is_empty() || (inner.may_return() && !inner.look.armed) {
             // The worker could not begin while this one was in flight.
             self.work.notify_one();
         }
@@ -397,16 +448,17 @@ impl Inner {
 
     fn next_step(&mut self) -> Step {
         self.armed = false;
+        self.look.armed = false;
         if self.stop {
             return Step::Stop;
-        }
-        if self.pages.pending().is_empty() {
-            self.flushing = false;
-            return Step::Wait;
         }
         if self.pages.is_busy() {
             // Another thread releases; it wakes this one if something is left.
             return Step::Wait;
+        }
+        if self.pages.pending().is_empty() {
+            self.flushing = false;
+            return self.next_sweep();
         }
         let grace = Duration::from_millis(GRACE_MS);
         let quiet = self.last_given.elapsed();
@@ -424,6 +476,60 @@ impl Inner {
             Some(batch) => Step::Run(batch),
             None => Step::Wait,
         }
+    }
+}
+
+impl Inner {
+    /// True where a huge page of the host may hold pages that were released.
+    fn may_return(&self) -> bool {
+        let given = self.pages.given();
+        self.partial_huge == PartialHuge::Split
+            && self.mode != ReleaseMode::PerPage
+            && self.memory.largest_host_page() > 1
+            && given.len() > given.full_chunk_pages()
+    }
+
+    /// What to do while nothing is pending: release once more what came back.
+    fn next_sweep(&mut self) -> Step {
+        if !self.may_return() {
+            return Step::Wait;
+        }
+        if let Some(batch) = self.pages.begin_sweep(BATCH_PAGES) {
+            return Step::Run(batch);
+        }
+        let now = Instant::now();
+        if let Some(before) = self.look.sweeping_from.take() {
+            self.sweep_ended(before, now);
+        } else if now >= self.look.at {
+            self.look.at = now + self.look.every;
+            self.begin_to_sweep();
+            if let Some(batch) = self.pages.begin_sweep(BATCH_PAGES) {
+                return Step::Run(batch);
+            }
+        }
+        self.look.armed = true;
+        Step::WaitFor(self.look.at.saturating_duration_since(now))
+    }
+
+    /// A guest for which the host spends what it did before has touched nothing.
+    fn begin_to_sweep(&mut self) {
+        let resident = self.memory.resident_pages();
+        if resident.is_some() && resident != self.look.swept_to {
+            let memory = Arc::clone(&self.memory);
+            self.pages.sweep(|released| memory.take_partial(released, PartialHuge::Wait));
+            self.look.sweeping_from = resident;
+        }
+    }
+
+    fn sweep_ended(&mut self, before: u64, now: Instant) {
+        self.look.swept_to = self.memory.resident_pages();
+        let found = before.saturating_sub(self.look.swept_to.unwrap_or(before));
+        self.look.every = if found >= CHUNK_PAGES {
+            Duration::from_millis(SWEEP_LOOK_MS)
+        } else {
+            (self.look.every * 2).min(Duration::from_millis(SWEEP_LOOK_MAX_MS))
+        };
+        self.look.at = now + self.look.every;
     }
 }
 

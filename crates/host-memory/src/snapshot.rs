@@ -26,6 +26,9 @@ pub struct Snapshot {
     pub failed_pages: u64,
     /// Pages outside guest memory; the giver should have checked.
     pub outside_pages: u64,
+    /// Pages released once more, after a huge page had come back around them. They
+    /// are not in the other counts.
+    pub swept_pages: u64,
     /// Batches released.
     pub batches: u64,
     /// System calls to release.

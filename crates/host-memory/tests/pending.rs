@@ -22,6 +22,9 @@ enum Op {
     Finish(PageRange),
     Retry,
     Forget,
+    /// Of the released pages, those in the range shall be swept.
+    Sweep(PageRange),
+    BeginSweep(u64),
 }
 
 fn ranges() -> impl Strategy<Value = PageRange> {
@@ -43,6 +46,8 @@ fn ops() -> impl Strategy<Value = Op> {
         3 => ranges().prop_map(Op::Retain),
         4 => takes.prop_map(Op::Begin),
         4 => ranges().prop_map(Op::Finish),
+        2 => ranges().prop_map(Op::Sweep),
+        2 => (1..WINDOW).prop_map(Op::BeginSweep),
         1 => Just(Op::Retry),
         1 => Just(Op::Forget),
     ]
@@ -66,11 +71,27 @@ proptest! {
         // Pages given and not retained since, and not released: only these may
         // ever be discarded.
         let mut allowed = Model::new();
+        // Pages given and not retained since: only these may ever be swept.
+        let mut given = Model::new();
         for op in ops {
             match op {
                 Op::Add(range) => {
                     state.add(&range.into());
                     allowed.extend(range.start()..range.end());
+                    given.extend(range.start()..range.end());
+                }
+                Op::Sweep(range) => state.sweep(|released| released.take_range(range)),
+                Op::BeginSweep(limit) => {
+                    let busy = batch.is_some();
+                    let began = state.begin_sweep(limit);
+                    prop_assert!(!(busy && began.is_some()), "one batch at a time");
+                    if let Some(began) = began {
+                        prop_assert!(began.is_swept() && !began.pages().is_empty());
+                        prop_assert!(began.pages().len() <= limit);
+                        prop_assert!(pages(began.pages()).is_subset(&given));
+                        prop_assert_eq!(state.in_flight_pages(), 0, "nothing that was asked for");
+                        batch = Some(began);
+                    }
                 }
                 Op::Retain(range) => {
                     let asked = PageSet::from(range);
@@ -78,6 +99,7 @@ proptest! {
                     let flying = batch.as_ref().is_some_and(|b| b.pages().intersects(&asked));
                     prop_assert_eq!(answer == Retained::InFlight, flying);
                     prop_assert!(cancelled <= range.pages());
+                    given.retain(|&page| !range.contains(page));
                     if answer == Retained::Yes {
                         allowed.retain(|&page| !range.contains(page));
                     }
@@ -96,7 +118,12 @@ proptest! {
                     let Some(done) = batch.take() else { continue };
                     let held = done.pages().clone();
                     let partial = only(&held, range);
+                    let swept = done.is_swept();
                     state.finish(done, &partial);
+                    if swept {
+                        allowed.extend(pages(&partial));
+                        continue;
+                    }
                     let mut gone = held;
                     gone.subtract(&partial);
                     gone.subtract(state.pending());
@@ -107,6 +134,7 @@ proptest! {
                 Op::Retry => state.retry_waiting(),
                 Op::Forget => {
                     state.forget();
+                    given.clear();
                     let flying = batch.as_ref().map(|b| pages(b.pages())).unwrap_or_default();
                     allowed.retain(|page| flying.contains(page));
                 }
@@ -116,7 +144,8 @@ proptest! {
             let mut all = pages(state.pending());
             prop_assert!(all.is_disjoint(&pages(state.waiting())));
             all.extend(pages(state.waiting()));
-            if let Some(batch) = &batch {
+            prop_assert_eq!(pages(state.given()), given.clone());
+            if let Some(batch) = batch.as_ref().filter(|batch| !batch.is_swept()) {
                 prop_assert_eq!(state.in_flight_pages(), batch.pages().len());
                 all.extend(pages(batch.pages()));
             }

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use host_memory::resident::resident_bytes;
 use host_memory::{
@@ -305,6 +305,43 @@ fn memory_on_small_pages_is_seen_as_such() {
     if let Some(mount) = Mount::tmpfs("small", "size=1m") {
         assert_eq!(HostPages::of_file(&*mount.file(4096)).unwrap(), HostPages::Small);
     }
+}
+
+/// A monitor's memory may be on a mount that this process does not see.
+#[test]
+fn huge_pages_are_seen_where_the_mount_is_not() {
+    let Some(mount) = Mount::tmpfs("unseen", "size=4m,huge=always") else { return };
+    let file = mount.file(MIB);
+    rustix::mount::unmount(&mount.0, rustix::mount::UnmountFlags::DETACH).unwrap();
+    assert_eq!(HostPages::of_file(&file).unwrap(), HostPages::Transparent);
+}
+
+#[test]
+fn a_huge_page_that_came_back_for_one_page_leaves_the_host_again() {
+    let Some(mount) = Mount::tmpfs("returned", "size=20m,huge=always") else { return };
+    let file = mount.file(16 * MIB);
+    let guest = Guest::new(&[(0, 16 * MIB / PAGE_BYTES)], Some(&file));
+    let map: Arc<dyn Discard> = Arc::new(guest.map.clone());
+    let reclaimer = Reclaimer::new(map, ReclaimerOptions::default()).unwrap();
+    let given = range(0, 4 * CHUNK_PAGES);
+    reclaimer.release(&given.into());
+    reclaimer.flush();
+    assert!(reclaimer.wait_settled(LONG));
+    assert_eq!(resident_bytes(&guest.map).unwrap(), 8 * MIB);
+
+    let (page, last) = (CHUNK_PAGES + 5, 3 * CHUNK_PAGES + 511);
+    for page in [page, last] {
+        reclaimer.retain(&range(page, 1).into());
+        guest.write(page);
+    }
+    assert_eq!(resident_bytes(&guest.map).unwrap(), 12 * MIB, "two huge pages for two small ones");
+    let end = Instant::now() + LONG;
+    while resident_bytes(&guest.map).unwrap() > 8 * MIB + 2 * PAGE_BYTES {
+        assert!(Instant::now() < end, "they stay: {:?}", reclaimer.snapshot());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert!(guest.is_intact(page) && guest.is_intact(last));
+    assert_eq!(reclaimer.snapshot().swept_pages, 2 * (CHUNK_PAGES - 1));
 }
 
 /// Of every second huge page one small page is kept, the rest is given: on a

@@ -29,6 +29,8 @@ fn options(mode: ReleaseMode) -> ReclaimerOptions {
 /// A host that announces each batch and goes on only when told to.
 struct Gate {
     huge: bool,
+    /// Pages that the host says it spends on the guest.
+    resident: Arc<AtomicU64>,
     begun: Sender<PageSet>,
     go: Mutex<Receiver<Act>>,
 }
@@ -50,6 +52,10 @@ impl Discard for Gate {
         }
         let whole = pages.take_full_chunks(u64::MAX);
         std::mem::replace(pages, whole)
+    }
+
+    fn resident_pages(&self) -> Option<u64> {
+        Some(self.resident.load(Ordering::SeqCst))
     }
 
     fn discard(&self, pages: &PageSet) -> DiscardReport {
@@ -80,6 +86,7 @@ struct Stand {
     // Dropped first: a batch that the test no longer answers then ends by itself.
     go: Sender<Act>,
     begun: Receiver<PageSet>,
+    resident: Arc<AtomicU64>,
     reclaimer: Reclaimer,
 }
 
@@ -87,9 +94,11 @@ impl Stand {
     fn new(huge: bool, mode: ReleaseMode) -> Self {
         let (begun_tx, begun) = channel();
         let (go, go_rx) = channel();
-        let gate = Gate { huge, begun: begun_tx, go: Mutex::new(go_rx) };
+        let resident = Arc::default();
+        let gate =
+            Gate { huge, resident: Arc::clone(&resident), begun: begun_tx, go: Mutex::new(go_rx) };
         let reclaimer = Reclaimer::new(Arc::new(gate), options(mode)).unwrap();
-        Self { reclaimer, begun, go }
+        Self { reclaimer, begun, resident, go }
     }
 
     fn open(self, batches: usize) -> Self {
@@ -129,6 +138,55 @@ fn retain_waits_for_the_batch_in_flight_and_only_for_it() {
     assert!(returned.load(Ordering::SeqCst));
     assert!(stand.reclaimer.settled(), "what was retained is not released later");
     assert!(stand.begun.try_recv().is_err());
+}
+
+#[test]
+fn what_came_back_with_a_huge_page_is_released_once_more() {
+    let stand = Stand::new(true, ReleaseMode::Background).open(3);
+    stand.reclaimer.release(&pages(0, 2 * CHUNK_PAGES));
+    assert_eq!(stand.next_batch(), pages(0, 2 * CHUNK_PAGES));
+    assert!(stand.reclaimer.wait_settled(LONG));
+    let before = stand.reclaimer.snapshot();
+    // The guest takes a page back and touches it, and the host gives it 512.
+    stand.resident.store(CHUNK_PAGES, Ordering::SeqCst);
+    stand.reclaimer.retain(&pages(7, 1));
+    let mut rest = pages(0, CHUNK_PAGES);
+    rest.subtract(&pages(7, 1));
+    assert_eq!(stand.next_batch(), rest, "neither what the guest has nor what is whole");
+    let after = stand.reclaimer.snapshot();
+    assert_eq!(after.discarded_pages, before.discarded_pages, "no new release");
+}
+
+#[test]
+fn a_page_that_is_being_swept_is_retained_only_afterwards() {
+    let stand = Stand::new(true, ReleaseMode::Background).open(1);
+    stand.resident.store(CHUNK_PAGES, Ordering::SeqCst);
+    stand.reclaimer.release(&pages(0, 3));
+    assert_eq!(stand.next_batch(), pages(0, 3));
+    assert_eq!(stand.next_batch(), pages(0, 3), "swept");
+    let returned = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            stand.reclaimer.retain(&pages(1, 1));
+            returned.store(true, Ordering::SeqCst);
+        });
+        while stand.reclaimer.snapshot().retain_waits == 0 {
+            thread::yield_now();
+        }
+        assert!(!returned.load(Ordering::SeqCst), "page 1 is being discarded");
+        assert!(stand.reclaimer.snapshot().in_flight_pages == 0, "nobody asked for it");
+        stand.go.send(Act::Release).unwrap();
+    });
+    let mut rest = pages(0, 3);
+    rest.subtract(&pages(1, 1));
+    let swept = loop {
+        match stand.begun.try_recv() {
+            Ok(batch) => break batch,
+            Err(_) => stand.resident.fetch_add(1, Ordering::SeqCst),
+        };
+        thread::sleep(Duration::from_millis(1));
+    };
+    assert_eq!(swept, rest, "and then not any more");
 }
 
 #[test]
@@ -291,7 +349,8 @@ fn retain_all_and_new_memory_forget_what_is_pending() {
     let (begun_tx, begun) = channel();
     let (go, go_rx) = channel();
     go.send(Act::Release).unwrap();
-    let gate = Gate { huge: false, begun: begun_tx, go: Mutex::new(go_rx) };
+    let gate =
+        Gate { huge: false, resident: Arc::default(), begun: begun_tx, go: Mutex::new(go_rx) };
     stand.reclaimer.replace_memory(Arc::new(gate));
     stand.reclaimer.release(&pages(50, 1));
     stand.reclaimer.flush();
@@ -305,7 +364,7 @@ fn dropping_waits_for_the_batch_in_flight_and_forgets_the_rest() {
     let stand = Stand::new(false, ReleaseMode::Background);
     stand.reclaimer.release(&pages(0, 3 * BATCH_PAGES));
     assert_eq!(stand.next_batch(), pages(0, BATCH_PAGES));
-    let Stand { reclaimer, begun, go } = stand;
+    let Stand { reclaimer, begun, go, .. } = stand;
     let dropped = AtomicBool::new(false);
     thread::scope(|scope| {
         scope.spawn(|| {
@@ -336,6 +395,7 @@ struct Owners {
     huge: bool,
     broken: AtomicU64,
     seen: AtomicU64,
+    looks: AtomicU64,
 }
 
 const GUEST: u8 = 0;
@@ -363,6 +423,11 @@ impl Discard for Owners {
         }
         let whole = pages.take_full_chunks(u64::MAX);
         std::mem::replace(pages, whole)
+    }
+
+    fn resident_pages(&self) -> Option<u64> {
+        // Never the same, so that what was released is swept again and again.
+        self.huge.then(|| self.looks.fetch_add(1, Ordering::SeqCst))
     }
 
     /// Looks at the pages at the start, in the middle and at the end of the call.
@@ -405,6 +470,7 @@ fn no_page_is_discarded_after_it_was_retained() {
             huge,
             broken: AtomicU64::new(0),
             seen: AtomicU64::new(0),
+            looks: AtomicU64::new(0),
         });
         let memory: Arc<dyn Discard> = Arc::clone(&owners) as _;
         let reclaimer = Reclaimer::new(memory, ReclaimerOptions::default()).unwrap();
@@ -456,7 +522,7 @@ fn no_page_is_discarded_after_it_was_retained() {
         assert!(reclaimer.settled());
         assert_eq!(owners.broken.load(Ordering::SeqCst), 0, "discarded under the guest");
         let (snapshot, seen) = (reclaimer.snapshot(), owners.seen.load(Ordering::SeqCst));
-        assert_eq!(snapshot.discarded_pages, seen);
+        assert_eq!(snapshot.discarded_pages + snapshot.swept_pages, seen);
         assert!(
             seen > 0 && snapshot.retained_pages > 0 && snapshot.retain_waits > 0,
             "{snapshot:?}"
@@ -477,6 +543,9 @@ fn threads_of_immediate_releases_do_not_lose_pages() {
         }
         fn take_partial(&self, _: &mut PageSet, _: PartialHuge) -> PageSet {
             PageSet::new()
+        }
+        fn resident_pages(&self) -> Option<u64> {
+            None
         }
         fn discard(&self, pages: &PageSet) -> DiscardReport {
             self.0.lock().unwrap().extend(pages.ranges().flat_map(|r| r.start()..r.end()));
