@@ -79,6 +79,9 @@ static void aerostat_work(struct work_struct *work)
 	if (!vb->starved)
 		vb->yielded = false;
 	aerostat_unlock(vb);
+	/* What is held free for the host can as well be given to it. */
+	if (retry_ms > 0 && aerostat_lose_hold(vb, true))
+		retry_ms = 1;
 	if (retry_ms > 0)
 		aerostat_schedule(vb, msecs_to_jiffies(retry_ms));
 }

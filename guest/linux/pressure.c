@@ -22,6 +22,20 @@ static u64 aerostat_take_back(struct aerostat *vb, u64 wanted)
 	return aerostat_yield(vb->core, vb, wanted) >> AEROSTAT_PAGE_SHIFT;
 }
 
+/* What is held for the host alone goes first, at once and whole, and the balloon
+ * stays. Returns true when there was a hold, with the pages that came back of it,
+ * also where somebody else had taken them back meanwhile.
+ */
+static bool aerostat_take_hold(struct aerostat *vb, bool wait_for_lock, u64 *pages)
+{
+	u64 held = READ_ONCE(vb->held) >> AEROSTAT_PAGE_SHIFT;
+
+	*pages = held ? aerostat_lose_hold(vb, wait_for_lock) : 0;
+	if (held && !*pages && !READ_ONCE(vb->held))
+		*pages = held;
+	return held;
+}
+
 static bool aerostat_trylock(struct aerostat *vb)
 {
 	if (!mutex_trylock(&vb->lock))
@@ -35,11 +49,14 @@ static int aerostat_oom_notify(struct notifier_block *nb, unsigned long dummy,
 {
 	struct aerostat *vb = container_of(nb, struct aerostat, oom_nb);
 	unsigned long *freed = parm;
+	u64 pages;
 
-	/* What is held for the host alone goes first. */
-	*freed += aerostat_lose_hold(vb, true);
+	if (aerostat_take_hold(vb, true, &pages)) {
+		*freed += pages;
+		return NOTIFY_OK;
+	}
 	/* The transport may allocate under our own lock. */
-	if (*freed || !aerostat_deflates_on_oom(vb) || READ_ONCE(vb->owner) == current)
+	if (!aerostat_deflates_on_oom(vb) || READ_ONCE(vb->owner) == current)
 		return NOTIFY_OK;
 	aerostat_lock(vb);
 	if (!vb->gone)
@@ -62,11 +79,14 @@ static unsigned long aerostat_shrink_count(struct aerostat *vb)
 
 static unsigned long aerostat_shrink_scan(struct aerostat *vb, struct shrink_control *sc)
 {
-	u64 freed = aerostat_lose_hold(vb, false);
+	u64 freed = 0;
 
-	if (freed)
-		return freed;
-	if (!aerostat_deflates_on_oom(vb))
+	if (aerostat_take_hold(vb, false, &freed))
+		return freed ? freed : SHRINK_STOP;
+	/* The kernel goes on with as many as it was once offered, which may have
+	 * been the hold's.
+	 */
+	if (!aerostat_deflates_on_oom(vb) || !aerostat_shrink_count(vb))
 		return SHRINK_STOP;
 	/* A fill that runs into reclaim comes here with the lock held. */
 	if (!aerostat_trylock(vb))

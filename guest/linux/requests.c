@@ -4,9 +4,11 @@
  * that a cancel is seen at any time; a work item carries it out.
  */
 
+#include <linux/delay.h>
 #include <linux/ktime.h>
 #include <linux/scatterlist.h>
 #include <linux/sched.h>
+#include <linux/sched/stat.h>
 #include <linux/slab.h>
 
 #include "requests.h"
@@ -18,11 +20,12 @@
  */
 #define AEROSTAT_REPOST_JIFFIES	(HZ / 10)
 
-/* The work item asks the scheduler this often who shall run. A kernel that is
- * not preemptible would look only when its timer ticks, and let nobody else
- * allocate on this CPU until then.
+/* After this time the work item looks whether others want its CPU, and sleeps
+ * for the time below where they do. It has no hurry, while they may wait for
+ * memory, and what slept before gets no turn for long by merely yielding.
  */
-#define AEROSTAT_TURN_NS	(100 * NSEC_PER_USEC)
+#define AEROSTAT_TURN_NS	(250 * NSEC_PER_USEC)
+#define AEROSTAT_SLEEP_US	250
 
 /* What the core says of a request that has come. */
 enum { AEROSTAT_IGNORE, AEROSTAT_QUEUED, AEROSTAT_STOP_RUNNING, AEROSTAT_REFUSE };
@@ -240,7 +243,10 @@ int aerostat_glue_stopped(struct aerostat *vb)
 	struct aerostat_requests *rq = vb->rq;
 
 	if (ktime_get_ns() - rq->ran_since_ns > AEROSTAT_TURN_NS) {
-		schedule();
+		if (single_task_running())
+			cond_resched();
+		else
+			usleep_range(AEROSTAT_SLEEP_US, 2 * AEROSTAT_SLEEP_US);
 		rq->ran_since_ns = ktime_get_ns();
 	}
 	return aerostat_stopped(rq, false);
@@ -315,6 +321,7 @@ static void aerostat_request_work(struct work_struct *work)
 {
 	struct aerostat_requests *rq = container_of(work, struct aerostat_requests, work);
 
+	rq->ran_since_ns = ktime_get_ns();
 	rq->vb->requests += aerostat_requests_run(rq->core, rq->vb);
 }
 
