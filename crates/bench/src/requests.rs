@@ -5,6 +5,7 @@ mod drop_caches;
 mod free_pages;
 mod stall;
 mod storm;
+mod tour;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -16,6 +17,7 @@ pub use drop_caches::DropCachesReport;
 pub use free_pages::{FreePagesReport, State, used_pages};
 pub use stall::StallReport;
 pub use storm::StormReport;
+pub use tour::{Tour, tour};
 
 use crate::error::{BenchError, Result};
 use crate::testbed::{Driver, Testbed, TestbedOptions};

@@ -4,6 +4,7 @@ use std::fs::File;
 
 use control::api::Caches;
 use serde::{Deserialize, Serialize};
+use tempfile::TempDir;
 
 use super::{GUEST_MIB, LIMIT, MIB, Options, meminfo_bytes, off_percent, start};
 use crate::error::{BenchError, Result};
@@ -39,12 +40,7 @@ pub(super) fn measure(
 ) -> Result<DropCachesReport> {
     progress(&format!("drop caches: booting a guest of {GUEST_MIB} MiB"));
     let (mut bed, _directory) = start(options, GUEST_MIB)?;
-    let host =
-        |what| move |source: std::io::Error| BenchError::Host { what, source: source.into() };
-    let files = tempfile::tempdir().map_err(host("making a directory"))?;
-    let file = File::create(files.path().join("cached")).map_err(host("making a file"))?;
-    file.set_len(FILE_MIB * MIB).map_err(host("making a file"))?;
-    bed.guest.run(&format!("mount-host {}", files.path().display()))?;
+    let _files = mount_file(&mut bed)?;
     let mut rounds = Vec::new();
     for round in 1..=options.rounds {
         let done = one_round(&mut bed)?;
@@ -77,7 +73,7 @@ struct Round {
 
 #[expect(clippy::cast_precision_loss, reason = "percentages of bytes")]
 fn one_round(bed: &mut Testbed) -> Result<Round> {
-    bed.guest.run(&format!("read-file /host/cached {FILE_MIB}"))?;
+    read_file(bed)?;
     let (cached, free) = (cache_bytes(bed)?, meminfo_bytes(bed, "MemFree")?);
     let dropped = bed.client.drop_caches(Caches::All, LIMIT)?;
     let (cached_after, free_after) = (cache_bytes(bed)?, meminfo_bytes(bed, "MemFree")?);
@@ -90,6 +86,23 @@ fn one_round(bed: &mut Testbed) -> Result<Round> {
         mem_free_rise_percent: of_file(free_after.saturating_sub(free)),
         meminfo_off_percent: off_percent(dropped.page_cache.freed_bytes, freed_by_meminfo),
     })
+}
+
+/// Gives the guest a large file to read; it is there as long as the result is.
+pub(super) fn mount_file(bed: &mut Testbed) -> Result<TempDir> {
+    let host =
+        |what| move |source: std::io::Error| BenchError::Host { what, source: source.into() };
+    let files = tempfile::tempdir().map_err(host("making a directory"))?;
+    let file = File::create(files.path().join("cached")).map_err(host("making a file"))?;
+    file.set_len(FILE_MIB * MIB).map_err(host("making a file"))?;
+    bed.guest.run(&format!("mount-host {}", files.path().display()))?;
+    Ok(files)
+}
+
+/// Has the guest read it.
+pub(super) fn read_file(bed: &mut Testbed) -> Result<()> {
+    bed.guest.run(&format!("read-file /host/cached {FILE_MIB}"))?;
+    Ok(())
 }
 
 /// What the guest's kernel could drop of files.
