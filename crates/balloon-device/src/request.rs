@@ -237,6 +237,11 @@ impl Requests {
         self.running().or_else(|| self.queued.front().map(|asked| (asked.id, asked.ask)))
     }
 
+    /// True while the driver's queues stand still.
+    pub const fn is_stopped(&self) -> bool {
+        self.stopped
+    }
+
     /// Requests that wait to be sent.
     pub fn queued(&self) -> usize {
         self.queued.len()
