@@ -206,6 +206,28 @@ fn stopping_answers_the_clients_that_wait_and_removes_the_socket() {
 fn a_balloon_that_panics_costs_one_answer() {
     struct Broken;
     impl control::Balloon for Broken {
+        fn name(&self) -> String {
+            "broken".into()
+        }
+        fn submit(&self, _: control::GuestAsk, _: Duration) -> Result<u32, ControlError> {
+            panic!("a test of a panic")
+        }
+        fn wait_request(
+            &self,
+            _: u32,
+            _: Duration,
+        ) -> Option<Result<control::GuestAnswer, ControlError>> {
+            None
+        }
+        fn cancel_request(
+            &self,
+            _: Option<u32>,
+        ) -> Result<control::api::CancelledRequest, ControlError> {
+            panic!("a test of a panic")
+        }
+        fn free_pages(&self) -> Option<control::FreePagesMap> {
+            None
+        }
         fn status(&self) -> control::Status {
             panic!("a test of a panic")
         }
@@ -223,5 +245,6 @@ fn a_balloon_that_panics_costs_one_answer() {
     let server = Server::bind(&dir.path().join("s"), Arc::new(Broken)).unwrap();
     let client = Client::connect(server.path()).unwrap();
     assert_eq!(answered(client.status().unwrap_err()).0, 500);
+    assert_eq!(answered(client.cancel().unwrap_err()).0, 500);
     assert_eq!(client.balloon().unwrap().actual_pages, 1);
 }

@@ -10,20 +10,23 @@
 mod checked;
 mod queue;
 mod records;
+mod requests;
 mod script;
 mod vhost_user;
 
 pub use queue::{deflate_queue, inflate_queue};
 pub use records::records;
+pub use requests::request_queue;
 pub use vhost_user::vhost_user;
 
 /// A target's body.
 pub type Body = fn(&[u8]);
 
 /// Every target by its name, which is that of its corpus as well.
-pub const TARGETS: [(&str, Body); 4] = [
+pub const TARGETS: [(&str, Body); 5] = [
     ("inflate_queue", inflate_queue),
     ("deflate_queue", deflate_queue),
     ("records", records),
+    ("request_queue", request_queue),
     ("vhost_user", vhost_user),
 ];

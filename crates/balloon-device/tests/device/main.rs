@@ -11,4 +11,6 @@ mod classic_messages;
 mod descriptors;
 mod guest;
 mod model;
+mod requests;
+mod requests_model;
 mod rings;

@@ -2,14 +2,19 @@
 
 #![allow(dead_code, reason = "every test file uses its own part")]
 
+mod requests;
+
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use control::api::{
-    BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, Direction, Driver, GuestStatus, ReleaseMode,
-    ReleaseStatus, Status,
+    BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, CancelledRequest, Direction, Driver,
+    GuestStatus, ReleaseMode, ReleaseStatus, Status,
 };
-use control::{Balloon, ControlError};
+use control::{Balloon, ControlError, FreePagesMap, GuestAnswer, GuestAsk};
+
+#[allow(unused_imports, reason = "every test file uses its own part")]
+pub(crate) use requests::{Requests, free_pages};
 
 /// Memory of the guest that is not there.
 pub(crate) const GUEST_BYTES: u64 = 4 << 30;
@@ -33,6 +38,7 @@ struct State {
     status: Status,
     /// Calls that may block and have begun.
     waits: u32,
+    requests: Requests,
 }
 
 impl FakeBalloon {
@@ -56,7 +62,7 @@ impl FakeBalloon {
             resident_bytes: Some(1 << 30),
             ..Status::default()
         };
-        let state = Mutex::new(State { status, waits: 0 });
+        let state = Mutex::new(State { status, waits: 0, requests: Requests::default() });
         Self { guest, state, changed: Condvar::new() }
     }
 
@@ -97,6 +103,18 @@ impl FakeBalloon {
         self.until(|state| state.status.balloon.target_pages == pages);
     }
 
+    /// Lets the test play the guest that is asked.
+    pub(crate) fn requests<T>(&self, play: impl FnOnce(&mut Requests) -> T) -> T {
+        let played = play(&mut self.lock().requests);
+        self.changed.notify_all();
+        played
+    }
+
+    /// Returns when so many requests are open.
+    pub(crate) fn until_open(&self, count: usize) {
+        self.until(|state| state.requests.open.len() == count);
+    }
+
     fn until(&self, done: impl Fn(&State) -> bool) {
         let seen = self.changed.wait_while(self.lock(), |state| !done(state));
         drop(seen.expect("no test panics with this lock"));
@@ -108,6 +126,37 @@ impl FakeBalloon {
 }
 
 impl Balloon for FakeBalloon {
+    fn name(&self) -> String {
+        self.lock().status.name.clone()
+    }
+
+    fn submit(&self, ask: GuestAsk, timeout: Duration) -> Result<u32, ControlError> {
+        let mut state = self.lock();
+        let id = state.requests.submit(ask, timeout, self.guest == Guest::Obeys)?;
+        self.changed.notify_all();
+        Ok(id)
+    }
+
+    fn wait_request(
+        &self,
+        id: u32,
+        timeout: Duration,
+    ) -> Option<Result<GuestAnswer, ControlError>> {
+        let open = |state: &mut State| !state.requests.ended.contains_key(&id);
+        let waited = self.changed.wait_timeout_while(self.lock(), timeout, open);
+        waited.expect("no test panics with this lock").0.requests.ended.remove(&id)
+    }
+
+    fn cancel_request(&self, id: Option<u32>) -> Result<CancelledRequest, ControlError> {
+        let cancelled = self.lock().requests.cancel(id);
+        self.changed.notify_all();
+        cancelled
+    }
+
+    fn free_pages(&self) -> Option<FreePagesMap> {
+        self.lock().requests.newest.clone()
+    }
+
     fn status(&self) -> Status {
         self.lock().status.clone()
     }
