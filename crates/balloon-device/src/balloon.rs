@@ -16,7 +16,8 @@ use crate::kept::Kept;
 use crate::layout::MemoryLayout;
 use crate::message::Message;
 use crate::reclaim::Reclaim;
-use crate::request::{RequestFailure, Requests};
+use crate::request::Requests;
+use crate::request_failure::RequestFailure;
 use crate::request_queue::RequestQueue;
 
 /// A queue cannot be served any more until the driver sets it up anew.

@@ -22,6 +22,7 @@ mod layout;
 mod message;
 mod reclaim;
 mod request;
+mod request_failure;
 mod request_queue;
 mod totals;
 
@@ -33,8 +34,6 @@ pub use drain::{Drained, MAX_BYTES_PER_DRAIN, MAX_CHAINS_PER_DRAIN};
 pub use fault::{Fault, Faults};
 pub use layout::{LayoutError, MemoryLayout};
 pub use reclaim::Reclaim;
-pub use request::{
-    Ask, Hold, HoldState, MAX_OUTCOMES, MAX_QUEUED_REQUESTS, RequestFailure, RequestResult,
-    Requests, SubmitError,
-};
+pub use request::{Ask, Hold, HoldState, MAX_OUTCOMES, MAX_QUEUED_REQUESTS, Requests};
+pub use request_failure::{RequestFailure, RequestResult, SubmitError};
 pub use totals::{RequestKind, RequestTotals};

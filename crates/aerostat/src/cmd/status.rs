@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
-use control::api::{BalloonChange, Faults, Status};
+use control::api::{BalloonChange, Faults, HoldState, RequestStatus, Status};
 use control::{Client, ControlError, Size, list_sockets, runtime_dir};
 use humantime::format_duration;
 use serde::Serialize;
@@ -149,6 +149,7 @@ fn details(status: &Status) -> String {
     let (calls, errors) =
         (plural(release.release_calls, "call"), plural(release.release_errors, "error"));
     lines.push(("released", format!("{} in {calls}, {errors}", Size(release.released_bytes))));
+    lines.push(("requests", requests(&status.requests)));
     lines.push(("faults", faults(&status.faults)));
     lines.iter().fold(String::new(), |mut text, (name, value)| {
         // Writing to a string cannot fail.
@@ -172,6 +173,29 @@ fn last_change(change: &BalloonChange) -> String {
         plural(change.messages, "message"),
         plural(change.release_calls, "release call"),
     )
+}
+
+/// What was asked of the guest, in one line.
+fn requests(requests: &RequestStatus) -> String {
+    if !requests.possible {
+        return "the driver takes none".into();
+    }
+    let running = requests.running.as_deref().unwrap_or("none");
+    let mut text = format!("{running} running, {} waiting", requests.waiting);
+    if let Some(hold) = requests.hold {
+        let state = match hold {
+            HoldState::Kept => "kept",
+            HoldState::Paused => "paused",
+            HoldState::Releasing => "being released",
+        };
+        text += &format!(", a hold {state}");
+    }
+    for (command, outcomes) in &requests.ended {
+        for (outcome, count) in outcomes {
+            text += &format!(", {command} {outcome} {count}");
+        }
+    }
+    text
 }
 
 fn faults(faults: &Faults) -> String {
