@@ -194,7 +194,11 @@ static int aerostat_stopped(struct aerostat_requests *rq, bool last)
 	int stop;
 
 	spin_lock_irqsave(&rq->lock, flags);
-	stop = rq->stopping || rq->gone ? AEROSTAT_STOP_GONE : aerostat_inbox_stopped(rq->inbox);
+	/* What was done is said also on leaving, if it needs no waiting. */
+	if (rq->gone || (rq->stopping && !last))
+		stop = AEROSTAT_STOP_GONE;
+	else
+		stop = aerostat_inbox_stopped(rq->inbox);
 	spin_unlock_irqrestore(&rq->lock, flags);
 	return last && stop == AEROSTAT_STOP_CANCELLED ? 0 : stop;
 }
@@ -218,9 +222,11 @@ static int aerostat_wait_answers(struct aerostat_requests *rq, unsigned int most
 		stop = aerostat_stopped(rq, last);
 		if (stop || aerostat_answers_out(rq) <= most)
 			return stop;
+		if (READ_ONCE(rq->stopping))
+			return AEROSTAT_STOP_GONE;
 		wait_event_idle_timeout(rq->returned,
 					aerostat_answers_out(rq) <= most ||
-					aerostat_stopped(rq, last),
+					READ_ONCE(rq->stopping) || aerostat_stopped(rq, last),
 					AEROSTAT_LOOK_JIFFIES);
 		if (virtqueue_is_broken(rq->vq))
 			WRITE_ONCE(rq->gone, true);
@@ -280,8 +286,7 @@ int aerostat_glue_post_answer(struct aerostat *vb, u32 id, size_t bytes)
 	for (;;) {
 		spin_lock_irq(&rq->lock);
 		/* Asked again under the lock: no answer behind "hold lost". */
-		stop = rq->stopping || rq->gone ? AEROSTAT_STOP_GONE :
-			aerostat_inbox_stopped(rq->inbox);
+		stop = rq->gone ? AEROSTAT_STOP_GONE : aerostat_inbox_stopped(rq->inbox);
 		if (!stop || stop == AEROSTAT_STOP_CANCELLED) {
 			stop = 0;
 			rq->slots[rq->current_slot].id = id;
@@ -363,6 +368,10 @@ void aerostat_stop_requests(struct aerostat_requests *rq)
 	wake_up_all(&rq->returned);
 	cancel_delayed_work_sync(&rq->repost);
 	cancel_work_sync(&rq->work);
+	/* Give a last answer the time that a host needs that listens. */
+	wait_event_idle_timeout(rq->returned,
+				!aerostat_answers_out(rq) || virtqueue_is_broken(rq->vq),
+				AEROSTAT_LOOK_JIFFIES);
 	aerostat_lose_hold(rq->vb, true);
 	cancel_work_sync(&rq->loss_work);
 }

@@ -22,6 +22,10 @@ use crate::seams::{HeldBlocks, RequestKernel, RequestQueue};
 /// back does not wait for more.
 const BATCH: usize = 64;
 
+/// Balloon pages taken under it at a time where that is one block or more (16
+/// MiB): a kernel may zero what it hands out.
+const BATCH_PAGES: u64 = 4096;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
     /// There is no hold.
@@ -150,7 +154,7 @@ fn take_batch(
 ) -> Result<bool, Stop> {
     queue.stopped()?;
     let room = kernel.free_pages().saturating_sub(floor) / block_pages;
-    let wanted = room.min(BATCH as u64);
+    let wanted = room.min(BATCH as u64).min((BATCH_PAGES / block_pages).max(1));
     if wanted == 0 {
         return Ok(false);
     }

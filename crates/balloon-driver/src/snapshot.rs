@@ -18,9 +18,9 @@ use crate::seams::{RequestKernel, RequestQueue, Slice};
 pub(crate) const MAX_FOUND: usize = 256;
 
 /// Pages that one slice looks at: at first, and within what bounds.
-const FIRST_VISITS: u32 = 128;
+const FIRST_VISITS: u32 = 64;
 const MIN_VISITS: u32 = 16;
-const MAX_VISITS: u32 = 512;
+const MAX_VISITS: u32 = 256;
 
 /// How long a slice may hold the zone's lock before the next one is halved: a
 /// third of the 50 us that no slice shall exceed, since a slice can meet colder
@@ -123,9 +123,9 @@ mod tests {
 
     #[test]
     fn slices_are_as_long_as_the_lock_may_be_held() {
-        assert_eq!(next_visits(128, LONG_SLICE_NS + 1), 64);
-        assert_eq!(next_visits(128, LONG_SLICE_NS), 128);
-        assert_eq!(next_visits(128, 100), 256);
+        assert_eq!(next_visits(64, LONG_SLICE_NS + 1), 32);
+        assert_eq!(next_visits(64, LONG_SLICE_NS), 64);
+        assert_eq!(next_visits(64, 100), 128);
         assert_eq!(next_visits(MIN_VISITS, u64::MAX), MIN_VISITS);
         assert_eq!(next_visits(MAX_VISITS, 0), MAX_VISITS);
     }

@@ -11,6 +11,7 @@
 mod bed;
 mod command_line;
 mod debian;
+mod debian_requests;
 mod integrity;
 mod life;
 mod package;

@@ -174,7 +174,8 @@ fn a_lost_hold_is_freed_only_when_the_host_knows() {
 
 fn command() -> impl Strategy<Value = Command> {
     prop_oneof![
-        1 => (1..=3u64).prop_map(|bits| Command::DropCaches(Caches::from_bits(bits).unwrap())),
+        1 => prop::sample::select(&[Caches::PAGE_CACHE, Caches::SLAB, Caches::ALL][..])
+            .prop_map(Command::DropCaches),
         3 => (12..19u32).prop_map(|min_granule_shift| Command::ReportFree { min_granule_shift }),
         3 => (0..4000u64).prop_map(|reserve_pages| Command::HoldFree { reserve_pages }),
         2 => (1..12u32).prop_map(|hold| Command::ReleaseHold { hold }),
