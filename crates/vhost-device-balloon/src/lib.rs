@@ -12,6 +12,7 @@ mod error;
 mod log_limit;
 mod memory;
 mod reclaim;
+mod request_text;
 mod requests;
 mod server;
 mod session;

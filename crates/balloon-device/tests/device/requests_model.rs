@@ -1,6 +1,7 @@
 //! Whatever operator, driver and time do, each request ends once, and in turn.
 
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 use balloon_abi::{Command, Outcome, Vq};
 use balloon_device::{Ask, MAX_OUTCOMES, MAX_QUEUED_REQUESTS};
@@ -70,6 +71,31 @@ impl Model {
         assert!(self.open.len() <= MAX_QUEUED_REQUESTS + 1 && self.open.len() < MAX_OUTCOMES);
     }
 
+    fn submit(&mut self, asked: &mut Asked, ask: Ask, deadline: Instant) {
+        if let Ok(id) = asked.guest.balloon.requests_mut().submit(ask, deadline) {
+            assert!(id > self.newest, "ids are new");
+            self.newest = id;
+            self.open.push(id);
+        }
+    }
+
+    /// The queues stop.
+    fn stop(&mut self, asked: &mut Asked) {
+        let Asked { guest, queue, .. } = asked;
+        guest.balloon.give_back(Vq::Request, &guest.memory, &mut queue.queue).unwrap();
+        guest.balloon.suspend();
+        self.collect(asked);
+        assert!(self.open.is_empty());
+    }
+
+    /// Another driver starts.
+    fn reset(&mut self, asked: &mut Asked) {
+        asked.guest.balloon.reset(ASKABLE);
+        asked.queue.set_up(&asked.guest.memory);
+        self.collect(asked);
+        assert!(self.open.is_empty());
+    }
+
     /// What the driver sees on its queue.
     fn see(&mut self, asked: &mut Asked) {
         while let Some(back) = asked.back() {
@@ -110,12 +136,7 @@ proptest! {
             match step {
                 Step::Submit { ask, seconds: time } => {
                     let deadline = asked.at(seconds + time);
-                    let submitted = asked.guest.balloon.requests_mut().submit(ask, deadline);
-                    if let Ok(id) = submitted {
-                        prop_assert!(id > model.newest, "ids are new");
-                        model.newest = id;
-                        model.open.push(id);
-                    }
+                    model.submit(&mut asked, ask, deadline);
                 }
                 Step::Cancel { back } => {
                     let id = model.newest.saturating_sub(back);
@@ -146,20 +167,10 @@ proptest! {
                     asked.guest.balloon.requests_mut().expire(now);
                     asked.serve();
                 }
-                Step::Stop => {
-                    let Asked { guest, queue, .. } = &mut asked;
-                    guest.balloon.give_back(Vq::Request, &guest.memory, &mut queue.queue).unwrap();
-                    guest.balloon.suspend();
-                    model.collect(&mut asked);
-                    prop_assert!(model.open.is_empty());
-                }
+                Step::Stop => model.stop(&mut asked),
                 Step::Reset => {
-                    let Asked { guest, queue, .. } = &mut asked;
-                    guest.balloon.reset(ASKABLE);
-                    queue.set_up(&guest.memory);
+                    model.reset(&mut asked);
                     waiting = 0;
-                    model.collect(&mut asked);
-                    prop_assert!(model.open.is_empty());
                 }
             }
             model.see(&mut asked);
@@ -172,9 +183,7 @@ proptest! {
                 waiting = 0;
             }
         }
-        asked.guest.balloon.reset(ASKABLE);
-        model.collect(&mut asked);
-        prop_assert!(model.open.is_empty());
+        model.reset(&mut asked);
         asked.guest.still_works();
     }
 }
