@@ -1,5 +1,8 @@
 //! The device: configuration space, the queues' handlers, what the guest gave.
 
+mod free_pages;
+mod stats_queue;
+
 use std::time::Instant;
 
 use balloon_abi::limits::{MAX_MESSAGE_BYTES, MAX_PFN_ARRAY_BYTES};
@@ -12,13 +15,16 @@ use crate::change::Change;
 use crate::decode::{decode_bitmap, decode_pfn_array};
 use crate::drain::{Drained, Handled, drain};
 use crate::fault::{Fault, Faults};
+use crate::hint::Hinting;
 use crate::kept::Kept;
 use crate::layout::MemoryLayout;
 use crate::message::Message;
 use crate::reclaim::Reclaim;
+use crate::report::Reports;
 use crate::request::Requests;
 use crate::request_failure::RequestFailure;
 use crate::request_queue::RequestQueue;
+use crate::stats::Stats;
 
 /// A queue cannot be served any more until the driver sets it up anew.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +63,7 @@ pub struct Counters {
 #[derive(Debug)]
 pub struct Balloon<R> {
     config: ConfigSpace,
+    offered: Features,
     negotiated: Features,
     layout: MemoryLayout,
     /// Pages the guest gave and did not take back.
@@ -66,15 +73,22 @@ pub struct Balloon<R> {
     faults: Faults,
     counters: Counters,
     change: Option<Change>,
+    hinting: Hinting,
+    reports: Reports,
+    stats: Stats,
     requests: Requests,
     /// Chains of the request queue that wait for a request.
     waiting: Kept,
 }
 
 impl<R: Reclaim> Balloon<R> {
-    /// Features that the device offers on any transport.
+    /// Features that the device can offer on any transport.
     pub const FEATURES: Features = Features::MUST_TELL_HOST
         .union(Features::DEFLATE_ON_OOM)
+        .union(Features::FREE_PAGE_HINT)
+        .union(Features::PAGE_POISON)
+        .union(Features::STATS_VQ)
+        .union(Features::REPORTING)
         .union(Features::RING_INDIRECT_DESC)
         .union(Features::RING_EVENT_IDX)
         .union(Features::VERSION_1)
@@ -85,6 +99,7 @@ impl<R: Reclaim> Balloon<R> {
     pub fn new(reclaim: R) -> Self {
         Self {
             config: ConfigSpace::default(),
+            offered: Self::FEATURES,
             negotiated: Features::NONE,
             layout: MemoryLayout::default(),
             held: PageSet::new(),
@@ -93,9 +108,17 @@ impl<R: Reclaim> Balloon<R> {
             faults: Faults::default(),
             counters: Counters::default(),
             change: None,
+            hinting: Hinting::default(),
+            reports: Reports::default(),
+            stats: Stats::default(),
             requests: Requests::default(),
             waiting: Kept::default(),
         }
+    }
+
+    /// Offers no feature of `features`, from the next driver on.
+    pub fn withhold(&mut self, features: Features) {
+        self.offered = Self::FEATURES.without(features);
     }
 
     /// A driver starts: it holds nothing, and uses any page that it wants.
@@ -103,11 +126,14 @@ impl<R: Reclaim> Balloon<R> {
     pub fn reset(&mut self, negotiated: Features) {
         let held = std::mem::take(&mut self.held);
         self.reclaim.retain(&held);
-        self.negotiated = negotiated & Self::FEATURES;
+        self.negotiated = negotiated & self.offered;
         self.waiting.forget();
         self.requests.reset(self.negotiated);
         self.config.actual = 0;
         self.config.poison_val = 0;
+        self.hinting.reset();
+        self.stats.reset(!self.negotiated.contains(Features::VERSION_1));
+        self.show_hint_command();
         if let Some(change) = &mut self.change {
             change.actual_is(0, Instant::now());
         }
@@ -120,6 +146,7 @@ impl<R: Reclaim> Balloon<R> {
     /// Chains that are kept are forgotten; see [`give_back`](Self::give_back).
     pub fn suspend(&mut self) {
         self.reclaim.retain(&self.held);
+        self.stats.kept.forget();
         self.waiting.forget();
         self.requests.suspend();
     }
@@ -132,28 +159,30 @@ impl<R: Reclaim> Balloon<R> {
         memory: &M,
         queue: &mut Queue,
     ) -> Result<bool, QueueError> {
-        if vq != Vq::Request {
-            return Ok(false);
-        }
-        let given_back = self.waiting.give_back(queue, memory);
+        let kept = match vq {
+            Vq::Stats => &mut self.stats.kept,
+            Vq::Request => &mut self.waiting,
+            Vq::Inflate | Vq::Deflate | Vq::FreePage | Vq::Reporting => return Ok(false),
+        };
+        let given_back = kept.give_back(queue, memory);
         given_back.map_err(|source| self.bad_ring(vq, source))
     }
 
     /// A queue is set up anew without having been stopped: what is kept of it
     /// cannot be returned.
     pub fn forget_kept(&mut self, vq: Vq) {
-        if vq == Vq::Request {
-            self.waiting.forget();
+        match vq {
+            Vq::Stats => self.stats.kept.forget(),
+            Vq::Request => self.waiting.forget(),
+            Vq::Inflate | Vq::Deflate | Vq::FreePage | Vq::Reporting => {}
         }
     }
 
     /// Guest memory is now at `layout`. Pages that are gone are forgotten, and
     /// not released later: other memory may come in their place.
     pub fn set_layout(&mut self, layout: MemoryLayout) {
-        let mut gone = std::mem::take(&mut self.held);
-        for range in layout.ranges() {
-            self.held.union_with(&gone.take_range(*range));
-        }
+        self.hinting.forget_outside(&layout);
+        let gone = layout.cut(&mut self.held);
         if !gone.is_empty() {
             self.reclaim.retain(&gone);
         }
@@ -168,8 +197,11 @@ impl<R: Reclaim> Balloon<R> {
         memory: &M,
         queue: &mut Queue,
     ) -> Result<Drained, QueueError> {
-        if vq == Vq::Request {
-            return self.process_requests(memory, queue);
+        match vq {
+            Vq::Stats => return self.process_stats(memory, queue),
+            Vq::FreePage | Vq::Reporting => return self.process_free_pages(vq, memory, queue),
+            Vq::Request => return self.process_requests(memory, queue),
+            Vq::Inflate | Vq::Deflate => {}
         }
         if let Some(change) = &mut self.change {
             change.notified(Instant::now());
@@ -183,15 +215,11 @@ impl<R: Reclaim> Balloon<R> {
             let written_bytes = self.answer(memory, outcome);
             Handled { read_bytes: self.message.bytes().len(), written_bytes: Some(written_bytes) }
         });
-        match drained {
-            Ok(drained) => {
-                if let Some(change) = &mut self.change {
-                    change.served(drained.chains);
-                }
-                Ok(drained)
-            }
-            Err(source) => Err(self.bad_ring(vq, source)),
+        let drained = drained.map_err(|source| self.bad_ring(vq, source))?;
+        if let Some(change) = &mut self.change {
+            change.served(drained.chains);
         }
+        Ok(drained)
     }
 
     /// Serves the request queue: also when something was submitted, stopped or
@@ -246,6 +274,11 @@ impl<R: Reclaim> Balloon<R> {
     /// A driver's write to the configuration space; one that is not allowed is
     /// counted and changes nothing.
     pub fn write_config(&mut self, offset: u32, data: &[u8], now: Instant) -> Result<(), Fault> {
+        let is_poison = Field::PoisonVal.offset() as u64 == u64::from(offset);
+        if is_poison && !self.negotiated.contains(Features::PAGE_POISON) {
+            self.faults.count(Fault::ConfigWrite);
+            return Err(Fault::ConfigWrite);
+        }
         match self.config.driver_write(offset, data) {
             Ok((Field::Actual, actual)) => {
                 if let Some(change) = &mut self.change {
@@ -267,6 +300,11 @@ impl<R: Reclaim> Balloon<R> {
     /// Numbering of the queues under the negotiated features.
     pub const fn queues(&self) -> QueueLayout {
         QueueLayout::new(self.negotiated)
+    }
+
+    /// What the next driver can accept.
+    pub const fn offered(&self) -> Features {
+        self.offered
     }
 
     /// What the driver accepted.

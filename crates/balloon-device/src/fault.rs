@@ -30,6 +30,15 @@ pub enum Fault {
     /// A write to a configuration field that is not the driver's, or to none.
     #[error("guest: a write to configuration space outside of the driver's fields")]
     ConfigWrite,
+    /// A message about free pages that is neither a command nor pages.
+    #[error("guest: a message about free pages that is neither a command nor pages")]
+    MalformedFreePages,
+    /// A command for free page hints that the device did not give.
+    #[error("guest: a hint command that was not given, or was given once and came twice")]
+    StrayCommand,
+    /// A buffer of statistics while the device has one already.
+    #[error("guest: more than one buffer of statistics")]
+    ExtraStats,
     /// A ring that cannot be followed.
     #[error("guest: a ring that makes no sense")]
     BadRing,
@@ -58,7 +67,7 @@ pub enum Fault {
 
 impl Fault {
     /// All kinds, in a fixed order.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 19] = [
         Self::EmptyMessage,
         Self::OversizedMessage,
         Self::BadDescriptor,
@@ -67,6 +76,9 @@ impl Fault {
         Self::RepeatedPage,
         Self::NotInBalloon,
         Self::ConfigWrite,
+        Self::MalformedFreePages,
+        Self::StrayCommand,
+        Self::ExtraStats,
         Self::BadRing,
         Self::RepeatedChain,
         Self::TooManyWaiting,
@@ -88,6 +100,9 @@ impl Fault {
             Self::RepeatedPage => "repeated-page",
             Self::NotInBalloon => "not-in-balloon",
             Self::ConfigWrite => "config-write",
+            Self::MalformedFreePages => "malformed-free-pages",
+            Self::StrayCommand => "stray-command",
+            Self::ExtraStats => "extra-stats",
             Self::BadRing => "bad-ring",
             Self::RepeatedChain => "repeated-chain",
             Self::TooManyWaiting => "too-many-waiting",

@@ -15,7 +15,7 @@ const _: () = assert!(WRITTEN as usize == STATUS_BYTES);
 /// Descriptors that a message may have. The specification allows as many as the
 /// ring has entries, and Linux sets up rings of 256 for a balloon; an indirect
 /// table could hold 65535, each of which costs the device a look.
-const MAX_DESCRIPTORS: usize = 1024;
+pub(crate) const MAX_DESCRIPTORS: usize = 1024;
 
 /// Bytes of a message and where its answer goes.
 #[derive(Debug, Default)]

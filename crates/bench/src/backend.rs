@@ -35,6 +35,19 @@ impl Backend {
     /// # Errors
     /// The program cannot be run, or ends, with what it said.
     pub fn start(program: &Path, name: &str, directory: &Path) -> Result<Self> {
+        Self::start_with(program, name, directory, &[])
+    }
+
+    /// The same with more arguments for `aerostat vhost-user`.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_with(
+        program: &Path,
+        name: &str,
+        directory: &Path,
+        arguments: &[&str],
+    ) -> Result<Self> {
         let host = |what| move |source: std::io::Error| BenchError::Backend { what, source };
         // Without the ending of control sockets, so that it is not taken for one.
         let socket = directory.join(format!("{name}.monitor"));
@@ -50,6 +63,7 @@ impl Backend {
             .arg(&socket)
             .args(["--name", name, "--control"])
             .arg(&control)
+            .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(output)

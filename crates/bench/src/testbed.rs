@@ -22,6 +22,10 @@ const LOOK: Duration = Duration::from_millis(5);
 /// a virtual machine is slower and varies more.
 const CORE: usize = 0;
 
+/// What a guest reports by itself goes back to the host without any balloon, which
+/// is not what is measured.
+const BALLOON_ALONE: [&str; 2] = ["--without", "stats,hint,reporting,poison"];
+
 /// The driver in the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Driver {
@@ -82,7 +86,8 @@ impl Testbed {
         let host = |what| move |source: std::io::Error| BenchError::Backend { what, source };
         let directory = tempfile::Builder::new().prefix("aerostat-bench-").tempdir();
         let directory = directory.map_err(host("making a directory"))?;
-        let backend = Backend::start(&options.program, name, directory.path())?;
+        let backend =
+            Backend::start_with(&options.program, name, directory.path(), &BALLOON_ALONE)?;
         backend.pin(CORE)?;
         let tree = options.kernel.tree();
         let mut guest = Guest::uml(&options.kernel)

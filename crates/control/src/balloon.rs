@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::api::{BalloonStatus, Caches, CancelledRequest, ReleaseMode, Status};
+use crate::api::{BalloonStatus, Caches, CancelledRequest, FreePageHints, ReleaseMode, Status};
 use crate::error::ControlError;
 use crate::free_map::FreePagesMap;
 
@@ -66,6 +66,32 @@ pub trait Balloon: Send + Sync {
     /// # Errors
     /// As for [`Balloon::set_target`].
     fn set_release_mode(&self, mode: ReleaseMode) -> Result<(), ControlError>;
+
+    /// Sets how often the guest is asked for statistics, from now on; `None` is
+    /// never. The server has compared it with the limits before.
+    ///
+    /// # Errors
+    /// As for [`Balloon::set_target`].
+    fn set_stats_interval(&self, interval: Option<Duration>) -> Result<(), ControlError>;
+
+    /// Asks the guest what it does not use, and returns the number of that request
+    /// at once. Whoever starts calls [`Balloon::end_hints`], whatever comes of it:
+    /// the guest keeps what it names to itself until then.
+    ///
+    /// # Errors
+    /// [`ControlError::Refused`] without a driver that can, or while another
+    /// request runs; [`ControlError::Failed`] when the host is at fault.
+    fn start_hints(&self) -> Result<u32, ControlError>;
+
+    /// Blocks until the guest has answered request `id` or `timeout` has passed. The
+    /// pages are listed once it has.
+    fn wait_hints(&self, id: u32, timeout: Duration) -> FreePageHints;
+
+    /// Ends request `id`: the guest uses what it named again.
+    ///
+    /// # Errors
+    /// [`ControlError::Failed`] when the host is at fault.
+    fn end_hints(&self, id: u32) -> Result<(), ControlError>;
 
     /// Asks the guest for something and returns the request's id at once. It ends
     /// within `timeout`, whatever the guest does.

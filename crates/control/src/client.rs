@@ -18,8 +18,9 @@ use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
 use crate::api::{
-    AskFreePages, BalloonStatus, Caches, CancelledRequest, DropCaches, DroppedCaches, FreePages,
-    Problem, ReleaseMode, ReleaseStatus, ReleasedHold, SetBalloon, SetRelease, Status,
+    AskFreePages, BalloonStatus, Caches, CancelledRequest, DropCaches, DroppedCaches,
+    FreePageHints, FreePages, Problem, ReleaseMode, ReleaseStatus, ReleasedHold, SetBalloon,
+    SetRelease, SetStats, StatsStatus, Status,
 };
 use crate::bitmap::{FIRST_PAGE_HEADER, PAGES_HEADER, REGIONS_HEADER};
 use crate::error::ControlError;
@@ -133,6 +134,23 @@ impl Client {
     /// As [`Client::status`].
     pub fn set_release(&self, mode: ReleaseMode) -> Result<ReleaseStatus, ControlError> {
         self.put("/v1/release", &SetRelease { mode }, Duration::ZERO)
+    }
+
+    /// Sets how often the guest is asked for statistics; 0 is never.
+    ///
+    /// # Errors
+    /// As [`Client::status`].
+    pub fn set_stats(&self, interval_ms: u64) -> Result<StatsStatus, ControlError> {
+        self.put("/v1/stats", &SetStats { interval_ms }, Duration::ZERO)
+    }
+
+    /// Asks the guest which pages it does not use, for up to `wait`.
+    ///
+    /// # Errors
+    /// As [`Client::status`].
+    pub fn hints(&self, wait: Duration) -> Result<FreePageHints, ControlError> {
+        let path = format!("/v1/hints?wait_ms={}", wait.as_millis());
+        self.json(Method::POST, &path, Bytes::new(), wait)
     }
 
     /// The figures as Prometheus text.

@@ -57,6 +57,12 @@ pub enum ControlError {
         /// What was asked for.
         target_bytes: u64,
     },
+    /// The guest would be asked for statistics too often, or hardly ever.
+    #[error("statistics every {interval_ms} ms are not possible")]
+    StatsInterval {
+        /// What was asked for.
+        interval_ms: u64,
+    },
     /// The request cannot be granted in the present state.
     #[error("{what}")]
     Refused {
@@ -116,6 +122,14 @@ pub enum ControlError {
     TooManyWaiters {
         /// The limit.
         limit: usize,
+    },
+
+    // The guest's fault.
+    /// The guest did not answer in time.
+    #[error("the guest did not answer within {limit_ms} ms")]
+    GuestSilent {
+        /// The time it had.
+        limit_ms: u128,
     },
 
     // The server's fault.
@@ -254,6 +268,10 @@ impl ControlError {
             | Self::Failed { hint, .. }
             | Self::Answered { hint, .. } => hint.clone(),
             Self::NoSuchEndpoint { .. } => "see /v1/openapi.json for what exists".into(),
+            Self::StatsInterval { .. } => "choose 100 to 86400000 ms, or 0 to ask no more".into(),
+            Self::GuestSilent { .. } => {
+                "check whether the guest runs, or give it more time by wait_ms".into()
+            }
             Self::BodyTooLarge { .. } => "send only the fields that /v1/openapi.json names".into(),
             Self::RequestTooSlow { .. } => "send the whole request at once".into(),
             Self::TooManyWaiters { .. } => "ask without wait_ms, or again later".into(),
@@ -287,9 +305,10 @@ impl ControlError {
     /// The HTTP status that tells a client of this error.
     pub fn http_status(&self) -> u16 {
         match self {
-            Self::TargetTooLarge { .. } | Self::TargetUnaligned { .. } | Self::BadSize { .. } => {
-                422
-            }
+            Self::TargetTooLarge { .. }
+            | Self::TargetUnaligned { .. }
+            | Self::StatsInterval { .. }
+            | Self::BadSize { .. } => 422,
             Self::Guest { why, .. } => why.http_status(),
             Self::BadRequest { .. } => 400,
             Self::NoSuchEndpoint { method_only: false, .. } => 404,
@@ -298,6 +317,7 @@ impl ControlError {
             Self::Refused { .. } => 409,
             Self::BodyTooLarge { .. } => 413,
             Self::TooManyWaiters { .. } => 503,
+            Self::GuestSilent { .. } => 504,
             _ => 500,
         }
     }

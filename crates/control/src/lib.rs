@@ -14,6 +14,7 @@ mod bitmap;
 mod client;
 mod error;
 mod free_map;
+mod guest_routes;
 mod metrics;
 mod name;
 mod openapi;
@@ -25,8 +26,9 @@ mod size;
 mod socket;
 
 pub use api::{
-    BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, Direction, Driver, Faults, GuestStatus,
-    PartialHuge, Problem, ReleaseMode, ReleaseStatus, SetBalloon, SetRelease, StagesMs, Status,
+    BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, Direction, Driver, Faults, FreePageHints,
+    GuestStatus, HintOutcome, PartialHuge, Problem, ReleaseMode, ReleaseStatus, ReportsStatus,
+    SetBalloon, SetRelease, SetStats, StagesMs, StatsStatus, Status,
 };
 pub use balloon::{Balloon, GuestAnswer, GuestAsk};
 pub use bitmap::{FIRST_PAGE_HEADER, ID_HEADER, PAGES_HEADER, REGIONS_HEADER};

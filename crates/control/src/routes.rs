@@ -24,6 +24,7 @@ use crate::api::{
 };
 use crate::balloon::Balloon;
 use crate::error::ControlError;
+use crate::guest_routes;
 use crate::server::Limits;
 use crate::{metrics, openapi};
 
@@ -33,15 +34,15 @@ pub const MAX_BODY_BYTES: usize = 16 * 1024;
 
 /// Longest single call into the balloon while a client waits. Between two calls
 /// the server looks whether it shall stop and whether the client is still there.
-const WAIT_SLICE: Duration = Duration::from_millis(250);
+pub(crate) const WAIT_SLICE: Duration = Duration::from_millis(250);
 
 /// What all handlers share.
 #[derive(Clone)]
 pub(crate) struct App {
     balloon: Arc<dyn Balloon>,
-    limits: Limits,
+    pub(crate) limits: Limits,
     waiters: Arc<Semaphore>,
-    stopped: watch::Receiver<bool>,
+    pub(crate) stopped: watch::Receiver<bool>,
 }
 
 /// All endpoints over `balloon`.
@@ -55,6 +56,8 @@ pub(crate) fn router(
         .route("/v1/status", get(get_status))
         .route("/v1/balloon", get(get_balloon).put(put_balloon))
         .route("/v1/release", get(get_release).put(put_release))
+        .route("/v1/stats", get(guest_routes::get_stats).put(guest_routes::put_stats))
+        .route("/v1/hints", post(guest_routes::post_hints))
         .route("/v1/drop-caches", post(request::post_drop_caches))
         .route(
             "/v1/free-pages",
@@ -204,7 +207,7 @@ pub(crate) async fn get_openapi() -> Response {
 
 impl App {
     /// Asks the balloon on a thread that may block.
-    async fn call<T: Send + 'static>(
+    pub(crate) async fn call<T: Send + 'static>(
         &self,
         ask: impl FnOnce(&dyn Balloon) -> T + Send + 'static,
     ) -> Result<T, ControlError> {
@@ -220,7 +223,7 @@ impl App {
     }
 
     /// The right to wait; none is needed to wait for no time.
-    fn waiter(&self, wait_ms: u64) -> Result<Option<SemaphorePermit<'_>>, ControlError> {
+    pub(crate) fn waiter(&self, wait_ms: u64) -> Result<Option<SemaphorePermit<'_>>, ControlError> {
         if wait_ms == 0 { Ok(None) } else { self.any_waiter().map(Some) }
     }
 
@@ -249,7 +252,10 @@ impl App {
 
     /// The JSON of a request's body, whatever content type it claims: `curl -d`
     /// claims a form.
-    async fn body<T: DeserializeOwned>(&self, request: Request) -> Result<T, ControlError> {
+    pub(crate) async fn body<T: DeserializeOwned>(
+        &self,
+        request: Request,
+    ) -> Result<T, ControlError> {
         let body = request.into_body();
         let too_large = ControlError::BodyTooLarge { limit_bytes: MAX_BODY_BYTES };
         let limit = u64::try_from(MAX_BODY_BYTES).unwrap_or(u64::MAX);
@@ -268,7 +274,7 @@ impl App {
     }
 }
 
-fn query<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, ControlError> {
+pub(crate) fn query<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, ControlError> {
     query.map(|Query(query)| query).map_err(|error| ControlError::BadRequest {
         what: format!("the query is not what is expected here: {}", error.body_text()),
         hint: "see /v1/openapi.json for the parameters".into(),

@@ -59,9 +59,10 @@ fn every_endpoint_that_is_described_exists() {
             let answer = ask(server.path(), &method.to_uppercase(), path);
             let status: u16 = answer[9..12].parse().unwrap();
             // An empty body is no target, so a PUT that exists says 400; and there
-            // is nothing to stop.
+            // is nothing to stop. Hints are asked for without one.
             let expected = match (method.as_str(), path.as_str()) {
                 (_, "/v1/cancel") => 409,
+                (_, "/v1/hints") => 200,
                 ("put" | "post", _) => 400,
                 _ => 200,
             };
@@ -82,12 +83,15 @@ fn every_endpoint_that_is_described_exists() {
         "get /v1/metrics",
         "get /v1/openapi.json",
         "get /v1/release",
+        "get /v1/stats",
         "get /v1/status",
         "post /v1/cancel",
         "post /v1/drop-caches",
         "post /v1/free-pages",
+        "post /v1/hints",
         "put /v1/balloon",
         "put /v1/release",
+        "put /v1/stats",
     ];
     assert_eq!(described, all.map(String::from).into());
 }
@@ -146,11 +150,14 @@ fn the_metrics_are_prometheus_text_with_the_figures_of_the_status() {
     balloon.edit(|status| {
         status.faults.guest.insert("page_outside_memory".into(), 3);
         status.faults.front_end.insert("unknown_request".into(), 1);
+        status.stats.age_ms = Some(250);
+        status.stats.values = [("free_bytes".into(), 7), ("tag_77".into(), u64::MAX)].into();
+        status.reports.released_bytes = 1 << 22;
         status.requests.late_answers = 2;
         let outcomes = [("done".into(), 5), ("timed_out".into(), 1)];
         status.requests.ended.insert("drop-caches".into(), outcomes.into());
     });
-    let server = Server::bind(&dir.path().join("s"), balloon).unwrap();
+    let server = Server::bind(&dir.path().join("s"), Arc::clone(&balloon) as _).unwrap();
     let client = Client::connect(server.path()).unwrap();
     client.set_balloon(3 << 30, std::time::Duration::ZERO).unwrap();
     let text = client.metrics().unwrap();
@@ -171,6 +178,10 @@ fn the_metrics_are_prometheus_text_with_the_figures_of_the_status() {
     assert_eq!(value("aerostat_balloon_changes_total", ""), 1.0);
     assert_eq!(value("aerostat_balloon_last_change_seconds", ""), 0.0125);
     assert_eq!(value("aerostat_released_bytes_total", ""), 8192.0);
+    assert_eq!(value("aerostat_guest_stats_age_seconds", ""), 0.25);
+    assert_eq!(value("aerostat_guest_stat", r#",stat="free_bytes""#), 7.0);
+    assert_eq!(value("aerostat_guest_stat", r#",stat="tag_77""#), 18446744073709551615.0);
+    assert_eq!(value("aerostat_reports_released_bytes_total", ""), 4194304.0);
     assert_eq!(value("aerostat_request_late_answers_total", ""), 2.0);
     let ended = r#",command="drop-caches",outcome="timed_out""#;
     assert_eq!(value("aerostat_requests_total", ended), 1.0);
@@ -178,6 +189,11 @@ fn the_metrics_are_prometheus_text_with_the_figures_of_the_status() {
     assert_eq!(value("aerostat_faults_total", kind), 3.0);
     let kind = r#",side="front_end",kind="unknown_request""#;
     assert_eq!(value("aerostat_faults_total", kind), 1.0);
+
+    balloon.edit(|status| status.stats.stale = true);
+    let stale = client.metrics().unwrap();
+    assert!(!stale.contains("guest_stat{") && stale.contains("guest_stats_stale{"), "{stale}");
+    balloon.edit(|status| status.stats.stale = false);
 
     let scraped = ask(server.path(), "GET", "/metrics");
     assert!(scraped.contains("content-type: text/plain; version=0.0.4"), "{scraped}");

@@ -17,8 +17,10 @@ mod requests;
 mod server;
 mod session;
 mod shared;
+mod stats_clock;
 mod vring;
 mod wire;
 
+pub use balloon_abi::Features;
 pub use error::{Error, SessionError, Violation};
 pub use server::{Backend, End, Options, run};

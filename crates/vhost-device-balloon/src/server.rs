@@ -8,6 +8,7 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use balloon_abi::Features;
 use control::Server;
 use control::api::{PartialHuge, ReleaseMode};
 use rustix::event::Timespec;
@@ -37,6 +38,8 @@ pub struct Options {
     pub release: ReleaseMode,
     /// What becomes of pieces of huge pages.
     pub partial_huge: PartialHuge,
+    /// Features that the device does not offer.
+    pub without: Features,
 }
 
 /// Serves the guest until the process is asked to end (SIGTERM or SIGINT).
@@ -47,6 +50,7 @@ pub struct Options {
 pub fn run(options: &Options) -> Result<(), Error> {
     let stop = stop_signal().map_err(|source| Error::Host { what: "signal handling", source })?;
     let backend = Backend::new(&options.name, options.release, options.partial_huge)?;
+    backend.withhold(options.without);
     let socket = Socket::bind(&options.socket)?;
     let _control = Server::bind(&options.control, backend.balloon())?;
     tracing::info!(
@@ -80,6 +84,11 @@ impl Backend {
         let reclaim = HostReclaim::new(release, partial_huge)?;
         let shared = Arc::new(Shared::new(name.to_owned(), reclaim)?);
         Ok(Self { shared, serving: Mutex::new(()) })
+    }
+
+    /// Offers no feature of `features`, from the next front end on.
+    pub fn withhold(&self, features: Features) {
+        self.shared.device().withhold(features);
     }
 
     /// The balloon, for a control API.
@@ -140,11 +149,15 @@ fn serve(shared: &Shared, stream: &UnixStream, stop: &impl AsFd) -> Result<End, 
     let mut message = Message::default();
     let mut events = Vec::with_capacity(16);
     loop {
-        let timeout =
-            if session.has_more() { Some(Duration::ZERO) } else { shared.until_deadline() };
+        let timeout = if session.has_more() {
+            Some(Duration::ZERO)
+        } else {
+            shared.until_deadline().into_iter().chain(session.until_stats()).min()
+        };
         let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
         wait(&poll, &mut events, timeout.as_ref()).map_err(host("epoll_wait"))?;
         session.go_on();
+        session.ask_for_stats();
         if shared.expire_requests() {
             session.serve_requests();
         }
@@ -158,7 +171,7 @@ fn serve(shared: &Shared, stream: &UnixStream, stop: &impl AsFd) -> Result<End, 
                 }
                 EVENT_WAKE => {
                     let _ = rustix::io::read(shared.wake(), &mut [0; 8]);
-                    if shared.take_target_changed() {
+                    if shared.take_config_changed() {
                         session.config_changed();
                     }
                     session.serve_requests();

@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use balloon_abi::config::{CONFIG_BYTES, Field};
 use balloon_abi::{Features, QueueLayout, Vq};
@@ -12,12 +12,10 @@ use vhost::vhost_user::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 
 use crate::error::{SessionError, Violation};
 use crate::memory::Memory;
-use crate::reclaim::HostReclaim;
 use crate::shared::Shared;
+use crate::stats_clock::StatsClock;
 use crate::vring::Vring;
 use crate::wire::{self, Message};
-
-type Device = balloon_device::Balloon<HostReclaim>;
 
 /// Features on top of the device's own.
 const TRANSPORT_FEATURES: Features = Features(VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits());
@@ -48,6 +46,7 @@ pub(crate) struct Session<'a> {
     memory: Option<Memory>,
     features: Features,
     channel: Option<OwnedFd>,
+    stats_clock: StatsClock,
 }
 
 impl<'a> Session<'a> {
@@ -62,6 +61,7 @@ impl<'a> Session<'a> {
             memory: None,
             features: Features::NONE,
             channel: None,
+            stats_clock: StatsClock::default(),
         })
     }
 
@@ -125,6 +125,34 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// Time until the guest is to be asked for statistics, if it is.
+    pub(crate) fn until_stats(&self) -> Option<Duration> {
+        self.stats_clock.left(self.shared.stats_interval(), Instant::now())
+    }
+
+    /// Asks the guest for statistics where it is time to.
+    pub(crate) fn ask_for_stats(&mut self) {
+        let now = Instant::now();
+        if !self.stats_clock.is_due(self.shared.stats_interval(), now) {
+            return;
+        }
+        let Self { vrings, memory: Some(memory), shared, .. } = self else { return };
+        let mut device = shared.device();
+        let Some(index) = device.queues().index(Vq::Stats) else { return };
+        let Some(vring) = vrings.get_mut(index).filter(|vring| vring.runs()) else { return };
+        match device.request_stats(&memory.map, &mut vring.queue) {
+            Ok(true) => vring.notify_guest(),
+            Ok(false) => {}
+            Err(error) => {
+                vring.stop();
+                device.forget_kept(Vq::Stats);
+                if shared.may_log() {
+                    tracing::warn!(%error, "queue stopped");
+                }
+            }
+        }
+    }
+
     /// Serves the request queue, where there is one: the operator asked for
     /// something, or time ran out.
     ///
@@ -165,8 +193,11 @@ impl<'a> Session<'a> {
         let mut device = shared.device();
         let Some(vq) = device.queues().vq(index) else { return };
         let drained = device.process_queue(vq, &memory.map, &mut vring.queue);
+        if drained.is_err() {
+            device.forget_kept(vq);
+        }
         drop(device);
-        if vq == Vq::Request {
+        if matches!(vq, Vq::FreePage | Vq::Request) {
             shared.changed();
         }
         match drained {
@@ -213,6 +244,8 @@ impl<'a> Session<'a> {
         let (offset, size, _flags) = (fields.u32()?, fields.u32()?, fields.u32()?);
         let data = fields.bytes(size as usize)?;
         let mut device = self.shared.device();
+        let poisons = device.negotiated().contains(Features::PAGE_POISON);
+        let valid = |field| field != Field::PoisonVal || poisons;
         let mut write = |offset, data| {
             if let Err(fault) = device.write_config(offset, data, Instant::now()) {
                 tracing::debug!(%fault, offset, "config write refused");
@@ -221,7 +254,7 @@ impl<'a> Session<'a> {
         if offset == 0 && data.len() > FIELD_BYTES && data.len().is_multiple_of(FIELD_BYTES) {
             for (place, data) in (0..).step_by(FIELD_BYTES).zip(data.chunks(FIELD_BYTES)) {
                 let field = Field::ALL.into_iter().find(|field| field.offset() == place as usize);
-                if field.is_some_and(Field::is_driver_writable) {
+                if field.is_some_and(|field| field.is_driver_writable() && valid(field)) {
                     write(place, data);
                 }
             }
@@ -239,7 +272,11 @@ impl<'a> Session<'a> {
         if !self.features.contains(TRANSPORT_FEATURES) {
             self.suspend();
         }
-        u64_bytes((Device::FEATURES | TRANSPORT_FEATURES).0)
+        u64_bytes(self.offered().0)
+    }
+
+    fn offered(&self) -> Features {
+        self.shared.device().offered() | TRANSPORT_FEATURES
     }
 
     /// New features mean that a driver starts, unless the queues still run: then
@@ -250,7 +287,7 @@ impl<'a> Session<'a> {
     /// guest goes on; the queues' bases tell.
     fn set_features(&mut self, message: &Message) -> Result<(), SessionError> {
         let features = Features(message.fields().u64()?);
-        let excess = features.without(Device::FEATURES | TRANSPORT_FEATURES);
+        let excess = features.without(self.offered());
         if excess != Features::NONE {
             return Err(Violation::Features { features: excess.0 }.into());
         }

@@ -1,6 +1,9 @@
 //! What the vhost-user loop and the control API share: the device, under a
 //! lock, and what is known around it.
 
+mod hints;
+mod stats;
+
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -10,7 +13,7 @@ use balloon_abi::Features;
 use balloon_device::{Balloon, Change};
 use control::api::{
     BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, CancelledRequest, Direction, Driver, Faults,
-    GuestStatus, ReleaseMode, StagesMs, Status,
+    FreePageHints, GuestStatus, ReleaseMode, ReportsStatus, StagesMs, Status,
 };
 use control::{ControlError, FreePagesMap, GuestAnswer, GuestAsk};
 use rustix::event::EventfdFlags;
@@ -41,8 +44,10 @@ pub(crate) struct State {
     /// What was released before the present change began.
     baseline: crate::reclaim::Work,
     front_end_faults: BTreeMap<&'static str, u64>,
-    /// The target has changed and the guest was not told yet.
-    target_changed: bool,
+    /// How often the guest is asked for statistics, if it is.
+    stats_interval: Option<Duration>,
+    /// The configuration space has changed and the guest was not told yet.
+    config_changed: bool,
     /// When requests were submitted, and what became of the newest free pages.
     pub(crate) times: RequestTimes,
 }
@@ -73,7 +78,8 @@ impl Shared {
             generation: 0,
             baseline: crate::reclaim::Work::default(),
             front_end_faults: BTreeMap::new(),
-            target_changed: false,
+            stats_interval: None,
+            config_changed: false,
             times: RequestTimes::default(),
         };
         Ok(Self {
@@ -116,9 +122,9 @@ impl Shared {
         left_out.is_some()
     }
 
-    /// True once for each change of the target, or for many at once.
-    pub(crate) fn take_target_changed(&self) -> bool {
-        std::mem::take(&mut self.state().target_changed)
+    /// True once for each change of the configuration space, or for many at once.
+    pub(crate) fn take_config_changed(&self) -> bool {
+        std::mem::take(&mut self.state().config_changed)
     }
 
     /// Has the loop look at what the operator wants.
@@ -133,6 +139,13 @@ impl Shared {
     /// Becomes readable when the operator wants something.
     pub(crate) const fn wake(&self) -> &OwnedFd {
         &self.wake
+    }
+
+    /// Has the loop tell the guest that the configuration space changed.
+    fn announce(&self, mut state: MutexGuard<'_, State>) -> Result<(), ControlError> {
+        state.config_changed = true;
+        drop(state);
+        self.wake_up()
     }
 
     /// A thread that panicked with the lock held has left counters behind, no
@@ -159,6 +172,8 @@ impl control::Balloon for Shared {
             balloon: state.balloon(),
             release: device.reclaim().status(),
             resident_bytes,
+            stats: state.stats(),
+            reports: state.reports(),
             faults: state.faults(),
             requests: state.requests(),
         }
@@ -179,11 +194,9 @@ impl control::Balloon for Shared {
         }
         state.baseline = state.device.reclaim().work();
         state.device.set_target(pages, Instant::now());
-        state.target_changed = true;
         state.generation += 1;
         let generation = state.generation;
-        drop(state);
-        self.wake_up()?;
+        self.announce(state)?;
         self.changed();
         Ok(generation)
     }
@@ -191,6 +204,22 @@ impl control::Balloon for Shared {
     fn set_release_mode(&self, mode: ReleaseMode) -> Result<(), ControlError> {
         self.state().device.reclaim_mut().set_mode(mode);
         Ok(())
+    }
+
+    fn set_stats_interval(&self, interval: Option<Duration>) -> Result<(), ControlError> {
+        self.change_stats_interval(interval)
+    }
+
+    fn start_hints(&self) -> Result<u32, ControlError> {
+        self.begin_hints()
+    }
+
+    fn wait_hints(&self, id: u32, timeout: Duration) -> FreePageHints {
+        self.await_hints(id, timeout)
+    }
+
+    fn end_hints(&self, id: u32) -> Result<(), ControlError> {
+        self.finish_hints(id)
     }
 
     fn submit(&self, ask: GuestAsk, timeout: Duration) -> Result<u32, ControlError> {
@@ -247,6 +276,9 @@ impl State {
             connected: self.connected,
             driver,
             features: negotiated.names().map(str::to_owned).collect(),
+            poison_val: negotiated
+                .contains(Features::PAGE_POISON)
+                .then_some(self.device.config().poison_val),
             memory_bytes: self.device.layout().pages() * BALLOON_PAGE_BYTES,
         }
     }
@@ -289,6 +321,16 @@ impl State {
             messages: change.messages(),
             release_calls: work.calls,
             released_bytes: work.bytes,
+        }
+    }
+
+    fn reports(&self) -> ReportsStatus {
+        let reports = self.device.reports();
+        ReportsStatus {
+            messages: reports.messages,
+            reported_bytes: reports.pages * BALLOON_PAGE_BYTES,
+            poisoned_bytes: reports.poisoned_pages * BALLOON_PAGE_BYTES,
+            ..self.device.reclaim().reports()
         }
     }
 

@@ -42,17 +42,34 @@ pub(crate) struct Host {
 
 impl Host {
     pub(crate) fn start(name: &str, backing: Backing, memory_mib: u64) -> Self {
+        Self::start_with(name, backing, memory_mib, &[])
+    }
+
+    /// The same with more arguments for the back end.
+    pub(crate) fn start_with(
+        name: &str,
+        backing: Backing,
+        memory_mib: u64,
+        arguments: &[&str],
+    ) -> Self {
         let directory = tempfile::Builder::new().prefix("aerostat-e2e-").tempdir().unwrap();
         let memory_dir = GuestMemoryDir::mount(backing, MEMORY_DIR_FACTOR * memory_mib).unwrap();
-        let backend = Backend::start(program(), name, directory.path()).unwrap();
+        let backend = Backend::start_with(program(), name, directory.path(), arguments).unwrap();
         let client = backend.client().unwrap();
         Self { client, backend, memory_mib, memory_dir, directory }
     }
 
     /// Boots a guest that can load `driver`, and has not.
     pub(crate) fn boot(&self, driver: Driver) -> Bed<'_> {
+        self.boot_with(driver, &[])
+    }
+
+    /// The same with more words on the kernel's command line.
+    pub(crate) fn boot_with(&self, driver: Driver, words: &[&str]) -> Bed<'_> {
         let kernel = lab::uml::kernel().unwrap();
-        let guest = Guest::uml(&kernel)
+        let builder =
+            words.iter().fold(Guest::uml(&kernel), |builder, word| builder.kernel_argument(*word));
+        let guest = builder
             .memory_mib(self.memory_mib)
             .memory_dir(self.memory_dir.path())
             .balloon(self.backend.socket())
@@ -88,7 +105,7 @@ impl Host {
     }
 
     /// Waits until `done`, which looks at what changes unannounced.
-    pub(crate) fn until(&self, what: &str, done: impl Fn(&Status) -> bool) -> Status {
+    pub(crate) fn until(&self, what: &str, mut done: impl FnMut(&Status) -> bool) -> Status {
         let end = Instant::now() + LIMIT;
         loop {
             let status = self.status();
@@ -210,6 +227,11 @@ impl Bed<'_> {
 
     pub(crate) fn defragment(&mut self) {
         self.run("rmmod lab_memory");
+    }
+
+    /// What the guest printed so far.
+    pub(crate) fn console_log(&self) -> String {
+        self.guest.console_log()
     }
 
     /// The guest alone.

@@ -19,4 +19,5 @@ mod pressure;
 mod program;
 mod qmp;
 mod requests;
+mod specification;
 mod walk;

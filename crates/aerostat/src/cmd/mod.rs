@@ -9,6 +9,7 @@ mod drop_caches;
 mod free_pages;
 mod status;
 mod vhost_user;
+mod watch;
 
 use clap::Subcommand;
 

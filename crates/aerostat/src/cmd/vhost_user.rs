@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use control::{GuestName, PartialHuge, ReleaseMode, ensure_runtime_dir, socket_path};
-use vhost_device_balloon::{Error, Options};
+use vhost_device_balloon::{Error, Features, Options};
 
 use crate::failure::Failure;
 
@@ -27,6 +27,10 @@ pub(crate) struct VhostUserArgs {
     #[arg(long, value_enum, default_value_t = Partial::Split)]
     partial_huge: Partial,
 
+    /// Features that the guest is not offered, separated by commas
+    #[arg(long, value_name = "FEATURE", value_enum, value_delimiter = ',')]
+    without: Vec<Feature>,
+
     /// Control socket; by the name, in the runtime directory, if it is not given
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
@@ -48,6 +52,38 @@ enum Partial {
     Split,
     /// Kept until the huge page is complete
     Wait,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Feature {
+    /// Statistics of the guest's memory
+    Stats,
+    /// Free page hints, which the host asks for
+    Hint,
+    /// Free page reports, which the guest sends by itself
+    Reporting,
+    /// What the guest fills free pages with; a guest that does so reports none then
+    Poison,
+    /// Taking pages back when the guest is out of memory
+    DeflateOnOom,
+    /// Messages of Aerostat's own driver
+    PageBitmap,
+    /// Requests to Aerostat's own driver
+    Request,
+}
+
+impl From<Feature> for Features {
+    fn from(feature: Feature) -> Self {
+        match feature {
+            Feature::Stats => Self::STATS_VQ,
+            Feature::Hint => Self::FREE_PAGE_HINT,
+            Feature::Reporting => Self::REPORTING,
+            Feature::Poison => Self::PAGE_POISON,
+            Feature::DeflateOnOom => Self::DEFLATE_ON_OOM,
+            Feature::PageBitmap => Self::PAGE_BITMAP,
+            Feature::Request => Self::REQUEST_VQ,
+        }
+    }
 }
 
 impl From<Release> for ReleaseMode {
@@ -87,6 +123,7 @@ pub(crate) fn run(args: VhostUserArgs) -> Result<(), Failure> {
         control,
         release: args.release.into(),
         partial_huge: args.partial_huge.into(),
+        without: args.without.into_iter().map(Features::from).fold(Features::NONE, Features::union),
     };
     vhost_device_balloon::run(&options).map_err(|error| match error {
         Error::Control(error) => error.into(),

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use control::api::{
     BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, CancelledRequest, Direction, Driver,
-    GuestStatus, ReleaseMode, ReleaseStatus, Status,
+    FreePageHints, GuestStatus, HintOutcome, ReleaseMode, ReleaseStatus, Status,
 };
 use control::{Balloon, ControlError, FreePagesMap, GuestAnswer, GuestAsk};
 
@@ -38,6 +38,9 @@ struct State {
     status: Status,
     /// Calls that may block and have begun.
     waits: u32,
+    /// Requests for hints so far, and whether the last one has ended.
+    hints: u32,
+    hints_ended: bool,
     requests: Requests,
 }
 
@@ -52,6 +55,7 @@ impl FakeBalloon {
                 driver: Driver::Aerostat,
                 features: vec!["must-tell-host".into(), "page-bitmap".into()],
                 memory_bytes: GUEST_BYTES,
+                poison_val: None,
             },
             balloon: BalloonStatus {
                 settled: true,
@@ -62,7 +66,13 @@ impl FakeBalloon {
             resident_bytes: Some(1 << 30),
             ..Status::default()
         };
-        let state = Mutex::new(State { status, waits: 0, requests: Requests::default() });
+        let state = Mutex::new(State {
+            status,
+            waits: 0,
+            hints: 0,
+            hints_ended: true,
+            requests: Requests::default(),
+        });
         Self { guest, state, changed: Condvar::new() }
     }
 
@@ -96,6 +106,11 @@ impl FakeBalloon {
     pub(crate) fn until_waits(&self, count: u32) {
         let before = self.lock().waits;
         self.until(|state| state.waits >= before + count);
+    }
+
+    /// Returns when so many requests for hints were made and the last has ended.
+    pub(crate) fn until_hints_ended(&self, count: u32) {
+        self.until(|state| state.hints == count && state.hints_ended);
     }
 
     /// Returns when the target is `pages`.
@@ -201,6 +216,40 @@ impl Balloon for FakeBalloon {
 
     fn set_release_mode(&self, mode: ReleaseMode) -> Result<(), ControlError> {
         self.edit(|status| status.release.mode = mode);
+        Ok(())
+    }
+
+    fn set_stats_interval(&self, interval: Option<Duration>) -> Result<(), ControlError> {
+        let interval_ms = interval.map_or(0, |interval| interval.as_millis().try_into().unwrap());
+        self.edit(|status| status.stats.interval_ms = interval_ms);
+        Ok(())
+    }
+
+    fn start_hints(&self) -> Result<u32, ControlError> {
+        let mut state = self.lock();
+        state.hints += 1;
+        state.hints_ended = false;
+        Ok(state.hints)
+    }
+
+    /// A guest that obeys has a free MiB.
+    fn wait_hints(&self, id: u32, timeout: Duration) -> FreePageHints {
+        let (outcome, pages) = match self.guest {
+            Guest::Obeys => (HintOutcome::Complete, 256),
+            Guest::Waits => {
+                std::thread::sleep(timeout);
+                (HintOutcome::InProgress, 0)
+            }
+        };
+        let bytes = pages * BALLOON_PAGE_BYTES;
+        FreePageHints { id, outcome, pages, bytes, runs: 1, elapsed_ms: 2, list: vec![] }
+    }
+
+    fn end_hints(&self, id: u32) -> Result<(), ControlError> {
+        let mut state = self.lock();
+        state.hints_ended = id == state.hints;
+        drop(state);
+        self.changed.notify_all();
         Ok(())
     }
 

@@ -14,6 +14,7 @@ mod qemu;
 mod quiet;
 mod requests;
 mod safety;
+mod specification;
 mod uml;
 mod unusual;
 
