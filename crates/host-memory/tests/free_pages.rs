@@ -40,6 +40,10 @@ impl Discard for Host {
         std::mem::replace(pages, whole)
     }
 
+    fn resident_pages(&self) -> Option<u64> {
+        None
+    }
+
     fn discard(&self, pages: &PageSet) -> DiscardReport {
         assert!(!self.panics, "as the test asked");
         if pages.first().is_some_and(|first| first < FREE) {
