@@ -44,18 +44,6 @@ const NEEDED_MIB: u64 = 500;
 /// Requests of random kinds, while the guest allocates.
 const RANDOM_REQUESTS: u32 = 200;
 
-/// Between two reports, while the guest measures how long it waits.
-const REPORT_PAUSE: Duration = Duration::from_millis(20);
-
-/// Windows of such a measurement.
-const STALL_WINDOWS: usize = 16;
-
-/// What an allocation may wait longer for a report, in us.
-const MOST_STALL_US: u64 = 1000;
-
-/// What a report may hold a lock.
-const MOST_LOCK_NS: u64 = 50_000;
-
 pub(crate) fn snapshot() -> AskFreePages {
     ask(FreeKind::Snapshot, None)
 }
@@ -326,51 +314,4 @@ pub(crate) fn random_request(host: &Host, rng: &mut Rng) -> bool {
         2 => client.release_free_pages(LIMIT).is_ok(),
         _ => client.ask_free_pages(&snapshot()).is_ok(),
     }
-}
-
-/// One report after the other would be a process that wants half of the guest's
-/// one CPU, so they come with pauses, as no host asks more often. The machine may
-/// have other work, which looks like a stall: so the best of some windows counts.
-#[test]
-fn a_snapshot_does_not_hold_up_the_guest() {
-    let host = Host::start("stall", Backing::Small, LARGE_MIB);
-    let mut bed = boot(&host);
-    bed.fragment(LARGE_MIB / 16);
-    let over = AtomicBool::new(false);
-    let alone = longest_us(&mut bed);
-    let (with, reports) = thread::scope(|scope| {
-        let reports = scope.spawn(|| {
-            let mut reports = Vec::new();
-            while !over.load(Ordering::Relaxed) {
-                let free = host.client.ask_free_pages(&snapshot()).unwrap();
-                reports.push((free.guest_ms, free.lock_ns_max));
-                thread::sleep(REPORT_PAUSE);
-            }
-            reports
-        });
-        let with = longest_us(&mut bed);
-        over.store(true, Ordering::Relaxed);
-        (with, reports.join().unwrap())
-    });
-    let mut locks_ns: Vec<_> = reports.iter().map(|(_, lock_ns)| *lock_ns).collect();
-    locks_ns.sort_unstable();
-    let median_lock_ns = locks_ns[locks_ns.len() / 2];
-    let longest_ms = reports.iter().map(|(ms, _)| *ms).fold(0.0, f64::max);
-    println!("longest stall {alone} us alone, {with} us beside {} reports", reports.len());
-    println!("longest report {longest_ms:.1} ms, median of the longest locks {median_lock_ns} ns");
-    assert!(reports.len() >= STALL_WINDOWS, "{}", reports.len());
-    assert!(with <= alone + MOST_STALL_US, "{with} us, {alone} us without reports");
-    assert!(median_lock_ns <= MOST_LOCK_NS, "{locks_ns:?}");
-    all_well(&bed);
-}
-
-/// The longest stall of the quietest window.
-fn longest_us(bed: &mut Bed<'_>) -> u64 {
-    let windows = (0..STALL_WINDOWS).map(|_| {
-        let told = bed.run("stall 150");
-        println!("{told}");
-        let longest = told.strip_prefix("longest_us=").unwrap().split(' ').next().unwrap();
-        longest.parse().unwrap()
-    });
-    windows.min().unwrap()
 }
