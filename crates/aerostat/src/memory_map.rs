@@ -1,6 +1,7 @@
 //! A guest's memory in a few lines of text.
 
 use std::fmt::Write;
+use std::io::IsTerminal;
 
 use control::Size;
 use control::api::{BALLOON_PAGE_BYTES, CoarseMap, CoarseRegion};
@@ -18,6 +19,11 @@ pub(crate) enum Style {
 }
 
 impl Style {
+    /// What suits standard output.
+    pub(crate) fn of_output() -> Self {
+        if std::io::stdout().is_terminal() { Self::Shades } else { Self::Letters }
+    }
+
     /// Marks from all free to nothing free, and the mark of the balloon.
     const fn marks(self) -> ([char; 5], char) {
         match self {

@@ -22,7 +22,8 @@ use crate::layout::MemoryLayout;
 use crate::message::Message;
 use crate::reclaim::Reclaim;
 use crate::report::Reports;
-use crate::request::{RequestFailure, Requests};
+use crate::request::Requests;
+use crate::request_failure::RequestFailure;
 use crate::request_queue::RequestQueue;
 use crate::stats::Stats;
 

@@ -122,7 +122,10 @@ impl Hinting {
     /// The guest may use all that it named. Nobody may count on it any more, so it
     /// is forgotten.
     pub(crate) fn done(&mut self) {
-        self.command = HintCommand::Done;
+        // A driver that came since was asked for nothing.
+        if !matches!(self.phase, HintPhase::Idle | HintPhase::Lost) {
+            self.command = HintCommand::Done;
+        }
         self.phase = HintPhase::Idle;
         self.pages = PageSet::new();
     }
@@ -291,6 +294,8 @@ mod tests {
         name(&mut hinting, 1);
         hinting.reset();
         assert_eq!((hinting.phase(), hinting.pages().len()), (HintPhase::Lost, 0));
+        hinting.done();
+        assert_eq!((hinting.command(), hinting.phase()), (HintCommand::Stop, HintPhase::Idle));
         hinting.said(id).unwrap();
         name(&mut hinting, 1);
         assert!(hinting.pages().is_empty());
@@ -338,8 +343,11 @@ mod tests {
                     }
                     Op::Stop => (shown, begun) = { hinting.stop(); (0, false) },
                     Op::Done => {
+                        if !matches!(hinting.phase(), HintPhase::Idle | HintPhase::Lost) {
+                            shown = 1;
+                        }
                         hinting.done();
-                        (shown, begun) = (1, false);
+                        begun = false;
                         model.clear();
                     }
                     Op::Reset => {

@@ -26,6 +26,7 @@ mod poison;
 mod reclaim;
 mod report;
 mod request;
+mod request_failure;
 mod request_queue;
 mod stats;
 mod totals;
@@ -40,9 +41,7 @@ pub use hint::{HintError, HintPhase, Hinting};
 pub use layout::{LayoutError, MemoryLayout};
 pub use reclaim::Reclaim;
 pub use report::Reports;
-pub use request::{
-    Ask, Hold, HoldState, MAX_OUTCOMES, MAX_QUEUED_REQUESTS, RequestFailure, RequestResult,
-    Requests, SubmitError,
-};
+pub use request::{Ask, Hold, HoldState, MAX_OUTCOMES, MAX_QUEUED_REQUESTS, Requests};
+pub use request_failure::{RequestFailure, RequestResult, SubmitError};
 pub use stats::Stats;
 pub use totals::{RequestKind, RequestTotals};

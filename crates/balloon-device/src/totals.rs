@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::request::RequestResult;
+use crate::request_failure::RequestResult;
 
 /// The commands, without their arguments.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

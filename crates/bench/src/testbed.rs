@@ -14,6 +14,9 @@ use crate::error::{BenchError, Result};
 /// machine, 3 GiB take some seconds.
 const CHANGE_LIMIT: Duration = Duration::from_secs(120);
 
+/// Between two looks at what nobody announces.
+const LOOK: Duration = Duration::from_millis(5);
+
 /// Core of the guest and of the thread that answers it. On one core an answer
 /// costs a context switch; across cores it costs waking an idle core, which in
 /// a virtual machine is slower and varies more.
@@ -143,6 +146,23 @@ impl Testbed {
     /// Process of the back end.
     pub fn backend_pid(&self) -> u32 {
         self.backend.pid()
+    }
+
+    /// A client beside [`client`](Self::client), for another thread.
+    pub fn second_client(&self) -> Result<Client> {
+        self.backend.client()
+    }
+
+    /// Waits until the guest's driver can be asked.
+    pub fn wait_for_requests(&self, limit: Duration) -> Result<()> {
+        let end = Instant::now() + limit;
+        while !self.status()?.requests.possible {
+            if Instant::now() > end {
+                return Err(BenchError::NoRequests { name: self.name.clone() });
+            }
+            std::thread::sleep(LOOK);
+        }
+        Ok(())
     }
 
     fn wait(&self, generation: u64) -> Result<BalloonStatus> {

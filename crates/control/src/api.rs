@@ -52,6 +52,7 @@ pub struct Status {
     /// What went wrong so far.
     pub faults: Faults,
     /// What was asked of the guest's kernel.
+    #[serde(default)]
     pub requests: RequestStatus,
 }
 

@@ -206,18 +206,6 @@ fn stopping_answers_the_clients_that_wait_and_removes_the_socket() {
 fn a_balloon_that_panics_costs_one_answer() {
     struct Broken;
     impl control::Balloon for Broken {
-        fn status(&self) -> control::Status {
-            panic!("a test of a panic")
-        }
-        fn set_target(&self, _: u32) -> Result<u64, ControlError> {
-            Ok(1)
-        }
-        fn set_release_mode(&self, _: ReleaseMode) -> Result<(), ControlError> {
-            Ok(())
-        }
-        fn set_stats_interval(&self, _: Option<Duration>) -> Result<(), ControlError> {
-            Ok(())
-        }
         fn name(&self) -> String {
             "broken".into()
         }
@@ -240,6 +228,18 @@ fn a_balloon_that_panics_costs_one_answer() {
         fn free_pages(&self) -> Option<control::FreePagesMap> {
             None
         }
+        fn status(&self) -> control::Status {
+            panic!("a test of a panic")
+        }
+        fn set_target(&self, _: u32) -> Result<u64, ControlError> {
+            Ok(1)
+        }
+        fn set_release_mode(&self, _: ReleaseMode) -> Result<(), ControlError> {
+            Ok(())
+        }
+        fn set_stats_interval(&self, _: Option<Duration>) -> Result<(), ControlError> {
+            Ok(())
+        }
         fn start_hints(&self) -> Result<u32, ControlError> {
             Ok(1)
         }
@@ -258,6 +258,7 @@ fn a_balloon_that_panics_costs_one_answer() {
     let client = Client::connect(server.path()).unwrap();
     assert_eq!(answered(client.status().unwrap_err()).0, 500);
     assert_eq!(answered(client.hints(LONG).unwrap_err()).0, 500);
+    assert_eq!(answered(client.cancel().unwrap_err()).0, 500);
     assert_eq!(client.balloon().unwrap().actual_pages, 1);
 }
 

@@ -15,6 +15,7 @@ mod inflight;
 mod log_limit;
 mod memory;
 mod reclaim;
+mod request_text;
 mod requests;
 mod saved;
 mod server;

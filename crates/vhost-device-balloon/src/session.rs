@@ -183,8 +183,15 @@ impl<'a> Session<'a> {
 
     /// Serves the request queue, where there is one: the operator asked for
     /// something, or time ran out.
+    ///
+    /// Not while the driver's queues stand still: where a front end cannot say
+    /// that a driver is gone, the ring may be other memory by now. Only the
+    /// driver itself, by a kick, has it looked at again.
     pub(crate) fn serve_requests(&mut self) {
-        let index = self.shared.device().queues().index(Vq::Request);
+        let device = self.shared.device();
+        let stopped = device.requests().is_stopped();
+        let index = device.queues().index(Vq::Request).filter(|_| !stopped);
+        drop(device);
         if let Some(index) = index {
             self.process(index);
         }

@@ -75,6 +75,8 @@ impl Host {
             .balloon(self.backend.socket())
             .modules(driver.modules(&kernel).unwrap())
             .module(guest_build::lab_module(&kernel.tree()).unwrap())
+            // Warnings too, not errors alone.
+            .kernel_argument("ignore_loglevel")
             .boot()
             .unwrap();
         Bed { host: self, guest, driver }
@@ -181,6 +183,28 @@ impl Bed<'_> {
 
     pub(crate) fn free_mib(&mut self) -> u64 {
         self.number("free-mib")
+    }
+
+    /// The sum of some values of `/proc/meminfo`, in bytes.
+    pub(crate) fn meminfo_bytes(&mut self, names: &[&str]) -> u64 {
+        let lines = self.guest.run("meminfo").unwrap().lines;
+        let kib = |name: &&str| -> u64 {
+            let line = lines.iter().find_map(|line| line.strip_prefix(*name)?.strip_prefix(':'));
+            line.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).unwrap()
+        };
+        names.iter().map(kib).sum::<u64>() << 10
+    }
+
+    /// A counter of our driver.
+    pub(crate) fn counter(&mut self, name: &str) -> u64 {
+        let path = format!("/sys/bus/virtio/devices/virtio0/balloon/{name}");
+        let lines = self.guest.run(&format!("cat {path}")).unwrap().lines;
+        lines.join("").parse().unwrap()
+    }
+
+    /// What the guest's kernel has said.
+    pub(crate) fn log(&self) -> String {
+        self.guest.console_log()
     }
 
     /// Fills a file and checks each of its pages.

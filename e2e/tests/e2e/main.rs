@@ -11,6 +11,7 @@
 mod bed;
 mod command_line;
 mod debian;
+mod debian_requests;
 mod integrity;
 mod life;
 mod monitor;
@@ -18,5 +19,6 @@ mod package;
 mod pressure;
 mod program;
 mod qmp;
+mod requests;
 mod specification;
 mod walk;

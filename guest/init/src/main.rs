@@ -5,10 +5,13 @@
 
 #![forbid(unsafe_code)]
 
+mod cache;
 mod command;
 mod console;
+mod load;
 mod memory;
 mod module;
+mod page_flags;
 mod pattern;
 mod pressure;
 mod system;
@@ -20,6 +23,9 @@ fn main() -> ExitCode {
     // Under pressure the allocation is done by a second process, which the kernel may kill.
     if arguments.get(1).map(String::as_str) == Some(pressure::CHILD_ARGUMENT) {
         return pressure::child(&arguments);
+    }
+    if arguments.get(1).map(String::as_str) == Some(load::CHILD_ARGUMENT) {
+        return load::child(&arguments);
     }
     if let Err(error) = serve() {
         eprintln!("init: {error}");

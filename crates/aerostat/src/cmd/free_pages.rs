@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 use std::fs::File;
-use std::io::{self, BufWriter, IsTerminal, Write};
+use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -128,10 +128,5 @@ fn text(guest: &GuestArg, free: &FreePages) -> String {
         let size = Size(block.block_bytes).to_string();
         let _ = writeln!(text, "  {size:>8}  {count:>16}  {all:#}");
     }
-    let style = if io::stdout().is_terminal() {
-        memory_map::Style::Shades
-    } else {
-        memory_map::Style::Letters
-    };
-    text + &memory_map::draw(&free.map, style)
+    text + &memory_map::draw(&free.map, memory_map::Style::of_output())
 }

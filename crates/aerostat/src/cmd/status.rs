@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use clap::Args;
 use control::api::{
-    BalloonChange, Faults, MAX_STATS_INTERVAL_MS, MIN_STATS_INTERVAL_MS, ReportsStatus,
-    StatsStatus, Status,
+    BalloonChange, Faults, HoldState, MAX_STATS_INTERVAL_MS, MIN_STATS_INTERVAL_MS, ReportsStatus,
+    RequestStatus, StatsStatus, Status,
 };
 use control::{Client, ControlError, Size, list_sockets, runtime_dir};
 use humantime::format_duration;
@@ -181,6 +181,7 @@ fn details(status: &Status) -> String {
         lines.push(("reported", reports(&status.reports)));
     }
     lines.push(("statistics", stats(&status.stats)));
+    lines.push(("requests", requests(&status.requests)));
     lines.push(("faults", faults(&status.faults)));
     lines.iter().fold(String::new(), |mut text, (name, value)| {
         // Writing to a string cannot fail.
@@ -234,6 +235,29 @@ fn stats(stats: &StatsStatus) -> String {
     let values: Vec<String> = values.collect();
     let stale = if stats.stale { ", stale" } else { "" };
     format!("{} ({:.1} s old{stale})", values.join(", "), age_ms as f64 / 1000.0)
+}
+
+/// What was asked of the guest, in one line.
+fn requests(requests: &RequestStatus) -> String {
+    if !requests.possible {
+        return "the driver takes none".into();
+    }
+    let running = requests.running.as_deref().unwrap_or("none");
+    let mut text = format!("{running} running, {} waiting", requests.waiting);
+    if let Some(hold) = requests.hold {
+        let state = match hold {
+            HoldState::Kept => "kept",
+            HoldState::Paused => "paused",
+            HoldState::Releasing => "being released",
+        };
+        text += &format!(", a hold {state}");
+    }
+    for (command, outcomes) in &requests.ended {
+        for (outcome, count) in outcomes {
+            text += &format!(", {command} {outcome} {count}");
+        }
+    }
+    text
 }
 
 fn faults(faults: &Faults) -> String {

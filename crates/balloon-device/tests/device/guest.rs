@@ -93,7 +93,7 @@ pub(crate) struct Side {
 }
 
 impl Side {
-    fn new(at: u64) -> Self {
+    pub(crate) fn new(at: u64) -> Self {
         let ring = GuestRing::new(at, RING_SIZE);
         Self { queue: ring.queue(), ring }
     }

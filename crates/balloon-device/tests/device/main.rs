@@ -12,5 +12,7 @@ mod descriptors;
 mod free_pages;
 mod guest;
 mod model;
+mod requests;
+mod requests_model;
 mod rings;
 mod statistics;

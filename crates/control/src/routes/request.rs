@@ -1,6 +1,6 @@
 //! Endpoints that ask the guest's kernel for something.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::Json;
@@ -185,6 +185,13 @@ pub(crate) async fn post_cancel(
     app.call(|balloon| balloon.cancel_request(None)).await?.map(Json)
 }
 
+fn no_end() -> ControlError {
+    ControlError::Failed {
+        what: "the balloon stopped before the guest had answered".into(),
+        hint: "look into the log of the process that serves it".into(),
+    }
+}
+
 fn newest(balloon: &dyn Balloon) -> Result<FreePagesMap, ControlError> {
     balloon.free_pages().ok_or_else(|| ControlError::Guest {
         why: WhyNot::NotAsked,
@@ -234,21 +241,69 @@ fn guest_ask(ask: &AskFreePages) -> Result<GuestAsk, ControlError> {
 
 /// Stops a request whose client is gone: nobody waits for its answer, and a
 /// hold that nobody knows of would stay.
+///
+/// The client may go at any moment, also while a thread is just asking the guest.
+/// So both sides look at one state: whoever comes second stops the request.
 struct StopIfDropped {
     balloon: Arc<dyn Balloon>,
-    id: Option<u32>,
+    state: Arc<Mutex<Asking>>,
+}
+
+enum Asking {
+    /// Not asked yet.
+    Begun,
+    /// The guest works on it.
+    Asked(u32),
+    /// It has ended, or nobody is left who waits for it.
+    Over,
+}
+
+impl StopIfDropped {
+    fn new(balloon: Arc<dyn Balloon>) -> Self {
+        Self { balloon, state: Arc::new(Mutex::new(Asking::Begun)) }
+    }
+
+    /// The request has ended.
+    fn ended(&self) {
+        *lock(&self.state) = Asking::Over;
+    }
 }
 
 impl Drop for StopIfDropped {
     fn drop(&mut self) {
-        let Some(id) = self.id else { return };
+        let Asking::Asked(id) = std::mem::replace(&mut *lock(&self.state), Asking::Over) else {
+            return;
+        };
         let balloon = Arc::clone(&self.balloon);
         // It has ended meanwhile, or it is told to stop: both are well. Without a
-        // runtime the server has stopped, and the guest's session with it.
+        // runtime the server has stopped, and the process is about to.
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
             runtime.spawn_blocking(move || balloon.cancel_request(Some(id)));
         }
     }
+}
+
+/// Asks the guest; `None` where the client has gone meanwhile.
+fn submit(
+    balloon: &dyn Balloon,
+    state: &Mutex<Asking>,
+    ask: GuestAsk,
+    timeout: Duration,
+) -> Result<Option<u32>, ControlError> {
+    let id = balloon.submit(ask, timeout)?;
+    let mut state = lock(state);
+    if matches!(*state, Asking::Over) {
+        drop(state);
+        balloon.cancel_request(Some(id))?;
+        return Ok(None);
+    }
+    *state = Asking::Asked(id);
+    Ok(Some(id))
+}
+
+fn lock(state: &Mutex<Asking>) -> MutexGuard<'_, Asking> {
+    // One word is changed under it.
+    state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl App {
@@ -258,19 +313,18 @@ impl App {
         // Taken before the guest is asked, so that a refusal changes nothing.
         let _waiter = self.any_waiter()?;
         let end = Instant::now() + timeout + GRACE;
-        let id = self.call(move |balloon| balloon.submit(ask, timeout)).await??;
-        let mut stop = StopIfDropped { balloon: Arc::clone(&self.balloon), id: Some(id) };
+        let stop = StopIfDropped::new(Arc::clone(&self.balloon));
+        let state = Arc::clone(&stop.state);
+        let asked = self.call(move |balloon| submit(balloon, &state, ask, timeout)).await??;
+        let Some(id) = asked else { return Err(no_end()) };
         loop {
             let ended = self.call(move |balloon| balloon.wait_request(id, WAIT_SLICE)).await?;
             if let Some(outcome) = ended {
-                stop.id = None;
+                stop.ended();
                 return outcome;
             }
             if *self.stopped.borrow() || Instant::now() > end {
-                return Err(ControlError::Failed {
-                    what: "the balloon stopped before the guest had answered".into(),
-                    hint: "look into the log of the process that serves it".into(),
-                });
+                return Err(no_end());
             }
         }
     }

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "every test file uses its own part")]
 
+mod requests;
+
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -10,6 +12,9 @@ use control::api::{
     FreePageHints, GuestStatus, HintOutcome, ReleaseMode, ReleaseStatus, Status,
 };
 use control::{Balloon, ControlError, FreePagesMap, GuestAnswer, GuestAsk};
+
+#[allow(unused_imports, reason = "every test file uses its own part")]
+pub(crate) use requests::{Requests, free_pages};
 
 /// Memory of the guest that is not there.
 pub(crate) const GUEST_BYTES: u64 = 4 << 30;
@@ -36,6 +41,7 @@ struct State {
     /// Requests for hints so far, and whether the last one has ended.
     hints: u32,
     hints_ended: bool,
+    requests: Requests,
 }
 
 impl FakeBalloon {
@@ -60,7 +66,13 @@ impl FakeBalloon {
             resident_bytes: Some(1 << 30),
             ..Status::default()
         };
-        let state = Mutex::new(State { status, waits: 0, hints: 0, hints_ended: true });
+        let state = Mutex::new(State {
+            status,
+            waits: 0,
+            hints: 0,
+            hints_ended: true,
+            requests: Requests::default(),
+        });
         Self { guest, state, changed: Condvar::new() }
     }
 
@@ -106,6 +118,18 @@ impl FakeBalloon {
         self.until(|state| state.status.balloon.target_pages == pages);
     }
 
+    /// Lets the test play the guest that is asked.
+    pub(crate) fn requests<T>(&self, play: impl FnOnce(&mut Requests) -> T) -> T {
+        let played = play(&mut self.lock().requests);
+        self.changed.notify_all();
+        played
+    }
+
+    /// Returns when so many requests are open.
+    pub(crate) fn until_open(&self, count: usize) {
+        self.until(|state| state.requests.open.len() == count);
+    }
+
     fn until(&self, done: impl Fn(&State) -> bool) {
         let seen = self.changed.wait_while(self.lock(), |state| !done(state));
         drop(seen.expect("no test panics with this lock"));
@@ -117,6 +141,37 @@ impl FakeBalloon {
 }
 
 impl Balloon for FakeBalloon {
+    fn name(&self) -> String {
+        self.lock().status.name.clone()
+    }
+
+    fn submit(&self, ask: GuestAsk, timeout: Duration) -> Result<u32, ControlError> {
+        let mut state = self.lock();
+        let id = state.requests.submit(ask, timeout, self.guest == Guest::Obeys)?;
+        self.changed.notify_all();
+        Ok(id)
+    }
+
+    fn wait_request(
+        &self,
+        id: u32,
+        timeout: Duration,
+    ) -> Option<Result<GuestAnswer, ControlError>> {
+        let open = |state: &mut State| !state.requests.ended.contains_key(&id);
+        let waited = self.changed.wait_timeout_while(self.lock(), timeout, open);
+        waited.expect("no test panics with this lock").0.requests.ended.remove(&id)
+    }
+
+    fn cancel_request(&self, id: Option<u32>) -> Result<CancelledRequest, ControlError> {
+        let cancelled = self.lock().requests.cancel(id);
+        self.changed.notify_all();
+        cancelled
+    }
+
+    fn free_pages(&self) -> Option<FreePagesMap> {
+        self.lock().requests.newest.clone()
+    }
+
     fn status(&self) -> Status {
         self.lock().status.clone()
     }
@@ -177,27 +232,6 @@ impl Balloon for FakeBalloon {
         Ok(state.hints)
     }
 
-    fn name(&self) -> String {
-        self.lock().status.name.clone()
-    }
-
-    /// This guest has no request queue.
-    fn submit(&self, _: GuestAsk, _: Duration) -> Result<u32, ControlError> {
-        Err(no_requests())
-    }
-
-    fn wait_request(&self, _: u32, _: Duration) -> Option<Result<GuestAnswer, ControlError>> {
-        Some(Err(no_requests()))
-    }
-
-    fn cancel_request(&self, _: Option<u32>) -> Result<CancelledRequest, ControlError> {
-        Err(no_requests())
-    }
-
-    fn free_pages(&self) -> Option<FreePagesMap> {
-        None
-    }
-
     /// A guest that obeys has a free MiB.
     fn wait_hints(&self, id: u32, timeout: Duration) -> FreePageHints {
         let (outcome, pages) = match self.guest {
@@ -229,8 +263,4 @@ impl Balloon for FakeBalloon {
         let waited = self.changed.wait_timeout_while(state, timeout, pending);
         waited.expect("no test panics with this lock").0.status.balloon.clone()
     }
-}
-
-fn no_requests() -> ControlError {
-    ControlError::Refused { what: "a guest without requests".into(), hint: "none".into() }
 }

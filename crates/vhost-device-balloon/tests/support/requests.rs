@@ -139,7 +139,7 @@ pub(crate) fn ask(balloon: &Arc<dyn Balloon>, ask: GuestAsk, timeout: Duration) 
     let balloon = Arc::clone(balloon);
     thread::spawn(move || {
         let id = balloon.submit(ask, timeout)?;
-        balloon.wait_request(id, LONG).expect("a request ends in its time")
+        balloon.wait_request(id, 2 * LONG).expect("a request ends in its time")
     })
 }
 
