@@ -78,4 +78,6 @@ fn a_target_outlives_the_process_and_a_balloon_only_its_driver() {
     assert_eq!(vm.front.num_pages(), 300);
     let status = program.client("vm").status().unwrap();
     assert_eq!((status.balloon.target_pages, status.balloon.actual_pages), (300, 0));
+    // So whoever asks for the same once more waits for it.
+    assert!(!status.balloon.settled, "{:?}", status.balloon);
 }

@@ -25,6 +25,8 @@ impl Shared {
         let target = state.saved.target;
         if target != 0 {
             state.device.set_target(target, Instant::now());
+            // A change like any other: over when the guest is there and has reached it.
+            state.generation += 1;
         }
         Ok(())
     }
