@@ -8,6 +8,7 @@
 #include <linux/mmzone.h>
 #include <linux/nodemask.h>
 #include <linux/pageblock-flags.h>
+#include <linux/rcupdate.h>
 #include <linux/swap.h>
 #include <linux/vmstat.h>
 
@@ -162,6 +163,10 @@ int aerostat_glue_drop_caches(u32 caches)
 		return -PTR_ERR(file);
 	written = kernel_write(file, text, sizeof(text), &at);
 	filp_close(file, NULL);
+	/* What pages were indexed with, and inodes, are freed by RCU: only then is
+	 * what the host is told of the slab what came of it.
+	 */
+	rcu_barrier();
 	if (written < 0)
 		return -written;
 	return written == sizeof(text) ? 0 : EIO;
