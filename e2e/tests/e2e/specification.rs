@@ -50,11 +50,19 @@ const REPORTS_LIMIT: Duration = Duration::from_secs(10);
 /// After so long without a report there is none to come.
 const REPORTS_PAUSE: Duration = Duration::from_millis(4500);
 
-/// Waits for statistics that were made after now.
+/// Waits for statistics that were made after now: what comes next may have been
+/// on its way, so that is for what comes after it.
 fn fresh(host: &Host) -> Status {
+    newer(host);
+    newer(host)
+}
+
+fn newer(host: &Host) -> Status {
     let before = Instant::now();
     host.until("told", |status| {
         let age = status.stats.age_ms.map(Duration::from_millis);
+        // An age is cut to whole milliseconds.
+        let age = age.map(|age| age + Duration::from_millis(1));
         !status.stats.stale && age.is_some_and(|age| age < before.elapsed())
     })
 }
