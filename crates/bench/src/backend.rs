@@ -12,6 +12,12 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::error::{BenchError, Result};
 
+/// How the name of a thread that serves a guest begins.
+const SERVING_THREAD: &str = "guest ";
+
+/// Between two looks for it.
+const LOOK: Duration = Duration::from_millis(1);
+
 /// Time for the back end to listen.
 const START_LIMIT: Duration = Duration::from_secs(10);
 
@@ -116,8 +122,32 @@ impl Backend {
     pub(crate) fn pin(&self, core: usize) -> Result<()> {
         let mut cores = CpuSet::new();
         cores.set(core);
-        sched_setaffinity(self.raw_pid(), &cores)
+        sched_setaffinity(Some(self.serving_thread()?), &cores)
             .map_err(|e| BenchError::Backend { what: "pinning it to a core", source: e.into() })
+    }
+
+    /// The thread of the only guest. It starts after the sockets listen, and would
+    /// run anywhere if another thread were pinned.
+    fn serving_thread(&self) -> Result<Pid> {
+        let host = |source| BenchError::Backend { what: "finding the thread that serves", source };
+        let end = Instant::now() + START_LIMIT;
+        loop {
+            let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).map_err(host)?;
+            for task in tasks.flatten() {
+                // A thread may end while it is looked at.
+                let name = std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+                let number = task.file_name().to_str().and_then(|number| number.parse().ok());
+                if name.starts_with(SERVING_THREAD)
+                    && let Some(pid) = number.and_then(Pid::from_raw)
+                {
+                    return Ok(pid);
+                }
+            }
+            if Instant::now() > end {
+                return Err(host(std::io::Error::other("there is none")));
+            }
+            std::thread::sleep(LOOK);
+        }
     }
 
     fn wait_until_it_listens(&mut self) -> Result<()> {
