@@ -11,6 +11,10 @@ use crate::decode::decode_bitmap;
 use crate::fault::Fault;
 use crate::layout::MemoryLayout;
 
+/// log2 of the largest block in bytes by which hints are counted: what Linux
+/// names with one of them (`MAX_PAGE_ORDER`, 4 MiB).
+const MAX_HINT_SHIFT: u32 = 22;
+
 const SIZES: usize = (MAX_GRANULE_SHIFT - MIN_GRANULE_SHIFT + 1) as usize;
 
 /// A request's last answer, with what all its answers brought.
@@ -24,13 +28,15 @@ pub struct Answer {
     pub free: Option<Arc<FreePages>>,
 }
 
-/// The two promises about free pages.
+/// What is promised of free pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FreeKind {
     /// Was free at some moment after the request was sent.
     Snapshot,
     /// Stays free until the hold is over.
     Hold,
+    /// Named by a driver's free page hints: a snapshot as well.
+    Hint,
 }
 
 /// Free pages as the guest named them: all in its memory, none in the balloon.
@@ -65,6 +71,21 @@ impl Blocks {
         sizes.map(|(size, count)| (1 << (size + MIN_GRANULE_SHIFT as usize), *count))
     }
 
+    /// The fewest aligned blocks of at most 4 MiB that make up `pages`.
+    pub(crate) fn of(pages: &PageSet) -> Self {
+        let mut blocks = Self::default();
+        for run in pages.ranges() {
+            let mut from = run.start();
+            while from < run.end() {
+                let fits = (run.end() - from).ilog2();
+                let order = from.trailing_zeros().min(fits).min(MAX_HINT_SHIFT - MIN_GRANULE_SHIFT);
+                blocks.0[order as usize] += 1;
+                from += 1 << order;
+            }
+        }
+        blocks
+    }
+
     pub(crate) fn add(&mut self, other: &Self) {
         for (count, more) in self.0.iter_mut().zip(other.0) {
             *count = count.saturating_add(more);
@@ -87,4 +108,17 @@ pub(crate) fn decode_blocks(
         }
     }
     Ok((pages, blocks))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use page_set::PageRange;
+
+    #[test]
+    fn a_run_is_counted_in_the_largest_aligned_blocks() {
+        let pages = PageRange::new(1023, 1 + 1024 + 1024 + 3).unwrap().into();
+        let counts: Vec<_> = Blocks::of(&pages).iter().collect();
+        assert_eq!(counts, [(4 << 20, 2), (8192, 1), (4096, 2)]);
+    }
 }

@@ -305,6 +305,11 @@ impl Requests {
         }
     }
 
+    /// The newest free pages came another way.
+    pub(crate) fn hinted(&mut self, pages: FreePages) {
+        self.newest = Some(Arc::new(pages));
+    }
+
     /// Memory is elsewhere now: what was said of it is not true any more.
     pub(crate) fn forget_pages(&mut self) {
         self.newest = None;

@@ -87,7 +87,8 @@ pub trait Balloon: Send + Sync {
     /// pages are listed once it has.
     fn wait_hints(&self, id: u32, timeout: Duration) -> FreePageHints;
 
-    /// Ends request `id`: the guest uses what it named again.
+    /// Ends request `id`: the guest uses what it named again. What it had named in
+    /// full are the newest [`Balloon::free_pages`] then.
     ///
     /// # Errors
     /// [`ControlError::Failed`] when the host is at fault.

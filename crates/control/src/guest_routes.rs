@@ -76,6 +76,15 @@ pub(crate) async fn post_hints(
     wait: Result<Query<HintWait>, QueryRejection>,
 ) -> Result<Json<FreePageHints>, ControlError> {
     let HintWait { wait_ms, list } = query(wait)?;
+    let mut hints = hints(app, wait_ms).await?;
+    if !list {
+        hints.list.clear();
+    }
+    Ok(Json(hints))
+}
+
+/// What the guest names within `wait_ms`; it has its pages back then.
+pub(crate) async fn hints(app: App, wait_ms: u64) -> Result<FreePageHints, ControlError> {
     let wait = Duration::from_millis(wait_ms).min(app.limits.max_wait);
     // On its own, so that a client which hangs up leaves no guest without its pages.
     let asked = tokio::spawn(async move {
@@ -86,12 +95,9 @@ pub(crate) async fn post_hints(
         what: "the balloon failed while it was asked".into(),
         hint: "look into the log of the process that serves it".into(),
     };
-    let mut hints = asked.await.map_err(lost)??;
-    if !list {
-        hints.list.clear();
-    }
+    let hints = asked.await.map_err(lost)??;
     match hints.outcome {
-        HintOutcome::Complete => Ok(Json(hints)),
+        HintOutcome::Complete => Ok(hints),
         HintOutcome::InProgress => Err(ControlError::GuestSilent { limit_ms: wait.as_millis() }),
         HintOutcome::Lost | HintOutcome::Replaced => Err(ControlError::Refused {
             what: "the guest's driver went away, or somebody else asked it".into(),

@@ -101,6 +101,22 @@ fn free_pages_are_asked_for_shown_and_released() {
 }
 
 #[test]
+fn free_pages_come_by_hints_from_drivers_that_give_no_others() {
+    let hint = AskFreePages { kind: FreeKind::Hint, ..snapshot() };
+    let t = setup(Guest::Obeys, Limits::default());
+    let free = t.client.ask_free_pages(&hint).unwrap();
+    assert_eq!((free.kind, free.total_bytes), (FreeKind::Hint, 9 * GIB / 4));
+    assert_eq!(t.client.free_pages().unwrap(), free);
+    t.balloon.until_hints_ended(1);
+
+    let silent = setup(Guest::Waits, Limits::default());
+    let hint = AskFreePages { timeout_ms: 30, ..hint };
+    assert_eq!(answered(silent.client.ask_free_pages(&hint).unwrap_err()).0, 504);
+    silent.balloon.until_hints_ended(1);
+    assert_eq!(answered(silent.client.free_pages().unwrap_err()).0, 404);
+}
+
+#[test]
 fn the_bitmap_has_a_bit_for_each_page_and_the_picture_is_one() {
     let t = setup(Guest::Obeys, Limits::default());
     let mut bits = Vec::new();
@@ -130,6 +146,8 @@ fn sizes_that_cannot_be_are_refused_before_the_guest_is_asked() {
         (FreeKind::Snapshot, None, Some(4096)),
         (FreeKind::Hold, Some(4096), None),
         (FreeKind::Hold, None, Some(1000)),
+        (FreeKind::Hint, Some(4096), None),
+        (FreeKind::Hint, None, Some(4096)),
     ] {
         let ask = AskFreePages { kind, min_block_bytes, reserve_bytes, ..snapshot() };
         assert_eq!(answered(t.client.ask_free_pages(&ask).unwrap_err()).0, 422, "{ask:?}");

@@ -145,6 +145,11 @@ impl State {
         self.device.requests().newest().map(|pages| self.free_pages_map(pages))
     }
 
+    /// The guest has named pages by hints, since `elapsed`.
+    pub(crate) fn note_hints(&mut self, id: u32, elapsed: Duration) {
+        self.times.newest = Some((id, elapsed, Instant::now()));
+    }
+
     fn take_outcome(&mut self, id: u32) -> Option<Result<GuestAnswer, ControlError>> {
         let outcome = self.device.requests_mut().take_outcome(id)?;
         let now = Instant::now();
@@ -193,6 +198,7 @@ impl State {
             kind: match pages.kind {
                 FreeKind::Snapshot => api::FreeKind::Snapshot,
                 FreeKind::Hold => api::FreeKind::Hold,
+                FreeKind::Hint => api::FreeKind::Hint,
             },
             hold: hold.map(|hold| hold_state(hold.state)),
             total_bytes: bytes(pages.pages.len()),

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bench::Driver;
-use control::api::PageRun;
+use control::api::{FreeKind, PageRun};
 use control::{BALLOON_PAGE_BYTES, HintOutcome, PartialHuge, ReleaseMode, Status};
 use lab::{Backing, Guest, GuestMemoryDir};
 use rustix::fs::{FallocateFlags, fallocate};
@@ -120,6 +120,41 @@ fn the_command_line_shows_and_watches_statistics() {
     assert!(line.contains("free ") && line.contains("major faults "), "{line}");
     let metrics = host.client.metrics().unwrap();
     assert!(metrics.contains(r#"aerostat_guest_stat{guest="watched",stat="free_bytes"} "#));
+}
+
+/// What a driver without a request queue can be asked for, and what not.
+#[test]
+fn a_stock_guest_shows_its_free_memory_and_says_what_it_cannot() {
+    const NAME: &str = "shown";
+    let host = Host::start(NAME, Backing::Small, MEMORY_MIB);
+    let mut bed = host.boot(Driver::Stock);
+    bed.load_driver();
+    host.until("there", |status| status.guest.features.iter().any(|f| f == "free-page-hint"));
+    bed.run("fill some 300 1");
+    let free_mib = bed.free_mib();
+    let (code, out, err) = host.aerostat(&["free-pages", NAME]);
+    assert_eq!((code, err.as_str()), (Some(0), ""));
+    assert!(out.contains("4 MiB") && out.contains("a character is"), "{out}");
+    let shown = host.client.free_pages().unwrap();
+    assert_eq!(shown.kind, FreeKind::Hint);
+    let shown_mib = shown.total_bytes >> 20;
+    assert!(shown_mib * 100 >= free_mib * 98, "{shown_mib} of {free_mib} MiB");
+    assert!(shown_mib <= free_mib + 8, "{shown_mib} of {free_mib} MiB");
+    assert_eq!(
+        shown.map.regions.iter().map(|r| r.free_pages.iter().sum::<u64>()).sum::<u64>() * 4096,
+        shown.total_bytes
+    );
+    for arguments in [&["drop-caches", NAME][..], &["free-pages", NAME, "--hold"]] {
+        let (code, _, err) = host.aerostat(arguments);
+        assert_eq!(code, Some(1), "{err}");
+        assert!(err.contains("no request queue"), "{err}");
+    }
+    bed.verify("some", 300, 1);
+    // A driver that stops may only pause; one that starts has said nothing yet.
+    bed.unload_driver();
+    bed.load_driver();
+    host.until("there", |status| status.guest.features.iter().any(|f| f == "free-page-hint"));
+    assert!(host.client.free_pages().is_err(), "another driver's word");
 }
 
 /// A back end in this process, whose hints can be looked at while the guest keeps

@@ -64,7 +64,7 @@ pub(crate) fn run(args: &FreePagesArgs) -> Result<(), Failure> {
         return release(args, &client);
     }
     let free = client.ask_free_pages(&AskFreePages {
-        kind: if args.hold { FreeKind::Hold } else { FreeKind::Snapshot },
+        kind: kind(args, &client)?,
         min_block_bytes: args.min_block.map(|size| size.0),
         reserve_bytes: args.reserve.map(|size| size.0),
         timeout_ms: u64::try_from(args.timeout.as_millis()).unwrap_or(u64::MAX),
@@ -77,6 +77,18 @@ pub(crate) fn run(args: &FreePagesArgs) -> Result<(), Failure> {
         write_bitmap(&client, path)?;
     }
     if args.json { print_json(&free) } else { print(&text(&args.guest, &free)) }
+}
+
+/// A driver without a request queue may still give hints; one that can do neither
+/// is asked all the same, so that the answer says what is missing.
+fn kind(args: &FreePagesArgs, client: &Client) -> Result<FreeKind, Failure> {
+    if args.hold {
+        return Ok(FreeKind::Hold);
+    }
+    let status = client.status()?;
+    let hints = status.guest.features.iter().any(|feature| feature == "free-page-hint");
+    let only_hints = hints && !status.requests.possible && args.min_block.is_none();
+    Ok(if only_hints { FreeKind::Hint } else { FreeKind::Snapshot })
 }
 
 fn release(args: &FreePagesArgs, client: &Client) -> Result<(), Failure> {
@@ -108,7 +120,7 @@ fn text(guest: &GuestArg, free: &FreePages) -> String {
     let mut text = String::new();
     let (total, memory) = (Size(free.total_bytes), Size(free.memory_bytes));
     let what = match free.kind {
-        FreeKind::Snapshot => "free",
+        FreeKind::Snapshot | FreeKind::Hint => "free",
         FreeKind::Hold => "held free",
     };
     // Writing to a string cannot fail.
@@ -121,7 +133,10 @@ fn text(guest: &GuestArg, free: &FreePages) -> String {
     };
     let _ = writeln!(text, "  {} {}{state}", free.kind.as_str(), free.id);
     let (own, balloon) = (Size(free.guest_free_bytes), Size(free.balloon_bytes));
-    let _ = writeln!(text, "  the guest counts {own} free, {balloon} are in the balloon");
+    let _ = match free.kind {
+        FreeKind::Hint => writeln!(text, "  {balloon} are in the balloon"),
+        _ => writeln!(text, "  the guest counts {own} free, {balloon} are in the balloon"),
+    };
     for block in &free.blocks {
         let all = Size(block.block_bytes.saturating_mul(block.count));
         let count = plural(block.count, "block");

@@ -1,6 +1,7 @@
 //! The two queues on which the guest names free pages, and the host's side of
 //! free page hinting.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use balloon_abi::{Features, HintId, Vq};
@@ -8,9 +9,10 @@ use virtio_queue::QueueT;
 use vm_memory::GuestMemory;
 
 use super::{Balloon, QueueError};
+use crate::answer::{Blocks, FreeKind, FreePages};
 use crate::drain::{Drained, Handled, drain};
 use crate::fault::Fault;
-use crate::hint::{HintError, Hinting};
+use crate::hint::{HintError, HintPhase, Hinting};
 use crate::named::{self, Named};
 use crate::poison;
 use crate::reclaim::Reclaim;
@@ -37,10 +39,25 @@ impl<R: Reclaim> Balloon<R> {
         self.show_hint_command();
     }
 
-    /// Gives everything that was named back to the guest and forgets it. The
-    /// caller tells the driver. Until this is called the guest keeps its free
+    /// Gives everything that was named back to the guest. What it named in full is
+    /// the newest that is [known](Self::requests) of its free pages; nobody may count
+    /// on it. The caller tells the driver. Until this is called the guest keeps its free
     /// memory to itself, so whoever starts must come here.
     pub fn hinting_done(&mut self) {
+        if let (HintPhase::Complete, Some(id)) = (self.hinting.phase(), self.hinting.id()) {
+            let pages = self.hinting.pages().clone();
+            let elapsed = self.hinting.started().map(|started| started.elapsed());
+            let elapsed_ns = elapsed.map_or(0, |elapsed| elapsed.as_nanos());
+            self.requests.hinted(FreePages {
+                id: id.get(),
+                kind: FreeKind::Hint,
+                blocks: Blocks::of(&pages),
+                pages: Arc::new(pages),
+                guest_free_pages: 0,
+                lock_ns: 0,
+                elapsed_ns: u64::try_from(elapsed_ns).unwrap_or(u64::MAX),
+            });
+        }
         self.hinting.done();
         self.show_hint_command();
     }

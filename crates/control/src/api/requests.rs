@@ -111,7 +111,7 @@ pub struct AskFreePages {
     pub timeout_ms: u64,
 }
 
-/// The two promises about free pages.
+/// What is promised of free pages, and who names them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum FreeKind {
@@ -120,6 +120,9 @@ pub enum FreeKind {
     Snapshot,
     /// What the guest keeps free until it is told otherwise, or needs it.
     Hold,
+    /// A snapshot by the specification's free page hints, for drivers that have no
+    /// request queue.
+    Hint,
 }
 
 impl FreeKind {
@@ -128,6 +131,7 @@ impl FreeKind {
         match self {
             Self::Snapshot => "snapshot",
             Self::Hold => "hold",
+            Self::Hint => "hint",
         }
     }
 }
@@ -143,7 +147,8 @@ pub struct FreePages {
     pub hold: Option<HoldState>,
     /// Memory named, each page once.
     pub total_bytes: u64,
-    /// Free memory of the guest when it began, by its word.
+    /// Free memory of the guest when it began, by its word; 0 with hints, which do
+    /// not say.
     pub guest_free_bytes: u64,
     /// Memory of the guest.
     pub memory_bytes: u64,

@@ -22,6 +22,7 @@ use crate::balloon::{Balloon, GuestAnswer, GuestAsk};
 use crate::bitmap::{self, Bitmap};
 use crate::error::{ControlError, WhyNot};
 use crate::free_map::FreePagesMap;
+use crate::guest_routes;
 use crate::picture;
 
 /// Time beyond a request's own after which the balloon has failed to end it.
@@ -87,11 +88,25 @@ pub(crate) async fn post_free_pages(
     request: Request,
 ) -> Result<Json<FreePages>, ControlError> {
     let ask: AskFreePages = app.body(request).await?;
-    let answer = app.ask(guest_ask(&ask)?, ask.timeout_ms).await?;
+    let Some(asked) = guest_ask(&ask)? else { return hinted(app, ask.timeout_ms).await };
+    let answer = app.ask(asked, ask.timeout_ms).await?;
     let map = answer.free.ok_or_else(|| ControlError::Failed {
         what: "the balloon has no free pages where it should".into(),
         hint: "look into the log of the process that serves it".into(),
     })?;
+    app.call(move |_| map.summarize()).await.map(Json)
+}
+
+/// The same, by the specification's hints.
+async fn hinted(app: App, timeout_ms: u64) -> Result<Json<FreePages>, ControlError> {
+    let id = guest_routes::hints(app.clone(), timeout_ms).await?.id;
+    let map = app.call(newest).await??;
+    if map.summary.id != id {
+        return Err(ControlError::Refused {
+            what: "the guest was asked by somebody else meanwhile, or its driver went".into(),
+            hint: "ask again".into(),
+        });
+    }
     app.call(move |_| map.summarize()).await.map(Json)
 }
 
@@ -200,8 +215,9 @@ fn newest(balloon: &dyn Balloon) -> Result<FreePagesMap, ControlError> {
     })
 }
 
-/// Checks the sizes of a request for free pages.
-fn guest_ask(ask: &AskFreePages) -> Result<GuestAsk, ControlError> {
+/// Checks the sizes of a request for free pages; `None` for one by hints, which
+/// goes another way.
+fn guest_ask(ask: &AskFreePages) -> Result<Option<GuestAsk>, ControlError> {
     let refused = |what: String, hint: &str| ControlError::BadSize { what, hint: hint.into() };
     match ask.kind {
         FreeKind::Snapshot => {
@@ -218,7 +234,16 @@ fn guest_ask(ask: &AskFreePages) -> Result<GuestAsk, ControlError> {
                     "ask for a power of two from 4096 to 1073741824",
                 ));
             }
-            Ok(GuestAsk::Snapshot { min_block_bytes: bytes })
+            Ok(Some(GuestAsk::Snapshot { min_block_bytes: bytes }))
+        }
+        FreeKind::Hint => {
+            if ask.min_block_bytes.is_some() || ask.reserve_bytes.is_some() {
+                return Err(refused(
+                    "a driver's hints have the sizes that it chooses".into(),
+                    "leave min_block_bytes and reserve_bytes out",
+                ));
+            }
+            Ok(None)
         }
         FreeKind::Hold => {
             if ask.min_block_bytes.is_some() {
@@ -234,7 +259,7 @@ fn guest_ask(ask: &AskFreePages) -> Result<GuestAsk, ControlError> {
                     "ask for a multiple of 4096",
                 ));
             }
-            Ok(GuestAsk::Hold { reserve_bytes: bytes })
+            Ok(Some(GuestAsk::Hold { reserve_bytes: bytes }))
         }
     }
 }

@@ -248,6 +248,9 @@ impl Balloon for FakeBalloon {
     fn end_hints(&self, id: u32) -> Result<(), ControlError> {
         let mut state = self.lock();
         state.hints_ended = id == state.hints;
+        if self.guest == Guest::Obeys {
+            state.requests.newest = Some(free_pages(id, control::api::FreeKind::Hint));
+        }
         drop(state);
         self.changed.notify_all();
         Ok(())

@@ -55,6 +55,10 @@ impl Shared {
         if state.device.hinting().id().is_none_or(|newest| newest.get() != id) {
             return Ok(());
         }
+        let started = state.device.hinting().started();
+        if state.device.hinting().phase() == HintPhase::Complete {
+            state.note_hints(id, started.map_or(Duration::ZERO, |started| started.elapsed()));
+        }
         state.device.hinting_done();
         self.changed();
         self.announce(state)
