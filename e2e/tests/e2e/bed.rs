@@ -14,6 +14,11 @@ use crate::program::{program, told};
 /// Balloon pages in a MiB.
 pub(crate) const PAGES_PER_MIB: u32 = 256;
 
+/// Most memory, in MiB, that a guest cannot use while it waits for the answer to a
+/// free page report: 32 blocks of 4 MiB (Linux, `mm/page_reporting.c`). One that needs
+/// it then is out of memory.
+pub(crate) const REPORTED_MIB: u64 = 128;
+
 /// How long anything may take that has no reason to take long, on a machine
 /// with a lot of other work.
 pub(crate) const LIMIT: Duration = Duration::from_secs(120);

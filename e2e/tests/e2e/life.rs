@@ -12,10 +12,10 @@ use crate::bed::{Host, pages};
 const MEMORY_MIB: u64 = 1024;
 
 /// What is touched, so that releasing it takes the host a while.
-const TOUCHED_MIB: u64 = 900;
+const TOUCHED_MIB: u64 = 800;
 
 /// What the balloon shall hold when the guest dies.
-const INFLATED_MIB: u64 = 800;
+const INFLATED_MIB: u64 = 700;
 
 /// What the next guest keeps beside that.
 const KEPT_MIB: u64 = 100;

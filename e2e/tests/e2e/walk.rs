@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use control::ReleaseMode;
 use fastrand::Rng;
 
-use crate::bed::{Bed, PAGES_PER_MIB, bytes, pages};
+use crate::bed::{Bed, PAGES_PER_MIB, REPORTED_MIB, bytes, pages};
 
 /// Part of the guest's memory that the walk leaves alone: a guest that runs short
 /// of memory takes pages back, which is another test's matter.
@@ -75,7 +75,7 @@ impl<'a, 'b> Walk<'a, 'b> {
     /// A walk that begins with an empty balloon and no files.
     pub(crate) fn new(bed: &'a mut Bed<'b>, seed: u64) -> Self {
         let free_mib = bed.free_mib();
-        let usable_mib = free_mib - free_mib / RESERVE_DIVISOR;
+        let usable_mib = free_mib - free_mib / RESERVE_DIVISOR - REPORTED_MIB;
         Self {
             bed,
             rng: Rng::with_seed(seed),
