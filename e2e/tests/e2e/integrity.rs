@@ -82,7 +82,7 @@ fn stock_driver_that_also_reports_free_pages() {
     let mut bed = host.boot(Driver::Stock);
     let free_mib = bed.free_mib();
     bed.load_driver();
-    walk(&mut bed, seed);
+    walk(&mut bed, seed, free_mib);
     everything_is_usable_again(&mut bed, free_mib);
     let status = host.status();
     assert!(status.reports.released_bytes > 0, "{status:?}");
@@ -101,15 +101,15 @@ fn keeps_every_byte(name: &str, driver: Driver, backing: Backing, memory_mib: u6
     targets_taken_back_at_once_are_over(&bed, seed);
     what_is_taken_back_at_once_stays(&mut bed, seed);
     match driver {
-        Driver::Own => walk_beside_requests(&host, &mut bed, seed),
-        Driver::Stock => walk(&mut bed, seed),
+        Driver::Own => walk_beside_requests(&host, &mut bed, seed, free_mib),
+        Driver::Stock => walk(&mut bed, seed, free_mib),
     }
     everything_is_usable_again(&mut bed, free_mib);
     assert_eq!(host.status().faults.total(), 0, "{:?}", host.status().faults);
 }
 
 /// The host asks for something all the time, whether or not there is a driver.
-fn walk_beside_requests(host: &Host, bed: &mut Bed<'_>, seed: u64) {
+fn walk_beside_requests(host: &Host, bed: &mut Bed<'_>, seed: u64, free_mib: u64) {
     let over = AtomicBool::new(false);
     let asked = thread::scope(|scope| {
         let asking = scope.spawn(|| {
@@ -124,7 +124,7 @@ fn walk_beside_requests(host: &Host, bed: &mut Bed<'_>, seed: u64) {
             (asked, done)
         });
         // Told also where the walk fails: it would be waited for in vain.
-        let ended = catch_unwind(AssertUnwindSafe(|| walk(bed, seed)));
+        let ended = catch_unwind(AssertUnwindSafe(|| walk(bed, seed, free_mib)));
         over.store(true, Ordering::Relaxed);
         let asked = asking.join().unwrap();
         ended.map_or_else(|panic| resume_unwind(panic), |()| asked)
@@ -135,9 +135,9 @@ fn walk_beside_requests(host: &Host, bed: &mut Bed<'_>, seed: u64) {
     assert!(asked.1 > 0, "{:?}", host.status().requests);
 }
 
-fn walk(bed: &mut Bed<'_>, seed: u64) {
+fn walk(bed: &mut Bed<'_>, seed: u64, free_mib: u64) {
     let end = minutes().map(|minutes| Instant::now() + minutes);
-    let mut walk = Walk::new(bed, seed);
+    let mut walk = Walk::new(bed, seed, free_mib);
     for step in 1.. {
         walk.step();
         if step % CHECK_STEPS == 0 {

@@ -62,6 +62,8 @@ pub(crate) struct Walk<'a, 'b> {
     rng: Rng,
     /// What files and balloon may hold together, in MiB.
     usable_mib: u64,
+    /// What the walk leaves alone, in MiB.
+    reserve_mib: u64,
     files: BTreeMap<String, File>,
     files_made: u64,
     /// The target.
@@ -73,13 +75,16 @@ pub(crate) struct Walk<'a, 'b> {
 
 impl<'a, 'b> Walk<'a, 'b> {
     /// A walk that begins with an empty balloon and no files.
-    pub(crate) fn new(bed: &'a mut Bed<'b>, seed: u64) -> Self {
-        let free_mib = bed.free_mib();
-        let usable_mib = free_mib - free_mib / RESERVE_DIVISOR - REPORTED_MIB;
+    /// `free_mib` of the guest's memory are free when nothing is held for the host,
+    /// which may be so at any moment.
+    pub(crate) fn new(bed: &'a mut Bed<'b>, seed: u64, free_mib: u64) -> Self {
+        let reserve_mib = free_mib / RESERVE_DIVISOR;
+        let usable_mib = free_mib - reserve_mib - REPORTED_MIB;
         Self {
             bed,
             rng: Rng::with_seed(seed),
             usable_mib,
+            reserve_mib,
             files: BTreeMap::new(),
             files_made: 0,
             target: 0,
@@ -233,10 +238,7 @@ impl<'a, 'b> Walk<'a, 'b> {
         println!("fragment {}", !self.fragmented);
         match self.fragmented {
             true => self.bed.defragment(),
-            false => {
-                let free_mib = self.bed.free_mib();
-                self.bed.fragment(free_mib / RESERVE_DIVISOR);
-            }
+            false => self.bed.fragment(self.reserve_mib),
         }
         self.fragmented = !self.fragmented;
     }
