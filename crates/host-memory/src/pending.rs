@@ -4,8 +4,8 @@
 //! A page is in at most these places: *pending* (given, not yet released),
 //! *waiting* (given, but its host page must be released whole and the rest was
 //! not given), *in flight* (some thread may be discarding it right now), *to be
-//! swept* (released once, and to be released again because a huge page of the
-//! host has come back around it). There is at most one batch in flight. *Given*
+//! swept* (given and released, and to be released again because a huge page of the
+//! host has come back around it, or may have). There is at most one batch in flight. *Given*
 //! are all of these and those that were released: what was added and not
 //! retained.
 //!
@@ -31,7 +31,7 @@
 
 use std::sync::Arc;
 
-use page_set::{PAGE_NUMBER_END, PageRange, PageSet};
+use page_set::{CHUNK_PAGES, PAGE_NUMBER_END, PageRange, PageSet};
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -130,17 +130,27 @@ impl PendingRelease {
         let mut released = self.given.clone();
         released.subtract(&self.pending);
         released.subtract(&self.waiting);
-        self.sweep = choose(&mut released);
-        debug_assert!(!self.sweep.intersects(&released), "chosen pages are taken out");
+        let chosen = choose(&mut released);
+        debug_assert!(!chosen.intersects(&released), "chosen pages are taken out");
+        self.sweep.union_with(&chosen);
     }
 
-    /// Begins a batch of up to so many pages to be swept: none if there are none
-    /// or a batch is in flight.
+    /// True if pages are to be swept.
+    #[must_use]
+    pub fn is_to_be_swept(&self) -> bool {
+        !self.sweep.is_empty()
+    }
+
+    /// Begins a batch of up to so many pages to be swept, whole chunks before
+    /// others: none if there are none or a batch is in flight.
     pub fn begin_sweep(&mut self, limit: u64) -> Option<Batch> {
         if self.in_flight.is_some() {
             return None;
         }
-        let pages = self.sweep.take_up_to(limit);
+        let pages = match self.sweep.take_full_chunks(limit) {
+            chunks if chunks.is_empty() => self.sweep.take_up_to(limit),
+            chunks => chunks,
+        };
         self.fly(pages, true)
     }
 
@@ -165,15 +175,25 @@ impl PendingRelease {
             let joined = self.take_neighbours(&pages, largest_host_page);
             pages.union_with(&joined);
         }
+        if largest_host_page > 1 {
+            self.sweep_completed(&pages);
+        }
         self.fly(pages, false)
     }
 
     /// Ends a batch: nobody discards its pages any more. `partial` of them were
-    /// left alone and wait for the rest of their host page.
+    /// left alone and wait for the rest of their host page; of a swept batch, as far
+    /// as they did before.
     pub fn finish(&mut self, batch: Batch, partial: &PageSet) {
         let flight = self.in_flight.as_ref();
         debug_assert!(flight.is_some_and(|flight| Arc::ptr_eq(&flight.pages, &batch.pages)));
-        self.waiting.union_with(partial);
+        if batch.swept {
+            let mut gone = (*batch.pages).clone();
+            gone.subtract(partial);
+            self.waiting.subtract(&gone);
+        } else {
+            self.waiting.union_with(partial);
+        }
         // Given again meanwhile: those come with the next batch.
         self.waiting.subtract(&self.pending);
         self.in_flight = None;
@@ -215,6 +235,33 @@ impl PendingRelease {
     #[must_use]
     pub fn is_busy(&self) -> bool {
         self.in_flight.is_some()
+    }
+
+    /// Marks to be swept each chunk of which `pages` are the last missing part. Such
+    /// a part may have been the guest's for a moment and have brought the whole huge
+    /// page back; to release the part alone would leave the rest to the guest.
+    fn sweep_completed(&mut self, pages: &PageSet) {
+        let mut last = None;
+        for range in pages.ranges() {
+            for chunk in [range.start() / CHUNK_PAGES, (range.end() - 1) / CHUNK_PAGES] {
+                let start = chunk * CHUNK_PAGES;
+                let Ok(whole) = PageRange::from_bounds(start, start + CHUNK_PAGES) else {
+                    continue;
+                };
+                let is_part = range.intersection(whole) != whole;
+                if is_part && last.replace(chunk) != Some(chunk) && self.was_released(whole) {
+                    self.sweep.insert(whole);
+                }
+            }
+        }
+    }
+
+    /// True where all of it is given, and nothing of it still to be released but what
+    /// a batch has just taken.
+    fn was_released(&self, range: PageRange) -> bool {
+        self.given.ranges_in(range).next() == Some(range)
+            && !self.pending.intersects_range(range)
+            && !self.waiting.intersects_range(range)
     }
 
     fn fly(&mut self, pages: PageSet, swept: bool) -> Option<Batch> {

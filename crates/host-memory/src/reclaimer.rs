@@ -85,7 +85,8 @@ pub struct ReclaimerOptions {
 /// A guest that touches one page of a 2 MiB hole gets a huge page from the host
 /// (tmpfs with `huge=always`), and with it come back the pages around it that it
 /// gave and may not use. The worker looks now and then whether the host spends more
-/// than it should, and then releases the given parts of such pages once more.
+/// than it should, and then releases the given parts of such pages once more. Where
+/// the guest gives such a page again before that, all of it is released anew.
 ///
 /// # End
 /// Dropping waits for the batch in flight and forgets what is pending: it is for
@@ -129,6 +130,8 @@ struct Look {
     swept_to: Option<u64>,
     /// The same when the present sweep began.
     sweeping_from: Option<u64>,
+    /// The guest took pages back since then.
+    taken_back: bool,
     /// The worker will wake by itself to look.
     armed: bool,
 }
@@ -161,6 +164,7 @@ impl Reclaimer {
                 every: Duration::from_millis(SWEEP_LOOK_MS),
                 swept_to: None,
                 sweeping_from: None,
+                taken_back: false,
                 armed: false,
             },
             counters: Snapshot::default(),
@@ -236,6 +240,7 @@ impl Reclaimer {
         loop {
             let (retained, cancelled) = inner.pages.retain(pages);
             inner.counters.retained_pages += cancelled;
+            inner.look.taken_back = true;
             if retained == Retained::Yes {
                 let begins_to_look = inner.may_return() && !inner.look.armed;
                 inner.look.armed |= begins_to_look;
@@ -421,7 +426,8 @@ impl Shared {
             }
         }
         self.done.notify_all();
-        if !inner.pages.pending().is_empty() || (inner.may_return() && !inner.look.armed) {
+        let begins_to_look = inner.may_return() && !inner.look.armed;
+        if !inner.pages.pending().is_empty() || inner.has_to_sweep() || begins_to_look {
             // The worker could not begin while this one was in flight.
             self.work.notify_one();
         }
@@ -511,13 +517,19 @@ impl Inner {
             && given.len() > given.full_chunk_pages()
     }
 
+    fn has_to_sweep(&self) -> bool {
+        self.mode != ReleaseMode::PerPage && self.pages.is_to_be_swept()
+    }
+
     /// What to do while nothing is pending: release once more what came back.
     fn next_sweep(&mut self) -> Step {
+        if self.has_to_sweep()
+            && let Some(batch) = self.pages.begin_sweep(BATCH_PAGES)
+        {
+            return Step::Run(batch);
+        }
         if !self.may_return() {
             return Step::Wait;
-        }
-        if let Some(batch) = self.pages.begin_sweep(BATCH_PAGES) {
-            return Step::Run(batch);
         }
         let now = Instant::now();
         if let Some(before) = self.look.sweeping_from.take() {
@@ -533,10 +545,12 @@ impl Inner {
         Step::WaitFor(self.look.at.saturating_duration_since(now))
     }
 
-    /// A guest for which the host spends what it did before has touched nothing.
+    /// A guest that took nothing back, and for which the host spends what it did
+    /// before, has touched nothing.
     fn begin_to_sweep(&mut self) {
         let resident = self.memory.resident_pages();
-        if resident.is_some() && resident != self.look.swept_to {
+        let taken_back = std::mem::take(&mut self.look.taken_back);
+        if resident.is_some() && (taken_back || resident != self.look.swept_to) {
             let memory = Arc::clone(&self.memory);
             self.pages.sweep(|released| memory.take_partial(released, PartialHuge::Wait));
             self.look.sweeping_from = resident;

@@ -139,7 +139,6 @@ impl Watched {
         let partial = only(&held, range);
         self.state.finish(done, &partial);
         if swept {
-            self.allowed.extend(pages(&partial));
             return;
         }
         let mut gone = held;
@@ -219,4 +218,28 @@ fn waiting_pages_come_along_with_the_rest_of_their_host_page() {
     assert_eq!(batch.pages().full_chunk_pages(), CHUNK_PAGES, "both halves");
     state.finish(batch, &PageSet::new());
     assert!(state.waiting().is_empty());
+}
+
+#[test]
+fn what_completes_a_chunk_has_all_of_it_swept() {
+    let mut state = PendingRelease::default();
+    let release = |state: &mut PendingRelease, range| {
+        state.add(&PageSet::from(range));
+        let batch = state.begin(Take::All, CHUNK_PAGES).unwrap();
+        state.finish(batch, &PageSet::new());
+    };
+    let page = |number| PageRange::new(number, 1).unwrap();
+    release(&mut state, PageRange::new(0, 3 * CHUNK_PAGES).unwrap());
+    assert!(!state.is_to_be_swept(), "it was whole");
+    for number in [1, CHUNK_PAGES, CHUNK_PAGES + 1] {
+        assert_eq!(state.retain(&page(number).into()), (Retained::Yes, 0));
+    }
+    release(&mut state, page(CHUNK_PAGES));
+    assert!(!state.is_to_be_swept(), "the guest has a page of it");
+    release(&mut state, PageRange::from_bounds(1, 2).unwrap());
+    release(&mut state, page(CHUNK_PAGES + 1));
+    let batch = state.begin_sweep(2 * CHUNK_PAGES).unwrap();
+    assert_eq!(*batch.pages(), PageRange::new(0, 2 * CHUNK_PAGES).unwrap().into());
+    state.finish(batch, &PageSet::new());
+    assert!(!state.is_to_be_swept());
 }

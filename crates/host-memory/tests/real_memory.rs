@@ -344,6 +344,34 @@ fn a_huge_page_that_came_back_for_one_page_leaves_the_host_again() {
     assert_eq!(reclaimer.snapshot().swept_pages, 2 * (CHUNK_PAGES - 1));
 }
 
+/// The page is given again before anybody looked: the guest has nothing of the huge
+/// page then, and by its last part alone the rest would stay.
+#[test]
+fn a_huge_page_that_came_back_for_a_moment_leaves_the_host_again() {
+    for partial_huge in [PartialHuge::Split, PartialHuge::Wait] {
+        let Some(mount) = Mount::tmpfs("moment", "size=20m,huge=always") else { return };
+        let file = mount.file(16 * MIB);
+        let guest = Guest::new(&[(0, 16 * MIB / PAGE_BYTES)], Some(&file));
+        let map: Arc<dyn Discard> = Arc::new(guest.map.clone());
+        let options = ReclaimerOptions { partial_huge, ..ReclaimerOptions::default() };
+        let reclaimer = Reclaimer::new(map, options).unwrap();
+        reclaimer.release(&range(0, 4 * CHUNK_PAGES).into());
+        reclaimer.flush();
+        assert!(reclaimer.wait_settled(LONG));
+        let page = range(CHUNK_PAGES + 5, 1);
+        reclaimer.retain(&page.into());
+        guest.write(page.start());
+        assert_eq!(resident_bytes(&guest.map).unwrap(), 10 * MIB);
+        reclaimer.release(&page.into());
+        reclaimer.flush();
+        let end = Instant::now() + LONG;
+        while resident_bytes(&guest.map).unwrap() > 8 * MIB {
+            assert!(Instant::now() < end, "it stays: {:?}", reclaimer.snapshot());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
 /// Of every second huge page one small page is kept, the rest is given: on a
 /// kernel that splits, all that was given leaves the host.
 #[test]

@@ -290,6 +290,7 @@ fn parts_of_huge_pages_wait_if_told_and_are_released_together() {
     assert_eq!(stand.next_batch(), pages(0, CHUNK_PAGES));
 
     // Waiting pages can be taken back, and the rule can change.
+    stand.reclaimer.retain(&pages(0, CHUNK_PAGES));
     stand.reclaimer.release(&pages(0, 300));
     stand.reclaimer.flush();
     assert!(stand.reclaimer.wait_settled(LONG));
