@@ -19,7 +19,7 @@ const GUEST_COMPLAINTS: [&str; 15] = [
     "rcu_sched",
     // Aerostat's driver: the device found fault with what it said.
     "refused an answer",
-    "init: ",
+    " init: ",
 ];
 
 /// What a back end says when something is wrong: levels, and how a panic begins.
@@ -46,7 +46,8 @@ mod tests {
 
     #[test]
     fn complaints_are_found_among_other_lines() {
-        let guest = "[    1.2] kernel Run /init as init process\n\
+        let guest = "[    1.1] kernel mem auto-init: heap free:off\n\
+                     [    1.2] kernel Run /init as init process\n\
                      [    1.3] kernel WARNING: CPU: 0 PID: 1\n\
                      [    1.4] host 7 fill file1 20 3\n\
                      [    2.0] kernel Out of memory: Killed process 9\n";

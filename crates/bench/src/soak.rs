@@ -63,7 +63,7 @@ pub fn any_seed() -> u64 {
 /// # Errors
 /// The lab cannot be set up. What goes wrong later is in the report.
 pub fn run(options: &Options, stop: &AtomicBool, progress: &mut dyn FnMut(&str)) -> Result<Report> {
-    progress("preparing the guests");
+    progress(&format!("preparing the guests, seed {}", options.seed));
     let kernel = lab::uml::kernel()?;
     guest_build::init()?;
     guest_build::lab_module(&kernel.tree())?;
@@ -88,6 +88,13 @@ pub fn run(options: &Options, stop: &AtomicBool, progress: &mut dyn FnMut(&str))
         running.into_iter().filter_map(|guest| guest.join().ok()).collect()
     });
     Ok(Report::new(options, soaks.len(), guests))
+}
+
+/// What is done to a guest with this driver and backing, whatever others run beside it.
+pub fn plan_for(seed: u64, driver: Driver, backing: HostPages, memory_mib: u64) -> Plan {
+    // No two guests of a run do the same.
+    let seed = seed.wrapping_add(driver as u64 * 2 + backing as u64);
+    Plan::of_everything(seed, memory_mib, driver)
 }
 
 /// One line on how far all guests are.
@@ -185,9 +192,8 @@ impl<'a> Soak<'a> {
     ) -> Result<()> {
         let mut bed = host.boot(self.driver, |guest| guest.log_file(guest_log))?;
         bed.load_driver()?;
-        // The same for a guest whatever others run beside it.
-        let seed = self.options.seed.wrapping_add(self.driver as u64 * 2 + self.backing as u64);
-        let plan = Plan::of_everything(seed, self.options.memory_mib, self.driver);
+        let Options { seed, memory_mib, .. } = *self.options;
+        let plan = plan_for(seed, self.driver, self.backing, memory_mib);
         let mut walk = Walk::new(&mut bed, plan);
         let mut told = |step: &plan::Step| self.state(|so_far| so_far.step = step.name());
         let began = Instant::now();
