@@ -166,7 +166,9 @@ impl<'a> Soak<'a> {
         let watch = Watch::start(host.backend.pid());
         let walked = self.walk(&host, &guest_log, report, stop);
         report.resident = Resident::of(&watch.end());
-        let counted = host.status().map(|status| report.faults = status.faults);
+        let counted = host.status().map(|status| {
+            (report.faults, report.reported_bytes) = (status.faults, status.reports.released_bytes);
+        });
         let guest_log = std::fs::read_to_string(&guest_log).unwrap_or_default();
         report.guest_complaints = guest_complaints(&guest_log);
         report.backend_complaints = backend_complaints(&host.backend.log());

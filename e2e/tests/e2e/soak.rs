@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -44,9 +45,12 @@ const LOOK: Duration = Duration::from_millis(50);
 fn a_page_that_changes_behind_the_guests_back_is_named() {
     let file = kept_file();
     println!("{file:?} shall be changed");
+    let directory = tempfile::tempdir().unwrap();
     let soak = Command::new(program())
         .args(["soak", "--minutes", "2", "--driver", "own", "--backing", "4k"])
         .args(["--memory", &format!("{MEMORY_MIB}MiB"), "--seed", &SEED.to_string()])
+        // Where it keeps the logs of what failed.
+        .env("TMPDIR", directory.path())
         .env_remove("RUST_LOG")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -63,6 +67,8 @@ fn a_page_that_changes_behind_the_guests_back_is_named() {
     );
     assert!(err.contains(&wrong), "{wrong}");
     assert!(err.contains(&format!("--seed {SEED}")));
+    let logs = out.lines().find_map(|line| line.strip_prefix("logs of own-4k: ")).unwrap();
+    assert!(Path::new(logs).join("guest.log").exists(), "{logs}");
     let row = out.lines().find(|line| line.starts_with("| wrong pages")).unwrap();
     assert!(row.ends_with(" 1 |"), "{row}");
 }

@@ -143,17 +143,23 @@ fn table(report: &Report) -> String {
     let mib = |bytes: u64| format!("{} MiB", bytes >> 20);
     let kib = |bytes: u64| format!("{} KiB", bytes >> 10);
     row("verified", &|guest| mib(guest.tally.verified_bytes));
+    row("reported by itself", &|guest| match guest.driver {
+        Driver::Stock => mib(guest.reported_bytes),
+        Driver::Own => "-".to_owned(),
+    });
     row("wrong pages", &|guest| guest.tally.wrong_pages.to_string());
     row("faults", &|guest| guest.faults.total().to_string());
     row("complaints, guest", &|guest| guest.guest_complaints.len().to_string());
     row("complaints, back end", &|guest| guest.backend_complaints.len().to_string());
-    row("back end: warmed up", &|guest| kib(guest.resident.start_bytes));
-    row("back end: highest", &|guest| kib(guest.resident.highest_bytes));
-    row("back end: at the end", &|guest| kib(guest.resident.end_bytes));
-    row("back end: slope a minute", &|guest| {
+    row("heap: warmed up", &|guest| kib(guest.resident.start_bytes));
+    row("heap: highest", &|guest| kib(guest.resident.highest_bytes));
+    row("heap: at the end", &|guest| kib(guest.resident.end_bytes));
+    row("heap: slope a minute", &|guest| {
         format!("{:+.2} KiB", guest.resident.slope_bytes_per_minute / 1024.0)
     });
-    row("back end: rise", &|guest| format!("{:+.1} KiB", guest.resident.rise_bytes / 1024.0));
+    row("heap: rise", &|guest| format!("{:+.1} KiB", guest.resident.rise_bytes / 1024.0));
+    row("program: highest", &|guest| kib(guest.resident.program_highest_bytes));
+    row("guest memory: highest", &|guest| kib(guest.resident.guest_highest_bytes));
     row("flat", &|guest| if guest.resident.flat { "yes" } else { "NO" }.to_owned());
     for guest in report.guests.iter().filter(|guest| guest.logs.is_some()) {
         let logs = guest.logs.iter().map(|path| path.display());

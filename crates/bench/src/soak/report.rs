@@ -38,6 +38,8 @@ pub struct GuestReport {
     /// What was done and seen.
     #[serde(flatten)]
     pub tally: Tally,
+    /// What the guest reported by itself and the host released.
+    pub reported_bytes: u64,
     /// What the device counted.
     pub faults: Faults,
     /// Lines of the guest's log that complain.
@@ -71,6 +73,7 @@ impl GuestReport {
             backing,
             walked_s: 0.0,
             tally: Tally::default(),
+            reported_bytes: 0,
             faults: Faults::default(),
             guest_complaints: Vec::new(),
             backend_complaints: Vec::new(),
@@ -130,7 +133,8 @@ mod tests {
 
     #[test]
     fn each_thing_that_is_wrong_is_a_problem() {
-        let wrongs: [(&str, fn(&mut GuestReport)); 7] = [
+        type Make = fn(&mut GuestReport);
+        let wrongs: [(&str, Make); 7] = [
             ("ended", |guest| guest.failure = Some("the guest ended".to_owned())),
             ("2 of 5 steps of fill failed", |guest| {
                 guest.tally.steps.insert("fill".to_owned(), Count { steps: 5, failed: 2 });

@@ -30,8 +30,11 @@ const MAX_WARM_UP: Duration = Duration::from_secs(60);
 pub struct Sample {
     /// Since the first one.
     pub at: Duration,
-    /// Its own: heap, stacks, program.
+    /// Its own: heap and stacks.
     pub own_bytes: u64,
+    /// The parts of the program and its libraries that ran so far, which the kernel drops
+    /// when it likes.
+    pub program_bytes: u64,
     /// Guest memory that it has mapped and looked at, which is the guest's.
     pub guest_bytes: u64,
 }
@@ -39,7 +42,7 @@ pub struct Sample {
 /// How a process's memory went.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Resident {
-    /// Samples after the warm-up.
+    /// Samples after the warm-up, of heap and stacks.
     pub samples: usize,
     /// Time that they cover.
     pub minutes: f64,
@@ -55,6 +58,8 @@ pub struct Resident {
     pub rise_bytes: f64,
     /// Whether that is no more than [`MAX_RISE_BYTES`].
     pub flat: bool,
+    /// The most of the program that was resident.
+    pub program_highest_bytes: u64,
     /// The most guest memory that was resident through the process's mapping.
     pub guest_highest_bytes: u64,
 }
@@ -81,6 +86,7 @@ impl Resident {
             slope_bytes_per_minute,
             rise_bytes,
             flat: rise_bytes <= MAX_RISE_BYTES,
+            program_highest_bytes: highest(|sample| sample.program_bytes),
             guest_highest_bytes: highest(|sample| sample.guest_bytes),
         }
     }
@@ -142,7 +148,8 @@ fn parse(status: &str, at: Duration) -> Option<Sample> {
     };
     Some(Sample {
         at,
-        own_bytes: bytes("RssAnon")? + bytes("RssFile")?,
+        own_bytes: bytes("RssAnon")?,
+        program_bytes: bytes("RssFile")?,
         guest_bytes: bytes("RssShmem")?,
     })
 }
@@ -156,6 +163,7 @@ mod tests {
         let sample = |second| Sample {
             at: Duration::from_secs(second),
             own_bytes: own_bytes(second),
+            program_bytes: 5,
             guest_bytes: 7,
         };
         (0..seconds).map(sample).collect()
@@ -167,7 +175,7 @@ mod tests {
         let resident = Resident::of(&samples);
         assert!((resident.slope_bytes_per_minute - 1200.0).abs() < 1e-6, "{resident:?}");
         assert_eq!((resident.start_bytes, resident.end_bytes), (1000 + 20 * 60, 1000 + 20 * 599));
-        assert_eq!(resident.guest_highest_bytes, 7);
+        assert_eq!((resident.program_highest_bytes, resident.guest_highest_bytes), (5, 7));
     }
 
     #[test]
@@ -203,7 +211,8 @@ mod tests {
         let status =
             "Name:\tx\nVmRSS:\t 9 kB\nRssAnon:\t 2 kB\nRssFile:\t 3 kB\nRssShmem:\t 4 kB\n";
         let sample = parse(status, Duration::ZERO).unwrap();
-        assert_eq!((sample.own_bytes, sample.guest_bytes), (5 << 10, 4 << 10));
+        assert_eq!((sample.own_bytes, sample.program_bytes), (2 << 10, 3 << 10));
+        assert_eq!(sample.guest_bytes, 4 << 10);
         assert_eq!(parse("Name:\tx\n", Duration::ZERO), None);
         assert!(super::sample(std::process::id(), Duration::ZERO).unwrap().own_bytes > 0);
     }

@@ -20,6 +20,13 @@ const UNFRAGMENTED_DIVISOR: u64 = 8;
 /// lists of its processors. Its churn comes on top.
 const HINTS_SLACK_MIB: u64 = 32;
 
+/// Asks how many free blocks of each size there are; the last column is order 10, 4 MiB.
+const FREE_BLOCKS: &str = "cat /proc/buddyinfo";
+const BLOCK_MIB: u64 = 4;
+
+/// Whole blocks that have to have been touched where a report of some is waited for.
+const LEAST_REPORTED_MIB: u64 = 64;
+
 /// Between two questions to the guest.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -253,8 +260,34 @@ impl<'a, 'b> Walk<'a, 'b> {
         let host = self.bed.host;
         self.driver_is_there()?;
         let before = host.status()?.reports.messages;
+        let (free_mib, blocks_mib) = (self.bed.free_mib()?, self.whole_blocks_mib()?);
         self.bed.run(&format!("touch {touch_mib}"))?;
-        host.until("reported", |status| status.reports.messages > before).map(drop)
+        // Linux reports whole blocks that were in use since the last time. What is free in
+        // pieces is touched first, so it takes more than that to come to such blocks.
+        let pieces_mib = free_mib.saturating_sub(blocks_mib) + self.churn_mib;
+        if touch_mib < pieces_mib + LEAST_REPORTED_MIB {
+            return Ok(());
+        }
+        let reported = host.until("reported", |status| status.reports.messages > before);
+        match reported {
+            Err(BenchError::NotInTime { name, what, status, log }) => {
+                let free = self.bed.guest.run(FREE_BLOCKS)?.lines.join("; ");
+                let what = format!("{what} ({touch_mib} MiB touched, free blocks: {free})");
+                Err(BenchError::NotInTime { name, what, status, log })
+            }
+            other => other.map(drop),
+        }
+    }
+
+    /// Free memory in the largest blocks that the guest's allocator has.
+    fn whole_blocks_mib(&mut self) -> Result<u64> {
+        let reply = self.bed.guest.run(FREE_BLOCKS)?;
+        let of_zone = |line: &String| line.split_whitespace().next_back()?.parse::<u64>().ok();
+        let blocks = reply.lines.iter().map(of_zone).sum::<Option<u64>>();
+        blocks.map(|blocks| blocks * BLOCK_MIB).ok_or_else(|| BenchError::GuestAnswer {
+            command: FREE_BLOCKS.to_owned(),
+            answer: reply.lines.join("; "),
+        })
     }
 
     /// Waits for statistics that were made after now: what comes next may have been on its
