@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
-use indicatif::ProgressBar;
+use indicatif::{ProgressBar, ProgressStyle};
 
 /// Between two pictures of the spinner.
 const TICK: Duration = Duration::from_millis(100);
@@ -27,6 +27,10 @@ impl Steps {
     pub(crate) fn sparse(pause: Duration) -> Self {
         let bar = std::io::stderr().is_terminal().then(ProgressBar::new_spinner);
         if let Some(bar) = &bar {
+            // Cut where the terminal ends; one that does not parse leaves the default style.
+            if let Ok(style) = ProgressStyle::with_template("{spinner} {wide_msg}") {
+                bar.set_style(style);
+            }
             bar.set_message("preparing the guest");
             bar.enable_steady_tick(TICK);
         }

@@ -238,22 +238,29 @@ impl<'a, 'b> Walk<'a, 'b> {
     fn hints(&mut self) -> Result<()> {
         let host = self.bed.host;
         self.driver_is_there()?;
-        let free_mib = self.bed.free_mib()?;
+        let before_mib = self.free_or_in_balloon_mib()?;
         let hints = host.client.hints(LIMIT)?;
         if hints.outcome != HintOutcome::Complete {
             return Err(host.not_in_time("asked", host.status()?));
         }
         // The stock driver gives the pages back a moment after the end, and who fills
         // what is free before that is out of memory.
-        let enough = free_mib.saturating_sub(HINTS_SLACK_MIB + self.churn_mib);
+        let enough = before_mib.saturating_sub(HINTS_SLACK_MIB + self.churn_mib);
         let end = Instant::now() + LIMIT;
-        while self.bed.free_mib()? < enough {
+        while self.free_or_in_balloon_mib()? < enough {
             if Instant::now() >= end {
-                return Err(host.not_in_time("free of hints", host.status()?));
+                let what = format!("free of hints ({enough} of {before_mib} MiB)");
+                return Err(host.not_in_time(&what, host.status()?));
             }
             std::thread::sleep(LOOK);
         }
         Ok(())
+    }
+
+    /// What stays the same while the balloon is on its way to its target.
+    fn free_or_in_balloon_mib(&mut self) -> Result<u64> {
+        let balloon_bytes = self.bed.host.status()?.balloon.actual_bytes;
+        Ok(self.bed.free_mib()? + (balloon_bytes >> 20))
     }
 
     fn reports(&mut self, touch_mib: u64) -> Result<()> {
