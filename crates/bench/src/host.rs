@@ -86,6 +86,11 @@ impl Host {
         &self.name
     }
 
+    /// Memory of guests on it, in MiB.
+    pub const fn memory_mib(&self) -> u64 {
+        self.options.memory_mib
+    }
+
     /// Where sockets and logs are, which suits `AEROSTAT_RUNTIME_DIR`.
     pub fn directory(&self) -> &Path {
         self.directory.path()

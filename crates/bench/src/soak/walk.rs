@@ -16,9 +16,12 @@ use crate::testbed::Driver;
 /// Part of the free memory that fragmenting leaves alone.
 const UNFRAGMENTED_DIVISOR: u64 = 8;
 
-/// Free memory that may be missing after hints: the guest's own needs, and what is in
-/// lists of its processors. Its churn comes on top.
-const HINTS_SLACK_MIB: u64 = 32;
+/// Part of the guest's memory that Linux may keep in lists of its processors, above all
+/// after the stock driver gave single pages back: `MemFree` does not count it.
+const UNCOUNTED_DIVISOR: u64 = 8;
+
+/// What the guest needs for itself meanwhile.
+const SLACK_MIB: u64 = 32;
 
 /// Asks how many free blocks of each size there are; the last column is order 10, 4 MiB.
 const FREE_BLOCKS: &str = "cat /proc/buddyinfo";
@@ -245,7 +248,7 @@ impl<'a, 'b> Walk<'a, 'b> {
         }
         // The stock driver gives the pages back a moment after the end, and who fills
         // what is free before that is out of memory.
-        let enough = before_mib.saturating_sub(HINTS_SLACK_MIB + self.churn_mib);
+        let enough = before_mib.saturating_sub(SLACK_MIB + self.uncounted_mib());
         let end = Instant::now() + LIMIT;
         while self.free_or_in_balloon_mib()? < enough {
             if Instant::now() >= end {
@@ -255,6 +258,11 @@ impl<'a, 'b> Walk<'a, 'b> {
             std::thread::sleep(LOOK);
         }
         Ok(())
+    }
+
+    /// What the guest may say too little or too much of when it is asked what is free.
+    fn uncounted_mib(&self) -> u64 {
+        self.churn_mib + self.bed.host.memory_mib() / UNCOUNTED_DIVISOR
     }
 
     /// What stays the same while the balloon is on its way to its target.
@@ -271,7 +279,7 @@ impl<'a, 'b> Walk<'a, 'b> {
         self.bed.run(&format!("touch {touch_mib}"))?;
         // Linux reports whole blocks that were in use since the last time. What is free in
         // pieces is touched first, so it takes more than that to come to such blocks.
-        let pieces_mib = free_mib.saturating_sub(blocks_mib) + self.churn_mib;
+        let pieces_mib = free_mib.saturating_sub(blocks_mib) + self.uncounted_mib();
         if touch_mib < pieces_mib + LEAST_REPORTED_MIB {
             return Ok(());
         }
