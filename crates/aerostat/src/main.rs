@@ -11,6 +11,7 @@ mod log;
 mod man;
 mod memory_map;
 mod output;
+mod progress;
 
 use std::process::ExitCode;
 

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use control::ControlError;
+use control::{ControlError, Faults, Status};
 use lab::LabError;
 
 /// What stood in the way of a measurement.
@@ -41,6 +41,38 @@ pub enum BenchError {
         actual_pages: u32,
         /// Pages it shall hold.
         target_pages: u32,
+    },
+    /// Something was not so within the time that it has.
+    #[error("the balloon of {name} is not {what}: {status:?}\n{log}")]
+    NotInTime {
+        /// The guest.
+        name: String,
+        /// What was waited for.
+        what: String,
+        /// How it stood.
+        status: Box<Status>,
+        /// What the back end logged.
+        log: String,
+    },
+    /// The device counted faults where nobody was to make any.
+    #[error("the device of {name} counted faults: {faults:?}")]
+    Faults {
+        /// The guest.
+        name: String,
+        /// By whose fault and by kind.
+        faults: Faults,
+    },
+    /// Pages of the guest do not hold what it wrote there.
+    #[error("wrong pages in {name}: {pages} of {file}: {}", named.join("; "))]
+    WrongPages {
+        /// The guest.
+        name: String,
+        /// What they are part of.
+        file: String,
+        /// How many.
+        pages: u64,
+        /// The first of them, with what they hold.
+        named: Vec<String>,
     },
     /// The guest's driver has no request queue.
     #[error("the driver of {name} cannot be asked")]

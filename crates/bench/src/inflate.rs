@@ -92,7 +92,15 @@ impl HostPages {
     /// Both kinds.
     pub const ALL: [Self; 2] = [Self::Small, Self::Huge];
 
-    const fn backing(self) -> Backing {
+    /// The word used in JSON and for names.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Small => "4k",
+            Self::Huge => "huge",
+        }
+    }
+
+    pub(crate) const fn backing(self) -> Backing {
         match self {
             Self::Small => Backing::Small,
             Self::Huge => Backing::Huge,

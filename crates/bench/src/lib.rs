@@ -1,21 +1,29 @@
 //! What is measured and shown on real guests.
 //!
-//! A [`Testbed`] is a guest of the lab and the back end of its balloon, as an
-//! operator would run them. [`inflate`] and [`requests`] measure on testbeds and fill
-//! in reports that are printed as JSON or as a table.
+//! A [`Host`] serves the balloon of a guest of the lab, as an operator would run it; a
+//! [`Bed`] is a guest on it, a [`Testbed`] both, ready for measuring. [`inflate`] and
+//! [`requests`] measure on testbeds and fill in reports that are printed as JSON or as a
+//! table; [`soak`] does at random with a guest what can be done, and verifies its memory.
 
 #![forbid(unsafe_code)]
 
 mod backend;
+mod bed;
 pub mod chart;
 mod error;
 mod floor;
+mod host;
 pub mod inflate;
+mod logs;
 pub mod requests;
 mod sample;
+pub mod soak;
 mod testbed;
 
 pub use backend::Backend;
+pub use bed::{Bed, REPORTED_MIB};
 pub use error::{BenchError, Result};
+pub use host::{Host, LIMIT};
+pub use logs::{backend_complaints, guest_complaints};
 pub use sample::{Spread, median};
 pub use testbed::{Driver, Testbed, TestbedOptions};

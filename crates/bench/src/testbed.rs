@@ -1,14 +1,17 @@
 //! A guest of the lab with the back end of its balloon.
 
+use std::ops::Deref;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use control::{BalloonChange, BalloonStatus, Client, ReleaseMode, Status};
+use control::{BalloonChange, BalloonStatus, Client, ReleaseMode};
 use lab::uml::UmlKernel;
 use lab::{Guest, guest_build};
+use serde::{Deserialize, Serialize};
 
-use crate::backend::Backend;
+use crate::bed;
 use crate::error::{BenchError, Result};
+use crate::host::Host;
 
 /// Time for one change of the balloon: per page, on memory in use and on a busy
 /// machine, 3 GiB take some seconds.
@@ -27,7 +30,8 @@ const CORE: usize = 0;
 const BALLOON_ALONE: [&str; 2] = ["--without", "stats,hint,reporting,poison"];
 
 /// The driver in the guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Driver {
     /// The kernel's own.
     Stock,
@@ -36,6 +40,17 @@ pub enum Driver {
 }
 
 impl Driver {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Stock, Self::Own];
+
+    /// The word used in JSON and for names.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Stock => "stock",
+            Self::Own => "own",
+        }
+    }
+
     /// The module as a guest loads and unloads it.
     pub const fn module_name(self) -> &'static str {
         match self {
@@ -73,34 +88,25 @@ pub struct TestbedOptions {
 pub struct Testbed {
     /// The guest; ended before the back end.
     pub guest: Guest,
-    /// The control API of the back end.
-    pub client: Client,
-    name: String,
-    backend: Backend,
-    _directory: tempfile::TempDir,
+    /// The host that it is on.
+    pub host: Host,
+}
+
+impl Deref for Testbed {
+    type Target = Host;
+    fn deref(&self) -> &Host {
+        &self.host
+    }
 }
 
 impl Testbed {
     /// Starts the back end, boots a guest on it and loads `driver`.
     pub fn start(name: &str, driver: Driver, options: &TestbedOptions) -> Result<Self> {
-        let host = |what| move |source: std::io::Error| BenchError::Backend { what, source };
-        let directory = tempfile::Builder::new().prefix("aerostat-bench-").tempdir();
-        let directory = directory.map_err(host("making a directory"))?;
-        let backend =
-            Backend::start_with(&options.program, name, directory.path(), &BALLOON_ALONE)?;
-        backend.pin(CORE)?;
-        let tree = options.kernel.tree();
-        let mut guest = Guest::uml(&options.kernel)
-            .memory_mib(options.memory_mib)
-            .memory_dir(&options.memory_dir)
-            .cpu(Some(CORE))
-            .balloon(backend.socket())
-            .modules(driver.modules(&options.kernel)?)
-            .module(guest_build::lab_module(&tree)?)
-            .boot()?;
+        let host = Host::start(name, options, &BALLOON_ALONE)?;
+        host.backend.pin(CORE)?;
+        let mut guest = host.guest(driver)?.cpu(Some(CORE)).boot()?;
         guest.run(&format!("insmod {}", driver.module_name()))?;
-        let client = backend.client()?;
-        Ok(Self { guest, client, name: name.to_owned(), backend, _directory: directory })
+        Ok(Self { guest, host })
     }
 
     /// Asks for a balloon of `pages` and waits until it has settled.
@@ -110,7 +116,7 @@ impl Testbed {
             .set_balloon(u64::from(pages) * control::BALLOON_PAGE_BYTES, Duration::ZERO)?;
         let settled = self.wait(set.generation)?;
         settled.last_change.filter(|_| settled.settled).ok_or(BenchError::NotReached {
-            name: self.name.clone(),
+            name: self.name().to_owned(),
             actual_pages: settled.actual_pages,
             target_pages: settled.target_pages,
         })
@@ -122,11 +128,6 @@ impl Testbed {
         Ok(())
     }
 
-    /// Everything that the back end knows.
-    pub fn status(&self) -> Result<Status> {
-        Ok(self.client.status()?)
-    }
-
     /// Host memory behind the guest, in MiB, measured on the host.
     pub fn resident_mib(&self) -> Result<f64> {
         let bytes = self.status()?.resident_bytes.unwrap_or(0);
@@ -135,12 +136,7 @@ impl Testbed {
 
     /// Runs a command in the guest whose answer is a number.
     pub fn number(&mut self, command: &str) -> Result<u64> {
-        let answer = self.guest.run(command)?.text;
-        let first = answer.split_whitespace().next().unwrap_or_default();
-        first.parse().map_err(|_| BenchError::GuestAnswer {
-            command: command.to_owned(),
-            answer: answer.clone(),
-        })
+        bed::number(&mut self.guest, command)
     }
 
     /// Process of the back end.
@@ -158,7 +154,7 @@ impl Testbed {
         let end = Instant::now() + limit;
         while !self.status()?.requests.possible {
             if Instant::now() > end {
-                return Err(BenchError::NoRequests { name: self.name.clone() });
+                return Err(BenchError::NoRequests { name: self.name().to_owned() });
             }
             std::thread::sleep(LOOK);
         }

@@ -1,48 +1,37 @@
-//! A guest in User Mode Linux and the back end of its balloon.
+//! A guest in User Mode Linux and the back end of its balloon, for tests: what goes wrong
+//! ends the test.
 
+use std::fs::{File, OpenOptions};
 use std::ops::Deref;
+use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use bench::{Backend, Driver};
-use control::{BALLOON_PAGE_BYTES, BalloonStatus, Client, Status};
-use lab::{Backing, Guest, GuestMemoryDir, guest_build};
-use tempfile::TempDir;
+use bench::{Driver, TestbedOptions};
+use control::{BALLOON_PAGE_BYTES, Status};
+use lab::{Backing, Guest, GuestMemoryDir};
 
 use crate::program::{program, told};
 
+pub(crate) use bench::{LIMIT, REPORTED_MIB};
+
 /// Balloon pages in a MiB.
 pub(crate) const PAGES_PER_MIB: u32 = 256;
-
-/// Most memory, in MiB, that a guest cannot use while it waits for the answer to a
-/// free page report: 32 blocks of 4 MiB (Linux, `mm/page_reporting.c`). One that needs
-/// it then is out of memory.
-pub(crate) const REPORTED_MIB: u64 = 128;
-
-/// How long anything may take that has no reason to take long, on a machine
-/// with a lot of other work.
-pub(crate) const LIMIT: Duration = Duration::from_secs(120);
-
-/// One question to the control API that waits for the guest.
-const WAIT: Duration = Duration::from_secs(5);
-
-/// Between two looks at what nobody announces.
-const LOOK: Duration = Duration::from_millis(1);
-
-/// Host memory that may be there beyond what the guest has left: where the host
-/// cannot split a huge page at once, it only clears the part.
-const RESIDENT_SLACK_BYTES: u64 = 8 << 20;
 
 /// Where the guest's memory may be, for as many guests as follow each other.
 const MEMORY_DIR_FACTOR: u64 = 2;
 
 /// The host's side: a back end that listens, and room for the guest's memory.
 pub(crate) struct Host {
-    pub(crate) client: Client,
-    pub(crate) backend: Backend,
-    memory_mib: u64,
-    memory_dir: GuestMemoryDir,
-    directory: TempDir,
+    host: bench::Host,
+    _memory: GuestMemoryDir,
+}
+
+impl Deref for Host {
+    type Target = bench::Host;
+    fn deref(&self) -> &bench::Host {
+        &self.host
+    }
 }
 
 impl Host {
@@ -57,11 +46,14 @@ impl Host {
         memory_mib: u64,
         arguments: &[&str],
     ) -> Self {
-        let directory = tempfile::Builder::new().prefix("aerostat-e2e-").tempdir().unwrap();
-        let memory_dir = GuestMemoryDir::mount(backing, MEMORY_DIR_FACTOR * memory_mib).unwrap();
-        let backend = Backend::start_with(program(), name, directory.path(), arguments).unwrap();
-        let client = backend.client().unwrap();
-        Self { client, backend, memory_mib, memory_dir, directory }
+        let memory = GuestMemoryDir::mount(backing, MEMORY_DIR_FACTOR * memory_mib).unwrap();
+        let options = TestbedOptions {
+            program: program().to_owned(),
+            kernel: lab::uml::kernel().unwrap(),
+            memory_mib,
+            memory_dir: memory.path().to_owned(),
+        };
+        Self { host: bench::Host::start(name, &options, arguments).unwrap(), _memory: memory }
     }
 
     /// Boots a guest that can load `driver`, and has not.
@@ -71,37 +63,27 @@ impl Host {
 
     /// The same with more words on the kernel's command line.
     pub(crate) fn boot_with(&self, driver: Driver, words: &[&str]) -> Bed<'_> {
-        let kernel = lab::uml::kernel().unwrap();
-        let builder =
-            words.iter().fold(Guest::uml(&kernel), |builder, word| builder.kernel_argument(*word));
-        let guest = builder
-            .memory_mib(self.memory_mib)
-            .memory_dir(self.memory_dir.path())
-            .balloon(self.backend.socket())
-            .modules(driver.modules(&kernel).unwrap())
-            .module(guest_build::lab_module(&kernel.tree()).unwrap())
-            // Warnings too, not errors alone.
-            .kernel_argument("ignore_loglevel")
-            .boot()
-            .unwrap();
-        Bed { host: self, guest, driver }
+        let bed = self.host.boot(driver, |guest| {
+            words.iter().fold(guest, |guest, word| guest.kernel_argument(*word))
+        });
+        Bed { host: self, bed: bed.unwrap() }
     }
 
     /// Asks the back end to end, and returns how it did.
     pub(crate) fn stop(self) -> ExitStatus {
-        self.backend.stop().unwrap()
+        self.host.stop().unwrap()
     }
 
     /// Runs `aerostat`: exit code, standard output, standard error.
     pub(crate) fn aerostat(&self, arguments: &[&str]) -> (Option<i32>, String, String) {
         let mut command = Command::new(program());
-        command.args(arguments).env("AEROSTAT_RUNTIME_DIR", self.directory.path());
+        command.args(arguments).env("AEROSTAT_RUNTIME_DIR", self.directory());
         command.env_remove("RUST_LOG").stdin(Stdio::null());
         told(&command.output().unwrap())
     }
 
     pub(crate) fn status(&self) -> Status {
-        self.client.status().unwrap()
+        self.host.status().unwrap()
     }
 
     /// Asks for a balloon of so many pages; waits for nothing.
@@ -110,89 +92,43 @@ impl Host {
     }
 
     /// Waits until `done`, which looks at what changes unannounced.
-    pub(crate) fn until(&self, what: &str, mut done: impl FnMut(&Status) -> bool) -> Status {
-        let end = Instant::now() + LIMIT;
-        loop {
-            let status = self.status();
-            if done(&status) {
-                return status;
-            }
-            assert!(Instant::now() < end, "not {what}: {status:?}\n{}", self.backend.log());
-            std::thread::sleep(LOOK);
-        }
+    pub(crate) fn until(&self, what: &str, done: impl FnMut(&Status) -> bool) -> Status {
+        well(self.host.until(what, done))
     }
 
-    /// Waits until the present change is over.
-    fn wait_settled(&self) -> BalloonStatus {
-        let end = Instant::now() + LIMIT;
-        let mut balloon = self.client.balloon().unwrap();
-        while !balloon.settled {
-            let log = self.backend.log();
-            assert!(Instant::now() < end, "not settled: {:?}\n{log}", self.status());
-            balloon = self.client.wait(balloon.generation, WAIT).unwrap();
-        }
-        balloon
-    }
-
-    /// Waits until the present change is over, and checks what then holds:
-    /// the guest holds what it shall, nobody did anything wrong, and what is in
-    /// the balloon costs the host nothing.
+    /// Waits until the present change is over, and checks what then holds.
     pub(crate) fn settle(&self) -> Status {
-        let balloon = self.wait_settled();
-        let status = self.status();
-        assert_eq!(status.balloon.actual_pages, balloon.target_pages, "{status:?}");
-        assert_eq!(status.faults.total(), 0, "{:?}", status.faults);
-        // A huge page that came back for one page that the guest touched is noticed
-        // after a moment only.
-        self.until("released", |status| {
-            let (left, resident) = (self.left_bytes(status), status.resident_bytes.unwrap());
-            resident <= left + RESIDENT_SLACK_BYTES
-        });
-        status
-    }
-
-    /// What the guest has apart from the balloon, and what waits for the rest
-    /// of its huge page.
-    fn left_bytes(&self, status: &Status) -> u64 {
-        // Not `memory_bytes`: the file has what the guest's kernel keeps to itself, too.
-        (self.memory_mib << 20) - status.balloon.actual_bytes + status.release.waiting_bytes
+        well(self.host.settle())
     }
 }
 
 /// A booted guest on its host.
 pub(crate) struct Bed<'a> {
     host: &'a Host,
-    driver: Driver,
-    guest: Guest,
+    bed: bench::Bed<'a>,
 }
 
-impl Bed<'_> {
+impl<'a> Bed<'a> {
     /// Runs a command in the guest and returns its one-line answer.
     pub(crate) fn run(&mut self, command: &str) -> String {
-        self.guest.run(command).unwrap_or_else(|error| panic!("{command}: {error}")).text
-    }
-
-    /// Runs a command whose answer is a number.
-    pub(crate) fn number(&mut self, command: &str) -> u64 {
-        let answer = self.run(command);
-        answer.parse().unwrap_or_else(|_| panic!("{command}: {answer}"))
+        well(self.bed.run(command))
     }
 
     pub(crate) fn load_driver(&mut self) {
-        self.run(&format!("insmod {}", self.driver.module_name()));
+        well(self.bed.load_driver());
     }
 
     pub(crate) fn unload_driver(&mut self) {
-        self.run(&format!("rmmod {}", self.driver.module_name()));
+        well(self.bed.unload_driver());
     }
 
     pub(crate) fn free_mib(&mut self) -> u64 {
-        self.number("free-mib")
+        well(self.bed.free_mib())
     }
 
     /// The sum of some values of `/proc/meminfo`, in bytes.
     pub(crate) fn meminfo_bytes(&mut self, names: &[&str]) -> u64 {
-        let lines = self.guest.run("meminfo").unwrap().lines;
+        let lines = self.bed.guest.run("meminfo").unwrap().lines;
         let kib = |name: &&str| -> u64 {
             let line = lines.iter().find_map(|line| line.strip_prefix(*name)?.strip_prefix(':'));
             line.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).unwrap()
@@ -203,13 +139,13 @@ impl Bed<'_> {
     /// A counter of our driver.
     pub(crate) fn counter(&mut self, name: &str) -> u64 {
         let path = format!("/sys/bus/virtio/devices/virtio0/balloon/{name}");
-        let lines = self.guest.run(&format!("cat {path}")).unwrap().lines;
+        let lines = self.bed.guest.run(&format!("cat {path}")).unwrap().lines;
         lines.join("").parse().unwrap()
     }
 
-    /// What the guest's kernel has said.
+    /// What the guest printed so far, its kernel and its init.
     pub(crate) fn log(&self) -> String {
-        self.guest.console_log()
+        self.bed.guest.console_log()
     }
 
     /// Fills a file and checks each of its pages.
@@ -220,28 +156,26 @@ impl Bed<'_> {
 
     /// Checks each page of a file.
     pub(crate) fn verify(&mut self, file: &str, mib: u64, seed: u64) {
-        let wrong = self.number(&format!("verify {file} {mib} {seed}"));
-        assert_eq!(wrong, 0, "wrong pages in {file} ({mib} MiB): {:?}", self.status());
+        well(self.bed.verify(file, mib, seed));
     }
 
     /// Fragments the guest's free memory but `leave_mib`, until [`Self::defragment`].
     pub(crate) fn fragment(&mut self, leave_mib: u64) {
-        self.run("insmod lab_memory");
-        self.guest.fragment(leave_mib).unwrap();
+        well(self.bed.fragment(leave_mib));
     }
 
     pub(crate) fn defragment(&mut self) {
-        self.run("rmmod lab_memory");
-    }
-
-    /// What the guest printed so far.
-    pub(crate) fn console_log(&self) -> String {
-        self.guest.console_log()
+        well(self.bed.defragment());
     }
 
     /// The guest alone.
     pub(crate) fn into_guest(self) -> Guest {
-        self.guest
+        self.bed.guest
+    }
+
+    /// For what walks on it.
+    pub(crate) fn bench(&mut self) -> &mut bench::Bed<'a> {
+        &mut self.bed
     }
 }
 
@@ -250,6 +184,23 @@ impl Deref for Bed<'_> {
     fn deref(&self) -> &Host {
         self.host
     }
+}
+
+/// What came out well; what did not says why in a form that can be read.
+pub(crate) fn well<T>(outcome: bench::Result<T>) -> T {
+    outcome.unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// The file of the memory of a guest that the process `pid` serves: deleted, and by far
+/// the largest that it has open. None where it was not given any yet.
+pub(crate) fn guest_memory(pid: u32) -> Option<File> {
+    let fds = std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?.flatten().map(|fd| fd.path());
+    let is_deleted = |fd: &PathBuf| {
+        std::fs::read_link(fd).is_ok_and(|name| name.to_string_lossy().ends_with("(deleted)"))
+    };
+    let size = |fd: &PathBuf| std::fs::metadata(fd).map_or(0, |metadata| metadata.len());
+    let path = fds.filter(is_deleted).max_by_key(size)?;
+    OpenOptions::new().read(true).write(true).open(path).ok()
 }
 
 /// Bytes of balloon pages.

@@ -7,11 +7,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bench::Driver;
+use bench::soak::plan::{Plan, Step};
+use bench::soak::walk::Walk;
 use lab::Backing;
 
-use crate::bed::{Bed, Host, LIMIT, pages};
+use crate::bed::{Bed, Host, LIMIT, pages, well};
 use crate::requests::random_request;
-use crate::walk::Walk;
 
 /// Makes each walk last so many minutes.
 const MINUTES_VARIABLE: &str = "AEROSTAT_E2E_MINUTES";
@@ -20,10 +21,7 @@ const MINUTES_VARIABLE: &str = "AEROSTAT_E2E_MINUTES";
 const SEED_VARIABLE: &str = "AEROSTAT_E2E_SEED";
 
 /// Steps of a walk that is not measured in minutes.
-const STEPS: u32 = 40;
-
-/// Steps between two looks at every byte.
-const CHECK_STEPS: u32 = 5;
+const STEPS: u32 = 60;
 
 /// Memory of a small guest, in MiB.
 const SMALL_MIB: u64 = 1024;
@@ -137,17 +135,16 @@ fn walk_beside_requests(host: &Host, bed: &mut Bed<'_>, seed: u64, free_mib: u64
 
 fn walk(bed: &mut Bed<'_>, seed: u64, free_mib: u64) {
     let end = minutes().map(|minutes| Instant::now() + minutes);
-    let mut walk = Walk::new(bed, seed, free_mib);
+    let plan = Plan::of_balloon(seed, free_mib);
+    let mut walk = Walk::new(bed.bench(), plan);
+    let mut told = |step: &Step| println!("{step:?}");
     for step in 1.. {
-        walk.step();
-        if step % CHECK_STEPS == 0 {
-            walk.check();
-        }
+        well(walk.step(&mut told));
         if end.map_or(step >= STEPS, |end| Instant::now() >= end) {
             break;
         }
     }
-    walk.end();
+    well(walk.end(&mut told));
 }
 
 /// All that is free was touched, so all that is inflated was the host's memory,

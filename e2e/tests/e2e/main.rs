@@ -20,5 +20,5 @@ mod pressure;
 mod program;
 mod qmp;
 mod requests;
+mod soak;
 mod specification;
-mod walk;

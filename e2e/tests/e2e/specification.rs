@@ -1,10 +1,9 @@
 //! What the virtio specification has besides inflating and deflating, with the
 //! kernel's own driver.
 
-use std::fs::{File, OpenOptions};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bench::Driver;
@@ -14,7 +13,7 @@ use lab::{Backing, Guest, GuestMemoryDir};
 use rustix::fs::{FallocateFlags, fallocate};
 use vhost_device_balloon::Backend;
 
-use crate::bed::{Bed, Host, LIMIT, REPORTED_MIB, pages};
+use crate::bed::{Bed, Host, LIMIT, REPORTED_MIB, guest_memory, pages};
 
 /// Memory of most guests here, in MiB.
 const MEMORY_MIB: u64 = 1024;
@@ -234,7 +233,7 @@ fn hints_are_tested(backend: &Backend, socket: &Path) {
 /// Punches these pages out of the guest's memory, whose file the back end in this
 /// process was given.
 fn lose(runs: &[PageRun]) {
-    let file = guest_memory();
+    let file = guest_memory(std::process::id()).expect("the guest's memory is open here");
     for run in runs {
         let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         // User Mode Linux: the address in the file is that of the guest.
@@ -245,19 +244,6 @@ fn lose(runs: &[PageRun]) {
     let hinted: u64 = runs.iter().map(|run| run.pages * BALLOON_PAGE_BYTES).sum();
     let left = file.metadata().unwrap().blocks() * 512;
     assert!(left <= (MEMORY_MIB << 20) - hinted, "{left} bytes are left beside {hinted}");
-}
-
-/// The file of a guest's memory: deleted, and by far the largest of this process.
-fn guest_memory() -> File {
-    let fds = std::fs::read_dir("/proc/self/fd").unwrap().map(|entry| entry.unwrap().path());
-    let is_deleted = |fd: &PathBuf| {
-        std::fs::read_link(fd).is_ok_and(|name| name.to_string_lossy().ends_with("(deleted)"))
-    };
-    let path = fds
-        .filter(is_deleted)
-        .max_by_key(|fd| std::fs::metadata(fd).map_or(0, |metadata| metadata.size()))
-        .expect("the guest's memory is open here");
-    OpenOptions::new().read(true).write(true).open(path).unwrap()
 }
 
 /// Waits until the guest has reported all that it will.
@@ -382,7 +368,7 @@ fn serves(poison: &Poison) {
 
 /// What a kernel says that finds its poison changed (mm/page_poison.c).
 fn not_corrupted(bed: &Bed<'_>) {
-    let log = bed.console_log();
+    let log = bed.log();
     for word in ["pagealloc:", "corruption", "bit error"] {
         assert!(!log.contains(word), "{log}");
     }

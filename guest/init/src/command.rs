@@ -3,7 +3,7 @@
 use std::fs;
 use std::str::FromStr;
 
-use crate::{cache, load, memory, module, page_flags, pressure, system};
+use crate::{cache, churn, load, memory, module, page_flags, pressure, system};
 
 /// Takes one line of an answer to the host.
 type Emit<'a> = &'a mut dyn FnMut(&str) -> Result<(), String>;
@@ -18,7 +18,7 @@ pub(crate) fn run(name: &str, arguments: &[String], emit: Emit<'_>) -> Result<St
         ("free-mib", []) => memory::free_mib(),
         ("touch", [mib]) => memory::touch(number(mib)?),
         ("fill", [file, mib, seed]) => memory::fill(file, number(mib)?, number(seed)?),
-        ("verify", [file, mib, seed]) => memory::verify(file, number(mib)?, number(seed)?),
+        ("verify", [file, mib, seed]) => memory::verify(file, number(mib)?, number(seed)?, emit),
         ("drop", [file]) => memory::drop_file(file),
         ("cat", [path]) => print_file(path, emit),
         ("ls", [path]) => list(path, emit),
@@ -30,6 +30,8 @@ pub(crate) fn run(name: &str, arguments: &[String], emit: Emit<'_>) -> Result<St
         ("stall", [ms]) => load::meter(number(ms)?),
         ("busy", [mib]) => load::start(number(mib)?),
         ("idle", []) => load::stop(),
+        ("churn", [mib, seed]) => churn::start(number(mib)?, number(seed)?),
+        ("calm", []) => churn::stop(emit),
         ("pressure", [mib, hold_ms]) => pressure::run(number(mib)?, number(hold_ms)?),
         ("sync", []) => {
             rustix::fs::sync();

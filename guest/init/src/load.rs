@@ -97,7 +97,7 @@ fn allocate_for_ever(mib: u64) -> Result<(), String> {
     }
 }
 
-fn memory_file() -> Result<File, String> {
+pub(crate) fn memory_file() -> Result<File, String> {
     let file = memfd_create("load", MemfdFlags::CLOEXEC);
     file.map(File::from).map_err(|error| format!("cannot make a memory file: {error}"))
 }

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod cache;
+mod churn;
 mod command;
 mod console;
 mod load;
@@ -23,6 +24,9 @@ fn main() -> ExitCode {
     // Under pressure the allocation is done by a second process, which the kernel may kill.
     if arguments.get(1).map(String::as_str) == Some(pressure::CHILD_ARGUMENT) {
         return pressure::child(&arguments);
+    }
+    if arguments.get(1).map(String::as_str) == Some(churn::CHILD_ARGUMENT) {
+        return churn::child(&arguments);
     }
     if arguments.get(1).map(String::as_str) == Some(load::CHILD_ARGUMENT) {
         return load::child(&arguments);

@@ -18,6 +18,9 @@ const CHUNK_PAGES: u64 = (CHUNK_BYTES / PAGE_BYTES) as u64;
 /// What `touch` writes: not zero, so that no zero page can stand in for it.
 const TOUCH_BYTE: u8 = 0xa5;
 
+/// Wrong pages that are named; more say nothing new, and the console is slow.
+pub(crate) const NAMED_PAGES: u64 = 16;
+
 /// Free memory in MiB, rounded down.
 pub(crate) fn free_mib() -> Result<String, String> {
     let text = fs::read_to_string("/proc/meminfo").map_err(|error| error.to_string())?;
@@ -48,17 +51,27 @@ pub(crate) fn fill(name: &str, mib: u64, seed: u64) -> Result<String, String> {
     Ok(format!("{mib}"))
 }
 
-/// Reads back what [`fill`] wrote and answers with the number of wrong pages.
-pub(crate) fn verify(name: &str, mib: u64, seed: u64) -> Result<String, String> {
+/// Reads back what [`fill`] wrote, names wrong pages, and answers with their number.
+pub(crate) fn verify(
+    name: &str,
+    mib: u64,
+    seed: u64,
+    emit: &mut dyn FnMut(&str) -> Result<(), String>,
+) -> Result<String, String> {
     let path = path_of(name)?;
     let mut file = File::open(&path).map_err(|error| format!("cannot open {path}: {error}"))?;
     let mut found = vec![0; CHUNK_BYTES];
     let mut wanted = vec![0; CHUNK_BYTES];
-    let mut wrong = 0;
+    let mut wrong = 0u64;
     for chunk in 0..mib {
         file.read_exact(&mut found)
             .map_err(|error| format!("cannot read MiB {chunk} of {path}: {error}"))?;
-        wrong += pattern::count_wrong(&found, &mut wanted, seed, chunk * CHUNK_PAGES);
+        for page in pattern::wrong_pages(&found, &mut wanted, seed, chunk * CHUNK_PAGES) {
+            if wrong < NAMED_PAGES {
+                emit(&page.to_string())?;
+            }
+            wrong += 1;
+        }
     }
     match file.read(&mut found) {
         Ok(0) => Ok(wrong.to_string()),

@@ -1,5 +1,7 @@
 //! Page contents that differ in every page and for every seed.
 
+use std::fmt;
+
 /// Bytes in a page of the guest.
 pub(crate) const PAGE_BYTES: usize = 4096;
 
@@ -17,12 +19,46 @@ pub(crate) fn generate(buffer: &mut [u8], seed: u64, first_page: u64) {
     }
 }
 
-/// Counts the pages of `found` that are not what [`generate`] wrote; `wanted` is scratch space.
-pub(crate) fn count_wrong(found: &[u8], wanted: &mut [u8], seed: u64, first_page: u64) -> u64 {
+/// A page that does not hold what [`generate`] wrote.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct WrongPage {
+    /// Its number.
+    pub(crate) page: u64,
+    /// The first byte that differs, and what is in the word that it belongs to: zeros are memory
+    /// that was lost, another page's pattern is memory that was given out twice.
+    pub(crate) byte: usize,
+    pub(crate) found: u64,
+    pub(crate) wanted: u64,
+}
+
+impl fmt::Display for WrongPage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { page, byte, found, wanted } = self;
+        write!(f, "page {page} holds {found:#018x} and not {wanted:#018x} at byte {byte}")
+    }
+}
+
+/// The pages of `found` that are not what [`generate`] wrote; `wanted` is scratch space.
+pub(crate) fn wrong_pages<'a>(
+    found: &'a [u8],
+    wanted: &'a mut [u8],
+    seed: u64,
+    first_page: u64,
+) -> impl Iterator<Item = WrongPage> + 'a {
     let wanted = &mut wanted[..found.len()];
     generate(wanted, seed, first_page);
-    let pages = found.chunks(PAGE_BYTES).zip(wanted.chunks(PAGE_BYTES));
-    pages.filter(|(found, wanted)| found != wanted).count() as u64
+    let pages = found.chunks(PAGE_BYTES).zip(wanted.chunks(PAGE_BYTES)).zip(first_page..);
+    pages.filter(|((found, wanted), _)| found != wanted).map(|((found, wanted), page)| {
+        let byte = found.iter().zip(wanted).position(|(found, wanted)| found != wanted);
+        let byte = byte.unwrap_or_default();
+        WrongPage { page, byte, found: word_at(found, byte), wanted: word_at(wanted, byte) }
+    })
+}
+
+/// The word of a page that byte `byte` belongs to.
+fn word_at(page: &[u8], byte: usize) -> u64 {
+    let (words, _) = page.as_chunks::<8>();
+    words.get(byte / 8).copied().map_or(0, u64::from_le_bytes)
 }
 
 /// A number that differs for every seed and page (the finaliser of SplitMix64).
@@ -51,14 +87,17 @@ mod tests {
     }
 
     #[test]
-    fn each_wrong_page_is_counted_once() {
+    fn each_wrong_page_is_named_once() {
         let mut pages = vec![0; 4 * PAGE_BYTES];
         let mut scratch = vec![0; 4 * PAGE_BYTES];
         generate(&mut pages, 1, 10);
-        assert_eq!(count_wrong(&pages, &mut scratch, 1, 10), 0);
+        assert_eq!(wrong_pages(&pages, &mut scratch, 1, 10).count(), 0);
+        let intact = word_at(&pages[PAGE_BYTES..], 0);
         pages[PAGE_BYTES] ^= 1;
         pages[2 * PAGE_BYTES - 1] ^= 1;
         pages[4 * PAGE_BYTES - 1] ^= 1;
-        assert_eq!(count_wrong(&pages, &mut scratch, 1, 10), 2);
+        let wrong: Vec<_> = wrong_pages(&pages, &mut scratch, 1, 10).collect();
+        assert_eq!(wrong[0], WrongPage { page: 11, byte: 0, found: intact ^ 1, wanted: intact });
+        assert_eq!((wrong.len(), wrong[1].page, wrong[1].byte), (2, 13, PAGE_BYTES - 1));
     }
 }

@@ -15,7 +15,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 pub(crate) const CHILD_ARGUMENT: &str = "pressure-child";
 
 /// The process that the OOM killer takes before any other.
-const OOM_SCORE_FIRST: &str = "1000";
+pub(crate) const OOM_SCORE_FIRST: &str = "1000";
 
 /// One system call's worth.
 const CHUNK_BYTES: usize = 1 << 20;

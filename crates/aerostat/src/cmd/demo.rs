@@ -1,26 +1,20 @@
 //! `aerostat demo`: the four stages of taking memory, the old way and ours, and
 //! what a guest's kernel can be asked for.
 
-use std::io::IsTerminal;
-use std::time::Duration;
-
 use bench::inflate::{self, Case, CaseReport, HostPages, Memory, Report};
 use bench::requests::{self, Tour};
 use clap::Args;
 use control::Size;
 use control::api::{BALLOON_PAGE_BYTES, FreePages};
-use indicatif::ProgressBar;
 
 use crate::cmd::bench::{failure, program};
 use crate::failure::Failure;
 use crate::memory_map;
 use crate::output::print;
+use crate::progress::Steps;
 
 /// Size of the guest, and of the balloon, in MiB: those of the measurement of 2016.
 const GUEST_MIB: u64 = 4096;
-
-/// Milliseconds between two pictures of the spinner.
-const TICK_MS: u64 = 100;
 
 /// Boots a 4 GiB guest and takes 3 GiB from it, the old way and the new one
 #[derive(Debug, Args)]
@@ -48,33 +42,6 @@ pub(crate) fn run(_: &DemoArgs) -> Result<(), Failure> {
     let tour = requests::tour(&options, &mut |step| steps.show(step)).map_err(failure)?;
     steps.end();
     print(&story(&tour))
-}
-
-/// What is going on: a spinner on a terminal, lines elsewhere.
-struct Steps(Option<ProgressBar>);
-
-impl Steps {
-    fn start() -> Self {
-        let bar = std::io::stderr().is_terminal().then(ProgressBar::new_spinner);
-        if let Some(bar) = &bar {
-            bar.set_message("preparing the guest");
-            bar.enable_steady_tick(Duration::from_millis(TICK_MS));
-        }
-        Self(bar)
-    }
-
-    fn show(&self, step: &str) {
-        match &self.0 {
-            Some(bar) => bar.set_message(step.to_owned()),
-            None => eprintln!("{step}"),
-        }
-    }
-
-    fn end(&self) {
-        if let Some(bar) = &self.0 {
-            bar.finish_and_clear();
-        }
-    }
 }
 
 fn picture(report: &Report) -> String {

@@ -95,7 +95,7 @@ fn of_guest(
         percent = percent.min(named);
         match kind {
             FreeKind::Hold => drop(bed.client.release_free_pages(LIMIT)?),
-            _ => used = used.max(used_pages(&bed.client, &mut bed.guest)?),
+            _ => used = used.max(used_pages(&bed.host.client, &mut bed.guest)?),
         }
         answers.push(answer);
     }

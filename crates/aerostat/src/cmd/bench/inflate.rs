@@ -2,11 +2,11 @@
 
 use std::path::PathBuf;
 
-use bench::inflate::{self, HostPages, Memory, Report};
+use bench::inflate::{self, Memory, Report};
 use clap::{Args, ValueEnum};
 use control::Size;
 
-use super::{failure, name, program};
+use super::{BackingArg, chosen, failure, name, program};
 use crate::failure::Failure;
 use crate::output::{print, print_json};
 
@@ -48,15 +48,6 @@ enum MemoryArg {
     Fragmented,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum BackingArg {
-    /// tmpfs with 4 KiB pages
-    #[value(name = "4k")]
-    Small,
-    /// tmpfs with huge pages
-    Huge,
-}
-
 pub(super) fn run(args: &InflateArgs) -> Result<(), Failure> {
     let options = inflate::Options {
         program: program()?,
@@ -67,10 +58,7 @@ pub(super) fn run(args: &InflateArgs) -> Result<(), Failure> {
             MemoryArg::Touched => Memory::Touched,
             MemoryArg::Fragmented => Memory::Fragmented,
         }),
-        backing: chosen(&args.backing, &HostPages::ALL, |backing| match backing {
-            BackingArg::Small => HostPages::Small,
-            BackingArg::Huge => HostPages::Huge,
-        }),
+        backing: BackingArg::chosen(&args.backing),
     };
     let report = inflate::run(&options, &mut |step| eprintln!("{step}")).map_err(failure)?;
     if let Some(path) = &args.svg {
@@ -79,10 +67,6 @@ pub(super) fn run(args: &InflateArgs) -> Result<(), Failure> {
             .map_err(|error| Failure::new(&error, "check the path of --svg"))?;
     }
     if args.json { print_json(&report) } else { print(&table(&report)) }
-}
-
-fn chosen<A: Copy, T: Copy>(asked: &[A], all: &[T], each: impl Fn(A) -> T) -> Vec<T> {
-    if asked.is_empty() { all.to_vec() } else { asked.iter().map(|arg| each(*arg)).collect() }
 }
 
 /// Two tables that are plain text and Markdown both.

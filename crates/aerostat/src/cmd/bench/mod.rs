@@ -5,7 +5,8 @@ mod requests;
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use bench::inflate::HostPages;
+use clap::{Args, Subcommand, ValueEnum};
 
 use crate::failure::Failure;
 
@@ -20,6 +21,30 @@ pub(crate) struct BenchArgs {
 enum What {
     Inflate(inflate::InflateArgs),
     Requests(requests::RequestsArgs),
+}
+
+/// The host's pages behind guests.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum BackingArg {
+    /// tmpfs with 4 KiB pages
+    #[value(name = "4k")]
+    Small,
+    /// tmpfs with huge pages
+    Huge,
+}
+
+impl BackingArg {
+    /// All kinds where none was asked for.
+    pub(crate) fn chosen(asked: &[Self]) -> Vec<HostPages> {
+        chosen(asked, &HostPages::ALL, |backing| match backing {
+            Self::Small => HostPages::Small,
+            Self::Huge => HostPages::Huge,
+        })
+    }
+}
+
+fn chosen<A: Copy, T: Copy>(asked: &[A], all: &[T], each: impl Fn(A) -> T) -> Vec<T> {
+    if asked.is_empty() { all.to_vec() } else { asked.iter().map(|arg| each(*arg)).collect() }
 }
 
 pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {

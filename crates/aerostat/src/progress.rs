@@ -1,0 +1,54 @@
+//! What is going on: one line that changes on a terminal, lines elsewhere.
+
+use std::cell::Cell;
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// Between two pictures of the spinner.
+const TICK: Duration = Duration::from_millis(100);
+
+/// Shows on standard error how far a long command is.
+pub(crate) struct Steps {
+    bar: Option<ProgressBar>,
+    /// The least time between two lines.
+    pause: Duration,
+    last: Cell<Option<Instant>>,
+}
+
+impl Steps {
+    /// Shows each step.
+    pub(crate) fn start() -> Self {
+        Self::sparse(Duration::ZERO)
+    }
+
+    /// Where there is no terminal, a line at most every `pause`.
+    pub(crate) fn sparse(pause: Duration) -> Self {
+        let bar = std::io::stderr().is_terminal().then(ProgressBar::new_spinner);
+        if let Some(bar) = &bar {
+            // Cut where the terminal ends; one that does not parse leaves the default style.
+            if let Ok(style) = ProgressStyle::with_template("{spinner} {wide_msg}") {
+                bar.set_style(style);
+            }
+            bar.set_message("preparing the guest");
+            bar.enable_steady_tick(TICK);
+        }
+        Self { bar, pause, last: Cell::new(None) }
+    }
+
+    pub(crate) fn show(&self, step: &str) {
+        if let Some(bar) = &self.bar {
+            bar.set_message(step.to_owned());
+        } else if self.last.get().is_none_or(|last| last.elapsed() >= self.pause) {
+            eprintln!("{step}");
+            self.last.set(Some(Instant::now()));
+        }
+    }
+
+    pub(crate) fn end(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}

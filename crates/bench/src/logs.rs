@@ -1,0 +1,61 @@
+//! What is wrong by the logs of guests and back ends.
+
+/// What a kernel or the guests' init says when something is wrong. Linux: lib/bug.c,
+/// kernel/panic.c, mm/oom_kill.c, mm/page_alloc.c, mm/page_poison.c, kernel/hung_task.c,
+/// kernel/rcu/tree_stall.h.
+const GUEST_COMPLAINTS: [&str; 15] = [
+    "WARNING",
+    "BUG",
+    "Oops",
+    "Call Trace",
+    "Kernel panic",
+    "Out of memory",
+    "oom-kill",
+    "page allocation failure",
+    "bad page",
+    "corruption",
+    "pagealloc:",
+    "blocked for more than",
+    "rcu_sched",
+    // Aerostat's driver: the device found fault with what it said.
+    "refused an answer",
+    " init: ",
+];
+
+/// What a back end says when something is wrong: levels, and how a panic begins.
+const BACKEND_COMPLAINTS: [&str; 3] = [" WARN ", " ERROR ", "panicked at"];
+
+/// The lines of a guest's console and kernel log that complain.
+pub fn guest_complaints(log: &str) -> Vec<String> {
+    complaints(log, &GUEST_COMPLAINTS)
+}
+
+/// The lines of a back end's log that complain.
+pub fn backend_complaints(log: &str) -> Vec<String> {
+    complaints(log, &BACKEND_COMPLAINTS)
+}
+
+fn complaints(log: &str, words: &[&str]) -> Vec<String> {
+    let complains = |line: &&str| words.iter().any(|word| line.contains(word));
+    log.lines().filter(complains).map(str::to_owned).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn complaints_are_found_among_other_lines() {
+        let guest = "[    1.1] kernel mem auto-init: heap free:off\n\
+                     [    1.2] kernel Run /init as init process\n\
+                     [    1.3] kernel WARNING: CPU: 0 PID: 1\n\
+                     [    1.4] host 7 fill file1 20 3\n\
+                     [    2.0] kernel Out of memory: Killed process 9\n";
+        let found = guest_complaints(guest);
+        assert_eq!(found.len(), 2, "{found:?}");
+        let backend = "2026-01-01T00:00:00Z  INFO vhost_device_balloon: a monitor connected\n\
+                       2026-01-01T00:00:00Z  WARN vhost_device_balloon: guest: no such page\n";
+        assert_eq!(backend_complaints(backend).len(), 1);
+        assert_eq!(backend_complaints("thread 'main' panicked at src/x.rs:1").len(), 1);
+    }
+}

@@ -1,0 +1,359 @@
+//! Does to a guest and its balloon what the plan says, and looks at what must then hold.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use control::api::{AskFreePages, Caches, FreeKind};
+use control::{ControlError, HintOutcome, Status};
+use serde::{Deserialize, Serialize};
+
+use super::plan::{PatternFile, Plan, Step};
+use crate::bed::Bed;
+use crate::error::{BenchError, Result};
+use crate::host::LIMIT;
+use crate::testbed::Driver;
+
+/// Part of the guest's memory that fragmenting leaves alone. Of the free memory it would
+/// be nothing while there is a hold.
+const UNFRAGMENTED_DIVISOR: u64 = 8;
+
+/// Part of the guest's memory that Linux may keep in lists of its processors, above all
+/// after the stock driver gave single pages back: `MemFree` does not count it.
+const UNCOUNTED_DIVISOR: u64 = 8;
+
+/// What the guest needs for itself meanwhile.
+const SLACK_MIB: u64 = 32;
+
+/// Asks how many free blocks of each size there are; the last column is order 10, 4 MiB.
+const FREE_BLOCKS: &str = "cat /proc/buddyinfo";
+const BLOCK_MIB: u64 = 4;
+
+/// Whole blocks that have to have been touched where a report of some is waited for.
+const LEAST_REPORTED_MIB: u64 = 64;
+
+/// Between two questions to the guest.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// Steps of a kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Count {
+    /// Those that were begun.
+    pub steps: u64,
+    /// Those among them that failed.
+    pub failed: u64,
+}
+
+/// What was done and seen so far.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tally {
+    /// Steps by kind.
+    pub steps: BTreeMap<String, Count>,
+    /// Bytes whose contents were looked at.
+    pub verified_bytes: u64,
+    /// Pages that did not hold what the guest had written.
+    pub wrong_pages: u64,
+}
+
+impl Tally {
+    fn verified_mib(&mut self, mib: u64) {
+        self.verified_bytes += mib << 20;
+    }
+
+    /// Steps of all kinds.
+    pub fn steps_begun(&self) -> u64 {
+        self.steps.values().map(|count| count.steps).sum()
+    }
+}
+
+/// A guest with its driver loaded on its way through a plan.
+pub struct Walk<'a, 'b> {
+    bed: &'a mut Bed<'b>,
+    plan: Plan,
+    /// Files that there are now.
+    files: BTreeMap<String, PatternFile>,
+    churn_mib: u64,
+    tally: Tally,
+}
+
+impl<'a, 'b> Walk<'a, 'b> {
+    /// A walk that begins with an empty balloon and no files.
+    pub fn new(bed: &'a mut Bed<'b>, plan: Plan) -> Self {
+        Self { bed, plan, files: BTreeMap::new(), churn_mib: 0, tally: Tally::default() }
+    }
+
+    /// Does one thing; `told` hears before what.
+    ///
+    /// # Errors
+    /// What went wrong. The guest is not where the plan believes it then.
+    pub fn step(&mut self, told: &mut dyn FnMut(&Step)) -> Result<()> {
+        let step = self.plan.next_step();
+        self.take(&step, told)
+    }
+
+    /// Waits for the balloon and verifies every byte of every file.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn check(&mut self) -> Result<()> {
+        self.bed.host.settle()?;
+        let files: Vec<_> = self.files.values().cloned().collect();
+        files.iter().try_for_each(|file| self.verify(file))
+    }
+
+    /// Empties the balloon, verifies everything once more, and frees it.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn end(&mut self, told: &mut dyn FnMut(&Step)) -> Result<()> {
+        for step in self.plan.clone().ending() {
+            self.take(&step, told)?;
+        }
+        Ok(())
+    }
+
+    /// What was done and seen so far.
+    pub const fn tally(&self) -> &Tally {
+        &self.tally
+    }
+
+    fn take(&mut self, step: &Step, told: &mut dyn FnMut(&Step)) -> Result<()> {
+        told(step);
+        let done = self.act(step);
+        let count = self.tally.steps.entry(step.name().to_owned()).or_default();
+        count.steps += 1;
+        count.failed += u64::from(done.is_err());
+        if let Err(BenchError::WrongPages { pages, .. }) = &done {
+            self.tally.wrong_pages += pages;
+        }
+        done
+    }
+
+    fn act(&mut self, step: &Step) -> Result<()> {
+        let host = self.bed.host;
+        match step {
+            Step::Target { pages, settle } => {
+                host.set_target(*pages)?;
+                if *settle {
+                    host.settle()?;
+                }
+                Ok(())
+            }
+            Step::Bounce { touch_mib, high, enough, low, file } => {
+                self.bounce(*touch_mib, [*high, *enough, *low], file.as_ref())
+            }
+            Step::Fill(file) => self.fill(file),
+            Step::Drop(name) => {
+                self.files.remove(name);
+                self.bed.run(&format!("drop {name}")).map(drop)
+            }
+            Step::Verify(file) => self.verify(file),
+            Step::Check => self.check(),
+            Step::Mode(mode) => Ok(host.client.set_release(*mode).map(drop)?),
+            Step::Reload { interlude } => self.reload(interlude),
+            Step::Fragment => self.bed.fragment(host.memory_mib() / UNFRAGMENTED_DIVISOR),
+            Step::Defragment => self.bed.defragment(),
+            Step::Churn { mib, seed } => {
+                self.churn_mib = *mib;
+                self.bed.run(&format!("churn {mib} {seed}")).map(drop)
+            }
+            Step::Calm => self.calm(),
+            Step::Hints => self.hints(),
+            Step::Reports { touch_mib } => self.reports(*touch_mib),
+            Step::Statistics { interval_ms } => self.statistics(*interval_ms),
+            Step::DropCaches(what) => self.drop_caches(*what),
+            Step::Snapshot { min_block_bytes } => {
+                self.free_pages(FreeKind::Snapshot, *min_block_bytes, None)
+            }
+            Step::Hold { reserve_mib } => {
+                self.free_pages(FreeKind::Hold, None, Some(reserve_mib << 20))
+            }
+            Step::ReleaseHold => self.release_hold(),
+        }
+    }
+
+    fn bounce(
+        &mut self,
+        touch_mib: u64,
+        [high, enough, low]: [u32; 3],
+        file: Option<&PatternFile>,
+    ) -> Result<()> {
+        let host = self.bed.host;
+        host.settle()?;
+        self.bed.run(&format!("touch {touch_mib}"))?;
+        host.set_target(high)?;
+        host.until("on its way", |status| status.balloon.actual_pages >= enough)?;
+        host.set_target(low)?;
+        // Not until all is released: the guest does not wait for that either.
+        host.until("down again", |status| status.balloon.actual_pages == low)?;
+        match file {
+            Some(file) => self.fill(file).and_then(|()| self.verify(file)),
+            None => Ok(()),
+        }
+    }
+
+    fn reload(&mut self, interlude: &PatternFile) -> Result<()> {
+        let host = self.bed.host;
+        self.bed.unload_driver()?;
+        let actual_pages = host.status()?.balloon.actual_pages;
+        if actual_pages != 0 {
+            let name = host.name().to_owned();
+            return Err(BenchError::NotReached { name, actual_pages, target_pages: 0 });
+        }
+        self.fill(interlude)?;
+        self.verify(interlude)?;
+        self.files.remove(&interlude.name);
+        self.bed.run(&format!("drop {}", interlude.name))?;
+        self.bed.load_driver()
+    }
+
+    fn fill(&mut self, file: &PatternFile) -> Result<()> {
+        let PatternFile { name, mib, seed } = file;
+        self.bed.run(&format!("fill {name} {mib} {seed}"))?;
+        self.files.insert(name.clone(), file.clone());
+        Ok(())
+    }
+
+    fn verify(&mut self, file: &PatternFile) -> Result<()> {
+        self.tally.verified_mib(file.mib);
+        self.bed.verify(&file.name, file.mib, file.seed)
+    }
+
+    fn calm(&mut self) -> Result<()> {
+        let reply = self.bed.guest.run("calm")?;
+        self.churn_mib = 0;
+        let number = |name| {
+            let word = reply.text.split_whitespace().find_map(|word| word.strip_prefix(name));
+            word.and_then(|word| word.parse::<u64>().ok())
+        };
+        let (Some(pages), Some(wrong)) = (number("pages="), number("wrong=")) else {
+            let command = "calm".to_owned();
+            return Err(BenchError::GuestAnswer { command, answer: reply.text });
+        };
+        self.tally.verified_bytes += pages * control::BALLOON_PAGE_BYTES;
+        match wrong {
+            0 => Ok(()),
+            _ => Err(self.bed.wrong_pages("its churn", wrong, reply.lines)),
+        }
+    }
+
+    fn hints(&mut self) -> Result<()> {
+        let host = self.bed.host;
+        self.driver_is_there()?;
+        let before_mib = self.free_or_in_balloon_mib()?;
+        let hints = host.client.hints(LIMIT)?;
+        if hints.outcome != HintOutcome::Complete {
+            return Err(host.not_in_time("asked", host.status()?));
+        }
+        // The stock driver gives the pages back a moment after the end, and who fills
+        // what is free before that is out of memory.
+        let enough = before_mib.saturating_sub(SLACK_MIB + self.uncounted_mib());
+        let end = Instant::now() + LIMIT;
+        while self.free_or_in_balloon_mib()? < enough {
+            if Instant::now() >= end {
+                let what = format!("free of hints ({enough} of {before_mib} MiB)");
+                return Err(host.not_in_time(&what, host.status()?));
+            }
+            std::thread::sleep(LOOK);
+        }
+        Ok(())
+    }
+
+    /// What the guest may say too little or too much of when it is asked what is free.
+    fn uncounted_mib(&self) -> u64 {
+        self.churn_mib + self.bed.host.memory_mib() / UNCOUNTED_DIVISOR
+    }
+
+    /// What stays the same while the balloon is on its way to its target.
+    fn free_or_in_balloon_mib(&mut self) -> Result<u64> {
+        let balloon_bytes = self.bed.host.status()?.balloon.actual_bytes;
+        Ok(self.bed.free_mib()? + (balloon_bytes >> 20))
+    }
+
+    fn reports(&mut self, touch_mib: u64) -> Result<()> {
+        let host = self.bed.host;
+        self.driver_is_there()?;
+        let before = host.status()?.reports.messages;
+        let (free_mib, blocks_mib) = (self.bed.free_mib()?, self.whole_blocks_mib()?);
+        self.bed.run(&format!("touch {touch_mib}"))?;
+        // Linux reports whole blocks that were in use since the last time. What is free in
+        // pieces is touched first, so it takes more than that to come to such blocks.
+        let pieces_mib = free_mib.saturating_sub(blocks_mib) + self.uncounted_mib();
+        if touch_mib < pieces_mib + LEAST_REPORTED_MIB {
+            return Ok(());
+        }
+        let reported = host.until("reported", |status| status.reports.messages > before);
+        match reported {
+            Err(BenchError::NotInTime { name, what, status, log }) => {
+                let free = self.bed.guest.run(FREE_BLOCKS)?.lines.join("; ");
+                let what = format!("{what} ({touch_mib} MiB touched, free blocks: {free})");
+                Err(BenchError::NotInTime { name, what, status, log })
+            }
+            other => other.map(drop),
+        }
+    }
+
+    /// Free memory in the largest blocks that the guest's allocator has.
+    fn whole_blocks_mib(&mut self) -> Result<u64> {
+        let reply = self.bed.guest.run(FREE_BLOCKS)?;
+        let of_zone = |line: &String| line.split_whitespace().next_back()?.parse::<u64>().ok();
+        let blocks = reply.lines.iter().map(of_zone).sum::<Option<u64>>();
+        blocks.map(|blocks| blocks * BLOCK_MIB).ok_or_else(|| BenchError::GuestAnswer {
+            command: FREE_BLOCKS.to_owned(),
+            answer: reply.lines.join("; "),
+        })
+    }
+
+    /// Waits for statistics that were made after now: what comes next may have been on its
+    /// way, so that is for what comes after it.
+    fn statistics(&mut self, interval_ms: u64) -> Result<()> {
+        let host = self.bed.host;
+        self.driver_is_there()?;
+        host.client.set_stats(interval_ms)?;
+        for _ in 0..2 {
+            let asked = Instant::now();
+            host.until("told", |status| {
+                let age = status.stats.age_ms.map(Duration::from_millis);
+                // An age is cut to whole milliseconds.
+                let age = age.map(|age| age + Duration::from_millis(1));
+                !status.stats.stale && age.is_some_and(|age| age < asked.elapsed())
+            })?;
+        }
+        Ok(())
+    }
+
+    fn drop_caches(&mut self, what: Caches) -> Result<()> {
+        self.driver_is_there()?;
+        Ok(self.bed.host.client.drop_caches(what, LIMIT).map(drop)?)
+    }
+
+    fn free_pages(
+        &mut self,
+        kind: FreeKind,
+        min_block_bytes: Option<u64>,
+        reserve_bytes: Option<u64>,
+    ) -> Result<()> {
+        self.driver_is_there()?;
+        let timeout_ms = u64::try_from(LIMIT.as_millis()).unwrap_or(u64::MAX);
+        let ask = AskFreePages { kind, min_block_bytes, reserve_bytes, timeout_ms };
+        Ok(self.bed.host.client.ask_free_pages(&ask).map(drop)?)
+    }
+
+    fn release_hold(&mut self) -> Result<()> {
+        let host = self.bed.host;
+        match host.client.release_free_pages(LIMIT) {
+            // The guest needed it, and has it back.
+            Err(ControlError::Answered { .. }) if host.status()?.requests.hold.is_none() => Ok(()),
+            outcome => Ok(outcome.map(drop)?),
+        }
+    }
+
+    /// Waits until the driver, which may have been loaded just now, can be asked.
+    fn driver_is_there(&self) -> Result<()> {
+        let driver = self.bed.driver;
+        let is_there = |status: &Status| match driver {
+            Driver::Stock => status.guest.features.iter().any(|name| name == "free-page-hint"),
+            Driver::Own => status.requests.possible,
+        };
+        self.bed.host.until("ready to be asked", is_there).map(drop)
+    }
+}
