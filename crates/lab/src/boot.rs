@@ -108,7 +108,8 @@ fn qemu_words(
     words.extend(["-no-user-config", "-nodefaults", "-no-reboot"].map(Into::into));
     words.extend(["-machine", "q35", "-cpu", "max", "-display", "none"].map(Into::into));
     // One thread: with several, emulation races with the kernel's patching of its own code.
-    words.extend(["-accel", "tcg,thread=single", "-smp", "1"].map(Into::into));
+    let accelerator = if guest.hardware { "kvm" } else { "tcg,thread=single" };
+    words.extend(["-accel", accelerator, "-smp", "1"].map(Into::into));
     words.extend(["-m".into(), format!("{}M", guest.memory_mib).into()]);
     words.extend(["-kernel".into(), kernel.vmlinuz.clone().into()]);
     words.extend(["-initrd".into(), initramfs.into()]);

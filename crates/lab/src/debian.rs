@@ -10,10 +10,22 @@ use crate::guest_build::KernelTree;
 use crate::tool;
 
 /// Raise it when the way packages are fetched changes.
-const RECIPE: u32 = 2;
+const RECIPE: u32 = 3;
 
 /// Paths on one command line: far below what Linux allows.
 const FILES_AT_ONCE: usize = 256;
+
+/// Modules that no lab loads and that are most of a kernel: sound, graphics, network cards, disks.
+const UNUSED_MODULES: [&str; 8] = [
+    "kernel/sound",
+    "kernel/drivers/gpu",
+    "kernel/drivers/infiniband",
+    "kernel/drivers/media",
+    "kernel/drivers/net",
+    "kernel/drivers/scsi",
+    "kernel/drivers/staging",
+    "kernel/drivers/usb",
+];
 
 /// Begins the list of needed modules in a module's information section.
 const DEPENDS: &[u8] = b"\0depends=";
@@ -25,6 +37,8 @@ pub enum Release {
     Cloud6_1,
     /// The cloud kernel of the later series.
     Cloud6_12,
+    /// The kernel for real machines of the later series, which has KVM.
+    Full6_12,
 }
 
 impl Release {
@@ -33,6 +47,7 @@ impl Release {
         match self {
             Self::Cloud6_1 => "linux-image-cloud-amd64",
             Self::Cloud6_12 => "linux-image-6.12-cloud-amd64",
+            Self::Full6_12 => "linux-image-6.12-amd64",
         }
     }
 }
@@ -175,7 +190,20 @@ fn fetch(package: &str, version: &str, directory: &Path) -> Result<()> {
     extract.arg("--extract").arg(archive).arg(directory);
     tool::run(&mut extract, "dpkg", &log)?;
     fs::remove_file(archive).context_path("remove", archive)?;
+    remove_unused_modules(&directory.join("lib/modules"))?;
     decompress_modules(directory, &log)
+}
+
+fn remove_unused_modules(modules: &Path) -> Result<()> {
+    for entry in fs::read_dir(modules).context_path("list", modules)? {
+        let kernel = entry.context_path("list", modules)?.path();
+        for unused in UNUSED_MODULES.map(|unused| kernel.join(unused)) {
+            if unused.is_dir() {
+                fs::remove_dir_all(&unused).context_path("remove", &unused)?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The kernel would load a compressed module too, but only if it was built to.

@@ -41,6 +41,7 @@ pub struct GuestBuilder {
     pub(crate) modules: Vec<PathBuf>,
     pub(crate) kernel_arguments: Vec<String>,
     pub(crate) machine_arguments: Vec<String>,
+    pub(crate) hardware: bool,
     log_file: Option<PathBuf>,
     boot_limit: Duration,
 }
@@ -56,6 +57,7 @@ impl GuestBuilder {
             modules: Vec::new(),
             kernel_arguments: Vec::new(),
             machine_arguments: Vec::new(),
+            hardware: false,
             log_file: None,
             boot_limit: BOOT_LIMIT,
         }
@@ -109,6 +111,12 @@ impl GuestBuilder {
         arguments: impl IntoIterator<Item = impl Into<String>>,
     ) -> Self {
         self.machine_arguments.extend(arguments.into_iter().map(Into::into));
+        self
+    }
+
+    /// Uses this machine's KVM instead of emulation (QEMU only).
+    pub fn hardware(mut self, hardware: bool) -> Self {
+        self.hardware = hardware;
         self
     }
 

@@ -3,10 +3,10 @@
 use std::fs;
 use std::str::FromStr;
 
-use crate::{memory, module, pressure, system};
+use crate::{memory, module, pressure, program, system};
 
 /// Takes one line of an answer to the host.
-type Emit<'a> = &'a mut dyn FnMut(&str) -> Result<(), String>;
+pub(crate) type Emit<'a> = &'a mut dyn FnMut(&str) -> Result<(), String>;
 
 /// Runs one command; the text goes into the last line of the answer.
 pub(crate) fn run(name: &str, arguments: &[String], emit: Emit<'_>) -> Result<String, String> {
@@ -25,6 +25,8 @@ pub(crate) fn run(name: &str, arguments: &[String], emit: Emit<'_>) -> Result<St
         ("write", [path, text @ ..]) => write_file(path, &text.join(" ")),
         ("drop-caches", []) => system::drop_caches(),
         ("pressure", [mib, hold_ms]) => pressure::run(number(mib)?, number(hold_ms)?),
+        ("mount-root", [tag]) => program::mount_root(tag),
+        ("program", [words @ ..]) => program::run(words, emit),
         ("sync", []) => {
             rustix::fs::sync();
             Ok(String::new())

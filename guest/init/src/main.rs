@@ -11,6 +11,7 @@ mod memory;
 mod module;
 mod pattern;
 mod pressure;
+mod program;
 mod system;
 
 use std::process::ExitCode;
@@ -20,6 +21,9 @@ fn main() -> ExitCode {
     // Under pressure the allocation is done by a second process, which the kernel may kill.
     if arguments.get(1).map(String::as_str) == Some(pressure::CHILD_ARGUMENT) {
         return pressure::child(&arguments);
+    }
+    if arguments.get(1).map(String::as_str) == Some(program::CHILD_ARGUMENT) {
+        return program::child(&arguments);
     }
     if let Err(error) = serve() {
         eprintln!("init: {error}");
