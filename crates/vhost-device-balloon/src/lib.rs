@@ -9,12 +9,9 @@
 #![forbid(unsafe_code)]
 
 mod error;
-mod log_limit;
 mod memory;
-mod reclaim;
 mod server;
 mod session;
-mod shared;
 mod vring;
 mod wire;
 

@@ -7,15 +7,14 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use balloon_host::{HostReclaim, Shared};
 use control::Server;
 use control::api::{PartialHuge, ReleaseMode};
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, EventData, EventFlags};
 
 use crate::error::{Error, SessionError};
-use crate::reclaim::HostReclaim;
 use crate::session::Session;
-use crate::shared::Shared;
 use crate::wire::{MESSAGE_TIMEOUT, Message};
 
 /// Events other than kicks, whose data is the queue's number.

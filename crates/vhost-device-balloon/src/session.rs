@@ -6,13 +6,12 @@ use std::time::Instant;
 
 use balloon_abi::config::{CONFIG_BYTES, Field};
 use balloon_abi::{Features, QueueLayout};
+use balloon_host::{HostReclaim, Shared};
 use vhost::vhost_user::message::{BackendReq, FrontendReq};
 use vhost::vhost_user::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 
 use crate::error::{SessionError, Violation};
 use crate::memory::Memory;
-use crate::reclaim::HostReclaim;
-use crate::shared::Shared;
 use crate::vring::Vring;
 use crate::wire::{self, Message};
 
@@ -258,8 +257,9 @@ impl<'a> Session<'a> {
         if !self.vrings.iter().all(|vring| vring.is_valid(&memory.map)) {
             return Err(Violation::MemoryTable.into());
         }
+        let map = memory.host_map()?;
         let mut device = self.shared.device();
-        device.reclaim_mut().set_memory(&memory)?;
+        device.reclaim_mut().set_memory(map);
         device.set_layout(memory.layout.clone());
         drop(device);
         self.memory = Some(memory);

@@ -1,5 +1,5 @@
-//! What the vhost-user loop and the control API share: the device, under a
-//! lock, and what is known around it.
+//! What the loop that serves the guest and the control API share: the device,
+//! under a lock, and what is known around it.
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -15,16 +15,16 @@ use control::api::{
 };
 use rustix::event::EventfdFlags;
 
-use crate::error::Error;
+use crate::HostError;
 use crate::log_limit::LogLimit;
-use crate::reclaim::HostReclaim;
+use crate::reclaim::{HostReclaim, Work};
 
 /// How often a wait looks whether releasing in the background has come to its
 /// end, which nobody announces.
 const SETTLE_LOOK: Duration = Duration::from_millis(1);
 
 /// One guest's balloon.
-pub(crate) struct Shared {
+pub struct Shared {
     name: String,
     started: Instant,
     state: Mutex<State>,
@@ -38,12 +38,12 @@ struct State {
     connected: bool,
     generation: u64,
     /// What was released before the present change began.
-    baseline: crate::reclaim::Work,
+    baseline: Work,
     front_end_faults: BTreeMap<&'static str, u64>,
 }
 
 /// The device, locked.
-pub(crate) struct DeviceGuard<'a>(MutexGuard<'a, State>);
+pub struct DeviceGuard<'a>(MutexGuard<'a, State>);
 
 impl std::ops::Deref for DeviceGuard<'_> {
     type Target = Balloon<HostReclaim>;
@@ -59,14 +59,18 @@ impl std::ops::DerefMut for DeviceGuard<'_> {
 }
 
 impl Shared {
-    pub(crate) fn new(name: String, reclaim: HostReclaim) -> Result<Self, Error> {
+    /// A balloon without a guest.
+    ///
+    /// # Errors
+    /// The host has no file descriptor left.
+    pub fn new(name: String, reclaim: HostReclaim) -> Result<Self, HostError> {
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|e| Error::Host { what: "eventfd", source: e.into() })?;
+            .map_err(|e| HostError { what: "eventfd", source: e.into() })?;
         let state = State {
             device: Balloon::new(reclaim),
             connected: false,
             generation: 0,
-            baseline: crate::reclaim::Work::default(),
+            baseline: Work::default(),
             front_end_faults: BTreeMap::new(),
         };
         Ok(Self {
@@ -79,28 +83,31 @@ impl Shared {
         })
     }
 
-    pub(crate) fn device(&self) -> DeviceGuard<'_> {
+    /// The device, locked.
+    pub fn device(&self) -> DeviceGuard<'_> {
         DeviceGuard(self.state())
     }
 
     /// Wakes those who wait for a change of the balloon.
-    pub(crate) fn changed(&self) {
+    pub fn changed(&self) {
         self.changed.notify_all();
     }
 
-    pub(crate) fn set_connected(&self, connected: bool) {
+    /// A guest came or went.
+    pub fn set_connected(&self, connected: bool) {
         self.state().connected = connected;
         self.changed();
     }
 
-    pub(crate) fn count_front_end_fault(&self, name: &'static str) {
+    /// Counts a fault of the monitor under this word.
+    pub fn count_front_end_fault(&self, name: &'static str) {
         let mut state = self.state();
         let count = state.front_end_faults.entry(name).or_default();
         *count = count.saturating_add(1);
     }
 
     /// True where one more line about a peer's doing may go to the log.
-    pub(crate) fn may_log(&self) -> bool {
+    pub fn may_log(&self) -> bool {
         let mut limit = self.log_limit.lock().unwrap_or_else(PoisonError::into_inner);
         let left_out = limit.take(Instant::now());
         if let Some(lines @ 1..) = left_out {
@@ -110,7 +117,7 @@ impl Shared {
     }
 
     /// Becomes readable when the target has changed.
-    pub(crate) const fn wake(&self) -> &OwnedFd {
+    pub const fn wake(&self) -> &OwnedFd {
         &self.wake
     }
 
