@@ -8,6 +8,7 @@
 
 mod log_limit;
 mod reclaim;
+pub mod ring;
 mod shared;
 
 pub use log_limit::LogLimit;

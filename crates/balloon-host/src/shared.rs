@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -31,6 +32,8 @@ pub struct Shared {
     changed: Condvar,
     wake: OwnedFd,
     log_limit: Mutex<LogLimit>,
+    /// Counted only where the guest's monitor is this process.
+    exits: Option<AtomicU64>,
 }
 
 struct State {
@@ -80,7 +83,21 @@ impl Shared {
             changed: Condvar::new(),
             wake,
             log_limit: Mutex::default(),
+            exits: None,
         })
+    }
+
+    /// The same for a monitor, which sees each time that the guest leaves its processor.
+    #[must_use]
+    pub fn with_exits(self) -> Self {
+        Self { exits: Some(AtomicU64::new(0)), ..self }
+    }
+
+    /// The guest left its processor so many times because of the balloon.
+    pub fn count_exits(&self, count: u64) {
+        if let Some(exits) = &self.exits {
+            exits.fetch_add(count, Ordering::Relaxed);
+        }
     }
 
     /// The device, locked.
@@ -141,6 +158,7 @@ impl control::Balloon for Shared {
             balloon: state.balloon(),
             release: device.reclaim().status(),
             resident_bytes,
+            exits: self.exits.as_ref().map(|exits| exits.load(Ordering::Relaxed)),
             faults: state.faults(),
         }
     }

@@ -31,6 +31,11 @@ pub struct Status {
     /// Guest memory that the host really keeps in RAM, measured on the host.
     /// Absent when it cannot be measured.
     pub resident_bytes: Option<u64>,
+    /// Times the guest left its processor because of the balloon: accesses to
+    /// its registers, and notifications. Absent where another process is the
+    /// monitor, which alone could count them.
+    #[serde(default)]
+    pub exits: Option<u64>,
     /// What went wrong so far.
     pub faults: Faults,
 }

@@ -42,6 +42,7 @@ pub struct GuestBuilder {
     pub(crate) kernel_arguments: Vec<String>,
     pub(crate) machine_arguments: Vec<String>,
     pub(crate) hardware: bool,
+    pub(crate) initramfs: Option<PathBuf>,
     log_file: Option<PathBuf>,
     boot_limit: Duration,
 }
@@ -58,6 +59,7 @@ impl GuestBuilder {
             kernel_arguments: Vec::new(),
             machine_arguments: Vec::new(),
             hardware: false,
+            initramfs: None,
             log_file: None,
             boot_limit: BOOT_LIMIT,
         }
@@ -105,7 +107,7 @@ impl GuestBuilder {
         self
     }
 
-    /// Adds words to QEMU's command line, for instance devices (QEMU only).
+    /// Adds words to the command line of QEMU or of our own monitor, for instance devices.
     pub fn machine_arguments(
         mut self,
         arguments: impl IntoIterator<Item = impl Into<String>>,
@@ -118,6 +120,21 @@ impl GuestBuilder {
     pub fn hardware(mut self, hardware: bool) -> Self {
         self.hardware = hardware;
         self
+    }
+
+    /// Boots with an archive made by [`write_initramfs`](Self::write_initramfs), instead of one
+    /// that is packed now.
+    pub fn initramfs(mut self, path: impl Into<PathBuf>) -> Self {
+        self.initramfs = Some(path.into());
+        self
+    }
+
+    /// Packs init and the modules into an archive, for who has no compiler when the guest boots.
+    ///
+    /// # Errors
+    /// What is missing on this machine, or the file cannot be written.
+    pub fn write_initramfs(&self, path: &Path) -> Result<()> {
+        boot::write_initramfs(self, path)
     }
 
     /// Writes all that the guest prints to a file, with times.
@@ -189,6 +206,12 @@ impl Guest {
         GuestBuilder::new(Machine::Qemu(kernel.clone()))
     }
 
+    /// A guest of our own monitor, which needs a KVM; `program` is `aerostat`, and `kernel` a
+    /// vmlinuz or a vmlinux.
+    pub fn monitor(program: impl Into<PathBuf>, kernel: impl Into<PathBuf>) -> GuestBuilder {
+        GuestBuilder::new(Machine::Monitor { program: program.into(), kernel: kernel.into() })
+    }
+
     /// Runs a command of the guest's init and returns its answer.
     ///
     /// # Errors
@@ -256,6 +279,15 @@ impl Guest {
                 });
             }
         }
+        self.wait_end()?;
+        self.kept.end()
+    }
+
+    /// Waits until the guest's main process ends by itself, and returns how it did.
+    ///
+    /// # Errors
+    /// When it does not end.
+    pub fn wait(mut self) -> Result<ExitStatus> {
         self.wait_end()?;
         self.kept.end()
     }

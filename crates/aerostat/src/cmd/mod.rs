@@ -4,6 +4,7 @@
 mod balloon;
 mod bench;
 mod demo;
+mod run;
 mod status;
 mod vhost_user;
 
@@ -18,6 +19,7 @@ pub(crate) enum Command {
     Balloon(balloon::BalloonArgs),
     Bench(bench::BenchArgs),
     Demo(demo::DemoArgs),
+    Run(run::RunArgs),
     Status(status::StatusArgs),
     VhostUser(vhost_user::VhostUserArgs),
 }
@@ -28,6 +30,7 @@ impl Command {
             Self::Balloon(args) => balloon::run(&args),
             Self::Bench(args) => bench::run(&args),
             Self::Demo(args) => demo::run(&args),
+            Self::Run(args) => run::run(args),
             Self::Status(args) => status::run(&args),
             Self::VhostUser(args) => vhost_user::run(args),
         }

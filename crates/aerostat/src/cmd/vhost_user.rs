@@ -33,7 +33,7 @@ pub(crate) struct VhostUserArgs {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Release {
+pub(crate) enum Release {
     /// After the guest was answered, many messages together
     Background,
     /// Before the guest is answered, a message at a time
@@ -43,7 +43,7 @@ enum Release {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Partial {
+pub(crate) enum Partial {
     /// Released once nothing more adds up; the host splits the huge page
     Split,
     /// Kept until the huge page is complete
@@ -69,7 +69,7 @@ impl From<Partial> for PartialHuge {
     }
 }
 
-fn guest_name(text: &str) -> Result<GuestName, String> {
+pub(crate) fn guest_name(text: &str) -> Result<GuestName, String> {
     text.parse().map_err(|error: control::ControlError| format!("{error}; {}", error.hint()))
 }
 
