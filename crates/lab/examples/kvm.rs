@@ -25,5 +25,7 @@ fn main() -> Result<ExitCode, Box<dyn std::error::Error>> {
         println!("{line}");
     }
     eprintln!("{:?} after {:.1?}", outcome.code, start.elapsed());
-    Ok(outcome.code.map_or(ExitCode::FAILURE, |code| ExitCode::from(u8::try_from(code).unwrap_or(1))))
+    Ok(outcome
+        .code
+        .map_or(ExitCode::FAILURE, |code| ExitCode::from(u8::try_from(code).unwrap_or(1))))
 }

@@ -84,8 +84,7 @@ pub(crate) fn enter(vcpu: &VcpuFd, entry: Entry, memory: &GuestMemoryMmap) -> Re
 
 /// What every processor starts with, the first one and those that it wakes.
 pub(crate) fn set_msrs(vcpu: &VcpuFd) -> Result<(), Error> {
-    let entry =
-        kvm_msr_entry { index: MTRR_DEFAULT_TYPE, data: WRITE_BACK, ..Default::default() };
+    let entry = kvm_msr_entry { index: MTRR_DEFAULT_TYPE, data: WRITE_BACK, ..Default::default() };
     let msrs = Msrs::from_entries(&[entry])
         .map_err(|error| Error::Host { what: "memory", source: std::io::Error::other(error) })?;
     vcpu.set_msrs(&msrs).map_err(Error::kvm("setting up a processor")).map(drop)

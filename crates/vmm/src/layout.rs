@@ -84,10 +84,7 @@ pub(crate) fn ranges(memory_bytes: u64) -> Result<Vec<(u64, u64)>, Error> {
 
 /// `(start, bytes, kind)` of the map that the guest is given.
 pub(crate) fn memory_map(ranges: &[(u64, u64)]) -> Vec<(u64, u64, u32)> {
-    let mut map = vec![
-        (0, LOW_END, KIND_RAM),
-        (ACPI_TABLES, HIGH_START - ACPI_TABLES, KIND_ACPI),
-    ];
+    let mut map = vec![(0, LOW_END, KIND_RAM), (ACPI_TABLES, HIGH_START - ACPI_TABLES, KIND_ACPI)];
     map.extend(ranges.iter().map(|&(start, bytes)| {
         let from = start.max(HIGH_START);
         (from, start + bytes - from, KIND_RAM)

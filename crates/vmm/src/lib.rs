@@ -16,6 +16,7 @@ mod console;
 mod cpu;
 mod cpuid;
 mod error;
+mod firmware;
 mod kvm;
 mod layout;
 mod machine;

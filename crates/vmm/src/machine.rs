@@ -22,6 +22,7 @@ use crate::console::Console;
 use crate::cpu;
 use crate::cpuid::Template;
 use crate::error::Error;
+use crate::firmware;
 use crate::kvm::Vm;
 use crate::layout;
 use crate::memory::{Memory, MemoryKind};
@@ -79,7 +80,10 @@ pub fn run(options: &Options) -> Result<End, Error> {
     let request_stop = stop.handle().map_err(Error::host("signal handling"))?;
     let _console = Console::start(&machine.bus, request_stop)?;
     tracing::info!(
-        name = options.name, cpus = options.cpus, memory_mib = options.memory_bytes >> 20, "booting"
+        name = options.name,
+        cpus = options.cpus,
+        memory_mib = options.memory_bytes >> 20,
+        "booting"
     );
     machine.serve(&stop)
 }
@@ -142,7 +146,12 @@ impl Bus {
 
 impl Slot {
     /// Places a device; KVM turns notifications and interrupts into event files by itself.
-    fn new(number: u32, device: Box<dyn Device>, vm: &VmFd, memory: &Memory) -> Result<Self, Error> {
+    fn new(
+        number: u32,
+        device: Box<dyn Device>,
+        vm: &VmFd,
+        memory: &Memory,
+    ) -> Result<Self, Error> {
         let place = mmio_slot(number);
         let start = u64::from(place.start);
         let interrupt = event_file()?;
@@ -213,6 +222,7 @@ impl Machine {
             .guest
             .write_slice(&tables, GuestAddress(layout::ACPI_TABLES))
             .map_err(Error::memory("writing the ACPI tables"))?;
+        firmware::write(&memory.guest)?;
         let source = Source {
             kernel: &options.kernel,
             initrd: options.initrd.as_deref(),

@@ -69,8 +69,7 @@ impl Processors {
         let state = State { wanted: Wanted::Pause, parked: 0, gone: 0, end: None };
         let ended = EventFd::new(rustix::event::EventfdFlags::NONBLOCK.bits().cast_signed())
             .map_err(Error::host::<std::io::Error>("eventfd"))?;
-        let group =
-            Arc::new(Group { state: Mutex::new(state), changed: Condvar::new(), ended });
+        let group = Arc::new(Group { state: Mutex::new(state), changed: Condvar::new(), ended });
         let mut all = Self { group, threads: Vec::new() };
         for (number, fd) in (0..).zip(processors) {
             let (bus, vm, group) = (Arc::clone(bus), Arc::clone(vm), Arc::clone(&all.group));
@@ -238,9 +237,4 @@ fn is_interruption(error: kvm_ioctls::Error) -> bool {
 }
 
 /// Does nothing: see [`Processors::new`].
-extern "C" fn on_call(
-    _number: i32,
-    _info: *mut libc::siginfo_t,
-    _context: *mut std::ffi::c_void,
-) {
-}
+extern "C" fn on_call(_number: i32, _info: *mut libc::siginfo_t, _context: *mut std::ffi::c_void) {}
