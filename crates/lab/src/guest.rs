@@ -283,13 +283,17 @@ impl Guest {
         self.kept.end()
     }
 
-    /// Waits until the guest's main process ends by itself, and returns how it did.
+    /// Waits until the guest's main process ends by itself, and returns how it did. All that it
+    /// printed is in the record then.
     ///
     /// # Errors
     /// When it does not end.
-    pub fn wait(mut self) -> Result<ExitStatus> {
+    pub fn wait(&mut self) -> Result<ExitStatus> {
         self.wait_end()?;
-        self.kept.end()
+        let status = self.kept.end()?;
+        // It disconnects when standard error has been read to its end.
+        let _ = self.ended.recv_timeout(END_LIMIT);
+        Ok(status)
     }
 
     /// Waits until the main process ended by itself.

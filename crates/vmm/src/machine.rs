@@ -68,24 +68,25 @@ pub enum End {
     Stopped,
 }
 
-/// Runs the guest to its end.
+/// Runs the guest to its end. SIGUSR1 pauses it, SIGUSR2 lets it go on; its balloon can be asked
+/// meanwhile.
 ///
 /// # Errors
 /// What is wrong with the options, or with the host; and a processor of the guest that stops for
 /// good.
 pub fn run(options: &Options) -> Result<End, Error> {
-    let stop = Stop::new().map_err(Error::host("signal handling"))?;
+    let requests = Requests::new().map_err(Error::host("signal handling"))?;
     let machine = Machine::new(options)?;
     let _control = Server::bind(&options.control, Arc::clone(&machine.balloon) as _)?;
-    let request_stop = stop.handle().map_err(Error::host("signal handling"))?;
-    let _console = Console::start(&machine.bus, request_stop)?;
+    let stop = requests.stopper().map_err(Error::host("signal handling"))?;
+    let _console = Console::start(&machine.bus, stop)?;
     tracing::info!(
         name = options.name,
         cpus = options.cpus,
         memory_mib = options.memory_bytes >> 20,
         "booting"
     );
-    machine.serve(&stop)
+    machine.serve(&requests)
 }
 
 /// Everything that the guest's processors can reach besides memory.
@@ -244,11 +245,11 @@ impl Machine {
     }
 
     /// Serves the guest's devices until it ends, or is to end.
-    fn serve(self, stop: &Stop) -> Result<End, Error> {
-        let poll = self.watch(stop).map_err(Error::host("epoll"))?;
+    fn serve(self, requests: &Requests) -> Result<End, Error> {
+        let poll = self.watch(requests).map_err(Error::host("epoll"))?;
         self.balloon.set_connected(true);
         self.processors.resume();
-        let end = self.serve_events(&poll);
+        let end = self.serve_events(&poll, requests);
         self.processors.pause();
         self.balloon.set_connected(false);
         match end? {
@@ -259,13 +260,15 @@ impl Machine {
         }
     }
 
-    fn watch(&self, stop: &Stop) -> io::Result<Epoll> {
+    fn watch(&self, requests: &Requests) -> io::Result<Epoll> {
         let poll = Epoll::new()?;
         let add = |file: &dyn AsRawFd, data: u64| {
             let event = EpollEvent::new(EventSet::IN, data);
             poll.ctl(ControlOperation::Add, file.as_raw_fd(), event)
         };
-        add(&stop.read, EVENT_STOP)?;
+        add(&requests.stop.read, EVENT_STOP)?;
+        add(&requests.pause.read, EVENT_PAUSE)?;
+        add(&requests.resume.read, EVENT_RESUME)?;
         add(self.balloon.wake(), EVENT_WAKE)?;
         add(self.processors.ended(), EVENT_ENDED)?;
         for (slot, place) in (0u64..).zip(&self.bus.slots) {
@@ -277,7 +280,7 @@ impl Machine {
     }
 
     /// `None` where this process is to end.
-    fn serve_events(&self, poll: &Epoll) -> Result<Option<Request>, Error> {
+    fn serve_events(&self, poll: &Epoll, requests: &Requests) -> Result<Option<Request>, Error> {
         let mut events = vec![EpollEvent::default(); EVENTS_AT_ONCE];
         loop {
             let count = match poll.wait(-1, &mut events) {
@@ -298,6 +301,16 @@ impl Machine {
                         if let Some(slot) = self.bus.slots.first() {
                             slot.transport().config_changed();
                         }
+                    }
+                    EVENT_PAUSE => {
+                        requests.pause.clear();
+                        self.processors.pause();
+                        tracing::info!("paused");
+                    }
+                    EVENT_RESUME => {
+                        requests.resume.clear();
+                        self.processors.resume();
+                        tracing::info!("resumed");
                     }
                     kick => self.kicked(kick),
                 }
@@ -327,6 +340,8 @@ const SLOT_SHIFT: u32 = 16;
 const EVENT_STOP: u64 = 1 << 48;
 const EVENT_WAKE: u64 = EVENT_STOP + 1;
 const EVENT_ENDED: u64 = EVENT_STOP + 2;
+const EVENT_PAUSE: u64 = EVENT_STOP + 3;
+const EVENT_RESUME: u64 = EVENT_STOP + 4;
 
 fn balloon(options: &Options, memory: &Memory) -> Result<Arc<Shared>, Error> {
     let mut reclaim = HostReclaim::new(options.release, options.partial_huge)?;
@@ -351,26 +366,54 @@ fn make_processors(kvm: &Kvm, vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, Error
     Ok(processors)
 }
 
-/// Asks this process to end: by SIGTERM, SIGINT, or a key.
-struct Stop {
+/// What is asked of this process: by signals, or by a key.
+struct Requests {
+    /// SIGTERM, SIGINT, or at the terminal: the end.
+    stop: SignalPipe,
+    /// SIGUSR1: the guest pauses.
+    pause: SignalPipe,
+    /// SIGUSR2: it goes on.
+    resume: SignalPipe,
+}
+
+/// Becomes readable when a signal came.
+struct SignalPipe {
     read: UnixStream,
     write: UnixStream,
 }
 
-impl Stop {
+impl Requests {
     fn new() -> io::Result<Self> {
-        let (read, write) = UnixStream::pair()?;
-        for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
-            signal_hook::low_level::pipe::register(signal, write.try_clone()?)?;
-        }
-        Ok(Self { read, write })
+        use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
+        Ok(Self {
+            stop: SignalPipe::new(&[SIGTERM, SIGINT])?,
+            pause: SignalPipe::new(&[SIGUSR1])?,
+            resume: SignalPipe::new(&[SIGUSR2])?,
+        })
     }
 
-    fn handle(&self) -> io::Result<impl Fn() + Send + 'static> {
-        let write = self.write.try_clone()?;
+    /// Asks for the end.
+    fn stopper(&self) -> io::Result<impl Fn() + Send + 'static> {
+        let write = self.stop.write.try_clone()?;
         Ok(move || {
             // A stream that is full has been asked already.
             let _ = io::Write::write(&mut &write, &[1]);
         })
+    }
+}
+
+impl SignalPipe {
+    fn new(signals: &[i32]) -> io::Result<Self> {
+        let (read, write) = UnixStream::pair()?;
+        read.set_nonblocking(true)?;
+        for signal in signals {
+            signal_hook::low_level::pipe::register(*signal, write.try_clone()?)?;
+        }
+        Ok(Self { read, write })
+    }
+
+    /// Takes all signals that came.
+    fn clear(&self) {
+        while matches!(io::Read::read(&mut &self.read, &mut [0; 64]), Ok(1..)) {}
     }
 }

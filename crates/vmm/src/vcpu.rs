@@ -171,7 +171,13 @@ impl Processor {
             state = group.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.parked -= 1;
-        state.wanted == Wanted::Run
+        let runs = state.wanted == Wanted::Run;
+        drop(state);
+        if runs {
+            // The guest shall not take the pause for a lock-up. It may have no such clock.
+            let _ = self.fd.kvmclock_ctrl();
+        }
+        runs
     }
 
     /// KVM finishes an access to a device only on the next entry; with this there is one that

@@ -12,24 +12,33 @@ use control::Client;
 use control::api::{Driver, Status};
 use lab::debian::{self, Release};
 use lab::kvm::{self, KvmMachine};
-use lab::{Guest, GuestBuilder, guest_build};
+use lab::{Guest, GuestBuilder, LabError, guest_build};
 
 use crate::program::{program, told};
 
-/// Memory of the guests, in MiB: emulation below the KVM is slow.
-const MEMORY_MIB: u64 = 512;
-
-/// What the balloon takes.
-const INFLATED_MIB: u64 = 320;
+/// Memory of the guests and what the balloon takes of it, in MiB, unless the variables say
+/// otherwise: emulation below the KVM is slow.
+const MEMORY: (&str, u64) = ("AEROSTAT_TEST_MEMORY_MIB", 512);
+const INFLATED: (&str, u64) = ("AEROSTAT_TEST_INFLATED_MIB", 320);
 
 /// What a file keeps outside of the balloon.
 const KEPT_MIB: u64 = 64;
+
+/// What the kernel keeps of free memory for itself, or has used meanwhile: without it, filling the
+/// guest would end it.
+const FREE_SLACK_MIB: u64 = 24;
 
 /// How often a change of the balloon by our driver may interrupt the guest.
 const MOST_EXITS: u64 = 100;
 
 /// For all that happens in the machine with the KVM.
 const LIMIT: Duration = Duration::from_secs(300);
+
+/// For a panic, its report, and the second that the kernel waits.
+const END_LIMIT: Duration = Duration::from_secs(60);
+
+/// A guest that runs answers much faster.
+const PAUSE: Duration = Duration::from_secs(3);
 
 const MIB: u64 = 1 << 20;
 
@@ -58,21 +67,24 @@ fn debian_guests_of_our_monitor_give_memory_and_end_as_they_should() {
     let initramfs = directory.path().join("initramfs.cpio");
     Guest::qemu(&kernel).modules(&modules).write_initramfs(&initramfs).unwrap();
     let vmlinux = kernel.vmlinux().unwrap();
-    let variables: [(&str, &OsStr); 5] = [
+    let sizes = [MEMORY, INFLATED].map(|size| (size.0, mib(size).to_string()));
+    let mut variables: Vec<(&str, &OsStr)> = vec![
         (PROGRAM, program().as_os_str()),
         (VMLINUZ, kernel.vmlinuz.as_os_str()),
         (VMLINUX, vmlinux.as_os_str()),
         (INITRAMFS, initramfs.as_os_str()),
         (MODULES, OsStr::new(&names)),
     ];
+    variables.extend(sizes.iter().map(|(name, size)| (*name, OsStr::new(size))));
     let this = std::env::current_exe().unwrap();
     let words = ["--exact", "monitor::inside", "--ignored", "--nocapture"];
     let (code, text) = if kvm::hardware() {
-        let output = Command::new(this).args(words).envs(variables).output().unwrap();
+        let output =
+            Command::new(this).args(words).envs(variables.iter().copied()).output().unwrap();
         let (code, out, err) = told(&output);
         (code, out + &err)
     } else {
-        let mut machine = KvmMachine::boot(2 * MEMORY_MIB).unwrap();
+        let mut machine = KvmMachine::boot(mib(MEMORY)).unwrap();
         let outcome = machine.run(&this, &words.map(OsStr::new), &variables, LIMIT).unwrap();
         (outcome.code, outcome.lines.join("\n"))
     };
@@ -107,23 +119,24 @@ fn memory_goes_and_comes_back(driver: &str, kernel: &str) -> Exits {
     let mut guest = builder(driver, kernel).machine_arguments(["--cpus", "2"]).boot().unwrap();
     println!("{driver}: booted in {:.1?}", start.elapsed());
     load(&mut guest, driver);
-    assert_eq!(guest.run("cat /sys/devices/system/cpu/online").unwrap().lines, ["0-1"]);
-    guest.run(&format!("fill kept {KEPT_MIB} 1")).unwrap();
+    assert_eq!(run(&mut guest, "cat /sys/devices/system/cpu/online").lines, ["0-1"]);
+    run(&mut guest, &format!("fill kept {KEPT_MIB} 1"));
     let free_mib = number(&mut guest, "free-mib");
-    assert!(free_mib > INFLATED_MIB, "{free_mib} MiB are free");
-    guest.run(&format!("touch {INFLATED_MIB}")).unwrap();
+    let inflated_mib = mib(INFLATED);
+    assert!(free_mib > inflated_mib, "{free_mib} MiB are free");
+    run(&mut guest, &format!("touch {inflated_mib}"));
 
     let before = status(driver);
     let expected = if driver == OURS { Driver::Aerostat } else { Driver::Classic };
     assert_eq!(before.guest.driver, expected);
-    let inflated = balloon(driver, INFLATED_MIB);
+    let inflated = balloon(driver, inflated_mib);
     let fell = before.resident_bytes.unwrap() - inflated.resident_bytes.unwrap();
-    assert!(fell >= INFLATED_MIB * MIB * 3 / 4, "{} MiB", fell / MIB);
+    assert!(fell >= inflated_mib * MIB * 3 / 4, "{} MiB", fell / MIB);
     verify(&mut guest, "kept", KEPT_MIB, 1);
     let deflated = balloon(driver, 0);
     // As much as was free before can be used again.
-    let fill_mib = free_mib - 8;
-    guest.run(&format!("fill all {fill_mib} 2")).unwrap();
+    let fill_mib = free_mib - FREE_SLACK_MIB;
+    run(&mut guest, &format!("fill all {fill_mib} 2"));
     verify(&mut guest, "all", fill_mib, 2);
     verify(&mut guest, "kept", KEPT_MIB, 1);
     assert_eq!(deflated.faults.total(), 0, "{:?}", deflated.faults);
@@ -137,15 +150,15 @@ fn memory_goes_and_comes_back(driver: &str, kernel: &str) -> Exits {
 }
 
 /// Sets the balloon by the command line, and tells what it took.
-fn balloon(guest: &str, mib: u64) -> Status {
+fn balloon(guest: &str, target_mib: u64) -> Status {
     let before = status(guest);
-    let size = format!("{mib}MiB");
+    let size = format!("{target_mib}MiB");
     let mut command = Command::new(program());
     let output = command.args(["balloon", guest, &size, "--timeout", "120s"]).output().unwrap();
     let (code, out, err) = told(&output);
     assert_eq!(code, Some(0), "{out}{err}");
     let after = status(guest);
-    assert_eq!(after.balloon.actual_bytes, mib * MIB);
+    assert_eq!(after.balloon.actual_bytes, target_mib * MIB);
     let exits = after.exits.unwrap() - before.exits.unwrap();
     println!("{exits} exits; {out}");
     after
@@ -155,30 +168,47 @@ fn guests_end_as_they_should() {
     // A panic, which is the guest's fault and so a failure.
     let mut guest = builder("panics", VMLINUX).boot().unwrap();
     load(&mut guest, "");
-    let end = guest.run("write /proc/sysrq-trigger c").unwrap_err().to_string();
-    assert!(end.contains("exit status: 1"), "{end}");
-    assert!(guest.console_log().contains("the kernel of panics panicked"), "{end}");
+    guest.run_within("write /proc/sysrq-trigger c", END_LIMIT).unwrap_err();
+    let end = guest.wait().unwrap();
+    let log = guest.console_log();
+    assert_eq!(end.code(), Some(1), "{log}");
+    assert!(log.contains("guest: the kernel of panics panicked"), "{log}");
     drop(guest);
 
-    // The monitor is asked to end.
-    let guest = builder("ends", VMLINUX).boot().unwrap();
-    let mut kill = Command::new("kill");
-    assert!(kill.args(["-s", "TERM", &guest.pid().to_string()]).status().unwrap().success());
+    // It pauses, and its balloon is there meanwhile; it goes on; the monitor is asked to end.
+    let mut guest = builder("ends", VMLINUX).boot().unwrap();
+    signal(&guest, "USR1");
+    let silence = guest.run_within("free-mib", PAUSE).unwrap_err();
+    assert!(matches!(silence, LabError::Timeout { .. }), "{silence}");
+    assert!(status("ends").guest.connected);
+    signal(&guest, "USR2");
+    assert!(number(&mut guest, "free-mib") > 0);
+    signal(&guest, "TERM");
     assert!(guest.wait().unwrap().success());
+}
+
+fn signal(guest: &Guest, name: &str) {
+    let mut kill = Command::new("kill");
+    assert!(kill.args(["-s", name, &guest.pid().to_string()]).status().unwrap().success());
 }
 
 fn builder(name: &str, kernel: &str) -> GuestBuilder {
     let path = |variable: &str| PathBuf::from(std::env::var_os(variable).unwrap());
     Guest::monitor(program(), path(kernel))
-        .memory_mib(MEMORY_MIB)
+        .memory_mib(mib(MEMORY))
         .initramfs(path(INITRAMFS))
         .machine_arguments(["--name", name])
+}
+
+/// A size by its variable, or as it is by itself.
+fn mib((variable, default): (&str, u64)) -> u64 {
+    std::env::var(variable).map_or(default, |text| text.parse().unwrap())
 }
 
 fn load(guest: &mut Guest, driver: &str) {
     let needed = std::env::var(MODULES).unwrap();
     for module in needed.split(' ').chain([driver]).filter(|name| !name.is_empty()) {
-        guest.run(&format!("insmod {module}")).unwrap();
+        run(guest, &format!("insmod {module}"));
     }
 }
 
@@ -187,10 +217,16 @@ fn status(guest: &str) -> Status {
     Client::connect(path).unwrap().status().unwrap()
 }
 
+/// All that the guest printed is worth having where the guest itself is new.
+fn run(guest: &mut Guest, command: &str) -> lab::Reply {
+    let reply = guest.run(command);
+    reply.unwrap_or_else(|error| panic!("{error}\n{}", guest.console_log()))
+}
+
 fn verify(guest: &mut Guest, file: &str, mib: u64, seed: u64) {
     assert_eq!(number(guest, &format!("verify {file} {mib} {seed}")), 0, "wrong pages in {file}");
 }
 
 fn number(guest: &mut Guest, command: &str) -> u64 {
-    guest.run(command).unwrap().text.parse().unwrap()
+    run(guest, command).text.parse().unwrap()
 }
