@@ -8,6 +8,7 @@ use host_memory::{Batch, PendingRelease, Retained, Take};
 use page_set::{CHUNK_PAGES, PageRange, PageSet};
 use proptest::collection::vec;
 use proptest::prelude::*;
+use proptest::test_runner::TestCaseError;
 
 const WINDOW: u64 = 4 * CHUNK_PAGES;
 
@@ -61,97 +62,123 @@ fn only(set: &PageSet, range: PageRange) -> PageSet {
     set.clone().take_range(range)
 }
 
+/// The state with what is known of it from outside.
+#[derive(Default)]
+struct Watched {
+    state: PendingRelease,
+    batch: Option<Batch>,
+    /// Pages given and not retained since, and not released: only these may ever
+    /// be discarded for the first time.
+    allowed: Model,
+    /// Pages given and not retained since: only these may ever be swept.
+    given: Model,
+}
+
+impl Watched {
+    fn apply(&mut self, op: Op, largest: u64) -> Result<(), TestCaseError> {
+        match op {
+            Op::Add(range) => {
+                self.state.add(&range.into());
+                self.allowed.extend(range.start()..range.end());
+                self.given.extend(range.start()..range.end());
+            }
+            Op::Retain(range) => self.retain(range)?,
+            Op::Begin(take) => {
+                let began = self.state.begin(take, largest);
+                self.began(began, false)?;
+            }
+            Op::Finish(range) => self.finish(range),
+            Op::Retry => self.state.retry_waiting(),
+            Op::Forget => {
+                self.state.forget();
+                self.given.clear();
+                let flying = self.batch.as_ref().map(|b| pages(b.pages())).unwrap_or_default();
+                self.allowed.retain(|page| flying.contains(page));
+            }
+            Op::Sweep(range) => self.state.sweep(|released| released.take_range(range)),
+            Op::BeginSweep(limit) => {
+                let began = self.state.begin_sweep(limit);
+                prop_assert!(began.as_ref().is_none_or(|began| began.pages().len() <= limit));
+                self.began(began, true)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn retain(&mut self, range: PageRange) -> Result<(), TestCaseError> {
+        let asked = PageSet::from(range);
+        let (answer, cancelled) = self.state.retain(&asked);
+        let flying = self.batch.as_ref().is_some_and(|b| b.pages().intersects(&asked));
+        prop_assert_eq!(answer == Retained::InFlight, flying);
+        prop_assert!(cancelled <= range.pages());
+        self.given.retain(|&page| !range.contains(page));
+        if answer == Retained::Yes {
+            self.allowed.retain(|&page| !range.contains(page));
+        }
+        Ok(())
+    }
+
+    fn began(&mut self, began: Option<Batch>, swept: bool) -> Result<(), TestCaseError> {
+        prop_assert!(!(self.batch.is_some() && began.is_some()), "one batch at a time");
+        if let Some(began) = began {
+            prop_assert!(!began.pages().is_empty());
+            prop_assert_eq!(began.is_swept(), swept);
+            let may = if swept { &self.given } else { &self.allowed };
+            prop_assert!(pages(began.pages()).is_subset(may));
+            // What is swept was asked for long ago.
+            let asked_for = if swept { 0 } else { began.pages().len() };
+            prop_assert_eq!(self.state.in_flight_pages(), asked_for);
+            self.batch = Some(began);
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, range: PageRange) {
+        let Some(done) = self.batch.take() else { return };
+        let (held, swept) = (done.pages().clone(), done.is_swept());
+        let partial = only(&held, range);
+        self.state.finish(done, &partial);
+        if swept {
+            self.allowed.extend(pages(&partial));
+            return;
+        }
+        let mut gone = held;
+        gone.subtract(&partial);
+        gone.subtract(self.state.pending());
+        for range in gone.ranges() {
+            self.allowed.retain(|&page| !range.contains(page));
+        }
+    }
+
+    /// Nothing that may not be discarded is anywhere in the state, and nothing
+    /// that was given is lost.
+    fn check(&self) -> Result<(), TestCaseError> {
+        let mut all = pages(self.state.pending());
+        prop_assert!(all.is_disjoint(&pages(self.state.waiting())));
+        all.extend(pages(self.state.waiting()));
+        prop_assert_eq!(&pages(self.state.given()), &self.given);
+        if let Some(batch) = self.batch.as_ref().filter(|batch| !batch.is_swept()) {
+            all.extend(pages(batch.pages()));
+        }
+        // A retain that met a batch in flight is not done: its pages are no
+        // longer pending, and still allowed for as long as the batch flies.
+        prop_assert!(all.is_subset(&self.allowed), "{:?}", all.difference(&self.allowed).next());
+        Ok(())
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
 
     #[test]
-    fn no_page_is_in_a_batch_that_was_not_given(ops in vec(ops(), 1..40), largest in prop::sample::select(vec![1, CHUNK_PAGES])) {
-        let mut state = PendingRelease::default();
-        let mut batch: Option<Batch> = None;
-        // Pages given and not retained since, and not released: only these may
-        // ever be discarded.
-        let mut allowed = Model::new();
-        // Pages given and not retained since: only these may ever be swept.
-        let mut given = Model::new();
+    fn no_page_is_in_a_batch_that_was_not_given(
+        ops in vec(ops(), 1..40),
+        largest in prop::sample::select(vec![1, CHUNK_PAGES]),
+    ) {
+        let mut watched = Watched::default();
         for op in ops {
-            match op {
-                Op::Add(range) => {
-                    state.add(&range.into());
-                    allowed.extend(range.start()..range.end());
-                    given.extend(range.start()..range.end());
-                }
-                Op::Sweep(range) => state.sweep(|released| released.take_range(range)),
-                Op::BeginSweep(limit) => {
-                    let busy = batch.is_some();
-                    let began = state.begin_sweep(limit);
-                    prop_assert!(!(busy && began.is_some()), "one batch at a time");
-                    if let Some(began) = began {
-                        prop_assert!(began.is_swept() && !began.pages().is_empty());
-                        prop_assert!(began.pages().len() <= limit);
-                        prop_assert!(pages(began.pages()).is_subset(&given));
-                        prop_assert_eq!(state.in_flight_pages(), 0, "nothing that was asked for");
-                        batch = Some(began);
-                    }
-                }
-                Op::Retain(range) => {
-                    let asked = PageSet::from(range);
-                    let (answer, cancelled) = state.retain(&asked);
-                    let flying = batch.as_ref().is_some_and(|b| b.pages().intersects(&asked));
-                    prop_assert_eq!(answer == Retained::InFlight, flying);
-                    prop_assert!(cancelled <= range.pages());
-                    given.retain(|&page| !range.contains(page));
-                    if answer == Retained::Yes {
-                        allowed.retain(|&page| !range.contains(page));
-                    }
-                }
-                Op::Begin(take) => {
-                    let busy = batch.is_some();
-                    let began = state.begin(take, largest);
-                    prop_assert!(!(busy && began.is_some()), "one batch at a time");
-                    if let Some(began) = began {
-                        prop_assert!(!began.pages().is_empty());
-                        prop_assert!(pages(began.pages()).is_subset(&allowed));
-                        batch = Some(began);
-                    }
-                }
-                Op::Finish(range) => {
-                    let Some(done) = batch.take() else { continue };
-                    let held = done.pages().clone();
-                    let partial = only(&held, range);
-                    let swept = done.is_swept();
-                    state.finish(done, &partial);
-                    if swept {
-                        allowed.extend(pages(&partial));
-                        continue;
-                    }
-                    let mut gone = held;
-                    gone.subtract(&partial);
-                    gone.subtract(state.pending());
-                    for range in gone.ranges() {
-                        allowed.retain(|&page| !range.contains(page));
-                    }
-                }
-                Op::Retry => state.retry_waiting(),
-                Op::Forget => {
-                    state.forget();
-                    given.clear();
-                    let flying = batch.as_ref().map(|b| pages(b.pages())).unwrap_or_default();
-                    allowed.retain(|page| flying.contains(page));
-                }
-            }
-            // Nothing that may not be discarded is anywhere in the state, and
-            // nothing that was given is lost.
-            let mut all = pages(state.pending());
-            prop_assert!(all.is_disjoint(&pages(state.waiting())));
-            all.extend(pages(state.waiting()));
-            prop_assert_eq!(pages(state.given()), given.clone());
-            if let Some(batch) = batch.as_ref().filter(|batch| !batch.is_swept()) {
-                prop_assert_eq!(state.in_flight_pages(), batch.pages().len());
-                all.extend(pages(batch.pages()));
-            }
-            // A retain that met a batch in flight is not done: its pages are no
-            // longer pending, and still allowed for as long as the batch flies.
-            prop_assert!(all.is_subset(&allowed), "{:?}", all.difference(&allowed).next());
+            watched.apply(op, largest)?;
+            watched.check()?;
         }
     }
 

@@ -402,6 +402,16 @@ const GUEST: u8 = 0;
 const BALLOON: u8 = 1;
 
 impl Owners {
+    fn new(pages: u64, huge: bool) -> Self {
+        Self {
+            owner: (0..pages).map(|_| AtomicU8::new(GUEST)).collect(),
+            huge,
+            broken: AtomicU64::new(0),
+            seen: AtomicU64::new(0),
+            looks: AtomicU64::new(0),
+        }
+    }
+
     fn check(&self, pages: &PageSet) {
         for range in pages.ranges() {
             for page in range.start()..range.end() {
@@ -465,13 +475,7 @@ fn no_page_is_discarded_after_it_was_retained() {
     const SIDE: u64 = 16 * CHUNK_PAGES;
     let rounds = if cfg!(debug_assertions) { 3000 } else { 20_000 };
     for huge in [false, true] {
-        let owners = Arc::new(Owners {
-            owner: (0..2 * SIDE).map(|_| AtomicU8::new(GUEST)).collect(),
-            huge,
-            broken: AtomicU64::new(0),
-            seen: AtomicU64::new(0),
-            looks: AtomicU64::new(0),
-        });
+        let owners = Arc::new(Owners::new(2 * SIDE, huge));
         let memory: Arc<dyn Discard> = Arc::clone(&owners) as _;
         let reclaimer = Reclaimer::new(memory, ReclaimerOptions::default()).unwrap();
         let guest = |side: u64| {
