@@ -24,15 +24,18 @@ const INFLATED: (&str, u64) = ("AEROSTAT_TEST_INFLATED_MIB", 320);
 /// What a file keeps outside of the balloon.
 const KEPT_MIB: u64 = 64;
 
-/// What the kernel keeps of free memory for itself, or has used meanwhile: without it, filling the
-/// guest would end it.
-const FREE_SLACK_MIB: u64 = 24;
+/// What of the guest's memory is not filled: without some for the kernel, filling the guest would
+/// end it ("System is deadlocked on memory").
+const NOT_FILLED: u64 = 16;
 
 /// How often a change of the balloon by our driver may interrupt the guest.
 const MOST_EXITS: u64 = 100;
 
-/// For all that happens in the machine with the KVM.
+/// For all that happens in the machine with the KVM, for each 512 MiB of a guest.
 const LIMIT: Duration = Duration::from_secs(300);
+
+/// For one command of a guest, likewise.
+const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 
 /// For a panic, its report, and the second that the kernel waits.
 const END_LIMIT: Duration = Duration::from_secs(60);
@@ -85,7 +88,8 @@ fn debian_guests_of_our_monitor_give_memory_and_end_as_they_should() {
         (code, out + &err)
     } else {
         let mut machine = KvmMachine::boot(mib(MEMORY)).unwrap();
-        let outcome = machine.run(&this, &words.map(OsStr::new), &variables, LIMIT).unwrap();
+        let outcome =
+            machine.run(&this, &words.map(OsStr::new), &variables, scaled(LIMIT)).unwrap();
         (outcome.code, outcome.lines.join("\n"))
     };
     println!("{text}");
@@ -124,6 +128,9 @@ fn memory_goes_and_comes_back(driver: &str, kernel: &str) -> Exits {
     let free_mib = number(&mut guest, "free-mib");
     let inflated_mib = mib(INFLATED);
     assert!(free_mib > inflated_mib, "{free_mib} MiB are free");
+    // Memory that the host has not supplied yet, then memory that it has.
+    balloon(driver, inflated_mib);
+    balloon(driver, 0);
     run(&mut guest, &format!("touch {inflated_mib}"));
 
     let before = status(driver);
@@ -135,7 +142,7 @@ fn memory_goes_and_comes_back(driver: &str, kernel: &str) -> Exits {
     verify(&mut guest, "kept", KEPT_MIB, 1);
     let deflated = balloon(driver, 0);
     // As much as was free before can be used again.
-    let fill_mib = free_mib - FREE_SLACK_MIB;
+    let fill_mib = free_mib - mib(MEMORY) / NOT_FILLED;
     run(&mut guest, &format!("fill all {fill_mib} 2"));
     verify(&mut guest, "all", fill_mib, 2);
     verify(&mut guest, "kept", KEPT_MIB, 1);
@@ -205,6 +212,11 @@ fn mib((variable, default): (&str, u64)) -> u64 {
     std::env::var(variable).map_or(default, |text| text.parse().unwrap())
 }
 
+/// A limit for the guests' memory.
+fn scaled(limit: Duration) -> Duration {
+    limit * u32::try_from(mib(MEMORY).div_ceil(MEMORY.1)).unwrap()
+}
+
 fn load(guest: &mut Guest, driver: &str) {
     let needed = std::env::var(MODULES).unwrap();
     for module in needed.split(' ').chain([driver]).filter(|name| !name.is_empty()) {
@@ -219,7 +231,7 @@ fn status(guest: &str) -> Status {
 
 /// All that the guest printed is worth having where the guest itself is new.
 fn run(guest: &mut Guest, command: &str) -> lab::Reply {
-    let reply = guest.run(command);
+    let reply = guest.run_within(command, scaled(COMMAND_LIMIT));
     reply.unwrap_or_else(|error| panic!("{error}\n{}", guest.console_log()))
 }
 
