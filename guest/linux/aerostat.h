@@ -16,8 +16,15 @@
 
 #include "aerostat_core.h"
 
-/* Inflate and deflate; the other queues are not negotiated. */
+/* Inflate and deflate, and requests where they were negotiated. The other queues
+ * are not.
+ */
 #define AEROSTAT_VQS		2
+#define AEROSTAT_MAX_VQS	3
+
+/* Aerostat's own feature bits: messages are page-bitmap records; the host asks. */
+#define AEROSTAT_F_PAGE_BITMAP	60
+#define AEROSTAT_F_REQUEST_VQ	61
 
 /* Memory for messages: 64 KiB, in pages of their own since a high order may
  * not be had, and never static since UML maps no .bss to devices.
@@ -38,12 +45,16 @@
 /* Balloon pages in a page of the kernel, as a shift. */
 #define AEROSTAT_PAGE_SHIFT	(PAGE_SHIFT - VIRTIO_BALLOON_PFN_SHIFT)
 
+struct aerostat_requests;
+
 struct aerostat {
 	struct virtio_device *vdev;
-	struct virtqueue *vqs[AEROSTAT_VQS];
+	struct virtqueue *vqs[AEROSTAT_MAX_VQS];
 	struct workqueue_struct *wq;
 	struct delayed_work work;
 	wait_queue_head_t acked;
+	/* NULL where they were not negotiated. Has locks of its own. */
+	struct aerostat_requests *rq;
 
 	/* Guards stopping against a last config change. */
 	spinlock_t stop_lock;
@@ -85,6 +96,9 @@ struct aerostat {
 	u64 refused;
 	u64 run_ns;
 	u64 wait_ns;
+	u64 requests;
+	u64 held;
+	u64 holds_lost;
 
 	/* The host writes here. */
 	__le32 status[AEROSTAT_MAX_SLOTS] ____cacheline_aligned;
@@ -107,6 +121,18 @@ int aerostat_find_vqs(struct aerostat *vb);
 void aerostat_reset_slots(struct aerostat *vb);
 int aerostat_alloc_pool(struct aerostat *vb);
 void aerostat_free_pool(struct aerostat *vb);
+
+/* requests.c */
+struct aerostat_requests *aerostat_alloc_requests(struct aerostat *vb);
+void aerostat_free_requests(struct aerostat_requests *rq);
+void aerostat_reset_requests(struct aerostat_requests *rq);
+void aerostat_start_requests(struct aerostat_requests *rq, struct virtqueue *vq);
+void aerostat_stop_requests(struct aerostat_requests *rq);
+void aerostat_forget_requests(struct aerostat_requests *rq);
+void aerostat_requests_returned(struct virtqueue *vq);
+
+/* hold.c */
+u64 aerostat_lose_hold(struct aerostat *vb, bool wait_for_lock);
 
 /* pressure.c */
 bool aerostat_is_short(void);

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR MIT OR Apache-2.0 */
 /*
  * What the glue and the Rust core (core/src) call of each other. All of it
- * happens under the balloon mutex, except the functions marked "no state".
+ * happens under the balloon mutex, except the functions marked "no state" and
+ * those for requests, which say what guards them.
  */
 #ifndef AEROSTAT_CORE_H
 #define AEROSTAT_CORE_H
@@ -10,6 +11,9 @@
 
 struct aerostat;
 struct aerostat_core;
+struct aerostat_requests_core;
+struct aerostat_inbox;
+struct aerostat_hold;
 
 #define AEROSTAT_NO_PFN (~0ULL)
 
@@ -24,6 +28,35 @@ int aerostat_run(struct aerostat_core *core, struct aerostat *vb);
 u64 aerostat_yield(struct aerostat_core *core, struct aerostat *vb, u64 wanted);
 int aerostat_empty(struct aerostat_core *core, struct aerostat *vb);
 
+/* Why the running request goes no further. */
+#define AEROSTAT_STOP_CANCELLED	1
+#define AEROSTAT_STOP_REFUSED	2
+#define AEROSTAT_STOP_LOST	3
+#define AEROSTAT_STOP_GONE	4
+
+/* Requests: core/src/requests.rs. */
+size_t aerostat_requests_bytes(void);				/* no state */
+size_t aerostat_inbox_bytes(void);				/* no state */
+size_t aerostat_hold_bytes(void);				/* no state */
+int aerostat_request_vq(u64 negotiated);			/* no state */
+/* The work item's alone. */
+void aerostat_requests_init(struct aerostat_requests_core *core, u32 page_shift,
+			    u32 max_order);
+u64 aerostat_requests_run(struct aerostat_requests_core *core, struct aerostat *vb);
+/* Under the queue's spinlock. */
+void aerostat_inbox_init(struct aerostat_inbox *inbox);
+int aerostat_inbox_take(struct aerostat_inbox *inbox, const u8 *request, u8 *answer);
+bool aerostat_inbox_begin_next(struct aerostat_inbox *inbox, void *asked);
+int aerostat_inbox_stopped(const struct aerostat_inbox *inbox);
+const char *aerostat_inbox_answered(struct aerostat_inbox *inbox, u32 id, u32 status);
+void aerostat_inbox_lose(struct aerostat_inbox *inbox, u32 id);
+/* Under the hold's mutex. */
+void aerostat_hold_init(struct aerostat_hold *hold);
+u64 aerostat_hold_pages(const struct aerostat_hold *hold);
+u32 aerostat_hold_lose(struct aerostat_hold *hold, u64 now_ns, u8 *answer);
+bool aerostat_hold_is_losing(const struct aerostat_hold *hold);
+u64 aerostat_hold_emptied(struct aerostat_hold *hold);
+
 /* What the glue gives the core: core/src/kernel.rs. Page numbers and counts
  * are in balloon pages of 4 KiB; errors are negative.
  */
@@ -36,5 +69,30 @@ int aerostat_glue_tell_host(struct aerostat *vb, u32 vq);
 u32 aerostat_glue_num_pages(struct aerostat *vb);
 void aerostat_glue_set_actual(struct aerostat *vb, u32 pages);
 void aerostat_glue_bug(const char *file, size_t file_bytes, u32 line);
+
+/* For requests: core/src/request_kernel.rs. Called by the work item, without the
+ * balloon mutex; an int is 0 or why to stop.
+ */
+bool aerostat_glue_begin_next(struct aerostat *vb, void *asked);
+int aerostat_glue_stopped(struct aerostat *vb);
+int aerostat_glue_answer_buffer(struct aerostat *vb, bool last, u8 **buffer, size_t *bytes);
+int aerostat_glue_post_answer(struct aerostat *vb, u32 id, size_t bytes);
+int aerostat_glue_finish_answers(struct aerostat *vb);
+u64 aerostat_glue_now_ns(void);
+u64 aerostat_glue_page_cache(void);
+u64 aerostat_glue_slab(void);
+int aerostat_glue_drop_caches(u32 caches);
+u64 aerostat_glue_free_pages(void);
+u64 aerostat_glue_total_pages(void);
+u64 aerostat_glue_reserved_pages(void);
+bool aerostat_glue_zone(u32 number, u64 *start, u64 *end);
+bool aerostat_glue_has_free(u32 order);
+u64 aerostat_glue_scan(u32 number, u64 from, u32 order, u32 visits, u64 *found,
+		       size_t *count, u64 *lock_ns);
+void *aerostat_glue_hold_lock(struct aerostat *vb);
+void aerostat_glue_hold_unlock(struct aerostat *vb);
+bool aerostat_glue_hold_take(struct aerostat *vb, u32 order);
+u64 aerostat_glue_hold_name(struct aerostat *vb, u32 order);
+void aerostat_glue_hold_free(struct aerostat *vb);
 
 #endif /* AEROSTAT_CORE_H */

@@ -14,12 +14,13 @@
 
 #include "aerostat.h"
 
-/* Aerostat's own feature bit: messages are page-bitmap records. */
-#define AEROSTAT_F_PAGE_BITMAP	60
-
 static bool page_bitmap = true;
 module_param(page_bitmap, bool, 0444);
 MODULE_PARM_DESC(page_bitmap, "Send page bitmaps where the host takes them (default: Y)");
+
+static bool requests = true;
+module_param(requests, bool, 0444);
+MODULE_PARM_DESC(requests, "Let the host ask for dropped caches and free pages (default: Y)");
 
 /* For those who want pages back: whoever fills the balloon stops. */
 void aerostat_lock(struct aerostat *vb)
@@ -78,14 +79,20 @@ static void aerostat_work(struct work_struct *work)
 	if (!vb->starved)
 		vb->yielded = false;
 	aerostat_unlock(vb);
+	/* What is held free for the host can as well be given to it. */
+	if (retry_ms > 0 && aerostat_lose_hold(vb, true))
+		retry_ms = 1;
 	if (retry_ms > 0)
 		aerostat_schedule(vb, msecs_to_jiffies(retry_ms));
 }
 
 static int aerostat_start(struct aerostat *vb)
 {
-	int err = aerostat_find_vqs(vb);
+	int err;
 
+	if (vb->rq)
+		aerostat_reset_requests(vb->rq);
+	err = aerostat_find_vqs(vb);
 	if (err)
 		return err;
 	aerostat_reset_slots(vb);
@@ -95,6 +102,9 @@ static int aerostat_start(struct aerostat *vb)
 	vb->stopping = false;
 	aerostat_init(vb->core, vb->vdev->features, PAGE_SHIFT, AEROSTAT_MAX_ORDER);
 	virtio_device_ready(vb->vdev);
+	if (vb->rq)
+		aerostat_start_requests(vb->rq,
+					vb->vqs[aerostat_request_vq(vb->vdev->features)]);
 	return 0;
 }
 
@@ -105,6 +115,8 @@ static void aerostat_stop(struct aerostat *vb)
 	vb->stopping = true;
 	spin_unlock_irq(&vb->stop_lock);
 	cancel_delayed_work_sync(&vb->work);
+	if (vb->rq)
+		aerostat_stop_requests(vb->rq);
 
 	aerostat_lock(vb);
 	if (aerostat_empty(vb->core, vb))
@@ -112,6 +124,8 @@ static void aerostat_stop(struct aerostat *vb)
 	vb->gone = true;
 	/* After a reset the device has no claim on what it was not told of. */
 	virtio_reset_device(vb->vdev);
+	if (vb->rq)
+		aerostat_forget_requests(vb->rq);
 	aerostat_free_all(vb);
 	aerostat_init(vb->core, vb->vdev->features, PAGE_SHIFT, AEROSTAT_MAX_ORDER);
 	WRITE_ONCE(vb->pages, 0);
@@ -122,6 +136,7 @@ static void aerostat_stop(struct aerostat *vb)
 static void aerostat_free(struct aerostat *vb)
 {
 	aerostat_free_pool(vb);
+	aerostat_free_requests(vb->rq);
 	if (vb->wq)
 		destroy_workqueue(vb->wq);
 	kfree(vb->core);
@@ -146,7 +161,10 @@ static struct aerostat *aerostat_alloc(struct virtio_device *vdev)
 	vb->core = kzalloc(aerostat_core_bytes(), GFP_KERNEL);
 	/* Unbound: a fill takes long enough for the scheduler to mind. */
 	vb->wq = alloc_ordered_workqueue("aerostat_balloon", WQ_FREEZABLE);
-	if (!vb->core || !vb->wq || aerostat_alloc_pool(vb)) {
+	if (aerostat_request_vq(vdev->features) >= 0)
+		vb->rq = aerostat_alloc_requests(vb);
+	if (!vb->core || !vb->wq || aerostat_alloc_pool(vb) ||
+	    (aerostat_request_vq(vdev->features) >= 0 && !vb->rq)) {
 		aerostat_free(vb);
 		return NULL;
 	}
@@ -172,9 +190,10 @@ static int aerostat_probe(struct virtio_device *vdev)
 	err = aerostat_register_pressure(vb);
 	if (err)
 		goto out_stop;
-	dev_info(&vdev->dev, "balloon ready: %s%s\n",
+	dev_info(&vdev->dev, "balloon ready: %s%s%s\n",
 		 vb->answers ? "page bitmaps" : "page numbers",
-		 aerostat_deflates_on_oom(vb) ? ", deflates on OOM" : "");
+		 aerostat_deflates_on_oom(vb) ? ", deflates on OOM" : "",
+		 vb->rq ? ", takes requests" : "");
 	aerostat_schedule(vb, 0);
 	return 0;
 
@@ -233,6 +252,9 @@ AEROSTAT_COUNTER(messages);
 AEROSTAT_COUNTER(refused);
 AEROSTAT_COUNTER(run_ns);
 AEROSTAT_COUNTER(wait_ns);
+AEROSTAT_COUNTER(requests);
+AEROSTAT_COUNTER(held);
+AEROSTAT_COUNTER(holds_lost);
 
 static struct attribute *aerostat_attrs[] = {
 	&dev_attr_pages.attr,
@@ -240,6 +262,9 @@ static struct attribute *aerostat_attrs[] = {
 	&dev_attr_refused.attr,
 	&dev_attr_run_ns.attr,
 	&dev_attr_wait_ns.attr,
+	&dev_attr_requests.attr,
+	&dev_attr_held.attr,
+	&dev_attr_holds_lost.attr,
 	NULL,
 };
 
@@ -256,11 +281,10 @@ static const struct virtio_device_id aerostat_ids[] = {
 };
 MODULE_DEVICE_TABLE(virtio, aerostat_ids);
 
-/* The last one is left out when page_bitmap=N. */
-static const unsigned int aerostat_features[] = {
+/* Aerostat's own are added as the parameters say. */
+static unsigned int aerostat_features[4] = {
 	VIRTIO_BALLOON_F_MUST_TELL_HOST,
 	VIRTIO_BALLOON_F_DEFLATE_ON_OOM,
-	AEROSTAT_F_PAGE_BITMAP,
 };
 
 static struct virtio_driver aerostat_driver = {
@@ -269,7 +293,7 @@ static struct virtio_driver aerostat_driver = {
 	.driver.dev_groups = aerostat_groups,
 	.id_table = aerostat_ids,
 	.feature_table = aerostat_features,
-	.feature_table_size = ARRAY_SIZE(aerostat_features),
+	.feature_table_size = 2,
 	.validate = aerostat_validate,
 	.probe = aerostat_probe,
 	.remove = aerostat_remove,
@@ -282,8 +306,10 @@ static struct virtio_driver aerostat_driver = {
 
 static int __init aerostat_module_init(void)
 {
-	if (!page_bitmap)
-		aerostat_driver.feature_table_size--;
+	if (page_bitmap)
+		aerostat_features[aerostat_driver.feature_table_size++] = AEROSTAT_F_PAGE_BITMAP;
+	if (requests)
+		aerostat_features[aerostat_driver.feature_table_size++] = AEROSTAT_F_REQUEST_VQ;
 	return register_virtio_driver(&aerostat_driver);
 }
 module_init(aerostat_module_init);

@@ -22,6 +22,20 @@ static u64 aerostat_take_back(struct aerostat *vb, u64 wanted)
 	return aerostat_yield(vb->core, vb, wanted) >> AEROSTAT_PAGE_SHIFT;
 }
 
+/* What is held for the host alone goes first, at once and whole, and the balloon
+ * stays. Returns true when there was a hold, with the pages that came back of it,
+ * also where somebody else had taken them back meanwhile.
+ */
+static bool aerostat_take_hold(struct aerostat *vb, bool wait_for_lock, u64 *pages)
+{
+	u64 held = READ_ONCE(vb->held) >> AEROSTAT_PAGE_SHIFT;
+
+	*pages = held ? aerostat_lose_hold(vb, wait_for_lock) : 0;
+	if (held && !*pages && !READ_ONCE(vb->held))
+		*pages = held;
+	return held;
+}
+
 static bool aerostat_trylock(struct aerostat *vb)
 {
 	if (!mutex_trylock(&vb->lock))
@@ -35,9 +49,14 @@ static int aerostat_oom_notify(struct notifier_block *nb, unsigned long dummy,
 {
 	struct aerostat *vb = container_of(nb, struct aerostat, oom_nb);
 	unsigned long *freed = parm;
+	u64 pages;
 
+	if (aerostat_take_hold(vb, true, &pages)) {
+		*freed += pages;
+		return NOTIFY_OK;
+	}
 	/* The transport may allocate under our own lock. */
-	if (READ_ONCE(vb->owner) == current)
+	if (!aerostat_deflates_on_oom(vb) || READ_ONCE(vb->owner) == current)
 		return NOTIFY_OK;
 	aerostat_lock(vb);
 	if (!vb->gone)
@@ -48,9 +67,13 @@ static int aerostat_oom_notify(struct notifier_block *nb, unsigned long dummy,
 
 static unsigned long aerostat_shrink_count(struct aerostat *vb)
 {
-	u64 held = READ_ONCE(vb->pages) >> AEROSTAT_PAGE_SHIFT;
-	long available = held ? si_mem_available() : 0;
+	u64 held = READ_ONCE(vb->held);
+	long available;
 
+	if (aerostat_deflates_on_oom(vb))
+		held += READ_ONCE(vb->pages);
+	held >>= AEROSTAT_PAGE_SHIFT;
+	available = held ? si_mem_available() : 0;
 	return aerostat_shrinkable(held, max(available, 0L), totalram_pages());
 }
 
@@ -58,6 +81,13 @@ static unsigned long aerostat_shrink_scan(struct aerostat *vb, struct shrink_con
 {
 	u64 freed = 0;
 
+	if (aerostat_take_hold(vb, false, &freed))
+		return freed ? freed : SHRINK_STOP;
+	/* The kernel goes on with as many as it was once offered, which may have
+	 * been the hold's.
+	 */
+	if (!aerostat_deflates_on_oom(vb) || !aerostat_shrink_count(vb))
+		return SHRINK_STOP;
 	/* A fill that runs into reclaim comes here with the lock held. */
 	if (!aerostat_trylock(vb))
 		return SHRINK_STOP;
@@ -119,11 +149,17 @@ static void aerostat_unregister_shrinker(struct aerostat *vb)
 }
 #endif
 
+/* A hold yields whether or not the balloon does. */
+static bool aerostat_can_yield(struct aerostat *vb)
+{
+	return aerostat_deflates_on_oom(vb) || vb->rq;
+}
+
 int aerostat_register_pressure(struct aerostat *vb)
 {
 	int err;
 
-	if (!aerostat_deflates_on_oom(vb))
+	if (!aerostat_can_yield(vb))
 		return 0;
 	err = aerostat_register_shrinker(vb);
 	if (err)
@@ -138,7 +174,7 @@ int aerostat_register_pressure(struct aerostat *vb)
 
 void aerostat_unregister_pressure(struct aerostat *vb)
 {
-	if (!aerostat_deflates_on_oom(vb))
+	if (!aerostat_can_yield(vb))
 		return;
 	unregister_oom_notifier(&vb->oom_nb);
 	aerostat_unregister_shrinker(vb);

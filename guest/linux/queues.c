@@ -144,21 +144,34 @@ void aerostat_glue_set_actual(struct aerostat *vb, u32 pages)
 		virtio_cwrite_le(vb->vdev, struct virtio_balloon_config, actual, &pages);
 }
 
-int aerostat_find_vqs(struct aerostat *vb)
+/* The request queue comes last of those that can be negotiated. */
+static int aerostat_find(struct aerostat *vb, unsigned int vqs)
 {
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 11, 0)
-	struct virtqueue_info info[AEROSTAT_VQS] = {
+	struct virtqueue_info info[AEROSTAT_MAX_VQS] = {
 		{ "inflate", aerostat_acked },
 		{ "deflate", aerostat_acked },
+		{ "request", aerostat_requests_returned },
 	};
 
-	return virtio_find_vqs(vb->vdev, AEROSTAT_VQS, vb->vqs, info, NULL);
+	return virtio_find_vqs(vb->vdev, vqs, vb->vqs, info, NULL);
 #else
-	vq_callback_t *callbacks[AEROSTAT_VQS] = { aerostat_acked, aerostat_acked };
-	static const char * const names[AEROSTAT_VQS] = { "inflate", "deflate" };
+	vq_callback_t *callbacks[AEROSTAT_MAX_VQS] = {
+		aerostat_acked, aerostat_acked, aerostat_requests_returned,
+	};
+	static const char * const names[AEROSTAT_MAX_VQS] = { "inflate", "deflate", "request" };
 
-	return virtio_find_vqs(vb->vdev, AEROSTAT_VQS, vb->vqs, callbacks, names, NULL);
+	return virtio_find_vqs(vb->vdev, vqs, vb->vqs, callbacks, names, NULL);
 #endif
+}
+
+int aerostat_find_vqs(struct aerostat *vb)
+{
+	int request = aerostat_request_vq(vb->vdev->features);
+
+	if (request >= AEROSTAT_MAX_VQS)
+		return -EINVAL;
+	return aerostat_find(vb, request < 0 ? AEROSTAT_VQS : request + 1);
 }
 
 /* All slots are the driver's: the device has just been reset. */

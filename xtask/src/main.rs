@@ -6,6 +6,7 @@ use clap::{Parser, Subcommand};
 
 mod core_object;
 mod fuzz;
+mod man;
 mod module;
 mod package;
 mod process;
@@ -22,6 +23,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Fuzz(fuzz::Args),
+    Man(man::Args),
     Module(module::Args),
     Package(package::Args),
     Tidy(tidy::Args),
@@ -30,6 +32,7 @@ enum Command {
 fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Fuzz(args) => fuzz::run(&args),
+        Command::Man(args) => man::run(&args),
         Command::Module(args) => module::run(&args),
         Command::Package(args) => package::run(&args),
         Command::Tidy(args) => tidy::run(&args),

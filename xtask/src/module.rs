@@ -10,8 +10,19 @@ use crate::core_object::{self, Compiler, Flavour};
 use crate::process::{output, root};
 
 /// Files of `guest/linux` that a kernel build needs beside the Rust object.
-pub(crate) const KERNEL_SOURCES: &[&str] =
-    &["Kbuild", "main.c", "memory.c", "queues.c", "pressure.c", "aerostat.h", "aerostat_core.h"];
+pub(crate) const KERNEL_SOURCES: &[&str] = &[
+    "Kbuild",
+    "main.c",
+    "memory.c",
+    "queues.c",
+    "pressure.c",
+    "requests.c",
+    "hold.c",
+    "free.c",
+    "aerostat.h",
+    "aerostat_core.h",
+    "requests.h",
+];
 
 /// What kbuild calls a prebuilt object.
 pub(crate) const SHIPPED_OBJECT: &str = "aerostat_core.o_shipped";

@@ -53,6 +53,8 @@ impl From<ControlError> for Failure {
             | ControlError::Dead { .. }
             | ControlError::NoAnswer { .. }
             | ControlError::Broken { .. } => Exit::Unreachable,
+            // The server says so of a guest that did not answer in time.
+            ControlError::Answered { status: 504, .. } => Exit::Timeout,
             _ => Exit::Failed,
         };
         Self { exit, ..Self::new(&error, error.hint()) }

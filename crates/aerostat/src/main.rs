@@ -7,6 +7,9 @@ mod cmd;
 mod failure;
 mod guest_arg;
 mod log;
+#[cfg(test)]
+mod man;
+mod memory_map;
 mod output;
 
 use std::process::ExitCode;

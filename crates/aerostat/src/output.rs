@@ -8,20 +8,29 @@ use crate::failure::Failure;
 
 /// Prints a text. A reader that has seen enough, such as `head`, is no failure.
 pub(crate) fn print(text: &str) -> Result<(), Failure> {
+    print_more(text).map(drop)
+}
+
+/// Prints a text; false where nobody reads any more.
+pub(crate) fn print_more(text: &str) -> Result<bool, Failure> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-            Err(Failure::new(&error, "check where standard output goes"))
-        }
-        _ => Ok(()),
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(Failure::new(&error, "check where standard output goes")),
     }
 }
 
 /// Prints a value as JSON for programs to read.
 pub(crate) fn print_json(value: &impl Serialize) -> Result<(), Failure> {
-    let text = serde_json::to_string_pretty(value)
-        .map_err(|error| Failure::new(&error, "please report this as a fault of aerostat"))?;
-    print(&(text + "\n"))
+    print(&json(value)?)
+}
+
+/// A value as JSON, ending in a line feed.
+pub(crate) fn json(value: &impl Serialize) -> Result<String, Failure> {
+    serde_json::to_string_pretty(value)
+        .map(|text| text + "\n")
+        .map_err(|error| Failure::new(&error, "please report this as a fault of aerostat"))
 }
 
 /// `1 message`, `2 messages`.

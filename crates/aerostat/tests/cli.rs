@@ -15,7 +15,8 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use control::{Server, Status};
+use control::api::{DEFAULT_RESERVE_BYTES, FreeKind};
+use control::{GuestAsk, Server, Status, WhyNot};
 use fake::{FakeBalloon, Guest};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -330,4 +331,131 @@ fn a_back_end_is_reached_by_its_name_until_it_is_told_to_end() {
     }
     assert!(child.wait().unwrap().success());
     assert!(!host.socket("web-1").exists() && !monitor.exists());
+}
+
+#[test]
+fn caches_are_dropped_and_the_figures_shown() {
+    let mut host = Host::new();
+    host.start("web-1", Guest::Obeys);
+    let (code, out, err) = host.run(&["drop-caches", "web-1"]);
+    assert_eq!((code, err.as_str()), (0, ""));
+    assert_eq!(
+        out,
+        "web-1: freed 770 MiB in 12.5 ms\n\
+         \x20 page cache  1 GiB before, 256 MiB after, 768 MiB freed\n\
+         \x20 slab        4 MiB before, 2 MiB after, 2 MiB freed\n"
+    );
+    let (code, out, _) = host.run(&["drop-caches", "web-1", "--what", "slab", "--json"]);
+    assert_eq!(code, 0);
+    assert_eq!(json(&out)["freed_bytes"], 2 << 20);
+    let (code, out, err) = host.run(&["balloon", "web-1", "3GiB", "--drop-caches"]);
+    assert_eq!((code, err.as_str()), (0, ""));
+    let lines: Vec<_> = out.lines().collect();
+    assert_eq!(lines[0], "web-1: freed 770 MiB in 12.5 ms");
+    assert!(lines[1].starts_with("web-1: inflated from 0 B to 3 GiB in"), "{out}");
+}
+
+#[test]
+fn a_guest_that_does_not_do_what_it_is_asked_is_told_with_its_exit_code() {
+    let mut host = Host::new();
+    let balloon = host.start("web-1", Guest::Waits);
+    let reasons = [
+        (WhyNot::NotPossible, 1, "the guest's driver cannot drop caches: it has no request queue"),
+        (WhyNot::TimedOut, 4, "the guest did not drop caches within 30000 ms"),
+        (WhyNot::Refused, 1, "the guest's kernel refused to drop caches"),
+    ];
+    for (why, expected, what) in reasons {
+        for command in [&["drop-caches", "web-1"][..], &["balloon", "web-1", "1G", "--drop-caches"]]
+        {
+            balloon.requests(|requests| requests.refuse = Some((why, what)));
+            let (code, out, err) = host.run(command);
+            assert_eq!((code, out.as_str()), (expected, ""));
+            assert_eq!(err, format!("error: {what}\n  hint: do better\n"));
+        }
+    }
+    // The target is as it was: what should come first did not.
+    assert_eq!(control::Balloon::status(&*balloon).balloon.target_pages, 0);
+    let (code, _, err) = host.run(&["cancel", "web-1"]);
+    assert_eq!(code, 1);
+    assert!(err.contains("there is no request to stop"), "{err}");
+}
+
+#[test]
+fn a_request_is_stopped_from_another_terminal() {
+    let mut host = Host::new();
+    let balloon = host.start("web-1", Guest::Waits);
+    let waiting = host.command(&["drop-caches", "web-1"]).stderr(Stdio::piped()).spawn().unwrap();
+    balloon.until_open(1);
+    let (code, out, _) = host.run(&["cancel", "web-1"]);
+    assert_eq!((code, out.as_str()), (0, "web-1: told to stop drop-caches (request 1)\n"));
+    let (code, _, err) = told(&waiting.wait_with_output().unwrap());
+    assert_eq!(code, 1);
+    assert!(err.contains("the request was stopped"), "{err}");
+}
+
+#[test]
+fn free_pages_are_counted_by_size_and_drawn() {
+    let mut host = Host::new();
+    host.start("web-1", Guest::Obeys);
+    let (code, out, err) = host.run(&["free-pages", "web-1"]);
+    assert_eq!((code, err.as_str()), (0, ""));
+    let lines: Vec<_> = out.lines().collect();
+    assert_eq!(lines[0], "web-1: 2304 MiB of 4 GiB free, in 12.5 ms");
+    assert_eq!(lines[1], "  snapshot 1");
+    assert_eq!(lines[2], "  the guest counts 2312 MiB free, 512 MiB are in the balloon");
+    assert_eq!(lines[3], "     4 MiB        512 blocks  2GiB");
+    assert_eq!(lines[4], "     2 MiB        128 blocks  256MiB");
+    assert!(out.is_ascii(), "no terminal, no shades");
+    let map: Vec<_> = lines[7..].iter().map(|line| &line[15..]).collect();
+    let row = |mark: &str| mark.repeat(64);
+    let expected = [row("#"), row("#"), row("."), row("."), row("."), row("."), row("+"), row("o")];
+    assert_eq!(map, expected);
+    let (code, out, _) = host.run(&["free-pages", "web-1", "--json"]);
+    assert_eq!((code, json(&out)["kind"].as_str()), (0, Some("snapshot")));
+}
+
+#[test]
+fn free_pages_are_held_released_and_written_to_files() {
+    let mut host = Host::new();
+    host.start("web-1", Guest::Obeys);
+    let (png, bits) = (host.dir.path().join("a.png"), host.dir.path().join("a.bits"));
+    let (png_text, bits_text) = (png.to_str().unwrap(), bits.to_str().unwrap());
+    let command = ["free-pages", "web-1", "--hold", "--png", png_text, "--bitmap", bits_text];
+    let (code, out, err) = host.run(&command);
+    assert_eq!((code, err.as_str()), (0, ""));
+    assert!(out.starts_with("web-1: 2304 MiB of 4 GiB held free, in 12.5 ms\n"), "{out}");
+    assert!(out.contains("hold 1 until --release, or until the guest needs it"), "{out}");
+    assert_eq!(&fs::read(&png).unwrap()[..4], b"\x89PNG");
+    assert_eq!(fs::read(&bits).unwrap().len(), (1 << 20) / 8);
+    let (code, out, _) = host.run(&["free-pages", "web-1", "--release"]);
+    assert_eq!((code, out.as_str()), (0, "web-1: took 2 GiB back in 12.5 ms\n"));
+    let nowhere = host.dir.path().join("no/a.png");
+    let (code, _, err) = host.run(&["free-pages", "web-1", "--png", nowhere.to_str().unwrap()]);
+    assert_eq!(code, 1);
+    assert!(err.contains("cannot write") && err.contains("no/a.png"), "{err}");
+    // Wrong usage.
+    for args in
+        [&["--hold", "--release"][..], &["--reserve", "1G"], &["--hold", "--min-block", "4K"]]
+    {
+        let (code, ..) = host.run(&[&["free-pages", "web-1"], args].concat());
+        assert_eq!(code, 2, "{args:?}");
+    }
+}
+
+#[test]
+fn a_hold_leaves_the_guest_what_was_said() {
+    let mut host = Host::new();
+    let balloon = host.start("web-1", Guest::Waits);
+    for (args, reserve_bytes) in
+        [(&["--hold"][..], DEFAULT_RESERVE_BYTES), (&["--hold", "--reserve", "1GiB"], 1 << 30)]
+    {
+        let args = [&["free-pages", "web-1"], args].concat();
+        let waiting = host.command(&args).stdout(Stdio::piped()).spawn().unwrap();
+        balloon.until_open(1);
+        let ask = balloon.requests(|requests| requests.open.values().next().unwrap().0);
+        assert_eq!(ask, GuestAsk::Hold { reserve_bytes });
+        balloon.requests(fake::Requests::answer);
+        assert!(waiting.wait_with_output().unwrap().status.success());
+    }
+    assert_eq!(fake::free_pages(1, FreeKind::Hold).summary.id, 1);
 }

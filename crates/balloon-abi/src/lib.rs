@@ -10,20 +10,24 @@
 
 pub mod config;
 pub mod feature;
+pub mod hint;
 pub mod limits;
 pub mod page;
 pub mod pfn_array;
 pub mod queue;
 pub mod record;
 pub mod request;
+pub mod stats;
 pub mod status;
 
 pub use config::{ConfigSpace, Field, WriteError};
 pub use feature::Features;
+pub use hint::{HintCommand, HintId};
 pub use page::{BALLOON_PAGE_BYTES, BALLOON_PAGE_SHIFT, Pfn};
 pub use queue::{QueueLayout, Vq};
 pub use record::{Record, RecordError, RecordHeader, Records};
 pub use request::{AnswerHeader, Caches, Command, Outcome, Request, RequestError};
+pub use stats::{Stat, StatTag};
 pub use status::MessageStatus;
 
 /// Virtio device type of the traditional memory balloon (virtio 1.3, section 5).

@@ -11,6 +11,7 @@ pub const BALLOON_PAGE_BYTES: u64 = 1 << BALLOON_PAGE_SHIFT;
 ///
 /// A wire value is only a claim: it may lie outside of guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(transparent)]
 pub struct Pfn(pub u64);
 
 impl Pfn {

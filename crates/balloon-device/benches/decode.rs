@@ -77,6 +77,10 @@ impl Reclaim for Count {
         self.release(pages);
     }
 
+    fn release_free(&mut self, pages: &PageSet) {
+        self.release(pages);
+    }
+
     fn retain(&mut self, _pages: &PageSet) {}
 
     fn flush(&mut self) {}

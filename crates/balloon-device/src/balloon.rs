@@ -1,20 +1,31 @@
 //! The device: configuration space, the queues' handlers, what the guest gave.
 
+mod free_pages;
+mod resume;
+mod stats_queue;
+
 use std::time::Instant;
 
 use balloon_abi::limits::{MAX_MESSAGE_BYTES, MAX_PFN_ARRAY_BYTES};
 use balloon_abi::{ConfigSpace, Features, Field, MessageStatus, QueueLayout, Vq};
 use page_set::PageSet;
-use virtio_queue::Queue;
+use virtio_queue::QueueT;
 use vm_memory::GuestMemory;
 
 use crate::change::Change;
 use crate::decode::{decode_bitmap, decode_pfn_array};
 use crate::drain::{Drained, Handled, drain};
 use crate::fault::{Fault, Faults};
+use crate::hint::Hinting;
+use crate::kept::Kept;
 use crate::layout::MemoryLayout;
 use crate::message::Message;
 use crate::reclaim::Reclaim;
+use crate::report::Reports;
+use crate::request::Requests;
+use crate::request_failure::RequestFailure;
+use crate::request_queue::RequestQueue;
+use crate::stats::Stats;
 
 /// A queue cannot be served any more until the driver sets it up anew.
 #[derive(Debug, thiserror::Error)]
@@ -53,39 +64,65 @@ pub struct Counters {
 #[derive(Debug)]
 pub struct Balloon<R> {
     config: ConfigSpace,
+    offered: Features,
     negotiated: Features,
     layout: MemoryLayout,
     /// Pages the guest gave and did not take back.
     held: PageSet,
+    /// The guest gave pages before the device began to watch, nobody knows which.
+    inherited: bool,
     reclaim: R,
     message: Message,
     faults: Faults,
     counters: Counters,
     change: Option<Change>,
+    hinting: Hinting,
+    reports: Reports,
+    stats: Stats,
+    requests: Requests,
+    /// Chains of the request queue that wait for a request.
+    waiting: Kept,
 }
 
 impl<R: Reclaim> Balloon<R> {
-    /// Features that the device offers on any transport.
+    /// Features that the device can offer on any transport.
     pub const FEATURES: Features = Features::MUST_TELL_HOST
         .union(Features::DEFLATE_ON_OOM)
+        .union(Features::FREE_PAGE_HINT)
+        .union(Features::PAGE_POISON)
+        .union(Features::STATS_VQ)
+        .union(Features::REPORTING)
         .union(Features::RING_INDIRECT_DESC)
         .union(Features::RING_EVENT_IDX)
         .union(Features::VERSION_1)
-        .union(Features::PAGE_BITMAP);
+        .union(Features::PAGE_BITMAP)
+        .union(Features::REQUEST_VQ);
 
     /// A device without memory; see [`set_layout`](Self::set_layout).
     pub fn new(reclaim: R) -> Self {
         Self {
             config: ConfigSpace::default(),
+            offered: Self::FEATURES,
             negotiated: Features::NONE,
             layout: MemoryLayout::default(),
             held: PageSet::new(),
+            inherited: false,
             reclaim,
             message: Message::default(),
             faults: Faults::default(),
             counters: Counters::default(),
             change: None,
+            hinting: Hinting::default(),
+            reports: Reports::default(),
+            stats: Stats::default(),
+            requests: Requests::default(),
+            waiting: Kept::default(),
         }
+    }
+
+    /// Offers no feature of `features`, from the next driver on.
+    pub fn withhold(&mut self, features: Features) {
+        self.offered = Self::FEATURES.without(features);
     }
 
     /// A driver starts: it holds nothing, and uses any page that it wants.
@@ -93,9 +130,15 @@ impl<R: Reclaim> Balloon<R> {
     pub fn reset(&mut self, negotiated: Features) {
         let held = std::mem::take(&mut self.held);
         self.reclaim.retain(&held);
-        self.negotiated = negotiated & Self::FEATURES;
+        self.inherited = false;
+        self.negotiated = negotiated & self.offered;
+        self.waiting.forget();
+        self.requests.reset(self.negotiated);
         self.config.actual = 0;
         self.config.poison_val = 0;
+        self.hinting.reset();
+        self.stats.reset(!self.negotiated.contains(Features::VERSION_1));
+        self.show_hint_command();
         if let Some(change) = &mut self.change {
             change.actual_is(0, Instant::now());
         }
@@ -104,21 +147,52 @@ impl<R: Reclaim> Balloon<R> {
     /// The driver's queues stop. It may be reset now, and then uses any page that
     /// it wants before the device hears of it again: what was not released yet
     /// never is. Where it only pauses, its balloon is still what it was.
+    ///
+    /// Chains that are kept are forgotten; see [`give_back`](Self::give_back).
     pub fn suspend(&mut self) {
         self.reclaim.retain(&self.held);
+        self.stats.kept.forget();
+        self.waiting.forget();
+        self.requests.suspend();
+    }
+
+    /// A queue is about to stop: chains of it that the device keeps go back to
+    /// the driver with nothing in them. True where it wants to be notified.
+    pub fn give_back<M: GuestMemory>(
+        &mut self,
+        vq: Vq,
+        memory: &M,
+        queue: &mut impl QueueT,
+    ) -> Result<bool, QueueError> {
+        let kept = match vq {
+            Vq::Stats => &mut self.stats.kept,
+            Vq::Request => &mut self.waiting,
+            Vq::Inflate | Vq::Deflate | Vq::FreePage | Vq::Reporting => return Ok(false),
+        };
+        let given_back = kept.give_back(queue, memory);
+        given_back.map_err(|source| self.bad_ring(vq, source))
+    }
+
+    /// A queue is set up anew without having been stopped: what is kept of it
+    /// cannot be returned.
+    pub fn forget_kept(&mut self, vq: Vq) {
+        match vq {
+            Vq::Stats => self.stats.kept.forget(),
+            Vq::Request => self.waiting.forget(),
+            Vq::Inflate | Vq::Deflate | Vq::FreePage | Vq::Reporting => {}
+        }
     }
 
     /// Guest memory is now at `layout`. Pages that are gone are forgotten, and
     /// not released later: other memory may come in their place.
     pub fn set_layout(&mut self, layout: MemoryLayout) {
-        let mut gone = std::mem::take(&mut self.held);
-        for range in layout.ranges() {
-            self.held.union_with(&gone.take_range(*range));
-        }
+        self.hinting.forget_outside(&layout);
+        let gone = layout.cut(&mut self.held);
         if !gone.is_empty() {
             self.reclaim.retain(&gone);
         }
         self.layout = layout;
+        self.requests.forget_pages();
     }
 
     /// Serves a queue: takes every message, acts on it, and returns it.
@@ -126,8 +200,14 @@ impl<R: Reclaim> Balloon<R> {
         &mut self,
         vq: Vq,
         memory: &M,
-        queue: &mut Queue,
+        queue: &mut impl QueueT,
     ) -> Result<Drained, QueueError> {
+        match vq {
+            Vq::Stats => return self.process_stats(memory, queue),
+            Vq::FreePage | Vq::Reporting => return self.process_free_pages(vq, memory, queue),
+            Vq::Request => return self.process_requests(memory, queue),
+            Vq::Inflate | Vq::Deflate => {}
+        }
         if let Some(change) = &mut self.change {
             change.notified(Instant::now());
         }
@@ -138,20 +218,42 @@ impl<R: Reclaim> Balloon<R> {
                 self.refuse(vq);
             }
             let written_bytes = self.answer(memory, outcome);
-            Handled { read_bytes: self.message.bytes().len(), written_bytes }
+            Handled { read_bytes: self.message.bytes().len(), written_bytes: Some(written_bytes) }
         });
-        match drained {
-            Ok(drained) => {
-                if let Some(change) = &mut self.change {
-                    change.served(drained.chains);
-                }
-                Ok(drained)
-            }
-            Err(source) => {
-                self.faults.count(Fault::BadRing);
-                Err(QueueError::BadRing { vq, source })
-            }
+        let drained = drained.map_err(|source| self.bad_ring(vq, source))?;
+        if let Some(change) = &mut self.change {
+            change.served(drained.chains);
         }
+        Ok(drained)
+    }
+
+    /// Serves the request queue: also when something was submitted, stopped or
+    /// ran out of time.
+    fn process_requests<M: GuestMemory>(
+        &mut self,
+        memory: &M,
+        queue: &mut impl QueueT,
+    ) -> Result<Drained, QueueError> {
+        self.requests.resume();
+        let served = RequestQueue {
+            requests: &mut self.requests,
+            waiting: &mut self.waiting,
+            message: &mut self.message,
+            faults: &mut self.faults,
+            layout: &self.layout,
+            balloon: &self.held,
+        }
+        .process(memory, queue);
+        served.map_err(|source| {
+            self.waiting.forget();
+            self.requests.end_all(RequestFailure::BadRing);
+            self.bad_ring(Vq::Request, source)
+        })
+    }
+
+    fn bad_ring(&mut self, vq: Vq, source: virtio_queue::Error) -> QueueError {
+        self.faults.count(Fault::BadRing);
+        QueueError::BadRing { vq, source }
     }
 
     /// Sets the pages that the guest is asked to give. The caller tells the
@@ -177,6 +279,11 @@ impl<R: Reclaim> Balloon<R> {
     /// A driver's write to the configuration space; one that is not allowed is
     /// counted and changes nothing.
     pub fn write_config(&mut self, offset: u32, data: &[u8], now: Instant) -> Result<(), Fault> {
+        let is_poison = Field::PoisonVal.offset() as u64 == u64::from(offset);
+        if is_poison && !self.negotiated.contains(Features::PAGE_POISON) {
+            self.faults.count(Fault::ConfigWrite);
+            return Err(Fault::ConfigWrite);
+        }
         match self.config.driver_write(offset, data) {
             Ok((Field::Actual, actual)) => {
                 if let Some(change) = &mut self.change {
@@ -198,6 +305,11 @@ impl<R: Reclaim> Balloon<R> {
     /// Numbering of the queues under the negotiated features.
     pub const fn queues(&self) -> QueueLayout {
         QueueLayout::new(self.negotiated)
+    }
+
+    /// What the next driver can accept.
+    pub const fn offered(&self) -> Features {
+        self.offered
     }
 
     /// What the driver accepted.
@@ -235,6 +347,17 @@ impl<R: Reclaim> Balloon<R> {
         self.change.as_ref()
     }
 
+    /// What the operator asks of the guest.
+    pub const fn requests(&self) -> &Requests {
+        &self.requests
+    }
+
+    /// What the operator asks of the guest, to ask more. The request queue is to
+    /// be [served](Self::process_queue) then.
+    pub const fn requests_mut(&mut self) -> &mut Requests {
+        &mut self.requests
+    }
+
     /// What releases memory.
     pub const fn reclaim(&self) -> &R {
         &self.reclaim
@@ -263,7 +386,7 @@ impl<R: Reclaim> Balloon<R> {
         match vq {
             Vq::Inflate => self.inflate(&pages),
             Vq::Deflate => self.deflate(&pages),
-            // Not offered, so no layout gives them a number.
+            // Not offered, so no layout gives them a number; requests go their own way.
             Vq::Stats | Vq::FreePage | Vq::Reporting | Vq::Request => {}
         }
         Ok(())
@@ -276,6 +399,7 @@ impl<R: Reclaim> Balloon<R> {
         self.counters.inflate_messages += 1;
         self.counters.inflated_pages += pages.len();
         self.held.union_with(pages);
+        self.requests.inflated(pages);
         if self.negotiated.contains(Features::MUST_TELL_HOST) {
             self.reclaim.release(pages);
         } else {
@@ -290,7 +414,7 @@ impl<R: Reclaim> Balloon<R> {
         self.counters.deflated_pages += pages.len();
         let before = self.held.len();
         self.held.subtract(pages);
-        if before - self.held.len() < pages.len() {
+        if before - self.held.len() < pages.len() && !self.inherited {
             self.faults.count(Fault::NotInBalloon);
         }
         self.reclaim.retain(pages);

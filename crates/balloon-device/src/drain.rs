@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT, QueueT};
+use virtio_queue::{DescriptorChain, Error, QueueT};
 use vm_memory::GuestMemory;
 
 /// Chains that one call serves at most, so that a guest which keeps adding
@@ -21,14 +21,15 @@ pub const MAX_BYTES_PER_DRAIN: usize = 4 * balloon_abi::limits::MAX_MESSAGE_BYTE
 pub(crate) struct Handled {
     /// Bytes that were read.
     pub(crate) read_bytes: usize,
-    /// Bytes that were written, for the used ring.
-    pub(crate) written_bytes: u32,
+    /// Bytes that were written, for the used ring; `None` where the chain is kept
+    /// (see [`Kept`](crate::kept::Kept)), to be returned later.
+    pub(crate) written_bytes: Option<u32>,
 }
 
 /// What a drain did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Drained {
-    /// Chains taken and returned.
+    /// Chains taken, and returned unless they are kept.
     pub chains: usize,
     /// The driver wants to be notified.
     pub notify: bool,
@@ -37,14 +38,15 @@ pub struct Drained {
 }
 
 /// Hands available chains, up to a bound, to `handle` and returns each with the
-/// bytes that `handle` says it wrote. Every chain that was taken is returned.
+/// bytes that `handle` says it wrote. Every chain that was taken is returned, or
+/// kept because `handle` said so.
 ///
 /// Notifications are off meanwhile; after they are on again the ring is looked
 /// at once more, since a driver with EVENT_IDX does not repeat a kick.
 ///
 /// A queue that is not ready is not touched: its addresses are no addresses yet.
 pub(crate) fn drain<'m, M: GuestMemory>(
-    queue: &mut Queue,
+    queue: &mut impl QueueT,
     memory: &'m M,
     mut handle: impl FnMut(DescriptorChain<&'m M>) -> Handled,
 ) -> Result<Drained, Error> {
@@ -53,6 +55,7 @@ pub(crate) fn drain<'m, M: GuestMemory>(
     }
     let mut drained = Drained::default();
     let mut bytes = 0;
+    let mut returned = false;
     loop {
         let before = drained.chains;
         queue.disable_notification(memory)?;
@@ -60,7 +63,10 @@ pub(crate) fn drain<'m, M: GuestMemory>(
             let Some(chain) = next_chain(queue, memory)? else { break };
             let head = chain.head_index();
             let handled = handle(chain);
-            queue.add_used(memory, head, handled.written_bytes)?;
+            if let Some(written_bytes) = handled.written_bytes {
+                queue.add_used(memory, head, written_bytes)?;
+                returned = true;
+            }
             drained.chains += 1;
             bytes += handled.read_bytes;
         }
@@ -74,24 +80,30 @@ pub(crate) fn drain<'m, M: GuestMemory>(
             break;
         }
     }
-    drained.notify = drained.chains > 0 && queue.needs_notification(memory)?;
+    drained.notify = returned && queue.needs_notification(memory)?;
     Ok(drained)
 }
 
 /// The next available chain, or `None` where there is none.
 ///
-/// The iterator says `None` as well where it cannot read the ring's entry, and
+/// The queue says `None` as well where it cannot read the ring's entry, and
 /// the index would say for ever that there is one: that is an error here. So is
 /// a head that the ring does not have, since it could not be returned.
+///
+/// An index that is impossibly far ahead is found before the queue is asked,
+/// which would log it.
 fn next_chain<'m, M: GuestMemory>(
-    queue: &mut Queue,
+    queue: &mut impl QueueT,
     memory: &'m M,
 ) -> Result<Option<DescriptorChain<&'m M>>, Error> {
     let size = queue.size();
-    let any = queue.avail_idx(memory, Ordering::Acquire)?.0 != queue.next_avail();
-    match queue.iter(memory)?.next() {
+    let ahead = queue.avail_idx(memory, Ordering::Acquire)?.0.wrapping_sub(queue.next_avail());
+    if ahead > size {
+        return Err(Error::InvalidAvailRingIndex);
+    }
+    match queue.pop_descriptor_chain(memory) {
         Some(chain) if chain.head_index() >= size => Err(Error::InvalidDescriptorIndex),
-        None if any => Err(Error::InvalidAvailRingIndex),
+        None if ahead > 0 => Err(Error::InvalidAvailRingIndex),
         chain => Ok(chain),
     }
 }

@@ -30,14 +30,44 @@ pub enum Fault {
     /// A write to a configuration field that is not the driver's, or to none.
     #[error("guest: a write to configuration space outside of the driver's fields")]
     ConfigWrite,
+    /// A message about free pages that is neither a command nor pages.
+    #[error("guest: a message about free pages that is neither a command nor pages")]
+    MalformedFreePages,
+    /// A command for free page hints that the device did not give.
+    #[error("guest: a hint command that was not given, or was given once and came twice")]
+    StrayCommand,
+    /// A buffer of statistics while the device has one already.
+    #[error("guest: more than one buffer of statistics")]
+    ExtraStats,
     /// A ring that cannot be followed.
     #[error("guest: a ring that makes no sense")]
     BadRing,
+    /// A waiting chain that waits already.
+    #[error("guest: a chain on the request queue twice")]
+    RepeatedChain,
+    /// More waiting chains than the ring has entries.
+    #[error("guest: more waiting chains than the ring has entries")]
+    TooManyWaiting,
+    /// Bytes that are no answer to what was asked.
+    #[error("guest: bytes that are no answer to the request")]
+    MalformedAnswer,
+    /// An answer to what was never asked, or so long ago that nobody knows.
+    #[error("guest: an answer to a request that was not made")]
+    UnknownRequest,
+    /// One more answer after the last one.
+    #[error("guest: a second last answer to a request")]
+    AnsweredTwice,
+    /// A page named as free that is in the balloon.
+    #[error("guest: a page named as free that is in the balloon")]
+    FreeInBalloon,
+    /// Answers to one request that name twice as many pages as there are.
+    #[error("guest: answers that name more than twice as many pages as there are")]
+    TooManyPages,
 }
 
 impl Fault {
     /// All kinds, in a fixed order.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 19] = [
         Self::EmptyMessage,
         Self::OversizedMessage,
         Self::BadDescriptor,
@@ -46,7 +76,17 @@ impl Fault {
         Self::RepeatedPage,
         Self::NotInBalloon,
         Self::ConfigWrite,
+        Self::MalformedFreePages,
+        Self::StrayCommand,
+        Self::ExtraStats,
         Self::BadRing,
+        Self::RepeatedChain,
+        Self::TooManyWaiting,
+        Self::MalformedAnswer,
+        Self::UnknownRequest,
+        Self::AnsweredTwice,
+        Self::FreeInBalloon,
+        Self::TooManyPages,
     ];
 
     /// The word that the control API and the metrics use.
@@ -60,15 +100,27 @@ impl Fault {
             Self::RepeatedPage => "repeated-page",
             Self::NotInBalloon => "not-in-balloon",
             Self::ConfigWrite => "config-write",
+            Self::MalformedFreePages => "malformed-free-pages",
+            Self::StrayCommand => "stray-command",
+            Self::ExtraStats => "extra-stats",
             Self::BadRing => "bad-ring",
+            Self::RepeatedChain => "repeated-chain",
+            Self::TooManyWaiting => "too-many-waiting",
+            Self::MalformedAnswer => "malformed-answer",
+            Self::UnknownRequest => "unknown-request",
+            Self::AnsweredTwice => "answered-twice",
+            Self::FreeInBalloon => "free-in-balloon",
+            Self::TooManyPages => "too-many-pages",
         }
     }
 
-    /// What a page-bitmap message with this fault is answered.
+    /// What a message with this fault is answered. A page in the balloon is no
+    /// memory of the guest's for as long as it is there.
     pub(crate) const fn status(self) -> MessageStatus {
         match self {
-            Self::OutsideMemory => MessageStatus::OutsideMemory,
+            Self::OutsideMemory | Self::FreeInBalloon => MessageStatus::OutsideMemory,
             Self::RepeatedPage => MessageStatus::RepeatedPage,
+            Self::UnknownRequest | Self::AnsweredTwice => MessageStatus::Unwanted,
             _ => MessageStatus::Malformed,
         }
     }

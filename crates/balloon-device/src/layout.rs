@@ -1,7 +1,7 @@
 //! Where guest memory is.
 
 use balloon_abi::page::{BALLOON_PAGE_BYTES, BALLOON_PAGE_SHIFT};
-use page_set::PageRange;
+use page_set::{PageRange, PageSet};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
 /// Why a memory map cannot be a guest's.
@@ -81,6 +81,15 @@ impl MemoryLayout {
     pub fn covers(&self, range: PageRange) -> bool {
         let after = self.ranges.partition_point(|known| known.start() <= range.start());
         after.checked_sub(1).is_some_and(|at| range.is_within(self.ranges[at]))
+    }
+
+    /// Takes the pages that do not exist out of `pages` and returns them.
+    pub(crate) fn cut(&self, pages: &mut PageSet) -> PageSet {
+        let mut gone = std::mem::take(pages);
+        for range in &self.ranges {
+            pages.union_with(&gone.take_range(*range));
+        }
+        gone
     }
 
     fn append(&mut self, range: PageRange) -> Result<(), LayoutError> {

@@ -11,19 +11,37 @@
 
 #![forbid(unsafe_code)]
 
+mod answer;
 mod balloon;
 mod change;
 mod decode;
 mod drain;
 mod fault;
+mod hint;
+mod kept;
 mod layout;
 mod message;
+mod named;
+mod poison;
 mod reclaim;
+mod report;
+mod request;
+mod request_failure;
+mod request_queue;
+mod stats;
+mod totals;
 
+pub use answer::{Answer, Blocks, FreeKind, FreePages};
 pub use balloon::{Balloon, Counters, QueueError};
 pub use change::{Change, Stages};
 pub use decode::{decode_bitmap, decode_pfn_array};
 pub use drain::{Drained, MAX_BYTES_PER_DRAIN, MAX_CHAINS_PER_DRAIN};
 pub use fault::{Fault, Faults};
+pub use hint::{HintError, HintPhase, Hinting};
 pub use layout::{LayoutError, MemoryLayout};
 pub use reclaim::Reclaim;
+pub use report::Reports;
+pub use request::{Ask, Hold, HoldState, MAX_OUTCOMES, MAX_QUEUED_REQUESTS, Requests};
+pub use request_failure::{RequestFailure, RequestResult, SubmitError};
+pub use stats::Stats;
+pub use totals::{RequestKind, RequestTotals};

@@ -1,6 +1,7 @@
 //! One message: the readable bytes of a descriptor chain, copied once.
 
 use balloon_abi::MessageStatus;
+use balloon_abi::request::REQUEST_BYTES;
 use balloon_abi::status::STATUS_BYTES;
 use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestAddress, GuestMemory};
@@ -14,7 +15,7 @@ const _: () = assert!(WRITTEN as usize == STATUS_BYTES);
 /// Descriptors that a message may have. The specification allows as many as the
 /// ring has entries, and Linux sets up rings of 256 for a balloon; an indirect
 /// table could hold 65535, each of which costs the device a look.
-const MAX_DESCRIPTORS: usize = 1024;
+pub(crate) const MAX_DESCRIPTORS: usize = 1024;
 
 /// Bytes of a message and where its answer goes.
 #[derive(Debug, Default)]
@@ -23,11 +24,18 @@ pub(crate) struct Message {
     bytes: Vec<u8>,
     /// First writable descriptor with room for a status.
     answer: Option<GuestAddress>,
+    /// First writable descriptor with room for a request.
+    request_room: Option<GuestAddress>,
 }
 
 impl Message {
     pub(crate) fn bytes(&self) -> &[u8] {
         &self.bytes
+    }
+
+    /// Where a request may be written.
+    pub(crate) const fn request_room(&self) -> Option<GuestAddress> {
+        self.request_room
     }
 
     /// Copies the readable part of `chain`, at most `limit` bytes. Where it
@@ -43,6 +51,7 @@ impl Message {
     ) -> Result<(), Fault> {
         self.bytes.clear();
         self.answer = None;
+        self.request_room = None;
         let mut outcome = Ok(());
         let mut broken_off = false;
         for descriptor in chain.take(MAX_DESCRIPTORS) {
@@ -51,6 +60,9 @@ impl Message {
             if descriptor.is_write_only() {
                 if self.answer.is_none() && len >= STATUS_BYTES {
                     self.answer = Some(descriptor.addr());
+                }
+                if self.request_room.is_none() && len >= REQUEST_BYTES {
+                    self.request_room = Some(descriptor.addr());
                 }
             } else if outcome.is_ok() {
                 outcome = self.append(memory, descriptor.addr(), len, limit);

@@ -12,6 +12,11 @@ pub trait Reclaim {
     /// as this returns: what was not released then never is.
     fn release_now(&mut self, pages: &PageSet);
 
+    /// `pages` are free in the guest, which uses none of them until this returns and
+    /// may use any of them then: their memory is released now or not at all. None
+    /// of them was given by [`release`](Self::release).
+    fn release_free(&mut self, pages: &PageSet);
+
     /// `pages` go back to the guest. When this returns, no release of any of
     /// them is under way or still to come.
     fn retain(&mut self, pages: &PageSet);

@@ -27,6 +27,37 @@ pub struct Geometry {
     pub max_order: u32,
 }
 
+impl Geometry {
+    /// The same with the orders whose blocks the wire can name, and no more than
+    /// there are counters for.
+    pub(crate) const fn within_limits(self) -> Self {
+        let page_shift = match self.page_shift {
+            small if small < MIN_GRANULE_SHIFT => MIN_GRANULE_SHIFT,
+            large if large > MAX_GRANULE_SHIFT => MAX_GRANULE_SHIFT,
+            shift => shift,
+        };
+        let nameable = MAX_GRANULE_SHIFT - page_shift;
+        let most = if nameable < MAX_ORDERS { nameable } else { MAX_ORDERS - 1 };
+        let max_order = if self.max_order < most { self.max_order } else { most };
+        Self { page_shift, max_order }
+    }
+
+    /// All orders, smallest first.
+    pub(crate) fn orders(self) -> core::ops::RangeInclusive<u32> {
+        0..=self.max_order
+    }
+
+    /// log2 of a block's bytes.
+    pub(crate) const fn granule_shift(self, order: u32) -> u32 {
+        self.page_shift + order
+    }
+
+    /// Balloon pages of a block.
+    pub(crate) const fn block_pages(self, order: u32) -> u64 {
+        1 << (self.granule_shift(order) - BALLOON_PAGE_SHIFT)
+    }
+}
+
 /// Where a call to [`Balloon::run`] ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
@@ -56,10 +87,8 @@ pub struct Balloon {
 impl Balloon {
     /// An empty balloon. Orders whose blocks the wire cannot name are not used.
     pub fn new(negotiated: Features, geometry: Geometry) -> Self {
-        let page_shift = geometry.page_shift.clamp(MIN_GRANULE_SHIFT, MAX_GRANULE_SHIFT);
-        let max_order = geometry.max_order.min(MAX_GRANULE_SHIFT - page_shift).min(MAX_ORDERS - 1);
         Self {
-            geometry: Geometry { page_shift, max_order },
+            geometry: geometry.within_limits(),
             messages: Messages::new(negotiated),
             blocks: [0; MAX_ORDERS as usize],
             pages: 0,
@@ -147,8 +176,8 @@ impl Balloon {
         queues: &mut impl Queues,
     ) -> Result<u64, Gone> {
         let before = self.pages;
-        for order in (0..=self.geometry.max_order).rev() {
-            let block_pages = self.block_pages(order);
+        for order in self.geometry.orders().rev() {
+            let block_pages = self.geometry.block_pages(order);
             while wanted - (self.pages - before) >= block_pages {
                 let Some(pfn) = memory.allocate(order) else { break };
                 self.hold(order, 1);
@@ -159,7 +188,7 @@ impl Balloon {
                     self.release(order);
                     break;
                 }
-                self.messages.add(queues, Vq::Inflate, pfn, self.granule_shift(order))?;
+                self.messages.add(queues, Vq::Inflate, pfn, self.geometry.granule_shift(order))?;
             }
         }
         let taken = self.pages - before;
@@ -186,7 +215,7 @@ impl Balloon {
             let Some(order) = self.order_to_leak(self.pages - target) else { break };
             let Some(pfn) = memory.withdraw(order) else { break };
             self.release(order);
-            self.messages.add(queues, Vq::Deflate, pfn, self.granule_shift(order))?;
+            self.messages.add(queues, Vq::Deflate, pfn, self.geometry.granule_shift(order))?;
         }
         self.messages.tell_host(queues, Vq::Deflate)?;
         memory.free_withdrawn();
@@ -198,12 +227,12 @@ impl Balloon {
     /// smallest.
     fn order_to_leak(&self, wanted: u64) -> Option<u32> {
         let held = |order: &u32| self.blocks[*order as usize] > 0;
-        let orders = 0..=self.geometry.max_order;
+        let orders = self.geometry.orders();
         orders
             .clone()
             .rev()
             .filter(held)
-            .find(|order| self.block_pages(*order) <= wanted)
+            .find(|order| self.geometry.block_pages(*order) <= wanted)
             .or_else(|| orders.clone().find(held))
     }
 
@@ -213,25 +242,16 @@ impl Balloon {
 
     fn hold(&mut self, order: u32, blocks: u64) {
         self.blocks[order as usize] += blocks;
-        self.pages += blocks * self.block_pages(order);
+        self.pages += blocks * self.geometry.block_pages(order);
     }
 
     fn release(&mut self, order: u32) {
         self.blocks[order as usize] -= 1;
-        self.pages -= self.block_pages(order);
-    }
-
-    const fn granule_shift(&self, order: u32) -> u32 {
-        self.geometry.page_shift + order
-    }
-
-    /// Balloon pages of a block.
-    const fn block_pages(&self, order: u32) -> u64 {
-        1 << (self.granule_shift(order) - BALLOON_PAGE_SHIFT)
+        self.pages -= self.geometry.block_pages(order);
     }
 
     /// Balloon pages of the guest's smallest block.
     const fn unit(&self) -> u64 {
-        self.block_pages(0)
+        self.geometry.block_pages(0)
     }
 }

@@ -49,6 +49,13 @@ impl Encoder {
         Self { granule_shift: BALLOON_PAGE_SHIFT, windows: [Window::EMPTY; WINDOWS], oldest: 0 }
     }
 
+    /// Forgets what waits.
+    pub(crate) fn clear(&mut self) {
+        for window in &mut self.windows {
+            *window = Window::EMPTY;
+        }
+    }
+
     /// Adds a block; what has to make room for it goes to `emit`.
     pub(crate) fn add<E>(
         &mut self,

@@ -16,6 +16,13 @@ pub const fn shrinkable_pages(held: u64, available: u64, total: u64) -> u64 {
     if missing < held { missing } else { held }
 }
 
+/// Balloon pages that a hold leaves free at least, where the guest has `total`
+/// and its kernel keeps `reserved` to itself before it begins to reclaim. A hold
+/// that left less would itself be the shortage that ends it.
+pub const fn hold_floor_pages(total: u64, reserved: u64) -> u64 {
+    (total / SHORTAGE_DIVISOR).saturating_add(reserved)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -26,5 +33,12 @@ mod tests {
         assert_eq!(shrinkable_pages(1000, 1, 3200), 99);
         assert_eq!(shrinkable_pages(10, 1, 3200), 10, "not more than there is");
         assert_eq!(shrinkable_pages(0, 0, 0), 0);
+    }
+
+    #[test]
+    fn a_hold_is_no_shortage() {
+        let (total, reserved) = (1 << 20, 4096);
+        let free = hold_floor_pages(total, reserved);
+        assert_eq!(shrinkable_pages(total - free, free - reserved, total), 0);
     }
 }

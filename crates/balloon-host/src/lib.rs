@@ -8,12 +8,17 @@
 
 mod log_limit;
 mod reclaim;
+mod request_text;
+mod requests;
 pub mod ring;
+mod saved;
 mod shared;
+mod stats_clock;
 
 pub use log_limit::LogLimit;
 pub use reclaim::{HostReclaim, Work};
 pub use shared::{DeviceGuard, Shared};
+pub use stats_clock::StatsClock;
 
 /// Something that every process has was refused.
 #[derive(Debug, thiserror::Error)]

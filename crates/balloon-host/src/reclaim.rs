@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use balloon_abi::BALLOON_PAGE_BYTES;
 use balloon_device::Reclaim;
-use control::api::{PartialHuge, ReleaseMode, ReleaseStatus};
+use control::api::{PartialHuge, ReleaseMode, ReleaseStatus, ReportsStatus};
 use host_memory::{MemoryMap, Reclaimer, ReclaimerOptions, resident};
 use page_set::PageSet;
 
@@ -115,6 +115,17 @@ impl HostReclaim {
         }
     }
 
+    /// What was released because the guest reported it; the rest is the device's.
+    pub fn reports(&self) -> ReportsStatus {
+        let done = self.reclaimer.snapshot();
+        ReportsStatus {
+            released_bytes: done.free_pages * BALLOON_PAGE_BYTES,
+            release_calls: done.free_calls,
+            partial_bytes: done.free_partial_pages * BALLOON_PAGE_BYTES,
+            ..ReportsStatus::default()
+        }
+    }
+
     /// What the host really spends on the guest; `None` without a guest.
     pub fn resident_bytes(&self) -> Option<u64> {
         if self.memory.pages() == 0 {
@@ -149,6 +160,10 @@ impl Reclaim for HostReclaim {
 
     fn release_now(&mut self, pages: &PageSet) {
         self.reclaimer.release_now(pages);
+    }
+
+    fn release_free(&mut self, pages: &PageSet) {
+        self.reclaimer.release_free(pages);
     }
 
     fn retain(&mut self, pages: &PageSet) {

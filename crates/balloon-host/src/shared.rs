@@ -1,6 +1,10 @@
 //! What the loop that serves the guest and the control API share: the device,
 //! under a lock, and what is known around it.
 
+mod hints;
+mod keep;
+mod stats;
+
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,16 +13,18 @@ use std::time::{Duration, Instant};
 
 use balloon_abi::Features;
 use balloon_device::{Balloon, Change};
-use control::ControlError;
 use control::api::{
-    BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, Direction, Driver, Faults, GuestStatus,
-    ReleaseMode, StagesMs, Status,
+    BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, CancelledRequest, Direction, Driver, Faults,
+    FreePageHints, GuestStatus, ReleaseMode, ReportsStatus, StagesMs, Status,
 };
+use control::{ControlError, FreePagesMap, GuestAnswer, GuestAsk};
 use rustix::event::EventfdFlags;
 
 use crate::HostError;
 use crate::log_limit::LogLimit;
 use crate::reclaim::{HostReclaim, Work};
+use crate::requests::RequestTimes;
+use crate::saved::{Saved, StateFile};
 
 /// How often a wait looks whether releasing in the background has come to its
 /// end, which nobody announces.
@@ -29,20 +35,30 @@ pub struct Shared {
     name: String,
     started: Instant,
     state: Mutex<State>,
-    changed: Condvar,
+    pub(crate) changed: Condvar,
     wake: OwnedFd,
     log_limit: Mutex<LogLimit>,
     /// Counted only where the guest's monitor is this process.
     exits: Option<AtomicU64>,
 }
 
-struct State {
-    device: Balloon<HostReclaim>,
-    connected: bool,
+pub(crate) struct State {
+    pub(crate) device: Balloon<HostReclaim>,
+    pub(crate) connected: bool,
     generation: u64,
     /// What was released before the present change began.
     baseline: Work,
     front_end_faults: BTreeMap<&'static str, u64>,
+    /// How often the guest is asked for statistics, if it is.
+    stats_interval: Option<Duration>,
+    /// The configuration space has changed and the guest was not told yet.
+    config_changed: bool,
+    /// What a driver said, for when it goes on.
+    saved: Saved,
+    /// Where that is kept, if it is.
+    file: Option<StateFile>,
+    /// When requests were submitted, and what became of the newest free pages.
+    pub(crate) times: RequestTimes,
 }
 
 /// The device, locked.
@@ -75,6 +91,11 @@ impl Shared {
             generation: 0,
             baseline: Work::default(),
             front_end_faults: BTreeMap::new(),
+            stats_interval: None,
+            config_changed: false,
+            saved: Saved::default(),
+            file: None,
+            times: RequestTimes::default(),
         };
         Ok(Self {
             name,
@@ -133,19 +154,44 @@ impl Shared {
         left_out.is_some()
     }
 
-    /// Becomes readable when the target has changed.
+    /// True once for each change of the configuration space, or for many at once.
+    pub fn take_config_changed(&self) -> bool {
+        std::mem::take(&mut self.state().config_changed)
+    }
+
+    /// Has the loop look at what the operator wants.
+    pub(crate) fn wake_up(&self) -> Result<(), ControlError> {
+        let woken = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+        woken.map(drop).map_err(|error| ControlError::Failed {
+            what: format!("the balloon cannot be woken: {error}"),
+            hint: "restart the back end of this guest".into(),
+        })
+    }
+
+    /// Becomes readable when the operator wants something.
     pub const fn wake(&self) -> &OwnedFd {
         &self.wake
     }
 
+    /// Has the loop tell the guest that the configuration space changed.
+    fn announce(&self, mut state: MutexGuard<'_, State>) -> Result<(), ControlError> {
+        state.config_changed = true;
+        drop(state);
+        self.wake_up()
+    }
+
     /// A thread that panicked with the lock held has left counters behind, no
     /// half-made structure; the guest is worth more than a clean exit.
-    fn state(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl control::Balloon for Shared {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
     fn status(&self) -> Status {
         let state = self.state();
         let device = &state.device;
@@ -159,7 +205,10 @@ impl control::Balloon for Shared {
             release: device.reclaim().status(),
             resident_bytes,
             exits: self.exits.as_ref().map(|exits| exits.load(Ordering::Relaxed)),
+            stats: state.stats(),
+            reports: state.reports(),
             faults: state.faults(),
+            requests: state.requests(),
         }
     }
 
@@ -178,15 +227,11 @@ impl control::Balloon for Shared {
         }
         state.baseline = state.device.reclaim().work();
         state.device.set_target(pages, Instant::now());
+        state.saved.target = pages;
+        self.save(&mut state);
         state.generation += 1;
         let generation = state.generation;
-        drop(state);
-        rustix::io::write(&self.wake, &1u64.to_ne_bytes()).map_err(|error| {
-            ControlError::Failed {
-                what: format!("the balloon cannot be woken: {error}"),
-                hint: "restart the back end of this guest".into(),
-            }
-        })?;
+        self.announce(state)?;
         self.changed();
         Ok(generation)
     }
@@ -194,6 +239,42 @@ impl control::Balloon for Shared {
     fn set_release_mode(&self, mode: ReleaseMode) -> Result<(), ControlError> {
         self.state().device.reclaim_mut().set_mode(mode);
         Ok(())
+    }
+
+    fn set_stats_interval(&self, interval: Option<Duration>) -> Result<(), ControlError> {
+        self.change_stats_interval(interval)
+    }
+
+    fn start_hints(&self) -> Result<u32, ControlError> {
+        self.begin_hints()
+    }
+
+    fn wait_hints(&self, id: u32, timeout: Duration) -> FreePageHints {
+        self.await_hints(id, timeout)
+    }
+
+    fn end_hints(&self, id: u32) -> Result<(), ControlError> {
+        self.finish_hints(id)
+    }
+
+    fn submit(&self, ask: GuestAsk, timeout: Duration) -> Result<u32, ControlError> {
+        self.submit_request(ask, timeout)
+    }
+
+    fn wait_request(
+        &self,
+        id: u32,
+        timeout: Duration,
+    ) -> Option<Result<GuestAnswer, ControlError>> {
+        self.wait_for_request(id, timeout)
+    }
+
+    fn cancel_request(&self, id: Option<u32>) -> Result<CancelledRequest, ControlError> {
+        self.cancel_one(id)
+    }
+
+    fn free_pages(&self) -> Option<FreePagesMap> {
+        self.state().newest_free_pages()
     }
 
     fn wait_change(&self, generation: u64, timeout: Duration) -> BalloonStatus {
@@ -230,6 +311,9 @@ impl State {
             connected: self.connected,
             driver,
             features: negotiated.names().map(str::to_owned).collect(),
+            poison_val: negotiated
+                .contains(Features::PAGE_POISON)
+                .then_some(self.device.config().poison_val),
             memory_bytes: self.device.layout().pages() * BALLOON_PAGE_BYTES,
         }
     }
@@ -275,6 +359,16 @@ impl State {
         }
     }
 
+    fn reports(&self) -> ReportsStatus {
+        let reports = self.device.reports();
+        ReportsStatus {
+            messages: reports.messages,
+            reported_bytes: reports.pages * BALLOON_PAGE_BYTES,
+            poisoned_bytes: reports.poisoned_pages * BALLOON_PAGE_BYTES,
+            ..self.device.reclaim().reports()
+        }
+    }
+
     fn faults(&self) -> Faults {
         let seen = self.device.faults().iter().filter(|(_, count)| *count > 0);
         let guest = seen.map(|(fault, count)| (fault.name().replace('-', "_"), count)).collect();
@@ -287,6 +381,6 @@ impl State {
     }
 }
 
-fn ms(duration: Duration) -> f64 {
+pub(crate) fn ms(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
 }

@@ -12,6 +12,12 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::error::{BenchError, Result};
 
+/// How the name of a thread that serves a guest begins.
+const SERVING_THREAD: &str = "guest ";
+
+/// Between two looks for it.
+const LOOK: Duration = Duration::from_millis(1);
+
 /// Time for the back end to listen.
 const START_LIMIT: Duration = Duration::from_secs(10);
 
@@ -35,6 +41,19 @@ impl Backend {
     /// # Errors
     /// The program cannot be run, or ends, with what it said.
     pub fn start(program: &Path, name: &str, directory: &Path) -> Result<Self> {
+        Self::start_with(program, name, directory, &[])
+    }
+
+    /// The same with more arguments for `aerostat vhost-user`.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_with(
+        program: &Path,
+        name: &str,
+        directory: &Path,
+        arguments: &[&str],
+    ) -> Result<Self> {
         let host = |what| move |source: std::io::Error| BenchError::Backend { what, source };
         // Without the ending of control sockets, so that it is not taken for one.
         let socket = directory.join(format!("{name}.monitor"));
@@ -50,6 +69,7 @@ impl Backend {
             .arg(&socket)
             .args(["--name", name, "--control"])
             .arg(&control)
+            .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(output)
@@ -102,8 +122,32 @@ impl Backend {
     pub(crate) fn pin(&self, core: usize) -> Result<()> {
         let mut cores = CpuSet::new();
         cores.set(core);
-        sched_setaffinity(self.raw_pid(), &cores)
+        sched_setaffinity(Some(self.serving_thread()?), &cores)
             .map_err(|e| BenchError::Backend { what: "pinning it to a core", source: e.into() })
+    }
+
+    /// The thread of the only guest. It starts after the sockets listen, and would
+    /// run anywhere if another thread were pinned.
+    fn serving_thread(&self) -> Result<Pid> {
+        let host = |source| BenchError::Backend { what: "finding the thread that serves", source };
+        let end = Instant::now() + START_LIMIT;
+        loop {
+            let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).map_err(host)?;
+            for task in tasks.flatten() {
+                // A thread may end while it is looked at.
+                let name = std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+                let number = task.file_name().to_str().and_then(|number| number.parse().ok());
+                if name.starts_with(SERVING_THREAD)
+                    && let Some(pid) = number.and_then(Pid::from_raw)
+                {
+                    return Ok(pid);
+                }
+            }
+            if Instant::now() > end {
+                return Err(host(std::io::Error::other("there is none")));
+            }
+            std::thread::sleep(LOOK);
+        }
     }
 
     fn wait_until_it_listens(&mut self) -> Result<()> {

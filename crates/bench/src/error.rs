@@ -42,6 +42,12 @@ pub enum BenchError {
         /// Pages it shall hold.
         target_pages: u32,
     },
+    /// The guest's driver has no request queue.
+    #[error("the driver of {name} cannot be asked")]
+    NoRequests {
+        /// The guest.
+        name: String,
+    },
     /// The guest's answer makes no sense.
     #[error("the guest answered {answer:?} to {command:?}")]
     GuestAnswer {

@@ -1,8 +1,8 @@
 //! What is measured and shown on real guests.
 //!
 //! A [`Testbed`] is a guest of the lab and the back end of its balloon, as an
-//! operator would run them. [`inflate`] measures on testbeds and fills in a
-//! report that is printed as JSON or as a table.
+//! operator would run them. [`inflate`] and [`requests`] measure on testbeds and fill
+//! in reports that are printed as JSON or as a table.
 
 #![forbid(unsafe_code)]
 
@@ -11,6 +11,7 @@ pub mod chart;
 mod error;
 mod floor;
 pub mod inflate;
+pub mod requests;
 mod sample;
 mod testbed;
 

@@ -14,10 +14,17 @@ use crate::error::{BenchError, Result};
 /// machine, 3 GiB take some seconds.
 const CHANGE_LIMIT: Duration = Duration::from_secs(120);
 
+/// Between two looks at what nobody announces.
+const LOOK: Duration = Duration::from_millis(5);
+
 /// Core of the guest and of the thread that answers it. On one core an answer
 /// costs a context switch; across cores it costs waking an idle core, which in
 /// a virtual machine is slower and varies more.
 const CORE: usize = 0;
+
+/// What a guest reports by itself goes back to the host without any balloon, which
+/// is not what is measured.
+const BALLOON_ALONE: [&str; 2] = ["--without", "stats,hint,reporting,poison"];
 
 /// The driver in the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,7 +86,8 @@ impl Testbed {
         let host = |what| move |source: std::io::Error| BenchError::Backend { what, source };
         let directory = tempfile::Builder::new().prefix("aerostat-bench-").tempdir();
         let directory = directory.map_err(host("making a directory"))?;
-        let backend = Backend::start(&options.program, name, directory.path())?;
+        let backend =
+            Backend::start_with(&options.program, name, directory.path(), &BALLOON_ALONE)?;
         backend.pin(CORE)?;
         let tree = options.kernel.tree();
         let mut guest = Guest::uml(&options.kernel)
@@ -138,6 +146,23 @@ impl Testbed {
     /// Process of the back end.
     pub fn backend_pid(&self) -> u32 {
         self.backend.pid()
+    }
+
+    /// A client beside [`client`](Self::client), for another thread.
+    pub fn second_client(&self) -> Result<Client> {
+        self.backend.client()
+    }
+
+    /// Waits until the guest's driver can be asked.
+    pub fn wait_for_requests(&self, limit: Duration) -> Result<()> {
+        let end = Instant::now() + limit;
+        while !self.status()?.requests.possible {
+            if Instant::now() > end {
+                return Err(BenchError::NoRequests { name: self.name.clone() });
+            }
+            std::thread::sleep(LOOK);
+        }
+        Ok(())
     }
 
     fn wait(&self, generation: u64) -> Result<BalloonStatus> {

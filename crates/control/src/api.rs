@@ -4,10 +4,22 @@
 //! balloon page of 4 KiB, whatever the pages of host and guest are. Every time
 //! is in milliseconds; a measured one may have a fraction.
 
+mod free;
+mod requests;
+mod stats;
+
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
+
+pub use free::{FreePageHints, HintOutcome, MAX_LISTED_RUNS, PageRun, ReportsStatus};
+pub use requests::{
+    AskFreePages, BLOCK_BYTES, BlockCount, CacheSize, Caches, CancelledRequest, CoarseMap,
+    CoarseRegion, DEFAULT_RESERVE_BYTES, DEFAULT_TIMEOUT_MS, DropCaches, DroppedCaches, FreeKind,
+    FreePages, HoldState, ReleasedHold, RequestStatus,
+};
+pub use stats::{MAX_STATS_INTERVAL_MS, MIN_STATS_INTERVAL_MS, SetStats, StatsStatus};
 
 /// Bytes of one balloon page, the unit of the virtio balloon (virtio 1.3,
 /// section 5.5.6).
@@ -36,8 +48,17 @@ pub struct Status {
     /// monitor, which alone could count them.
     #[serde(default)]
     pub exits: Option<u64>,
+    /// What the guest's kernel says about its memory.
+    #[serde(default)]
+    pub stats: StatsStatus,
+    /// Free memory that the guest reported by itself.
+    #[serde(default)]
+    pub reports: ReportsStatus,
     /// What went wrong so far.
     pub faults: Faults,
+    /// What was asked of the guest's kernel.
+    #[serde(default)]
+    pub requests: RequestStatus,
 }
 
 /// The guest and its driver.
@@ -49,6 +70,10 @@ pub struct GuestStatus {
     pub driver: Driver,
     /// Names of the features that were negotiated, such as `must-tell-host`.
     pub features: Vec<String>,
+    /// What the guest fills free pages with. Absent where its driver does not say;
+    /// 0 where it clears them.
+    #[serde(default)]
+    pub poison_val: Option<u32>,
     /// Memory the monitor has shared with the balloon; 0 before it has.
     pub memory_bytes: u64,
 }

@@ -1,24 +1,28 @@
 //! A blocking client, for command lines and tests.
 
 use std::error::Error;
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Bytes;
+use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1::handshake;
-use hyper::{Method, Request, StatusCode};
+use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 use tokio::runtime::{Builder, Runtime};
+use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
 use crate::api::{
-    BalloonStatus, Problem, ReleaseMode, ReleaseStatus, SetBalloon, SetRelease, Status,
+    AskFreePages, BalloonStatus, Caches, CancelledRequest, DropCaches, DroppedCaches,
+    FreePageHints, FreePages, Problem, ReleaseMode, ReleaseStatus, ReleasedHold, SetBalloon,
+    SetRelease, SetStats, StatsStatus, Status,
 };
+use crate::bitmap::{FIRST_PAGE_HEADER, PAGES_HEADER, REGIONS_HEADER};
 use crate::error::ControlError;
 
 /// Time for an answer that has nothing to wait for. A status may measure a
@@ -29,9 +33,24 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// 20 KiB; a status grows with its kinds of faults.
 const MAX_ANSWER_BYTES: usize = 1024 * 1024;
 
+/// Further time for an answer that has to be made and carried: a picture, or the
+/// bitmap of a large guest, 32 MiB for each TiB.
+const BULK_TIME: Duration = Duration::from_secs(50);
+
 /// Pause before another try when the server's backlog is full; connecting to a
 /// Unix socket cannot wait for that by itself without blocking.
 const CONNECT_RETRY: Duration = Duration::from_millis(20);
+
+/// What the bits of a bitmap stand for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BitmapPlace {
+    /// Number of the page of the first bit.
+    pub first_page: u64,
+    /// Bits.
+    pub pages: u64,
+    /// The regions of guest memory, `first+pages` by commas.
+    pub regions: String,
+}
 
 /// A client of one balloon. It opens a connection per call, as the server
 /// serves one request on each.
@@ -117,6 +136,23 @@ impl Client {
         self.put("/v1/release", &SetRelease { mode }, Duration::ZERO)
     }
 
+    /// Sets how often the guest is asked for statistics; 0 is never.
+    ///
+    /// # Errors
+    /// As [`Client::status`].
+    pub fn set_stats(&self, interval_ms: u64) -> Result<StatsStatus, ControlError> {
+        self.put("/v1/stats", &SetStats { interval_ms }, Duration::ZERO)
+    }
+
+    /// Asks the guest which pages it does not use, for up to `wait`.
+    ///
+    /// # Errors
+    /// As [`Client::status`].
+    pub fn hints(&self, wait: Duration) -> Result<FreePageHints, ControlError> {
+        let path = format!("/v1/hints?wait_ms={}", wait.as_millis());
+        self.json(Method::POST, &path, Bytes::new(), wait)
+    }
+
     /// The figures as Prometheus text.
     ///
     /// # Errors
@@ -124,6 +160,104 @@ impl Client {
     pub fn metrics(&self) -> Result<String, ControlError> {
         let text = self.send(Method::GET, "/v1/metrics", Bytes::new(), Duration::ZERO)?;
         String::from_utf8(text.into()).map_err(|error| self.bad_answer(error))
+    }
+
+    /// Has the guest's kernel drop caches. The server ends the request within
+    /// `guest_timeout`.
+    ///
+    /// # Errors
+    /// As [`Client::status`].
+    pub fn drop_caches(
+        &self,
+        what: Caches,
+        guest_timeout: Duration,
+    ) -> Result<DroppedCaches, ControlError> {
+        let ask = DropCaches { what, timeout_ms: millis(guest_timeout) };
+        self.send_json(Method::POST, "/v1/drop-caches", &ask, guest_timeout)
+    }
+
+    /// Asks the guest for its free pages.
+    ///
+    /// # Errors
+    /// As [`Client::status`].
+    pub fn ask_free_pages(&self, ask: &AskFreePages) -> Result<FreePages, ControlError> {
+        let wait = Duration::from_millis(ask.timeout_ms);
+        self.send_json(Method::POST, "/v1/free-pages", ask, wait)
+    }
+
+    /// The newest free pages that the guest named.
+    ///
+    /// # Errors
+    /// As [`Client::status`].
+    pub fn free_pages(&self) -> Result<FreePages, ControlError> {
+        self.get("/v1/free-pages")
+    }
+
+    /// Gives a hold back to the guest.
+    ///
+    /// # Errors
+    /// As [`Client::status`].
+    pub fn release_free_pages(
+        &self,
+        guest_timeout: Duration,
+    ) -> Result<ReleasedHold, ControlError> {
+        let path = format!("/v1/free-pages?timeout_ms={}", millis(guest_timeout));
+        self.json(Method::DELETE, &path, Bytes::new(), guest_timeout)
+    }
+
+    /// Stops the request that the guest works on.
+    ///
+    /// # Errors
+    /// As [`Client::status`].
+    pub fn cancel(&self) -> Result<CancelledRequest, ControlError> {
+        self.json(Method::POST, "/v1/cancel", Bytes::new(), Duration::ZERO)
+    }
+
+    /// The newest free pages as a picture in PNG form.
+    ///
+    /// # Errors
+    /// As [`Client::status`].
+    pub fn free_pages_picture(&self) -> Result<Vec<u8>, ControlError> {
+        self.send(Method::GET, "/v1/free-pages/picture", Bytes::new(), BULK_TIME).map(Vec::from)
+    }
+
+    /// Writes the newest free pages to `out`, one bit for each page of guest
+    /// memory; says where that is.
+    ///
+    /// # Errors
+    /// As [`Client::status`], and [`ControlError::Broken`] where `out` fails.
+    pub fn free_pages_bitmap(&self, out: &mut dyn Write) -> Result<BitmapPlace, ControlError> {
+        let request = self.request(Method::GET, "/v1/free-pages/bitmap", Bytes::new())?;
+        let limit = self.answer_timeout.saturating_add(BULK_TIME);
+        self.within(limit, async {
+            let (pump, answer) = self.begin(request).await?;
+            let (head, mut body) = answer.into_parts();
+            if !head.status.is_success() {
+                let body = Limited::new(body, MAX_ANSWER_BYTES).collect().await;
+                let body = body.map_err(|e| self.broken(e))?.to_bytes();
+                return Err(self.problem(head.status, &body));
+            }
+            while let Some(frame) = body.frame().await {
+                if let Ok(bytes) = frame.map_err(|e| self.broken(e))?.into_data() {
+                    out.write_all(&bytes).map_err(|e| self.broken(e))?;
+                }
+            }
+            pump.abort();
+            self.place(&head.headers)
+        })
+    }
+
+    fn place(&self, headers: &HeaderMap) -> Result<BitmapPlace, ControlError> {
+        let text = |name: &str| {
+            let value = headers.get(name).and_then(|value| value.to_str().ok());
+            value.ok_or_else(|| self.bad_answer(format!("there is no header {name}")))
+        };
+        let number = |name| text(name)?.parse().map_err(|error| self.bad_answer(error));
+        Ok(BitmapPlace {
+            first_page: number(FIRST_PAGE_HEADER)?,
+            pages: number(PAGES_HEADER)?,
+            regions: text(REGIONS_HEADER)?.to_owned(),
+        })
     }
 
     fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ControlError> {
@@ -136,8 +270,18 @@ impl Client {
         body: &impl Serialize,
         wait: Duration,
     ) -> Result<T, ControlError> {
+        self.send_json(Method::PUT, path, body, wait)
+    }
+
+    fn send_json<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: &impl Serialize,
+        wait: Duration,
+    ) -> Result<T, ControlError> {
         let body = serde_json::to_vec(body).map_err(|error| self.bad_answer(error))?;
-        self.json(Method::PUT, path, body.into(), wait)
+        self.json(method, path, body.into(), wait)
     }
 
     fn json<T: DeserializeOwned>(
@@ -159,42 +303,67 @@ impl Client {
         body: Bytes,
         wait: Duration,
     ) -> Result<Bytes, ControlError> {
-        let request = Request::builder()
-            .method(method)
-            .uri(path)
-            .header("host", "localhost")
-            .header("content-type", "application/json")
-            .body(Full::new(body))
-            .map_err(|error| self.bad_answer(error))?;
+        let request = self.request(method, path, body)?;
         let limit = self.answer_timeout.saturating_add(wait);
         let (status, answer) = self.within(limit, self.exchange(request))?;
         if status.is_success() {
             return Ok(answer);
         }
-        let Problem { error, hint } =
-            serde_json::from_slice(&answer).map_err(|error| self.bad_answer(error))?;
-        Err(ControlError::Answered { status: status.as_u16(), error, hint })
+        Err(self.problem(status, &answer))
+    }
+
+    fn request(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<Request<Full<Bytes>>, ControlError> {
+        Request::builder()
+            .method(method)
+            .uri(path)
+            .header("host", "localhost")
+            .header("content-type", "application/json")
+            .body(Full::new(body))
+            .map_err(|error| self.bad_answer(error))
+    }
+
+    /// What the server says of a request that failed.
+    fn problem(&self, status: StatusCode, answer: &[u8]) -> ControlError {
+        match serde_json::from_slice(answer) {
+            Ok(Problem { error, hint }) => {
+                ControlError::Answered { status: status.as_u16(), error, hint }
+            }
+            Err(error) => self.bad_answer(error),
+        }
     }
 
     async fn exchange(
         &self,
         request: Request<Full<Bytes>>,
     ) -> Result<(StatusCode, Bytes), ControlError> {
+        let (pump, answer) = self.begin(request).await?;
+        let status = answer.status();
+        let body = Limited::new(answer.into_body(), MAX_ANSWER_BYTES).collect().await;
+        pump.abort();
+        body.map(|body| (status, body.to_bytes())).map_err(|e| self.broken(e))
+    }
+
+    /// Sends a request; the answer's body comes as long as the task runs.
+    async fn begin(
+        &self,
+        request: Request<Full<Bytes>>,
+    ) -> Result<(AbortHandle, Response<Incoming>), ControlError> {
         let stream = TokioIo::new(self.open().await?);
         let (mut sender, connection) = handshake(stream).await.map_err(|e| self.broken(e))?;
         // Ends with the answer; its error is the sender's error as well.
-        let pump = tokio::spawn(connection);
-        let answer = sender.send_request(request).await.map_err(|e| self.broken(e));
-        let answer = match answer {
-            Ok(answer) => {
-                let status = answer.status();
-                let body = Limited::new(answer.into_body(), MAX_ANSWER_BYTES).collect().await;
-                body.map(|body| (status, body.to_bytes())).map_err(|e| self.broken(e))
+        let pump = tokio::spawn(connection).abort_handle();
+        match sender.send_request(request).await {
+            Ok(answer) => Ok((pump, answer)),
+            Err(error) => {
+                pump.abort();
+                Err(self.broken(error))
             }
-            Err(error) => Err(error),
-        };
-        pump.abort();
-        answer
+        }
     }
 
     async fn open(&self) -> Result<UnixStream, ControlError> {
@@ -230,4 +399,9 @@ impl Client {
     fn bad_answer(&self, source: impl Into<Box<dyn Error + Send + Sync>>) -> ControlError {
         ControlError::BadAnswer { path: self.path.clone(), source: source.into() }
     }
+}
+
+/// Milliseconds as the API counts them.
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }

@@ -6,6 +6,35 @@ use std::path::{Path, PathBuf};
 
 use crate::size::Size;
 
+/// Why what was asked of the guest has no result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhyNot {
+    /// The present state does not allow it: no driver, no request queue, no hold.
+    NotPossible,
+    /// It was never asked.
+    NotAsked,
+    /// Too many requests wait.
+    TooMany,
+    /// The guest did not answer in time.
+    TimedOut,
+    /// It was stopped, or the guest went.
+    Stopped,
+    /// The guest refused, or broke the protocol.
+    Refused,
+}
+
+impl WhyNot {
+    const fn http_status(self) -> u16 {
+        match self {
+            Self::NotAsked => 404,
+            Self::NotPossible | Self::Stopped => 409,
+            Self::Refused => 502,
+            Self::TooMany => 503,
+            Self::TimedOut => 504,
+        }
+    }
+}
+
 /// Everything that can go wrong between a client and a balloon.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -28,10 +57,34 @@ pub enum ControlError {
         /// What was asked for.
         target_bytes: u64,
     },
+    /// The guest would be asked for statistics too often, or hardly ever.
+    #[error("statistics every {interval_ms} ms are not possible")]
+    StatsInterval {
+        /// What was asked for.
+        interval_ms: u64,
+    },
     /// The request cannot be granted in the present state.
     #[error("{what}")]
     Refused {
         /// What was wrong.
+        what: String,
+        /// What to do about it.
+        hint: String,
+    },
+    /// A size that cannot be.
+    #[error("{what}")]
+    BadSize {
+        /// What was wrong.
+        what: String,
+        /// What to do about it.
+        hint: String,
+    },
+    /// What was asked of the guest has no result.
+    #[error("{what}")]
+    Guest {
+        /// The kind of reason.
+        why: WhyNot,
+        /// What was wrong, and whose fault it was.
         what: String,
         /// What to do about it.
         hint: String,
@@ -69,6 +122,14 @@ pub enum ControlError {
     TooManyWaiters {
         /// The limit.
         limit: usize,
+    },
+
+    // The guest's fault.
+    /// The guest did not answer in time.
+    #[error("the guest did not answer within {limit_ms} ms")]
+    GuestSilent {
+        /// The time it had.
+        limit_ms: u128,
     },
 
     // The server's fault.
@@ -201,10 +262,16 @@ impl ControlError {
                 format!("ask for {} bytes", target_bytes & !4095)
             }
             Self::Refused { hint, .. }
+            | Self::BadSize { hint, .. }
+            | Self::Guest { hint, .. }
             | Self::BadRequest { hint, .. }
             | Self::Failed { hint, .. }
             | Self::Answered { hint, .. } => hint.clone(),
             Self::NoSuchEndpoint { .. } => "see /v1/openapi.json for what exists".into(),
+            Self::StatsInterval { .. } => "choose 100 to 86400000 ms, or 0 to ask no more".into(),
+            Self::GuestSilent { .. } => {
+                "check whether the guest runs, or give it more time by wait_ms".into()
+            }
             Self::BodyTooLarge { .. } => "send only the fields that /v1/openapi.json names".into(),
             Self::RequestTooSlow { .. } => "send the whole request at once".into(),
             Self::TooManyWaiters { .. } => "ask without wait_ms, or again later".into(),
@@ -238,7 +305,11 @@ impl ControlError {
     /// The HTTP status that tells a client of this error.
     pub fn http_status(&self) -> u16 {
         match self {
-            Self::TargetTooLarge { .. } | Self::TargetUnaligned { .. } => 422,
+            Self::TargetTooLarge { .. }
+            | Self::TargetUnaligned { .. }
+            | Self::StatsInterval { .. }
+            | Self::BadSize { .. } => 422,
+            Self::Guest { why, .. } => why.http_status(),
             Self::BadRequest { .. } => 400,
             Self::NoSuchEndpoint { method_only: false, .. } => 404,
             Self::NoSuchEndpoint { method_only: true, .. } => 405,
@@ -246,6 +317,7 @@ impl ControlError {
             Self::Refused { .. } => 409,
             Self::BodyTooLarge { .. } => 413,
             Self::TooManyWaiters { .. } => 503,
+            Self::GuestSilent { .. } => 504,
             _ => 500,
         }
     }

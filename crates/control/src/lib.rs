@@ -10,11 +10,15 @@
 
 pub mod api;
 mod balloon;
+mod bitmap;
 mod client;
 mod error;
+mod free_map;
+mod guest_routes;
 mod metrics;
 mod name;
 mod openapi;
+mod picture;
 mod routes;
 mod runtime_dir;
 mod server;
@@ -22,12 +26,15 @@ mod size;
 mod socket;
 
 pub use api::{
-    BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, Direction, Driver, Faults, GuestStatus,
-    PartialHuge, Problem, ReleaseMode, ReleaseStatus, SetBalloon, SetRelease, StagesMs, Status,
+    BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, Direction, Driver, Faults, FreePageHints,
+    GuestStatus, HintOutcome, PartialHuge, Problem, ReleaseMode, ReleaseStatus, ReportsStatus,
+    SetBalloon, SetRelease, SetStats, StagesMs, StatsStatus, Status,
 };
-pub use balloon::Balloon;
-pub use client::Client;
-pub use error::ControlError;
+pub use balloon::{Balloon, GuestAnswer, GuestAsk};
+pub use bitmap::{FIRST_PAGE_HEADER, ID_HEADER, PAGES_HEADER, REGIONS_HEADER};
+pub use client::{BitmapPlace, Client};
+pub use error::{ControlError, WhyNot};
+pub use free_map::FreePagesMap;
 pub use name::{GuestName, MAX_NAME_BYTES};
 pub use openapi::text as openapi_text;
 pub use routes::MAX_BODY_BYTES;

@@ -14,6 +14,9 @@ pub(crate) fn render(status: &Status) -> String {
     guest(&mut page, status);
     balloon(&mut page, status);
     release(&mut page, status);
+    stats(&mut page, status);
+    reports(&mut page, status);
+    requests(&mut page, status);
     faults(&mut page, status);
     page.text
 }
@@ -78,6 +81,77 @@ fn release(page: &mut Page, status: &Status) {
         "Calls among them that the host refused.",
         release.release_errors,
     );
+}
+
+/// Values that say nothing about now are left out, so that nobody draws a line
+/// through them; their age stays.
+fn stats(page: &mut Page, status: &Status) {
+    let stats = &status.stats;
+    page.gauge(
+        "guest_stats_interval_seconds",
+        "Time between two questions to the guest, 0 for none.",
+        seconds(stats.interval_ms),
+    );
+    let Some(age_ms) = stats.age_ms else { return };
+    page.gauge("guest_stats_age_seconds", "Age of the guest's statistics.", seconds(age_ms));
+    page.gauge(
+        "guest_stats_stale",
+        "1 when the guest's statistics say little about now.",
+        u8::from(stats.stale),
+    );
+    if stats.stale || stats.values.is_empty() {
+        return;
+    }
+    page.head("guest_stat", "gauge", "What the guest's kernel says about its memory.");
+    for (name, value) in &stats.values {
+        page.sample("guest_stat", &[("stat", name)], value);
+    }
+}
+
+fn reports(page: &mut Page, status: &Status) {
+    let reports = &status.reports;
+    page.counter("reports_total", "Reports of free memory.", reports.messages);
+    page.counter(
+        "reported_bytes_total",
+        "Free memory that the guest reported.",
+        reports.reported_bytes,
+    );
+    page.counter(
+        "reports_released_bytes_total",
+        "Memory given back because it was reported.",
+        reports.released_bytes,
+    );
+    page.counter(
+        "reports_release_calls_total",
+        "System calls that gave it back.",
+        reports.release_calls,
+    );
+    page.counter(
+        "reports_poisoned_bytes_total",
+        "Reported memory kept for the guest's poison.",
+        reports.poisoned_bytes,
+    );
+    page.counter(
+        "reports_partial_bytes_total",
+        "Reported memory kept as part of a larger host page.",
+        reports.partial_bytes,
+    );
+}
+
+fn requests(page: &mut Page, status: &Status) {
+    let requests = &status.requests;
+    page.gauge("requests_waiting", "Requests that wait for the guest.", requests.waiting);
+    page.counter(
+        "request_late_answers_total",
+        "Answers of the guest that came after their time.",
+        requests.late_answers,
+    );
+    page.head("requests_total", "counter", "Ended requests, by command and by how they ended.");
+    for (command, outcomes) in &requests.ended {
+        for (outcome, count) in outcomes {
+            page.sample("requests_total", &[("command", command), ("outcome", outcome)], count);
+        }
+    }
 }
 
 fn faults(page: &mut Page, status: &Status) {

@@ -2,7 +2,7 @@
 
 use utoipa::OpenApi;
 
-use crate::routes;
+use crate::{guest_routes, routes};
 
 /// Gathers the descriptions that stand at the handlers and the types.
 #[derive(OpenApi)]
@@ -17,6 +17,16 @@ use crate::routes;
         routes::put_balloon,
         routes::get_release,
         routes::put_release,
+        guest_routes::get_stats,
+        guest_routes::put_stats,
+        guest_routes::post_hints,
+        routes::request::post_drop_caches,
+        routes::request::post_free_pages,
+        routes::request::get_free_pages,
+        routes::request::delete_free_pages,
+        routes::request::get_bitmap,
+        routes::request::get_picture,
+        routes::request::post_cancel,
         routes::get_metrics,
         routes::get_openapi,
     )

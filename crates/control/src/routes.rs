@@ -1,5 +1,7 @@
 //! The endpoints.
 
+pub(crate) mod request;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,7 +10,7 @@ use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, Request, State};
 use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -22,6 +24,7 @@ use crate::api::{
 };
 use crate::balloon::Balloon;
 use crate::error::ControlError;
+use crate::guest_routes;
 use crate::server::Limits;
 use crate::{metrics, openapi};
 
@@ -31,15 +34,15 @@ pub const MAX_BODY_BYTES: usize = 16 * 1024;
 
 /// Longest single call into the balloon while a client waits. Between two calls
 /// the server looks whether it shall stop and whether the client is still there.
-const WAIT_SLICE: Duration = Duration::from_millis(250);
+pub(crate) const WAIT_SLICE: Duration = Duration::from_millis(250);
 
 /// What all handlers share.
 #[derive(Clone)]
 pub(crate) struct App {
     balloon: Arc<dyn Balloon>,
-    limits: Limits,
+    pub(crate) limits: Limits,
     waiters: Arc<Semaphore>,
-    stopped: watch::Receiver<bool>,
+    pub(crate) stopped: watch::Receiver<bool>,
 }
 
 /// All endpoints over `balloon`.
@@ -53,6 +56,18 @@ pub(crate) fn router(
         .route("/v1/status", get(get_status))
         .route("/v1/balloon", get(get_balloon).put(put_balloon))
         .route("/v1/release", get(get_release).put(put_release))
+        .route("/v1/stats", get(guest_routes::get_stats).put(guest_routes::put_stats))
+        .route("/v1/hints", post(guest_routes::post_hints))
+        .route("/v1/drop-caches", post(request::post_drop_caches))
+        .route(
+            "/v1/free-pages",
+            get(request::get_free_pages)
+                .post(request::post_free_pages)
+                .delete(request::delete_free_pages),
+        )
+        .route("/v1/free-pages/bitmap", get(request::get_bitmap))
+        .route("/v1/free-pages/picture", get(request::get_picture))
+        .route("/v1/cancel", post(request::post_cancel))
         .route("/v1/metrics", get(get_metrics))
         .route("/metrics", get(get_metrics))
         .route("/v1/openapi.json", get(get_openapi))
@@ -192,7 +207,7 @@ pub(crate) async fn get_openapi() -> Response {
 
 impl App {
     /// Asks the balloon on a thread that may block.
-    async fn call<T: Send + 'static>(
+    pub(crate) async fn call<T: Send + 'static>(
         &self,
         ask: impl FnOnce(&dyn Balloon) -> T + Send + 'static,
     ) -> Result<T, ControlError> {
@@ -208,13 +223,13 @@ impl App {
     }
 
     /// The right to wait; none is needed to wait for no time.
-    fn waiter(&self, wait_ms: u64) -> Result<Option<SemaphorePermit<'_>>, ControlError> {
-        if wait_ms == 0 {
-            return Ok(None);
-        }
+    pub(crate) fn waiter(&self, wait_ms: u64) -> Result<Option<SemaphorePermit<'_>>, ControlError> {
+        if wait_ms == 0 { Ok(None) } else { self.any_waiter().map(Some) }
+    }
+
+    fn any_waiter(&self) -> Result<SemaphorePermit<'_>, ControlError> {
         let limit = self.limits.waiters;
-        let waiter = self.waiters.try_acquire();
-        waiter.map(Some).map_err(|_| ControlError::TooManyWaiters { limit })
+        self.waiters.try_acquire().map_err(|_| ControlError::TooManyWaiters { limit })
     }
 
     /// Waits until the change is over, the time has passed or the server stops.
@@ -237,7 +252,10 @@ impl App {
 
     /// The JSON of a request's body, whatever content type it claims: `curl -d`
     /// claims a form.
-    async fn body<T: DeserializeOwned>(&self, request: Request) -> Result<T, ControlError> {
+    pub(crate) async fn body<T: DeserializeOwned>(
+        &self,
+        request: Request,
+    ) -> Result<T, ControlError> {
         let body = request.into_body();
         let too_large = ControlError::BodyTooLarge { limit_bytes: MAX_BODY_BYTES };
         let limit = u64::try_from(MAX_BODY_BYTES).unwrap_or(u64::MAX);
@@ -256,7 +274,7 @@ impl App {
     }
 }
 
-fn query<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, ControlError> {
+pub(crate) fn query<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, ControlError> {
     query.map(|Query(query)| query).map_err(|error| ControlError::BadRequest {
         what: format!("the query is not what is expected here: {}", error.body_text()),
         hint: "see /v1/openapi.json for the parameters".into(),

@@ -22,6 +22,7 @@ use tracing::{debug, warn};
 use crate::balloon::Balloon;
 use crate::error::ControlError;
 use crate::routes;
+use crate::routes::request::GRACE;
 use crate::socket::{self, SocketFile};
 
 /// Bounds on what clients can hold. [`Limits::default`] is meant for use.
@@ -38,6 +39,9 @@ pub struct Limits {
     pub request_timeout: Duration,
     /// Longest wait for a change; a longer `wait_ms` is cut to this.
     pub max_wait: Duration,
+    /// Longest time for a request to the guest; a longer `timeout_ms` is cut to
+    /// this. A guest may have a hundred GiB of caches to drop.
+    pub max_request: Duration,
     /// Time for requests in progress when the server stops.
     pub stop_timeout: Duration,
 }
@@ -49,6 +53,7 @@ impl Default for Limits {
             waiters: 16,
             request_timeout: Duration::from_secs(5),
             max_wait: Duration::from_secs(60),
+            max_request: Duration::from_secs(600),
             stop_timeout: Duration::from_secs(1),
         }
     }
@@ -190,7 +195,7 @@ async fn serve_one(stream: UnixStream, app: Router, limits: Limits, _slot: Owned
         .max_headers(MAX_HEADERS)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(app));
     // Head, body, and as much for a client that is slow to read the answer.
-    let longest = limits.max_wait + limits.request_timeout * 3;
+    let longest = limits.max_wait.max(limits.max_request + GRACE) + limits.request_timeout * 3;
     match timeout(longest, connection).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => debug!(%error, "a control connection failed"),

@@ -206,6 +206,28 @@ fn stopping_answers_the_clients_that_wait_and_removes_the_socket() {
 fn a_balloon_that_panics_costs_one_answer() {
     struct Broken;
     impl control::Balloon for Broken {
+        fn name(&self) -> String {
+            "broken".into()
+        }
+        fn submit(&self, _: control::GuestAsk, _: Duration) -> Result<u32, ControlError> {
+            panic!("a test of a panic")
+        }
+        fn wait_request(
+            &self,
+            _: u32,
+            _: Duration,
+        ) -> Option<Result<control::GuestAnswer, ControlError>> {
+            None
+        }
+        fn cancel_request(
+            &self,
+            _: Option<u32>,
+        ) -> Result<control::api::CancelledRequest, ControlError> {
+            panic!("a test of a panic")
+        }
+        fn free_pages(&self) -> Option<control::FreePagesMap> {
+            None
+        }
         fn status(&self) -> control::Status {
             panic!("a test of a panic")
         }
@@ -213,6 +235,18 @@ fn a_balloon_that_panics_costs_one_answer() {
             Ok(1)
         }
         fn set_release_mode(&self, _: ReleaseMode) -> Result<(), ControlError> {
+            Ok(())
+        }
+        fn set_stats_interval(&self, _: Option<Duration>) -> Result<(), ControlError> {
+            Ok(())
+        }
+        fn start_hints(&self) -> Result<u32, ControlError> {
+            Ok(1)
+        }
+        fn wait_hints(&self, _: u32, _: Duration) -> control::FreePageHints {
+            panic!("a test of a panic")
+        }
+        fn end_hints(&self, _: u32) -> Result<(), ControlError> {
             Ok(())
         }
         fn wait_change(&self, _: u64, _: Duration) -> control::api::BalloonStatus {
@@ -223,5 +257,42 @@ fn a_balloon_that_panics_costs_one_answer() {
     let server = Server::bind(&dir.path().join("s"), Arc::new(Broken)).unwrap();
     let client = Client::connect(server.path()).unwrap();
     assert_eq!(answered(client.status().unwrap_err()).0, 500);
+    assert_eq!(answered(client.hints(LONG).unwrap_err()).0, 500);
+    assert_eq!(answered(client.cancel().unwrap_err()).0, 500);
     assert_eq!(client.balloon().unwrap().actual_pages, 1);
+}
+
+#[test]
+fn statistics_are_asked_for_within_limits() {
+    let setup = setup(Guest::Obeys, Limits::default());
+    for interval_ms in [100, 86_400_000, 0, 1000] {
+        assert_eq!(setup.client.set_stats(interval_ms).unwrap().interval_ms, interval_ms);
+    }
+    for interval_ms in [1, 99, 86_400_001, u64::MAX] {
+        let (status, _, hint) = answered(setup.client.set_stats(interval_ms).unwrap_err());
+        assert_eq!(status, 422);
+        assert!(hint.contains("100 to 86400000"), "{hint}");
+    }
+    assert_eq!(setup.client.status().unwrap().stats.interval_ms, 1000, "a refusal changes nothing");
+}
+
+#[test]
+fn hints_are_ended_whatever_comes_of_them() {
+    let answers = setup(Guest::Obeys, Limits::default());
+    let hints = answers.client.hints(LONG).unwrap();
+    assert_eq!((hints.id, hints.pages, hints.bytes), (1, 256, 1 << 20));
+    answers.balloon.until_hints_ended(1);
+
+    let silent = setup(Guest::Waits, Limits::default());
+    let (status, error, _) = answered(silent.client.hints(Duration::from_millis(30)).unwrap_err());
+    assert_eq!((status, error.as_str()), (504, "the guest did not answer within 30 ms"));
+    silent.balloon.until_hints_ended(1);
+    // A client that does not wait for its answer.
+    let path = silent.server.path();
+    let mut stream = std::os::unix::net::UnixStream::connect(path).unwrap();
+    let request = "POST /v1/hints?wait_ms=300 HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n";
+    std::io::Write::write_all(&mut stream, request.as_bytes()).unwrap();
+    thread::sleep(Duration::from_millis(50));
+    drop(stream);
+    silent.balloon.until_hints_ended(2);
 }

@@ -21,9 +21,9 @@ fn ask(path: &Path, method: &str, target: &str) -> String {
     let mut stream = UnixStream::connect(path).unwrap();
     let request = format!("{method} {target} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n");
     stream.write_all(request.as_bytes()).unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    answer
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).unwrap();
+    String::from_utf8_lossy(&answer).into_owned()
 }
 
 #[test]
@@ -49,6 +49,8 @@ fn the_openapi_file_is_what_the_server_serves() {
 fn every_endpoint_that_is_described_exists() {
     let dir = tempfile::tempdir().unwrap();
     let balloon = Arc::new(FakeBalloon::new("a", Guest::Obeys));
+    let free = fake::free_pages(1, control::api::FreeKind::Snapshot);
+    balloon.requests(|requests| requests.newest = Some(free));
     let server = Server::bind(&dir.path().join("s"), balloon).unwrap();
     let api: Value = serde_json::from_str(&control::openapi_text()).unwrap();
     let mut described = BTreeSet::new();
@@ -56,8 +58,14 @@ fn every_endpoint_that_is_described_exists() {
         for method in methods.as_object().unwrap().keys() {
             let answer = ask(server.path(), &method.to_uppercase(), path);
             let status: u16 = answer[9..12].parse().unwrap();
-            // An empty body is no target, so a PUT that exists says 400.
-            let expected = if method == "put" { 400 } else { 200 };
+            // An empty body is no target, so a PUT that exists says 400; and there
+            // is nothing to stop. Hints are asked for without one.
+            let expected = match (method.as_str(), path.as_str()) {
+                (_, "/v1/cancel") => 409,
+                (_, "/v1/hints") => 200,
+                ("put" | "post", _) => 400,
+                _ => 200,
+            };
             assert_eq!(status, expected, "{method} {path}");
             described.insert(format!("{method} {path}"));
             for (code, response) in api["paths"][path][method]["responses"].as_object().unwrap() {
@@ -67,13 +75,23 @@ fn every_endpoint_that_is_described_exists() {
         }
     }
     let all = [
+        "delete /v1/free-pages",
         "get /v1/balloon",
+        "get /v1/free-pages",
+        "get /v1/free-pages/bitmap",
+        "get /v1/free-pages/picture",
         "get /v1/metrics",
         "get /v1/openapi.json",
         "get /v1/release",
+        "get /v1/stats",
         "get /v1/status",
+        "post /v1/cancel",
+        "post /v1/drop-caches",
+        "post /v1/free-pages",
+        "post /v1/hints",
         "put /v1/balloon",
         "put /v1/release",
+        "put /v1/stats",
     ];
     assert_eq!(described, all.map(String::from).into());
 }
@@ -132,8 +150,14 @@ fn the_metrics_are_prometheus_text_with_the_figures_of_the_status() {
     balloon.edit(|status| {
         status.faults.guest.insert("page_outside_memory".into(), 3);
         status.faults.front_end.insert("unknown_request".into(), 1);
+        status.stats.age_ms = Some(250);
+        status.stats.values = [("free_bytes".into(), 7), ("tag_77".into(), u64::MAX)].into();
+        status.reports.released_bytes = 1 << 22;
+        status.requests.late_answers = 2;
+        let outcomes = [("done".into(), 5), ("timed_out".into(), 1)];
+        status.requests.ended.insert("drop-caches".into(), outcomes.into());
     });
-    let server = Server::bind(&dir.path().join("s"), balloon).unwrap();
+    let server = Server::bind(&dir.path().join("s"), Arc::clone(&balloon) as _).unwrap();
     let client = Client::connect(server.path()).unwrap();
     client.set_balloon(3 << 30, std::time::Duration::ZERO).unwrap();
     let text = client.metrics().unwrap();
@@ -154,10 +178,22 @@ fn the_metrics_are_prometheus_text_with_the_figures_of_the_status() {
     assert_eq!(value("aerostat_balloon_changes_total", ""), 1.0);
     assert_eq!(value("aerostat_balloon_last_change_seconds", ""), 0.0125);
     assert_eq!(value("aerostat_released_bytes_total", ""), 8192.0);
+    assert_eq!(value("aerostat_guest_stats_age_seconds", ""), 0.25);
+    assert_eq!(value("aerostat_guest_stat", r#",stat="free_bytes""#), 7.0);
+    assert_eq!(value("aerostat_guest_stat", r#",stat="tag_77""#), 18446744073709551615.0);
+    assert_eq!(value("aerostat_reports_released_bytes_total", ""), 4194304.0);
+    assert_eq!(value("aerostat_request_late_answers_total", ""), 2.0);
+    let ended = r#",command="drop-caches",outcome="timed_out""#;
+    assert_eq!(value("aerostat_requests_total", ended), 1.0);
     let kind = r#",side="guest",kind="page_outside_memory""#;
     assert_eq!(value("aerostat_faults_total", kind), 3.0);
     let kind = r#",side="front_end",kind="unknown_request""#;
     assert_eq!(value("aerostat_faults_total", kind), 1.0);
+
+    balloon.edit(|status| status.stats.stale = true);
+    let stale = client.metrics().unwrap();
+    assert!(!stale.contains("guest_stat{") && stale.contains("guest_stats_stale{"), "{stale}");
+    balloon.edit(|status| status.stats.stale = false);
 
     let scraped = ask(server.path(), "GET", "/metrics");
     assert!(scraped.contains("content-type: text/plain; version=0.0.4"), "{scraped}");

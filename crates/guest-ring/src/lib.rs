@@ -192,6 +192,11 @@ impl GuestRing {
         self.avail_idx
     }
 
+    /// The descriptor that the next chain begins with.
+    pub const fn next_slot(&self) -> u16 {
+        self.next_slot % self.size
+    }
+
     /// The next returned chain, if the device returned one.
     pub fn take_used(&mut self, memory: &impl GuestMemory) -> Option<Used> {
         let idx: u16 = memory.read_obj(GuestAddress(self.used_idx_addr())).ok()?;

@@ -207,6 +207,28 @@ impl Reclaimer {
         self.retain(pages);
     }
 
+    /// Releases pages that were never given, in the calling thread and before it
+    /// returns, whatever the mode. It waits for nothing else and counts on its own.
+    ///
+    /// For pages that their user leaves alone until this returns, and only then
+    /// knows to be its own again. None of them is to be pending or in flight.
+    pub fn release_free(&self, pages: &PageSet) {
+        let inner = self.shared.lock();
+        let (memory, partial_huge) = (Arc::clone(&inner.memory), inner.partial_huge);
+        drop(inner);
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            discard(memory.as_ref(), pages, ReleaseMode::Immediate, partial_huge)
+        }));
+        let counters = &mut self.shared.lock().counters;
+        match outcome {
+            Ok((report, partial)) => counters.count_free(&report, partial.len()),
+            Err(_) => {
+                counters.panics += 1;
+                counters.failed_pages += pages.len();
+            }
+        }
+    }
+
     /// Takes pages back: when it returns, none of them is or will be discarded
     /// until it is given anew. May wait for one batch.
     pub fn retain(&self, pages: &PageSet) {

@@ -41,6 +41,14 @@ pub struct Snapshot {
     pub panics: u64,
     /// The last range that the host refused.
     pub last_failure: Option<DiscardFailure>,
+    /// Free pages released, which nobody gave; not among those released.
+    pub free_pages: u64,
+    /// Free pages left alone, because they are parts of huge pages.
+    pub free_partial_pages: u64,
+    /// System calls to release free pages; not among the others.
+    pub free_calls: u64,
+    /// Time spent releasing free pages, in nanoseconds.
+    pub free_ns: u64,
     /// Time spent finding out where pages lie, in nanoseconds.
     pub translate_ns: u64,
     /// Time spent releasing, in nanoseconds.
@@ -50,13 +58,25 @@ pub struct Snapshot {
 impl Snapshot {
     pub(crate) fn count(&mut self, report: &DiscardReport) {
         self.discarded_pages += report.pages;
-        self.failed_pages += report.failed_pages;
-        self.outside_pages += report.outside_pages;
         self.calls += report.calls;
-        self.errors += report.failure_count;
-        self.last_failure = report.failures.last().copied().or(self.last_failure);
+        self.count_failures(report);
         self.translate_ns = saturating_add(self.translate_ns, report.translate.as_nanos());
         self.release_ns = saturating_add(self.release_ns, report.release.as_nanos());
+    }
+
+    pub(crate) fn count_free(&mut self, report: &DiscardReport, partial_pages: u64) {
+        self.free_pages += report.pages;
+        self.free_partial_pages += partial_pages;
+        self.free_calls += report.calls;
+        self.count_failures(report);
+        self.free_ns = saturating_add(self.free_ns, report.release.as_nanos());
+    }
+
+    fn count_failures(&mut self, report: &DiscardReport) {
+        self.failed_pages += report.failed_pages;
+        self.outside_pages += report.outside_pages;
+        self.errors += report.failure_count;
+        self.last_failure = report.failures.last().copied().or(self.last_failure);
     }
 }
 

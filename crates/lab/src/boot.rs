@@ -117,9 +117,14 @@ fn qemu_words(
     if !guest.balloons.is_empty() {
         return Err(unsupported("attach a vhost-user balloon to QEMU"));
     }
-    let program = "qemu-system-x86_64";
-    tool::program_version(program, QEMU_PACKAGE)?;
-    let mut words: Vec<OsString> = vec![program.into()];
+    let program = match &guest.qemu_program {
+        Some(path) => path.clone().into_os_string(),
+        None => {
+            tool::program_version("qemu-system-x86_64", QEMU_PACKAGE)?;
+            "qemu-system-x86_64".into()
+        }
+    };
+    let mut words: Vec<OsString> = vec![program];
     words.extend(["-no-user-config", "-nodefaults", "-no-reboot"].map(Into::into));
     words.extend(["-machine", "q35", "-cpu", "max", "-display", "none"].map(Into::into));
     // One thread: with several, emulation races with the kernel's patching of its own code.

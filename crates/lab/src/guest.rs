@@ -43,6 +43,7 @@ pub struct GuestBuilder {
     pub(crate) machine_arguments: Vec<String>,
     pub(crate) hardware: bool,
     pub(crate) initramfs: Option<PathBuf>,
+    pub(crate) qemu_program: Option<PathBuf>,
     log_file: Option<PathBuf>,
     boot_limit: Duration,
 }
@@ -60,6 +61,7 @@ impl GuestBuilder {
             machine_arguments: Vec::new(),
             hardware: false,
             initramfs: None,
+            qemu_program: None,
             log_file: None,
             boot_limit: BOOT_LIMIT,
         }
@@ -135,6 +137,12 @@ impl GuestBuilder {
     /// What is missing on this machine, or the file cannot be written.
     pub fn write_initramfs(&self, path: &Path) -> Result<()> {
         boot::write_initramfs(self, path)
+    }
+
+    /// Boots on this QEMU instead of the machine's own.
+    pub fn qemu_program(mut self, path: impl Into<PathBuf>) -> Self {
+        self.qemu_program = Some(path.into());
+        self
     }
 
     /// Writes all that the guest prints to a file, with times.

@@ -62,6 +62,14 @@ pub fn lab_module(tree: &KernelTree) -> Result<PathBuf> {
     module("lab_memory", &guest_source("lab")?, tree)
 }
 
+/// Builds the laboratory's balloon device that is inside of the guest.
+///
+/// # Errors
+/// When the sources are not there or do not build.
+pub fn lab_balloon_module(tree: &KernelTree) -> Result<PathBuf> {
+    Ok(lab_module(tree)?.with_file_name("lab_balloon.ko"))
+}
+
 /// Builds the guest driver for a kernel, once for each state of its sources.
 ///
 /// # Errors

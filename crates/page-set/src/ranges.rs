@@ -17,7 +17,12 @@ pub struct Ranges<'a> {
 
 impl<'a> Ranges<'a> {
     pub(crate) fn new(set: &'a PageSet) -> Self {
-        let pieces = Pieces { slabs: set.slabs.iter(), slab: None, chunk: None };
+        Self::from_slab(set, 0)
+    }
+
+    /// The runs from slab `number` on.
+    pub(crate) fn from_slab(set: &'a PageSet, number: u64) -> Self {
+        let pieces = Pieces { slabs: set.slabs.range(number..), slab: None, chunk: None };
         Self { pieces, open: None }
     }
 }
@@ -43,7 +48,7 @@ impl core::iter::FusedIterator for Ranges<'_> {}
 
 /// The runs inside single chunks, and runs of full chunks inside a slab.
 struct Pieces<'a> {
-    slabs: btree_map::Iter<'a, u64, Slab>,
+    slabs: btree_map::Range<'a, u64, Slab>,
     /// The slab being walked: its first page, itself, the next chunk to look at.
     slab: Option<(u64, &'a Slab, usize)>,
     /// The partial chunk being walked: its first page, its bits, the next bit.

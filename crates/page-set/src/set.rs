@@ -141,6 +141,14 @@ impl PageSet {
         Ranges::new(self)
     }
 
+    /// The pages of `range` as the fewest runs, lowest first. Cost: what the set
+    /// holds from the 1 GiB slab on in which `range` begins, to its end.
+    pub fn ranges_in(&self, range: PageRange) -> impl Iterator<Item = PageRange> + '_ {
+        let runs = Ranges::from_slab(self, locate(range.start()).0);
+        let inside = runs.take_while(move |run| run.start() < range.end());
+        inside.map(move |run| run.intersection(range)).filter(|run| !run.is_empty())
+    }
+
     /// Takes every page away.
     pub fn clear(&mut self) {
         *self = Self::new();

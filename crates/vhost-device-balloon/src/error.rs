@@ -15,6 +15,32 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// The monitor's socket cannot be connected to.
+    #[error("host: cannot connect to {path}")]
+    Connect {
+        /// The socket's path.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The limit of open files does not do for so many guests.
+    #[error("host: the guests may need {wanted} open files, and this user may have {limit}")]
+    TooManyGuests {
+        /// Files that are needed at worst.
+        wanted: u64,
+        /// The hard limit.
+        limit: u64,
+    },
+    /// The file that outlives the process could not be read.
+    #[error("host: cannot keep state in {path}")]
+    State {
+        /// The file's path.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
     /// Something that every process has was refused.
     #[error("host: {what} failed")]
     Host {
@@ -125,12 +151,18 @@ pub enum Violation {
     /// A memory table that no guest can have.
     #[error("a memory table that makes no sense")]
     MemoryTable,
+    /// Guest memory that can shrink, where it must not.
+    #[error("guest memory that is not sealed against shrinking (F_SEAL_SHRINK)")]
+    UnsealedMemory,
     /// A kick or call file that cannot notify: no event file, pipe or socket.
     #[error("queue {index} with a file that cannot notify")]
     NotifyFile {
         /// Its number.
         index: u32,
     },
+    /// Memory for inflight tracking that cannot be it, or is not any more.
+    #[error("memory for inflight tracking that makes no sense")]
+    Inflight,
     /// A queue was to be polled, without a file descriptor for kicks.
     #[error("queue {index} without a file descriptor for kicks")]
     NoKick {

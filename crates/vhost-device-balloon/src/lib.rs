@@ -8,12 +8,20 @@
 
 #![forbid(unsafe_code)]
 
+mod connector;
 mod error;
+mod found;
+mod inflight;
 mod memory;
 mod server;
+mod service;
 mod session;
+mod silence;
+mod tracked;
 mod vring;
 mod wire;
 
+pub use balloon_abi::Features;
 pub use error::{Error, SessionError, Violation};
-pub use server::{Backend, End, Options, run};
+pub use server::{Backend, End};
+pub use service::{Options, Service};

@@ -8,6 +8,7 @@ use balloon_abi::BALLOON_PAGE_BYTES;
 use balloon_device::MemoryLayout;
 use host_memory::MemoryMap;
 use page_set::PageRange;
+use rustix::fs::{SealFlags, fcntl_get_seals};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::error::{SessionError, Violation};
@@ -65,6 +66,15 @@ impl Memory {
                 .map_err(|e| SessionError::Map(e.into()))
         });
         MemoryMap::new(regions.collect::<Result<_, _>>()?).map_err(|e| SessionError::Map(e.into()))
+    }
+
+    /// True where no file can shrink any more: a file that did would end the process
+    /// that reads it. Asked of a file, this never becomes untrue.
+    pub(crate) fn is_sealed(&self) -> bool {
+        let sealed = |region: &Region| {
+            fcntl_get_seals(&region.file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK))
+        };
+        self.regions.iter().all(sealed)
     }
 
     /// The guest physical address of an address of the front end.

@@ -3,16 +3,20 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
+use balloon_abi::Features;
+use balloon_device::Reclaim;
 use balloon_host::{HostReclaim, Shared};
-use control::Server;
 use control::api::{PartialHuge, ReleaseMode};
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, EventData, EventFlags};
 
+use crate::connector::{Connector, RETRY};
 use crate::error::{Error, SessionError};
 use crate::session::Session;
 use crate::wire::{MESSAGE_TIMEOUT, Message};
@@ -22,40 +26,29 @@ const EVENT_SOCKET: u64 = 1 << 32;
 const EVENT_WAKE: u64 = EVENT_SOCKET + 1;
 const EVENT_STOP: u64 = EVENT_SOCKET + 2;
 
-/// How to serve one guest.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Where the monitor connects.
-    pub socket: PathBuf,
-    /// Name of the guest.
-    pub name: String,
-    /// Where the control API listens.
-    pub control: PathBuf,
-    /// When memory is released.
-    pub release: ReleaseMode,
-    /// What becomes of pieces of huge pages.
-    pub partial_huge: PartialHuge,
+/// Time to finish the release when the process is to end: some 8 GiB of small
+/// pages, and less than a service manager waits.
+const STOP_RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How often that is looked at; nobody announces its end.
+const SETTLE_LOOK: Duration = Duration::from_millis(1);
+
+/// Where front ends come from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum MonitorSource<'a> {
+    Listener(&'a UnixListener),
+    Connector(&'a Connector),
 }
 
-/// Serves the guest until the process is asked to end (SIGTERM or SIGINT).
-///
-/// # Errors
-/// When the sockets cannot be made. What a front end does ends its own session
-/// and nothing else.
-pub fn run(options: &Options) -> Result<(), Error> {
-    let stop = stop_signal().map_err(|source| Error::Host { what: "signal handling", source })?;
-    let backend = Backend::new(&options.name, options.release, options.partial_huge)?;
-    let socket = Socket::bind(&options.socket)?;
-    let _control = Server::bind(&options.control, backend.balloon())?;
-    tracing::info!(
-        socket = %options.socket.display(), name = options.name, "waiting for a monitor"
-    );
-    backend.listen(&socket.listener, &stop)
-}
+/// Pause after an `accept` that the host refused, which mostly means that it has no
+/// file descriptor left; and between two connections to a monitor that hangs up.
+const BACKOFF: Duration = Duration::from_millis(100);
 
 /// The back end of one guest, which may come and go.
 pub struct Backend {
     shared: Arc<Shared>,
+    /// Guest memory has to be sealed against shrinking.
+    sealed_only: AtomicBool,
     /// Held while a front end is served: there is one guest.
     serving: Mutex<()>,
 }
@@ -77,7 +70,26 @@ impl Backend {
     pub fn new(name: &str, release: ReleaseMode, partial_huge: PartialHuge) -> Result<Self, Error> {
         let reclaim = HostReclaim::new(release, partial_huge)?;
         let shared = Arc::new(Shared::new(name.to_owned(), reclaim)?);
-        Ok(Self { shared, serving: Mutex::new(()) })
+        Ok(Self { shared, sealed_only: AtomicBool::new(false), serving: Mutex::new(()) })
+    }
+
+    /// Offers no feature of `features`, from the next front end on.
+    pub fn withhold(&self, features: Features) {
+        self.shared.device().withhold(features);
+    }
+
+    /// Takes guest memory only where it is sealed against shrinking.
+    pub fn want_sealed(&self, sealed_only: bool) {
+        self.sealed_only.store(sealed_only, Ordering::Relaxed);
+    }
+
+    /// Keeps in the file at `path` what has to be known after a restart.
+    ///
+    /// # Errors
+    /// The file can be neither read nor made.
+    pub fn keep_state(&self, path: &Path) -> Result<(), Error> {
+        let kept = self.shared.keep_in(path);
+        kept.map_err(|source| Error::State { path: path.to_owned(), source })
     }
 
     /// The balloon, for a control API.
@@ -90,7 +102,15 @@ impl Backend {
     /// # Errors
     /// When the host fails; a front end's fault is counted, logged, and over.
     pub fn listen(&self, listener: &UnixListener, stop: &impl AsFd) -> Result<(), Error> {
-        while let Some(stream) = accept(listener, stop)? {
+        self.serve_all(MonitorSource::Listener(listener), stop)
+    }
+
+    pub(crate) fn serve_all(
+        &self,
+        monitors: MonitorSource<'_>,
+        stop: &impl AsFd,
+    ) -> Result<(), Error> {
+        while let Some(stream) = self.next(monitors, stop)? {
             match self.serve(&stream, stop) {
                 Ok(End::Stopped) => break,
                 // Whoever may connect may do so many times a second.
@@ -113,7 +133,8 @@ impl Backend {
     pub fn serve(&self, stream: &UnixStream, stop: &impl AsFd) -> Result<End, SessionError> {
         let _serving = self.serving.lock().unwrap_or_else(PoisonError::into_inner);
         self.shared.set_connected(true);
-        let outcome = serve(&self.shared, stream, stop);
+        let sealed_only = self.sealed_only.load(Ordering::Relaxed);
+        let outcome = serve(&self.shared, sealed_only, stream, stop);
         self.shared.set_connected(false);
         let outcome = match outcome {
             Err(error) if error.is_hang_up() => Ok(End::HungUp),
@@ -121,10 +142,65 @@ impl Backend {
         };
         outcome.inspect_err(|error| self.shared.count_front_end_fault(error.name()))
     }
+
+    /// The next front end, or `None` when the process shall end.
+    fn next(
+        &self,
+        monitors: MonitorSource<'_>,
+        stop: &impl AsFd,
+    ) -> Result<Option<UnixStream>, Error> {
+        let host = |what| move |source: io::Error| Error::Host { what, source };
+        let poll = watch(&[(stop.as_fd(), EVENT_STOP)]).map_err(host("epoll"))?;
+        if let MonitorSource::Listener(listener) = monitors {
+            let event = EventData::new_u64(EVENT_SOCKET);
+            epoll::add(&poll, listener, event, EventFlags::IN)
+                .map_err(|e| host("epoll")(e.into()))?;
+        }
+        let mut events = Vec::with_capacity(2);
+        loop {
+            let pause = match monitors {
+                MonitorSource::Listener(_) => None,
+                MonitorSource::Connector(_) => Timespec::try_from(RETRY).ok(),
+            };
+            wait(&poll, &mut events, pause.as_ref()).map_err(host("epoll_wait"))?;
+            if events.iter().any(|event| event.data.u64() == EVENT_STOP) {
+                return Ok(None);
+            }
+            let next = match monitors {
+                // A signal interrupted the wait; `accept` would block now.
+                MonitorSource::Listener(_) if events.is_empty() => None,
+                MonitorSource::Listener(listener) => self.accept(listener),
+                MonitorSource::Connector(connector) => connector.connect()?,
+            };
+            if next.is_some() {
+                return Ok(next);
+            }
+        }
+    }
+
+    /// A host that has no file descriptor left now may have one later.
+    fn accept(&self, listener: &UnixListener) -> Option<UnixStream> {
+        match listener.accept() {
+            Ok((stream, _)) => return Some(stream),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+            Err(error) => {
+                if self.shared.may_log() {
+                    tracing::error!(%error, "host: cannot accept a monitor's connection");
+                }
+                std::thread::sleep(BACKOFF);
+            }
+        }
+        None
+    }
 }
 
 /// Serves one connection to its end.
-fn serve(shared: &Shared, stream: &UnixStream, stop: &impl AsFd) -> Result<End, SessionError> {
+fn serve(
+    shared: &Shared,
+    sealed_only: bool,
+    stream: &UnixStream,
+    stop: &impl AsFd,
+) -> Result<End, SessionError> {
     let host = |what| move |source: io::Error| SessionError::Host { what, source };
     stream.set_write_timeout(Some(MESSAGE_TIMEOUT)).map_err(host("SO_SNDTIMEO"))?;
     let poll = watch(&[
@@ -134,13 +210,25 @@ fn serve(shared: &Shared, stream: &UnixStream, stop: &impl AsFd) -> Result<End, 
     ])
     .map_err(host("epoll"))?;
     let poll = Rc::new(poll);
-    let mut session = Session::new(shared, Rc::clone(&poll))?;
+    let mut session = Session::new(shared, sealed_only, Rc::clone(&poll))?;
     let mut message = Message::default();
     let mut events = Vec::with_capacity(16);
     loop {
-        let timeout = session.has_more().then(Timespec::default);
+        let timeout = if session.has_more() {
+            Some(Duration::ZERO)
+        } else {
+            let deadlines =
+                [shared.until_deadline(), session.until_stats(), session.until_silence()];
+            deadlines.into_iter().flatten().min()
+        };
+        let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
         wait(&poll, &mut events, timeout.as_ref()).map_err(host("epoll_wait"))?;
         session.go_on();
+        session.ask_for_stats();
+        session.end_silence();
+        if shared.expire_requests() {
+            session.serve_requests();
+        }
         for event in events.drain(..) {
             match event.data.u64() {
                 EVENT_SOCKET => {
@@ -151,35 +239,33 @@ fn serve(shared: &Shared, stream: &UnixStream, stop: &impl AsFd) -> Result<End, 
                 }
                 EVENT_WAKE => {
                     let _ = rustix::io::read(shared.wake(), &mut [0; 8]);
-                    session.config_changed();
+                    if shared.take_config_changed() {
+                        session.config_changed();
+                    }
+                    session.serve_requests();
                 }
-                EVENT_STOP => return Ok(End::Stopped),
+                EVENT_STOP => {
+                    finish_release(shared);
+                    return Ok(End::Stopped);
+                }
                 queue => session.kicked(usize::try_from(queue).unwrap_or(usize::MAX)),
             }
         }
+        session.check()?;
     }
 }
 
-/// The next front end, or `None` when the process shall end.
-fn accept(listener: &UnixListener, stop: &impl AsFd) -> Result<Option<UnixStream>, Error> {
-    let host = |what| move |source: io::Error| Error::Host { what, source };
-    let poll = watch(&[(listener.as_fd(), EVENT_SOCKET), (stop.as_fd(), EVENT_STOP)])
-        .map_err(host("epoll"))?;
-    let mut events = Vec::with_capacity(2);
-    loop {
-        wait(&poll, &mut events, None).map_err(host("epoll_wait"))?;
-        if events.iter().any(|event| event.data.u64() == EVENT_STOP) {
-            return Ok(None);
+/// Releases what the guest gave before the process ends: afterwards nobody would
+/// know that it did.
+fn finish_release(shared: &Shared) {
+    let end = Instant::now() + STOP_RELEASE_TIMEOUT;
+    shared.device().reclaim_mut().flush();
+    while shared.device().reclaim().settled_at().is_none() {
+        if Instant::now() >= end {
+            tracing::warn!("host: the release was cancelled, the process is to end");
+            return;
         }
-        if events.is_empty() {
-            // A signal interrupted the wait; `accept` would block now.
-            continue;
-        }
-        match listener.accept() {
-            Ok((stream, _)) => return Ok(Some(stream)),
-            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
-            Err(source) => return Err(Error::Host { what: "accept", source }),
-        }
+        std::thread::sleep(SETTLE_LOOK);
     }
 }
 
@@ -200,41 +286,6 @@ fn wait(
     match epoll::wait(poll, rustix::buffer::spare_capacity(events), timeout) {
         Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
         Err(error) => Err(error.into()),
-    }
-}
-
-/// A stream that becomes readable on SIGTERM or SIGINT.
-fn stop_signal() -> io::Result<UnixStream> {
-    let (read, write) = UnixStream::pair()?;
-    signal_hook::low_level::pipe::register(signal_hook::consts::SIGTERM, write.try_clone()?)?;
-    signal_hook::low_level::pipe::register(signal_hook::consts::SIGINT, write)?;
-    Ok(read)
-}
-
-/// The vhost-user socket, which is gone when the back end is.
-struct Socket {
-    listener: UnixListener,
-    path: PathBuf,
-}
-
-impl Socket {
-    /// A path left over from a back end that was killed is taken over; one that
-    /// is in use is not.
-    fn bind(path: &Path) -> Result<Self, Error> {
-        let listen = |source| Error::Listen { path: path.to_owned(), source };
-        let stale = UnixStream::connect(path)
-            .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
-        if stale {
-            std::fs::remove_file(path).map_err(listen)?;
-        }
-        let listener = UnixListener::bind(path).map_err(listen)?;
-        Ok(Self { listener, path: path.to_owned() })
-    }
-}
-
-impl Drop for Socket {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
     }
 }
 

@@ -2,20 +2,22 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use balloon_abi::config::{CONFIG_BYTES, Field};
-use balloon_abi::{Features, QueueLayout};
-use balloon_host::{HostReclaim, Shared};
+use balloon_abi::{Features, QueueLayout, Vq};
+use balloon_device::RequestFailure;
+use balloon_host::{Shared, StatsClock};
 use vhost::vhost_user::message::{BackendReq, FrontendReq};
 use vhost::vhost_user::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 
 use crate::error::{SessionError, Violation};
+use crate::found::find;
+use crate::inflight::{self, Region};
 use crate::memory::Memory;
+use crate::silence::Silence;
 use crate::vring::Vring;
 use crate::wire::{self, Message};
-
-type Device = balloon_device::Balloon<HostReclaim>;
 
 /// Features on top of the device's own.
 const TRANSPORT_FEATURES: Features = Features(VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits());
@@ -23,8 +25,13 @@ const TRANSPORT_FEATURES: Features = Features(VhostUserVirtioFeatures::PROTOCOL_
 /// `CONFIG` and `BACKEND_REQ`: without both, a change of the target would not
 /// reach the guest. No `REPLY_ACK`: it would turn each config write of the guest
 /// into a round trip.
-const PROTOCOL_FEATURES: VhostUserProtocolFeatures =
-    VhostUserProtocolFeatures::CONFIG.union(VhostUserProtocolFeatures::BACKEND_REQ);
+///
+/// `INFLIGHT_SHMFD`: what was under way outlives this process. `MQ`: without it QEMU
+/// and crosvm believe in fewer queues than there are.
+const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::CONFIG
+    .union(VhostUserProtocolFeatures::BACKEND_REQ)
+    .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
+    .union(VhostUserProtocolFeatures::MQ);
 
 /// Bytes of configuration space that may be read; those beyond the balloon's
 /// own read as zero. The protocol's reference front end (QEMU) reads at most this.
@@ -41,25 +48,40 @@ const VRING_NO_FD: u64 = 1 << 8;
 /// State of one connection.
 pub(crate) struct Session<'a> {
     shared: &'a Shared,
+    /// Guest memory has to be sealed against shrinking.
+    sealed_only: bool,
     epoll: Rc<OwnedFd>,
     vrings: Vec<Vring>,
     memory: Option<Memory>,
     features: Features,
     channel: Option<OwnedFd>,
+    stats_clock: StatsClock,
+    /// What the device knows is about the driver that runs: it was seen to start,
+    /// or found to go on.
+    driver_known: bool,
+    silence: Silence,
 }
 
 impl<'a> Session<'a> {
     /// A connection on which nothing was said yet. Kicks are reported on
     /// `epoll` with the queue's number as data.
-    pub(crate) fn new(shared: &'a Shared, epoll: Rc<OwnedFd>) -> Result<Self, SessionError> {
+    pub(crate) fn new(
+        shared: &'a Shared,
+        sealed_only: bool,
+        epoll: Rc<OwnedFd>,
+    ) -> Result<Self, SessionError> {
         let vrings = (0..).take(QueueLayout::MAX_QUEUES).map(Vring::new);
         Ok(Self {
             shared,
+            sealed_only,
             epoll,
             vrings: vrings.collect::<Result<_, _>>()?,
             memory: None,
             features: Features::NONE,
             channel: None,
+            stats_clock: StatsClock::default(),
+            driver_known: false,
+            silence: Silence::default(),
         })
     }
 
@@ -96,6 +118,8 @@ impl<'a> Session<'a> {
             FrontendReq::SET_VRING_ENABLE => return self.set_vring_enable(message),
             FrontendReq::SET_BACKEND_REQ_FD => return self.set_channel(message),
             FrontendReq::SET_CONFIG => return self.set_config(message),
+            FrontendReq::GET_INFLIGHT_FD => return get_inflight(message, socket),
+            FrontendReq::SET_INFLIGHT_FD => return self.set_inflight(message),
             _ => return Err(unknown),
         };
         wire::reply(socket, request, &answer).map_err(SessionError::Send)
@@ -123,6 +147,62 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// Time until the guest is to be asked for statistics, if it is.
+    pub(crate) fn until_stats(&self) -> Option<Duration> {
+        self.stats_clock.left(self.shared.stats_interval(), Instant::now())
+    }
+
+    /// Time until the guest's size is to be assumed, if nobody says it.
+    pub(crate) fn until_silence(&self) -> Option<Duration> {
+        self.silence.left(Instant::now())
+    }
+
+    /// Assumes that the guest holds what it gave, where nobody says what it does.
+    pub(crate) fn end_silence(&mut self) {
+        if self.silence.is_over(Instant::now()) {
+            self.shared.assume_actual();
+        }
+    }
+
+    /// Asks the guest for statistics where it is time to.
+    pub(crate) fn ask_for_stats(&mut self) {
+        let now = Instant::now();
+        if !self.stats_clock.is_due(self.shared.stats_interval(), now) {
+            return;
+        }
+        let Self { vrings, memory: Some(memory), shared, .. } = self else { return };
+        let mut device = shared.device();
+        let Some(index) = device.queues().index(Vq::Stats) else { return };
+        let Some(vring) = vrings.get_mut(index).filter(|vring| vring.runs()) else { return };
+        match device.request_stats(&memory.map, &mut vring.queue) {
+            Ok(true) => vring.notify_guest(),
+            Ok(false) => {}
+            Err(error) => {
+                vring.stop();
+                device.forget_kept(Vq::Stats);
+                if shared.may_log() {
+                    tracing::warn!(%error, "queue stopped");
+                }
+            }
+        }
+    }
+
+    /// Serves the request queue, where there is one: the operator asked for
+    /// something, or time ran out.
+    ///
+    /// Not while the driver's queues stand still: where a front end cannot say
+    /// that a driver is gone, the ring may be other memory by now. Only the
+    /// driver itself, by a kick, has it looked at again.
+    pub(crate) fn serve_requests(&mut self) {
+        let device = self.shared.device();
+        let stopped = device.requests().is_stopped();
+        let index = device.queues().index(Vq::Request).filter(|_| !stopped);
+        drop(device);
+        if let Some(index) = index {
+            self.process(index);
+        }
+    }
+
     /// Tells the guest that the configuration space changed.
     pub(crate) fn config_changed(&self) {
         let Some(channel) = &self.channel else { return };
@@ -144,10 +224,22 @@ impl<'a> Session<'a> {
         if !vring.runs() {
             return;
         }
+        if !vring.found && !find(shared, vring, index, &memory.map, &mut self.driver_known) {
+            return;
+        }
         let mut device = shared.device();
         let Some(vq) = device.queues().vq(index) else { return };
         let drained = device.process_queue(vq, &memory.map, &mut vring.queue);
+        if drained.is_err() {
+            device.forget_kept(vq);
+        }
         drop(device);
+        if matches!(vq, Vq::Inflate | Vq::Deflate) {
+            self.silence.changed(Instant::now());
+        }
+        if matches!(vq, Vq::FreePage | Vq::Request) {
+            shared.changed();
+        }
         match drained {
             Ok(drained) => {
                 vring.more = drained.more;
@@ -191,7 +283,11 @@ impl<'a> Session<'a> {
         let mut fields = message.fields();
         let (offset, size, _flags) = (fields.u32()?, fields.u32()?, fields.u32()?);
         let data = fields.bytes(size as usize)?;
+        self.silence.broken();
+        self.shared.keep_poison(offset, data);
         let mut device = self.shared.device();
+        let poisons = device.negotiated().contains(Features::PAGE_POISON);
+        let valid = |field| field != Field::PoisonVal || poisons;
         let mut write = |offset, data| {
             if let Err(fault) = device.write_config(offset, data, Instant::now()) {
                 tracing::debug!(%fault, offset, "config write refused");
@@ -200,7 +296,7 @@ impl<'a> Session<'a> {
         if offset == 0 && data.len() > FIELD_BYTES && data.len().is_multiple_of(FIELD_BYTES) {
             for (place, data) in (0..).step_by(FIELD_BYTES).zip(data.chunks(FIELD_BYTES)) {
                 let field = Field::ALL.into_iter().find(|field| field.offset() == place as usize);
-                if field.is_some_and(Field::is_driver_writable) {
+                if field.is_some_and(|field| field.is_driver_writable() && valid(field)) {
                     write(place, data);
                 }
             }
@@ -208,17 +304,24 @@ impl<'a> Session<'a> {
             write(offset, data);
         }
         drop(device);
+        if self.driver_known {
+            self.shared.keep_actual();
+        }
         self.shared.changed();
         Ok(())
     }
 
     /// User Mode Linux asks this too when it has removed a driver, and where it
     /// cannot stop queues it says nothing else.
-    fn get_features(&self) -> Vec<u8> {
+    fn get_features(&mut self) -> Vec<u8> {
         if !self.features.contains(TRANSPORT_FEATURES) {
-            self.shared.device().suspend();
+            self.suspend();
         }
-        u64_bytes((Device::FEATURES | TRANSPORT_FEATURES).0)
+        u64_bytes(self.offered().0)
+    }
+
+    fn offered(&self) -> Features {
+        self.shared.device().offered() | TRANSPORT_FEATURES
     }
 
     /// New features mean that a driver starts, unless the queues still run: then
@@ -229,7 +332,7 @@ impl<'a> Session<'a> {
     /// guest goes on; the queues' bases tell.
     fn set_features(&mut self, message: &Message) -> Result<(), SessionError> {
         let features = Features(message.fields().u64()?);
-        let excess = features.without(Device::FEATURES | TRANSPORT_FEATURES);
+        let excess = features.without(self.offered());
         if excess != Features::NONE {
             return Err(Violation::Features { features: excess.0 }.into());
         }
@@ -244,7 +347,7 @@ impl<'a> Session<'a> {
         }
         let stopped = self.vrings.iter().any(|vring| vring.stopped_at.is_some());
         if stopped && features == self.features {
-            self.shared.device().suspend();
+            self.suspend();
         } else {
             self.features = features;
             self.driver_starts();
@@ -254,6 +357,9 @@ impl<'a> Session<'a> {
 
     fn set_mem_table(&mut self, message: &mut Message) -> Result<(), SessionError> {
         let memory = Memory::from_message(message)?;
+        if self.sealed_only && !memory.is_sealed() {
+            return Err(Violation::UnsealedMemory.into());
+        }
         if !self.vrings.iter().all(|vring| vring.is_valid(&memory.map)) {
             return Err(Violation::MemoryTable.into());
         }
@@ -270,12 +376,14 @@ impl<'a> Session<'a> {
     fn set_vring_num(&mut self, message: &Message) -> Result<(), SessionError> {
         let mut fields = message.fields();
         let (index, size) = (fields.u32()?, fields.u32()?);
+        self.forget_kept(index);
         self.vring(index)?.set_size(size)
     }
 
     fn set_vring_base(&mut self, message: &Message) -> Result<(), SessionError> {
         let mut fields = message.fields();
         let (index, base) = (fields.u32()?, fields.u32()?);
+        self.forget_kept(index);
         let vring = self.vring(index)?;
         vring.set_base(base)?;
         // A new driver begins at 0; where the ring stood there, nobody can tell,
@@ -303,10 +411,11 @@ impl<'a> Session<'a> {
 
     fn get_vring_base(&mut self, message: &Message) -> Result<Vec<u8>, SessionError> {
         let index = message.fields().u32()?;
+        self.vring(index)?;
+        self.suspend();
         let vring = self.vring(index)?;
         let base = vring.stop();
         vring.stopped_at = Some(base);
-        self.shared.device().suspend();
         let base = u32::from(base);
         Ok([index.to_ne_bytes(), base.to_ne_bytes()].concat())
     }
@@ -328,10 +437,11 @@ impl<'a> Session<'a> {
     fn set_vring_enable(&mut self, message: &Message) -> Result<(), SessionError> {
         let mut fields = message.fields();
         let (index, enable) = (fields.u32()?, fields.u32()?);
-        self.vring(index)?.enabled = enable != 0;
+        self.vring(index)?;
         if enable == 0 {
-            self.shared.device().suspend();
+            self.suspend();
         }
+        self.vring(index)?.enabled = enable != 0;
         self.process(index as usize);
         Ok(())
     }
@@ -346,10 +456,64 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
+    /// Chains are noted in this memory from now on. It is said before the queues run.
+    fn set_inflight(&mut self, message: &mut Message) -> Result<(), SessionError> {
+        let description = inflight::Description::read(message)?;
+        let region = Region::attach(description, one_fd(message)?)?;
+        if self.vrings.iter().any(Vring::runs) {
+            return Err(Violation::Inflight.into());
+        }
+        for (index, vring) in self.vrings.iter_mut().enumerate() {
+            vring.queue.set_notes(region.part(index));
+            vring.found = false;
+        }
+        Ok(())
+    }
+
+    /// The front end took away the memory that chains are noted in.
+    pub(crate) fn check(&self) -> Result<(), SessionError> {
+        let lost = self.vrings.iter().any(|vring| vring.queue.is_lost());
+        if lost { Err(Violation::Inflight.into()) } else { Ok(()) }
+    }
+
     fn reset(&mut self) {
         self.vrings.iter_mut().for_each(Vring::reset);
         self.features = Features::NONE;
         self.driver_starts();
+    }
+
+    /// The queues stop, or one of them does. The device keeps chains no longer;
+    /// those of a queue that goes on come back with the driver's next kick.
+    fn suspend(&mut self) {
+        let mut device = self.shared.device();
+        if let Some(memory) = &self.memory {
+            for (vring, vq) in self.vrings.iter_mut().zip(device.queues().queues()) {
+                if !vring.runs() {
+                    continue;
+                }
+                match device.give_back(vq, &memory.map, &mut vring.queue) {
+                    Ok(true) => vring.notify_guest(),
+                    Ok(false) => {}
+                    Err(error) => {
+                        vring.stop();
+                        if self.shared.may_log() {
+                            tracing::warn!(%error, "queue stopped");
+                        }
+                    }
+                }
+            }
+        }
+        device.suspend();
+        drop(device);
+        self.shared.changed();
+    }
+
+    /// A queue is set up anew.
+    fn forget_kept(&self, index: u32) {
+        let mut device = self.shared.device();
+        if let Some(vq) = device.queues().vq(index as usize) {
+            device.forget_kept(vq);
+        }
     }
 
     /// Whatever the guest held is its own again.
@@ -357,7 +521,8 @@ impl<'a> Session<'a> {
         for vring in &mut self.vrings {
             vring.stopped_at = None;
         }
-        self.shared.device().reset(self.features.without(TRANSPORT_FEATURES));
+        self.driver_known = false;
+        self.shared.reset(self.features.without(TRANSPORT_FEATURES));
         self.shared.changed();
     }
 
@@ -371,10 +536,19 @@ impl Drop for Session<'_> {
     /// more, since its memory may be mapped by a monitor that comes back.
     fn drop(&mut self) {
         let mut device = self.shared.device();
+        device.requests_mut().end_all(RequestFailure::HungUp);
         device.reset(Features::NONE);
         device.reclaim_mut().forget_memory();
         device.set_layout(balloon_device::MemoryLayout::default());
+        drop(device);
+        self.shared.changed();
     }
+}
+
+fn get_inflight(message: &Message, socket: impl AsFd) -> Result<(), SessionError> {
+    let region = Region::create(inflight::Description::read(message)?)?;
+    let answer = region.description().to_bytes();
+    wire::reply_with(socket, message.request, &answer, region.file()).map_err(SessionError::Send)
 }
 
 fn set_protocol_features(message: &Message) -> Result<(), SessionError> {

@@ -6,10 +6,11 @@ use std::rc::Rc;
 use balloon_host::ring::{self, MAX_QUEUE_SIZE};
 use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 use rustix::fs::{FileType, fstat};
-use virtio_queue::{Queue, QueueT};
+use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestMemory};
 
 use crate::error::{SessionError, Violation};
+use crate::tracked::TrackedQueue;
 
 /// Bytes of kicks that are read at once, and how often at most: together what a
 /// pipe holds.
@@ -20,10 +21,12 @@ const KICK_READS: usize = 16;
 #[derive(Debug)]
 pub(crate) struct Vring {
     index: u32,
-    pub(crate) queue: Queue,
+    pub(crate) queue: TrackedQueue,
     /// Set by the front end, or implied where it did not negotiate protocol
     /// features (vhost-user, "Ring states").
     pub(crate) enabled: bool,
+    /// It was looked at where the ring stands, since it was set up.
+    pub(crate) found: bool,
     /// Chains were left when it was served last.
     pub(crate) more: bool,
     /// Where the front end stopped it, until it says where to go on.
@@ -55,11 +58,13 @@ impl Drop for Kick {
 
 impl Vring {
     pub(crate) fn new(index: u32) -> Result<Self, SessionError> {
-        let queue = Queue::new(MAX_QUEUE_SIZE).map_err(|_| Violation::QueueSetup { index })?;
+        let queue =
+            TrackedQueue::new(MAX_QUEUE_SIZE).map_err(|_| Violation::QueueSetup { index })?;
         Ok(Self {
             index,
             queue,
             enabled: false,
+            found: false,
             more: false,
             stopped_at: None,
             kick: None,
@@ -72,6 +77,7 @@ impl Vring {
     pub(crate) fn reset(&mut self) {
         self.queue.reset();
         self.enabled = false;
+        self.found = false;
         self.more = false;
         self.kick = None;
     }
@@ -85,12 +91,17 @@ impl Vring {
     pub(crate) fn set_size(&mut self, size: u32) -> Result<(), SessionError> {
         let size = u16::try_from(size).map_err(|_| self.bad_setup())?;
         self.queue.set_ready(false);
+        self.found = false;
         self.queue.try_set_size(size).map_err(|_| self.bad_setup())
     }
 
+    /// Cloud Hypervisor and crosvm say it after the addresses, and QEMU before.
     pub(crate) fn set_base(&mut self, base: u32) -> Result<(), SessionError> {
         let base = u16::try_from(base).map_err(|_| self.bad_setup())?;
-        self.queue.set_ready(false);
+        if self.runs() {
+            self.queue.set_ready(false);
+        }
+        self.found = false;
         self.queue.set_next_avail(base);
         self.queue.set_next_used(base);
         Ok(())
@@ -104,6 +115,7 @@ impl Vring {
         event_idx: bool,
     ) -> Result<(), SessionError> {
         let placed = ring::place(&mut self.queue, places, event_idx, memory);
+        self.found = false;
         if placed { Ok(()) } else { Err(self.bad_setup()) }
     }
 
@@ -115,6 +127,7 @@ impl Vring {
     /// Stops the ring and returns what the front end needs to go on elsewhere.
     pub(crate) fn stop(&mut self) -> u16 {
         self.queue.set_ready(false);
+        self.found = false;
         self.more = false;
         self.kick = None;
         self.queue.next_avail()

@@ -3,7 +3,7 @@
 //! The header is read alone, so the file descriptors that arrive with a message
 //! cannot be taken for those of the next one.
 
-use std::io::{self, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, recvmsg, send,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, send, sendmsg,
 };
 
 use crate::error::{SessionError, Violation};
@@ -80,6 +81,29 @@ pub(crate) fn reply(socket: impl AsFd, request: u32, payload: &[u8]) -> io::Resu
     send_message(socket, request, FLAG_REPLY, payload, SendFlags::NOSIGNAL)
 }
 
+/// Answers `request` with `payload` and a file descriptor.
+pub(crate) fn reply_with(
+    socket: impl AsFd,
+    request: u32,
+    payload: &[u8],
+    fd: impl AsFd,
+) -> io::Result<()> {
+    let bytes = message_bytes(request, FLAG_REPLY, payload)?;
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds = [fd.as_fd()];
+    if !control.push(SendAncillaryMessage::ScmRights(&fds)) {
+        return Err(io::ErrorKind::OutOfMemory.into());
+    }
+    let sent = loop {
+        match sendmsg(&socket, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL) {
+            Err(Errno::INTR) => {}
+            result => break result?,
+        }
+    };
+    send_all(socket, &bytes[sent.min(bytes.len())..], SendFlags::NOSIGNAL)
+}
+
 /// Sends a request of the back end. A front end that does not read its channel
 /// gets an error, not the back end's time.
 pub(crate) fn request(socket: impl AsFd, request: u32, payload: &[u8]) -> io::Result<()> {
@@ -93,13 +117,20 @@ fn send_message(
     payload: &[u8],
     how: SendFlags,
 ) -> io::Result<()> {
+    send_all(socket, &message_bytes(request, flags, payload)?, how)
+}
+
+fn message_bytes(request: u32, flags: u32, payload: &[u8]) -> io::Result<Vec<u8>> {
     let size = u32::try_from(payload.len()).map_err(io::Error::other)?;
     let mut bytes = Vec::with_capacity(HEADER_BYTES + payload.len());
     for word in [request, flags | VERSION, size] {
         bytes.extend(word.to_ne_bytes());
     }
     bytes.extend(payload);
-    let mut rest = &bytes[..];
+    Ok(bytes)
+}
+
+fn send_all(socket: impl AsFd, mut rest: &[u8], how: SendFlags) -> io::Result<()> {
     while !rest.is_empty() {
         match send(&socket, rest, how) {
             Ok(sent) => rest = &rest[sent.min(rest.len())..],
@@ -117,6 +148,10 @@ pub(crate) struct Fields<'a> {
 }
 
 impl<'a> Fields<'a> {
+    pub(crate) fn u16(&mut self) -> Result<u16, SessionError> {
+        self.chunk().map(u16::from_ne_bytes)
+    }
+
     pub(crate) fn u32(&mut self) -> Result<u32, SessionError> {
         self.chunk().map(u32::from_ne_bytes)
     }

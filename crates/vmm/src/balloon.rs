@@ -1,11 +1,12 @@
 //! The balloon on a virtio-mmio transport. Its rules are `balloon-device`'s.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use balloon_abi::config::CONFIG_BYTES;
-use balloon_abi::{Features, QueueLayout};
-use balloon_host::{HostReclaim, Shared};
+use balloon_abi::{Features, QueueLayout, Vq};
+use balloon_device::QueueError;
+use balloon_host::{Shared, StatsClock};
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 
@@ -17,11 +18,22 @@ const ID: u32 = 5;
 /// One guest's balloon.
 pub(crate) struct Balloon {
     shared: Arc<Shared>,
+    stats_clock: StatsClock,
+    /// It is time to ask the guest for statistics.
+    asks_for_stats: bool,
 }
 
 impl Balloon {
-    pub(crate) const fn new(shared: Arc<Shared>) -> Self {
-        Self { shared }
+    pub(crate) fn new(shared: Arc<Shared>) -> Self {
+        Self { shared, stats_clock: StatsClock::default(), asks_for_stats: false }
+    }
+
+    fn broken(&self, vq: Vq, error: &QueueError) -> Served {
+        self.shared.device().forget_kept(vq);
+        if self.shared.may_log() {
+            tracing::warn!(%error, "queue stopped");
+        }
+        Served::Broken
     }
 }
 
@@ -31,7 +43,7 @@ impl Device for Balloon {
     }
 
     fn features(&self) -> u64 {
-        balloon_device::Balloon::<HostReclaim>::FEATURES.0
+        self.shared.device().offered().0
     }
 
     fn queues(&self) -> usize {
@@ -56,7 +68,7 @@ impl Device for Balloon {
     }
 
     fn reset(&mut self, features: u64) {
-        self.shared.device().reset(Features(features));
+        self.shared.reset(Features(features));
         self.shared.changed();
     }
 
@@ -69,17 +81,60 @@ impl Device for Balloon {
         let Some(vq) = device.queues().vq(index) else {
             return Served::Done { notify: false, more: false };
         };
-        let outcome = device.process_queue(vq, memory, queue);
+        let asks = vq == Vq::Stats && std::mem::take(&mut self.asks_for_stats);
+        let outcome = if asks {
+            device.request_stats(memory, queue).map(|notify| (notify, false))
+        } else {
+            device.process_queue(vq, memory, queue).map(|drained| (drained.notify, drained.more))
+        };
         drop(device);
         self.shared.changed();
         match outcome {
-            Ok(drained) => Served::Done { notify: drained.notify, more: drained.more },
-            Err(error) => {
-                if self.shared.may_log() {
-                    tracing::warn!(%error, "queue stopped");
-                }
-                Served::Broken
-            }
+            Ok((notify, more)) => Served::Done { notify, more },
+            Err(error) => self.broken(vq, &error),
         }
+    }
+
+    fn until_due(&self) -> Option<Duration> {
+        let stats = self.stats_clock.left(self.shared.stats_interval(), Instant::now());
+        [self.shared.until_deadline(), stats].into_iter().flatten().min()
+    }
+
+    fn due(&mut self, woken: bool) -> Vec<usize> {
+        let interval = self.shared.stats_interval();
+        self.asks_for_stats |= self.stats_clock.is_due(interval, Instant::now());
+        let expired = self.shared.expire_requests();
+        let device = self.shared.device();
+        let queues = device.queues();
+        let stats = queues.index(Vq::Stats).filter(|_| self.asks_for_stats);
+        // A queue that was given back is looked at again once its driver says so.
+        let asks = (woken || expired) && !device.requests().is_stopped();
+        let requests = queues.index(Vq::Request).filter(|_| asks);
+        stats.into_iter().chain(requests).collect()
+    }
+
+    fn give_back(&mut self, index: usize, memory: &GuestMemoryMmap, queue: &mut Queue) -> Served {
+        let mut device = self.shared.device();
+        let Some(vq) = device.queues().vq(index) else {
+            return Served::Done { notify: false, more: false };
+        };
+        let given_back = device.give_back(vq, memory, queue);
+        drop(device);
+        match given_back {
+            Ok(notify) => Served::Done { notify, more: false },
+            Err(error) => self.broken(vq, &error),
+        }
+    }
+
+    fn forget(&mut self, index: usize) {
+        let mut device = self.shared.device();
+        if let Some(vq) = device.queues().vq(index) {
+            device.forget_kept(vq);
+        }
+    }
+
+    fn suspend(&mut self) {
+        self.shared.device().suspend();
+        self.shared.changed();
     }
 }

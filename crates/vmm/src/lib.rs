@@ -25,6 +25,7 @@ mod mmio;
 mod ports;
 mod vcpu;
 
+pub use balloon_abi::Features;
 pub use error::Error;
 pub use layout::MAX_CPUS;
 pub use machine::{End, Options, run};

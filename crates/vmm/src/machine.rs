@@ -5,7 +5,10 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use balloon_abi::Features;
+use balloon_device::RequestFailure;
 use balloon_host::{HostReclaim, Shared};
 use control::Server;
 use control::api::{PartialHuge, ReleaseMode};
@@ -53,6 +56,8 @@ pub struct Options {
     pub release: ReleaseMode,
     /// What becomes of pieces of huge pages.
     pub partial_huge: PartialHuge,
+    /// Features that the balloon does not offer.
+    pub without: Features,
 }
 
 /// How a guest ended without anybody's fault.
@@ -135,6 +140,11 @@ impl Bus {
         if let Some((slot, offset)) = self.slot(address) {
             slot.transport().write(offset, data);
         }
+    }
+
+    /// Serves what is to be served without a notification.
+    fn attend(&self, woken: bool) {
+        self.slots.iter().for_each(|slot| slot.transport().attend(woken));
     }
 
     fn slot(&self, address: u64) -> Option<(&Slot, u64)> {
@@ -248,9 +258,10 @@ impl Machine {
     fn serve(self, requests: &Requests) -> Result<End, Error> {
         let poll = self.watch(requests).map_err(Error::host("epoll"))?;
         self.balloon.set_connected(true);
-        self.processors.resume();
+        self.resume();
         let end = self.serve_events(&poll, requests);
         self.processors.pause();
+        self.balloon.device().requests_mut().end_all(RequestFailure::HungUp);
         self.balloon.set_connected(false);
         match end? {
             None => Ok(End::Stopped),
@@ -283,11 +294,14 @@ impl Machine {
     fn serve_events(&self, poll: &Epoll, requests: &Requests) -> Result<Option<Request>, Error> {
         let mut events = vec![EpollEvent::default(); EVENTS_AT_ONCE];
         loop {
-            let count = match poll.wait(-1, &mut events) {
+            let timeout =
+                self.bus.slots.iter().filter_map(|slot| slot.transport().until_due()).min();
+            let count = match poll.wait(timeout.map_or(-1, whole_ms), &mut events) {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
                 Err(error) => return Err(Error::host("epoll_wait")(error)),
             };
+            self.bus.attend(false);
             for event in events.iter().take(count) {
                 match event.data() {
                     EVENT_STOP => return Ok(None),
@@ -298,24 +312,37 @@ impl Machine {
                     }
                     EVENT_WAKE => {
                         let _ = rustix::io::read(self.balloon.wake(), &mut [0; 8]);
-                        if let Some(slot) = self.bus.slots.first() {
+                        let slot = self.bus.slots.first();
+                        if let Some(slot) = slot.filter(|_| self.balloon.take_config_changed()) {
                             slot.transport().config_changed();
                         }
+                        self.bus.attend(true);
                     }
                     EVENT_PAUSE => {
                         requests.pause.clear();
-                        self.processors.pause();
+                        self.pause();
                         tracing::info!("paused");
                     }
                     EVENT_RESUME => {
                         requests.resume.clear();
-                        self.processors.resume();
+                        self.resume();
                         tracing::info!("resumed");
                     }
                     kick => self.kicked(kick),
                 }
             }
         }
+    }
+
+    /// The guest stands still, and its devices with it.
+    fn pause(&self) {
+        self.processors.pause();
+        self.bus.slots.iter().for_each(|slot| slot.transport().pause());
+    }
+
+    fn resume(&self) {
+        self.bus.slots.iter().for_each(|slot| slot.transport().resume());
+        self.processors.resume();
     }
 
     fn kicked(&self, data: u64) {
@@ -330,6 +357,11 @@ impl Machine {
             let _ = kick.write(1);
         }
     }
+}
+
+/// A millisecond more than nothing, so that what is due then is due when the wait is over.
+fn whole_ms(timeout: Duration) -> i32 {
+    i32::try_from(timeout.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
 }
 
 /// Events taken from the kernel at once; those beyond come next time.
@@ -350,6 +382,7 @@ fn balloon(options: &Options, memory: &Memory) -> Result<Arc<Shared>, Error> {
     let layout = balloon_device::MemoryLayout::new(memory.ranges.iter().copied())
         .map_err(Error::memory("describing"))?;
     shared.device().set_layout(layout);
+    shared.device().withhold(options.without);
     Ok(Arc::new(shared))
 }
 

@@ -3,6 +3,8 @@
 //! The guest reads and writes them as it likes. What the specification does not allow is not
 //! done; a driver that cannot be served is told so by the bit `DEVICE_NEEDS_RESET`.
 
+use std::time::Duration;
+
 use balloon_host::ring::{self, MAX_QUEUE_SIZE};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
@@ -68,6 +70,18 @@ pub(crate) trait Device: Send {
     fn count_exits(&mut self, count: u64);
     /// Serves a queue.
     fn serve(&mut self, index: usize, memory: &GuestMemoryMmap, queue: &mut Queue) -> Served;
+    /// Time until a queue is to be served whatever the guest does, if it is.
+    fn until_due(&self) -> Option<Duration>;
+    /// Queues to be served now whatever the guest does. Those that wait for this host's operator
+    /// are among them where he was heard (`woken`).
+    fn due(&mut self, woken: bool) -> Vec<usize>;
+    /// A queue stops: what the device keeps of it goes back into it. True where the driver wants
+    /// to hear of it.
+    fn give_back(&mut self, index: usize, memory: &GuestMemoryMmap, queue: &mut Queue) -> Served;
+    /// A queue is gone, with whatever the device keeps of it.
+    fn forget(&mut self, index: usize);
+    /// All queues stand still for a while.
+    fn suspend(&mut self);
 }
 
 /// What came of serving a queue.
@@ -113,6 +127,8 @@ pub(crate) struct Transport<S> {
     status: u32,
     interrupt_status: u32,
     config_generation: u32,
+    /// The guest's processors stand still, and so do the queues.
+    paused: bool,
 }
 
 impl<S: Signals> Transport<S> {
@@ -135,6 +151,7 @@ impl<S: Signals> Transport<S> {
             status: 0,
             interrupt_status: 0,
             config_generation: 0,
+            paused: false,
         })
     }
 
@@ -166,13 +183,19 @@ impl<S: Signals> Transport<S> {
     /// where there is more to serve.
     pub(crate) fn notified(&mut self, index: usize, count: u64) -> bool {
         self.device.count_exits(count);
-        if !self.runs() {
+        if !self.runs() || self.paused {
             return false;
         }
         let Some(ring) = self.rings.get_mut(index).filter(|ring| ring.queue.ready()) else {
             return false;
         };
-        match self.device.serve(index, &self.memory, &mut ring.queue) {
+        let served = self.device.serve(index, &self.memory, &mut ring.queue);
+        self.served(served)
+    }
+
+    /// True where there is more to serve.
+    fn served(&mut self, served: Served) -> bool {
+        match served {
             Served::Done { notify, more } => {
                 if notify {
                     self.raise(INTERRUPT_RING);
@@ -183,6 +206,51 @@ impl<S: Signals> Transport<S> {
                 self.fail();
                 false
             }
+        }
+    }
+
+    /// Time until [`attend`](Self::attend) has something to do, also where the guest does nothing.
+    pub(crate) fn until_due(&self) -> Option<Duration> {
+        self.device.until_due()
+    }
+
+    /// Serves what is to be served without a notification.
+    pub(crate) fn attend(&mut self, woken: bool) {
+        for index in self.device.due(woken) {
+            if self.notified(index, 0) {
+                self.signals.kick(index);
+            }
+        }
+    }
+
+    /// The guest's processors stand still: all that the guest has sent is served, and what the
+    /// device keeps goes back into its ring.
+    pub(crate) fn pause(&mut self) {
+        if self.paused {
+            return;
+        }
+        for index in 0..self.rings.len() {
+            // It ends: nobody adds to the ring meanwhile.
+            while self.notified(index, 0) {}
+        }
+        if self.runs() {
+            for index in 0..self.rings.len() {
+                let Some(ring) = self.rings.get_mut(index).filter(|ring| ring.queue.ready()) else {
+                    continue;
+                };
+                let given = self.device.give_back(index, &self.memory, &mut ring.queue);
+                self.served(given);
+            }
+        }
+        self.device.suspend();
+        self.paused = true;
+    }
+
+    /// The guest's processors are about to run.
+    pub(crate) fn resume(&mut self) {
+        if std::mem::take(&mut self.paused) && self.runs() {
+            // Whatever came meanwhile was not served.
+            (0..self.rings.len()).for_each(|index| self.signals.kick(index));
         }
     }
 
@@ -286,6 +354,7 @@ impl<S: Signals> Transport<S> {
         let Some(ring) = self.rings.get_mut(self.queue_sel as usize) else { return };
         if !ready {
             ring.queue.set_ready(false);
+            self.device.forget(self.queue_sel as usize);
         } else if settled && !ring.queue.ready() {
             let places = ring.places.map(GuestAddress);
             ring.queue.set_next_avail(0);

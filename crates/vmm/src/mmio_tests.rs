@@ -23,6 +23,9 @@ struct Log {
     served: Vec<usize>,
     raised: usize,
     kicks: Vec<usize>,
+    given_back: Vec<usize>,
+    forgotten: Vec<usize>,
+    suspended: usize,
 }
 
 #[derive(Clone, Default)]
@@ -66,6 +69,23 @@ impl Device for Fake {
             }
         }
         Served::Done { notify: !heads.is_empty(), more: false }
+    }
+    fn until_due(&self) -> Option<Duration> {
+        Some(Duration::ZERO)
+    }
+    fn due(&mut self, woken: bool) -> Vec<usize> {
+        if woken { vec![1] } else { vec![0, 1] }
+    }
+    fn give_back(&mut self, index: usize, _: &GuestMemoryMmap, queue: &mut Queue) -> Served {
+        assert!(queue.ready(), "a queue that is not ready is given something");
+        self.log().given_back.push(index);
+        Served::Done { notify: index == 0, more: false }
+    }
+    fn forget(&mut self, index: usize) {
+        self.log().forgotten.push(index);
+    }
+    fn suspend(&mut self) {
+        self.log().suspended += 1;
     }
 }
 
@@ -231,6 +251,52 @@ fn a_ring_that_cannot_be_asks_for_a_reset() {
     }
 }
 
+#[test]
+fn queues_are_served_without_a_notification_while_the_guest_runs() {
+    let mut guest = Guest::new();
+    guest.registers.attend(false);
+    guest.start();
+    assert_eq!(guest.registers.until_due(), Some(Duration::ZERO));
+    // Queue 1 was never placed.
+    guest.registers.attend(true);
+    assert!(guest.fake.log().served.is_empty());
+    guest.registers.attend(false);
+    assert_eq!(guest.fake.log().served, [0]);
+}
+
+#[test]
+fn a_pause_serves_what_was_sent_and_then_nothing() {
+    let mut guest = Guest::new();
+    let mut ring = guest.start();
+    guest.fake.log().kicks.clear();
+    ring.send(&guest.memory, &[Buffer::readable(0x8000, 4)]);
+    guest.registers.pause();
+    assert!(ring.take_used(&guest.memory).is_some());
+    assert_eq!((guest.fake.log().given_back.clone(), guest.fake.log().suspended), (vec![0], 1));
+    assert_eq!(guest.fake.log().raised, 2, "for what was served and for what came back");
+    ring.send(&guest.memory, &[Buffer::readable(0x8000, 4)]);
+    guest.registers.notified(0, 1);
+    guest.registers.attend(false);
+    guest.registers.pause();
+    assert!(ring.take_used(&guest.memory).is_none());
+    assert_eq!(guest.fake.log().suspended, 1);
+    guest.registers.resume();
+    assert_eq!(guest.fake.log().kicks, [0, 1]);
+    guest.registers.notified(0, 0);
+    assert!(ring.take_used(&guest.memory).is_some());
+    guest.registers.resume();
+    assert_eq!(guest.fake.log().kicks, [0, 1], "it goes on once");
+}
+
+#[test]
+fn what_is_kept_of_a_queue_goes_with_it() {
+    let mut guest = Guest::new();
+    guest.start();
+    guest.write(register::QUEUE_SEL, 0);
+    guest.write(register::QUEUE_READY, 0);
+    assert_eq!(guest.fake.log().forgotten, [0]);
+}
+
 /// What a guest may do.
 #[derive(Debug, Clone)]
 enum Access {
@@ -239,6 +305,9 @@ enum Access {
     Register(u64, u32),
     Notified(usize),
     Changed,
+    Attend(bool),
+    Pause,
+    Resume,
 }
 
 fn access() -> impl Strategy<Value = Access> {
@@ -270,6 +339,9 @@ fn access() -> impl Strategy<Value = Access> {
         8 => (offsets, values).prop_map(|(at, value)| Access::Register(at, value)),
         2 => (0usize..4).prop_map(Access::Notified),
         1 => Just(Access::Changed),
+        1 => any::<bool>().prop_map(Access::Attend),
+        1 => Just(Access::Pause),
+        2 => Just(Access::Resume),
     ]
 }
 
@@ -292,6 +364,9 @@ proptest! {
                     prop_assert!(after == before || (runs && index < QUEUES));
                 }
                 Access::Changed => guest.registers.config_changed(),
+                Access::Attend(woken) => guest.registers.attend(woken),
+                Access::Pause => guest.registers.pause(),
+                Access::Resume => guest.registers.resume(),
             }
             let status = guest.read(register::STATUS);
             if status & status::DRIVER_OK != 0 {
@@ -301,6 +376,7 @@ proptest! {
         for features in &guest.fake.log().resets {
             prop_assert_eq!(features & !OFFERED, 0);
         }
+        guest.registers.resume();
         guest.write(register::STATUS, 0);
         let mut ring = guest.start();
         // What the guest wrote into the ring's place before counts for nothing.

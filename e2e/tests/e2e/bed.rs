@@ -42,22 +42,41 @@ pub(crate) struct Host {
 
 impl Host {
     pub(crate) fn start(name: &str, backing: Backing, memory_mib: u64) -> Self {
+        Self::start_with(name, backing, memory_mib, &[])
+    }
+
+    /// The same with more arguments for the back end.
+    pub(crate) fn start_with(
+        name: &str,
+        backing: Backing,
+        memory_mib: u64,
+        arguments: &[&str],
+    ) -> Self {
         let directory = tempfile::Builder::new().prefix("aerostat-e2e-").tempdir().unwrap();
         let memory_dir = GuestMemoryDir::mount(backing, MEMORY_DIR_FACTOR * memory_mib).unwrap();
-        let backend = Backend::start(program(), name, directory.path()).unwrap();
+        let backend = Backend::start_with(program(), name, directory.path(), arguments).unwrap();
         let client = backend.client().unwrap();
         Self { client, backend, memory_mib, memory_dir, directory }
     }
 
     /// Boots a guest that can load `driver`, and has not.
     pub(crate) fn boot(&self, driver: Driver) -> Bed<'_> {
+        self.boot_with(driver, &[])
+    }
+
+    /// The same with more words on the kernel's command line.
+    pub(crate) fn boot_with(&self, driver: Driver, words: &[&str]) -> Bed<'_> {
         let kernel = lab::uml::kernel().unwrap();
-        let guest = Guest::uml(&kernel)
+        let builder =
+            words.iter().fold(Guest::uml(&kernel), |builder, word| builder.kernel_argument(*word));
+        let guest = builder
             .memory_mib(self.memory_mib)
             .memory_dir(self.memory_dir.path())
             .balloon(self.backend.socket())
             .modules(driver.modules(&kernel).unwrap())
             .module(guest_build::lab_module(&kernel.tree()).unwrap())
+            // Warnings too, not errors alone.
+            .kernel_argument("ignore_loglevel")
             .boot()
             .unwrap();
         Bed { host: self, guest, driver }
@@ -86,7 +105,7 @@ impl Host {
     }
 
     /// Waits until `done`, which looks at what changes unannounced.
-    pub(crate) fn until(&self, what: &str, done: impl Fn(&Status) -> bool) -> Status {
+    pub(crate) fn until(&self, what: &str, mut done: impl FnMut(&Status) -> bool) -> Status {
         let end = Instant::now() + LIMIT;
         loop {
             let status = self.status();
@@ -166,6 +185,28 @@ impl Bed<'_> {
         self.number("free-mib")
     }
 
+    /// The sum of some values of `/proc/meminfo`, in bytes.
+    pub(crate) fn meminfo_bytes(&mut self, names: &[&str]) -> u64 {
+        let lines = self.guest.run("meminfo").unwrap().lines;
+        let kib = |name: &&str| -> u64 {
+            let line = lines.iter().find_map(|line| line.strip_prefix(*name)?.strip_prefix(':'));
+            line.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).unwrap()
+        };
+        names.iter().map(kib).sum::<u64>() << 10
+    }
+
+    /// A counter of our driver.
+    pub(crate) fn counter(&mut self, name: &str) -> u64 {
+        let path = format!("/sys/bus/virtio/devices/virtio0/balloon/{name}");
+        let lines = self.guest.run(&format!("cat {path}")).unwrap().lines;
+        lines.join("").parse().unwrap()
+    }
+
+    /// What the guest's kernel has said.
+    pub(crate) fn log(&self) -> String {
+        self.guest.console_log()
+    }
+
     /// Fills a file and checks each of its pages.
     pub(crate) fn fill_and_verify(&mut self, file: &str, mib: u64, seed: u64) {
         self.run(&format!("fill {file} {mib} {seed}"));
@@ -186,6 +227,11 @@ impl Bed<'_> {
 
     pub(crate) fn defragment(&mut self) {
         self.run("rmmod lab_memory");
+    }
+
+    /// What the guest printed so far.
+    pub(crate) fn console_log(&self) -> String {
+        self.guest.console_log()
     }
 
     /// The guest alone.

@@ -1,12 +1,16 @@
 //! What a guest holds outside of its balloon stays as it is, and what it gave
 //! really goes back to the host.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use bench::Driver;
 use lab::Backing;
 
-use crate::bed::{Bed, Host, pages};
+use crate::bed::{Bed, Host, LIMIT, pages};
+use crate::requests::random_request;
 use crate::walk::Walk;
 
 /// Makes each walk last so many minutes.
@@ -42,6 +46,9 @@ const MOST_USED_MIB: u64 = 256;
 /// reserve.
 const UNFILLED_DIVISOR: u64 = 20;
 
+/// Between two requests of the host.
+const REQUEST_PAUSE: Duration = Duration::from_millis(3);
+
 #[test]
 fn stock_driver_on_small_pages() {
     keeps_every_byte("stock-4k", Driver::Stock, Backing::Small, SMALL_MIB);
@@ -67,19 +74,65 @@ fn own_driver_in_a_large_guest() {
     keeps_every_byte("own-large", Driver::Own, Backing::Small, LARGE_MIB);
 }
 
+#[test]
+fn stock_driver_that_also_reports_free_pages() {
+    let seed = seed();
+    println!("repeat with {SEED_VARIABLE}={seed}");
+    let host = Host::start("stock-reports", Backing::Small, SMALL_MIB);
+    let mut bed = host.boot(Driver::Stock);
+    let free_mib = bed.free_mib();
+    bed.load_driver();
+    walk(&mut bed, seed);
+    everything_is_usable_again(&mut bed, free_mib);
+    let status = host.status();
+    assert!(status.reports.released_bytes > 0, "{status:?}");
+    assert_eq!(status.faults.total(), 0, "{:?}", status.faults);
+}
+
 fn keeps_every_byte(name: &str, driver: Driver, backing: Backing, memory_mib: u64) {
     let seed = seed();
     println!("{name}: repeat with {SEED_VARIABLE}={seed}");
-    let host = Host::start(name, backing, memory_mib);
+    // What goes back by itself would hide what the balloon gave.
+    let host = Host::start_with(name, backing, memory_mib, &["--without", "reporting"]);
     let mut bed = host.boot(driver);
     let free_mib = bed.free_mib();
     bed.load_driver();
     what_is_given_comes_back_to_the_host(&mut bed);
     targets_taken_back_at_once_are_over(&bed, seed);
     what_is_taken_back_at_once_stays(&mut bed, seed);
-    walk(&mut bed, seed);
+    match driver {
+        Driver::Own => walk_beside_requests(&host, &mut bed, seed),
+        Driver::Stock => walk(&mut bed, seed),
+    }
     everything_is_usable_again(&mut bed, free_mib);
     assert_eq!(host.status().faults.total(), 0, "{:?}", host.status().faults);
+}
+
+/// The host asks for something all the time, whether or not there is a driver.
+fn walk_beside_requests(host: &Host, bed: &mut Bed<'_>, seed: u64) {
+    let over = AtomicBool::new(false);
+    let asked = thread::scope(|scope| {
+        let asking = scope.spawn(|| {
+            let mut rng = fastrand::Rng::with_seed(seed);
+            let (mut asked, mut done) = (0, 0);
+            while !over.load(Ordering::Relaxed) {
+                asked += 1;
+                done += u32::from(random_request(host, &mut rng));
+                // A guest asked without a pause does nothing else.
+                thread::sleep(REQUEST_PAUSE);
+            }
+            (asked, done)
+        });
+        // Told also where the walk fails: it would be waited for in vain.
+        let ended = catch_unwind(AssertUnwindSafe(|| walk(bed, seed)));
+        over.store(true, Ordering::Relaxed);
+        let asked = asking.join().unwrap();
+        ended.map_or_else(|panic| resume_unwind(panic), |()| asked)
+    });
+    // There may be none.
+    let _ = host.client.release_free_pages(LIMIT);
+    println!("{asked:?} requests asked and done: {:?}", host.status().requests.ended);
+    assert!(asked.1 > 0, "{:?}", host.status().requests);
 }
 
 fn walk(bed: &mut Bed<'_>, seed: u64) {

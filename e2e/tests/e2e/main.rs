@@ -12,11 +12,15 @@
 mod bed;
 mod command_line;
 mod debian;
+mod debian_requests;
 mod integrity;
+mod kvm;
 mod life;
 mod monitor;
 mod package;
 mod pressure;
 mod program;
 mod qmp;
+mod requests;
+mod specification;
 mod walk;

@@ -33,6 +33,11 @@ impl Reclaim for Checked {
         self.check(pages);
     }
 
+    fn release_free(&mut self, pages: &PageSet) {
+        self.check(pages);
+        assert!(!self.may_release.intersects(pages), "{pages:?} are given and reported");
+    }
+
     fn retain(&mut self, pages: &PageSet) {
         self.may_release.subtract(pages);
     }

@@ -8,22 +8,30 @@
 #![forbid(unsafe_code)]
 
 mod checked;
+mod guest_queues;
 mod queue;
 mod records;
+mod requests;
 mod script;
 mod vhost_user;
 
+pub use guest_queues::{hint_queue, reporting_queue, stats_queue};
 pub use queue::{deflate_queue, inflate_queue};
 pub use records::records;
+pub use requests::request_queue;
 pub use vhost_user::vhost_user;
 
 /// A target's body.
 pub type Body = fn(&[u8]);
 
 /// Every target by its name, which is that of its corpus as well.
-pub const TARGETS: [(&str, Body); 4] = [
+pub const TARGETS: [(&str, Body); 8] = [
+    ("stats_queue", stats_queue),
+    ("hint_queue", hint_queue),
+    ("reporting_queue", reporting_queue),
     ("inflate_queue", inflate_queue),
     ("deflate_queue", deflate_queue),
     ("records", records),
+    ("request_queue", request_queue),
     ("vhost_user", vhost_user),
 ];

@@ -359,6 +359,7 @@ fn guards() -> [u64; 2] {
 
 fn features(script: &mut Script<'_>) -> u64 {
     let base = VERSION_1 | PROTOCOL_FEATURES;
-    let all = base | PAGE_BITMAP | 1 << 29 | 1 << 28 | 1 << 2 | 1;
+    // Bits 0 to 5 are the specification's.
+    let all = base | PAGE_BITMAP | 1 << 29 | 1 << 28 | 0b11_1111;
     script.pick([base | PAGE_BITMAP | 1, base | 1, base, all, VERSION_1 | 1, 0, u64::MAX])
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::str::FromStr;
 
-use crate::{memory, module, pressure, program, system};
+use crate::{cache, load, memory, module, page_flags, pressure, program, system};
 
 /// Takes one line of an answer to the host.
 pub(crate) type Emit<'a> = &'a mut dyn FnMut(&str) -> Result<(), String>;
@@ -24,6 +24,12 @@ pub(crate) fn run(name: &str, arguments: &[String], emit: Emit<'_>) -> Result<St
         ("ls", [path]) => list(path, emit),
         ("write", [path, text @ ..]) => write_file(path, &text.join(" ")),
         ("drop-caches", []) => system::drop_caches(),
+        ("mount-host", [directory]) => cache::mount_host(directory),
+        ("read-file", [path, mib]) => cache::read(path, number(mib)?),
+        ("not-free", ranges) => page_flags::not_free(ranges),
+        ("stall", [ms]) => load::meter(number(ms)?),
+        ("busy", [mib]) => load::start(number(mib)?),
+        ("idle", []) => load::stop(),
         ("pressure", [mib, hold_ms]) => pressure::run(number(mib)?, number(hold_ms)?),
         ("mount-root", [tag]) => program::mount_root(tag),
         ("program", [words @ ..]) => program::run(words, emit),

@@ -5,10 +5,13 @@
 
 #![forbid(unsafe_code)]
 
+mod cache;
 mod command;
 mod console;
+mod load;
 mod memory;
 mod module;
+mod page_flags;
 mod pattern;
 mod pressure;
 mod program;
@@ -24,6 +27,9 @@ fn main() -> ExitCode {
     }
     if arguments.get(1).map(String::as_str) == Some(program::CHILD_ARGUMENT) {
         return program::child(&arguments);
+    }
+    if arguments.get(1).map(String::as_str) == Some(load::CHILD_ARGUMENT) {
+        return load::child(&arguments);
     }
     if let Err(error) = serve() {
         eprintln!("init: {error}");

@@ -30,8 +30,8 @@ const ROOMS: &[(&str, Leans)] = &[
         Only(&["balloon-abi", "page-set", "thiserror", "virtio-queue", "vm-memory"]),
     ),
     ("host-memory", Only(&["libc", "page-set", "rustix", "thiserror", "tracing", "vm-memory"])),
-    // The API's words and sizes, never the device's insides.
-    ("control", Rooms(&[])),
+    // The API's words, sizes and sets of pages, never the device's insides.
+    ("control", Rooms(&["page-set"])),
     (
         "balloon-host",
         Rooms(&["balloon-abi", "balloon-device", "control", "host-memory", "page-set"]),
@@ -50,7 +50,8 @@ const ROOMS: &[(&str, Leans)] = &[
     ("vmm", Rooms(&["balloon-abi", "balloon-device", "balloon-host", "control", "host-memory"])),
     ("lab", Rooms(&[])),
     ("bench", Rooms(&["control", "host-memory", "lab", "page-set"])),
-    ("aerostat", Rooms(&["bench", "control", "vhost-device-balloon", "vmm"])),
+    ("sandbox", Only(&["landlock", "libc", "rustix", "seccompiler", "thiserror"])),
+    ("aerostat", Rooms(&["bench", "control", "sandbox", "vhost-device-balloon", "vmm"])),
     // For tests: what ships cannot lean on them, since no row above names them.
     ("guest-ring", Only(&["virtio-queue", "vm-memory"])),
     (

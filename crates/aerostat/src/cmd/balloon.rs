@@ -4,11 +4,12 @@ use std::io::{self, IsTerminal};
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use control::api::{BALLOON_PAGE_BYTES, BalloonStatus, Direction};
+use control::api::{BALLOON_PAGE_BYTES, BalloonStatus, Caches, Direction};
 use control::{Client, Size};
 use humantime::format_duration;
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::cmd::drop_caches::summary;
 use crate::failure::{Exit, Failure};
 use crate::guest_arg::GuestArg;
 use crate::output::{plural, print, print_json};
@@ -29,6 +30,10 @@ pub(crate) struct BalloonArgs {
     #[arg(long)]
     json: bool,
 
+    /// Have the guest drop its caches first, so that it gives what they held
+    #[arg(long, requires = "size")]
+    drop_caches: bool,
+
     /// How long to wait, such as 500ms, 30s or 5min
     #[arg(long, default_value = "60s", value_parser = humantime::parse_duration)]
     timeout: Duration,
@@ -44,7 +49,18 @@ pub(crate) fn run(args: &BalloonArgs) -> Result<(), Failure> {
     let client = args.guest.connect()?;
     match args.size {
         None => show(args, &client.balloon()?),
-        Some(Size(bytes)) => set(args, &client, bytes - bytes % BALLOON_PAGE_BYTES),
+        Some(Size(bytes)) => {
+            let start = Instant::now();
+            if args.drop_caches {
+                let dropped = client.drop_caches(Caches::All, args.timeout)?;
+                // JSON is of the balloon alone.
+                if !args.json {
+                    print(&summary(&args.guest, &dropped))?;
+                }
+            }
+            let left = args.timeout.saturating_sub(start.elapsed());
+            set(args, &client, bytes - bytes % BALLOON_PAGE_BYTES, left)
+        }
     }
 }
 
@@ -60,9 +76,14 @@ fn show(args: &BalloonArgs, balloon: &BalloonStatus) -> Result<(), Failure> {
     print(&format!("{}: the balloon holds {actual} {of}, its target is {target}\n", args.guest))
 }
 
-fn set(args: &BalloonArgs, client: &Client, target_bytes: u64) -> Result<(), Failure> {
+fn set(
+    args: &BalloonArgs,
+    client: &Client,
+    target_bytes: u64,
+    timeout: Duration,
+) -> Result<(), Failure> {
     let start = Instant::now();
-    let left = || args.timeout.saturating_sub(start.elapsed());
+    let left = || timeout.saturating_sub(start.elapsed());
     // A first wait that is mostly the last one: then no progress is shown.
     let mut balloon = client.set_balloon(target_bytes, left().min(BAR_WAIT))?;
     let progress = Progress::new(args, &balloon);

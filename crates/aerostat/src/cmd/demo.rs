@@ -1,14 +1,19 @@
-//! `aerostat demo`: the four stages of taking memory, the old way and ours.
+//! `aerostat demo`: the four stages of taking memory, the old way and ours, and
+//! what a guest's kernel can be asked for.
 
 use std::io::IsTerminal;
 use std::time::Duration;
 
 use bench::inflate::{self, Case, CaseReport, HostPages, Memory, Report};
+use bench::requests::{self, Tour};
 use clap::Args;
+use control::Size;
+use control::api::{BALLOON_PAGE_BYTES, FreePages};
 use indicatif::ProgressBar;
 
 use crate::cmd::bench::{failure, program};
 use crate::failure::Failure;
+use crate::memory_map;
 use crate::output::print;
 
 /// Size of the guest, and of the balloon, in MiB: those of the measurement of 2016.
@@ -36,7 +41,13 @@ pub(crate) fn run(_: &DemoArgs) -> Result<(), Failure> {
     let steps = Steps::start();
     let report = inflate::run(&options, &mut |step| steps.show(step)).map_err(failure)?;
     steps.end();
-    print(&picture(&report))
+    print(&picture(&report))?;
+    let options =
+        requests::Options { program: program()?, rounds: 1, guest_mib: Vec::new(), storm: 0 };
+    let steps = Steps::start();
+    let tour = requests::tour(&options, &mut |step| steps.show(step)).map_err(failure)?;
+    steps.end();
+    print(&story(&tour))
 }
 
 /// What is going on: a spinner on a terminal, lines elsewhere.
@@ -97,6 +108,35 @@ fn picture(report: &Report) -> String {
         }
     }
     text + "One run each; `aerostat bench inflate` measures properly.\n"
+}
+
+/// The guest's memory before its caches are dropped, after, and with the balloon.
+fn story(tour: &Tour) -> String {
+    let (dropped, inflated) = (&tour.dropped, &tour.inflated);
+    let mib = |bytes: u64| Size(bytes >> 20 << 20);
+    let memory = |free: &FreePages| {
+        format!(
+            "{} of {} free, asked in {:.1} ms{}",
+            mib(free.total_bytes),
+            mib(free.memory_bytes),
+            free.elapsed_ms,
+            memory_map::draw(&free.map, memory_map::Style::of_output())
+        )
+    };
+    format!(
+        "\nWhat the guest's kernel says of its memory after it has read a file: {}\n\
+         It was asked to drop its caches, and gave up {} in {:.1} ms: {}\n\
+         The balloon took {} in {:.1} ms: {}\n\
+         On a guest of yours: aerostat free-pages NAME, aerostat drop-caches NAME,\n\
+         aerostat balloon NAME 3GiB --drop-caches.\n",
+        memory(&tour.cached),
+        mib(dropped.freed_bytes),
+        dropped.elapsed_ms,
+        memory(&tour.after),
+        Size(u64::from(inflated.to_pages) * BALLOON_PAGE_BYTES),
+        inflated.wall_ms,
+        memory(&tour.end),
+    )
 }
 
 fn row(case: &CaseReport) -> String {

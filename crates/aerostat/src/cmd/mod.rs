@@ -3,10 +3,14 @@
 
 mod balloon;
 mod bench;
+mod cancel;
 mod demo;
+mod drop_caches;
+mod free_pages;
 mod run;
 mod status;
 mod vhost_user;
+mod watch;
 
 use clap::Subcommand;
 
@@ -18,7 +22,10 @@ use crate::log::LogLevel;
 pub(crate) enum Command {
     Balloon(balloon::BalloonArgs),
     Bench(bench::BenchArgs),
+    Cancel(cancel::CancelArgs),
     Demo(demo::DemoArgs),
+    DropCaches(drop_caches::DropCachesArgs),
+    FreePages(free_pages::FreePagesArgs),
     Run(run::RunArgs),
     Status(status::StatusArgs),
     VhostUser(vhost_user::VhostUserArgs),
@@ -29,10 +36,13 @@ impl Command {
         match self {
             Self::Balloon(args) => balloon::run(&args),
             Self::Bench(args) => bench::run(&args),
+            Self::Cancel(args) => cancel::run(&args),
             Self::Demo(args) => demo::run(&args),
+            Self::DropCaches(args) => drop_caches::run(&args),
+            Self::FreePages(args) => free_pages::run(&args),
             Self::Run(args) => run::run(args),
             Self::Status(args) => status::run(&args),
-            Self::VhostUser(args) => vhost_user::run(args),
+            Self::VhostUser(args) => vhost_user::run(&args),
         }
     }
 

@@ -7,7 +7,7 @@ use clap::Args;
 use control::{GuestName, Size, ensure_runtime_dir, socket_path};
 use vmm::{End, Error, MAX_CPUS, MemoryKind, Options};
 
-use crate::cmd::vhost_user::{Partial, Release, guest_name};
+use crate::cmd::vhost_user::{Feature, Partial, Release, features, guest_name};
 use crate::failure::{Exit, Failure};
 
 /// Boots a Linux guest on KVM, with its balloon, and serves it to its end
@@ -61,6 +61,10 @@ pub(crate) struct RunArgs {
     #[arg(long, value_enum, default_value_t = Partial::Split)]
     partial_huge: Partial,
 
+    /// Features that the guest is not offered, separated by commas
+    #[arg(long, value_name = "FEATURE", value_enum, value_delimiter = ',')]
+    without: Vec<Feature>,
+
     /// Control socket; by the name, in the runtime directory, if it is not given
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
@@ -97,6 +101,7 @@ pub(crate) fn run(args: RunArgs) -> Result<(), Failure> {
         command_line: args.cmdline,
         release: args.release.into(),
         partial_huge: args.partial_huge.into(),
+        without: features(&args.without),
     };
     match vmm::run(&options).map_err(failure)? {
         End::PoweredOff | End::Reset | End::Stopped => Ok(()),

@@ -5,14 +5,18 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
-use control::api::{BalloonChange, Faults, Status};
+use control::api::{
+    BalloonChange, Faults, HoldState, MAX_STATS_INTERVAL_MS, MIN_STATS_INTERVAL_MS, ReportsStatus,
+    RequestStatus, StatsStatus, Status,
+};
 use control::{Client, ControlError, Size, list_sockets, runtime_dir};
 use humantime::format_duration;
 use serde::Serialize;
 
+use super::watch;
 use crate::failure::Failure;
 use crate::guest_arg::GuestArg;
-use crate::output::{plural, print, print_json};
+use crate::output::{json, plural, print, print_json};
 
 /// Shows one guest, or all guests in a table
 #[derive(Debug, Args)]
@@ -23,6 +27,23 @@ pub(crate) struct StatusArgs {
     /// Print JSON
     #[arg(long)]
     json: bool,
+
+    /// Show it again every so many seconds, with fresh statistics of the guest
+    #[arg(
+        long, value_name = "SECONDS", requires = "guest", num_args = 0..=1,
+        default_missing_value = "2", value_parser = period
+    )]
+    watch: Option<Duration>,
+}
+
+/// Seconds, with a fraction if need be, that the guest can be asked at.
+fn period(text: &str) -> Result<Duration, String> {
+    let limits =
+        Duration::from_millis(MIN_STATS_INTERVAL_MS)..=Duration::from_millis(MAX_STATS_INTERVAL_MS);
+    let seconds = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    seconds
+        .filter(|period| limits.contains(period))
+        .ok_or_else(|| "give seconds from 0.1 to 86400".into())
 }
 
 /// Time for each guest of the table, so that one that hangs does not hide the
@@ -32,8 +53,15 @@ const TABLE_ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 pub(crate) fn run(args: &StatusArgs) -> Result<(), Failure> {
     match &args.guest {
         Some(guest) => {
-            let status = guest.connect()?.status()?;
-            if args.json { print_json(&status) } else { print(&details(&status)) }
+            let client = guest.connect()?;
+            let show = |status: &Status| match args.json {
+                true => json(status),
+                false => Ok(details(status)),
+            };
+            match args.watch {
+                Some(period) => watch::run(&client, period, show),
+                None => print(&show(&client.status()?)?),
+            }
         }
         None => {
             let rows = all()?;
@@ -152,6 +180,11 @@ fn details(status: &Status) -> String {
     if let Some(exits) = status.exits {
         lines.push(("exits", format!("{exits} because of the balloon")));
     }
+    if status.reports.messages > 0 {
+        lines.push(("reported", reports(&status.reports)));
+    }
+    lines.push(("statistics", stats(&status.stats)));
+    lines.push(("requests", requests(&status.requests)));
     lines.push(("faults", faults(&status.faults)));
     lines.iter().fold(String::new(), |mut text, (name, value)| {
         // Writing to a string cannot fail.
@@ -175,6 +208,59 @@ fn last_change(change: &BalloonChange) -> String {
         plural(change.messages, "message"),
         plural(change.release_calls, "release call"),
     )
+}
+
+fn reports(reports: &ReportsStatus) -> String {
+    let mut text = format!(
+        "{} free, {} of it released in {}",
+        Size(reports.reported_bytes),
+        Size(reports.released_bytes),
+        plural(reports.release_calls, "call"),
+    );
+    for (bytes, why) in [
+        (reports.poisoned_bytes, "kept for the guest's poison"),
+        (reports.partial_bytes, "kept as parts of huge pages"),
+    ] {
+        if bytes > 0 {
+            text += &format!(", {} {why}", Size(bytes));
+        }
+    }
+    text
+}
+
+/// Bytes as sizes, all else as numbers.
+fn stats(stats: &StatsStatus) -> String {
+    let Some(age_ms) = stats.age_ms else { return "none".into() };
+    let values = stats.values.iter().map(|(name, value)| match name.strip_suffix("_bytes") {
+        Some(name) => format!("{} {}", name.replace('_', " "), Size(*value)),
+        None => format!("{} {value}", name.replace('_', " ")),
+    });
+    let values: Vec<String> = values.collect();
+    let stale = if stats.stale { ", stale" } else { "" };
+    format!("{} ({:.1} s old{stale})", values.join(", "), age_ms as f64 / 1000.0)
+}
+
+/// What was asked of the guest, in one line.
+fn requests(requests: &RequestStatus) -> String {
+    if !requests.possible {
+        return "the driver takes none".into();
+    }
+    let running = requests.running.as_deref().unwrap_or("none");
+    let mut text = format!("{running} running, {} waiting", requests.waiting);
+    if let Some(hold) = requests.hold {
+        let state = match hold {
+            HoldState::Kept => "kept",
+            HoldState::Paused => "paused",
+            HoldState::Releasing => "being released",
+        };
+        text += &format!(", a hold {state}");
+    }
+    for (command, outcomes) in &requests.ended {
+        for (outcome, count) in outcomes {
+            text += &format!(", {command} {outcome} {count}");
+        }
+    }
+    text
 }
 
 fn faults(faults: &Faults) -> String {

@@ -1,10 +1,11 @@
 //! `aerostat vhost-user`: serves a balloon to any monitor.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use control::{GuestName, PartialHuge, ReleaseMode, ensure_runtime_dir, socket_path};
-use vhost_device_balloon::{Error, Options};
+use sandbox::{Network, Restricted, restrict_calls, restrict_files};
+use vhost_device_balloon::{Error, Features, Options, Service};
 
 use crate::failure::Failure;
 
@@ -12,12 +13,20 @@ use crate::failure::Failure;
 #[derive(Debug, Args)]
 pub(crate) struct VhostUserArgs {
     /// Socket the monitor connects to; it is made here
-    #[arg(long, value_name = "PATH")]
-    socket: PathBuf,
+    #[arg(long, value_name = "PATH", required_unless_present = "guests", requires = "name")]
+    socket: Option<PathBuf>,
 
     /// Name of the guest, for the other commands
-    #[arg(long, value_parser = guest_name)]
-    name: GuestName,
+    #[arg(long, value_parser = guest_name, requires = "socket")]
+    name: Option<GuestName>,
+
+    /// A further guest: its name, and the socket that its monitor connects to
+    #[arg(long = "guest", value_name = "NAME=SOCKET", value_parser = guest_and_socket)]
+    guests: Vec<(GuestName, PathBuf)>,
+
+    /// The monitor listens on the socket, and the back end connects to it
+    #[arg(long)]
+    connect: bool,
 
     /// When pages that the guest gave are released
     #[arg(long, value_enum, default_value_t = Release::Background)]
@@ -27,9 +36,35 @@ pub(crate) struct VhostUserArgs {
     #[arg(long, value_enum, default_value_t = Partial::Split)]
     partial_huge: Partial,
 
+    /// Features that the guest is not offered, separated by commas
+    #[arg(long, value_name = "FEATURE", value_enum, value_delimiter = ',')]
+    without: Vec<Feature>,
+
     /// Control socket; by the name, in the runtime directory, if it is not given
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", conflicts_with = "guests")]
     control: Option<PathBuf>,
+
+    /// Directory of the files that outlive the process, NAME.state; that of the
+    /// control socket if it is not given
+    #[arg(long, value_name = "DIRECTORY")]
+    state: Option<PathBuf>,
+
+    /// Keep nothing: after a restart the target is 0, and so is what a guest is
+    /// believed to hold until it says more
+    #[arg(long, conflicts_with = "state")]
+    no_state: bool,
+
+    /// Whether memory is taken that its monitor can shrink, which ends the process
+    #[arg(long, value_enum, value_name = "WHAT")]
+    unsealed_memory: Option<Unsealed>,
+
+    /// Leave the process all files that its user may use (no Landlock)
+    #[arg(long)]
+    no_landlock: bool,
+
+    /// Leave the process all system calls (no seccomp)
+    #[arg(long)]
+    no_seccomp: bool,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -48,6 +83,52 @@ pub(crate) enum Partial {
     Split,
     /// Kept until the huge page is complete
     Wait,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Unsealed {
+    /// Taken; the default for one guest, who is alone in the process
+    Accept,
+    /// Refused; the default for several, who would end with it
+    Refuse,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Feature {
+    /// Statistics of the guest's memory
+    Stats,
+    /// Free page hints, which the host asks for
+    Hint,
+    /// Free page reports, which the guest sends by itself
+    Reporting,
+    /// What the guest fills free pages with; a guest that does so reports none then
+    Poison,
+    /// Taking pages back when the guest is out of memory
+    DeflateOnOom,
+    /// Messages of Aerostat's own driver
+    PageBitmap,
+    /// Requests to Aerostat's own driver
+    Request,
+}
+
+/// All of them.
+pub(crate) fn features(features: &[Feature]) -> Features {
+    let features = features.iter().map(|feature| Features::from(*feature));
+    features.fold(Features::NONE, Features::union)
+}
+
+impl From<Feature> for Features {
+    fn from(feature: Feature) -> Self {
+        match feature {
+            Feature::Stats => Self::STATS_VQ,
+            Feature::Hint => Self::FREE_PAGE_HINT,
+            Feature::Reporting => Self::REPORTING,
+            Feature::Poison => Self::PAGE_POISON,
+            Feature::DeflateOnOom => Self::DEFLATE_ON_OOM,
+            Feature::PageBitmap => Self::PAGE_BITMAP,
+            Feature::Request => Self::REQUEST_VQ,
+        }
+    }
 }
 
 impl From<Release> for ReleaseMode {
@@ -73,23 +154,106 @@ pub(crate) fn guest_name(text: &str) -> Result<GuestName, String> {
     text.parse().map_err(|error: control::ControlError| format!("{error}; {}", error.hint()))
 }
 
-pub(crate) fn run(args: VhostUserArgs) -> Result<(), Failure> {
-    let control = match args.control {
-        Some(path) => path,
-        None => {
-            ensure_runtime_dir()?;
-            socket_path(&args.name)?
-        }
-    };
-    let options = Options {
-        socket: args.socket,
-        name: args.name.to_string(),
-        control,
-        release: args.release.into(),
-        partial_huge: args.partial_huge.into(),
-    };
-    vhost_device_balloon::run(&options).map_err(|error| match error {
+fn guest_and_socket(text: &str) -> Result<(GuestName, PathBuf), String> {
+    let (name, socket) = text.split_once('=').ok_or("it has the form NAME=SOCKET")?;
+    if socket.is_empty() {
+        return Err("the socket has no path".into());
+    }
+    Ok((guest_name(name)?, socket.into()))
+}
+
+pub(crate) fn run(args: &VhostUserArgs) -> Result<(), Failure> {
+    let guests = args.options()?;
+    if args.no_landlock {
+        tracing::warn!("file system access is not restricted: --no-landlock");
+    } else {
+        give_up_files(&guests)?;
+    }
+    let service = Service::start(&guests).map_err(|error| match error {
         Error::Control(error) => error.into(),
-        other => Failure::new(&other, "check the path of --socket, and the limits of this user"),
-    })
+        other => Failure::new(&other, "check the paths of the sockets, and this user's limits"),
+    })?;
+    if args.no_seccomp {
+        tracing::warn!("system calls are not restricted: --no-seccomp");
+    } else {
+        let network = if args.connect { Network::Connects } else { Network::Accepts };
+        restrict_calls(network)
+            .map_err(|error| Failure::new(&error, "--no-seccomp goes on without"))?;
+    }
+    service.serve().map_err(|error| Failure::new(&error, "see the log for each guest"))
+}
+
+impl VhostUserArgs {
+    /// The guests that are asked for.
+    fn options(&self) -> Result<Vec<Options>, Failure> {
+        let first = self.name.clone().zip(self.socket.clone());
+        let guests: Vec<_> = first.into_iter().chain(self.guests.iter().cloned()).collect();
+        let sealed_only = match self.unsealed_memory {
+            Some(what) => what == Unsealed::Refuse,
+            None => guests.len() > 1,
+        };
+        if self.control.is_none() {
+            ensure_runtime_dir()?;
+        }
+        let without = features(&self.without);
+        let options = guests.into_iter().map(|(name, socket)| {
+            let control = match &self.control {
+                Some(path) => path.clone(),
+                None => socket_path(&name)?,
+            };
+            Ok(Options {
+                socket,
+                connect: self.connect,
+                state: self.state_file(&name, &control),
+                name: name.to_string(),
+                control,
+                release: self.release.into(),
+                partial_huge: self.partial_huge.into(),
+                without,
+                sealed_only,
+            })
+        });
+        options.collect()
+    }
+
+    fn state_file(&self, name: &GuestName, control: &Path) -> Option<PathBuf> {
+        let directory = self.state.as_deref().or(control.parent())?;
+        (!self.no_state).then(|| directory.join(format!("{name}.state")))
+    }
+}
+
+/// Restricts the process to the directories of its sockets and state files. It has
+/// one thread yet.
+fn give_up_files(guests: &[Options]) -> Result<(), Failure> {
+    let paths = guests.iter().flat_map(|guest| {
+        // A monitor's socket is connected to, which is not opening it.
+        let made = (!guest.connect).then_some(&guest.socket);
+        made.into_iter().chain([&guest.control]).chain(&guest.state)
+    });
+    let mut directories: Vec<&Path> = paths.map(|path| parent(path)).collect();
+    directories.sort_unstable();
+    directories.dedup();
+    match restrict_files(&directories) {
+        Ok(Restricted::Fully) => Ok(()),
+        Ok(Restricted::Partly) => {
+            tracing::warn!("this kernel's Landlock is old: it restricts files, but not all uses");
+            Ok(())
+        }
+        Ok(Restricted::Not) => {
+            tracing::warn!("file system access is not restricted: this kernel has no Landlock");
+            Ok(())
+        }
+        Err(error) => {
+            let hint = "see whether the directories of the sockets exist";
+            Err(Failure::new(&error, format!("{hint}; --no-landlock goes on without")))
+        }
+    }
+}
+
+/// The directory that a file is in.
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
 }

@@ -25,6 +25,7 @@ pub(crate) const NOWHERE: u64 = 9 * MIB;
 pub(crate) const RING_SIZE: u16 = 16;
 const INFLATE_RING: u64 = MIB;
 const DEFLATE_RING: u64 = MIB + 0x1000;
+const OTHER_RING: u64 = MIB + 0x2000;
 /// Where messages are written; 128 KiB.
 pub(crate) const MESSAGE: u64 = MIB + 0x10000;
 /// Where the device answers.
@@ -42,6 +43,7 @@ pub(crate) const CLASSIC: Features = Features::VERSION_1.union(Features::MUST_TE
 pub(crate) enum Event {
     Release(PageSet),
     ReleaseNow(PageSet),
+    ReleaseFree(PageSet),
     Retain { pages: PageSet, returned: u16 },
     Flush,
 }
@@ -61,6 +63,10 @@ impl Reclaim for Recorder {
         self.events.push(Event::ReleaseNow(pages.clone()));
     }
 
+    fn release_free(&mut self, pages: &PageSet) {
+        self.events.push(Event::ReleaseFree(pages.clone()));
+    }
+
     fn retain(&mut self, pages: &PageSet) {
         let returned = self.memory.read_obj(self.deflate_used).map(u16::from_le).unwrap();
         self.events.push(Event::Retain { pages: pages.clone(), returned });
@@ -76,6 +82,8 @@ pub(crate) struct Guest {
     pub(crate) balloon: Balloon<Recorder>,
     pub(crate) inflate: Side,
     pub(crate) deflate: Side,
+    /// The queue that a test is about, if it is neither of these.
+    pub(crate) other: Side,
 }
 
 /// One queue from both sides.
@@ -85,7 +93,7 @@ pub(crate) struct Side {
 }
 
 impl Side {
-    fn new(at: u64) -> Self {
+    pub(crate) fn new(at: u64) -> Self {
         let ring = GuestRing::new(at, RING_SIZE);
         Self { queue: ring.queue(), ring }
     }
@@ -109,7 +117,7 @@ impl Guest {
         balloon.set_layout(MemoryLayout::of(&memory).unwrap());
         balloon.reset(negotiated);
         balloon.reclaim_mut().events.clear();
-        Self { memory, balloon, inflate, deflate }
+        Self { memory, balloon, inflate, deflate, other: Side::new(OTHER_RING) }
     }
 
     pub(crate) fn write(&self, at: u64, bytes: &[u8]) {
@@ -117,12 +125,20 @@ impl Guest {
     }
 
     pub(crate) fn side(&mut self, vq: Vq) -> &mut Side {
-        if vq == Vq::Inflate { &mut self.inflate } else { &mut self.deflate }
+        match vq {
+            Vq::Inflate => &mut self.inflate,
+            Vq::Deflate => &mut self.deflate,
+            _ => &mut self.other,
+        }
     }
 
     /// The device serves the queue.
     pub(crate) fn kick(&mut self, vq: Vq) -> Result<balloon_device::Drained, QueueError> {
-        let side = if vq == Vq::Inflate { &mut self.inflate } else { &mut self.deflate };
+        let side = match vq {
+            Vq::Inflate => &mut self.inflate,
+            Vq::Deflate => &mut self.deflate,
+            _ => &mut self.other,
+        };
         self.balloon.process_queue(vq, &self.memory, &mut side.queue)
     }
 

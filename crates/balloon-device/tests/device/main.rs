@@ -9,6 +9,10 @@
 mod bitmap_messages;
 mod classic_messages;
 mod descriptors;
+mod free_pages;
 mod guest;
 mod model;
+mod requests;
+mod requests_model;
 mod rings;
+mod statistics;

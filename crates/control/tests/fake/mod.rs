@@ -2,14 +2,19 @@
 
 #![allow(dead_code, reason = "every test file uses its own part")]
 
+mod requests;
+
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use control::api::{
-    BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, Direction, Driver, GuestStatus, ReleaseMode,
-    ReleaseStatus, Status,
+    BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, CancelledRequest, Direction, Driver,
+    FreePageHints, GuestStatus, HintOutcome, ReleaseMode, ReleaseStatus, Status,
 };
-use control::{Balloon, ControlError};
+use control::{Balloon, ControlError, FreePagesMap, GuestAnswer, GuestAsk};
+
+#[allow(unused_imports, reason = "every test file uses its own part")]
+pub(crate) use requests::{Requests, free_pages};
 
 /// Memory of the guest that is not there.
 pub(crate) const GUEST_BYTES: u64 = 4 << 30;
@@ -33,6 +38,10 @@ struct State {
     status: Status,
     /// Calls that may block and have begun.
     waits: u32,
+    /// Requests for hints so far, and whether the last one has ended.
+    hints: u32,
+    hints_ended: bool,
+    requests: Requests,
 }
 
 impl FakeBalloon {
@@ -46,6 +55,7 @@ impl FakeBalloon {
                 driver: Driver::Aerostat,
                 features: vec!["must-tell-host".into(), "page-bitmap".into()],
                 memory_bytes: GUEST_BYTES,
+                poison_val: None,
             },
             balloon: BalloonStatus {
                 settled: true,
@@ -57,7 +67,13 @@ impl FakeBalloon {
             exits: Some(8),
             ..Status::default()
         };
-        let state = Mutex::new(State { status, waits: 0 });
+        let state = Mutex::new(State {
+            status,
+            waits: 0,
+            hints: 0,
+            hints_ended: true,
+            requests: Requests::default(),
+        });
         Self { guest, state, changed: Condvar::new() }
     }
 
@@ -93,9 +109,26 @@ impl FakeBalloon {
         self.until(|state| state.waits >= before + count);
     }
 
+    /// Returns when so many requests for hints were made and the last has ended.
+    pub(crate) fn until_hints_ended(&self, count: u32) {
+        self.until(|state| state.hints == count && state.hints_ended);
+    }
+
     /// Returns when the target is `pages`.
     pub(crate) fn until_target(&self, pages: u32) {
         self.until(|state| state.status.balloon.target_pages == pages);
+    }
+
+    /// Lets the test play the guest that is asked.
+    pub(crate) fn requests<T>(&self, play: impl FnOnce(&mut Requests) -> T) -> T {
+        let played = play(&mut self.lock().requests);
+        self.changed.notify_all();
+        played
+    }
+
+    /// Returns when so many requests are open.
+    pub(crate) fn until_open(&self, count: usize) {
+        self.until(|state| state.requests.open.len() == count);
     }
 
     fn until(&self, done: impl Fn(&State) -> bool) {
@@ -109,6 +142,37 @@ impl FakeBalloon {
 }
 
 impl Balloon for FakeBalloon {
+    fn name(&self) -> String {
+        self.lock().status.name.clone()
+    }
+
+    fn submit(&self, ask: GuestAsk, timeout: Duration) -> Result<u32, ControlError> {
+        let mut state = self.lock();
+        let id = state.requests.submit(ask, timeout, self.guest == Guest::Obeys)?;
+        self.changed.notify_all();
+        Ok(id)
+    }
+
+    fn wait_request(
+        &self,
+        id: u32,
+        timeout: Duration,
+    ) -> Option<Result<GuestAnswer, ControlError>> {
+        let open = |state: &mut State| !state.requests.ended.contains_key(&id);
+        let waited = self.changed.wait_timeout_while(self.lock(), timeout, open);
+        waited.expect("no test panics with this lock").0.requests.ended.remove(&id)
+    }
+
+    fn cancel_request(&self, id: Option<u32>) -> Result<CancelledRequest, ControlError> {
+        let cancelled = self.lock().requests.cancel(id);
+        self.changed.notify_all();
+        cancelled
+    }
+
+    fn free_pages(&self) -> Option<FreePagesMap> {
+        self.lock().requests.newest.clone()
+    }
+
     fn status(&self) -> Status {
         self.lock().status.clone()
     }
@@ -153,6 +217,43 @@ impl Balloon for FakeBalloon {
 
     fn set_release_mode(&self, mode: ReleaseMode) -> Result<(), ControlError> {
         self.edit(|status| status.release.mode = mode);
+        Ok(())
+    }
+
+    fn set_stats_interval(&self, interval: Option<Duration>) -> Result<(), ControlError> {
+        let interval_ms = interval.map_or(0, |interval| interval.as_millis().try_into().unwrap());
+        self.edit(|status| status.stats.interval_ms = interval_ms);
+        Ok(())
+    }
+
+    fn start_hints(&self) -> Result<u32, ControlError> {
+        let mut state = self.lock();
+        state.hints += 1;
+        state.hints_ended = false;
+        Ok(state.hints)
+    }
+
+    /// A guest that obeys has a free MiB.
+    fn wait_hints(&self, id: u32, timeout: Duration) -> FreePageHints {
+        let (outcome, pages) = match self.guest {
+            Guest::Obeys => (HintOutcome::Complete, 256),
+            Guest::Waits => {
+                std::thread::sleep(timeout);
+                (HintOutcome::InProgress, 0)
+            }
+        };
+        let bytes = pages * BALLOON_PAGE_BYTES;
+        FreePageHints { id, outcome, pages, bytes, runs: 1, elapsed_ms: 2, list: vec![] }
+    }
+
+    fn end_hints(&self, id: u32) -> Result<(), ControlError> {
+        let mut state = self.lock();
+        state.hints_ended = id == state.hints;
+        if self.guest == Guest::Obeys {
+            state.requests.newest = Some(free_pages(id, control::api::FreeKind::Hint));
+        }
+        drop(state);
+        self.changed.notify_all();
         Ok(())
     }
 

@@ -187,7 +187,7 @@ fn a_hang_up_between_messages_is_no_fault() {
 
 #[test]
 fn requests_that_nobody_offered() {
-    for code in [0, 6, 7, 19, 20, 22, 23, 26, 31, 32, 36, 40, 44, 100, u32::MAX] {
+    for code in [0, 6, 7, 19, 20, 22, 23, 26, 33, 36, 40, 44, 100, u32::MAX] {
         assert_violation(Stage::Running, Violation::UnknownRequest { request: code }, |vm| {
             vm.front.send(code, &[0; 8], &[]);
         });
@@ -258,13 +258,13 @@ fn configuration_beyond_its_end() {
 
 #[test]
 fn features_that_were_not_offered() {
-    for bit in [1, 3, 4, 5, 26, 33, 34, 35, 40, 61, 63] {
+    for bit in [6, 26, 33, 34, 35, 40, 62, 63] {
         let features = 1u64 << bit;
         assert_violation(Stage::Attached, Violation::Features { features }, |vm| {
             vm.front.send_u64(request::SET_FEATURES, features | CLASSIC.0);
         });
     }
-    for bit in [0, 3, 4, 12, 15, 63] {
+    for bit in [1, 3, 4, 11, 13, 15, 63] {
         let features = 1u64 << bit;
         assert_violation(Stage::Fresh, Violation::Features { features }, |vm| {
             vm.front.send_u64(request::SET_PROTOCOL_FEATURES, features | 1 << 9);

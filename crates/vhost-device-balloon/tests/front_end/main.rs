@@ -6,13 +6,18 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod cloud_hypervisor;
 mod control_api;
+mod crosvm;
 mod hostile;
+mod inflight;
 mod misuse;
 mod pace;
 mod qemu;
 mod quiet;
+mod requests;
 mod safety;
+mod specification;
 mod uml;
 mod unusual;
 

@@ -13,7 +13,7 @@ use crate::support::driver::{BITMAP, CLASSIC, DEFLATE, INFLATE, Monitor, Vm, is_
 use crate::support::front_end::{
     CONFIG_CHANGE, FrontEnd, PROTOCOL_FEATURES, channel_message, eventfd, request,
 };
-use crate::support::guest::data_pages;
+use crate::support::guest::{Guest, data_pages};
 use crate::support::server::Server;
 use crate::{assert_balloons, assert_serves, some_pages};
 
@@ -161,4 +161,57 @@ fn memory_is_replaced_while_queues_run() {
     drop(vm);
     assert_eq!(served.outcome().unwrap(), End::HungUp);
     assert_eq!(server.status().faults.total(), 0);
+}
+
+/// QEMU passes the driver's writes on at once, and the features when it starts.
+#[test]
+fn a_poison_from_before_the_features_counts() {
+    let server = Server::new(ReleaseMode::Background);
+    let (front, served) = server.connect();
+    let mut vm = Vm::new(Monitor::Qemu, front, Guest::new());
+    vm.attach();
+    let mut config = vm.front.read_config(16);
+    config[12..].copy_from_slice(&0xaaaa_aaaau32.to_le_bytes());
+    vm.front.write_config(0, &config);
+    vm.probe(CLASSIC | Features::PAGE_POISON);
+    vm.front.barrier();
+    assert_eq!(server.status().guest.poison_val, Some(0xaaaa_aaaa));
+    drop(vm);
+    assert_eq!(served.outcome().unwrap(), End::HungUp);
+}
+
+/// A driver that goes on, in a back end that knows nothing of it: it may poison with
+/// anything.
+#[test]
+fn an_unknown_poison_is_none_that_allows_zeros() {
+    let features = CLASSIC | Features::PAGE_POISON;
+    let server = Server::new(ReleaseMode::Background);
+    let (front, _served) = server.connect();
+    let mut vm = Vm::boot(Monitor::Qemu, front, features);
+    vm.inflate(&BTreeSet::from([data_pages().start]));
+    let other = Server::new(ReleaseMode::Background);
+    let (front, _served) = other.connect();
+    vm.front = front;
+    vm.attach();
+    vm.start_qemu(features, [1, 0]);
+    vm.front.barrier();
+    assert_eq!(other.status().guest.poison_val, Some(u32::MAX));
+}
+
+/// QEMU 8.2 keeps the driver's writes to itself.
+#[test]
+fn the_size_is_what_was_given_where_nobody_says_it() {
+    let server = Server::new(ReleaseMode::Background);
+    let (front, served) = server.connect();
+    let mut vm = Vm::boot(Monitor::Qemu, front, CLASSIC);
+    let pages = some_pages();
+    let count = pages.len() as u32;
+    let generation = server.balloon.set_target(count).unwrap();
+    vm.inflate(&pages);
+    assert_eq!(server.status().balloon.actual_pages, 0, "it may say so yet");
+    let status = server.balloon.wait_change(generation, LONG);
+    assert!(status.settled && status.actual_pages == count, "{status:?}");
+    vm.guest.assert_gone(&pages);
+    drop(vm);
+    assert_eq!(served.outcome().unwrap(), End::HungUp);
 }

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{Ordering, fence};
 
-use balloon_abi::{Features, Pfn, record};
+use balloon_abi::{Features, Pfn, QueueLayout, record};
 use guest_ring::{Buffer, GuestRing};
 use rustix::event::{PollFd, PollFlags, poll};
 use vm_memory::{Bytes, GuestAddress};
@@ -19,10 +19,12 @@ use super::guest::{BASE, BYTES, FILE_OFFSET, FIRST_PAGE, Guest, PAGE, USER_BASE}
 
 pub(crate) const INFLATE: usize = 0;
 pub(crate) const DEFLATE: usize = 1;
+/// Where nothing else is negotiated that has a queue.
+pub(crate) const REQUEST: usize = 2;
 
 pub(crate) const RING_SIZE: u16 = 256;
-/// Each ring has 16 pages.
-const RINGS: [u64; 2] = [BASE, BASE + 0x10000];
+/// Each ring has its own pages; the last one 8, the others 16.
+const RINGS: [u64; 3] = [BASE, BASE + 0x10000, BASE + 0x30000];
 /// Messages, of up to 64 KiB.
 pub(crate) const MESSAGE: u64 = BASE + 0x20000;
 /// The device's answer.
@@ -30,6 +32,8 @@ const STATUS: u64 = BASE + 0x3f000;
 
 pub(crate) const CLASSIC: Features = Features::VERSION_1.union(Features::MUST_TELL_HOST);
 pub(crate) const BITMAP: Features = CLASSIC.union(Features::PAGE_BITMAP);
+/// A driver that answers requests.
+pub(crate) const ASKABLE: Features = BITMAP.union(Features::REQUEST_VQ);
 /// A driver that need not tell before it uses a page.
 pub(crate) const UNTOLD: Features = Features::VERSION_1;
 
@@ -46,9 +50,9 @@ pub(crate) struct Vm {
     pub(crate) guest: Guest,
     pub(crate) front: FrontEnd,
     pub(crate) features: Features,
-    pub(crate) rings: [GuestRing; 2],
-    pub(crate) kicks: [OwnedFd; 2],
-    pub(crate) calls: [OwnedFd; 2],
+    pub(crate) rings: [GuestRing; 3],
+    pub(crate) kicks: [OwnedFd; 3],
+    pub(crate) calls: [OwnedFd; 3],
     pub(crate) channel: Option<UnixStream>,
 }
 
@@ -61,8 +65,8 @@ impl Vm {
             front,
             features: Features::NONE,
             rings: RINGS.map(|at| GuestRing::new(at, RING_SIZE)),
-            kicks: [eventfd(), eventfd()],
-            calls: [eventfd(), eventfd()],
+            kicks: std::array::from_fn(|_| eventfd()),
+            calls: std::array::from_fn(|_| eventfd()),
             channel: None,
         }
     }
@@ -109,7 +113,7 @@ impl Vm {
         self.features = features;
         self.send_memory(BASE, 2);
         self.reset_rings();
-        for index in 0..2 {
+        for index in 0..self.queue_count() {
             // A pair of sockets, since an event file has no SIGIO.
             let (read, write) = UnixStream::pair().unwrap();
             self.front.send_fd(request::SET_VRING_CALL, index as u64, write);
@@ -117,7 +121,7 @@ impl Vm {
             self.kicks[index] = eventfd();
             self.send_ring(index, BASE, 0);
         }
-        for index in 0..2 {
+        for index in 0..self.queue_count() {
             self.front.send_fd(request::SET_VRING_KICK, index as u64, &self.kicks[index]);
             if enable {
                 self.front.send_state(request::SET_VRING_ENABLE, index as u32, 1);
@@ -128,8 +132,9 @@ impl Vm {
     /// As `vu_del_vqs`: disabled in reverse, then a question to wait for all.
     pub(crate) fn remove_uml(&self, enable: bool) {
         if enable {
-            self.front.send_state(request::SET_VRING_ENABLE, 1, 0);
-            self.front.send_state(request::SET_VRING_ENABLE, 0, 0);
+            for index in (0..self.queue_count()).rev() {
+                self.front.send_state(request::SET_VRING_ENABLE, index as u32, 0);
+            }
         }
         self.front.barrier();
     }
@@ -145,7 +150,7 @@ impl Vm {
         self.send_channel();
         self.front.send(request::SET_OWNER, &[], &[]);
         assert_eq!(self.front.ask_u64(request::GET_FEATURES), features);
-        for index in 0..2 {
+        for index in 0..RINGS.len() {
             self.calls[index] = eventfd();
             self.front.send_fd(request::SET_VRING_CALL, index as u64, &self.calls[index]);
             self.front.send_fd(request::SET_VRING_ERR, index as u64, eventfd());
@@ -161,22 +166,36 @@ impl Vm {
         if bases == [0; 2] {
             self.reset_rings();
         }
-        for (index, base) in bases.into_iter().enumerate() {
+        for index in 0..self.queue_count() {
+            let base = bases.get(index).copied().unwrap_or_else(|| self.request_base(bases));
             self.send_ring(index, USER_BASE, base);
             self.kicks[index] = eventfd();
             self.front.send_fd(request::SET_VRING_KICK, index as u64, &self.kicks[index]);
         }
-        for index in 0..2 {
-            self.front.send_state(request::SET_VRING_ENABLE, index, 1);
+        for index in 0..self.queue_count() {
+            self.front.send_state(request::SET_VRING_ENABLE, index as u32, 1);
         }
     }
 
     /// As `vhost_dev_stop`; returns where the rings stood.
     pub(crate) fn stop_qemu(&self) -> [u32; 2] {
-        for index in 0..2 {
-            self.front.send_state(request::SET_VRING_ENABLE, index, 0);
+        for index in 0..self.queue_count() {
+            self.front.send_state(request::SET_VRING_ENABLE, index as u32, 0);
+        }
+        if self.queue_count() > REQUEST {
+            self.stop_ring(REQUEST as u32);
         }
         [0, 1].map(|index| self.stop_ring(index))
+    }
+
+    /// Queues that a driver with these features sets up.
+    fn queue_count(&self) -> usize {
+        QueueLayout::new(self.features).queues().count()
+    }
+
+    /// Where the request queue stood, if the others stood at `bases`.
+    fn request_base(&self, bases: [u32; 2]) -> u32 {
+        if bases == [0; 2] { 0 } else { u32::from(self.rings[REQUEST].avail_idx()) }
     }
 
     pub(crate) fn stop_ring(&self, index: u32) -> u32 {

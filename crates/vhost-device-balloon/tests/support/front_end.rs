@@ -1,13 +1,16 @@
 //! vhost-user messages as a front end writes and reads them.
 
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use rustix::event::EventfdFlags;
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
 
 use super::LONG;
 
@@ -32,6 +35,8 @@ pub(crate) mod request {
     pub(crate) const SET_BACKEND_REQ_FD: u32 = 21;
     pub(crate) const GET_CONFIG: u32 = 24;
     pub(crate) const SET_CONFIG: u32 = 25;
+    pub(crate) const GET_INFLIGHT_FD: u32 = 31;
+    pub(crate) const SET_INFLIGHT_FD: u32 = 32;
 }
 
 /// Version 1, from the front end.
@@ -40,9 +45,9 @@ pub(crate) const FLAGS: u32 = 1;
 const REPLY_FLAGS: u32 = 5;
 /// Feature bit 30: protocol features.
 pub(crate) const PROTOCOL_FEATURES: u64 = 1 << 30;
-/// Protocol features that the back end offers: BACKEND_REQ and CONFIG, no
-/// REPLY_ACK (3) and no MQ (0).
-pub(crate) const OFFERED_PROTOCOL: u64 = 1 << 5 | 1 << 9;
+/// Protocol features that the back end offers: MQ, BACKEND_REQ, CONFIG and
+/// INFLIGHT_SHMFD, no REPLY_ACK (3).
+pub(crate) const OFFERED_PROTOCOL: u64 = 1 | 1 << 5 | 1 << 9 | 1 << 12;
 /// A message of the back end on its channel: the configuration changed.
 pub(crate) const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
 
@@ -106,6 +111,24 @@ impl FrontEnd {
         let mut payload = vec![0; size as usize];
         (&self.socket).read_exact(&mut payload)?;
         Ok(payload)
+    }
+
+    /// Sends a request whose answer brings a file.
+    pub(crate) fn ask_for_file(&self, request: u32, payload: &[u8]) -> (Vec<u8>, OwnedFd) {
+        self.send(request, payload, &[]);
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut bytes = vec![0; 12 + payload.len()];
+        let part = &mut [IoSliceMut::new(&mut bytes)];
+        let received = recvmsg(&self.socket, part, &mut control, RecvFlags::CMSG_CLOEXEC).unwrap();
+        assert_eq!(received.bytes, 12 + payload.len(), "sent in one piece");
+        let fd = control.drain().find_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+            _ => None,
+        });
+        let (header, answer) = bytes.split_first_chunk().unwrap();
+        assert_eq!(header_words(*header), [request, REPLY_FLAGS, answer.len() as u32]);
+        (answer.to_vec(), fd.expect("a file"))
     }
 
     pub(crate) fn ask_u64(&self, request: u32) -> u64 {

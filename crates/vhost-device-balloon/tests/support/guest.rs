@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 
-use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 pub(crate) const PAGE: u64 = 4096;
@@ -42,9 +42,24 @@ impl Guest {
         guest
     }
 
+    /// As [`new`](Self::new), in memory that cannot shrink.
+    pub(crate) fn sealed() -> Self {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = File::from(memfd_create("guest", flags).unwrap());
+        file.set_len(FILE_OFFSET + BYTES).unwrap();
+        fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW).unwrap();
+        let guest = Self::in_file(file);
+        guest.zero(BASE, OWN_PAGES * PAGE);
+        guest.write_patterns(data_pages());
+        guest
+    }
+
     /// A guest that has not used its memory.
     pub(crate) fn sparse() -> Self {
-        let file = memfd(FILE_OFFSET + BYTES);
+        Self::in_file(memfd(FILE_OFFSET + BYTES))
+    }
+
+    fn in_file(file: File) -> Self {
         let place = FileOffset::new(file.try_clone().unwrap(), FILE_OFFSET);
         let region =
             GuestRegionMmap::from_range(GuestAddress(BASE), BYTES as usize, Some(place)).unwrap();

@@ -5,6 +5,8 @@
 pub(crate) mod driver;
 pub(crate) mod front_end;
 pub(crate) mod guest;
+pub(crate) mod process;
+pub(crate) mod requests;
 pub(crate) mod server;
 
 use std::time::Duration;

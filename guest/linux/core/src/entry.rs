@@ -117,13 +117,18 @@ pub extern "C" fn aerostat_shrinkable(held: u64, available: u64, total: u64) -> 
 /// accepted it. `status` is in the CPU's byte order. Touches no state.
 #[unsafe(no_mangle)]
 pub extern "C" fn aerostat_refusal(status: u32) -> *const c_char {
-    let why: &CStr = match MessageStatus::from_bytes(status.to_le_bytes()) {
-        Some(MessageStatus::Accepted) => return core::ptr::null(),
-        Some(MessageStatus::Malformed) => c"malformed",
-        Some(MessageStatus::OutsideMemory) => c"outside of guest memory",
-        Some(MessageStatus::RepeatedPage) => c"a page twice",
-        Some(MessageStatus::Unwanted) => c"nobody asked for it",
-        None => c"no known answer",
-    };
-    why.as_ptr()
+    let why = refusal(MessageStatus::from_bytes(status.to_le_bytes()));
+    why.map_or(core::ptr::null(), CStr::as_ptr)
+}
+
+/// What a status means for the log; `None` where it is good.
+pub(crate) const fn refusal(status: Option<MessageStatus>) -> Option<&'static CStr> {
+    match status {
+        Some(MessageStatus::Accepted) => None,
+        Some(MessageStatus::Malformed) => Some(c"malformed"),
+        Some(MessageStatus::OutsideMemory) => Some(c"outside of guest memory"),
+        Some(MessageStatus::RepeatedPage) => Some(c"a page twice"),
+        Some(MessageStatus::Unwanted) => Some(c"nobody asked for it"),
+        None => Some(c"no known answer"),
+    }
 }

@@ -111,7 +111,7 @@ impl KernelQueues {
     }
 }
 
-fn pfn(raw: u64) -> Option<Pfn> {
+pub(crate) fn pfn(raw: u64) -> Option<Pfn> {
     (raw != NO_PFN).then_some(Pfn(raw))
 }
 

@@ -1,10 +1,11 @@
 //! The balloon driver as the kernel module links it.
 //!
-//! [`entry`] is what the C glue calls, [`kernel`] is what it provides. Both
-//! sides are declared once more in `aerostat_core.h`, for the C compiler.
+//! [`entry`] and [`requests`] are what the C glue calls, [`kernel`] and
+//! [`request_kernel`] are what it provides. All is declared once more in
+//! `aerostat_core.h`, for the C compiler.
 //!
-//! Every call happens with the glue's balloon mutex held, except where an entry
-//! point says that it touches no state.
+//! Every call of [`entry`] happens with the glue's balloon mutex held, except
+//! where an entry point says that it touches no state.
 
 #![no_std]
 
@@ -12,3 +13,5 @@ pub mod entry;
 mod kernel;
 #[cfg(target_os = "none")]
 mod panic;
+mod request_kernel;
+pub mod requests;

@@ -1,29 +1,18 @@
-//! `aerostat bench`: measures on real guests.
+//! `aerostat bench inflate`: takes memory from guests and compares.
 
 use std::path::PathBuf;
 
 use bench::inflate::{self, HostPages, Memory, Report};
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{Args, ValueEnum};
 use control::Size;
 
+use super::{failure, name, program};
 use crate::failure::Failure;
 use crate::output::{print, print_json};
 
-/// Measures on real guests, which it boots
-#[derive(Debug, Args)]
-pub(crate) struct BenchArgs {
-    #[command(subcommand)]
-    what: What,
-}
-
-#[derive(Debug, Subcommand)]
-enum What {
-    Inflate(InflateArgs),
-}
-
 /// Takes memory from guests: page by page, with the stock driver, with ours
 #[derive(Debug, Args)]
-struct InflateArgs {
+pub(super) struct InflateArgs {
     /// Print the report as JSON
     #[arg(long)]
     json: bool,
@@ -68,13 +57,7 @@ enum BackingArg {
     Huge,
 }
 
-pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
-    match &args.what {
-        What::Inflate(args) => run_inflate(args),
-    }
-}
-
-fn run_inflate(args: &InflateArgs) -> Result<(), Failure> {
+pub(super) fn run(args: &InflateArgs) -> Result<(), Failure> {
     let options = inflate::Options {
         program: program()?,
         rounds: args.rounds,
@@ -100,15 +83,6 @@ fn run_inflate(args: &InflateArgs) -> Result<(), Failure> {
 
 fn chosen<A: Copy, T: Copy>(asked: &[A], all: &[T], each: impl Fn(A) -> T) -> Vec<T> {
     if asked.is_empty() { all.to_vec() } else { asked.iter().map(|arg| each(*arg)).collect() }
-}
-
-/// This program, which also serves as the back end.
-pub(crate) fn program() -> Result<PathBuf, Failure> {
-    std::env::current_exe().map_err(|error| Failure::new(&error, "run aerostat by its full path"))
-}
-
-pub(crate) fn failure(error: bench::BenchError) -> Failure {
-    Failure::new(&error, "./check sets up all that a bench needs; it has to run as root")
 }
 
 /// Two tables that are plain text and Markdown both.
@@ -147,12 +121,4 @@ fn table(report: &Report) -> String {
         );
     }
     text
-}
-
-/// The word that JSON has for it.
-fn name(value: &impl serde::Serialize) -> String {
-    serde_json::to_value(value)
-        .ok()
-        .and_then(|value| value.as_str().map(str::to_owned))
-        .unwrap_or_default()
 }

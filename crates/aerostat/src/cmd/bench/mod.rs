@@ -1,0 +1,47 @@
+//! `aerostat bench`: measures on real guests.
+
+mod inflate;
+mod requests;
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+use crate::failure::Failure;
+
+/// Measures on real guests, which it boots
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    Inflate(inflate::InflateArgs),
+    Requests(requests::RequestsArgs),
+}
+
+pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
+    match &args.what {
+        What::Inflate(args) => inflate::run(args),
+        What::Requests(args) => requests::run(args),
+    }
+}
+
+/// This program, which also serves as the back end.
+pub(crate) fn program() -> Result<PathBuf, Failure> {
+    std::env::current_exe().map_err(|error| Failure::new(&error, "run aerostat by its full path"))
+}
+
+pub(crate) fn failure(error: bench::BenchError) -> Failure {
+    Failure::new(&error, "./check sets up all that a bench needs; it has to run as root")
+}
+
+/// The word that JSON has for it.
+fn name(value: &impl serde::Serialize) -> String {
+    serde_json::to_value(value)
+        .ok()
+        .and_then(|value| value.as_str().map(str::to_owned))
+        .unwrap_or_default()
+}

@@ -1,0 +1,86 @@
+//! `aerostat bench requests`: asks guests to drop caches and to name free memory.
+
+use bench::requests::{self, Report};
+use clap::Args;
+use control::Size;
+
+use super::{failure, name, program};
+use crate::failure::Failure;
+use crate::output::{print, print_json};
+
+/// Asks guests to drop caches and to name free memory, and what that costs them
+#[derive(Debug, Args)]
+pub(super) struct RequestsArgs {
+    /// Print the report as JSON
+    #[arg(long)]
+    json: bool,
+
+    /// Rounds; everything is done once in each
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+
+    /// Size of the guests that name their free memory; may be given several times
+    #[arg(long, value_name = "SIZE", default_values = ["1GiB", "4GiB", "16GiB"])]
+    guest: Vec<Size>,
+
+    /// Requests of random kinds
+    #[arg(long, default_value_t = 1000)]
+    storm: u64,
+}
+
+pub(super) fn run(args: &RequestsArgs) -> Result<(), Failure> {
+    let options = requests::Options {
+        program: program()?,
+        rounds: args.rounds,
+        guest_mib: args.guest.iter().map(|size| size.0 >> 20).collect(),
+        storm: args.storm,
+    };
+    let report = requests::run(&options, &mut |step| eprintln!("{step}")).map_err(failure)?;
+    if args.json { print_json(&report) } else { print(&text(&report)) }
+}
+
+fn text(report: &Report) -> String {
+    let dropped = &report.drop_caches;
+    let mut text = format!(
+        "drop caches: {:.1} % of a file of {} MiB in {:.1} ms ({:.1} .. {:.1}), {:.2} % off /proc/meminfo\n\n",
+        dropped.freed_percent,
+        dropped.file_mib,
+        dropped.wall_ms.median,
+        dropped.wall_ms.min,
+        dropped.wall_ms.max,
+        dropped.meminfo_off_percent,
+    );
+    text += "| guest | state | kind | wall ms (min .. max) | of MemFree | blocks | longest lock | used pages named |\n\
+             |---|---|---|---|---|---|---|---|\n";
+    for free in &report.free_pages {
+        text += &format!(
+            "| {} MiB | {} | {} | {:.2} ({:.2} .. {:.2}) | {:.2} % | {} | {:.1} us | {} |\n",
+            free.guest_mib,
+            name(&free.state),
+            name(&free.kind),
+            free.wall_ms.median,
+            free.wall_ms.min,
+            free.wall_ms.max,
+            free.mem_free_percent,
+            free.blocks,
+            free.lock_us_max,
+            free.used_pages,
+        );
+    }
+    let (stall, storm) = (&report.stall, &report.storm);
+    text += &format!(
+        "\nstall: longest wait for memory {:.3} ms alone, {:.3} ms beside {} reports: {:.3} ms more\n",
+        stall.alone_ms.median, stall.with_ms.median, stall.reports, stall.added_ms,
+    );
+    text += &format!(
+        "storm: {} requests in {:.1} s: {} done, {} refused, {} lost, {} faults, {} wrong pages\n",
+        storm.requests,
+        storm.wall_s,
+        storm.done,
+        storm.refused,
+        storm.lost,
+        storm.faults,
+        storm.wrong_pages,
+    );
+    text
+}

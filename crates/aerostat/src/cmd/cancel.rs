@@ -1,0 +1,27 @@
+//! `aerostat cancel`: stops what a guest was asked to do.
+
+use clap::Args;
+
+use crate::failure::Failure;
+use crate::guest_arg::GuestArg;
+use crate::output::{print, print_json};
+
+/// Stops the request that a guest works on
+#[derive(Debug, Args)]
+pub(crate) struct CancelArgs {
+    /// Name of the guest, or the path of its control socket
+    guest: GuestArg,
+
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(args: &CancelArgs) -> Result<(), Failure> {
+    let cancelled = args.guest.connect()?.cancel()?;
+    if args.json {
+        return print_json(&cancelled);
+    }
+    let (id, command) = (cancelled.id, &cancelled.command);
+    print(&format!("{}: told to stop {command} (request {id})\n", args.guest))
+}

@@ -1,0 +1,83 @@
+//! Start, stop, and a monitor that listens.
+
+use std::os::unix::net::UnixListener;
+
+use rustix::process::Signal;
+
+use crate::PROGRAM;
+use crate::support::driver::{CLASSIC, Monitor, Vm};
+use crate::support::front_end::FrontEnd;
+use crate::support::guest::data_pages;
+use crate::support::process::Program;
+
+#[test]
+fn a_stop_finishes_the_release_and_removes_the_sockets() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let mut program = Program::one_guest(PROGRAM, &[]);
+        program.start();
+        let front = program.connect("vm.vhost");
+        let mut vm = Vm::boot(Monitor::Qemu, front, CLASSIC);
+        let pages = data_pages().take(700).collect();
+        vm.inflate(&pages);
+        let (status, log) = program.end(signal);
+        assert_eq!(status.code(), Some(0), "{log}");
+        vm.guest.assert_gone(&pages);
+        for name in ["vm.vhost", "vm.sock"] {
+            assert!(!program.path(name).exists(), "{name} is still there");
+        }
+        assert!(program.path("vm.state").exists(), "it is for the next one");
+    }
+}
+
+/// The monitor listens, is there later than the back end, and comes again.
+#[test]
+fn a_monitor_that_listens() {
+    let mut program = Program::one_guest(PROGRAM, &["--connect"]);
+    program.start();
+    for _ in 0..2 {
+        let listener = UnixListener::bind(program.path("vm.vhost")).unwrap();
+        let (stream, _) = listener.accept().unwrap();
+        drop(listener);
+        std::fs::remove_file(program.path("vm.vhost")).unwrap();
+        let mut vm = Vm::boot(Monitor::Qemu, FrontEnd::new(stream), CLASSIC);
+        let pages = data_pages().take(100).collect();
+        vm.inflate(&pages);
+        vm.deflate(&pages);
+    }
+    let status = program.client("vm").status().unwrap();
+    assert_eq!(status.faults.total(), 0, "{:?}", status.faults);
+    assert_eq!(program.end(Signal::TERM).0.code(), Some(0));
+}
+
+#[test]
+fn a_state_file_that_makes_no_sense_is_as_good_as_none() {
+    let mut program = Program::one_guest(PROGRAM, &[]);
+    std::fs::write(program.path("vm.state"), [0xa5; 4096]).unwrap();
+    program.start();
+    let status = program.client("vm").status().unwrap();
+    assert_eq!((status.balloon.target_pages, status.balloon.actual_pages), (0, 0));
+    assert_eq!(program.end(Signal::TERM).0.code(), Some(0));
+}
+
+/// The target outlives a clean stop, and a driver that starts holds nothing.
+#[test]
+fn a_target_outlives_the_process_and_a_balloon_only_its_driver() {
+    let mut program = Program::one_guest(PROGRAM, &[]);
+    program.start();
+    let front = program.connect("vm.vhost");
+    program.client("vm").set_balloon(300 * 4096, std::time::Duration::ZERO).unwrap();
+    let mut vm = Vm::boot(Monitor::Qemu, front, CLASSIC);
+    vm.inflate(&data_pages().take(300).collect());
+    vm.front.write_actual(300);
+    vm.front.barrier();
+    program.end(Signal::TERM);
+    drop(vm);
+    program.start();
+    let front = program.connect("vm.vhost");
+    let vm = Vm::boot(Monitor::Qemu, front, CLASSIC);
+    assert_eq!(vm.front.num_pages(), 300);
+    let status = program.client("vm").status().unwrap();
+    assert_eq!((status.balloon.target_pages, status.balloon.actual_pages), (300, 0));
+    // So whoever asks for the same once more waits for it.
+    assert!(!status.balloon.settled, "{:?}", status.balloon);
+}

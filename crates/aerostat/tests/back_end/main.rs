@@ -1,0 +1,18 @@
+//! `aerostat vhost-user` as a process: it is killed, stopped, sandboxed, and serves
+//! several guests.
+
+#![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+#![allow(clippy::cast_possible_truncation, reason = "small numbers of our own")]
+
+#[path = "../../../vhost-device-balloon/tests/support/mod.rs"]
+mod support;
+
+mod crash;
+mod guests;
+mod life;
+mod sandboxed;
+mod traffic;
+
+/// The program under test.
+const PROGRAM: &str = env!("CARGO_BIN_EXE_aerostat");

@@ -1,0 +1,76 @@
+//! The units in contrib/systemd, as systemd reads them.
+
+#![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+/// Worst exposure that `systemd-analyze security` may find, in tenths: 0 is none,
+/// 100 is a service that gives nothing up.
+const EXPOSURE: &str = "15";
+
+const UNIT: &str = "aerostat-vhost-user@.service";
+
+fn contrib() -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../contrib/systemd")
+}
+
+/// The unit with the program that was just built, since `verify` looks for it.
+fn unit() -> (tempfile::TempDir, std::path::PathBuf) {
+    let text = std::fs::read_to_string(contrib().join(UNIT)).unwrap();
+    assert!(text.contains("ExecStart=/usr/bin/aerostat "));
+    let text = text.replace("/usr/bin/aerostat", env!("CARGO_BIN_EXE_aerostat"));
+    let text = text.replace("Documentation=man:aerostat-vhost-user(1)\n", "");
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(UNIT.replace('@', "@vm1"));
+    std::fs::write(&path, text).unwrap();
+    (dir, path)
+}
+
+fn analyze(arguments: &[&str], path: &Path) -> (Output, String) {
+    let mut command = Command::new("systemd-analyze");
+    let output = command.args(arguments).arg(path).output();
+    let output = output.expect("systemd-analyze; apt-get install systemd");
+    let text = [&output.stdout[..], &output.stderr[..]].concat();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    (output, text)
+}
+
+#[test]
+fn the_unit_is_understood() {
+    let (_dir, path) = unit();
+    let (output, text) = analyze(&["verify", "--man=no"], &path);
+    assert!(output.status.success(), "{text}");
+    // A word that it does not know is a warning to systemd, and no error.
+    let name = path.file_name().unwrap().to_str().unwrap();
+    let ours: Vec<&str> = text.lines().filter(|line| line.contains(name)).collect();
+    assert!(ours.is_empty(), "{ours:?}");
+}
+
+#[test]
+fn the_unit_is_hardened() {
+    let (_dir, path) = unit();
+    let threshold = format!("--threshold={EXPOSURE}");
+    let (output, text) = analyze(&["security", "--offline=yes", "--no-pager", &threshold], &path);
+    assert!(output.status.success(), "{text}");
+}
+
+/// The options of the command line in the unit exist.
+#[test]
+fn the_command_of_the_unit_is_one() {
+    let text = std::fs::read_to_string(contrib().join(UNIT)).unwrap();
+    let start = text.lines().find_map(|line| line.strip_prefix("ExecStart=/usr/bin/aerostat "));
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("missing/vm1.sock");
+    let words = start.unwrap().split(' ').filter(|word| !word.starts_with('$'));
+    let words = words.map(|word| word.replace("%i", "vm1"));
+    let words = words.map(|word| match word.strip_prefix("/run/") {
+        Some(_) => socket.to_str().unwrap().to_owned(),
+        None => word,
+    });
+    let mut program = Command::new(env!("CARGO_BIN_EXE_aerostat"));
+    let output = program.args(words).env("AEROSTAT_RUNTIME_DIR", dir.path()).output().unwrap();
+    // Not wrong usage: only the directory is missing.
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+}

@@ -1,0 +1,119 @@
+//! The two queues on which the guest names free pages, and the host's side of
+//! free page hinting.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use balloon_abi::{Features, HintId, Vq};
+use virtio_queue::QueueT;
+use vm_memory::GuestMemory;
+
+use super::{Balloon, QueueError};
+use crate::answer::{Blocks, FreeKind, FreePages};
+use crate::drain::{Drained, Handled, drain};
+use crate::fault::Fault;
+use crate::hint::{HintError, HintPhase, Hinting};
+use crate::named::{self, Named};
+use crate::poison;
+use crate::reclaim::Reclaim;
+use crate::report::Reports;
+
+impl<R: Reclaim> Balloon<R> {
+    /// Asks the guest what it does not use, under a new number; what was asked
+    /// before is over. The caller tells the driver that the configuration changed,
+    /// and has begun to watch the guest's writes **before** it calls this, where it
+    /// means to act on the answer.
+    pub fn start_hinting(&mut self, now: Instant) -> Result<HintId, HintError> {
+        if !self.negotiated.contains(Features::FREE_PAGE_HINT) {
+            return Err(HintError::NotNegotiated);
+        }
+        let id = self.hinting.start(now);
+        self.show_hint_command();
+        Ok(id)
+    }
+
+    /// Wants no more hints; the guest keeps what it named until
+    /// [`hinting_done`](Self::hinting_done). The caller tells the driver.
+    pub fn stop_hinting(&mut self) {
+        self.hinting.stop();
+        self.show_hint_command();
+    }
+
+    /// Gives everything that was named back to the guest. What it named in full is
+    /// the newest that is [known](Self::requests) of its free pages; nobody may count
+    /// on it. The caller tells the driver. Until this is called the guest keeps its free
+    /// memory to itself, so whoever starts must come here.
+    pub fn hinting_done(&mut self) {
+        if let (HintPhase::Complete, Some(id)) = (self.hinting.phase(), self.hinting.id()) {
+            let pages = self.hinting.pages().clone();
+            let elapsed = self.hinting.started().map(|started| started.elapsed());
+            let elapsed_ns = elapsed.map_or(0, |elapsed| elapsed.as_nanos());
+            self.requests.hinted(FreePages {
+                id: id.get(),
+                kind: FreeKind::Hint,
+                blocks: Blocks::of(&pages),
+                pages: Arc::new(pages),
+                guest_free_pages: 0,
+                lock_ns: 0,
+                elapsed_ns: u64::try_from(elapsed_ns).unwrap_or(u64::MAX),
+            });
+        }
+        self.hinting.done();
+        self.show_hint_command();
+    }
+
+    /// The newest request for hints and what came of it.
+    pub const fn hinting(&self) -> &Hinting {
+        &self.hinting
+    }
+
+    /// What was reported so far.
+    pub const fn reports(&self) -> &Reports {
+        &self.reports
+    }
+
+    /// Serves the hint queue or the reporting queue.
+    pub(super) fn process_free_pages<M: GuestMemory>(
+        &mut self,
+        vq: Vq,
+        memory: &M,
+        queue: &mut impl QueueT,
+    ) -> Result<Drained, QueueError> {
+        let drained = drain(queue, memory, |chain| {
+            let (read_bytes, named) = named::read(chain, memory, &self.layout);
+            if vq == Vq::Reporting {
+                self.reports.messages += 1;
+            }
+            let outcome = named.and_then(|named| match vq {
+                Vq::Reporting => self.report(&named),
+                _ => self.hint(&named),
+            });
+            if let Err(fault) = outcome {
+                self.faults.count(fault);
+            }
+            // Nothing was written: the descriptors only said which pages.
+            Handled { read_bytes, written_bytes: Some(0) }
+        });
+        self.show_hint_command();
+        drained.map_err(|source| self.bad_ring(vq, source))
+    }
+
+    fn hint(&mut self, named: &Named) -> Result<(), Fault> {
+        if let Some(command) = named.command {
+            self.hinting.said(command)?;
+        }
+        if named.pages.is_empty() { Ok(()) } else { self.hinting.named(&named.pages, &self.held) }
+    }
+
+    fn report(&mut self, named: &Named) -> Result<(), Fault> {
+        if named.command.is_some() {
+            return Err(Fault::MalformedFreePages);
+        }
+        let may_turn_to_zeros = poison::allows_zeros(self.negotiated, &self.config);
+        self.reports.take(&named.pages, &self.held, may_turn_to_zeros, &mut self.reclaim)
+    }
+
+    pub(super) const fn show_hint_command(&mut self) {
+        self.config.free_page_hint_cmd_id = self.hinting.command().to_u32();
+    }
+}

@@ -1,0 +1,94 @@
+//! The request queue: chains that wait, chains that answer.
+
+use balloon_abi::limits::MAX_MESSAGE_BYTES;
+use page_set::PageSet;
+use virtio_queue::{Error, QueueT};
+use vm_memory::{Bytes, GuestMemory};
+
+use crate::drain::{Drained, Handled, drain};
+use crate::fault::{Fault, Faults};
+use crate::kept::{Kept, KeptChain, NotKept};
+use crate::layout::MemoryLayout;
+use crate::message::Message;
+use crate::request::Requests;
+
+/// Bytes of a request in the used ring.
+const WRITTEN: u32 = 16;
+const _: () = assert!(WRITTEN as usize == balloon_abi::request::REQUEST_BYTES);
+
+/// What serving the queue needs of the device.
+pub(crate) struct RequestQueue<'a> {
+    pub(crate) requests: &'a mut Requests,
+    pub(crate) waiting: &'a mut Kept,
+    pub(crate) message: &'a mut Message,
+    pub(crate) faults: &'a mut Faults,
+    pub(crate) layout: &'a MemoryLayout,
+    /// Pages that the guest gave away.
+    pub(crate) balloon: &'a PageSet,
+}
+
+impl RequestQueue<'_> {
+    /// Takes what the driver put on the queue, then sends what there is to send
+    /// and room for.
+    pub(crate) fn process<M: GuestMemory>(
+        &mut self,
+        memory: &M,
+        queue: &mut impl QueueT,
+    ) -> Result<Drained, Error> {
+        let limit = usize::from(queue.size());
+        let mut drained = drain(queue, memory, |chain| {
+            let head = chain.head_index();
+            let outcome = self.message.read(chain, memory, MAX_MESSAGE_BYTES);
+            if outcome == Err(Fault::EmptyMessage) {
+                let written_bytes = self.wait(head, limit);
+                return Handled { read_bytes: 0, written_bytes };
+            }
+            let outcome = outcome.and_then(|()| {
+                self.requests.answer(self.message.bytes(), self.layout, self.balloon)
+            });
+            let status = outcome.unwrap_or_else(|fault| {
+                self.faults.count(fault);
+                fault.status()
+            });
+            let written_bytes = Some(self.message.answer(memory, status));
+            Handled { read_bytes: self.message.bytes().len(), written_bytes }
+        })?;
+        drained.notify |= self.send(memory, queue)?;
+        Ok(drained)
+    }
+
+    /// Keeps a chain without readable bytes; one that cannot be kept comes back
+    /// with nothing in it.
+    fn wait(&mut self, head: u16, limit: usize) -> Option<u32> {
+        let kept = match self.message.request_room() {
+            None => Err(Fault::EmptyMessage),
+            room => self.waiting.keep(KeptChain { head, room }, limit).map_err(|not| match not {
+                NotKept::Repeated => Fault::RepeatedChain,
+                NotKept::TooMany => Fault::TooManyWaiting,
+            }),
+        };
+        kept.err().map(|fault| {
+            self.faults.count(fault);
+            0
+        })
+    }
+
+    /// Puts requests into waiting chains. True where the driver wants to be told.
+    fn send<M: GuestMemory>(&mut self, memory: &M, queue: &mut impl QueueT) -> Result<bool, Error> {
+        let mut any = false;
+        while let Some(request) = self.requests.to_send() {
+            let Some(chain) = self.waiting.take() else { break };
+            let written = chain
+                .room
+                .is_some_and(|room| memory.write_slice(&request.to_bytes(), room).is_ok());
+            if written {
+                self.requests.sent();
+            } else {
+                self.faults.count(Fault::BadDescriptor);
+            }
+            queue.add_used(memory, chain.head, if written { WRITTEN } else { 0 })?;
+            any = true;
+        }
+        Ok(any && queue.needs_notification(memory)?)
+    }
+}

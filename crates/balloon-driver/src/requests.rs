@@ -1,0 +1,137 @@
+//! Carries out what the host asks, one request after the other.
+
+use balloon_abi::Pfn;
+use balloon_abi::request::{ANSWER_VALUES, Caches, Command, Outcome};
+
+use crate::answer::Answer;
+use crate::balloon::Geometry;
+use crate::hold;
+use crate::inbox::{Asked, Stop};
+use crate::seams::{CachePages, RequestKernel, RequestQueue};
+use crate::snapshot::{self, MAX_FOUND};
+
+/// How a request ends that was not done.
+pub(crate) enum End {
+    /// It was stopped.
+    Stop(Stop),
+    /// It cannot be done; the number is the answer's first value.
+    Outcome(Outcome, u64),
+}
+
+impl From<Stop> for End {
+    fn from(stop: Stop) -> Self {
+        Self::Stop(stop)
+    }
+}
+
+/// What carrying out requests needs to remember.
+pub struct Requests {
+    geometry: Geometry,
+    answer: Answer,
+    found: [Pfn; MAX_FOUND],
+}
+
+impl Requests {
+    /// Orders whose blocks the wire cannot name are not used.
+    pub const fn new(geometry: Geometry) -> Self {
+        let geometry = geometry.within_limits();
+        Self { geometry, answer: Answer::new(), found: [Pfn(0); MAX_FOUND] }
+    }
+
+    /// Carries out everything that waits, or until the device is gone. Returns
+    /// how many requests that were.
+    pub fn run(&mut self, kernel: &mut impl RequestKernel, queue: &mut impl RequestQueue) -> u64 {
+        let mut requests = 0;
+        while let Some(asked) = queue.begin_next() {
+            requests += 1;
+            if self.carry_out(asked, kernel, queue) == Err(Stop::Gone) {
+                break;
+            }
+        }
+        requests
+    }
+
+    /// Carries one request out, answers it, and waits until the host has
+    /// returned its answers.
+    fn carry_out(
+        &mut self,
+        asked: Asked,
+        kernel: &mut impl RequestKernel,
+        queue: &mut impl RequestQueue,
+    ) -> Result<(), Stop> {
+        self.answer.begin(asked.id, queue.now_ns());
+        let result = match asked.command {
+            Ok(command) => queue
+                .stopped()
+                .map_err(End::Stop)
+                .and_then(|()| self.obey(asked.id, command, kernel, queue)),
+            Err(outcome) => Err(End::Outcome(outcome, 0)),
+        };
+        let is_hold = matches!(asked.command, Ok(Command::HoldFree { .. }));
+        let (outcome, values, stop) = match result {
+            Ok(values) => (Outcome::Done, values, None),
+            Err(End::Stop(Stop::Cancelled)) => {
+                (Outcome::Cancelled, [0; ANSWER_VALUES], Some(Stop::Cancelled))
+            }
+            Err(End::Outcome(outcome, value)) => {
+                self.answer.end(queue, outcome, [value, 0, 0, 0])?;
+                return queue.finish();
+            }
+            Err(End::Stop(stop)) => {
+                if is_hold {
+                    hold::conclude(kernel, Some(stop));
+                }
+                return Err(stop);
+            }
+        };
+        if is_hold && stop.is_some() {
+            hold::call_off(kernel);
+        }
+        let ended = self.answer.end(queue, outcome, values).and_then(|()| queue.finish());
+        if is_hold {
+            hold::conclude(kernel, ended.err().or(stop));
+        }
+        ended
+    }
+
+    fn obey(
+        &mut self,
+        id: u32,
+        command: Command,
+        kernel: &mut impl RequestKernel,
+        queue: &mut impl RequestQueue,
+    ) -> Result<[u64; ANSWER_VALUES], End> {
+        let Self { geometry, answer, found } = self;
+        match command {
+            Command::DropCaches(caches) => drop_caches(caches, kernel, queue),
+            Command::ReportFree { min_granule_shift } => {
+                snapshot::walk(kernel, queue, answer, found, (*geometry, min_granule_shift))
+            }
+            Command::HoldFree { reserve_pages } => {
+                hold::take(kernel, queue, answer, *geometry, (id, reserve_pages))
+            }
+            Command::ReleaseHold { hold } => hold::release(kernel, hold),
+            // Never waits: the inbox carries it out at once.
+            Command::Cancel => Err(End::Outcome(Outcome::BadArgument, 0)),
+        }
+    }
+}
+
+/// One cache after the other: the kernel cannot be stopped within one.
+fn drop_caches(
+    caches: Caches,
+    kernel: &mut impl RequestKernel,
+    queue: &mut impl RequestQueue,
+) -> Result<[u64; ANSWER_VALUES], End> {
+    let CachePages { page_cache, slab } = kernel.cache_pages();
+    // Dropping inodes would drop their pages too, without a look at a cancel.
+    for part in [Caches::PAGE_CACHE, Caches::SLAB] {
+        if caches.contains(part) {
+            queue.stopped()?;
+            let dropped = kernel.drop_caches(part);
+            dropped.map_err(|error| End::Outcome(Outcome::Failed, error.0.into()))?;
+        }
+    }
+    let after = kernel.cache_pages();
+    Ok([page_cache, after.page_cache, slab, after.slab])
+}

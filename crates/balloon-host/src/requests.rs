@@ -1,0 +1,247 @@
+//! What the operator asks of the guest's kernel: in the API's words, with times.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use balloon_abi::{Caches, Features};
+use balloon_device::{
+    Answer, Ask, FreeKind, FreePages, HoldState, MAX_OUTCOMES, RequestKind, RequestResult,
+};
+use control::api::{self, BALLOON_PAGE_BYTES, BlockCount, CancelledRequest, RequestStatus};
+use control::{ControlError, FreePagesMap, GuestAnswer, GuestAsk, WhyNot};
+
+use crate::request_text::{failed, refused};
+use crate::shared::{Shared, State, ms};
+
+/// Time for a guest to say that it stopped what it was told to stop. After it
+/// the request has ended whatever the guest does.
+const CANCEL_TIME: Duration = Duration::from_secs(2);
+
+/// When requests were made: of all that can have an outcome, and one more that
+/// is just being made.
+const MAX_TIMES: usize = MAX_OUTCOMES + 1;
+
+/// Times around requests, of which the device knows none.
+#[derive(Debug, Default)]
+pub(crate) struct RequestTimes {
+    asked: VecDeque<(u32, Asked)>,
+    /// Id, duration and arrival of the newest free pages.
+    newest: Option<(u32, Duration, Instant)>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Asked {
+    at: Instant,
+    timeout: Duration,
+    kind: RequestKind,
+}
+
+impl Shared {
+    /// Time until the device has a request to end.
+    pub fn until_deadline(&self) -> Option<Duration> {
+        let deadline = self.state().device.requests().next_deadline()?;
+        // A millisecond more than nothing: the poll rounds down to those.
+        Some(deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1))
+    }
+
+    /// Ends requests whose time is over; true where there were any.
+    pub fn expire_requests(&self) -> bool {
+        let any = self.state().device.requests_mut().expire(Instant::now());
+        if any {
+            self.changed();
+        }
+        any
+    }
+
+    pub(crate) fn submit_request(
+        &self,
+        ask: GuestAsk,
+        timeout: Duration,
+    ) -> Result<u32, ControlError> {
+        let ask = device_ask(ask);
+        let now = Instant::now();
+        let mut state = self.state();
+        let submitted = state.device.requests_mut().submit(ask, now + timeout);
+        let id = submitted.map_err(|error| refused(ask.kind(), error, state.connected))?;
+        if state.times.asked.len() == MAX_TIMES {
+            state.times.asked.pop_front();
+        }
+        state.times.asked.push_back((id, Asked { at: now, timeout, kind: ask.kind() }));
+        drop(state);
+        self.wake_up()?;
+        Ok(id)
+    }
+
+    pub(crate) fn wait_for_request(
+        &self,
+        id: u32,
+        timeout: Duration,
+    ) -> Option<Result<GuestAnswer, ControlError>> {
+        let end = Instant::now() + timeout;
+        let mut state = self.state();
+        loop {
+            if let Some(outcome) = state.take_outcome(id) {
+                return Some(outcome);
+            }
+            if !state.device.requests().is_open(id) {
+                return Some(Err(ControlError::Failed {
+                    what: format!("nobody knows any more how request {id} ended"),
+                    hint: "ask again; only the last few outcomes are kept".into(),
+                }));
+            }
+            let now = Instant::now();
+            if now >= end {
+                return None;
+            }
+            let woken = self.changed.wait_timeout(state, end - now);
+            state = woken.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    pub(crate) fn cancel_one(&self, id: Option<u32>) -> Result<CancelledRequest, ControlError> {
+        let mut state = self.state();
+        let requests = state.device.requests_mut();
+        let id = id.or_else(|| requests.current().map(|(id, _)| id));
+        let cancelled = id.filter(|id| requests.cancel(*id, Instant::now() + CANCEL_TIME));
+        let id = cancelled.ok_or_else(|| ControlError::Guest {
+            why: WhyNot::NotPossible,
+            what: "there is no request to stop".into(),
+            hint: "`aerostat status NAME` shows what the guest works on".into(),
+        })?;
+        let command = state.times.of(id).map_or("", |asked| asked.kind.name()).to_owned();
+        drop(state);
+        self.changed();
+        self.wake_up()?;
+        Ok(CancelledRequest { id, command })
+    }
+}
+
+impl RequestTimes {
+    fn of(&self, id: u32) -> Option<Asked> {
+        self.asked.iter().find(|(asked, _)| *asked == id).map(|(_, asked)| *asked)
+    }
+}
+
+impl State {
+    pub(crate) fn requests(&self) -> RequestStatus {
+        let requests = self.device.requests();
+        let mut ended = BTreeMap::<String, BTreeMap<String, u64>>::new();
+        for (kind, outcome, count) in requests.totals().iter() {
+            let outcomes = ended.entry(kind.name().into()).or_default();
+            outcomes.insert(outcome.replace('-', "_"), count);
+        }
+        RequestStatus {
+            possible: self.device.negotiated().contains(Features::REQUEST_VQ),
+            running: requests.running().map(|(_, ask)| ask.kind().name().into()),
+            waiting: requests.queued() as u64,
+            hold: requests.hold().map(|hold| hold_state(hold.state)),
+            late_answers: requests.late_answers(),
+            ended,
+        }
+    }
+
+    pub(crate) fn newest_free_pages(&self) -> Option<FreePagesMap> {
+        self.device.requests().newest().map(|pages| self.free_pages_map(pages))
+    }
+
+    /// The guest has named pages by hints, since `elapsed`.
+    pub(crate) fn note_hints(&mut self, id: u32, elapsed: Duration) {
+        self.times.newest = Some((id, elapsed, Instant::now()));
+    }
+
+    fn take_outcome(&mut self, id: u32) -> Option<Result<GuestAnswer, ControlError>> {
+        let outcome = self.device.requests_mut().take_outcome(id)?;
+        let now = Instant::now();
+        let asked = self.times.of(id);
+        let elapsed = asked.map_or(Duration::ZERO, |asked| now.duration_since(asked.at));
+        if let Ok(Answer { free: Some(pages), .. }) = &outcome {
+            self.times.newest = Some((pages.id, elapsed, now));
+        }
+        Some(self.told(id, asked, elapsed, outcome))
+    }
+
+    fn told(
+        &self,
+        id: u32,
+        asked: Option<Asked>,
+        elapsed: Duration,
+        outcome: RequestResult,
+    ) -> Result<GuestAnswer, ControlError> {
+        match outcome {
+            Ok(answer) => Ok(GuestAnswer {
+                id,
+                elapsed_ms: ms(elapsed),
+                guest_ms: ms(Duration::from_nanos(answer.elapsed_ns)),
+                values: answer.values,
+                free: answer.free.map(|pages| self.free_pages_map(&pages)),
+            }),
+            Err(failure) => {
+                let kind = asked.map_or(RequestKind::DropCaches, |asked| asked.kind);
+                let timeout = asked.map_or(elapsed, |asked| asked.timeout);
+                Err(failed(kind, failure, timeout))
+            }
+        }
+    }
+
+    fn free_pages_map(&self, pages: &Arc<FreePages>) -> FreePagesMap {
+        let bytes = |pages: u64| pages.saturating_mul(BALLOON_PAGE_BYTES);
+        let requests = self.device.requests();
+        let hold = requests.hold().filter(|hold| hold.pages.id == pages.id);
+        let times = self.times.newest.filter(|(id, ..)| *id == pages.id);
+        let guest_ms = ms(Duration::from_nanos(pages.elapsed_ns));
+        let blocks = pages.blocks.iter();
+        let blocks = blocks.map(|(block_bytes, count)| BlockCount { block_bytes, count });
+        let age = times.map_or(Duration::ZERO, |(.., at)| at.elapsed());
+        let summary = api::FreePages {
+            id: pages.id,
+            kind: match pages.kind {
+                FreeKind::Snapshot => api::FreeKind::Snapshot,
+                FreeKind::Hold => api::FreeKind::Hold,
+                FreeKind::Hint => api::FreeKind::Hint,
+            },
+            hold: hold.map(|hold| hold_state(hold.state)),
+            total_bytes: bytes(pages.pages.len()),
+            guest_free_bytes: bytes(pages.guest_free_pages),
+            memory_bytes: bytes(self.device.layout().pages()),
+            balloon_bytes: bytes(self.device.held().len()),
+            blocks: blocks.collect(),
+            elapsed_ms: times.map_or(guest_ms, |(_, elapsed, _)| ms(elapsed)),
+            guest_ms,
+            lock_ns_max: pages.lock_ns,
+            age_ms: u64::try_from(age.as_millis()).unwrap_or(u64::MAX),
+            map: api::CoarseMap::default(),
+        };
+        FreePagesMap {
+            summary,
+            regions: self.device.layout().ranges().to_vec(),
+            free: Arc::clone(&pages.pages),
+            balloon: self.device.held().clone(),
+        }
+    }
+}
+
+fn device_ask(ask: GuestAsk) -> Ask {
+    match ask {
+        GuestAsk::DropCaches(what) => Ask::DropCaches(match what {
+            api::Caches::PageCache => Caches::PAGE_CACHE,
+            api::Caches::Slab => Caches::SLAB,
+            api::Caches::All => Caches::ALL,
+        }),
+        GuestAsk::Snapshot { min_block_bytes } => {
+            Ask::ReportFree { min_granule_shift: min_block_bytes.trailing_zeros() }
+        }
+        GuestAsk::Hold { reserve_bytes } => {
+            Ask::HoldFree { reserve_pages: reserve_bytes / BALLOON_PAGE_BYTES }
+        }
+        GuestAsk::ReleaseHold => Ask::ReleaseHold,
+    }
+}
+
+const fn hold_state(state: HoldState) -> api::HoldState {
+    match state {
+        HoldState::Kept => api::HoldState::Kept,
+        HoldState::Paused => api::HoldState::Paused,
+        HoldState::Releasing => api::HoldState::Releasing,
+    }
+}

@@ -1,0 +1,100 @@
+//! Asking the guest what it does not use, by free page hinting.
+
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
+
+use balloon_abi::BALLOON_PAGE_BYTES;
+use balloon_device::HintPhase;
+use control::ControlError;
+use control::api::{FreePageHints, HintOutcome, MAX_LISTED_RUNS, PageRun};
+use page_set::PageRange;
+
+use super::stats::whole_ms;
+use super::{Shared, State};
+
+impl Shared {
+    /// Asks the guest. One request at a time: its pages are the guest's again only
+    /// when whoever asked is [done](Self::finish_hints).
+    pub(super) fn begin_hints(&self) -> Result<u32, ControlError> {
+        let mut state = self.state();
+        let phase = state.device.hinting().phase();
+        if !matches!(phase, HintPhase::Idle | HintPhase::Lost) {
+            return Err(ControlError::Refused {
+                what: "the guest is being asked for its free pages already".into(),
+                hint: "wait until the other request is over".into(),
+            });
+        }
+        let started = state.device.start_hinting(Instant::now());
+        let id = started.map_err(|error| ControlError::Refused {
+            what: error.to_string(),
+            hint: "the driver must accept free-page-hint; see the features in the status".into(),
+        })?;
+        self.announce(state)?;
+        Ok(id.get())
+    }
+
+    /// Waits until the guest has named all, or for so long.
+    pub(super) fn await_hints(&self, id: u32, timeout: Duration) -> FreePageHints {
+        let end = Instant::now().checked_add(timeout);
+        let mut state = self.state();
+        loop {
+            let hints = state.hints(id);
+            let now = Instant::now();
+            if hints.outcome != HintOutcome::InProgress || end.is_some_and(|end| now >= end) {
+                return hints;
+            }
+            let left = end.map_or(Duration::MAX, |end| end - now);
+            let woken = self.changed.wait_timeout(state, left);
+            state = woken.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Gives the guest its pages back, whether it has answered or not.
+    pub(super) fn finish_hints(&self, id: u32) -> Result<(), ControlError> {
+        let mut state = self.state();
+        if state.device.hinting().id().is_none_or(|newest| newest.get() != id) {
+            return Ok(());
+        }
+        let started = state.device.hinting().started();
+        if state.device.hinting().phase() == HintPhase::Complete {
+            state.note_hints(id, started.map_or(Duration::ZERO, |started| started.elapsed()));
+        }
+        state.device.hinting_done();
+        self.changed();
+        self.announce(state)
+    }
+}
+
+impl State {
+    fn hints(&self, id: u32) -> FreePageHints {
+        let hinting = self.device.hinting();
+        let newest = hinting.id().is_some_and(|newest| newest.get() == id);
+        let outcome = match hinting.phase() {
+            _ if !newest => HintOutcome::Replaced,
+            HintPhase::Asked | HintPhase::Receiving => HintOutcome::InProgress,
+            HintPhase::Complete => HintOutcome::Complete,
+            HintPhase::Lost => HintOutcome::Lost,
+            HintPhase::Idle | HintPhase::Stopped => HintOutcome::Replaced,
+        };
+        let mut hints = FreePageHints {
+            id,
+            outcome,
+            elapsed_ms: hinting.started().map_or(0, |at| whole_ms(at.elapsed())),
+            ..FreePageHints::default()
+        };
+        if newest {
+            hints.pages = hinting.pages().len();
+            hints.bytes = hints.pages * BALLOON_PAGE_BYTES;
+        }
+        if outcome == HintOutcome::Complete {
+            let runs = hinting.pages().ranges();
+            hints.list = runs.take(MAX_LISTED_RUNS).map(run).collect();
+            hints.runs = hinting.pages().ranges().count() as u64;
+        }
+        hints
+    }
+}
+
+fn run(range: PageRange) -> PageRun {
+    PageRun { start: range.start(), pages: range.pages() }
+}

@@ -1,0 +1,107 @@
+//! `bench requests`: what the host asks of a guest's kernel, and what that costs
+//! both.
+
+mod drop_caches;
+mod free_pages;
+mod stall;
+mod storm;
+mod tour;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use lab::{Backing, GuestMemoryDir};
+use serde::{Deserialize, Serialize};
+
+pub use drop_caches::DropCachesReport;
+pub use free_pages::{FreePagesReport, State, used_pages};
+pub use stall::StallReport;
+pub use storm::StormReport;
+pub use tour::{Tour, tour};
+
+use crate::error::{BenchError, Result};
+use crate::testbed::{Driver, Testbed, TestbedOptions};
+
+const MIB: u64 = 1 << 20;
+
+/// Time for a request, on a machine with other work.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Size of the guest that most is measured on, in MiB.
+const GUEST_MIB: u64 = 4096;
+
+/// Memory that fragmenting leaves alone, in MiB.
+const UNFRAGMENTED_MIB: u64 = 64;
+
+/// What to measure.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The `aerostat` program.
+    pub program: PathBuf,
+    /// Rounds; everything is done once in each.
+    pub rounds: usize,
+    /// Sizes of idle guests that are asked for free pages, in MiB.
+    pub guest_mib: Vec<u64>,
+    /// Requests of the storm.
+    pub storm: u64,
+}
+
+/// What `bench requests --json` prints.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// Rounds that the medians are of.
+    pub rounds: usize,
+    /// Dropping the cache of a file of 2 GiB.
+    pub drop_caches: DropCachesReport,
+    /// Naming free memory, for each state and size.
+    pub free_pages: Vec<FreePagesReport>,
+    /// What the guest's processes wait for memory meanwhile.
+    pub stall: StallReport,
+    /// Requests of random kinds.
+    pub storm: StormReport,
+}
+
+/// Measures everything; `progress` hears of each step.
+///
+/// # Errors
+/// The first thing that went wrong; there is no partial report.
+pub fn run(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<Report> {
+    Ok(Report {
+        rounds: options.rounds,
+        drop_caches: drop_caches::measure(options, progress)?,
+        free_pages: free_pages::measure(options, progress)?,
+        stall: stall::measure(options, progress)?,
+        storm: storm::measure(options, progress)?,
+    })
+}
+
+/// A guest with our driver, ready for requests, and the directory of its memory.
+fn start(options: &Options, guest_mib: u64) -> Result<(Testbed, GuestMemoryDir)> {
+    let directory = GuestMemoryDir::mount(Backing::Small, guest_mib)?;
+    let testbed = TestbedOptions {
+        program: options.program.clone(),
+        kernel: lab::uml::kernel()?,
+        memory_mib: guest_mib,
+        memory_dir: directory.path().to_owned(),
+    };
+    let bed = Testbed::start("requests", Driver::Own, &testbed)?;
+    bed.wait_for_requests(LIMIT)?;
+    Ok((bed, directory))
+}
+
+/// A value of the guest's /proc/meminfo, in bytes.
+fn meminfo_bytes(bed: &mut Testbed, name: &str) -> Result<u64> {
+    let answer = bed.guest.run("meminfo")?;
+    let line = answer.lines.iter().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+    kib.map(|kib| kib << 10).ok_or_else(|| BenchError::GuestAnswer {
+        command: "meminfo".to_owned(),
+        answer: answer.lines.join("\n"),
+    })
+}
+
+/// How far `found` is from `wanted`, in percent of that.
+#[expect(clippy::cast_precision_loss, reason = "a percentage of bytes")]
+fn off_percent(found: u64, wanted: u64) -> f64 {
+    found.abs_diff(wanted) as f64 * 100.0 / wanted.max(1) as f64
+}

@@ -1,0 +1,166 @@
+//! seccomp: which system calls are left. Any other ends the process at once.
+
+use std::collections::BTreeMap;
+
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch, apply_filter_all_threads,
+};
+
+use crate::SandboxError;
+
+/// Whether the process still makes connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Network {
+    /// It accepts them alone.
+    Accepts,
+    /// It connects to Unix sockets too.
+    Connects,
+}
+
+/// Calls that are allowed whatever their arguments.
+const ALLOWED: &[i64] = &[
+    // Messages, kicks, interrupts, the control API.
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_readv,
+    libc::SYS_writev,
+    libc::SYS_recvmsg,
+    libc::SYS_recvfrom,
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+    libc::SYS_accept4,
+    libc::SYS_shutdown,
+    libc::SYS_getsockname,
+    libc::SYS_getpeername,
+    libc::SYS_getsockopt,
+    libc::SYS_setsockopt,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_pwait2,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_eventfd2,
+    libc::SYS_close,
+    // Releasing and measuring memory, and the notes in the front end's memory.
+    libc::SYS_fallocate,
+    libc::SYS_madvise,
+    libc::SYS_process_madvise,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_fstat,
+    libc::SYS_newfstatat,
+    libc::SYS_statx,
+    libc::SYS_fstatfs,
+    libc::SYS_lseek,
+    libc::SYS_memfd_create,
+    libc::SYS_ftruncate,
+    // Opening is for Landlock to refuse; sockets are removed at the end.
+    libc::SYS_openat,
+    libc::SYS_unlink,
+    libc::SYS_unlinkat,
+    // The process's own memory, threads and time.
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_brk,
+    libc::SYS_futex,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_set_robust_list,
+    libc::SYS_rseq,
+    libc::SYS_gettid,
+    libc::SYS_getpid,
+    libc::SYS_sched_yield,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_nanosleep,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_clock_gettime,
+    libc::SYS_restart_syscall,
+    libc::SYS_getrandom,
+    libc::SYS_membarrier,
+    // Signals: to end by one, and to say why on a panic.
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sigaltstack,
+    libc::SYS_tgkill,
+    libc::SYS_getcwd,
+    // Answered with an error, so that threads are made by `clone`; see below.
+    libc::SYS_clone3,
+];
+
+/// From now on no thread of the process makes any other system call.
+///
+/// # Errors
+/// The kernel has no seccomp, or there is no list for this architecture.
+pub fn restrict_calls(network: Network) -> Result<(), SandboxError> {
+    let arch =
+        TargetArch::try_from(std::env::consts::ARCH).map_err(|_| SandboxError::Architecture)?;
+    if arch != TargetArch::x86_64 {
+        return Err(SandboxError::Architecture);
+    }
+    // Also where seccomp alone is used: no program that is started gets more.
+    rustix::thread::set_no_new_privs(true).map_err(|error| SandboxError::Calls(error.into()))?;
+    let failed = |error: Box<dyn std::error::Error + Send + Sync>| SandboxError::Calls(error);
+    let kill = SeccompAction::KillProcess;
+    let allowed = rules(network).map_err(|error| failed(error.into()))?;
+    // The flags of clone3 lie in memory, where no filter sees them. The C library
+    // makes threads by `clone` where there is no clone3.
+    let no_clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+    let unknown = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
+    for filter in [
+        SeccompFilter::new(no_clone3, SeccompAction::Allow, unknown, arch),
+        SeccompFilter::new(allowed, kill, SeccompAction::Allow, arch),
+    ] {
+        let filter = filter.map_err(|error| failed(error.into()))?;
+        let program = BpfProgram::try_from(filter).map_err(|error| failed(error.into()))?;
+        apply_filter_all_threads(&program).map_err(|error| failed(error.into()))?;
+    }
+    Ok(())
+}
+
+type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+
+fn rules(network: Network) -> Result<Rules, seccompiler::BackendError> {
+    let mut rules: Rules = ALLOWED.iter().map(|call| (*call, Vec::new())).collect();
+    let mut only = |call: i64, argument: u8, values: &[(SeccompCmpOp, u64)]| {
+        let rule = |(how, value): &(SeccompCmpOp, u64)| {
+            let condition =
+                SeccompCondition::new(argument, SeccompCmpArgLen::Dword, how.clone(), *value)?;
+            SeccompRule::new(vec![condition])
+        };
+        let found: Result<Vec<_>, _> = values.iter().map(rule).collect();
+        found.map(|found| drop(rules.insert(call, found)))
+    };
+    let is = |value: i32| (SeccompCmpOp::Eq, u64::from(value.cast_unsigned()));
+    let within = |mask: i32, value: i32| {
+        let mask = u64::from(mask.cast_unsigned());
+        (SeccompCmpOp::MaskedEq(mask), u64::from(value.cast_unsigned()))
+    };
+    // No memory that can be run.
+    only(libc::SYS_mmap, 2, &[within(libc::PROT_EXEC, 0)])?;
+    only(libc::SYS_mprotect, 2, &[within(libc::PROT_EXEC, 0)])?;
+    // Threads, no processes.
+    only(libc::SYS_clone, 0, &[within(libc::CLONE_THREAD, libc::CLONE_THREAD)])?;
+    only(libc::SYS_prctl, 0, &[is(libc::PR_SET_NAME)])?;
+    only(libc::SYS_ioctl, 1, &[(SeccompCmpOp::Eq, libc::FIONBIO)])?;
+    // The limit of open files is read, by the standard library.
+    only(libc::SYS_prlimit64, 0, &[is(0)])?;
+    let fcntl = [
+        libc::F_GETFD,
+        libc::F_SETFD,
+        libc::F_GETFL,
+        libc::F_SETFL,
+        libc::F_DUPFD_CLOEXEC,
+        libc::F_ADD_SEALS,
+        libc::F_GET_SEALS,
+    ];
+    only(libc::SYS_fcntl, 1, &fcntl.map(is))?;
+    if network == Network::Connects {
+        only(libc::SYS_socket, 0, &[is(libc::AF_UNIX)])?;
+        rules.insert(libc::SYS_connect, Vec::new());
+    }
+    Ok(rules)
+}

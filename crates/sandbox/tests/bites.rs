@@ -1,0 +1,124 @@
+//! What was given up is gone. Each attempt is made in a process of its own, which
+//! is this test program once more.
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use sandbox::{Network, Restricted, restrict_calls, restrict_files};
+
+/// Names the attempt that the process is to make.
+const ATTEMPT: &str = "AEROSTAT_SANDBOX_ATTEMPT";
+/// The one directory that it may use.
+const DIRECTORY: &str = "AEROSTAT_SANDBOX_DIRECTORY";
+
+/// What the kernel ends a process with that makes a forbidden call.
+const SIGSYS: i32 = 31;
+
+fn attempt(name: &str) -> (Output, tempfile::TempDir) {
+    let dir = tempfile::tempdir().unwrap();
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "attempts", "--nocapture", "--test-threads=1"])
+        .env(ATTEMPT, name)
+        .env(DIRECTORY, dir.path())
+        .output()
+        .unwrap();
+    (output, dir)
+}
+
+fn assert_possible(name: &str) {
+    let (output, _dir) = attempt(name);
+    assert!(output.status.success(), "{name}: {output:?}");
+}
+
+fn assert_killed(name: &str) {
+    let (output, _dir) = attempt(name);
+    assert_eq!(output.status.signal(), Some(SIGSYS), "{name}: {output:?}");
+}
+
+#[test]
+fn what_serving_needs_is_left() {
+    for name in ["serve", "thread", "files-inside", "connect"] {
+        assert_possible(name);
+    }
+}
+
+#[test]
+fn forbidden_calls_end_the_process() {
+    for name in ["tcp", "unix-socket", "exec", "chmod", "in-a-thread"] {
+        assert_killed(name);
+    }
+}
+
+#[test]
+fn files_elsewhere_cannot_be_opened_made_or_removed() {
+    let (output, _dir) = attempt("files-outside");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{output:?}");
+    assert!(text.contains("refused") || text.contains("no Landlock here"), "{text}");
+    // Where the kernel has Landlock it must have bitten.
+    let has = Path::new("/sys/kernel/security/lsm");
+    if std::fs::read_to_string(has).is_ok_and(|list| list.contains("landlock")) {
+        assert!(text.contains("refused"), "{text}");
+    }
+}
+
+/// Not a test of its own: the body of the processes above.
+#[test]
+fn attempts() {
+    let Ok(name) = std::env::var(ATTEMPT) else { return };
+    let dir = std::env::var(DIRECTORY).unwrap();
+    let dir = Path::new(&dir);
+    let outside = tempfile::tempdir().unwrap();
+    let listener = UnixListener::bind(dir.join("a.sock")).unwrap();
+    let (mut one, mut other) = UnixStream::pair().unwrap();
+    let (start, started) = std::sync::mpsc::channel::<()>();
+    // Runs before the filter is there, and is under it all the same.
+    let early = std::thread::spawn(move || {
+        started.recv().unwrap();
+        let _ = std::process::Command::new("/bin/true").status();
+    });
+    let restricted = restrict_files(&[dir]).unwrap();
+    restrict_calls(if name == "connect" { Network::Connects } else { Network::Accepts }).unwrap();
+    match name.as_str() {
+        "serve" => {
+            one.write_all(b"x").unwrap();
+            other.read_exact(&mut [0]).unwrap();
+            drop(listener);
+        }
+        "thread" => std::thread::spawn(|| {}).join().unwrap(),
+        "files-inside" => {
+            std::fs::write(dir.join("a.state"), "x").unwrap();
+            std::fs::remove_file(dir.join("a.sock")).unwrap();
+        }
+        "connect" => drop(UnixStream::connect(dir.join("a.sock")).unwrap()),
+        "files-outside" if restricted == Restricted::Not => println!("no Landlock here"),
+        "files-outside" => {
+            let refused = |result: std::io::Result<()>| {
+                assert_eq!(result.unwrap_err().kind(), ErrorKind::PermissionDenied);
+            };
+            refused(std::fs::read("/etc/passwd").map(drop));
+            refused(std::fs::write(outside.path().join("new"), "x"));
+            refused(std::fs::remove_file("/etc/passwd"));
+            println!("refused");
+        }
+        "tcp" => drop(std::net::TcpStream::connect("127.0.0.1:1")),
+        "unix-socket" => drop(UnixStream::connect("/a.sock")),
+        "exec" => drop(std::process::Command::new("/bin/true").status()),
+        "chmod" => {
+            let mode = std::os::unix::fs::PermissionsExt::from_mode(0o777);
+            let _ = std::fs::set_permissions(dir.join("a.sock"), mode);
+        }
+        "in-a-thread" => {
+            start.send(()).unwrap();
+            let _ = early.join();
+        }
+        other => panic!("no attempt is called {other}"),
+    }
+    // The test program would go on with more than a server does.
+    let _ = std::io::stdout().flush();
+    std::process::exit(0);
+}

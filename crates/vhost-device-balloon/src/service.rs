@@ -1,0 +1,206 @@
+//! One process that serves guests, each on a thread and on sockets of its own,
+//! until it is asked to end.
+
+use std::io;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+
+use balloon_abi::Features;
+use control::Server;
+use control::api::{PartialHuge, ReleaseMode};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use crate::connector::Connector;
+use crate::error::Error;
+use crate::server::{Backend, MonitorSource};
+
+/// File descriptors that one guest may cost: 32 memory regions and as many more
+/// in a message under way, 3 for each queue, 32 connections of the control API, and
+/// a few of its own.
+const FILES_PER_GUEST: u64 = 128;
+
+/// File descriptors of the process itself.
+const FILES_OF_PROCESS: u64 = 32;
+
+/// How to serve one guest.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where the monitor connects, or listens.
+    pub socket: PathBuf,
+    /// The monitor listens there.
+    pub connect: bool,
+    /// Name of the guest.
+    pub name: String,
+    /// Where the control API listens.
+    pub control: PathBuf,
+    /// Where what has to be known after a restart is kept, if it is.
+    pub state: Option<PathBuf>,
+    /// When memory is released.
+    pub release: ReleaseMode,
+    /// What becomes of pieces of huge pages.
+    pub partial_huge: PartialHuge,
+    /// Features that the device does not offer.
+    pub without: Features,
+    /// Guest memory must be sealed against shrinking. A file that shrinks while it
+    /// is mapped ends the process that reads it.
+    pub sealed_only: bool,
+}
+
+/// Guests whose sockets are there, and who are not served yet.
+pub struct Service {
+    guests: Vec<Guest>,
+    /// Becomes readable on SIGTERM or SIGINT, and stays so.
+    stop: Arc<UnixStream>,
+}
+
+/// One guest. Its control API is served from the start.
+struct Guest {
+    name: String,
+    backend: Backend,
+    monitors: Monitors,
+    _control: Server,
+}
+
+/// Where a guest's monitors come from.
+enum Monitors {
+    Accepted(Socket),
+    Connected(Connector),
+}
+
+impl Service {
+    /// Makes the sockets of all guests. Whatever serving needs of the file system is
+    /// open when it returns, but for the removal of the sockets.
+    ///
+    /// # Errors
+    /// When a socket or a state file cannot be made.
+    pub fn start(options: &[Options]) -> Result<Self, Error> {
+        let stop =
+            stop_signal().map_err(|source| Error::Host { what: "signal handling", source })?;
+        allow_files(FILES_OF_PROCESS + FILES_PER_GUEST * options.len() as u64)?;
+        let guests = options.iter().map(Guest::start).collect::<Result<_, _>>()?;
+        Ok(Self { guests, stop: Arc::new(stop) })
+    }
+
+    /// Serves until the process is asked to end. A guest that cannot be served any
+    /// more leaves the others alone.
+    ///
+    /// # Errors
+    /// The first of the guests' errors, when all have ended. What a front end does
+    /// ends its own session and nothing else.
+    pub fn serve(self) -> Result<(), Error> {
+        let stop = self.stop;
+        let threads = self.guests.into_iter().map(|guest| {
+            let stop = Arc::clone(&stop);
+            let thread = thread::Builder::new().name(format!("guest {}", guest.name));
+            thread.spawn(move || guest.serve(&stop))
+        });
+        let threads = threads.collect::<Vec<_>>();
+        let mut outcome = Ok(());
+        for thread in threads {
+            let ended = match thread.map(thread::JoinHandle::join) {
+                Ok(Ok(ended)) => ended,
+                // The panic hook has said more.
+                Ok(Err(_)) => Err(panicked()),
+                Err(source) => Err(Error::Host { what: "starting a thread", source }),
+            };
+            outcome = outcome.and(ended);
+        }
+        outcome
+    }
+}
+
+impl Guest {
+    fn start(options: &Options) -> Result<Self, Error> {
+        let backend = Backend::new(&options.name, options.release, options.partial_huge)?;
+        backend.withhold(options.without);
+        backend.want_sealed(options.sealed_only);
+        let monitors = if options.connect {
+            Monitors::Connected(Connector::new(&options.socket)?)
+        } else {
+            Monitors::Accepted(Socket::bind(&options.socket)?)
+        };
+        // Whoever has the sockets has the state file too.
+        if let Some(path) = &options.state {
+            backend.keep_state(path)?;
+        }
+        let control = Server::bind(&options.control, backend.balloon())?;
+        Ok(Self { name: options.name.clone(), backend, monitors, _control: control })
+    }
+
+    fn serve(self, stop: &UnixStream) -> Result<(), Error> {
+        let name = &self.name;
+        let outcome = match &self.monitors {
+            Monitors::Accepted(socket) => {
+                tracing::info!(socket = %socket.path.display(), name, "waiting for a monitor");
+                self.backend.serve_all(MonitorSource::Listener(&socket.listener), stop)
+            }
+            Monitors::Connected(connector) => {
+                let socket = connector.path().display();
+                tracing::info!(%socket, name, "connecting to the monitor");
+                self.backend.serve_all(MonitorSource::Connector(connector), stop)
+            }
+        };
+        if let Err(error) = &outcome {
+            let cause = std::error::Error::source(error).map(ToString::to_string);
+            tracing::error!(%error, cause, name, "the guest is not served any more");
+        }
+        outcome
+    }
+}
+
+fn panicked() -> Error {
+    Error::Host { what: "a guest's thread", source: io::Error::other("it panicked") }
+}
+
+/// Raises the limit of open files as far as the hard limit lets it, so that one
+/// guest's front end cannot take the files of another.
+fn allow_files(wanted: u64) -> Result<(), Error> {
+    let limit = getrlimit(Resource::Nofile);
+    let enough = |limit: Option<u64>| limit.is_none_or(|limit| limit >= wanted);
+    if enough(limit.current) {
+        return Ok(());
+    }
+    if !enough(limit.maximum) {
+        return Err(Error::TooManyGuests { wanted, limit: limit.maximum.unwrap_or(u64::MAX) });
+    }
+    let raised = Rlimit { current: Some(wanted), maximum: limit.maximum };
+    setrlimit(Resource::Nofile, raised)
+        .map_err(|e| Error::Host { what: "raising the limit of open files", source: e.into() })
+}
+
+/// A stream that becomes readable on SIGTERM or SIGINT.
+fn stop_signal() -> io::Result<UnixStream> {
+    let (read, write) = UnixStream::pair()?;
+    signal_hook::low_level::pipe::register(signal_hook::consts::SIGTERM, write.try_clone()?)?;
+    signal_hook::low_level::pipe::register(signal_hook::consts::SIGINT, write)?;
+    Ok(read)
+}
+
+/// The vhost-user socket, which is gone when the back end is.
+struct Socket {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Socket {
+    /// A path left over from a back end that was killed is taken over; one that
+    /// is in use is not.
+    fn bind(path: &Path) -> Result<Self, Error> {
+        let listen = |source| Error::Listen { path: path.to_owned(), source };
+        let stale = UnixStream::connect(path)
+            .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+        if stale {
+            std::fs::remove_file(path).map_err(listen)?;
+        }
+        let listener = UnixListener::bind(path).map_err(listen)?;
+        Ok(Self { listener, path: path.to_owned() })
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}

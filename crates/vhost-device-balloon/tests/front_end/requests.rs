@@ -1,0 +1,494 @@
+//! What the operator asks, and guests that answer well, badly or not at all.
+
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use balloon_abi::{Caches, Command, Outcome};
+use control::api::HoldState;
+use control::{GuestAsk, WhyNot};
+
+use crate::support::LONG;
+use crate::support::driver::{ASKABLE, BITMAP, Monitor, REQUEST, Vm};
+use crate::support::guest::{BASE, FIRST_PAGE, PAGE, PAGES, data_pages};
+use crate::support::requests::{Back, answer_bytes, ask, blocks, why};
+use crate::support::server::{Served, Server};
+use crate::{assert_balloons, assert_serves};
+
+const ACCEPTED: u32 = 0;
+const MALFORMED: u32 = 1;
+const OUTSIDE: u32 = 2;
+const REPEATED: u32 = 3;
+const UNWANTED: u32 = 4;
+
+/// Long enough to be early, short enough to wait for.
+const SHORT: Duration = Duration::from_millis(60);
+
+const DROP: GuestAsk = GuestAsk::DropCaches(control::api::Caches::All);
+const SNAPSHOT: GuestAsk = GuestAsk::Snapshot { min_block_bytes: PAGE };
+const HOLD: GuestAsk = GuestAsk::Hold { reserve_bytes: 16 * PAGE };
+
+/// A guest whose driver waits for two requests.
+fn askable(monitor: Monitor) -> (Server, Vm, Served) {
+    let server = Server::new(control::ReleaseMode::Background);
+    let (front, served) = server.connect();
+    let mut vm = Vm::boot(monitor, front, ASKABLE);
+    vm.wait_for_requests(2);
+    vm.front.barrier();
+    (server, vm, served)
+}
+
+/// Nobody announces what is looked for here.
+fn until(done: impl Fn() -> bool) {
+    let end = Instant::now() + LONG;
+    while !done() {
+        assert!(Instant::now() < end, "it does not come");
+        std::thread::sleep(Duration::from_micros(200));
+    }
+}
+
+/// After whatever came before, a request is still answered, and the balloon works.
+fn assert_still_asks(server: &Server, vm: &mut Vm) {
+    let operator = ask(&server.balloon, DROP, LONG);
+    let id = loop {
+        vm.wait_for_requests(1);
+        match vm.back() {
+            Back::Asked(request) if request.command == Command::DropCaches(Caches::ALL) => {
+                break request.id;
+            }
+            _ => {}
+        }
+    };
+    assert_eq!(vm.answer(id, Outcome::Done, [9, 4, 3, 1], &[]), ACCEPTED);
+    assert_eq!(operator.join().unwrap().unwrap().values, [9, 4, 3, 1]);
+    assert_balloons(server, vm);
+}
+
+#[test]
+fn caches_are_dropped_and_the_figures_come_back() {
+    for monitor in [Monitor::Uml, Monitor::Qemu] {
+        let (server, mut vm, _served) = askable(monitor);
+        let operator = ask(&server.balloon, DROP, LONG);
+        let request = vm.next_request();
+        assert_eq!(request.command, Command::DropCaches(Caches::ALL));
+        assert_eq!(server.status().requests.running.as_deref(), Some("drop-caches"));
+        assert_eq!(vm.answer(request.id, Outcome::Done, [100, 40, 7, 5], &[]), ACCEPTED);
+        let answer = operator.join().unwrap().unwrap();
+        assert_eq!((answer.id, answer.values), (request.id, [100, 40, 7, 5]));
+        assert!((answer.guest_ms - 1.5).abs() < 1e-9, "{}", answer.guest_ms);
+        let requests = server.status().requests;
+        assert_eq!((requests.running, requests.ended["drop-caches"]["done"]), (None, 1));
+        assert_still_asks(&server, &mut vm);
+        assert_eq!(server.status().faults.total(), 0);
+    }
+}
+
+#[test]
+fn a_snapshot_comes_in_pieces_and_is_kept() {
+    let (server, mut vm, _served) = askable(Monitor::Uml);
+    let operator = ask(&server.balloon, SNAPSHOT, LONG);
+    let request = vm.next_request();
+    assert_eq!(request.command, Command::ReportFree { min_granule_shift: 12 });
+    let first = data_pages().start;
+    let more = blocks(first, 16, &[0b1011]);
+    assert_eq!(vm.answer(request.id, Outcome::More, [48, 99, 5, 0], &more), ACCEPTED);
+    assert!(server.balloon.free_pages().is_none(), "not complete yet");
+    // One block is met again, merged with its neighbour.
+    let last = [blocks(first, 32, &[1]), blocks(first + 500, 1, &[1])].concat();
+    assert_eq!(vm.answer(request.id, Outcome::Done, [81, 99, 7, 0], &last), ACCEPTED);
+    let free = operator.join().unwrap().unwrap().free.unwrap();
+    assert_eq!(free.summary.total_bytes, 49 * PAGE);
+    let sizes: Vec<_> = free.summary.blocks.iter().map(|b| (b.block_bytes, b.count)).collect();
+    assert_eq!(sizes, [(32 * PAGE, 1), (16 * PAGE, 3), (PAGE, 1)]);
+    assert_eq!((free.summary.guest_free_bytes, free.summary.lock_ns_max), (99 * PAGE, 7));
+    let kept = server.balloon.free_pages().unwrap();
+    assert_eq!(kept.free, free.free);
+    let cells = kept.summarize().map;
+    assert_eq!((cells.cell_pages, cells.regions.len()), (2, 1));
+    assert_eq!(cells.regions[0].free_pages.iter().sum::<u64>(), 49);
+    assert_still_asks(&server, &mut vm);
+}
+
+#[test]
+fn a_hold_is_kept_released_and_lost() {
+    let (server, mut vm, _served) = askable(Monitor::Qemu);
+    let first = data_pages().start;
+    let state = || server.status().requests.hold;
+    for lost in [false, true] {
+        let operator = ask(&server.balloon, HOLD, LONG);
+        vm.wait_for_requests(1);
+        let request = vm.next_request();
+        assert_eq!(request.command, Command::HoldFree { reserve_pages: 16 });
+        let named = blocks(first, 64, &[0b11]);
+        assert_eq!(vm.answer(request.id, Outcome::Done, [128, 200, 0, 0], &named), ACCEPTED);
+        let answer = operator.join().unwrap().unwrap();
+        assert_eq!(answer.free.unwrap().summary.hold, Some(HoldState::Kept));
+        let again = ask(&server.balloon, HOLD, LONG).join().unwrap();
+        assert_eq!(why(again), (WhyNot::NotPossible, "the guest holds free pages already".into()));
+        if lost {
+            assert_eq!(vm.answer(request.id, Outcome::HoldLost, [128, 0, 0, 0], &[]), ACCEPTED);
+        } else {
+            let operator = ask(&server.balloon, GuestAsk::ReleaseHold, LONG);
+            vm.wait_for_requests(1);
+            let release = vm.next_request();
+            assert_eq!(release.command, Command::ReleaseHold { hold: request.id });
+            assert_eq!(state(), Some(HoldState::Releasing));
+            assert_eq!(vm.answer(release.id, Outcome::Done, [128, 0, 0, 0], &[]), ACCEPTED);
+            assert_eq!(operator.join().unwrap().unwrap().values[0], 128);
+        }
+        assert_eq!(state(), None);
+        assert_eq!(server.balloon.free_pages().unwrap().summary.hold, None, "over, but known");
+    }
+    let nothing = ask(&server.balloon, GuestAsk::ReleaseHold, LONG).join().unwrap();
+    assert_eq!(why(nothing).0, WhyNot::NotPossible);
+    assert_still_asks(&server, &mut vm);
+    assert_eq!(server.status().faults.total(), 0);
+}
+
+#[test]
+fn a_guest_that_cannot_be_asked_is_told_apart() {
+    let server = Server::new(control::ReleaseMode::Background);
+    let refused = |what| {
+        let start = Instant::now();
+        assert_eq!(
+            why(ask(&server.balloon, DROP, LONG).join().unwrap()),
+            (WhyNot::NotPossible, String::from(what))
+        );
+        assert!(start.elapsed() < LONG / 4, "it is said at once");
+    };
+    refused("no guest is connected that could drop caches");
+    let (front, _served) = server.connect();
+    let vm = Vm::boot(Monitor::Uml, front, BITMAP);
+    vm.front.barrier();
+    refused("the guest's driver cannot drop caches: it has no request queue");
+}
+
+#[test]
+fn a_guest_that_never_answers_costs_one_time_out_for_each_request() {
+    let (server, mut vm, _served) = askable(Monitor::Uml);
+    let start = Instant::now();
+    let operators = [ask(&server.balloon, DROP, SHORT), ask(&server.balloon, DROP, SHORT)];
+    let request = vm.next_request();
+    for operator in operators {
+        let (why, what) = why(operator.join().unwrap());
+        assert_eq!(why, WhyNot::TimedOut, "{what}");
+    }
+    assert!(start.elapsed() >= SHORT);
+    // It was told to stop, and stops at last.
+    let cancel = vm.next_request();
+    assert_eq!((cancel.id, cancel.command), (request.id, Command::Cancel));
+    assert_eq!(vm.answer(request.id, Outcome::Cancelled, [0; 4], &[]), UNWANTED);
+    let status = server.status();
+    assert_eq!((status.requests.late_answers, status.faults.total()), (1, 0));
+    // Once more would be one too many.
+    assert_eq!(vm.answer(request.id, Outcome::Cancelled, [0; 4], &[]), UNWANTED);
+    assert_eq!(server.guest_faults("answered_twice"), 1);
+    assert_still_asks(&server, &mut vm);
+}
+
+#[test]
+fn a_driver_that_takes_no_requests_is_told_apart() {
+    let server = Server::new(control::ReleaseMode::Background);
+    let (front, _served) = server.connect();
+    let mut vm = Vm::boot(Monitor::Uml, front, ASKABLE);
+    vm.front.barrier();
+    let (reason, what) = why(ask(&server.balloon, DROP, SHORT).join().unwrap());
+    assert_eq!(reason, WhyNot::TimedOut);
+    assert!(what.contains("took no request"), "{what}");
+    // A driver that wakes up late is not asked what nobody waits for any more.
+    vm.wait_for_requests(2);
+    assert_eq!(vm.back_within(SHORT), None);
+    assert_still_asks(&server, &mut vm);
+}
+
+#[test]
+fn an_operator_stops_what_runs() {
+    let (server, mut vm, _served) = askable(Monitor::Qemu);
+    let operator = ask(&server.balloon, SNAPSHOT, LONG);
+    let request = vm.next_request();
+    let cancelled = server.balloon.cancel_request(None).unwrap();
+    assert_eq!((cancelled.id, cancelled.command.as_str()), (request.id, "report-free"));
+    assert_eq!(vm.next_request().command, Command::Cancel);
+    assert_eq!(vm.answer(request.id, Outcome::Cancelled, [0; 4], &[]), ACCEPTED);
+    assert_eq!(why(operator.join().unwrap()).0, WhyNot::Stopped);
+    assert!(server.balloon.cancel_request(None).is_err(), "nothing runs");
+    // A guest that does not listen is not waited for for long.
+    let operator = ask(&server.balloon, SNAPSHOT, LONG);
+    vm.wait_for_requests(2);
+    vm.next_request();
+    let start = Instant::now();
+    server.balloon.cancel_request(None).unwrap();
+    assert_eq!(why(operator.join().unwrap()).0, WhyNot::Stopped);
+    assert!(start.elapsed() < LONG / 2);
+    assert_still_asks(&server, &mut vm);
+}
+
+#[test]
+fn too_many_requests_are_refused_at_once() {
+    let (server, mut vm, _served) = askable(Monitor::Uml);
+    let mut operators = vec![ask(&server.balloon, DROP, LONG)];
+    let mut request = vm.next_request();
+    operators.extend((0..8).map(|_| ask(&server.balloon, DROP, LONG)));
+    until(|| server.status().requests.waiting >= 8);
+    let (reason, what) = why(ask(&server.balloon, DROP, LONG).join().unwrap());
+    assert_eq!((reason, what.as_str()), (WhyNot::TooMany, "8 requests wait for the guest already"));
+    let mut last = 0;
+    while !operators.is_empty() {
+        assert!(request.id > last, "in the order in which they were made");
+        last = request.id;
+        assert_eq!(vm.answer(last, Outcome::Done, [0; 4], &[]), ACCEPTED);
+        until(|| operators.iter().any(JoinHandle::is_finished));
+        let at = operators.iter().position(JoinHandle::is_finished).unwrap();
+        operators.swap_remove(at).join().unwrap().unwrap();
+        if !operators.is_empty() {
+            vm.wait_for_requests(1);
+            request = vm.next_request();
+        }
+    }
+    assert_still_asks(&server, &mut vm);
+}
+
+/// Answers that break the protocol, with their status and fault.
+fn lies(id: u32) -> Vec<(&'static str, u32, Vec<u8>)> {
+    let done = |records: &[u8]| answer_bytes(id, Outcome::Done, [0; 4], records);
+    let with = |at: usize, byte: u8| {
+        let mut bytes = done(&[]);
+        bytes[at] = byte;
+        bytes
+    };
+    let page = data_pages().start;
+    vec![
+        ("malformed_answer", MALFORMED, done(&[])[..47].to_vec()),
+        ("malformed_answer", MALFORMED, with(4, 8)),
+        ("malformed_answer", MALFORMED, answer_bytes(id, Outcome::HoldLost, [0; 4], &[])),
+        ("malformed_record", MALFORMED, done(&[0; 12])),
+        ("outside_memory", OUTSIDE, done(&blocks(FIRST_PAGE + PAGES, 1, &[1]))),
+        ("outside_memory", OUTSIDE, done(&blocks(FIRST_PAGE - 64, 1, &[1]))),
+        ("repeated_page", REPEATED, done(&[blocks(page, 1, &[1]), blocks(page, 1, &[1])].concat())),
+    ]
+}
+
+#[test]
+fn an_answer_that_lies_ends_its_request_and_nothing_else() {
+    for lie in 0..lies(1).len() {
+        let (server, mut vm, _served) = askable(Monitor::Uml);
+        let operator = ask(&server.balloon, SNAPSHOT, LONG);
+        let request = vm.next_request();
+        let (fault, status, bytes) = lies(request.id).swap_remove(lie);
+        assert_eq!(vm.answer_raw(&bytes), status, "{fault}");
+        let (reason, what) = why(operator.join().unwrap());
+        assert_eq!(reason, WhyNot::Refused);
+        assert!(what.contains("breaks the protocol"), "{what}");
+        assert_eq!(server.guest_faults(fault), 1, "{fault}");
+        assert_eq!(server.status().requests.ended["report-free"]["guest_fault"], 1);
+        assert!(server.balloon.free_pages().is_none());
+        assert_still_asks(&server, &mut vm);
+    }
+}
+
+#[test]
+fn pages_in_the_balloon_are_not_free() {
+    let (server, mut vm, _served) = askable(Monitor::Uml);
+    let page = data_pages().start;
+    vm.inflate(&(page..page + 8).collect());
+    let operator = ask(&server.balloon, SNAPSHOT, LONG);
+    let request = vm.next_request();
+    let status = vm.answer(request.id, Outcome::Done, [0; 4], &blocks(page + 7, 1, &[0b11]));
+    assert_eq!((status, server.guest_faults("free_in_balloon")), (OUTSIDE, 1));
+    assert_eq!(why(operator.join().unwrap()).0, WhyNot::Refused);
+    // A page that goes into the balloon while the guest looks was free before.
+    vm.wait_for_requests(1);
+    let operator = ask(&server.balloon, SNAPSHOT, LONG);
+    let request = vm.next_request();
+    vm.inflate(&(page + 8..page + 10).collect());
+    let named = blocks(page + 8, 1, &[0b111]);
+    assert_eq!(vm.answer(request.id, Outcome::Done, [0; 4], &named), ACCEPTED);
+    let free = operator.join().unwrap().unwrap().free.unwrap();
+    assert_eq!(free.summary.total_bytes, PAGE, "the third is left");
+    vm.deflate(&(page..page + 10).collect());
+    assert_still_asks(&server, &mut vm);
+}
+
+#[test]
+fn chunks_for_ever_come_to_an_end() {
+    for records in [Vec::new(), blocks(data_pages().start, 1, &[u64::MAX; 4])] {
+        let (server, mut vm, _served) = askable(Monitor::Uml);
+        let operator = ask(&server.balloon, SNAPSHOT, LONG);
+        let request = vm.next_request();
+        let mut chunks = 0u64;
+        while vm.answer(request.id, Outcome::More, [0; 4], &records) == ACCEPTED {
+            chunks += 1;
+            assert!(chunks <= 2 * PAGES, "no end");
+        }
+        assert_eq!(chunks, if records.is_empty() { 2 * PAGES } else { 2 * PAGES / 256 });
+        assert_eq!(server.guest_faults("too_many_pages"), 1);
+        assert_eq!(why(operator.join().unwrap()).0, WhyNot::Refused);
+        assert_eq!(vm.answer(request.id, Outcome::More, [0; 4], &records), UNWANTED);
+        assert_eq!(server.guest_faults("unknown_request"), 0, "it was asked, and is late");
+        assert_still_asks(&server, &mut vm);
+    }
+}
+
+#[test]
+fn an_answer_that_nobody_asked_for_is_unwanted() {
+    let (server, mut vm, _served) = askable(Monitor::Uml);
+    for id in [0, 1, 77, u32::MAX] {
+        assert_eq!(vm.answer(id, Outcome::Done, [0; 4], &[]), UNWANTED);
+    }
+    assert_eq!(server.guest_faults("unknown_request"), 4);
+    let operator = ask(&server.balloon, DROP, LONG);
+    let id = vm.next_request().id;
+    assert_eq!(vm.answer(id + 1, Outcome::Done, [0; 4], &[]), UNWANTED);
+    assert_eq!(vm.answer(id, Outcome::Done, [0; 4], &[]), ACCEPTED);
+    operator.join().unwrap().unwrap();
+    assert_eq!(vm.answer(id, Outcome::Done, [0; 4], &[]), UNWANTED);
+    assert_eq!(server.guest_faults("answered_twice"), 1);
+    assert_still_asks(&server, &mut vm);
+}
+
+#[test]
+fn a_kernel_that_refuses_is_quoted() {
+    let (server, mut vm, _served) = askable(Monitor::Uml);
+    for (errno, text) in [(12, "Cannot allocate memory"), (u64::MAX, "error 18446744073709551615")]
+    {
+        let operator = ask(&server.balloon, DROP, LONG);
+        vm.wait_for_requests(1);
+        let id = vm.next_request().id;
+        assert_eq!(vm.answer(id, Outcome::Failed, [errno, 0, 0, 0], &[]), ACCEPTED);
+        let (reason, what) = why(operator.join().unwrap());
+        assert_eq!(reason, WhyNot::Refused);
+        assert!(what.contains(text), "{what}");
+    }
+    assert_still_asks(&server, &mut vm);
+}
+
+#[test]
+fn a_driver_that_is_unloaded_in_the_middle_gets_its_chains_back() {
+    for enable in [true, false] {
+        let (server, mut vm, _served) = askable(Monitor::Uml);
+        if !enable {
+            vm.remove_uml(true);
+            vm.probe_uml(ASKABLE, false);
+            vm.wait_for_requests(2);
+            // Features would be asked for by a driver that goes.
+            vm.front.read_config(16);
+        }
+        let operators = [ask(&server.balloon, DROP, LONG), ask(&server.balloon, HOLD, LONG)];
+        vm.next_request();
+        until(|| server.status().requests.waiting >= 1);
+        vm.remove_uml(enable);
+        for operator in operators {
+            let (reason, what) = why(operator.join().unwrap());
+            assert_eq!(reason, WhyNot::Stopped);
+            assert!(what.contains("unloaded"), "{what}");
+        }
+        assert_eq!(vm.back(), Back::Empty, "the chain that waited comes back");
+        let (reason, what) = why(ask(&server.balloon, DROP, LONG).join().unwrap());
+        assert_eq!(reason, WhyNot::NotPossible);
+        assert!(what.contains("unloaded"), "{what}");
+        // The next driver starts from nothing.
+        vm.probe_uml(ASKABLE, enable);
+        vm.wait_for_requests(1);
+        vm.front.read_config(16);
+        assert_still_asks(&server, &mut vm);
+        assert_eq!(server.status().faults.total(), 0);
+    }
+}
+
+#[test]
+fn a_guest_that_pauses_keeps_its_hold_and_loses_its_request() {
+    let (server, mut vm, _served) = askable(Monitor::Qemu);
+    // Queues that stand at 0 are those of a driver that starts.
+    let page = data_pages().start + 100;
+    vm.inflate(&(page..page + 1).collect());
+    vm.deflate(&(page..page + 1).collect());
+    let operator = ask(&server.balloon, HOLD, LONG);
+    let hold = vm.next_request().id;
+    let named = blocks(data_pages().start, 64, &[1]);
+    assert_eq!(vm.answer(hold, Outcome::Done, [64, 64, 0, 0], &named), ACCEPTED);
+    operator.join().unwrap().unwrap();
+    vm.wait_for_requests(1);
+    let operator = ask(&server.balloon, DROP, LONG);
+    let late = vm.next_request().id;
+    let bases = vm.stop_qemu();
+    assert_eq!(why(operator.join().unwrap()).0, WhyNot::Stopped);
+    assert_eq!(server.status().requests.hold, Some(HoldState::Paused));
+    assert_eq!(vm.back(), Back::Empty);
+    vm.start_qemu(ASKABLE, bases);
+    vm.wait_for_requests(1);
+    assert_eq!(vm.answer(late, Outcome::Done, [0; 4], &[]), UNWANTED);
+    assert_eq!(server.status().requests.late_answers, 1);
+    assert_eq!(server.status().requests.hold, Some(HoldState::Kept));
+    assert_eq!(server.status().faults.total(), 0);
+}
+
+#[test]
+fn a_monitor_that_hangs_up_ends_every_request() {
+    let (server, mut vm, served) = askable(Monitor::Uml);
+    let operators = [ask(&server.balloon, SNAPSHOT, LONG), ask(&server.balloon, DROP, LONG)];
+    vm.next_request();
+    until(|| server.status().requests.waiting >= 1);
+    drop(vm);
+    served.outcome().unwrap();
+    for operator in operators {
+        let (reason, what) = why(operator.join().unwrap());
+        assert_eq!(reason, WhyNot::Stopped);
+        assert!(what.contains("hung up"), "{what}");
+    }
+    assert_eq!(server.status().requests.ended["drop-caches"]["hung_up"], 1);
+    assert_serves(&server, Monitor::Uml, ASKABLE);
+}
+
+#[test]
+fn chains_that_cannot_wait_come_back_empty() {
+    let (server, mut vm, _served) = askable(Monitor::Uml);
+    let memory = vm.guest.memory.clone();
+    // Too short for a request, nothing at all, and the chain at 0 once more.
+    let short = [guest_ring::Buffer::writable(BASE + 0x39000, 15)];
+    vm.rings[REQUEST].send(&memory, &short);
+    vm.rings[REQUEST].send(&memory, &[]);
+    vm.rings[REQUEST].publish(&memory, 0);
+    vm.kick(REQUEST);
+    assert_eq!([vm.back(), vm.back(), vm.back()], [Back::Empty; 3]);
+    assert_eq!(server.guest_faults("empty_message"), 2);
+    assert_eq!(server.guest_faults("repeated_chain"), 1);
+    // A place that is no memory is found out when it is written to.
+    vm.rings[REQUEST].send(&memory, &[guest_ring::Buffer::writable(PAGE, 16)]);
+    vm.kick(REQUEST);
+    for _ in 0..2 {
+        let operator = ask(&server.balloon, DROP, LONG);
+        let id = vm.next_request().id;
+        assert_eq!(vm.answer(id, Outcome::Done, [0; 4], &[]), ACCEPTED);
+        operator.join().unwrap().unwrap();
+    }
+    let operator = ask(&server.balloon, DROP, SHORT);
+    assert_eq!(vm.back(), Back::Empty);
+    assert_eq!(why(operator.join().unwrap()).0, WhyNot::TimedOut);
+    assert_eq!(server.guest_faults("bad_descriptor"), 1);
+    assert_still_asks(&server, &mut vm);
+}
+
+/// Without protocol features a front end cannot say that a queue stops, only ask
+/// for the features; the driver's memory is used for other things from then on.
+#[test]
+fn a_ring_whose_driver_is_gone_is_not_touched_for_an_operator() {
+    let (server, mut vm, _served) = askable(Monitor::Uml);
+    vm.remove_uml(true);
+    vm.probe_uml(ASKABLE, false);
+    vm.wait_for_requests(2);
+    vm.front.read_config(16);
+    vm.remove_uml(false);
+    let ring = &vm.rings[REQUEST];
+    let (at, bytes) = (ring.table(), guest_ring::GuestRing::bytes(ring.size()));
+    let mut other = vec![0xa5; bytes as usize];
+    vm.guest.write(at, &other);
+    for _ in 0..20 {
+        let outcome = ask(&server.balloon, DROP, SHORT).join().unwrap();
+        assert_eq!(why(outcome).0, WhyNot::NotPossible);
+        server.balloon.set_target(5).unwrap();
+        server.balloon.set_target(0).unwrap();
+        vm.front.read_config(16);
+    }
+    vm_memory::Bytes::read_slice(&vm.guest.memory, &mut other, vm_memory::GuestAddress(at))
+        .unwrap();
+    assert!(other.iter().all(|byte| *byte == 0xa5), "the device wrote into it");
+}

@@ -1,0 +1,51 @@
+//! What the kernel uses its pages for, by `/proc/kpageflags`.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+/// The flag of a page in a free block (KPF_BUDDY in linux/kernel-page-flags.h).
+const BUDDY: u64 = 1 << 10;
+
+/// Bytes of one page's flags.
+const FLAGS_BYTES: u64 = 8;
+
+/// Pages looked at with one read: looking must not change much of what it sees.
+const CHUNK_PAGES: u64 = 4096;
+
+/// Counts the pages of the ranges `first,count` that are in no free block.
+pub(crate) fn not_free(ranges: &[&str]) -> Result<String, String> {
+    let path = "/proc/kpageflags";
+    let failed = |error: std::io::Error| format!("cannot read {path}: {error}");
+    let file = File::open(path).map_err(failed)?;
+    let mut flags = vec![0; (CHUNK_PAGES * FLAGS_BYTES) as usize];
+    let (mut pages, mut used) = (0, 0);
+    for range in ranges {
+        let (first, count) = parse(range).ok_or_else(|| format!("not FIRST,COUNT: {range}"))?;
+        for chunk in (0..count).step_by(CHUNK_PAGES as usize) {
+            let some = (count - chunk).min(CHUNK_PAGES) * FLAGS_BYTES;
+            let read = flags.get_mut(..some as usize).ok_or("too long")?;
+            file.read_exact_at(read, (first + chunk) * FLAGS_BYTES).map_err(failed)?;
+            let (read, _) = read.as_chunks::<8>();
+            used += read.iter().filter(|raw| u64::from_ne_bytes(**raw) & BUDDY == 0).count();
+        }
+        pages += count;
+    }
+    Ok(format!("pages={pages} used={used}"))
+}
+
+fn parse(range: &str) -> Option<(u64, u64)> {
+    let (first, count) = range.split_once(',')?;
+    Some((first.parse().ok()?, count.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_are_two_numbers() {
+        assert_eq!(parse("12,3"), Some((12, 3)));
+        assert_eq!(parse("12"), None);
+        assert_eq!(parse("12,x"), None);
+    }
+}

@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT OR Apache-2.0
+/* The blocks of a hold, and its end when the guest needs them. */
+
+#include <linux/gfp.h>
+#include <linux/ktime.h>
+#include <linux/list.h>
+#include <linux/sched.h>
+#include <linux/slab.h>
+
+#include "requests.h"
+
+/* While waiting, look this often whether the device has died. */
+#define AEROSTAT_LOOK_JIFFIES	HZ
+/* Looks granted to a host that does not return "hold lost". Whoever needs the
+ * memory goes on without it then; it comes when the host has answered.
+ */
+#define AEROSTAT_LOSS_LOOKS	5
+
+void *aerostat_glue_hold_lock(struct aerostat *vb)
+{
+	cond_resched();
+	mutex_lock(&vb->rq->hold_lock);
+	return vb->rq->hold;
+}
+
+void aerostat_glue_hold_unlock(struct aerostat *vb)
+{
+	WRITE_ONCE(vb->held, aerostat_hold_pages(vb->rq->hold));
+	mutex_unlock(&vb->rq->hold_lock);
+}
+
+bool aerostat_glue_hold_take(struct aerostat *vb, u32 order)
+{
+	/* Only what is free: no reclaim, no compaction, no reserves. */
+	gfp_t gfp = (GFP_HIGHUSER & ~__GFP_RECLAIM) | __GFP_NORETRY | __GFP_NOMEMALLOC |
+		    __GFP_NOWARN;
+	struct page *page;
+
+	if (order > AEROSTAT_MAX_ORDER)
+		return false;
+	page = alloc_pages(gfp, order);
+	if (!page)
+		return false;
+	set_page_private(page, order);
+	list_add_tail(&page->lru, &vb->rq->taken[order]);
+	return true;
+}
+
+u64 aerostat_glue_hold_name(struct aerostat *vb, u32 order)
+{
+	struct aerostat_requests *rq = vb->rq;
+	struct page *page;
+
+	if (order > AEROSTAT_MAX_ORDER || list_empty(&rq->taken[order]))
+		return AEROSTAT_NO_PFN;
+	page = list_first_entry(&rq->taken[order], struct page, lru);
+	list_move_tail(&page->lru, &rq->named);
+	return (u64)page_to_pfn(page) << AEROSTAT_PAGE_SHIFT;
+}
+
+static void aerostat_free_held(struct list_head *list)
+{
+	struct page *page, *next;
+
+	list_for_each_entry_safe(page, next, list, lru) {
+		unsigned int order = page_private(page);
+
+		list_del(&page->lru);
+		set_page_private(page, 0);
+		__free_pages(page, order);
+		cond_resched();
+	}
+}
+
+void aerostat_glue_hold_free(struct aerostat *vb)
+{
+	unsigned int order;
+
+	aerostat_free_held(&vb->rq->named);
+	for (order = 0; order <= AEROSTAT_MAX_ORDER; order++)
+		aerostat_free_held(&vb->rq->taken[order]);
+}
+
+/* Frees a lost hold once the host cannot count on it any more. */
+static u64 aerostat_free_lost(struct aerostat_requests *rq)
+{
+	struct aerostat *vb = rq->vb;
+	u64 pages = 0;
+
+	aerostat_glue_hold_lock(vb);
+	if (aerostat_hold_is_losing(rq->hold) && aerostat_lost_is_over(rq)) {
+		aerostat_glue_hold_free(vb);
+		pages = aerostat_hold_emptied(rq->hold);
+		vb->holds_lost++;
+	}
+	aerostat_glue_hold_unlock(vb);
+	if (pages)
+		dev_info(&vb->vdev->dev, "took a hold of %llu pages back from the host\n", pages);
+	return pages;
+}
+
+void aerostat_end_loss(struct aerostat_requests *rq)
+{
+	aerostat_free_lost(rq);
+}
+
+/* Returns the guest's pages that came back. A caller that may be anywhere, also
+ * with locks of a file system, does not wait for who changes the hold just now.
+ */
+u64 aerostat_lose_hold(struct aerostat *vb, bool wait_for_lock)
+{
+	struct aerostat_requests *rq = vb->rq;
+	unsigned int looks = AEROSTAT_LOSS_LOOKS;
+	u8 header[AEROSTAT_HEADER_BYTES];
+	bool losing;
+	u32 id;
+
+	if (!rq)
+		return 0;
+	if (wait_for_lock)
+		mutex_lock(&rq->hold_lock);
+	else if (!mutex_trylock(&rq->hold_lock))
+		return 0;
+	id = aerostat_hold_lose(rq->hold, ktime_get_ns(), header);
+	if (id)
+		aerostat_say_lost(rq, id, header);
+	losing = aerostat_hold_is_losing(rq->hold);
+	mutex_unlock(&rq->hold_lock);
+	if (!losing)
+		return 0;
+	while (!wait_event_idle_timeout(rq->returned, aerostat_lost_is_over(rq),
+					AEROSTAT_LOOK_JIFFIES) && --looks)
+		;
+	return aerostat_free_lost(rq) >> AEROSTAT_PAGE_SHIFT;
+}
+
+void aerostat_clear_hold(struct aerostat_requests *rq)
+{
+	aerostat_glue_hold_lock(rq->vb);
+	aerostat_glue_hold_free(rq->vb);
+	aerostat_hold_emptied(rq->hold);
+	aerostat_glue_hold_unlock(rq->vb);
+}
+
+int aerostat_alloc_hold(struct aerostat_requests *rq)
+{
+	unsigned int order;
+
+	mutex_init(&rq->hold_lock);
+	INIT_LIST_HEAD(&rq->named);
+	for (order = 0; order <= AEROSTAT_MAX_ORDER; order++)
+		INIT_LIST_HEAD(&rq->taken[order]);
+	rq->hold = kzalloc(aerostat_hold_bytes(), GFP_KERNEL);
+	if (!rq->hold)
+		return -ENOMEM;
+	aerostat_hold_init(rq->hold);
+	return 0;
+}
