@@ -272,7 +272,8 @@ fn a_pause_serves_what_was_sent_and_then_nothing() {
     ring.send(&guest.memory, &[Buffer::readable(0x8000, 4)]);
     guest.registers.pause();
     assert!(ring.take_used(&guest.memory).is_some());
-    assert_eq!((guest.fake.log().given_back.clone(), guest.fake.log().suspended), (vec![0], 1));
+    assert_eq!(guest.fake.log().given_back, [0]);
+    assert_eq!(guest.fake.log().suspended, 1);
     assert_eq!(guest.fake.log().raised, 2, "for what was served and for what came back");
     ring.send(&guest.memory, &[Buffer::readable(0x8000, 4)]);
     guest.registers.notified(0, 1);
