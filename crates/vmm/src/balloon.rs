@@ -8,8 +8,8 @@ use balloon_abi::{Features, QueueLayout, Vq};
 use balloon_device::QueueError;
 use balloon_host::{Shared, StatsClock};
 use virtio_queue::Queue;
-use vm_memory::GuestMemoryMmap;
 
+use crate::memory::Ram;
 use crate::mmio::{Device, Served};
 
 /// The virtio device type of a balloon (virtio 1.3, 5.5.1).
@@ -76,7 +76,7 @@ impl Device for Balloon {
         self.shared.count_exits(count);
     }
 
-    fn serve(&mut self, index: usize, memory: &GuestMemoryMmap, queue: &mut Queue) -> Served {
+    fn serve(&mut self, index: usize, memory: &Ram, queue: &mut Queue) -> Served {
         let mut device = self.shared.device();
         let Some(vq) = device.queues().vq(index) else {
             return Served::Done { notify: false, more: false };
@@ -113,7 +113,7 @@ impl Device for Balloon {
         stats.into_iter().chain(requests).collect()
     }
 
-    fn give_back(&mut self, index: usize, memory: &GuestMemoryMmap, queue: &mut Queue) -> Served {
+    fn give_back(&mut self, index: usize, memory: &Ram, queue: &mut Queue) -> Served {
         let mut device = self.shared.device();
         let Some(vq) = device.queues().vq(index) else {
             return Served::Done { notify: false, more: false };

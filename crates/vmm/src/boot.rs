@@ -14,11 +14,12 @@ use linux_loader::loader::elf::start_info::{
 };
 use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use linux_loader::loader::{KernelLoader, KernelLoaderResult};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Address, Bytes, GuestAddress};
 
 use crate::cpu::Entry;
 use crate::error::Error;
 use crate::layout;
+use crate::memory::Ram;
 
 /// Begins an ELF file.
 const ELF_MAGIC: &[u8; 4] = b"\x7fELF";
@@ -50,7 +51,7 @@ pub(crate) struct Source<'a> {
 /// Loads all of it; the ACPI tables are there already.
 pub(crate) fn load(
     source: &Source<'_>,
-    memory: &GuestMemoryMmap,
+    memory: &Ram,
     ranges: &[(u64, u64)],
 ) -> Result<Entry, Error> {
     write_command_line(source.command_line, memory)?;
@@ -70,7 +71,7 @@ pub(crate) fn load(
 fn load_pvh(
     source: &Source<'_>,
     kernel: &mut File,
-    memory: &GuestMemoryMmap,
+    memory: &Ram,
     ranges: &[(u64, u64)],
 ) -> Result<Entry, Error> {
     let high = Some(GuestAddress(layout::HIGH_START));
@@ -112,7 +113,7 @@ fn load_pvh(
 fn load_linux(
     source: &Source<'_>,
     kernel: &mut File,
-    memory: &GuestMemoryMmap,
+    memory: &Ram,
     ranges: &[(u64, u64)],
 ) -> Result<Entry, Error> {
     let high = Some(GuestAddress(layout::HIGH_START));
@@ -155,7 +156,7 @@ fn unpacked_end(header: &setup_header, loaded: &KernelLoaderResult) -> u64 {
 /// Loads the RAM disk as high as it may be; returns its address and size.
 fn load_initrd(
     source: &Source<'_>,
-    memory: &GuestMemoryMmap,
+    memory: &Ram,
     ranges: &[(u64, u64)],
     kernel_end: u64,
     max: u64,
@@ -180,7 +181,7 @@ fn load_initrd(
     Ok(Some((start, bytes)))
 }
 
-fn write_command_line(text: &str, memory: &GuestMemoryMmap) -> Result<(), Error> {
+fn write_command_line(text: &str, memory: &Ram) -> Result<(), Error> {
     let printable = text.bytes().all(|byte| (b' '..=b'~').contains(&byte));
     if text.len() >= layout::MAX_COMMAND_LINE_BYTES || !printable {
         let what = format!(

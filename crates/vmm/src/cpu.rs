@@ -2,10 +2,11 @@
 
 use kvm_bindings::{Msrs, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::error::Error;
 use crate::layout;
+use crate::memory::Ram;
 
 /// How a kernel wants to be entered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,7 +49,7 @@ const MTRR_DEFAULT_TYPE: u32 = 0x2ff;
 const WRITE_BACK: u64 = 1 << 11 | 6;
 
 /// Prepares processor 0 to enter a kernel, with what it starts with in the guest's memory.
-pub(crate) fn enter(vcpu: &VcpuFd, entry: Entry, memory: &GuestMemoryMmap) -> Result<(), Error> {
+pub(crate) fn enter(vcpu: &VcpuFd, entry: Entry, memory: &Ram) -> Result<(), Error> {
     let mut sregs = vcpu.get_sregs().map_err(Error::kvm("reading a processor"))?;
     let (code, bits) = match entry {
         Entry::Pvh(_) => (segment(CODE, 0xb, false), 32),
@@ -125,7 +126,7 @@ fn descriptor(segment: &kvm_segment) -> u64 {
         | (base >> 24 & 0xff) << 56
 }
 
-fn write_gdt(memory: &GuestMemoryMmap, segments: &[kvm_segment]) -> Result<(), Error> {
+fn write_gdt(memory: &Ram, segments: &[kvm_segment]) -> Result<(), Error> {
     for segment in segments {
         let at = layout::GDT + u64::from(segment.selector);
         write(memory, descriptor(segment), at)?;
@@ -134,7 +135,7 @@ fn write_gdt(memory: &GuestMemoryMmap, segments: &[kvm_segment]) -> Result<(), E
 }
 
 /// Maps the first GiB one to one with huge pages.
-fn write_page_tables(memory: &GuestMemoryMmap) -> Result<(), Error> {
+fn write_page_tables(memory: &Ram) -> Result<(), Error> {
     let pointers = layout::PAGE_TABLES + TABLE_BYTES;
     write(memory, pointers | PAGE, layout::PAGE_TABLES)?;
     for gib in 0..MAPPED_GIB {
@@ -148,7 +149,7 @@ fn write_page_tables(memory: &GuestMemoryMmap) -> Result<(), Error> {
     Ok(())
 }
 
-fn write(memory: &GuestMemoryMmap, value: u64, at: u64) -> Result<(), Error> {
+fn write(memory: &Ram, value: u64, at: u64) -> Result<(), Error> {
     memory.write_obj(value.to_le(), GuestAddress(at)).map_err(Error::memory("writing"))
 }
 
@@ -167,7 +168,7 @@ mod tests {
 
     #[test]
     fn page_tables_map_each_address_to_itself() {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let memory = Ram::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
         write_page_tables(&memory).unwrap();
         let read = |at: u64| memory.read_obj::<u64>(GuestAddress(at)).unwrap();
         for address in [0, 0x12_3456, 0x4000_0000, 0xffff_ffff] {

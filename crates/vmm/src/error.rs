@@ -70,6 +70,20 @@ pub enum Error {
     /// The control socket could not be served.
     #[error(transparent)]
     Control(#[from] control::ControlError),
+    /// Something that this monitor cannot do with this host or guest.
+    #[error("host: this monitor cannot save or restore {what}")]
+    Unsupported {
+        /// What it cannot.
+        what: String,
+    },
+    /// A state that no machine of this monitor can have: the fault of who sent it.
+    #[error("sender: the state of {section} makes no sense: {why}")]
+    State {
+        /// The part of it.
+        section: String,
+        /// What is wrong with it.
+        why: String,
+    },
     /// A processor of the guest stopped in a way from which it cannot go on.
     #[error("guest: processor {cpu} stopped: {why}")]
     Processor {

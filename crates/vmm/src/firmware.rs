@@ -3,9 +3,10 @@
 //! Linux does so on a machine of reduced hardware without EFI, where its first choice is EFI and
 //! its second the firmware (`arch/x86/kernel/reboot.c`), and never asks the reset register.
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::error::Error;
+use crate::memory::Ram;
 use crate::ports;
 
 /// Where a processor starts, as real mode sees it: f000:fff0.
@@ -15,7 +16,7 @@ pub(crate) const START: u64 = 0xf_fff0;
 const BYTES: usize = 16;
 
 /// Writes the few instructions that ask for a reset.
-pub(crate) fn write(memory: &GuestMemoryMmap) -> Result<(), Error> {
+pub(crate) fn write(memory: &Ram) -> Result<(), Error> {
     memory.write_slice(&code(), GuestAddress(START)).map_err(Error::memory("writing"))
 }
 

@@ -21,12 +21,16 @@ mod kvm;
 mod layout;
 mod machine;
 mod memory;
+mod migrate;
 mod mmio;
 mod ports;
+mod state;
 mod vcpu;
 
 pub use balloon_abi::Features;
 pub use error::Error;
 pub use layout::MAX_CPUS;
-pub use machine::{End, Options, run};
+pub use machine::{End, Machine, Options, Requests, run};
 pub use memory::MemoryKind;
+pub use migrate::GuestRam;
+pub use state::Section;

@@ -81,7 +81,8 @@ pub enum End {
 /// good.
 pub fn run(options: &Options) -> Result<End, Error> {
     let requests = Requests::new().map_err(Error::host("signal handling"))?;
-    let machine = Machine::new(options)?;
+    let machine = Machine::new(options, Box::new(io::stdout()))?;
+    machine.load_kernel(options)?;
     let _control = Server::bind(&options.control, Arc::clone(&machine.balloon) as _)?;
     let stop = requests.stopper().map_err(Error::host("signal handling"))?;
     let _console = Console::start(&machine.bus, stop)?;
@@ -91,24 +92,25 @@ pub fn run(options: &Options) -> Result<End, Error> {
         memory_mib = options.memory_bytes >> 20,
         "booting"
     );
+    machine.resume();
     machine.serve(&requests)
 }
 
 /// Everything that the guest's processors can reach besides memory.
 pub(crate) struct Bus {
     pub(crate) ports: Ports,
-    slots: Vec<Slot>,
+    pub(crate) slots: Vec<Slot>,
 }
 
 /// A virtio-mmio device in its window.
-struct Slot {
+pub(crate) struct Slot {
     start: u64,
     transport: Mutex<Transport<EventSignals>>,
     kicks: Vec<EventFd>,
 }
 
 /// Event files: to the guest by KVM, to the device by this process's loop.
-struct EventSignals {
+pub(crate) struct EventSignals {
     interrupt: EventFd,
     kicks: Vec<EventFd>,
 }
@@ -184,7 +186,7 @@ impl Slot {
     }
 
     /// A thread that panicked with the lock held has left registers of one guest behind.
-    fn transport(&self) -> MutexGuard<'_, Transport<EventSignals>> {
+    pub(crate) fn transport(&self) -> MutexGuard<'_, Transport<EventSignals>> {
         self.transport.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -204,15 +206,24 @@ fn event_file() -> Result<EventFd, Error> {
     EventFd::new(flags.bits().cast_signed()).map_err(Error::host::<io::Error>("eventfd"))
 }
 
-/// A guest that is ready to run.
-struct Machine {
-    bus: Arc<Bus>,
-    balloon: Arc<Shared>,
-    processors: Processors,
+/// A guest, which stands still until it is [resumed](Self::resume).
+pub struct Machine {
+    pub(crate) bus: Arc<Bus>,
+    pub(crate) balloon: Arc<Shared>,
+    pub(crate) processors: Processors,
+    pub(crate) memory: Memory,
+    pub(crate) vm: Arc<Vm>,
+    /// Model-specific registers that KVM knows.
+    pub(crate) msrs: Vec<u32>,
+    cpus: u8,
 }
 
 impl Machine {
-    fn new(options: &Options) -> Result<Self, Error> {
+    /// A machine with nothing in its memory. Its serial line writes to `output`.
+    ///
+    /// # Errors
+    /// What is wrong with the options, or with the host.
+    pub fn new(options: &Options, output: Box<dyn io::Write + Send>) -> Result<Self, Error> {
         if !(1..=layout::MAX_CPUS).contains(&options.cpus) {
             let what = format!("a guest can have 1 to {} processors", layout::MAX_CPUS);
             return Err(Error::Option { what });
@@ -227,8 +238,27 @@ impl Machine {
         let balloon = balloon(options, &memory)?;
         let device = Box::new(Balloon::new(Arc::clone(&balloon)));
         let slots = vec![Slot::new(0, device, vm.fd(), &memory)?];
-        let places: Vec<_> = (0..).take(slots.len()).map(mmio_slot).collect();
-        let tables = acpi::tables(options.cpus, &places);
+        let serial = event_file()?;
+        vm.fd()
+            .register_irqfd(&serial, layout::SERIAL_GSI)
+            .map_err(Error::kvm("making an interrupt"))?;
+        let ports = Ports::new(serial, output).map_err(Error::host("dup"))?;
+        let bus = Arc::new(Bus { ports, slots });
+        let processors = make_processors(&kvm, vm.fd(), options.cpus)?;
+        let processors = Processors::new(processors, &bus, &vm)?;
+        let msrs = kvm.get_msr_index_list().map_err(Error::kvm("asking for registers"))?;
+        let msrs = msrs.as_slice().to_vec();
+        Ok(Self { bus, balloon, processors, memory, vm, msrs, cpus: options.cpus })
+    }
+
+    /// Puts a kernel, and what firmware would have left, into the memory of a new machine.
+    ///
+    /// # Errors
+    /// The kernel cannot be booted, or does not fit.
+    pub fn load_kernel(&self, options: &Options) -> Result<(), Error> {
+        let places: Vec<_> = (0..).take(self.bus.slots.len()).map(mmio_slot).collect();
+        let tables = acpi::tables(self.cpus, &places);
+        let memory = &self.memory;
         memory
             .guest
             .write_slice(&tables, GuestAddress(layout::ACPI_TABLES))
@@ -240,25 +270,22 @@ impl Machine {
             command_line: &options.command_line,
         };
         let entry = boot::load(&source, &memory.guest, &memory.ranges)?;
-
-        let serial = event_file()?;
-        vm.fd()
-            .register_irqfd(&serial, layout::SERIAL_GSI)
-            .map_err(Error::kvm("making an interrupt"))?;
-        let bus = Arc::new(Bus { ports: Ports::new(serial, Box::new(io::stdout())), slots });
-        let processors = make_processors(&kvm, vm.fd(), options.cpus)?;
-        if let Some(first) = processors.first() {
-            cpu::enter(first, entry, &memory.guest)?;
-        }
-        let processors = Processors::new(processors, &bus, &vm)?;
-        Ok(Self { bus, balloon, processors })
+        self.processors.pause();
+        let enter = |number, fd: &VcpuFd| match number {
+            0 => cpu::enter(fd, entry, &memory.guest),
+            _ => Ok(()),
+        };
+        self.processors.each(enter).map(drop)
     }
 
-    /// Serves the guest's devices until it ends, or is to end.
-    fn serve(self, requests: &Requests) -> Result<End, Error> {
+    /// Serves the guest's devices until it ends, or is to end. Others may pause and resume the
+    /// guest meanwhile.
+    ///
+    /// # Errors
+    /// The host fails, or a processor of the guest stops for good.
+    pub fn serve(&self, requests: &Requests) -> Result<End, Error> {
         let poll = self.watch(requests).map_err(Error::host("epoll"))?;
         self.balloon.set_connected(true);
-        self.resume();
         let end = self.serve_events(&poll, requests);
         self.processors.pause();
         self.balloon.device().requests_mut().end_all(RequestFailure::HungUp);
@@ -334,13 +361,14 @@ impl Machine {
         }
     }
 
-    /// The guest stands still, and its devices with it.
-    fn pause(&self) {
+    /// The guest stands still, and its devices with it, when this returns.
+    pub fn pause(&self) {
         self.processors.pause();
         self.bus.slots.iter().for_each(|slot| slot.transport().pause());
     }
 
-    fn resume(&self) {
+    /// The guest runs.
+    pub fn resume(&self) {
         self.bus.slots.iter().for_each(|slot| slot.transport().resume());
         self.processors.resume();
     }
@@ -400,7 +428,7 @@ fn make_processors(kvm: &Kvm, vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, Error
 }
 
 /// What is asked of this process: by signals, or by a key.
-struct Requests {
+pub struct Requests {
     /// SIGTERM, SIGINT, or at the terminal: the end.
     stop: SignalPipe,
     /// SIGUSR1: the guest pauses.
@@ -416,7 +444,11 @@ struct SignalPipe {
 }
 
 impl Requests {
-    fn new() -> io::Result<Self> {
+    /// Takes the signals from now on.
+    ///
+    /// # Errors
+    /// The host has no file descriptor left.
+    pub fn new() -> io::Result<Self> {
         use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
         Ok(Self {
             stop: SignalPipe::new(&[SIGTERM, SIGINT])?,
@@ -426,7 +458,10 @@ impl Requests {
     }
 
     /// Asks for the end.
-    fn stopper(&self) -> io::Result<impl Fn() + Send + 'static> {
+    ///
+    /// # Errors
+    /// The host has no file descriptor left.
+    pub fn stopper(&self) -> io::Result<impl Fn() + Send + 'static> {
         let write = self.stop.write.try_clone()?;
         Ok(move || {
             // A stream that is full has been asked already.

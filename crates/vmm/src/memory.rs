@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use host_memory::{HostPages, MemoryMap, Region, advise_huge};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::error::Error;
@@ -20,9 +21,16 @@ pub struct MemoryKind {
     pub huge: bool,
 }
 
+/// Guest memory that notes which pages this process writes: the devices, since the guest's
+/// processors write without it.
+pub(crate) type Ram = GuestMemoryMmap<AtomicBitmap>;
+
+/// One region of it.
+type RamRegion = GuestRegionMmap<AtomicBitmap>;
+
 /// A guest's memory and what is known of its pages.
 pub(crate) struct Memory {
-    pub(crate) guest: GuestMemoryMmap,
+    pub(crate) guest: Ram,
     /// For who releases pages.
     pub(crate) map: MemoryMap,
     pub(crate) ranges: Vec<(u64, u64)>,
@@ -37,13 +45,13 @@ impl Memory {
         for &(start, bytes) in &ranges {
             let size = usize::try_from(bytes).map_err(Error::memory("mapping"))?;
             let file = file.as_ref().map(|file| FileOffset::from_arc(Arc::clone(file), offset));
-            let region = GuestRegionMmap::from_range(GuestAddress(start), size, file)
+            let region = RamRegion::from_range(GuestAddress(start), size, file)
                 .map_err(Error::memory("mapping"))?;
             regions.push(region);
             offset += bytes;
         }
         let transparent = kind.huge && !kind.shared;
-        let host_region = |region: &GuestRegionMmap| {
+        let host_region = |region: &RamRegion| {
             let known = Region::of_mapping(region).map_err(Error::memory("mapping"))?;
             if !transparent {
                 return Ok(known);
@@ -53,7 +61,7 @@ impl Memory {
         };
         let host = regions.iter().map(host_region).collect::<Result<_, Error>>()?;
         let map = MemoryMap::new(host).map_err(Error::memory("mapping"))?;
-        let guest = GuestMemoryMmap::from_regions(regions).map_err(Error::memory("mapping"))?;
+        let guest = Ram::from_regions(regions).map_err(Error::memory("mapping"))?;
         Ok(Self { guest, map, ranges })
     }
 }

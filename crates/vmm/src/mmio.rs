@@ -3,11 +3,17 @@
 //! The guest reads and writes them as it likes. What the specification does not allow is not
 //! done; a driver that cannot be served is told so by the bit `DEVICE_NEEDS_RESET`.
 
+mod state;
+
+pub(crate) use state::TransportState;
+
 use std::time::Duration;
 
 use balloon_host::ring::{self, MAX_QUEUE_SIZE};
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestAddress;
+
+use crate::memory::Ram;
 
 /// "virt", version 2, and a vendor of our own.
 const MAGIC: u32 = 0x7472_6976;
@@ -69,7 +75,7 @@ pub(crate) trait Device: Send {
     /// The guest left its processor so many times because of this device.
     fn count_exits(&mut self, count: u64);
     /// Serves a queue.
-    fn serve(&mut self, index: usize, memory: &GuestMemoryMmap, queue: &mut Queue) -> Served;
+    fn serve(&mut self, index: usize, memory: &Ram, queue: &mut Queue) -> Served;
     /// Time until a queue is to be served whatever the guest does, if it is.
     fn until_due(&self) -> Option<Duration>;
     /// Queues to be served now whatever the guest does. Those that wait for this host's operator
@@ -77,7 +83,7 @@ pub(crate) trait Device: Send {
     fn due(&mut self, woken: bool) -> Vec<usize>;
     /// A queue stops: what the device keeps of it goes back into it. True where the driver wants
     /// to hear of it.
-    fn give_back(&mut self, index: usize, memory: &GuestMemoryMmap, queue: &mut Queue) -> Served;
+    fn give_back(&mut self, index: usize, memory: &Ram, queue: &mut Queue) -> Served;
     /// A queue is gone, with whatever the device keeps of it.
     fn forget(&mut self, index: usize);
     /// All queues stand still for a while.
@@ -118,7 +124,7 @@ struct Ring {
 pub(crate) struct Transport<S> {
     device: Box<dyn Device>,
     signals: S,
-    memory: GuestMemoryMmap,
+    memory: Ram,
     rings: Vec<Ring>,
     device_features_sel: u32,
     driver_features_sel: u32,
@@ -136,7 +142,7 @@ impl<S: Signals> Transport<S> {
     pub(crate) fn new(
         device: Box<dyn Device>,
         signals: S,
-        memory: GuestMemoryMmap,
+        memory: Ram,
     ) -> Result<Self, virtio_queue::Error> {
         let ring = |_| Ok(Ring { queue: Queue::new(MAX_QUEUE_SIZE)?, places: [0; 3] });
         Ok(Self {

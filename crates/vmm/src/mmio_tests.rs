@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use guest_ring::{Buffer, GuestRing};
 use proptest::prelude::*;
 use virtio_queue::QueueOwnedT;
+use vm_memory::{Bytes, GuestMemoryBackend};
 
 use super::*;
 
@@ -57,7 +58,7 @@ impl Device for Fake {
         self.log().resets.push(features);
     }
     fn count_exits(&mut self, _count: u64) {}
-    fn serve(&mut self, index: usize, memory: &GuestMemoryMmap, queue: &mut Queue) -> Served {
+    fn serve(&mut self, index: usize, memory: &Ram, queue: &mut Queue) -> Served {
         assert!(queue.ready(), "a queue that is not ready is served");
         self.log().served.push(index);
         let mut heads = Vec::new();
@@ -76,7 +77,7 @@ impl Device for Fake {
     fn due(&mut self, woken: bool) -> Vec<usize> {
         if woken { vec![1] } else { vec![0, 1] }
     }
-    fn give_back(&mut self, index: usize, _: &GuestMemoryMmap, queue: &mut Queue) -> Served {
+    fn give_back(&mut self, index: usize, _: &Ram, queue: &mut Queue) -> Served {
         assert!(queue.ready(), "a queue that is not ready is given something");
         self.log().given_back.push(index);
         Served::Done { notify: index == 0, more: false }
@@ -101,12 +102,12 @@ impl Signals for Fake {
 struct Guest {
     registers: Transport<Fake>,
     fake: Fake,
-    memory: GuestMemoryMmap,
+    memory: Ram,
 }
 
 impl Guest {
     fn new() -> Self {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap();
+        let memory = Ram::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap();
         let fake = Fake::default();
         let device = Box::new(fake.clone());
         let registers = Transport::new(device, fake.clone(), memory.clone()).unwrap();
@@ -387,5 +388,117 @@ proptest! {
         guest.registers.notified(0, 1);
         prop_assert_eq!(guest.fake.log().served.len(), before + 1);
         prop_assert_ne!(guest.read(register::INTERRUPT_STATUS) & INTERRUPT_RING, 0);
+    }
+}
+
+/// What one machine saves, another takes, and the driver does not notice.
+#[test]
+fn a_device_goes_on_in_another_machine() {
+    let mut guest = Guest::new();
+    let mut ring = guest.start();
+    ring.send(&guest.memory, &[Buffer::readable(0x8000, 4)]);
+    guest.registers.notified(0, 1);
+    assert!(ring.take_used(&guest.memory).is_some());
+    guest.registers.pause();
+    let bytes = guest.registers.state().encode();
+    let state = TransportState::decode(&bytes).unwrap();
+    assert_eq!(state.agreed(), VERSION_1);
+
+    let mut other = Guest::new();
+    let mut all = vec![0; MEMORY_BYTES];
+    guest.memory.read_slice(&mut all, GuestAddress(0)).unwrap();
+    other.memory.write_slice(&all, GuestAddress(0)).unwrap();
+    other.registers.restore(&state).unwrap();
+    assert_eq!(other.registers.state(), state);
+    assert_eq!(other.fake.log().raised, 1, "what was not acknowledged is raised again");
+    assert_eq!(other.read(register::INTERRUPT_STATUS), INTERRUPT_RING);
+    ring.send(&other.memory, &[Buffer::readable(0x8000, 4)]);
+    other.registers.notified(0, 1);
+    assert!(ring.take_used(&other.memory).is_none(), "it stands still");
+    other.registers.resume();
+    assert_eq!(other.fake.log().kicks, [0, 1]);
+    other.registers.notified(0, 0);
+    assert!(ring.take_used(&other.memory).is_some());
+}
+
+/// Pages that the device writes are noted as the processors' are.
+#[test]
+fn what_the_device_writes_is_dirty() {
+    let mut guest = Guest::new();
+    let mut ring = guest.start();
+    ring.send(&guest.memory, &[Buffer::readable(0x8000, 4)]);
+    let region = guest.memory.iter().next().unwrap().get_mmap();
+    region.bitmap().reset();
+    guest.registers.notified(0, 1);
+    let words = region.bitmap().get_and_reset();
+    let used = ring.used() >> 12;
+    assert_eq!(words.iter().map(|word| word.count_ones()).sum::<u32>(), 1, "{words:x?}");
+    assert_eq!(words[usize::try_from(used / 64).unwrap()] >> (used % 64) & 1, 1);
+}
+
+/// A state that was changed on its way: field offsets are those of `TransportState::encode`.
+#[test]
+fn states_that_cannot_be_are_refused() {
+    let mut guest = Guest::new();
+    guest.start();
+    guest.registers.pause();
+    let good = guest.registers.state().encode();
+    let ring = 34;
+    let changed = |at: usize, bytes: &[u8]| {
+        let mut state = good.clone();
+        state[at..at + bytes.len()].copy_from_slice(bytes);
+        TransportState::decode(&state).and_then(|state| Guest::new().registers.restore(&state))
+    };
+    assert_eq!(changed(0, &[0]), Ok(()));
+    for (what, at, bytes) in [
+        ("a feature that is not offered", 8, &[0xff][..]),
+        ("no feature of a device since virtio 1", 12, &[0]),
+        ("a bit that no status has", 20, &[0x1f]),
+        ("a driver that runs without features", 20, &[4]),
+        ("an interrupt that there is not", 24, &[4]),
+        ("another number of queues", 32, &[1, 0]),
+        ("more queues than any device has", 32, &[0xff, 0xff]),
+        ("another limit of entries", ring, &[16, 0]),
+        ("an event index that was not agreed to", ring + 6, &[1]),
+        ("a flag that is none", ring + 6, &[2]),
+        ("a size that no ring has", ring + 7, &[3, 0]),
+        ("a ring larger than may be", ring + 7, &[0, 8]),
+        ("a table that is not aligned", ring + 10, &[1]),
+        ("an available ring that is not", ring + 18, &[1]),
+        ("a used ring that is not", ring + 26, &[2]),
+        ("a table outside of memory", ring + 10, &[0, 0, 0, 1]),
+        ("a used ring outside of memory", ring + 26, &[0, 0, 0x10, 0]),
+    ] {
+        assert!(changed(at, bytes).is_err(), "{what}");
+    }
+    for cut in 0..good.len() {
+        assert!(TransportState::decode(&good[..cut]).is_err());
+    }
+}
+
+proptest! {
+    /// Whatever a state says: it is refused, or the guest is served as any other.
+    #[test]
+    fn any_state_is_refused_or_harmless(
+        changes in prop::collection::vec((any::<usize>(), any::<u8>()), 0..6),
+        accesses in prop::collection::vec(0usize..QUEUES, 0..4),
+    ) {
+        let mut guest = Guest::new();
+        guest.start();
+        guest.registers.pause();
+        let mut bytes = guest.registers.state().encode();
+        let len = bytes.len();
+        for (at, byte) in changes {
+            bytes[at % len] = byte;
+        }
+        if let Ok(state) = TransportState::decode(&bytes)
+            && guest.registers.restore(&state).is_ok()
+        {
+            guest.registers.resume();
+            for index in accesses {
+                guest.registers.notified(index, 1);
+            }
+            prop_assert_eq!(state.agreed() & !OFFERED, 0);
+        }
     }
 }

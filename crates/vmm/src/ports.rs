@@ -8,6 +8,8 @@ use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::state::PortsState;
+
 /// First port of the PC's first serial line, and how many it has.
 pub(crate) const SERIAL: u16 = 0x3f8;
 pub(crate) const SERIAL_PORTS: u8 = 8;
@@ -76,17 +78,24 @@ type SerialLine = Serial<SerialInterrupt, RoomEvents, Box<dyn Write + Send>>;
 /// All ports of a guest.
 pub(crate) struct Ports {
     serial: Mutex<SerialLine>,
+    interrupt: EventFd,
     room: Arc<Condvar>,
     panicked: Mutex<bool>,
 }
 
 impl Ports {
     /// The serial line writes to `output`.
-    pub(crate) fn new(interrupt: EventFd, output: Box<dyn Write + Send>) -> Self {
+    pub(crate) fn new(interrupt: EventFd, output: Box<dyn Write + Send>) -> io::Result<Self> {
+        let interrupt_copy = interrupt.try_clone()?;
         let room = Arc::new(Condvar::new());
         let events = RoomEvents(Arc::clone(&room));
         let serial = Serial::with_events(SerialInterrupt(interrupt), events, output);
-        Self { serial: Mutex::new(serial), room, panicked: Mutex::new(false) }
+        Ok(Self {
+            serial: Mutex::new(serial),
+            interrupt: interrupt_copy,
+            room,
+            panicked: Mutex::new(false),
+        })
     }
 
     /// The guest writes; whatever it writes wherever, it harms only itself.
@@ -133,6 +142,24 @@ impl Ports {
         *self.panicked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Of a guest that stands still.
+    pub(crate) fn state(&self) -> PortsState {
+        PortsState { serial: self.serial().state(), panicked: self.panicked() }
+    }
+
+    /// Goes on with the ports of another host's guest, and interrupts the guest where it has to
+    /// hear of what was going on.
+    pub(crate) fn restore(&self, state: &PortsState) -> io::Result<()> {
+        let mut serial = self.serial();
+        let interrupt = SerialInterrupt(self.interrupt.try_clone()?);
+        let output = std::mem::replace(serial.writer_mut(), Box::new(io::sink()));
+        let events = RoomEvents(Arc::clone(&self.room));
+        *serial = Serial::from_state(&state.serial, interrupt, events, output)
+            .map_err(|error| io::Error::other(error.to_string()))?;
+        *self.panicked.lock().unwrap_or_else(PoisonError::into_inner) = state.panicked;
+        Ok(())
+    }
+
     /// Sends bytes to the guest by the serial line; waits while it has no room for them.
     pub(crate) fn type_in(&self, mut bytes: &[u8]) -> io::Result<()> {
         let mut serial = self.serial();
@@ -169,7 +196,7 @@ mod tests {
     use super::*;
 
     fn ports() -> Ports {
-        Ports::new(EventFd::new(0).unwrap(), Box::new(io::sink()))
+        Ports::new(EventFd::new(0).unwrap(), Box::new(io::sink())).unwrap()
     }
 
     #[test]

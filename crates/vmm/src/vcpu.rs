@@ -22,6 +22,7 @@ const CALL_AGAIN: Duration = Duration::from_millis(1);
 pub(crate) struct Processors {
     group: Arc<Group>,
     threads: Vec<JoinHandle<()>>,
+    fds: Vec<Arc<Mutex<VcpuFd>>>,
 }
 
 /// What the threads share.
@@ -48,7 +49,8 @@ enum Wanted {
 
 /// One processor.
 struct Processor {
-    fd: VcpuFd,
+    /// Locked by the thread while it is not parked.
+    fd: Arc<Mutex<VcpuFd>>,
     number: u8,
     bus: Arc<Bus>,
     group: Arc<Group>,
@@ -70,9 +72,11 @@ impl Processors {
         let ended = EventFd::new(rustix::event::EventfdFlags::NONBLOCK.bits().cast_signed())
             .map_err(Error::host::<std::io::Error>("eventfd"))?;
         let group = Arc::new(Group { state: Mutex::new(state), changed: Condvar::new(), ended });
-        let mut all = Self { group, threads: Vec::new() };
+        let mut all = Self { group, threads: Vec::new(), fds: Vec::new() };
         for (number, fd) in (0..).zip(processors) {
             let (bus, vm, group) = (Arc::clone(bus), Arc::clone(vm), Arc::clone(&all.group));
+            let fd = Arc::new(Mutex::new(fd));
+            all.fds.push(Arc::clone(&fd));
             let processor = Processor { fd, number, bus, group, _vm: vm };
             let thread = thread::Builder::new()
                 .name(format!("cpu{number}"))
@@ -102,6 +106,27 @@ impl Processors {
     /// Returns when no processor is in the guest any more, and what each was doing is complete.
     pub(crate) fn pause(&self) {
         self.want(Wanted::Pause);
+    }
+
+    /// How many there are.
+    pub(crate) const fn len(&self) -> usize {
+        self.threads.len()
+    }
+
+    /// Looks at each processor, none of which can run meanwhile.
+    ///
+    /// # Errors
+    /// One has ended, or they are not [paused](Self::pause); and what `look` says.
+    pub(crate) fn each<T>(
+        &self,
+        mut look: impl FnMut(usize, &VcpuFd) -> Result<T, Error>,
+    ) -> Result<Vec<T>, Error> {
+        let state = self.group.state();
+        if state.wanted != Wanted::Pause || state.parked != self.threads.len() {
+            let what = "a guest that is not paused, or has ended".to_owned();
+            return Err(Error::Unsupported { what });
+        }
+        self.fds.iter().enumerate().map(|(number, fd)| look(number, &locked(fd))).collect()
     }
 
     fn want(&self, wanted: Wanted) {
@@ -175,7 +200,7 @@ impl Processor {
         drop(state);
         if runs {
             // The guest shall not take the pause for a lock-up. It may have no such clock.
-            let _ = self.fd.kvmclock_ctrl();
+            let _ = locked(&self.fd).kvmclock_ctrl();
         }
         runs
     }
@@ -183,15 +208,17 @@ impl Processor {
     /// KVM finishes an access to a device only on the next entry; with this there is one that
     /// runs nothing of the guest (KVM's `api.rst`, `KVM_RUN`).
     fn complete(&mut self) {
-        self.fd.set_kvm_immediate_exit(1);
+        let mut fd = locked(&self.fd);
+        fd.set_kvm_immediate_exit(1);
         // EINTR is what is to be expected; anything else comes again on the next entry.
-        let _ = self.fd.run();
-        self.fd.set_kvm_immediate_exit(0);
+        let _ = fd.run();
+        fd.set_kvm_immediate_exit(0);
     }
 
     /// Runs the guest until it needs something, and gives it that. Some where the guest ends.
     fn step(&mut self) -> Option<Result<Request, Error>> {
-        let why = match self.fd.run() {
+        let mut fd = locked(&self.fd);
+        let why = match fd.run() {
             Ok(VcpuExit::MmioRead(address, data)) => {
                 self.bus.read(address, data);
                 return None;
@@ -213,10 +240,15 @@ impl Processor {
                 return Some(Err(Error::kvm("running the guest")(error)));
             }
         };
-        let at = self.fd.get_regs().map_or(0, |regs| regs.rip);
+        let at = fd.get_regs().map_or(0, |regs| regs.rip);
         let why = format!("{why}, at {at:#x}");
         Some(Err(Error::Processor { cpu: self.number, why }))
     }
+}
+
+/// A thread that panicked with a processor locked has ended the guest.
+fn locked(fd: &Mutex<VcpuFd>) -> MutexGuard<'_, VcpuFd> {
+    fd.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Counts a thread out, whatever ends it.

@@ -100,8 +100,8 @@ fn debian_guests_of_our_monitor_give_memory_and_end_as_they_should() {
         (code, out + &err)
     } else {
         let mut machine = KvmMachine::boot(mib(MEMORY)).unwrap();
-        let outcome =
-            machine.run(&this, &words.map(OsStr::new), &variables, scaled(LIMIT)).unwrap();
+        let outcome = machine.run(&this, &words.map(OsStr::new), &variables, scaled(LIMIT));
+        let outcome = outcome.unwrap_or_else(|error| panic!("{error}\n{}", machine.console_log()));
         (outcome.code, outcome.lines.join("\n"))
     };
     println!("{text}");

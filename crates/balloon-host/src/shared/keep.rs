@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use balloon_abi::{Features, Field};
+use balloon_device::{BalloonState, StateError};
 
 use super::{DeviceGuard, Shared, State};
 use crate::saved::{Saved, StateFile};
@@ -44,6 +45,26 @@ impl Shared {
             let at = u32::try_from(Field::PoisonVal.offset()).unwrap_or(u32::MAX);
             let _ = state.device.write_config(at, &poison.to_le_bytes(), Instant::now());
         }
+    }
+
+    /// Goes on with the guest of another host.
+    ///
+    /// # Errors
+    /// The state is none of this balloon; nothing has changed then.
+    pub fn restore(&self, saved: BalloonState) -> Result<(), StateError> {
+        let mut state = self.state();
+        let (target, actual) = (saved.target, saved.actual);
+        state.device.restore(saved, Instant::now())?;
+        state.saved.target = target;
+        state.saved.actual = actual;
+        if target != 0 {
+            // As for whoever sets a target here: over when the guest has reached it.
+            state.generation += 1;
+        }
+        self.save(&mut state);
+        drop(state);
+        self.changed();
+        Ok(())
     }
 
     /// The first queue of a driver runs: it has used it before, or it starts.
