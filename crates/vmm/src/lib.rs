@@ -28,6 +28,7 @@ mod state;
 mod vcpu;
 
 pub use balloon_abi::Features;
+pub use cpuid::CpuFeatures;
 pub use error::Error;
 pub use layout::MAX_CPUS;
 pub use machine::{End, Machine, Options, Requests, run};

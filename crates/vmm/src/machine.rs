@@ -23,7 +23,7 @@ use crate::balloon::Balloon;
 use crate::boot::{self, Source};
 use crate::console::Console;
 use crate::cpu;
-use crate::cpuid::Template;
+use crate::cpuid::{CpuFeatures, Template};
 use crate::error::Error;
 use crate::firmware;
 use crate::kvm::Vm;
@@ -216,6 +216,8 @@ pub struct Machine {
     /// Model-specific registers that KVM knows.
     pub(crate) msrs: Vec<u32>,
     cpus: u8,
+    /// What the guest was told that its processors can do.
+    pub(crate) features: Mutex<CpuFeatures>,
 }
 
 impl Machine {
@@ -244,11 +246,14 @@ impl Machine {
             .map_err(Error::kvm("making an interrupt"))?;
         let ports = Ports::new(serial, output).map_err(Error::host("dup"))?;
         let bus = Arc::new(Bus { ports, slots });
-        let processors = make_processors(&kvm, vm.fd(), options.cpus)?;
+        let template = Template::new(&kvm, vm.fd())?;
+        let processors = make_processors(&template, vm.fd(), options.cpus)?;
         let processors = Processors::new(processors, &bus, &vm)?;
         let msrs = kvm.get_msr_index_list().map_err(Error::kvm("asking for registers"))?;
         let msrs = msrs.as_slice().to_vec();
-        Ok(Self { bus, balloon, processors, memory, vm, msrs, cpus: options.cpus })
+        let features =
+            Mutex::new(CpuFeatures::of(template.of_processor(0, options.cpus).as_slice()));
+        Ok(Self { bus, balloon, processors, memory, vm, msrs, cpus: options.cpus, features })
     }
 
     /// Puts a kernel, and what firmware would have left, into the memory of a new machine.
@@ -414,8 +419,7 @@ fn balloon(options: &Options, memory: &Memory) -> Result<Arc<Shared>, Error> {
     Ok(Arc::new(shared))
 }
 
-fn make_processors(kvm: &Kvm, vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, Error> {
-    let template = Template::new(kvm, vm)?;
+fn make_processors(template: &Template, vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, Error> {
     let mut processors = Vec::new();
     for number in 0..count {
         let fd = vm.create_vcpu(number.into()).map_err(Error::kvm("making a processor"))?;

@@ -1,10 +1,11 @@
 //! What a migration needs of a machine: its memory, what was written to it, and its state.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use page_set::{PageRange, PageSet};
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::cpuid::CpuFeatures;
 use crate::error::Error;
 use crate::machine::Machine;
 use crate::memory::Ram;
@@ -56,6 +57,11 @@ impl Machine {
     /// Regions of the guest's memory in pages, by address. The dirty log numbers them so.
     pub fn regions(&self) -> Vec<PageRange> {
         self.balloon.device().layout().ranges().to_vec()
+    }
+
+    /// What the guest was told that its processors can do.
+    pub fn cpu_features(&self) -> CpuFeatures {
+        self.features.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The balloon, for a control API.
@@ -138,6 +144,10 @@ impl Machine {
             Some(processor) => processor.load(fd, &self.vm),
             None => Ok(()),
         })?;
+        if let Some(first) = state.processors.first() {
+            let features = CpuFeatures::of(first.cpuid());
+            *self.features.lock().unwrap_or_else(PoisonError::into_inner) = features;
+        }
         state.chips.load(self.vm.fd())?;
         self.bus.ports.restore(&state.ports).map_err(|error| wrong("ports", error.to_string()))?;
         let restored = self.balloon.restore(state.balloon);

@@ -85,6 +85,9 @@ pub(crate) fn a_guest_goes_on_in_another_machine(
     drop(first);
 
     second.load(&state).unwrap();
+    let (guest, host) = (second.cpu_features(), vmm::CpuFeatures::of_host().unwrap());
+    assert_eq!(guest.vendor, host.vendor);
+    assert!(!guest.words.is_empty() && guest.words.iter().all(|word| host.words.contains(word)));
     running(&second, End::PoweredOff, || {
         verify(&mut talk, &second, "kept", KEPT_MIB, 1);
         verify(&mut talk, &second, "written", WRITTEN_MIB, 2);

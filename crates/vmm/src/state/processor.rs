@@ -97,6 +97,11 @@ impl Processor {
         vcpu.set_vcpu_events(&self.events).map_err(&failed)
     }
 
+    /// What it says of itself.
+    pub(crate) fn cpuid(&self) -> &[kvm_cpuid_entry2] {
+        &self.cpuid
+    }
+
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut writer = Writer::default();
         writer.list(&self.cpuid).u32(self.tsc_khz).plain(&self.mp_state).plain(&self.regs);
