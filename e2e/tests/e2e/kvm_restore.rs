@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use control::GuestAsk;
 use control::api::Caches;
 use page_set::{PageRange, PageSet};
-use vmm::{End, GuestRam, Machine, MemoryKind, Options, Requests};
+use vmm::{End, GuestRam, Machine, MemoryKind, Options, Requests, Section};
 
 const MIB: u64 = 1 << 20;
 const PAGE: u64 = 4096;
@@ -19,6 +19,7 @@ const PAGE: u64 = 4096;
 const MEMORY_MIB: u64 = 256;
 const INFLATED_MIB: u64 = 64;
 const KEPT_MIB: u64 = 32;
+const INFLATED_PAGES: u64 = INFLATED_MIB * MIB / PAGE;
 
 /// What the guest writes while its memory is copied, in MiB.
 const WRITTEN_MIB: u64 = 16;
@@ -38,48 +39,8 @@ pub(crate) fn a_guest_goes_on_in_another_machine(
     let mut talk = Talk::new();
     let first = Machine::new(&options, talk.output()).unwrap();
     first.load_kernel(&options).unwrap();
-    let ballooned = INFLATED_MIB * MIB / PAGE;
-    let (second, state) = running(&first, End::Stopped, || {
-        talk.until_ready();
-        modules.iter().for_each(|module| {
-            talk.ask(&first, &format!("insmod {module}"));
-        });
-        talk.ask(&first, &format!("fill kept {KEPT_MIB} 1"));
-        set_target(&first, ballooned);
-        first.start_dirty_log().unwrap();
-
-        // The guest writes while its memory is copied for the first time.
-        let second = Machine::new(&options, talk.output()).unwrap();
-        let (from, to) = (first.ram(), second.ram());
-        talk.say(&first, &format!("fill written {WRITTEN_MIB} 2"));
-        for region in first.regions() {
-            copy(&from, &to, region);
-        }
-        assert_eq!(talk.answer(), "ok");
-        talk.ask(&first, &format!("fill late {WRITTEN_MIB} 3"));
-
-        first.pause();
-        let start = Instant::now();
-        let dirty = dirty(&first);
-        let mut skipped = first.ballooned_pages();
-        assert_eq!(skipped.len(), ballooned);
-        let written = (2 * WRITTEN_MIB * MIB / PAGE, MEMORY_MIB * MIB / PAGE / 2);
-        assert!((written.0..written.1).contains(&dirty.len()), "{} pages", dirty.len());
-        let pages = dirty.len();
-        dirty.ranges().for_each(|run| copy(&from, &to, run));
-        let state = first.save().unwrap();
-        let bytes: usize = state.iter().map(|section| section.bytes.len()).sum();
-        println!(
-            "{pages} pages written meanwhile, {bytes} bytes of state, {:.1?}",
-            start.elapsed()
-        );
-        // Nothing is written any more, and pages of the balloon are of no worth.
-        assert!(self::dirty(&first).is_empty());
-        for run in skipped.take_up_to(u64::MAX).ranges() {
-            fill(&to, run, 0xdd);
-        }
-        (second, state)
-    });
+    let (second, state) =
+        running(&first, End::Stopped, || leaves(&first, &options, &mut talk, modules));
     let bad = state.iter().skip(1).cloned().collect::<Vec<_>>();
     assert!(second.load(&bad).unwrap_err().to_string().starts_with("sender: "));
     drop(first);
@@ -88,27 +49,72 @@ pub(crate) fn a_guest_goes_on_in_another_machine(
     let (guest, host) = (second.cpu_features(), vmm::CpuFeatures::of_host().unwrap());
     assert_eq!(guest.vendor, host.vendor);
     assert!(!guest.words.is_empty() && guest.words.iter().all(|word| host.words.contains(word)));
-    running(&second, End::PoweredOff, || {
-        verify(&mut talk, &second, "kept", KEPT_MIB, 1);
-        verify(&mut talk, &second, "written", WRITTEN_MIB, 2);
-        verify(&mut talk, &second, "late", WRITTEN_MIB, 3);
-        assert_eq!(talk.ask(&second, "cat /sys/devices/system/cpu/online").0, ["0-1"]);
-        let balloon = second.balloon();
-        assert_eq!(u64::from(balloon.status().balloon.actual_pages), ballooned);
-        let id = balloon.submit(GuestAsk::DropCaches(Caches::All), LIMIT).unwrap();
-        balloon.wait_request(id, LIMIT).unwrap().unwrap();
-        set_target(&second, 0);
-        let free: u64 = talk.ask(&second, "free-mib").1.parse().unwrap();
-        assert!(free > INFLATED_MIB, "{free} MiB");
-        let all = free - MEMORY_MIB / 16;
-        talk.ask(&second, &format!("fill all {all} 4"));
-        verify(&mut talk, &second, "all", all, 4);
-        verify(&mut talk, &second, "kept", KEPT_MIB, 1);
-        set_target(&second, 1);
-        let status = balloon.status();
-        assert_eq!(status.faults.total(), 0, "{:?}", status.faults);
-        talk.say(&second, "poweroff");
-    });
+    running(&second, End::PoweredOff, || goes_on(&second, &mut talk));
+}
+
+/// Memory and state of a guest that stands still at the end, in a new machine and beside it.
+fn leaves(
+    first: &Machine,
+    options: &Options,
+    talk: &mut Talk,
+    modules: &[&str],
+) -> (Machine, Vec<Section>) {
+    talk.until_ready();
+    for module in modules {
+        talk.ask(first, &format!("insmod {module}"));
+    }
+    talk.ask(first, &format!("fill kept {KEPT_MIB} 1"));
+    set_target(first, INFLATED_PAGES);
+    first.start_dirty_log().unwrap();
+
+    // The guest writes while its memory is copied for the first time.
+    let second = Machine::new(options, talk.output()).unwrap();
+    let (from, to) = (first.ram(), second.ram());
+    talk.say(first, &format!("fill written {WRITTEN_MIB} 2"));
+    for region in first.regions() {
+        copy(&from, &to, region);
+    }
+    assert_eq!(talk.answer(), "ok");
+    talk.ask(first, &format!("fill late {WRITTEN_MIB} 3"));
+
+    first.pause();
+    let start = Instant::now();
+    let dirty = dirty(first);
+    let written = 2 * WRITTEN_MIB * MIB / PAGE..MEMORY_MIB * MIB / PAGE / 2;
+    assert!(written.contains(&dirty.len()), "{} pages", dirty.len());
+    dirty.ranges().for_each(|run| copy(&from, &to, run));
+    let state = first.save().unwrap();
+    let bytes: usize = state.iter().map(|section| section.bytes.len()).sum();
+    let elapsed = start.elapsed();
+    println!("{} pages written meanwhile, {bytes} bytes of state, {elapsed:.1?}", dirty.len());
+    // Nothing is written any more, and pages of the balloon are of no worth.
+    assert!(self::dirty(first).is_empty());
+    let ballooned = first.ballooned_pages();
+    assert_eq!(ballooned.len(), INFLATED_PAGES);
+    ballooned.ranges().for_each(|run| fill(&to, run, 0xdd));
+    (second, state)
+}
+
+/// The conversation goes on, and everything is where it was.
+fn goes_on(second: &Machine, talk: &mut Talk) {
+    verify(talk, second, "kept", KEPT_MIB, 1);
+    verify(talk, second, "written", WRITTEN_MIB, 2);
+    verify(talk, second, "late", WRITTEN_MIB, 3);
+    assert_eq!(talk.ask(second, "cat /sys/devices/system/cpu/online").0, ["0-1"]);
+    let balloon = second.balloon();
+    assert_eq!(u64::from(balloon.status().balloon.actual_pages), INFLATED_PAGES);
+    let id = balloon.submit(GuestAsk::DropCaches(Caches::All), LIMIT).unwrap();
+    balloon.wait_request(id, LIMIT).unwrap().unwrap();
+    set_target(second, 0);
+    let free: u64 = talk.ask(second, "free-mib").1.parse().unwrap();
+    assert!(free > INFLATED_MIB, "{free} MiB");
+    let all = free - MEMORY_MIB / 16;
+    talk.ask(second, &format!("fill all {all} 4"));
+    verify(talk, second, "all", all, 4);
+    verify(talk, second, "kept", KEPT_MIB, 1);
+    let status = balloon.status();
+    assert_eq!(status.faults.total(), 0, "{:?}", status.faults);
+    talk.say(second, "poweroff");
 }
 
 /// Runs `deed` while the machine's devices are served; the guest then ends as expected, or the

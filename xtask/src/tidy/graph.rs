@@ -47,7 +47,17 @@ const ROOMS: &[(&str, Leans)] = &[
             "page-set",
         ]),
     ),
-    ("vmm", Rooms(&["balloon-abi", "balloon-device", "balloon-host", "control", "host-memory"])),
+    (
+        "vmm",
+        Rooms(&[
+            "balloon-abi",
+            "balloon-device",
+            "balloon-host",
+            "control",
+            "host-memory",
+            "page-set",
+        ]),
+    ),
     ("lab", Rooms(&[])),
     ("bench", Rooms(&["control", "host-memory", "lab", "page-set"])),
     ("sandbox", Only(&["landlock", "libc", "rustix", "seccompiler", "thiserror"])),
