@@ -228,12 +228,14 @@ fn tells_statistics_and_hints(guest: &mut Guest) {
     assert_eq!(named.kind, FreeKind::Hint);
     // Hints are blocks of 4 MiB, so what is left of smaller ones is not among them.
     let named_mib = named.total_bytes / MIB;
-    assert!(named_mib <= free_mib + NOISE_MIB, "{named_mib} of {free_mib} MiB");
+    // And it has given them back. What the processors keep free for themselves goes back to all
+    // while it looks for more, so that there may be more after it than before.
+    let after_mib = number(guest, "free-mib");
+    assert!(after_mib + NOISE_MIB >= free_mib, "{after_mib} of {free_mib} MiB");
+    assert!(named_mib <= after_mib + NOISE_MIB, "{named_mib} of {after_mib} MiB");
     assert!(named_mib >= free_mib * 9 / 10, "{named_mib} of {free_mib} MiB");
     let refused = client.drop_caches(Caches::All, SOON).unwrap_err();
     assert!(refused.to_string().contains("no request queue"), "{refused}");
-    // And gives it back.
-    assert!(number(guest, "free-mib").abs_diff(free_mib) <= NOISE_MIB);
 }
 
 /// Looks until the status is as it should be some time.
