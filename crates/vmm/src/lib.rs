@@ -25,6 +25,7 @@ mod migrate;
 mod mmio;
 mod ports;
 mod state;
+mod throttle;
 mod vcpu;
 
 pub use balloon_abi::Features;

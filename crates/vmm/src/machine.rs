@@ -326,14 +326,17 @@ impl Machine {
     fn serve_events(&self, poll: &Epoll, requests: &Requests) -> Result<Option<Request>, Error> {
         let mut events = vec![EpollEvent::default(); EVENTS_AT_ONCE];
         loop {
-            let timeout =
-                self.bus.slots.iter().filter_map(|slot| slot.transport().until_due()).min();
+            let due = self.bus.slots.iter().filter_map(|slot| slot.transport().until_due());
+            let timeout = due.chain(self.processors.until_call()).min();
             let count = match poll.wait(timeout.map_or(-1, whole_ms), &mut events) {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
                 Err(error) => return Err(Error::host("epoll_wait")(error)),
             };
             self.bus.attend(false);
+            if self.processors.until_call().is_some() {
+                self.processors.call();
+            }
             for event in events.iter().take(count) {
                 match event.data() {
                     EVENT_STOP => return Ok(None),

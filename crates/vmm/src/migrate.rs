@@ -104,6 +104,15 @@ impl Machine {
         self.vm.log_dirty(false)
     }
 
+    /// Leaves the guest's processors only `100 - percent` per cent of their time; 0 to 99, 0 for
+    /// all of it. Their devices have to be [served](Self::serve) meanwhile.
+    pub fn set_throttle(&self, percent: u8) {
+        self.processors.set_throttle(percent);
+        // The loop may wait for longer than the processors may run. A file that is full is
+        // readable.
+        let _ = rustix::io::write(self.balloon.wake(), &1u64.to_ne_bytes());
+    }
+
     /// Pages whose contents do not matter: those in the balloon, of a driver that tells before it
     /// uses one. Of any other driver none.
     pub fn ballooned_pages(&self) -> PageSet {

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use rustix::io::Errno;
@@ -13,6 +13,7 @@ use crate::error::Error;
 use crate::kvm::Vm;
 use crate::machine::Bus;
 use crate::ports::Request;
+use crate::throttle::Throttle;
 
 /// How often a processor that does not come out of the guest is called again: a signal that comes
 /// just before it enters the guest is lost.
@@ -30,6 +31,7 @@ struct Group {
     state: Mutex<State>,
     changed: Condvar,
     ended: EventFd,
+    throttle: Throttle,
 }
 
 struct State {
@@ -54,6 +56,8 @@ struct Processor {
     number: u8,
     bus: Arc<Bus>,
     group: Arc<Group>,
+    /// When it rested last, if it has to.
+    ran_since: Instant,
     /// Keeps the guest's memory where KVM knows it.
     _vm: Arc<Vm>,
 }
@@ -71,13 +75,19 @@ impl Processors {
         let state = State { wanted: Wanted::Pause, parked: 0, gone: 0, end: None };
         let ended = EventFd::new(rustix::event::EventfdFlags::NONBLOCK.bits().cast_signed())
             .map_err(Error::host::<std::io::Error>("eventfd"))?;
-        let group = Arc::new(Group { state: Mutex::new(state), changed: Condvar::new(), ended });
+        let group = Arc::new(Group {
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            ended,
+            throttle: Throttle::default(),
+        });
         let mut all = Self { group, threads: Vec::new(), fds: Vec::new() };
         for (number, fd) in (0..).zip(processors) {
             let (bus, vm, group) = (Arc::clone(bus), Arc::clone(vm), Arc::clone(&all.group));
             let fd = Arc::new(Mutex::new(fd));
             all.fds.push(Arc::clone(&fd));
-            let processor = Processor { fd, number, bus, group, _vm: vm };
+            let ran_since = Instant::now();
+            let processor = Processor { fd, number, bus, group, ran_since, _vm: vm };
             let thread = thread::Builder::new()
                 .name(format!("cpu{number}"))
                 .spawn(move || processor.run())
@@ -106,6 +116,26 @@ impl Processors {
     /// Returns when no processor is in the guest any more, and what each was doing is complete.
     pub(crate) fn pause(&self) {
         self.want(Wanted::Pause);
+    }
+
+    /// Has each processor rest for `percent` of its time, 0 to 99.
+    pub(crate) fn set_throttle(&self, percent: u8) {
+        self.group.throttle.set(percent);
+    }
+
+    /// Time after which a processor that does not come out of the guest by itself has to be
+    /// [called](Self::call), if any is to rest.
+    pub(crate) fn until_call(&self) -> Option<Duration> {
+        // Fewer milliseconds than one would be none to whoever waits.
+        self.group.throttle.run_time().map(|run_time| run_time.max(CALL_AGAIN))
+    }
+
+    /// Has each processor come out of the guest, and look whether it is to rest.
+    pub(crate) fn call(&self) {
+        for thread in &self.threads {
+            // A thread that has ended needs no call.
+            let _ = thread.kill(SIGRTMIN());
+        }
     }
 
     /// How many there are.
@@ -139,10 +169,7 @@ impl Processors {
             Wanted::Stop => state.gone == self.threads.len(),
         };
         while !is_done(&state) {
-            for thread in &self.threads {
-                // A thread that has ended needs no call.
-                let _ = thread.kill(SIGRTMIN());
-            }
+            self.call();
             let waited = self.group.changed.wait_timeout(state, CALL_AGAIN);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
@@ -170,6 +197,7 @@ impl Processor {
         // Also told when this panics: who waits for it must not wait for ever.
         let _gone = Gone(Arc::clone(&self.group));
         while self.may_run() {
+            self.rest();
             let Some(end) = self.step() else { continue };
             let mut state = self.group.state();
             // The first end is the one that counts.
@@ -178,6 +206,24 @@ impl Processor {
             let _ = self.group.ended.write(1);
             break;
         }
+    }
+
+    /// Rests where it has to, and no longer than the guest runs.
+    fn rest(&mut self) {
+        let now = Instant::now();
+        let Some(time) = self.group.throttle.rest(self.ran_since, now) else { return };
+        let end = now + time;
+        let mut state = self.group.state();
+        while state.wanted == Wanted::Run {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            let waited = self.group.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        drop(state);
+        self.ran_since = Instant::now();
     }
 
     /// Waits while the guest is paused; false when it is over.

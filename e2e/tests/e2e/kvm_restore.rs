@@ -27,6 +27,9 @@ const WRITTEN_MIB: u64 = 16;
 /// For one answer.
 const LIMIT: Duration = Duration::from_secs(60);
 
+/// How long it is watched how much a guest runs.
+const WATCHED: Duration = Duration::from_secs(1);
+
 /// Pages that are copied at once.
 const CHUNK_PAGES: u64 = 256;
 
@@ -52,6 +55,27 @@ pub(crate) fn a_guest_goes_on_in_another_machine(
     running(&second, End::PoweredOff, || goes_on(&second, &mut talk));
 }
 
+/// Processor time that the guest takes in a while, which it uses to the full.
+fn used(percent: u8, machine: &Machine) -> u64 {
+    machine.set_throttle(percent);
+    let ticks = || -> u64 {
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+        let stats = tasks
+            .filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("stat")).ok());
+        let of_processors = stats.filter(|stat| stat.contains("(cpu"));
+        // User and kernel time, fields 14 and 15 of proc(5); a guest's time is in the former.
+        of_processors
+            .map(|stat| {
+                let fields = stat.rsplit(')').next().unwrap().split_whitespace().skip(11).take(2);
+                fields.map(|field| field.parse::<u64>().unwrap()).sum::<u64>()
+            })
+            .sum()
+    };
+    let before = ticks();
+    thread::sleep(WATCHED);
+    ticks() - before
+}
+
 /// Memory and state of a guest that stands still at the end, in a new machine and beside it.
 fn leaves(
     first: &Machine,
@@ -65,6 +89,13 @@ fn leaves(
     }
     talk.ask(first, &format!("fill kept {KEPT_MIB} 1"));
     set_target(first, INFLATED_PAGES);
+    talk.ask(first, "busy 8");
+    let [free, throttled] = [0, 90].map(|percent| used(percent, first));
+    println!("{free} ticks, throttled {throttled}");
+    // A tenth is asked for; rests are late where the host has other work.
+    assert!(throttled * 4 < free * 3, "{free} ticks, throttled {throttled}");
+    first.set_throttle(0);
+    talk.ask(first, "idle");
     first.start_dirty_log().unwrap();
 
     // The guest writes while its memory is copied for the first time.
