@@ -23,6 +23,7 @@ pub(crate) fn run(_args: &Args) -> Result<()> {
     let packages = graph::packages(&root)?;
     let mut problems = graph::check(&packages);
     problems.extend(source::check_roots(&packages, &files));
+    problems.extend(source::check_unsafe_files(&files));
     problems.extend(source::check_lengths(&files));
     problems.extend(pages::check_words(&files));
     problems.extend(pages::check_architecture(&packages, &files));

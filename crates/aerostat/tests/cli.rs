@@ -107,6 +107,20 @@ fn a_guest_that_is_slow_is_waited_for_with_lines_of_progress() {
 }
 
 #[test]
+fn a_guest_that_cannot_be_is_refused_before_anything_is_made() {
+    let host = Host::new();
+    let run = ["run", "--name", "web-1", "--kernel", "/none", "--memory"];
+    let (code, out, err) = host.run(&[&run[..], &["1GB"]].concat());
+    assert_eq!((code, out.as_str()), (2, ""), "{err}");
+    let (code, out, err) = host.run(&[&run[..], &["1000MiB", "--cpus", "0"]].concat());
+    assert_eq!((code, out.as_str()), (2, ""), "{err}");
+    let (code, out, err) = host.run(&[&run[..], &["4097KiB"]].concat());
+    assert_eq!((code, out.as_str()), (1, ""));
+    assert!(err.contains("operator: a guest cannot have 4195328 bytes"), "{err}");
+    assert!(!host.socket("web-1").exists());
+}
+
+#[test]
 fn a_time_out_says_how_far_the_guest_got() {
     let mut host = Host::new();
     let balloon = host.start("web-1", Guest::Waits);

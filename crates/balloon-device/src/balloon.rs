@@ -2,7 +2,10 @@
 
 mod free_pages;
 mod resume;
+mod state;
 mod stats_queue;
+
+pub use state::{BalloonState, StateError};
 
 use std::time::Instant;
 

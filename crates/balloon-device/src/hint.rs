@@ -140,6 +140,17 @@ impl Hinting {
         }
     }
 
+    /// The driver comes from another device, whose newest number was `last`. Whatever
+    /// it named there it may use again.
+    pub(crate) fn moved(&mut self, last: Option<HintId>) {
+        self.reset();
+        self.id = last;
+        self.phase = HintPhase::Idle;
+        if last.is_some() {
+            self.command = HintCommand::Done;
+        }
+    }
+
     /// Guest memory is now at `layout`: what is gone is not free.
     pub(crate) fn forget_outside(&mut self, layout: &MemoryLayout) {
         layout.cut(&mut self.pages);

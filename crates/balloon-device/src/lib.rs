@@ -32,7 +32,7 @@ mod stats;
 mod totals;
 
 pub use answer::{Answer, Blocks, FreeKind, FreePages};
-pub use balloon::{Balloon, Counters, QueueError};
+pub use balloon::{Balloon, BalloonState, Counters, QueueError, StateError};
 pub use change::{Change, Stages};
 pub use decode::{decode_bitmap, decode_pfn_array};
 pub use drain::{Drained, MAX_BYTES_PER_DRAIN, MAX_CHAINS_PER_DRAIN};

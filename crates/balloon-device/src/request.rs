@@ -310,6 +310,29 @@ impl Requests {
         self.newest = Some(Arc::new(pages));
     }
 
+    /// Number of the newest request.
+    pub(crate) const fn last_id(&self) -> u32 {
+        self.last_id
+    }
+
+    /// The driver comes from another device, with its queues stopped: that one's newest
+    /// request was `last`, and what made the guest hold pages was `hold`, or 0.
+    pub(crate) fn moved(&mut self, last: u32, hold: u32) {
+        self.last_id = last;
+        self.stopped = true;
+        let pages = FreePages {
+            id: hold,
+            kind: FreeKind::Hold,
+            pages: Arc::default(),
+            blocks: Blocks::default(),
+            guest_free_pages: 0,
+            lock_ns: 0,
+            elapsed_ns: 0,
+        };
+        let hold = (hold != 0).then(|| Hold { pages: Arc::new(pages), state: HoldState::Paused });
+        self.hold = hold.filter(|_| self.usable);
+    }
+
     /// Memory is elsewhere now: what was said of it is not true any more.
     pub(crate) fn forget_pages(&mut self) {
         self.newest = None;

@@ -43,6 +43,11 @@ pub struct Status {
     /// Guest memory that the host really keeps in RAM, measured on the host.
     /// Absent when it cannot be measured.
     pub resident_bytes: Option<u64>,
+    /// Times the guest left its processor because of the balloon: accesses to
+    /// its registers, and notifications. Absent where another process is the
+    /// monitor, which alone could count them.
+    #[serde(default)]
+    pub exits: Option<u64>,
     /// What the guest's kernel says about its memory.
     #[serde(default)]
     pub stats: StatsStatus,

@@ -39,6 +39,13 @@ fn guest(page: &mut Page, status: &Status) {
             resident_bytes,
         );
     }
+    if let Some(exits) = status.exits {
+        page.counter(
+            "guest_balloon_exits_total",
+            "Times the guest left its processor because of the balloon.",
+            exits,
+        );
+    }
 }
 
 fn balloon(page: &mut Page, status: &Status) {

@@ -25,6 +25,7 @@ const QEMU_PACKAGE: &str = "qemu-system-x86";
 pub(crate) enum Machine {
     Uml(UmlKernel),
     Qemu(DebianKernel),
+    Monitor { program: PathBuf, kernel: PathBuf },
 }
 
 /// A guest that is ready to be started.
@@ -42,8 +43,14 @@ impl Launch {
 
 /// Writes the initramfs into `directory` and puts the command line together.
 pub(crate) fn prepare(guest: &GuestBuilder, directory: &Path) -> Result<Launch> {
-    let initramfs = directory.join("initramfs.cpio");
-    std::fs::write(&initramfs, pack(guest)?).context_path("write", &initramfs)?;
+    let initramfs = match &guest.initramfs {
+        Some(path) => path.clone(),
+        None => {
+            let path = directory.join("initramfs.cpio");
+            write_initramfs(guest, &path)?;
+            path
+        }
+    };
     let mut words: Vec<OsString> = Vec::new();
     if let Some(cpu) = guest.cpu {
         words.extend(["taskset".into(), "--cpu-list".into(), cpu.to_string().into()]);
@@ -51,8 +58,16 @@ pub(crate) fn prepare(guest: &GuestBuilder, directory: &Path) -> Result<Launch> 
     match &guest.machine {
         Machine::Uml(kernel) => words.extend(uml_words(guest, kernel, &initramfs, directory)?),
         Machine::Qemu(kernel) => words.extend(qemu_words(guest, kernel, &initramfs)?),
+        Machine::Monitor { program, kernel } => {
+            words.extend(monitor_words(guest, program, kernel, &initramfs)?);
+        }
     }
     Ok(Launch { words, memory_dir: guest.memory_dir.clone() })
+}
+
+/// Packs what the guest unpacks first.
+pub(crate) fn write_initramfs(guest: &GuestBuilder, path: &Path) -> Result<()> {
+    std::fs::write(path, pack(guest)?).context_path("write", path)
 }
 
 fn pack(guest: &GuestBuilder) -> Result<Vec<u8>> {
@@ -113,7 +128,8 @@ fn qemu_words(
     words.extend(["-no-user-config", "-nodefaults", "-no-reboot"].map(Into::into));
     words.extend(["-machine", "q35", "-cpu", "max", "-display", "none"].map(Into::into));
     // One thread: with several, emulation races with the kernel's patching of its own code.
-    words.extend(["-accel", "tcg,thread=single", "-smp", "1"].map(Into::into));
+    let accelerator = if guest.hardware { "kvm" } else { "tcg,thread=single" };
+    words.extend(["-accel", accelerator, "-smp", "1"].map(Into::into));
     words.extend(["-m".into(), format!("{}M", guest.memory_mib).into()]);
     words.extend(["-kernel".into(), kernel.vmlinuz.clone().into()]);
     words.extend(["-initrd".into(), initramfs.into()]);
@@ -126,6 +142,27 @@ fn qemu_words(
     arguments.extend(COMMON_ARGUMENTS);
     arguments.extend(guest.kernel_arguments.iter().map(String::as_str));
     words.extend(["-append".into(), arguments.join(" ").into()]);
+    words.extend(guest.machine_arguments.iter().map(Into::into));
+    Ok(words)
+}
+
+/// The monitor's guests have one serial line, which init shares with the kernel's messages.
+fn monitor_words(
+    guest: &GuestBuilder,
+    program: &Path,
+    kernel: &Path,
+    initramfs: &Path,
+) -> Result<Vec<OsString>> {
+    if !guest.balloons.is_empty() {
+        return Err(unsupported("attach a vhost-user balloon to our own monitor"));
+    }
+    let mut arguments = vec!["console=ttyS0", "LAB_CONSOLE=ttyS0"];
+    arguments.extend(COMMON_ARGUMENTS);
+    arguments.extend(guest.kernel_arguments.iter().map(String::as_str));
+    let mut words: Vec<OsString> = vec![program.into(), "run".into()];
+    words.extend(["--memory".into(), format!("{}MiB", guest.memory_mib).into()]);
+    words.extend(["--kernel".into(), kernel.into(), "--initrd".into(), initramfs.into()]);
+    words.extend(["--cmdline".into(), arguments.join(" ").into()]);
     words.extend(guest.machine_arguments.iter().map(Into::into));
     Ok(words)
 }

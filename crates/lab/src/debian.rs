@@ -10,10 +10,25 @@ use crate::guest_build::KernelTree;
 use crate::tool;
 
 /// Raise it when the way packages are fetched changes.
-const RECIPE: u32 = 2;
+const RECIPE: u32 = 3;
+
+/// Raise it when the way kernels are unpacked changes.
+const UNPACK_RECIPE: u32 = 1;
 
 /// Paths on one command line: far below what Linux allows.
 const FILES_AT_ONCE: usize = 256;
+
+/// Modules that no lab loads and that are most of a kernel: sound, graphics, network cards, disks.
+const UNUSED_MODULES: [&str; 8] = [
+    "kernel/sound",
+    "kernel/drivers/gpu",
+    "kernel/drivers/infiniband",
+    "kernel/drivers/media",
+    "kernel/drivers/net",
+    "kernel/drivers/scsi",
+    "kernel/drivers/staging",
+    "kernel/drivers/usb",
+];
 
 /// Begins the list of needed modules in a module's information section.
 const DEPENDS: &[u8] = b"\0depends=";
@@ -25,6 +40,8 @@ pub enum Release {
     Cloud6_1,
     /// The cloud kernel of the later series.
     Cloud6_12,
+    /// The kernel for real machines of the later series, which has KVM.
+    Full6_12,
 }
 
 impl Release {
@@ -33,6 +50,7 @@ impl Release {
         match self {
             Self::Cloud6_1 => "linux-image-cloud-amd64",
             Self::Cloud6_12 => "linux-image-6.12-cloud-amd64",
+            Self::Full6_12 => "linux-image-6.12-amd64",
         }
     }
 }
@@ -77,6 +95,27 @@ impl DebianKernel {
         }
     }
 
+    /// The kernel as an ELF file, unpacked once: a monitor boots it without the guest's unpacking.
+    ///
+    /// # Errors
+    /// When the kernel is packed in a way that this does not know.
+    pub fn vmlinux(&self) -> Result<PathBuf> {
+        let image = fs::read(&self.vmlinuz).context_path("read", &self.vmlinuz)?;
+        let payload = payload(&image).ok_or_else(|| LabError::Unexpected {
+            what: self.vmlinuz.display().to_string(),
+            detail: "it has no payload packed by zstd or xz".to_owned(),
+        })?;
+        let key = Key::new(UNPACK_RECIPE).with("payload", payload.bytes);
+        let directory = cache::artifact("vmlinux", &key, |directory| {
+            let packed = directory.join(format!("vmlinux.{}", payload.ending));
+            fs::write(&packed, payload.bytes).context_path("write", &packed)?;
+            let mut unpack = tool::command(payload.program);
+            unpack.arg("--decompress").arg(&packed);
+            tool::run(&mut unpack, payload.package, &directory.join("unpack.log"))
+        })?;
+        Ok(directory.join("vmlinux"))
+    }
+
     fn add_module(
         &self,
         name: &str,
@@ -102,6 +141,32 @@ impl DebianKernel {
         order.push(path.clone());
         Ok(())
     }
+}
+
+/// The packed kernel in a bzImage.
+struct Payload<'a> {
+    bytes: &'a [u8],
+    ending: &'static str,
+    program: &'static str,
+    package: &'static str,
+}
+
+/// Finds it by the setup header (Linux's `Documentation/arch/x86/boot.rst`).
+fn payload(image: &[u8]) -> Option<Payload<'_>> {
+    let u32_at = |at: usize| {
+        let bytes: [u8; 4] = image.get(at..at + 4)?.try_into().ok()?;
+        usize::try_from(u32::from_le_bytes(bytes)).ok()
+    };
+    let setup_sectors = usize::from(*image.get(0x1f1)?);
+    let start = (setup_sectors + 1) * 512 + u32_at(0x248)?;
+    // The last four bytes are the size when unpacked, which is no part of the packed file.
+    let bytes = image.get(start..start.checked_add(u32_at(0x24c)?)?.checked_sub(4)?)?;
+    let (ending, program, package) = match bytes {
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => ("zst", "zstd", "zstd"),
+        [0xfd, b'7', b'z', b'X', b'Z', ..] => ("xz", "xz", "xz-utils"),
+        _ => return None,
+    };
+    Some(Payload { bytes, ending, program, package })
 }
 
 /// Whether a path is that of a module; in names a dash and an underscore are the same.
@@ -175,7 +240,20 @@ fn fetch(package: &str, version: &str, directory: &Path) -> Result<()> {
     extract.arg("--extract").arg(archive).arg(directory);
     tool::run(&mut extract, "dpkg", &log)?;
     fs::remove_file(archive).context_path("remove", archive)?;
+    remove_unused_modules(&directory.join("lib/modules"))?;
     decompress_modules(directory, &log)
+}
+
+fn remove_unused_modules(modules: &Path) -> Result<()> {
+    for entry in fs::read_dir(modules).context_path("list", modules)? {
+        let kernel = entry.context_path("list", modules)?.path();
+        for unused in UNUSED_MODULES.map(|unused| kernel.join(unused)) {
+            if unused.is_dir() {
+                fs::remove_dir_all(&unused).context_path("remove", &unused)?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The kernel would load a compressed module too, but only if it was built to.

@@ -41,6 +41,8 @@ pub struct GuestBuilder {
     pub(crate) modules: Vec<PathBuf>,
     pub(crate) kernel_arguments: Vec<String>,
     pub(crate) machine_arguments: Vec<String>,
+    pub(crate) hardware: bool,
+    pub(crate) initramfs: Option<PathBuf>,
     pub(crate) qemu_program: Option<PathBuf>,
     log_file: Option<PathBuf>,
     boot_limit: Duration,
@@ -57,6 +59,8 @@ impl GuestBuilder {
             modules: Vec::new(),
             kernel_arguments: Vec::new(),
             machine_arguments: Vec::new(),
+            hardware: false,
+            initramfs: None,
             qemu_program: None,
             log_file: None,
             boot_limit: BOOT_LIMIT,
@@ -105,13 +109,34 @@ impl GuestBuilder {
         self
     }
 
-    /// Adds words to QEMU's command line, for instance devices (QEMU only).
+    /// Adds words to the command line of QEMU or of our own monitor, for instance devices.
     pub fn machine_arguments(
         mut self,
         arguments: impl IntoIterator<Item = impl Into<String>>,
     ) -> Self {
         self.machine_arguments.extend(arguments.into_iter().map(Into::into));
         self
+    }
+
+    /// Uses this machine's KVM instead of emulation (QEMU only).
+    pub fn hardware(mut self, hardware: bool) -> Self {
+        self.hardware = hardware;
+        self
+    }
+
+    /// Boots with an archive made by [`write_initramfs`](Self::write_initramfs), instead of one
+    /// that is packed now.
+    pub fn initramfs(mut self, path: impl Into<PathBuf>) -> Self {
+        self.initramfs = Some(path.into());
+        self
+    }
+
+    /// Packs init and the modules into an archive, for who has no compiler when the guest boots.
+    ///
+    /// # Errors
+    /// What is missing on this machine, or the file cannot be written.
+    pub fn write_initramfs(&self, path: &Path) -> Result<()> {
+        boot::write_initramfs(self, path)
     }
 
     /// Boots on this QEMU instead of the machine's own.
@@ -189,6 +214,12 @@ impl Guest {
         GuestBuilder::new(Machine::Qemu(kernel.clone()))
     }
 
+    /// A guest of our own monitor, which needs a KVM; `program` is `aerostat`, and `kernel` a
+    /// vmlinuz or a vmlinux.
+    pub fn monitor(program: impl Into<PathBuf>, kernel: impl Into<PathBuf>) -> GuestBuilder {
+        GuestBuilder::new(Machine::Monitor { program: program.into(), kernel: kernel.into() })
+    }
+
     /// Runs a command of the guest's init and returns its answer.
     ///
     /// # Errors
@@ -258,6 +289,19 @@ impl Guest {
         }
         self.wait_end()?;
         self.kept.end()
+    }
+
+    /// Waits until the guest's main process ends by itself, and returns how it did. All that it
+    /// printed is in the record then.
+    ///
+    /// # Errors
+    /// When it does not end.
+    pub fn wait(&mut self) -> Result<ExitStatus> {
+        self.wait_end()?;
+        let status = self.kept.end()?;
+        // It disconnects when standard error has been read to its end.
+        let _ = self.ended.recv_timeout(END_LIMIT);
+        Ok(status)
     }
 
     /// Waits until the main process ended by itself.

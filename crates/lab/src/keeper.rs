@@ -19,12 +19,12 @@ use crate::error::{Context, LabError, Result};
 
 /// `$1` is the pipe, `$2` a directory to remove with a killed harness, the rest is the guest.
 /// The waiting shell is nobody's child, so that a guest that waits for children never sees it.
-/// A crashed guest leaves no core file.
+/// A crashed guest leaves no core file. Not every machine has the links in `/dev` that udev makes.
 const SCRIPT: &str = r#"
 pipe=$1 directory=$2
 shift 2
 ulimit -c 0
-( ( read -r _ <"/dev/fd/$pipe"; rm -rf -- "$directory"; kill -s KILL -- "-$$" ) >/dev/null 2>&1 & )
+( ( read -r _ <"/proc/self/fd/$pipe"; rm -rf -- "$directory"; kill -s KILL -- "-$$" ) >/dev/null 2>&1 & )
 exec "$@"
 "#;
 

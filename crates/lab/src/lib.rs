@@ -2,7 +2,7 @@
 //!
 //! [`uml::kernel`] builds User Mode Linux once, [`debian::kernel`] fetches an unmodified Debian
 //! kernel once; [`Guest::uml`] and [`Guest::qemu`] boot them; [`Guest::run`] runs a command in the
-//! guest. A guest ends with its [`Guest`], and with the process that booted it, however it ends.
+//! guest. [`kvm::KvmMachine`] has a real KVM for the monitor. A guest ends with its [`Guest`], and with the process that booted it, however it ends.
 //!
 //! ```no_run
 //! let kernel = lab::uml::kernel()?;
@@ -20,6 +20,7 @@ pub mod debian;
 pub mod guest;
 pub mod guest_build;
 pub mod initramfs;
+pub mod kvm;
 pub mod memory_dir;
 pub mod uml;
 

@@ -50,6 +50,9 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// The balloon could not be made.
+    #[error(transparent)]
+    Balloon(#[from] balloon_host::HostError),
     /// The control socket could not be served.
     #[error(transparent)]
     Control(#[from] control::ControlError),

@@ -1,10 +1,10 @@
 //! Queues that another back end may have served, when they run here first.
 
 use balloon_abi::Vq;
+use balloon_host::Shared;
 use virtio_queue::QueueT;
 use vm_memory::GuestMemoryMmap;
 
-use crate::shared::Shared;
 use crate::vring::Vring;
 
 /// Looks where a queue stands that another back end may have served. False where

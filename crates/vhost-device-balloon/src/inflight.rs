@@ -15,10 +15,10 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use balloon_abi::QueueLayout;
+use balloon_host::ring::MAX_QUEUE_SIZE;
 use rustix::fs::{FileType, MemfdFlags, SealFlags, fcntl_add_seals, fstat, memfd_create};
 
 use crate::error::{SessionError, Violation};
-use crate::vring::MAX_QUEUE_SIZE;
 use crate::wire::Message;
 
 /// Bytes of a queue's header: `features` u64, `version` u16, `desc_num` u16,

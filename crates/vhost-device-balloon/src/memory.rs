@@ -4,7 +4,10 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use balloon_abi::BALLOON_PAGE_BYTES;
 use balloon_device::MemoryLayout;
+use host_memory::MemoryMap;
+use page_set::PageRange;
 use rustix::fs::{SealFlags, fcntl_get_seals};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
@@ -13,19 +16,19 @@ use crate::wire::{MAX_FDS, Message};
 
 /// One region of the memory table.
 #[derive(Debug)]
-pub(crate) struct Region {
-    pub(crate) guest_address: u64,
-    pub(crate) bytes: u64,
+struct Region {
+    guest_address: u64,
+    bytes: u64,
     /// Where the front end has it mapped: the addresses of queues are of there.
     user_address: u64,
-    pub(crate) file: Arc<File>,
-    pub(crate) file_offset: u64,
+    file: Arc<File>,
+    file_offset: u64,
 }
 
 /// A memory table, mapped.
 #[derive(Debug)]
 pub(crate) struct Memory {
-    pub(crate) regions: Vec<Region>,
+    regions: Vec<Region>,
     pub(crate) layout: MemoryLayout,
     pub(crate) map: GuestMemoryMmap,
 }
@@ -51,6 +54,18 @@ impl Memory {
         maps.sort_by_key(vm_memory::GuestMemoryRegion::start_addr);
         let map = GuestMemoryMmap::from_regions(maps).map_err(|e| SessionError::Map(e.into()))?;
         Ok(Self { regions, layout, map })
+    }
+
+    /// Which file backs which page, for who releases them.
+    pub(crate) fn host_map(&self) -> Result<MemoryMap, SessionError> {
+        let regions = self.regions.iter().map(|region| {
+            let (start, bytes) = (region.guest_address, region.bytes);
+            let pages = PageRange::new(start / BALLOON_PAGE_BYTES, bytes / BALLOON_PAGE_BYTES)
+                .map_err(|e| SessionError::Map(e.into()))?;
+            host_memory::Region::shared(pages, Arc::clone(&region.file), region.file_offset)
+                .map_err(|e| SessionError::Map(e.into()))
+        });
+        MemoryMap::new(regions.collect::<Result<_, _>>()?).map_err(|e| SessionError::Map(e.into()))
     }
 
     /// True where no file can shrink any more: a file that did would end the process

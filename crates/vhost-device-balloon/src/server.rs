@@ -5,20 +5,20 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use balloon_abi::Features;
 use balloon_device::Reclaim;
+use balloon_host::{HostReclaim, Shared};
 use control::api::{PartialHuge, ReleaseMode};
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, EventData, EventFlags};
 
 use crate::connector::{Connector, RETRY};
 use crate::error::{Error, SessionError};
-use crate::reclaim::HostReclaim;
 use crate::session::Session;
-use crate::shared::Shared;
 use crate::wire::{MESSAGE_TIMEOUT, Message};
 
 /// Events other than kicks, whose data is the queue's number.
@@ -47,6 +47,8 @@ const BACKOFF: Duration = Duration::from_millis(100);
 /// The back end of one guest, which may come and go.
 pub struct Backend {
     shared: Arc<Shared>,
+    /// Guest memory has to be sealed against shrinking.
+    sealed_only: AtomicBool,
     /// Held while a front end is served: there is one guest.
     serving: Mutex<()>,
 }
@@ -68,7 +70,7 @@ impl Backend {
     pub fn new(name: &str, release: ReleaseMode, partial_huge: PartialHuge) -> Result<Self, Error> {
         let reclaim = HostReclaim::new(release, partial_huge)?;
         let shared = Arc::new(Shared::new(name.to_owned(), reclaim)?);
-        Ok(Self { shared, serving: Mutex::new(()) })
+        Ok(Self { shared, sealed_only: AtomicBool::new(false), serving: Mutex::new(()) })
     }
 
     /// Offers no feature of `features`, from the next front end on.
@@ -78,7 +80,7 @@ impl Backend {
 
     /// Takes guest memory only where it is sealed against shrinking.
     pub fn want_sealed(&self, sealed_only: bool) {
-        self.shared.want_sealed(sealed_only);
+        self.sealed_only.store(sealed_only, Ordering::Relaxed);
     }
 
     /// Keeps in the file at `path` what has to be known after a restart.
@@ -86,7 +88,8 @@ impl Backend {
     /// # Errors
     /// The file can be neither read nor made.
     pub fn keep_state(&self, path: &Path) -> Result<(), Error> {
-        self.shared.keep_in(path)
+        let kept = self.shared.keep_in(path);
+        kept.map_err(|source| Error::State { path: path.to_owned(), source })
     }
 
     /// The balloon, for a control API.
@@ -130,7 +133,8 @@ impl Backend {
     pub fn serve(&self, stream: &UnixStream, stop: &impl AsFd) -> Result<End, SessionError> {
         let _serving = self.serving.lock().unwrap_or_else(PoisonError::into_inner);
         self.shared.set_connected(true);
-        let outcome = serve(&self.shared, stream, stop);
+        let sealed_only = self.sealed_only.load(Ordering::Relaxed);
+        let outcome = serve(&self.shared, sealed_only, stream, stop);
         self.shared.set_connected(false);
         let outcome = match outcome {
             Err(error) if error.is_hang_up() => Ok(End::HungUp),
@@ -191,7 +195,12 @@ impl Backend {
 }
 
 /// Serves one connection to its end.
-fn serve(shared: &Shared, stream: &UnixStream, stop: &impl AsFd) -> Result<End, SessionError> {
+fn serve(
+    shared: &Shared,
+    sealed_only: bool,
+    stream: &UnixStream,
+    stop: &impl AsFd,
+) -> Result<End, SessionError> {
     let host = |what| move |source: io::Error| SessionError::Host { what, source };
     stream.set_write_timeout(Some(MESSAGE_TIMEOUT)).map_err(host("SO_SNDTIMEO"))?;
     let poll = watch(&[
@@ -201,7 +210,7 @@ fn serve(shared: &Shared, stream: &UnixStream, stop: &impl AsFd) -> Result<End, 
     ])
     .map_err(host("epoll"))?;
     let poll = Rc::new(poll);
-    let mut session = Session::new(shared, Rc::clone(&poll))?;
+    let mut session = Session::new(shared, sealed_only, Rc::clone(&poll))?;
     let mut message = Message::default();
     let mut events = Vec::with_capacity(16);
     loop {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use balloon_abi::config::{CONFIG_BYTES, Field};
 use balloon_abi::{Features, QueueLayout, Vq};
 use balloon_device::RequestFailure;
+use balloon_host::{Shared, StatsClock};
 use vhost::vhost_user::message::{BackendReq, FrontendReq};
 use vhost::vhost_user::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 
@@ -14,9 +15,7 @@ use crate::error::{SessionError, Violation};
 use crate::found::find;
 use crate::inflight::{self, Region};
 use crate::memory::Memory;
-use crate::shared::Shared;
 use crate::silence::Silence;
-use crate::stats_clock::StatsClock;
 use crate::vring::Vring;
 use crate::wire::{self, Message};
 
@@ -49,6 +48,8 @@ const VRING_NO_FD: u64 = 1 << 8;
 /// State of one connection.
 pub(crate) struct Session<'a> {
     shared: &'a Shared,
+    /// Guest memory has to be sealed against shrinking.
+    sealed_only: bool,
     epoll: Rc<OwnedFd>,
     vrings: Vec<Vring>,
     memory: Option<Memory>,
@@ -64,10 +65,15 @@ pub(crate) struct Session<'a> {
 impl<'a> Session<'a> {
     /// A connection on which nothing was said yet. Kicks are reported on
     /// `epoll` with the queue's number as data.
-    pub(crate) fn new(shared: &'a Shared, epoll: Rc<OwnedFd>) -> Result<Self, SessionError> {
+    pub(crate) fn new(
+        shared: &'a Shared,
+        sealed_only: bool,
+        epoll: Rc<OwnedFd>,
+    ) -> Result<Self, SessionError> {
         let vrings = (0..).take(QueueLayout::MAX_QUEUES).map(Vring::new);
         Ok(Self {
             shared,
+            sealed_only,
             epoll,
             vrings: vrings.collect::<Result<_, _>>()?,
             memory: None,
@@ -351,14 +357,15 @@ impl<'a> Session<'a> {
 
     fn set_mem_table(&mut self, message: &mut Message) -> Result<(), SessionError> {
         let memory = Memory::from_message(message)?;
-        if self.shared.sealed_only() && !memory.is_sealed() {
+        if self.sealed_only && !memory.is_sealed() {
             return Err(Violation::UnsealedMemory.into());
         }
         if !self.vrings.iter().all(|vring| vring.is_valid(&memory.map)) {
             return Err(Violation::MemoryTable.into());
         }
+        let map = memory.host_map()?;
         let mut device = self.shared.device();
-        device.reclaim_mut().set_memory(&memory)?;
+        device.reclaim_mut().set_memory(map);
         device.set_layout(memory.layout.clone());
         drop(device);
         self.memory = Some(memory);

@@ -3,21 +3,14 @@
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
+use balloon_host::ring::{self, MAX_QUEUE_SIZE};
 use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 use rustix::fs::{FileType, fstat};
 use virtio_queue::QueueT;
-use vm_memory::{GuestAddress, GuestMemory, Permissions};
+use vm_memory::{GuestAddress, GuestMemory};
 
 use crate::error::{SessionError, Violation};
 use crate::tracked::TrackedQueue;
-
-/// Entries a queue may have: four times what Linux front ends use, so that the
-/// work of one drain stays bounded.
-pub(crate) const MAX_QUEUE_SIZE: u16 = 1024;
-
-/// Alignment of the descriptor table, the used and the available ring in bytes
-/// (virtio 1.3, section 2.7).
-const ALIGNMENTS: [u64; 3] = [16, 4, 2];
 
 /// Bytes of kicks that are read at once, and how often at most: together what a
 /// pipe holds.
@@ -121,36 +114,14 @@ impl Vring {
         memory: &impl GuestMemory,
         event_idx: bool,
     ) -> Result<(), SessionError> {
-        // Asked before the queue is, which would log what a peer sent.
-        let mut parts = places.iter().zip(ALIGNMENTS);
-        if !parts.all(|(place, alignment)| place.0.is_multiple_of(alignment)) {
-            return Err(self.bad_setup());
-        }
-        let [descriptors, used, available] = places;
-        let queue = &mut self.queue;
-        let placed = queue
-            .try_set_desc_table_address(descriptors)
-            .and_then(|()| queue.try_set_used_ring_address(used))
-            .and_then(|()| queue.try_set_avail_ring_address(available));
-        placed.map_err(|_| self.bad_setup())?;
-        self.queue.set_event_idx(event_idx);
+        let placed = ring::place(&mut self.queue, places, event_idx, memory);
         self.found = false;
-        self.queue.set_ready(true);
-        if self.is_valid(memory) { Ok(()) } else { Err(self.bad_setup()) }
+        if placed { Ok(()) } else { Err(self.bad_setup()) }
     }
 
     /// True when the ring lies in `memory`; to be asked again when memory moves.
     pub(crate) fn is_valid(&self, memory: &impl GuestMemory) -> bool {
-        let queue = &self.queue;
-        let entries = usize::from(queue.size());
-        // The two rings have three words besides their entries.
-        let parts = [
-            (queue.desc_table(), entries * 16, Permissions::Read),
-            (queue.used_ring(), entries * 8 + 6, Permissions::Write),
-            (queue.avail_ring(), entries * 2 + 6, Permissions::Read),
-        ];
-        let inside = |(start, len, access)| memory.check_range(GuestAddress(start), len, access);
-        !queue.ready() || parts.into_iter().all(inside)
+        ring::lies_in(&self.queue, memory)
     }
 
     /// Stops the ring and returns what the front end needs to go on elsewhere.

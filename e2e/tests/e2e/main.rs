@@ -1,5 +1,6 @@
 //! The whole of Aerostat on real kernels: guests in User Mode Linux with the
-//! back end of the release build, and unmodified Debian kernels in QEMU.
+//! back end of the release build, unmodified Debian kernels in QEMU, and the same
+//! in our own monitor on a real KVM.
 //!
 //! `AEROSTAT_PROGRAM` names the back end's program; without it, it is built.
 //! `AEROSTAT_E2E_MINUTES` lets each random test run so long instead of for a
@@ -13,6 +14,8 @@ mod command_line;
 mod debian;
 mod debian_requests;
 mod integrity;
+mod kvm;
+mod kvm_restore;
 mod life;
 mod monitor;
 mod package;

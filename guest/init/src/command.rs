@@ -3,10 +3,10 @@
 use std::fs;
 use std::str::FromStr;
 
-use crate::{cache, churn, load, memory, module, page_flags, pressure, system};
+use crate::{cache, churn, load, memory, module, page_flags, pressure, program, system};
 
 /// Takes one line of an answer to the host.
-type Emit<'a> = &'a mut dyn FnMut(&str) -> Result<(), String>;
+pub(crate) type Emit<'a> = &'a mut dyn FnMut(&str) -> Result<(), String>;
 
 /// Runs one command; the text goes into the last line of the answer.
 pub(crate) fn run(name: &str, arguments: &[String], emit: Emit<'_>) -> Result<String, String> {
@@ -33,6 +33,8 @@ pub(crate) fn run(name: &str, arguments: &[String], emit: Emit<'_>) -> Result<St
         ("churn", [mib, seed]) => churn::start(number(mib)?, number(seed)?),
         ("calm", []) => churn::stop(emit),
         ("pressure", [mib, hold_ms]) => pressure::run(number(mib)?, number(hold_ms)?),
+        ("mount-root", [tag]) => program::mount_root(tag),
+        ("program", [words @ ..]) => program::run(words, emit),
         ("sync", []) => {
             rustix::fs::sync();
             Ok(String::new())

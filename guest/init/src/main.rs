@@ -15,6 +15,7 @@ mod module;
 mod page_flags;
 mod pattern;
 mod pressure;
+mod program;
 mod system;
 
 use std::process::ExitCode;
@@ -27,6 +28,9 @@ fn main() -> ExitCode {
     }
     if arguments.get(1).map(String::as_str) == Some(churn::CHILD_ARGUMENT) {
         return churn::child(&arguments);
+    }
+    if arguments.get(1).map(String::as_str) == Some(program::CHILD_ARGUMENT) {
+        return program::child(&arguments);
     }
     if arguments.get(1).map(String::as_str) == Some(load::CHILD_ARGUMENT) {
         return load::child(&arguments);

@@ -33,13 +33,35 @@ const ROOMS: &[(&str, Leans)] = &[
     // The API's words, sizes and sets of pages, never the device's insides.
     ("control", Rooms(&["page-set"])),
     (
-        "vhost-device-balloon",
+        "balloon-host",
         Rooms(&["balloon-abi", "balloon-device", "control", "host-memory", "page-set"]),
+    ),
+    (
+        "vhost-device-balloon",
+        Rooms(&[
+            "balloon-abi",
+            "balloon-device",
+            "balloon-host",
+            "control",
+            "host-memory",
+            "page-set",
+        ]),
+    ),
+    (
+        "vmm",
+        Rooms(&[
+            "balloon-abi",
+            "balloon-device",
+            "balloon-host",
+            "control",
+            "host-memory",
+            "page-set",
+        ]),
     ),
     ("lab", Rooms(&[])),
     ("bench", Rooms(&["control", "host-memory", "lab", "page-set"])),
     ("sandbox", Only(&["landlock", "libc", "rustix", "seccompiler", "thiserror"])),
-    ("aerostat", Rooms(&["bench", "control", "sandbox", "vhost-device-balloon"])),
+    ("aerostat", Rooms(&["bench", "control", "sandbox", "vhost-device-balloon", "vmm"])),
     // For tests: what ships cannot lean on them, since no row above names them.
     ("guest-ring", Only(&["virtio-queue", "vm-memory"])),
     (
@@ -149,6 +171,8 @@ mod tests {
             ("host-memory", "virtio-queue"),
             ("control", "balloon-device"),
             ("vhost-device-balloon", "lab"),
+            ("vmm", "vhost-device-balloon"),
+            ("balloon-host", "vmm"),
             ("aerostat", "balloon-device"),
         ] {
             let packages = [package(name, &[needs]), package(needs, &[])];

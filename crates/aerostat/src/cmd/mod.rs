@@ -7,6 +7,7 @@ mod cancel;
 mod demo;
 mod drop_caches;
 mod free_pages;
+mod run;
 mod soak;
 mod status;
 mod vhost_user;
@@ -26,6 +27,7 @@ pub(crate) enum Command {
     Demo(demo::DemoArgs),
     DropCaches(drop_caches::DropCachesArgs),
     FreePages(free_pages::FreePagesArgs),
+    Run(run::RunArgs),
     Soak(soak::SoakArgs),
     Status(status::StatusArgs),
     VhostUser(vhost_user::VhostUserArgs),
@@ -40,6 +42,7 @@ impl Command {
             Self::Demo(args) => demo::run(&args),
             Self::DropCaches(args) => drop_caches::run(&args),
             Self::FreePages(args) => free_pages::run(&args),
+            Self::Run(args) => run::run(args),
             Self::Soak(args) => soak::run(&args),
             Self::Status(args) => status::run(&args),
             Self::VhostUser(args) => vhost_user::run(&args),

@@ -177,6 +177,9 @@ fn details(status: &Status) -> String {
     let (calls, errors) =
         (plural(release.release_calls, "call"), plural(release.release_errors, "error"));
     lines.push(("released", format!("{} in {calls}, {errors}", Size(release.released_bytes))));
+    if let Some(exits) = status.exits {
+        lines.push(("exits", format!("{exits} because of the balloon")));
+    }
     if status.reports.messages > 0 {
         lines.push(("reported", reports(&status.reports)));
     }

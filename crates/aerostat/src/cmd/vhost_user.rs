@@ -68,7 +68,7 @@ pub(crate) struct VhostUserArgs {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Release {
+pub(crate) enum Release {
     /// After the guest was answered, many messages together
     Background,
     /// Before the guest is answered, a message at a time
@@ -78,7 +78,7 @@ enum Release {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Partial {
+pub(crate) enum Partial {
     /// Released once nothing more adds up; the host splits the huge page
     Split,
     /// Kept until the huge page is complete
@@ -94,7 +94,7 @@ enum Unsealed {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Feature {
+pub(crate) enum Feature {
     /// Statistics of the guest's memory
     Stats,
     /// Free page hints, which the host asks for
@@ -109,6 +109,12 @@ enum Feature {
     PageBitmap,
     /// Requests to Aerostat's own driver
     Request,
+}
+
+/// All of them.
+pub(crate) fn features(features: &[Feature]) -> Features {
+    let features = features.iter().map(|feature| Features::from(*feature));
+    features.fold(Features::NONE, Features::union)
 }
 
 impl From<Feature> for Features {
@@ -144,7 +150,7 @@ impl From<Partial> for PartialHuge {
     }
 }
 
-fn guest_name(text: &str) -> Result<GuestName, String> {
+pub(crate) fn guest_name(text: &str) -> Result<GuestName, String> {
     text.parse().map_err(|error: control::ControlError| format!("{error}; {}", error.hint()))
 }
 
@@ -189,8 +195,7 @@ impl VhostUserArgs {
         if self.control.is_none() {
             ensure_runtime_dir()?;
         }
-        let without = self.without.iter().map(|feature| Features::from(*feature));
-        let without = without.fold(Features::NONE, Features::union);
+        let without = features(&self.without);
         let options = guests.into_iter().map(|(name, socket)| {
             let control = match &self.control {
                 Some(path) => path.clone(),

@@ -7,15 +7,14 @@ use std::time::{Duration, Instant};
 use balloon_abi::BALLOON_PAGE_BYTES;
 use balloon_device::Reclaim;
 use control::api::{PartialHuge, ReleaseMode, ReleaseStatus, ReportsStatus};
-use host_memory::{MemoryMap, Reclaimer, ReclaimerOptions, Region, resident};
-use page_set::{PageRange, PageSet};
+use host_memory::{MemoryMap, Reclaimer, ReclaimerOptions, resident};
+use page_set::PageSet;
 
-use crate::error::{Error, SessionError};
-use crate::memory::Memory;
+use crate::HostError;
 
 /// Releases the memory of one guest, present or not.
 #[derive(Debug)]
-pub(crate) struct HostReclaim {
+pub struct HostReclaim {
     reclaimer: Reclaimer,
     memory: Arc<MemoryMap>,
     mode: ReleaseMode,
@@ -24,16 +23,20 @@ pub(crate) struct HostReclaim {
 
 /// What was done up to some moment.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Work {
-    pub(crate) calls: u64,
-    pub(crate) bytes: u64,
-    pub(crate) translate: Duration,
-    pub(crate) release: Duration,
+pub struct Work {
+    /// Calls to the kernel.
+    pub calls: u64,
+    /// Bytes given back to the host.
+    pub bytes: u64,
+    /// Time for finding host addresses.
+    pub translate: Duration,
+    /// Time in the calls.
+    pub release: Duration,
 }
 
 impl Work {
     /// What was done since `earlier`.
-    pub(crate) const fn since(&self, earlier: &Self) -> Self {
+    pub const fn since(&self, earlier: &Self) -> Self {
         Self {
             calls: self.calls.saturating_sub(earlier.calls),
             bytes: self.bytes.saturating_sub(earlier.bytes),
@@ -45,7 +48,10 @@ impl Work {
 
 impl HostReclaim {
     /// Releases nothing until a guest's memory is known.
-    pub(crate) fn new(mode: ReleaseMode, partial_huge: PartialHuge) -> Result<Self, Error> {
+    ///
+    /// # Errors
+    /// The host has no thread left.
+    pub fn new(mode: ReleaseMode, partial_huge: PartialHuge) -> Result<Self, HostError> {
         let memory = Arc::new(MemoryMap::default());
         let options = ReclaimerOptions {
             mode: reclaimer_mode(mode),
@@ -55,44 +61,36 @@ impl HostReclaim {
             },
         };
         let reclaimer = Reclaimer::new(Arc::clone(&memory) as _, options)
-            .map_err(|source| Error::Host { what: "starting a thread", source })?;
+            .map_err(|source| HostError { what: "starting a thread", source })?;
         Ok(Self { reclaimer, memory, mode, partial_huge })
     }
 
     /// The guest's memory is now there.
-    pub(crate) fn set_memory(&mut self, memory: &Memory) -> Result<(), SessionError> {
-        let regions = memory.regions.iter().map(|region| {
-            let (start, bytes) = (region.guest_address, region.bytes);
-            let pages = PageRange::new(start / BALLOON_PAGE_BYTES, bytes / BALLOON_PAGE_BYTES)
-                .map_err(|e| SessionError::Map(e.into()))?;
-            Region::shared(pages, Arc::clone(&region.file), region.file_offset)
-                .map_err(|e| SessionError::Map(e.into()))
-        });
-        let map = MemoryMap::new(regions.collect::<Result<_, _>>()?)
-            .map_err(|e| SessionError::Map(e.into()))?;
-        self.replace(Arc::new(map));
-        Ok(())
+    pub fn set_memory(&mut self, memory: MemoryMap) {
+        self.replace(Arc::new(memory));
     }
 
     /// The guest is gone; its memory is not held any longer.
-    pub(crate) fn forget_memory(&mut self) {
+    pub fn forget_memory(&mut self) {
         self.replace(Arc::new(MemoryMap::default()));
     }
 
-    pub(crate) fn set_mode(&mut self, mode: ReleaseMode) {
+    /// Changes when pages are released.
+    pub fn set_mode(&mut self, mode: ReleaseMode) {
         self.mode = mode;
         self.reclaimer.set_mode(reclaimer_mode(mode));
     }
 
     /// `None` while something is still to be released; else when the last release
     /// ended, if there was any.
-    pub(crate) fn settled_at(&self) -> Option<Option<Instant>> {
+    pub fn settled_at(&self) -> Option<Option<Instant>> {
         let done = self.reclaimer.snapshot();
         let settled = done.pending_pages == 0 && done.in_flight_pages == 0;
         settled.then_some(done.last_batch_at)
     }
 
-    pub(crate) fn work(&self) -> Work {
+    /// What was done up to now.
+    pub fn work(&self) -> Work {
         let done = self.reclaimer.snapshot();
         Work {
             calls: done.calls,
@@ -102,7 +100,8 @@ impl HostReclaim {
         }
     }
 
-    pub(crate) fn status(&self) -> ReleaseStatus {
+    /// For the control API.
+    pub fn status(&self) -> ReleaseStatus {
         let done = self.reclaimer.snapshot();
         ReleaseStatus {
             mode: self.mode,
@@ -117,7 +116,7 @@ impl HostReclaim {
     }
 
     /// What was released because the guest reported it; the rest is the device's.
-    pub(crate) fn reports(&self) -> ReportsStatus {
+    pub fn reports(&self) -> ReportsStatus {
         let done = self.reclaimer.snapshot();
         ReportsStatus {
             released_bytes: done.free_pages * BALLOON_PAGE_BYTES,
@@ -128,7 +127,7 @@ impl HostReclaim {
     }
 
     /// What the host really spends on the guest; `None` without a guest.
-    pub(crate) fn resident_bytes(&self) -> Option<u64> {
+    pub fn resident_bytes(&self) -> Option<u64> {
         if self.memory.pages() == 0 {
             return None;
         }
@@ -137,7 +136,7 @@ impl HostReclaim {
     }
 
     /// What the host refused, by kind.
-    pub(crate) fn faults(&self) -> BTreeMap<String, u64> {
+    pub fn faults(&self) -> BTreeMap<String, u64> {
         let done = self.reclaimer.snapshot();
         let kinds = [
             ("release_refused", done.errors),

@@ -1,12 +1,13 @@
 //! What outlives a driver's connection, and this process.
 
+use std::io;
 use std::path::Path;
 use std::time::Instant;
 
 use balloon_abi::{Features, Field};
+use balloon_device::{BalloonState, StateError};
 
 use super::{DeviceGuard, Shared, State};
-use crate::error::Error;
 use crate::saved::{Saved, StateFile};
 
 /// Poison of a driver whose word for it is lost: any but 0 forbids to give its
@@ -16,9 +17,11 @@ const UNKNOWN_POISON: u32 = u32::MAX;
 impl Shared {
     /// Keeps in the file at `path` what has to be known after a restart, and begins
     /// with what it says.
-    pub(crate) fn keep_in(&self, path: &Path) -> Result<(), Error> {
-        let file = StateFile::open(path)
-            .map_err(|source| Error::State { path: path.to_owned(), source })?;
+    ///
+    /// # Errors
+    /// The file can be neither read nor made.
+    pub fn keep_in(&self, path: &Path) -> io::Result<()> {
+        let file = StateFile::open(path)?;
         let mut state = self.state();
         state.saved = file.saved();
         state.file = Some(file);
@@ -32,7 +35,7 @@ impl Shared {
     }
 
     /// A driver starts, or goes on.
-    pub(crate) fn reset(&self, negotiated: Features) {
+    pub fn reset(&self, negotiated: Features) {
         let mut state = self.state();
         state.device.reset(negotiated);
         // QEMU says what the driver wrote before it says which features it took.
@@ -44,8 +47,28 @@ impl Shared {
         }
     }
 
+    /// Goes on with the guest of another host.
+    ///
+    /// # Errors
+    /// The state is none of this balloon; nothing has changed then.
+    pub fn restore(&self, saved: BalloonState) -> Result<(), StateError> {
+        let mut state = self.state();
+        let (target, actual) = (saved.target, saved.actual);
+        state.device.restore(saved, Instant::now())?;
+        state.saved.target = target;
+        state.saved.actual = actual;
+        if target != 0 {
+            // As for whoever sets a target here: over when the guest has reached it.
+            state.generation += 1;
+        }
+        self.save(&mut state);
+        drop(state);
+        self.changed();
+        Ok(())
+    }
+
     /// The first queue of a driver runs: it has used it before, or it starts.
-    pub(crate) fn driver_found(&self, device: &mut DeviceGuard<'_>, used: bool) {
+    pub fn driver_found(&self, device: &mut DeviceGuard<'_>, used: bool) {
         let state = &mut *device.0;
         if used {
             let Saved { actual, poison_val, .. } = state.saved;
@@ -60,7 +83,7 @@ impl Shared {
     }
 
     /// The driver may have said how many pages it holds.
-    pub(crate) fn keep_actual(&self) {
+    pub fn keep_actual(&self) {
         let state = &mut *self.state();
         state.saved.actual = state.device.config().actual;
         self.save(state);
@@ -68,7 +91,7 @@ impl Shared {
 
     /// Nobody says how many pages the driver holds, so it is those that it gave. Of
     /// one that was there before the device, they are not all.
-    pub(crate) fn assume_actual(&self) {
+    pub fn assume_actual(&self) {
         let state = &mut *self.state();
         let held = u32::try_from(state.device.held().len()).unwrap_or(u32::MAX);
         if state.device.inherits() || state.device.config().actual == held {
@@ -83,7 +106,7 @@ impl Shared {
 
     /// The front end may have said what the driver fills free pages with: alone, or
     /// with all else.
-    pub(crate) fn keep_poison(&self, offset: u32, data: &[u8]) {
+    pub fn keep_poison(&self, offset: u32, data: &[u8]) {
         let at = (Field::PoisonVal.offset() as u64).checked_sub(u64::from(offset));
         let at = at.and_then(|at| usize::try_from(at).ok());
         let Some(poison) = at.and_then(|at| data.get(at..)?.first_chunk()) else { return };

@@ -4,13 +4,13 @@ use std::time::{Duration, Instant};
 
 /// Remembers when it was asked last.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct StatsClock {
+pub struct StatsClock {
     asked: Option<Instant>,
 }
 
 impl StatsClock {
     /// Time until the next question; `None` where there is none to come.
-    pub(crate) fn left(&self, interval: Option<Duration>, now: Instant) -> Option<Duration> {
+    pub fn left(&self, interval: Option<Duration>, now: Instant) -> Option<Duration> {
         let interval = interval?;
         let since = self.asked.map_or(interval, |asked| now.saturating_duration_since(asked));
         Some(interval.saturating_sub(since))
@@ -18,7 +18,7 @@ impl StatsClock {
 
     /// True where it is time; the next question is an interval later then, whether
     /// or not the guest can be asked now.
-    pub(crate) fn is_due(&mut self, interval: Option<Duration>, now: Instant) -> bool {
+    pub fn is_due(&mut self, interval: Option<Duration>, now: Instant) -> bool {
         let due = self.left(interval, now) == Some(Duration::ZERO);
         if due {
             self.asked = Some(now);

@@ -1,5 +1,5 @@
-//! What the vhost-user loop and the control API share: the device, under a
-//! lock, and what is known around it.
+//! What the loop that serves the guest and the control API share: the device,
+//! under a lock, and what is known around it.
 
 mod hints;
 mod keep;
@@ -7,7 +7,7 @@ mod stats;
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -20,9 +20,9 @@ use control::api::{
 use control::{ControlError, FreePagesMap, GuestAnswer, GuestAsk};
 use rustix::event::EventfdFlags;
 
-use crate::error::Error;
+use crate::HostError;
 use crate::log_limit::LogLimit;
-use crate::reclaim::HostReclaim;
+use crate::reclaim::{HostReclaim, Work};
 use crate::requests::RequestTimes;
 use crate::saved::{Saved, StateFile};
 
@@ -31,14 +31,15 @@ use crate::saved::{Saved, StateFile};
 const SETTLE_LOOK: Duration = Duration::from_millis(1);
 
 /// One guest's balloon.
-pub(crate) struct Shared {
+pub struct Shared {
     name: String,
     started: Instant,
     state: Mutex<State>,
     pub(crate) changed: Condvar,
     wake: OwnedFd,
     log_limit: Mutex<LogLimit>,
-    sealed_only: AtomicBool,
+    /// Counted only where the guest's monitor is this process.
+    exits: Option<AtomicU64>,
 }
 
 pub(crate) struct State {
@@ -46,7 +47,7 @@ pub(crate) struct State {
     pub(crate) connected: bool,
     generation: u64,
     /// What was released before the present change began.
-    baseline: crate::reclaim::Work,
+    baseline: Work,
     front_end_faults: BTreeMap<&'static str, u64>,
     /// How often the guest is asked for statistics, if it is.
     stats_interval: Option<Duration>,
@@ -61,7 +62,7 @@ pub(crate) struct State {
 }
 
 /// The device, locked.
-pub(crate) struct DeviceGuard<'a>(MutexGuard<'a, State>);
+pub struct DeviceGuard<'a>(MutexGuard<'a, State>);
 
 impl std::ops::Deref for DeviceGuard<'_> {
     type Target = Balloon<HostReclaim>;
@@ -77,14 +78,18 @@ impl std::ops::DerefMut for DeviceGuard<'_> {
 }
 
 impl Shared {
-    pub(crate) fn new(name: String, reclaim: HostReclaim) -> Result<Self, Error> {
+    /// A balloon without a guest.
+    ///
+    /// # Errors
+    /// The host has no file descriptor left.
+    pub fn new(name: String, reclaim: HostReclaim) -> Result<Self, HostError> {
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|e| Error::Host { what: "eventfd", source: e.into() })?;
+            .map_err(|e| HostError { what: "eventfd", source: e.into() })?;
         let state = State {
             device: Balloon::new(reclaim),
             connected: false,
             generation: 0,
-            baseline: crate::reclaim::Work::default(),
+            baseline: Work::default(),
             front_end_faults: BTreeMap::new(),
             stats_interval: None,
             config_changed: false,
@@ -99,41 +104,48 @@ impl Shared {
             changed: Condvar::new(),
             wake,
             log_limit: Mutex::default(),
-            sealed_only: AtomicBool::new(false),
+            exits: None,
         })
     }
 
-    pub(crate) fn device(&self) -> DeviceGuard<'_> {
+    /// The same for a monitor, which sees each time that the guest leaves its processor.
+    #[must_use]
+    pub fn with_exits(self) -> Self {
+        Self { exits: Some(AtomicU64::new(0)), ..self }
+    }
+
+    /// The guest left its processor so many times because of the balloon.
+    pub fn count_exits(&self, count: u64) {
+        if let Some(exits) = &self.exits {
+            exits.fetch_add(count, Ordering::Relaxed);
+        }
+    }
+
+    /// The device, locked.
+    pub fn device(&self) -> DeviceGuard<'_> {
         DeviceGuard(self.state())
     }
 
     /// Wakes those who wait for a change of the balloon.
-    pub(crate) fn changed(&self) {
+    pub fn changed(&self) {
         self.changed.notify_all();
     }
 
-    pub(crate) fn set_connected(&self, connected: bool) {
+    /// A guest came or went.
+    pub fn set_connected(&self, connected: bool) {
         self.state().connected = connected;
         self.changed();
     }
 
-    pub(crate) fn count_front_end_fault(&self, name: &'static str) {
+    /// Counts a fault of the monitor under this word.
+    pub fn count_front_end_fault(&self, name: &'static str) {
         let mut state = self.state();
         let count = state.front_end_faults.entry(name).or_default();
         *count = count.saturating_add(1);
     }
 
-    /// Whether guest memory has to be sealed against shrinking.
-    pub(crate) fn sealed_only(&self) -> bool {
-        self.sealed_only.load(Ordering::Relaxed)
-    }
-
-    pub(crate) fn want_sealed(&self, sealed_only: bool) {
-        self.sealed_only.store(sealed_only, Ordering::Relaxed);
-    }
-
     /// True where one more line about a peer's doing may go to the log.
-    pub(crate) fn may_log(&self) -> bool {
+    pub fn may_log(&self) -> bool {
         let mut limit = self.log_limit.lock().unwrap_or_else(PoisonError::into_inner);
         let left_out = limit.take(Instant::now());
         if let Some(lines @ 1..) = left_out {
@@ -143,7 +155,7 @@ impl Shared {
     }
 
     /// True once for each change of the configuration space, or for many at once.
-    pub(crate) fn take_config_changed(&self) -> bool {
+    pub fn take_config_changed(&self) -> bool {
         std::mem::take(&mut self.state().config_changed)
     }
 
@@ -157,7 +169,7 @@ impl Shared {
     }
 
     /// Becomes readable when the operator wants something.
-    pub(crate) const fn wake(&self) -> &OwnedFd {
+    pub const fn wake(&self) -> &OwnedFd {
         &self.wake
     }
 
@@ -192,6 +204,7 @@ impl control::Balloon for Shared {
             balloon: state.balloon(),
             release: device.reclaim().status(),
             resident_bytes,
+            exits: self.exits.as_ref().map(|exits| exits.load(Ordering::Relaxed)),
             stats: state.stats(),
             reports: state.reports(),
             faults: state.faults(),

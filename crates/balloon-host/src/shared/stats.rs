@@ -10,7 +10,7 @@ use super::{Shared, State};
 
 impl Shared {
     /// Time between two questions to the guest, if it is to be asked.
-    pub(crate) fn stats_interval(&self) -> Option<Duration> {
+    pub fn stats_interval(&self) -> Option<Duration> {
         self.state().stats_interval
     }
 

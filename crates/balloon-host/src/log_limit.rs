@@ -10,7 +10,7 @@ const PERIOD: Duration = Duration::from_secs(10);
 
 /// Counts log lines that a peer caused.
 #[derive(Debug, Default)]
-pub(crate) struct LogLimit {
+pub struct LogLimit {
     period_start: Option<Instant>,
     lines: u32,
     left_out: u64,
@@ -19,7 +19,7 @@ pub(crate) struct LogLimit {
 impl LogLimit {
     /// Asks for one line: `None` where it must be left out, else how many were
     /// left out since the last one.
-    pub(crate) fn take(&mut self, now: Instant) -> Option<u64> {
+    pub fn take(&mut self, now: Instant) -> Option<u64> {
         let over = self.period_start.is_none_or(|start| now.duration_since(start) >= PERIOD);
         if over {
             self.period_start = Some(now);

@@ -39,14 +39,14 @@ struct Asked {
 
 impl Shared {
     /// Time until the device has a request to end.
-    pub(crate) fn until_deadline(&self) -> Option<Duration> {
+    pub fn until_deadline(&self) -> Option<Duration> {
         let deadline = self.state().device.requests().next_deadline()?;
         // A millisecond more than nothing: the poll rounds down to those.
         Some(deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1))
     }
 
     /// Ends requests whose time is over; true where there were any.
-    pub(crate) fn expire_requests(&self) -> bool {
+    pub fn expire_requests(&self) -> bool {
         let any = self.state().device.requests_mut().expire(Instant::now());
         if any {
             self.changed();

@@ -1,0 +1,160 @@
+//! A real KVM, also where the machine has none: a guest with its own.
+//!
+//! QEMU emulates the virtualisation extensions of AMD's processors, so that a kernel inside finds
+//! a working KVM ("L1"). Programs of this machine run there on its own root file system, shared
+//! read-only.
+//!
+//! A `/dev/kvm` of this machine may be there and useless, so [`hardware`] boots something.
+
+use std::ffi::OsStr;
+use std::fmt::Write;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use crate::debian::{self, DebianKernel, Release};
+use crate::error::{LabError, Result};
+use crate::guest::Guest;
+
+/// Modules of the guest: KVM for the processor that QEMU emulates, and the shared root.
+const MODULES: [&str; 6] = ["virtio_pci", "9pnet_virtio", "9p", "ccp", "kvm", "kvm_amd"];
+
+/// The name of the shared root.
+const ROOT_TAG: &str = "root";
+
+/// What the guest's kernel and a program need besides the memory of the program's own guests.
+const OWN_MEMORY_MIB: u64 = 768;
+
+/// A hardware KVM boots a small guest in about a second.
+const PROBE_LIMIT: Duration = Duration::from_secs(20);
+
+/// Memory of the guest that is booted to probe.
+const PROBE_MEMORY_MIB: u64 = 256;
+
+/// How a program ended, and what it printed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outcome {
+    /// Lines of standard output and standard error, in their order.
+    pub lines: Vec<String>,
+    /// The exit code; `None` after a signal.
+    pub code: Option<i32>,
+}
+
+/// A machine with a KVM, which ends when this is dropped.
+pub struct KvmMachine {
+    guest: Guest,
+}
+
+impl KvmMachine {
+    /// Boots one with room for guests of this much memory.
+    ///
+    /// # Errors
+    /// What is missing on this machine, or why the boot failed.
+    pub fn boot(guests_mib: u64) -> Result<Self> {
+        let kernel = debian::kernel(Release::Full6_12)?;
+        let modules = kernel.modules(&MODULES)?;
+        let root = format!(
+            "local,path=/,mount_tag={ROOT_TAG},security_model=none,readonly=on,multidevs=remap"
+        );
+        let mut guest = Guest::qemu(&kernel)
+            .memory_mib(OWN_MEMORY_MIB + guests_mib)
+            .modules(&modules)
+            .machine_arguments(["-virtfs", &root])
+            .boot()?;
+        guest.load(&modules)?;
+        guest.run(&format!("mount-root {ROOT_TAG}"))?;
+        Ok(Self { guest })
+    }
+
+    /// Runs a program of this machine by its absolute path. Only `/run` can be written there,
+    /// which is empty at first.
+    ///
+    /// # Errors
+    /// When the machine ends, or does not say within the limit how the program ended.
+    pub fn run(
+        &mut self,
+        program: &Path,
+        arguments: &[&OsStr],
+        variables: &[(&str, &OsStr)],
+        limit: Duration,
+    ) -> Result<Outcome> {
+        let mut command = "program".to_owned();
+        for (name, value) in variables {
+            command += &format!(" {name}={}", encode(value));
+        }
+        for word in [program.as_os_str()].iter().chain(arguments) {
+            command += &format!(" {}", encode(word));
+        }
+        let reply = self.guest.run_within(&command, limit)?;
+        let code = match reply.text.split_once('=') {
+            Some(("exit", code)) => code.parse().ok(),
+            Some(("signal", _)) => None,
+            _ => {
+                let what = "the end of a program".to_owned();
+                return Err(LabError::Unexpected { what, detail: reply.text });
+            }
+        };
+        Ok(Outcome { lines: reply.lines, code })
+    }
+
+    /// Everything the machine printed, with times.
+    pub fn console_log(&self) -> String {
+        self.guest.console_log()
+    }
+}
+
+/// Whether this machine's own KVM boots a guest. Asked once for each process.
+pub fn hardware() -> bool {
+    static ANSWER: OnceLock<bool> = OnceLock::new();
+    *ANSWER.get_or_init(|| match probe() {
+        Ok(()) => true,
+        Err(error) => {
+            tracing::info!("no use of /dev/kvm: {error}");
+            false
+        }
+    })
+}
+
+/// Boots an unmodified kernel in QEMU, so that a fault of our own monitor is not taken for one of
+/// the machine.
+fn probe() -> Result<()> {
+    if !Path::new("/dev/kvm").exists() {
+        let (what, advice) = ("find /dev/kvm".to_owned(), "load the module kvm".to_owned());
+        return Err(LabError::Host { what, advice });
+    }
+    let kernel: DebianKernel = debian::kernel(Release::Cloud6_12)?;
+    let guest = Guest::qemu(&kernel)
+        .memory_mib(PROBE_MEMORY_MIB)
+        .hardware(true)
+        .boot_limit(PROBE_LIMIT)
+        .boot()?;
+    guest.power_off().map(drop)
+}
+
+/// A word as the guest's init takes it: `%XX` for bytes that separate words, and for `%`.
+fn encode(word: &OsStr) -> String {
+    let mut text = String::new();
+    for byte in word.as_bytes() {
+        match byte {
+            b'%' | 0..=b' ' | 0x7f.. => {
+                // Writing to a string cannot fail.
+                let _ = write!(text, "%{byte:02x}");
+            }
+            _ => text.push(char::from(*byte)),
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_encoded_so_that_they_stay_one_word() {
+        assert_eq!(encode(OsStr::new("a b%\tc\n")), "a%20b%25%09c%0a");
+        assert_eq!(encode(OsStr::new("/usr/bin/x-y_z=1")), "/usr/bin/x-y_z=1");
+        assert_eq!(encode(OsStr::new("ä")), "%c3%a4");
+    }
+}

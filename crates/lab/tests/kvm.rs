@@ -1,0 +1,32 @@
+//! Boots a machine that has a KVM.
+
+#![allow(clippy::unwrap_used)]
+
+use std::ffi::OsStr;
+use std::path::Path;
+use std::time::Duration;
+
+use lab::kvm::KvmMachine;
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+#[test]
+fn programs_of_this_machine_run_where_there_is_a_kvm() {
+    let mut machine = KvmMachine::boot(64).unwrap();
+    let mut shell = |script: &str| {
+        let words = ["-c", script].map(OsStr::new);
+        let variables = [("WORDS", OsStr::new("two words"))];
+        machine.run(Path::new("/bin/sh"), &words, &variables, LIMIT).unwrap()
+    };
+    let outcome = shell("cat /sys/module/kvm_amd/parameters/npt; test -w /dev/kvm; echo $?");
+    assert_eq!((outcome.lines, outcome.code), (vec!["Y".to_owned(), "0".to_owned()], Some(0)));
+    let outcome = shell("echo \"$WORDS\"; echo error >&2; exit 7");
+    assert_eq!(outcome.lines, ["two words", "error"]);
+    assert_eq!(outcome.code, Some(7));
+    assert_eq!(shell("kill -s KILL $$").code, None);
+    // Nothing of this machine can be written from there, and something of its own can.
+    assert_ne!(shell("echo x > /etc/aerostat-lab").code, Some(0));
+    assert_eq!(shell("echo x > /run/aerostat-lab").code, Some(0));
+    let nothing = machine.run(Path::new("/none"), &[], &[], LIMIT).unwrap();
+    assert_eq!(nothing.code, Some(127), "{:?}", nothing.lines);
+}

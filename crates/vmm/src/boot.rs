@@ -1,0 +1,207 @@
+//! Puts a kernel, an initial RAM disk and a command line into the guest's memory.
+
+use std::fs::File;
+use std::io::{Read, Seek};
+use std::path::Path;
+
+use linux_loader::configurator::linux::LinuxBootConfigurator;
+use linux_loader::configurator::pvh::PvhBootConfigurator;
+use linux_loader::configurator::{BootConfigurator, BootParams};
+use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
+use linux_loader::loader::bzimage::BzImage;
+use linux_loader::loader::elf::start_info::{
+    hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
+};
+use linux_loader::loader::elf::{Elf, PvhBootCapability};
+use linux_loader::loader::{KernelLoader, KernelLoaderResult};
+use vm_memory::{Address, Bytes, GuestAddress};
+
+use crate::cpu::Entry;
+use crate::error::Error;
+use crate::layout;
+use crate::memory::Ram;
+
+/// Begins an ELF file.
+const ELF_MAGIC: &[u8; 4] = b"\x7fELF";
+
+/// `XEN_HVM_START_MAGIC_VALUE`, and the version with a memory map.
+const PVH_MAGIC: u32 = 0x336e_c578;
+const PVH_VERSION: u32 = 1;
+
+/// "Some other loader" for a Linux kernel.
+const LOADER_UNKNOWN: u8 = 0xff;
+
+/// Where 64-bit code begins in a loaded kernel, and the bit that says that there is some
+/// (`XLF_KERNEL_64`).
+const LINUX_64_OFFSET: u64 = 0x200;
+const HAS_64_ENTRY: u16 = 1;
+
+/// Where a PVH kernel's RAM disk may end: below 4 GiB, since the kernel maps no more at first.
+const INITRD_MAX: u64 = 1 << 31;
+
+const PAGE_BYTES: u64 = 4096;
+
+/// What is to be booted.
+pub(crate) struct Source<'a> {
+    pub(crate) kernel: &'a Path,
+    pub(crate) initrd: Option<&'a Path>,
+    pub(crate) command_line: &'a str,
+}
+
+/// Loads all of it; the ACPI tables are there already.
+pub(crate) fn load(
+    source: &Source<'_>,
+    memory: &Ram,
+    ranges: &[(u64, u64)],
+) -> Result<Entry, Error> {
+    write_command_line(source.command_line, memory)?;
+    let mut kernel = open(source.kernel)?;
+    let mut magic = [0; 4];
+    kernel
+        .read_exact(&mut magic)
+        .and_then(|()| kernel.rewind())
+        .map_err(|error| unbootable(source, &error))?;
+    if &magic == ELF_MAGIC {
+        load_pvh(source, &mut kernel, memory, ranges)
+    } else {
+        load_linux(source, &mut kernel, memory, ranges)
+    }
+}
+
+fn load_pvh(
+    source: &Source<'_>,
+    kernel: &mut File,
+    memory: &Ram,
+    ranges: &[(u64, u64)],
+) -> Result<Entry, Error> {
+    let high = Some(GuestAddress(layout::HIGH_START));
+    let loaded =
+        Elf::load(memory, None, kernel, high).map_err(|error| unbootable(source, &error))?;
+    let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
+        return Err(unbootable(source, &"it has no PVH entry (CONFIG_PVH)"));
+    };
+    let initrd = load_initrd(source, memory, ranges, loaded.kernel_end, INITRD_MAX)?;
+    let map: Vec<_> = layout::memory_map(ranges)
+        .into_iter()
+        .map(|(addr, size, type_)| hvm_memmap_table_entry { addr, size, type_, reserved: 0 })
+        .collect();
+    let modules: Vec<_> = initrd
+        .iter()
+        .map(|(paddr, size)| hvm_modlist_entry { paddr: *paddr, size: *size, ..Default::default() })
+        .collect();
+    let start_info = hvm_start_info {
+        magic: PVH_MAGIC,
+        version: PVH_VERSION,
+        cmdline_paddr: layout::COMMAND_LINE,
+        rsdp_paddr: layout::ACPI_TABLES,
+        memmap_paddr: layout::PVH_MEMORY_MAP,
+        memmap_entries: u32::try_from(map.len()).unwrap_or(0),
+        nr_modules: u32::try_from(modules.len()).unwrap_or(0),
+        modlist_paddr: if modules.is_empty() { 0 } else { layout::PVH_MODULES },
+        ..Default::default()
+    };
+    let mut parameters = BootParams::new(&start_info, GuestAddress(layout::PVH_START_INFO));
+    parameters.set_sections(&map, GuestAddress(layout::PVH_MEMORY_MAP));
+    if !modules.is_empty() {
+        parameters.set_modules(&modules, GuestAddress(layout::PVH_MODULES));
+    }
+    PvhBootConfigurator::write_bootparams(&parameters, memory)
+        .map_err(Error::memory("writing boot parameters"))?;
+    Ok(Entry::Pvh(entry.raw_value()))
+}
+
+fn load_linux(
+    source: &Source<'_>,
+    kernel: &mut File,
+    memory: &Ram,
+    ranges: &[(u64, u64)],
+) -> Result<Entry, Error> {
+    let high = Some(GuestAddress(layout::HIGH_START));
+    let loaded =
+        BzImage::load(memory, high, kernel, high).map_err(|error| unbootable(source, &error))?;
+    let Some(header) = loaded.setup_header else {
+        return Err(unbootable(source, &"it has no setup header"));
+    };
+    if header.xloadflags & HAS_64_ENTRY == 0 {
+        return Err(unbootable(source, &"it has no 64-bit entry"));
+    }
+    let end = unpacked_end(&header, &loaded);
+    let initrd = load_initrd(source, memory, ranges, end, header.initrd_addr_max.into())?;
+    let mut parameters = boot_params { hdr: header, ..Default::default() };
+    parameters.hdr.type_of_loader = LOADER_UNKNOWN;
+    parameters.hdr.cmd_line_ptr = u32::try_from(layout::COMMAND_LINE).unwrap_or(0);
+    parameters.acpi_rsdp_addr = layout::ACPI_TABLES;
+    if let Some((address, bytes)) = initrd {
+        parameters.hdr.ramdisk_image = u32::try_from(address).unwrap_or(0);
+        parameters.hdr.ramdisk_size = u32::try_from(bytes).unwrap_or(0);
+    }
+    for (place, (addr, size, kind)) in
+        parameters.e820_table.iter_mut().zip(layout::memory_map(ranges))
+    {
+        *place = boot_e820_entry { addr, size, r#type: kind };
+        parameters.e820_entries += 1;
+    }
+    let parameters = BootParams::new(&parameters, GuestAddress(layout::ZERO_PAGE));
+    LinuxBootConfigurator::write_bootparams(&parameters, memory)
+        .map_err(Error::memory("writing boot parameters"))?;
+    Ok(Entry::Linux(loaded.kernel_load.raw_value() + LINUX_64_OFFSET))
+}
+
+/// Where the kernel ends once it has unpacked itself.
+fn unpacked_end(header: &setup_header, loaded: &KernelLoaderResult) -> u64 {
+    let unpacked = header.pref_address.saturating_add(header.init_size.into());
+    unpacked.max(loaded.kernel_end)
+}
+
+/// Loads the RAM disk as high as it may be; returns its address and size.
+fn load_initrd(
+    source: &Source<'_>,
+    memory: &Ram,
+    ranges: &[(u64, u64)],
+    kernel_end: u64,
+    max: u64,
+) -> Result<Option<(u64, u64)>, Error> {
+    let low_end = ranges.first().map_or(0, |(start, bytes)| start + bytes);
+    let too_small = |what, bytes| Error::TooSmall { what, bytes };
+    if kernel_end > low_end {
+        return Err(too_small("a kernel", kernel_end));
+    }
+    let Some(path) = source.initrd else { return Ok(None) };
+    let mut file = open(path)?;
+    let failed = |source| Error::File { path: path.to_owned(), source };
+    let bytes = file.metadata().map_err(failed)?.len();
+    let end = low_end.min(max.saturating_add(1));
+    let start = end.checked_sub(bytes).map(|start| start & !(PAGE_BYTES - 1));
+    let start = start.filter(|start| *start >= kernel_end);
+    let start = start.ok_or_else(|| too_small("an initial RAM disk", bytes))?;
+    let size = usize::try_from(bytes).map_err(|_| too_small("an initial RAM disk", bytes))?;
+    memory
+        .read_exact_volatile_from(GuestAddress(start), &mut file, size)
+        .map_err(|error| failed(std::io::Error::other(error)))?;
+    Ok(Some((start, bytes)))
+}
+
+fn write_command_line(text: &str, memory: &Ram) -> Result<(), Error> {
+    let printable = text.bytes().all(|byte| (b' '..=b'~').contains(&byte));
+    if text.len() >= layout::MAX_COMMAND_LINE_BYTES || !printable {
+        let what = format!(
+            "the kernel command line has {} bytes: up to {} printable ones are possible",
+            text.len(),
+            layout::MAX_COMMAND_LINE_BYTES - 1
+        );
+        return Err(Error::Option { what });
+    }
+    let mut bytes = text.as_bytes().to_vec();
+    bytes.push(0);
+    memory
+        .write_slice(&bytes, GuestAddress(layout::COMMAND_LINE))
+        .map_err(Error::memory("writing the command line"))
+}
+
+fn open(path: &Path) -> Result<File, Error> {
+    File::open(path).map_err(|source| Error::File { path: path.to_owned(), source })
+}
+
+fn unbootable(source: &Source<'_>, why: &(impl std::fmt::Display + ?Sized)) -> Error {
+    Error::Kernel { path: source.kernel.to_owned(), why: why.to_string() }
+}

@@ -1,0 +1,185 @@
+//! What a processor says of itself.
+
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+
+use crate::error::Error;
+
+/// Bits of leaf 1: the guest runs on a hypervisor, and the local APIC's timer may follow the time
+/// stamp counter, which KVM supports without saying so there.
+const HYPERVISOR: u32 = 1 << 31;
+const TSC_DEADLINE: u32 = 1 << 24;
+/// Leaf 1: several processors share a package.
+const HYPER_THREADING: u32 = 1 << 28;
+
+/// Where the number of a processor and of all of them are in leaf 1, register EBX.
+const APIC_ID_SHIFT: u32 = 24;
+const COUNT_SHIFT: u32 = 16;
+
+/// Leaves with the topology: level 0 counts threads of a core (one), level 1 those of a package.
+const TOPOLOGY: [u32; 2] = [0xb, 0x1f];
+const THREAD_LEVEL: u32 = 1 << 8;
+const CORE_LEVEL: u32 = 2 << 8;
+
+/// Registers of leaves that hold features, of which more is better: leaf, sub-leaf, register (EAX
+/// to EDX by number), and bits of it that are something else: what the guest has switched on
+/// (OSXSAVE, OSPKE), and what [`Template`] sets as it likes.
+const FEATURE_WORDS: [(u32, u32, u8, u32); 18] = [
+    (1, 0, 2, 1 << 27 | HYPERVISOR),
+    (1, 0, 3, HYPER_THREADING),
+    (7, 0, 1, 0),
+    (7, 0, 2, 1 << 4),
+    (7, 0, 3, 0),
+    (7, 1, 0, 0),
+    (7, 1, 3, 0),
+    (7, 2, 3, 0),
+    (0xd, 0, 0, 0),
+    (0xd, 0, 3, 0),
+    (0xd, 1, 0, 0),
+    (0x4000_0001, 0, 0, 0),
+    (0x8000_0001, 0, 2, 0),
+    (0x8000_0001, 0, 3, 0),
+    (0x8000_0007, 0, 3, 0),
+    (0x8000_0008, 0, 1, 0),
+    (0x8000_000a, 0, 3, 0),
+    (0x8000_0021, 0, 0, 0),
+];
+
+/// What processors can do, as far as a guest may come to rely on it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CpuFeatures {
+    /// Who made them.
+    pub vendor: String,
+    /// Words of features: a number that is the same on every host, and the bits. Words without
+    /// any are left out.
+    pub words: Vec<(u64, u64)>,
+}
+
+impl CpuFeatures {
+    /// What this host's processors and its KVM can give a guest.
+    ///
+    /// # Errors
+    /// There is no KVM.
+    pub fn of_host() -> Result<Self, Error> {
+        let kvm = Kvm::new().map_err(Error::kvm("opening /dev/kvm"))?;
+        let leaves = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
+        let leaves = leaves.map_err(Error::kvm("asking for the processor's features"))?;
+        let vm = kvm.create_vm().map_err(Error::kvm("making a virtual machine"))?;
+        let template = Template { leaves, tsc_deadline: vm.check_extension(Cap::TscDeadlineTimer) };
+        Ok(Self::of(template.of_processor(0, 1).as_slice()))
+    }
+
+    /// What a processor with these leaves says.
+    pub(crate) fn of(leaves: &[kvm_cpuid_entry2]) -> Self {
+        let leaf = |function, index| {
+            leaves.iter().find(|leaf| leaf.function == function && leaf.index == index)
+        };
+        let word = |&(function, index, register, other): &(u32, u32, u8, u32)| {
+            let leaf = leaf(function, index)?;
+            let bits = match register {
+                0 => leaf.eax,
+                1 => leaf.ebx,
+                2 => leaf.ecx,
+                _ => leaf.edx,
+            } & !other;
+            let id = u64::from(function) << 32 | u64::from(index) << 8 | u64::from(register);
+            (bits != 0).then_some((id, bits.into()))
+        };
+        let vendor = leaf(0, 0).map(|leaf| [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes));
+        let vendor = vendor.map(|bytes| String::from_utf8_lossy(&bytes.concat()).into_owned());
+        Self {
+            vendor: vendor.unwrap_or_default(),
+            words: FEATURE_WORDS.iter().filter_map(word).collect(),
+        }
+    }
+}
+
+/// What all processors of a guest have in common.
+pub(crate) struct Template {
+    leaves: CpuId,
+    tsc_deadline: bool,
+}
+
+impl Template {
+    pub(crate) fn new(kvm: &Kvm, vm: &VmFd) -> Result<Self, Error> {
+        let leaves = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(Error::kvm("asking for the processor's features"))?;
+        Ok(Self { leaves, tsc_deadline: vm.check_extension(Cap::TscDeadlineTimer) })
+    }
+
+    /// The leaves of processor `cpu` of `count`. Each is a core of its own in one package.
+    pub(crate) fn of_processor(&self, cpu: u8, count: u8) -> CpuId {
+        let mut leaves = self.leaves.clone();
+        for leaf in leaves.as_mut_slice() {
+            match leaf.function {
+                1 => {
+                    leaf.ecx |= HYPERVISOR;
+                    if self.tsc_deadline {
+                        leaf.ecx |= TSC_DEADLINE;
+                    }
+                    leaf.ebx &= 0xffff;
+                    leaf.ebx |= u32::from(cpu) << APIC_ID_SHIFT | u32::from(count) << COUNT_SHIFT;
+                    leaf.edx &= !HYPER_THREADING;
+                    if count > 1 {
+                        leaf.edx |= HYPER_THREADING;
+                    }
+                }
+                function if TOPOLOGY.contains(&function) => {
+                    let bits = u32::from(count).next_power_of_two().trailing_zeros();
+                    (leaf.eax, leaf.ebx, leaf.ecx) = match leaf.index {
+                        0 => (0, 1, THREAD_LEVEL),
+                        1 => (bits, count.into(), CORE_LEVEL | 1),
+                        other => (0, 0, other),
+                    };
+                    leaf.edx = cpu.into();
+                }
+                // AMD's number of the processor, and how many there are in the package.
+                0x8000_001e => {
+                    leaf.eax = cpu.into();
+                    leaf.ebx = cpu.into();
+                    leaf.ecx = 0;
+                }
+                0x8000_0008 => {
+                    leaf.ecx = u32::from(count) - 1;
+                }
+                _ => {}
+            }
+        }
+        leaves
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn features_are_what_all_processors_of_a_guest_share() {
+        let leaf = |function, [eax, ebx, ecx, edx]: [u32; 4]| kvm_cpuid_entry2 {
+            function,
+            eax,
+            ebx,
+            ecx,
+            edx,
+            ..Default::default()
+        };
+        let leaves = [
+            leaf(0, [1, u32::from_le_bytes(*b"Auth"), u32::from_le_bytes(*b"cAMD"), 0x6974_6e65]),
+            leaf(1, [7, 7, 1 << 26 | 1 << 27, 1 << 9]),
+            leaf(7, [9, 1 << 5, 1 << 4, 0]),
+        ];
+        let template =
+            Template { leaves: CpuId::from_entries(&leaves).unwrap(), tsc_deadline: true };
+        let [one, other] =
+            [0, 3].map(|cpu| CpuFeatures::of(template.of_processor(cpu, 4).as_slice()));
+        assert_eq!(one, other);
+        assert_eq!(one.vendor, "AuthenticAMD");
+        let words = [
+            (1 << 32 | 2, u64::from(1 << 26 | TSC_DEADLINE)),
+            (1 << 32 | 3, 1 << 9),
+            (7 << 32 | 1, 1 << 5),
+        ];
+        assert_eq!(one.words, words);
+    }
+}

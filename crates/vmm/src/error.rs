@@ -1,0 +1,112 @@
+//! What ends a guest otherwise than by its own wish, and whose fault it was.
+
+use std::io;
+use std::path::PathBuf;
+
+/// The monitor cannot start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// An option that no guest can have.
+    #[error("operator: {what}")]
+    Option {
+        /// What is wrong with it.
+        what: String,
+    },
+    /// A file that the operator named cannot be read.
+    #[error("operator: cannot read {path}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// A file that is no kernel which this monitor can boot.
+    #[error("operator: {path} is no kernel that can be booted: {why}")]
+    Kernel {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// What is to be loaded does not fit into the guest's memory.
+    #[error("operator: {what} of {bytes} bytes does not fit into the guest's memory")]
+    TooSmall {
+        /// What is to be loaded.
+        what: &'static str,
+        /// Its size.
+        bytes: u64,
+    },
+    /// KVM is missing, or refuses a call.
+    #[error("host: {what} failed")]
+    Kvm {
+        /// The call.
+        what: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// Something that every process has was refused.
+    #[error("host: {what} failed")]
+    Host {
+        /// The call.
+        what: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The guest's memory cannot be had.
+    #[error("host: {what} of the guest's memory failed")]
+    Memory {
+        /// The step.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The balloon could not be made.
+    #[error(transparent)]
+    Balloon(#[from] balloon_host::HostError),
+    /// The control socket could not be served.
+    #[error(transparent)]
+    Control(#[from] control::ControlError),
+    /// Something that this monitor cannot do with this host or guest.
+    #[error("host: this monitor cannot save or restore {what}")]
+    Unsupported {
+        /// What it cannot.
+        what: String,
+    },
+    /// A state that no machine of this monitor can have: the fault of who sent it.
+    #[error("sender: the state of {section} makes no sense: {why}")]
+    State {
+        /// The part of it.
+        section: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A processor of the guest stopped in a way from which it cannot go on.
+    #[error("guest: processor {cpu} stopped: {why}")]
+    Processor {
+        /// Its number.
+        cpu: u8,
+        /// What KVM said.
+        why: String,
+    },
+}
+
+impl Error {
+    pub(crate) fn kvm(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> Self {
+        move |error| Self::Kvm { what, source: error.into() }
+    }
+
+    pub(crate) fn host<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> Self {
+        move |error| Self::Host { what, source: error.into() }
+    }
+
+    pub(crate) fn memory<E>(what: &'static str) -> impl Fn(E) -> Self
+    where
+        E: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        move |error| Self::Memory { what, source: error.into() }
+    }
+}

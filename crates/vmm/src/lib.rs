@@ -1,0 +1,38 @@
+//! A small KVM monitor for x86-64 Linux guests, with the balloon in its process.
+//!
+//! [`run`] boots a kernel and serves the guest to its end. The guest finds its processors and
+//! virtio-mmio devices through ACPI, so kernels as distributions ship them run unchanged; its
+//! console is a serial line on standard input and output.
+//!
+//! The balloon's rules are not here: the device is `balloon-device`, held by a
+//! `balloon_host::Shared` as the vhost-user back end holds it.
+
+#![deny(unsafe_code)]
+
+mod acpi;
+mod balloon;
+mod boot;
+mod console;
+mod cpu;
+mod cpuid;
+mod error;
+mod firmware;
+mod kvm;
+mod layout;
+mod machine;
+mod memory;
+mod migrate;
+mod mmio;
+mod ports;
+mod state;
+mod throttle;
+mod vcpu;
+
+pub use balloon_abi::Features;
+pub use cpuid::CpuFeatures;
+pub use error::Error;
+pub use layout::MAX_CPUS;
+pub use machine::{End, Machine, Options, Requests, run};
+pub use memory::MemoryKind;
+pub use migrate::GuestRam;
+pub use state::Section;

@@ -1,0 +1,494 @@
+//! A guest from its first instruction to its last.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use balloon_abi::Features;
+use balloon_device::RequestFailure;
+use balloon_host::{HostReclaim, Shared};
+use control::Server;
+use control::api::{PartialHuge, ReleaseMode};
+use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
+use rustix::event::EventfdFlags;
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::acpi::{self, MmioSlot};
+use crate::balloon::Balloon;
+use crate::boot::{self, Source};
+use crate::console::Console;
+use crate::cpu;
+use crate::cpuid::{CpuFeatures, Template};
+use crate::error::Error;
+use crate::firmware;
+use crate::kvm::Vm;
+use crate::layout;
+use crate::memory::{Memory, MemoryKind};
+use crate::mmio::{Device, Signals, Transport, register};
+use crate::ports::{Ports, Request};
+use crate::vcpu::Processors;
+
+/// Which guest to run.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Name of the guest.
+    pub name: String,
+    /// Where the control API listens.
+    pub control: PathBuf,
+    /// Bytes of memory: a multiple of 2 MiB.
+    pub memory_bytes: u64,
+    /// What backs the memory.
+    pub memory: MemoryKind,
+    /// Processors, from 1 to [`MAX_CPUS`](crate::MAX_CPUS).
+    pub cpus: u8,
+    /// A bzImage, or an ELF file with a PVH entry.
+    pub kernel: PathBuf,
+    /// Initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line.
+    pub command_line: String,
+    /// When memory of the balloon is released.
+    pub release: ReleaseMode,
+    /// What becomes of pieces of huge pages.
+    pub partial_huge: PartialHuge,
+    /// Features that the balloon does not offer.
+    pub without: Features,
+}
+
+/// How a guest ended without anybody's fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It switched itself off.
+    PoweredOff,
+    /// It asked for a reset, which this monitor leaves to whoever started it.
+    Reset,
+    /// Its kernel panicked, said so, and then asked for either.
+    Panicked,
+    /// This process was asked to end (SIGTERM, SIGINT, or at the terminal).
+    Stopped,
+}
+
+/// Runs the guest to its end. SIGUSR1 pauses it, SIGUSR2 lets it go on; its balloon can be asked
+/// meanwhile.
+///
+/// # Errors
+/// What is wrong with the options, or with the host; and a processor of the guest that stops for
+/// good.
+pub fn run(options: &Options) -> Result<End, Error> {
+    let requests = Requests::new().map_err(Error::host("signal handling"))?;
+    let machine = Machine::new(options, Box::new(io::stdout()))?;
+    machine.load_kernel(options)?;
+    let _control = Server::bind(&options.control, Arc::clone(&machine.balloon) as _)?;
+    let stop = requests.stopper().map_err(Error::host("signal handling"))?;
+    let _console = Console::start(&machine.bus, stop)?;
+    tracing::info!(
+        name = options.name,
+        cpus = options.cpus,
+        memory_mib = options.memory_bytes >> 20,
+        "booting"
+    );
+    machine.resume();
+    machine.serve(&requests)
+}
+
+/// Everything that the guest's processors can reach besides memory.
+pub(crate) struct Bus {
+    pub(crate) ports: Ports,
+    pub(crate) slots: Vec<Slot>,
+}
+
+/// A virtio-mmio device in its window.
+pub(crate) struct Slot {
+    start: u64,
+    transport: Mutex<Transport<EventSignals>>,
+    kicks: Vec<EventFd>,
+}
+
+/// Event files: to the guest by KVM, to the device by this process's loop.
+pub(crate) struct EventSignals {
+    interrupt: EventFd,
+    kicks: Vec<EventFd>,
+}
+
+impl Signals for EventSignals {
+    fn raise(&self) {
+        if let Err(error) = self.interrupt.write(1) {
+            tracing::error!(%error, "host: cannot interrupt the guest");
+        }
+    }
+
+    fn kick(&self, index: usize) {
+        // A file that is full is readable, and that is all there is to say.
+        let _ = self.kicks.get(index).map(|kick| kick.write(1));
+    }
+}
+
+impl Bus {
+    /// The guest reads where no memory is; where nobody is either, it reads ones.
+    pub(crate) fn read(&self, address: u64, data: &mut [u8]) {
+        match self.slot(address) {
+            Some((slot, offset)) => slot.transport().read(offset, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    /// The guest writes where no memory is.
+    pub(crate) fn write(&self, address: u64, data: &[u8]) {
+        if let Some((slot, offset)) = self.slot(address) {
+            slot.transport().write(offset, data);
+        }
+    }
+
+    /// Serves what is to be served without a notification.
+    fn attend(&self, woken: bool) {
+        self.slots.iter().for_each(|slot| slot.transport().attend(woken));
+    }
+
+    fn slot(&self, address: u64) -> Option<(&Slot, u64)> {
+        let offset = |slot: &Slot| {
+            address.checked_sub(slot.start).filter(|offset| *offset < layout::MMIO_BYTES)
+        };
+        self.slots.iter().find_map(|slot| Some((slot, offset(slot)?)))
+    }
+}
+
+impl Slot {
+    /// Places a device; KVM turns notifications and interrupts into event files by itself.
+    fn new(
+        number: u32,
+        device: Box<dyn Device>,
+        vm: &VmFd,
+        memory: &Memory,
+    ) -> Result<Self, Error> {
+        let place = mmio_slot(number);
+        let start = u64::from(place.start);
+        let interrupt = event_file()?;
+        vm.register_irqfd(&interrupt, place.gsi).map_err(Error::kvm("making an interrupt"))?;
+        let mut kicks = Vec::new();
+        for index in (0u32..).take(device.queues()) {
+            let kick = event_file()?;
+            let notify = IoEventAddress::Mmio(start + register::QUEUE_NOTIFY);
+            vm.register_ioevent(&kick, &notify, index)
+                .map_err(Error::kvm("making a notification"))?;
+            kicks.push(kick);
+        }
+        let copies = kicks.iter().map(EventFd::try_clone).collect::<Result<_, _>>();
+        let signals =
+            EventSignals { interrupt, kicks: copies.map_err(Error::host::<io::Error>("dup"))? };
+        let transport = Transport::new(device, signals, memory.guest.clone())
+            .map_err(Error::memory("making queues"))?;
+        Ok(Self { start, transport: Mutex::new(transport), kicks })
+    }
+
+    /// A thread that panicked with the lock held has left registers of one guest behind.
+    pub(crate) fn transport(&self) -> MutexGuard<'_, Transport<EventSignals>> {
+        self.transport.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Where device `number` is.
+fn mmio_slot(number: u32) -> MmioSlot {
+    let start = layout::MMIO_START + u64::from(number) * layout::MMIO_BYTES;
+    MmioSlot {
+        // Cannot fail: the hole is below 4 GiB and has room for more devices than interrupts.
+        start: u32::try_from(start).unwrap_or(u32::MAX),
+        gsi: layout::FIRST_DEVICE_GSI + number,
+    }
+}
+
+fn event_file() -> Result<EventFd, Error> {
+    let flags = EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC;
+    EventFd::new(flags.bits().cast_signed()).map_err(Error::host::<io::Error>("eventfd"))
+}
+
+/// A guest, which stands still until it is [resumed](Self::resume).
+pub struct Machine {
+    pub(crate) bus: Arc<Bus>,
+    pub(crate) balloon: Arc<Shared>,
+    pub(crate) processors: Processors,
+    pub(crate) memory: Memory,
+    pub(crate) vm: Arc<Vm>,
+    /// Model-specific registers that KVM knows.
+    pub(crate) msrs: Vec<u32>,
+    cpus: u8,
+    /// What the guest was told that its processors can do.
+    pub(crate) features: Mutex<CpuFeatures>,
+}
+
+impl Machine {
+    /// A machine with nothing in its memory. Its serial line writes to `output`.
+    ///
+    /// # Errors
+    /// What is wrong with the options, or with the host.
+    pub fn new(options: &Options, output: Box<dyn io::Write + Send>) -> Result<Self, Error> {
+        if !(1..=layout::MAX_CPUS).contains(&options.cpus) {
+            let what = format!("a guest can have 1 to {} processors", layout::MAX_CPUS);
+            return Err(Error::Option { what });
+        }
+        let memory = Memory::new(options.memory_bytes, options.memory)?;
+        let kvm = Kvm::new().map_err(Error::kvm("opening /dev/kvm"))?;
+        let fd = kvm.create_vm().map_err(Error::kvm("making a virtual machine"))?;
+        fd.set_tss_address(layout::TSS).map_err(Error::kvm("placing the TSS"))?;
+        fd.create_irq_chip().map_err(Error::kvm("making interrupt controllers"))?;
+        let vm = Arc::new(Vm::new(fd, &memory.guest)?);
+
+        let balloon = balloon(options, &memory)?;
+        let device = Box::new(Balloon::new(Arc::clone(&balloon)));
+        let slots = vec![Slot::new(0, device, vm.fd(), &memory)?];
+        let serial = event_file()?;
+        vm.fd()
+            .register_irqfd(&serial, layout::SERIAL_GSI)
+            .map_err(Error::kvm("making an interrupt"))?;
+        let ports = Ports::new(serial, output).map_err(Error::host("dup"))?;
+        let bus = Arc::new(Bus { ports, slots });
+        let template = Template::new(&kvm, vm.fd())?;
+        let processors = make_processors(&template, vm.fd(), options.cpus)?;
+        let processors = Processors::new(processors, &bus, &vm)?;
+        let msrs = kvm.get_msr_index_list().map_err(Error::kvm("asking for registers"))?;
+        let msrs = msrs.as_slice().to_vec();
+        let features =
+            Mutex::new(CpuFeatures::of(template.of_processor(0, options.cpus).as_slice()));
+        Ok(Self { bus, balloon, processors, memory, vm, msrs, cpus: options.cpus, features })
+    }
+
+    /// Puts a kernel, and what firmware would have left, into the memory of a new machine.
+    ///
+    /// # Errors
+    /// The kernel cannot be booted, or does not fit.
+    pub fn load_kernel(&self, options: &Options) -> Result<(), Error> {
+        let places: Vec<_> = (0..).take(self.bus.slots.len()).map(mmio_slot).collect();
+        let tables = acpi::tables(self.cpus, &places);
+        let memory = &self.memory;
+        memory
+            .guest
+            .write_slice(&tables, GuestAddress(layout::ACPI_TABLES))
+            .map_err(Error::memory("writing the ACPI tables"))?;
+        firmware::write(&memory.guest)?;
+        let source = Source {
+            kernel: &options.kernel,
+            initrd: options.initrd.as_deref(),
+            command_line: &options.command_line,
+        };
+        let entry = boot::load(&source, &memory.guest, &memory.ranges)?;
+        self.processors.pause();
+        let enter = |number, fd: &VcpuFd| match number {
+            0 => cpu::enter(fd, entry, &memory.guest),
+            _ => Ok(()),
+        };
+        self.processors.each(enter).map(drop)
+    }
+
+    /// Serves the guest's devices until it ends, or is to end. Others may pause and resume the
+    /// guest meanwhile.
+    ///
+    /// # Errors
+    /// The host fails, or a processor of the guest stops for good.
+    pub fn serve(&self, requests: &Requests) -> Result<End, Error> {
+        let poll = self.watch(requests).map_err(Error::host("epoll"))?;
+        self.balloon.set_connected(true);
+        let end = self.serve_events(&poll, requests);
+        self.processors.pause();
+        self.balloon.device().requests_mut().end_all(RequestFailure::HungUp);
+        self.balloon.set_connected(false);
+        match end? {
+            None => Ok(End::Stopped),
+            Some(_) if self.bus.ports.panicked() => Ok(End::Panicked),
+            Some(Request::PowerOff) => Ok(End::PoweredOff),
+            Some(Request::Reset) => Ok(End::Reset),
+        }
+    }
+
+    fn watch(&self, requests: &Requests) -> io::Result<Epoll> {
+        let poll = Epoll::new()?;
+        let add = |file: &dyn AsRawFd, data: u64| {
+            let event = EpollEvent::new(EventSet::IN, data);
+            poll.ctl(ControlOperation::Add, file.as_raw_fd(), event)
+        };
+        add(&requests.stop.read, EVENT_STOP)?;
+        add(&requests.pause.read, EVENT_PAUSE)?;
+        add(&requests.resume.read, EVENT_RESUME)?;
+        add(self.balloon.wake(), EVENT_WAKE)?;
+        add(self.processors.ended(), EVENT_ENDED)?;
+        for (slot, place) in (0u64..).zip(&self.bus.slots) {
+            for (index, kick) in (0u64..).zip(&place.kicks) {
+                add(kick, slot << SLOT_SHIFT | index)?;
+            }
+        }
+        Ok(poll)
+    }
+
+    /// `None` where this process is to end.
+    fn serve_events(&self, poll: &Epoll, requests: &Requests) -> Result<Option<Request>, Error> {
+        let mut events = vec![EpollEvent::default(); EVENTS_AT_ONCE];
+        loop {
+            let due = self.bus.slots.iter().filter_map(|slot| slot.transport().until_due());
+            let timeout = due.chain(self.processors.until_call()).min();
+            let count = match poll.wait(timeout.map_or(-1, whole_ms), &mut events) {
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+                Err(error) => return Err(Error::host("epoll_wait")(error)),
+            };
+            self.bus.attend(false);
+            if self.processors.until_call().is_some() {
+                self.processors.call();
+            }
+            for event in events.iter().take(count) {
+                match event.data() {
+                    EVENT_STOP => return Ok(None),
+                    EVENT_ENDED => {
+                        if let Some(end) = self.processors.take_end() {
+                            return end.map(Some);
+                        }
+                    }
+                    EVENT_WAKE => {
+                        let _ = rustix::io::read(self.balloon.wake(), &mut [0; 8]);
+                        let slot = self.bus.slots.first();
+                        if let Some(slot) = slot.filter(|_| self.balloon.take_config_changed()) {
+                            slot.transport().config_changed();
+                        }
+                        self.bus.attend(true);
+                    }
+                    EVENT_PAUSE => {
+                        requests.pause.clear();
+                        self.pause();
+                        tracing::info!("paused");
+                    }
+                    EVENT_RESUME => {
+                        requests.resume.clear();
+                        self.resume();
+                        tracing::info!("resumed");
+                    }
+                    kick => self.kicked(kick),
+                }
+            }
+        }
+    }
+
+    /// The guest stands still, and its devices with it, when this returns.
+    pub fn pause(&self) {
+        self.processors.pause();
+        self.bus.slots.iter().for_each(|slot| slot.transport().pause());
+    }
+
+    /// The guest runs.
+    pub fn resume(&self) {
+        self.bus.slots.iter().for_each(|slot| slot.transport().resume());
+        self.processors.resume();
+    }
+
+    fn kicked(&self, data: u64) {
+        let number = |value: u64| usize::try_from(value).unwrap_or(usize::MAX);
+        let (slot, index) = (number(data >> SLOT_SHIFT), number(data & ((1 << SLOT_SHIFT) - 1)));
+        let Some(slot) = self.bus.slots.get(slot) else { return };
+        let Some(kick) = slot.kicks.get(index) else { return };
+        // Several notifications come as one, with their number.
+        let count = kick.read().unwrap_or(0);
+        if slot.transport().notified(index, count) {
+            // The others first.
+            let _ = kick.write(1);
+        }
+    }
+}
+
+/// A millisecond more than nothing, so that what is due then is due when the wait is over.
+fn whole_ms(timeout: Duration) -> i32 {
+    i32::try_from(timeout.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
+}
+
+/// Events taken from the kernel at once; those beyond come next time.
+const EVENTS_AT_ONCE: usize = 16;
+
+/// Events other than notifications, whose data is the slot's and the queue's number.
+const SLOT_SHIFT: u32 = 16;
+const EVENT_STOP: u64 = 1 << 48;
+const EVENT_WAKE: u64 = EVENT_STOP + 1;
+const EVENT_ENDED: u64 = EVENT_STOP + 2;
+const EVENT_PAUSE: u64 = EVENT_STOP + 3;
+const EVENT_RESUME: u64 = EVENT_STOP + 4;
+
+fn balloon(options: &Options, memory: &Memory) -> Result<Arc<Shared>, Error> {
+    let mut reclaim = HostReclaim::new(options.release, options.partial_huge)?;
+    reclaim.set_memory(memory.map.clone());
+    let shared = Shared::new(options.name.clone(), reclaim)?.with_exits();
+    let layout = balloon_device::MemoryLayout::new(memory.ranges.iter().copied())
+        .map_err(Error::memory("describing"))?;
+    shared.device().set_layout(layout);
+    shared.device().withhold(options.without);
+    Ok(Arc::new(shared))
+}
+
+fn make_processors(template: &Template, vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, Error> {
+    let mut processors = Vec::new();
+    for number in 0..count {
+        let fd = vm.create_vcpu(number.into()).map_err(Error::kvm("making a processor"))?;
+        fd.set_cpuid2(&template.of_processor(number, count))
+            .map_err(Error::kvm("describing a processor"))?;
+        cpu::set_msrs(&fd)?;
+        processors.push(fd);
+    }
+    Ok(processors)
+}
+
+/// What is asked of this process: by signals, or by a key.
+pub struct Requests {
+    /// SIGTERM, SIGINT, or at the terminal: the end.
+    stop: SignalPipe,
+    /// SIGUSR1: the guest pauses.
+    pause: SignalPipe,
+    /// SIGUSR2: it goes on.
+    resume: SignalPipe,
+}
+
+/// Becomes readable when a signal came.
+struct SignalPipe {
+    read: UnixStream,
+    write: UnixStream,
+}
+
+impl Requests {
+    /// Takes the signals from now on.
+    ///
+    /// # Errors
+    /// The host has no file descriptor left.
+    pub fn new() -> io::Result<Self> {
+        use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
+        Ok(Self {
+            stop: SignalPipe::new(&[SIGTERM, SIGINT])?,
+            pause: SignalPipe::new(&[SIGUSR1])?,
+            resume: SignalPipe::new(&[SIGUSR2])?,
+        })
+    }
+
+    /// Asks for the end.
+    ///
+    /// # Errors
+    /// The host has no file descriptor left.
+    pub fn stopper(&self) -> io::Result<impl Fn() + Send + 'static> {
+        let write = self.stop.write.try_clone()?;
+        Ok(move || {
+            // A stream that is full has been asked already.
+            let _ = io::Write::write(&mut &write, &[1]);
+        })
+    }
+}
+
+impl SignalPipe {
+    fn new(signals: &[i32]) -> io::Result<Self> {
+        let (read, write) = UnixStream::pair()?;
+        read.set_nonblocking(true)?;
+        for signal in signals {
+            signal_hook::low_level::pipe::register(*signal, write.try_clone()?)?;
+        }
+        Ok(Self { read, write })
+    }
+
+    /// Takes all signals that came.
+    fn clear(&self) {
+        while matches!(io::Read::read(&mut &self.read, &mut [0; 64]), Ok(1..)) {}
+    }
+}

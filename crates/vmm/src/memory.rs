@@ -1,0 +1,102 @@
+//! The guest's memory in this process.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use host_memory::{HostPages, MemoryMap, Region, advise_huge};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+use crate::error::Error;
+use crate::layout;
+
+/// What backs a guest's memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryKind {
+    /// A file in memory, which another process can be given, instead of memory of this process
+    /// alone.
+    pub shared: bool,
+    /// Huge pages: of the pool (hugetlbfs) where it is shared, else transparent ones.
+    pub huge: bool,
+}
+
+/// Guest memory that notes which pages this process writes: the devices, since the guest's
+/// processors write without it.
+pub(crate) type Ram = GuestMemoryMmap<AtomicBitmap>;
+
+/// One region of it.
+type RamRegion = GuestRegionMmap<AtomicBitmap>;
+
+/// A guest's memory and what is known of its pages.
+pub(crate) struct Memory {
+    pub(crate) guest: Ram,
+    /// For who releases pages.
+    pub(crate) map: MemoryMap,
+    pub(crate) ranges: Vec<(u64, u64)>,
+}
+
+impl Memory {
+    pub(crate) fn new(bytes: u64, kind: MemoryKind) -> Result<Self, Error> {
+        let ranges = layout::ranges(bytes)?;
+        let file = kind.shared.then(|| memory_file(bytes, kind.huge)).transpose()?;
+        let mut offset = 0;
+        let mut regions = Vec::new();
+        for &(start, bytes) in &ranges {
+            let size = usize::try_from(bytes).map_err(Error::memory("mapping"))?;
+            let file = file.as_ref().map(|file| FileOffset::from_arc(Arc::clone(file), offset));
+            let region = RamRegion::from_range(GuestAddress(start), size, file)
+                .map_err(Error::memory("mapping"))?;
+            regions.push(region);
+            offset += bytes;
+        }
+        let transparent = kind.huge && !kind.shared;
+        let host_region = |region: &RamRegion| {
+            let known = Region::of_mapping(region).map_err(Error::memory("mapping"))?;
+            if !transparent {
+                return Ok(known);
+            }
+            advise_huge(region).map_err(Error::memory("asking for huge pages"))?;
+            Ok(known.with_host_pages(HostPages::Transparent))
+        };
+        let host = regions.iter().map(host_region).collect::<Result<_, Error>>()?;
+        let map = MemoryMap::new(host).map_err(Error::memory("mapping"))?;
+        let guest = Ram::from_regions(regions).map_err(Error::memory("mapping"))?;
+        Ok(Self { guest, map, ranges })
+    }
+}
+
+fn memory_file(bytes: u64, huge: bool) -> Result<Arc<File>, Error> {
+    let flags = if huge { MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB } else { MemfdFlags::empty() };
+    let fd = memfd_create("guest-memory", MemfdFlags::CLOEXEC | flags)
+        .map_err(Error::memory("making the file"))?;
+    ftruncate(&fd, bytes).map_err(Error::memory("growing the file"))?;
+    Ok(Arc::new(File::from(fd)))
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestMemoryBackend};
+
+    use super::*;
+
+    /// Above the hole, untouched and so free of cost.
+    const BYTES: u64 = 4 << 30;
+
+    #[test]
+    fn memory_of_each_kind_is_there_on_both_sides_of_the_hole() {
+        for (shared, huge) in [(false, false), (false, true), (true, false)] {
+            let memory = Memory::new(BYTES, MemoryKind { shared, huge }).unwrap();
+            assert_eq!(memory.map.pages(), BYTES / 4096);
+            assert_eq!(memory.guest.iter().count(), 2);
+            for (start, bytes) in &memory.ranges {
+                for at in [*start, start + bytes - 8] {
+                    memory.guest.write_obj(at, GuestAddress(at)).unwrap();
+                    assert_eq!(memory.guest.read_obj::<u64>(GuestAddress(at)).unwrap(), at);
+                }
+            }
+            let hole = memory.guest.write_obj(1u8, GuestAddress(layout::HOLE_START));
+            assert!(hole.is_err());
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! What a migration needs of a machine: its memory, what was written to it, and its state.
+
+use std::sync::{Arc, PoisonError};
+
+use page_set::{PageRange, PageSet};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::cpuid::CpuFeatures;
+use crate::error::Error;
+use crate::machine::Machine;
+use crate::memory::Ram;
+use crate::state::{Chips, MachineState, Processor, Section};
+
+const PAGE_BYTES: u64 = 4096;
+
+/// A guest's memory, to be read and written by many threads, and apart from its machine.
+#[derive(Clone)]
+pub struct GuestRam(Ram);
+
+impl GuestRam {
+    /// Copies `pages` to `out`, which has 4096 bytes for each. A guest that runs may write
+    /// meanwhile, so that the copy is torn; it is noted as written then.
+    ///
+    /// # Errors
+    /// The guest does not have these pages, or `out` has another size.
+    pub fn read(&self, pages: PageRange, out: &mut [u8]) -> Result<(), Error> {
+        check_size(pages, out.len())?;
+        let at = GuestAddress(pages.start() * PAGE_BYTES);
+        self.0.read_slice(out, at).map_err(Error::memory("reading"))
+    }
+
+    /// Copies `bytes` to `pages`, 4096 for each.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn write(&self, pages: PageRange, bytes: &[u8]) -> Result<(), Error> {
+        check_size(pages, bytes.len())?;
+        let at = GuestAddress(pages.start() * PAGE_BYTES);
+        self.0.write_slice(bytes, at).map_err(Error::memory("writing"))
+    }
+}
+
+fn check_size(pages: PageRange, bytes: usize) -> Result<(), Error> {
+    if pages.pages().checked_mul(PAGE_BYTES) == Some(bytes as u64) {
+        return Ok(());
+    }
+    let what = format!("{} pages in {bytes} bytes", pages.pages());
+    Err(Error::Unsupported { what })
+}
+
+impl Machine {
+    /// The guest's memory.
+    pub fn ram(&self) -> GuestRam {
+        GuestRam(self.memory.guest.clone())
+    }
+
+    /// Regions of the guest's memory in pages, by address. The dirty log numbers them so.
+    pub fn regions(&self) -> Vec<PageRange> {
+        self.balloon.device().layout().ranges().to_vec()
+    }
+
+    /// What the guest was told that its processors can do.
+    pub fn cpu_features(&self) -> CpuFeatures {
+        self.features.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The balloon, for a control API.
+    pub fn balloon(&self) -> Arc<dyn control::Balloon> {
+        Arc::clone(&self.balloon) as _
+    }
+
+    /// Types on the guest's serial line; waits while it has no room.
+    ///
+    /// # Errors
+    /// The line takes no more.
+    pub fn type_in(&self, bytes: &[u8]) -> std::io::Result<()> {
+        self.bus.ports.type_in(bytes)
+    }
+
+    /// Has every write to the guest's memory noted from now on, of its processors and of its
+    /// devices in this process. What they wrote before is not told.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn start_dirty_log(&self) -> Result<(), Error> {
+        self.vm.log_dirty(true)?;
+        self.vm.take_dirty(|_, _| {})
+    }
+
+    /// Tells which pages were written since the last call: calls `each` with the number of a
+    /// region and a bit for each of its pages, twice for each region. Bits of both count.
+    ///
+    /// # Errors
+    /// KVM refuses; what was written is not known then.
+    pub fn take_dirty(&self, each: impl FnMut(usize, &[u64])) -> Result<(), Error> {
+        self.vm.take_dirty(each)
+    }
+
+    /// Ends the log.
+    ///
+    /// # Errors
+    /// KVM refuses; the guest goes on, slower.
+    pub fn stop_dirty_log(&self) -> Result<(), Error> {
+        self.vm.log_dirty(false)
+    }
+
+    /// Leaves the guest's processors only `100 - percent` per cent of their time; 0 to 99, 0 for
+    /// all of it. Their devices have to be [served](Self::serve) meanwhile.
+    pub fn set_throttle(&self, percent: u8) {
+        self.processors.set_throttle(percent);
+        // The loop may wait for longer than the processors may run. A file that is full is
+        // readable.
+        let _ = rustix::io::write(self.balloon.wake(), &1u64.to_ne_bytes());
+    }
+
+    /// Pages whose contents do not matter: those in the balloon, of a driver that tells before it
+    /// uses one. Of any other driver none.
+    pub fn ballooned_pages(&self) -> PageSet {
+        let device = self.balloon.device();
+        let tells = device.negotiated().contains(balloon_abi::Features::MUST_TELL_HOST);
+        if tells && !device.inherits() { device.held().clone() } else { PageSet::new() }
+    }
+
+    /// The state of a guest that is [paused](Self::pause): everything but its memory, none of
+    /// which is written.
+    ///
+    /// # Errors
+    /// The guest is not paused, has ended, or runs guests of its own; or KVM refuses.
+    pub fn save(&self) -> Result<Vec<Section>, Error> {
+        let processors = self.processors.each(|_, fd| Processor::save(fd, &self.msrs))?;
+        let chips = Chips::save(self.vm.fd())?;
+        let device = self.balloon.device();
+        let (balloon, layout) = (device.state(), device.layout().clone());
+        drop(device);
+        let slot = self.bus.slots.first().ok_or_else(no_device)?;
+        let transport = slot.transport().state();
+        let ports = self.bus.ports.state();
+        Ok(MachineState { processors, chips, ports, transport, balloon }.encode(&layout))
+    }
+
+    /// Gives a new machine, whose memory is there already, the state of another. It stands still
+    /// until it is [resumed](Self::resume).
+    ///
+    /// # Errors
+    /// The state is none of such a machine (the sender's fault), or this host cannot have it. The
+    /// machine is of no use then.
+    pub fn load(&self, sections: &[Section]) -> Result<(), Error> {
+        self.processors.pause();
+        let layout = self.balloon.device().layout().clone();
+        let state = MachineState::decode(sections, self.processors.len(), &layout)?;
+        let wrong = |section: &str, why: String| Error::State { section: section.into(), why };
+        self.processors.each(|number, fd| match state.processors.get(number) {
+            Some(processor) => processor.load(fd, &self.vm),
+            None => Ok(()),
+        })?;
+        if let Some(first) = state.processors.first() {
+            let features = CpuFeatures::of(first.cpuid());
+            *self.features.lock().unwrap_or_else(PoisonError::into_inner) = features;
+        }
+        state.chips.load(self.vm.fd())?;
+        self.bus.ports.restore(&state.ports).map_err(|error| wrong("ports", error.to_string()))?;
+        let restored = self.balloon.restore(state.balloon);
+        restored.map_err(|error| wrong("balloon", error.to_string()))?;
+        let slot = self.bus.slots.first().ok_or_else(no_device)?;
+        let mut transport = slot.transport();
+        let restored = transport.restore(&state.transport);
+        restored.map_err(|error| wrong("virtio0", error.to_string()))?;
+        // The driver looks whether it may use what it hinted, and what is asked of it.
+        transport.config_changed();
+        Ok(())
+    }
+}
+
+/// A machine always has its balloon.
+fn no_device() -> Error {
+    Error::Unsupported { what: "a machine without devices".into() }
+}

@@ -1,0 +1,116 @@
+//! A machine's state: everything of a guest that stands still but its memory, in parts as bytes.
+//!
+//! Each part has a name and a version. Whoever takes a state takes all parts or none: an unknown
+//! part, or one of another version, is a machine that this monitor cannot be.
+
+mod balloon;
+mod chips;
+pub(crate) mod codec;
+mod processor;
+mod serial;
+
+pub(crate) use chips::Chips;
+pub(crate) use processor::Processor;
+pub(crate) use serial::PortsState;
+
+use balloon_device::{BalloonState, MemoryLayout};
+
+use crate::error::Error;
+use crate::mmio::TransportState;
+
+/// A part of a machine's state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Section {
+    /// What it is the state of, as `cpu0` or `balloon`.
+    pub name: String,
+    /// Version of the form of its bytes.
+    pub version: u32,
+    /// In a form of this monitor's own.
+    pub bytes: Vec<u8>,
+}
+
+/// Version of each part's form.
+const VERSION: u32 = 1;
+
+const CHIPS: &str = "chips";
+const PORTS: &str = "ports";
+const TRANSPORT: &str = "virtio0";
+const BALLOON: &str = "balloon";
+
+/// All of it, checked as far as it can be without a machine.
+pub(crate) struct MachineState {
+    pub(crate) processors: Vec<Processor>,
+    pub(crate) chips: Chips,
+    pub(crate) ports: PortsState,
+    pub(crate) transport: TransportState,
+    pub(crate) balloon: BalloonState,
+}
+
+impl MachineState {
+    /// In parts.
+    pub(crate) fn encode(&self, layout: &MemoryLayout) -> Vec<Section> {
+        let part = |name: String, bytes| Section { name, version: VERSION, bytes };
+        let processors = self.processors.iter().enumerate();
+        let mut parts: Vec<_> =
+            processors.map(|(number, cpu)| part(cpu_name(number), cpu.encode())).collect();
+        parts.push(part(CHIPS.into(), self.chips.encode()));
+        parts.push(part(PORTS.into(), self.ports.encode()));
+        parts.push(part(TRANSPORT.into(), self.transport.encode()));
+        parts.push(part(BALLOON.into(), balloon::encode(&self.balloon, layout)));
+        parts
+    }
+
+    /// The state of a machine with so many processors and such memory.
+    ///
+    /// # Errors
+    /// It is not, or not in a form that is known; the sender's fault.
+    pub(crate) fn decode(
+        sections: &[Section],
+        cpus: usize,
+        layout: &MemoryLayout,
+    ) -> Result<Self, Error> {
+        let count = cpus + 4;
+        if sections.len() != count {
+            let why = format!("it has {} parts, and should have {count}", sections.len());
+            return Err(Error::State { section: "the machine".into(), why });
+        }
+        let processors =
+            (0..cpus).map(|number| take(sections, &cpu_name(number), Processor::decode));
+        let state = Self {
+            processors: processors.collect::<Result<_, _>>()?,
+            chips: take(sections, CHIPS, Chips::decode)?,
+            ports: take(sections, PORTS, PortsState::decode)?,
+            transport: take(sections, TRANSPORT, TransportState::decode)?,
+            balloon: take(sections, BALLOON, |bytes| balloon::decode(bytes, layout))?,
+        };
+        // The device knows its own features only, all of which are among the driver's.
+        let (agreed, negotiated) = (state.transport.agreed(), state.balloon.negotiated.0);
+        if agreed != negotiated {
+            let why = format!("features {negotiated:#x}, and {agreed:#x} in {TRANSPORT}");
+            return Err(Error::State { section: BALLOON.into(), why });
+        }
+        Ok(state)
+    }
+}
+
+fn cpu_name(number: usize) -> String {
+    format!("cpu{number}")
+}
+
+/// Reads the part of this name.
+fn take<T>(
+    sections: &[Section],
+    name: &str,
+    decode: impl FnOnce(&[u8]) -> Result<T, codec::Malformed>,
+) -> Result<T, Error> {
+    let wrong = |why: String| Error::State { section: name.to_owned(), why };
+    let mut named = sections.iter().filter(|section| section.name == name);
+    let section = named.next().ok_or_else(|| wrong("it is missing".into()))?;
+    if named.next().is_some() {
+        return Err(wrong("it is there twice".into()));
+    }
+    if section.version != VERSION {
+        return Err(wrong(format!("version {}; {VERSION} is known", section.version)));
+    }
+    decode(&section.bytes).map_err(|error| wrong(error.to_string()))
+}

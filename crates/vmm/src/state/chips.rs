@@ -1,0 +1,82 @@
+//! The state of what all processors share: interrupt controllers and the clock.
+
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
+};
+use kvm_ioctls::VmFd;
+
+use super::codec::{Malformed, Reader, Writer};
+use crate::error::Error;
+
+/// The PC's two controllers, and the one for many processors. There is no timer chip.
+const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
+
+/// Interrupt controllers and clock.
+pub(crate) struct Chips {
+    controllers: [kvm_irqchip; 3],
+    /// The guest's time as KVM's clock tells it, in nanoseconds since the guest began. It stands
+    /// still while the guest does, and goes on where it stood, as the time stamp counters do.
+    clock_ns: u64,
+}
+
+impl Chips {
+    pub(crate) fn save(vm: &VmFd) -> Result<Self, Error> {
+        let mut controllers = CHIPS.map(|chip_id| kvm_irqchip { chip_id, ..Default::default() });
+        for chip in &mut controllers {
+            vm.get_irqchip(chip).map_err(Error::kvm("reading an interrupt controller"))?;
+        }
+        let clock = vm.get_clock().map_err(Error::kvm("reading the clock"))?;
+        Ok(Self { controllers, clock_ns: clock.clock })
+    }
+
+    pub(crate) fn load(&self, vm: &VmFd) -> Result<(), Error> {
+        for chip in &self.controllers {
+            vm.set_irqchip(chip).map_err(Error::kvm("setting an interrupt controller"))?;
+        }
+        let clock = kvm_clock_data { clock: self.clock_ns, ..Default::default() };
+        vm.set_clock(&clock).map_err(Error::kvm("setting the clock"))
+    }
+
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let mut writer = Writer::default();
+        for chip in &self.controllers {
+            writer.plain(chip);
+        }
+        writer.u64(self.clock_ns);
+        writer.finish()
+    }
+
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
+        let mut reader = Reader::new(bytes);
+        let mut controllers = [kvm_irqchip::default(); 3];
+        for (chip, id) in controllers.iter_mut().zip(CHIPS) {
+            *chip = reader.plain()?;
+            if chip.chip_id != id {
+                let value = chip.chip_id.into();
+                return Err(Malformed::Value { what: "an interrupt controller", value });
+            }
+        }
+        let clock_ns = reader.u64()?;
+        reader.finish()?;
+        Ok(Self { controllers, clock_ns })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_controller_is_in_its_place() {
+        let controllers = CHIPS.map(|chip_id| kvm_irqchip { chip_id, ..Default::default() });
+        let bytes = Chips { controllers, clock_ns: 77 }.encode();
+        let decoded = Chips::decode(&bytes).unwrap();
+        assert_eq!((decoded.encode(), decoded.clock_ns), (bytes.clone(), 77));
+        for cut in [0, 8, bytes.len() - 1] {
+            assert!(matches!(Chips::decode(&bytes[..cut]), Err(Malformed::Short)));
+        }
+        let mut other = bytes;
+        other[0] = 2;
+        assert!(matches!(Chips::decode(&other), Err(Malformed::Value { .. })));
+    }
+}

@@ -1,0 +1,160 @@
+//! Bytes of a state, written in order and read with care: whoever sent them may have sent anything.
+//! Numbers are little-endian; structures of KVM's interface are as the kernel's headers have them.
+
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+/// Why bytes are no state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Malformed {
+    #[error("it ends too early")]
+    Short,
+    #[error("{left} bytes are left over")]
+    Long { left: usize },
+    #[error("{count} {what}, of which there can be {max}")]
+    TooMany { what: &'static str, count: u64, max: u64 },
+    #[error("{what} cannot be {value:#x}")]
+    Value { what: &'static str, value: u64 },
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Writer(Vec<u8>);
+
+impl Writer {
+    pub(crate) fn plain<T: IntoBytes + Immutable>(&mut self, value: &T) -> &mut Self {
+        self.0.extend_from_slice(value.as_bytes());
+        self
+    }
+
+    pub(crate) fn u8(&mut self, value: u8) -> &mut Self {
+        self.plain(&value)
+    }
+
+    pub(crate) fn flag(&mut self, value: bool) -> &mut Self {
+        self.u8(value.into())
+    }
+
+    pub(crate) fn u16(&mut self, value: u16) -> &mut Self {
+        self.plain(&value.to_le_bytes())
+    }
+
+    pub(crate) fn u32(&mut self, value: u32) -> &mut Self {
+        self.plain(&value.to_le_bytes())
+    }
+
+    pub(crate) fn u64(&mut self, value: u64) -> &mut Self {
+        self.plain(&value.to_le_bytes())
+    }
+
+    /// Their number, then each.
+    pub(crate) fn list<T: IntoBytes + Immutable>(&mut self, values: &[T]) -> &mut Self {
+        self.u64(values.len() as u64);
+        values.iter().for_each(|value| {
+            self.plain(value);
+        });
+        self
+    }
+
+    pub(crate) fn finish(self) -> Vec<u8> {
+        self.0
+    }
+}
+
+/// What is left to read.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Reader<'a>(&'a [u8]);
+
+impl<'a> Reader<'a> {
+    pub(crate) const fn new(bytes: &'a [u8]) -> Self {
+        Self(bytes)
+    }
+
+    pub(crate) fn bytes(&mut self, count: usize) -> Result<&'a [u8], Malformed> {
+        let (bytes, rest) = self.0.split_at_checked(count).ok_or(Malformed::Short)?;
+        self.0 = rest;
+        Ok(bytes)
+    }
+
+    pub(crate) fn plain<T: FromBytes>(&mut self) -> Result<T, Malformed> {
+        let bytes = self.bytes(size_of::<T>())?;
+        T::read_from_bytes(bytes).map_err(|_| Malformed::Short)
+    }
+
+    pub(crate) fn u8(&mut self) -> Result<u8, Malformed> {
+        self.plain()
+    }
+
+    /// 0 or 1.
+    pub(crate) fn flag(&mut self, what: &'static str) -> Result<bool, Malformed> {
+        match self.u8()? {
+            0 => Ok(false),
+            1 => Ok(true),
+            value => Err(Malformed::Value { what, value: value.into() }),
+        }
+    }
+
+    pub(crate) fn u16(&mut self) -> Result<u16, Malformed> {
+        self.plain().map(u16::from_le_bytes)
+    }
+
+    pub(crate) fn u32(&mut self) -> Result<u32, Malformed> {
+        self.plain().map(u32::from_le_bytes)
+    }
+
+    pub(crate) fn u64(&mut self) -> Result<u64, Malformed> {
+        self.plain().map(u64::from_le_bytes)
+    }
+
+    /// A list of at most `max`, which is asked before room is made for it.
+    pub(crate) fn list<T: FromBytes>(
+        &mut self,
+        what: &'static str,
+        max: usize,
+    ) -> Result<Vec<T>, Malformed> {
+        let count = self.u64()?;
+        let max = max as u64;
+        let known = usize::try_from(count).ok().filter(|_| count <= max);
+        let len = known.ok_or(Malformed::TooMany { what, count, max })?;
+        if len.checked_mul(size_of::<T>()).is_none_or(|bytes| bytes > self.0.len()) {
+            return Err(Malformed::Short);
+        }
+        (0..len).map(|_| self.plain()).collect()
+    }
+
+    /// Nothing may be left.
+    pub(crate) const fn finish(self) -> Result<(), Malformed> {
+        match self.0.len() {
+            0 => Ok(()),
+            left => Err(Malformed::Long { left }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_written_is_read() {
+        let mut writer = Writer::default();
+        writer.u8(1).flag(true).u16(2).u32(3).u64(4).list(&[5u64, 6]);
+        let bytes = writer.finish();
+        let mut reader = Reader::new(&bytes);
+        assert_eq!((reader.u8(), reader.flag("flag")), (Ok(1), Ok(true)));
+        assert_eq!((reader.u16(), reader.u32(), reader.u64()), (Ok(2), Ok(3), Ok(4)));
+        assert_eq!(reader.list::<u64>("numbers", 2), Ok(vec![5, 6]));
+        assert_eq!(reader.finish(), Ok(()));
+    }
+
+    #[test]
+    fn a_long_list_is_refused_before_there_is_room_for_it() {
+        let list = |bytes: &[u8], max| Reader::new(bytes).list::<u64>("numbers", max);
+        let count = u64::MAX.to_le_bytes();
+        let too_many = Malformed::TooMany { what: "numbers", count: u64::MAX, max: 9 };
+        assert_eq!(list(&count, 9), Err(too_many));
+        assert_eq!(list(&count, usize::MAX), Err(Malformed::Short));
+        assert_eq!(list(&2u64.to_le_bytes(), 9), Err(Malformed::Short));
+        let mut reader = Reader::new(&[2]);
+        assert_eq!(reader.flag("it"), Err(Malformed::Value { what: "it", value: 2 }));
+        assert_eq!(Reader::new(&[0; 3]).finish(), Err(Malformed::Long { left: 3 }));
+    }
+}

@@ -1,0 +1,324 @@
+//! The guest's processors: a thread each, which run, pause and end together.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use rustix::io::Errno;
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use crate::error::Error;
+use crate::kvm::Vm;
+use crate::machine::Bus;
+use crate::ports::Request;
+use crate::throttle::Throttle;
+
+/// How often a processor that does not come out of the guest is called again: a signal that comes
+/// just before it enters the guest is lost.
+const CALL_AGAIN: Duration = Duration::from_millis(1);
+
+/// All processors of a guest. Dropping them stops them.
+pub(crate) struct Processors {
+    group: Arc<Group>,
+    threads: Vec<JoinHandle<()>>,
+    fds: Vec<Arc<Mutex<VcpuFd>>>,
+}
+
+/// What the threads share.
+struct Group {
+    state: Mutex<State>,
+    changed: Condvar,
+    ended: EventFd,
+    throttle: Throttle,
+}
+
+struct State {
+    wanted: Wanted,
+    /// Threads that are out of the guest and wait, and those that have ended.
+    parked: usize,
+    gone: usize,
+    end: Option<Result<Request, Error>>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    Run,
+    Pause,
+    Stop,
+}
+
+/// One processor.
+struct Processor {
+    /// Locked by the thread while it is not parked.
+    fd: Arc<Mutex<VcpuFd>>,
+    number: u8,
+    bus: Arc<Bus>,
+    group: Arc<Group>,
+    /// When it rested last, if it has to.
+    ran_since: Instant,
+    /// Keeps the guest's memory where KVM knows it.
+    _vm: Arc<Vm>,
+}
+
+impl Processors {
+    /// Makes threads for `processors`, which wait until they are [told to run](Self::resume).
+    pub(crate) fn new(
+        processors: Vec<VcpuFd>,
+        bus: &Arc<Bus>,
+        vm: &Arc<Vm>,
+    ) -> Result<Self, Error> {
+        // What matters of the signal is that it ends the system call which runs the guest.
+        register_signal_handler(SIGRTMIN(), on_call)
+            .map_err(|error| Error::host("signal handling")(std::io::Error::from(error)))?;
+        let state = State { wanted: Wanted::Pause, parked: 0, gone: 0, end: None };
+        let ended = EventFd::new(rustix::event::EventfdFlags::NONBLOCK.bits().cast_signed())
+            .map_err(Error::host::<std::io::Error>("eventfd"))?;
+        let group = Arc::new(Group {
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            ended,
+            throttle: Throttle::default(),
+        });
+        let mut all = Self { group, threads: Vec::new(), fds: Vec::new() };
+        for (number, fd) in (0..).zip(processors) {
+            let (bus, vm, group) = (Arc::clone(bus), Arc::clone(vm), Arc::clone(&all.group));
+            let fd = Arc::new(Mutex::new(fd));
+            all.fds.push(Arc::clone(&fd));
+            let ran_since = Instant::now();
+            let processor = Processor { fd, number, bus, group, ran_since, _vm: vm };
+            let thread = thread::Builder::new()
+                .name(format!("cpu{number}"))
+                .spawn(move || processor.run())
+                .map_err(Error::host::<std::io::Error>("starting a thread"))?;
+            all.threads.push(thread);
+        }
+        Ok(all)
+    }
+
+    /// Becomes readable when a processor has ended the guest.
+    pub(crate) fn ended(&self) -> &EventFd {
+        &self.group.ended
+    }
+
+    /// How the guest ended, if it did.
+    pub(crate) fn take_end(&self) -> Option<Result<Request, Error>> {
+        self.group.state().end.take()
+    }
+
+    /// Lets all processors run.
+    pub(crate) fn resume(&self) {
+        self.group.state().wanted = Wanted::Run;
+        self.group.changed.notify_all();
+    }
+
+    /// Returns when no processor is in the guest any more, and what each was doing is complete.
+    pub(crate) fn pause(&self) {
+        self.want(Wanted::Pause);
+    }
+
+    /// Has each processor rest for `percent` of its time, 0 to 99.
+    pub(crate) fn set_throttle(&self, percent: u8) {
+        self.group.throttle.set(percent);
+    }
+
+    /// Time after which a processor that does not come out of the guest by itself has to be
+    /// [called](Self::call), if any is to rest.
+    pub(crate) fn until_call(&self) -> Option<Duration> {
+        // Fewer milliseconds than one would be none to whoever waits.
+        self.group.throttle.run_time().map(|run_time| run_time.max(CALL_AGAIN))
+    }
+
+    /// Has each processor come out of the guest, and look whether it is to rest.
+    pub(crate) fn call(&self) {
+        for thread in &self.threads {
+            // A thread that has ended needs no call.
+            let _ = thread.kill(SIGRTMIN());
+        }
+    }
+
+    /// How many there are.
+    pub(crate) const fn len(&self) -> usize {
+        self.threads.len()
+    }
+
+    /// Looks at each processor, none of which can run meanwhile.
+    ///
+    /// # Errors
+    /// One has ended, or they are not [paused](Self::pause); and what `look` says.
+    pub(crate) fn each<T>(
+        &self,
+        mut look: impl FnMut(usize, &VcpuFd) -> Result<T, Error>,
+    ) -> Result<Vec<T>, Error> {
+        let state = self.group.state();
+        if state.wanted != Wanted::Pause || state.parked != self.threads.len() {
+            let what = "a guest that is not paused, or has ended".to_owned();
+            return Err(Error::Unsupported { what });
+        }
+        self.fds.iter().enumerate().map(|(number, fd)| look(number, &locked(fd))).collect()
+    }
+
+    fn want(&self, wanted: Wanted) {
+        let mut state = self.group.state();
+        state.wanted = wanted;
+        self.group.changed.notify_all();
+        let is_done = |state: &State| match wanted {
+            Wanted::Run => true,
+            Wanted::Pause => state.parked + state.gone == self.threads.len(),
+            Wanted::Stop => state.gone == self.threads.len(),
+        };
+        while !is_done(&state) {
+            self.call();
+            let waited = self.group.changed.wait_timeout(state, CALL_AGAIN);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+impl Drop for Processors {
+    fn drop(&mut self) {
+        self.want(Wanted::Stop);
+        for thread in self.threads.drain(..) {
+            // A panic has been printed by the hook, and there is nothing left to do.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Group {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Processor {
+    fn run(mut self) {
+        // Also told when this panics: who waits for it must not wait for ever.
+        let _gone = Gone(Arc::clone(&self.group));
+        while self.may_run() {
+            self.rest();
+            let Some(end) = self.step() else { continue };
+            let mut state = self.group.state();
+            // The first end is the one that counts.
+            state.end.get_or_insert(end);
+            drop(state);
+            let _ = self.group.ended.write(1);
+            break;
+        }
+    }
+
+    /// Rests where it has to, and no longer than the guest runs.
+    fn rest(&mut self) {
+        let now = Instant::now();
+        let Some(time) = self.group.throttle.rest(self.ran_since, now) else { return };
+        let end = now + time;
+        let mut state = self.group.state();
+        while state.wanted == Wanted::Run {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            let waited = self.group.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        drop(state);
+        self.ran_since = Instant::now();
+    }
+
+    /// Waits while the guest is paused; false when it is over.
+    fn may_run(&mut self) -> bool {
+        let group = Arc::clone(&self.group);
+        let mut state = group.state();
+        if state.wanted == Wanted::Run {
+            return true;
+        }
+        drop(state);
+        self.complete();
+        state = group.state();
+        state.parked += 1;
+        group.changed.notify_all();
+        while state.wanted == Wanted::Pause {
+            state = group.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.parked -= 1;
+        let runs = state.wanted == Wanted::Run;
+        drop(state);
+        if runs {
+            // The guest shall not take the pause for a lock-up. It may have no such clock.
+            let _ = locked(&self.fd).kvmclock_ctrl();
+        }
+        runs
+    }
+
+    /// KVM finishes an access to a device only on the next entry; with this there is one that
+    /// runs nothing of the guest (KVM's `api.rst`, `KVM_RUN`).
+    fn complete(&mut self) {
+        let mut fd = locked(&self.fd);
+        fd.set_kvm_immediate_exit(1);
+        // EINTR is what is to be expected; anything else comes again on the next entry.
+        let _ = fd.run();
+        fd.set_kvm_immediate_exit(0);
+    }
+
+    /// Runs the guest until it needs something, and gives it that. Some where the guest ends.
+    fn step(&mut self) -> Option<Result<Request, Error>> {
+        let mut fd = locked(&self.fd);
+        let why = match fd.run() {
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                self.bus.read(address, data);
+                return None;
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                self.bus.write(address, data);
+                return None;
+            }
+            Ok(VcpuExit::IoIn(port, data)) => {
+                self.bus.ports.read(port, data);
+                return None;
+            }
+            Ok(VcpuExit::IoOut(port, data)) => return self.bus.ports.write(port, data).map(Ok),
+            Ok(VcpuExit::Intr) => return None,
+            Ok(VcpuExit::Shutdown) => "a fault while it handled a fault (triple fault)".to_owned(),
+            Ok(exit) => format!("{exit:?}"),
+            Err(error) if is_interruption(error) => return None,
+            Err(error) => {
+                return Some(Err(Error::kvm("running the guest")(error)));
+            }
+        };
+        let at = fd.get_regs().map_or(0, |regs| regs.rip);
+        let why = format!("{why}, at {at:#x}");
+        Some(Err(Error::Processor { cpu: self.number, why }))
+    }
+}
+
+/// A thread that panicked with a processor locked has ended the guest.
+fn locked(fd: &Mutex<VcpuFd>) -> MutexGuard<'_, VcpuFd> {
+    fd.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Counts a thread out, whatever ends it.
+struct Gone(Arc<Group>);
+
+impl Drop for Gone {
+    fn drop(&mut self) {
+        let mut state = self.0.state();
+        state.gone += 1;
+        if thread::panicking() {
+            let source = std::io::Error::other("a processor's thread panicked");
+            state.end.get_or_insert(Err(Error::Host { what: "running the guest", source }));
+            let _ = self.0.ended.write(1);
+        }
+        drop(state);
+        self.0.changed.notify_all();
+    }
+}
+
+/// A signal came, or the processor waits to be woken for the first time.
+fn is_interruption(error: kvm_ioctls::Error) -> bool {
+    let errno = Errno::from_raw_os_error(error.errno());
+    errno == Errno::INTR || errno == Errno::AGAIN
+}
+
+/// Does nothing: see [`Processors::new`].
+extern "C" fn on_call(_number: i32, _info: *mut libc::siginfo_t, _context: *mut std::ffi::c_void) {}

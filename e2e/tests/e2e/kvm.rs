@@ -1,0 +1,358 @@
+//! Our own monitor on a real KVM, with unmodified Debian kernels in it.
+//!
+//! Where this machine's KVM is of no use, the tests run inside of a machine that has one: this
+//! very program is started there again, with what it needs named by variables.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use control::Client;
+use control::api::{AskFreePages, Caches, Driver, FreeKind, Status};
+use lab::debian::{self, Release};
+use lab::kvm::{self, KvmMachine};
+use lab::{Guest, GuestBuilder, LabError, guest_build};
+
+use crate::kvm_restore::a_guest_goes_on_in_another_machine;
+use crate::program::{program, told};
+
+/// Memory of the guests and what the balloon takes of it, in MiB, unless the variables say
+/// otherwise: emulation below the KVM is slow.
+const MEMORY: (&str, u64) = ("AEROSTAT_TEST_MEMORY_MIB", 384);
+const INFLATED: (&str, u64) = ("AEROSTAT_TEST_INFLATED_MIB", 192);
+
+/// What a file keeps outside of the balloon.
+const KEPT_MIB: u64 = 32;
+
+/// What a hold leaves to the guest.
+const RESERVED_MIB: u64 = 64;
+
+/// What of the guest's memory is not filled: without some for the kernel, filling the guest would
+/// end it ("System is deadlocked on memory").
+const NOT_FILLED: u64 = 16;
+
+/// What the guest reads into its page cache before it is told to drop it: zeros of a RAM disk.
+const CACHED_MIB: u64 = 32;
+const DISK: &str = "brd";
+
+/// What a guest may use for other things while it tells of its free memory.
+const NOISE_MIB: u64 = 8;
+
+/// A driver tells of its statistics within milliseconds, and of what came free within two seconds
+/// (Linux's `page_reporting.c`); emulation is slow.
+const SOON: Duration = Duration::from_secs(30);
+const STATS_INTERVAL_MS: u64 = 100;
+
+/// How often a change of the balloon by our driver may interrupt the guest.
+const MOST_EXITS: u64 = 100;
+
+/// For all that happens in the machine with the KVM, for each 384 MiB of a guest.
+const LIMIT: Duration = Duration::from_secs(600);
+
+/// For one command of a guest, likewise.
+const COMMAND_LIMIT: Duration = Duration::from_secs(60);
+
+/// For a panic, its report, and the second that the kernel waits.
+const END_LIMIT: Duration = Duration::from_secs(60);
+
+/// A guest that runs answers much faster.
+const PAUSE: Duration = Duration::from_secs(3);
+
+const MIB: u64 = 1 << 20;
+
+/// What the guests need besides the balloon's driver.
+const NEEDED: [&str; 2] = ["virtio_mmio", "pvpanic_mmio"];
+const STOCK: &str = "virtio_balloon";
+const OURS: &str = "aerostat_balloon";
+
+const PROGRAM: &str = "AEROSTAT_PROGRAM";
+const VMLINUZ: &str = "AEROSTAT_TEST_VMLINUZ";
+const VMLINUX: &str = "AEROSTAT_TEST_VMLINUX";
+const INITRAMFS: &str = "AEROSTAT_TEST_INITRAMFS";
+const MODULES: &str = "AEROSTAT_TEST_MODULES";
+
+/// One machine for all that is to be seen there, since booting it takes most of the time.
+#[test]
+fn debian_guests_of_our_monitor_give_memory_and_end_as_they_should() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = debian::kernel(Release::Cloud6_12).unwrap();
+    let own = guest_build::balloon_module(&kernel.tree().unwrap()).unwrap();
+    let mut modules = kernel.modules(&NEEDED).unwrap();
+    let names = modules.iter().map(|path| path.file_stem().unwrap().to_str().unwrap());
+    let names = names.collect::<Vec<_>>().join(" ");
+    modules.extend(kernel.modules(&[STOCK, DISK]).unwrap());
+    modules.push(own);
+    let initramfs = directory.path().join("initramfs.cpio");
+    Guest::qemu(&kernel).modules(&modules).write_initramfs(&initramfs).unwrap();
+    let vmlinux = kernel.vmlinux().unwrap();
+    let sizes = [MEMORY, INFLATED].map(|size| (size.0, mib(size).to_string()));
+    let mut variables: Vec<(&str, &OsStr)> = vec![
+        (PROGRAM, program().as_os_str()),
+        (VMLINUZ, kernel.vmlinuz.as_os_str()),
+        (VMLINUX, vmlinux.as_os_str()),
+        (INITRAMFS, initramfs.as_os_str()),
+        (MODULES, OsStr::new(&names)),
+    ];
+    variables.extend(sizes.iter().map(|(name, size)| (*name, OsStr::new(size))));
+    let this = std::env::current_exe().unwrap();
+    let words = ["--exact", "kvm::inside", "--ignored", "--nocapture"];
+    let (code, text) = if kvm::hardware() {
+        let output =
+            Command::new(this).args(words).envs(variables.iter().copied()).output().unwrap();
+        let (code, out, err) = told(&output);
+        (code, out + &err)
+    } else {
+        let mut machine = KvmMachine::boot(mib(MEMORY)).unwrap();
+        let outcome = machine.run(&this, &words.map(OsStr::new), &variables, scaled(LIMIT));
+        let outcome = outcome.unwrap_or_else(|error| panic!("{error}\n{}", machine.console_log()));
+        (outcome.code, outcome.lines.join("\n"))
+    };
+    println!("{text}");
+    assert_eq!(code, Some(0), "{text}");
+    assert!(text.contains("1 passed"), "{text}");
+}
+
+#[test]
+#[ignore = "is started by another test where there is a KVM"]
+fn inside() {
+    // Started by hand it has nothing to work with.
+    if std::env::var_os(VMLINUZ).is_none() {
+        return;
+    }
+    let start = Instant::now();
+    let path = |variable: &str| PathBuf::from(std::env::var_os(variable).unwrap());
+    let modules = std::env::var(MODULES).unwrap();
+    let modules: Vec<&str> = modules.split(' ').chain([OURS]).collect();
+    a_guest_goes_on_in_another_machine(path(VMLINUX), path(INITRAMFS), &modules);
+    println!("moved after {:.1?}", start.elapsed());
+    let stock = memory_goes_and_comes_back(STOCK, VMLINUX);
+    println!("stock after {:.1?}", start.elapsed());
+    let ours = memory_goes_and_comes_back(OURS, VMLINUX);
+    assert!(ours.inflate <= MOST_EXITS && ours.deflate <= MOST_EXITS, "{ours:?}");
+    assert!(stock.inflate > ours.inflate, "{stock:?} {ours:?}");
+    println!("ours after {:.1?}", start.elapsed());
+    guests_end_as_they_should();
+    println!("all after {:.1?}", start.elapsed());
+}
+
+/// How often changes of the balloon interrupted the guest.
+#[derive(Debug)]
+struct Exits {
+    inflate: u64,
+    deflate: u64,
+}
+
+fn memory_goes_and_comes_back(driver: &str, kernel: &str) -> Exits {
+    let start = Instant::now();
+    // What is reported is gone before the balloon could take it.
+    let arguments = ["--cpus", "2", "--without", "reporting"];
+    let mut guest = builder(driver, kernel).machine_arguments(arguments).boot().unwrap();
+    println!("{driver}: booted in {:.1?}", start.elapsed());
+    load(&mut guest, driver);
+    assert_eq!(run(&mut guest, "cat /sys/devices/system/cpu/online").lines, ["0-1"]);
+    run(&mut guest, &format!("fill kept {KEPT_MIB} 1"));
+    if driver == OURS {
+        drops_caches_and_names_its_free_pages(&mut guest);
+    } else {
+        tells_statistics_and_hints(&mut guest);
+    }
+    let free_mib = number(&mut guest, "free-mib");
+    let inflated_mib = mib(INFLATED);
+    assert!(free_mib > inflated_mib, "{free_mib} MiB are free");
+    run(&mut guest, &format!("touch {inflated_mib}"));
+
+    let before = status(driver);
+    let expected = if driver == OURS { Driver::Aerostat } else { Driver::Classic };
+    assert_eq!(before.guest.driver, expected);
+    let inflated = balloon(driver, inflated_mib);
+    let fell = before.resident_bytes.unwrap() - inflated.resident_bytes.unwrap();
+    assert!(fell >= inflated_mib * MIB * 3 / 4, "{} MiB", fell / MIB);
+    verify(&mut guest, "kept", KEPT_MIB, 1);
+    let deflated = balloon(driver, 0);
+    // As much as was free before can be used again.
+    let fill_mib = free_mib - mib(MEMORY) / NOT_FILLED;
+    run(&mut guest, &format!("fill all {fill_mib} 2"));
+    verify(&mut guest, "all", fill_mib, 2);
+    verify(&mut guest, "kept", KEPT_MIB, 1);
+    assert_eq!(deflated.faults.total(), 0, "{:?}", deflated.faults);
+    assert!(guest.power_off().unwrap().success());
+
+    let exits = |status: &Status| status.exits.unwrap();
+    Exits {
+        inflate: exits(&inflated) - exits(&before),
+        deflate: exits(&deflated) - exits(&inflated),
+    }
+}
+
+/// What only our driver can be asked for.
+fn drops_caches_and_names_its_free_pages(guest: &mut Guest) {
+    run(guest, &format!("insmod {DISK} rd_nr=1 rd_size={}", CACHED_MIB << 10));
+    run(guest, &format!("read-file /dev/ram0 {CACHED_MIB}"));
+    let client = client(OURS);
+    let dropped = client.drop_caches(Caches::All, SOON).unwrap();
+    println!("{dropped:?}");
+    assert!(dropped.page_cache.freed_bytes >= CACHED_MIB * MIB * 98 / 100, "{dropped:?}");
+    assert!(dropped.slab.after_bytes > 0, "{dropped:?}");
+
+    let free_mib = number(guest, "free-mib");
+    let named = client.ask_free_pages(&free_pages(FreeKind::Snapshot)).unwrap();
+    println!("{} MiB free, {} ms", named.total_bytes / MIB, named.elapsed_ms);
+    assert_eq!((named.kind, named.memory_bytes), (FreeKind::Snapshot, mib(MEMORY) * MIB));
+    let named_mib = named.total_bytes / MIB;
+    assert!(named_mib.abs_diff(free_mib) <= NOISE_MIB, "{named_mib} of {free_mib} MiB");
+    let held = client.ask_free_pages(&free_pages(FreeKind::Hold)).unwrap();
+    let held_mib = held.total_bytes / MIB;
+    assert!(held_mib >= free_mib - RESERVED_MIB - NOISE_MIB, "{held_mib} of {free_mib} MiB");
+    assert!(number(guest, "free-mib") <= RESERVED_MIB + NOISE_MIB);
+    assert_eq!(client.release_free_pages(SOON).unwrap().released_bytes, held.total_bytes);
+
+    let ended = client.status().unwrap().requests.ended;
+    let done = |command: &str| ended[command]["done"];
+    assert_eq!([done("drop-caches"), done("report-free"), done("hold-free")], [1, 1, 1]);
+}
+
+fn free_pages(kind: FreeKind) -> AskFreePages {
+    let reserve_bytes = (kind == FreeKind::Hold).then_some(RESERVED_MIB * MIB);
+    let timeout_ms = u64::try_from(SOON.as_millis()).unwrap();
+    AskFreePages { kind, min_block_bytes: None, reserve_bytes, timeout_ms }
+}
+
+/// What any driver can be asked for.
+fn tells_statistics_and_hints(guest: &mut Guest) {
+    let client = client(STOCK);
+    // A driver tells once without being asked.
+    let faults = |status: &Status| status.stats.values["minor_faults"];
+    let before = faults(&client.status().unwrap());
+    run(guest, &format!("touch {KEPT_MIB}"));
+    assert_eq!(faults(&client.status().unwrap()), before);
+    client.set_stats(STATS_INTERVAL_MS).unwrap();
+    until(STOCK, |status| faults(status) > before);
+    client.set_stats(0).unwrap();
+
+    let free_mib = number(guest, "free-mib");
+    let named = client.ask_free_pages(&free_pages(FreeKind::Hint)).unwrap();
+    println!("{} MiB hinted, {} ms", named.total_bytes / MIB, named.elapsed_ms);
+    assert_eq!(named.kind, FreeKind::Hint);
+    // Hints are blocks of 4 MiB, so what is left of smaller ones is not among them.
+    let named_mib = named.total_bytes / MIB;
+    // And it has given them back. What the processors keep free for themselves goes back to all
+    // while it looks for more, so that there may be more after it than before.
+    let after_mib = number(guest, "free-mib");
+    assert!(after_mib + NOISE_MIB >= free_mib, "{after_mib} of {free_mib} MiB");
+    assert!(named_mib <= after_mib + NOISE_MIB, "{named_mib} of {after_mib} MiB");
+    assert!(named_mib >= free_mib * 9 / 10, "{named_mib} of {free_mib} MiB");
+    let refused = client.drop_caches(Caches::All, SOON).unwrap_err();
+    assert!(refused.to_string().contains("no request queue"), "{refused}");
+}
+
+/// Looks until the status is as it should be some time.
+fn until(guest: &str, holds: impl Fn(&Status) -> bool) -> Status {
+    let end = Instant::now() + SOON;
+    loop {
+        let status = status(guest);
+        if holds(&status) {
+            return status;
+        }
+        assert!(Instant::now() < end, "{status:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Sets the balloon by the command line, and tells what it took.
+fn balloon(guest: &str, target_mib: u64) -> Status {
+    let before = status(guest);
+    let size = format!("{target_mib}MiB");
+    let mut command = Command::new(program());
+    let output = command.args(["balloon", guest, &size, "--timeout", "120s"]).output().unwrap();
+    let (code, out, err) = told(&output);
+    assert_eq!(code, Some(0), "{out}{err}");
+    let after = status(guest);
+    assert_eq!(after.balloon.actual_bytes, target_mib * MIB);
+    let exits = after.exits.unwrap() - before.exits.unwrap();
+    println!("{exits} exits; {out}");
+    after
+}
+
+fn guests_end_as_they_should() {
+    // A panic, which is the guest's fault and so a failure. Before it, what is free is reported.
+    let mut guest = builder("panics", VMLINUX).boot().unwrap();
+    load(&mut guest, STOCK);
+    let reports = until("panics", |status| status.reports.released_bytes > 0).reports;
+    println!("{reports:?}");
+    guest.run_within("write /proc/sysrq-trigger c", END_LIMIT).unwrap_err();
+    let end = guest.wait().unwrap();
+    let log = guest.console_log();
+    assert_eq!(end.code(), Some(1), "{log}");
+    assert!(log.contains("guest: the kernel of panics panicked"), "{log}");
+    drop(guest);
+
+    // It pauses, and its balloon is there meanwhile; it goes on; the monitor is asked to end.
+    // The kernel as it is installed, which unpacks itself.
+    let mut guest = builder("ends", VMLINUZ).boot().unwrap();
+    load(&mut guest, OURS);
+    signal(&guest, "USR1");
+    let silence = guest.run_within("free-mib", PAUSE).unwrap_err();
+    assert!(matches!(silence, LabError::Timeout { .. }), "{silence}");
+    assert!(status("ends").guest.connected);
+    let refused = client("ends").drop_caches(Caches::All, SOON).unwrap_err();
+    assert!(refused.to_string().contains("paused"), "{refused}");
+    signal(&guest, "USR2");
+    assert!(number(&mut guest, "free-mib") > 0);
+    client("ends").drop_caches(Caches::All, SOON).unwrap();
+    signal(&guest, "TERM");
+    assert!(guest.wait().unwrap().success());
+}
+
+fn signal(guest: &Guest, name: &str) {
+    let mut kill = Command::new("kill");
+    assert!(kill.args(["-s", name, &guest.pid().to_string()]).status().unwrap().success());
+}
+
+fn builder(name: &str, kernel: &str) -> GuestBuilder {
+    let path = |variable: &str| PathBuf::from(std::env::var_os(variable).unwrap());
+    Guest::monitor(program(), path(kernel))
+        .memory_mib(mib(MEMORY))
+        .initramfs(path(INITRAMFS))
+        .machine_arguments(["--name", name])
+}
+
+/// A size by its variable, or as it is by itself.
+fn mib((variable, default): (&str, u64)) -> u64 {
+    std::env::var(variable).map_or(default, |text| text.parse().unwrap())
+}
+
+/// A limit for the guests' memory.
+fn scaled(limit: Duration) -> Duration {
+    limit * u32::try_from(mib(MEMORY).div_ceil(MEMORY.1)).unwrap()
+}
+
+fn load(guest: &mut Guest, driver: &str) {
+    let needed = std::env::var(MODULES).unwrap();
+    for module in needed.split(' ').chain([driver]).filter(|name| !name.is_empty()) {
+        run(guest, &format!("insmod {module}"));
+    }
+}
+
+fn status(guest: &str) -> Status {
+    client(guest).status().unwrap()
+}
+
+fn client(guest: &str) -> Client {
+    let path: &Path = &control::socket_path(&guest.parse().unwrap()).unwrap();
+    Client::connect(path).unwrap()
+}
+
+/// All that the guest printed is worth having where the guest itself is new.
+fn run(guest: &mut Guest, command: &str) -> lab::Reply {
+    let reply = guest.run_within(command, scaled(COMMAND_LIMIT));
+    reply.unwrap_or_else(|error| panic!("{error}\n{}", guest.console_log()))
+}
+
+fn verify(guest: &mut Guest, file: &str, mib: u64, seed: u64) {
+    assert_eq!(number(guest, &format!("verify {file} {mib} {seed}")), 0, "wrong pages in {file}");
+}
+
+fn number(guest: &mut Guest, command: &str) -> u64 {
+    run(guest, command).text.parse().unwrap()
+}

@@ -1,0 +1,313 @@
+//! A guest of our monitor that goes on in another machine: memory copied while it ran, then what
+//! it wrote meanwhile, then its state.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use control::GuestAsk;
+use control::api::Caches;
+use page_set::{PageRange, PageSet};
+use vmm::{End, GuestRam, Machine, MemoryKind, Options, Requests, Section};
+
+const MIB: u64 = 1 << 20;
+const PAGE: u64 = 4096;
+
+/// Memory of the guest, what its balloon takes, and what files keep, in MiB.
+const MEMORY_MIB: u64 = 256;
+const INFLATED_MIB: u64 = 64;
+const KEPT_MIB: u64 = 32;
+const INFLATED_PAGES: u64 = INFLATED_MIB * MIB / PAGE;
+
+/// What the guest writes while its memory is copied, in MiB.
+const WRITTEN_MIB: u64 = 16;
+
+/// For one answer.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// How long it is watched how much a guest runs.
+const WATCHED: Duration = Duration::from_secs(1);
+
+/// Pages that are copied at once.
+const CHUNK_PAGES: u64 = 256;
+
+pub(crate) fn a_guest_goes_on_in_another_machine(
+    kernel: PathBuf,
+    initramfs: PathBuf,
+    modules: &[&str],
+) {
+    let options = options(kernel, initramfs);
+    let mut talk = Talk::new();
+    let first = Machine::new(&options, talk.output()).unwrap();
+    first.load_kernel(&options).unwrap();
+    let (second, state) =
+        running(&first, End::Stopped, || leaves(&first, &options, &mut talk, modules));
+    let bad = state.iter().skip(1).cloned().collect::<Vec<_>>();
+    assert!(second.load(&bad).unwrap_err().to_string().starts_with("sender: "));
+    drop(first);
+
+    second.load(&state).unwrap();
+    let (guest, host) = (second.cpu_features(), vmm::CpuFeatures::of_host().unwrap());
+    assert_eq!(guest.vendor, host.vendor);
+    assert!(!guest.words.is_empty() && guest.words.iter().all(|word| host.words.contains(word)));
+    running(&second, End::PoweredOff, || goes_on(&second, &mut talk));
+}
+
+/// Processor time that the guest takes in a while, which it uses to the full.
+fn used(percent: u8, machine: &Machine) -> u64 {
+    machine.set_throttle(percent);
+    let ticks = || -> u64 {
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+        let stats = tasks
+            .filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("stat")).ok());
+        let of_processors = stats.filter(|stat| stat.contains("(cpu"));
+        // User and kernel time, fields 14 and 15 of proc(5); a guest's time is in the former.
+        of_processors
+            .map(|stat| {
+                let fields = stat.rsplit(')').next().unwrap().split_whitespace().skip(11).take(2);
+                fields.map(|field| field.parse::<u64>().unwrap()).sum::<u64>()
+            })
+            .sum()
+    };
+    let before = ticks();
+    thread::sleep(WATCHED);
+    ticks() - before
+}
+
+/// Memory and state of a guest that stands still at the end, in a new machine and beside it.
+fn leaves(
+    first: &Machine,
+    options: &Options,
+    talk: &mut Talk,
+    modules: &[&str],
+) -> (Machine, Vec<Section>) {
+    talk.until_ready();
+    for module in modules {
+        talk.ask(first, &format!("insmod {module}"));
+    }
+    talk.ask(first, &format!("fill kept {KEPT_MIB} 1"));
+    set_target(first, INFLATED_PAGES);
+    talk.ask(first, "busy 8");
+    let [free, throttled] = [0, 90].map(|percent| used(percent, first));
+    println!("{free} ticks, throttled {throttled}");
+    // A tenth is asked for; rests are late where the host has other work.
+    assert!(throttled * 4 < free * 3, "{free} ticks, throttled {throttled}");
+    first.set_throttle(0);
+    talk.ask(first, "idle");
+    first.start_dirty_log().unwrap();
+
+    // The guest writes while its memory is copied for the first time.
+    let second = Machine::new(options, talk.output()).unwrap();
+    let (from, to) = (first.ram(), second.ram());
+    talk.say(first, &format!("fill written {WRITTEN_MIB} 2"));
+    for region in first.regions() {
+        copy(&from, &to, region);
+    }
+    assert_eq!(talk.answer(), "ok");
+    talk.ask(first, &format!("fill late {WRITTEN_MIB} 3"));
+
+    first.pause();
+    let start = Instant::now();
+    let dirty = dirty(first);
+    let written = 2 * WRITTEN_MIB * MIB / PAGE..MEMORY_MIB * MIB / PAGE / 2;
+    assert!(written.contains(&dirty.len()), "{} pages", dirty.len());
+    dirty.ranges().for_each(|run| copy(&from, &to, run));
+    let state = first.save().unwrap();
+    let bytes: usize = state.iter().map(|section| section.bytes.len()).sum();
+    let elapsed = start.elapsed();
+    println!("{} pages written meanwhile, {bytes} bytes of state, {elapsed:.1?}", dirty.len());
+    // Nothing is written any more, and pages of the balloon are of no worth.
+    assert!(self::dirty(first).is_empty());
+    let ballooned = first.ballooned_pages();
+    assert_eq!(ballooned.len(), INFLATED_PAGES);
+    ballooned.ranges().for_each(|run| fill(&to, run, 0xdd));
+    (second, state)
+}
+
+/// The conversation goes on, and everything is where it was.
+fn goes_on(second: &Machine, talk: &mut Talk) {
+    verify(talk, second, "kept", KEPT_MIB, 1);
+    verify(talk, second, "written", WRITTEN_MIB, 2);
+    verify(talk, second, "late", WRITTEN_MIB, 3);
+    assert_eq!(talk.ask(second, "cat /sys/devices/system/cpu/online").0, ["0-1"]);
+    let balloon = second.balloon();
+    assert_eq!(u64::from(balloon.status().balloon.actual_pages), INFLATED_PAGES);
+    let id = balloon.submit(GuestAsk::DropCaches(Caches::All), LIMIT).unwrap();
+    balloon.wait_request(id, LIMIT).unwrap().unwrap();
+    set_target(second, 0);
+    let free: u64 = talk.ask(second, "free-mib").1.parse().unwrap();
+    assert!(free > INFLATED_MIB, "{free} MiB");
+    let all = free - MEMORY_MIB / 16;
+    talk.ask(second, &format!("fill all {all} 4"));
+    verify(talk, second, "all", all, 4);
+    verify(talk, second, "kept", KEPT_MIB, 1);
+    let status = balloon.status();
+    assert_eq!(status.faults.total(), 0, "{:?}", status.faults);
+    talk.say(second, "poweroff");
+}
+
+/// Runs `deed` while the machine's devices are served; the guest then ends as expected, or the
+/// serving is stopped.
+fn running<T>(machine: &Machine, end: End, deed: impl FnOnce() -> T) -> T {
+    let requests = Requests::new().unwrap();
+    let stop = requests.stopper().unwrap();
+    thread::scope(|scope| {
+        let serving = scope.spawn(|| machine.serve(&requests));
+        machine.resume();
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(deed));
+        if end == End::Stopped || outcome.is_err() {
+            stop();
+        }
+        let ended = serving.join().unwrap().unwrap();
+        match outcome {
+            Ok(value) => {
+                assert_eq!(ended, end);
+                value
+            }
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })
+}
+
+fn options(kernel: PathBuf, initramfs: PathBuf) -> Options {
+    Options {
+        name: "moved".into(),
+        control: PathBuf::new(),
+        memory_bytes: MEMORY_MIB * MIB,
+        memory: MemoryKind::default(),
+        cpus: 2,
+        kernel,
+        initrd: Some(initramfs),
+        command_line: "console=ttyS0 LAB_CONSOLE=ttyS0 quiet oops=panic panic=1".into(),
+        release: control::ReleaseMode::Background,
+        partial_huge: control::PartialHuge::Split,
+        without: vmm::Features::NONE,
+    }
+}
+
+fn set_target(machine: &Machine, pages: u64) {
+    let balloon = machine.balloon();
+    let generation = balloon.set_target(u32::try_from(pages).unwrap()).unwrap();
+    let status = balloon.wait_change(generation, LIMIT);
+    assert!(status.settled && u64::from(status.actual_pages) == pages, "{status:?}");
+}
+
+fn copy(from: &GuestRam, to: &GuestRam, pages: PageRange) {
+    let mut rest = pages;
+    while !rest.is_empty() {
+        let (chunk, after) = rest.split_at(rest.end().min(rest.start() + CHUNK_PAGES));
+        let mut bytes = vec![0; usize::try_from(chunk.pages() * PAGE).unwrap()];
+        from.read(chunk, &mut bytes).unwrap();
+        to.write(chunk, &bytes).unwrap();
+        rest = after;
+    }
+}
+
+fn fill(ram: &GuestRam, pages: PageRange, byte: u8) {
+    ram.write(pages, &vec![byte; usize::try_from(pages.pages() * PAGE).unwrap()]).unwrap();
+}
+
+/// What was written since the last call.
+fn dirty(machine: &Machine) -> PageSet {
+    let (regions, mut pages) = (machine.regions(), PageSet::new());
+    let noted = machine.take_dirty(|region, words| {
+        pages.insert_bitmap(regions[region].start(), 1, words.iter().copied()).unwrap();
+    });
+    noted.unwrap();
+    pages
+}
+
+fn verify(talk: &mut Talk, machine: &Machine, file: &str, mib: u64, seed: u64) {
+    let (_, text) = talk.ask(machine, &format!("verify {file} {mib} {seed}"));
+    assert_eq!(text, "0", "wrong pages in {file}");
+}
+
+/// The conversation with the guest's init, which outlives a machine.
+struct Talk {
+    sender: Sender<Vec<u8>>,
+    receiver: Receiver<Vec<u8>>,
+    /// What was printed since the last whole line.
+    open: Vec<u8>,
+    number: u64,
+    log: String,
+}
+
+/// A serial line's end.
+struct Output(Sender<Vec<u8>>);
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let _ = self.0.send(bytes.to_vec());
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Talk {
+    fn new() -> Self {
+        let (sender, receiver) = channel();
+        Self { sender, receiver, open: Vec::new(), number: 0, log: String::new() }
+    }
+
+    fn output(&self) -> Box<dyn Write + Send> {
+        Box::new(Output(self.sender.clone()))
+    }
+
+    fn line(&mut self) -> String {
+        let end = Instant::now() + LIMIT;
+        loop {
+            if let Some(at) = self.open.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.open.drain(..=at).collect();
+                let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+                self.log += &line;
+                self.log.push('\n');
+                return line;
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            match self.receiver.recv_timeout(left) {
+                Ok(bytes) => self.open.extend(bytes),
+                Err(_) => panic!("the guest says nothing:\n{}", self.log),
+            }
+        }
+    }
+
+    fn until_ready(&mut self) {
+        while !self.line().contains("@lab 0 ok") {}
+    }
+
+    fn say(&mut self, machine: &Machine, command: &str) {
+        self.number += 1;
+        machine.type_in(format!("{} {command}\n", self.number).as_bytes()).unwrap();
+    }
+
+    /// The first word of the answer to what was said last.
+    fn answer(&mut self) -> String {
+        self.told().1.split(' ').next().unwrap().to_owned()
+    }
+
+    fn ask(&mut self, machine: &Machine, command: &str) -> (Vec<String>, String) {
+        self.say(machine, command);
+        let (lines, answer) = self.told();
+        let text = answer.strip_prefix("ok");
+        let text = text.unwrap_or_else(|| panic!("{command}: {answer}\n{}", self.log));
+        (lines, text.trim().to_owned())
+    }
+
+    /// Lines of the answer, and its end.
+    fn told(&mut self) -> (Vec<String>, String) {
+        let marker = format!("@lab {} ", self.number);
+        let mut lines = Vec::new();
+        loop {
+            let line = self.line();
+            let Some((_, answer)) = line.split_once(&marker) else { continue };
+            match answer.strip_prefix("| ") {
+                Some(text) => lines.push(text.to_owned()),
+                None => return (lines, answer.to_owned()),
+            }
+        }
+    }
+}
