@@ -288,6 +288,11 @@ impl Requests {
         self.newest = None;
     }
 
+    /// True while the driver's queues do not run.
+    pub const fn are_stopped(&self) -> bool {
+        self.stopped
+    }
+
     /// The driver's queues stop: it is unloaded, or the guest only paused.
     pub(crate) fn suspend(&mut self) {
         self.end_all(RequestFailure::QueuesStopped);

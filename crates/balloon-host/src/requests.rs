@@ -132,7 +132,8 @@ impl State {
             outcomes.insert(outcome.replace('-', "_"), count);
         }
         RequestStatus {
-            possible: self.device.negotiated().contains(Features::REQUEST_VQ),
+            possible: self.device.negotiated().contains(Features::REQUEST_VQ)
+                && !requests.are_stopped(),
             running: requests.running().map(|(_, ask)| ask.kind().name().into()),
             waiting: requests.queued() as u64,
             hold: requests.hold().map(|hold| hold_state(hold.state)),

@@ -46,6 +46,18 @@ impl Bed<'_> {
         self.run(&format!("insmod {}", self.driver.module_name())).map(drop)
     }
 
+    /// Loads the driver, and waits until the host can ask it for something.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run), or the host does not see it.
+    pub fn load_ready_driver(&mut self) -> Result<()> {
+        self.load_driver()?;
+        if self.driver == Driver::Own {
+            self.host.until("ready for requests", |status| status.requests.possible)?;
+        }
+        Ok(())
+    }
+
     /// Unloads it, with what it holds.
     ///
     /// # Errors

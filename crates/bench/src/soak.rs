@@ -193,7 +193,7 @@ impl<'a> Soak<'a> {
         stop: &AtomicBool,
     ) -> Result<()> {
         let mut bed = host.boot(self.driver, |guest| guest.log_file(guest_log))?;
-        bed.load_driver()?;
+        bed.load_ready_driver()?;
         let Options { seed, memory_mib, .. } = *self.options;
         let plan = plan_for(seed, self.driver, self.backing, memory_mib);
         let mut walk = Walk::new(&mut bed, plan);

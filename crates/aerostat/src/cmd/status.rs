@@ -243,7 +243,7 @@ fn stats(stats: &StatsStatus) -> String {
 /// What was asked of the guest, in one line.
 fn requests(requests: &RequestStatus) -> String {
     if !requests.possible {
-        return "the driver takes none".into();
+        return "the driver takes none now".into();
     }
     let running = requests.running.as_deref().unwrap_or("none");
     let mut text = format!("{running} running, {} waiting", requests.waiting);

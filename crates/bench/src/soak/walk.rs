@@ -203,7 +203,7 @@ impl<'a, 'b> Walk<'a, 'b> {
         self.verify(interlude)?;
         self.files.remove(&interlude.name);
         self.bed.run(&format!("drop {}", interlude.name))?;
-        self.bed.load_driver()
+        self.bed.load_ready_driver()
     }
 
     fn fill(&mut self, file: &PatternFile) -> Result<()> {

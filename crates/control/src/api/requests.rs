@@ -234,7 +234,8 @@ pub struct CancelledRequest {
 /// Requests to the guest so far.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct RequestStatus {
-    /// True when the guest's driver has a request queue.
+    /// True when the guest's driver has a request queue, and it is not stopped: by a
+    /// pause, or because the driver starts only now.
     pub possible: bool,
     /// What the guest works on, such as `drop-caches`.
     pub running: Option<String>,
