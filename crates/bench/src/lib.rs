@@ -8,14 +8,20 @@
 
 mod backend;
 pub mod chart;
+mod cpu_time;
 mod error;
 mod floor;
 pub mod inflate;
+pub mod monitors;
+mod qemu_bed;
+mod qmp;
 pub mod requests;
 mod sample;
 mod testbed;
 
 pub use backend::Backend;
 pub use error::{BenchError, Result};
+pub use qemu_bed::{Device, QemuBed, QemuBedOptions, vhost_user_arguments};
+pub use qmp::Qmp;
 pub use sample::{Spread, median};
 pub use testbed::{Driver, Testbed, TestbedOptions};

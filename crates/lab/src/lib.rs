@@ -21,6 +21,7 @@ pub mod guest;
 pub mod guest_build;
 pub mod initramfs;
 pub mod memory_dir;
+pub mod qemu;
 pub mod uml;
 
 mod boot;

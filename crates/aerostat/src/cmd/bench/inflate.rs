@@ -6,7 +6,7 @@ use bench::inflate::{self, HostPages, Memory, Report};
 use clap::{Args, ValueEnum};
 use control::Size;
 
-use super::{failure, name, program};
+use super::{chosen, failure, name, program};
 use crate::failure::Failure;
 use crate::output::{print, print_json};
 
@@ -79,10 +79,6 @@ pub(super) fn run(args: &InflateArgs) -> Result<(), Failure> {
             .map_err(|error| Failure::new(&error, "check the path of --svg"))?;
     }
     if args.json { print_json(&report) } else { print(&table(&report)) }
-}
-
-fn chosen<A: Copy, T: Copy>(asked: &[A], all: &[T], each: impl Fn(A) -> T) -> Vec<T> {
-    if asked.is_empty() { all.to_vec() } else { asked.iter().map(|arg| each(*arg)).collect() }
 }
 
 /// Two tables that are plain text and Markdown both.

@@ -1,6 +1,7 @@
 //! `aerostat bench`: measures on real guests.
 
 mod inflate;
+mod monitors;
 mod requests;
 
 use std::path::PathBuf;
@@ -19,12 +20,14 @@ pub(crate) struct BenchArgs {
 #[derive(Debug, Subcommand)]
 enum What {
     Inflate(inflate::InflateArgs),
+    Monitors(monitors::MonitorsArgs),
     Requests(requests::RequestsArgs),
 }
 
 pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
     match &args.what {
         What::Inflate(args) => inflate::run(args),
+        What::Monitors(args) => monitors::run(args),
         What::Requests(args) => requests::run(args),
     }
 }
@@ -36,6 +39,11 @@ pub(crate) fn program() -> Result<PathBuf, Failure> {
 
 pub(crate) fn failure(error: bench::BenchError) -> Failure {
     Failure::new(&error, "./check sets up all that a bench needs; it has to run as root")
+}
+
+/// What was asked for; all of it where nothing was.
+fn chosen<A: Copy, T: Copy>(asked: &[A], all: &[T], each: impl Fn(A) -> T) -> Vec<T> {
+    if asked.is_empty() { all.to_vec() } else { asked.iter().map(|arg| each(*arg)).collect() }
 }
 
 /// The word that JSON has for it.
