@@ -64,6 +64,12 @@ pub enum BenchError {
         /// Why it is not there.
         why: String,
     },
+    /// The guest, its memory or its balloon is not as it has to be.
+    #[error("{what}")]
+    Wrong {
+        /// What was found.
+        what: String,
+    },
     /// The guest's answer makes no sense.
     #[error("the guest answered {answer:?} to {command:?}")]
     GuestAnswer {

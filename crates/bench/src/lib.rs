@@ -8,6 +8,7 @@
 
 mod backend;
 pub mod chart;
+pub mod compat;
 mod cpu_time;
 mod error;
 mod floor;

@@ -119,6 +119,7 @@ pub fn run(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<Report> 
         kernel: lab::debian::kernel(Release::Cloud6_12)?,
         memory_mib: options.guest_mib,
         kernel_arguments: options.kernel_arguments.clone(),
+        disk: None,
     };
     let mut report = Report {
         rounds: options.rounds,

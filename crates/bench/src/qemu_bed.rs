@@ -44,6 +44,8 @@ pub struct QemuBedOptions {
     pub memory_mib: u64,
     /// Words for the guest's kernel.
     pub kernel_arguments: Vec<String>,
+    /// A file that the guest sees as `/dev/vda`, read-only.
+    pub disk: Option<PathBuf>,
 }
 
 /// A guest whose driver is loaded.
@@ -77,7 +79,7 @@ impl QemuBed {
         let directory = directory
             .map_err(|source| BenchError::Backend { what: "making a directory", source })?;
         let driver = module(driver, &options.kernel)?;
-        let needed = options.kernel.modules(&["virtio_pci"])?;
+        let mut needed = options.kernel.modules(&["virtio_pci"])?;
         let memory =
             format!("memory-backend-memfd,id=memory,size={}M,share=on", options.memory_mib);
         let builder = Guest::qemu(&options.kernel)
@@ -94,6 +96,13 @@ impl QemuBed {
             .kernel_arguments
             .iter()
             .fold(builder, |builder, word| builder.kernel_argument(word));
+        let builder = match &options.disk {
+            None => builder,
+            Some(disk) => {
+                needed.extend(options.kernel.modules(&["virtio_blk"])?);
+                builder.modules(&needed).machine_arguments(disk_arguments(disk))
+            }
+        };
         let mut backend = None;
         let socket = directory.path().join("qmp");
         let builder = match device {
@@ -163,6 +172,14 @@ impl QemuBed {
         std::iter::once(self.guest.pid()).chain(backend).collect()
     }
 
+    /// Our back end, where there is one, for those who end it.
+    pub const fn backend_mut(&mut self) -> Option<&mut Backend> {
+        match &mut self.device {
+            Attached::Qemu(_) => None,
+            Attached::VhostUser(backend, _) => Some(backend),
+        }
+    }
+
     /// Our back end, where there is one.
     pub const fn backend(&self) -> Option<&Backend> {
         match &self.device {
@@ -188,6 +205,15 @@ pub fn vhost_user_arguments(qemu: &VhostUserQemu, socket: &Path) -> [String; 4] 
         format!("socket,id=balloon,path={}", socket.display()),
         "-device".to_owned(),
         format!("{device},chardev=balloon,virtio-id=5,num_vqs=6,config_size=16"),
+    ]
+}
+
+fn disk_arguments(disk: &Path) -> [String; 4] {
+    [
+        "-drive".to_owned(),
+        format!("file={},if=none,id=disk,format=raw,read-only=on", disk.display()),
+        "-device".to_owned(),
+        "virtio-blk-pci,drive=disk".to_owned(),
     ]
 }
 

@@ -140,7 +140,8 @@ fn real_package(meta: &str) -> Result<String> {
         .ok_or_else(|| unknown(meta))
 }
 
-fn candidate_version(package: &str) -> Result<String> {
+/// The version of a package that apt would install.
+pub(crate) fn candidate_version(package: &str) -> Result<String> {
     let mut show = tool::command("apt-cache");
     show.args(["show", "--no-all-versions", package]);
     tool::capture(&mut show, "apt")?
@@ -160,11 +161,17 @@ fn unknown(package: &str) -> LabError {
 
 fn fetch(package: &str, version: &str, directory: &Path) -> Result<()> {
     let log = directory.join("fetch.log");
+    unpack(package, version, directory, &log)?;
+    decompress_modules(directory, &log)
+}
+
+/// Downloads a package and extracts it, without installing it.
+pub(crate) fn unpack(package: &str, version: &str, directory: &Path, log: &Path) -> Result<()> {
     let mut download = tool::command("apt-get");
     // apt's own user may not write into the cache.
     download.args(["-o", "APT::Sandbox::User=root", "download"]);
     download.arg(format!("{package}={version}")).current_dir(directory);
-    tool::run(&mut download, "apt", &log)?;
+    tool::run(&mut download, "apt", log)?;
     let archives = cache::files_below(directory)?;
     let archive = archives.iter().find(|path| path.extension().is_some_and(|end| end == "deb"));
     let archive = archive.ok_or_else(|| LabError::Unexpected {
@@ -173,9 +180,8 @@ fn fetch(package: &str, version: &str, directory: &Path) -> Result<()> {
     })?;
     let mut extract = tool::command("dpkg-deb");
     extract.arg("--extract").arg(archive).arg(directory);
-    tool::run(&mut extract, "dpkg", &log)?;
-    fs::remove_file(archive).context_path("remove", archive)?;
-    decompress_modules(directory, &log)
+    tool::run(&mut extract, "dpkg", log)?;
+    fs::remove_file(archive).context_path("remove", archive)
 }
 
 /// The kernel would load a compressed module too, but only if it was built to.

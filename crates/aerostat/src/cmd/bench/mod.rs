@@ -1,5 +1,6 @@
 //! `aerostat bench`: measures on real guests.
 
+mod compat;
 mod inflate;
 mod monitors;
 mod requests;
@@ -19,6 +20,7 @@ pub(crate) struct BenchArgs {
 
 #[derive(Debug, Subcommand)]
 enum What {
+    Compat(compat::CompatArgs),
     Inflate(inflate::InflateArgs),
     Monitors(monitors::MonitorsArgs),
     Requests(requests::RequestsArgs),
@@ -26,6 +28,7 @@ enum What {
 
 pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
     match &args.what {
+        What::Compat(args) => compat::run(args),
         What::Inflate(args) => inflate::run(args),
         What::Monitors(args) => monitors::run(args),
         What::Requests(args) => requests::run(args),
