@@ -92,7 +92,7 @@ impl HostPages {
     /// Both kinds.
     pub const ALL: [Self; 2] = [Self::Small, Self::Huge];
 
-    const fn backing(self) -> Backing {
+    pub(crate) const fn backing(self) -> Backing {
         match self {
             Self::Small => Backing::Small,
             Self::Huge => Backing::Huge,

@@ -16,6 +16,7 @@ pub mod inflate;
 pub mod monitors;
 mod qemu_bed;
 mod qmp;
+pub mod reporting;
 pub mod requests;
 mod sample;
 mod testbed;

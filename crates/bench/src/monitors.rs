@@ -70,11 +70,17 @@ pub struct CaseReport {
     pub asked_mib: u64,
     /// From asking until the guest had given and the host had released all.
     pub wall_ms: Spread,
-    /// CPU time of monitor and back end but for the threads that run the guest.
+    /// CPU time of monitor and back end, user and system, all threads. The guest's own
+    /// work is in it, since it is emulated; it is the same in both cases.
     pub cpu_ms: Spread,
-    /// CPU time of those threads: in emulation that is the guest's own work, and the
-    /// monitor's where the guest meets the device.
+    /// That of the thread that runs the guest. QEMU's own device does its work there,
+    /// under the guest's write to the queue's register.
     pub vcpu_ms: Spread,
+    /// That of all other threads of monitor and back end.
+    pub beside_ms: Spread,
+    /// Median of `cpu_ms` without the guest's own work: that is the median of `vcpu_ms`
+    /// of the vhost-user case, where no device works in that thread.
+    pub device_cpu_ms: f64,
     /// The way back.
     pub deflate_ms: Spread,
     /// What QEMU had less of afterwards, measured on the host: median.
@@ -176,17 +182,21 @@ fn describe(case: Case, memory: Memory, round: usize, run: &Run) -> String {
 
 fn summarise(memory: Memory, guest_mib: u64, runs: &[Vec<Run>; 2], report: &mut Report) {
     let spread = |runs: &[Run], of: fn(&Run) -> f64| Spread::of(runs.iter().map(of));
-    let [qemu, _] = runs;
+    let [qemu, vhost_user] = runs;
     let qemu_ms = spread(qemu, |run| run.wall_ms).median;
+    let guest_ms = spread(vhost_user, |run| run.cpu.vcpu_ms).median;
     for (name, runs) in Case::ALL.into_iter().zip(runs) {
         let wall_ms = spread(runs, |run| run.wall_ms);
+        let cpu_ms = spread(runs, |run| run.cpu.vcpu_ms + run.cpu.other_ms);
         report.cases.push(CaseReport {
             name,
             memory,
             asked_mib: asked_mib(guest_mib),
             wall_ms,
-            cpu_ms: spread(runs, |run| run.cpu.other_ms),
+            cpu_ms,
             vcpu_ms: spread(runs, |run| run.cpu.vcpu_ms),
+            beside_ms: spread(runs, |run| run.cpu.other_ms),
+            device_cpu_ms: cpu_ms.median - guest_ms,
             deflate_ms: spread(runs, |run| run.deflate_ms),
             returned_mib: spread(runs, |run| run.returned_mib).median,
             speedup: qemu_ms / wall_ms.median,

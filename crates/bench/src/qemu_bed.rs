@@ -79,7 +79,9 @@ impl QemuBed {
         let directory = directory
             .map_err(|source| BenchError::Backend { what: "making a directory", source })?;
         let driver = module(driver, &options.kernel)?;
-        let mut needed = options.kernel.modules(&["virtio_pci"])?;
+        let disk = options.disk.iter().map(|_| "virtio_blk");
+        let needed: Vec<_> = std::iter::once("virtio_pci").chain(disk).collect();
+        let needed = options.kernel.modules(&needed)?;
         let memory =
             format!("memory-backend-memfd,id=memory,size={}M,share=on", options.memory_mib);
         let builder = Guest::qemu(&options.kernel)
@@ -98,10 +100,7 @@ impl QemuBed {
             .fold(builder, |builder, word| builder.kernel_argument(word));
         let builder = match &options.disk {
             None => builder,
-            Some(disk) => {
-                needed.extend(options.kernel.modules(&["virtio_blk"])?);
-                builder.modules(&needed).machine_arguments(disk_arguments(disk))
-            }
+            Some(disk) => builder.machine_arguments(disk_arguments(disk)),
         };
         let mut backend = None;
         let socket = directory.path().join("qmp");

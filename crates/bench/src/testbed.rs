@@ -83,11 +83,20 @@ pub struct Testbed {
 impl Testbed {
     /// Starts the back end, boots a guest on it and loads `driver`.
     pub fn start(name: &str, driver: Driver, options: &TestbedOptions) -> Result<Self> {
+        Self::start_with(name, driver, options, &BALLOON_ALONE)
+    }
+
+    /// The same with other arguments for the back end.
+    pub fn start_with(
+        name: &str,
+        driver: Driver,
+        options: &TestbedOptions,
+        arguments: &[&str],
+    ) -> Result<Self> {
         let host = |what| move |source: std::io::Error| BenchError::Backend { what, source };
         let directory = tempfile::Builder::new().prefix("aerostat-bench-").tempdir();
         let directory = directory.map_err(host("making a directory"))?;
-        let backend =
-            Backend::start_with(&options.program, name, directory.path(), &BALLOON_ALONE)?;
+        let backend = Backend::start_with(&options.program, name, directory.path(), arguments)?;
         backend.pin(CORE)?;
         let tree = options.kernel.tree();
         let mut guest = Guest::uml(&options.kernel)

@@ -84,7 +84,8 @@ pub const ABSENT: [Absent; 3] = [
     },
 ];
 
-/// Kernels that write something into pages that are freed or allocated.
+/// Kernels that write something into pages that are freed or allocated. Debian's are
+/// built without `page_poison`, and clear what they allocate unless told otherwise.
 const POISONS: [&str; 3] = ["page_poison=1", "init_on_free=1", "init_on_alloc=1"];
 
 const DRIVERS: [Driver; 2] = [Driver::Stock, Driver::Own];
@@ -98,7 +99,7 @@ impl Target {
             (KernelChoice::UmlPackaged, uml, &[][..]),
             (KernelChoice::UmlBuilt, uml, &POISONS[..]),
             (KernelChoice::Debian(Release::Cloud6_1), qemu, &[]),
-            (newest, qemu, &POISONS[..1]),
+            (newest, qemu, &POISONS[1..2]),
         ];
         let mut targets = Vec::new();
         for (kernel, monitor, poisons) in kernels {
@@ -141,6 +142,9 @@ impl Target {
             }
             Feature::Stats | Feature::FreePageHint | Feature::Reporting if !stock => {
                 Some("our driver does not negotiate it: the request queue does that work")
+            }
+            Feature::RingIndirectDesc if stock => {
+                Some("Linux's own driver turns it off, so as not to allocate while it reports")
             }
             Feature::Reporting if !uml => {
                 Some("QEMU 8.2's queues have 4 entries, and Linux starts none with under 32")

@@ -49,12 +49,21 @@ enum MemoryArg {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum BackingArg {
+pub(super) enum BackingArg {
     /// tmpfs with 4 KiB pages
     #[value(name = "4k")]
     Small,
     /// tmpfs with huge pages
     Huge,
+}
+
+impl From<BackingArg> for HostPages {
+    fn from(backing: BackingArg) -> Self {
+        match backing {
+            BackingArg::Small => Self::Small,
+            BackingArg::Huge => Self::Huge,
+        }
+    }
 }
 
 pub(super) fn run(args: &InflateArgs) -> Result<(), Failure> {
@@ -67,10 +76,7 @@ pub(super) fn run(args: &InflateArgs) -> Result<(), Failure> {
             MemoryArg::Touched => Memory::Touched,
             MemoryArg::Fragmented => Memory::Fragmented,
         }),
-        backing: chosen(&args.backing, &HostPages::ALL, |backing| match backing {
-            BackingArg::Small => HostPages::Small,
-            BackingArg::Huge => HostPages::Huge,
-        }),
+        backing: chosen(&args.backing, &HostPages::ALL, HostPages::from),
     };
     let report = inflate::run(&options, &mut |step| eprintln!("{step}")).map_err(failure)?;
     if let Some(path) = &args.svg {

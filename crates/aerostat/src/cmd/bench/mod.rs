@@ -3,6 +3,7 @@
 mod compat;
 mod inflate;
 mod monitors;
+mod reporting;
 mod requests;
 
 use std::path::PathBuf;
@@ -23,6 +24,7 @@ enum What {
     Compat(compat::CompatArgs),
     Inflate(inflate::InflateArgs),
     Monitors(monitors::MonitorsArgs),
+    Reporting(reporting::ReportingArgs),
     Requests(requests::RequestsArgs),
 }
 
@@ -31,6 +33,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
         What::Compat(args) => compat::run(args),
         What::Inflate(args) => inflate::run(args),
         What::Monitors(args) => monitors::run(args),
+        What::Reporting(args) => reporting::run(args),
         What::Requests(args) => requests::run(args),
     }
 }

@@ -57,12 +57,12 @@ pub(super) fn run(args: &MonitorsArgs) -> Result<(), Failure> {
 }
 
 fn table(report: &Report) -> String {
-    let mut text = "| memory | device | wall ms (min .. max) | faster | CPU ms of monitor and back end | of the guest's thread | returned | deflate ms |\n\
-                    |---|---|---|---|---|---|---|---|\n"
+    let mut text = "| memory | device | wall ms (min .. max) | faster | CPU ms of monitor and back end | of that in the guest's thread | without the guest's work | returned | deflate ms |\n\
+                    |---|---|---|---|---|---|---|---|---|\n"
         .to_owned();
     for case in &report.cases {
         text += &format!(
-            "| {} | {} | {:.0} ({:.0} .. {:.0}) | {:.2} x | {:.0} ({:.0} .. {:.0}) | {:.0} | {:.0} MiB | {:.0} |\n",
+            "| {} | {} | {:.0} ({:.0} .. {:.0}) | {:.2} x | {:.0} ({:.0} .. {:.0}) | {:.0} | {:.0} | {:.0} MiB | {:.0} |\n",
             name(&case.memory),
             name(&case.name),
             case.wall_ms.median,
@@ -73,6 +73,7 @@ fn table(report: &Report) -> String {
             case.cpu_ms.min,
             case.cpu_ms.max,
             case.vcpu_ms.median,
+            case.device_cpu_ms,
             case.returned_mib,
             case.deflate_ms.median,
         );
