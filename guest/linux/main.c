@@ -99,12 +99,14 @@ static bool aerostat_poison(u32 *value)
 	return true;
 }
 
-/* The host may want to know it before it leaves free pages out of anything. */
+/* The host may want to know it before it leaves free pages out of anything. Where
+ * there is none, the driver may not ask for the feature: it is not in its table.
+ */
 static void aerostat_tell_poison(struct virtio_device *vdev)
 {
 	u32 value;
 
-	if (virtio_has_feature(vdev, VIRTIO_BALLOON_F_PAGE_POISON) && aerostat_poison(&value))
+	if (aerostat_poison(&value) && virtio_has_feature(vdev, VIRTIO_BALLOON_F_PAGE_POISON))
 		virtio_cwrite_le(vdev, struct virtio_balloon_config, poison_val, &value);
 }
 

@@ -136,6 +136,9 @@ pub struct Options {
     pub features: Vec<String>,
 }
 
+/// How the line begins that says what a kernel dies of.
+const DYING: [&str; 3] = ["Kernel panic", "kernel BUG at", "BUG:"];
+
 /// What a check comes to if it is not an error, which is a failure.
 enum Outcome {
     Passed(String),
@@ -239,9 +242,11 @@ fn chosen(asked: &[String], name: &str) -> bool {
     asked.is_empty() || asked.iter().any(|asked| asked == name)
 }
 
-/// Console logs are no detail.
+/// Console logs are no detail, but what a kernel dies of is.
 fn one_line(text: &str) -> String {
-    text.lines().next().unwrap_or_default().to_owned()
+    let first = text.lines().next().unwrap_or_default().to_owned();
+    let dying = text.lines().find(|line| DYING.iter().any(|word| line.contains(word)));
+    dying.map_or(first.clone(), |line| format!("{first} {}", line.trim()))
 }
 
 fn word(value: &impl Serialize) -> String {

@@ -44,6 +44,11 @@ impl CpuClock {
         Ok(Self(threads))
     }
 
+    /// CPU time of the calling thread so far, in milliseconds.
+    pub(crate) fn own_ms() -> f64 {
+        thread(Path::new("/proc/thread-self")).map_or(0.0, |(_, ms)| ms)
+    }
+
     /// What the threads that are there now have used since `before`. What a thread
     /// used that has ended in between is not known.
     pub(crate) fn since(&self, before: &Self) -> CpuTime {

@@ -1,6 +1,7 @@
 //! An emulated guest with a Debian kernel, on QEMU's own balloon or on ours.
 
 use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use control::{BALLOON_PAGE_BYTES, Client};
@@ -146,6 +147,19 @@ impl QemuBed {
                 Ok(began.elapsed())
             }
             Attached::VhostUser(_, client) => settle(client, mib * MIB),
+        }
+    }
+
+    /// Switches the guest off and ends our back end; returns how that ended, or the
+    /// guest where there is none.
+    ///
+    /// # Errors
+    /// One of them does not end.
+    pub fn end(self) -> Result<ExitStatus> {
+        let ended = self.guest.power_off()?;
+        match self.device {
+            Attached::Qemu(_) => Ok(ended),
+            Attached::VhostUser(backend, _) => backend.stop(),
         }
     }
 

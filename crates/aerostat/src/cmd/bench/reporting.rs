@@ -21,8 +21,8 @@ pub(super) struct ReportingArgs {
     #[arg(long, default_value_t = 5)]
     rounds: usize,
 
-    /// Size of the guest
-    #[arg(long, value_name = "SIZE", default_value = "4GiB")]
+    /// Size of the guest: the less is free, the less does Linux report at a time
+    #[arg(long, value_name = "SIZE", default_value = "12GiB")]
     guest: Size,
 
     /// Memory that it uses and frees
