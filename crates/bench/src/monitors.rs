@@ -19,6 +19,9 @@ use crate::testbed::Driver;
 /// Memory that a touched guest has written to and freed, in percent.
 const TOUCHED_PERCENT: u64 = 85;
 
+/// Most of its free memory that it touches, in percent: page tables need some.
+const FREE_PERCENT: u64 = 95;
+
 /// Time to touch it: emulated, small pages, and the host supplies them.
 const TOUCH_LIMIT: std::time::Duration = std::time::Duration::from_secs(300);
 
@@ -155,7 +158,9 @@ pub fn run(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<Report> 
 
 fn run_once(memory: Memory, guest_mib: u64, bed: &mut QemuBed) -> Result<Run> {
     if memory != Memory::Idle {
-        let mib = guest_mib * TOUCHED_PERCENT / 100;
+        // A small guest's kernel takes a larger part.
+        let free_mib = bed.number("free-mib")?;
+        let mib = (guest_mib * TOUCHED_PERCENT / 100).min(free_mib * FREE_PERCENT / 100);
         bed.guest.run_within(&format!("touch {mib}"), TOUCH_LIMIT)?;
     }
     let processes = bed.processes();

@@ -150,6 +150,16 @@ impl QemuBed {
         }
     }
 
+    /// Runs a command in the guest whose answer is a number.
+    ///
+    /// # Errors
+    /// The guest's refusal, or another answer.
+    pub fn number(&mut self, command: &str) -> Result<u64> {
+        let answer = self.guest.run(command)?.text;
+        let number = answer.parse();
+        number.map_err(|_| BenchError::GuestAnswer { command: command.to_owned(), answer })
+    }
+
     /// Switches the guest off and ends our back end; returns how that ended, or the
     /// guest where there is none.
     ///
