@@ -22,7 +22,7 @@ pub(super) struct ReportingArgs {
     rounds: usize,
 
     /// Size of the guest: the less is free, the less does Linux report at a time
-    #[arg(long, value_name = "SIZE", default_value = "12GiB")]
+    #[arg(long, value_name = "SIZE", default_value = "16GiB")]
     guest: Size,
 
     /// Memory that it uses and frees
