@@ -1,0 +1,13 @@
+//! Live migration and snapshots of guests.
+//!
+//! docs/migration.md is the authority on the wire, the phases, and why no page is lost and no two
+//! guests run. This crate knows no KVM and no device: a monitor implements the traits of
+//! [`seams`].
+
+#![forbid(unsafe_code)]
+
+pub mod cpu;
+pub mod dirty;
+pub mod layout;
+pub mod limits;
+pub mod seams;
