@@ -8,6 +8,12 @@
 
 pub mod cpu;
 pub mod dirty;
+mod error;
 pub mod layout;
 pub mod limits;
+pub mod link;
 pub mod seams;
+mod wire;
+
+pub use error::MigrationError;
+pub use wire::control::MigrationId;
