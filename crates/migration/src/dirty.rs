@@ -60,7 +60,7 @@ impl DirtyBitmap {
 
     /// Adds the pages of `range` that exist.
     pub fn insert(&mut self, range: PageRange) {
-        self.each_mask(range, |word, mask| *word |= mask);
+        self.each_mask(range, |_, word, mask| *word |= mask);
     }
 
     /// Adds every page of `other`, which has the same layout.
@@ -70,21 +70,30 @@ impl DirtyBitmap {
         }
     }
 
-    /// Takes away every page of `pages`; returns how many there were.
+    /// Takes away every page of `pages`; returns those that were in.
     ///
     /// AND NOT: what else is in the bitmap stays, whoever put it there.
-    pub fn subtract(&mut self, pages: &PageSet) -> u64 {
-        let mut taken = 0u64;
+    pub fn subtract(&mut self, pages: &PageSet) -> PageSet {
+        let mut taken = PageSet::new();
+        // What was taken last, which mostly goes on in the next word.
+        let mut open = Run::default();
         for index in 0..self.regions.len() {
             let Some(region) = self.regions.get(index).map(|region| region.pages) else { break };
             for run in pages.ranges_in(region) {
-                self.each_mask(run, |word, mask| {
-                    taken += u64::from((*word & mask).count_ones());
+                self.each_mask(run, |start, word, mask| {
+                    let bits = *word & mask;
                     *word &= !mask;
+                    Word { start, bits }.runs().for_each(|run| open.add(run, &mut taken));
                 });
             }
         }
+        open.close(&mut taken);
         taken
+    }
+
+    /// Takes every page away.
+    pub fn clear(&mut self) {
+        self.regions.iter_mut().for_each(|region| region.words.fill(0));
     }
 
     /// True if `page` is in.
@@ -115,8 +124,9 @@ impl DirtyBitmap {
         })
     }
 
-    /// Changes the words that `range` touches, each with the mask of its pages in the range.
-    fn each_mask(&mut self, range: PageRange, mut change: impl FnMut(&mut u64, u64)) {
+    /// Changes the words that `range` touches, each with its first page and the mask of its pages
+    /// that are in the range.
+    fn each_mask(&mut self, range: PageRange, mut change: impl FnMut(u64, &mut u64, u64)) {
         for region in &mut self.regions {
             let inside = region.pages.intersection(range);
             let mut from = inside.start().saturating_sub(region.pages.start());
@@ -126,10 +136,31 @@ impl DirtyBitmap {
                 let mask = bits_between(from % WORD_PAGES, end.min(next) - from);
                 let at = usize::try_from(from / WORD_PAGES).unwrap_or(usize::MAX);
                 if let Some(word) = region.words.get_mut(at) {
-                    change(word, mask);
+                    change(region.pages.start() + next - WORD_PAGES, word, mask);
                 }
                 from = next;
             }
+        }
+    }
+}
+
+/// A run of pages that is being put together.
+#[derive(Default)]
+struct Run(Option<PageRange>);
+
+impl Run {
+    fn add(&mut self, next: PageRange, to: &mut PageSet) {
+        let joined = self.0.filter(|open| open.end() == next.start());
+        let joined = joined.and_then(|open| PageRange::from_bounds(open.start(), next.end()).ok());
+        if joined.is_none() {
+            self.close(to);
+        }
+        self.0 = Some(joined.unwrap_or(next));
+    }
+
+    fn close(&mut self, to: &mut PageSet) {
+        if let Some(open) = self.0.take() {
+            to.insert(open);
         }
     }
 }
@@ -227,7 +258,9 @@ mod tests {
                     model.extend(named);
                 } else {
                     let held = named.filter(|page| model.contains(page)).count() as u64;
-                    prop_assert_eq!(bitmap.subtract(&PageSet::from(run)), held);
+                    let taken = bitmap.subtract(&PageSet::from(run));
+                    prop_assert_eq!(taken.len(), held);
+                    prop_assert!(taken.ranges().all(|taken| taken.is_within(run)));
                     model.retain(|page| !run.contains(*page));
                 }
                 prop_assert_eq!(&pages(&bitmap), &model);

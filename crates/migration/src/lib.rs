@@ -6,6 +6,8 @@
 
 #![forbid(unsafe_code)]
 
+mod bandwidth;
+pub mod convergence;
 pub mod cpu;
 pub mod dirty;
 mod error;
@@ -13,6 +15,7 @@ pub mod layout;
 pub mod limits;
 pub mod link;
 pub mod seams;
+pub mod selection;
 mod wire;
 
 pub use error::MigrationError;
