@@ -9,14 +9,23 @@
 mod bandwidth;
 pub mod convergence;
 pub mod cpu;
+mod destination;
 pub mod dirty;
 mod error;
 pub mod layout;
 pub mod limits;
 pub mod link;
+pub mod observer;
 pub mod seams;
 pub mod selection;
+mod source;
+mod summary;
 mod wire;
 
+pub use destination::{
+    Custody, DestinationConfig, DestinationGuest, ReceiveFailure, Received, Settled, receive,
+};
 pub use error::MigrationError;
+pub use source::{Fate, SourceConfig, SourceDoubt, SourceFailure, SourceGuest, migrate};
+pub use summary::{Downtime, RoundSummary, Summary};
 pub use wire::control::MigrationId;

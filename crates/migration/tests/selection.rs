@@ -21,7 +21,10 @@ enum Step {
     DeviceWrite(u64),
     Allocate(u64),
     Free(u64),
-    Inflate { page: u64, discard: bool },
+    Inflate {
+        page: u64,
+        discard: bool,
+    },
     Deflate(u64),
     /// The device sees the deflate of a driver that did not wait for it.
     SeeDeflate(u64),
@@ -29,12 +32,16 @@ enum Step {
     Hint(u64),
     EndHint(u64),
     Ask,
-    AnswerFree { mask: u16 },
+    AnswerFree {
+        mask: u16,
+    },
     AnswerHints,
     SkipBalloon,
     ReadLog,
     BeginRound,
-    Send { at: u8 },
+    Send {
+        at: u8,
+    },
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {

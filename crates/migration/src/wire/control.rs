@@ -25,6 +25,18 @@ pub(crate) const CAPABILITY_ZSTD: u32 = 1;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct MigrationId(pub [u8; 16]);
 
+impl MigrationId {
+    /// A new one.
+    pub(crate) fn random() -> Result<Self, MigrationError> {
+        let mut bytes = [0; 16];
+        let random = rustls::crypto::ring::default_provider().secure_random;
+        let source = |_| std::io::Error::other("no random numbers");
+        let filled = random.fill(&mut bytes).map_err(source);
+        filled.map_err(|source| MigrationError::Link { what: "choosing an id", source })?;
+        Ok(Self(bytes))
+    }
+}
+
 impl std::fmt::Display for MigrationId {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
@@ -81,7 +93,6 @@ pub(crate) enum Control {
     Abort { reason: String },
     Status(PeerStatus),
     GiveUp,
-    Gone,
 }
 
 impl Control {
@@ -113,7 +124,6 @@ impl Control {
             Self::Abort { reason } => (Kind::Abort, body.text(reason, MAX_REASON_BYTES)),
             Self::Status(status) => (Kind::Status, body.u32(status.number())),
             Self::GiveUp => (Kind::GiveUp, body),
-            Self::Gone => (Kind::Gone, body),
         };
         (kind, body.0)
     }
@@ -157,7 +167,6 @@ impl Control {
             Kind::Abort => Self::Abort { reason: body.text(MAX_REASON_BYTES)? },
             Kind::Status => Self::Status(PeerStatus::of_number(body.u32()?)?),
             Kind::GiveUp => Self::GiveUp,
-            Kind::Gone => Self::Gone,
             Kind::Chunk | Kind::Fill | Kind::State => {
                 return Err(MigrationError::Peer { what: "contents where a message must be" });
             }
@@ -320,7 +329,6 @@ mod tests {
             Control::Status(PeerStatus::Gone),
             Control::Status(PeerStatus::Unknown),
             Control::GiveUp,
-            Control::Gone,
         ]
     }
 

@@ -33,10 +33,9 @@ pub(crate) enum Kind {
     Abort,
     Status,
     GiveUp,
-    Gone,
 }
 
-const KINDS: [(u16, Kind); 19] = [
+const KINDS: [(u16, Kind); 18] = [
     (1, Kind::Hello),
     (2, Kind::Welcome),
     (3, Kind::Describe),
@@ -55,7 +54,6 @@ const KINDS: [(u16, Kind); 19] = [
     (16, Kind::Abort),
     (17, Kind::Status),
     (18, Kind::GiveUp),
-    (19, Kind::Gone),
 ];
 
 impl Kind {

@@ -15,6 +15,10 @@ use crate::link::{Closer, Link};
 /// few pages go together.
 const GATHER_BYTES: usize = 128 << 10;
 
+/// How long to wait for a peer to hang up that was told a last word, and for a sign of it.
+const LINGER: Duration = Duration::from_millis(500);
+const LINGER_STEP: Duration = Duration::from_millis(200);
+
 /// Who sends: a part of what check sums are keyed to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Side {
@@ -114,6 +118,22 @@ impl<L: Link> Stream<L> {
         let (kind, body) = message.encode();
         self.push(kind, &body, &[])?;
         self.flush()
+    }
+
+    /// Says a last word and waits, not for long, until the peer has hung up: a connection that is
+    /// closed with bytes unread loses what was said last (TCP sends a reset).
+    pub(crate) fn say_and_hang_up(&mut self, message: &Control) {
+        let said = self.set_timeout(LINGER_STEP).and_then(|()| self.send(message));
+        let deadline = Instant::now() + LINGER;
+        let mut rest = [0; 64 << 10];
+        while said.is_ok() && Instant::now() < deadline {
+            match self.link.read(&mut rest) {
+                Ok(0) => break,
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => break,
+            }
+        }
     }
 
     /// Reads a frame.
