@@ -21,7 +21,6 @@ mod round;
 mod state;
 
 pub use custody::{Custody, Settled};
-pub(crate) use round::fill_with;
 pub(crate) use state::StateParts;
 
 use gather::Group;
@@ -86,6 +85,8 @@ pub struct ReceiveFailure {
 pub enum DestinationGuest {
     /// Nothing.
     Destroyed,
+    /// Nothing: it could not be started. The source may not have heard that, and ask.
+    Refused(Custody),
     /// All of it, paused. Its source may have given it away, or have kept it.
     InDoubt(Custody),
 }
@@ -139,7 +140,7 @@ pub fn receive<M: DestinationMachine, A: Accept>(
         Err(error) => {
             // It did not run, and is gone before the source hears of it.
             let _ = first.send(&Control::Refused);
-            return Err(destroyed(error));
+            return Err(ReceiveFailure { error, guest: DestinationGuest::Refused(custody) });
         }
     };
     let source_knows = first.send(&Control::Running { resume_us: us(resume) }).is_ok();

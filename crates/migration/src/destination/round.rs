@@ -9,6 +9,7 @@ use page_set::PageRange;
 
 use crate::error::MigrationError;
 use crate::layout::GuestLayout;
+use crate::limits::MAX_ALIVES;
 use crate::link::{Closer, Link};
 use crate::observer::{Observer, Progress};
 use crate::seams::WritePages;
@@ -98,7 +99,7 @@ impl Round<'_> {
         let mut unpacker = Unpacker::new()?;
         let mut space = Vec::new();
         let mut done = Done::default();
-        let mut frames = 0;
+        let (mut frames, mut alives) = (0, 0);
         loop {
             let kind = stream.read()?.kind;
             let (body, payload) = stream.last();
@@ -127,6 +128,10 @@ impl Round<'_> {
                             && payload.is_empty();
                         let lost = MigrationError::Damaged { what: "a round" };
                         return if all { Ok(done) } else { Err(lost) };
+                    }
+                    Control::Alive if alives < MAX_ALIVES => {
+                        alives += 1;
+                        continue;
                     }
                     Control::Abort { reason } => return Err(MigrationError::GivenUp { reason }),
                     _ => return Err(MigrationError::Peer { what: "a message out of its turn" }),

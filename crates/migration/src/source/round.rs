@@ -46,6 +46,8 @@ struct Work<'a> {
     level: Option<i32>,
     limit: Option<&'a Bandwidth>,
     cancel: &'a AtomicBool,
+    /// A sign of life is due after so long.
+    alive: Duration,
     pages: AtomicU64,
     wire_bytes: AtomicU64,
 }
@@ -69,6 +71,7 @@ pub(super) fn send<L: Link>(
         level,
         limit,
         cancel: &context.config.cancel,
+        alive: context.config.stall.min(context.config.stall_paused) / 8,
         pages: AtomicU64::new(0),
         wire_bytes: AtomicU64::new(0),
     };
@@ -141,6 +144,10 @@ impl Work<'_> {
                 self.pages.fetch_add(u64::from(word.bits.count_ones()), Ordering::Relaxed);
                 // The destination's memory reads as zeros until something else is sent.
                 let zeros = if self.number == 0 { 0 } else { zeros };
+                if stream.idle() > self.alive {
+                    // Pages that are zeros, or pack well, are nothing that the peer would see.
+                    stream.send(&Control::Alive)?;
+                }
                 if data | zeros == 0 {
                     continue;
                 }

@@ -79,20 +79,45 @@ pub(crate) enum PeerStatus {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Control {
     Hello(Hello),
-    Welcome { version: u16, capabilities: u32 },
+    Welcome {
+        version: u16,
+        capabilities: u32,
+    },
     Describe(Description),
     Ready,
-    RoundStart { round: u32, last: bool, pages: u64 },
-    RoundEnd { round: u32, frames: u64, pages: u64 },
-    RoundDone { round: u32, pages: u64 },
-    StateEnd { sections: u32, bytes: u64 },
-    Prepared { load_us: u64 },
+    RoundStart {
+        round: u32,
+        last: bool,
+        pages: u64,
+    },
+    RoundEnd {
+        round: u32,
+        frames: u64,
+        pages: u64,
+    },
+    RoundDone {
+        round: u32,
+        pages: u64,
+    },
+    StateEnd {
+        sections: u32,
+        bytes: u64,
+    },
+    Prepared {
+        load_us: u64,
+    },
     HandOver,
-    Running { resume_us: u64 },
+    Running {
+        resume_us: u64,
+    },
     Refused,
-    Abort { reason: String },
+    Abort {
+        reason: String,
+    },
     Status(PeerStatus),
     GiveUp,
+    /// A side that has nothing to say yet is still there.
+    Alive,
 }
 
 impl Control {
@@ -124,6 +149,7 @@ impl Control {
             Self::Abort { reason } => (Kind::Abort, body.text(reason, MAX_REASON_BYTES)),
             Self::Status(status) => (Kind::Status, body.u32(status.number())),
             Self::GiveUp => (Kind::GiveUp, body),
+            Self::Alive => (Kind::Alive, body),
         };
         (kind, body.0)
     }
@@ -167,6 +193,7 @@ impl Control {
             Kind::Abort => Self::Abort { reason: body.text(MAX_REASON_BYTES)? },
             Kind::Status => Self::Status(PeerStatus::of_number(body.u32()?)?),
             Kind::GiveUp => Self::GiveUp,
+            Kind::Alive => Self::Alive,
             Kind::Chunk | Kind::Fill | Kind::State => {
                 return Err(MigrationError::Peer { what: "contents where a message must be" });
             }
@@ -329,6 +356,7 @@ mod tests {
             Control::Status(PeerStatus::Gone),
             Control::Status(PeerStatus::Unknown),
             Control::GiveUp,
+            Control::Alive,
         ]
     }
 

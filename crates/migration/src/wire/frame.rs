@@ -33,9 +33,10 @@ pub(crate) enum Kind {
     Abort,
     Status,
     GiveUp,
+    Alive,
 }
 
-const KINDS: [(u16, Kind); 18] = [
+const KINDS: [(u16, Kind); 19] = [
     (1, Kind::Hello),
     (2, Kind::Welcome),
     (3, Kind::Describe),
@@ -54,6 +55,7 @@ const KINDS: [(u16, Kind); 18] = [
     (16, Kind::Abort),
     (17, Kind::Status),
     (18, Kind::GiveUp),
+    (19, Kind::Alive),
 ];
 
 impl Kind {

@@ -61,6 +61,7 @@ pub(crate) struct Stream<L> {
     body: Vec<u8>,
     payload: Vec<u8>,
     out: Vec<u8>,
+    written_at: Instant,
     /// Bytes written so far.
     pub(crate) sent_bytes: u64,
 }
@@ -75,6 +76,7 @@ impl<L: Link> Stream<L> {
             body: Vec::new(),
             payload: Vec::new(),
             out: Vec::new(),
+            written_at: Instant::now(),
             sent_bytes: 0,
         })
     }
@@ -106,10 +108,16 @@ impl<L: Link> Stream<L> {
         if self.out.len() >= GATHER_BYTES { self.flush() } else { Ok(()) }
     }
 
+    /// How long nothing was written.
+    pub(crate) fn idle(&self) -> Duration {
+        self.written_at.elapsed()
+    }
+
     pub(crate) fn flush(&mut self) -> Result<(), MigrationError> {
         let written = self.link.write_all(&self.out).and_then(|()| self.link.flush());
         self.sent_bytes += self.out.len() as u64;
         self.out.clear();
+        self.written_at = Instant::now();
         written.map_err(MigrationError::link("sending"))
     }
 
