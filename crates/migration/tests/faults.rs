@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
@@ -11,18 +12,48 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::fault::{Faulty, KINDS, Kind, Plan};
+use common::fault::{Faulty, Kind, Plan};
 use common::{Destination, Incoming, Source, World, compare, quick_destination, quick_source};
 use migration::observer::Silent;
 use migration::{
-    DestinationConfig, DestinationGuest, ReceiveFailure, Received, Settled, SourceConfig,
+    Custody, DestinationConfig, DestinationGuest, ReceiveFailure, Received, Settled, SourceConfig,
     SourceDoubt, SourceFailure, SourceGuest, Summary, migrate, receive,
 };
 
-/// Shorter than anything here takes by itself would be bad, longer than that is waiting.
-const STALL: Duration = Duration::from_millis(150);
+/// Longer than a machine that does other things keeps a thread waiting; what stalls costs as much.
+const STALL: Duration = Duration::from_secs(1);
+
+/// Migrations at a time.
+const AT_ONCE: usize = 24;
+
+/// What the two sides came to by themselves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Case {
+    Moved,
+    Stayed,
+    /// It runs at the source, and the destination does not know.
+    StayedAndDoubted,
+    /// It is paused at the source, which does not know that it runs at the destination.
+    DoubtedAndRuns,
+    /// Both are paused.
+    BothDoubt,
+}
+
+fn case(ended: &Ended) -> Case {
+    let doubts = |failure: &ReceiveFailure| matches!(failure.guest, DestinationGuest::InDoubt(_));
+    match (&ended.sent, &ended.received) {
+        (Ok(_), _) => Case::Moved,
+        (Err(SourceFailure { guest: SourceGuest::InDoubt(_), .. }), Ok(_)) => Case::DoubtedAndRuns,
+        (Err(SourceFailure { guest: SourceGuest::InDoubt(_), .. }), Err(_)) => Case::BothDoubt,
+        (Err(_), Err(failure)) if doubts(failure) => Case::StayedAndDoubted,
+        _ => Case::Stayed,
+    }
+}
 
 struct Setup {
+    /// With one, everything happens in one order.
+    connections: usize,
+    stall: Duration,
     world: Arc<World>,
     source: Source,
     destination: Destination,
@@ -34,10 +65,10 @@ struct Ended {
 }
 
 impl Setup {
-    fn new() -> Self {
+    fn new(connections: usize, stall: Duration) -> Self {
         let world = Arc::new(World::default());
         let (source, destination) = (Source::new(&world, 40, 0), Destination::new(&world));
-        Self { world, source, destination }
+        Self { connections, stall, world, source, destination }
     }
 
     /// Runs a migration over connections that fail as planned; later ones do not.
@@ -45,14 +76,17 @@ impl Setup {
         let (there, incoming) = mpsc::channel();
         let mut incoming = Incoming(incoming);
         let mut connect = connector(there, source_writes, destination_writes);
-        let here = SourceConfig { stall: STALL, stall_paused: STALL, ..quick_source() };
-        let deadline = Some(Instant::now() + 2 * STALL);
-        let config = DestinationConfig {
-            stall: STALL,
-            stall_paused: STALL,
-            deadline,
-            ..quick_destination()
+        let stall = self.stall;
+        let here = SourceConfig {
+            connections: self.connections,
+            max_downtime: Duration::from_secs(100),
+            stall,
+            stall_paused: stall,
+            ..quick_source()
         };
+        let deadline = Some(Instant::now() + 2 * stall);
+        let config =
+            DestinationConfig { stall, stall_paused: stall, deadline, ..quick_destination() };
         let (source, destination) = (&mut self.source, &mut self.destination);
         thread::scope(|scope| {
             let received = scope.spawn(move || {
@@ -66,8 +100,9 @@ impl Setup {
     }
 
     /// What has to hold, whatever happened; settles what is in doubt.
-    fn check(&mut self, ended: Ended, what: &str) {
+    fn check(&mut self, ended: Ended, what: &str) -> Case {
         self.world.check();
+        let case = case(&ended);
         match (ended.sent, ended.received) {
             (Ok(_), Ok(_)) => {}
             (Ok(_), Err(failure)) => panic!("{what}: given away to nobody: {failure:?}"),
@@ -87,6 +122,7 @@ impl Setup {
             assert!(self.destination.memory.is_none(), "{what}: something is left");
             assert!(!self.source.logging && self.source.throttle == 0, "{what}");
         }
+        case
     }
 
     fn stayed(&mut self, received: Result<Received, ReceiveFailure>, what: &str) {
@@ -121,17 +157,23 @@ impl Setup {
                 return;
             }
         };
+        // The machine may be busy, and then one asks again.
+        let settled = (0..50).any(|_| self.ask(doubt, &mut custody));
+        assert!(settled, "{what}: cannot be settled");
+    }
+
+    /// The one word, over a connection that works.
+    fn ask(&mut self, doubt: &SourceDoubt, custody: &mut Custody) -> bool {
         let (mine, theirs) = UnixStream::pair().unwrap();
         let mut mine = Some(mine);
         let destination = &mut self.destination;
         thread::scope(|scope| {
-            let answered = scope.spawn(|| custody.answer(theirs, 100 * STALL, destination));
+            let answered = scope.spawn(|| custody.answer(theirs, 20 * STALL, destination));
             let asked = doubt.ask(&mut self.source, &mut || {
                 mine.take().ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected))
             });
-            asked.unwrap_or_else(|error| panic!("{what}: {error}"));
-            answered.join().expect("no panic").unwrap();
-        });
+            answered.join().expect("no panic").is_ok() && asked.is_ok()
+        })
     }
 }
 
@@ -167,73 +209,105 @@ fn connector(
 }
 
 /// Writes of either side when nothing fails.
-fn writes() -> (usize, usize) {
+fn writes(connections: usize) -> (usize, usize) {
     let (here, there) = (Plan::never(), Plan::never());
-    let mut setup = Setup::new();
+    let mut setup = Setup::new(connections, 100 * STALL);
     let ended = setup.run(&here, &there);
     ended.sent.as_ref().unwrap();
     setup.check(ended, "without a fault");
     (here.writes.load(Ordering::SeqCst), there.writes.load(Ordering::SeqCst))
 }
 
-fn sweep(kinds: &[Kind]) {
-    let (here, there) = writes();
-    // A guest that writes makes a round more or less.
-    let (here, there) = (here + 4, there + 2);
-    assert!(here > 10 && there > 5, "{here} {there}");
-    for &kind in kinds {
-        for at in 0..here {
-            fault(kind, at, true);
-        }
-        for at in 0..there {
-            fault(kind, at, false);
-        }
+type Fault = Option<(Kind, usize)>;
+
+/// Every write of both sides fails once in each way; what that came to.
+fn sweep(connections: usize, kinds: &[Kind]) -> BTreeSet<Case> {
+    let (here, there) = writes(connections);
+    assert!(here > 8 && there > 4, "{here} {there}");
+    let each = |kind: &Kind| {
+        let kind = *kind;
+        let of_source = (0..here).map(move |at| (Some((kind, at)), None));
+        of_source.chain((0..there).map(move |at| (None, Some((kind, at)))))
+    };
+    all(connections, &kinds.iter().flat_map(each).collect::<Vec<_>>())
+}
+
+/// Each of `faults` by itself, many at a time, since most of it is waiting.
+fn all(connections: usize, faults: &[(Fault, Fault)]) -> BTreeSet<Case> {
+    let mut cases = BTreeSet::new();
+    for some in faults.chunks(AT_ONCE) {
+        thread::scope(|scope| {
+            let spawn = |&(here, there)| scope.spawn(move || fault(connections, here, there));
+            let threads: Vec<_> = some.iter().map(spawn).collect();
+            cases.extend(threads.into_iter().map(|thread| thread.join().expect("what must hold")));
+        });
     }
+    cases
 }
 
-fn fault(kind: Kind, at: usize, is_source: bool) {
-    let (plan, never) = (Plan::new(kind, at), Plan::never());
-    let what = format!("{kind:?} at write {at} of the {}", side(is_source));
-    let mut setup = Setup::new();
-    let ended = if is_source { setup.run(&plan, &never) } else { setup.run(&never, &plan) };
-    setup.check(ended, &what);
+/// Faults of the source's and of the destination's writes.
+fn fault(connections: usize, here: Fault, there: Fault) -> Case {
+    let what = format!("{here:?} of the source, {there:?} of the destination");
+    let plan = |fault: Fault| fault.map_or_else(Plan::never, |(kind, at)| Plan::new(kind, at));
+    let (here, there) = (plan(here), plan(there));
+    let mut setup = Setup::new(connections, STALL);
+    let ended = setup.run(&here, &there);
+    setup.check(ended, &what)
 }
 
-const fn side(is_source: bool) -> &'static str {
-    if is_source { "source" } else { "destination" }
+/// On a busy machine anything may stall by itself, so there may be more cases than these.
+fn assert_seen(cases: &BTreeSet<Case>, wanted: &[Case]) {
+    assert!(wanted.iter().all(|case| cases.contains(case)), "{cases:?} lack some of {wanted:?}");
 }
 
 #[test]
 fn connections_are_cut() {
-    sweep(&[Kind::Cut, Kind::CutAfter, Kind::Truncate]);
-}
-
-#[test]
-fn bytes_change() {
-    sweep(&[Kind::Corrupt]);
-}
-
-#[test]
-fn messages_are_lost() {
-    sweep(&[Kind::Lose]);
-}
-
-#[test]
-fn messages_come_twice() {
-    sweep(&[Kind::Repeat]);
-}
-
-#[test]
-fn messages_change_places() {
-    sweep(&[Kind::Reorder]);
+    let cases = sweep(1, &[Kind::Cut, Kind::CutAfter, Kind::Truncate]);
+    assert_seen(&cases, &[Case::Moved, Case::Stayed, Case::DoubtedAndRuns, Case::BothDoubt]);
 }
 
 #[test]
 fn connections_stall() {
-    sweep(&[Kind::Stall]);
+    let cases = sweep(1, &[Kind::Stall]);
+    assert_seen(&cases, &[Case::Stayed, Case::DoubtedAndRuns, Case::BothDoubt]);
 }
 
 #[test]
-fn every_kind_is_swept() {
-    assert_eq!(KINDS.len(), 8);
+fn bytes_change() {
+    let cases = sweep(1, &[Kind::Corrupt]);
+    assert_seen(&cases, &[Case::Stayed, Case::DoubtedAndRuns, Case::BothDoubt]);
+}
+
+#[test]
+fn messages_are_lost() {
+    let cases = sweep(1, &[Kind::Lose]);
+    assert_seen(&cases, &[Case::Stayed, Case::DoubtedAndRuns, Case::BothDoubt]);
+}
+
+#[test]
+fn messages_come_twice() {
+    let cases = sweep(1, &[Kind::Repeat]);
+    assert_seen(&cases, &[Case::Moved, Case::Stayed]);
+}
+
+#[test]
+fn messages_change_places() {
+    let cases = sweep(1, &[Kind::Reorder]);
+    assert_seen(&cases, &[Case::Stayed]);
+}
+
+#[test]
+fn one_of_many_connections_fails() {
+    let cases = sweep(3, &[Kind::Cut, Kind::Corrupt]);
+    assert_seen(&cases, &[Case::Stayed]);
+}
+
+/// That it is prepared does not arrive, nor does the source's word that it keeps the guest: so a
+/// further connection says it.
+#[test]
+fn a_destination_in_doubt_is_told() {
+    let (here, there) = writes(1);
+    let both = |at| (Some((Kind::Cut, here - 1)), Some((Kind::Lose, at)));
+    let cases = all(1, &(0..there).map(both).collect::<Vec<_>>());
+    assert_seen(&cases, &[Case::StayedAndDoubted]);
 }

@@ -185,9 +185,14 @@ impl<L: Link> Sink for Network<L> {
         let sections = u32::try_from(state.len()).unwrap_or(u32::MAX);
         self.state_was_sent = true;
         first.send(&Control::StateEnd { sections, bytes })?;
-        match first.receive()? {
-            Control::Prepared { load_us } => Ok(Duration::from_micros(load_us)),
-            _ => Err(UNEXPECTED),
+        match first.receive() {
+            Ok(Control::Prepared { load_us }) => Ok(Duration::from_micros(load_us)),
+            Ok(_) => Err(UNEXPECTED),
+            Err(error) => {
+                // One that says that it gave up holds nothing.
+                self.state_was_sent = !matches!(error, MigrationError::GivenUp { .. });
+                Err(error)
+            }
         }
     }
 

@@ -29,17 +29,6 @@ pub enum Kind {
     Reorder,
 }
 
-pub const KINDS: [Kind; 8] = [
-    Kind::Cut,
-    Kind::CutAfter,
-    Kind::Truncate,
-    Kind::Stall,
-    Kind::Corrupt,
-    Kind::Lose,
-    Kind::Repeat,
-    Kind::Reorder,
-];
-
 /// Which write of one side, over all its connections, fails and how.
 #[derive(Debug)]
 pub struct Plan {
