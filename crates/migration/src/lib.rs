@@ -12,6 +12,7 @@ pub mod cpu;
 mod destination;
 pub mod dirty;
 mod error;
+pub mod guest_memory;
 pub mod layout;
 pub mod limits;
 pub mod link;
@@ -20,6 +21,8 @@ pub mod seams;
 pub mod selection;
 mod source;
 mod summary;
+pub mod tcp;
+pub mod tls;
 mod wire;
 
 pub use destination::{
