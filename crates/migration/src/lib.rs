@@ -19,6 +19,7 @@ pub mod link;
 pub mod observer;
 pub mod seams;
 pub mod selection;
+pub mod snapshot;
 mod source;
 mod summary;
 pub mod tcp;

@@ -24,6 +24,7 @@ pub(crate) use round::{RoundContext, look_at, worse};
 
 use doubt::recall;
 use network::Network;
+pub(crate) use network::check_state;
 
 /// How a guest is moved.
 #[derive(Clone, Debug)]
@@ -130,6 +131,11 @@ pub fn migrate<M: SourceMachine, C: Connect>(
         }
     }
     summary
+}
+
+/// For a job whose sink always knows.
+pub(crate) const fn no_doubt(id: MigrationId, config: &SourceConfig) -> SourceDoubt {
+    SourceDoubt::new(id, config)
 }
 
 /// Where pages and state go: over the network, or to a file.

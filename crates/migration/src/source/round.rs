@@ -36,6 +36,13 @@ pub(crate) struct RoundContext<'a> {
     pub(crate) observer: &'a mut dyn Observer,
 }
 
+impl RoundContext<'_> {
+    pub(crate) fn not_cancelled(&self) -> Result<(), MigrationError> {
+        let cancelled = self.config.cancel.load(Ordering::Relaxed);
+        if cancelled { Err(MigrationError::Cancelled) } else { Ok(()) }
+    }
+}
+
 /// What the threads of a round share.
 struct Work<'a> {
     number: u32,

@@ -251,7 +251,10 @@ impl SourceMachine for Source {
     fn free_pages(&mut self, _wait: Duration) -> Result<Option<FreePages>, MachineError> {
         self.step("free")?;
         assert!(self.logging, "asked before writes are watched");
-        let pages = PageSet::from_iter([range(FREE.0, FREE.1), range(10_000, 5)]);
+        let mut pages = PageSet::from_iter([range(FREE.0, FREE.1), range(10_000, 5)]);
+        for page in self.written.iter().chain(&*self.memory.log.lock().unwrap()) {
+            pages.remove(range(*page, 1));
+        }
         Ok(Some(FreePages { pages, pattern: self.pattern }))
     }
 

@@ -1,0 +1,135 @@
+//! Guests in files: written while they run, restored, and files that are not as they were written.
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use common::{
+    BALLOONED, Destination, FREE, POISON, Source, World, compare, quick_destination, quick_source,
+};
+use migration::observer::Silent;
+use migration::snapshot::{After, SnapshotFile, restore, snapshot};
+use migration::{MigrationError, SourceGuest};
+
+/// A guest, and its snapshot.
+fn write(path: &Path, writes: u64, pattern: u32, after: After) -> (Arc<World>, Source) {
+    let world = Arc::new(World::default());
+    let mut source = Source::new(&world, writes, pattern);
+    let summary = snapshot(&quick_source(), &mut source, path, after, &mut Silent).unwrap();
+    assert_eq!(summary.free_pages, FREE.1);
+    assert_eq!(source.runs(), after == After::Resume);
+    assert!(after == After::Stop || !source.logging);
+    (world, source)
+}
+
+#[test]
+fn a_guest_comes_out_as_it_went_in() {
+    let dir = tempfile::tempdir().unwrap();
+    for (writes, pattern) in [(0, 0), (2000, 0), (2000, POISON)] {
+        let path = dir.path().join(format!("{writes}-{pattern}"));
+        let (world, source) = write(&path, writes, pattern, After::Stop);
+        assert!(world.given_away.load(Ordering::SeqCst));
+        let mut destination = Destination::new(&world);
+        restore(&quick_destination(), &mut destination, &path, &mut Silent).unwrap();
+        assert!(destination.runs());
+        compare(&source, &destination);
+    }
+    let names: Vec<_> = fs::read_dir(dir.path()).unwrap().collect();
+    assert_eq!(names.len(), 3, "{names:?}");
+}
+
+#[test]
+fn a_guest_goes_on_after_its_snapshot() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, mut source) = write(&dir.path().join("a"), 500, 0, After::Resume);
+    // And can be written again, with the same contents.
+    let path = dir.path().join("b");
+    snapshot(&quick_source(), &mut source, &path, After::Stop, &mut Silent).unwrap();
+    let mut destination = Destination::new(&source.world);
+    restore(&quick_destination(), &mut destination, &path, &mut Silent).unwrap();
+    compare(&source, &destination);
+}
+
+#[test]
+fn what_is_not_used_is_a_hole() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a");
+    write(&path, 0, 0, After::Stop);
+    let metadata = fs::metadata(&path).unwrap();
+    let used = 330 - FREE.1 - BALLOONED.1 - 30;
+    assert!(metadata.len() > 331 * 4096 + 300_000);
+    let blocks = metadata.blocks() * 512;
+    assert!(blocks < (used + 4) * 4096 + 320_000, "{blocks} bytes of {}", metadata.len());
+}
+
+#[test]
+fn pages_can_be_read_one_by_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a");
+    let (_, source) = write(&path, 100, 0, After::Stop);
+    let file = SnapshotFile::open(&path).unwrap();
+    let mut page = [0; 4096];
+    assert!(file.read_page(3, &mut page).unwrap());
+    assert_eq!(page[..], source.memory.bytes.read().unwrap()[3 * 4096..4 * 4096]);
+    assert!(!file.read_page(BALLOONED.0, &mut page).unwrap());
+    assert!(file.read_page(250, &mut page).is_err());
+}
+
+#[test]
+fn a_file_that_is_not_as_it_was_written_is_refused_and_nothing_is_left() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a");
+    let (world, _) = write(&path, 0, 0, After::Stop);
+    let good = fs::read(&path).unwrap();
+    let refused = |bytes: &[u8]| {
+        let changed = dir.path().join("changed");
+        fs::write(&changed, bytes).unwrap();
+        let mut destination = Destination::new(&world);
+        let restored = restore(&quick_destination(), &mut destination, &changed, &mut Silent);
+        assert!(destination.memory.is_none() && !destination.runs());
+        restored.unwrap_err()
+    };
+    // Head, memory, table, description, state.
+    let tail = 331 * 4096;
+    for at in [0, 8, 17, 4000, 5 * 4096 + 7, tail, tail + 1000, tail + 330 * 8 + 5, good.len() - 1]
+    {
+        let mut bytes = good.clone();
+        bytes[at] ^= 4;
+        let error = refused(&bytes);
+        assert!(!matches!(error, MigrationError::Machine { .. }), "{at}: {error:?}");
+    }
+    for len in [0, 100, 4096, 300 * 4096, good.len() - 1] {
+        refused(&good[..len]);
+    }
+    refused(&[&good[..], &[0]].concat());
+    assert!(!world.destination_runs.load(Ordering::SeqCst));
+}
+
+#[test]
+fn a_snapshot_that_cannot_be_written_leaves_the_guest_and_no_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let world = Arc::new(World::default());
+    let mut source = Source::new(&world, 100, 0);
+    let there = dir.path().join("there");
+    fs::write(&there, b"x").unwrap();
+    let nowhere = dir.path().join("no/such/directory");
+    // A device without room stands for a full disk; see the test on a full file system too.
+    for path in [&there, &nowhere] {
+        let failed = snapshot(&quick_source(), &mut source, path, After::Stop, &mut Silent);
+        let failure = failed.unwrap_err();
+        assert!(matches!(failure.guest, SourceGuest::Runs), "{failure:?}");
+        assert!(source.runs() && !source.logging);
+    }
+    for step in ["save", "pause", "dirty"] {
+        source.fails_at = Some(step);
+        let path = dir.path().join(step);
+        snapshot(&quick_source(), &mut source, &path, After::Stop, &mut Silent).unwrap_err();
+        assert!(source.runs() && !path.exists());
+    }
+    let names: Vec<_> = fs::read_dir(dir.path()).unwrap().collect();
+    assert_eq!(names.len(), 1, "{names:?}");
+}
