@@ -17,6 +17,7 @@ pub mod layout;
 pub mod limits;
 pub mod link;
 pub mod observer;
+pub mod raw;
 pub mod seams;
 pub mod selection;
 pub mod snapshot;

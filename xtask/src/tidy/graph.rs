@@ -64,6 +64,7 @@ const ROOMS: &[(&str, Leans)] = &[
             "balloon-device",
             "control",
             "guest-ring",
+            "migration",
             "page-set",
             "vhost-device-balloon",
         ]),

@@ -97,6 +97,34 @@ impl Head {
     }
 }
 
+/// Makes the check sums of a snapshot right again after somebody changed it, as far as its head
+/// still says where things are.
+pub(crate) fn seal(bytes: &mut [u8]) {
+    let number = |bytes: &[u8], at: usize| {
+        let word = bytes.get(at..at + 8).and_then(|word| word.first_chunk());
+        word.map_or(0, |word| u64::from_le_bytes(*word))
+    };
+    let pages = number(bytes, 16).min(1 << 40);
+    let table_at = page_at(pages);
+    let description_at = table_at + pages * ENTRY_BYTES;
+    let state_at = description_at.saturating_add(number(bytes, 32));
+    let end = state_at.saturating_add(number(bytes, 48));
+    for (at, from, to) in
+        [(24, table_at, description_at), (40, description_at, state_at), (56, state_at, end)]
+    {
+        let place = |at: u64| usize::try_from(at).unwrap_or(usize::MAX);
+        let Some(new) = bytes.get(place(from)..place(to)).map(sum) else { continue };
+        if let Some(old) = bytes.get_mut(at..at + 8) {
+            old.copy_from_slice(&new.to_le_bytes());
+        }
+    }
+    if let Some((text, sum_of)) =
+        bytes.get_mut(..HEAD_BYTES).and_then(|head| head.split_last_chunk_mut::<8>())
+    {
+        *sum_of = sum(text).to_le_bytes();
+    }
+}
+
 /// Where the page with this index is.
 pub(super) const fn page_at(index: u64) -> u64 {
     HEAD_BYTES as u64 + index * PAGE_BYTES as u64

@@ -15,5 +15,6 @@ mod format;
 mod read;
 mod write;
 
+pub(crate) use format::seal;
 pub use read::{Restored, SnapshotFile, restore};
 pub use write::{After, snapshot};

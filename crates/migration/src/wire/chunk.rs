@@ -105,7 +105,7 @@ impl Chunk {
     }
 }
 
-fn content_sum(contents: &[u8], place: [u64; 4]) -> u64 {
+pub(crate) fn content_sum(contents: &[u8], place: [u64; 4]) -> u64 {
     let key: Vec<u8> = place.iter().flat_map(|part| part.to_le_bytes()).collect();
     xxh3_64_with_seed(contents, xxh3_64_with_seed(&key, 0))
 }

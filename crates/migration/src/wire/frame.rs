@@ -114,9 +114,14 @@ impl Head {
 /// Appends a frame to `out`. Lengths are within their limits.
 pub(crate) fn append(out: &mut Vec<u8>, kind: Kind, body: &[u8], payload: &[u8], seed: u64) {
     debug_assert!(body.len() <= MAX_BODY_BYTES && payload.len() <= MAX_PAYLOAD_BYTES);
+    append_any(out, kind.number(), body, payload, seed);
+}
+
+/// The same for frames that are none.
+pub(crate) fn append_any(out: &mut Vec<u8>, kind: u16, body: &[u8], payload: &[u8], seed: u64) {
     let len = |bytes: &[u8]| u32::try_from(bytes.len()).unwrap_or(u32::MAX).to_le_bytes();
     let mut head = [0u8; HEAD_BYTES - 8];
-    let fields = kind.number().to_le_bytes().into_iter().chain([0; 2]);
+    let fields = kind.to_le_bytes().into_iter().chain([0; 2]);
     let fields = fields.chain(len(body)).chain(len(payload));
     for (place, byte) in head.iter_mut().zip(fields) {
         *place = byte;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::control::{Control, Hello};
+use super::control::{Control, Hello, MigrationId};
 use super::frame::{self, HEAD_BYTES, Head, Kind};
 use crate::error::MigrationError;
 use crate::limits::FRAME_TIME;
@@ -28,20 +28,20 @@ pub(crate) enum Side {
 
 /// Names a migration, or one of its streams' directions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Place {
+pub(crate) struct Place {
     key: u64,
     number: u64,
 }
 
 impl Place {
     /// The stream's direction, after its first frame.
-    fn of(hello: &Hello, from: Side) -> Self {
-        let mut bytes = hello.id.0.to_vec();
-        bytes.extend([hello.index, u8::from(from == Side::Source)]);
+    pub(crate) fn of(id: MigrationId, index: u8, from: Side) -> Self {
+        let mut bytes = id.0.to_vec();
+        bytes.extend([index, u8::from(from == Side::Source)]);
         Self { key: xxh3_64(&bytes), number: 0 }
     }
 
-    fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.number = self.number.wrapping_add(1);
         self.key.wrapping_add(self.number.wrapping_mul(0x9e37_79b9_7f4a_7c15))
     }
@@ -92,8 +92,8 @@ impl<L: Link> Stream<L> {
     /// The hello was said or heard: from here on frames are keyed to the stream.
     pub(crate) fn key(&mut self, hello: &Hello, me: Side) {
         let peer = if me == Side::Source { Side::Destination } else { Side::Source };
-        self.incoming = Place::of(hello, peer);
-        self.outgoing = Place::of(hello, me);
+        self.incoming = Place::of(hello.id, hello.index, peer);
+        self.outgoing = Place::of(hello.id, hello.index, me);
     }
 
     /// Adds a frame to what is written with the next [`flush`](Self::flush), or at once where there is enough.
