@@ -117,7 +117,6 @@ fn a_snapshot_that_cannot_be_written_leaves_the_guest_and_no_file() {
     let there = dir.path().join("there");
     fs::write(&there, b"x").unwrap();
     let nowhere = dir.path().join("no/such/directory");
-    // A device without room stands for a full disk; see the test on a full file system too.
     for path in [&there, &nowhere] {
         let failed = snapshot(&quick_source(), &mut source, path, After::Stop, &mut Silent);
         let failure = failed.unwrap_err();
@@ -132,4 +131,40 @@ fn a_snapshot_that_cannot_be_written_leaves_the_guest_and_no_file() {
     }
     let names: Vec<_> = fs::read_dir(dir.path()).unwrap().collect();
     assert_eq!(names.len(), 1, "{names:?}");
+}
+
+/// A file system that is too small, and goes away with the value.
+struct Small(tempfile::TempDir);
+
+impl Small {
+    fn mount() -> Option<Self> {
+        use rustix::mount::{MountFlags, mount};
+        let dir = tempfile::tempdir().unwrap();
+        match mount("none", dir.path(), "tmpfs", MountFlags::empty(), c"size=400k") {
+            Ok(()) => Some(Self(dir)),
+            Err(errno) => {
+                eprintln!("SKIPPED: mounting tmpfs was refused: {errno}");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(self.0.path(), rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
+#[test]
+fn a_disk_that_is_full_leaves_the_guest_and_no_file() {
+    let Some(small) = Small::mount() else { return };
+    let world = Arc::new(World::default());
+    let mut source = Source::new(&world, 100, 0);
+    let path = small.0.path().join("a");
+    let failed = snapshot(&quick_source(), &mut source, &path, After::Stop, &mut Silent);
+    let failure = failed.unwrap_err();
+    assert!(failure.error.chain().contains("No space left"), "{failure:?}");
+    assert!(matches!(failure.guest, SourceGuest::Runs) && source.runs() && !source.logging);
+    assert_eq!(fs::read_dir(small.0.path()).unwrap().count(), 0);
 }
