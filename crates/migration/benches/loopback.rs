@@ -5,6 +5,8 @@
 //! all that is measured is how fast pages go. Both ways copy from one process's guest memory into
 //! another's; they take turns, and the median of each is compared.
 
+#![allow(clippy::cast_precision_loss, clippy::unwrap_used, reason = "a test")]
+
 use std::error::Error;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::SocketAddr;

@@ -2,6 +2,8 @@
 //! happens: the guest runs on at most one side at any moment, all of it is somewhere, and one word
 //! settles what is in doubt.
 
+#![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test")]
+
 mod common;
 
 use std::collections::BTreeSet;

@@ -2,6 +2,8 @@
 //! has its memory, so a guest that dies with it is gone; what must hold is that it runs on at most
 //! one side, and that a side which is left has all of it.
 
+#![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test")]
+
 mod common;
 
 use std::io::{BufRead, BufReader, Write};

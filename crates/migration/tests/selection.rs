@@ -2,6 +2,8 @@
 //! balloon, and a host that sends, all in any order. At the end the destination has everything that
 //! the guest may read.
 
+#![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test")]
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use migration::dirty::{DirtyBitmap, Word};

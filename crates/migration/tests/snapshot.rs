@@ -1,5 +1,7 @@
 //! Guests in files: written while they run, restored, and files that are not as they were written.
 
+#![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test")]
+
 mod common;
 
 use std::fs;

@@ -1,5 +1,7 @@
 //! Whole migrations over TCP, with certificates that are good and others that are not.
 
+#![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test")]
+
 mod common;
 
 use std::io::Write;

@@ -1,5 +1,7 @@
 //! Whole migrations in one process, without faults of the network.
 
+#![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test")]
+
 mod common;
 
 use std::sync::Arc;

@@ -231,7 +231,7 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
         self.precopy(&mut selection, &description)?;
         self.state()?;
         self.not_cancelled()?;
-        Ok(self.hand_over()?)
+        self.hand_over()
     }
 
     /// Adds what was written since the log was read last.

@@ -248,7 +248,7 @@ mod tests {
     impl ReadPages for Numbers {
         fn read_pages(&self, pages: PageRange, out: &mut [u8]) -> Result<(), MachineError> {
             for (page, out) in (pages.start()..pages.end()).zip(out.chunks_mut(PAGE_BYTES)) {
-                out.fill(if page % 3 == 0 { 0 } else { page as u8 });
+                out.fill(if page % 3 == 0 { 0 } else { page.to_le_bytes()[0] });
             }
             Ok(())
         }

@@ -294,7 +294,7 @@ mod tests {
 
     #[test]
     fn contents_are_checked_from_end_to_end() {
-        let contents: Vec<u8> = (0..2 * PAGE_BYTES).map(|i| (i / 100) as u8).collect();
+        let contents: Vec<u8> = (0..2 * PAGE_BYTES).map(|i| (i / 100).to_le_bytes()[0]).collect();
         let mut good = chunk();
         good.sum = good.sum_of(&contents);
         let mut unpacker = Unpacker::new().unwrap();
@@ -322,7 +322,7 @@ mod tests {
         let mut seed = 1u64;
         let noise: Vec<u8> = std::iter::repeat_with(|| {
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            (seed >> 33) as u8
+            seed.to_le_bytes()[4]
         })
         .take(PAGE_BYTES)
         .collect();

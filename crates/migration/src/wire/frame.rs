@@ -172,7 +172,7 @@ mod tests {
     #[test]
     fn lengths_are_limited_before_anything_else() {
         let mut head = [0; HEAD_BYTES];
-        head[12..16].copy_from_slice(&(MAX_BODY_BYTES as u32 + 1).to_le_bytes());
+        head[12..16].copy_from_slice(&u32::try_from(MAX_BODY_BYTES + 1).unwrap().to_le_bytes());
         assert!(matches!(Head::read(head), Err(MigrationError::Peer { .. })));
         head[12..20].copy_from_slice(&[0, 0, 0, 0, 255, 255, 255, 255]);
         assert!(matches!(Head::read(head), Err(MigrationError::Peer { .. })));

@@ -137,7 +137,7 @@ impl Memory {
         };
         let mut bytes = self.bytes.write().unwrap();
         let at = page as usize * PAGE;
-        if value % 5 == 0 {
+        if value.is_multiple_of(5) {
             bytes[at..at + PAGE].fill(0);
         } else {
             bytes[at + 16..at + 24].copy_from_slice(&value.to_le_bytes());
