@@ -49,6 +49,23 @@ pub trait WritePages: Send + Sync {
     fn zero_pages(&self, pages: PageRange) -> Result<(), MachineError>;
 }
 
+/// Memory of a guest whose pages are missing until they are placed (`host-memory`'s `MissingPages`).
+/// Whoever touches one waits for it.
+pub trait PlacePages: Send + Sync {
+    /// The page that somebody waits for; `None` if nobody does for `wait`.
+    ///
+    /// # Errors
+    /// It cannot be found out.
+    fn next_missing(&self, wait: Duration) -> Result<Option<u64>, MachineError>;
+
+    /// Puts `contents` into a page that is missing, or zeros where there are none. A page that
+    /// is there stays as it is.
+    ///
+    /// # Errors
+    /// There is no such page, or it cannot be placed.
+    fn place_page(&self, page: u64, contents: Option<&[u8; 4096]>) -> Result<(), MachineError>;
+}
+
 /// What a destination must know before it can make the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Description {
@@ -210,6 +227,18 @@ pub trait DestinationMachine {
     /// # Errors
     /// This monitor cannot make such a guest. It leaves nothing behind.
     fn create(&mut self, description: &Description) -> Result<Arc<dyn WritePages>, MachineError>;
+
+    /// The same with memory whose pages are missing.
+    ///
+    /// # Errors
+    /// This monitor cannot make such a guest, or not in this way. It leaves nothing behind.
+    fn create_missing(
+        &mut self,
+        description: &Description,
+    ) -> Result<Arc<dyn PlacePages>, MachineError> {
+        let _ = description;
+        Err("this monitor takes memory only all at once".into())
+    }
 
     /// Takes the state of processors, devices, clock and balloon. All of memory is there, and
     /// nobody writes to it any more but the machine. When it returns, [`resume`](Self::resume)

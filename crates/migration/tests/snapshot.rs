@@ -170,3 +170,167 @@ fn a_disk_that_is_full_leaves_the_guest_and_no_file() {
     assert!(matches!(failure.guest, SourceGuest::Runs) && source.runs() && !source.logging);
     assert_eq!(fs::read_dir(small.0.path()).unwrap().count(), 0);
 }
+
+mod lazily {
+    use std::collections::{BTreeMap, VecDeque};
+    use std::sync::{Condvar, Mutex};
+    use std::time::{Duration, Instant};
+
+    use migration::seams::{
+        Description, DestinationMachine, MachineError, PlacePages, StateSection, WritePages,
+    };
+    use migration::snapshot::restore_lazily;
+
+    use super::*;
+
+    /// Pages that are there, and those that somebody waits for.
+    #[derive(Default)]
+    struct Missing {
+        state: Mutex<(BTreeMap<u64, Vec<u8>>, VecDeque<u64>)>,
+        changed: Condvar,
+    }
+
+    impl Missing {
+        /// What the guest does: touches a page, and waits for it.
+        fn touch(&self, page: u64) -> Vec<u8> {
+            let mut state = self.state.lock().unwrap();
+            if !state.0.contains_key(&page) {
+                state.1.push_back(page);
+            }
+            let is_missing = |state: &mut (BTreeMap<_, _>, _)| !state.0.contains_key(&page);
+            let waited =
+                self.changed.wait_timeout_while(state, Duration::from_secs(10), is_missing);
+            waited.unwrap().0.0[&page].clone()
+        }
+
+        fn discard(&self, page: u64) {
+            self.state.lock().unwrap().0.remove(&page);
+        }
+    }
+
+    impl PlacePages for Missing {
+        fn next_missing(&self, wait: Duration) -> Result<Option<u64>, MachineError> {
+            if self.state.lock().unwrap().1.is_empty() {
+                std::thread::sleep(wait.min(Duration::from_millis(1)));
+            }
+            Ok(self.state.lock().unwrap().1.pop_front())
+        }
+
+        fn place_page(&self, page: u64, contents: Option<&[u8; 4096]>) -> Result<(), MachineError> {
+            let contents = contents.map_or_else(|| vec![0; 4096], |contents| contents.to_vec());
+            self.state.lock().unwrap().0.entry(page).or_insert(contents);
+            self.changed.notify_all();
+            Ok(())
+        }
+    }
+
+    #[derive(Default)]
+    struct Machine {
+        memory: Arc<Missing>,
+        runs: bool,
+        destroyed: bool,
+    }
+
+    impl DestinationMachine for Machine {
+        fn cpu_features(&self) -> migration::cpu::CpuFeatures {
+            common::description().cpu
+        }
+
+        fn create(&mut self, _: &Description) -> Result<Arc<dyn WritePages>, MachineError> {
+            Err("not so".into())
+        }
+
+        fn create_missing(&mut self, _: &Description) -> Result<Arc<dyn PlacePages>, MachineError> {
+            Ok(Arc::clone(&self.memory) as _)
+        }
+
+        fn load_state(&mut self, _: Vec<StateSection>) -> Result<(), MachineError> {
+            // As a device that looks at its rings.
+            self.memory.touch(320);
+            Ok(())
+        }
+
+        fn resume(&mut self) -> Result<(), MachineError> {
+            self.runs = true;
+            Ok(())
+        }
+
+        fn destroy(&mut self) {
+            self.destroyed = true;
+        }
+    }
+
+    #[test]
+    fn pages_come_when_they_are_touched_and_by_themselves() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        let (_, source) = write(&path, 500, 0, After::Stop);
+        let mut machine = Machine::default();
+        let filling = restore_lazily(&quick_destination(), &mut machine, &path, &mut Silent);
+        let filling = filling.unwrap();
+        assert!(machine.runs);
+        let bytes = source.memory.bytes.read().unwrap();
+        for page in [429, 3, 199, 300] {
+            let at = page as usize * 4096;
+            assert!(machine.memory.touch(page) == bytes[at..at + 4096], "page {page}");
+        }
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while filling.pages() != (330, 330) {
+            assert!(!filling.has_failed() && Instant::now() < deadline, "{:?}", filling.pages());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // Given to the balloon, and back.
+        machine.memory.discard(3);
+        assert_eq!(machine.memory.touch(3), vec![0; 4096]);
+        filling.finish().unwrap();
+    }
+
+    #[test]
+    fn a_page_that_is_damaged_is_never_given_to_the_guest() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        write(&path, 0, 0, After::Stop);
+        let mut bytes = fs::read(&path).unwrap();
+        bytes[4096 * (1 + 150) + 5] ^= 1;
+        bytes[4096 * (1 + 90) + 5] ^= 1;
+        fs::write(&path, bytes).unwrap();
+        let mut machine = Machine::default();
+        let filling = restore_lazily(&quick_destination(), &mut machine, &path, &mut Silent);
+        let filling = filling.unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !filling.has_failed() {
+            assert!(Instant::now() < deadline);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(!machine.memory.state.lock().unwrap().0.contains_key(&90));
+        let error = filling.finish().unwrap_err();
+        assert!(matches!(error, MigrationError::Damaged { .. }), "{error:?}");
+    }
+
+    /// The page that the monitor itself needs while it takes the state.
+    #[test]
+    fn a_monitor_that_waits_for_a_damaged_page_comes_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        write(&path, 0, 0, After::Stop);
+        let mut bytes = fs::read(&path).unwrap();
+        bytes[4096 * (1 + 220) + 5] ^= 1;
+        fs::write(&path, bytes).unwrap();
+        let mut machine = Machine::default();
+        let restored = restore_lazily(&quick_destination(), &mut machine, &path, &mut Silent);
+        let error = restored.unwrap_err();
+        assert!(matches!(error, MigrationError::Damaged { .. }), "{error:?}");
+        assert!(machine.destroyed && !machine.runs);
+    }
+
+    #[test]
+    fn a_monitor_that_cannot_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        let (world, _) = write(&path, 0, 0, After::Stop);
+        let mut destination = Destination::new(&world);
+        let restored = restore_lazily(&quick_destination(), &mut destination, &path, &mut Silent);
+        restored.unwrap_err();
+        assert!(destination.memory.is_none() && !destination.runs());
+    }
+}

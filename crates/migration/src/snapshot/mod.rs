@@ -12,9 +12,11 @@
 //! name there is a whole snapshot or none.
 
 mod format;
+mod lazy;
 mod read;
 mod write;
 
 pub(crate) use format::seal;
+pub use lazy::{Filling, restore_lazily};
 pub use read::{Restored, SnapshotFile, restore};
 pub use write::{After, snapshot};

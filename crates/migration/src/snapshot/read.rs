@@ -193,6 +193,10 @@ impl SnapshotFile {
         Ok(u64::from(bits.count_ones()))
     }
 
+    pub(super) fn pages(&self) -> u64 {
+        self.head.pages
+    }
+
     fn check_page(&self, contents: &[u8], page: u64, entry: u64) -> Result<(), MigrationError> {
         if page_sum(contents, page) != entry {
             return Err(MigrationError::Damaged { what: "memory" });
