@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::answer_unknown;
 use super::gather::hear;
 use crate::error::MigrationError;
-use crate::link::Link;
+use crate::link::{Accept, Link};
 use crate::seams::DestinationMachine;
 use crate::summary::us;
 use crate::wire::control::{Control, MigrationId, PeerStatus, Purpose};
@@ -83,6 +83,29 @@ impl Custody {
         if self.status == PeerStatus::Waits {
             machine.destroy();
             self.status = PeerStatus::Gone;
+        }
+    }
+
+    /// Serves connections until the source has heard what became of its guest, or until `until`.
+    /// What a monitor does after [`receive`](crate::receive) left something to be told.
+    ///
+    /// # Errors
+    /// Nobody came, or no connection can be taken. What fails on one of them is logged, and the
+    /// next is waited for.
+    pub fn serve<M: DestinationMachine, A: Accept>(
+        &mut self,
+        accept: &mut A,
+        stall: Duration,
+        until: Option<Instant>,
+        machine: &mut M,
+    ) -> Result<Settled, MigrationError> {
+        loop {
+            let link = accept.accept(until);
+            let link = link.map_err(MigrationError::link("waiting for the source"))?;
+            match self.answer(link, stall, machine) {
+                Ok(()) => return Ok(self.settled()),
+                Err(error) => tracing::warn!(error = error.chain(), id = %self.id, "not settled"),
+            }
         }
     }
 
