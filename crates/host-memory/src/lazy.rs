@@ -136,7 +136,7 @@ impl MissingPages {
     ///
     /// # Errors
     /// There is no such page, or the kernel refuses.
-    pub fn place(&self, page: u64, contents: &[u8; PAGE_BYTES as usize]) -> io::Result<bool> {
+    pub fn place(&self, page: u64, contents: &[u8; 4096]) -> io::Result<bool> {
         let to = self.address(page)?;
         let from = contents.as_ptr() as u64;
         self.put(to, || {
