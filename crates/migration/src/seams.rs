@@ -27,6 +27,9 @@ pub trait ReadPages: Send + Sync {
     /// The guest may write meanwhile, so a copy may be torn. That is no harm: the write is in
     /// the dirty log, and the page is read again.
     ///
+    /// Reading should cost the host no memory. Anonymous memory that was never written reads as the
+    /// kernel's page of zeros; a hole of a file that is mapped does not, so files are read by calls.
+    ///
     /// # Errors
     /// The memory cannot be read.
     fn read_pages(&self, pages: PageRange, out: &mut [u8]) -> Result<(), MachineError>;

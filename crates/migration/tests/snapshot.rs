@@ -183,42 +183,47 @@ mod lazily {
 
     use super::*;
 
-    /// Pages that are there, and those that somebody waits for.
     #[derive(Default)]
     struct Missing {
-        state: Mutex<(BTreeMap<u64, Vec<u8>>, VecDeque<u64>)>,
+        state: Mutex<State>,
         changed: Condvar,
+    }
+
+    #[derive(Default)]
+    struct State {
+        there: BTreeMap<u64, Vec<u8>>,
+        awaited: VecDeque<u64>,
     }
 
     impl Missing {
         /// What the guest does: touches a page, and waits for it.
         fn touch(&self, page: u64) -> Vec<u8> {
             let mut state = self.state.lock().unwrap();
-            if !state.0.contains_key(&page) {
-                state.1.push_back(page);
+            if !state.there.contains_key(&page) {
+                state.awaited.push_back(page);
             }
-            let is_missing = |state: &mut (BTreeMap<_, _>, _)| !state.0.contains_key(&page);
-            let waited =
-                self.changed.wait_timeout_while(state, Duration::from_secs(10), is_missing);
-            waited.unwrap().0.0[&page].clone()
+            let is_missing = |state: &mut State| !state.there.contains_key(&page);
+            let time = Duration::from_secs(10);
+            let waited = self.changed.wait_timeout_while(state, time, is_missing);
+            waited.unwrap().0.there[&page].clone()
         }
 
         fn discard(&self, page: u64) {
-            self.state.lock().unwrap().0.remove(&page);
+            self.state.lock().unwrap().there.remove(&page);
         }
     }
 
     impl PlacePages for Missing {
         fn next_missing(&self, wait: Duration) -> Result<Option<u64>, MachineError> {
-            if self.state.lock().unwrap().1.is_empty() {
+            if self.state.lock().unwrap().awaited.is_empty() {
                 std::thread::sleep(wait.min(Duration::from_millis(1)));
             }
-            Ok(self.state.lock().unwrap().1.pop_front())
+            Ok(self.state.lock().unwrap().awaited.pop_front())
         }
 
         fn place_page(&self, page: u64, contents: Option<&[u8; 4096]>) -> Result<(), MachineError> {
             let contents = contents.map_or_else(|| vec![0; 4096], |contents| contents.to_vec());
-            self.state.lock().unwrap().0.entry(page).or_insert(contents);
+            self.state.lock().unwrap().there.entry(page).or_insert(contents);
             self.changed.notify_all();
             Ok(())
         }
@@ -302,7 +307,7 @@ mod lazily {
             assert!(Instant::now() < deadline);
             std::thread::sleep(Duration::from_millis(1));
         }
-        assert!(!machine.memory.state.lock().unwrap().0.contains_key(&90));
+        assert!(!machine.memory.state.lock().unwrap().there.contains_key(&90));
         let error = filling.finish().unwrap_err();
         assert!(matches!(error, MigrationError::Damaged { .. }), "{error:?}");
     }
