@@ -5,7 +5,7 @@
 mod common;
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -194,25 +194,32 @@ fn hosts_that_do_not_fit_say_why() {
     assert!(machine.contains("another kind"), "{machine}");
 }
 
+/// Somebody who changes their mind when a phase begins.
+struct Cancels(Arc<AtomicBool>, Phase);
+
+impl Observer for Cancels {
+    fn phase(&mut self, phase: Phase) {
+        if phase == self.1 {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
 #[test]
-fn a_migration_can_be_cancelled() {
-    let config = SourceConfig { bandwidth: Some(1 << 20), ..quick_source() };
-    let cancel = Arc::clone(&config.cancel);
-    let world = Arc::new(World::default());
-    let mut source = Source::new(&world, 100, 0);
-    let mut destination = Destination::new(&world);
-    let there = quick_destination();
-    let (sent, received) = thread::scope(|scope| {
-        scope.spawn(move || {
-            thread::sleep(Duration::from_millis(100));
-            cancel.store(true, Ordering::Relaxed);
-        });
-        run(&mut source, &mut destination, &config, &there, &mut Silent)
-    });
-    let failure = sent.unwrap_err();
-    assert!(matches!(failure.error, MigrationError::Cancelled), "{failure:?}");
-    assert!(matches!(failure.guest, SourceGuest::Runs) && source.runs());
-    assert!(received.is_err() && destination.memory.is_none());
+fn a_migration_can_be_cancelled_until_the_guest_is_offered() {
+    for phase in [Phase::Negotiate, Phase::Round { number: 0 }, Phase::LastRound, Phase::State] {
+        let config = quick_source();
+        let mut cancels = Cancels(Arc::clone(&config.cancel), phase);
+        let world = Arc::new(World::default());
+        let mut source = Source::new(&world, 100, 0);
+        let mut destination = Destination::new(&world);
+        let there = quick_destination();
+        let (sent, received) = run(&mut source, &mut destination, &config, &there, &mut cancels);
+        let failure = sent.unwrap_err();
+        assert!(matches!(failure.error, MigrationError::Cancelled), "{phase:?}: {failure:?}");
+        assert!(matches!(failure.guest, SourceGuest::Runs) && source.runs());
+        assert!(received.is_err() && destination.memory.is_none(), "{phase:?}");
+    }
 }
 
 #[test]

@@ -124,6 +124,8 @@ pub fn receive<M: DestinationMachine, A: Accept>(
         Err(error @ MigrationError::GivenUp { .. }) => {
             // Its last word, and that it keeps the guest.
             custody.discard(machine);
+            // If this does not arrive it asks.
+            let _ = first.send(&Control::Status(PeerStatus::Gone));
             return Err(destroyed(error));
         }
         // The source says this or that, and nothing else: so it was not the source.

@@ -14,7 +14,9 @@ use crate::seams::{Description, StateSection};
 use crate::selection::Plan;
 use crate::summary::RoundSummary;
 use crate::wire::chunk::{Fill, StatePart};
-use crate::wire::control::{CAPABILITY_ZSTD, Control, Hello, MigrationId, Purpose, VERSIONS};
+use crate::wire::control::{
+    CAPABILITY_ZSTD, Control, Hello, MigrationId, PeerStatus, Purpose, VERSIONS,
+};
 use crate::wire::frame::Kind;
 use crate::wire::stream::{Side, Stream};
 
@@ -218,10 +220,16 @@ impl<L: Link> Sink for Network<L> {
 
     fn abort(&mut self, error: &MigrationError) {
         let reason = error.chain();
-        if let Some(first) = self.streams.first_mut() {
-            let quick = first.set_timeout(LAST_WORD);
-            // It is told where it can be.
-            let _ = quick.and_then(|()| first.send(&Control::Abort { reason }));
+        let told = self.first().and_then(|first| {
+            first.set_timeout(LAST_WORD)?;
+            first.send(&Control::Abort { reason })
+        });
+        if told.is_ok() && self.state_was_sent {
+            let heard = self.first().and_then(Stream::receive);
+            self.state_was_sent = !matches!(
+                heard,
+                Ok(Control::Status(PeerStatus::Gone)) | Err(MigrationError::GivenUp { .. })
+            );
         }
         self.closers.iter().for_each(|close| close());
     }
