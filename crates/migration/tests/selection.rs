@@ -296,7 +296,7 @@ fn set(pages: impl Iterator<Item = u64>) -> PageSet {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 800, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 500, ..ProptestConfig::default() })]
 
     #[test]
     fn the_destination_has_what_the_guest_may_read(

@@ -44,13 +44,17 @@ fn side(name: &str, from: &Authority, believes: &Authority) -> Tls {
     Tls::from_files(&files).unwrap()
 }
 
-fn run(here: Security, there: Security) -> Result<Summary, SourceFailure> {
+/// The destination waits for so long.
+const LONG: Duration = Duration::from_secs(20);
+const SHORT: Duration = Duration::from_millis(500);
+
+fn run(here: Security, there: Security, wait: Duration) -> Result<Summary, SourceFailure> {
     let world = Arc::new(World::default());
     let mut source = Source::new(&world, 300, 0);
     let mut destination = Destination::new(&world);
     let mut accept = TcpAcceptor::new("127.0.0.1:0".parse().unwrap(), there).unwrap();
     let target = format!("localhost:{}", accept.address().unwrap().port());
-    let deadline = Some(Instant::now() + Duration::from_secs(3));
+    let deadline = Some(Instant::now() + wait);
     let stall = Duration::from_secs(2);
     let config = DestinationConfig { deadline, stall, ..quick_destination() };
     let mut connect = TcpConnector::new(&target, here).unwrap();
@@ -72,12 +76,12 @@ fn run(here: Security, there: Security) -> Result<Summary, SourceFailure> {
 fn a_guest_moves_between_sides_that_believe_each_other() {
     let ours = authority();
     let tls = |name| Security::Tls(side(name, &ours, &ours));
-    run(tls("source"), tls("localhost")).unwrap();
+    run(tls("source"), tls("localhost"), LONG).unwrap();
 }
 
 #[test]
 fn a_guest_moves_in_plain_on_loopback() {
-    run(Security::PlainOnLoopback, Security::PlainOnLoopback).unwrap();
+    run(Security::PlainOnLoopback, Security::PlainOnLoopback, LONG).unwrap();
 }
 
 #[test]
@@ -93,7 +97,7 @@ fn sides_that_do_not_believe_each_other_stay_apart() {
         (Security::PlainOnLoopback, good()),
         (good(), Security::PlainOnLoopback),
     ] {
-        run(here, there).unwrap_err();
+        run(here, there, SHORT).unwrap_err();
     }
 }
 
