@@ -19,6 +19,7 @@ mod discard;
 mod error;
 mod host_pages;
 mod huge;
+mod lazy;
 mod map;
 mod partial;
 mod pending;
@@ -31,6 +32,7 @@ pub use discard::{Discard, DiscardCall, DiscardFailure, DiscardReport, KEPT_FAIL
 pub use error::HostMemoryError;
 pub use host_pages::HostPages;
 pub use huge::advise_huge;
+pub use lazy::MissingPages;
 pub use map::{MemoryMap, OutsideMemory, Piece, Pieces};
 pub use partial::PartialHuge;
 pub use pending::{Batch, PendingRelease, Retained, Take};

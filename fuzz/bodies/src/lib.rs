@@ -9,6 +9,7 @@
 
 mod checked;
 mod guest_queues;
+mod migration;
 mod queue;
 mod records;
 mod requests;
@@ -16,6 +17,7 @@ mod script;
 mod vhost_user;
 
 pub use guest_queues::{hint_queue, reporting_queue, stats_queue};
+pub use migration::migration;
 pub use queue::{deflate_queue, inflate_queue};
 pub use records::records;
 pub use requests::request_queue;
@@ -25,12 +27,13 @@ pub use vhost_user::vhost_user;
 pub type Body = fn(&[u8]);
 
 /// Every target by its name, which is that of its corpus as well.
-pub const TARGETS: [(&str, Body); 8] = [
+pub const TARGETS: [(&str, Body); 9] = [
     ("stats_queue", stats_queue),
     ("hint_queue", hint_queue),
     ("reporting_queue", reporting_queue),
     ("inflate_queue", inflate_queue),
     ("deflate_queue", deflate_queue),
+    ("migration", migration),
     ("records", records),
     ("request_queue", request_queue),
     ("vhost_user", vhost_user),

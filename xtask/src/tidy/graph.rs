@@ -60,6 +60,21 @@ const ROOMS: &[(&str, Leans)] = &[
     ),
     ("lab", Rooms(&[])),
     ("bench", Rooms(&["control", "host-memory", "lab", "page-set"])),
+    // The traits of a monitor, memory as vm-memory maps it, and what TCP and TLS need; no KVM.
+    (
+        "migration",
+        Only(&[
+            "page-set",
+            "rustix",
+            "rustls",
+            "serde",
+            "thiserror",
+            "tracing",
+            "vm-memory",
+            "xxhash-rust",
+            "zstd",
+        ]),
+    ),
     ("sandbox", Only(&["landlock", "libc", "rustix", "seccompiler", "thiserror"])),
     ("aerostat", Rooms(&["bench", "control", "sandbox", "vhost-device-balloon", "vmm"])),
     // For tests: what ships cannot lean on them, since no row above names them.
@@ -71,6 +86,7 @@ const ROOMS: &[(&str, Leans)] = &[
             "balloon-device",
             "control",
             "guest-ring",
+            "migration",
             "page-set",
             "vhost-device-balloon",
         ]),

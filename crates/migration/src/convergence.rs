@@ -1,0 +1,226 @@
+//! When to stop the guest: a decision from numbers, without a clock.
+
+use std::time::Duration;
+
+/// What a guest that is stopped needs besides pages: its state is saved, sent and loaded, and
+/// three messages go to and fro.
+const FIXED: Duration = Duration::from_millis(30);
+
+/// Pages in a second while none were sent yet: 40 MB/s, a slow network.
+const ASSUMED_PAGES_PER_S: f64 = 10_000.0;
+
+/// The first step of holding the guest back, the following ones, and the last, in per cent.
+const FIRST_THROTTLE: u8 = 20;
+const MORE_THROTTLE: u8 = 10;
+const MOST_THROTTLE: u8 = 99;
+
+/// Rounds, one after the other, in which the guest writes more than half of what was sent, before it
+/// is held back (further).
+const BAD_ROUNDS: u32 = 2;
+
+/// Times that a guest which was stopped goes on because more was left than expected.
+const MAX_RETREATS: u32 = 3;
+
+/// What to do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// What is left can be sent within the limit: stop the guest.
+    Stop,
+    /// Send another round while the guest runs, with its processors held back so far.
+    Again {
+        /// In per cent, 0 to 99.
+        throttle: u8,
+    },
+    /// The guest writes faster than can be sent, and is held back as far as it goes.
+    GiveUp,
+}
+
+/// What was seen of one round.
+#[derive(Clone, Copy, Debug)]
+pub struct Seen {
+    /// Pages whose contents were sent.
+    pub sent_pages: u64,
+    /// How long that took.
+    pub took: Duration,
+    /// Pages that are to be sent now.
+    pub remaining_pages: u64,
+}
+
+/// The state of the decision.
+#[derive(Clone, Debug)]
+pub struct Convergence {
+    downtime: Duration,
+    max_rounds: u32,
+    rounds: u32,
+    bad_rounds: u32,
+    throttle: u8,
+    pages_per_s: f64,
+    retreats: u32,
+}
+
+impl Convergence {
+    /// For a guest that may be stopped for `downtime`, in at most `max_rounds` rounds.
+    #[must_use]
+    pub const fn new(downtime: Duration, max_rounds: u32) -> Self {
+        Self {
+            downtime,
+            max_rounds,
+            rounds: 0,
+            bad_rounds: 0,
+            throttle: 0,
+            pages_per_s: ASSUMED_PAGES_PER_S,
+            retreats: 0,
+        }
+    }
+
+    /// Decides after a round.
+    pub fn after_round(&mut self, seen: Seen) -> Decision {
+        self.rounds += 1;
+        if seen.sent_pages > 0 && !seen.took.is_zero() {
+            self.pages_per_s = as_f64(seen.sent_pages) / seen.took.as_secs_f64();
+        }
+        if self.fits(seen.remaining_pages) {
+            return Decision::Stop;
+        }
+        if self.rounds >= self.max_rounds {
+            return Decision::GiveUp;
+        }
+        self.bad_rounds =
+            if seen.remaining_pages > seen.sent_pages / 2 { self.bad_rounds + 1 } else { 0 };
+        if self.bad_rounds >= BAD_ROUNDS {
+            self.bad_rounds = 0;
+            self.throttle = match self.throttle {
+                0 => FIRST_THROTTLE,
+                more => more.saturating_add(MORE_THROTTLE).min(MOST_THROTTLE),
+            };
+        }
+        Decision::Again { throttle: self.throttle }
+    }
+
+    /// Whether a guest that was stopped should go on for another round: it wrote so much until it
+    /// stood that the limit would be passed twice over. Not for ever.
+    pub fn retreats(&mut self, remaining_pages: u64) -> bool {
+        let late = self.expected(remaining_pages) > self.downtime.saturating_mul(2);
+        let retreats = late && self.retreats < MAX_RETREATS && self.rounds < self.max_rounds;
+        self.retreats += u32::from(retreats);
+        retreats
+    }
+
+    /// How long the guest would stand if it was stopped now.
+    #[must_use]
+    pub fn expected(&self, remaining_pages: u64) -> Duration {
+        let seconds = as_f64(remaining_pages) / self.pages_per_s;
+        let pages = Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
+        pages.saturating_add(FIXED)
+    }
+
+    /// How far the guest is held back, in per cent.
+    #[must_use]
+    pub const fn throttle(&self) -> u8 {
+        self.throttle
+    }
+
+    /// Rounds so far.
+    #[must_use]
+    pub const fn rounds(&self) -> u32 {
+        self.rounds
+    }
+
+    /// A limit that leaves no room for what is fixed is kept as far as it can be: by pages.
+    fn fits(&self, remaining_pages: u64) -> bool {
+        let limit = self.downtime.max(FIXED + self.downtime / 4);
+        self.expected(remaining_pages) <= limit
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "an estimate")]
+const fn as_f64(value: u64) -> f64 {
+    value as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_millis(300);
+
+    /// A guest of `memory` pages that writes `write` pages a second, each of them once.
+    fn simulate(memory: u64, write: f64, rate: f64, max_rounds: u32) -> (Decision, Convergence) {
+        let mut convergence = Convergence::new(LIMIT, max_rounds);
+        let (mut sent, mut throttle) = (memory, 0);
+        loop {
+            let took = as_f64(sent) / rate;
+            let written = took * write * f64::from(100 - throttle) / 100.0;
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a test")]
+            let remaining_pages = (written as u64).min(memory);
+            let took = Duration::from_secs_f64(took);
+            let seen = Seen { sent_pages: sent, took, remaining_pages };
+            match convergence.after_round(seen) {
+                Decision::Again { throttle: next } => {
+                    assert!(next >= throttle && next <= 99);
+                    throttle = next;
+                }
+                decision => return (decision, convergence),
+            }
+            sent = remaining_pages;
+        }
+    }
+
+    #[test]
+    fn an_idle_guest_is_stopped_after_one_round() {
+        let (decision, convergence) = simulate(1 << 20, 1000.0, 250_000.0, 60);
+        assert_eq!((decision, convergence.rounds()), (Decision::Stop, 1));
+    }
+
+    #[test]
+    fn a_guest_that_writes_as_fast_as_can_be_sent_is_held_back() {
+        let (decision, convergence) = simulate(1 << 20, 300_000.0, 250_000.0, 60);
+        assert_eq!(decision, Decision::Stop);
+        assert!(convergence.throttle() >= 20, "{}", convergence.throttle());
+    }
+
+    #[test]
+    fn a_guest_that_cannot_be_moved_is_given_up() {
+        let (decision, convergence) = simulate(1 << 24, 1e9, 100_000.0, 60);
+        assert_eq!((decision, convergence.rounds()), (Decision::GiveUp, 60));
+        assert_eq!(convergence.throttle(), 99);
+    }
+
+    #[test]
+    fn a_stopped_guest_goes_on_a_few_times() {
+        let mut convergence = Convergence::new(LIMIT, 60);
+        let seen = Seen { sent_pages: 100_000, took: Duration::from_secs(1), remaining_pages: 10 };
+        assert_eq!(convergence.after_round(seen), Decision::Stop);
+        assert!(!convergence.retreats(50_000), "within twice the limit");
+        let many = std::iter::repeat_with(|| convergence.retreats(70_000)).take(5);
+        assert_eq!(many.collect::<Vec<_>>(), [true, true, true, false, false]);
+    }
+
+    proptest! {
+        #[test]
+        fn it_ends_and_stops_only_within_the_limit(
+            memory in 1u64..1 << 26, write in 0.0f64..1e7, rate in 1e3f64..1e6, rounds in 1u32..100
+        ) {
+            let (decision, convergence) = simulate(memory, write, rate, rounds);
+            prop_assert!(convergence.rounds() <= rounds);
+            prop_assert!(decision == Decision::Stop || convergence.rounds() == rounds);
+        }
+
+        #[test]
+        fn what_the_limit_allows_is_stopped_and_nothing_else(
+            sent_pages in 1u64..1 << 30, ms in 1u64..1 << 20, remaining_pages in 0u64..1 << 30,
+            limit in 0u64..5000
+        ) {
+            let limit = Duration::from_millis(limit);
+            let mut convergence = Convergence::new(limit, 2);
+            let seen = Seen { sent_pages, took: Duration::from_millis(ms), remaining_pages };
+            let stop = convergence.after_round(seen) == Decision::Stop;
+            let within = convergence.expected(remaining_pages) <= limit;
+            prop_assert!(stop || !within);
+            // Beyond the limit only by what is fixed.
+            prop_assert!(!stop || convergence.expected(remaining_pages) <= limit + FIXED);
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! A guest that is whole at the destination, and what is said of it to a source that asks.
+
+use std::time::{Duration, Instant};
+
+use super::answer_unknown;
+use super::gather::hear;
+use crate::error::MigrationError;
+use crate::link::{Accept, Link};
+use crate::seams::DestinationMachine;
+use crate::summary::us;
+use crate::wire::control::{Control, MigrationId, PeerStatus, Purpose};
+use crate::wire::stream::Stream;
+
+/// The right to run one guest, or what became of it. All ways to run or to destroy the guest
+/// lead through here, one at a time, and each is taken once.
+#[derive(Debug)]
+pub struct Custody {
+    id: MigrationId,
+    status: PeerStatus,
+}
+
+/// Where a guest is that was in custody.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Settled {
+    /// It runs here.
+    Runs,
+    /// It is whole and paused here, and nobody said what is to become of it.
+    Waits,
+    /// It was destroyed here and never ran.
+    Gone,
+}
+
+impl Custody {
+    /// A guest that is whole and paused.
+    pub(super) const fn new(id: MigrationId) -> Self {
+        Self { id, status: PeerStatus::Waits }
+    }
+
+    /// Names the migration on both sides.
+    #[must_use]
+    pub const fn id(&self) -> MigrationId {
+        self.id
+    }
+
+    /// Where the guest is.
+    #[must_use]
+    pub const fn settled(&self) -> Settled {
+        match self.status {
+            PeerStatus::Runs => Settled::Runs,
+            PeerStatus::Waits => Settled::Waits,
+            PeerStatus::Gone | PeerStatus::Unknown => Settled::Gone,
+        }
+    }
+
+    /// Runs the guest, by the source's word; or by that of an operator who **knows that it does
+    /// not run at the source** and never will. How long starting it took.
+    ///
+    /// # Errors
+    /// It could not be started, or is not here any more. In either case it is gone, without
+    /// having run.
+    pub fn run_here<M: DestinationMachine>(
+        &mut self,
+        machine: &mut M,
+    ) -> Result<Duration, MigrationError> {
+        match self.status {
+            PeerStatus::Waits => {}
+            PeerStatus::Runs => return Ok(Duration::ZERO),
+            PeerStatus::Gone | PeerStatus::Unknown => {
+                return Err(MigrationError::Operator { what: "the guest is gone".to_owned() });
+            }
+        }
+        let at = Instant::now();
+        if let Err(error) = machine.resume() {
+            self.discard(machine);
+            return Err(MigrationError::machine("starting the guest")(error));
+        }
+        self.status = PeerStatus::Runs;
+        Ok(at.elapsed())
+    }
+
+    /// Destroys a guest that waits. One that runs is left alone.
+    pub fn discard<M: DestinationMachine>(&mut self, machine: &mut M) {
+        if self.status == PeerStatus::Waits {
+            machine.destroy();
+            self.status = PeerStatus::Gone;
+        }
+    }
+
+    /// Serves connections until the source has heard what became of its guest, or until `until`.
+    /// What a monitor does after [`receive`](crate::receive) left something to be told.
+    ///
+    /// # Errors
+    /// Nobody came, or no connection can be taken. What fails on one of them is logged, and the
+    /// next is waited for.
+    pub fn serve<M: DestinationMachine, A: Accept>(
+        &mut self,
+        accept: &mut A,
+        stall: Duration,
+        until: Option<Instant>,
+        machine: &mut M,
+    ) -> Result<Settled, MigrationError> {
+        loop {
+            let link = accept.accept(until);
+            let link = link.map_err(MigrationError::link("waiting for the source"))?;
+            match self.answer(link, stall, machine) {
+                Ok(()) => return Ok(self.settled()),
+                Err(error) => tracing::warn!(error = error.chain(), id = %self.id, "not settled"),
+            }
+        }
+    }
+
+    /// Serves one connection of a source that asks what became of its guest. A guest that waits
+    /// is run or destroyed, as the source says.
+    ///
+    /// # Errors
+    /// The connection failed, or the guest could not be started. [`settled`](Self::settled) says
+    /// where it is.
+    pub fn answer<M: DestinationMachine, L: Link>(
+        &mut self,
+        link: L,
+        stall: Duration,
+        machine: &mut M,
+    ) -> Result<(), MigrationError> {
+        let (hello, mut stream) = hear(link, stall)?;
+        if hello.purpose != Purpose::Settle || hello.id != self.id {
+            answer_unknown(&mut stream);
+            return Err(MigrationError::Peer { what: "it asks for another guest" });
+        }
+        stream.send(&Control::Status(self.status))?;
+        if self.status != PeerStatus::Waits {
+            return Ok(());
+        }
+        let outcome = self.take_word(&mut stream, machine);
+        // What it comes to is said in any case; if that is lost the source asks again.
+        stream.send(&Control::Status(self.status))?;
+        outcome
+    }
+
+    fn take_word<M: DestinationMachine, L: Link>(
+        &mut self,
+        stream: &mut Stream<L>,
+        machine: &mut M,
+    ) -> Result<(), MigrationError> {
+        match stream.receive()? {
+            Control::HandOver => {
+                let resume = self.run_here(machine)?;
+                tracing::info!(id = %self.id, resume_us = us(resume), "the guest runs here");
+                Ok(())
+            }
+            Control::GiveUp => {
+                self.discard(machine);
+                Ok(())
+            }
+            _ => Err(MigrationError::Peer { what: "a message out of its turn" }),
+        }
+    }
+}

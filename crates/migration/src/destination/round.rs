@@ -1,0 +1,210 @@
+//! One round: threads that receive, unpack, check and write, one for each connection.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
+
+use page_set::PageRange;
+
+use crate::error::MigrationError;
+use crate::layout::GuestLayout;
+use crate::limits::MAX_ALIVES;
+use crate::link::{Closer, Link};
+use crate::observer::{Observer, Progress};
+use crate::seams::WritePages;
+use crate::source::worse;
+use crate::wire::chunk::{Chunk, Fill, PAGE_BYTES, Unpacker};
+use crate::wire::control::Control;
+use crate::wire::frame::Kind;
+use crate::wire::stream::Stream;
+
+/// How often progress is told.
+const TELL: Duration = Duration::from_millis(100);
+
+/// Pages that are filled with a pattern at once.
+const FILL_PAGES: usize = 16;
+
+/// A round that was announced.
+pub(super) struct Round<'a> {
+    pub(super) number: u32,
+    /// Pages that it may have.
+    pub(super) pages: u64,
+    pub(super) layout: &'a GuestLayout,
+    pub(super) memory: &'a dyn WritePages,
+}
+
+/// What came in a round.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Done {
+    pub(super) received_pages: u64,
+    pub(super) told_pages: u64,
+}
+
+/// What the threads of a round share.
+struct Shared {
+    failed: AtomicBool,
+    pages: AtomicU64,
+    closers: Vec<Closer>,
+}
+
+impl Round<'_> {
+    /// Takes everything up to the round's end on each stream.
+    pub(super) fn take<L: Link>(
+        &self,
+        streams: &mut [Stream<L>],
+        observer: &mut dyn Observer,
+    ) -> Result<Done, MigrationError> {
+        let closers = streams.iter().map(Stream::closer).collect::<Result<_, _>>()?;
+        let (failed, pages) = (AtomicBool::new(false), AtomicU64::new(0));
+        let shared = Shared { failed, pages, closers };
+        let mut sum = Done::default();
+        let mut failure: Option<MigrationError> = None;
+        thread::scope(|scope| {
+            let (tell, told) = mpsc::channel();
+            for (index, stream) in streams.iter_mut().enumerate() {
+                let (shared, tell) = (&shared, tell.clone());
+                scope.spawn(move || {
+                    let outcome = self.take_share(stream, shared);
+                    if let Err(error) = &outcome {
+                        shared.fail(index, stream, error);
+                    }
+                    // The receiver is there until every thread has ended.
+                    let _ = tell.send(outcome);
+                });
+            }
+            drop(tell);
+            loop {
+                match told.recv_timeout(TELL) {
+                    Ok(Ok(part)) => {
+                        sum.received_pages += part.received_pages;
+                        sum.told_pages += part.told_pages;
+                    }
+                    Ok(Err(error)) => failure = Some(worse(failure.take(), error)),
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Err(RecvTimeoutError::Disconnected) => break,
+                }
+                let pages = shared.pages.load(Ordering::Relaxed);
+                observer.progress(Progress { pages, of_pages: self.pages, wire_bytes: 0 });
+            }
+        });
+        failure.map_or(Ok(sum), Err)
+    }
+
+    fn take_share<L: Link>(
+        &self,
+        stream: &mut Stream<L>,
+        shared: &Shared,
+    ) -> Result<Done, MigrationError> {
+        let mut unpacker = Unpacker::new()?;
+        let mut space = Vec::new();
+        let mut done = Done::default();
+        let (mut frames, mut alives) = (0, 0);
+        loop {
+            let kind = stream.read()?.kind;
+            let (body, payload) = stream.last();
+            let told = match kind {
+                Kind::Chunk => {
+                    let chunk = Chunk::decode(body, self.layout, self.number)?;
+                    let contents = unpacker.unpack(&chunk, payload, &mut space)?;
+                    frames += 1;
+                    done.received_pages += u64::from(chunk.data.count_ones());
+                    write_chunk(self.memory, &chunk, contents)?;
+                    u64::from((chunk.data | chunk.zeros).count_ones())
+                }
+                Kind::Fill if payload.is_empty() => {
+                    let fill = Fill::decode(body, self.layout, self.number)?;
+                    self.count(shared, fill.pages())?;
+                    for range in &fill.ranges {
+                        fill_with(self.memory, *range, fill.pattern)?;
+                    }
+                    continue;
+                }
+                _ => match Control::decode(kind, body)? {
+                    Control::RoundEnd { round, frames: sent, pages } => {
+                        let all = round == self.number
+                            && sent == frames
+                            && pages == done.told_pages
+                            && payload.is_empty();
+                        let lost = MigrationError::Damaged { what: "a round" };
+                        return if all { Ok(done) } else { Err(lost) };
+                    }
+                    Control::Alive if alives < MAX_ALIVES => {
+                        alives += 1;
+                        continue;
+                    }
+                    Control::Abort { reason } => return Err(MigrationError::GivenUp { reason }),
+                    _ => return Err(MigrationError::Peer { what: "a message out of its turn" }),
+                },
+            };
+            self.count(shared, told)?;
+            done.told_pages += told;
+            if shared.failed.load(Ordering::Relaxed) {
+                return Err(MigrationError::Cancelled);
+            }
+        }
+    }
+
+    /// No round says more of pages than it announced, so none goes on for ever.
+    fn count(&self, shared: &Shared, told: u64) -> Result<(), MigrationError> {
+        let before = shared.pages.fetch_add(told, Ordering::Relaxed);
+        let more = MigrationError::Peer { what: "more pages than it announced" };
+        if before.saturating_add(told) > self.pages { Err(more) } else { Ok(()) }
+    }
+}
+
+impl Shared {
+    /// Tells the source on the stream that failed, and ends the others.
+    fn fail<L: Link>(&self, index: usize, stream: &mut Stream<L>, error: &MigrationError) {
+        let first = !self.failed.swap(true, Ordering::Relaxed);
+        for (other, close) in self.closers.iter().enumerate() {
+            if other != index {
+                close();
+            }
+        }
+        if first {
+            stream.say_and_hang_up(&Control::Abort { reason: error.chain() });
+        }
+    }
+}
+
+/// Writes pages whose check sum was right.
+pub(crate) fn write_chunk(
+    memory: &dyn WritePages,
+    chunk: &Chunk,
+    contents: &[u8],
+) -> Result<(), MigrationError> {
+    let mut rest = contents;
+    for run in chunk.data_word().runs() {
+        let len = usize::try_from(run.pages()).unwrap_or(0) * PAGE_BYTES;
+        let (bytes, behind) = rest.split_at(len.min(rest.len()));
+        memory.write_pages(run, bytes).map_err(MigrationError::machine("writing memory"))?;
+        rest = behind;
+    }
+    for run in chunk.zero_word().runs() {
+        memory.zero_pages(run).map_err(MigrationError::machine("writing memory"))?;
+    }
+    Ok(())
+}
+
+/// Makes pages read as a pattern.
+pub(crate) fn fill_with(
+    memory: &dyn WritePages,
+    range: PageRange,
+    pattern: u32,
+) -> Result<(), MigrationError> {
+    if pattern == 0 {
+        return memory.zero_pages(range).map_err(MigrationError::machine("writing memory"));
+    }
+    let words = FILL_PAGES * PAGE_BYTES / 4;
+    let bytes: Vec<u8> = std::iter::repeat_n(pattern.to_le_bytes(), words).flatten().collect();
+    let mut rest = range;
+    while !rest.is_empty() {
+        let (now, later) = rest.split_at(rest.start() + FILL_PAGES as u64);
+        let len = usize::try_from(now.pages()).unwrap_or(0) * PAGE_BYTES;
+        let bytes = bytes.get(..len).unwrap_or(&bytes);
+        memory.write_pages(now, bytes).map_err(MigrationError::machine("writing memory"))?;
+        rest = later;
+    }
+    Ok(())
+}

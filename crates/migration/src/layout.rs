@@ -1,0 +1,91 @@
+//! Where a guest has memory.
+
+use page_set::PageRange;
+
+/// Regions that a guest's memory may have: KVM has some 32 thousand slots, but no machine needs more
+/// than a few, and each is a file or a mapping that a peer makes us allocate.
+pub const MAX_REGIONS: usize = 64;
+
+/// The regions of a guest's memory in pages of 4 KiB, by address, none empty, none overlapping, at
+/// most [`MAX_REGIONS`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GuestLayout {
+    regions: Vec<PageRange>,
+}
+
+/// Regions that no guest can have: the fault of who named them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LayoutError {
+    /// None, or too many.
+    #[error("{count} regions of memory; 1 to {MAX_REGIONS} are possible")]
+    Count {
+        /// How many there were.
+        count: usize,
+    },
+    /// One is empty, or begins before the one before it has ended.
+    #[error("the region of pages {0:?} is empty, or not behind the one before it")]
+    Order(PageRange),
+}
+
+impl GuestLayout {
+    /// Checks the regions.
+    ///
+    /// # Errors
+    /// They are not as the type promises.
+    pub fn new(regions: Vec<PageRange>) -> Result<Self, LayoutError> {
+        if !(1..=MAX_REGIONS).contains(&regions.len()) {
+            return Err(LayoutError::Count { count: regions.len() });
+        }
+        let mut end = 0;
+        for &region in &regions {
+            if region.is_empty() || region.start() < end {
+                return Err(LayoutError::Order(region));
+            }
+            end = region.end();
+        }
+        Ok(Self { regions })
+    }
+
+    /// The regions, by address.
+    #[must_use]
+    pub fn regions(&self) -> &[PageRange] {
+        &self.regions
+    }
+
+    /// How many pages the guest has.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        // Cannot overflow: they do not overlap, and page numbers end at 2^52.
+        self.regions.iter().map(|region| region.pages()).sum()
+    }
+
+    /// True if one region holds all of `pages`.
+    #[must_use]
+    pub fn holds(&self, pages: PageRange) -> bool {
+        self.regions.iter().any(|region| pages.is_within(*region))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(start: u64, pages: u64) -> PageRange {
+        PageRange::new(start, pages).unwrap()
+    }
+
+    #[test]
+    fn regions_are_in_order_and_apart() {
+        let layout = GuestLayout::new(vec![range(0, 8), range(8, 1), range(100, 4)]).unwrap();
+        assert_eq!(layout.pages(), 13);
+        assert!(layout.holds(range(101, 3)));
+        assert!(!layout.holds(range(101, 4)));
+        assert!(!layout.holds(range(9, 1)));
+        let order = |regions| GuestLayout::new(regions).unwrap_err();
+        assert_eq!(order(vec![range(0, 8), range(7, 1)]), LayoutError::Order(range(7, 1)));
+        assert_eq!(order(vec![range(0, 0)]), LayoutError::Order(range(0, 0)));
+        assert_eq!(order(vec![]), LayoutError::Count { count: 0 });
+        let many = (0..65).map(|at| range(at * 2, 1)).collect();
+        assert_eq!(order(many), LayoutError::Count { count: 65 });
+    }
+}

@@ -1,0 +1,55 @@
+//! What is told while a migration goes on: what a progress bar needs.
+
+/// Where a migration stands. Each phase is told once, but for rounds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// The guest is asked to drop its caches.
+    DropCaches,
+    /// Connections are opened (source), or waited for (destination).
+    Connect,
+    /// The two sides find out whether they fit.
+    Negotiate,
+    /// The guest is asked for its free pages.
+    FreePages,
+    /// Pages go while the guest runs.
+    Round {
+        /// From 0.
+        number: u32,
+    },
+    /// The guest stands; what is left goes.
+    LastRound,
+    /// State of processors and devices.
+    State,
+    /// The guest changes sides.
+    HandOver,
+}
+
+/// How far the present phase is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Pages that were looked at, sent or not.
+    pub pages: u64,
+    /// Of so many in this phase.
+    pub of_pages: u64,
+    /// Bytes on the wire in this phase.
+    pub wire_bytes: u64,
+}
+
+/// Is told. Calls come from the thread that runs the migration and delay it.
+pub trait Observer {
+    /// A phase begins.
+    fn phase(&mut self, phase: Phase) {
+        let _ = phase;
+    }
+
+    /// How far it is, some ten times a second.
+    fn progress(&mut self, progress: Progress) {
+        let _ = progress;
+    }
+}
+
+/// Tells nobody.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Silent;
+
+impl Observer for Silent {}

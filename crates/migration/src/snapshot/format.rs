@@ -1,0 +1,230 @@
+//! What is where in the file.
+
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+use crate::error::MigrationError;
+use crate::layout::GuestLayout;
+use crate::limits::{MAX_BODY_BYTES, MAX_NAME_BYTES, MAX_STATE_BYTES, MAX_STATE_SECTIONS};
+use crate::seams::StateSection;
+use crate::wire::body::{Reader, Writer};
+use crate::wire::chunk::PAGE_BYTES;
+
+/// Bytes of the head, and where memory begins.
+pub(super) const HEAD_BYTES: usize = PAGE_BYTES;
+
+/// Bytes of a page's entry in the table.
+pub(super) const ENTRY_BYTES: u64 = 8;
+
+const MAGIC: [u8; 8] = *b"AEROSNAP";
+const VERSION: u32 = 1;
+
+/// More than any state takes: sections with their names and lengths.
+const MAX_ENCODED_STATE_BYTES: u64 =
+    MAX_STATE_BYTES + (MAX_STATE_SECTIONS * (MAX_NAME_BYTES + 16) + 4) as u64;
+
+/// The first page of the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Head {
+    /// Pages of the guest.
+    pub(super) pages: u64,
+    /// Check sum of the table.
+    pub(super) table_sum: u64,
+    pub(super) description_bytes: u64,
+    pub(super) description_sum: u64,
+    pub(super) state_bytes: u64,
+    pub(super) state_sum: u64,
+}
+
+impl Head {
+    pub(super) fn encode(&self) -> [u8; HEAD_BYTES] {
+        let body = Writer::default().bytes(&MAGIC).u32(VERSION).u32(0).u64(self.pages);
+        let body = body.u64(self.table_sum).u64(self.description_bytes).u64(self.description_sum);
+        let body = body.u64(self.state_bytes).u64(self.state_sum).0;
+        let mut page = [0; HEAD_BYTES];
+        for (place, byte) in page.iter_mut().zip(body) {
+            *place = byte;
+        }
+        let (text, sum) = page.split_at_mut(HEAD_BYTES - 8);
+        sum.copy_from_slice(&xxh3_64_with_seed(text, 0).to_le_bytes());
+        page
+    }
+
+    /// Reads a head, with everything in it within its limits.
+    pub(super) fn decode(page: &[u8; HEAD_BYTES]) -> Result<Self, MigrationError> {
+        let (text, sum) = page.split_at(HEAD_BYTES - 8);
+        let mut body = Reader::new(text);
+        if body.array()? != MAGIC {
+            return Err(MigrationError::Peer { what: "the file is no snapshot" });
+        }
+        let version = body.u32()?;
+        if version != VERSION {
+            return Err(MigrationError::Peer { what: "the snapshot is of an unknown version" });
+        }
+        if sum != xxh3_64_with_seed(text, 0).to_le_bytes() {
+            return Err(MigrationError::Damaged { what: "the head of the snapshot" });
+        }
+        body.reserved(4)?;
+        let head = Self {
+            pages: body.u64()?,
+            table_sum: body.u64()?,
+            description_bytes: body.u64()?,
+            description_sum: body.u64()?,
+            state_bytes: body.u64()?,
+            state_sum: body.u64()?,
+        };
+        let fits = head.pages <= page_set::PAGE_NUMBER_END / 2
+            && head.description_bytes <= MAX_BODY_BYTES as u64
+            && head.state_bytes <= MAX_ENCODED_STATE_BYTES;
+        if fits { Ok(head) } else { Err(MigrationError::Peer { what: "an impossible snapshot" }) }
+    }
+
+    /// Where the table is. Cannot overflow: pages are limited.
+    pub(super) const fn table_at(&self) -> u64 {
+        page_at(self.pages)
+    }
+
+    pub(super) const fn description_at(&self) -> u64 {
+        self.table_at() + self.pages * ENTRY_BYTES
+    }
+
+    pub(super) const fn state_at(&self) -> u64 {
+        self.description_at() + self.description_bytes
+    }
+
+    /// Bytes of the whole file.
+    pub(super) const fn end(&self) -> u64 {
+        self.state_at() + self.state_bytes
+    }
+}
+
+/// Makes the check sums of a snapshot right again after somebody changed it, as far as its head
+/// still says where things are.
+pub(crate) fn seal(bytes: &mut [u8]) {
+    let number = |bytes: &[u8], at: usize| {
+        let word = bytes.get(at..at + 8).and_then(|word| word.first_chunk());
+        word.map_or(0, |word| u64::from_le_bytes(*word))
+    };
+    let pages = number(bytes, 16).min(1 << 40);
+    let table_at = page_at(pages);
+    let description_at = table_at + pages * ENTRY_BYTES;
+    let state_at = description_at.saturating_add(number(bytes, 32));
+    let end = state_at.saturating_add(number(bytes, 48));
+    for (at, from, to) in
+        [(24, table_at, description_at), (40, description_at, state_at), (56, state_at, end)]
+    {
+        let place = |at: u64| usize::try_from(at).unwrap_or(usize::MAX);
+        let Some(new) = bytes.get(place(from)..place(to)).map(sum) else { continue };
+        if let Some(old) = bytes.get_mut(at..at + 8) {
+            old.copy_from_slice(&new.to_le_bytes());
+        }
+    }
+    if let Some((text, sum_of)) =
+        bytes.get_mut(..HEAD_BYTES).and_then(|head| head.split_last_chunk_mut::<8>())
+    {
+        *sum_of = sum(text).to_le_bytes();
+    }
+}
+
+/// Where the page with this index is.
+pub(super) const fn page_at(index: u64) -> u64 {
+    HEAD_BYTES as u64 + index * PAGE_BYTES as u64
+}
+
+/// A page's entry in the table; 0 is for zeros.
+pub(super) fn page_sum(contents: &[u8], page: u64) -> u64 {
+    xxh3_64_with_seed(contents, page).max(1)
+}
+
+pub(super) fn sum(bytes: &[u8]) -> u64 {
+    xxh3_64_with_seed(bytes, 0)
+}
+
+/// Number of `page` among the pages that exist.
+pub(super) fn index_of(layout: &GuestLayout, page: u64) -> Option<u64> {
+    let mut before = 0;
+    for region in layout.regions() {
+        if region.contains(page) {
+            return Some(before + page - region.start());
+        }
+        before += region.pages();
+    }
+    None
+}
+
+pub(super) fn encode_state(state: &[StateSection]) -> Vec<u8> {
+    let each = |body: Writer, section: &StateSection| {
+        let body = body.text(&section.name, MAX_NAME_BYTES).u32(section.version);
+        body.u64(section.bytes.len() as u64).bytes(&section.bytes)
+    };
+    state.iter().fold(Writer::default().count(state.len()), each).0
+}
+
+pub(super) fn decode_state(bytes: &[u8]) -> Result<Vec<StateSection>, MigrationError> {
+    let mut body = Reader::new(bytes);
+    let mut state = Vec::new();
+    for _ in 0..body.count(MAX_STATE_SECTIONS)? {
+        let (name, version) = (body.text(MAX_NAME_BYTES)?, body.u32()?);
+        let len = usize::try_from(body.u64()?).unwrap_or(usize::MAX);
+        state.push(StateSection { name, version, bytes: body.bytes(len)?.to_vec() });
+    }
+    body.end()?;
+    Ok(state)
+}
+
+#[cfg(test)]
+mod tests {
+    use page_set::PageRange;
+
+    use super::*;
+
+    fn head() -> Head {
+        Head {
+            pages: 5,
+            table_sum: 1,
+            description_bytes: 2,
+            description_sum: 3,
+            state_bytes: 4,
+            state_sum: 5,
+        }
+    }
+
+    #[test]
+    fn heads_are_read_as_written_and_no_other() {
+        let page = head().encode();
+        assert_eq!(Head::decode(&page).unwrap(), head());
+        assert_eq!(head().end(), 4096 * 6 + 40 + 6);
+        for at in [0, 9, 20, 63, 100, 4095] {
+            let mut changed = page;
+            changed[at] ^= 1;
+            assert!(Head::decode(&changed).is_err(), "{at}");
+        }
+        let refused = |head: Head| Head::decode(&head.encode()).is_err();
+        assert!(refused(Head { pages: u64::MAX, ..head() }));
+        assert!(refused(Head { description_bytes: 1 << 40, ..head() }));
+        assert!(refused(Head { state_bytes: 1 << 40, ..head() }));
+    }
+
+    #[test]
+    fn pages_are_counted_without_gaps() {
+        let range = |start, pages| PageRange::new(start, pages).unwrap();
+        let layout = GuestLayout::new(vec![range(10, 5), range(100, 5)]).unwrap();
+        let index = |page| index_of(&layout, page);
+        assert_eq!([index(10), index(14), index(100), index(104)], [0, 4, 5, 9].map(Some));
+        assert_eq!([index(9), index(15), index(105)], [None; 3]);
+    }
+
+    #[test]
+    fn state_is_read_as_written() {
+        let section = |name: &str, bytes: &[u8]| StateSection {
+            name: name.to_owned(),
+            version: 2,
+            bytes: bytes.to_vec(),
+        };
+        let state = vec![section("cpu0", b"abc"), section("clock", b"")];
+        let bytes = encode_state(&state);
+        assert_eq!(decode_state(&bytes).unwrap(), state);
+        for len in 0..bytes.len() {
+            assert!(decode_state(&bytes[..len]).is_err());
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! A guest out of a file. The file is as hostile as a peer.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use page_set::PageRange;
+use xxhash_rust::xxh3::Xxh3Default;
+
+use super::format::{self, ENTRY_BYTES, HEAD_BYTES, Head, index_of, page_at, page_sum};
+use crate::destination::{DestinationConfig, check};
+use crate::error::MigrationError;
+use crate::observer::{Observer, Phase, Progress};
+use crate::seams::{Description, DestinationMachine, StateSection, WritePages};
+use crate::summary::us;
+use crate::wire::body::Reader;
+use crate::wire::chunk::PAGE_BYTES;
+use crate::wire::control::decode_description;
+
+/// Pages that are read at once.
+const PAGES_AT_ONCE: u64 = 64;
+
+/// What came of restoring.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Restored {
+    /// Pages that were read from the file.
+    pub read_pages: u64,
+    /// Pages that are zeros, which the file does not hold.
+    pub zero_pages: u64,
+    /// From opening the file to the start of the guest, in microseconds.
+    pub total_us: u64,
+}
+
+/// Makes a guest from the file `path`, and runs it.
+///
+/// # Errors
+/// The guest does not run, and nothing of it is left.
+pub fn restore<M: DestinationMachine>(
+    config: &DestinationConfig,
+    machine: &mut M,
+    path: &Path,
+    observer: &mut dyn Observer,
+) -> Result<Restored, MigrationError> {
+    let started = Instant::now();
+    let restored = load(config, machine, path, observer).and_then(|mut restored| {
+        machine.resume().map_err(MigrationError::machine("starting the guest"))?;
+        restored.total_us = us(started.elapsed());
+        Ok(restored)
+    });
+    if restored.is_err() {
+        machine.destroy();
+    }
+    restored
+}
+
+fn load<M: DestinationMachine>(
+    config: &DestinationConfig,
+    machine: &mut M,
+    path: &Path,
+    observer: &mut dyn Observer,
+) -> Result<Restored, MigrationError> {
+    observer.phase(Phase::Negotiate);
+    let snapshot = SnapshotFile::open(path)?;
+    check(config, &machine.cpu_features(), snapshot.description())?;
+    let state = snapshot.state()?;
+    let memory = machine.create(snapshot.description());
+    let memory = memory.map_err(MigrationError::machine("making the guest"))?;
+    observer.phase(Phase::Round { number: 0 });
+    let mut restored = Restored::default();
+    for region in snapshot.description().layout.regions() {
+        let mut rest = *region;
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(rest.start() + PAGES_AT_ONCE);
+            let read = snapshot.copy(now, memory.as_ref())?;
+            restored.read_pages += read;
+            restored.zero_pages += now.pages() - read;
+            rest = later;
+            observer.progress(Progress {
+                pages: restored.read_pages + restored.zero_pages,
+                of_pages: snapshot.head.pages,
+                wire_bytes: restored.read_pages * PAGE_BYTES as u64,
+            });
+        }
+    }
+    observer.phase(Phase::State);
+    machine.load_state(state).map_err(MigrationError::machine("loading the guest's state"))?;
+    Ok(restored)
+}
+
+/// A snapshot whose head, table and description were checked. Pages are checked as they are read,
+/// in any order, so that they can be read when the guest touches them.
+#[derive(Debug)]
+pub struct SnapshotFile {
+    file: File,
+    path: PathBuf,
+    head: Head,
+    description: Description,
+}
+
+impl SnapshotFile {
+    /// Opens the file `path`.
+    ///
+    /// # Errors
+    /// It cannot be read, is no snapshot, or is not whole.
+    pub fn open(path: &Path) -> Result<Self, MigrationError> {
+        let error = |source| MigrationError::File { what: "reading", path: path.into(), source };
+        let file = File::open(path).map_err(error)?;
+        let len = file.metadata().map_err(error)?.len();
+        let mut page = [0; HEAD_BYTES];
+        file.read_exact_at(&mut page, 0).map_err(error)?;
+        let head = Head::decode(&page)?;
+        if len != head.end() {
+            return Err(MigrationError::Damaged { what: "the snapshot" });
+        }
+        let mut bytes = vec![0; usize::try_from(head.description_bytes).unwrap_or(0)];
+        file.read_exact_at(&mut bytes, head.description_at()).map_err(error)?;
+        if format::sum(&bytes) != head.description_sum {
+            return Err(MigrationError::Damaged { what: "the description of the guest" });
+        }
+        let mut body = Reader::new(&bytes);
+        let description = decode_description(&mut body)?;
+        body.end()?;
+        if description.layout.pages() != head.pages {
+            return Err(MigrationError::Peer { what: "a table of another size than the memory" });
+        }
+        let snapshot = Self { file, path: path.to_owned(), head, description };
+        snapshot.check_table()?;
+        Ok(snapshot)
+    }
+
+    /// What guest it is.
+    #[must_use]
+    pub const fn description(&self) -> &Description {
+        &self.description
+    }
+
+    /// The state of the machine.
+    ///
+    /// # Errors
+    /// It cannot be read, or is not as it was written.
+    pub fn state(&self) -> Result<Vec<StateSection>, MigrationError> {
+        let mut bytes = vec![0; usize::try_from(self.head.state_bytes).unwrap_or(0)];
+        self.read(&mut bytes, self.head.state_at())?;
+        if format::sum(&bytes) != self.head.state_sum {
+            return Err(MigrationError::Damaged { what: "state" });
+        }
+        format::decode_state(&bytes)
+    }
+
+    /// Reads one page; false where it is zeros, and `out` is as it was.
+    ///
+    /// # Errors
+    /// The page does not exist, cannot be read, or is not as it was written.
+    pub fn read_page(&self, page: u64, out: &mut [u8; PAGE_BYTES]) -> Result<bool, MigrationError> {
+        let outside = MigrationError::Peer { what: "pages outside of the guest's memory" };
+        let index = index_of(&self.description.layout, page).ok_or(outside)?;
+        let mut entry = [0; 8];
+        self.read(&mut entry, self.head.table_at() + index * ENTRY_BYTES)?;
+        let entry = u64::from_le_bytes(entry);
+        if entry == 0 {
+            return Ok(false);
+        }
+        self.read(out, page_at(index))?;
+        self.check_page(out, page, entry)?;
+        Ok(true)
+    }
+
+    /// Copies at most [`PAGES_AT_ONCE`] pages of one region; how many were not zeros.
+    fn copy(&self, pages: PageRange, memory: &dyn WritePages) -> Result<u64, MigrationError> {
+        let outside = MigrationError::Peer { what: "pages outside of the guest's memory" };
+        let index = index_of(&self.description.layout, pages.start()).ok_or(outside)?;
+        let count = usize::try_from(pages.pages()).unwrap_or(0);
+        let mut entries = vec![0; count * 8];
+        self.read(&mut entries, self.head.table_at() + index * ENTRY_BYTES)?;
+        let (entries, _) = entries.as_chunks::<8>();
+        let bits = entries.iter().enumerate().filter(|(_, entry)| **entry != [0; 8]);
+        let bits = bits.fold(0u64, |bits, (bit, _)| bits | 1 << bit);
+        let mut contents = Vec::new();
+        for run in (crate::dirty::Word { start: pages.start(), bits }).runs() {
+            let first = run.start() - pages.start();
+            contents.resize(usize::try_from(run.pages()).unwrap_or(0) * PAGE_BYTES, 0);
+            self.read(&mut contents, page_at(index + first))?;
+            let entries = entries.iter().skip(usize::try_from(first).unwrap_or(usize::MAX));
+            let each = contents.chunks(PAGE_BYTES).zip(entries);
+            for ((bytes, entry), page) in each.zip(run.start()..) {
+                self.check_page(bytes, page, u64::from_le_bytes(*entry))?;
+            }
+            memory
+                .write_pages(run, &contents)
+                .map_err(MigrationError::machine("writing memory"))?;
+        }
+        Ok(u64::from(bits.count_ones()))
+    }
+
+    pub(super) fn pages(&self) -> u64 {
+        self.head.pages
+    }
+
+    fn check_page(&self, contents: &[u8], page: u64, entry: u64) -> Result<(), MigrationError> {
+        if page_sum(contents, page) != entry {
+            return Err(MigrationError::Damaged { what: "memory" });
+        }
+        Ok(())
+    }
+
+    /// The table says which pages are zeros, so none of it may be wrong.
+    fn check_table(&self) -> Result<(), MigrationError> {
+        let mut hash = Xxh3Default::new();
+        let mut left = self.head.pages * ENTRY_BYTES;
+        let mut bytes = vec![0; 64 << 10];
+        while left > 0 {
+            let at = self.head.description_at() - left;
+            let len = usize::try_from(left).unwrap_or(usize::MAX).min(bytes.len());
+            let part = bytes.get_mut(..len).unwrap_or_default();
+            self.read(part, at)?;
+            hash.update(part);
+            left -= len as u64;
+        }
+        let whole = hash.digest() == self.head.table_sum;
+        if whole { Ok(()) } else { Err(MigrationError::Damaged { what: "the table of pages" }) }
+    }
+
+    fn read(&self, bytes: &mut [u8], at: u64) -> Result<(), MigrationError> {
+        let read = self.file.read_exact_at(bytes, at);
+        let path = || self.path.clone();
+        read.map_err(|source| MigrationError::File { what: "reading", path: path(), source })
+    }
+}

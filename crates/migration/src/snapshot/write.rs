@@ -1,0 +1,276 @@
+//! Writing a guest to a file while it runs.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use page_set::PageRange;
+use rustix::fs::{FallocateFlags, fallocate};
+use xxhash_rust::xxh3::Xxh3Default;
+
+use super::format::{self, Head, index_of, page_at, page_sum};
+use crate::error::MigrationError;
+use crate::layout::GuestLayout;
+use crate::observer::{Observer, Progress};
+use crate::seams::{Description, SourceMachine, StateSection};
+use crate::selection::Plan;
+use crate::source::{
+    HandedOver, Job, RoundContext, Sink, SourceConfig, SourceFailure, SourceGuest, check_state,
+    look_at, no_doubt,
+};
+use crate::summary::{RoundSummary, Summary};
+use crate::wire::chunk::PAGE_BYTES;
+use crate::wire::control::{MigrationId, encode_description};
+
+/// Words between two looks at whether somebody wants an end.
+const WORDS_AT_ONCE: usize = 64;
+
+/// What becomes of the guest when the file is whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum After {
+    /// It goes on.
+    Resume,
+    /// It is in the file now, and stays paused here.
+    Stop,
+}
+
+/// Writes a guest to the file `path`, which must not exist. Of `config`, connections, compression,
+/// and what is said of the peer are not looked at.
+///
+/// # Errors
+/// There is no file; the guest goes on, or the failure says why not.
+pub fn snapshot<M: SourceMachine>(
+    config: &SourceConfig,
+    machine: &mut M,
+    path: &Path,
+    after: After,
+    observer: &mut dyn Observer,
+) -> Result<Summary, SourceFailure> {
+    let runs = |error| SourceFailure { error, guest: SourceGuest::Runs };
+    config.check().map_err(runs)?;
+    let id = MigrationId::random().map_err(runs)?;
+    let started = Instant::now();
+    let mut file = SnapshotSink::create(path, after).map_err(runs)?;
+    let mut job = Job::new(config, machine, &mut file, observer, started);
+    job.summary.id = id.to_string();
+    let outcome = job.run();
+    job.finish(outcome, no_doubt(id, config))
+}
+
+/// The file that is being written.
+struct SnapshotSink {
+    file: File,
+    path: PathBuf,
+    /// Where it is until it is whole.
+    part: PathBuf,
+    after: After,
+    layout: Option<GuestLayout>,
+    description: Vec<u8>,
+    /// The entry of each page.
+    table: Vec<u64>,
+    written_bytes: u64,
+}
+
+impl SnapshotSink {
+    fn create(path: &Path, after: After) -> Result<Self, MigrationError> {
+        let mut part = path.as_os_str().to_owned();
+        part.push(".part");
+        let part = PathBuf::from(part);
+        if path.exists() {
+            let what = format!("{} exists", path.display());
+            return Err(MigrationError::Operator { what });
+        }
+        let options =
+            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&part);
+        let file = options.map_err(|source| MigrationError::File {
+            what: "making",
+            path: part.clone(),
+            source,
+        })?;
+        let (path, layout, description) = (path.to_owned(), None, Vec::new());
+        let (table, written_bytes) = (Vec::new(), 0);
+        Ok(Self { file, path, part, after, layout, description, table, written_bytes })
+    }
+
+    fn error(&self, what: &'static str) -> impl Fn(io::Error) -> MigrationError + use<> {
+        let path = self.path.clone();
+        move |source| MigrationError::File { what, path: path.clone(), source }
+    }
+
+    fn write(&mut self, bytes: &[u8], at: u64) -> Result<(), MigrationError> {
+        self.written_bytes += bytes.len() as u64;
+        self.file.write_all_at(bytes, at).map_err(self.error("writing"))
+    }
+
+    /// Writes pages of one region, one behind the other.
+    fn write_run(&mut self, run: PageRange, contents: &[u8]) -> Result<(), MigrationError> {
+        let index = self.index(run.start())?;
+        for ((place, page), contents) in
+            (index..).zip(run.start()..run.end()).zip(contents.chunks(PAGE_BYTES))
+        {
+            self.enter(place, page_sum(contents, page));
+        }
+        self.write(contents, page_at(index))
+    }
+
+    /// Makes pages of one region zeros.
+    fn clear_run(&mut self, run: PageRange) -> Result<(), MigrationError> {
+        let index = self.index(run.start())?;
+        let places = index..index + run.pages();
+        let entry = |place: u64| usize::try_from(place).ok().and_then(|at| self.table.get(at));
+        if places.clone().all(|place| entry(place) == Some(&0)) {
+            return Ok(());
+        }
+        places.for_each(|place| self.enter(place, 0));
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let (at, len) = (page_at(index), run.pages() * PAGE_BYTES as u64);
+        if fallocate(&self.file, flags, at, len).is_ok() {
+            return Ok(());
+        }
+        // Not every file system has holes.
+        let zeros = vec![0; usize::try_from(len).unwrap_or(0)];
+        self.write(&zeros, at)
+    }
+
+    fn enter(&mut self, place: u64, sum: u64) {
+        if let Some(entry) = usize::try_from(place).ok().and_then(|at| self.table.get_mut(at)) {
+            *entry = sum;
+        }
+    }
+
+    fn index(&self, page: u64) -> Result<u64, MigrationError> {
+        let index = self.layout.as_ref().and_then(|layout| index_of(layout, page));
+        index.ok_or(MigrationError::Peer { what: "pages outside of the guest's memory" })
+    }
+
+    fn fill(&mut self, run: PageRange, pattern: u32) -> Result<(), MigrationError> {
+        if pattern == 0 {
+            return self.clear_run(run);
+        }
+        let page: Vec<u8> =
+            std::iter::repeat_n(pattern.to_le_bytes(), PAGE_BYTES / 4).flatten().collect();
+        for page_number in run.start()..run.end() {
+            let one = PageRange::new(page_number, 1);
+            let one = one.map_err(|_| MigrationError::Peer { what: "an impossible page" })?;
+            self.write_run(one, &page)?;
+        }
+        Ok(())
+    }
+
+    /// All of it is on disk, and then has its name.
+    fn commit(&mut self) -> Result<(), MigrationError> {
+        self.file.sync_all().map_err(self.error("syncing"))?;
+        // Unlike a rename this does not replace what came to be there meanwhile.
+        fs::hard_link(&self.part, &self.path).map_err(self.error("naming"))?;
+        let directory = match self.path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        let synced = File::open(directory).and_then(|directory| directory.sync_all());
+        if let Err(error) = synced {
+            let _ = fs::remove_file(&self.path);
+            return Err(self.error("syncing the directory of")(error));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for SnapshotSink {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_file(&self.part) {
+            tracing::warn!(path = %self.part.display(), %error, "cannot be removed");
+        }
+    }
+}
+
+impl Sink for SnapshotSink {
+    fn open(&mut self, description: &Description) -> Result<(), MigrationError> {
+        let pages = usize::try_from(description.layout.pages()).unwrap_or(usize::MAX);
+        self.table = vec![0; pages];
+        self.layout = Some(description.layout.clone());
+        self.description = encode_description(description).0;
+        Ok(())
+    }
+
+    fn round(
+        &mut self,
+        context: &mut RoundContext<'_>,
+        plan: &Plan,
+    ) -> Result<RoundSummary, MigrationError> {
+        let mut sum = RoundSummary::default();
+        let mut contents = Vec::new();
+        let mut pages = 0;
+        for (number, &word) in plan.words.iter().enumerate() {
+            if number % WORDS_AT_ONCE == 0 {
+                context.not_cancelled()?;
+                let wire_bytes = self.written_bytes;
+                context.observer.progress(Progress { pages, of_pages: plan.pages, wire_bytes });
+            }
+            let (data, zeros) = look_at(context.memory, word, &mut contents)?;
+            let mut rest = contents.as_slice();
+            for run in (crate::dirty::Word { start: word.start, bits: data }).runs() {
+                let len = usize::try_from(run.pages()).unwrap_or(0) * PAGE_BYTES;
+                let (bytes, behind) = rest.split_at(len.min(rest.len()));
+                self.write_run(run, bytes)?;
+                rest = behind;
+            }
+            for run in (crate::dirty::Word { start: word.start, bits: zeros }).runs() {
+                self.clear_run(run)?;
+            }
+            sum.sent_pages += u64::from(data.count_ones());
+            sum.zero_pages += u64::from(zeros.count_ones());
+            pages += u64::from(word.bits.count_ones());
+        }
+        for (&pattern, set) in &plan.fills {
+            for region in context.layout.regions() {
+                for run in set.ranges_in(*region) {
+                    self.fill(run, pattern)?;
+                    sum.filled_pages += run.pages();
+                }
+            }
+        }
+        Ok(sum)
+    }
+
+    fn paused(&mut self, _paused: bool) -> Result<(), MigrationError> {
+        Ok(())
+    }
+
+    fn state(&mut self, state: &[StateSection]) -> Result<Duration, MigrationError> {
+        check_state(state)?;
+        let encoded = format::encode_state(state);
+        let mut hash = Xxh3Default::new();
+        let table: Vec<u8> = self.table.iter().flat_map(|entry| entry.to_le_bytes()).collect();
+        hash.update(&table);
+        let head = Head {
+            pages: self.table.len() as u64,
+            table_sum: hash.digest(),
+            description_bytes: self.description.len() as u64,
+            description_sum: format::sum(&self.description),
+            state_bytes: encoded.len() as u64,
+            state_sum: format::sum(&encoded),
+        };
+        self.write(&table, head.table_at())?;
+        let description = std::mem::take(&mut self.description);
+        self.write(&description, head.description_at())?;
+        self.write(&encoded, head.state_at())?;
+        self.write(&head.encode(), 0)?;
+        Ok(Duration::ZERO)
+    }
+
+    fn hand_over(&mut self) -> HandedOver {
+        match (self.commit(), self.after) {
+            (Err(error), _) => HandedOver::Refused(error),
+            (Ok(()), After::Resume) => HandedOver::Copied,
+            (Ok(()), After::Stop) => HandedOver::Taken(Duration::ZERO),
+        }
+    }
+
+    fn abort(&mut self, _error: &MigrationError) {}
+
+    fn wire_bytes(&self) -> u64 {
+        self.written_bytes
+    }
+}

@@ -1,0 +1,268 @@
+//! One round: threads that read, look, pack and send, one for each connection.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::bandwidth::Bandwidth;
+use crate::dirty::Word;
+use crate::error::MigrationError;
+use crate::layout::GuestLayout;
+use crate::link::{Closer, Link};
+use crate::observer::{Observer, Progress};
+use crate::seams::ReadPages;
+use crate::summary::RoundSummary;
+use crate::wire::chunk::{Chunk, Encoding, PAGE_BYTES, Packer};
+use crate::wire::control::Control;
+use crate::wire::frame::Kind;
+use crate::wire::stream::Stream;
+
+use super::SourceConfig;
+
+/// Words that a thread takes at once: 4 MiB of memory.
+const WORDS_AT_ONCE: usize = 16;
+
+/// How often progress is told.
+const TELL: Duration = Duration::from_millis(100);
+
+/// What a round is about.
+pub(crate) struct RoundContext<'a> {
+    pub(crate) number: u32,
+    pub(crate) last: bool,
+    pub(crate) layout: &'a GuestLayout,
+    pub(crate) memory: &'a dyn ReadPages,
+    pub(crate) config: &'a SourceConfig,
+    pub(crate) observer: &'a mut dyn Observer,
+}
+
+impl RoundContext<'_> {
+    pub(crate) fn not_cancelled(&self) -> Result<(), MigrationError> {
+        let cancelled = self.config.cancel.load(Ordering::Relaxed);
+        if cancelled { Err(MigrationError::Cancelled) } else { Ok(()) }
+    }
+}
+
+/// What the threads of a round share.
+struct Work<'a> {
+    number: u32,
+    words: &'a [Word],
+    next: AtomicUsize,
+    failed: AtomicBool,
+    memory: &'a dyn ReadPages,
+    level: Option<i32>,
+    limit: Option<&'a Bandwidth>,
+    cancel: &'a AtomicBool,
+    /// A sign of life is due after so long.
+    alive: Duration,
+    pages: AtomicU64,
+    wire_bytes: AtomicU64,
+}
+
+/// Sends `words` over all of `streams`. When it returns without error, all of it was handed to the
+/// system, with the round's end behind it on each stream.
+pub(super) fn send<L: Link>(
+    context: &mut RoundContext<'_>,
+    words: &[Word],
+    streams: &mut [Stream<L>],
+    closers: &[Closer],
+    level: Option<i32>,
+    limit: Option<&Bandwidth>,
+) -> Result<RoundSummary, MigrationError> {
+    let work = Work {
+        number: context.number,
+        words,
+        next: AtomicUsize::new(0),
+        failed: AtomicBool::new(false),
+        memory: context.memory,
+        level,
+        limit,
+        cancel: &context.config.cancel,
+        alive: context.config.stall.min(context.config.stall_paused) / 8,
+        pages: AtomicU64::new(0),
+        wire_bytes: AtomicU64::new(0),
+    };
+    let of_pages = words.iter().map(|word| u64::from(word.bits.count_ones())).sum();
+    let mut sum = RoundSummary::default();
+    let mut failure: Option<MigrationError> = None;
+    thread::scope(|scope| {
+        let (tell, told) = mpsc::channel();
+        for stream in streams {
+            let (work, tell) = (&work, tell.clone());
+            scope.spawn(move || {
+                let outcome = work.send_share(stream);
+                if outcome.is_err() {
+                    work.failed.store(true, Ordering::Relaxed);
+                    // The others may be waiting for a peer that does not read any more.
+                    closers.iter().for_each(|close| close());
+                }
+                // The receiver is there until every thread has ended.
+                let _ = tell.send(outcome);
+            });
+        }
+        drop(tell);
+        loop {
+            match told.recv_timeout(TELL) {
+                Ok(Ok(part)) => {
+                    sum.sent_pages += part.sent_pages;
+                    sum.zero_pages += part.zero_pages;
+                }
+                Ok(Err(error)) => failure = Some(worse(failure.take(), error)),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+            context.observer.progress(Progress {
+                pages: work.pages.load(Ordering::Relaxed),
+                of_pages,
+                wire_bytes: work.wire_bytes.load(Ordering::Relaxed),
+            });
+        }
+    });
+    failure.map_or(Ok(sum), Err)
+}
+
+/// Of two errors the one that says more: threads that were stopped, or whose connections were
+/// closed, say what another one led to.
+pub(crate) fn worse(first: Option<MigrationError>, second: MigrationError) -> MigrationError {
+    match first {
+        Some(first) if !matches!(first, MigrationError::Closed | MigrationError::Cancelled) => {
+            first
+        }
+        Some(first) if matches!(second, MigrationError::Cancelled) => first,
+        _ => second,
+    }
+}
+
+impl Work<'_> {
+    /// Sends until nothing is left, and the end of the round.
+    fn send_share<L: Link>(&self, stream: &mut Stream<L>) -> Result<RoundSummary, MigrationError> {
+        let mut packer = self.level.map(Packer::new).transpose()?;
+        let (mut contents, mut space) = (Vec::new(), Vec::new());
+        let mut sum = RoundSummary::default();
+        let (mut frames, mut told_pages) = (0, 0);
+        while let Some(words) = self.take() {
+            for &word in words {
+                if self.failed.load(Ordering::Relaxed) || self.cancel.load(Ordering::Relaxed) {
+                    return Err(MigrationError::Cancelled);
+                }
+                let (data, zeros) = look_at(self.memory, word, &mut contents)?;
+                sum.sent_pages += u64::from(data.count_ones());
+                sum.zero_pages += u64::from(zeros.count_ones());
+                self.pages.fetch_add(u64::from(word.bits.count_ones()), Ordering::Relaxed);
+                // The destination's memory reads as zeros until something else is sent.
+                let zeros = if self.number == 0 { 0 } else { zeros };
+                if stream.idle() > self.alive {
+                    // Pages that are zeros, or pack well, are nothing that the peer would see.
+                    stream.send(&Control::Alive)?;
+                }
+                if data | zeros == 0 {
+                    continue;
+                }
+                let encoding = Encoding::Raw;
+                let start = word.start;
+                let mut chunk = Chunk { round: self.number, encoding, start, data, zeros, sum: 0 };
+                chunk.sum = chunk.sum_of(&contents);
+                let packed = packer.as_mut().and_then(|packer| packer.pack(&contents, &mut space));
+                if packed.is_some() {
+                    chunk.encoding = Encoding::Zstd;
+                }
+                let payload = packed.unwrap_or(&contents);
+                self.wait(payload.len());
+                stream.push(Kind::Chunk, &chunk.encode(), payload)?;
+                frames += 1;
+                told_pages += u64::from((data | zeros).count_ones());
+            }
+        }
+        stream.send(&Control::RoundEnd { round: self.number, frames, pages: told_pages })?;
+        Ok(sum)
+    }
+
+    fn take(&self) -> Option<&[Word]> {
+        let from = self.next.fetch_add(WORDS_AT_ONCE, Ordering::Relaxed);
+        let end = from.saturating_add(WORDS_AT_ONCE).min(self.words.len());
+        self.words.get(from..end).filter(|words| !words.is_empty())
+    }
+
+    /// Keeps to the limit.
+    fn wait(&self, bytes: usize) {
+        self.wire_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        let wait = self.limit.map(|limit| limit.take(bytes as u64, Instant::now()));
+        if let Some(wait) = wait.filter(|wait| !wait.is_zero()) {
+            thread::sleep(wait);
+        }
+    }
+}
+
+/// Reads the pages of `word` and tells those that are zeros. The others' contents are in `contents`
+/// afterwards, one behind the other.
+pub(crate) fn look_at(
+    memory: &dyn ReadPages,
+    word: Word,
+    contents: &mut Vec<u8>,
+) -> Result<(u64, u64), MigrationError> {
+    contents.resize(word.bits.count_ones() as usize * PAGE_BYTES, 0);
+    let mut rest = contents.as_mut_slice();
+    for run in word.runs() {
+        let bytes = usize::try_from(run.pages()).unwrap_or(0) * PAGE_BYTES;
+        let (out, behind) = rest.split_at_mut(bytes.min(rest.len()));
+        memory.read_pages(run, out).map_err(MigrationError::machine("reading memory"))?;
+        rest = behind;
+    }
+    let (mut data, mut zeros) = (0, 0);
+    let mut kept = 0;
+    let mut bits = word.bits;
+    for page in 0.. {
+        if bits == 0 {
+            break;
+        }
+        let bit = bits & bits.wrapping_neg();
+        bits &= !bit;
+        let at = page * PAGE_BYTES;
+        // The copy is looked at, not the guest's memory, which may change.
+        if contents.get(at..at + PAGE_BYTES) == Some(&ZEROS[..]) {
+            zeros |= bit;
+            continue;
+        }
+        data |= bit;
+        if kept < at {
+            contents.copy_within(at..at + PAGE_BYTES, kept);
+        }
+        kept += PAGE_BYTES;
+    }
+    contents.truncate(kept);
+    Ok((data, zeros))
+}
+
+static ZEROS: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
+
+#[cfg(test)]
+mod tests {
+    use page_set::PageRange;
+
+    use super::*;
+    use crate::seams::MachineError;
+
+    /// Every third page is zeros, the others hold their number.
+    struct Numbers;
+
+    impl ReadPages for Numbers {
+        fn read_pages(&self, pages: PageRange, out: &mut [u8]) -> Result<(), MachineError> {
+            for (page, out) in (pages.start()..pages.end()).zip(out.chunks_mut(PAGE_BYTES)) {
+                out.fill(if page % 3 == 0 { 0 } else { page.to_le_bytes()[0] });
+            }
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn zeros_are_told_and_the_rest_is_packed() {
+        let word = Word { start: 1, bits: 0b1011_0111 | 1 << 63 };
+        let mut contents = vec![9; 100];
+        let (data, zeros) = look_at(&Numbers, word, &mut contents).unwrap();
+        // Pages 3, 6 of those wanted.
+        assert_eq!(zeros, 0b10_0100);
+        assert_eq!(data, word.bits & !zeros);
+        let pages: Vec<u8> = contents.chunks(PAGE_BYTES).map(|page| page[4095]).collect();
+        assert_eq!(pages, [1, 2, 5, 8, 64]);
+    }
+}

@@ -1,0 +1,123 @@
+//! Both sides show a certificate of an authority that the operator chose, or there is no
+//! connection. TLS 1.3 only.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustls::client::WebPkiServerVerifier;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection};
+
+use crate::error::MigrationError;
+
+/// Certificates that a file may hold: a chain, or a few authorities.
+const MAX_CERTIFICATES: usize = 64;
+
+/// Bytes that wait in a connection to be encrypted: a chunk goes in one piece.
+const BUFFER_BYTES: usize = 512 << 10;
+
+/// Where one side's certificates are, as PEM.
+#[derive(Clone, Debug)]
+pub struct TlsFiles {
+    /// Whom the other side's certificate must come from.
+    pub authority: PathBuf,
+    /// This side's certificate, and what leads from it to the authority.
+    pub certificate: PathBuf,
+    /// Its key.
+    pub key: PathBuf,
+}
+
+/// What one side shows, and whom it believes. The same serves as source and as destination; the
+/// certificate must allow both (extended key usage), and name the destination's host.
+#[derive(Clone, Debug)]
+pub struct Tls {
+    client: Arc<ClientConfig>,
+    server: Arc<ServerConfig>,
+}
+
+fn error<E>(what: &'static str) -> impl Fn(E) -> MigrationError
+where
+    E: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    move |source| MigrationError::Tls { what, source: source.into() }
+}
+
+impl Tls {
+    /// Reads the files.
+    ///
+    /// # Errors
+    /// One cannot be read, is not what it should be, or does not fit to another.
+    pub fn from_files(files: &TlsFiles) -> Result<Self, MigrationError> {
+        let key = PrivateKeyDer::from_pem_file(&files.key);
+        let key = key.map_err(error("reading the key"))?;
+        Self::new(&certificates(&files.authority)?, certificates(&files.certificate)?, key)
+    }
+
+    /// From certificates that were read already.
+    ///
+    /// # Errors
+    /// They do not fit to one another.
+    pub fn new(
+        authorities: &[CertificateDer<'static>],
+        chain: Vec<CertificateDer<'static>>,
+        key: PrivateKeyDer<'static>,
+    ) -> Result<Self, MigrationError> {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let mut roots = RootCertStore::empty();
+        for authority in authorities {
+            roots.add(authority.clone()).map_err(error("believing the authority"))?;
+        }
+        let roots = Arc::new(roots);
+        let clients =
+            WebPkiClientVerifier::builder_with_provider(Arc::clone(&roots), Arc::clone(&provider));
+        let clients = clients.build().map_err(error("believing the authority"))?;
+        let servers = WebPkiServerVerifier::builder_with_provider(roots, Arc::clone(&provider));
+        let servers = servers.build().map_err(error("believing the authority"))?;
+        let versions = &[&rustls::version::TLS13];
+        let mut server = ServerConfig::builder_with_provider(Arc::clone(&provider))
+            .with_protocol_versions(versions)
+            .map_err(error("choosing TLS 1.3"))?
+            .with_client_cert_verifier(clients)
+            .with_single_cert(chain.clone(), key.clone_key())
+            .map_err(error("showing the certificate"))?;
+        // Nobody comes back for the same session.
+        server.send_tls13_tickets = 0;
+        let client = ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(versions)
+            .map_err(error("choosing TLS 1.3"))?
+            .with_webpki_verifier(servers)
+            .with_client_auth_cert(chain, key)
+            .map_err(error("showing the certificate"))?;
+        Ok(Self { client: Arc::new(client), server: Arc::new(server) })
+    }
+
+    /// A connection to `host`, whose certificate must name it.
+    pub(crate) fn client(&self, host: &str) -> Result<ClientConnection, MigrationError> {
+        let name = ServerName::try_from(host.to_owned());
+        let name = name.map_err(error("a host that can have no certificate"))?;
+        let connection = ClientConnection::new(Arc::clone(&self.client), name);
+        let mut connection = connection.map_err(error("beginning"))?;
+        connection.set_buffer_limit(Some(BUFFER_BYTES));
+        Ok(connection)
+    }
+
+    pub(crate) fn server(&self) -> Result<ServerConnection, MigrationError> {
+        let mut connection =
+            ServerConnection::new(Arc::clone(&self.server)).map_err(error("beginning"))?;
+        connection.set_buffer_limit(Some(BUFFER_BYTES));
+        Ok(connection)
+    }
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, MigrationError> {
+    let all = CertificateDer::pem_file_iter(path).map_err(error("reading a certificate"))?;
+    let all: Result<Vec<_>, _> = all.take(MAX_CERTIFICATES).collect();
+    let all = all.map_err(error("reading a certificate"))?;
+    if all.is_empty() {
+        let none = format!("there is none in {}", path.display());
+        return Err(error("reading a certificate")(none));
+    }
+    Ok(all)
+}

@@ -1,0 +1,180 @@
+//! One frame: a head, a body of structure, a payload of contents.
+//!
+//! The check sum at its start covers head and body, and is keyed to the stream and to the frame's
+//! number in it, which is not sent: a frame that is changed, lost, repeated or out of its order is
+//! found. Payloads have check sums of their own, in the body (`chunk`).
+
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+use crate::error::MigrationError;
+use crate::limits::{MAX_BODY_BYTES, MAX_PAYLOAD_BYTES};
+
+/// Bytes of a head.
+pub(crate) const HEAD_BYTES: usize = 24;
+
+/// What a frame is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Hello,
+    Welcome,
+    Describe,
+    Ready,
+    RoundStart,
+    Chunk,
+    Fill,
+    RoundEnd,
+    RoundDone,
+    State,
+    StateEnd,
+    Prepared,
+    HandOver,
+    Running,
+    Refused,
+    Abort,
+    Status,
+    GiveUp,
+    Alive,
+}
+
+const KINDS: [(u16, Kind); 19] = [
+    (1, Kind::Hello),
+    (2, Kind::Welcome),
+    (3, Kind::Describe),
+    (4, Kind::Ready),
+    (5, Kind::RoundStart),
+    (6, Kind::Chunk),
+    (7, Kind::Fill),
+    (8, Kind::RoundEnd),
+    (9, Kind::RoundDone),
+    (10, Kind::State),
+    (11, Kind::StateEnd),
+    (12, Kind::Prepared),
+    (13, Kind::HandOver),
+    (14, Kind::Running),
+    (15, Kind::Refused),
+    (16, Kind::Abort),
+    (17, Kind::Status),
+    (18, Kind::GiveUp),
+    (19, Kind::Alive),
+];
+
+impl Kind {
+    fn number(self) -> u16 {
+        KINDS.iter().find(|(_, kind)| *kind == self).map_or(0, |(number, _)| *number)
+    }
+
+    fn of_number(number: u16) -> Option<Self> {
+        KINDS.iter().find(|(known, _)| *known == number).map(|(_, kind)| *kind)
+    }
+}
+
+/// A head that was read. Nothing in it is believed before [`check`](Self::check) but the lengths,
+/// which are within their limits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Head {
+    bytes: [u8; HEAD_BYTES],
+    pub(crate) body_bytes: usize,
+    pub(crate) payload_bytes: usize,
+}
+
+impl Head {
+    /// Reads a head.
+    ///
+    /// # Errors
+    /// A length is beyond its limit.
+    pub(crate) fn read(bytes: [u8; HEAD_BYTES]) -> Result<Self, MigrationError> {
+        let [_, _, _, _, _, _, _, _, _, _, _, _, b0, b1, b2, b3, p0, p1, p2, p3, ..] = bytes;
+        let len = |bytes| usize::try_from(u32::from_le_bytes(bytes)).unwrap_or(usize::MAX);
+        let head =
+            Self { bytes, body_bytes: len([b0, b1, b2, b3]), payload_bytes: len([p0, p1, p2, p3]) };
+        if head.body_bytes > MAX_BODY_BYTES || head.payload_bytes > MAX_PAYLOAD_BYTES {
+            return Err(MigrationError::Peer { what: "a frame is longer than it may be" });
+        }
+        Ok(head)
+    }
+
+    /// What the frame is, now that its body is there. `seed` is of its place in its stream.
+    ///
+    /// # Errors
+    /// The check sum is that of another frame, or the kind is none.
+    pub(crate) fn check(&self, body: &[u8], seed: u64) -> Result<Kind, MigrationError> {
+        let (sum, rest) = self.bytes.split_at(8);
+        if sum != check_sum(rest, body, seed).to_le_bytes() {
+            return Err(MigrationError::Damaged { what: "a message" });
+        }
+        let [_, _, _, _, _, _, _, _, k0, k1, r0, r1, _, _, _, _, _, _, _, _, r2 @ ..] = self.bytes;
+        if [r0, r1] != [0; 2] || r2 != [0; 4] {
+            return Err(MigrationError::Peer { what: "a reserved byte is not 0" });
+        }
+        Kind::of_number(u16::from_le_bytes([k0, k1]))
+            .ok_or(MigrationError::Peer { what: "a message of an unknown kind" })
+    }
+}
+
+/// Appends a frame to `out`. Lengths are within their limits.
+pub(crate) fn append(out: &mut Vec<u8>, kind: Kind, body: &[u8], payload: &[u8], seed: u64) {
+    debug_assert!(body.len() <= MAX_BODY_BYTES && payload.len() <= MAX_PAYLOAD_BYTES);
+    append_any(out, kind.number(), body, payload, seed);
+}
+
+/// The same for frames that are none.
+pub(crate) fn append_any(out: &mut Vec<u8>, kind: u16, body: &[u8], payload: &[u8], seed: u64) {
+    let len = |bytes: &[u8]| u32::try_from(bytes.len()).unwrap_or(u32::MAX).to_le_bytes();
+    let mut head = [0u8; HEAD_BYTES - 8];
+    let fields = kind.to_le_bytes().into_iter().chain([0; 2]);
+    let fields = fields.chain(len(body)).chain(len(payload));
+    for (place, byte) in head.iter_mut().zip(fields) {
+        *place = byte;
+    }
+    out.extend_from_slice(&check_sum(&head, body, seed).to_le_bytes());
+    out.extend_from_slice(&head);
+    out.extend_from_slice(body);
+    out.extend_from_slice(payload);
+}
+
+fn check_sum(head: &[u8], body: &[u8], seed: u64) -> u64 {
+    xxh3_64_with_seed(body, xxh3_64_with_seed(head, seed))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(bytes: &[u8], seed: u64) -> Result<(Kind, Vec<u8>), MigrationError> {
+        let (head, rest) = bytes.split_first_chunk().unwrap();
+        let head = Head::read(*head)?;
+        let body = rest.get(..head.body_bytes).unwrap_or(rest);
+        head.check(body, seed).map(|kind| (kind, rest[head.body_bytes..].to_vec()))
+    }
+
+    #[test]
+    fn every_kind_comes_as_it_went() {
+        for (number, kind) in KINDS {
+            let mut bytes = Vec::new();
+            append(&mut bytes, kind, b"body", b"payload", u64::from(number));
+            assert_eq!(parse(&bytes, number.into()).unwrap(), (kind, b"payload".to_vec()));
+        }
+    }
+
+    #[test]
+    fn a_changed_bit_and_another_place_are_found() {
+        let mut bytes = Vec::new();
+        append(&mut bytes, Kind::Ready, b"body", b"", 7);
+        assert!(parse(&bytes, 7).is_ok());
+        assert!(parse(&bytes, 8).is_err());
+        for bit in 0..bytes.len() * 8 {
+            let mut changed = bytes.clone();
+            changed[bit / 8] ^= 1 << (bit % 8);
+            assert!(parse(&changed, 7).is_err(), "bit {bit}");
+        }
+    }
+
+    #[test]
+    fn lengths_are_limited_before_anything_else() {
+        let mut head = [0; HEAD_BYTES];
+        head[12..16].copy_from_slice(&u32::try_from(MAX_BODY_BYTES + 1).unwrap().to_le_bytes());
+        assert!(matches!(Head::read(head), Err(MigrationError::Peer { .. })));
+        head[12..20].copy_from_slice(&[0, 0, 0, 0, 255, 255, 255, 255]);
+        assert!(matches!(Head::read(head), Err(MigrationError::Peer { .. })));
+    }
+}

@@ -1,0 +1,203 @@
+//! A connection as a run of frames in each direction.
+
+use std::io::{self, Read};
+use std::time::{Duration, Instant};
+
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::control::{Control, Hello, MigrationId};
+use super::frame::{self, HEAD_BYTES, Head, Kind};
+use crate::error::MigrationError;
+use crate::limits::FRAME_TIME;
+use crate::link::{Closer, Link};
+
+/// Bytes that are gathered before they are written: a frame of 64 pages goes alone, frames of a
+/// few pages go together.
+const GATHER_BYTES: usize = 128 << 10;
+
+/// How long to wait for a peer to hang up that was told a last word, and for a sign of it.
+const LINGER: Duration = Duration::from_millis(500);
+const LINGER_STEP: Duration = Duration::from_millis(200);
+
+/// Who sends: a part of what check sums are keyed to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Side {
+    Source,
+    Destination,
+}
+
+/// Names a migration, or one of its streams' directions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Place {
+    key: u64,
+    number: u64,
+}
+
+impl Place {
+    /// The stream's direction, after its first frame.
+    pub(crate) fn of(id: MigrationId, index: u8, from: Side) -> Self {
+        let mut bytes = id.0.to_vec();
+        bytes.extend([index, u8::from(from == Side::Source)]);
+        Self { key: xxh3_64(&bytes), number: 0 }
+    }
+
+    pub(crate) fn next(&mut self) -> u64 {
+        self.number = self.number.wrapping_add(1);
+        self.key.wrapping_add(self.number.wrapping_mul(0x9e37_79b9_7f4a_7c15))
+    }
+}
+
+/// A frame that was read; its payload is in the caller's buffer.
+pub(crate) struct Frame<'a> {
+    pub(crate) kind: Kind,
+    pub(crate) body: &'a [u8],
+}
+
+/// A connection that speaks frames.
+pub(crate) struct Stream<L> {
+    link: L,
+    incoming: Place,
+    outgoing: Place,
+    body: Vec<u8>,
+    payload: Vec<u8>,
+    out: Vec<u8>,
+    written_at: Instant,
+    /// Bytes written so far.
+    pub(crate) sent_bytes: u64,
+}
+
+impl<L: Link> Stream<L> {
+    pub(crate) fn new(link: L, timeout: Duration) -> Result<Self, MigrationError> {
+        link.set_timeout(timeout).map_err(MigrationError::link("setting a time-out"))?;
+        Ok(Self {
+            link,
+            incoming: Place::default(),
+            outgoing: Place::default(),
+            body: Vec::new(),
+            payload: Vec::new(),
+            out: Vec::new(),
+            written_at: Instant::now(),
+            sent_bytes: 0,
+        })
+    }
+
+    pub(crate) fn set_timeout(&self, time: Duration) -> Result<(), MigrationError> {
+        self.link.set_timeout(time).map_err(MigrationError::link("setting a time-out"))
+    }
+
+    pub(crate) fn closer(&self) -> Result<Closer, MigrationError> {
+        self.link.closer().map_err(MigrationError::link("preparing to close"))
+    }
+
+    /// The hello was said or heard: from here on frames are keyed to the stream.
+    pub(crate) fn key(&mut self, hello: &Hello, me: Side) {
+        let peer = if me == Side::Source { Side::Destination } else { Side::Source };
+        self.incoming = Place::of(hello.id, hello.index, peer);
+        self.outgoing = Place::of(hello.id, hello.index, me);
+    }
+
+    /// Adds a frame to what is written with the next [`flush`](Self::flush), or at once where there is enough.
+    pub(crate) fn push(
+        &mut self,
+        kind: Kind,
+        body: &[u8],
+        payload: &[u8],
+    ) -> Result<(), MigrationError> {
+        let seed = self.outgoing.next();
+        frame::append(&mut self.out, kind, body, payload, seed);
+        if self.out.len() >= GATHER_BYTES { self.flush() } else { Ok(()) }
+    }
+
+    /// How long nothing was written.
+    pub(crate) fn idle(&self) -> Duration {
+        self.written_at.elapsed()
+    }
+
+    pub(crate) fn flush(&mut self) -> Result<(), MigrationError> {
+        let written = self.link.write_all(&self.out).and_then(|()| self.link.flush());
+        self.sent_bytes += self.out.len() as u64;
+        self.out.clear();
+        self.written_at = Instant::now();
+        written.map_err(MigrationError::link("sending"))
+    }
+
+    /// Sends a control message.
+    pub(crate) fn send(&mut self, message: &Control) -> Result<(), MigrationError> {
+        let (kind, body) = message.encode();
+        self.push(kind, &body, &[])?;
+        self.flush()
+    }
+
+    /// Says a last word and waits, not for long, until the peer has hung up: a connection that is
+    /// closed with bytes unread loses what was said last (TCP sends a reset).
+    pub(crate) fn say_and_hang_up(&mut self, message: &Control) {
+        let said = self.set_timeout(LINGER_STEP).and_then(|()| self.send(message));
+        let deadline = Instant::now() + LINGER;
+        let mut rest = [0; 64 << 10];
+        while said.is_ok() && Instant::now() < deadline {
+            match self.link.read(&mut rest) {
+                Ok(0) => break,
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => break,
+            }
+        }
+    }
+
+    /// Reads a frame.
+    ///
+    /// # Errors
+    /// It does not come, or is not what was sent here, or is too long.
+    pub(crate) fn read(&mut self) -> Result<Frame<'_>, MigrationError> {
+        let mut head = [0; HEAD_BYTES];
+        let mut deadline = None;
+        read_all(&mut self.link, &mut head, &mut deadline)?;
+        let head = Head::read(head)?;
+        self.body.resize(head.body_bytes, 0);
+        read_all(&mut self.link, &mut self.body, &mut deadline)?;
+        let kind = head.check(&self.body, self.incoming.next())?;
+        self.payload.resize(head.payload_bytes, 0);
+        read_all(&mut self.link, &mut self.payload, &mut deadline)?;
+        Ok(Frame { kind, body: &self.body })
+    }
+
+    /// The payload of the frame that was read last.
+    pub(crate) fn last(&self) -> (&[u8], &[u8]) {
+        (&self.body, &self.payload)
+    }
+
+    /// Reads a control message. What the peer says when it gives up is an error.
+    pub(crate) fn receive(&mut self) -> Result<Control, MigrationError> {
+        let Frame { kind, body } = self.read()?;
+        let message = Control::decode(kind, body)?;
+        if !self.payload.is_empty() {
+            return Err(MigrationError::Peer { what: "contents where there are none" });
+        }
+        match message {
+            Control::Abort { reason } => Err(MigrationError::GivenUp { reason }),
+            message => Ok(message),
+        }
+    }
+}
+
+/// Fills `buffer`. The first byte may take as long as the link allows; from then on there is a
+/// deadline, so that nobody holds us with a byte now and then.
+fn read_all(
+    link: &mut impl Read,
+    mut buffer: &mut [u8],
+    deadline: &mut Option<Instant>,
+) -> Result<(), MigrationError> {
+    while !buffer.is_empty() {
+        match link.read(buffer) {
+            Ok(0) => return Err(MigrationError::Closed),
+            Ok(count) => buffer = buffer.get_mut(count..).unwrap_or_default(),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(MigrationError::link("receiving")(error)),
+        }
+        let deadline = *deadline.get_or_insert_with(|| Instant::now() + FRAME_TIME);
+        if !buffer.is_empty() && Instant::now() > deadline {
+            return Err(MigrationError::Stalled);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,315 @@
+//! A network that fails at every single write, in every way, in either direction. Whatever
+//! happens: the guest runs on at most one side at any moment, all of it is somewhere, and one word
+//! settles what is in doubt.
+
+#![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test")]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::fault::{Faulty, Kind, Plan};
+use common::{Destination, Incoming, Source, World, compare, quick_destination, quick_source};
+use migration::observer::Silent;
+use migration::{
+    Custody, DestinationConfig, DestinationGuest, ReceiveFailure, Received, Settled, SourceConfig,
+    SourceDoubt, SourceFailure, SourceGuest, Summary, migrate, receive,
+};
+
+/// Longer than a machine that does other things keeps a thread waiting; what stalls costs as much.
+const STALL: Duration = Duration::from_secs(1);
+
+/// Migrations at a time.
+const AT_ONCE: usize = 24;
+
+/// What the two sides came to by themselves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Case {
+    Moved,
+    Stayed,
+    /// It runs at the source, and the destination does not know.
+    StayedAndDoubted,
+    /// It is paused at the source, which does not know that it runs at the destination.
+    DoubtedAndRuns,
+    /// Both are paused.
+    BothDoubt,
+}
+
+fn case(ended: &Ended) -> Case {
+    let doubts = |failure: &ReceiveFailure| matches!(failure.guest, DestinationGuest::InDoubt(_));
+    match (&ended.sent, &ended.received) {
+        (Ok(_), _) => Case::Moved,
+        (Err(SourceFailure { guest: SourceGuest::InDoubt(_), .. }), Ok(_)) => Case::DoubtedAndRuns,
+        (Err(SourceFailure { guest: SourceGuest::InDoubt(_), .. }), Err(_)) => Case::BothDoubt,
+        (Err(_), Err(failure)) if doubts(failure) => Case::StayedAndDoubted,
+        _ => Case::Stayed,
+    }
+}
+
+struct Setup {
+    /// With one, everything happens in one order.
+    connections: usize,
+    stall: Duration,
+    world: Arc<World>,
+    source: Source,
+    destination: Destination,
+}
+
+struct Ended {
+    sent: Result<Summary, SourceFailure>,
+    received: Result<Received, ReceiveFailure>,
+}
+
+impl Setup {
+    fn new(connections: usize, stall: Duration) -> Self {
+        let world = Arc::new(World::default());
+        let (source, destination) = (Source::new(&world, 40, 0), Destination::new(&world));
+        Self { connections, stall, world, source, destination }
+    }
+
+    /// Runs a migration over connections that fail as planned; later ones do not.
+    fn run(&mut self, source_writes: &Arc<Plan>, destination_writes: &Arc<Plan>) -> Ended {
+        let (there, incoming) = mpsc::channel();
+        let mut incoming = Incoming(incoming);
+        let mut connect = connector(there, source_writes, destination_writes);
+        let stall = self.stall;
+        let here = SourceConfig {
+            connections: self.connections,
+            max_downtime: Duration::from_secs(100),
+            stall,
+            stall_paused: stall,
+            ..quick_source()
+        };
+        let deadline = Some(Instant::now() + 2 * stall);
+        let config =
+            DestinationConfig { stall, stall_paused: stall, deadline, ..quick_destination() };
+        let (source, destination) = (&mut self.source, &mut self.destination);
+        thread::scope(|scope| {
+            let received = scope.spawn(move || {
+                let received = receive(&config, destination, &mut incoming, &mut Silent);
+                serve(received, destination, &mut incoming)
+            });
+            let sent = migrate(&here, source, &mut connect, &mut Silent);
+            drop(connect);
+            Ended { sent, received: received.join().expect("no panic") }
+        })
+    }
+
+    /// What has to hold, whatever happened; settles what is in doubt.
+    fn check(&mut self, ended: Ended, what: &str) -> Case {
+        self.world.check();
+        let case = case(&ended);
+        match (ended.sent, ended.received) {
+            (Ok(_), Ok(_)) => {}
+            (Ok(_), Err(failure)) => panic!("{what}: given away to nobody: {failure:?}"),
+            (Err(failure), received) => match failure.guest {
+                SourceGuest::Runs => self.stayed(received, what),
+                SourceGuest::InDoubt(doubt) => self.settle(&doubt, received, what),
+                SourceGuest::Stuck(error) => panic!("{what}: {error}"),
+            },
+        }
+        self.world.check();
+        let (here, there) = (self.source.runs(), self.destination.runs());
+        assert!(here != there, "{what}: {here} and {there}");
+        if there {
+            compare(&self.source, &self.destination);
+            assert!(self.world.given_away.load(Ordering::SeqCst), "{what}");
+        } else {
+            assert!(self.destination.memory.is_none(), "{what}: something is left");
+            assert!(!self.source.logging && self.source.throttle == 0, "{what}");
+        }
+        case
+    }
+
+    fn stayed(&mut self, received: Result<Received, ReceiveFailure>, what: &str) {
+        assert!(self.source.runs(), "{what}");
+        match received {
+            Ok(_) => panic!("{what}: it runs there too"),
+            Err(ReceiveFailure { guest: DestinationGuest::InDoubt(mut custody), .. }) => {
+                // The source's operator says where it runs.
+                custody.discard(&mut self.destination);
+                assert_eq!(custody.settled(), Settled::Gone);
+            }
+            Err(_) => {}
+        }
+    }
+
+    fn settle(
+        &mut self,
+        doubt: &SourceDoubt,
+        received: Result<Received, ReceiveFailure>,
+        what: &str,
+    ) {
+        assert!(!self.source.runs(), "{what}: in doubt and running");
+        let mut custody = match received {
+            Ok(received) => received.custody,
+            Err(ReceiveFailure { guest: DestinationGuest::InDoubt(custody), .. }) => {
+                assert!(!self.destination.runs(), "{what}: in doubt and running");
+                custody
+            }
+            Err(ReceiveFailure { guest: DestinationGuest::Refused(custody), .. }) => custody,
+            Err(ReceiveFailure { guest: DestinationGuest::Destroyed, .. }) => {
+                doubt.run_here(&mut self.source).unwrap();
+                return;
+            }
+        };
+        // The machine may be busy, and then one asks again.
+        let settled = (0..50).any(|_| self.ask(doubt, &mut custody));
+        assert!(settled, "{what}: cannot be settled");
+    }
+
+    /// The one word, over a connection that works.
+    fn ask(&mut self, doubt: &SourceDoubt, custody: &mut Custody) -> bool {
+        let (mine, theirs) = UnixStream::pair().unwrap();
+        let mut mine = Some(mine);
+        let destination = &mut self.destination;
+        thread::scope(|scope| {
+            let answered = scope.spawn(|| custody.answer(theirs, 20 * STALL, destination));
+            let asked = doubt.ask(&mut self.source, &mut || {
+                mine.take().ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected))
+            });
+            answered.join().expect("no panic").is_ok() && asked.is_ok()
+        })
+    }
+}
+
+/// A monitor that has a guest in doubt goes on answering, for a moment.
+fn serve(
+    received: Result<Received, ReceiveFailure>,
+    destination: &mut Destination,
+    incoming: &mut Incoming<Faulty>,
+) -> Result<Received, ReceiveFailure> {
+    let Err(ReceiveFailure { error, guest: DestinationGuest::InDoubt(mut custody) }) = received
+    else {
+        return received;
+    };
+    while custody.settled() == Settled::Waits {
+        let Ok(link) = incoming.0.recv_timeout(2 * STALL) else { break };
+        let _ = custody.answer(link, STALL, destination);
+    }
+    Err(ReceiveFailure { error, guest: DestinationGuest::InDoubt(custody) })
+}
+
+fn connector(
+    there: mpsc::Sender<Faulty>,
+    source_writes: &Arc<Plan>,
+    destination_writes: &Arc<Plan>,
+) -> impl FnMut() -> io::Result<Faulty> {
+    let (mine, theirs) = (Arc::clone(source_writes), Arc::clone(destination_writes));
+    move || {
+        let (a, b) = UnixStream::pair()?;
+        let end = Faulty::new(b, &theirs);
+        there.send(end).map_err(|_| io::ErrorKind::ConnectionRefused)?;
+        Ok(Faulty::new(a, &mine))
+    }
+}
+
+/// Writes of either side when nothing fails.
+fn writes(connections: usize) -> (usize, usize) {
+    let (here, there) = (Plan::never(), Plan::never());
+    let mut setup = Setup::new(connections, 100 * STALL);
+    let ended = setup.run(&here, &there);
+    ended.sent.as_ref().unwrap();
+    setup.check(ended, "without a fault");
+    (here.writes.load(Ordering::SeqCst), there.writes.load(Ordering::SeqCst))
+}
+
+type Fault = Option<(Kind, usize)>;
+
+/// Every write of both sides fails once in each way; what that came to.
+fn sweep(connections: usize, kinds: &[Kind]) -> BTreeSet<Case> {
+    let (here, there) = writes(connections);
+    assert!(here > 8 && there > 4, "{here} {there}");
+    let each = |kind: &Kind| {
+        let kind = *kind;
+        let of_source = (0..here).map(move |at| (Some((kind, at)), None));
+        of_source.chain((0..there).map(move |at| (None, Some((kind, at)))))
+    };
+    all(connections, &kinds.iter().flat_map(each).collect::<Vec<_>>())
+}
+
+/// Each of `faults` by itself, many at a time, since most of it is waiting.
+fn all(connections: usize, faults: &[(Fault, Fault)]) -> BTreeSet<Case> {
+    let mut cases = BTreeSet::new();
+    for some in faults.chunks(AT_ONCE) {
+        thread::scope(|scope| {
+            let spawn = |&(here, there)| scope.spawn(move || fault(connections, here, there));
+            let threads: Vec<_> = some.iter().map(spawn).collect();
+            cases.extend(threads.into_iter().map(|thread| thread.join().expect("what must hold")));
+        });
+    }
+    cases
+}
+
+/// Faults of the source's and of the destination's writes.
+fn fault(connections: usize, here: Fault, there: Fault) -> Case {
+    let what = format!("{here:?} of the source, {there:?} of the destination");
+    let plan = |fault: Fault| fault.map_or_else(Plan::never, |(kind, at)| Plan::new(kind, at));
+    let (here, there) = (plan(here), plan(there));
+    let mut setup = Setup::new(connections, STALL);
+    let ended = setup.run(&here, &there);
+    setup.check(ended, &what)
+}
+
+/// On a busy machine anything may stall by itself, so there may be more cases than these.
+fn assert_seen(cases: &BTreeSet<Case>, wanted: &[Case]) {
+    assert!(wanted.iter().all(|case| cases.contains(case)), "{cases:?} lack some of {wanted:?}");
+}
+
+#[test]
+fn connections_are_cut() {
+    let cases = sweep(1, &[Kind::Cut, Kind::CutAfter, Kind::Truncate]);
+    assert_seen(&cases, &[Case::Moved, Case::Stayed, Case::DoubtedAndRuns, Case::BothDoubt]);
+}
+
+#[test]
+fn connections_stall() {
+    let cases = sweep(1, &[Kind::Stall]);
+    assert_seen(&cases, &[Case::Stayed, Case::DoubtedAndRuns, Case::BothDoubt]);
+}
+
+#[test]
+fn bytes_change() {
+    let cases = sweep(1, &[Kind::Corrupt]);
+    assert_seen(&cases, &[Case::Stayed, Case::DoubtedAndRuns, Case::BothDoubt]);
+}
+
+#[test]
+fn messages_are_lost() {
+    let cases = sweep(1, &[Kind::Lose]);
+    assert_seen(&cases, &[Case::Stayed, Case::DoubtedAndRuns, Case::BothDoubt]);
+}
+
+#[test]
+fn messages_come_twice() {
+    let cases = sweep(1, &[Kind::Repeat]);
+    assert_seen(&cases, &[Case::Moved, Case::Stayed]);
+}
+
+#[test]
+fn messages_change_places() {
+    let cases = sweep(1, &[Kind::Reorder]);
+    assert_seen(&cases, &[Case::Stayed]);
+}
+
+#[test]
+fn one_of_many_connections_fails() {
+    let cases = sweep(3, &[Kind::Cut, Kind::Corrupt]);
+    assert_seen(&cases, &[Case::Stayed]);
+}
+
+/// That it is prepared does not arrive, nor does the source's word that it keeps the guest: so a
+/// further connection says it.
+#[test]
+fn a_destination_in_doubt_is_told() {
+    let (here, there) = writes(1);
+    let both = |at| (Some((Kind::Cut, here - 1)), Some((Kind::Lose, at)));
+    let cases = all(1, &(0..there).map(both).collect::<Vec<_>>());
+    assert_seen(&cases, &[Case::StayedAndDoubted]);
+}

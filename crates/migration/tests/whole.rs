@@ -1,0 +1,245 @@
+//! Whole migrations in one process, without faults of the network.
+
+#![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test")]
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use common::{
+    BALLOONED, Destination, FREE, POISON, Source, World, compare, network, quick_destination,
+    quick_source,
+};
+use migration::observer::{Observer, Phase, Silent};
+use migration::{
+    DestinationConfig, DestinationGuest, MigrationError, ReceiveFailure, Received, SourceConfig,
+    SourceFailure, SourceGuest, Summary, migrate, receive,
+};
+
+type Outcome = (Result<Summary, SourceFailure>, Result<Received, ReceiveFailure>);
+
+fn run(
+    source: &mut Source,
+    destination: &mut Destination,
+    here: &SourceConfig,
+    there: &DestinationConfig,
+    observer: &mut dyn Observer,
+) -> Outcome {
+    let (mut connect, mut incoming) = network();
+    thread::scope(|scope| {
+        let received = scope.spawn(|| receive(there, destination, &mut incoming, &mut Silent));
+        let sent = migrate(here, source, &mut connect, observer);
+        drop(connect);
+        (sent, received.join().expect("no panic"))
+    })
+}
+
+fn moves(writes: u64, pattern: u32, config: &SourceConfig) -> (Summary, Received) {
+    let world = Arc::new(World::default());
+    let mut source = Source::new(&world, writes, pattern);
+    let mut destination = Destination::new(&world);
+    let there = quick_destination();
+    let (sent, received) = run(&mut source, &mut destination, config, &there, &mut Silent);
+    let (summary, received) = (sent.unwrap(), received.unwrap());
+    assert!(destination.runs() && !source.runs());
+    assert!(world.given_away.load(Ordering::SeqCst));
+    assert!(received.source_knows);
+    compare(&source, &destination);
+    (summary, received)
+}
+
+#[test]
+fn a_guest_moves_without_what_it_does_not_use() {
+    let (summary, received) = moves(0, 0, &quick_source());
+    assert_eq!(summary.memory_pages, 330);
+    assert_eq!(summary.free_pages, FREE.1);
+    assert_eq!(summary.ballooned_pages, BALLOONED.1);
+    assert_eq!(summary.zero_pages, 30);
+    assert_eq!(summary.sent_pages, 330 - FREE.1 - BALLOONED.1 - 30);
+    assert_eq!(received.received_pages, summary.sent_pages);
+    assert_eq!((summary.rounds.len(), received.rounds), (2, 2));
+    let bytes = summary.sent_pages * 4096 + 300_000;
+    assert!((bytes..bytes + 20_000).contains(&summary.wire_bytes), "{}", summary.wire_bytes);
+    let down = summary.downtime;
+    let parts = down.pause_us + down.log_us + down.copy_us + down.save_us + down.state_us;
+    assert!(parts + down.hand_over_us <= down.total_us && down.total_us <= summary.total_us);
+}
+
+#[test]
+fn a_guest_that_writes_moves() {
+    for connections in [1, 2, 16] {
+        let config = SourceConfig { connections, ..quick_source() };
+        let (summary, _) = moves(3000, 0, &config);
+        assert!(summary.rounds.len() > 2 || summary.sent_pages > 220, "{summary:?}");
+    }
+}
+
+#[test]
+fn poison_is_there_where_it_was() {
+    let (summary, _) = moves(3000, POISON, &quick_source());
+    assert_eq!(summary.free_pages, FREE.1);
+    assert_eq!(summary.filled_pages, FREE.1);
+}
+
+#[test]
+fn contents_can_be_compressed() {
+    let raw = moves(500, 0, &quick_source()).0;
+    let config = SourceConfig { compression: Some(1), ..quick_source() };
+    let packed = moves(500, 0, &config).0;
+    assert!(packed.wire_bytes * 2 < raw.wire_bytes, "{} {}", packed.wire_bytes, raw.wire_bytes);
+}
+
+#[test]
+fn the_limit_of_bandwidth_is_kept() {
+    let config = SourceConfig { bandwidth: Some(2 << 20), ..quick_source() };
+    let (summary, _) = moves(0, 0, &config);
+    let least =
+        Duration::from_secs_f64(f64::from(u32::try_from(summary.sent_pages).unwrap()) / 600.0);
+    assert!(u128::from(summary.total_us) > least.as_micros(), "{summary:?}");
+}
+
+#[test]
+fn phases_come_in_their_order() {
+    struct Noted(Vec<Phase>);
+    impl Observer for Noted {
+        fn phase(&mut self, phase: Phase) {
+            self.0.push(phase);
+        }
+    }
+    let world = Arc::new(World::default());
+    let mut source = Source::new(&world, 0, 0);
+    let mut destination = Destination::new(&world);
+    let mut noted = Noted(Vec::new());
+    let config = SourceConfig { drop_caches: Some(Duration::from_secs(1)), ..quick_source() };
+    let there = quick_destination();
+    run(&mut source, &mut destination, &config, &there, &mut noted).0.unwrap();
+    let phases = [
+        Phase::DropCaches,
+        Phase::Connect,
+        Phase::Negotiate,
+        Phase::FreePages,
+        Phase::Round { number: 0 },
+        Phase::LastRound,
+        Phase::State,
+        Phase::HandOver,
+    ];
+    assert_eq!(noted.0, phases);
+}
+
+/// What a monitor fails at, and who says so.
+fn fails(here: Option<&'static str>, there: Option<&'static str>) -> (Source, SourceFailure) {
+    let world = Arc::new(World::default());
+    let mut source = Source::new(&world, 300, 0);
+    source.fails_at = here;
+    let mut destination = Destination::new(&world);
+    destination.fails_at = there;
+    let config = quick_destination();
+    let (sent, received) =
+        run(&mut source, &mut destination, &quick_source(), &config, &mut Silent);
+    let left = received.unwrap_err().guest;
+    assert!(!matches!(left, DestinationGuest::InDoubt(_)), "{here:?} {there:?}");
+    assert!(destination.memory.is_none() && !destination.runs());
+    (source, sent.unwrap_err())
+}
+
+#[test]
+fn a_monitor_that_fails_leaves_the_guest_where_it_was() {
+    let here = ["describe", "log", "dirty", "pause", "save"].map(|at| (Some(at), None));
+    let there = ["create", "load", "resume"].map(|at| (None, Some(at)));
+    for (here, there) in here.into_iter().chain(there) {
+        let (source, failure) = fails(here, there);
+        assert!(matches!(failure.guest, SourceGuest::Runs), "{failure:?}");
+        assert!(source.runs() && !source.logging && source.throttle == 0);
+        let text = failure.error.chain();
+        let said = here.or(there.filter(|at| *at != "resume")).unwrap_or("could not start");
+        assert!(text.contains(said), "{text}");
+    }
+}
+
+#[test]
+fn a_guest_that_cannot_be_asked_is_sent_whole() {
+    let world = Arc::new(World::default());
+    let mut source = Source::new(&world, 0, 0);
+    source.fails_at = Some("free");
+    let mut destination = Destination::new(&world);
+    let there = quick_destination();
+    let (sent, _) = run(&mut source, &mut destination, &quick_source(), &there, &mut Silent);
+    let summary = sent.unwrap();
+    assert_eq!((summary.free_pages, summary.free_answer_us), (0, None));
+    assert!(destination.runs());
+}
+
+#[test]
+fn hosts_that_do_not_fit_say_why() {
+    let refused = |change: fn(&mut Destination, &mut DestinationConfig)| {
+        let world = Arc::new(World::default());
+        let mut source = Source::new(&world, 0, 0);
+        let mut destination = Destination::new(&world);
+        let mut there = quick_destination();
+        change(&mut destination, &mut there);
+        let here = quick_source();
+        let (sent, received) = run(&mut source, &mut destination, &here, &there, &mut Silent);
+        assert!(source.runs() && destination.memory.is_none());
+        assert!(received.is_err());
+        sent.unwrap_err().error.to_string()
+    };
+    let features = refused(|destination, _| destination.features = 1);
+    assert!(features.contains("the host's processor lacks 0x1:0x2"), "{features}");
+    let memory = refused(|_, config| config.max_memory_bytes = 100 << 12);
+    assert!(memory.contains("its guest has 330 pages of memory, 100 are allowed"), "{memory}");
+    let machine = refused(|_, config| config.machine = "another".to_owned());
+    assert!(machine.contains("another kind"), "{machine}");
+}
+
+/// Somebody who changes their mind when a phase begins.
+struct Cancels(Arc<AtomicBool>, Phase);
+
+impl Observer for Cancels {
+    fn phase(&mut self, phase: Phase) {
+        if phase == self.1 {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+#[test]
+fn a_migration_can_be_cancelled_until_the_guest_is_offered() {
+    for phase in [Phase::Negotiate, Phase::Round { number: 0 }, Phase::LastRound, Phase::State] {
+        let config = quick_source();
+        let mut cancels = Cancels(Arc::clone(&config.cancel), phase);
+        let world = Arc::new(World::default());
+        let mut source = Source::new(&world, 100, 0);
+        let mut destination = Destination::new(&world);
+        let there = quick_destination();
+        let (sent, received) = run(&mut source, &mut destination, &config, &there, &mut cancels);
+        let failure = sent.unwrap_err();
+        assert!(matches!(failure.error, MigrationError::Cancelled), "{phase:?}: {failure:?}");
+        assert!(matches!(failure.guest, SourceGuest::Runs) && source.runs());
+        assert!(received.is_err() && destination.memory.is_none(), "{phase:?}");
+    }
+}
+
+#[test]
+fn operators_are_told_what_cannot_be() {
+    let refused = |config: SourceConfig| {
+        let world = Arc::new(World::default());
+        let mut source = Source::new(&world, 0, 0);
+        let (mut connect, _incoming) = network();
+        let failure = migrate(&config, &mut source, &mut connect, &mut Silent).unwrap_err();
+        assert!(source.runs());
+        failure.error.to_string()
+    };
+    for config in [
+        SourceConfig { connections: 0, ..quick_source() },
+        SourceConfig { connections: 17, ..quick_source() },
+        SourceConfig { max_rounds: 0, ..quick_source() },
+        SourceConfig { compression: Some(20), ..quick_source() },
+        SourceConfig { bandwidth: Some(1000), ..quick_source() },
+    ] {
+        let error = refused(config);
+        assert!(error.starts_with("operator: "), "{error}");
+    }
+}
