@@ -30,6 +30,7 @@ impl Speaker {
     pub fn frame(&mut self, kind: u16, body: &[u8], payload: &[u8]) -> Vec<u8> {
         let mut out = Vec::new();
         frame::append_any(&mut out, kind, body, payload, self.place.next());
+        out.extend_from_slice(payload);
         out
     }
 }

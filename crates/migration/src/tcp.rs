@@ -1,6 +1,6 @@
 //! Connections over TCP, with TLS. The only place here that knows sockets.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::ops::DerefMut;
 use std::time::{Duration, Instant};
@@ -61,6 +61,14 @@ impl Write for TcpLink {
             Self::Plain(socket) => socket.write(bytes),
             Self::Client(tls) => tls.write(bytes),
             Self::Server(tls) => tls.write(bytes),
+        }
+    }
+
+    fn write_vectored(&mut self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
+        match self {
+            Self::Plain(socket) => socket.write_vectored(parts),
+            Self::Client(tls) => tls.write_vectored(parts),
+            Self::Server(tls) => tls.write_vectored(parts),
         }
     }
 

@@ -23,7 +23,7 @@ use migration::{
 };
 
 /// Longer than a machine that does other things keeps a thread waiting; what stalls costs as much.
-const STALL: Duration = Duration::from_secs(1);
+const STALL: Duration = Duration::from_secs(2);
 
 /// Migrations at a time.
 const AT_ONCE: usize = 24;
@@ -228,7 +228,8 @@ fn sweep(connections: usize, kinds: &[Kind]) -> BTreeSet<Case> {
     assert!(here > 8 && there > 4, "{here} {there}");
     let each = |kind: &Kind| {
         let kind = *kind;
-        let of_source = (0..here).map(move |at| (Some((kind, at)), None));
+        // A sign of life on a busy machine is one more.
+        let of_source = (0..here + 2).map(move |at| (Some((kind, at)), None));
         of_source.chain((0..there).map(move |at| (None, Some((kind, at)))))
     };
     all(connections, &kinds.iter().flat_map(each).collect::<Vec<_>>())

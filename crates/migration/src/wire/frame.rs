@@ -111,7 +111,8 @@ impl Head {
     }
 }
 
-/// Appends a frame to `out`. Lengths are within their limits.
+/// Appends a frame to `out`, up to its payload, which follows it on the wire. Lengths are within
+/// their limits.
 pub(crate) fn append(out: &mut Vec<u8>, kind: Kind, body: &[u8], payload: &[u8], seed: u64) {
     debug_assert!(body.len() <= MAX_BODY_BYTES && payload.len() <= MAX_PAYLOAD_BYTES);
     append_any(out, kind.number(), body, payload, seed);
@@ -129,7 +130,6 @@ pub(crate) fn append_any(out: &mut Vec<u8>, kind: u16, body: &[u8], payload: &[u
     out.extend_from_slice(&check_sum(&head, body, seed).to_le_bytes());
     out.extend_from_slice(&head);
     out.extend_from_slice(body);
-    out.extend_from_slice(payload);
 }
 
 fn check_sum(head: &[u8], body: &[u8], seed: u64) -> u64 {
@@ -152,6 +152,7 @@ mod tests {
         for (number, kind) in KINDS {
             let mut bytes = Vec::new();
             append(&mut bytes, kind, b"body", b"payload", u64::from(number));
+            bytes.extend(b"payload");
             assert_eq!(parse(&bytes, number.into()).unwrap(), (kind, b"payload".to_vec()));
         }
     }

@@ -1,6 +1,6 @@
 //! A connection as a run of frames in each direction.
 
-use std::io::{self, Read};
+use std::io::{self, IoSlice, Read, Write};
 use std::time::{Duration, Instant};
 
 use xxhash_rust::xxh3::xxh3_64;
@@ -105,6 +105,10 @@ impl<L: Link> Stream<L> {
     ) -> Result<(), MigrationError> {
         let seed = self.outgoing.next();
         frame::append(&mut self.out, kind, body, payload, seed);
+        if payload.len() >= GATHER_BYTES {
+            return self.write_with(payload);
+        }
+        self.out.extend_from_slice(payload);
         if self.out.len() >= GATHER_BYTES { self.flush() } else { Ok(()) }
     }
 
@@ -114,8 +118,14 @@ impl<L: Link> Stream<L> {
     }
 
     pub(crate) fn flush(&mut self) -> Result<(), MigrationError> {
-        let written = self.link.write_all(&self.out).and_then(|()| self.link.flush());
-        self.sent_bytes += self.out.len() as u64;
+        self.write_with(&[])
+    }
+
+    /// Writes what was gathered, and `payload` behind it without gathering it too.
+    fn write_with(&mut self, payload: &[u8]) -> Result<(), MigrationError> {
+        let parts = &mut [IoSlice::new(&self.out), IoSlice::new(payload)][..];
+        let written = write_all(&mut self.link, parts).and_then(|()| self.link.flush());
+        self.sent_bytes += (self.out.len() + payload.len()) as u64;
         self.out.clear();
         self.written_at = Instant::now();
         written.map_err(MigrationError::link("sending"))
@@ -178,6 +188,19 @@ impl<L: Link> Stream<L> {
             message => Ok(message),
         }
     }
+}
+
+fn write_all(link: &mut impl Write, mut parts: &mut [IoSlice<'_>]) -> io::Result<()> {
+    IoSlice::advance_slices(&mut parts, 0);
+    while !parts.is_empty() {
+        match link.write_vectored(parts) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(count) => IoSlice::advance_slices(&mut parts, count),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 /// Fills `buffer`. The first byte may take as long as the link allows; from then on there is a
