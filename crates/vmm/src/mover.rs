@@ -236,7 +236,7 @@ impl Mover {
             SettleWord::Ask => {
                 let what = "a destination is asked, and does not ask".to_owned();
                 let hint = "settle it at the source; if that is dead, say --run-here".to_owned();
-                return Err(ControlError::Refused { what, hint });
+                Err(ControlError::Refused { what, hint })
             }
             SettleWord::RunHere => {
                 let ran = custody.run_here(guest);
