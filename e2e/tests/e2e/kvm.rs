@@ -317,7 +317,7 @@ fn reports_and_is_ended() {
     assert!(guest.wait().unwrap().success());
 }
 
-fn signal(guest: &Guest, name: &str) {
+pub(crate) fn signal(guest: &Guest, name: &str) {
     let mut kill = Command::new("kill");
     assert!(kill.args(["-s", name, &guest.pid().to_string()]).status().unwrap().success());
 }

@@ -1,5 +1,7 @@
 //! Guests of our monitor that are moved while they run, from one process to another and back.
 
+mod proxy;
+
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -9,7 +11,7 @@ use control::api::{MigrationState, MigrationStatus, MigrationSummary};
 use lab::Guest;
 
 use crate::kvm::{
-    MIB, OURS, STOCK, VMLINUX, VMLINUZ, builder, inside_of_a_kvm, load, number, run, verify,
+    MIB, OURS, STOCK, VMLINUX, VMLINUZ, builder, inside_of_a_kvm, load, number, run, signal, verify,
 };
 use crate::program::{program, told};
 
@@ -54,7 +56,7 @@ fn moves_there_and_back(driver: &str) {
     load(&mut first, driver);
     run(&mut first, &format!("fill kept {KEPT_MIB} 1"));
     balloon(driver, INFLATED_MIB);
-    let text = refused(driver, "127.0.0.1:1");
+    let text = not_moved(driver, "127.0.0.1:1", &[]);
     assert!(text.contains("runs on here"), "{text}");
     run(&mut first, &format!("busy {BUSY_MIB}"));
 
@@ -70,22 +72,78 @@ fn moves_there_and_back(driver: &str) {
 
     // What the balloon had is the guest's again, and is as good as any memory.
     balloon(&control, 0);
-    let free_mib = number(&mut second, "free-mib");
-    assert!(free_mib > INFLATED_MIB, "{free_mib} MiB");
-    let all_mib = free_mib - MEMORY_MIB / 8;
-    run(&mut second, &format!("fill all {all_mib} 2"));
-    verify(&mut second, "all", all_mib, 2);
-    run(&mut second, "drop all");
+    all_is_usable(&mut second);
 
-    let (mut third, address) = receiver(driver, &[]);
+    let (third, address) = receiver(driver, &[]);
+    if driver == STOCK {
+        return stays_when_the_destination_dies(second, &control, third, &address);
+    }
     let summary = moved(&control, &address, &["--drop-caches", "--connections", "1"]);
     assert!(second.wait().unwrap().success(), "{}", second.console_log());
     left_out(&summary, 0);
+    moves_in_spite_of_a_lost_word(third, driver, &control);
+}
+
+/// The offer of the guest is lost, and found by asking.
+fn moves_in_spite_of_a_lost_word(mut third: Guest, name: &str, control: &str) {
     verify(&mut third, "kept", KEPT_MIB, 1);
-    let status = Client::connect(&control::socket_path(&driver.parse().unwrap()).unwrap());
-    let faults = status.unwrap().status().unwrap().faults;
+    let (mut fourth, address) = receiver(name, &["--control", control]);
+    in_doubt(&third, name, control, &proxy::loses_the_hand_over(&address));
+    let text = settle(control, &[]).unwrap_err();
+    assert!(text.contains("does not ask"), "{text}");
+    let text = settle(name, &[]).unwrap();
+    assert!(text.contains("runs on the other side"), "{text}");
+    assert!(third.wait().unwrap().success(), "{}", third.console_log());
+    verify(&mut fourth, "kept", KEPT_MIB, 1);
+    assert_eq!(state(control), MigrationState::Arrived);
+    all_is_usable(&mut fourth);
+    let faults = client(control).status().unwrap().faults;
     assert_eq!(faults.total(), 0, "{faults:?}");
-    assert!(third.power_off().unwrap().success());
+    assert!(fourth.power_off().unwrap().success());
+}
+
+/// Nobody can be asked any more, so that an operator has to know.
+fn stays_when_the_destination_dies(mut second: Guest, control: &str, third: Guest, to: &str) {
+    in_doubt(&second, control, STOCK, &proxy::loses_the_hand_over(to));
+    drop(third);
+    let text = settle(control, &[]).unwrap_err();
+    assert!(text.contains("network"), "{text}");
+    assert_eq!(state(control), MigrationState::InDoubt);
+    let text = settle(control, &["--run-here"]).unwrap();
+    assert!(text.contains("runs here"), "{text}");
+    verify(&mut second, "kept", KEPT_MIB, 1);
+    // Also what it had hinted.
+    all_is_usable(&mut second);
+    let faults = client(control).status().unwrap().faults;
+    assert_eq!(faults.total(), 0, "{faults:?}");
+    assert!(second.power_off().unwrap().success());
+}
+
+/// The guest stands still on both sides, whoever says that it shall go on.
+fn in_doubt(guest: &Guest, from: &str, there: &str, to: &str) {
+    let text = not_moved(from, to, &["--connections", "1"]);
+    assert!(text.contains("nobody knows") && text.contains("aerostat settle"), "{text}");
+    assert_eq!(state(from), MigrationState::InDoubt);
+    let end = Instant::now() + SOON;
+    while state(there) != MigrationState::InDoubt {
+        assert!(Instant::now() < end, "{:?}", client(there).migration());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    signal(guest, "USR2");
+    while !guest.console_log().contains("not paused or resumed") {
+        assert!(Instant::now() < end, "{}", guest.console_log());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Fills what is free, and most of it is.
+fn all_is_usable(guest: &mut Guest) {
+    let free_mib = number(guest, "free-mib");
+    assert!(free_mib > MEMORY_MIB / 3, "{free_mib} MiB");
+    let all_mib = free_mib - MEMORY_MIB / 8;
+    run(guest, &format!("fill all {all_mib} 2"));
+    verify(guest, "all", all_mib, 2);
+    run(guest, "drop all");
 }
 
 /// A process that waits for a guest of this name, and where.
@@ -116,12 +174,35 @@ fn moved(guest: &str, to: &str, arguments: &[&str]) -> MigrationSummary {
     status.summary.unwrap()
 }
 
-fn refused(guest: &str, to: &str) -> String {
+fn not_moved(guest: &str, to: &str, arguments: &[&str]) -> String {
     let mut command = Command::new(program());
-    let output = command.args(["migrate", guest, to, "--plain"]).output().unwrap();
-    let (code, out, err) = told(&output);
+    command.args(["migrate", guest, to, "--plain"]).args(arguments);
+    let (code, out, err) = told(&command.output().unwrap());
     assert_eq!(code, Some(1), "{out}{err}");
     err
+}
+
+/// What is said of success, or of failure.
+fn settle(guest: &str, arguments: &[&str]) -> Result<String, String> {
+    let mut command = Command::new(program());
+    let (code, out, err) = told(&command.args(["settle", guest]).args(arguments).output().unwrap());
+    match code {
+        Some(0) => Ok(out),
+        Some(1) => Err(err),
+        _ => panic!("{code:?} {out}{err}"),
+    }
+}
+
+fn state(guest: &str) -> MigrationState {
+    client(guest).migration().unwrap().state
+}
+
+/// Of a guest by its name or its socket.
+fn client(guest: &str) -> Client {
+    if guest.contains('/') {
+        return Client::connect(Path::new(guest)).unwrap();
+    }
+    Client::connect(&control::socket_path(&guest.parse().unwrap()).unwrap()).unwrap()
 }
 
 /// Free memory and that of the balloon was not sent: nothing of the former but what is in blocks
@@ -141,12 +222,6 @@ fn balloon(guest: &str, target_mib: u64) {
     let output = command.args(["balloon", guest, &size, "--timeout", "60s"]).output().unwrap();
     let (code, out, err) = told(&output);
     assert_eq!(code, Some(0), "{out}{err}");
-    let path = Path::new(guest);
-    let path = if guest.contains('/') {
-        path.to_owned()
-    } else {
-        control::socket_path(&guest.parse().unwrap()).unwrap()
-    };
-    let status = Client::connect(&path).unwrap().status().unwrap();
+    let status = client(guest).status().unwrap();
     assert_eq!(status.balloon.actual_bytes, target_mib * MIB);
 }
