@@ -420,3 +420,62 @@ fn refused(error: &MigrationError) -> ControlError {
 pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ask(to: &str) -> StartMigration {
+        StartMigration { to: to.into(), ..StartMigration::default() }
+    }
+
+    #[test]
+    fn without_a_guest_there_is_nothing_to_move_to_end_or_to_settle() {
+        let mover = Mover::new(None);
+        let asked = Asked(Arc::clone(&mover));
+        assert!(asked.balloon().is_none());
+        let refused = [
+            asked.start_migration(&ask("127.0.0.1:1")),
+            asked.cancel_migration(),
+            asked.settle_migration(SettleWord::Ask),
+            asked.settle_migration(SettleWord::RunHere),
+            asked.settle_migration(SettleWord::GiveUp),
+        ];
+        for refused in refused {
+            assert_eq!(refused.unwrap_err().http_status(), 409);
+        }
+        assert_eq!(asked.migration().state, MigrationState::None);
+        assert!(!mover.end());
+    }
+
+    #[test]
+    fn a_destination_tells_how_far_it_is() {
+        let mover = Mover::new(None);
+        let asked = Asked(Arc::clone(&mover));
+        mover.waits();
+        let mut watch = Watch(Arc::clone(&mover));
+        watch.phase(Phase::Connect);
+        assert_eq!(asked.migration().state, MigrationState::Waiting);
+        watch.phase(Phase::Round { number: 3 });
+        watch.progress(Progress { pages: 5, of_pages: 9, wire_bytes: 100 });
+        watch.phase(Phase::LastRound);
+        watch.progress(Progress { pages: 1, of_pages: 2, wire_bytes: 10 });
+        let status = asked.migration();
+        assert_eq!((status.state, status.round), (MigrationState::Running, 3));
+        assert_eq!((status.done_pages, status.of_pages, status.wire_bytes), (1, 2, 110));
+        // It is its source's to end.
+        assert!(asked.cancel_migration().is_err());
+        mover.came(MigrationState::Failed, Some("gone".into()));
+        let status = asked.migration();
+        assert_eq!((status.state, status.phase), (MigrationState::Failed, None));
+        assert!(status.state.is_over() && status.elapsed_ms > 0.0);
+    }
+
+    #[test]
+    fn only_one_host_needs_no_certificates_and_files_must_be_there() {
+        let security = security(None).unwrap();
+        assert!(TcpConnector::new("192.0.2.1:7000", security).is_err());
+        let paths = TlsPaths { authority: "/nowhere".into(), ..TlsPaths::default() };
+        assert!(super::security(Some(&paths)).is_err());
+    }
+}

@@ -262,3 +262,50 @@ impl DestinationMachine for Arriving {
         self.machine = None;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::MemoryKind;
+
+    #[test]
+    fn pages_are_read_written_and_cleared_whatever_backs_them() {
+        for (shared, huge) in [(false, false), (false, true), (true, false)] {
+            // With memory on both sides of the hole.
+            let memory = Memory::new(4 << 30, MemoryKind { shared, huge }).unwrap();
+            let pages = Pages::of(&memory);
+            let range = PageRange::new((4 << 30) / PAGE_BYTES + 5, 40).unwrap();
+            let bytes: Vec<u8> = (0..40 * 4096u32).map(|i| (i % 251) as u8).collect();
+            let mut out = vec![1; bytes.len()];
+            pages.read_pages(range, &mut out).unwrap();
+            assert!(out.iter().all(|byte| *byte == 0));
+            pages.write_pages(range, &bytes).unwrap();
+            pages.read_pages(range, &mut out).unwrap();
+            assert_eq!(out, bytes);
+            pages.zero_pages(PageRange::new(range.start() + 1, 38).unwrap()).unwrap();
+            pages.read_pages(range, &mut out).unwrap();
+            assert_eq!(out[..4096], bytes[..4096]);
+            assert!(out[4096..39 * 4096].iter().all(|byte| *byte == 0));
+            assert_eq!(out[39 * 4096..], bytes[39 * 4096..]);
+            let outside = PageRange::new((3 << 30) / PAGE_BYTES, 40).unwrap();
+            assert!(pages.read_pages(outside, &mut out).is_err());
+            assert!(pages.write_pages(outside, &bytes).is_err());
+        }
+    }
+
+    /// What is read of a guest that never wrote it must not cost the host its memory; what is
+    /// cleared costs nothing any more.
+    #[test]
+    fn reading_holes_and_clearing_cost_a_file_nothing() {
+        let memory = Memory::new(64 << 20, MemoryKind { shared: true, huge: false }).unwrap();
+        let pages = Pages::of(&memory);
+        let range = PageRange::new(16, 64).unwrap();
+        let mut bytes = vec![0; 64 * 4096];
+        pages.read_pages(range, &mut bytes).unwrap();
+        assert_eq!(memory.map.resident_pages(), Some(0));
+        pages.write_pages(range, &bytes).unwrap();
+        assert_eq!(memory.map.resident_pages(), Some(64));
+        pages.zero_pages(range).unwrap();
+        assert_eq!(memory.map.resident_pages(), Some(0));
+    }
+}
