@@ -3,12 +3,13 @@
 mod proxy;
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use control::Client;
-use control::api::{MigrationState, MigrationStatus, MigrationSummary};
+use control::api::{MigrationPhase, MigrationState, MigrationStatus, MigrationSummary};
 use lab::Guest;
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 
 use crate::kvm::{
     MIB, OURS, STOCK, VMLINUX, VMLINUZ, builder, inside_of_a_kvm, load, number, run, signal, verify,
@@ -63,8 +64,11 @@ fn moves_there_and_back(driver: &str) {
     // Its name is taken until the guest has left.
     let directory = tempfile::tempdir().unwrap();
     let control = directory.path().join("control").into_os_string().into_string().unwrap();
-    let (mut second, address) = receiver(driver, &["--control", &control]);
-    let summary = moved(driver, &address, &[]);
+    let (mut second, address) = receiver(driver, &["--plain", "--control", &control]);
+    if driver == OURS {
+        goes_on_when_it_is_cancelled(driver, &address);
+    }
+    let summary = moved(driver, &address, &["--plain"]);
     assert!(first.wait().unwrap().success(), "{}", first.console_log());
     run(&mut second, "idle");
     verify(&mut second, "kept", KEPT_MIB, 1);
@@ -74,49 +78,101 @@ fn moves_there_and_back(driver: &str) {
     balloon(&control, 0);
     all_is_usable(&mut second);
 
-    let (third, address) = receiver(driver, &[]);
     if driver == STOCK {
-        return stays_when_the_destination_dies(second, &control, third, &address);
+        return settled_at_the_destination(second, &control);
     }
-    let summary = moved(&control, &address, &["--drop-caches", "--connections", "1"]);
+    let tls = certificates(directory.path());
+    let tls = tls.each_ref().map(String::as_str);
+    let (mut third, address) = receiver(driver, &tls);
+    let address = address.replace("127.0.0.1", "localhost");
+    let summary = moved(&control, &address, &[&tls[..], &["--drop-caches"]].concat());
     assert!(second.wait().unwrap().success(), "{}", second.console_log());
+    verify(&mut third, "kept", KEPT_MIB, 1);
     left_out(&summary, 0);
-    moves_in_spite_of_a_lost_word(third, driver, &control);
+    settled_at_the_source(third, driver, &control);
 }
 
-/// The offer of the guest is lost, and found by asking.
-fn moves_in_spite_of_a_lost_word(mut third: Guest, name: &str, control: &str) {
-    verify(&mut third, "kept", KEPT_MIB, 1);
-    let (mut fourth, address) = receiver(name, &["--control", control]);
+/// Ctrl-C; the destination waits for the next.
+fn goes_on_when_it_is_cancelled(guest: &str, to: &str) {
+    let mut command = Command::new(program());
+    command.args(["migrate", guest, to, "--plain", "--bandwidth", "1MiB"]);
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let end = Instant::now() + SOON;
+    while client(guest).migration().unwrap().phase != Some(MigrationPhase::Round) {
+        assert!(Instant::now() < end, "{:?}", client(guest).migration());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let mut kill = Command::new("kill");
+    assert!(kill.args(["-s", "INT", &child.id().to_string()]).status().unwrap().success());
+    let (code, out, err) = told(&child.wait_with_output().unwrap());
+    assert_eq!(code, Some(1), "{out}{err}");
+    assert!(err.contains("runs on here: cancelled"), "{err}");
+}
+
+/// The offer of the guest is lost, and the source asks for it.
+fn settled_at_the_source(mut third: Guest, name: &str, control: &str) {
+    let (mut fourth, address) = receiver(name, &["--plain", "--control", control]);
     in_doubt(&third, name, control, &proxy::loses_the_hand_over(&address));
+    // Nobody is asked in vain.
     let text = settle(control, &[]).unwrap_err();
     assert!(text.contains("does not ask"), "{text}");
     let text = settle(name, &[]).unwrap();
     assert!(text.contains("runs on the other side"), "{text}");
     assert!(third.wait().unwrap().success(), "{}", third.console_log());
-    verify(&mut fourth, "kept", KEPT_MIB, 1);
-    assert_eq!(state(control), MigrationState::Arrived);
-    all_is_usable(&mut fourth);
-    let faults = client(control).status().unwrap().faults;
-    assert_eq!(faults.total(), 0, "{faults:?}");
+    goes_on(&mut fourth, control);
     assert!(fourth.power_off().unwrap().success());
 }
 
-/// Nobody can be asked any more, so that an operator has to know.
-fn stays_when_the_destination_dies(mut second: Guest, control: &str, third: Guest, to: &str) {
-    in_doubt(&second, control, STOCK, &proxy::loses_the_hand_over(to));
-    drop(third);
-    let text = settle(control, &[]).unwrap_err();
-    assert!(text.contains("network"), "{text}");
-    assert_eq!(state(control), MigrationState::InDoubt);
-    let text = settle(control, &["--run-here"]).unwrap();
+/// The same, and an operator says what is true: once that the guest stays, once that it has come.
+fn settled_at_the_destination(mut second: Guest, control: &str) {
+    let (mut third, address) = receiver(STOCK, &["--plain"]);
+    in_doubt(&second, control, STOCK, &proxy::loses_the_hand_over(&address));
+    let text = settle(STOCK, &["--give-up"]).unwrap();
+    assert!(text.contains("is given up"), "{text}");
+    let text = settle(control, &[]).unwrap();
     assert!(text.contains("runs here"), "{text}");
     verify(&mut second, "kept", KEPT_MIB, 1);
     // Also what it had hinted.
     all_is_usable(&mut second);
-    let faults = client(control).status().unwrap().faults;
+
+    in_doubt(&second, control, STOCK, &proxy::loses_the_hand_over(&address));
+    drop(second);
+    let text = settle(STOCK, &["--run-here"]).unwrap();
+    assert!(text.contains("runs here"), "{text}");
+    goes_on(&mut third, STOCK);
+    assert!(third.power_off().unwrap().success());
+}
+
+/// A guest that came after a doubt is as good as any.
+fn goes_on(guest: &mut Guest, name: &str) {
+    verify(guest, "kept", KEPT_MIB, 1);
+    all_is_usable(guest);
+    assert_eq!(state(name), MigrationState::Arrived);
+    let faults = client(name).status().unwrap().faults;
     assert_eq!(faults.total(), 0, "{faults:?}");
-    assert!(second.power_off().unwrap().success());
+}
+
+/// Words that name a certificate for this host, its key and the authority.
+fn certificates(directory: &Path) -> [String; 6] {
+    let mut params = CertificateParams::new([]).unwrap();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+    let key = KeyPair::generate().unwrap();
+    let params = CertificateParams::new(["localhost".to_owned()]).unwrap();
+    let certificate = params.signed_by(&key, &authority).unwrap();
+    let write = |name: &str, text: String| {
+        let path = directory.join(name);
+        std::fs::write(&path, text).unwrap();
+        path.into_os_string().into_string().unwrap()
+    };
+    [
+        "--tls-ca".into(),
+        write("ca.pem", authority.pem()),
+        "--tls-cert".into(),
+        write("host.pem", certificate.pem()),
+        "--tls-key".into(),
+        write("host.key", key.serialize_pem()),
+    ]
 }
 
 /// The guest stands still on both sides, whoever says that it shall go on.
@@ -148,7 +204,7 @@ fn all_is_usable(guest: &mut Guest) {
 
 /// A process that waits for a guest of this name, and where.
 fn receiver(name: &str, arguments: &[&str]) -> (Guest, String) {
-    let words = ["--name", name, "--listen", "127.0.0.1:0", "--plain"];
+    let words = ["--name", name, "--listen", "127.0.0.1:0"];
     let words = words.iter().chain(arguments).copied();
     let receiver = Guest::receiver(program()).machine_arguments(words).boot().unwrap();
     let end = Instant::now() + SOON;
@@ -165,7 +221,7 @@ fn receiver(name: &str, arguments: &[&str]) -> (Guest, String) {
 
 fn moved(guest: &str, to: &str, arguments: &[&str]) -> MigrationSummary {
     let mut command = Command::new(program());
-    command.args(["migrate", guest, to, "--plain", "--json"]).args(arguments);
+    command.args(["migrate", guest, to, "--json"]).args(arguments);
     let (code, out, err) = told(&command.output().unwrap());
     assert_eq!(code, Some(0), "{out}{err}");
     println!("{out}");
