@@ -169,7 +169,11 @@ impl Mover {
         match moved {
             Ok(summary) => {
                 tracing::info!(id = summary.id, total_us = summary.total_us, "moved");
-                self.state().status.summary = Some(told::summary(&summary));
+                let mut state = self.state();
+                // With what was said besides pages.
+                state.status.wire_bytes = summary.wire_bytes;
+                state.status.summary = Some(told::summary(&summary));
+                drop(state);
                 self.left();
             }
             Err(SourceFailure { error, guest: SourceGuest::Runs }) => {
