@@ -9,6 +9,7 @@
 
 #include <linux/ktime.h>
 #include <linux/module.h>
+#include <linux/poison.h>
 #include <linux/slab.h>
 #include <linux/virtio_ids.h>
 
@@ -86,6 +87,29 @@ static void aerostat_work(struct work_struct *work)
 		aerostat_schedule(vb, msecs_to_jiffies(retry_ms));
 }
 
+/* What the kernel writes into pages that are freed, if it does. */
+static bool aerostat_poison(u32 *value)
+{
+	if (want_init_on_free())
+		*value = 0;
+	else if (page_poisoning_enabled_static())
+		memset(value, PAGE_POISON, sizeof(*value));
+	else
+		return false;
+	return true;
+}
+
+/* The host may want to know it before it leaves free pages out of anything. Where
+ * there is none, the driver may not ask for the feature: it is not in its table.
+ */
+static void aerostat_tell_poison(struct virtio_device *vdev)
+{
+	u32 value;
+
+	if (aerostat_poison(&value) && virtio_has_feature(vdev, VIRTIO_BALLOON_F_PAGE_POISON))
+		virtio_cwrite_le(vdev, struct virtio_balloon_config, poison_val, &value);
+}
+
 static int aerostat_start(struct aerostat *vb)
 {
 	int err;
@@ -101,6 +125,7 @@ static int aerostat_start(struct aerostat *vb)
 	vb->yielded = false;
 	vb->stopping = false;
 	aerostat_init(vb->core, vb->vdev->features, PAGE_SHIFT, AEROSTAT_MAX_ORDER);
+	aerostat_tell_poison(vb->vdev);
 	virtio_device_ready(vb->vdev);
 	if (vb->rq)
 		aerostat_start_requests(vb->rq,
@@ -281,8 +306,8 @@ static const struct virtio_device_id aerostat_ids[] = {
 };
 MODULE_DEVICE_TABLE(virtio, aerostat_ids);
 
-/* Aerostat's own are added as the parameters say. */
-static unsigned int aerostat_features[4] = {
+/* Poison is added where there is one, Aerostat's own as the parameters say. */
+static unsigned int aerostat_features[5] = {
 	VIRTIO_BALLOON_F_MUST_TELL_HOST,
 	VIRTIO_BALLOON_F_DEFLATE_ON_OOM,
 };
@@ -306,6 +331,12 @@ static struct virtio_driver aerostat_driver = {
 
 static int __init aerostat_module_init(void)
 {
+	u32 value;
+
+	/* Not cleared while validating: User Mode Linux negotiates twice then. */
+	if (aerostat_poison(&value))
+		aerostat_features[aerostat_driver.feature_table_size++] =
+			VIRTIO_BALLOON_F_PAGE_POISON;
 	if (page_bitmap)
 		aerostat_features[aerostat_driver.feature_table_size++] = AEROSTAT_F_PAGE_BITMAP;
 	if (requests)

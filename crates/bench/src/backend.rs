@@ -117,6 +117,17 @@ impl Backend {
         self.end()
     }
 
+    /// Ends it as a crash does.
+    ///
+    /// # Errors
+    /// The host refuses.
+    pub fn kill(&mut self) -> Result<()> {
+        let host = |source| BenchError::Backend { what: "killing it", source };
+        self.process.kill().map_err(host)?;
+        self.process.wait().map_err(host)?;
+        Ok(())
+    }
+
     /// Puts the thread that answers the guest on core `core`; the others, above
     /// all the one that releases memory, stay free.
     pub(crate) fn pin(&self, core: usize) -> Result<()> {

@@ -80,6 +80,28 @@ pub enum BenchError {
         /// The guest.
         name: String,
     },
+    /// The monitor refuses, or its answer makes no sense.
+    #[error("the monitor answered {answer} to {command}")]
+    Monitor {
+        /// What it was asked.
+        command: String,
+        /// What it said.
+        answer: String,
+    },
+    /// What is to be measured cannot be had here.
+    #[error("{what} is not to be had here: {why}")]
+    NotHere {
+        /// What was looked for.
+        what: &'static str,
+        /// Why it is not there.
+        why: String,
+    },
+    /// The guest, its memory or its balloon is not as it has to be.
+    #[error("{what}")]
+    Wrong {
+        /// What was found.
+        what: String,
+    },
     /// The guest's answer makes no sense.
     #[error("the guest answered {answer:?} to {command:?}")]
     GuestAnswer {

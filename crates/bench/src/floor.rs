@@ -4,12 +4,13 @@
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use host_memory::{Discard, MemoryMap, Region};
 use page_set::{PageRange, PageSet};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
+use crate::cpu_time::CpuClock;
 use crate::error::{BenchError, Result};
 
 /// Pages of 4 KiB in a MiB.
@@ -18,9 +19,18 @@ const PAGES_PER_MIB: u64 = 256;
 /// Written at once when memory is touched.
 const CHUNK_BYTES: usize = 1 << 20;
 
-/// Time of one call which releases `mib` MiB of a file in `directory`, the first
+/// What one call costs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Floor {
+    /// Its time in milliseconds.
+    pub(crate) wall_ms: f64,
+    /// The CPU time of that: less where others have the core meanwhile.
+    pub(crate) cpu_ms: f64,
+}
+
+/// Cost of one call which releases `mib` MiB of a file in `directory`, the first
 /// `touched_mib` of which were written to through a mapping, as a guest does.
-pub(crate) fn release_once(directory: &Path, mib: u64, touched_mib: u64) -> Result<Duration> {
+pub(crate) fn release_once(directory: &Path, mib: u64, touched_mib: u64) -> Result<Floor> {
     let file = Arc::new(unnamed_file(directory, mib << 20)?);
     let host = |what| {
         move |source: Box<dyn std::error::Error + Send + Sync>| BenchError::Host { what, source }
@@ -40,14 +50,15 @@ pub(crate) fn release_once(directory: &Path, mib: u64, touched_mib: u64) -> Resu
     let region = Region::shared(all, file, 0).map_err(|e| host("describing memory")(e.into()))?;
     let map = MemoryMap::new(vec![region]).map_err(|e| host("describing memory")(e.into()))?;
     let pages = PageSet::from_iter([all]);
-    let started = Instant::now();
+    let (started, cpu_before) = (Instant::now(), CpuClock::own_ms());
     let report = map.discard(&pages);
-    let took = started.elapsed();
+    let wall_ms = started.elapsed().as_secs_f64() * 1e3;
+    let cpu_ms = CpuClock::own_ms() - cpu_before;
     if report.failure_count > 0 || report.calls != 1 {
         let what = format!("{} calls, {} refused", report.calls, report.failure_count);
         return Err(host("releasing memory with one call")(what.into()));
     }
-    Ok(took)
+    Ok(Floor { wall_ms, cpu_ms })
 }
 
 /// A file of `bytes` that has no name, so that it goes with its last user.

@@ -274,7 +274,7 @@ fn measure(
         let [.., bitmap] = &runs;
         if let Some(run) = bitmap.last() {
             let took = floor::release_once(directory.path(), run.asked_mib, touched_of(run))?;
-            floors.push(took.as_secs_f64() * 1e3);
+            floors.push(took.wall_ms);
         }
     }
     summarise(scenario, &runs, floors, report);

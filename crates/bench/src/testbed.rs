@@ -102,7 +102,17 @@ impl Deref for Testbed {
 impl Testbed {
     /// Starts the back end, boots a guest on it and loads `driver`.
     pub fn start(name: &str, driver: Driver, options: &TestbedOptions) -> Result<Self> {
-        let host = Host::start(name, options, &BALLOON_ALONE)?;
+        Self::start_with(name, driver, options, &BALLOON_ALONE)
+    }
+
+    /// The same with other arguments for the back end.
+    pub fn start_with(
+        name: &str,
+        driver: Driver,
+        options: &TestbedOptions,
+        arguments: &[&str],
+    ) -> Result<Self> {
+        let host = Host::start(name, options, arguments)?;
         host.backend.pin(CORE)?;
         let mut guest = host.guest(driver)?.cpu(Some(CORE)).boot()?;
         guest.run(&format!("insmod {}", driver.module_name()))?;

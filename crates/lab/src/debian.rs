@@ -205,7 +205,8 @@ fn real_package(meta: &str) -> Result<String> {
         .ok_or_else(|| unknown(meta))
 }
 
-fn candidate_version(package: &str) -> Result<String> {
+/// The version of a package that apt would install.
+pub(crate) fn candidate_version(package: &str) -> Result<String> {
     let mut show = tool::command("apt-cache");
     show.args(["show", "--no-all-versions", package]);
     tool::capture(&mut show, "apt")?
@@ -225,11 +226,18 @@ fn unknown(package: &str) -> LabError {
 
 fn fetch(package: &str, version: &str, directory: &Path) -> Result<()> {
     let log = directory.join("fetch.log");
+    unpack(package, version, directory, &log)?;
+    remove_unused_modules(&directory.join("lib/modules"))?;
+    decompress_modules(directory, &log)
+}
+
+/// Downloads a package and extracts it, without installing it.
+pub(crate) fn unpack(package: &str, version: &str, directory: &Path, log: &Path) -> Result<()> {
     let mut download = tool::command("apt-get");
     // apt's own user may not write into the cache.
     download.args(["-o", "APT::Sandbox::User=root", "download"]);
     download.arg(format!("{package}={version}")).current_dir(directory);
-    tool::run(&mut download, "apt", &log)?;
+    tool::run(&mut download, "apt", log)?;
     let archives = cache::files_below(directory)?;
     let archive = archives.iter().find(|path| path.extension().is_some_and(|end| end == "deb"));
     let archive = archive.ok_or_else(|| LabError::Unexpected {
@@ -238,10 +246,8 @@ fn fetch(package: &str, version: &str, directory: &Path) -> Result<()> {
     })?;
     let mut extract = tool::command("dpkg-deb");
     extract.arg("--extract").arg(archive).arg(directory);
-    tool::run(&mut extract, "dpkg", &log)?;
-    fs::remove_file(archive).context_path("remove", archive)?;
-    remove_unused_modules(&directory.join("lib/modules"))?;
-    decompress_modules(directory, &log)
+    tool::run(&mut extract, "dpkg", log)?;
+    fs::remove_file(archive).context_path("remove", archive)
 }
 
 fn remove_unused_modules(modules: &Path) -> Result<()> {

@@ -129,7 +129,7 @@ pub fn module(name: &str, source: &Path, tree: &KernelTree) -> Result<PathBuf> {
     Ok(directory.join(object))
 }
 
-fn clone_root() -> PathBuf {
+pub(crate) fn clone_root() -> PathBuf {
     match std::env::var_os(SOURCE_VARIABLE) {
         Some(path) => PathBuf::from(path),
         None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../.."),

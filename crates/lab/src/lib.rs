@@ -22,6 +22,7 @@ pub mod guest_build;
 pub mod initramfs;
 pub mod kvm;
 pub mod memory_dir;
+pub mod qemu;
 pub mod uml;
 
 mod boot;

@@ -7,6 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::cache::{self, Key};
+use crate::debian;
 use crate::error::{Context, LabError, Result};
 use crate::guest_build::KernelTree;
 use crate::tool;
@@ -17,6 +18,12 @@ pub const SOURCE_PACKAGE: &str = "linux-source-6.12";
 /// Packages without which the build fails, apart from [`SOURCE_PACKAGE`].
 pub const BUILD_PACKAGES: [&str; 8] =
     ["bc", "binutils", "bison", "flex", "gcc", "libc6-dev", "make", "xz-utils"];
+
+/// The Debian package with a kernel that is ready to run, 6.1.
+pub const PACKAGE: &str = "user-mode-linux";
+
+/// Without it, external modules cannot be linked.
+const SYMBOLS: &str = "Module.symvers";
 
 /// Words for `make`: which kernel is meant.
 pub(crate) const ARCHITECTURE: [&str; 2] = ["ARCH=um", "SUBARCH=x86_64"];
@@ -51,13 +58,19 @@ const STOCK_MODULES: [&str; 1] = ["drivers/virtio/virtio_balloon.ko"];
 pub struct UmlKernel {
     /// The program that is the kernel.
     pub linux: PathBuf,
-    /// The tree against which external modules are built.
+    /// The tree against which external modules are built; that of a packaged kernel
+    /// has only the modules that came with it.
     pub build_tree: PathBuf,
     /// The stock balloon driver and what it needs, in loading order.
     pub stock_modules: Vec<PathBuf>,
 }
 
 impl UmlKernel {
+    /// Whether modules can be built for it.
+    pub fn builds_modules(&self) -> bool {
+        self.build_tree.join(SYMBOLS).exists()
+    }
+
     /// The tree as kbuild wants it.
     pub fn tree(&self) -> KernelTree {
         KernelTree { path: self.build_tree.clone(), is_uml: true }
@@ -82,6 +95,32 @@ pub fn kernel() -> Result<UmlKernel> {
     })
 }
 
+/// Returns the kernel that Debian 12 ships as a program, with its own modules and no
+/// headers; fetches it if this machine has not done so yet.
+///
+/// # Errors
+/// When the package is not known to apt, or cannot be fetched.
+pub fn packaged() -> Result<UmlKernel> {
+    let version = debian::candidate_version(PACKAGE)?;
+    let key = Key::new(RECIPE).with("package", PACKAGE).with("version", &version);
+    let directory = cache::artifact(PACKAGE, &key, |directory| {
+        debian::unpack(PACKAGE, &version, directory, &directory.join("fetch.log"))
+    })?;
+    let build_tree = directory.join("usr/lib/uml/modules");
+    let files = cache::files_below(&build_tree)?;
+    let stock_modules = STOCK_MODULES.map(|module| {
+        files.iter().find(|file| file.ends_with(module)).cloned().ok_or_else(|| {
+            let what = format!("the package {PACKAGE}");
+            LabError::Unexpected { what, detail: format!("it has no {module}") }
+        })
+    });
+    Ok(UmlKernel {
+        linux: directory.join("usr/bin/linux.uml"),
+        stock_modules: stock_modules.into_iter().collect::<Result<_>>()?,
+        build_tree,
+    })
+}
+
 fn build(directory: &Path) -> Result<()> {
     for package in BUILD_PACKAGES {
         tool::package_version(package)?;
@@ -92,7 +131,7 @@ fn build(directory: &Path) -> Result<()> {
     let jobs = std::thread::available_parallelism().map_or(1, usize::from);
     make(&tree, &log, &[&format!("-j{jobs}"), "all"])?;
     // External modules need the symbols; a kernel without loadable modules has no such file.
-    let symbols = tree.join("Module.symvers");
+    let symbols = tree.join(SYMBOLS);
     fs::metadata(&symbols).context_path("find", &symbols).map(drop)
 }
 

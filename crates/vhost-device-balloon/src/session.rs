@@ -159,8 +159,8 @@ impl<'a> Session<'a> {
 
     /// Assumes that the guest holds what it gave, where nobody says what it does.
     pub(crate) fn end_silence(&mut self) {
-        if self.silence.is_over(Instant::now()) {
-            self.shared.assume_actual();
+        if let Some(last_message) = self.silence.over_since(Instant::now()) {
+            self.shared.assume_actual(last_message);
         }
     }
 

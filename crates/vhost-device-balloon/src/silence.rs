@@ -36,13 +36,10 @@ impl Silence {
         Some(SILENCE.saturating_sub(now.saturating_duration_since(self.since?)))
     }
 
-    /// True once for each change that nobody told of in time.
-    pub(crate) fn is_over(&mut self, now: Instant) -> bool {
+    /// When the last message came, once for each change that nobody told of in time.
+    pub(crate) fn over_since(&mut self, now: Instant) -> Option<Instant> {
         let over = self.left(now) == Some(Duration::ZERO);
-        if over {
-            self.since = None;
-        }
-        over
+        self.since.take_if(|_| over)
     }
 }
 
@@ -53,12 +50,12 @@ mod tests {
     #[test]
     fn a_change_that_nobody_told_of_is_told_of_once() {
         let (mut silence, start) = (Silence::default(), Instant::now());
-        assert!(!silence.is_over(start));
+        assert_eq!(silence.over_since(start), None);
         silence.changed(start);
         silence.changed(start + SILENCE / 2);
-        assert!(!silence.is_over(start + SILENCE));
-        assert!(silence.is_over(start + SILENCE * 2));
-        assert!(!silence.is_over(start + SILENCE * 3));
+        assert_eq!(silence.over_since(start + SILENCE), None);
+        assert_eq!(silence.over_since(start + SILENCE * 2), Some(start + SILENCE / 2));
+        assert_eq!(silence.over_since(start + SILENCE * 3), None);
         silence.changed(start);
         silence.broken();
         silence.changed(start);

@@ -2,10 +2,9 @@
 
 use std::fs;
 
+use bench::Qmp;
 use lab::debian::{self, Release};
 use lab::{Guest, guest_build};
-
-use crate::qmp::Qmp;
 
 /// Memory of the guests, in MiB: emulation is slow.
 const MEMORY_MIB: u64 = 512;
@@ -54,7 +53,7 @@ fn runs_our_driver(release: Release) {
         ])
         .boot()
         .unwrap();
-    let mut qmp = Qmp::connect(&socket);
+    let mut qmp = Qmp::connect(&socket).unwrap();
     guest.load(&needed).unwrap();
     let tainted_before = number(&mut guest, "cat /proc/sys/kernel/tainted");
     assert_eq!(tainted_before, 0);
@@ -80,20 +79,20 @@ fn memory_goes_and_comes_back(guest: &mut Guest, qmp: &mut Qmp) {
     assert!(free_mib > INFLATED_MIB + FREE_SLACK_MIB, "{free_mib}");
     guest.run(&format!("touch {}", INFLATED_MIB + FREE_SLACK_MIB)).unwrap();
     let before = resident_mib(guest);
-    qmp.balloon((MEMORY_MIB - INFLATED_MIB) * MIB);
+    qmp.balloon((MEMORY_MIB - INFLATED_MIB) * MIB).unwrap();
     // QEMU released what the guest had touched.
     let fell_mib = before - resident_mib(guest);
     assert!(fell_mib >= INFLATED_MIB * 3 / 4, "{fell_mib} of {INFLATED_MIB} MiB");
     verify(guest, "kept", KEPT_MIB, 1);
-    qmp.balloon((MEMORY_MIB - INFLATED_MIB / 2) * MIB);
+    qmp.balloon((MEMORY_MIB - INFLATED_MIB / 2) * MIB).unwrap();
     guest.run(&format!("fill more {} 2", INFLATED_MIB / 4)).unwrap();
-    qmp.balloon((MEMORY_MIB - INFLATED_MIB / 2 - 1) * MIB);
+    qmp.balloon((MEMORY_MIB - INFLATED_MIB / 2 - 1) * MIB).unwrap();
     verify(guest, "more", INFLATED_MIB / 4, 2);
     verify(guest, "kept", KEPT_MIB, 1);
     guest.run("drop more").unwrap();
 
     guest.run("rmmod aerostat_balloon").unwrap();
-    assert_eq!(qmp.left_bytes(), MEMORY_MIB * MIB);
+    assert_eq!(qmp.left_bytes().unwrap(), MEMORY_MIB * MIB);
     // As much as was free can be used again.
     let fill_mib = free_mib - FREE_SLACK_MIB;
     guest.run(&format!("fill all {fill_mib} 3")).unwrap();

@@ -10,6 +10,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
 
 mod bed;
+mod benches;
 mod command_line;
 mod debian;
 mod debian_requests;
@@ -22,7 +23,6 @@ mod monitor;
 mod package;
 mod pressure;
 mod program;
-mod qmp;
 mod requests;
 mod soak;
 mod specification;

@@ -91,14 +91,14 @@ impl Shared {
 
     /// Nobody says how many pages the driver holds, so it is those that it gave. Of
     /// one that was there before the device, they are not all.
-    pub fn assume_actual(&self) {
+    pub fn assume_actual(&self, since: Instant) {
         let state = &mut *self.state();
         let held = u32::try_from(state.device.held().len()).unwrap_or(u32::MAX);
         if state.device.inherits() || state.device.config().actual == held {
             return;
         }
         let at = u32::try_from(Field::Actual.offset()).unwrap_or(u32::MAX);
-        let _ = state.device.write_config(at, &held.to_le_bytes(), Instant::now());
+        let _ = state.device.write_config(at, &held.to_le_bytes(), since);
         state.saved.actual = held;
         self.save(state);
         self.changed();

@@ -1,6 +1,9 @@
 //! `aerostat bench`: measures on real guests.
 
+mod compat;
 mod inflate;
+mod monitors;
+mod reporting;
 mod requests;
 
 use std::path::PathBuf;
@@ -19,7 +22,10 @@ pub(crate) struct BenchArgs {
 
 #[derive(Debug, Subcommand)]
 enum What {
+    Compat(compat::CompatArgs),
     Inflate(inflate::InflateArgs),
+    Monitors(monitors::MonitorsArgs),
+    Reporting(reporting::ReportingArgs),
     Requests(requests::RequestsArgs),
 }
 
@@ -43,13 +49,12 @@ impl BackingArg {
     }
 }
 
-fn chosen<A: Copy, T: Copy>(asked: &[A], all: &[T], each: impl Fn(A) -> T) -> Vec<T> {
-    if asked.is_empty() { all.to_vec() } else { asked.iter().map(|arg| each(*arg)).collect() }
-}
-
 pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
     match &args.what {
+        What::Compat(args) => compat::run(args),
         What::Inflate(args) => inflate::run(args),
+        What::Monitors(args) => monitors::run(args),
+        What::Reporting(args) => reporting::run(args),
         What::Requests(args) => requests::run(args),
     }
 }
@@ -61,6 +66,11 @@ pub(crate) fn program() -> Result<PathBuf, Failure> {
 
 pub(crate) fn failure(error: bench::BenchError) -> Failure {
     Failure::new(&error, "./check sets up all that a bench needs; it has to run as root")
+}
+
+/// What was asked for; all of it where nothing was.
+fn chosen<A: Copy, T: Copy>(asked: &[A], all: &[T], each: impl Fn(A) -> T) -> Vec<T> {
+    if asked.is_empty() { all.to_vec() } else { asked.iter().map(|arg| each(*arg)).collect() }
 }
 
 /// The word that JSON has for it.

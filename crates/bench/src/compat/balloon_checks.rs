@@ -1,0 +1,117 @@
+//! What the balloon itself does.
+
+use control::Driver as Spoken;
+
+use super::Outcome;
+use super::subject::{LIMIT, MIB, Subject, ensure};
+use crate::error::Result;
+
+/// What the guest has touched before the balloon takes it, and what it takes.
+const TOUCHED_MIB: u64 = 250;
+const INFLATED_MIB: u64 = 200;
+
+/// How often memory is taken back at once. Where pages were released that the guest
+/// had taken back, one time in two would tell.
+const BOUNCES: u64 = 6;
+
+/// What the guest needs that has given as much as that: more than it has left.
+const STARVING_MIB: u64 = 320;
+const NEEDED_MIB: u64 = 120;
+
+pub(super) fn inflates_and_deflates(subject: &mut Subject) -> Result<Outcome> {
+    subject.run(&format!("touch {TOUCHED_MIB}"))?;
+    let inflate = subject.balloon(INFLATED_MIB)?;
+    subject.verify_kept()?;
+    let deflate = subject.balloon(0)?;
+    let verified_mib = subject.use_and_verify(TOUCHED_MIB, 2)?;
+    Ok(Outcome::Passed(format!(
+        "{INFLATED_MIB} MiB in {:.1} ms and {} messages, back in {:.1} ms; {verified_mib} MiB verified",
+        inflate.wall_ms, inflate.messages, deflate.wall_ms
+    )))
+}
+
+pub(super) fn takes_back_at_once(subject: &mut Subject) -> Result<Outcome> {
+    let mut verified_mib = 0;
+    for round in 0..BOUNCES {
+        // Memory that the host really has takes it time to release.
+        subject.run(&format!("touch {TOUCHED_MIB}"))?;
+        subject.client.set_balloon(INFLATED_MIB * MIB, std::time::Duration::ZERO)?;
+        let half = INFLATED_MIB * MIB / 2;
+        // A front end that keeps the guest's size to itself has it told by messages.
+        subject.until("on its way", LIMIT, |status| {
+            let given = status.balloon.last_change.as_ref().map_or(0, |change| change.messages);
+            status.balloon.actual_bytes >= half || given > 0
+        })?;
+        subject.balloon(0)?;
+        verified_mib += subject.use_and_verify(TOUCHED_MIB, round)?;
+    }
+    subject.no_faults()?;
+    Ok(Outcome::Passed(format!("taken back {BOUNCES} times; {verified_mib} MiB verified")))
+}
+
+pub(super) fn sends_bitmaps(subject: &mut Subject) -> Result<Outcome> {
+    /// 200 MiB as page numbers are 200 messages; as blocks, some.
+    const MOST_MESSAGES: u64 = 20;
+    subject.run(&format!("touch {TOUCHED_MIB}"))?;
+    let change = subject.balloon(INFLATED_MIB)?;
+    let driver = subject.status()?.guest.driver;
+    ensure(driver == Spoken::Aerostat && change.messages <= MOST_MESSAGES, || {
+        format!("{} messages of {driver:?}", change.messages)
+    })?;
+    subject.balloon(0)?;
+    let verified_mib = subject.use_and_verify(TOUCHED_MIB, 3)?;
+    Ok(Outcome::Passed(format!(
+        "{INFLATED_MIB} MiB in {:.1} ms and {} messages; {verified_mib} MiB verified",
+        change.wall_ms, change.messages
+    )))
+}
+
+/// Rings are used by all that is sent: many small changes, so that notifications
+/// are needed and left out.
+pub(super) fn uses_ring(subject: &mut Subject) -> Result<Outcome> {
+    const STEPS: u64 = 8;
+    const STEP_MIB: u64 = 25;
+    let mut messages = 0;
+    for step in (0..=STEPS).chain((0..STEPS).rev()) {
+        let set = subject.client.set_balloon(step * STEP_MIB * MIB, LIMIT)?;
+        ensure(set.settled, || format!("it stayed at {} bytes", set.actual_bytes))?;
+        messages += set.last_change.map_or(0, |change| change.messages);
+    }
+    let verified_mib = subject.use_and_verify(TOUCHED_MIB, 4)?;
+    subject.no_faults()?;
+    Ok(Outcome::Passed(format!(
+        "{} changes, {messages} messages; {verified_mib} MiB verified",
+        2 * STEPS
+    )))
+}
+
+pub(super) fn yields(subject: &mut Subject) -> Result<Outcome> {
+    let free_mib = subject.number("free-mib")?;
+    let inflated_mib = free_mib.min(STARVING_MIB + NEEDED_MIB / 2) - NEEDED_MIB / 2;
+    subject.balloon(inflated_mib)?;
+    let needed_mib = free_mib - inflated_mib + NEEDED_MIB;
+    let told = subject.run(&format!("pressure {needed_mib} 0"))?;
+    ensure(told == format!("taken_mib={needed_mib} end=complete"), || told.clone())?;
+    let yielded = subject
+        .until("smaller", LIMIT, |status| status.balloon.actual_bytes < inflated_mib * MIB)?;
+    subject.client.set_balloon(0, LIMIT)?;
+    let verified_mib = subject.use_and_verify(TOUCHED_MIB, 5)?;
+    subject.no_faults()?;
+    Ok(Outcome::Passed(format!(
+        "{inflated_mib} MiB shrank to {} when {needed_mib} were needed; {verified_mib} MiB verified",
+        yielded.balloon.actual_bytes / MIB
+    )))
+}
+
+pub(super) fn reloads(subject: &mut Subject) -> Result<Outcome> {
+    subject.balloon(INFLATED_MIB)?;
+    subject.unload_driver()?;
+    let mut verified_mib = subject.use_and_verify(TOUCHED_MIB, 6)?;
+    subject.load_driver()?;
+    subject.balloon(INFLATED_MIB / 2)?;
+    subject.balloon(0)?;
+    verified_mib += subject.use_and_verify(TOUCHED_MIB, 7)?;
+    Ok(Outcome::Passed(format!(
+        "unloaded with {INFLATED_MIB} MiB, loaded, inflated; {verified_mib} MiB verified"
+    )))
+}

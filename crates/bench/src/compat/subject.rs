@@ -1,0 +1,305 @@
+//! A booted guest that goes through the features, and what is asked of it.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use control::api::BalloonChange;
+use control::{Client, Status};
+use lab::{Backing, Guest, GuestMemoryDir};
+use tempfile::TempDir;
+
+use super::Feature;
+use super::target::{KernelChoice, MonitorChoice, Target};
+use crate::backend::Backend;
+use crate::error::{BenchError, Result};
+use crate::qemu_bed::{Device, QemuBed, QemuBedOptions};
+
+/// Memory of the guests, in MiB: emulation is slow.
+pub(super) const MEMORY_MIB: u64 = 512;
+
+/// What a file keeps outside of the balloon, all the time.
+const KEPT_MIB: u64 = 60;
+const KEPT_SEED: u64 = 1;
+
+/// What can be read into the page cache.
+pub(super) const CACHED_MIB: u64 = 64;
+
+/// Time for anything in emulation, on a machine with other work.
+pub(super) const LIMIT: Duration = Duration::from_secs(60);
+
+/// Between two looks at what nobody announces.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// Host memory that may be there beyond what the guest has left.
+const RESIDENT_SLACK_BYTES: u64 = 8 << 20;
+
+pub(super) const MIB: u64 = 1 << 20;
+
+/// What a kernel says that finds its poison changed (mm/page_poison.c), or a bug.
+const BAD_WORDS: [&str; 7] =
+    ["WARNING:", "BUG:", "Oops", "pagealloc:", "corruption", "bit error", "refused"];
+
+/// Fails with a reason unless `holds`.
+pub(super) fn ensure(holds: bool, what: impl FnOnce() -> String) -> Result<()> {
+    if holds { Ok(()) } else { Err(BenchError::Wrong { what: what() }) }
+}
+
+/// A guest with its driver loaded, and a file that it keeps.
+pub(super) struct Subject {
+    target: Target,
+    machine: Machine,
+    pub(super) client: Client,
+    /// What the file for the page cache is called in the guest.
+    cached: &'static str,
+    _files: TempDir,
+}
+
+enum Machine {
+    Uml { guest: Guest, backend: Box<Backend>, _memory: GuestMemoryDir, _directory: TempDir },
+    Qemu(Box<QemuBed>),
+}
+
+/// A subject, or why there is none.
+pub(super) type Started = std::result::Result<Subject, String>;
+
+impl Subject {
+    /// Boots the guest, loads its driver and fills the file.
+    pub(super) fn start(target: &Target, program: &Path) -> Result<Started> {
+        let files = directory()?;
+        let failed = |source: std::io::Error| BenchError::Host {
+            what: "making a file",
+            source: source.into(),
+        };
+        let file = std::fs::File::create(files.path().join("cached")).map_err(failed)?;
+        file.set_len((CACHED_MIB + 1) * MIB).map_err(failed)?;
+        let (machine, client, cached) = match target.monitor {
+            MonitorChoice::Uml => match start_uml(target, program, files.path())? {
+                Ok((machine, client)) => (machine, client, "/host/cached"),
+                Err(why) => return Ok(Err(why)),
+            },
+            MonitorChoice::Qemu => match start_qemu(target, program, files.path())? {
+                Ok((machine, client)) => (machine, client, "/dev/vda"),
+                Err(why) => return Ok(Err(why)),
+            },
+        };
+        let mut subject = Self { target: *target, machine, client, cached, _files: files };
+        subject.run(&format!("fill kept {KEPT_MIB} {KEPT_SEED}"))?;
+        Ok(Ok(subject))
+    }
+
+    pub(super) const fn target(&self) -> &Target {
+        &self.target
+    }
+
+    /// Before each feature: the balloon is empty, and what has to be negotiated is.
+    pub(super) fn begin(&mut self, feature: Feature) -> Result<()> {
+        self.client.set_balloon(0, LIMIT)?;
+        let Some(name) = negotiated_name(feature) else { return Ok(()) };
+        let status = self.status()?;
+        let names = &status.guest.features;
+        ensure(names.iter().any(|have| have == name), || format!("not negotiated, but {names:?}"))
+    }
+
+    /// Runs a command in the guest.
+    pub(super) fn run(&mut self, command: &str) -> Result<String> {
+        Ok(self.guest().run(command)?.text)
+    }
+
+    /// A command whose answer is a number.
+    pub(super) fn number(&mut self, command: &str) -> Result<u64> {
+        let answer = self.run(command)?;
+        let number = answer.parse();
+        number.map_err(|_| BenchError::GuestAnswer { command: command.to_owned(), answer })
+    }
+
+    pub(super) fn guest(&mut self) -> &mut Guest {
+        match &mut self.machine {
+            Machine::Uml { guest, .. } => guest,
+            Machine::Qemu(bed) => &mut bed.guest,
+        }
+    }
+
+    /// A client for those who also need the guest.
+    pub(super) fn second_client(&self) -> Result<Client> {
+        let backend = match &self.machine {
+            Machine::Uml { backend, .. } => Some(&**backend),
+            Machine::Qemu(bed) => bed.backend(),
+        };
+        let backend = backend.ok_or(BenchError::Wrong { what: "no back end".to_owned() })?;
+        backend.client()
+    }
+
+    /// Kills the back end.
+    pub(super) fn kill_back_end(&mut self) -> Result<()> {
+        match &mut self.machine {
+            Machine::Uml { backend, .. } => backend.kill(),
+            Machine::Qemu(bed) => bed.backend_mut().map_or(Ok(()), Backend::kill),
+        }
+    }
+
+    /// Loads the driver, or takes it out.
+    pub(super) fn load_driver(&mut self) -> Result<()> {
+        let command = format!("insmod {}", self.target.driver.module_name());
+        self.run(&command).map(drop)
+    }
+
+    pub(super) fn unload_driver(&mut self) -> Result<()> {
+        let command = format!("rmmod {}", self.target.driver.module_name());
+        self.run(&command).map(drop)
+    }
+
+    pub(super) fn status(&self) -> Result<Status> {
+        Ok(self.client.status()?)
+    }
+
+    /// Waits until `done`.
+    pub(super) fn until(
+        &self,
+        what: &str,
+        limit: Duration,
+        mut done: impl FnMut(&Status) -> bool,
+    ) -> Result<Status> {
+        let end = Instant::now() + limit;
+        loop {
+            let status = self.status()?;
+            if done(&status) {
+                return Ok(status);
+            }
+            ensure(Instant::now() < end, || format!("not {what} within {limit:?}"))?;
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// Makes the balloon hold so many MiB, and checks that what it holds costs the
+    /// host nothing and that nobody did anything wrong.
+    pub(super) fn balloon(&mut self, mib: u64) -> Result<BalloonChange> {
+        let set = self.client.set_balloon(mib * MIB, LIMIT)?;
+        let settled = self.client.wait(set.generation, LIMIT)?;
+        let reached = settled.settled && settled.actual_bytes == mib * MIB;
+        let change = settled.last_change.filter(|_| reached);
+        let change = change.ok_or_else(|| BenchError::NotReached {
+            name: self.target.kernel_name(),
+            actual_pages: settled.actual_pages,
+            target_pages: settled.target_pages,
+        })?;
+        let most = (MEMORY_MIB - mib) * MIB + RESIDENT_SLACK_BYTES;
+        self.until("released", LIMIT, |status| {
+            status.resident_bytes.is_some_and(|bytes| bytes <= most)
+        })?;
+        self.no_faults()?;
+        Ok(change)
+    }
+
+    /// Uses `mib` MiB that are free and checks what they hold, and the file that is
+    /// kept; returns how much was verified.
+    pub(super) fn use_and_verify(&mut self, mib: u64, seed: u64) -> Result<u64> {
+        self.run(&format!("fill used {mib} {seed}"))?;
+        let wrong = self.number(&format!("verify used {mib} {seed}"));
+        self.run("drop used")?;
+        ensure(wrong? == 0, || "memory that came back does not hold what it is given".to_owned())?;
+        self.verify_kept()?;
+        Ok(mib + KEPT_MIB)
+    }
+
+    /// Checks the file that was there before all else.
+    pub(super) fn verify_kept(&mut self) -> Result<()> {
+        let wrong = self.number(&format!("verify kept {KEPT_MIB} {KEPT_SEED}"))?;
+        ensure(wrong == 0, || format!("{wrong} pages of {KEPT_MIB} MiB are not what they were"))
+    }
+
+    /// Nobody broke the protocol and the guest's kernel complained of nothing.
+    pub(super) fn no_faults(&mut self) -> Result<()> {
+        let faults = self.status()?.faults;
+        ensure(faults.total() == 0, || format!("{faults:?}"))?;
+        let log = self.guest().console_log();
+        let bad = log.lines().find(|line| BAD_WORDS.iter().any(|word| line.contains(word)));
+        ensure(bad.is_none(), || format!("the guest's kernel: {}", bad.unwrap_or_default()))
+    }
+
+    /// Has the guest read a file, which fills its page cache.
+    pub(super) fn read_file(&mut self) -> Result<()> {
+        let command = format!("read-file {} {CACHED_MIB}", self.cached);
+        self.run(&command).map(drop)
+    }
+}
+
+/// What the device calls a feature that has to be negotiated.
+const fn negotiated_name(feature: Feature) -> Option<&'static str> {
+    Some(match feature {
+        Feature::MustTellHost => "must-tell-host",
+        Feature::PageBitmap => "page-bitmap",
+        Feature::RingEventIdx => "ring-event-idx",
+        Feature::RingIndirectDesc => "ring-indirect-desc",
+        Feature::Stats => "stats-vq",
+        Feature::FreePageHint => "free-page-hint",
+        Feature::PagePoison => "page-poison",
+        Feature::Reporting => "reporting",
+        Feature::DropCaches | Feature::FreePages | Feature::HoldPages => "request-vq",
+        Feature::DeflateOnOom => "deflate-on-oom",
+        Feature::InflateDeflate
+        | Feature::DriverReload
+        | Feature::BackEndKilled
+        | Feature::BackEndReconnect => return None,
+    })
+}
+
+type Booted = std::result::Result<(Machine, Client), String>;
+
+fn start_uml(target: &Target, program: &Path, files: &Path) -> Result<Booted> {
+    let kernel = match target.kernel {
+        KernelChoice::UmlPackaged => lab::uml::packaged()?,
+        _ => lab::uml::kernel()?,
+    };
+    if target.driver == crate::Driver::Own && !kernel.builds_modules() {
+        return Ok(Err("Debian's package of this kernel has no headers to build a module".into()));
+    }
+    let directory = directory()?;
+    let memory = GuestMemoryDir::mount(Backing::Small, MEMORY_MIB)?;
+    let backend = Backend::start(program, "compat", directory.path())?;
+    let client = backend.client()?;
+    let mut builder = Guest::uml(&kernel)
+        .memory_mib(MEMORY_MIB)
+        .memory_dir(memory.path())
+        .balloon(backend.socket())
+        .modules(target.driver.modules(&kernel)?)
+        .kernel_argument("ignore_loglevel");
+    if let Some(word) = target.poison {
+        builder = builder.kernel_argument(word);
+    }
+    let mut guest = builder.boot()?;
+    guest.run(&format!("insmod {}", target.driver.module_name()))?;
+    if target.driver == crate::Driver::Own {
+        guest.run(&format!("mount-host {}", files.display()))?;
+    }
+    let backend = Box::new(backend);
+    let machine = Machine::Uml { guest, backend, _memory: memory, _directory: directory };
+    Ok(Ok((machine, client)))
+}
+
+fn start_qemu(target: &Target, program: &Path, files: &Path) -> Result<Booted> {
+    let qemu = match lab::qemu::vhost_user()? {
+        Ok(qemu) => qemu,
+        Err(why) => return Ok(Err(why)),
+    };
+    let KernelChoice::Debian(release) = target.kernel else {
+        return Ok(Err("QEMU runs no User Mode Linux".to_owned()));
+    };
+    let options = QemuBedOptions {
+        program: program.to_owned(),
+        qemu,
+        kernel: lab::debian::kernel(release)?,
+        memory_mib: MEMORY_MIB,
+        kernel_arguments: target.poison.map(str::to_owned).into_iter().collect(),
+        disk: Some(files.join("cached")),
+    };
+    let bed = QemuBed::start("compat", Device::VhostUser, target.driver, &options)?;
+    let client = bed.backend().map(Backend::client).transpose()?;
+    let client = client.ok_or(BenchError::Wrong { what: "no back end was started".to_owned() })?;
+    Ok(Ok((Machine::Qemu(Box::new(bed)), client)))
+}
+
+fn directory() -> Result<TempDir> {
+    let directory = tempfile::Builder::new().prefix("aerostat-compat-").tempdir();
+    directory
+        .map_err(|source| BenchError::Host { what: "making a directory", source: source.into() })
+}

@@ -1,0 +1,210 @@
+//! `bench monitors`: the same guest on QEMU's own balloon device and on ours.
+//!
+//! Two guests run side by side in the same emulator with the same kernel, the stock
+//! driver and the same kind of memory; the device is all that differs. They take
+//! turns in each round.
+
+use std::path::PathBuf;
+
+use lab::debian::Release;
+use serde::{Deserialize, Serialize};
+
+use crate::cpu_time::{CpuClock, CpuTime};
+use crate::error::{BenchError, Result};
+use crate::inflate::Memory;
+use crate::qemu_bed::{Device, QemuBed, QemuBedOptions};
+use crate::sample::Spread;
+use crate::testbed::Driver;
+
+/// Memory that a touched guest has written to and freed, in percent.
+const TOUCHED_PERCENT: u64 = 85;
+
+/// Most of its free memory that it touches, in percent: page tables need some.
+const FREE_PERCENT: u64 = 95;
+
+/// Time to touch it: emulated, small pages, and the host supplies them.
+const TOUCH_LIMIT: std::time::Duration = std::time::Duration::from_secs(300);
+
+/// Whose device it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Case {
+    /// QEMU's own.
+    Qemu,
+    /// Ours, under QEMU's generic vhost-user device.
+    Aerostat,
+}
+
+impl Case {
+    /// Both, in the order of a round.
+    pub const ALL: [Self; 2] = [Self::Qemu, Self::Aerostat];
+
+    const fn device(self) -> Device {
+        match self {
+            Self::Qemu => Device::Qemu,
+            Self::Aerostat => Device::VhostUser,
+        }
+    }
+}
+
+/// What to measure.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The `aerostat` program.
+    pub program: PathBuf,
+    /// Rounds; every case is run once in each.
+    pub rounds: usize,
+    /// Size of the guests, in MiB.
+    pub guest_mib: u64,
+    /// States of the guest's memory.
+    pub memory: Vec<Memory>,
+    /// Words for the guests' kernel.
+    pub kernel_arguments: Vec<String>,
+}
+
+/// One case's result.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CaseReport {
+    /// Whose device.
+    pub name: Case,
+    /// State of the guest's memory.
+    pub memory: Memory,
+    /// Memory asked for.
+    pub asked_mib: u64,
+    /// From asking until the guest had given and the host had released all.
+    pub wall_ms: Spread,
+    /// CPU time of monitor and back end, user and system, all threads. The guest's own
+    /// work is in it, since it is emulated; it is the same in both cases.
+    pub cpu_ms: Spread,
+    /// That of the thread that runs the guest. QEMU's own device does its work there,
+    /// under the guest's write to the queue's register.
+    pub vcpu_ms: Spread,
+    /// That of all other threads of monitor and back end.
+    pub beside_ms: Spread,
+    /// Median of `cpu_ms` without the guest's own work: that is the median of `vcpu_ms`
+    /// of the vhost-user case, where no device works in that thread.
+    pub device_cpu_ms: f64,
+    /// The way back.
+    pub deflate_ms: Spread,
+    /// What QEMU had less of afterwards, measured on the host: median.
+    pub returned_mib: f64,
+    /// Median of QEMU's wall time over the median of this case's.
+    pub speedup: f64,
+}
+
+/// What `bench monitors --json` prints.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// Rounds that the medians are of.
+    pub rounds: usize,
+    /// Size of the guests.
+    pub guest_mib: u64,
+    /// The guests' kernel.
+    pub kernel: String,
+    /// Further words on its command line.
+    pub kernel_arguments: Vec<String>,
+    /// One entry for each case and state.
+    pub cases: Vec<CaseReport>,
+}
+
+/// One run of one case.
+struct Run {
+    wall_ms: f64,
+    cpu: CpuTime,
+    deflate_ms: f64,
+    returned_mib: f64,
+}
+
+/// Measures everything that `options` asks for; `progress` hears of each step.
+///
+/// # Errors
+/// The first thing that went wrong; there is no partial report.
+pub fn run(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<Report> {
+    let qemu = lab::qemu::vhost_user()?;
+    let qemu = qemu.map_err(|why| BenchError::NotHere { what: "QEMU with vhost-user", why })?;
+    let bed = QemuBedOptions {
+        program: options.program.clone(),
+        qemu,
+        kernel: lab::debian::kernel(Release::Cloud6_12)?,
+        memory_mib: options.guest_mib,
+        kernel_arguments: options.kernel_arguments.clone(),
+        disk: None,
+    };
+    let mut report = Report {
+        rounds: options.rounds,
+        guest_mib: options.guest_mib,
+        kernel: bed.kernel.release.clone(),
+        kernel_arguments: options.kernel_arguments.clone(),
+        cases: Vec::new(),
+    };
+    for memory in &options.memory {
+        progress(&format!("booting two emulated guests of {} MiB", options.guest_mib));
+        let mut beds = Vec::new();
+        for case in Case::ALL {
+            beds.push(QemuBed::start("monitors", case.device(), Driver::Stock, &bed)?);
+        }
+        let mut runs: [Vec<Run>; 2] = Default::default();
+        for round in 1..=options.rounds {
+            for ((case, bed), runs) in Case::ALL.into_iter().zip(&mut beds).zip(&mut runs) {
+                let run = run_once(*memory, options.guest_mib, bed)?;
+                progress(&describe(case, *memory, round, &run));
+                runs.push(run);
+            }
+        }
+        summarise(*memory, options.guest_mib, &runs, &mut report);
+    }
+    Ok(report)
+}
+
+fn run_once(memory: Memory, guest_mib: u64, bed: &mut QemuBed) -> Result<Run> {
+    if memory != Memory::Idle {
+        // A small guest's kernel takes a larger part.
+        let free_mib = bed.number("free-mib")?;
+        let mib = (guest_mib * TOUCHED_PERCENT / 100).min(free_mib * FREE_PERCENT / 100);
+        bed.guest.run_within(&format!("touch {mib}"), TOUCH_LIMIT)?;
+    }
+    let processes = bed.processes();
+    let resident = bed.resident_mib()?;
+    let clock = CpuClock::read(&processes)?;
+    let wall = bed.inflate_to(asked_mib(guest_mib))?;
+    let cpu = CpuClock::read(&processes)?.since(&clock);
+    let returned_mib = resident as f64 - bed.resident_mib()? as f64;
+    let deflate = bed.inflate_to(0)?;
+    let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
+    Ok(Run { wall_ms: ms(wall), cpu, deflate_ms: ms(deflate), returned_mib })
+}
+
+const fn asked_mib(guest_mib: u64) -> u64 {
+    guest_mib * 3 / 4
+}
+
+fn describe(case: Case, memory: Memory, round: usize, run: &Run) -> String {
+    format!(
+        "round {round}, {memory:?} memory, {case:?}: {:.0} ms, CPU {:.0} ms beside the guest's {:.0} ms, {:.0} MiB returned, back in {:.0} ms",
+        run.wall_ms, run.cpu.other_ms, run.cpu.vcpu_ms, run.returned_mib, run.deflate_ms
+    )
+}
+
+fn summarise(memory: Memory, guest_mib: u64, runs: &[Vec<Run>; 2], report: &mut Report) {
+    let spread = |runs: &[Run], of: fn(&Run) -> f64| Spread::of(runs.iter().map(of));
+    let [qemu, vhost_user] = runs;
+    let qemu_ms = spread(qemu, |run| run.wall_ms).median;
+    let guest_ms = spread(vhost_user, |run| run.cpu.vcpu_ms).median;
+    for (name, runs) in Case::ALL.into_iter().zip(runs) {
+        let wall_ms = spread(runs, |run| run.wall_ms);
+        let cpu_ms = spread(runs, |run| run.cpu.vcpu_ms + run.cpu.other_ms);
+        report.cases.push(CaseReport {
+            name,
+            memory,
+            asked_mib: asked_mib(guest_mib),
+            wall_ms,
+            cpu_ms,
+            vcpu_ms: spread(runs, |run| run.cpu.vcpu_ms),
+            beside_ms: spread(runs, |run| run.cpu.other_ms),
+            device_cpu_ms: cpu_ms.median - guest_ms,
+            deflate_ms: spread(runs, |run| run.deflate_ms),
+            returned_mib: spread(runs, |run| run.returned_mib).median,
+            speedup: qemu_ms / wall_ms.median,
+        });
+    }
+}

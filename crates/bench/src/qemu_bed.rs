@@ -1,0 +1,271 @@
+//! An emulated guest with a Debian kernel, on QEMU's own balloon or on ours.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::time::{Duration, Instant};
+
+use control::{BALLOON_PAGE_BYTES, Client};
+use lab::debian::DebianKernel;
+use lab::qemu::VhostUserQemu;
+use lab::{Guest, guest_build};
+
+use crate::backend::Backend;
+use crate::error::{BenchError, Result};
+use crate::qmp::Qmp;
+use crate::testbed::Driver;
+
+/// Time for one change of the balloon in emulation, on memory in use.
+const CHANGE_LIMIT: Duration = Duration::from_secs(120);
+
+/// QEMU 8.2 gives each queue of its generic device four entries, and Linux wants 32
+/// to report free pages.
+const WITHOUT: [&str; 2] = ["--without", "reporting"];
+
+const MIB: u64 = 1 << 20;
+
+/// What serves the balloon of an emulated guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Device {
+    /// QEMU's own `virtio-balloon-pci`.
+    Qemu,
+    /// Our back end under QEMU's generic vhost-user device.
+    VhostUser,
+}
+
+/// What emulated guests have in common.
+#[derive(Clone, Debug)]
+pub struct QemuBedOptions {
+    /// The `aerostat` program, which serves as the back end.
+    pub program: PathBuf,
+    /// The emulator.
+    pub qemu: VhostUserQemu,
+    /// The guest's kernel.
+    pub kernel: DebianKernel,
+    /// The guest's memory.
+    pub memory_mib: u64,
+    /// Words for the guest's kernel.
+    pub kernel_arguments: Vec<String>,
+    /// A file that the guest sees as `/dev/vda`, read-only.
+    pub disk: Option<PathBuf>,
+}
+
+/// A guest whose driver is loaded.
+pub struct QemuBed {
+    /// The guest; ended before its device.
+    pub guest: Guest,
+    /// The driver's module file.
+    pub driver: PathBuf,
+    device: Attached,
+    memory_mib: u64,
+    _directory: tempfile::TempDir,
+}
+
+enum Attached {
+    Qemu(Qmp),
+    VhostUser(Backend, Client),
+}
+
+impl QemuBed {
+    /// Boots a guest with `device` and loads `driver`.
+    ///
+    /// # Errors
+    /// What is missing, or why the guest did not come up.
+    pub fn start(
+        name: &str,
+        device: Device,
+        driver: Driver,
+        options: &QemuBedOptions,
+    ) -> Result<Self> {
+        let directory = tempfile::Builder::new().prefix("aerostat-bench-").tempdir();
+        let directory = directory
+            .map_err(|source| BenchError::Backend { what: "making a directory", source })?;
+        let driver = module(driver, &options.kernel)?;
+        let disk = options.disk.iter().map(|_| "virtio_blk");
+        let needed: Vec<_> = std::iter::once("virtio_pci").chain(disk).collect();
+        let needed = options.kernel.modules(&needed)?;
+        let memory =
+            format!("memory-backend-memfd,id=memory,size={}M,share=on", options.memory_mib);
+        let builder = Guest::qemu(&options.kernel)
+            .qemu_program(&options.qemu.program)
+            .memory_mib(options.memory_mib)
+            .modules(&needed)
+            .module(&driver)
+            // Warnings too, not errors alone.
+            .kernel_argument("ignore_loglevel")
+            // So that threads that run the guest can be told from the others.
+            .machine_arguments(["-name", "lab,debug-threads=on"])
+            .machine_arguments(["-object", &memory, "-machine", "memory-backend=memory"]);
+        let builder = options
+            .kernel_arguments
+            .iter()
+            .fold(builder, |builder, word| builder.kernel_argument(word));
+        let builder = match &options.disk {
+            None => builder,
+            Some(disk) => builder.machine_arguments(disk_arguments(disk)),
+        };
+        let mut backend = None;
+        let socket = directory.path().join("qmp");
+        let builder = match device {
+            Device::Qemu => builder
+                .machine_arguments(["-device", "virtio-balloon-pci,deflate-on-oom=on"])
+                .machine_arguments([
+                    "-qmp".to_owned(),
+                    format!("unix:{},server=on,wait=off", socket.display()),
+                ]),
+            Device::VhostUser => {
+                let started =
+                    Backend::start_with(&options.program, name, directory.path(), &WITHOUT)?;
+                let arguments = vhost_user_arguments(&options.qemu, started.socket());
+                backend = Some(started);
+                builder.machine_arguments(arguments)
+            }
+        };
+        let mut guest = builder.boot()?;
+        let device = match backend {
+            None => Attached::Qemu(Qmp::connect(&socket)?),
+            Some(backend) => {
+                let client = backend.client()?;
+                Attached::VhostUser(backend, client)
+            }
+        };
+        guest.load(&needed)?;
+        guest.load(std::slice::from_ref(&driver))?;
+        let memory_mib = options.memory_mib;
+        Ok(Self { guest, driver, device, memory_mib, _directory: directory })
+    }
+
+    /// Makes the balloon hold `mib` MiB; returns the time from asking until the guest
+    /// had given them (or has them back) and the host had released them.
+    ///
+    /// # Errors
+    /// The guest does not get there.
+    pub fn inflate_to(&mut self, mib: u64) -> Result<Duration> {
+        match &mut self.device {
+            Attached::Qemu(qmp) => {
+                let began = Instant::now();
+                qmp.balloon((self.memory_mib - mib) * MIB)?;
+                Ok(began.elapsed())
+            }
+            Attached::VhostUser(_, client) => settle(client, mib * MIB),
+        }
+    }
+
+    /// Runs a command in the guest whose answer is a number.
+    ///
+    /// # Errors
+    /// The guest's refusal, or another answer.
+    pub fn number(&mut self, command: &str) -> Result<u64> {
+        let answer = self.guest.run(command)?.text;
+        let number = answer.parse();
+        number.map_err(|_| BenchError::GuestAnswer { command: command.to_owned(), answer })
+    }
+
+    /// Switches the guest off and ends our back end; returns how that ended, or the
+    /// guest where there is none.
+    ///
+    /// # Errors
+    /// One of them does not end.
+    pub fn end(self) -> Result<ExitStatus> {
+        let ended = self.guest.power_off()?;
+        match self.device {
+            Attached::Qemu(_) => Ok(ended),
+            Attached::VhostUser(backend, _) => backend.stop(),
+        }
+    }
+
+    /// Memory of the host that the guest's memory takes, in MiB: that of QEMU which is
+    /// shared (proc(5), `status`).
+    ///
+    /// # Errors
+    /// The host does not say.
+    pub fn resident_mib(&self) -> Result<u64> {
+        let path = format!("/proc/{}/status", self.guest.pid());
+        let text = std::fs::read_to_string(path).map_err(|error| BenchError::Host {
+            what: "reading the memory of QEMU",
+            source: error.into(),
+        })?;
+        let line = text.lines().find_map(|line| line.strip_prefix("RssShmem:"));
+        let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+        Ok(kib.unwrap_or(0) >> 10)
+    }
+
+    /// The processes that serve the guest.
+    pub fn processes(&self) -> Vec<u32> {
+        let backend = self.backend().map(Backend::pid);
+        std::iter::once(self.guest.pid()).chain(backend).collect()
+    }
+
+    /// Our back end, where there is one, for those who end it.
+    pub const fn backend_mut(&mut self) -> Option<&mut Backend> {
+        match &mut self.device {
+            Attached::Qemu(_) => None,
+            Attached::VhostUser(backend, _) => Some(backend),
+        }
+    }
+
+    /// Our back end, where there is one.
+    pub const fn backend(&self) -> Option<&Backend> {
+        match &self.device {
+            Attached::Qemu(_) => None,
+            Attached::VhostUser(backend, _) => Some(backend),
+        }
+    }
+
+    /// The control API of our back end, where there is one.
+    pub const fn client(&self) -> Option<&Client> {
+        match &self.device {
+            Attached::Qemu(_) => None,
+            Attached::VhostUser(_, client) => Some(client),
+        }
+    }
+}
+
+/// The words that attach a back end at `socket` as a balloon.
+pub fn vhost_user_arguments(qemu: &VhostUserQemu, socket: &Path) -> [String; 4] {
+    let device = qemu.device;
+    [
+        "-chardev".to_owned(),
+        format!("socket,id=balloon,path={}", socket.display()),
+        "-device".to_owned(),
+        format!("{device},chardev=balloon,virtio-id=5,num_vqs=6,config_size=16"),
+    ]
+}
+
+fn disk_arguments(disk: &Path) -> [String; 4] {
+    [
+        "-drive".to_owned(),
+        format!("file={},if=none,id=disk,format=raw,read-only=on", disk.display()),
+        "-device".to_owned(),
+        "virtio-blk-pci,drive=disk".to_owned(),
+    ]
+}
+
+/// The file of a driver for a Debian kernel.
+fn module(driver: Driver, kernel: &DebianKernel) -> Result<PathBuf> {
+    match driver {
+        Driver::Own => Ok(guest_build::balloon_module(&kernel.tree()?)?),
+        Driver::Stock => {
+            let modules = kernel.modules(&[driver.module_name()])?;
+            modules.into_iter().next_back().ok_or(BenchError::NotHere {
+                what: "the stock driver",
+                why: "it is built in".to_owned(),
+            })
+        }
+    }
+}
+
+fn settle(client: &Client, target_bytes: u64) -> Result<Duration> {
+    let end = Instant::now() + CHANGE_LIMIT;
+    let mut balloon = client.set_balloon(target_bytes, CHANGE_LIMIT)?;
+    while !balloon.settled && Instant::now() < end {
+        balloon = client.wait(balloon.generation, CHANGE_LIMIT)?;
+    }
+    let reached = u64::from(balloon.actual_pages) * BALLOON_PAGE_BYTES == target_bytes;
+    let change = balloon.last_change.filter(|_| balloon.settled && reached);
+    let change = change.ok_or(BenchError::NotReached {
+        name: "the emulated guest".to_owned(),
+        actual_pages: balloon.actual_pages,
+        target_pages: balloon.target_pages,
+    })?;
+    Ok(Duration::from_secs_f64(change.wall_ms / 1e3))
+}

@@ -1,0 +1,100 @@
+//! `aerostat bench` on the smallest of what it measures: what it prints has the shape
+//! that it is documented with, and what it tries works.
+
+use std::collections::BTreeSet;
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+
+use crate::program::{program, succeed};
+
+/// Runs `aerostat bench` and returns its JSON.
+fn bench(arguments: &[&str]) -> Value {
+    let mut command = Command::new(program());
+    command.arg("bench").args(arguments).arg("--json").stdin(Stdio::null());
+    let (out, err) = succeed(&mut command);
+    println!("{err}");
+    serde_json::from_str(&out).unwrap_or_else(|error| panic!("{error}: {out}"))
+}
+
+#[test]
+fn compat_has_one_row_for_everything_and_none_fails() {
+    const KERNELS: [&str; 2] = ["uml-6.12", "uml-6.12 page_poison=1"];
+    const FEATURES: [&str; 6] = [
+        "inflate-deflate",
+        "page-bitmap",
+        "page-poison",
+        "free-page-hint",
+        "drop-caches",
+        "back-end-reconnect",
+    ];
+    let mut arguments = vec!["compat"];
+    arguments.extend(KERNELS.iter().flat_map(|name| ["--kernel", name]));
+    arguments.extend(FEATURES.iter().flat_map(|name| ["--feature", name]));
+    let report = bench(&arguments);
+    let rows = report["rows"].as_array().unwrap();
+    let mut seen = BTreeSet::new();
+    let mut passed = 0;
+    for row in rows {
+        let word = |key: &str| row[key].as_str().unwrap_or_else(|| panic!("{key}: {row}"));
+        assert_eq!(row.as_object().unwrap().len(), 6, "{row}");
+        assert!(KERNELS.contains(&word("kernel")) && word("monitor") == "uml", "{row}");
+        assert!(["stock", "ours"].contains(&word("driver")), "{row}");
+        assert!(seen.insert([word("kernel"), word("driver"), word("feature")]), "twice: {row}");
+        match word("result") {
+            "pass" => assert!(word("detail").contains("MiB verified"), "{row}"),
+            "not-run" => assert!(!word("detail").is_empty(), "{row}"),
+            _ => panic!("{row}"),
+        }
+        passed += u32::from(word("result") == "pass");
+    }
+    assert_eq!(seen.len(), KERNELS.len() * 2 * FEATURES.len(), "{report}");
+    // Ours: inflate, bitmaps, caches, twice, and poison. Stock: inflate and hints,
+    // twice, and poison.
+    assert_eq!(passed, 7 + 5, "{report}");
+}
+
+#[test]
+fn what_cannot_be_run_is_in_the_matrix_with_its_reason() {
+    let report = bench(&["compat", "--monitor", "cloud-hypervisor", "--monitor", "crosvm"]);
+    let rows = report["rows"].as_array().unwrap();
+    let monitors: BTreeSet<_> = rows.iter().map(|row| row["monitor"].as_str().unwrap()).collect();
+    assert_eq!(monitors, BTreeSet::from(["cloud-hypervisor", "crosvm"]));
+    let reasons = |row: &Value| row["result"] == "not-run" && row["detail"] != "";
+    assert!(rows.iter().all(reasons), "{report}");
+}
+
+#[test]
+fn monitors_are_compared_on_the_same_guest() {
+    if let Err(why) = lab::qemu::vhost_user().unwrap() {
+        println!("not run, {why}");
+        return;
+    }
+    let report = bench(&["monitors", "--rounds", "1", "--guest", "512MiB", "--memory", "touched"]);
+    let cases = report["cases"].as_array().unwrap();
+    let names: Vec<_> = cases.iter().map(|case| case["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["qemu", "aerostat"]);
+    for case in cases {
+        for time in ["wall_ms", "cpu_ms", "vcpu_ms", "beside_ms", "deflate_ms"] {
+            for figure in ["min", "median", "max"] {
+                assert!(case[time][figure].as_f64().unwrap() > 0.0, "{time} of {case}");
+            }
+        }
+        // What was touched and asked for has to be the host's again.
+        let (asked, returned) = (&case["asked_mib"], &case["returned_mib"]);
+        assert!(returned.as_f64().unwrap() >= asked.as_f64().unwrap() * 0.8, "{case}");
+        assert!(case["speedup"].as_f64().unwrap() > 0.0, "{case}");
+    }
+}
+
+#[test]
+fn reports_are_measured_with_what_they_cost() {
+    let small = ["--guest", "1GiB", "--freed", "256MiB", "--backing", "4k", "--rounds", "1"];
+    let report = bench(&[&["reporting"][..], &small].concat());
+    let case = &report["cases"][0];
+    for key in ["cpu_percent", "floor_percent", "own_percent", "own_cpu_ms_per_gib"] {
+        assert!(case[key].as_f64().unwrap() > 0.0, "{key} of {case}");
+    }
+    // Half of it even where a busy machine makes the guest late.
+    assert!(case["back_percent"].as_f64().unwrap() > 50.0, "{case}");
+}
