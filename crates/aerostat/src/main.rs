@@ -12,6 +12,7 @@ mod man;
 mod memory_map;
 mod output;
 mod progress;
+mod security_arg;
 
 use std::process::ExitCode;
 

@@ -1,9 +1,10 @@
 //! What is going on: one line that changes on a terminal, lines elsewhere.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
+use control::Size;
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// Between two pictures of the spinner.
@@ -43,6 +44,46 @@ impl Steps {
         } else if self.last.get().is_none_or(|last| last.elapsed() >= self.pause) {
             eprintln!("{step}");
             self.last.set(Some(Instant::now()));
+        }
+    }
+
+    pub(crate) fn end(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// A bar that begins anew with each phase; a line for each phase where there is no terminal.
+pub(crate) struct Bar {
+    bar: Option<ProgressBar>,
+    phase: RefCell<String>,
+}
+
+impl Bar {
+    pub(crate) fn start() -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| ProgressBar::new(0));
+        if let Some(bar) = &bar {
+            // One that does not parse leaves the default style.
+            let template = "{prefix:12} [{wide_bar}] {percent:>3} %  {msg}";
+            if let Ok(style) = ProgressStyle::with_template(template) {
+                bar.set_style(style);
+            }
+        }
+        Self { bar, phase: RefCell::default() }
+    }
+
+    /// Shows how far the phase is, and how much was sent in all.
+    pub(crate) fn show(&self, phase: &str, done: u64, of: u64, sent: Size) {
+        let is_new = *self.phase.borrow() != phase;
+        phase.clone_into(&mut self.phase.borrow_mut());
+        if let Some(bar) = &self.bar {
+            bar.set_prefix(phase.to_owned());
+            bar.set_length(of.max(1));
+            bar.set_position(done);
+            bar.set_message(format!("{sent:#} sent"));
+        } else if is_new {
+            eprintln!("{phase}");
         }
     }
 

@@ -459,3 +459,25 @@ fn a_hold_leaves_the_guest_what_was_said() {
     }
     assert_eq!(fake::free_pages(1, FreeKind::Hold).summary.id, 1);
 }
+
+#[test]
+fn only_guests_of_our_own_monitor_are_moved() {
+    let mut host = Host::new();
+    host.start("web-1", Guest::Obeys);
+    let (code, _, err) = host.run(&["migrate", "web-1", "127.0.0.1:7000", "--plain"]);
+    assert_eq!(code, 1);
+    assert!(err.contains("only the guest's balloon") && err.contains("hint: "), "{err}");
+    let (code, _, err) = host.run(&["settle", "web-1"]);
+    assert_eq!(code, 1);
+    assert!(err.contains("only the guest's balloon"), "{err}");
+    // How it is secured must be said, and all of it.
+    for wrong in [&[][..], &["--tls-cert", "a"], &["--plain", "--tls-cert", "a"]] {
+        let words = ["migrate", "web-1", "127.0.0.1:7000"].iter().chain(wrong);
+        let (code, _, err) = host.run(&words.copied().collect::<Vec<_>>());
+        assert_eq!(code, 2, "{wrong:?}: {err}");
+    }
+    let (code, _, err) =
+        host.run(&["receive", "--name", "vm1", "--listen", "0.0.0.0:0", "--plain"]);
+    assert_eq!(code, 1);
+    assert!(err.contains("which needs TLS"), "{err}");
+}

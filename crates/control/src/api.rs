@@ -5,6 +5,7 @@
 //! is in milliseconds; a measured one may have a fraction.
 
 mod free;
+mod migration;
 mod requests;
 mod stats;
 
@@ -14,6 +15,10 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 pub use free::{FreePageHints, HintOutcome, MAX_LISTED_RUNS, PageRun, ReportsStatus};
+pub use migration::{
+    MigrationDowntime, MigrationPhase, MigrationRound, MigrationSide, MigrationState,
+    MigrationStatus, MigrationSummary, SettleMigration, SettleWord, StartMigration, TlsPaths,
+};
 pub use requests::{
     AskFreePages, BLOCK_BYTES, BlockCount, CacheSize, Caches, CancelledRequest, CoarseMap,
     CoarseRegion, DEFAULT_RESERVE_BYTES, DEFAULT_TIMEOUT_MS, DropCaches, DroppedCaches, FreeKind,

@@ -19,8 +19,9 @@ use tokio::time::{sleep, timeout};
 
 use crate::api::{
     AskFreePages, BalloonStatus, Caches, CancelledRequest, DropCaches, DroppedCaches,
-    FreePageHints, FreePages, Problem, ReleaseMode, ReleaseStatus, ReleasedHold, SetBalloon,
-    SetRelease, SetStats, StatsStatus, Status,
+    FreePageHints, FreePages, MigrationStatus, Problem, ReleaseMode, ReleaseStatus, ReleasedHold,
+    SetBalloon, SetRelease, SetStats, SettleMigration, SettleWord, StartMigration, StatsStatus,
+    Status,
 };
 use crate::bitmap::{FIRST_PAGE_HEADER, PAGES_HEADER, REGIONS_HEADER};
 use crate::error::ControlError;
@@ -36,6 +37,12 @@ const MAX_ANSWER_BYTES: usize = 1024 * 1024;
 /// Further time for an answer that has to be made and carried: a picture, or the
 /// bitmap of a large guest, 32 MiB for each TiB.
 const BULK_TIME: Duration = Duration::from_secs(50);
+
+/// Further time for looking up a destination's name.
+const LOOK_UP_TIME: Duration = Duration::from_secs(20);
+
+/// Further time for asking the other side: to reach it, to agree on keys, and its silence.
+const SETTLE_TIME: Duration = Duration::from_secs(60);
 
 /// Pause before another try when the server's backlog is full; connecting to a
 /// Unix socket cannot wait for that by itself without blocking.
@@ -203,6 +210,39 @@ impl Client {
     ) -> Result<ReleasedHold, ControlError> {
         let path = format!("/v1/free-pages?timeout_ms={}", millis(guest_timeout));
         self.json(Method::DELETE, &path, Bytes::new(), guest_timeout)
+    }
+
+    /// Begins to move the guest.
+    ///
+    /// # Errors
+    /// As [`Client::status`].
+    pub fn start_migration(&self, ask: &StartMigration) -> Result<MigrationStatus, ControlError> {
+        self.send_json(Method::POST, "/v1/migration", ask, LOOK_UP_TIME)
+    }
+
+    /// Where the newest migration stands.
+    ///
+    /// # Errors
+    /// As [`Client::status`].
+    pub fn migration(&self) -> Result<MigrationStatus, ControlError> {
+        self.get("/v1/migration")
+    }
+
+    /// Ends a migration.
+    ///
+    /// # Errors
+    /// As [`Client::status`].
+    pub fn cancel_migration(&self) -> Result<MigrationStatus, ControlError> {
+        self.json(Method::DELETE, "/v1/migration", Bytes::new(), Duration::ZERO)
+    }
+
+    /// Ends a doubt about where the guest runs.
+    ///
+    /// # Errors
+    /// As [`Client::status`].
+    pub fn settle_migration(&self, word: SettleWord) -> Result<MigrationStatus, ControlError> {
+        let body = SettleMigration { word };
+        self.send_json(Method::POST, "/v1/migration/settle", &body, SETTLE_TIME)
     }
 
     /// Stops the request that the guest works on.

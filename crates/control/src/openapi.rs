@@ -27,6 +27,10 @@ use crate::{guest_routes, routes};
         routes::request::get_bitmap,
         routes::request::get_picture,
         routes::request::post_cancel,
+        routes::migration::get_migration,
+        routes::migration::post_migration,
+        routes::migration::delete_migration,
+        routes::migration::post_settle,
         routes::get_metrics,
         routes::get_openapi,
     )

@@ -1,5 +1,6 @@
 //! The endpoints.
 
+pub(crate) mod migration;
 pub(crate) mod request;
 
 use std::sync::Arc;
@@ -25,6 +26,7 @@ use crate::api::{
 use crate::balloon::Balloon;
 use crate::error::ControlError;
 use crate::guest_routes;
+use crate::monitor::Monitor;
 use crate::server::Limits;
 use crate::{metrics, openapi};
 
@@ -39,15 +41,15 @@ pub(crate) const WAIT_SLICE: Duration = Duration::from_millis(250);
 /// What all handlers share.
 #[derive(Clone)]
 pub(crate) struct App {
-    balloon: Arc<dyn Balloon>,
+    pub(crate) monitor: Arc<dyn Monitor>,
     pub(crate) limits: Limits,
     waiters: Arc<Semaphore>,
     pub(crate) stopped: watch::Receiver<bool>,
 }
 
-/// All endpoints over `balloon`.
+/// All endpoints over `monitor`.
 pub(crate) fn router(
-    balloon: Arc<dyn Balloon>,
+    monitor: Arc<dyn Monitor>,
     limits: Limits,
     stopped: watch::Receiver<bool>,
 ) -> Router {
@@ -68,6 +70,13 @@ pub(crate) fn router(
         .route("/v1/free-pages/bitmap", get(request::get_bitmap))
         .route("/v1/free-pages/picture", get(request::get_picture))
         .route("/v1/cancel", post(request::post_cancel))
+        .route(
+            "/v1/migration",
+            get(migration::get_migration)
+                .post(migration::post_migration)
+                .delete(migration::delete_migration),
+        )
+        .route("/v1/migration/settle", post(migration::post_settle))
         .route("/v1/metrics", get(get_metrics))
         .route("/metrics", get(get_metrics))
         .route("/v1/openapi.json", get(get_openapi))
@@ -75,7 +84,7 @@ pub(crate) fn router(
         .method_not_allowed_fallback(async |method: Method, uri: Uri| {
             no_endpoint(&method, &uri, true)
         })
-        .with_state(App { balloon, limits, waiters, stopped })
+        .with_state(App { monitor, limits, waiters, stopped })
 }
 
 fn no_endpoint(method: &Method, uri: &Uri, method_only: bool) -> ControlError {
@@ -206,12 +215,20 @@ pub(crate) async fn get_openapi() -> Response {
 }
 
 impl App {
+    /// The guest's balloon.
+    pub(crate) fn balloon(&self) -> Result<Arc<dyn Balloon>, ControlError> {
+        self.monitor.balloon().ok_or_else(|| ControlError::Refused {
+            what: "there is no guest here yet".into(),
+            hint: "move one here with `aerostat migrate`, or wait until it has come".into(),
+        })
+    }
+
     /// Asks the balloon on a thread that may block.
     pub(crate) async fn call<T: Send + 'static>(
         &self,
         ask: impl FnOnce(&dyn Balloon) -> T + Send + 'static,
     ) -> Result<T, ControlError> {
-        let balloon = Arc::clone(&self.balloon);
+        let balloon = self.balloon()?;
         spawn_blocking(move || ask(&*balloon)).await.map_err(|_| ControlError::Failed {
             what: "the balloon failed while it was asked".into(),
             hint: "look into the log of the process that serves it".into(),

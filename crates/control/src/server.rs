@@ -21,6 +21,7 @@ use tracing::{debug, warn};
 
 use crate::balloon::Balloon;
 use crate::error::ControlError;
+use crate::monitor::{Monitor, OnlyBalloon};
 use crate::routes;
 use crate::routes::request::GRACE;
 use crate::socket::{self, SocketFile};
@@ -100,6 +101,18 @@ impl Server {
         balloon: Arc<dyn Balloon>,
         limits: Limits,
     ) -> Result<Self, ControlError> {
+        Self::start(path, Arc::new(OnlyBalloon(balloon)), limits)
+    }
+
+    /// [`Server::bind`] for a whole monitor.
+    ///
+    /// # Errors
+    /// As [`Server::bind`].
+    pub fn bind_monitor(path: &Path, monitor: Arc<dyn Monitor>) -> Result<Self, ControlError> {
+        Self::start(path, monitor, Limits::default())
+    }
+
+    fn start(path: &Path, monitor: Arc<dyn Monitor>, limits: Limits) -> Result<Self, ControlError> {
         let event_loop = |source| ControlError::EventLoop { source };
         let runtime = Builder::new_current_thread()
             .enable_all()
@@ -115,7 +128,7 @@ impl Server {
         let (stop, stopped) = watch::channel(false);
         let thread = thread::Builder::new()
             .name("control".into())
-            .spawn(move || run(runtime, listener, balloon, limits, stopped))
+            .spawn(move || run(runtime, listener, monitor, limits, stopped))
             .map_err(event_loop)?;
         Ok(Self { file: Some(file), stop, thread: Some(thread) })
     }
@@ -143,11 +156,11 @@ impl Drop for Server {
 fn run(
     runtime: Runtime,
     listener: UnixListener,
-    balloon: Arc<dyn Balloon>,
+    monitor: Arc<dyn Monitor>,
     limits: Limits,
     stopped: watch::Receiver<bool>,
 ) {
-    let app = routes::router(balloon, limits, stopped.clone());
+    let app = routes::router(monitor, limits, stopped.clone());
     runtime.block_on(serve(listener, app, limits, stopped));
     // A balloon that hangs in a call must not hang the process on its way out.
     runtime.shutdown_timeout(limits.stop_timeout);

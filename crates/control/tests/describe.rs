@@ -61,7 +61,7 @@ fn every_endpoint_that_is_described_exists() {
             // An empty body is no target, so a PUT that exists says 400; and there
             // is nothing to stop. Hints are asked for without one.
             let expected = match (method.as_str(), path.as_str()) {
-                (_, "/v1/cancel") => 409,
+                (_, "/v1/cancel") | ("delete", "/v1/migration") => 409,
                 (_, "/v1/hints") => 200,
                 ("put" | "post", _) => 400,
                 _ => 200,
@@ -76,11 +76,13 @@ fn every_endpoint_that_is_described_exists() {
     }
     let all = [
         "delete /v1/free-pages",
+        "delete /v1/migration",
         "get /v1/balloon",
         "get /v1/free-pages",
         "get /v1/free-pages/bitmap",
         "get /v1/free-pages/picture",
         "get /v1/metrics",
+        "get /v1/migration",
         "get /v1/openapi.json",
         "get /v1/release",
         "get /v1/stats",
@@ -89,6 +91,8 @@ fn every_endpoint_that_is_described_exists() {
         "post /v1/drop-caches",
         "post /v1/free-pages",
         "post /v1/hints",
+        "post /v1/migration",
+        "post /v1/migration/settle",
         "put /v1/balloon",
         "put /v1/release",
         "put /v1/stats",

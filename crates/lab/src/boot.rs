@@ -26,6 +26,7 @@ pub(crate) enum Machine {
     Uml(UmlKernel),
     Qemu(DebianKernel),
     Monitor { program: PathBuf, kernel: PathBuf },
+    Receiver { program: PathBuf },
 }
 
 /// A guest that is ready to be started.
@@ -43,9 +44,11 @@ impl Launch {
 
 /// Writes the initramfs into `directory` and puts the command line together.
 pub(crate) fn prepare(guest: &GuestBuilder, directory: &Path) -> Result<Launch> {
-    let initramfs = match &guest.initramfs {
-        Some(path) => path.clone(),
-        None => {
+    let initramfs = match (&guest.initramfs, &guest.machine) {
+        (Some(path), _) => path.clone(),
+        // Its guest has one already.
+        (None, Machine::Receiver { .. }) => PathBuf::new(),
+        (None, _) => {
             let path = directory.join("initramfs.cpio");
             write_initramfs(guest, &path)?;
             path
@@ -60,6 +63,10 @@ pub(crate) fn prepare(guest: &GuestBuilder, directory: &Path) -> Result<Launch> 
         Machine::Qemu(kernel) => words.extend(qemu_words(guest, kernel, &initramfs)?),
         Machine::Monitor { program, kernel } => {
             words.extend(monitor_words(guest, program, kernel, &initramfs)?);
+        }
+        Machine::Receiver { program } => {
+            words.extend([program.into(), "receive".into()]);
+            words.extend(guest.machine_arguments.iter().map(Into::into));
         }
     }
     Ok(Launch { words, memory_dir: guest.memory_dir.clone() })

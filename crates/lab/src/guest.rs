@@ -186,6 +186,9 @@ impl GuestBuilder {
         });
         let console = Console::new(input, output, record.clone());
         let mut guest = Guest { console, kept, record, ended, _directory: directory };
+        if matches!(self.machine, Machine::Receiver { .. }) {
+            return Ok(guest);
+        }
         let ready = guest.console.wait_ready(self.boot_limit);
         guest.explain(ready)?;
         tracing::info!(milliseconds = started.elapsed().as_millis(), "guest booted");
@@ -218,6 +221,12 @@ impl Guest {
     /// vmlinuz or a vmlinux.
     pub fn monitor(program: impl Into<PathBuf>, kernel: impl Into<PathBuf>) -> GuestBuilder {
         GuestBuilder::new(Machine::Monitor { program: program.into(), kernel: kernel.into() })
+    }
+
+    /// Our own monitor, which waits for a guest from another one and tells where on standard
+    /// error. [`boot`](GuestBuilder::boot) does not wait until the guest has come.
+    pub fn receiver(program: impl Into<PathBuf>) -> GuestBuilder {
+        GuestBuilder::new(Machine::Receiver { program: program.into() })
     }
 
     /// Runs a command of the guest's init and returns its answer.

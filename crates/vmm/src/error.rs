@@ -70,6 +70,9 @@ pub enum Error {
     /// The control socket could not be served.
     #[error(transparent)]
     Control(#[from] control::ControlError),
+    /// A guest could not come here.
+    #[error(transparent)]
+    Migration(#[from] migration::MigrationError),
     /// Something that this monitor cannot do with this host or guest.
     #[error("host: this monitor cannot save or restore {what}")]
     Unsupported {

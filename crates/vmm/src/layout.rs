@@ -11,7 +11,7 @@ pub(crate) const MIN_MEMORY_BYTES: u64 = 32 << 20;
 
 /// Memory above this is beyond any machine that this monitor is for; the page tables that the
 /// guest starts with need no thought below it.
-pub(crate) const MAX_MEMORY_BYTES: u64 = 16 << 40;
+pub const MAX_MEMORY_BYTES: u64 = 16 << 40;
 
 /// Memory comes in pieces of so many bytes: a huge page, which a guest can then use to its end.
 pub(crate) const MEMORY_STEP_BYTES: u64 = 2 << 20;

@@ -30,7 +30,9 @@ use crate::kvm::Vm;
 use crate::layout;
 use crate::memory::{Memory, MemoryKind};
 use crate::mmio::{Device, Signals, Transport, register};
+use crate::mover::{Asked, Mover};
 use crate::ports::{Ports, Request};
+use crate::reins::Reins;
 use crate::vcpu::Processors;
 
 /// Which guest to run.
@@ -69,6 +71,8 @@ pub enum End {
     Reset,
     /// Its kernel panicked, said so, and then asked for either.
     Panicked,
+    /// It was moved, and runs on another host.
+    Moved,
     /// This process was asked to end (SIGTERM, SIGINT, or at the terminal).
     Stopped,
 }
@@ -83,9 +87,11 @@ pub fn run(options: &Options) -> Result<End, Error> {
     let requests = Requests::new().map_err(Error::host("signal handling"))?;
     let machine = Machine::new(options, Box::new(io::stdout()))?;
     machine.load_kernel(options)?;
-    let _control = Server::bind(&options.control, Arc::clone(&machine.balloon) as _)?;
-    let stop = requests.stopper().map_err(Error::host("signal handling"))?;
-    let _console = Console::start(&machine.bus, stop)?;
+    let machine = Arc::new(machine);
+    // Nobody moves a guest that was not started.
+    machine.take_reins()?;
+    let mover = Mover::new(Some(Arc::clone(&machine)));
+    let _control = Server::bind_monitor(&options.control, Arc::new(Asked(Arc::clone(&mover))))?;
     tracing::info!(
         name = options.name,
         cpus = options.cpus,
@@ -93,7 +99,21 @@ pub fn run(options: &Options) -> Result<End, Error> {
         "booting"
     );
     machine.resume();
-    machine.serve(&requests)
+    machine.return_reins();
+    serve_to_end(&machine, &mover, &requests)
+}
+
+/// Serves a guest that runs, until it ends or has left.
+pub(crate) fn serve_to_end(
+    machine: &Arc<Machine>,
+    mover: &Arc<Mover>,
+    requests: &Requests,
+) -> Result<End, Error> {
+    let stop = || requests.stopper().map_err(Error::host("signal handling"));
+    mover.ends_by(stop()?);
+    let _console = Console::start(&machine.bus, stop()?)?;
+    let end = machine.serve(requests);
+    if mover.end() { Ok(End::Moved) } else { end }
 }
 
 /// Everything that the guest's processors can reach besides memory.
@@ -215,7 +235,10 @@ pub struct Machine {
     pub(crate) vm: Arc<Vm>,
     /// Model-specific registers that KVM knows.
     pub(crate) msrs: Vec<u32>,
-    cpus: u8,
+    /// How it was made.
+    pub(crate) options: Options,
+    /// Who may stop it.
+    pub(crate) reins: Mutex<Reins>,
     /// What the guest was told that its processors can do.
     pub(crate) features: Mutex<CpuFeatures>,
 }
@@ -253,7 +276,9 @@ impl Machine {
         let msrs = msrs.as_slice().to_vec();
         let features =
             Mutex::new(CpuFeatures::of(template.of_processor(0, options.cpus).as_slice()));
-        Ok(Self { bus, balloon, processors, memory, vm, msrs, cpus: options.cpus, features })
+        let reins = Mutex::new(Reins::Operator { paused: false });
+        let options = options.clone();
+        Ok(Self { bus, balloon, processors, memory, vm, msrs, options, reins, features })
     }
 
     /// Puts a kernel, and what firmware would have left, into the memory of a new machine.
@@ -262,7 +287,7 @@ impl Machine {
     /// The kernel cannot be booted, or does not fit.
     pub fn load_kernel(&self, options: &Options) -> Result<(), Error> {
         let places: Vec<_> = (0..).take(self.bus.slots.len()).map(mmio_slot).collect();
-        let tables = acpi::tables(self.cpus, &places);
+        let tables = acpi::tables(self.options.cpus, &places);
         let memory = &self.memory;
         memory
             .guest
@@ -355,13 +380,11 @@ impl Machine {
                     }
                     EVENT_PAUSE => {
                         requests.pause.clear();
-                        self.pause();
-                        tracing::info!("paused");
+                        self.operator_pauses(true);
                     }
                     EVENT_RESUME => {
                         requests.resume.clear();
-                        self.resume();
-                        tracing::info!("resumed");
+                        self.operator_pauses(false);
                     }
                     kick => self.kicked(kick),
                 }
@@ -379,6 +402,11 @@ impl Machine {
     pub fn resume(&self) {
         self.bus.slots.iter().for_each(|slot| slot.transport().resume());
         self.processors.resume();
+    }
+
+    /// A processor has ended the guest.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.processors.have_ended()
     }
 
     fn kicked(&self, data: u64) {
@@ -468,7 +496,7 @@ impl Requests {
     ///
     /// # Errors
     /// The host has no file descriptor left.
-    pub fn stopper(&self) -> io::Result<impl Fn() + Send + 'static> {
+    pub fn stopper(&self) -> io::Result<impl Fn() + Send + Sync + 'static> {
         let write = self.stop.write.try_clone()?;
         Ok(move || {
             // A stream that is full has been asked already.

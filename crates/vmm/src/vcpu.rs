@@ -107,6 +107,11 @@ impl Processors {
         self.group.state().end.take()
     }
 
+    /// True where one will never run again.
+    pub(crate) fn have_ended(&self) -> bool {
+        self.group.state().gone > 0
+    }
+
     /// Lets all processors run.
     pub(crate) fn resume(&self) {
         self.group.state().wanted = Wanted::Run;

@@ -59,22 +59,27 @@ const END_LIMIT: Duration = Duration::from_secs(60);
 /// A guest that runs answers much faster.
 const PAUSE: Duration = Duration::from_secs(3);
 
-const MIB: u64 = 1 << 20;
+pub(crate) const MIB: u64 = 1 << 20;
 
 /// What the guests need besides the balloon's driver.
 const NEEDED: [&str; 2] = ["virtio_mmio", "pvpanic_mmio"];
-const STOCK: &str = "virtio_balloon";
-const OURS: &str = "aerostat_balloon";
+pub(crate) const STOCK: &str = "virtio_balloon";
+pub(crate) const OURS: &str = "aerostat_balloon";
 
 const PROGRAM: &str = "AEROSTAT_PROGRAM";
-const VMLINUZ: &str = "AEROSTAT_TEST_VMLINUZ";
-const VMLINUX: &str = "AEROSTAT_TEST_VMLINUX";
-const INITRAMFS: &str = "AEROSTAT_TEST_INITRAMFS";
+pub(crate) const VMLINUZ: &str = "AEROSTAT_TEST_VMLINUZ";
+pub(crate) const VMLINUX: &str = "AEROSTAT_TEST_VMLINUX";
+pub(crate) const INITRAMFS: &str = "AEROSTAT_TEST_INITRAMFS";
 const MODULES: &str = "AEROSTAT_TEST_MODULES";
 
 /// One machine for all that is to be seen there, since booting it takes most of the time.
 #[test]
 fn debian_guests_of_our_monitor_give_memory_and_end_as_they_should() {
+    inside_of_a_kvm("kvm::inside", mib(MEMORY));
+}
+
+/// Runs an ignored test of this program where a KVM is, with room for guests of this much memory.
+pub(crate) fn inside_of_a_kvm(test: &str, guests_mib: u64) {
     let directory = tempfile::tempdir().unwrap();
     let kernel = debian::kernel(Release::Cloud6_12).unwrap();
     let own = guest_build::balloon_module(&kernel.tree().unwrap()).unwrap();
@@ -96,14 +101,14 @@ fn debian_guests_of_our_monitor_give_memory_and_end_as_they_should() {
     ];
     variables.extend(sizes.iter().map(|(name, size)| (*name, OsStr::new(size))));
     let this = std::env::current_exe().unwrap();
-    let words = ["--exact", "kvm::inside", "--ignored", "--nocapture"];
+    let words = ["--exact", test, "--ignored", "--nocapture"];
     let (code, text) = if kvm::hardware() {
         let output =
             Command::new(this).args(words).envs(variables.iter().copied()).output().unwrap();
         let (code, out, err) = told(&output);
         (code, out + &err)
     } else {
-        let mut machine = KvmMachine::boot(mib(MEMORY)).unwrap();
+        let mut machine = KvmMachine::boot(guests_mib).unwrap();
         let outcome = machine.run(&this, &words.map(OsStr::new), &variables, scaled(LIMIT));
         let outcome = outcome.unwrap_or_else(|error| panic!("{error}\n{}", machine.console_log()));
         (outcome.code, outcome.lines.join("\n"))
@@ -312,12 +317,12 @@ fn reports_and_is_ended() {
     assert!(guest.wait().unwrap().success());
 }
 
-fn signal(guest: &Guest, name: &str) {
+pub(crate) fn signal(guest: &Guest, name: &str) {
     let mut kill = Command::new("kill");
     assert!(kill.args(["-s", name, &guest.pid().to_string()]).status().unwrap().success());
 }
 
-fn builder(name: &str, kernel: &str) -> GuestBuilder {
+pub(crate) fn builder(name: &str, kernel: &str) -> GuestBuilder {
     let path = |variable: &str| PathBuf::from(std::env::var_os(variable).unwrap());
     Guest::monitor(program(), path(kernel))
         .memory_mib(mib(MEMORY))
@@ -335,32 +340,32 @@ fn scaled(limit: Duration) -> Duration {
     limit * u32::try_from(mib(MEMORY).div_ceil(MEMORY.1)).unwrap()
 }
 
-fn load(guest: &mut Guest, driver: &str) {
+pub(crate) fn load(guest: &mut Guest, driver: &str) {
     let needed = std::env::var(MODULES).unwrap();
     for module in needed.split(' ').chain([driver]).filter(|name| !name.is_empty()) {
         run(guest, &format!("insmod {module}"));
     }
 }
 
-fn status(guest: &str) -> Status {
+pub(crate) fn status(guest: &str) -> Status {
     client(guest).status().unwrap()
 }
 
-fn client(guest: &str) -> Client {
+pub(crate) fn client(guest: &str) -> Client {
     let path: &Path = &control::socket_path(&guest.parse().unwrap()).unwrap();
     Client::connect(path).unwrap()
 }
 
 /// All that the guest printed is worth having where the guest itself is new.
-fn run(guest: &mut Guest, command: &str) -> lab::Reply {
+pub(crate) fn run(guest: &mut Guest, command: &str) -> lab::Reply {
     let reply = guest.run_within(command, scaled(COMMAND_LIMIT));
     reply.unwrap_or_else(|error| panic!("{error}\n{}", guest.console_log()))
 }
 
-fn verify(guest: &mut Guest, file: &str, mib: u64, seed: u64) {
+pub(crate) fn verify(guest: &mut Guest, file: &str, mib: u64, seed: u64) {
     assert_eq!(number(guest, &format!("verify {file} {mib} {seed}")), 0, "wrong pages in {file}");
 }
 
-fn number(guest: &mut Guest, command: &str) -> u64 {
+pub(crate) fn number(guest: &mut Guest, command: &str) -> u64 {
     run(guest, command).text.parse().unwrap()
 }

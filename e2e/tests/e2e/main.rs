@@ -16,6 +16,7 @@ mod debian;
 mod debian_requests;
 mod integrity;
 mod kvm;
+mod kvm_move;
 mod kvm_restore;
 mod life;
 mod monitor;

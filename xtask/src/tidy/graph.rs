@@ -55,6 +55,7 @@ const ROOMS: &[(&str, Leans)] = &[
             "balloon-host",
             "control",
             "host-memory",
+            "migration",
             "page-set",
         ]),
     ),

@@ -7,7 +7,10 @@ mod cancel;
 mod demo;
 mod drop_caches;
 mod free_pages;
+mod migrate;
+mod receive;
 mod run;
+mod settle;
 mod soak;
 mod status;
 mod vhost_user;
@@ -27,7 +30,10 @@ pub(crate) enum Command {
     Demo(demo::DemoArgs),
     DropCaches(drop_caches::DropCachesArgs),
     FreePages(free_pages::FreePagesArgs),
+    Migrate(migrate::MigrateArgs),
+    Receive(receive::ReceiveArgs),
     Run(run::RunArgs),
+    Settle(settle::SettleArgs),
     Soak(soak::SoakArgs),
     Status(status::StatusArgs),
     VhostUser(vhost_user::VhostUserArgs),
@@ -42,7 +48,10 @@ impl Command {
             Self::Demo(args) => demo::run(&args),
             Self::DropCaches(args) => drop_caches::run(&args),
             Self::FreePages(args) => free_pages::run(&args),
+            Self::Migrate(args) => migrate::run(&args),
+            Self::Receive(args) => receive::run(args),
             Self::Run(args) => run::run(args),
+            Self::Settle(args) => settle::run(&args),
             Self::Soak(args) => soak::run(&args),
             Self::Status(args) => status::run(&args),
             Self::VhostUser(args) => vhost_user::run(&args),

@@ -14,8 +14,8 @@ use crate::failure::{Exit, Failure};
 ///
 /// The guest's serial line is standard input and output; at a terminal, Ctrl-A x
 /// ends the guest. Ends with 0 when the guest switched itself off or asked for a
-/// reset, or when this process was asked to end; with 1 when the guest's kernel
-/// panicked.
+/// reset, when it was moved to another host, or when this process was asked to
+/// end; with 1 when the guest's kernel panicked.
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
     /// Name of the guest, for the other commands
@@ -103,10 +103,19 @@ pub(crate) fn run(args: RunArgs) -> Result<(), Failure> {
         partial_huge: args.partial_huge.into(),
         without: features(&args.without),
     };
-    match vmm::run(&options).map_err(failure)? {
+    ended(&options.name, vmm::run(&options))
+}
+
+/// What a guest's end says of this process.
+pub(crate) fn ended(name: &str, end: Result<End, Error>) -> Result<(), Failure> {
+    match end.map_err(failure)? {
         End::PoweredOff | End::Reset | End::Stopped => Ok(()),
+        End::Moved => {
+            eprintln!("{name}: runs on another host now");
+            Ok(())
+        }
         End::Panicked => Err(Failure {
-            what: format!("guest: the kernel of {} panicked", options.name),
+            what: format!("guest: the kernel of {name} panicked"),
             hint: "see what it printed".into(),
             exit: Exit::Failed,
         }),
@@ -122,6 +131,7 @@ fn failure(error: Error) -> Failure {
         Error::TooSmall { .. } => "give the guest more --memory",
         Error::Kvm { .. } => "check that /dev/kvm exists and that this user may use it",
         Error::Memory { .. } => "check how much memory, and how many huge pages, the host has",
+        Error::Migration(_) => "check the address, the certificates and --wait",
         Error::Processor { .. } => "see what the guest printed",
         _ => "check the limits of this user",
     };

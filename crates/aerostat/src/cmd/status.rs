@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use clap::Args;
 use control::api::{
-    BalloonChange, Faults, HoldState, MAX_STATS_INTERVAL_MS, MIN_STATS_INTERVAL_MS, ReportsStatus,
-    RequestStatus, StatsStatus, Status,
+    BalloonChange, Faults, HoldState, MAX_STATS_INTERVAL_MS, MIN_STATS_INTERVAL_MS, MigrationPhase,
+    MigrationState, MigrationStatus, ReportsStatus, RequestStatus, StatsStatus, Status,
 };
 use control::{Client, ControlError, Size, list_sockets, runtime_dir};
 use humantime::format_duration;
@@ -60,7 +60,13 @@ pub(crate) fn run(args: &StatusArgs) -> Result<(), Failure> {
             };
             match args.watch {
                 Some(period) => watch::run(&client, period, show),
-                None => print(&show(&client.status()?)?),
+                None if args.json => print(&show(&client.status()?)?),
+                None => {
+                    let status = client.status()?;
+                    // A server of an older version has none.
+                    let moves = client.migration().ok().and_then(|moves| migration(guest, &moves));
+                    print(&(details(&status) + &moves.unwrap_or_default()))
+                }
             }
         }
         None => {
@@ -75,7 +81,7 @@ pub(crate) fn run(args: &StatusArgs) -> Result<(), Failure> {
 struct Row {
     name: String,
     socket: PathBuf,
-    /// `running`, `dead`, `unreachable`.
+    /// `running`, `waiting` (for a guest from another host), `dead`, `unreachable`.
     state: &'static str,
     /// What it says, if it answers.
     status: Option<Status>,
@@ -92,8 +98,11 @@ fn row(name: String, socket: PathBuf) -> Row {
     match ask(&socket) {
         Ok(status) => Row { name, socket, state: "running", status: Some(status), error: None },
         Err(error) => {
-            let dead = matches!(error, ControlError::Dead { .. } | ControlError::NotFound { .. });
-            let state = if dead { "dead" } else { "unreachable" };
+            let state = match error {
+                ControlError::Dead { .. } | ControlError::NotFound { .. } => "dead",
+                ControlError::Answered { status: 409, .. } => "waiting",
+                _ => "unreachable",
+            };
             Row { name, socket, state, status: None, error: Some(error.to_string()) }
         }
     }
@@ -191,6 +200,27 @@ fn details(status: &Status) -> String {
         let _ = writeln!(text, "{name:<12} {value}");
         text
     })
+}
+
+/// The newest migration, in one line.
+fn migration(guest: &GuestArg, status: &MigrationStatus) -> Option<String> {
+    let phase = status.phase.map_or("", MigrationPhase::as_str);
+    let why = status.error.as_deref().unwrap_or("unknown");
+    let text = match status.state {
+        MigrationState::None => return None,
+        MigrationState::Waiting => "waits for the guest".to_owned(),
+        MigrationState::Running => {
+            format!("under way: {phase}, {} sent", Size(status.wire_bytes))
+        }
+        MigrationState::Failed => format!("failed, the guest runs here: {why}"),
+        MigrationState::InDoubt => {
+            format!("IN DOUBT, the guest is paused; `aerostat settle {guest}` ends it: {why}")
+        }
+        MigrationState::Stuck => format!("failed, and the guest does not go on: {why}"),
+        MigrationState::Moved => "the guest runs on the other side".to_owned(),
+        MigrationState::Arrived => format!("the guest came, in {:.0} ms", status.elapsed_ms),
+    };
+    Some(format!("{:<12} {text}\n", "migration"))
 }
 
 fn last_change(change: &BalloonChange) -> String {

@@ -338,7 +338,7 @@ impl App {
         // Taken before the guest is asked, so that a refusal changes nothing.
         let _waiter = self.any_waiter()?;
         let end = Instant::now() + timeout + GRACE;
-        let stop = StopIfDropped::new(Arc::clone(&self.balloon));
+        let stop = StopIfDropped::new(self.balloon()?);
         let state = Arc::clone(&stop.state);
         let asked = self.call(move |balloon| submit(balloon, &state, ask, timeout)).await??;
         let Some(id) = asked else { return Err(no_end()) };

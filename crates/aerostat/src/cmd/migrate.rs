@@ -1,0 +1,189 @@
+//! `aerostat migrate`: moves a guest to another host.
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use clap::Args;
+use control::api::{MigrationState, MigrationStatus, MigrationSummary, StartMigration};
+use control::{Client, ControlError, Size};
+
+use crate::failure::{Exit, Failure};
+use crate::guest_arg::GuestArg;
+use crate::output::{plural, print, print_json};
+use crate::progress::Bar;
+use crate::security_arg::SecurityArgs;
+
+/// How often it is looked how far the migration is.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Moves a guest of `aerostat run` to another host while it runs
+///
+/// On the other host `aerostat receive` waits for it. Free memory, memory in the
+/// balloon and zeros are not sent. Ctrl-C ends the migration, and the guest goes
+/// on where it is.
+#[derive(Debug, Args)]
+pub(crate) struct MigrateArgs {
+    /// Name of the guest, or the path of its control socket
+    guest: GuestArg,
+
+    /// Where `aerostat receive` waits
+    #[arg(value_name = "HOST:PORT")]
+    to: String,
+
+    #[command(flatten)]
+    security: SecurityArgs,
+
+    /// Have the guest drop its caches first, which are not sent then
+    #[arg(long)]
+    drop_caches: bool,
+
+    /// Send free memory too
+    #[arg(long)]
+    send_free: bool,
+
+    /// How long the guest may stand still
+    #[arg(long, value_name = "TIME", default_value = "300ms",
+          value_parser = humantime::parse_duration)]
+    max_downtime: Duration,
+
+    /// TCP connections, 1 to 16
+    #[arg(long, value_name = "N", default_value_t = 4,
+          value_parser = clap::value_parser!(u8).range(1..=16))]
+    connections: u8,
+
+    /// Bytes in a second, at most, such as 100MiB
+    #[arg(long, value_name = "SIZE")]
+    bandwidth: Option<Size>,
+
+    /// Compress pages, with this level of zstd
+    #[arg(long, value_name = "LEVEL", value_parser = clap::value_parser!(u8).range(1..=19))]
+    compress: Option<u8>,
+
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(args: &MigrateArgs) -> Result<(), Failure> {
+    let client = args.guest.connect()?;
+    let interrupted = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(signal_hook::consts::SIGINT, Arc::clone(&interrupted))
+        .map_err(|error| Failure::new(&error, "check the limits of this user"))?;
+    client.start_migration(&StartMigration {
+        to: args.to.clone(),
+        tls: args.security.paths()?,
+        connections: Some(args.connections),
+        max_downtime_ms: Some(u64::try_from(args.max_downtime.as_millis()).unwrap_or(u64::MAX)),
+        bandwidth_bytes_per_s: args.bandwidth.map(|size| size.0),
+        compression: args.compress,
+        max_rounds: None,
+        drop_caches: args.drop_caches,
+        send_free_pages: args.send_free,
+    })?;
+    let status = watch(&client, &interrupted)?;
+    if args.json && status.state == MigrationState::Moved {
+        return print_json(&status);
+    }
+    match (status.state, &status.summary) {
+        (MigrationState::Moved, Some(summary)) => print(&text(args, summary)),
+        (MigrationState::Moved, None) => print(&format!("{}: moved\n", args.guest)),
+        _ => Err(not_moved(args, &status)),
+    }
+}
+
+/// Shows how far it is until it is over.
+fn watch(client: &Client, interrupted: &AtomicBool) -> Result<MigrationStatus, Failure> {
+    let bar = Bar::start();
+    let mut cancelled = false;
+    loop {
+        let status = client.migration();
+        let status = match status {
+            Ok(status) => status,
+            Err(error) => {
+                bar.end();
+                return Err(lost(error));
+            }
+        };
+        if status.state.is_over() {
+            bar.end();
+            return Ok(status);
+        }
+        if interrupted.load(Ordering::Relaxed) && !cancelled {
+            // It may be over just now, which the next look tells.
+            let _ = client.cancel_migration();
+            cancelled = true;
+        }
+        if let Some(phase) = status.phase {
+            let name = match phase {
+                control::api::MigrationPhase::Round => format!("round {}", status.round),
+                _ => phase.as_str().replace('-', " "),
+            };
+            bar.show(&name, status.done_pages, status.of_pages, Size(status.wire_bytes));
+        }
+        thread::sleep(LOOK);
+    }
+}
+
+fn lost(error: ControlError) -> Failure {
+    let hint = "the guest's monitor has ended; look at its log, and where the guest was to go";
+    Failure { hint: hint.into(), ..Failure::from(error) }
+}
+
+fn not_moved(args: &MigrateArgs, status: &MigrationStatus) -> Failure {
+    let why = status.error.as_deref().unwrap_or("nobody knows why");
+    let (what, hint) = match status.state {
+        MigrationState::InDoubt => (
+            "the guest is paused here, and nobody knows whether it runs there",
+            format!("`aerostat settle {}` asks the other side", args.guest),
+        ),
+        MigrationState::Stuck => {
+            ("the guest is here and could not be resumed", "see its log".into())
+        }
+        _ => ("the guest was not moved, and runs on here", "see the reason, and try again".into()),
+    };
+    Failure { what: format!("{}: {what}: {why}", args.guest), hint, exit: Exit::Failed }
+}
+
+/// What went, what did not have to, and how long the guest stood.
+fn text(args: &MigrateArgs, summary: &MigrationSummary) -> String {
+    let (guest, to, down) = (&args.guest, &args.to, &summary.downtime);
+    let mut text = format!(
+        "{guest}: moved to {to} in {:.0} ms, and stood still for {:.1} ms of them\n",
+        summary.total_ms, down.total_ms
+    );
+    let mut line = |size: u64, what: &str| {
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "  {:>12}  {what}", Size(size).to_string());
+    };
+    let rounds = plural(summary.rounds.len() as u64, "round");
+    line(summary.memory_bytes, "memory of the guest");
+    line(summary.sent_bytes, &format!("sent in {rounds}"));
+    line(summary.wire_bytes, "on the network");
+    let answered = summary.free_answer_ms.map(|ms| format!(", which it named in {ms:.1} ms"));
+    line(summary.free_bytes, &format!("skipped: free{}", answered.unwrap_or_default()));
+    line(summary.balloon_bytes, "skipped: in the balloon");
+    line(summary.zero_bytes, "not sent: zeros");
+    if summary.filled_bytes > 0 {
+        line(summary.filled_bytes, "filled at the destination");
+    }
+    let _ = writeln!(
+        text,
+        "  stood still: stopping {:.1} ms, log {:.1}, last pages {:.1}, saving {:.1}, state {:.1} \
+         (loading {:.1}), hand-over {:.1} (starting {:.1})",
+        down.pause_ms,
+        down.log_ms,
+        down.copy_ms,
+        down.save_ms,
+        down.state_ms,
+        down.load_ms,
+        down.hand_over_ms,
+        down.resume_ms
+    );
+    if summary.throttle_percent > 0 {
+        let _ = writeln!(text, "  held back by {} % at the end", summary.throttle_percent);
+    }
+    text
+}

@@ -1,0 +1,485 @@
+//! Moving the guest of a monitor: what its operator may ask, and what is told.
+
+mod told;
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use control::api::{
+    MigrationSide, MigrationState, MigrationStatus, SettleWord, StartMigration, TlsPaths,
+};
+use control::{Balloon, ControlError, Monitor};
+use migration::observer::{Observer, Phase, Progress};
+use migration::tcp::{Security, TcpConnector};
+use migration::tls::{Tls, TlsFiles};
+use migration::{
+    Custody, Fate, MigrationError, Settled, SourceConfig, SourceDoubt, SourceFailure, SourceGuest,
+    migrate,
+};
+
+use crate::machine::Machine;
+use crate::seams::{Arriving, Leaving};
+
+/// How long the guest may take to drop its caches.
+const DROP_CACHES_TIME: Duration = Duration::from_secs(30);
+
+/// How long a monitor whose guest has left waits for somebody to ask how it went.
+const LINGER: Duration = Duration::from_secs(5);
+
+/// A monitor's guest and the newest migration of it.
+pub(crate) struct Mover {
+    machine: Mutex<Option<Arc<Machine>>>,
+    state: Mutex<State>,
+    changed: Condvar,
+    /// Has the monitor end.
+    stop: Mutex<Option<Box<dyn Fn() + Send>>>,
+}
+
+#[derive(Default)]
+struct State {
+    status: MigrationStatus,
+    began: Option<Instant>,
+    /// Bytes on the network before the present phase.
+    earlier_bytes: u64,
+    cancel: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+    doubt: Option<Doubt>,
+    /// Somebody knows that the guest has left.
+    told: bool,
+}
+
+/// A guest of which it is not known where it runs.
+enum Doubt {
+    Left { word: SourceDoubt, to: TcpConnector, guest: Leaving },
+    Came(Arc<Mutex<Kept>>),
+}
+
+/// A guest that came, and what is said of it to its source.
+pub(crate) struct Kept {
+    pub(crate) custody: Custody,
+    pub(crate) guest: Arriving,
+}
+
+impl Mover {
+    /// For a guest that is there, or is to come.
+    pub(crate) fn new(machine: Option<Arc<Machine>>) -> Arc<Self> {
+        Arc::new(Self {
+            machine: Mutex::new(machine),
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            stop: Mutex::default(),
+        })
+    }
+
+    /// What ends the monitor once its guest has left.
+    pub(crate) fn ends_by(&self, stop: impl Fn() + Send + 'static) {
+        *locked(&self.stop) = Some(Box::new(stop));
+    }
+
+    /// The guest that came, or `None` where it went.
+    pub(crate) fn set_machine(&self, machine: Option<Arc<Machine>>) {
+        *locked(&self.machine) = machine;
+    }
+
+    /// The guest, if it is here.
+    pub(crate) fn machine(&self) -> Option<Arc<Machine>> {
+        locked(&self.machine).clone()
+    }
+
+    /// Waits for as long as a guest that came is in doubt.
+    pub(crate) fn until_settled(&self) -> MigrationState {
+        let mut state = self.state();
+        while state.status.state == MigrationState::InDoubt {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.status.state
+    }
+
+    /// The monitor is about to end. Ends a migration, and waits until it is known where the guest
+    /// is; true where it has left.
+    pub(crate) fn end(&self) -> bool {
+        let thread = {
+            let mut state = self.state();
+            state.cancel.store(true, Ordering::Relaxed);
+            state.thread.take()
+        };
+        if thread.is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the migration ended in a panic");
+        }
+        let state = self.state();
+        if matches!(state.status.state, MigrationState::InDoubt) {
+            tracing::error!("the guest ends here; whether it runs on the other side is not known");
+        }
+        if state.status.state != MigrationState::Moved {
+            return false;
+        }
+        let wait = self.changed.wait_timeout_while(state, LINGER, |state| !state.told);
+        drop(wait);
+        true
+    }
+
+    /// A destination begins to wait for a guest.
+    pub(crate) fn waits(&self) {
+        let mut state = self.state();
+        state.begin(MigrationSide::Destination);
+        state.status.state = MigrationState::Waiting;
+    }
+
+    /// The guest that was waited for has come and runs, or did not.
+    pub(crate) fn came(&self, state: MigrationState, error: Option<String>) {
+        self.state().over(state, error);
+        self.changed.notify_all();
+    }
+
+    /// A guest has come, and it is not known whether it runs at its source.
+    pub(crate) fn doubts(&self, kept: &Arc<Mutex<Kept>>, error: &MigrationError) {
+        let mut state = self.state();
+        state.doubt = Some(Doubt::Came(Arc::clone(kept)));
+        state.over(MigrationState::InDoubt, Some(error.chain()));
+    }
+
+    /// A source has said where its guest is.
+    pub(crate) fn heard(&self, settled: Settled) {
+        let mut state = self.state();
+        let now = match settled {
+            Settled::Runs => MigrationState::Arrived,
+            Settled::Waits => return,
+            Settled::Gone => MigrationState::Failed,
+        };
+        // By then it may be on its way to a third host.
+        if state.status.state == MigrationState::InDoubt {
+            state.doubt = None;
+            let error = (now == MigrationState::Failed).then(|| "the guest stays away".to_owned());
+            state.over(now, error);
+        }
+        self.changed.notify_all();
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        locked(&self.state)
+    }
+
+    /// Moves the guest; runs in a thread of its own.
+    fn carry(self: &Arc<Self>, config: &SourceConfig, mut guest: Leaving, mut to: TcpConnector) {
+        let mut watch = Watch(Arc::clone(self));
+        let moved = migrate(config, &mut guest, &mut to, &mut watch);
+        match moved {
+            Ok(summary) => {
+                tracing::info!(id = summary.id, total_us = summary.total_us, "moved");
+                let mut state = self.state();
+                // With what was said besides pages.
+                state.status.wire_bytes = summary.wire_bytes;
+                state.status.summary = Some(told::summary(&summary));
+                drop(state);
+                self.left();
+            }
+            Err(SourceFailure { error, guest: SourceGuest::Runs }) => {
+                tracing::warn!(error = error.chain(), "the guest was not moved, and runs on");
+                if let Some(machine) = locked(&self.machine).as_ref() {
+                    machine.return_reins();
+                }
+                self.state().over(MigrationState::Failed, Some(error.chain()));
+            }
+            Err(SourceFailure { error, guest: SourceGuest::Stuck(stuck) }) => {
+                let error = format!("{}; {}", error.chain(), stuck.chain());
+                tracing::error!(error, "the guest was not moved, and does not go on");
+                self.state().over(MigrationState::Stuck, Some(error));
+            }
+            Err(SourceFailure { error, guest: SourceGuest::InDoubt(word) }) => {
+                tracing::error!(error = error.chain(), "where the guest runs is not known");
+                let mut state = self.state();
+                state.doubt = Some(Doubt::Left { word, to, guest });
+                state.over(MigrationState::InDoubt, Some(error.chain()));
+            }
+        }
+        self.changed.notify_all();
+    }
+
+    /// The guest runs on the other side: this monitor ends.
+    fn left(&self) {
+        self.state().over(MigrationState::Moved, None);
+        self.changed.notify_all();
+        if let Some(stop) = locked(&self.stop).as_ref() {
+            stop();
+        }
+    }
+
+    /// Settles the doubt of a source.
+    fn settle_left(
+        &self,
+        doubt: &mut (SourceDoubt, TcpConnector, Leaving),
+        word: SettleWord,
+    ) -> Result<(), MigrationError> {
+        let (known, to, guest) = doubt;
+        let fate = match word {
+            SettleWord::Ask => known.ask(guest, to)?,
+            SettleWord::RunHere => known.run_here(guest)?,
+            SettleWord::GiveUp => known.give_away(guest),
+        };
+        match fate {
+            Fate::RunsThere => self.left(),
+            Fate::RunsHere => {
+                if let Some(machine) = locked(&self.machine).as_ref() {
+                    machine.return_reins();
+                }
+                let error = "the destination never ran the guest".to_owned();
+                self.state().over(MigrationState::Failed, Some(error));
+            }
+        }
+        Ok(())
+    }
+
+    /// Settles the doubt of a destination.
+    fn settle_came(&self, kept: &Mutex<Kept>, word: SettleWord) -> Result<(), ControlError> {
+        let mut kept = locked(kept);
+        let Kept { custody, guest } = &mut *kept;
+        match word {
+            SettleWord::Ask => {
+                let what = "a destination is asked, and does not ask".to_owned();
+                let hint = "settle it at the source; if that is dead, say --run-here".to_owned();
+                Err(ControlError::Refused { what, hint })
+            }
+            SettleWord::RunHere => {
+                let ran = custody.run_here(guest);
+                // Also where it could not: it is gone then.
+                self.heard(custody.settled());
+                ran.map(drop).map_err(|error| refused(&error))
+            }
+            SettleWord::GiveUp => {
+                custody.discard(guest);
+                self.heard(custody.settled());
+                Ok(())
+            }
+        }
+    }
+}
+
+impl State {
+    fn begin(&mut self, side: MigrationSide) {
+        self.status = MigrationStatus { side: Some(side), ..MigrationStatus::default() };
+        self.began = Some(Instant::now());
+        self.earlier_bytes = 0;
+        self.told = false;
+    }
+
+    fn over(&mut self, state: MigrationState, error: Option<String>) {
+        self.status.elapsed_ms = self.elapsed_ms();
+        self.began = None;
+        self.status.state = state;
+        self.status.phase = None;
+        self.status.error = error;
+    }
+
+    fn elapsed_ms(&self) -> f64 {
+        self.began.map_or(self.status.elapsed_ms, |began| began.elapsed().as_secs_f64() * 1e3)
+    }
+}
+
+/// Notes how far a migration is.
+pub(crate) struct Watch(pub(crate) Arc<Mover>);
+
+impl Observer for Watch {
+    fn phase(&mut self, phase: Phase) {
+        let mut state = self.0.state();
+        state.earlier_bytes = state.status.wire_bytes;
+        let status = &mut state.status;
+        // A destination that waits for connections has no guest on its way.
+        if status.state == MigrationState::Waiting && phase != Phase::Connect {
+            status.state = MigrationState::Running;
+        }
+        let (phase, round) = told::phase(phase);
+        status.phase = Some(phase);
+        status.round = round.unwrap_or(status.round);
+        (status.done_pages, status.of_pages) = (0, 0);
+    }
+
+    fn progress(&mut self, progress: Progress) {
+        let mut state = self.0.state();
+        let wire_bytes = state.earlier_bytes + progress.wire_bytes;
+        let status = &mut state.status;
+        (status.done_pages, status.of_pages) = (progress.pages, progress.of_pages);
+        status.wire_bytes = wire_bytes;
+    }
+}
+
+/// What the control API asks; the trait is the server's, the guest this monitor's.
+pub(crate) struct Asked(pub(crate) Arc<Mover>);
+
+impl Monitor for Asked {
+    fn balloon(&self) -> Option<Arc<dyn Balloon>> {
+        let machine = locked(&self.0.machine);
+        machine.as_ref().map(|machine| Arc::clone(&machine.balloon) as _)
+    }
+
+    fn start_migration(&self, ask: &StartMigration) -> Result<MigrationStatus, ControlError> {
+        let machine = locked(&self.0.machine).clone();
+        let machine = machine.ok_or_else(|| nothing("there is no guest here to move"))?;
+        let cancel = Arc::new(AtomicBool::new(false));
+        let config = config(ask, Arc::clone(&cancel));
+        let security = security(ask.tls.as_ref()).map_err(|error| refused(&error))?;
+        let to = TcpConnector::new(&ask.to, security).map_err(|error| refused(&error))?;
+        machine.take_reins().map_err(|error| nothing(&error.to_string()))?;
+        let guest = Leaving::new(Arc::clone(&machine));
+        let mut state = self.0.state();
+        state.begin(MigrationSide::Source);
+        state.status.state = MigrationState::Running;
+        state.cancel = cancel;
+        let mover = Arc::clone(&self.0);
+        let spawned = std::thread::Builder::new()
+            .name("migration".into())
+            .spawn(move || mover.carry(&config, guest, to));
+        match spawned {
+            Ok(thread) => state.thread = Some(thread),
+            Err(error) => {
+                state.over(MigrationState::Failed, Some(error.to_string()));
+                machine.return_reins();
+            }
+        }
+        Ok(state.status.clone())
+    }
+
+    fn migration(&self) -> MigrationStatus {
+        let mut state = self.0.state();
+        state.told |= state.status.state == MigrationState::Moved;
+        self.0.changed.notify_all();
+        let elapsed_ms = state.elapsed_ms();
+        MigrationStatus { elapsed_ms, ..state.status.clone() }
+    }
+
+    fn cancel_migration(&self) -> Result<MigrationStatus, ControlError> {
+        let state = self.0.state();
+        let leaves = state.status.side == Some(MigrationSide::Source);
+        if !leaves || state.status.state != MigrationState::Running {
+            return Err(nothing("no guest is leaving"));
+        }
+        state.cancel.store(true, Ordering::Relaxed);
+        Ok(state.status.clone())
+    }
+
+    fn settle_migration(&self, word: SettleWord) -> Result<MigrationStatus, ControlError> {
+        // Taken, so that nobody settles it twice at a time, and put back where it is not settled.
+        let doubt = self.0.state().doubt.take();
+        match doubt {
+            None => return Err(nothing("there is no doubt about where the guest runs")),
+            Some(Doubt::Left { word: known, to, guest }) => {
+                let mut left = (known, to, guest);
+                if let Err(error) = self.0.settle_left(&mut left, word) {
+                    let (known, to, guest) = left;
+                    self.0.state().doubt = Some(Doubt::Left { word: known, to, guest });
+                    return Err(refused(&error));
+                }
+            }
+            Some(Doubt::Came(kept)) => {
+                let settled = self.0.settle_came(&kept, word);
+                if locked(&kept).custody.settled() == Settled::Waits {
+                    self.0.state().doubt = Some(Doubt::Came(kept));
+                }
+                settled?;
+            }
+        }
+        Ok(self.migration())
+    }
+}
+
+fn config(ask: &StartMigration, cancel: Arc<AtomicBool>) -> SourceConfig {
+    let usual = SourceConfig::default();
+    SourceConfig {
+        connections: ask.connections.map_or(usual.connections, usize::from),
+        max_downtime: ask.max_downtime_ms.map_or(usual.max_downtime, Duration::from_millis),
+        max_rounds: ask.max_rounds.unwrap_or(usual.max_rounds),
+        bandwidth: ask.bandwidth_bytes_per_s,
+        compression: ask.compression.map(i32::from),
+        drop_caches: ask.drop_caches.then_some(DROP_CACHES_TIME),
+        free_pages_wait: if ask.send_free_pages { Duration::ZERO } else { usual.free_pages_wait },
+        cancel,
+        ..usual
+    }
+}
+
+/// Reads the certificates, if there are any.
+fn security(tls: Option<&TlsPaths>) -> Result<Security, MigrationError> {
+    let Some(paths) = tls else { return Ok(Security::PlainOnLoopback) };
+    let files = TlsFiles {
+        authority: PathBuf::from(&paths.authority),
+        certificate: PathBuf::from(&paths.certificate),
+        key: PathBuf::from(&paths.key),
+    };
+    Tls::from_files(&files).map(Security::Tls)
+}
+
+fn nothing(what: &str) -> ControlError {
+    let hint = "see `aerostat status NAME`".to_owned();
+    ControlError::Refused { what: what.to_owned(), hint }
+}
+
+fn refused(error: &MigrationError) -> ControlError {
+    let hint = "see docs/operations.md, \"Moving a guest\"".to_owned();
+    ControlError::Refused { what: error.chain(), hint }
+}
+
+/// What is behind these locks is whole at any moment.
+pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ask(to: &str) -> StartMigration {
+        StartMigration { to: to.into(), ..StartMigration::default() }
+    }
+
+    #[test]
+    fn without_a_guest_there_is_nothing_to_move_to_end_or_to_settle() {
+        let mover = Mover::new(None);
+        let asked = Asked(Arc::clone(&mover));
+        assert!(asked.balloon().is_none());
+        let refused = [
+            asked.start_migration(&ask("127.0.0.1:1")),
+            asked.cancel_migration(),
+            asked.settle_migration(SettleWord::Ask),
+            asked.settle_migration(SettleWord::RunHere),
+            asked.settle_migration(SettleWord::GiveUp),
+        ];
+        for refused in refused {
+            assert_eq!(refused.unwrap_err().http_status(), 409);
+        }
+        assert_eq!(asked.migration().state, MigrationState::None);
+        assert!(!mover.end());
+    }
+
+    #[test]
+    fn a_destination_tells_how_far_it_is() {
+        let mover = Mover::new(None);
+        let asked = Asked(Arc::clone(&mover));
+        mover.waits();
+        let mut watch = Watch(Arc::clone(&mover));
+        watch.phase(Phase::Connect);
+        assert_eq!(asked.migration().state, MigrationState::Waiting);
+        watch.phase(Phase::Round { number: 3 });
+        watch.progress(Progress { pages: 5, of_pages: 9, wire_bytes: 100 });
+        watch.phase(Phase::LastRound);
+        watch.progress(Progress { pages: 1, of_pages: 2, wire_bytes: 10 });
+        let status = asked.migration();
+        assert_eq!((status.state, status.round), (MigrationState::Running, 3));
+        assert_eq!((status.done_pages, status.of_pages, status.wire_bytes), (1, 2, 110));
+        // It is its source's to end.
+        assert!(asked.cancel_migration().is_err());
+        mover.came(MigrationState::Failed, Some("gone".into()));
+        let status = asked.migration();
+        assert_eq!((status.state, status.phase), (MigrationState::Failed, None));
+        assert!(status.state.is_over() && status.elapsed_ms > 0.0);
+    }
+
+    #[test]
+    fn only_one_host_needs_no_certificates_and_files_must_be_there() {
+        let security = security(None).unwrap();
+        assert!(TcpConnector::new("192.0.2.1:7000", security).is_err());
+        let paths = TlsPaths { authority: "/nowhere".into(), ..TlsPaths::default() };
+        assert!(super::security(Some(&paths)).is_err());
+    }
+}

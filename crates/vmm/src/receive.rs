@@ -1,0 +1,181 @@
+//! A guest that comes from another host.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use balloon_abi::Features;
+use control::Server;
+use control::api::{MigrationState, PartialHuge, ReleaseMode};
+use migration::limits::STALL_PAUSED;
+use migration::link::Accept as _;
+use migration::tcp::{Security, TcpAcceptor};
+use migration::{DestinationConfig, DestinationGuest, ReceiveFailure, receive as arrive};
+
+use crate::error::Error;
+use crate::machine::{End, Options, Requests, serve_to_end};
+use crate::memory::MemoryKind;
+use crate::mover::{Asked, Kept, Mover, Watch, locked};
+use crate::seams::Arriving;
+
+/// How long a source that was told that its guest runs here may still ask: the word may be lost
+/// on its way.
+const ANSWER_TIME: Duration = Duration::from_secs(600);
+
+/// Between two guests that fail to arrive, so that whatever fails at once does not fail without end.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Which guest is taken, and how.
+#[derive(Clone, Debug)]
+pub struct ReceiveOptions {
+    /// Name of the guest, which its source must have too.
+    pub name: String,
+    /// Where the control API listens.
+    pub control: PathBuf,
+    /// Where sources connect to.
+    pub listen: SocketAddr,
+    /// Who may connect.
+    pub security: Security,
+    /// Memory that the guest may have, in bytes.
+    pub max_memory_bytes: u64,
+    /// Processors that it may have.
+    pub max_cpus: u8,
+    /// What backs its memory here.
+    pub memory: MemoryKind,
+    /// When memory of the balloon is released.
+    pub release: ReleaseMode,
+    /// What becomes of pieces of huge pages.
+    pub partial_huge: PartialHuge,
+    /// How long to wait for a guest; for ever where there is none.
+    pub wait: Option<Duration>,
+}
+
+/// Waits for a guest and runs it to its end. What comes before the guest that arrives, and fails,
+/// is logged. `listens` is told where sources can connect to.
+///
+/// # Errors
+/// What is wrong with the options, or with the host; and no guest within the time.
+pub fn receive(options: &ReceiveOptions, listens: impl Fn(SocketAddr)) -> Result<End, Error> {
+    let mut acceptor = TcpAcceptor::new(options.listen, options.security.clone())?;
+    let mover = Mover::new(None);
+    // Before anything comes, so that a guest which has come can be asked.
+    let _control = Server::bind_monitor(&options.control, Arc::new(Asked(Arc::clone(&mover))))?;
+    let address = acceptor.address().map_err(Error::host("asking for the address"))?;
+    listens(address);
+    let deadline = options.wait.map(|wait| Instant::now() + wait);
+    loop {
+        let mut guest = Arriving::new(machine_options(options), options.max_cpus)?;
+        let config = DestinationConfig {
+            max_memory_bytes: options.max_memory_bytes,
+            deadline,
+            ..DestinationConfig::new(&options.name)
+        };
+        mover.waits();
+        let arrived = arrive(&config, &mut guest, &mut acceptor, &mut Watch(Arc::clone(&mover)));
+        match arrived {
+            Ok(received) => {
+                tracing::info!(id = %received.custody.id(), us = received.total_us, "arrived");
+                mover.set_machine(guest.machine().cloned());
+                mover.came(MigrationState::Arrived, None);
+                let until = received.source_knows.then(|| Instant::now() + ANSWER_TIME);
+                let kept = Kept { custody: received.custody, guest };
+                answer(&Arc::new(Mutex::new(kept)), acceptor, until, &mover)?;
+                return run(&mover);
+            }
+            Err(ReceiveFailure { error, guest: DestinationGuest::Destroyed }) => {
+                mover.came(MigrationState::Failed, Some(error.chain()));
+                // Nobody came, or nobody can come.
+                if deadline.is_some_and(|end| Instant::now() >= end) {
+                    return Err(error.into());
+                }
+                tracing::warn!(error = error.chain(), "a guest did not arrive");
+                std::thread::sleep(PAUSE);
+            }
+            Err(ReceiveFailure { error, guest: DestinationGuest::Refused(custody) }) => {
+                mover.came(MigrationState::Failed, Some(error.chain()));
+                tracing::warn!(error = error.chain(), "a guest could not be started");
+                let kept = Arc::new(Mutex::new(Kept { custody, guest }));
+                // A source that heard it does not ask.
+                let until = Some(Instant::now() + STALL_PAUSED * 2);
+                acceptor = joined(answer(&kept, acceptor, until, &mover)?)?;
+            }
+            Err(ReceiveFailure { error, guest: DestinationGuest::InDoubt(custody) }) => {
+                tracing::error!(error = error.chain(), "whether the guest runs here is not known");
+                mover.set_machine(guest.machine().cloned());
+                let kept = Arc::new(Mutex::new(Kept { custody, guest }));
+                mover.doubts(&kept, &error);
+                let answering = answer(&kept, acceptor, None, &mover)?;
+                if mover.until_settled() == MigrationState::Arrived {
+                    return run(&mover);
+                }
+                mover.set_machine(None);
+                // Until the source has heard that it has the guest.
+                acceptor = joined(answering)?;
+            }
+        }
+    }
+}
+
+/// Serves the guest that came.
+fn run(mover: &Arc<Mover>) -> Result<End, Error> {
+    let requests = Requests::new().map_err(Error::host("signal handling"))?;
+    match mover.machine() {
+        Some(machine) => serve_to_end(&machine, mover, &requests),
+        None => Err(Error::Unsupported { what: "a guest that is not there".into() }),
+    }
+}
+
+/// How a machine is made here, but for what its source decides.
+fn machine_options(options: &ReceiveOptions) -> Options {
+    Options {
+        name: options.name.clone(),
+        control: options.control.clone(),
+        memory_bytes: 0,
+        memory: options.memory,
+        cpus: 0,
+        kernel: PathBuf::new(),
+        initrd: None,
+        command_line: String::new(),
+        release: options.release,
+        partial_huge: options.partial_huge,
+        without: Features::NONE,
+    }
+}
+
+type Answering = JoinHandle<TcpAcceptor>;
+
+/// Answers a source that asks what became of its guest, in a thread, until one has heard it.
+fn answer(
+    kept: &Arc<Mutex<Kept>>,
+    mut acceptor: TcpAcceptor,
+    until: Option<Instant>,
+    mover: &Arc<Mover>,
+) -> Result<Answering, Error> {
+    let (kept, mover) = (Arc::clone(kept), Arc::clone(mover));
+    let answering = move || {
+        // It ends with an error when the time is over.
+        while let Ok(link) = acceptor.accept(until) {
+            let mut kept = locked(&kept);
+            let Kept { custody, guest } = &mut *kept;
+            let answered = custody.answer(link, STALL_PAUSED, guest);
+            mover.heard(custody.settled());
+            match answered {
+                Ok(()) => break,
+                Err(error) => tracing::warn!(error = error.chain(), "a source was not answered"),
+            }
+        }
+        acceptor
+    };
+    let thread = std::thread::Builder::new().name("answer".into()).spawn(answering);
+    thread.map_err(Error::host::<std::io::Error>("starting a thread"))
+}
+
+fn joined(answering: Answering) -> Result<TcpAcceptor, Error> {
+    let panicked = |_| Error::Host {
+        what: "answering the source",
+        source: std::io::Error::other("a thread panicked"),
+    };
+    answering.join().map_err(panicked)
+}

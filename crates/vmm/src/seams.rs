@@ -1,0 +1,311 @@
+//! The machine as a migration sees it, at either side.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use balloon_abi::Features;
+use control::api::{Caches, HintOutcome};
+use control::{Balloon as _, GuestAsk};
+use host_memory::{Discard, MemoryMap};
+use migration::cpu::CpuFeatures;
+use migration::dirty::DirtyBitmap;
+use migration::guest_memory::MappedMemory;
+use migration::seams::{
+    Description, DestinationMachine, FreePages, MachineError, ReadPages, SourceMachine,
+    StateSection, WritePages,
+};
+use page_set::{PAGE_BYTES, PageRange, PageSet};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::description::{Made, cpu_features, describe};
+use crate::error::Error;
+use crate::machine::{Machine, Options};
+use crate::memory::{Memory, Ram};
+use crate::state::Section;
+
+/// Smallest block that a guest names as free.
+const MIN_BLOCK_BYTES: u64 = PAGE_BYTES;
+
+/// Further time for an answer that ends by itself when its time is over.
+const GRACE: Duration = Duration::from_millis(500);
+
+/// Memory apart from its machine.
+pub(crate) struct Pages {
+    guest: Ram,
+    map: MemoryMap,
+}
+
+impl Pages {
+    fn of(memory: &Memory) -> Self {
+        Self { guest: memory.guest.clone(), map: memory.map.clone() }
+    }
+}
+
+impl ReadPages for Pages {
+    /// Files are read by calls: reading a hole where it is mapped would fill it.
+    fn read_pages(&self, pages: PageRange, out: &mut [u8]) -> Result<(), MachineError> {
+        // Cannot overflow: page numbers are below 2^52.
+        let at = GuestAddress(pages.start() * PAGE_BYTES);
+        let region = self.guest.find_region(at).ok_or("no memory is there")?;
+        let Some(place) = region.file_offset() else {
+            return Ok(self.guest.read_slice(out, at)?);
+        };
+        let mut offset = place.start() + at.unchecked_offset_from(region.start_addr());
+        let mut rest = out;
+        while !rest.is_empty() {
+            let read =
+                rustix::io::retry_on_intr(|| rustix::io::pread(place.file(), &mut *rest, offset))?;
+            if read == 0 {
+                return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+            }
+            offset += read as u64;
+            rest = rest.get_mut(read..).unwrap_or_default();
+        }
+        Ok(())
+    }
+}
+
+impl WritePages for Pages {
+    fn write_pages(&self, pages: PageRange, bytes: &[u8]) -> Result<(), MachineError> {
+        Ok(self.guest.write_slice(bytes, GuestAddress(pages.start() * PAGE_BYTES))?)
+    }
+
+    fn zero_pages(&self, pages: PageRange) -> Result<(), MachineError> {
+        // Parts of huge pages cannot be released, or not without splitting them.
+        if self.map.largest_host_page() == 1 {
+            let report = self.map.discard(&PageSet::from(pages));
+            if report.failed_pages == 0 && report.outside_pages == 0 {
+                return Ok(());
+            }
+        }
+        MappedMemory(self.guest.clone()).zero_pages(pages)
+    }
+}
+
+/// A guest that is to leave.
+#[derive(Clone)]
+pub(crate) struct Leaving {
+    machine: Arc<Machine>,
+    /// The request whose pages the guest keeps to itself until it is done.
+    hints: Option<u32>,
+}
+
+impl Leaving {
+    pub(crate) const fn new(machine: Arc<Machine>) -> Self {
+        Self { machine, hints: None }
+    }
+
+    fn snapshot(&self, wait: Duration) -> Result<Option<FreePages>, MachineError> {
+        let balloon = &self.machine.balloon;
+        let id = balloon.submit(GuestAsk::Snapshot { min_block_bytes: MIN_BLOCK_BYTES }, wait)?;
+        let Some(outcome) = balloon.wait_request(id, wait + GRACE) else {
+            balloon.cancel_request(Some(id))?;
+            return Ok(None);
+        };
+        let Some(map) = outcome?.free else { return Ok(None) };
+        // The pages stay in the guest's free lists.
+        let device = balloon.device();
+        let poisons = device.negotiated().contains(Features::PAGE_POISON);
+        let pattern = if poisons { device.config().poison_val } else { 0 };
+        Ok(Some(FreePages { pages: (*map.free).clone(), pattern }))
+    }
+
+    fn hinted(&mut self, wait: Duration) -> Result<Option<FreePages>, MachineError> {
+        let balloon = &self.machine.balloon;
+        let id = balloon.start_hints()?;
+        self.hints = Some(id);
+        if balloon.wait_hints(id, wait).outcome != HintOutcome::Complete {
+            return Ok(None);
+        }
+        // The guest allocated them, and writes its pattern when it frees them.
+        let pages = balloon.device().hinting().pages().clone();
+        Ok(Some(FreePages { pages, pattern: 0 }))
+    }
+}
+
+impl SourceMachine for Leaving {
+    fn describe(&self) -> Result<Description, MachineError> {
+        describe(&self.machine)
+    }
+
+    fn memory(&self) -> Arc<dyn ReadPages> {
+        Arc::new(Pages::of(&self.machine.memory))
+    }
+
+    fn start_dirty_log(&mut self) -> Result<(), MachineError> {
+        Ok(self.machine.start_dirty_log()?)
+    }
+
+    fn take_dirty(&mut self, into: &mut DirtyBitmap) -> Result<(), MachineError> {
+        Ok(self.machine.take_dirty(|region, words| into.merge(region, words))?)
+    }
+
+    fn stop_dirty_log(&mut self) {
+        if let Err(error) = self.machine.stop_dirty_log() {
+            tracing::warn!(%error, "the guest goes on, but slower");
+        }
+    }
+
+    fn drop_caches(&mut self, wait: Duration) -> Result<(), MachineError> {
+        let balloon = &self.machine.balloon;
+        let id = balloon.submit(GuestAsk::DropCaches(Caches::All), wait)?;
+        match balloon.wait_request(id, wait + GRACE) {
+            Some(outcome) => Ok(outcome.map(drop)?),
+            None => Err("guest: it did not answer".into()),
+        }
+    }
+
+    fn free_pages(&mut self, wait: Duration) -> Result<Option<FreePages>, MachineError> {
+        let negotiated = self.machine.balloon.device().negotiated();
+        if negotiated.contains(Features::REQUEST_VQ) {
+            self.snapshot(wait)
+        } else if negotiated.contains(Features::FREE_PAGE_HINT) {
+            self.hinted(wait)
+        } else {
+            Ok(None)
+        }
+    }
+
+    fn free_pages_done(&mut self) {
+        if let Some(id) = self.hints.take()
+            && let Err(error) = self.machine.balloon.end_hints(id)
+        {
+            tracing::warn!(%error, "the guest keeps what it hinted");
+        }
+    }
+
+    fn ballooned_pages(&mut self) -> Result<PageSet, MachineError> {
+        Ok(self.machine.ballooned_pages())
+    }
+
+    fn set_throttle(&mut self, percent: u8) {
+        self.machine.set_throttle(percent);
+    }
+
+    fn pause(&mut self) -> Result<(), MachineError> {
+        if self.machine.has_ended() {
+            return Err("guest: it has ended".into());
+        }
+        self.machine.pause();
+        Ok(())
+    }
+
+    fn save_state(&mut self) -> Result<Vec<StateSection>, MachineError> {
+        let sections = self.machine.save()?.into_iter();
+        let section = |Section { name, version, bytes }| StateSection { name, version, bytes };
+        Ok(sections.map(section).collect())
+    }
+
+    fn resume(&mut self) -> Result<(), MachineError> {
+        self.machine.resume();
+        Ok(())
+    }
+
+    /// The reins are never returned, so nobody resumes it; its monitor ends.
+    fn give_away(&mut self) {}
+}
+
+/// A guest that is to come.
+pub(crate) struct Arriving {
+    /// What of the machine is this host's to choose; the rest is the peer's.
+    options: Options,
+    max_cpus: u8,
+    host: CpuFeatures,
+    machine: Option<Arc<Machine>>,
+}
+
+impl Arriving {
+    /// # Errors
+    /// There is no KVM.
+    pub(crate) fn new(options: Options, max_cpus: u8) -> Result<Self, Error> {
+        let host = cpu_features(crate::cpuid::CpuFeatures::of_host()?);
+        Ok(Self { options, max_cpus, host, machine: None })
+    }
+
+    /// The guest's machine, once there is one.
+    pub(crate) fn machine(&self) -> Option<&Arc<Machine>> {
+        self.machine.as_ref()
+    }
+
+    fn made(&self) -> Result<&Machine, MachineError> {
+        Ok(self.machine.as_deref().ok_or("there is no machine")?)
+    }
+}
+
+impl DestinationMachine for Arriving {
+    fn cpu_features(&self) -> CpuFeatures {
+        self.host.clone()
+    }
+
+    fn create(&mut self, description: &Description) -> Result<Arc<dyn WritePages>, MachineError> {
+        let Made { cpus, memory_bytes, without } = Made::of(description, self.max_cpus)?;
+        let options = Options { cpus, memory_bytes, without, ..self.options.clone() };
+        let machine = Machine::new(&options, Box::new(io::stdout()))?;
+        let pages = Arc::new(Pages::of(&machine.memory));
+        self.machine = Some(Arc::new(machine));
+        Ok(pages)
+    }
+
+    fn load_state(&mut self, state: Vec<StateSection>) -> Result<(), MachineError> {
+        let section = |StateSection { name, version, bytes }| Section { name, version, bytes };
+        let sections: Vec<_> = state.into_iter().map(section).collect();
+        Ok(self.made()?.load(&sections)?)
+    }
+
+    fn resume(&mut self) -> Result<(), MachineError> {
+        self.made()?.resume();
+        Ok(())
+    }
+
+    fn destroy(&mut self) {
+        self.machine = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::MemoryKind;
+
+    #[test]
+    fn pages_are_read_written_and_cleared_whatever_backs_them() {
+        for (shared, huge) in [(false, false), (false, true), (true, false)] {
+            // With memory on both sides of the hole.
+            let memory = Memory::new(4 << 30, MemoryKind { shared, huge }).unwrap();
+            let pages = Pages::of(&memory);
+            let range = PageRange::new((4 << 30) / PAGE_BYTES + 5, 40).unwrap();
+            let bytes: Vec<u8> = (0..40 * 4096u32).map(|i| (i % 251) as u8).collect();
+            let mut out = vec![1; bytes.len()];
+            pages.read_pages(range, &mut out).unwrap();
+            assert!(out.iter().all(|byte| *byte == 0));
+            pages.write_pages(range, &bytes).unwrap();
+            pages.read_pages(range, &mut out).unwrap();
+            assert_eq!(out, bytes);
+            pages.zero_pages(PageRange::new(range.start() + 1, 38).unwrap()).unwrap();
+            pages.read_pages(range, &mut out).unwrap();
+            assert_eq!(out[..4096], bytes[..4096]);
+            assert!(out[4096..39 * 4096].iter().all(|byte| *byte == 0));
+            assert_eq!(out[39 * 4096..], bytes[39 * 4096..]);
+            let outside = PageRange::new((3 << 30) / PAGE_BYTES, 40).unwrap();
+            assert!(pages.read_pages(outside, &mut out).is_err());
+            assert!(pages.write_pages(outside, &bytes).is_err());
+        }
+    }
+
+    /// What is read of a guest that never wrote it must not cost the host its memory; what is
+    /// cleared costs nothing any more.
+    #[test]
+    fn reading_holes_and_clearing_cost_a_file_nothing() {
+        let memory = Memory::new(64 << 20, MemoryKind { shared: true, huge: false }).unwrap();
+        let pages = Pages::of(&memory);
+        let range = PageRange::new(16, 64).unwrap();
+        let mut bytes = vec![0; 64 * 4096];
+        pages.read_pages(range, &mut bytes).unwrap();
+        assert_eq!(memory.map.resident_pages(), Some(0));
+        pages.write_pages(range, &bytes).unwrap();
+        assert_eq!(memory.map.resident_pages(), Some(64));
+        pages.zero_pages(range).unwrap();
+        assert_eq!(memory.map.resident_pages(), Some(0));
+    }
+}
