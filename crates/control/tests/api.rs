@@ -11,36 +11,12 @@ use std::time::{Duration, Instant};
 
 use control::api::{Driver, ReleaseMode};
 use control::{Client, ControlError, Limits, Server};
-use fake::{FakeBalloon, GUEST_BYTES, Guest};
-use tempfile::TempDir;
+use fake::{GUEST_BYTES, Guest, Setup, answered, setup};
 
 const GIB: u64 = 1 << 30;
 const GIB_PAGES: u32 = 1 << 18;
 /// Longer than any test takes: a wait of this length ends by its event or not.
 const LONG: Duration = Duration::from_secs(30);
-
-struct Setup {
-    balloon: Arc<FakeBalloon>,
-    server: Server,
-    client: Client,
-    _dir: TempDir,
-}
-
-fn setup(guest: Guest, limits: Limits) -> Setup {
-    let dir = tempfile::tempdir().unwrap();
-    let balloon = Arc::new(FakeBalloon::new("web-1", guest));
-    let path = dir.path().join("web-1.sock");
-    let server = Server::bind_with(&path, Arc::clone(&balloon) as _, limits).unwrap();
-    let client = Client::connect(&path).unwrap();
-    Setup { balloon, server, client, _dir: dir }
-}
-
-fn answered(error: ControlError) -> (u16, String, String) {
-    match error {
-        ControlError::Answered { status, error, hint } => (status, error, hint),
-        other => panic!("not an answer of the server: {other:?}"),
-    }
-}
 
 #[test]
 fn status_says_what_the_balloon_says() {
@@ -188,7 +164,7 @@ fn waiters_over_the_limit_are_refused_while_others_are_served() {
 
 #[test]
 fn stopping_answers_the_clients_that_wait_and_removes_the_socket() {
-    let Setup { balloon, server, client, _dir } = setup(Guest::Waits, Limits::default());
+    let Setup { balloon, server, client, dir: _dir } = setup(Guest::Waits, Limits::default());
     let path = server.path().to_owned();
     thread::scope(|scope| {
         let waiting = scope.spawn(|| client.set_balloon(GIB, LONG));

@@ -15,35 +15,11 @@ use std::time::{Duration, Instant};
 use control::api::{
     AskFreePages, Caches, DEFAULT_RESERVE_BYTES, FreeKind, HoldState, ReleasedHold,
 };
-use control::{Client, ControlError, GuestAsk, Limits, Server, WhyNot};
-use fake::{FakeBalloon, Guest};
-use tempfile::TempDir;
+use control::{Client, GuestAsk, Limits, WhyNot};
+use fake::{Guest, Setup, answered, setup};
 
 const GIB: u64 = 1 << 30;
 const LONG: Duration = Duration::from_secs(30);
-
-struct Setup {
-    balloon: Arc<FakeBalloon>,
-    server: Server,
-    client: Client,
-    _dir: TempDir,
-}
-
-fn setup(guest: Guest, limits: Limits) -> Setup {
-    let dir = tempfile::tempdir().unwrap();
-    let balloon = Arc::new(FakeBalloon::new("web-1", guest));
-    let path = dir.path().join("web-1.sock");
-    let server = Server::bind_with(&path, Arc::clone(&balloon) as _, limits).unwrap();
-    let client = Client::connect(&path).unwrap();
-    Setup { balloon, server, client, _dir: dir }
-}
-
-fn answered(error: ControlError) -> (u16, String, String) {
-    match error {
-        ControlError::Answered { status, error, hint } => (status, error, hint),
-        other => panic!("not an answer of the server: {other:?}"),
-    }
-}
 
 /// Status and body of a request as any HTTP client makes it.
 fn http(path: &Path, method: &str, target: &str, body: &str) -> (u16, Vec<u8>) {
@@ -251,7 +227,7 @@ fn clients_that_wait_for_the_guest_do_not_keep_others_from_their_answers() {
 #[test]
 fn a_server_that_stops_ends_requests_and_stops_the_guest() {
     let t = setup(Guest::Waits, Limits::default());
-    let Setup { balloon, server, client, _dir } = t;
+    let Setup { balloon, server, client, dir: _dir } = t;
     let asked = thread::spawn(move || client.drop_caches(Caches::All, LONG));
     balloon.until_open(1);
     let start = Instant::now();

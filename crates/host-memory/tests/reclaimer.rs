@@ -41,17 +41,21 @@ enum Act {
     Refuse,
 }
 
+fn take_partial(huge: bool, pages: &mut PageSet, rule: PartialHuge) -> PageSet {
+    if !huge || rule == PartialHuge::Split {
+        return PageSet::new();
+    }
+    let whole = pages.take_full_chunks(u64::MAX);
+    std::mem::replace(pages, whole)
+}
+
 impl Discard for Gate {
     fn largest_host_page(&self) -> u64 {
         if self.huge { CHUNK_PAGES } else { 1 }
     }
 
     fn take_partial(&self, pages: &mut PageSet, rule: PartialHuge) -> PageSet {
-        if !self.huge || rule == PartialHuge::Split {
-            return PageSet::new();
-        }
-        let whole = pages.take_full_chunks(u64::MAX);
-        std::mem::replace(pages, whole)
+        take_partial(self.huge, pages, rule)
     }
 
     fn resident_pages(&self) -> Option<u64> {
@@ -429,11 +433,7 @@ impl Discard for Owners {
     }
 
     fn take_partial(&self, pages: &mut PageSet, rule: PartialHuge) -> PageSet {
-        if !self.huge || rule == PartialHuge::Split {
-            return PageSet::new();
-        }
-        let whole = pages.take_full_chunks(u64::MAX);
-        std::mem::replace(pages, whole)
+        take_partial(self.huge, pages, rule)
     }
 
     fn resident_pages(&self) -> Option<u64> {

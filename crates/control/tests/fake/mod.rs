@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "every test file uses its own part")]
 
 mod requests;
+mod setup;
 
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
@@ -15,6 +16,8 @@ use control::{Balloon, ControlError, FreePagesMap, GuestAnswer, GuestAsk};
 
 #[allow(unused_imports, reason = "every test file uses its own part")]
 pub(crate) use requests::{Requests, free_pages};
+#[allow(unused_imports, reason = "every test file uses its own part")]
+pub(crate) use setup::{Setup, answered, setup};
 
 /// Memory of the guest that is not there.
 pub(crate) const GUEST_BYTES: u64 = 4 << 30;
