@@ -8,6 +8,7 @@
 
 #![forbid(unsafe_code)]
 
+mod busy_poll;
 mod connector;
 mod error;
 mod found;
@@ -22,6 +23,7 @@ mod vring;
 mod wire;
 
 pub use balloon_abi::Features;
+pub use busy_poll::BUSY_POLL;
 pub use error::{Error, SessionError, Violation};
 pub use server::{Backend, End};
 pub use service::{Options, Service};

@@ -5,8 +5,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use balloon_abi::Features;
@@ -16,6 +17,7 @@ use control::api::{PartialHuge, ReleaseMode};
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, EventData, EventFlags};
 
+use crate::busy_poll::BusyPoll;
 use crate::connector::{Connector, RETRY};
 use crate::error::{Error, SessionError};
 use crate::session::Session;
@@ -49,6 +51,8 @@ pub struct Backend {
     shared: Arc<Shared>,
     /// Guest memory has to be sealed against shrinking.
     sealed_only: AtomicBool,
+    /// Nanoseconds for which the next message is looked for without sleeping.
+    busy_poll: AtomicU64,
     /// Held while a front end is served: there is one guest.
     serving: Mutex<()>,
 }
@@ -70,7 +74,12 @@ impl Backend {
     pub fn new(name: &str, release: ReleaseMode, partial_huge: PartialHuge) -> Result<Self, Error> {
         let reclaim = HostReclaim::new(release, partial_huge)?;
         let shared = Arc::new(Shared::new(name.to_owned(), reclaim)?);
-        Ok(Self { shared, sealed_only: AtomicBool::new(false), serving: Mutex::new(()) })
+        Ok(Self {
+            shared,
+            sealed_only: AtomicBool::new(false),
+            busy_poll: AtomicU64::new(0),
+            serving: Mutex::new(()),
+        })
     }
 
     /// Offers no feature of `features`, from the next front end on.
@@ -81,6 +90,14 @@ impl Backend {
     /// Takes guest memory only where it is sealed against shrinking.
     pub fn want_sealed(&self, sealed_only: bool) {
         self.sealed_only.store(sealed_only, Ordering::Relaxed);
+    }
+
+    /// Looks for a guest's next message without sleeping, for so long after each, from
+    /// the next front end on. Not where there is one processor: the guest needs it.
+    pub fn poll_busily(&self, limit: Duration) {
+        let alone = thread::available_parallelism().is_ok_and(|processors| processors.get() == 1);
+        let nanos = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
+        self.busy_poll.store(if alone { 0 } else { nanos }, Ordering::Relaxed);
     }
 
     /// Keeps in the file at `path` what has to be known after a restart.
@@ -134,7 +151,9 @@ impl Backend {
         let _serving = self.serving.lock().unwrap_or_else(PoisonError::into_inner);
         self.shared.set_connected(true);
         let sealed_only = self.sealed_only.load(Ordering::Relaxed);
-        let outcome = serve(&self.shared, sealed_only, stream, stop);
+        let busy_poll = Duration::from_nanos(self.busy_poll.load(Ordering::Relaxed));
+        let busy_poll = BusyPoll::new(busy_poll);
+        let outcome = serve(&self.shared, sealed_only, busy_poll, stream, stop);
         self.shared.set_connected(false);
         let outcome = match outcome {
             Err(error) if error.is_hang_up() => Ok(End::HungUp),
@@ -187,7 +206,7 @@ impl Backend {
                 if self.shared.may_log() {
                     tracing::error!(%error, "host: cannot accept a monitor's connection");
                 }
-                std::thread::sleep(BACKOFF);
+                thread::sleep(BACKOFF);
             }
         }
         None
@@ -198,6 +217,7 @@ impl Backend {
 fn serve(
     shared: &Shared,
     sealed_only: bool,
+    busy_poll: BusyPoll,
     stream: &UnixStream,
     stop: &impl AsFd,
 ) -> Result<End, SessionError> {
@@ -210,11 +230,14 @@ fn serve(
     ])
     .map_err(host("epoll"))?;
     let poll = Rc::new(poll);
-    let mut session = Session::new(shared, sealed_only, Rc::clone(&poll))?;
+    let mut session = Session::new(shared, sealed_only, busy_poll, Rc::clone(&poll))?;
     let mut message = Message::default();
     let mut events = Vec::with_capacity(16);
     loop {
         let timeout = if session.has_more() {
+            Some(Duration::ZERO)
+        } else if session.polls_busily() {
+            thread::yield_now();
             Some(Duration::ZERO)
         } else {
             let deadlines =
@@ -265,7 +288,7 @@ fn finish_release(shared: &Shared) {
             tracing::warn!("host: the release was cancelled, the process is to end");
             return;
         }
-        std::thread::sleep(SETTLE_LOOK);
+        thread::sleep(SETTLE_LOOK);
     }
 }
 

@@ -6,6 +6,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use balloon_abi::Features;
 use control::Server;
@@ -46,6 +47,8 @@ pub struct Options {
     /// Guest memory must be sealed against shrinking. A file that shrinks while it
     /// is mapped ends the process that reads it.
     pub sealed_only: bool,
+    /// How long a guest's next message is looked for without sleeping.
+    pub busy_poll: Duration,
 }
 
 /// Guests whose sockets are there, and who are not served yet.
@@ -116,6 +119,7 @@ impl Guest {
         let backend = Backend::new(&options.name, options.release, options.partial_huge)?;
         backend.withhold(options.without);
         backend.want_sealed(options.sealed_only);
+        backend.poll_busily(options.busy_poll);
         let monitors = if options.connect {
             Monitors::Connected(Connector::new(&options.socket)?)
         } else {

@@ -11,6 +11,7 @@ use balloon_host::{Shared, StatsClock};
 use vhost::vhost_user::message::{BackendReq, FrontendReq};
 use vhost::vhost_user::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 
+use crate::busy_poll::BusyPoll;
 use crate::error::{SessionError, Violation};
 use crate::found::find;
 use crate::inflight::{self, Region};
@@ -60,6 +61,7 @@ pub(crate) struct Session<'a> {
     /// or found to go on.
     driver_known: bool,
     silence: Silence,
+    busy_poll: BusyPoll,
 }
 
 impl<'a> Session<'a> {
@@ -68,6 +70,7 @@ impl<'a> Session<'a> {
     pub(crate) fn new(
         shared: &'a Shared,
         sealed_only: bool,
+        busy_poll: BusyPoll,
         epoll: Rc<OwnedFd>,
     ) -> Result<Self, SessionError> {
         let vrings = (0..).take(QueueLayout::MAX_QUEUES).map(Vring::new);
@@ -82,6 +85,7 @@ impl<'a> Session<'a> {
             stats_clock: StatsClock::default(),
             driver_known: false,
             silence: Silence::default(),
+            busy_poll,
         })
     }
 
@@ -147,6 +151,11 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// True while a guest's next message is too near to sleep.
+    pub(crate) fn polls_busily(&mut self) -> bool {
+        self.busy_poll.goes_on(Instant::now())
+    }
+
     /// Time until the guest is to be asked for statistics, if it is.
     pub(crate) fn until_stats(&self) -> Option<Duration> {
         self.stats_clock.left(self.shared.stats_interval(), Instant::now())
@@ -204,7 +213,8 @@ impl<'a> Session<'a> {
     }
 
     /// Tells the guest that the configuration space changed.
-    pub(crate) fn config_changed(&self) {
+    pub(crate) fn config_changed(&mut self) {
+        self.busy_poll.allow();
         let Some(channel) = &self.channel else { return };
         if let Err(error) = wire::request(channel, BackendReq::CONFIG_CHANGE_MSG.into(), &[]) {
             self.shared.count_front_end_fault("channel_blocked");
@@ -235,7 +245,9 @@ impl<'a> Session<'a> {
         }
         drop(device);
         if matches!(vq, Vq::Inflate | Vq::Deflate) {
-            self.silence.changed(Instant::now());
+            let now = Instant::now();
+            self.silence.changed(now);
+            self.busy_poll.answered(now);
         }
         if matches!(vq, Vq::FreePage | Vq::Request) {
             shared.changed();

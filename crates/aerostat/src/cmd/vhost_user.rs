@@ -1,13 +1,18 @@
 //! `aerostat vhost-user`: serves a balloon to any monitor.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use control::{GuestName, PartialHuge, ReleaseMode, ensure_runtime_dir, socket_path};
 use sandbox::{Network, Restricted, restrict_calls, restrict_files};
-use vhost_device_balloon::{Error, Features, Options, Service};
+use vhost_device_balloon::{BUSY_POLL, Error, Features, Options, Service};
 
 use crate::failure::Failure;
+
+/// Longest time to look for a message, in microseconds: more is no latency that anybody
+/// could notice.
+const MAX_BUSY_POLL_US: u64 = 10_000;
 
 /// Serves a balloon to a monitor over vhost-user, until SIGTERM or SIGINT
 #[derive(Debug, Args)]
@@ -57,6 +62,12 @@ pub(crate) struct VhostUserArgs {
     /// Whether memory is taken that its monitor can shrink, which ends the process
     #[arg(long, value_enum, value_name = "WHAT")]
     unsealed_memory: Option<Unsealed>,
+
+    /// How long to look for a guest's next message, in microseconds, before sleeping
+    /// until it comes; 0: not at all
+    #[arg(long, value_name = "MICROSECONDS", default_value_t = BUSY_POLL.as_micros() as u64,
+        value_parser = clap::value_parser!(u64).range(..=MAX_BUSY_POLL_US))]
+    busy_poll: u64,
 
     /// Leave the process all files that its user may use (no Landlock)
     #[arg(long)]
@@ -211,6 +222,7 @@ impl VhostUserArgs {
                 partial_huge: self.partial_huge.into(),
                 without,
                 sealed_only,
+                busy_poll: Duration::from_micros(self.busy_poll),
             })
         });
         options.collect()
