@@ -242,7 +242,20 @@ impl Guest {
     /// # Errors
     /// The guest's refusal, its silence, or its end.
     pub fn run_within(&mut self, command: &str, limit: Duration) -> Result<Reply> {
-        let reply = self.console.run(command, limit);
+        self.run_showing(command, limit, &mut |_| {})
+    }
+
+    /// Runs a command that may take this long; `each` gets the lines of its answer as they come.
+    ///
+    /// # Errors
+    /// The guest's refusal, its silence, or its end.
+    pub fn run_showing(
+        &mut self,
+        command: &str,
+        limit: Duration,
+        each: &mut dyn FnMut(&str),
+    ) -> Result<Reply> {
+        let reply = self.console.run(command, limit, each);
         self.explain(reply)
     }
 
