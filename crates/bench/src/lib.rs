@@ -18,6 +18,7 @@ mod host;
 pub mod inflate;
 mod logs;
 pub mod monitors;
+pub mod moving;
 mod qemu_bed;
 mod qmp;
 pub mod reporting;

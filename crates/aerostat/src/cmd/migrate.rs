@@ -69,9 +69,7 @@ pub(crate) struct MigrateArgs {
 
 pub(crate) fn run(args: &MigrateArgs) -> Result<(), Failure> {
     let client = args.guest.connect()?;
-    let interrupted = Arc::new(AtomicBool::new(false));
-    signal_hook::flag::register(signal_hook::consts::SIGINT, Arc::clone(&interrupted))
-        .map_err(|error| Failure::new(&error, "check the limits of this user"))?;
+    let interrupted = interruption()?;
     client.start_migration(&StartMigration {
         to: args.to.clone(),
         tls: args.security.paths()?,
@@ -88,14 +86,24 @@ pub(crate) fn run(args: &MigrateArgs) -> Result<(), Failure> {
         return print_json(&status);
     }
     match (status.state, &status.summary) {
-        (MigrationState::Moved, Some(summary)) => print(&text(args, summary)),
+        (MigrationState::Moved, Some(summary)) => {
+            print(&text(&args.guest.to_string(), &args.to, summary))
+        }
         (MigrationState::Moved, None) => print(&format!("{}: moved\n", args.guest)),
         _ => Err(not_moved(args, &status)),
     }
 }
 
+/// Becomes true with Ctrl-C, which does not end this process any more.
+pub(crate) fn interruption() -> Result<Arc<AtomicBool>, Failure> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(signal_hook::consts::SIGINT, Arc::clone(&interrupted))
+        .map_err(|error| Failure::new(&error, "check the limits of this user"))?;
+    Ok(interrupted)
+}
+
 /// Shows how far it is until it is over.
-fn watch(client: &Client, interrupted: &AtomicBool) -> Result<MigrationStatus, Failure> {
+pub(crate) fn watch(client: &Client, interrupted: &AtomicBool) -> Result<MigrationStatus, Failure> {
     let bar = Bar::start();
     let mut cancelled = false;
     loop {
@@ -148,8 +156,8 @@ fn not_moved(args: &MigrateArgs, status: &MigrationStatus) -> Failure {
 }
 
 /// What went, what did not have to, and how long the guest stood.
-fn text(args: &MigrateArgs, summary: &MigrationSummary) -> String {
-    let (guest, to, down) = (&args.guest, &args.to, &summary.downtime);
+pub(crate) fn text(guest: &str, to: &str, summary: &MigrationSummary) -> String {
+    let down = &summary.downtime;
     let mut text = format!(
         "{guest}: moved to {to} in {:.0} ms, and stood still for {:.1} ms of them\n",
         summary.total_ms, down.total_ms
