@@ -17,7 +17,8 @@ use utoipa::ToSchema;
 pub use free::{FreePageHints, HintOutcome, MAX_LISTED_RUNS, PageRun, ReportsStatus};
 pub use migration::{
     MigrationDowntime, MigrationPhase, MigrationRound, MigrationSide, MigrationState,
-    MigrationStatus, MigrationSummary, SettleMigration, SettleWord, StartMigration, TlsPaths,
+    MigrationStatus, MigrationSummary, SettleMigration, SettleWord, StartMigration, StartSnapshot,
+    TlsPaths,
 };
 pub use requests::{
     AskFreePages, BLOCK_BYTES, BlockCount, CacheSize, Caches, CancelledRequest, CoarseMap,
