@@ -404,6 +404,13 @@ impl Machine {
         self.processors.resume();
     }
 
+    /// The guest's processors come to a stop soon, and nobody lets them go on.
+    pub(crate) fn halt(&self) {
+        // Who has them already keeps them as long.
+        let _ = self.take_reins();
+        self.processors.halt();
+    }
+
     /// A processor has ended the guest.
     pub(crate) fn has_ended(&self) -> bool {
         self.processors.have_ended()

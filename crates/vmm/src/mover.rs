@@ -1,5 +1,6 @@
 //! Moving the guest of a monitor: what its operator may ask, and what is told.
 
+mod save;
 mod told;
 
 use std::path::PathBuf;
@@ -9,7 +10,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use control::api::{
-    MigrationSide, MigrationState, MigrationStatus, SettleWord, StartMigration, TlsPaths,
+    MigrationSide, MigrationState, MigrationStatus, SettleWord, StartMigration, StartSnapshot,
+    TlsPaths,
 };
 use control::{Balloon, ControlError, Monitor};
 use migration::observer::{Observer, Phase, Progress};
@@ -341,6 +343,10 @@ impl Monitor for Asked {
         Ok(state.status.clone())
     }
 
+    fn start_snapshot(&self, ask: &StartSnapshot) -> Result<MigrationStatus, ControlError> {
+        self.0.start_snapshot(ask)
+    }
+
     fn migration(&self) -> MigrationStatus {
         let mut state = self.0.state();
         state.told |= state.status.state == MigrationState::Moved;
@@ -351,9 +357,10 @@ impl Monitor for Asked {
 
     fn cancel_migration(&self) -> Result<MigrationStatus, ControlError> {
         let state = self.0.state();
-        let leaves = state.status.side == Some(MigrationSide::Source);
+        let side = state.status.side;
+        let leaves = matches!(side, Some(MigrationSide::Source | MigrationSide::Snapshot));
         if !leaves || state.status.state != MigrationState::Running {
-            return Err(nothing("no guest is leaving"));
+            return Err(nothing("no guest is leaving, or being written to a file"));
         }
         state.cancel.store(true, Ordering::Relaxed);
         Ok(state.status.clone())

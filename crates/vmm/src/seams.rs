@@ -7,12 +7,12 @@ use std::time::Duration;
 use balloon_abi::Features;
 use control::api::{Caches, HintOutcome};
 use control::{Balloon as _, GuestAsk};
-use host_memory::{Discard, MemoryMap};
+use host_memory::{Discard, MemoryMap, MissingPages};
 use migration::cpu::CpuFeatures;
 use migration::dirty::DirtyBitmap;
 use migration::guest_memory::MappedMemory;
 use migration::seams::{
-    Description, DestinationMachine, FreePages, MachineError, ReadPages, SourceMachine,
+    Description, DestinationMachine, FreePages, MachineError, PlacePages, ReadPages, SourceMachine,
     StateSection, WritePages,
 };
 use page_set::{PAGE_BYTES, PageRange, PageSet};
@@ -80,6 +80,23 @@ impl WritePages for Pages {
             }
         }
         MappedMemory(self.guest.clone()).zero_pages(pages)
+    }
+}
+
+/// Memory that is missing until it is placed.
+struct Missing(MissingPages);
+
+impl PlacePages for Missing {
+    fn next_missing(&self, wait: Duration) -> Result<Option<u64>, MachineError> {
+        Ok(self.0.next(wait)?)
+    }
+
+    fn place_page(&self, page: u64, contents: Option<&[u8; 4096]>) -> Result<(), MachineError> {
+        match contents {
+            Some(contents) => self.0.place(page, contents)?,
+            None => self.0.place_zeros(page)?,
+        };
+        Ok(())
     }
 }
 
@@ -213,6 +230,8 @@ pub(crate) struct Arriving {
     max_cpus: u8,
     host: CpuFeatures,
     machine: Option<Arc<Machine>>,
+    /// What a guest waits for whose memory comes later: as long as this is there.
+    missing: Option<Arc<Missing>>,
 }
 
 impl Arriving {
@@ -220,12 +239,27 @@ impl Arriving {
     /// There is no KVM.
     pub(crate) fn new(options: Options, max_cpus: u8) -> Result<Self, Error> {
         let host = cpu_features(crate::cpuid::CpuFeatures::of_host()?);
-        Ok(Self { options, max_cpus, host, machine: None })
+        Ok(Self { options, max_cpus, host, machine: None, missing: None })
     }
 
     /// The guest's machine, once there is one.
     pub(crate) fn machine(&self) -> Option<&Arc<Machine>> {
         self.machine.as_ref()
+    }
+
+    /// Nobody waits for missing memory any more, which reads as zeros from now on. No guest may
+    /// run that would see them.
+    pub(crate) fn let_go(&mut self) {
+        self.missing = None;
+    }
+
+    /// A machine with nothing in its memory.
+    fn make(&mut self, description: &Description) -> Result<Arc<Machine>, MachineError> {
+        let Made { cpus, memory_bytes, without } = Made::of(description, self.max_cpus)?;
+        let options = Options { cpus, memory_bytes, without, ..self.options.clone() };
+        let machine = Arc::new(Machine::new(&options, Box::new(io::stdout()))?);
+        self.machine = Some(Arc::clone(&machine));
+        Ok(machine)
     }
 
     fn made(&self) -> Result<&Machine, MachineError> {
@@ -239,12 +273,21 @@ impl DestinationMachine for Arriving {
     }
 
     fn create(&mut self, description: &Description) -> Result<Arc<dyn WritePages>, MachineError> {
-        let Made { cpus, memory_bytes, without } = Made::of(description, self.max_cpus)?;
-        let options = Options { cpus, memory_bytes, without, ..self.options.clone() };
-        let machine = Machine::new(&options, Box::new(io::stdout()))?;
-        let pages = Arc::new(Pages::of(&machine.memory));
-        self.machine = Some(Arc::new(machine));
-        Ok(pages)
+        let machine = self.make(description)?;
+        Ok(Arc::new(Pages::of(&machine.memory)))
+    }
+
+    fn create_missing(
+        &mut self,
+        description: &Description,
+    ) -> Result<Arc<dyn PlacePages>, MachineError> {
+        if self.options.memory.shared {
+            return Err("operator: memory in a file (--shared) cannot come lazily".into());
+        }
+        let machine = self.make(description)?;
+        let missing = Arc::new(Missing(MissingPages::watch(&machine.memory.map)?));
+        self.missing = Some(Arc::clone(&missing));
+        Ok(missing)
     }
 
     fn load_state(&mut self, state: Vec<StateSection>) -> Result<(), MachineError> {
@@ -259,6 +302,8 @@ impl DestinationMachine for Arriving {
     }
 
     fn destroy(&mut self) {
+        // A processor that waits for memory could not end.
+        self.missing = None;
         self.machine = None;
     }
 }

@@ -123,6 +123,12 @@ impl Processors {
         self.want(Wanted::Pause);
     }
 
+    /// Has the processors pause, and does not wait until they do.
+    pub(crate) fn halt(&self) {
+        self.group.state().wanted = Wanted::Pause;
+        self.call();
+    }
+
     /// Has each processor rest for `percent` of its time, 0 to 99.
     pub(crate) fn set_throttle(&self, percent: u8) {
         self.group.throttle.set(percent);

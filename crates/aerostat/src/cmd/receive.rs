@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
-use control::{GuestName, Size, ensure_runtime_dir, socket_path};
+use control::{GuestName, Size};
 use vmm::{MAX_CPUS, MAX_MEMORY_BYTES, MemoryKind, ReceiveOptions};
 
-use crate::cmd::run::ended;
+use crate::cmd::run::{control_socket, ended};
 use crate::cmd::vhost_user::{Partial, Release, guest_name};
 use crate::failure::Failure;
 use crate::security_arg::SecurityArgs;
@@ -68,16 +68,9 @@ pub(crate) struct ReceiveArgs {
 }
 
 pub(crate) fn run(args: ReceiveArgs) -> Result<(), Failure> {
-    let control = match args.control {
-        Some(path) => path,
-        None => {
-            ensure_runtime_dir()?;
-            socket_path(&args.name)?
-        }
-    };
     let options = ReceiveOptions {
+        control: control_socket(args.control, &args.name)?,
         name: args.name.to_string(),
-        control,
         listen: args.listen,
         security: args.security.security()?,
         max_memory_bytes: args.max_memory.0,

@@ -83,16 +83,9 @@ pub(crate) fn run(args: RunArgs) -> Result<(), Failure> {
             (kernel, args.initrd.or(initrd))
         }
     };
-    let control = match args.control {
-        Some(path) => path,
-        None => {
-            ensure_runtime_dir()?;
-            socket_path(&args.name)?
-        }
-    };
     let options = Options {
         name: args.name.to_string(),
-        control,
+        control: control_socket(args.control, &args.name)?,
         memory_bytes: args.memory.0,
         memory: MemoryKind { shared: args.shared, huge: args.huge },
         cpus: args.cpus,
@@ -104,6 +97,17 @@ pub(crate) fn run(args: RunArgs) -> Result<(), Failure> {
         without: features(&args.without),
     };
     ended(&options.name, vmm::run(&options))
+}
+
+/// Where the control API listens.
+pub(crate) fn control_socket(given: Option<PathBuf>, name: &GuestName) -> Result<PathBuf, Failure> {
+    match given {
+        Some(path) => Ok(path),
+        None => {
+            ensure_runtime_dir()?;
+            Ok(socket_path(name)?)
+        }
+    }
 }
 
 /// What a guest's end says of this process.

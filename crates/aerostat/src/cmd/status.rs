@@ -7,7 +7,8 @@ use std::time::Duration;
 use clap::Args;
 use control::api::{
     BalloonChange, Faults, HoldState, MAX_STATS_INTERVAL_MS, MIN_STATS_INTERVAL_MS, MigrationPhase,
-    MigrationState, MigrationStatus, ReportsStatus, RequestStatus, StatsStatus, Status,
+    MigrationSide, MigrationState, MigrationStatus, ReportsStatus, RequestStatus, StatsStatus,
+    Status,
 };
 use control::{Client, ControlError, Size, list_sockets, runtime_dir};
 use humantime::format_duration;
@@ -219,8 +220,11 @@ fn migration(guest: &GuestArg, status: &MigrationStatus) -> Option<String> {
         MigrationState::Stuck => format!("failed, and the guest does not go on: {why}"),
         MigrationState::Moved => "the guest runs on the other side".to_owned(),
         MigrationState::Arrived => format!("the guest came, in {:.0} ms", status.elapsed_ms),
+        MigrationState::Saved => format!("written, in {:.0} ms", status.elapsed_ms),
     };
-    Some(format!("{:<12} {text}\n", "migration"))
+    let is_snapshot = status.side == Some(MigrationSide::Snapshot);
+    let what = if is_snapshot { "snapshot" } else { "migration" };
+    Some(format!("{what:<12} {text}\n"))
 }
 
 fn last_change(change: &BalloonChange) -> String {
