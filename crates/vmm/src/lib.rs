@@ -11,6 +11,7 @@
 
 mod acpi;
 mod balloon;
+mod block;
 mod boot;
 mod console;
 mod cpu;
@@ -35,6 +36,7 @@ mod throttle;
 mod vcpu;
 
 pub use balloon_abi::Features;
+pub use block::{DiskOptions, MAX_DISKS};
 pub use cpuid::CpuFeatures;
 pub use error::Error;
 pub use layout::{MAX_CPUS, MAX_MEMORY_BYTES};

@@ -5,11 +5,12 @@ use std::sync::{Arc, PoisonError};
 use page_set::{PageRange, PageSet};
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::block::DiskShape;
 use crate::cpuid::CpuFeatures;
 use crate::error::Error;
 use crate::machine::Machine;
 use crate::memory::Ram;
-use crate::state::{Chips, MachineState, Processor, Section};
+use crate::state::{Chips, MachineState, Processor, Section, transport_name};
 
 const PAGE_BYTES: u64 = 4096;
 
@@ -132,10 +133,13 @@ impl Machine {
         let device = self.balloon.device();
         let (balloon, layout) = (device.state(), device.layout().clone());
         drop(device);
-        let slot = self.bus.slots.first().ok_or_else(no_device)?;
-        let transport = slot.transport().state();
+        // Whoever reads it next may do so on another host.
+        for disk in &self.disks {
+            disk.sync().map_err(Error::host("syncing a disk"))?;
+        }
+        let transports = self.bus.slots.iter().map(|slot| slot.transport().state()).collect();
         let ports = self.bus.ports.state();
-        Ok(MachineState { processors, chips, ports, transport, balloon }.encode(&layout))
+        Ok(MachineState { processors, chips, ports, transports, balloon }.encode(&layout))
     }
 
     /// Gives a new machine, whose memory is there already, the state of another. It stands still
@@ -147,7 +151,8 @@ impl Machine {
     pub fn load(&self, sections: &[Section]) -> Result<(), Error> {
         self.processors.pause();
         let layout = self.balloon.device().layout().clone();
-        let state = MachineState::decode(sections, self.processors.len(), &layout)?;
+        let (cpus, devices) = (self.processors.len(), self.bus.slots.len());
+        let state = MachineState::decode(sections, cpus, devices, &layout)?;
         let wrong = |section: &str, why: String| Error::State { section: section.into(), why };
         self.processors.each(|number, fd| match state.processors.get(number) {
             Some(processor) => processor.load(fd, &self.vm),
@@ -161,17 +166,20 @@ impl Machine {
         self.bus.ports.restore(&state.ports).map_err(|error| wrong("ports", error.to_string()))?;
         let restored = self.balloon.restore(state.balloon);
         restored.map_err(|error| wrong("balloon", error.to_string()))?;
-        let slot = self.bus.slots.first().ok_or_else(no_device)?;
-        let mut transport = slot.transport();
-        let restored = transport.restore(&state.transport);
-        restored.map_err(|error| wrong("virtio0", error.to_string()))?;
-        // The driver looks whether it may use what it hinted, and what is asked of it.
-        transport.config_changed();
+        for (number, (slot, transport)) in self.bus.slots.iter().zip(&state.transports).enumerate()
+        {
+            let restored = slot.transport().restore(transport);
+            restored.map_err(|error| wrong(&transport_name(number), error.to_string()))?;
+        }
+        if let Some(balloon) = self.bus.slots.first() {
+            // The driver looks whether it may use what it hinted, and what is asked of it.
+            balloon.transport().config_changed();
+        }
         Ok(())
     }
-}
 
-/// A machine always has its balloon.
-fn no_device() -> Error {
-    Error::Unsupported { what: "a machine without devices".into() }
+    /// What the guest sees of its disks.
+    pub(crate) fn disk_shapes(&self) -> Vec<DiskShape> {
+        self.disks.iter().map(|disk| disk.shape()).collect()
+    }
 }

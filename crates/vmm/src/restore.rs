@@ -12,6 +12,7 @@ use migration::DestinationConfig;
 use migration::observer::Silent;
 use migration::snapshot::{self, Filling, SnapshotFile};
 
+use crate::block::DiskOptions;
 use crate::error::Error;
 use crate::layout::{MAX_CPUS, MAX_MEMORY_BYTES};
 use crate::machine::{End, Machine, Options, Requests, serve_to_end};
@@ -39,6 +40,8 @@ pub struct RestoreOptions {
     pub lazy: bool,
     /// What backs its memory here.
     pub memory: MemoryKind,
+    /// Its disks, as many and of the same sizes as it had.
+    pub disks: Vec<DiskOptions>,
     /// When memory of the balloon is released.
     pub release: ReleaseMode,
     /// What becomes of pieces of huge pages.
@@ -136,6 +139,7 @@ fn machine_options(options: &RestoreOptions) -> Options {
         kernel: PathBuf::new(),
         initrd: None,
         command_line: String::new(),
+        disks: options.disks.clone(),
         release: options.release,
         partial_huge: options.partial_huge,
         without: Features::NONE,

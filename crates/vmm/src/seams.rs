@@ -255,9 +255,11 @@ impl Arriving {
 
     /// A machine with nothing in its memory.
     fn make(&mut self, description: &Description) -> Result<Arc<Machine>, MachineError> {
-        let Made { cpus, memory_bytes, without } = Made::of(description, self.max_cpus)?;
+        let made = Made::of(description, self.max_cpus)?;
+        let Made { cpus, memory_bytes, without, .. } = made;
         let options = Options { cpus, memory_bytes, without, ..self.options.clone() };
         let machine = Arc::new(Machine::new(&options, Box::new(io::stdout()))?);
+        made.check_disks(&machine.disk_shapes())?;
         self.machine = Some(Arc::clone(&machine));
         Ok(machine)
     }

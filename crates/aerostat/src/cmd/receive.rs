@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use clap::Args;
 use control::{GuestName, Size};
-use vmm::{MAX_CPUS, MAX_MEMORY_BYTES, MemoryKind, ReceiveOptions};
+use vmm::{DiskOptions, MAX_CPUS, MAX_MEMORY_BYTES, MemoryKind, ReceiveOptions};
 
 use crate::cmd::run::{control_socket, ended};
 use crate::cmd::vhost_user::{Partial, Release, guest_name};
+use crate::disk_arg::disk;
 use crate::failure::Failure;
 use crate::security_arg::SecurityArgs;
 
@@ -40,6 +41,11 @@ pub(crate) struct ReceiveArgs {
     #[arg(long, value_name = "N", default_value_t = MAX_CPUS,
           value_parser = clap::value_parser!(u8).range(1..=i64::from(MAX_CPUS)))]
     max_cpus: u8,
+
+    /// A disk of the guest, which both hosts can reach; as many as it had, in
+    /// the same order
+    #[arg(long = "disk", value_name = "FILE[,readonly]", value_parser = disk)]
+    disks: Vec<DiskOptions>,
 
     /// Keep the guest's memory in a file that other processes can be given
     #[arg(long)]
@@ -75,6 +81,7 @@ pub(crate) fn run(args: ReceiveArgs) -> Result<(), Failure> {
         security: args.security.security()?,
         max_memory_bytes: args.max_memory.0,
         max_cpus: args.max_cpus,
+        disks: args.disks,
         memory: MemoryKind { shared: args.shared, huge: args.huge },
         release: args.release.into(),
         partial_huge: args.partial_huge.into(),

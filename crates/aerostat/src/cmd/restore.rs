@@ -4,10 +4,11 @@ use std::path::PathBuf;
 
 use clap::Args;
 use control::GuestName;
-use vmm::{MemoryKind, RestoreOptions};
+use vmm::{DiskOptions, MemoryKind, RestoreOptions};
 
 use crate::cmd::run::{control_socket, ended};
 use crate::cmd::vhost_user::{Partial, Release, guest_name};
+use crate::disk_arg::disk;
 use crate::failure::Failure;
 
 /// Runs a guest that `aerostat snapshot` has written to a file
@@ -31,6 +32,11 @@ pub(crate) struct RestoreArgs {
     /// vm.unprivileged_userfaultfd=1
     #[arg(long, conflicts_with = "shared")]
     lazy: bool,
+
+    /// A disk of the guest, the same file as before or a copy; as many as it had, in
+    /// the same order
+    #[arg(long = "disk", value_name = "FILE[,readonly]", value_parser = disk)]
+    disks: Vec<DiskOptions>,
 
     /// Keep the guest's memory in a file that other processes can be given
     #[arg(long)]
@@ -60,6 +66,7 @@ pub(crate) fn run(args: RestoreArgs) -> Result<(), Failure> {
         name: args.name.to_string(),
         file: args.file,
         lazy: args.lazy,
+        disks: args.disks,
         memory: MemoryKind { shared: args.shared, huge: args.huge },
         release: args.release.into(),
         partial_huge: args.partial_huge.into(),

@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use control::{GuestName, Size, ensure_runtime_dir, socket_path};
-use vmm::{End, Error, MAX_CPUS, MemoryKind, Options};
+use vmm::{DiskOptions, End, Error, MAX_CPUS, MemoryKind, Options};
 
 use crate::cmd::vhost_user::{Feature, Partial, Release, features, guest_name};
+use crate::disk_arg::disk;
 use crate::failure::{Exit, Failure};
 
 /// Boots a Linux guest on KVM, with its balloon, and serves it to its end
@@ -43,6 +44,11 @@ pub(crate) struct RunArgs {
     /// Command line of the kernel
     #[arg(long, value_name = "TEXT", default_value = "console=ttyS0 panic=-1")]
     cmdline: String,
+
+    /// A disk: a raw file of whole sectors of 512 bytes, or a block device; may be
+    /// given up to seven times
+    #[arg(long = "disk", value_name = "FILE[,readonly]", value_parser = disk)]
+    disks: Vec<DiskOptions>,
 
     /// Keep the guest's memory in a file that other processes can be given
     #[arg(long)]
@@ -92,6 +98,7 @@ pub(crate) fn run(args: RunArgs) -> Result<(), Failure> {
         kernel,
         initrd,
         command_line: args.cmdline,
+        disks: args.disks,
         release: args.release.into(),
         partial_huge: args.partial_huge.into(),
         without: features(&args.without),

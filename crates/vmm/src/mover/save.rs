@@ -27,6 +27,12 @@ impl Mover {
             return Err(ControlError::BadRequest { what, hint });
         }
         let machine = self.machine().ok_or_else(|| nothing("there is no guest here to write"))?;
+        if machine.disk_shapes().iter().any(|disk| !disk.read_only) {
+            // Whoever restored it would find a disk that has gone on since.
+            let what = "the guest has a disk that it writes, and a snapshot has none".to_owned();
+            let hint = "snapshots are for guests whose disks are all read-only".to_owned();
+            return Err(ControlError::Refused { what, hint });
+        }
         machine.take_reins().map_err(|error| nothing(&error.to_string()))?;
         let guest = Leaving::new(Arc::clone(&machine));
         let cancel = Arc::new(AtomicBool::new(false));
