@@ -8,7 +8,7 @@ use clap::Args;
 use control::{GuestName, Size};
 use vmm::{DiskOptions, MAX_CPUS, MAX_MEMORY_BYTES, MemoryKind, ReceiveOptions};
 
-use crate::cmd::run::{control_socket, ended};
+use crate::cmd::run::{control_socket, ended, give_up_calls};
 use crate::cmd::vhost_user::{Partial, Release, guest_name};
 use crate::disk_arg::disk;
 use crate::failure::Failure;
@@ -71,6 +71,10 @@ pub(crate) struct ReceiveArgs {
     /// Control socket; by the name, in the runtime directory, if it is not given
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
+
+    /// Leave the process all system calls (no seccomp)
+    #[arg(long)]
+    no_seccomp: bool,
 }
 
 pub(crate) fn run(args: ReceiveArgs) -> Result<(), Failure> {
@@ -89,6 +93,7 @@ pub(crate) fn run(args: ReceiveArgs) -> Result<(), Failure> {
     };
     // Standard output is the guest's.
     let listens = |address| eprintln!("{}: waits on {address}", options.name);
+    give_up_calls(args.no_seccomp)?;
     ended(&options.name, vmm::receive(&options, listens))
 }
 

@@ -6,7 +6,7 @@ use clap::Args;
 use control::GuestName;
 use vmm::{DiskOptions, MemoryKind, RestoreOptions};
 
-use crate::cmd::run::{control_socket, ended};
+use crate::cmd::run::{control_socket, ended, give_up_calls};
 use crate::cmd::vhost_user::{Partial, Release, guest_name};
 use crate::disk_arg::disk;
 use crate::failure::Failure;
@@ -58,6 +58,10 @@ pub(crate) struct RestoreArgs {
     /// Control socket; by the name, in the runtime directory, if it is not given
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
+
+    /// Leave the process all system calls (no seccomp)
+    #[arg(long)]
+    no_seccomp: bool,
 }
 
 pub(crate) fn run(args: RestoreArgs) -> Result<(), Failure> {
@@ -71,5 +75,6 @@ pub(crate) fn run(args: RestoreArgs) -> Result<(), Failure> {
         release: args.release.into(),
         partial_huge: args.partial_huge.into(),
     };
+    give_up_calls(args.no_seccomp)?;
     ended(&options.name, vmm::restore(&options))
 }

@@ -74,6 +74,10 @@ pub(crate) struct RunArgs {
     /// Control socket; by the name, in the runtime directory, if it is not given
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
+
+    /// Leave the process all system calls (no seccomp)
+    #[arg(long)]
+    no_seccomp: bool,
 }
 
 /// Where distributions install kernels, and how Debian names them.
@@ -103,7 +107,19 @@ pub(crate) fn run(args: RunArgs) -> Result<(), Failure> {
         partial_huge: args.partial_huge.into(),
         without: features(&args.without),
     };
+    give_up_calls(args.no_seccomp)?;
     ended(&options.name, vmm::run(&options))
+}
+
+/// Restricts the process to what running a guest needs. Before anything is made, so that no
+/// thread escapes it.
+pub(crate) fn give_up_calls(no_seccomp: bool) -> Result<(), Failure> {
+    if no_seccomp {
+        tracing::warn!("system calls are not restricted: --no-seccomp");
+        return Ok(());
+    }
+    sandbox::restrict_calls_of_monitor()
+        .map_err(|error| Failure::new(&error, "--no-seccomp goes on without"))
 }
 
 /// Where the control API listens.
