@@ -25,8 +25,15 @@ const QEMU_PACKAGE: &str = "qemu-system-x86";
 pub(crate) enum Machine {
     Uml(UmlKernel),
     Qemu(DebianKernel),
-    Monitor { program: PathBuf, kernel: PathBuf },
-    Receiver { program: PathBuf },
+    Monitor {
+        program: PathBuf,
+        kernel: PathBuf,
+    },
+    /// Our own monitor with a guest that was booted before, by the command that has it.
+    Resumed {
+        program: PathBuf,
+        command: &'static str,
+    },
 }
 
 /// A guest that is ready to be started.
@@ -47,7 +54,7 @@ pub(crate) fn prepare(guest: &GuestBuilder, directory: &Path) -> Result<Launch> 
     let initramfs = match (&guest.initramfs, &guest.machine) {
         (Some(path), _) => path.clone(),
         // Its guest has one already.
-        (None, Machine::Receiver { .. }) => PathBuf::new(),
+        (None, Machine::Resumed { .. }) => PathBuf::new(),
         (None, _) => {
             let path = directory.join("initramfs.cpio");
             write_initramfs(guest, &path)?;
@@ -64,8 +71,8 @@ pub(crate) fn prepare(guest: &GuestBuilder, directory: &Path) -> Result<Launch> 
         Machine::Monitor { program, kernel } => {
             words.extend(monitor_words(guest, program, kernel, &initramfs)?);
         }
-        Machine::Receiver { program } => {
-            words.extend([program.into(), "receive".into()]);
+        Machine::Resumed { program, command } => {
+            words.extend([program.into(), (*command).into()]);
             words.extend(guest.machine_arguments.iter().map(Into::into));
         }
     }

@@ -186,7 +186,7 @@ impl GuestBuilder {
         });
         let console = Console::new(input, output, record.clone());
         let mut guest = Guest { console, kept, record, ended, _directory: directory };
-        if matches!(self.machine, Machine::Receiver { .. }) {
+        if matches!(self.machine, Machine::Resumed { .. }) {
             return Ok(guest);
         }
         let ready = guest.console.wait_ready(self.boot_limit);
@@ -226,7 +226,13 @@ impl Guest {
     /// Our own monitor, which waits for a guest from another one and tells where on standard
     /// error. [`boot`](GuestBuilder::boot) does not wait until the guest has come.
     pub fn receiver(program: impl Into<PathBuf>) -> GuestBuilder {
-        GuestBuilder::new(Machine::Receiver { program: program.into() })
+        GuestBuilder::new(Machine::Resumed { program: program.into(), command: "receive" })
+    }
+
+    /// Our own monitor with a guest from a file. [`boot`](GuestBuilder::boot) does not wait until
+    /// it runs, since it is ready when it does.
+    pub fn restored(program: impl Into<PathBuf>) -> GuestBuilder {
+        GuestBuilder::new(Machine::Resumed { program: program.into(), command: "restore" })
     }
 
     /// Runs a command of the guest's init and returns its answer.

@@ -36,6 +36,9 @@ const NOT_FILLED: u64 = 16;
 const CACHED_MIB: u64 = 32;
 const DISK: &str = "brd";
 
+/// The driver of the monitor's disks.
+pub(crate) const BLOCK: &str = "virtio_blk";
+
 /// What a guest may use for other things while it tells of its free memory.
 const NOISE_MIB: u64 = 8;
 
@@ -86,7 +89,7 @@ pub(crate) fn inside_of_a_kvm(test: &str, guests_mib: u64) {
     let mut modules = kernel.modules(&NEEDED).unwrap();
     let names = modules.iter().map(|path| path.file_stem().unwrap().to_str().unwrap());
     let names = names.collect::<Vec<_>>().join(" ");
-    modules.extend(kernel.modules(&[STOCK, DISK]).unwrap());
+    modules.extend(kernel.modules(&[STOCK, DISK, BLOCK]).unwrap());
     modules.push(own);
     let initramfs = directory.path().join("initramfs.cpio");
     Guest::qemu(&kernel).modules(&modules).write_initramfs(&initramfs).unwrap();

@@ -203,7 +203,7 @@ fn all_is_usable(guest: &mut Guest) {
 }
 
 /// A process that waits for a guest of this name, and where.
-fn receiver(name: &str, arguments: &[&str]) -> (Guest, String) {
+pub(crate) fn receiver(name: &str, arguments: &[&str]) -> (Guest, String) {
     let words = ["--name", name, "--listen", "127.0.0.1:0"];
     let words = words.iter().chain(arguments).copied();
     let receiver = Guest::receiver(program()).machine_arguments(words).boot().unwrap();
@@ -219,7 +219,7 @@ fn receiver(name: &str, arguments: &[&str]) -> (Guest, String) {
     }
 }
 
-fn moved(guest: &str, to: &str, arguments: &[&str]) -> MigrationSummary {
+pub(crate) fn moved(guest: &str, to: &str, arguments: &[&str]) -> MigrationSummary {
     let mut command = Command::new(program());
     command.args(["migrate", guest, to, "--json"]).args(arguments);
     let (code, out, err) = told(&command.output().unwrap());

@@ -3,7 +3,7 @@
 use std::fs;
 use std::str::FromStr;
 
-use crate::{cache, churn, load, memory, module, page_flags, pressure, program, system};
+use crate::{cache, churn, disk, load, memory, module, page_flags, pressure, program, system};
 
 /// Takes one line of an answer to the host.
 pub(crate) type Emit<'a> = &'a mut dyn FnMut(&str) -> Result<(), String>;
@@ -26,6 +26,8 @@ pub(crate) fn run(name: &str, arguments: &[String], emit: Emit<'_>) -> Result<St
         ("drop-caches", []) => system::drop_caches(),
         ("mount-host", [directory]) => cache::mount_host(directory),
         ("read-file", [path, mib]) => cache::read(path, number(mib)?),
+        ("copy", [from, to, mib]) => disk::copy(from, to, number(mib)?),
+        ("punch", [device, start, mib]) => disk::punch(device, number(start)?, number(mib)?),
         ("not-free", ranges) => page_flags::not_free(ranges),
         ("stall", [ms]) => load::meter(number(ms)?),
         ("busy", [mib]) => load::start(number(mib)?),

@@ -76,5 +76,10 @@ pub(crate) fn run(args: RestoreArgs) -> Result<(), Failure> {
         partial_huge: args.partial_huge.into(),
     };
     give_up_calls(args.no_seccomp)?;
-    ended(&options.name, vmm::restore(&options))
+    match vmm::restore(&options) {
+        Err(error @ vmm::Error::Migration(_)) => {
+            Err(Failure::new(&error, "give a file of `aerostat snapshot` from such a host"))
+        }
+        end => ended(&options.name, end),
+    }
 }

@@ -45,6 +45,9 @@ const TERMINAL: [i32; 4] = [0x5401, 0x5402, 0x802c_542a_u32.cast_signed(), 0x402
 /// TCP, Unix sockets, and what the C library asks the kernel for its addresses.
 const FAMILIES: [i32; 4] = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
 
+/// `PR_GET_AUXV` (`linux/prctl.h`): how large the host's pages are.
+const GET_AUXV: i32 = 0x4155_5856;
+
 /// Memory that can be run is refused, and does not end the process: the C library may try to load
 /// a way to look up names (`/etc/nsswitch.conf`), and goes on without.
 pub(super) fn refused() -> Result<Rules, seccompiler::BackendError> {
@@ -60,6 +63,7 @@ pub(super) fn add(rules: &mut Rules) -> Result<(), seccompiler::BackendError> {
     rules.extend([libc::SYS_mmap, libc::SYS_mprotect].map(|call| (call, Vec::new())));
     rules.extend(ALLOWED.iter().map(|call| (*call, Vec::new())));
     call_with(rules, libc::SYS_socket, 0, &FAMILIES.map(is))?;
+    call_with(rules, libc::SYS_prctl, 0, &[is(GET_AUXV)])?;
     let driver = |driver: i32| within(DRIVER_MASK, driver << DRIVER_SHIFT);
     let terminal = TERMINAL.map(is);
     call_with(rules, libc::SYS_ioctl, 1, &[driver(KVM), driver(USERFAULTFD)])?;
