@@ -80,6 +80,18 @@ fn files_elsewhere_cannot_be_opened_made_or_removed() {
     }
 }
 
+/// What is attempted, under the rules that it is attempted under.
+fn restrict<'a>(name: &'a str, dir: &Path) -> (&'a str, Restricted) {
+    if let Some(name) = name.strip_prefix(MONITOR) {
+        restrict_calls_of_monitor().unwrap();
+        return (name, Restricted::Not);
+    }
+    let restricted = restrict_files(&[dir]).unwrap();
+    let connects = name == "connect";
+    restrict_calls(if connects { Network::Connects } else { Network::Accepts }).unwrap();
+    (name, restricted)
+}
+
 /// Not a test of its own: the body of the processes above.
 #[test]
 fn attempts() {
@@ -95,18 +107,7 @@ fn attempts() {
         started.recv().unwrap();
         let _ = std::process::Command::new("/bin/true").status();
     });
-    let (name, restricted) = match name.strip_prefix(MONITOR) {
-        Some(name) => {
-            restrict_calls_of_monitor().unwrap();
-            (name, Restricted::Not)
-        }
-        None => {
-            let restricted = restrict_files(&[dir]).unwrap();
-            let connects = name == "connect";
-            restrict_calls(if connects { Network::Connects } else { Network::Accepts }).unwrap();
-            (name.as_str(), restricted)
-        }
-    };
+    let (name, restricted) = restrict(&name, dir);
     match name {
         "serve" => {
             one.write_all(b"x").unwrap();

@@ -76,6 +76,7 @@ fn balloon() -> Result<(), Failure> {
     };
     print(
         "Takes 3 GiB from a 4 GiB guest, a real Linux kernel in user mode, and gives them back.\n\
+         No KVM is used; `demo --migrate` shows our own monitor, which needs one.\n\
          The first run builds that kernel, which takes some minutes.\n\n",
     )?;
     let steps = Steps::start();

@@ -14,7 +14,7 @@ use crate::error::Error;
 pub(crate) const SECTOR_BYTES: u64 = 512;
 
 /// Zeros that are written at once where a file system cannot make holes.
-const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// A disk, as its operator names it.
 #[derive(Clone, Debug, PartialEq, Eq)]

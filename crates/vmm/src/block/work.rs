@@ -20,7 +20,7 @@ const BUFFER_BYTES: usize = 64 << 10;
 pub(crate) const ID_BYTES: usize = 20;
 
 /// A range of a discard or of zeros: sector u64, sectors u32, flags u32.
-const RANGE_BYTES: u64 = 16;
+const RANGE_BYTES: usize = 16;
 
 /// Ranges of one such request, and sectors of each: 1 GiB, which a file system gives back in
 /// one go.
@@ -132,8 +132,8 @@ impl Work {
 
     fn each_range(&mut self, request: &Request, file: &DiskFile) -> Result<(), Failure> {
         let total = bytes(&request.out);
-        let most = u64::from(MAX_RANGES) * RANGE_BYTES;
-        if total == 0 || total > most || !total.is_multiple_of(RANGE_BYTES) {
+        let most = u64::from(MAX_RANGES) * RANGE_BYTES as u64;
+        if total == 0 || total > most || !total.is_multiple_of(RANGE_BYTES as u64) {
             return Err(Failure::Guest("no list of ranges"));
         }
         // Read once, before anything is done.
@@ -143,7 +143,7 @@ impl Work {
             self.memory.read_slice(buffer, start).map_err(|_| OUTSIDE)?;
             list.extend_from_slice(buffer);
         }
-        let ranges = list.as_chunks::<{ RANGE_BYTES as usize }>().0;
+        let ranges = list.as_chunks::<RANGE_BYTES>().0;
         let ranges = ranges.iter().map(|range| range_of(request.kind, range, file));
         for (at, bytes, may_unmap) in ranges.collect::<Result<Vec<_>, _>>()? {
             let done = match request.kind {
@@ -186,7 +186,7 @@ fn place(file: &DiskFile, sector: u64, bytes: u64) -> Result<u64, Failure> {
 /// Offset and bytes of a range, and whether it may become a hole.
 fn range_of(
     kind: Kind,
-    range: &[u8; RANGE_BYTES as usize],
+    range: &[u8; RANGE_BYTES],
     file: &DiskFile,
 ) -> Result<(u64, u64, bool), Failure> {
     let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, flags @ ..] = *range;
