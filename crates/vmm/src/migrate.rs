@@ -134,9 +134,7 @@ impl Machine {
         let (balloon, layout) = (device.state(), device.layout().clone());
         drop(device);
         // Whoever reads it next may do so on another host.
-        for disk in &self.disks {
-            disk.sync().map_err(Error::host("syncing a disk"))?;
-        }
+        self.sync_disks()?;
         let transports = self.bus.slots.iter().map(|slot| slot.transport().state()).collect();
         let ports = self.bus.ports.state();
         Ok(MachineState { processors, chips, ports, transports, balloon }.encode(&layout))
@@ -176,6 +174,12 @@ impl Machine {
             balloon.transport().config_changed();
         }
         Ok(())
+    }
+
+    /// All that was written to its disks is there for other hosts.
+    pub(crate) fn sync_disks(&self) -> Result<(), Error> {
+        let failed = Error::host("syncing a disk");
+        self.disks.iter().try_for_each(|disk| disk.sync().map_err(&failed))
     }
 
     /// What the guest sees of its disks.

@@ -204,6 +204,8 @@ impl SourceMachine for Leaving {
         if self.machine.has_ended() {
             return Err("guest: it has ended".into());
         }
+        // So that little is left to do while it stands still; failing is told then.
+        let _ = self.machine.sync_disks();
         self.machine.pause();
         Ok(())
     }
