@@ -30,7 +30,7 @@ use crate::memory::Ram;
 use crate::mmio::{Device, Served};
 use file::SECTOR_BYTES;
 use request::{Request, SEG_MAX, SIZE_MAX};
-use work::{ID_BYTES, MAX_RANGE_SECTORS, MAX_RANGES, Work};
+use work::{DISCARD, ID_BYTES, WRITE_ZEROES, Work};
 use worker::{Done, Worker};
 
 /// Disks that a guest may have: with its balloon they are as many devices as there are interrupts
@@ -85,12 +85,12 @@ impl Block {
             (field::SIZE_MAX, SIZE_MAX),
             (field::SEG_MAX, SEG_MAX),
             (field::BLK_SIZE, sector_bytes),
-            (field::MAX_DISCARD_SECTORS, MAX_RANGE_SECTORS),
-            (field::MAX_DISCARD_SEG, MAX_RANGES),
+            (field::MAX_DISCARD_SECTORS, DISCARD.sectors),
+            (field::MAX_DISCARD_SEG, DISCARD.ranges),
             // A file system gives whole blocks back; what is beside them becomes zeros.
             (field::DISCARD_ALIGNMENT, 1),
-            (field::MAX_WRITE_ZEROES_SECTORS, MAX_RANGE_SECTORS),
-            (field::MAX_WRITE_ZEROES_SEG, MAX_RANGES),
+            (field::MAX_WRITE_ZEROES_SECTORS, WRITE_ZEROES.sectors),
+            (field::MAX_WRITE_ZEROES_SEG, WRITE_ZEROES.ranges),
         ] {
             put(at, &value.to_le_bytes());
         }

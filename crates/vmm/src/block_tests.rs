@@ -232,7 +232,7 @@ fn discarded_sectors_are_holes_and_zeros() {
         (range(SECTORS - 1, 2, 0), IOERR),
         (range(u64::MAX, 1, 0), IOERR),
         (range(0, 0, 0), IOERR),
-        (range(0, MAX_RANGE_SECTORS + 1, 0), IOERR),
+        (range(0, DISCARD.sectors + 1, 0), IOERR),
         (range(0, 1, 1), UNSUPP),
         (range(0, 1, 2), UNSUPP),
         // Nothing is done where a part cannot be.
@@ -243,8 +243,9 @@ fn discarded_sectors_are_holes_and_zeros() {
         let buffer = [Buffer::readable(DATA, u32::try_from(bytes.len()).unwrap())];
         assert_eq!(guest.ask(VIRTIO_BLK_T_DISCARD, 0, &buffer), (status, 0), "{bytes:?}");
     }
-    let many = [Buffer::readable(DATA, (MAX_RANGES + 1) * 16)];
+    let many = [Buffer::readable(DATA, (DISCARD.ranges + 1) * 16)];
     assert_eq!(guest.ask(VIRTIO_BLK_T_DISCARD, 0, &many), (IOERR, 0));
+    assert_eq!(guest.ask(VIRTIO_BLK_T_WRITE_ZEROES, 0, &two), (IOERR, 0));
     assert_eq!(guest.on_disk(0, SECTORS), before);
 }
 

@@ -22,10 +22,16 @@ pub(crate) const ID_BYTES: usize = 20;
 /// A range of a discard or of zeros: sector u64, sectors u32, flags u32.
 const RANGE_BYTES: usize = 16;
 
-/// Ranges of one such request, and sectors of each: 1 GiB, which a file system gives back in
-/// one go.
-pub(crate) const MAX_RANGES: u32 = 64;
-pub(crate) const MAX_RANGE_SECTORS: u32 = 1 << 21;
+/// Ranges and their sectors of one such request: a file system gives 1 GiB back in one go, but
+/// zeros may have to be written, and a pause waits for that.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RangeLimits {
+    pub(crate) ranges: u32,
+    pub(crate) sectors: u32,
+}
+
+pub(crate) const DISCARD: RangeLimits = RangeLimits { ranges: 16, sectors: 1 << 21 };
+pub(crate) const WRITE_ZEROES: RangeLimits = RangeLimits { ranges: 1, sectors: 16 << 11 };
 
 /// Whose fault it is that a request fails.
 #[derive(Debug)]
@@ -132,7 +138,8 @@ impl Work {
 
     fn each_range(&mut self, request: &Request, file: &DiskFile) -> Result<(), Failure> {
         let total = bytes(&request.out);
-        let most = u64::from(MAX_RANGES) * RANGE_BYTES as u64;
+        let limits = if request.kind == Kind::Discard { DISCARD } else { WRITE_ZEROES };
+        let most = u64::from(limits.ranges) * RANGE_BYTES as u64;
         if total == 0 || total > most || !total.is_multiple_of(RANGE_BYTES as u64) {
             return Err(Failure::Guest("no list of ranges"));
         }
@@ -144,7 +151,7 @@ impl Work {
             list.extend_from_slice(buffer);
         }
         let ranges = list.as_chunks::<RANGE_BYTES>().0;
-        let ranges = ranges.iter().map(|range| range_of(request.kind, range, file));
+        let ranges = ranges.iter().map(|range| range_of(request.kind, range, limits, file));
         for (at, bytes, may_unmap) in ranges.collect::<Result<Vec<_>, _>>()? {
             let done = match request.kind {
                 Kind::Discard => file.discard(at, bytes),
@@ -187,6 +194,7 @@ fn place(file: &DiskFile, sector: u64, bytes: u64) -> Result<u64, Failure> {
 fn range_of(
     kind: Kind,
     range: &[u8; RANGE_BYTES],
+    limits: RangeLimits,
     file: &DiskFile,
 ) -> Result<(u64, u64, bool), Failure> {
     let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, flags @ ..] = *range;
@@ -198,7 +206,7 @@ fn range_of(
     if flags & !VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0 || (kind == Kind::Discard && may_unmap) {
         return Err(Failure::Unsupported);
     }
-    if sectors == 0 || sectors > MAX_RANGE_SECTORS {
+    if sectors == 0 || sectors > limits.sectors {
         return Err(Failure::Guest("a range of a size that it may not have"));
     }
     let bytes = u64::from(sectors) * SECTOR_BYTES;
