@@ -153,7 +153,8 @@ pub fn carry_out(
     let kept = format!("all of the {KEPT_MIB} MiB that were written before are as they were");
     scene.tell("second process", &kept);
     second.power_off()?;
-    scene.tell("host", &format!("longest time without an answer: {} ms", silence.as_millis()));
+    let silence = silence.as_millis();
+    scene.tell("host", &format!("{silence} ms from the first one's last answer to the other's"));
     Ok(summary)
 }
 

@@ -242,8 +242,7 @@ fn the_demo_shows_a_guest_that_moves() {
     // It answers before, meanwhile and after.
     assert!(lines("first process   the guest says: up for") > 4, "{text}");
     assert!(lines("second process  the guest says: up for") >= 4, "{text}");
-    for told in ["round 0", "last round", "written before are as they were", "moved to the second"]
-    {
+    for told in ["round 0", "written before are as they were", "moved to the second"] {
         assert_eq!(lines(told), 1, "{told} in {text}");
     }
 }
