@@ -229,7 +229,8 @@ fn disks_are_read_written_and_moved_with() {
     contents[hole].fill(0);
     assert!(fs::read(&to).unwrap() == contents, "a hole is not where it should be");
     assert!(blocks - fs::metadata(&to).unwrap().blocks() >= HOLE_MIB * MIB / 512);
-    assert!(second.power_off().unwrap().success());
+    signal(&second, "INT");
+    assert!(second.wait().unwrap().success(), "{}", second.console_log());
 }
 
 /// As it is started where it found a KVM.
