@@ -43,10 +43,13 @@ impl Guest {
         let path = NamedTempFile::new().unwrap();
         let file = path.as_file().try_clone().unwrap();
         file.write_all_at(&pattern(SECTORS * 512, 1), 0).unwrap();
-        let memory = Ram::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap();
         let options = DiskOptions { path: path.path().into(), read_only };
-        let disk = Arc::new(DiskFile::open(&options).unwrap());
-        let mut disk = Block::new(&disk, 0, memory.clone()).unwrap();
+        Self::with(DiskFile::open(&options).unwrap(), file, path)
+    }
+
+    fn with(disk: DiskFile, file: File, path: NamedTempFile) -> Self {
+        let memory = Ram::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap();
+        let mut disk = Block::new(&Arc::new(disk), 0, memory.clone()).unwrap();
         let bell = EventFd::new(0).unwrap();
         disk.set_kicks(&[bell.try_clone().unwrap()]);
         disk.reset(disk.features());
@@ -206,6 +209,19 @@ fn a_read_only_disk_is_not_written() {
     assert_eq!(guest.ask(VIRTIO_BLK_T_IN, 0, &[Buffer::writable(DATA, 512)]), (OK, 513));
     assert_eq!(guest.ask(VIRTIO_BLK_T_FLUSH, 0, &[]), (OK, 1));
     assert_eq!(guest.on_disk(0, SECTORS), before);
+}
+
+#[test]
+fn a_write_of_a_driver_that_cannot_flush_is_on_the_disk_before_it_is_answered() {
+    let path = NamedTempFile::new().unwrap();
+    let file = path.as_file().try_clone().unwrap();
+    let mut guest = Guest::with(DiskFile::that_cannot_sync(SECTORS), file, path);
+    let data = [Buffer::readable(DATA, 512)];
+    assert_eq!(guest.ask(VIRTIO_BLK_T_OUT, 0, &data), (OK, 1));
+    assert_eq!(guest.ask(VIRTIO_BLK_T_FLUSH, 0, &[]), (IOERR, 0));
+    let without = guest.disk.features() & !(1 << VIRTIO_BLK_F_FLUSH);
+    guest.disk.accepted(without);
+    assert_eq!(guest.ask(VIRTIO_BLK_T_OUT, 0, &data), (IOERR, 0));
 }
 
 #[test]

@@ -106,3 +106,13 @@ impl DiskFile {
         Ok(())
     }
 }
+
+#[cfg(test)]
+impl DiskFile {
+    /// A disk that takes everything and can be sure of nothing: `fdatasync` fails there.
+    pub(super) fn that_cannot_sync(sectors: u64) -> Self {
+        let path = PathBuf::from("/dev/null");
+        let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        Self { file, path, shape: DiskShape { sectors, read_only: false } }
+    }
+}
