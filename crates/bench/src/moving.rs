@@ -81,7 +81,7 @@ pub fn show(
     say("the guest runs in it, in our own monitor, slower than on hardware.");
     let mut machine = KvmMachine::boot(2 * GUEST_MIB)?;
     let words: Vec<&OsStr> = words.iter().map(OsString::as_os_str).collect();
-    let outcome = machine.run_showing(program, &words, &[], LIMIT, say)?;
+    let outcome = machine.run_telling(program, &words, &[], LIMIT, say)?;
     ended(outcome.code)
 }
 

@@ -164,12 +164,17 @@ impl Console {
         self.wait(GUEST_ID, "boot", limit, &mut |_| {}).map(drop)
     }
 
-    /// Sends a command and waits for the end of its answer; `each` gets its lines as they come.
-    pub(crate) fn run(
+    /// Sends a command and waits for the end of its answer.
+    pub(crate) fn run(&mut self, command: &str, limit: Duration) -> Result<Reply> {
+        self.run_telling(command, limit, &mut |_| {})
+    }
+
+    /// The same; `tell` hears each line of the answer as it comes.
+    pub(crate) fn run_telling(
         &mut self,
         command: &str,
         limit: Duration,
-        each: &mut dyn FnMut(&str),
+        tell: &mut dyn FnMut(&str),
     ) -> Result<Reply> {
         self.last_id += 1;
         let id = self.last_id;
@@ -179,7 +184,7 @@ impl Console {
         if sent.and_then(|()| self.input.flush()).is_err() {
             return Err(self.no_answer(command, limit, &Silence::Closed));
         }
-        self.wait(id, command, limit, each)
+        self.wait(id, command, limit, tell)
     }
 
     fn wait(
@@ -187,7 +192,7 @@ impl Console {
         wanted: u64,
         command: &str,
         limit: Duration,
-        each: &mut dyn FnMut(&str),
+        tell: &mut dyn FnMut(&str),
     ) -> Result<Reply> {
         let deadline = Instant::now() + limit;
         let mut reply = Reply::default();
@@ -206,7 +211,7 @@ impl Console {
             }
             match answer {
                 Answer::Line(line) => {
-                    each(&line);
+                    tell(&line);
                     reply.lines.push(line);
                 }
                 Answer::Done(text) => return Ok(Reply { text, ..reply }),
@@ -266,7 +271,7 @@ mod tests {
             b"@lab 0 ok ready\r\n[ 2.0] noise\n@lab 9 ok late\n@lab 1 | one\n[ 3.0] x@lab 1 ok two\n",
         );
         console.wait_ready(LIMIT).unwrap();
-        let reply = console.run("anything", LIMIT, &mut |_| {}).unwrap();
+        let reply = console.run("anything", LIMIT).unwrap();
         assert_eq!(reply, Reply { lines: vec!["one".into()], text: "two".into() });
     }
 
@@ -275,7 +280,7 @@ mod tests {
         let (mut console, _guest) = scripted(b"Kernel panic - not syncing\n@lab 5 ok late\n");
         let error = loop {
             // The reading thread may not have seen the message at the first attempt.
-            let error = console.run("touch 1", Duration::from_millis(50), &mut |_| {}).unwrap_err();
+            let error = console.run("touch 1", Duration::from_millis(50)).unwrap_err();
             if error.to_string().contains("panic") || !matches!(error, LabError::Timeout { .. }) {
                 break error;
             }
@@ -287,10 +292,10 @@ mod tests {
     #[test]
     fn the_end_of_the_guest_and_its_refusal_are_told_apart() {
         let (mut console, guest) = scripted(b"@lab 1 err no such module\n");
-        let error = console.run("rmmod x", LIMIT, &mut |_| {}).unwrap_err();
+        let error = console.run("rmmod x", LIMIT).unwrap_err();
         assert!(matches!(error, LabError::Refused { .. }), "{error}");
         drop(guest);
-        let error = console.run("sync", LIMIT, &mut |_| {}).unwrap_err();
+        let error = console.run("sync", LIMIT).unwrap_err();
         assert!(matches!(error, LabError::Ended { .. }), "{error}");
     }
 

@@ -248,20 +248,21 @@ impl Guest {
     /// # Errors
     /// The guest's refusal, its silence, or its end.
     pub fn run_within(&mut self, command: &str, limit: Duration) -> Result<Reply> {
-        self.run_showing(command, limit, &mut |_| {})
+        let reply = self.console.run(command, limit);
+        self.explain(reply)
     }
 
-    /// Runs a command that may take this long; `each` gets the lines of its answer as they come.
+    /// Runs a command that may take this long; `tell` hears each line of its answer as it comes.
     ///
     /// # Errors
     /// The guest's refusal, its silence, or its end.
-    pub fn run_showing(
+    pub fn run_telling(
         &mut self,
         command: &str,
         limit: Duration,
-        each: &mut dyn FnMut(&str),
+        tell: &mut dyn FnMut(&str),
     ) -> Result<Reply> {
-        let reply = self.console.run(command, limit, each);
+        let reply = self.console.run_telling(command, limit, tell);
         self.explain(reply)
     }
 

@@ -79,20 +79,20 @@ impl KvmMachine {
         variables: &[(&str, &OsStr)],
         limit: Duration,
     ) -> Result<Outcome> {
-        self.run_showing(program, arguments, variables, limit, &mut |_| {})
+        self.run_telling(program, arguments, variables, limit, &mut |_| {})
     }
 
-    /// The same; `each` gets the lines that the program prints as they come.
+    /// The same; `tell` hears each line as it is printed.
     ///
     /// # Errors
-    /// As [`run`](Self::run).
-    pub fn run_showing(
+    /// As those of [`run`](Self::run).
+    pub fn run_telling(
         &mut self,
         program: &Path,
         arguments: &[&OsStr],
         variables: &[(&str, &OsStr)],
         limit: Duration,
-        each: &mut dyn FnMut(&str),
+        tell: &mut dyn FnMut(&str),
     ) -> Result<Outcome> {
         let mut command = "program".to_owned();
         for (name, value) in variables {
@@ -101,7 +101,7 @@ impl KvmMachine {
         for word in [program.as_os_str()].iter().chain(arguments) {
             command += &format!(" {}", encode(word));
         }
-        let reply = self.guest.run_showing(&command, limit, each)?;
+        let reply = self.guest.run_telling(&command, limit, tell)?;
         let code = match reply.text.split_once('=') {
             Some(("exit", code)) => code.parse().ok(),
             Some(("signal", _)) => None,
