@@ -104,15 +104,24 @@ fn fill(
                 guest.let_go();
             }
         });
-        let end = serve_to_end(&machine, mover, requests);
-        over.store(true, Ordering::Relaxed);
-        end
+        // Also where serving panics, which would wait for the thread for ever.
+        let _over = Over(&over);
+        serve_to_end(&machine, mover, requests)
     });
     // The guest first, which may still wait for its memory.
     mover.set_machine(None);
     drop((machine, guest));
     filling.finish()?;
     end
+}
+
+/// Says that a guest is not served any more, when it is dropped.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// Waits for the end; true where memory comes no more before that. The guest is halted then.
