@@ -135,6 +135,8 @@ fn attempts() {
         "look-up" => {
             let found = std::net::ToSocketAddrs::to_socket_addrs(&("localhost", 1));
             assert!(found.unwrap().next().is_some());
+            // Asks name servers, if there are any: none of them knows it.
+            assert!(std::net::ToSocketAddrs::to_socket_addrs(&("no.invalid", 1)).is_err());
         }
         // Where there is no KVM nothing is asked.
         "ask-kvm" => drop(kvm_ioctls::Kvm::new().map(|kvm| kvm.get_api_version())),

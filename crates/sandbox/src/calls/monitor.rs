@@ -42,6 +42,9 @@ const DRIVER_MASK: i32 = 0xff << DRIVER_SHIFT;
 /// (TIOCSTI). The last two are `TCGETS2` and `TCSETS2` (`asm-generic/ioctls.h`).
 const TERMINAL: [i32; 4] = [0x5401, 0x5402, 0x802c_542a_u32.cast_signed(), 0x402c_542b];
 
+/// How much has come, which the C library asks when a name server has answered (`FIONREAD`).
+const HAS_COME: i32 = 0x541b;
+
 /// TCP, Unix sockets, and what the C library asks the kernel for its addresses.
 const FAMILIES: [i32; 4] = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
 
@@ -67,5 +70,6 @@ pub(super) fn add(rules: &mut Rules) -> Result<(), seccompiler::BackendError> {
     let driver = |driver: i32| within(DRIVER_MASK, driver << DRIVER_SHIFT);
     let terminal = TERMINAL.map(is);
     call_with(rules, libc::SYS_ioctl, 1, &[driver(KVM), driver(USERFAULTFD)])?;
-    call_with(rules, libc::SYS_ioctl, 1, &terminal)
+    call_with(rules, libc::SYS_ioctl, 1, &terminal)?;
+    call_with(rules, libc::SYS_ioctl, 1, &[is(HAS_COME)])
 }
