@@ -39,7 +39,15 @@ pub struct Shared {
     wake: OwnedFd,
     log_limit: Mutex<LogLimit>,
     /// Counted only where the guest's monitor is this process.
-    exits: Option<AtomicU64>,
+    exits: Option<Exits>,
+}
+
+/// How often the guest left its processor because of the balloon.
+#[derive(Default)]
+struct Exits {
+    all: AtomicU64,
+    /// Of them, to notify.
+    kicks: AtomicU64,
 }
 
 pub(crate) struct State {
@@ -111,13 +119,21 @@ impl Shared {
     /// The same for a monitor, which sees each time that the guest leaves its processor.
     #[must_use]
     pub fn with_exits(self) -> Self {
-        Self { exits: Some(AtomicU64::new(0)), ..self }
+        Self { exits: Some(Exits::default()), ..self }
     }
 
     /// The guest left its processor so many times because of the balloon.
     pub fn count_exits(&self, count: u64) {
         if let Some(exits) = &self.exits {
-            exits.fetch_add(count, Ordering::Relaxed);
+            exits.all.fetch_add(count, Ordering::Relaxed);
+        }
+    }
+
+    /// The same, to notify the balloon.
+    pub fn count_kicks(&self, count: u64) {
+        self.count_exits(count);
+        if let Some(exits) = &self.exits {
+            exits.kicks.fetch_add(count, Ordering::Relaxed);
         }
     }
 
@@ -204,7 +220,8 @@ impl control::Balloon for Shared {
             balloon: state.balloon(),
             release: device.reclaim().status(),
             resident_bytes,
-            exits: self.exits.as_ref().map(|exits| exits.load(Ordering::Relaxed)),
+            exits: self.exits.as_ref().map(|exits| exits.all.load(Ordering::Relaxed)),
+            kicks: self.exits.as_ref().map(|exits| exits.kicks.load(Ordering::Relaxed)),
             stats: state.stats(),
             reports: state.reports(),
             faults: state.faults(),

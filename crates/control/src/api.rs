@@ -53,6 +53,9 @@ pub struct Status {
     /// monitor, which alone could count them.
     #[serde(default)]
     pub exits: Option<u64>,
+    /// Notifications among them; absent where those are.
+    #[serde(default)]
+    pub kicks: Option<u64>,
     /// What the guest's kernel says about its memory.
     #[serde(default)]
     pub stats: StatsStatus,

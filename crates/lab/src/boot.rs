@@ -149,6 +149,9 @@ fn qemu_words(
     arguments.extend(COMMON_ARGUMENTS);
     arguments.extend(guest.kernel_arguments.iter().map(String::as_str));
     words.extend(["-append".into(), arguments.join(" ").into()]);
+    if let Some(address) = &guest.incoming {
+        words.extend(["-incoming".into(), address.into()]);
+    }
     words.extend(guest.machine_arguments.iter().map(Into::into));
     Ok(words)
 }

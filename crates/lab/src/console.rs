@@ -161,11 +161,21 @@ impl Console {
 
     /// Waits until the guest says that it is ready.
     pub(crate) fn wait_ready(&mut self, limit: Duration) -> Result<()> {
-        self.wait(GUEST_ID, "boot", limit).map(drop)
+        self.wait(GUEST_ID, "boot", limit, &mut |_| {}).map(drop)
     }
 
     /// Sends a command and waits for the end of its answer.
     pub(crate) fn run(&mut self, command: &str, limit: Duration) -> Result<Reply> {
+        self.run_telling(command, limit, &mut |_| {})
+    }
+
+    /// The same; `tell` hears each line of the answer as it comes.
+    pub(crate) fn run_telling(
+        &mut self,
+        command: &str,
+        limit: Duration,
+        tell: &mut dyn FnMut(&str),
+    ) -> Result<Reply> {
         self.last_id += 1;
         let id = self.last_id;
         let line = command.replace('\n', " ");
@@ -174,10 +184,16 @@ impl Console {
         if sent.and_then(|()| self.input.flush()).is_err() {
             return Err(self.no_answer(command, limit, &Silence::Closed));
         }
-        self.wait(id, command, limit)
+        self.wait(id, command, limit, tell)
     }
 
-    fn wait(&mut self, wanted: u64, command: &str, limit: Duration) -> Result<Reply> {
+    fn wait(
+        &mut self,
+        wanted: u64,
+        command: &str,
+        limit: Duration,
+        tell: &mut dyn FnMut(&str),
+    ) -> Result<Reply> {
         let deadline = Instant::now() + limit;
         let mut reply = Reply::default();
         loop {
@@ -194,7 +210,10 @@ impl Console {
                 continue;
             }
             match answer {
-                Answer::Line(line) => reply.lines.push(line),
+                Answer::Line(line) => {
+                    tell(&line);
+                    reply.lines.push(line);
+                }
                 Answer::Done(text) => return Ok(Reply { text, ..reply }),
                 Answer::Refused(reason) => {
                     return Err(LabError::Refused { command: command.to_owned(), reason });

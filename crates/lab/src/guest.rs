@@ -44,6 +44,7 @@ pub struct GuestBuilder {
     pub(crate) hardware: bool,
     pub(crate) initramfs: Option<PathBuf>,
     pub(crate) qemu_program: Option<PathBuf>,
+    pub(crate) incoming: Option<String>,
     log_file: Option<PathBuf>,
     boot_limit: Duration,
 }
@@ -62,6 +63,7 @@ impl GuestBuilder {
             hardware: false,
             initramfs: None,
             qemu_program: None,
+            incoming: None,
             log_file: None,
             boot_limit: BOOT_LIMIT,
         }
@@ -145,6 +147,13 @@ impl GuestBuilder {
         self
     }
 
+    /// Boots nothing, but waits for a guest that another QEMU sends to this address, such as
+    /// `tcp:127.0.0.1:7000`. [`boot`](Self::boot) does not wait until it has come.
+    pub fn incoming(mut self, address: impl Into<String>) -> Self {
+        self.incoming = Some(address.into());
+        self
+    }
+
     /// Writes all that the guest prints to a file, with times.
     pub fn log_file(mut self, path: impl Into<PathBuf>) -> Self {
         self.log_file = Some(path.into());
@@ -186,7 +195,7 @@ impl GuestBuilder {
         });
         let console = Console::new(input, output, record.clone());
         let mut guest = Guest { console, kept, record, ended, _directory: directory };
-        if matches!(self.machine, Machine::Receiver { .. }) {
+        if self.incoming.is_some() || matches!(self.machine, Machine::Receiver { .. }) {
             return Ok(guest);
         }
         let ready = guest.console.wait_ready(self.boot_limit);
@@ -243,6 +252,20 @@ impl Guest {
     /// The guest's refusal, its silence, or its end.
     pub fn run_within(&mut self, command: &str, limit: Duration) -> Result<Reply> {
         let reply = self.console.run(command, limit);
+        self.explain(reply)
+    }
+
+    /// Runs a command that may take this long; `tell` hears each line of its answer as it comes.
+    ///
+    /// # Errors
+    /// The guest's refusal, its silence, or its end.
+    pub fn run_telling(
+        &mut self,
+        command: &str,
+        limit: Duration,
+        tell: &mut dyn FnMut(&str),
+    ) -> Result<Reply> {
+        let reply = self.console.run_telling(command, limit, tell);
         self.explain(reply)
     }
 

@@ -74,6 +74,10 @@ pub(crate) trait Device: Send {
     fn reset(&mut self, features: u64);
     /// The guest left its processor so many times because of this device.
     fn count_exits(&mut self, count: u64);
+    /// The same, to notify it.
+    fn count_kicks(&mut self, count: u64) {
+        self.count_exits(count);
+    }
     /// Serves a queue.
     fn serve(&mut self, index: usize, memory: &Ram, queue: &mut Queue) -> Served;
     /// Time until a queue is to be served whatever the guest does, if it is.
@@ -188,7 +192,7 @@ impl<S: Signals> Transport<S> {
     /// Serves a queue after so many notifications that the guest left its processor for; true
     /// where there is more to serve.
     pub(crate) fn notified(&mut self, index: usize, count: u64) -> bool {
-        self.device.count_exits(count);
+        self.device.count_kicks(count);
         if !self.runs() || self.paused {
             return false;
         }

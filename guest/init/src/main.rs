@@ -9,6 +9,7 @@ mod cache;
 mod churn;
 mod command;
 mod console;
+mod in_use;
 mod load;
 mod memory;
 mod module;

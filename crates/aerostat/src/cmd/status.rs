@@ -187,7 +187,8 @@ fn details(status: &Status) -> String {
         (plural(release.release_calls, "call"), plural(release.release_errors, "error"));
     lines.push(("released", format!("{} in {calls}, {errors}", Size(release.released_bytes))));
     if let Some(exits) = status.exits {
-        lines.push(("exits", format!("{exits} because of the balloon")));
+        let kicks = status.kicks.unwrap_or_default();
+        lines.push(("exits", format!("{exits} because of the balloon, {kicks} of them kicks")));
     }
     if status.reports.messages > 0 {
         lines.push(("reported", reports(&status.reports)));
