@@ -137,7 +137,7 @@ impl Work<'_> {
     /// Sends until nothing is left, and the end of the round.
     fn send_share<L: Link>(&self, stream: &mut Stream<L>) -> Result<RoundSummary, MigrationError> {
         let mut packer = self.level.map(Packer::new).transpose()?;
-        let (mut contents, mut space) = (Vec::new(), Vec::new());
+        let (mut read, mut space) = (Vec::new(), Vec::new());
         let mut sum = RoundSummary::default();
         let (mut frames, mut told_pages) = (0, 0);
         while let Some(words) = self.take() {
@@ -145,7 +145,7 @@ impl Work<'_> {
                 if self.failed.load(Ordering::Relaxed) || self.cancel.load(Ordering::Relaxed) {
                     return Err(MigrationError::Cancelled);
                 }
-                let (data, zeros) = look_at(self.memory, word, &mut contents)?;
+                let (data, zeros, contents) = look_at(self.memory, word, &mut read)?;
                 sum.sent_pages += u64::from(data.count_ones());
                 sum.zero_pages += u64::from(zeros.count_ones());
                 self.pages.fetch_add(u64::from(word.bits.count_ones()), Ordering::Relaxed);
@@ -161,12 +161,12 @@ impl Work<'_> {
                 let encoding = Encoding::Raw;
                 let start = word.start;
                 let mut chunk = Chunk { round: self.number, encoding, start, data, zeros, sum: 0 };
-                chunk.sum = chunk.sum_of(&contents);
-                let packed = packer.as_mut().and_then(|packer| packer.pack(&contents, &mut space));
+                chunk.sum = chunk.sum_of(contents);
+                let packed = packer.as_mut().and_then(|packer| packer.pack(contents, &mut space));
                 if packed.is_some() {
                     chunk.encoding = Encoding::Zstd;
                 }
-                let payload = packed.unwrap_or(&contents);
+                let payload = packed.unwrap_or(contents);
                 self.wait(payload.len());
                 stream.push(Kind::Chunk, &chunk.encode(), payload)?;
                 frames += 1;
@@ -193,15 +193,18 @@ impl Work<'_> {
     }
 }
 
-/// Reads the pages of `word` and tells those that are zeros. The others' contents are in `contents`
-/// afterwards, one behind the other.
-pub(crate) fn look_at(
+/// Reads the pages of `word` into `space`, and tells those with contents, those that are zeros, and
+/// the contents, one page behind the other.
+pub(crate) fn look_at<'a>(
     memory: &dyn ReadPages,
     word: Word,
-    contents: &mut Vec<u8>,
-) -> Result<(u64, u64), MigrationError> {
-    contents.resize(word.bits.count_ones() as usize * PAGE_BYTES, 0);
-    let mut rest = contents.as_mut_slice();
+    space: &'a mut Vec<u8>,
+) -> Result<(u64, u64, &'a [u8]), MigrationError> {
+    // It never shrinks: to clear it for each word would cost as much as a copy.
+    space.resize(WORD_BYTES, 0);
+    let contents = space.get_mut(..word.bits.count_ones() as usize * PAGE_BYTES);
+    let contents = contents.unwrap_or_default();
+    let mut rest = &mut *contents;
     for run in word.runs() {
         let bytes = usize::try_from(run.pages()).unwrap_or(0) * PAGE_BYTES;
         let (out, behind) = rest.split_at_mut(bytes.min(rest.len()));
@@ -229,9 +232,11 @@ pub(crate) fn look_at(
         }
         kept += PAGE_BYTES;
     }
-    contents.truncate(kept);
-    Ok((data, zeros))
+    Ok((data, zeros, contents.get(..kept).unwrap_or_default()))
 }
+
+/// Bytes of the pages of a word.
+const WORD_BYTES: usize = 64 * PAGE_BYTES;
 
 static ZEROS: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 
@@ -257,8 +262,8 @@ mod tests {
     #[test]
     fn zeros_are_told_and_the_rest_is_packed() {
         let word = Word { start: 1, bits: 0b1011_0111 | 1 << 63 };
-        let mut contents = vec![9; 100];
-        let (data, zeros) = look_at(&Numbers, word, &mut contents).unwrap();
+        let mut space = vec![9; 100];
+        let (data, zeros, contents) = look_at(&Numbers, word, &mut space).unwrap();
         // Pages 3, 6 of those wanted.
         assert_eq!(zeros, 0b10_0100);
         assert_eq!(data, word.bits & !zeros);
