@@ -95,7 +95,7 @@ pub fn measure<R: DeserializeOwned>(
         here(program, &order, &mut tell)?
     } else {
         tell("booting a machine with a KVM");
-        let mut machine = KvmMachine::boot(guests_mib)?;
+        let mut machine = KvmMachine::boot_populated(guests_mib)?;
         let words = INSIDE.iter().copied().chain([order.as_str()]).map(OsStr::new);
         let words: Vec<&OsStr> = words.collect();
         machine.run_telling(program, &words, &[], limit, &mut tell)?.code

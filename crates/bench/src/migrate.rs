@@ -184,7 +184,12 @@ pub(crate) fn run(
                 options.cases.iter().copied().filter(|case| state.has(*case)).collect();
             let mut runs: Vec<Vec<Run>> = cases.iter().map(|_| Vec::new()).collect();
             for round in 1..=options.rounds {
-                for (case, runs) in cases.iter().zip(&mut runs) {
+                // Nobody is first each time.
+                let order = (0..cases.len()).map(|index| (index + round - 1) % cases.len());
+                for index in order {
+                    let (Some(case), Some(runs)) = (cases.get(index), runs.get_mut(index)) else {
+                        continue;
+                    };
                     let scenario = Scenario { state, guest_mib };
                     let run = run_once(*case, scenario, program, files)?;
                     progress(&describe(*case, scenario, round, &run));

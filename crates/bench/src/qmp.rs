@@ -21,7 +21,7 @@ const LOOK: Duration = Duration::from_millis(10);
 const MAX_BANDWIDTH: u64 = 64 << 30;
 
 /// Between two looks at a migration, and time for all of it.
-const MIGRATION_LOOK: Duration = Duration::from_millis(100);
+const MIGRATION_LOOK: Duration = Duration::from_millis(250);
 const MIGRATION_LIMIT: Duration = Duration::from_secs(1200);
 
 /// What QEMU says of a migration that is over (`qapi/migration.json`).

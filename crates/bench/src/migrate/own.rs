@@ -20,7 +20,7 @@ const SOON: Duration = Duration::from_secs(60);
 const MOVE_LIMIT: Duration = Duration::from_secs(1200);
 
 /// Between two looks: each costs the one processor of an emulated host some time.
-const LOOK: Duration = Duration::from_millis(100);
+const LOOK: Duration = Duration::from_millis(250);
 
 /// What a guest reports by itself would be gone before it is moved.
 const WITHOUT: [&str; 2] = ["--without", "reporting"];
@@ -61,6 +61,7 @@ impl Bed {
     pub(super) fn go(mut self, case: Case) -> Result<(Guest, Moved)> {
         self.client.start_migration(&StartMigration {
             to: self.address.clone(),
+            connections: Some(connections()),
             drop_caches: case == Case::SkipDropCaches,
             send_free_pages: case == Case::NoSkip,
             ..StartMigration::default()
@@ -83,6 +84,12 @@ impl Bed {
         }
         Ok((self.destination, moved))
     }
+}
+
+/// As many as `aerostat migrate` opens by itself.
+fn connections() -> u8 {
+    std::thread::available_parallelism()
+        .map_or(1, |count| u8::try_from(count.get()).unwrap_or(4).min(4))
 }
 
 /// Waits until the process listens, and tells where.

@@ -58,6 +58,8 @@ pub(super) fn version() -> Result<String> {
 /// Both sides are made alike. Hints need a thread of their own (`hw/virtio/virtio-balloon.c`).
 fn builder(hint: bool, scenario: Scenario, files: &GuestFiles) -> GuestBuilder {
     let builder = files.qemu(scenario.guest_mib);
+    // Threads have names then, for who looks where time goes.
+    let builder = builder.machine_arguments(["-name", "lab,debug-threads=on"]);
     if hint {
         builder.machine_arguments(["-object", "iothread,id=hints"]).machine_arguments([
             "-device",

@@ -12,7 +12,7 @@ const NEW_MIB: u64 = 64;
 
 /// Memory that is written and freed, in percent of the guest, and at most of what is free.
 const DIRTIED_PERCENT: u64 = 85;
-const FREE_PERCENT: u64 = 95;
+const FREE_PERCENT: u64 = 90;
 
 /// The page cache, and the device that it is of.
 const CACHED_MIB: u64 = 256;

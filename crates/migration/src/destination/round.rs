@@ -13,7 +13,7 @@ use crate::limits::MAX_ALIVES;
 use crate::link::{Closer, Link};
 use crate::observer::{Observer, Progress};
 use crate::seams::WritePages;
-use crate::source::worse;
+use crate::source::{no_thread, thread_of_a_round, worse};
 use crate::wire::chunk::{Chunk, Fill, PAGE_BYTES, Unpacker};
 use crate::wire::control::Control;
 use crate::wire::frame::Kind;
@@ -63,15 +63,20 @@ impl Round<'_> {
         thread::scope(|scope| {
             let (tell, told) = mpsc::channel();
             for (index, stream) in streams.iter_mut().enumerate() {
-                let (shared, tell) = (&shared, tell.clone());
-                scope.spawn(move || {
+                let (shared, teller) = (&shared, tell.clone());
+                let spawned = thread_of_a_round().spawn_scoped(scope, move || {
                     let outcome = self.take_share(stream, shared);
                     if let Err(error) = &outcome {
                         shared.fail(index, stream, error);
                     }
                     // The receiver is there until every thread has ended.
-                    let _ = tell.send(outcome);
+                    let _ = teller.send(outcome);
                 });
+                if let Err(error) = spawned {
+                    shared.failed.store(true, Ordering::Relaxed);
+                    shared.closers.iter().for_each(|close| close());
+                    let _ = tell.send(Err(no_thread(error)));
+                }
             }
             drop(tell);
             loop {

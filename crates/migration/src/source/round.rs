@@ -88,17 +88,24 @@ pub(super) fn send<L: Link>(
     thread::scope(|scope| {
         let (tell, told) = mpsc::channel();
         for stream in streams {
-            let (work, tell) = (&work, tell.clone());
-            scope.spawn(move || {
+            let (work, teller) = (&work, tell.clone());
+            let fail = move || {
+                work.failed.store(true, Ordering::Relaxed);
+                // The others may be waiting for a peer that does not read any more.
+                closers.iter().for_each(|close| close());
+            };
+            let spawned = thread_of_a_round().spawn_scoped(scope, move || {
                 let outcome = work.send_share(stream);
                 if outcome.is_err() {
-                    work.failed.store(true, Ordering::Relaxed);
-                    // The others may be waiting for a peer that does not read any more.
-                    closers.iter().for_each(|close| close());
+                    fail();
                 }
                 // The receiver is there until every thread has ended.
-                let _ = tell.send(outcome);
+                let _ = teller.send(outcome);
             });
+            if let Err(error) = spawned {
+                fail();
+                let _ = tell.send(Err(no_thread(error)));
+            }
         }
         drop(tell);
         loop {
@@ -120,6 +127,20 @@ pub(super) fn send<L: Link>(
     });
     failure.map_or(Ok(sum), Err)
 }
+
+/// A thread for a part of a round. With the usual 2 MiB of stack, which is a huge page where the
+/// system gives those to everybody, most of its time went into clearing that.
+pub(crate) fn thread_of_a_round() -> thread::Builder {
+    thread::Builder::new().stack_size(STACK_BYTES)
+}
+
+/// What it means that there is none.
+pub(crate) fn no_thread(error: std::io::Error) -> MigrationError {
+    MigrationError::machine("starting a thread")(error.into())
+}
+
+/// Contents are on the heap; what is on the stack are frames of calls, and of a subscriber's.
+const STACK_BYTES: usize = 256 << 10;
 
 /// Of two errors the one that says more: threads that were stopped, or whose connections were
 /// closed, say what another one led to.
