@@ -70,6 +70,28 @@ impl Qmp {
         Ok(qmp)
     }
 
+    /// Connects to a QEMU that was started just now.
+    ///
+    /// # Errors
+    /// Nobody listens after two minutes, or speaks otherwise.
+    pub fn wait(socket: &Path) -> Result<Self> {
+        let end = Instant::now() + LIMIT;
+        while UnixStream::connect(socket).is_err() && Instant::now() < end {
+            std::thread::sleep(MIGRATION_LOOK);
+        }
+        Self::connect(socket)
+    }
+
+    /// Asks whether the guest runs, which is answered once QEMU has started all that it was
+    /// started with.
+    ///
+    /// # Errors
+    /// QEMU does not answer.
+    pub fn query_status(&mut self) -> Result<String> {
+        let answer = self.execute("query-status", &json!({}))?;
+        Ok(answer["status"].as_str().unwrap_or_default().to_owned())
+    }
+
     /// Sets the memory that the guest shall have left, and waits until it says that it
     /// has, which is after QEMU released what it gave.
     ///

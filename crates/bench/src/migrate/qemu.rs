@@ -1,6 +1,7 @@
 //! Moves a guest from QEMU to QEMU.
 
 use std::net::TcpListener;
+use std::path::Path;
 use std::process::Command;
 
 use lab::{Guest, GuestBuilder};
@@ -29,12 +30,18 @@ pub(super) struct Bed {
 impl Bed {
     pub(super) fn start(hint: bool, scenario: Scenario, files: &GuestFiles) -> Result<Self> {
         let directory = tempfile::tempdir().map_err(host("making a directory"))?;
-        let socket = directory.path().join("qmp");
-        let qmp = ["-qmp".to_owned(), format!("unix:{},server=on,wait=off", socket.display())];
-        let mut source = builder(hint, scenario, files).machine_arguments(qmp).boot()?;
+        let socket = directory.path().join("source");
+        let mut source =
+            builder(hint, scenario, files).machine_arguments(qmp_arguments(&socket)).boot()?;
         command(&mut source, &format!("insmod {}", DRIVER.module_name()))?;
         let address = format!("tcp:127.0.0.1:{}", free_port()?);
-        let destination = builder(hint, scenario, files).incoming(&address).boot()?;
+        let there = directory.path().join("destination");
+        let destination = builder(hint, scenario, files)
+            .machine_arguments(qmp_arguments(&there))
+            .incoming(&address)
+            .boot()?;
+        // It answers when it listens.
+        Qmp::wait(&there)?.query_status()?;
         let qmp = Qmp::connect(&socket)?;
         Ok(Self { source, destination, address, qmp, _directory: directory })
     }
@@ -45,6 +52,10 @@ impl Bed {
         drop(self.source);
         Ok((self.destination, moved.into()))
     }
+}
+
+fn qmp_arguments(socket: &Path) -> [String; 2] {
+    ["-qmp".to_owned(), format!("unix:{},server=on,wait=off", socket.display())]
 }
 
 /// What it says of itself.
