@@ -31,7 +31,7 @@ const MIN_BLOCK_BYTES: u64 = PAGE_BYTES;
 
 /// What is copied at once. The C library copies more by an instruction (`rep movsb`) that takes ten
 /// times as long where the processor is emulated, and no less where it is not.
-const COPY_BYTES: usize = PAGE_BYTES as usize;
+const COPY_BYTES: usize = 4096;
 
 /// Further time for an answer that ends by itself when its time is over.
 const GRACE: Duration = Duration::from_millis(500);
