@@ -72,6 +72,7 @@ const ROOMS: &[(&str, Leans)] = &[
             "thiserror",
             "tracing",
             "vm-memory",
+            "rapidhash",
             "xxhash-rust",
             "zstd",
         ]),
