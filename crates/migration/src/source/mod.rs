@@ -286,7 +286,8 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
             self.read_log(selection, description)?;
             let remaining_pages = selection.pending_pages();
             let took = Duration::from_micros(round.took_us);
-            let seen = Seen { sent_pages: round.sent_pages, took, remaining_pages };
+            let RoundSummary { sent_pages, zero_pages, .. } = round;
+            let seen = Seen { sent_pages, zero_pages, took, remaining_pages };
             match convergence.after_round(seen) {
                 Decision::Again { throttle } if throttle != self.summary.throttle => {
                     self.machine.set_throttle(throttle);
