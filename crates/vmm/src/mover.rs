@@ -42,8 +42,6 @@ pub(crate) struct Mover {
 struct State {
     status: MigrationStatus,
     began: Option<Instant>,
-    /// Bytes on the network before the present phase.
-    earlier_bytes: u64,
     cancel: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
     doubt: Option<Doubt>,
@@ -261,7 +259,6 @@ impl State {
     fn begin(&mut self, side: MigrationSide) {
         self.status = MigrationStatus { side: Some(side), ..MigrationStatus::default() };
         self.began = Some(Instant::now());
-        self.earlier_bytes = 0;
         self.told = false;
     }
 
@@ -284,7 +281,6 @@ pub(crate) struct Watch(pub(crate) Arc<Mover>);
 impl Observer for Watch {
     fn phase(&mut self, phase: Phase) {
         let mut state = self.0.state();
-        state.earlier_bytes = state.status.wire_bytes;
         let status = &mut state.status;
         // A destination that waits for connections has no guest on its way.
         if status.state == MigrationState::Waiting && phase != Phase::Connect {
@@ -298,10 +294,9 @@ impl Observer for Watch {
 
     fn progress(&mut self, progress: Progress) {
         let mut state = self.0.state();
-        let wire_bytes = state.earlier_bytes + progress.wire_bytes;
         let status = &mut state.status;
         (status.done_pages, status.of_pages) = (progress.pages, progress.of_pages);
-        status.wire_bytes = wire_bytes;
+        status.wire_bytes = progress.wire_bytes;
     }
 }
 
@@ -463,7 +458,7 @@ mod tests {
         watch.phase(Phase::Round { number: 3 });
         watch.progress(Progress { pages: 5, of_pages: 9, wire_bytes: 100 });
         watch.phase(Phase::LastRound);
-        watch.progress(Progress { pages: 1, of_pages: 2, wire_bytes: 10 });
+        watch.progress(Progress { pages: 1, of_pages: 2, wire_bytes: 110 });
         let status = asked.migration();
         assert_eq!((status.state, status.round), (MigrationState::Running, 3));
         assert_eq!((status.done_pages, status.of_pages, status.wire_bytes), (1, 2, 110));

@@ -78,7 +78,7 @@ pub struct MigrationStatus {
     pub done_pages: u64,
     /// Of so many; 0 where it is not known.
     pub of_pages: u64,
-    /// Bytes on the network so far.
+    /// Bytes on the network so far, of everything that is said.
     pub wire_bytes: u64,
     /// Since it began.
     pub elapsed_ms: f64,

@@ -45,6 +45,7 @@ pub(super) struct Done {
 struct Shared {
     failed: AtomicBool,
     pages: AtomicU64,
+    wire_bytes: AtomicU64,
     closers: Vec<Closer>,
 }
 
@@ -57,7 +58,8 @@ impl Round<'_> {
     ) -> Result<Done, MigrationError> {
         let closers = streams.iter().map(Stream::closer).collect::<Result<_, _>>()?;
         let (failed, pages) = (AtomicBool::new(false), AtomicU64::new(0));
-        let shared = Shared { failed, pages, closers };
+        let wire_bytes = AtomicU64::new(streams.iter().map(|stream| stream.received_bytes).sum());
+        let shared = Shared { failed, pages, wire_bytes, closers };
         let mut sum = Done::default();
         let mut failure: Option<MigrationError> = None;
         thread::scope(|scope| {
@@ -85,7 +87,8 @@ impl Round<'_> {
                     Err(RecvTimeoutError::Disconnected) => break,
                 }
                 let pages = shared.pages.load(Ordering::Relaxed);
-                observer.progress(Progress { pages, of_pages: self.pages, wire_bytes: 0 });
+                let wire_bytes = shared.wire_bytes.load(Ordering::Relaxed);
+                observer.progress(Progress { pages, of_pages: self.pages, wire_bytes });
             }
         });
         failure.map_or(Ok(sum), Err)
@@ -101,7 +104,9 @@ impl Round<'_> {
         let mut done = Done::default();
         let (mut frames, mut alives) = (0, 0);
         loop {
+            let before = stream.received_bytes;
             let kind = stream.read()?.kind;
+            shared.wire_bytes.fetch_add(stream.received_bytes - before, Ordering::Relaxed);
             let (body, payload) = stream.last();
             let told = match kind {
                 Kind::Chunk => {

@@ -80,7 +80,7 @@ pub(super) fn send<L: Link>(
         cancel: &context.config.cancel,
         alive: context.config.stall.min(context.config.stall_paused) / 8,
         pages: AtomicU64::new(0),
-        wire_bytes: AtomicU64::new(0),
+        wire_bytes: AtomicU64::new(streams.iter().map(|stream| stream.sent_bytes).sum()),
     };
     let of_pages = words.iter().map(|word| u64::from(word.bits.count_ones())).sum();
     let mut sum = RoundSummary::default();
@@ -168,12 +168,16 @@ impl Work<'_> {
                 }
                 let payload = packed.unwrap_or(&contents);
                 self.wait(payload.len());
+                let before = stream.sent_bytes;
                 stream.push(Kind::Chunk, &chunk.encode(), payload)?;
+                self.wire_bytes.fetch_add(stream.sent_bytes - before, Ordering::Relaxed);
                 frames += 1;
                 told_pages += u64::from((data | zeros).count_ones());
             }
         }
+        let before = stream.sent_bytes;
         stream.send(&Control::RoundEnd { round: self.number, frames, pages: told_pages })?;
+        self.wire_bytes.fetch_add(stream.sent_bytes - before, Ordering::Relaxed);
         Ok(sum)
     }
 
@@ -185,7 +189,6 @@ impl Work<'_> {
 
     /// Keeps to the limit.
     fn wait(&self, bytes: usize) {
-        self.wire_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         let wait = self.limit.map(|limit| limit.take(bytes as u64, Instant::now()));
         if let Some(wait) = wait.filter(|wait| !wait.is_zero()) {
             thread::sleep(wait);

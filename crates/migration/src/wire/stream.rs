@@ -64,6 +64,8 @@ pub(crate) struct Stream<L> {
     written_at: Instant,
     /// Bytes written so far.
     pub(crate) sent_bytes: u64,
+    /// Bytes of the frames that were read so far.
+    pub(crate) received_bytes: u64,
 }
 
 impl<L: Link> Stream<L> {
@@ -78,6 +80,7 @@ impl<L: Link> Stream<L> {
             out: Vec::new(),
             written_at: Instant::now(),
             sent_bytes: 0,
+            received_bytes: 0,
         })
     }
 
@@ -168,6 +171,7 @@ impl<L: Link> Stream<L> {
         let kind = head.check(&self.body, self.incoming.next())?;
         self.payload.resize(head.payload_bytes, 0);
         read_all(&mut self.link, &mut self.payload, &mut deadline)?;
+        self.received_bytes += (HEAD_BYTES + self.body.len() + self.payload.len()) as u64;
         Ok(Frame { kind, body: &self.body })
     }
 
