@@ -53,6 +53,8 @@ pub(crate) struct State {
     stats_interval: Option<Duration>,
     /// The configuration space has changed and the guest was not told yet.
     config_changed: bool,
+    /// The guest may go on elsewhere, with a state that was taken already.
+    leaving: bool,
     /// What a driver said, for when it goes on.
     saved: Saved,
     /// Where that is kept, if it is.
@@ -93,6 +95,7 @@ impl Shared {
             front_end_faults: BTreeMap::new(),
             stats_interval: None,
             config_changed: false,
+            leaving: false,
             saved: Saved::default(),
             file: None,
             times: RequestTimes::default(),
@@ -214,6 +217,12 @@ impl control::Balloon for Shared {
 
     fn set_target(&self, pages: u32) -> Result<u64, ControlError> {
         let mut state = self.state();
+        if state.leaving {
+            let what =
+                "the guest is about to run elsewhere, where a target for it would not be known";
+            let hint = "ask where it runs, as soon as `aerostat status` says where".to_owned();
+            return Err(ControlError::Refused { what: what.to_owned(), hint });
+        }
         let memory_pages = state.device.layout().pages();
         // Asked here once more: the guest may have come since the server asked.
         if memory_pages > 0 && u64::from(pages) > memory_pages {

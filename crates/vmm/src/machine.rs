@@ -400,6 +400,7 @@ impl Machine {
 
     /// The guest runs.
     pub fn resume(&self) {
+        self.balloon.stay();
         self.bus.slots.iter().for_each(|slot| slot.transport().resume());
         self.processors.resume();
     }

@@ -129,9 +129,8 @@ impl Machine {
     pub fn save(&self) -> Result<Vec<Section>, Error> {
         let processors = self.processors.each(|_, fd| Processor::save(fd, &self.msrs))?;
         let chips = Chips::save(self.vm.fd())?;
-        let device = self.balloon.device();
-        let (balloon, layout) = (device.state(), device.layout().clone());
-        drop(device);
+        let balloon = self.balloon.leave();
+        let layout = self.balloon.device().layout().clone();
         let slot = self.bus.slots.first().ok_or_else(no_device)?;
         let transport = slot.transport().state();
         let ports = self.bus.ports.state();
