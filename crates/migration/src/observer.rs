@@ -20,7 +20,7 @@ pub enum Phase {
     LastRound,
     /// State of processors and devices.
     State,
-    /// The guest changes sides.
+    /// The guest changes sides, unless it was cancelled before this was told.
     HandOver,
 }
 

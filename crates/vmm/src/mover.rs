@@ -9,7 +9,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use control::api::{
-    MigrationSide, MigrationState, MigrationStatus, SettleWord, StartMigration, TlsPaths,
+    MigrationPhase, MigrationSide, MigrationState, MigrationStatus, SettleWord, StartMigration,
+    TlsPaths,
 };
 use control::{Balloon, ControlError, Monitor};
 use migration::observer::{Observer, Phase, Progress};
@@ -25,6 +26,13 @@ use crate::seams::{Arriving, Leaving};
 
 /// How long the guest may take to drop its caches.
 const DROP_CACHES_TIME: Duration = Duration::from_secs(30);
+
+/// How long a migration that was cancelled because its monitor ends may take to say so to the other
+/// side. It may be waiting for a peer that is silent.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// The same where the other side may have all of the guest: if it is not told, it is in doubt.
+const LAST_WORDS: Duration = Duration::from_secs(6);
 
 /// How long a monitor whose guest has left waits for somebody to ask how it went.
 const LINGER: Duration = Duration::from_secs(5);
@@ -96,15 +104,29 @@ impl Mover {
         state.status.state
     }
 
-    /// The monitor is about to end. Ends a migration, and waits until it is known where the guest
-    /// is; true where it has left.
+    /// The monitor is about to end. Ends a migration, where the guest was not offered yet, and does
+    /// not wait for a peer that is silent; true where the guest has left.
     pub(crate) fn end(&self) -> bool {
-        let thread = {
-            let mut state = self.state();
-            state.cancel.store(true, Ordering::Relaxed);
-            state.thread.take()
+        let mut state = self.state();
+        // From here on nothing is offered: who begins to looks at it after this lock.
+        state.cancel.store(true, Ordering::Relaxed);
+        let thread = state.thread.take();
+        let patience = match state.status.phase {
+            // Said, and heard or lost within its own time.
+            Some(MigrationPhase::HandOver) => None,
+            Some(MigrationPhase::State) => Some(LAST_WORDS),
+            _ => Some(FAREWELL),
         };
-        if thread.is_some_and(|thread| thread.join().is_err()) {
+        if let Some(patience) = patience {
+            let goes_on = |state: &mut State| state.status.state == MigrationState::Running;
+            let wait = self.changed.wait_timeout_while(state, patience, goes_on);
+            state = wait.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        let is_silent = patience.is_some() && state.status.state == MigrationState::Running;
+        drop(state);
+        if is_silent {
+            tracing::warn!("the migration ends with this process; the other side was not told");
+        } else if thread.is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("the migration ended in a panic");
         }
         let state = self.state();

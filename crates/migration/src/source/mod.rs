@@ -230,7 +230,6 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
 
         self.precopy(&mut selection, &description)?;
         self.state()?;
-        self.not_cancelled()?;
         self.hand_over()
     }
 
@@ -381,6 +380,8 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
 
     fn hand_over(&mut self) -> Result<Outcome, MigrationError> {
         self.observer.phase(Phase::HandOver);
+        // Whoever cancels before the observer was told can rely on it.
+        self.not_cancelled()?;
         let at = Instant::now();
         let outcome = match self.sink.hand_over() {
             HandedOver::Taken(resume) => {
