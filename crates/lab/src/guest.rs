@@ -180,11 +180,11 @@ impl GuestBuilder {
         let output = child.stdout.take().ok_or_else(missing)?;
         let messages = child.stderr.take().ok_or_else(missing)?;
         let (last_word, ended) = channel::<()>();
-        record.follow("kernel", messages, move |_| {
+        record.follow("kernel", messages, move |_, _| {
             // Held only to be dropped when the last process of the guest has gone.
             let _ = &last_word;
         });
-        let console = Console::new(input, output, record.clone());
+        let console = Box::new(Console::new(input, output, record.clone()));
         let mut guest = Guest { console, kept, record, ended, _directory: directory };
         if matches!(self.machine, Machine::Receiver { .. }) {
             return Ok(guest);
@@ -198,7 +198,7 @@ impl GuestBuilder {
 
 /// A running guest; it ends when this is dropped.
 pub struct Guest {
-    console: Console,
+    console: Box<Console>,
     kept: Kept,
     record: Record,
     /// Disconnects when no process holds the guest's standard error any more.
@@ -244,6 +244,46 @@ impl Guest {
     pub fn run_within(&mut self, command: &str, limit: Duration) -> Result<Reply> {
         let reply = self.console.run(command, limit);
         self.explain(reply)
+    }
+
+    /// Runs a command that may take this long; `each` hears every line of its answer as it comes.
+    ///
+    /// # Errors
+    /// The guest's refusal, its silence, or its end.
+    pub fn run_telling(
+        &mut self,
+        command: &str,
+        limit: Duration,
+        each: &mut dyn FnMut(&str),
+    ) -> Result<Reply> {
+        let number = self.ask(command)?;
+        let reply = self.console.wait_telling(number, command, limit, each);
+        self.explain(reply)
+    }
+
+    /// Sends a command whose answer is waited for later, if the guest is still here then; returns its
+    /// number.
+    ///
+    /// # Errors
+    /// The guest's end.
+    pub fn ask(&mut self, command: &str) -> Result<u64> {
+        let asked = self.console.send(command);
+        self.explain(asked)
+    }
+
+    /// The answer to a command that was [asked](Self::ask).
+    ///
+    /// # Errors
+    /// The guest's refusal, its silence, or its end; and [`LabError::NotHeard`] where the guest has
+    /// answered a later command, and so did not hear this one.
+    pub fn answer(&mut self, number: u64, command: &str, limit: Duration) -> Result<Reply> {
+        let reply = self.console.wait(number, command, limit);
+        self.explain(reply)
+    }
+
+    /// Goes on with the conversation with a guest that was moved here from `from`, which has ended.
+    pub fn continue_from(&mut self, from: &mut Self) {
+        self.console.continue_from(&mut from.console);
     }
 
     /// Loads packed modules in this order, by the paths they were packed from.

@@ -79,6 +79,21 @@ impl KvmMachine {
         variables: &[(&str, &OsStr)],
         limit: Duration,
     ) -> Result<Outcome> {
+        self.run_telling(program, arguments, variables, limit, &mut |_| {})
+    }
+
+    /// The same; `each` hears every line that the program prints as it comes.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn run_telling(
+        &mut self,
+        program: &Path,
+        arguments: &[&OsStr],
+        variables: &[(&str, &OsStr)],
+        limit: Duration,
+        each: &mut dyn FnMut(&str),
+    ) -> Result<Outcome> {
         let mut command = "program".to_owned();
         for (name, value) in variables {
             command += &format!(" {name}={}", encode(value));
@@ -86,7 +101,7 @@ impl KvmMachine {
         for word in [program.as_os_str()].iter().chain(arguments) {
             command += &format!(" {}", encode(word));
         }
-        let reply = self.guest.run_within(&command, limit)?;
+        let reply = self.guest.run_telling(&command, limit, each)?;
         let code = match reply.text.split_once('=') {
             Some(("exit", code)) => code.parse().ok(),
             Some(("signal", _)) => None,

@@ -60,7 +60,7 @@ const ROOMS: &[(&str, Leans)] = &[
         ]),
     ),
     ("lab", Rooms(&[])),
-    ("bench", Rooms(&["control", "host-memory", "lab", "page-set"])),
+    ("bench", Rooms(&["control", "host-memory", "lab", "migration", "page-set"])),
     // The traits of a monitor, memory as vm-memory maps it, and what TCP and TLS need; no KVM.
     (
         "migration",
@@ -90,6 +90,7 @@ const ROOMS: &[(&str, Leans)] = &[
             "migration",
             "page-set",
             "vhost-device-balloon",
+            "vmm",
         ]),
     ),
     ("e2e", Anything),
