@@ -8,7 +8,7 @@
 use page_set::PageRange;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use super::body::{Reader, Writer};
+use crate::codec::{Reader, Writer};
 use crate::dirty::Word;
 use crate::error::MigrationError;
 use crate::layout::GuestLayout;
@@ -63,7 +63,7 @@ impl Chunk {
             _ => return Err(MigrationError::Peer { what: "contents packed in an unknown way" }),
         };
         let (start, data, zeros, sum) = (body.u64()?, body.u64()?, body.u64()?, body.u64()?);
-        body.end()?;
+        body.finish()?;
         if said != round {
             return Err(MigrationError::Peer { what: "pages of another round" });
         }
@@ -146,7 +146,7 @@ impl Fill {
             let outside = MigrationError::Peer { what: "pages outside of the guest's memory" };
             ranges.push(range.ok_or(outside)?);
         }
-        body.end()?;
+        body.finish()?;
         Ok(Self { round, pattern, ranges })
     }
 
@@ -180,7 +180,7 @@ impl StatePart {
         let (index, version) = (body.u32()?, body.u32()?);
         let (total, offset, sum) = (body.u64()?, body.u64()?, body.u64()?);
         let name = body.text(MAX_NAME_BYTES)?;
-        body.end()?;
+        body.finish()?;
         if total > MAX_STATE_BYTES {
             return Err(MigrationError::Peer { what: "more state than a machine may have" });
         }
