@@ -27,7 +27,7 @@ pub(crate) struct Made {
 }
 
 impl Made {
-    fn encode(self) -> Vec<u8> {
+    pub(crate) fn encode(self) -> Vec<u8> {
         let mut writer = Writer::default();
         writer.u32(VERSION).u8(self.cpus).u64(self.memory_bytes).u64(self.without.0);
         writer.finish()

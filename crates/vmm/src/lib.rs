@@ -26,6 +26,7 @@ mod migrate;
 mod mmio;
 mod mover;
 mod ports;
+pub mod raw;
 mod receive;
 mod reins;
 mod seams;
