@@ -57,22 +57,16 @@ pub type Inside<'a> = dyn Fn(&Case) -> Vec<OsString> + 'a;
 /// do it for one kind and print [`CaseReport`]s as JSON, each in a line; `told` hears how far it is.
 ///
 /// # Errors
-/// What is missing on this machine. What goes wrong later is in the report.
+/// This machine has no room for files. All else that goes wrong, or is missing, is in the report.
 pub fn run(options: &Options, inside: &Inside<'_>, told: &mut dyn FnMut(&str)) -> Result<Report> {
     let directory = tempfile::Builder::new().prefix("aerostat-moves-").tempdir();
     let directory = directory.map_err(host("making a directory"))?;
     let mut kits: Vec<(Release, Kit)> = Vec::new();
     let mut reports = Vec::new();
     for case in &options.cases {
-        told(&format!("{}: preparing", case.name));
-        if !kits.iter().any(|(release, _)| *release == case.release) {
-            let kit = Kit::prepare(&options.program, case.release, directory.path())?;
-            kits.push((case.release, kit));
-        }
-        let kit = kits.iter().find(|(release, _)| *release == case.release);
-        let Some((_, kit)) = kit else { continue };
         told(&format!("{}: {} moves", case.name, options.moves));
-        let told_of = run_case(kit, &inside(case), options.moves, told);
+        let told_of = kit_of(case, options, directory.path(), &mut kits)
+            .and_then(|kit| run_case(kit, &inside(case), options.moves, told));
         reports.extend(told_of.unwrap_or_else(|error| {
             let mut report = CaseReport::new(case.name);
             report.failure = Some(error.to_string());
@@ -80,6 +74,22 @@ pub fn run(options: &Options, inside: &Inside<'_>, told: &mut dyn FnMut(&str)) -
         }));
     }
     Ok(Report::new(reports))
+}
+
+/// The files of a kind of guest, made once for each kernel.
+fn kit_of<'a>(
+    case: &Case,
+    options: &Options,
+    directory: &Path,
+    kits: &'a mut Vec<(Release, Kit)>,
+) -> Result<&'a Kit> {
+    let is_there = |kit: &(Release, Kit)| kit.0 == case.release;
+    if !kits.iter().any(is_there) {
+        let kit = Kit::prepare(&options.program, case.release, directory)?;
+        kits.push((case.release, kit));
+    }
+    let kit = kits.iter().find(|kit| kit.0 == case.release);
+    kit.map(|kit| &kit.1).ok_or_else(|| wrong("a kernel is missing".into()))
 }
 
 /// Has the program do one kind where a KVM is.
