@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod cmd;
+mod disk_arg;
 mod failure;
 mod guest_arg;
 mod log;

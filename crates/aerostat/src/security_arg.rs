@@ -62,7 +62,8 @@ impl SecurityArgs {
     }
 }
 
-fn absolute(path: &Path) -> Result<String, Failure> {
+/// From the root, for a process that may be in another directory.
+pub(crate) fn absolute(path: &Path) -> Result<String, Failure> {
     let hint = "give a path in UTF-8";
     let path = std::path::absolute(path).map_err(|error| Failure::new(&error, hint))?;
     path.into_os_string().into_string().map_err(|path| Failure {

@@ -18,12 +18,12 @@ pub const MAX_BYTES_PER_DRAIN: usize = 4 * balloon_abi::limits::MAX_MESSAGE_BYTE
 
 /// What was done with a chain.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Handled {
+pub struct Handled {
     /// Bytes that were read.
-    pub(crate) read_bytes: usize,
-    /// Bytes that were written, for the used ring; `None` where the chain is kept
-    /// (see [`Kept`](crate::kept::Kept)), to be returned later.
-    pub(crate) written_bytes: Option<u32>,
+    pub read_bytes: usize,
+    /// Bytes that were written, for the used ring; `None` where the chain is kept, to be
+    /// returned later.
+    pub written_bytes: Option<u32>,
 }
 
 /// What a drain did.
@@ -45,7 +45,10 @@ pub struct Drained {
 /// at once more, since a driver with EVENT_IDX does not repeat a kick.
 ///
 /// A queue that is not ready is not touched: its addresses are no addresses yet.
-pub(crate) fn drain<'m, M: GuestMemory>(
+///
+/// # Errors
+/// The queue is not ready, or the ring makes no sense.
+pub fn drain<'m, M: GuestMemory>(
     queue: &mut impl QueueT,
     memory: &'m M,
     mut handle: impl FnMut(DescriptorChain<&'m M>) -> Handled,

@@ -35,7 +35,7 @@ pub use answer::{Answer, Blocks, FreeKind, FreePages};
 pub use balloon::{Balloon, BalloonState, Counters, QueueError, StateError};
 pub use change::{Change, Stages};
 pub use decode::{decode_bitmap, decode_pfn_array};
-pub use drain::{Drained, MAX_BYTES_PER_DRAIN, MAX_CHAINS_PER_DRAIN};
+pub use drain::{Drained, Handled, MAX_BYTES_PER_DRAIN, MAX_CHAINS_PER_DRAIN, drain};
 pub use fault::{Fault, Faults};
 pub use hint::{HintError, HintPhase, Hinting};
 pub use layout::{LayoutError, MemoryLayout};

@@ -39,7 +39,15 @@ pub struct Shared {
     wake: OwnedFd,
     log_limit: Mutex<LogLimit>,
     /// Counted only where the guest's monitor is this process.
-    exits: Option<AtomicU64>,
+    exits: Option<Exits>,
+}
+
+/// How often the guest left its processor because of the balloon.
+#[derive(Default)]
+struct Exits {
+    all: AtomicU64,
+    /// Of them, to notify.
+    kicks: AtomicU64,
 }
 
 pub(crate) struct State {
@@ -53,6 +61,8 @@ pub(crate) struct State {
     stats_interval: Option<Duration>,
     /// The configuration space has changed and the guest was not told yet.
     config_changed: bool,
+    /// The guest may go on elsewhere, with a state that was taken already.
+    leaving: bool,
     /// What a driver said, for when it goes on.
     saved: Saved,
     /// Where that is kept, if it is.
@@ -93,6 +103,7 @@ impl Shared {
             front_end_faults: BTreeMap::new(),
             stats_interval: None,
             config_changed: false,
+            leaving: false,
             saved: Saved::default(),
             file: None,
             times: RequestTimes::default(),
@@ -111,13 +122,21 @@ impl Shared {
     /// The same for a monitor, which sees each time that the guest leaves its processor.
     #[must_use]
     pub fn with_exits(self) -> Self {
-        Self { exits: Some(AtomicU64::new(0)), ..self }
+        Self { exits: Some(Exits::default()), ..self }
     }
 
     /// The guest left its processor so many times because of the balloon.
     pub fn count_exits(&self, count: u64) {
         if let Some(exits) = &self.exits {
-            exits.fetch_add(count, Ordering::Relaxed);
+            exits.all.fetch_add(count, Ordering::Relaxed);
+        }
+    }
+
+    /// The same, to notify the balloon.
+    pub fn count_kicks(&self, count: u64) {
+        self.count_exits(count);
+        if let Some(exits) = &self.exits {
+            exits.kicks.fetch_add(count, Ordering::Relaxed);
         }
     }
 
@@ -204,7 +223,8 @@ impl control::Balloon for Shared {
             balloon: state.balloon(),
             release: device.reclaim().status(),
             resident_bytes,
-            exits: self.exits.as_ref().map(|exits| exits.load(Ordering::Relaxed)),
+            exits: self.exits.as_ref().map(|exits| exits.all.load(Ordering::Relaxed)),
+            kicks: self.exits.as_ref().map(|exits| exits.kicks.load(Ordering::Relaxed)),
             stats: state.stats(),
             reports: state.reports(),
             faults: state.faults(),
@@ -214,6 +234,12 @@ impl control::Balloon for Shared {
 
     fn set_target(&self, pages: u32) -> Result<u64, ControlError> {
         let mut state = self.state();
+        if state.leaving {
+            let what =
+                "the guest is about to run elsewhere, where a target for it would not be known";
+            let hint = "ask where it runs, as soon as `aerostat status` says where".to_owned();
+            return Err(ControlError::Refused { what: what.to_owned(), hint });
+        }
         let memory_pages = state.device.layout().pages();
         // Asked here once more: the guest may have come since the server asked.
         if memory_pages > 0 && u64::from(pages) > memory_pages {

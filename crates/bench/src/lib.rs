@@ -3,7 +3,8 @@
 //! A [`Host`] serves the balloon of a guest of the lab, as an operator would run it; a
 //! [`Bed`] is a guest on it, a [`Testbed`] both, ready for measuring. [`inflate`] and
 //! [`requests`] measure on testbeds and fill in reports that are printed as JSON or as a
-//! table; [`soak`] does at random with a guest what can be done, and verifies its memory.
+//! table; [`soak`] does at random with a guest what can be done, and verifies its memory;
+//! [`moves`] has guests move from process to process.
 
 #![forbid(unsafe_code)]
 
@@ -16,8 +17,13 @@ mod error;
 mod floor;
 mod host;
 pub mod inflate;
+pub mod kvm;
+pub mod kvm_inflate;
 mod logs;
+pub mod migrate;
 pub mod monitors;
+pub mod moves;
+pub mod moving;
 mod qemu_bed;
 mod qmp;
 pub mod reporting;

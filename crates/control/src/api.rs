@@ -17,7 +17,8 @@ use utoipa::ToSchema;
 pub use free::{FreePageHints, HintOutcome, MAX_LISTED_RUNS, PageRun, ReportsStatus};
 pub use migration::{
     MigrationDowntime, MigrationPhase, MigrationRound, MigrationSide, MigrationState,
-    MigrationStatus, MigrationSummary, SettleMigration, SettleWord, StartMigration, TlsPaths,
+    MigrationStatus, MigrationSummary, SettleMigration, SettleWord, StartMigration, StartSnapshot,
+    TlsPaths,
 };
 pub use requests::{
     AskFreePages, BLOCK_BYTES, BlockCount, CacheSize, Caches, CancelledRequest, CoarseMap,
@@ -53,6 +54,9 @@ pub struct Status {
     /// monitor, which alone could count them.
     #[serde(default)]
     pub exits: Option<u64>,
+    /// Notifications among them; absent where those are.
+    #[serde(default)]
+    pub kicks: Option<u64>,
     /// What the guest's kernel says about its memory.
     #[serde(default)]
     pub stats: StatsStatus,

@@ -20,8 +20,8 @@ use tokio::time::{sleep, timeout};
 use crate::api::{
     AskFreePages, BalloonStatus, Caches, CancelledRequest, DropCaches, DroppedCaches,
     FreePageHints, FreePages, MigrationStatus, Problem, ReleaseMode, ReleaseStatus, ReleasedHold,
-    SetBalloon, SetRelease, SetStats, SettleMigration, SettleWord, StartMigration, StatsStatus,
-    Status,
+    SetBalloon, SetRelease, SetStats, SettleMigration, SettleWord, StartMigration, StartSnapshot,
+    StatsStatus, Status,
 };
 use crate::bitmap::{FIRST_PAGE_HEADER, PAGES_HEADER, REGIONS_HEADER};
 use crate::error::ControlError;
@@ -218,6 +218,14 @@ impl Client {
     /// As [`Client::status`].
     pub fn start_migration(&self, ask: &StartMigration) -> Result<MigrationStatus, ControlError> {
         self.send_json(Method::POST, "/v1/migration", ask, LOOK_UP_TIME)
+    }
+
+    /// Begins to write the guest to a file.
+    ///
+    /// # Errors
+    /// As [`Client::status`].
+    pub fn start_snapshot(&self, ask: &StartSnapshot) -> Result<MigrationStatus, ControlError> {
+        self.send_json(Method::POST, "/v1/snapshot", ask, LOOK_UP_TIME)
     }
 
     /// Where the newest migration stands.

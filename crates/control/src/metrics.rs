@@ -46,6 +46,13 @@ fn guest(page: &mut Page, status: &Status) {
             exits,
         );
     }
+    if let Some(kicks) = status.kicks {
+        page.counter(
+            "guest_balloon_kicks_total",
+            "Times among them that it did so to notify the balloon.",
+            kicks,
+        );
+    }
 }
 
 fn balloon(page: &mut Page, status: &Status) {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::api::{MigrationStatus, SettleWord, StartMigration};
+use crate::api::{MigrationStatus, SettleWord, StartMigration, StartSnapshot};
 use crate::balloon::Balloon;
 use crate::error::ControlError;
 
@@ -17,6 +17,13 @@ pub trait Monitor: Send + Sync {
     /// [`ControlError::Refused`] where there is nothing to move, or a migration already;
     /// [`ControlError::BadRequest`] where what was asked cannot be.
     fn start_migration(&self, ask: &StartMigration) -> Result<MigrationStatus, ControlError>;
+
+    /// Begins to write the guest to a file, and does not wait. Where it stands is
+    /// [`migration`](Self::migration), and [`cancel_migration`](Self::cancel_migration) ends it.
+    ///
+    /// # Errors
+    /// As [`start_migration`](Self::start_migration).
+    fn start_snapshot(&self, ask: &StartSnapshot) -> Result<MigrationStatus, ControlError>;
 
     /// Where the newest migration stands.
     fn migration(&self) -> MigrationStatus;
@@ -46,6 +53,10 @@ impl Monitor for OnlyBalloon {
         Err(not_ours())
     }
 
+    fn start_snapshot(&self, _ask: &StartSnapshot) -> Result<MigrationStatus, ControlError> {
+        Err(not_ours())
+    }
+
     fn migration(&self) -> MigrationStatus {
         MigrationStatus::default()
     }
@@ -62,6 +73,8 @@ impl Monitor for OnlyBalloon {
 fn not_ours() -> ControlError {
     ControlError::Refused {
         what: "this process has only the guest's balloon".into(),
-        hint: "have the guest's monitor move it; guests of `aerostat run` can be moved here".into(),
+        hint:
+            "have the guest's monitor do it; guests of `aerostat run` can be moved and saved here"
+                .into(),
     }
 }

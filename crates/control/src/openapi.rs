@@ -31,6 +31,7 @@ use crate::{guest_routes, routes};
         routes::migration::post_migration,
         routes::migration::delete_migration,
         routes::migration::post_settle,
+        routes::migration::post_snapshot,
         routes::get_metrics,
         routes::get_openapi,
     )

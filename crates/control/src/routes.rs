@@ -77,6 +77,7 @@ pub(crate) fn router(
                 .delete(migration::delete_migration),
         )
         .route("/v1/migration/settle", post(migration::post_settle))
+        .route("/v1/snapshot", post(migration::post_snapshot))
         .route("/v1/metrics", get(get_metrics))
         .route("/metrics", get(get_metrics))
         .route("/v1/openapi.json", get(get_openapi))

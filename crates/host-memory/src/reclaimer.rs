@@ -49,6 +49,10 @@ pub enum ReleaseMode {
     PerPage,
 }
 
+/// Stack of the worker. The usual 2 MiB are a huge page where the system gives those to everybody,
+/// which it clears when a guest is made.
+const STACK_BYTES: usize = 512 << 10;
+
 /// What a reclaimer starts with; all can be changed later.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ReclaimerOptions {
@@ -174,7 +178,8 @@ impl Reclaimer {
             work: Condvar::new(),
             done: Condvar::new(),
         });
-        let worker = thread::Builder::new().name("reclaimer".into()).spawn({
+        let worker = thread::Builder::new().name("reclaimer".into()).stack_size(STACK_BYTES);
+        let worker = worker.spawn({
             let shared = Arc::clone(&shared);
             move || shared.work_until_stopped()
         })?;

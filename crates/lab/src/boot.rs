@@ -25,8 +25,15 @@ const QEMU_PACKAGE: &str = "qemu-system-x86";
 pub(crate) enum Machine {
     Uml(UmlKernel),
     Qemu(DebianKernel),
-    Monitor { program: PathBuf, kernel: PathBuf },
-    Receiver { program: PathBuf },
+    Monitor {
+        program: PathBuf,
+        kernel: PathBuf,
+    },
+    /// Our own monitor with a guest that was booted before, by the command that has it.
+    Resumed {
+        program: PathBuf,
+        command: &'static str,
+    },
 }
 
 /// A guest that is ready to be started.
@@ -47,7 +54,7 @@ pub(crate) fn prepare(guest: &GuestBuilder, directory: &Path) -> Result<Launch> 
     let initramfs = match (&guest.initramfs, &guest.machine) {
         (Some(path), _) => path.clone(),
         // Its guest has one already.
-        (None, Machine::Receiver { .. }) => PathBuf::new(),
+        (None, Machine::Resumed { .. }) => PathBuf::new(),
         (None, _) => {
             let path = directory.join("initramfs.cpio");
             write_initramfs(guest, &path)?;
@@ -64,8 +71,8 @@ pub(crate) fn prepare(guest: &GuestBuilder, directory: &Path) -> Result<Launch> 
         Machine::Monitor { program, kernel } => {
             words.extend(monitor_words(guest, program, kernel, &initramfs)?);
         }
-        Machine::Receiver { program } => {
-            words.extend([program.into(), "receive".into()]);
+        Machine::Resumed { program, command } => {
+            words.extend([program.into(), (*command).into()]);
             words.extend(guest.machine_arguments.iter().map(Into::into));
         }
     }
@@ -145,10 +152,15 @@ fn qemu_words(
     words.extend(
         ["-chardev", "stdio,id=init,signal=off", "-serial", "chardev:init"].map(Into::into),
     );
-    let mut arguments = vec!["console=ttyS0", "LAB_CONSOLE=ttyS1"];
+    // On a machine with a lot of other work an emulated timer is late, which the kernel would take
+    // for a broken one, and panic.
+    let mut arguments = vec!["console=ttyS0", "LAB_CONSOLE=ttyS1", "no_timer_check"];
     arguments.extend(COMMON_ARGUMENTS);
     arguments.extend(guest.kernel_arguments.iter().map(String::as_str));
     words.extend(["-append".into(), arguments.join(" ").into()]);
+    if let Some(address) = &guest.incoming {
+        words.extend(["-incoming".into(), address.into()]);
+    }
     words.extend(guest.machine_arguments.iter().map(Into::into));
     Ok(words)
 }

@@ -34,6 +34,9 @@ pub struct Reply {
     pub text: String,
 }
 
+/// Until the output of a process that has ended is read to its end.
+const END_OF_OUTPUT: Duration = Duration::from_secs(10);
+
 /// A piece of an answer.
 #[derive(Debug, PartialEq, Eq)]
 enum Answer {
@@ -106,12 +109,13 @@ impl Record {
 
     /// Records the lines of a stream in a thread of its own, until the stream ends.
     ///
-    /// `each` gets every line; what it holds is dropped at the end of the stream.
+    /// `each` gets every line, and whether it is whole: the last one may not be. What it holds is
+    /// dropped at the end of the stream.
     pub(crate) fn follow(
         &self,
         source: &'static str,
         stream: impl Read + Send + 'static,
-        mut each: impl FnMut(&str) + Send + 'static,
+        mut each: impl FnMut(&str, bool) + Send + 'static,
     ) {
         let record = self.clone();
         std::thread::spawn(move || {
@@ -119,21 +123,34 @@ impl Record {
             let mut bytes = Vec::new();
             while matches!(stream.read_until(b'\n', &mut bytes), Ok(1..)) {
                 let line = String::from_utf8_lossy(&bytes);
+                let whole = line.ends_with('\n');
                 let line = line.trim_end_matches(['\r', '\n']);
                 record.push(source, line);
-                each(line);
+                each(line, whole);
                 bytes.clear();
             }
         });
     }
 }
 
+/// A line that the guest printed with an answer in it, or the first half of any line.
+struct Line {
+    text: String,
+    whole: bool,
+}
+
 /// The host's end of the protocol.
 pub(crate) struct Console {
     input: Box<dyn Write + Send>,
-    answers: Receiver<(u64, Answer)>,
+    lines: Receiver<Line>,
     record: Record,
     last_id: u64,
+    /// The beginning of a line, where the guest went elsewhere in the middle of it.
+    half: String,
+    /// What was printed of an answer whose end was not.
+    unfinished: Option<(u64, Vec<String>)>,
+    /// Answers that came while nobody, or somebody else, waited for them.
+    early: VecDeque<(u64, Answer)>,
 }
 
 /// Why a command got no answer that ends it.
@@ -149,14 +166,34 @@ impl Console {
         output: impl Read + Send + 'static,
         record: Record,
     ) -> Self {
-        let (sender, answers): (Sender<(u64, Answer)>, _) = channel();
-        record.follow("console", output, move |line| {
-            if let Some(answer) = parse(line) {
+        let (sender, lines): (Sender<Line>, _) = channel();
+        let mut first = true;
+        record.follow("console", output, move |text, whole| {
+            // The first one may be the other half of an answer that began elsewhere.
+            if first || !whole || text.contains(MARKER) {
                 // Nobody listens any more when the guest is being ended.
-                let _ = sender.send(answer);
+                let _ = sender.send(Line { text: text.to_owned(), whole });
             }
+            first = false;
         });
-        Self { input: Box::new(input), answers, record, last_id: GUEST_ID }
+        let (half, unfinished, early) = (String::new(), None, VecDeque::new());
+        Self { input: Box::new(input), lines, record, last_id: GUEST_ID, half, unfinished, early }
+    }
+
+    /// Goes on with a guest that was moved here, where `from` has ended: with its numbers, and with
+    /// what it printed there last.
+    pub(crate) fn continue_from(&mut self, from: &mut Self) {
+        let deadline = Instant::now() + END_OF_OUTPUT;
+        let mut early = VecDeque::new();
+        while let Ok(answer) = from.next_answer(deadline) {
+            early.push_back(answer);
+        }
+        self.last_id = from.last_id;
+        self.half = std::mem::take(&mut from.half);
+        self.unfinished = from.unfinished.take();
+        self.early = early;
+        // Ends a command of which half was typed there. What cannot be typed is told by the next.
+        let _ = self.input.write_all(b"\n").and_then(|()| self.input.flush());
     }
 
     /// Waits until the guest says that it is ready.
@@ -166,39 +203,94 @@ impl Console {
 
     /// Sends a command and waits for the end of its answer.
     pub(crate) fn run(&mut self, command: &str, limit: Duration) -> Result<Reply> {
+        self.run_telling(command, limit, &mut |_| {})
+    }
+
+    /// The same; `tell` hears each line of the answer as it comes.
+    pub(crate) fn run_telling(
+        &mut self,
+        command: &str,
+        limit: Duration,
+        tell: &mut dyn FnMut(&str),
+    ) -> Result<Reply> {
+        let id = self.send(command)?;
+        self.wait_telling(id, command, limit, tell)
+    }
+
+    /// Sends a command; returns its number.
+    pub(crate) fn send(&mut self, command: &str) -> Result<u64> {
         self.last_id += 1;
         let id = self.last_id;
         let line = command.replace('\n', " ");
         self.record.push("host", &format!("{id} {line}"));
         let sent = self.input.write_all(format!("{id} {line}\n").as_bytes());
         if sent.and_then(|()| self.input.flush()).is_err() {
-            return Err(self.no_answer(command, limit, &Silence::Closed));
+            return Err(self.no_answer(command, Duration::ZERO, &Silence::Closed));
         }
-        self.wait(id, command, limit)
+        Ok(id)
     }
 
-    fn wait(&mut self, wanted: u64, command: &str, limit: Duration) -> Result<Reply> {
+    /// Waits for the end of the answer to the command with this number.
+    pub(crate) fn wait(&mut self, wanted: u64, command: &str, limit: Duration) -> Result<Reply> {
+        self.wait_telling(wanted, command, limit, &mut |_| {})
+    }
+
+    /// The same; `tell` hears each line of the answer as it comes.
+    fn wait_telling(
+        &mut self,
+        wanted: u64,
+        command: &str,
+        limit: Duration,
+        tell: &mut dyn FnMut(&str),
+    ) -> Result<Reply> {
         let deadline = Instant::now() + limit;
-        let mut reply = Reply::default();
+        let begun = self.unfinished.take().filter(|(id, _)| *id == wanted);
+        let mut reply = Reply { lines: begun.unwrap_or_default().1, ..Reply::default() };
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let (id, answer) = self.answers.recv_timeout(left).map_err(|error| {
-                let silence = match error {
-                    RecvTimeoutError::Timeout => Silence::Timeout,
-                    RecvTimeoutError::Disconnected => Silence::Closed,
-                };
-                self.no_answer(command, limit, &silence)
-            })?;
+            let (id, answer) = match self.next_answer(deadline) {
+                Ok(answer) => answer,
+                Err(silence) => {
+                    self.unfinished = Some((wanted, reply.lines));
+                    return Err(self.no_answer(command, limit, &silence));
+                }
+            };
+            if id > wanted {
+                // The guest answers in turn.
+                self.early.push_front((id, answer));
+                return Err(LabError::NotHeard { command: command.to_owned() });
+            }
             // Answers to a command that was given up on come late; they are in the record.
-            if id != wanted {
+            if id < wanted {
                 continue;
             }
             match answer {
-                Answer::Line(line) => reply.lines.push(line),
+                Answer::Line(line) => {
+                    tell(&line);
+                    reply.lines.push(line);
+                }
                 Answer::Done(text) => return Ok(Reply { text, ..reply }),
                 Answer::Refused(reason) => {
                     return Err(LabError::Refused { command: command.to_owned(), reason });
                 }
+            }
+        }
+    }
+
+    fn next_answer(&mut self, deadline: Instant) -> Result<(u64, Answer), Silence> {
+        if let Some(answer) = self.early.pop_front() {
+            return Ok(answer);
+        }
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let line = self.lines.recv_timeout(left).map_err(|error| match error {
+                RecvTimeoutError::Timeout => Silence::Timeout,
+                RecvTimeoutError::Disconnected => Silence::Closed,
+            })?;
+            self.half.push_str(&line.text);
+            if line.whole
+                && let Some(answer) = parse(&std::mem::take(&mut self.half))
+            {
+                return Ok(answer);
             }
         }
     }
@@ -249,7 +341,7 @@ mod tests {
     #[test]
     fn kernel_messages_and_late_answers_are_passed_over() {
         let (mut console, _guest) = scripted(
-            b"@lab 0 ok ready\r\n[ 2.0] noise\n@lab 9 ok late\n@lab 1 | one\n[ 3.0] x@lab 1 ok two\n",
+            b"@lab 0 ok ready\r\n[ 2.0] noise\n@lab 0 ok late\n@lab 1 | one\n[ 3.0] x@lab 1 ok two\n",
         );
         console.wait_ready(LIMIT).unwrap();
         let reply = console.run("anything", LIMIT).unwrap();
@@ -258,7 +350,7 @@ mod tests {
 
     #[test]
     fn silence_is_a_timeout_that_shows_the_console() {
-        let (mut console, _guest) = scripted(b"Kernel panic - not syncing\n@lab 5 ok late\n");
+        let (mut console, _guest) = scripted(b"Kernel panic - not syncing\n@lab 0 ok late\n");
         let error = loop {
             // The reading thread may not have seen the message at the first attempt.
             let error = console.run("touch 1", Duration::from_millis(50)).unwrap_err();
@@ -278,6 +370,39 @@ mod tests {
         drop(guest);
         let error = console.run("sync", LIMIT).unwrap_err();
         assert!(matches!(error, LabError::Ended { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_conversation_goes_on_where_the_guest_goes_on() {
+        for waits in [true, false] {
+            conversation_goes_on(waits);
+        }
+    }
+
+    /// Whether or not somebody was waiting when the first process ended.
+    fn conversation_goes_on(waits: bool) {
+        let (mut first, mut guest) = scripted(b"@lab 1 | one\n@lab 1 | tw");
+        assert_eq!(first.send("anything").unwrap(), 1);
+        // A socket that is closed with bytes unread loses what it said last.
+        guest.read_exact(&mut [0; 11]).unwrap();
+        drop(guest);
+        if waits {
+            let error = first.wait(1, "anything", LIMIT).unwrap_err();
+            assert!(matches!(error, LabError::Ended { .. }), "{error}");
+        }
+        let (mut second, mut guest) = scripted(b"o\n@lab 1 ok three\n@lab 3 ok\n");
+        second.continue_from(&mut first);
+        let reply = second.wait(1, "anything", LIMIT).unwrap();
+        let lines = vec!["one".into(), "two".into()];
+        assert_eq!(reply, Reply { lines, text: "three".into() });
+        // One that was lost on the way is not waited for.
+        assert_eq!((second.send("lost").unwrap(), second.send("heard").unwrap()), (2, 3));
+        let error = second.wait(2, "lost", LIMIT).unwrap_err();
+        assert!(matches!(error, LabError::NotHeard { .. }), "{error}");
+        assert_eq!(second.wait(3, "heard", LIMIT).unwrap(), Reply::default());
+        let mut typed = [0; 16];
+        guest.read_exact(&mut typed).unwrap();
+        assert_eq!(&typed, b"\n2 lost\n3 heard\n");
     }
 
     #[test]

@@ -66,6 +66,11 @@ pub struct DebianKernel {
 }
 
 impl DebianKernel {
+    /// One whose file is there already, where there is nothing else of it: it has no modules.
+    pub fn of_file(vmlinuz: impl Into<PathBuf>) -> Self {
+        Self { vmlinuz: vmlinuz.into(), release: String::new(), module_dir: PathBuf::new() }
+    }
+
     /// These modules and those they need, in loading order, without what is built in.
     ///
     /// # Errors

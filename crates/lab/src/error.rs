@@ -73,6 +73,12 @@ pub enum LabError {
         /// The last lines of its console and kernel log.
         tail: String,
     },
+    /// The guest answered what it was asked later.
+    #[error("the guest did not hear `{command}`")]
+    NotHeard {
+        /// The command.
+        command: String,
+    },
     /// The guest answered that it could not do it.
     #[error("the guest cannot `{command}`: {reason}")]
     Refused {

@@ -44,6 +44,7 @@ pub struct GuestBuilder {
     pub(crate) hardware: bool,
     pub(crate) initramfs: Option<PathBuf>,
     pub(crate) qemu_program: Option<PathBuf>,
+    pub(crate) incoming: Option<String>,
     log_file: Option<PathBuf>,
     boot_limit: Duration,
 }
@@ -62,6 +63,7 @@ impl GuestBuilder {
             hardware: false,
             initramfs: None,
             qemu_program: None,
+            incoming: None,
             log_file: None,
             boot_limit: BOOT_LIMIT,
         }
@@ -145,6 +147,13 @@ impl GuestBuilder {
         self
     }
 
+    /// Boots nothing, but waits for a guest that another QEMU sends to this address, such as
+    /// `tcp:127.0.0.1:7000`. [`boot`](Self::boot) does not wait until it has come.
+    pub fn incoming(mut self, address: impl Into<String>) -> Self {
+        self.incoming = Some(address.into());
+        self
+    }
+
     /// Writes all that the guest prints to a file, with times.
     pub fn log_file(mut self, path: impl Into<PathBuf>) -> Self {
         self.log_file = Some(path.into());
@@ -180,13 +189,13 @@ impl GuestBuilder {
         let output = child.stdout.take().ok_or_else(missing)?;
         let messages = child.stderr.take().ok_or_else(missing)?;
         let (last_word, ended) = channel::<()>();
-        record.follow("kernel", messages, move |_| {
+        record.follow("kernel", messages, move |_, _| {
             // Held only to be dropped when the last process of the guest has gone.
             let _ = &last_word;
         });
-        let console = Console::new(input, output, record.clone());
+        let console = Box::new(Console::new(input, output, record.clone()));
         let mut guest = Guest { console, kept, record, ended, _directory: directory };
-        if matches!(self.machine, Machine::Receiver { .. }) {
+        if self.incoming.is_some() || matches!(self.machine, Machine::Resumed { .. }) {
             return Ok(guest);
         }
         let ready = guest.console.wait_ready(self.boot_limit);
@@ -198,7 +207,7 @@ impl GuestBuilder {
 
 /// A running guest; it ends when this is dropped.
 pub struct Guest {
-    console: Console,
+    console: Box<Console>,
     kept: Kept,
     record: Record,
     /// Disconnects when no process holds the guest's standard error any more.
@@ -226,7 +235,13 @@ impl Guest {
     /// Our own monitor, which waits for a guest from another one and tells where on standard
     /// error. [`boot`](GuestBuilder::boot) does not wait until the guest has come.
     pub fn receiver(program: impl Into<PathBuf>) -> GuestBuilder {
-        GuestBuilder::new(Machine::Receiver { program: program.into() })
+        GuestBuilder::new(Machine::Resumed { program: program.into(), command: "receive" })
+    }
+
+    /// Our own monitor with a guest from a file. [`boot`](GuestBuilder::boot) does not wait until
+    /// it runs, since it is ready when it does.
+    pub fn restored(program: impl Into<PathBuf>) -> GuestBuilder {
+        GuestBuilder::new(Machine::Resumed { program: program.into(), command: "restore" })
     }
 
     /// Runs a command of the guest's init and returns its answer.
@@ -244,6 +259,45 @@ impl Guest {
     pub fn run_within(&mut self, command: &str, limit: Duration) -> Result<Reply> {
         let reply = self.console.run(command, limit);
         self.explain(reply)
+    }
+
+    /// Runs a command that may take this long; `tell` hears each line of its answer as it comes.
+    ///
+    /// # Errors
+    /// The guest's refusal, its silence, or its end.
+    pub fn run_telling(
+        &mut self,
+        command: &str,
+        limit: Duration,
+        tell: &mut dyn FnMut(&str),
+    ) -> Result<Reply> {
+        let reply = self.console.run_telling(command, limit, tell);
+        self.explain(reply)
+    }
+
+    /// Sends a command whose answer is waited for later, if the guest is still here then; returns its
+    /// number.
+    ///
+    /// # Errors
+    /// The guest's end.
+    pub fn ask(&mut self, command: &str) -> Result<u64> {
+        let asked = self.console.send(command);
+        self.explain(asked)
+    }
+
+    /// The answer to a command that was [asked](Self::ask).
+    ///
+    /// # Errors
+    /// The guest's refusal, its silence, or its end; and [`LabError::NotHeard`] where the guest has
+    /// answered a later command, and so did not hear this one.
+    pub fn answer(&mut self, number: u64, command: &str, limit: Duration) -> Result<Reply> {
+        let reply = self.console.wait(number, command, limit);
+        self.explain(reply)
+    }
+
+    /// Goes on with the conversation with a guest that was moved here from `from`, which has ended.
+    pub fn continue_from(&mut self, from: &mut Self) {
+        self.console.continue_from(&mut from.console);
     }
 
     /// Loads packed modules in this order, by the paths they were packed from.

@@ -52,6 +52,18 @@ impl KvmMachine {
     /// # Errors
     /// What is missing on this machine, or why the boot failed.
     pub fn boot(guests_mib: u64) -> Result<Self> {
+        Self::boot_with(guests_mib, &[])
+    }
+
+    /// The same, with all of its memory there: what is measured first does not pay for it.
+    ///
+    /// # Errors
+    /// As those of [`boot`](Self::boot).
+    pub fn boot_populated(guests_mib: u64) -> Result<Self> {
+        Self::boot_with(guests_mib, &["-mem-prealloc"])
+    }
+
+    fn boot_with(guests_mib: u64, arguments: &[&str]) -> Result<Self> {
         let kernel = debian::kernel(Release::Full6_12)?;
         let modules = kernel.modules(&MODULES)?;
         let root = format!(
@@ -61,6 +73,7 @@ impl KvmMachine {
             .memory_mib(OWN_MEMORY_MIB + guests_mib)
             .modules(&modules)
             .machine_arguments(["-virtfs", &root])
+            .machine_arguments(arguments.iter().copied())
             .boot()?;
         guest.load(&modules)?;
         guest.run(&format!("mount-root {ROOT_TAG}"))?;
@@ -79,6 +92,21 @@ impl KvmMachine {
         variables: &[(&str, &OsStr)],
         limit: Duration,
     ) -> Result<Outcome> {
+        self.run_telling(program, arguments, variables, limit, &mut |_| {})
+    }
+
+    /// The same; `tell` hears each line as it is printed.
+    ///
+    /// # Errors
+    /// As those of [`run`](Self::run).
+    pub fn run_telling(
+        &mut self,
+        program: &Path,
+        arguments: &[&OsStr],
+        variables: &[(&str, &OsStr)],
+        limit: Duration,
+        tell: &mut dyn FnMut(&str),
+    ) -> Result<Outcome> {
         let mut command = "program".to_owned();
         for (name, value) in variables {
             command += &format!(" {name}={}", encode(value));
@@ -86,7 +114,7 @@ impl KvmMachine {
         for word in [program.as_os_str()].iter().chain(arguments) {
             command += &format!(" {}", encode(word));
         }
-        let reply = self.guest.run_within(&command, limit)?;
+        let reply = self.guest.run_telling(&command, limit, tell)?;
         let code = match reply.text.split_once('=') {
             Some(("exit", code)) => code.parse().ok(),
             Some(("signal", _)) => None,

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod bandwidth;
+pub mod codec;
 pub mod convergence;
 pub mod cpu;
 mod destination;

@@ -20,7 +20,7 @@ pub enum Phase {
     LastRound,
     /// State of processors and devices.
     State,
-    /// The guest changes sides.
+    /// The guest changes sides, unless it was cancelled before this was told.
     HandOver,
 }
 
@@ -31,7 +31,8 @@ pub struct Progress {
     pub pages: u64,
     /// Of so many in this phase.
     pub of_pages: u64,
-    /// Bytes on the wire in this phase.
+    /// Bytes that went over the network, or to the file, since the migration began: everything that is
+    /// said, as in [`Summary::wire_bytes`](crate::Summary::wire_bytes). Before TLS.
     pub wire_bytes: u64,
 }
 

@@ -13,7 +13,7 @@ use common::{
     BALLOONED, Destination, FREE, POISON, Source, World, compare, network, quick_destination,
     quick_source,
 };
-use migration::observer::{Observer, Phase, Silent};
+use migration::observer::{Observer, Phase, Progress, Silent};
 use migration::{
     DestinationConfig, DestinationGuest, MigrationError, ReceiveFailure, Received, SourceConfig,
     SourceFailure, SourceGuest, Summary, migrate, receive,
@@ -127,6 +127,39 @@ fn phases_come_in_their_order() {
         Phase::HandOver,
     ];
     assert_eq!(noted.0, phases);
+}
+
+/// The newest word of the bytes on the wire.
+#[derive(Default)]
+struct Heard(u64);
+
+impl Observer for Heard {
+    fn progress(&mut self, progress: Progress) {
+        assert!(progress.wire_bytes >= self.0, "{} after {}", progress.wire_bytes, self.0);
+        self.0 = progress.wire_bytes;
+    }
+}
+
+#[test]
+fn progress_tells_all_that_went_over_the_wire() {
+    let world = Arc::new(World::default());
+    let mut source = Source::new(&world, 300, 0);
+    let mut destination = Destination::new(&world);
+    let (mut sent, mut received) = (Heard::default(), Heard::default());
+    let (mut connect, mut incoming) = network();
+    let there = quick_destination();
+    let summary = thread::scope(|scope| {
+        let (destination, received) = (&mut destination, &mut received);
+        let there =
+            scope.spawn(move || receive(&there, destination, &mut incoming, received).unwrap());
+        let summary = migrate(&quick_source(), &mut source, &mut connect, &mut sent).unwrap();
+        there.join().expect("no panic");
+        summary
+    });
+    // Rounds, what was said before them, and nothing of what came after.
+    let rounds: u64 = summary.rounds.iter().map(|round| round.wire_bytes).sum();
+    assert!(rounds < sent.0 && sent.0 < summary.wire_bytes, "{} {summary:?}", sent.0);
+    assert_eq!(received.0, sent.0);
 }
 
 /// What a monitor fails at, and who says so.

@@ -9,6 +9,8 @@ use seccompiler::{
 
 use crate::SandboxError;
 
+mod monitor;
+
 /// Whether the process still makes connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Network {
@@ -91,11 +93,34 @@ const ALLOWED: &[i64] = &[
     libc::SYS_clone3,
 ];
 
-/// From now on no thread of the process makes any other system call.
+/// From now on no thread of the process makes any other system call than serving balloons needs.
 ///
 /// # Errors
 /// The kernel has no seccomp, or there is no list for this architecture.
 pub fn restrict_calls(network: Network) -> Result<(), SandboxError> {
+    restrict(|| rules(network), BTreeMap::new())
+}
+
+/// The same for a process that runs a guest: with KVM, disks, connections of migrations.
+///
+/// # Errors
+/// As [`restrict_calls`].
+pub fn restrict_calls_of_monitor() -> Result<(), SandboxError> {
+    let failed = |error: seccompiler::BackendError| SandboxError::Calls(error.into());
+    let refused = monitor::refused().map_err(failed)?;
+    let allowed = || {
+        let mut rules = rules(Network::Connects)?;
+        monitor::add(&mut rules)?;
+        Ok(rules)
+    };
+    restrict(allowed, refused)
+}
+
+/// What is `refused` is answered with an error, and what is not allowed ends the process.
+fn restrict(
+    allowed: impl FnOnce() -> Result<Rules, seccompiler::BackendError>,
+    refused: Rules,
+) -> Result<(), SandboxError> {
     let arch =
         TargetArch::try_from(std::env::consts::ARCH).map_err(|_| SandboxError::Architecture)?;
     if arch != TargetArch::x86_64 {
@@ -105,12 +130,14 @@ pub fn restrict_calls(network: Network) -> Result<(), SandboxError> {
     rustix::thread::set_no_new_privs(true).map_err(|error| SandboxError::Calls(error.into()))?;
     let failed = |error: Box<dyn std::error::Error + Send + Sync>| SandboxError::Calls(error);
     let kill = SeccompAction::KillProcess;
-    let allowed = rules(network).map_err(|error| failed(error.into()))?;
+    let allowed = allowed().map_err(|error| failed(error.into()))?;
     // The flags of clone3 lie in memory, where no filter sees them. The C library
     // makes threads by `clone` where there is no clone3.
     let no_clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
     let unknown = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
+    let denied = SeccompAction::Errno(libc::EACCES.cast_unsigned());
     for filter in [
+        SeccompFilter::new(refused, SeccompAction::Allow, denied, arch),
         SeccompFilter::new(no_clone3, SeccompAction::Allow, unknown, arch),
         SeccompFilter::new(allowed, kill, SeccompAction::Allow, arch),
     ] {
@@ -123,21 +150,39 @@ pub fn restrict_calls(network: Network) -> Result<(), SandboxError> {
 
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
+/// What 32 bits of an argument have to be.
+type Condition = (SeccompCmpOp, u64);
+
+fn is(value: i32) -> Condition {
+    (SeccompCmpOp::Eq, u64::from(value.cast_unsigned()))
+}
+
+fn within(mask: i32, value: i32) -> Condition {
+    let mask = u64::from(mask.cast_unsigned());
+    (SeccompCmpOp::MaskedEq(mask), u64::from(value.cast_unsigned()))
+}
+
+/// Allows a call where an argument is one of these, beside what is allowed of it already.
+fn call_with(
+    rules: &mut Rules,
+    call: i64,
+    argument: u8,
+    values: &[Condition],
+) -> Result<(), seccompiler::BackendError> {
+    let rule = |(how, value): &Condition| {
+        let condition =
+            SeccompCondition::new(argument, SeccompCmpArgLen::Dword, how.clone(), *value)?;
+        SeccompRule::new(vec![condition])
+    };
+    let found: Vec<_> = values.iter().map(rule).collect::<Result<_, _>>()?;
+    rules.entry(call).or_default().extend(found);
+    Ok(())
+}
+
 fn rules(network: Network) -> Result<Rules, seccompiler::BackendError> {
     let mut rules: Rules = ALLOWED.iter().map(|call| (*call, Vec::new())).collect();
-    let mut only = |call: i64, argument: u8, values: &[(SeccompCmpOp, u64)]| {
-        let rule = |(how, value): &(SeccompCmpOp, u64)| {
-            let condition =
-                SeccompCondition::new(argument, SeccompCmpArgLen::Dword, how.clone(), *value)?;
-            SeccompRule::new(vec![condition])
-        };
-        let found: Result<Vec<_>, _> = values.iter().map(rule).collect();
-        found.map(|found| drop(rules.insert(call, found)))
-    };
-    let is = |value: i32| (SeccompCmpOp::Eq, u64::from(value.cast_unsigned()));
-    let within = |mask: i32, value: i32| {
-        let mask = u64::from(mask.cast_unsigned());
-        (SeccompCmpOp::MaskedEq(mask), u64::from(value.cast_unsigned()))
+    let mut only = |call: i64, argument: u8, values: &[Condition]| {
+        call_with(&mut rules, call, argument, values)
     };
     // No memory that can be run.
     only(libc::SYS_mmap, 2, &[within(libc::PROT_EXEC, 0)])?;

@@ -1,6 +1,6 @@
 //! What a process that serves guests gives up before it does: the file system
 //! but for a few directories (Landlock), and every system call that serving a
-//! balloon does not need (seccomp).
+//! balloon, or running a guest, does not need (seccomp).
 //!
 //! A guest or a monitor that gets hold of the process finds there its own memory
 //! and nothing else. No privilege is needed to give privileges up.
@@ -10,7 +10,7 @@
 mod calls;
 mod files;
 
-pub use calls::{Network, restrict_calls};
+pub use calls::{Network, restrict_calls, restrict_calls_of_monitor};
 pub use files::{Restricted, restrict_files};
 
 /// The process could not give something up.

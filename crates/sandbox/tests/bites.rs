@@ -8,12 +8,16 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use sandbox::{Network, Restricted, restrict_calls, restrict_files};
+use rustix::net::{AddressFamily, SocketType};
+use sandbox::{Network, Restricted, restrict_calls, restrict_calls_of_monitor, restrict_files};
 
 /// Names the attempt that the process is to make.
 const ATTEMPT: &str = "AEROSTAT_SANDBOX_ATTEMPT";
 /// The one directory that it may use.
 const DIRECTORY: &str = "AEROSTAT_SANDBOX_DIRECTORY";
+
+/// Begins the names of attempts under the rules for a monitor.
+const MONITOR: &str = "monitor:";
 
 /// What the kernel ends a process with that makes a forbidden call.
 const SIGSYS: i32 = 31;
@@ -54,6 +58,16 @@ fn forbidden_calls_end_the_process() {
 }
 
 #[test]
+fn a_monitor_makes_connections_and_asks_kvm_and_starts_no_programs() {
+    for name in ["serve", "thread", "files-inside", "tcp", "look-up", "ask-kvm", "terminal"] {
+        assert_possible(&format!("{MONITOR}{name}"));
+    }
+    for name in ["exec", "chmod", "in-a-thread", "raw-socket", "window"] {
+        assert_killed(&format!("{MONITOR}{name}"));
+    }
+}
+
+#[test]
 fn files_elsewhere_cannot_be_opened_made_or_removed() {
     let (output, _dir) = attempt("files-outside");
     let text = String::from_utf8_lossy(&output.stdout);
@@ -64,6 +78,18 @@ fn files_elsewhere_cannot_be_opened_made_or_removed() {
     if std::fs::read_to_string(has).is_ok_and(|list| list.contains("landlock")) {
         assert!(text.contains("refused"), "{text}");
     }
+}
+
+/// What is attempted, under the rules that it is attempted under.
+fn restrict<'a>(name: &'a str, dir: &Path) -> (&'a str, Restricted) {
+    if let Some(name) = name.strip_prefix(MONITOR) {
+        restrict_calls_of_monitor().unwrap();
+        return (name, Restricted::Not);
+    }
+    let restricted = restrict_files(&[dir]).unwrap();
+    let connects = name == "connect";
+    restrict_calls(if connects { Network::Connects } else { Network::Accepts }).unwrap();
+    (name, restricted)
 }
 
 /// Not a test of its own: the body of the processes above.
@@ -81,9 +107,8 @@ fn attempts() {
         started.recv().unwrap();
         let _ = std::process::Command::new("/bin/true").status();
     });
-    let restricted = restrict_files(&[dir]).unwrap();
-    restrict_calls(if name == "connect" { Network::Connects } else { Network::Accepts }).unwrap();
-    match name.as_str() {
+    let (name, restricted) = restrict(&name, dir);
+    match name {
         "serve" => {
             one.write_all(b"x").unwrap();
             other.read_exact(&mut [0]).unwrap();
@@ -107,6 +132,19 @@ fn attempts() {
         }
         "tcp" => drop(std::net::TcpStream::connect("127.0.0.1:1")),
         "unix-socket" => drop(UnixStream::connect("/a.sock")),
+        "look-up" => {
+            let found = std::net::ToSocketAddrs::to_socket_addrs(&("localhost", 1));
+            assert!(found.unwrap().next().is_some());
+            // Asks name servers, if there are any: none of them knows it.
+            assert!(std::net::ToSocketAddrs::to_socket_addrs(&("no.invalid", 1)).is_err());
+        }
+        // Where there is no KVM nothing is asked.
+        "ask-kvm" => drop(kvm_ioctls::Kvm::new().map(|kvm| kvm.get_api_version())),
+        "terminal" => {
+            assert!(!std::io::IsTerminal::is_terminal(&std::fs::File::open("/").unwrap()))
+        }
+        "raw-socket" => drop(rustix::net::socket(AddressFamily::PACKET, SocketType::RAW, None)),
+        "window" => drop(rustix::termios::tcgetwinsize(std::io::stdout())),
         "exec" => drop(std::process::Command::new("/bin/true").status()),
         "chmod" => {
             let mode = std::os::unix::fs::PermissionsExt::from_mode(0o777);

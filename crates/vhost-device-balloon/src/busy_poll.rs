@@ -1,12 +1,9 @@
 //! Looks for the guest's next message for a moment, instead of sleeping until it comes.
 //!
 //! A stock driver needs thousands of messages and waits for each, and each is a wake-up of
-//! this thread, which takes a host as long as the guest needs to fill the next message.
+//! this thread. Looking costs a processor meanwhile, so operators have to ask for it.
 
 use std::time::{Duration, Instant};
-
-/// How long after a message: what an emulated guest needs to fill the next.
-pub const BUSY_POLL: Duration = Duration::from_micros(400);
 
 /// How long altogether after the operator wanted something: half a TiB from a stock
 /// driver on hardware. A guest that sends for the sake of it gets no more of a processor.

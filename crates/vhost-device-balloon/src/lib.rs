@@ -23,7 +23,6 @@ mod vring;
 mod wire;
 
 pub use balloon_abi::Features;
-pub use busy_poll::BUSY_POLL;
 pub use error::{Error, SessionError, Violation};
 pub use server::{Backend, End};
 pub use service::{Options, Service};

@@ -76,6 +76,10 @@ impl Device for Balloon {
         self.shared.count_exits(count);
     }
 
+    fn count_kicks(&mut self, count: u64) {
+        self.shared.count_kicks(count);
+    }
+
     fn serve(&mut self, index: usize, memory: &Ram, queue: &mut Queue) -> Served {
         let mut device = self.shared.device();
         let Some(vq) = device.queues().vq(index) else {

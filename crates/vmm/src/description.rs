@@ -6,6 +6,7 @@ use migration::layout::GuestLayout;
 use migration::seams::{Description, MachineError};
 use page_set::PageRange;
 
+use crate::block::{DiskShape, MAX_DISKS};
 use crate::cpuid::CpuFeatures;
 use crate::error::Error;
 use crate::layout;
@@ -13,23 +14,28 @@ use crate::machine::Machine;
 use crate::state::codec::{Malformed, Reader, Writer};
 
 /// Version of the form of [`Made`].
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 const PAGE_BYTES: u64 = 4096;
 
 /// How a machine was made, as far as its guest could tell the difference. What backs its memory
-/// is for each host to choose.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// is for each host to choose, and where its disks are.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Made {
     pub(crate) cpus: u8,
     pub(crate) memory_bytes: u64,
     pub(crate) without: Features,
+    pub(crate) disks: Vec<DiskShape>,
 }
 
 impl Made {
-    fn encode(self) -> Vec<u8> {
+    pub(crate) fn encode(&self) -> Vec<u8> {
         let mut writer = Writer::default();
         writer.u32(VERSION).u8(self.cpus).u64(self.memory_bytes).u64(self.without.0);
+        writer.u8(u8::try_from(self.disks.len()).unwrap_or(u8::MAX));
+        for disk in &self.disks {
+            writer.u64(disk.sectors).flag(disk.read_only);
+        }
         writer.finish()
     }
 
@@ -39,11 +45,21 @@ impl Made {
         if version != VERSION {
             return Err(Malformed::Value { what: "the version", value: version.into() });
         }
-        let made = Self {
+        let mut made = Self {
             cpus: reader.u8()?,
             memory_bytes: reader.u64()?,
             without: Features(reader.u64()?),
+            disks: Vec::new(),
         };
+        let count = reader.u8()?;
+        if usize::from(count) > MAX_DISKS {
+            let (count, max) = (count.into(), MAX_DISKS as u64);
+            return Err(Malformed::TooMany { what: "disks", count, max });
+        }
+        for _ in 0..count {
+            let sectors = reader.u64()?;
+            made.disks.push(DiskShape { sectors, read_only: reader.flag("a disk's use")? });
+        }
         reader.finish()?;
         Ok(made)
     }
@@ -66,13 +82,36 @@ impl Made {
         }
         Ok(made)
     }
+
+    /// Whether a machine here has the disks that the guest had.
+    ///
+    /// # Errors
+    /// It has others; the operator's fault, who names them.
+    pub(crate) fn check_disks(&self, here: &[DiskShape]) -> Result<(), Error> {
+        if self.disks == here {
+            return Ok(());
+        }
+        let list = |disks: &[DiskShape]| {
+            let word = |disk: &DiskShape| {
+                let kind = if disk.read_only { " read-only" } else { "" };
+                format!("{} sectors{kind}", disk.sectors)
+            };
+            format!("[{}]", disks.iter().map(word).collect::<Vec<_>>().join(", "))
+        };
+        let (had, has) = (list(&self.disks), list(here));
+        Err(Error::Option { what: format!("the guest had the disks {had}, and has {has} here") })
+    }
 }
 
 /// Describes a machine to a destination.
 pub(crate) fn describe(machine: &Machine) -> Result<Description, MachineError> {
     let options = &machine.options;
-    let made =
-        Made { cpus: options.cpus, memory_bytes: options.memory_bytes, without: options.without };
+    let made = Made {
+        cpus: options.cpus,
+        memory_bytes: options.memory_bytes,
+        without: options.without,
+        disks: machine.disk_shapes(),
+    };
     let regions: Vec<PageRange> = machine.regions();
     Ok(Description {
         layout: GuestLayout::new(regions)?,
@@ -92,10 +131,16 @@ pub(crate) fn cpu_features(features: CpuFeatures) -> migration::cpu::CpuFeatures
 mod tests {
     use super::*;
 
-    const MADE: Made = Made { cpus: 2, memory_bytes: 4 << 30, without: Features::REPORTING };
+    const MEMORY_BYTES: u64 = 4 << 30;
+
+    fn made() -> Made {
+        let disks = [false, true].map(|read_only| DiskShape { sectors: 9, read_only });
+        let (memory_bytes, without) = (MEMORY_BYTES, Features::REPORTING);
+        Made { cpus: 2, memory_bytes, without, disks: disks.into() }
+    }
 
     fn description(config: Vec<u8>) -> Description {
-        let ranges = layout::ranges(MADE.memory_bytes).unwrap();
+        let ranges = layout::ranges(MEMORY_BYTES).unwrap();
         let pages =
             ranges.iter().map(|(start, bytes)| PageRange::new(start / 4096, bytes / 4096).unwrap());
         Description {
@@ -108,21 +153,31 @@ mod tests {
 
     #[test]
     fn a_machine_is_made_as_it_was_described_or_not_at_all() {
-        assert_eq!(Made::of(&description(MADE.encode()), 2).unwrap(), MADE);
+        assert_eq!(Made::of(&description(made().encode()), 2).unwrap(), made());
         let refused = |config: Vec<u8>, max_cpus| {
             let error = Made::of(&description(config), max_cpus).unwrap_err().to_string();
             assert!(error.starts_with("sender: "), "{error}");
             error
         };
-        assert!(refused(MADE.encode(), 1).contains("2 processors"));
-        assert!(refused(Made { cpus: 0, ..MADE }.encode(), 64).contains("0 processors"));
-        refused(Made { memory_bytes: 2 << 30, ..MADE }.encode(), 64);
-        refused(Made { memory_bytes: u64::MAX, ..MADE }.encode(), 64);
-        refused(Made { memory_bytes: 0, ..MADE }.encode(), 64);
-        refused(MADE.encode()[1..].to_vec(), 64);
-        refused([MADE.encode(), vec![0]].concat(), 64);
-        let mut newer = MADE.encode();
+        assert!(refused(made().encode(), 1).contains("2 processors"));
+        assert!(refused(Made { cpus: 0, ..made() }.encode(), 64).contains("0 processors"));
+        refused(Made { memory_bytes: 2 << 30, ..made() }.encode(), 64);
+        refused(Made { memory_bytes: u64::MAX, ..made() }.encode(), 64);
+        refused(Made { memory_bytes: 0, ..made() }.encode(), 64);
+        refused(made().encode()[1..].to_vec(), 64);
+        refused([made().encode(), vec![0]].concat(), 64);
+        let mut newer = made().encode();
         newer[0] = 9;
         assert!(refused(newer, 64).contains("version"));
+        let mut more = made().encode();
+        let count = more.len() - 2 * 9 - 1;
+        more[count] = 8;
+        assert!(refused(more, 64).contains("8 disks"));
+        assert!(made().check_disks(&made().disks).is_ok());
+        let error = made().check_disks(&made().disks[..1]).unwrap_err().to_string();
+        assert!(
+            error.starts_with("operator: ") && error.contains("9 sectors read-only"),
+            "{error}"
+        );
     }
 }

@@ -11,6 +11,7 @@
 
 mod acpi;
 mod balloon;
+mod block;
 mod boot;
 mod console;
 mod cpu;
@@ -26,14 +27,17 @@ mod migrate;
 mod mmio;
 mod mover;
 mod ports;
+pub mod raw;
 mod receive;
 mod reins;
+mod restore;
 mod seams;
 mod state;
 mod throttle;
 mod vcpu;
 
 pub use balloon_abi::Features;
+pub use block::{DiskOptions, MAX_DISKS};
 pub use cpuid::CpuFeatures;
 pub use error::Error;
 pub use layout::{MAX_CPUS, MAX_MEMORY_BYTES};
@@ -43,4 +47,5 @@ pub use migrate::GuestRam;
 pub use migration::tcp::Security;
 pub use migration::tls::{Tls, TlsFiles};
 pub use receive::{ReceiveOptions, receive};
+pub use restore::{RestoreOptions, restore};
 pub use state::Section;

@@ -20,6 +20,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::acpi::{self, MmioSlot};
 use crate::balloon::Balloon;
+use crate::block::{Block, DiskFile, DiskOptions, MAX_DISKS};
 use crate::boot::{self, Source};
 use crate::console::Console;
 use crate::cpu;
@@ -54,6 +55,8 @@ pub struct Options {
     pub initrd: Option<PathBuf>,
     /// The kernel's command line.
     pub command_line: String,
+    /// Disks, in the order in which the guest finds them; at most [`MAX_DISKS`].
+    pub disks: Vec<DiskOptions>,
     /// When memory of the balloon is released.
     pub release: ReleaseMode,
     /// What becomes of pieces of huge pages.
@@ -181,7 +184,7 @@ impl Slot {
     /// Places a device; KVM turns notifications and interrupts into event files by itself.
     fn new(
         number: u32,
-        device: Box<dyn Device>,
+        mut device: Box<dyn Device>,
         vm: &VmFd,
         memory: &Memory,
     ) -> Result<Self, Error> {
@@ -197,6 +200,7 @@ impl Slot {
                 .map_err(Error::kvm("making a notification"))?;
             kicks.push(kick);
         }
+        device.set_kicks(&kicks);
         let copies = kicks.iter().map(EventFd::try_clone).collect::<Result<_, _>>();
         let signals =
             EventSignals { interrupt, kicks: copies.map_err(Error::host::<io::Error>("dup"))? };
@@ -230,6 +234,7 @@ fn event_file() -> Result<EventFd, Error> {
 pub struct Machine {
     pub(crate) bus: Arc<Bus>,
     pub(crate) balloon: Arc<Shared>,
+    pub(crate) disks: Vec<Arc<DiskFile>>,
     pub(crate) processors: Processors,
     pub(crate) memory: Memory,
     pub(crate) vm: Arc<Vm>,
@@ -253,6 +258,12 @@ impl Machine {
             let what = format!("a guest can have 1 to {} processors", layout::MAX_CPUS);
             return Err(Error::Option { what });
         }
+        if options.disks.len() > MAX_DISKS {
+            let what = format!("a guest can have {MAX_DISKS} disks");
+            return Err(Error::Option { what });
+        }
+        let disks = options.disks.iter().map(|disk| DiskFile::open(disk).map(Arc::new));
+        let disks = disks.collect::<Result<Vec<_>, _>>()?;
         let memory = Memory::new(options.memory_bytes, options.memory)?;
         let kvm = Kvm::new().map_err(Error::kvm("opening /dev/kvm"))?;
         let fd = kvm.create_vm().map_err(Error::kvm("making a virtual machine"))?;
@@ -262,7 +273,11 @@ impl Machine {
 
         let balloon = balloon(options, &memory)?;
         let device = Box::new(Balloon::new(Arc::clone(&balloon)));
-        let slots = vec![Slot::new(0, device, vm.fd(), &memory)?];
+        let mut slots = vec![Slot::new(0, device, vm.fd(), &memory)?];
+        for ((number, disk), slot) in disks.iter().enumerate().zip(1..) {
+            let device = Box::new(Block::new(disk, number, memory.guest.clone())?);
+            slots.push(Slot::new(slot, device, vm.fd(), &memory)?);
+        }
         let serial = event_file()?;
         vm.fd()
             .register_irqfd(&serial, layout::SERIAL_GSI)
@@ -278,7 +293,7 @@ impl Machine {
             Mutex::new(CpuFeatures::of(template.of_processor(0, options.cpus).as_slice()));
         let reins = Mutex::new(Reins::Operator { paused: false });
         let options = options.clone();
-        Ok(Self { bus, balloon, processors, memory, vm, msrs, options, reins, features })
+        Ok(Self { bus, balloon, disks, processors, memory, vm, msrs, options, reins, features })
     }
 
     /// Puts a kernel, and what firmware would have left, into the memory of a new machine.
@@ -400,8 +415,16 @@ impl Machine {
 
     /// The guest runs.
     pub fn resume(&self) {
+        self.balloon.stay();
         self.bus.slots.iter().for_each(|slot| slot.transport().resume());
         self.processors.resume();
+    }
+
+    /// The guest's processors come to a stop soon, and nobody lets them go on.
+    pub(crate) fn halt(&self) {
+        // Who has them already keeps them as long.
+        let _ = self.take_reins();
+        self.processors.halt();
     }
 
     /// A processor has ended the guest.

@@ -5,11 +5,12 @@ use std::sync::{Arc, PoisonError};
 use page_set::{PageRange, PageSet};
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::block::DiskShape;
 use crate::cpuid::CpuFeatures;
 use crate::error::Error;
 use crate::machine::Machine;
 use crate::memory::Ram;
-use crate::state::{Chips, MachineState, Processor, Section};
+use crate::state::{Chips, MachineState, Processor, Section, transport_name};
 
 const PAGE_BYTES: u64 = 4096;
 
@@ -129,13 +130,13 @@ impl Machine {
     pub fn save(&self) -> Result<Vec<Section>, Error> {
         let processors = self.processors.each(|_, fd| Processor::save(fd, &self.msrs))?;
         let chips = Chips::save(self.vm.fd())?;
-        let device = self.balloon.device();
-        let (balloon, layout) = (device.state(), device.layout().clone());
-        drop(device);
-        let slot = self.bus.slots.first().ok_or_else(no_device)?;
-        let transport = slot.transport().state();
+        let balloon = self.balloon.leave();
+        let layout = self.balloon.device().layout().clone();
+        // Whoever reads it next may do so on another host.
+        self.sync_disks()?;
+        let transports = self.bus.slots.iter().map(|slot| slot.transport().state()).collect();
         let ports = self.bus.ports.state();
-        Ok(MachineState { processors, chips, ports, transport, balloon }.encode(&layout))
+        Ok(MachineState { processors, chips, ports, transports, balloon }.encode(&layout))
     }
 
     /// Gives a new machine, whose memory is there already, the state of another. It stands still
@@ -147,7 +148,8 @@ impl Machine {
     pub fn load(&self, sections: &[Section]) -> Result<(), Error> {
         self.processors.pause();
         let layout = self.balloon.device().layout().clone();
-        let state = MachineState::decode(sections, self.processors.len(), &layout)?;
+        let (cpus, devices) = (self.processors.len(), self.bus.slots.len());
+        let state = MachineState::decode(sections, cpus, devices, &layout)?;
         let wrong = |section: &str, why: String| Error::State { section: section.into(), why };
         self.processors.each(|number, fd| match state.processors.get(number) {
             Some(processor) => processor.load(fd, &self.vm),
@@ -161,17 +163,26 @@ impl Machine {
         self.bus.ports.restore(&state.ports).map_err(|error| wrong("ports", error.to_string()))?;
         let restored = self.balloon.restore(state.balloon);
         restored.map_err(|error| wrong("balloon", error.to_string()))?;
-        let slot = self.bus.slots.first().ok_or_else(no_device)?;
-        let mut transport = slot.transport();
-        let restored = transport.restore(&state.transport);
-        restored.map_err(|error| wrong("virtio0", error.to_string()))?;
-        // The driver looks whether it may use what it hinted, and what is asked of it.
-        transport.config_changed();
+        for (number, (slot, transport)) in self.bus.slots.iter().zip(&state.transports).enumerate()
+        {
+            let restored = slot.transport().restore(transport);
+            restored.map_err(|error| wrong(&transport_name(number), error.to_string()))?;
+        }
+        if let Some(balloon) = self.bus.slots.first() {
+            // The driver looks whether it may use what it hinted, and what is asked of it.
+            balloon.transport().config_changed();
+        }
         Ok(())
     }
-}
 
-/// A machine always has its balloon.
-fn no_device() -> Error {
-    Error::Unsupported { what: "a machine without devices".into() }
+    /// All that was written to its disks is there for other hosts.
+    pub(crate) fn sync_disks(&self) -> Result<(), Error> {
+        let failed = Error::host("syncing a disk");
+        self.disks.iter().try_for_each(|disk| disk.sync().map_err(&failed))
+    }
+
+    /// What the guest sees of its disks.
+    pub(crate) fn disk_shapes(&self) -> Vec<DiskShape> {
+        self.disks.iter().map(|disk| disk.shape()).collect()
+    }
 }

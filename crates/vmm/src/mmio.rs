@@ -12,6 +12,7 @@ use std::time::Duration;
 use balloon_host::ring::{self, MAX_QUEUE_SIZE};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::Ram;
 
@@ -72,8 +73,16 @@ pub(crate) trait Device: Send {
     fn write_config(&mut self, offset: u32, data: &[u8]);
     /// A driver starts with these features, or goes with none.
     fn reset(&mut self, features: u64);
+    /// A driver that these features were agreed on with came from another host.
+    fn accepted(&mut self, _features: u64) {}
+    /// What has each of its queues served, as a notification by the guest would.
+    fn set_kicks(&mut self, _kicks: &[EventFd]) {}
     /// The guest left its processor so many times because of this device.
     fn count_exits(&mut self, count: u64);
+    /// The same, to notify it.
+    fn count_kicks(&mut self, count: u64) {
+        self.count_exits(count);
+    }
     /// Serves a queue.
     fn serve(&mut self, index: usize, memory: &Ram, queue: &mut Queue) -> Served;
     /// Time until a queue is to be served whatever the guest does, if it is.
@@ -188,7 +197,7 @@ impl<S: Signals> Transport<S> {
     /// Serves a queue after so many notifications that the guest left its processor for; true
     /// where there is more to serve.
     pub(crate) fn notified(&mut self, index: usize, count: u64) -> bool {
-        self.device.count_exits(count);
+        self.device.count_kicks(count);
         if !self.runs() || self.paused {
             return false;
         }

@@ -1,5 +1,6 @@
 //! Moving the guest of a monitor: what its operator may ask, and what is told.
 
+mod save;
 mod told;
 
 use std::path::PathBuf;
@@ -9,7 +10,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use control::api::{
-    MigrationSide, MigrationState, MigrationStatus, SettleWord, StartMigration, TlsPaths,
+    MigrationPhase, MigrationSide, MigrationState, MigrationStatus, SettleWord, StartMigration,
+    StartSnapshot, TlsPaths,
 };
 use control::{Balloon, ControlError, Monitor};
 use migration::observer::{Observer, Phase, Progress};
@@ -25,6 +27,13 @@ use crate::seams::{Arriving, Leaving};
 
 /// How long the guest may take to drop its caches.
 const DROP_CACHES_TIME: Duration = Duration::from_secs(30);
+
+/// How long a migration that was cancelled because its monitor ends may take to say so to the other
+/// side. It may be waiting for a peer that is silent.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// The same where the other side may have all of the guest: if it is not told, it is in doubt.
+const LAST_WORDS: Duration = Duration::from_secs(6);
 
 /// How long a monitor whose guest has left waits for somebody to ask how it went.
 const LINGER: Duration = Duration::from_secs(5);
@@ -42,8 +51,6 @@ pub(crate) struct Mover {
 struct State {
     status: MigrationStatus,
     began: Option<Instant>,
-    /// Bytes on the network before the present phase.
-    earlier_bytes: u64,
     cancel: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
     doubt: Option<Doubt>,
@@ -98,15 +105,29 @@ impl Mover {
         state.status.state
     }
 
-    /// The monitor is about to end. Ends a migration, and waits until it is known where the guest
-    /// is; true where it has left.
+    /// The monitor is about to end. Ends a migration, where the guest was not offered yet, and does
+    /// not wait for a peer that is silent; true where the guest has left.
     pub(crate) fn end(&self) -> bool {
-        let thread = {
-            let mut state = self.state();
-            state.cancel.store(true, Ordering::Relaxed);
-            state.thread.take()
+        let mut state = self.state();
+        // From here on nothing is offered: who begins to looks at it after this lock.
+        state.cancel.store(true, Ordering::Relaxed);
+        let thread = state.thread.take();
+        let patience = match state.status.phase {
+            // Said, and heard or lost within its own time.
+            Some(MigrationPhase::HandOver) => None,
+            Some(MigrationPhase::State) => Some(LAST_WORDS),
+            _ => Some(FAREWELL),
         };
-        if thread.is_some_and(|thread| thread.join().is_err()) {
+        if let Some(patience) = patience {
+            let goes_on = |state: &mut State| state.status.state == MigrationState::Running;
+            let wait = self.changed.wait_timeout_while(state, patience, goes_on);
+            state = wait.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        let is_silent = patience.is_some() && state.status.state == MigrationState::Running;
+        drop(state);
+        if is_silent {
+            tracing::warn!("the migration ends with this process; the other side was not told");
+        } else if thread.is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("the migration ended in a panic");
         }
         let state = self.state();
@@ -261,7 +282,6 @@ impl State {
     fn begin(&mut self, side: MigrationSide) {
         self.status = MigrationStatus { side: Some(side), ..MigrationStatus::default() };
         self.began = Some(Instant::now());
-        self.earlier_bytes = 0;
         self.told = false;
     }
 
@@ -284,7 +304,6 @@ pub(crate) struct Watch(pub(crate) Arc<Mover>);
 impl Observer for Watch {
     fn phase(&mut self, phase: Phase) {
         let mut state = self.0.state();
-        state.earlier_bytes = state.status.wire_bytes;
         let status = &mut state.status;
         // A destination that waits for connections has no guest on its way.
         if status.state == MigrationState::Waiting && phase != Phase::Connect {
@@ -298,10 +317,9 @@ impl Observer for Watch {
 
     fn progress(&mut self, progress: Progress) {
         let mut state = self.0.state();
-        let wire_bytes = state.earlier_bytes + progress.wire_bytes;
         let status = &mut state.status;
         (status.done_pages, status.of_pages) = (progress.pages, progress.of_pages);
-        status.wire_bytes = wire_bytes;
+        status.wire_bytes = progress.wire_bytes;
     }
 }
 
@@ -341,6 +359,10 @@ impl Monitor for Asked {
         Ok(state.status.clone())
     }
 
+    fn start_snapshot(&self, ask: &StartSnapshot) -> Result<MigrationStatus, ControlError> {
+        self.0.start_snapshot(ask)
+    }
+
     fn migration(&self) -> MigrationStatus {
         let mut state = self.0.state();
         state.told |= state.status.state == MigrationState::Moved;
@@ -351,9 +373,10 @@ impl Monitor for Asked {
 
     fn cancel_migration(&self) -> Result<MigrationStatus, ControlError> {
         let state = self.0.state();
-        let leaves = state.status.side == Some(MigrationSide::Source);
+        let side = state.status.side;
+        let leaves = matches!(side, Some(MigrationSide::Source | MigrationSide::Snapshot));
         if !leaves || state.status.state != MigrationState::Running {
-            return Err(nothing("no guest is leaving"));
+            return Err(nothing("no guest is leaving, or being written to a file"));
         }
         state.cancel.store(true, Ordering::Relaxed);
         Ok(state.status.clone())
@@ -463,7 +486,7 @@ mod tests {
         watch.phase(Phase::Round { number: 3 });
         watch.progress(Progress { pages: 5, of_pages: 9, wire_bytes: 100 });
         watch.phase(Phase::LastRound);
-        watch.progress(Progress { pages: 1, of_pages: 2, wire_bytes: 10 });
+        watch.progress(Progress { pages: 1, of_pages: 2, wire_bytes: 110 });
         let status = asked.migration();
         assert_eq!((status.state, status.round), (MigrationState::Running, 3));
         assert_eq!((status.done_pages, status.of_pages, status.wire_bytes), (1, 2, 110));

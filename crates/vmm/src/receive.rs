@@ -14,6 +14,7 @@ use migration::link::Accept as _;
 use migration::tcp::{Security, TcpAcceptor};
 use migration::{DestinationConfig, DestinationGuest, ReceiveFailure, receive as arrive};
 
+use crate::block::DiskOptions;
 use crate::error::Error;
 use crate::machine::{End, Options, Requests, serve_to_end};
 use crate::memory::MemoryKind;
@@ -44,6 +45,8 @@ pub struct ReceiveOptions {
     pub max_cpus: u8,
     /// What backs its memory here.
     pub memory: MemoryKind,
+    /// Its disks, as many and of the same sizes as it had.
+    pub disks: Vec<DiskOptions>,
     /// When memory of the balloon is released.
     pub release: ReleaseMode,
     /// What becomes of pieces of huge pages.
@@ -138,6 +141,7 @@ fn machine_options(options: &ReceiveOptions) -> Options {
         kernel: PathBuf::new(),
         initrd: None,
         command_line: String::new(),
+        disks: options.disks.clone(),
         release: options.release,
         partial_huge: options.partial_huge,
         without: Features::NONE,

@@ -7,16 +7,18 @@ use std::time::Duration;
 use balloon_abi::Features;
 use control::api::{Caches, HintOutcome};
 use control::{Balloon as _, GuestAsk};
-use host_memory::{Discard, MemoryMap};
+use host_memory::{Discard, MemoryMap, MissingPages};
 use migration::cpu::CpuFeatures;
 use migration::dirty::DirtyBitmap;
 use migration::guest_memory::MappedMemory;
 use migration::seams::{
-    Description, DestinationMachine, FreePages, MachineError, ReadPages, SourceMachine,
+    Description, DestinationMachine, FreePages, MachineError, PlacePages, ReadPages, SourceMachine,
     StateSection, WritePages,
 };
 use page_set::{PAGE_BYTES, PageRange, PageSet};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{
+    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress,
+};
 
 use crate::description::{Made, cpu_features, describe};
 use crate::error::Error;
@@ -26,6 +28,10 @@ use crate::state::Section;
 
 /// Smallest block that a guest names as free.
 const MIN_BLOCK_BYTES: u64 = PAGE_BYTES;
+
+/// What is copied at once. The C library copies more by an instruction (`rep movsb`) that takes ten
+/// times as long where the processor is emulated, and no less where it is not.
+const COPY_BYTES: usize = 4096;
 
 /// Further time for an answer that ends by itself when its time is over.
 const GRACE: Duration = Duration::from_millis(500);
@@ -48,10 +54,14 @@ impl ReadPages for Pages {
         // Cannot overflow: page numbers are below 2^52.
         let at = GuestAddress(pages.start() * PAGE_BYTES);
         let region = self.guest.find_region(at).ok_or("no memory is there")?;
+        let offset = at.unchecked_offset_from(region.start_addr());
         let Some(place) = region.file_offset() else {
-            return Ok(self.guest.read_slice(out, at)?);
+            for (out, offset) in out.chunks_mut(COPY_BYTES).zip((offset..).step_by(COPY_BYTES)) {
+                region.read_slice(out, MemoryRegionAddress(offset))?;
+            }
+            return Ok(());
         };
-        let mut offset = place.start() + at.unchecked_offset_from(region.start_addr());
+        let mut offset = place.start() + offset;
         let mut rest = out;
         while !rest.is_empty() {
             let read =
@@ -68,7 +78,13 @@ impl ReadPages for Pages {
 
 impl WritePages for Pages {
     fn write_pages(&self, pages: PageRange, bytes: &[u8]) -> Result<(), MachineError> {
-        Ok(self.guest.write_slice(bytes, GuestAddress(pages.start() * PAGE_BYTES))?)
+        let at = GuestAddress(pages.start() * PAGE_BYTES);
+        let region = self.guest.find_region(at).ok_or("no memory is there")?;
+        let offset = at.unchecked_offset_from(region.start_addr());
+        for (bytes, offset) in bytes.chunks(COPY_BYTES).zip((offset..).step_by(COPY_BYTES)) {
+            region.write_slice(bytes, MemoryRegionAddress(offset))?;
+        }
+        Ok(())
     }
 
     fn zero_pages(&self, pages: PageRange) -> Result<(), MachineError> {
@@ -80,6 +96,23 @@ impl WritePages for Pages {
             }
         }
         MappedMemory(self.guest.clone()).zero_pages(pages)
+    }
+}
+
+/// Memory that is missing until it is placed.
+struct Missing(MissingPages);
+
+impl PlacePages for Missing {
+    fn next_missing(&self, wait: Duration) -> Result<Option<u64>, MachineError> {
+        Ok(self.0.next(wait)?)
+    }
+
+    fn place_page(&self, page: u64, contents: Option<&[u8; 4096]>) -> Result<(), MachineError> {
+        match contents {
+            Some(contents) => self.0.place(page, contents)?,
+            None => self.0.place_zeros(page)?,
+        };
+        Ok(())
     }
 }
 
@@ -187,6 +220,8 @@ impl SourceMachine for Leaving {
         if self.machine.has_ended() {
             return Err("guest: it has ended".into());
         }
+        // So that little is left to do while it stands still; failing is told then.
+        let _ = self.machine.sync_disks();
         self.machine.pause();
         Ok(())
     }
@@ -213,6 +248,8 @@ pub(crate) struct Arriving {
     max_cpus: u8,
     host: CpuFeatures,
     machine: Option<Arc<Machine>>,
+    /// What a guest waits for whose memory comes later: as long as this is there.
+    missing: Option<Arc<Missing>>,
 }
 
 impl Arriving {
@@ -220,12 +257,29 @@ impl Arriving {
     /// There is no KVM.
     pub(crate) fn new(options: Options, max_cpus: u8) -> Result<Self, Error> {
         let host = cpu_features(crate::cpuid::CpuFeatures::of_host()?);
-        Ok(Self { options, max_cpus, host, machine: None })
+        Ok(Self { options, max_cpus, host, machine: None, missing: None })
     }
 
     /// The guest's machine, once there is one.
     pub(crate) fn machine(&self) -> Option<&Arc<Machine>> {
         self.machine.as_ref()
+    }
+
+    /// Nobody waits for missing memory any more, which reads as zeros from now on. No guest may
+    /// run that would see them.
+    pub(crate) fn let_go(&mut self) {
+        self.missing = None;
+    }
+
+    /// A machine with nothing in its memory.
+    fn make(&mut self, description: &Description) -> Result<Arc<Machine>, MachineError> {
+        let made = Made::of(description, self.max_cpus)?;
+        let Made { cpus, memory_bytes, without, .. } = made;
+        let options = Options { cpus, memory_bytes, without, ..self.options.clone() };
+        let machine = Arc::new(Machine::new(&options, Box::new(io::stdout()))?);
+        made.check_disks(&machine.disk_shapes())?;
+        self.machine = Some(Arc::clone(&machine));
+        Ok(machine)
     }
 
     fn made(&self) -> Result<&Machine, MachineError> {
@@ -239,12 +293,21 @@ impl DestinationMachine for Arriving {
     }
 
     fn create(&mut self, description: &Description) -> Result<Arc<dyn WritePages>, MachineError> {
-        let Made { cpus, memory_bytes, without } = Made::of(description, self.max_cpus)?;
-        let options = Options { cpus, memory_bytes, without, ..self.options.clone() };
-        let machine = Machine::new(&options, Box::new(io::stdout()))?;
-        let pages = Arc::new(Pages::of(&machine.memory));
-        self.machine = Some(Arc::new(machine));
-        Ok(pages)
+        let machine = self.make(description)?;
+        Ok(Arc::new(Pages::of(&machine.memory)))
+    }
+
+    fn create_missing(
+        &mut self,
+        description: &Description,
+    ) -> Result<Arc<dyn PlacePages>, MachineError> {
+        if self.options.memory.shared {
+            return Err("operator: memory in a file (--shared) cannot come lazily".into());
+        }
+        let machine = self.make(description)?;
+        let missing = Arc::new(Missing(MissingPages::watch(&machine.memory.map)?));
+        self.missing = Some(Arc::clone(&missing));
+        Ok(missing)
     }
 
     fn load_state(&mut self, state: Vec<StateSection>) -> Result<(), MachineError> {
@@ -259,6 +322,8 @@ impl DestinationMachine for Arriving {
     }
 
     fn destroy(&mut self) {
+        // A processor that waits for memory could not end.
+        self.missing = None;
         self.machine = None;
     }
 }

@@ -34,7 +34,6 @@ const VERSION: u32 = 1;
 
 const CHIPS: &str = "chips";
 const PORTS: &str = "ports";
-const TRANSPORT: &str = "virtio0";
 const BALLOON: &str = "balloon";
 
 /// All of it, checked as far as it can be without a machine.
@@ -42,7 +41,8 @@ pub(crate) struct MachineState {
     pub(crate) processors: Vec<Processor>,
     pub(crate) chips: Chips,
     pub(crate) ports: PortsState,
-    pub(crate) transport: TransportState,
+    /// The balloon's, and those of the disks.
+    pub(crate) transports: Vec<TransportState>,
     pub(crate) balloon: BalloonState,
 }
 
@@ -55,21 +55,25 @@ impl MachineState {
             processors.map(|(number, cpu)| part(cpu_name(number), cpu.encode())).collect();
         parts.push(part(CHIPS.into(), self.chips.encode()));
         parts.push(part(PORTS.into(), self.ports.encode()));
-        parts.push(part(TRANSPORT.into(), self.transport.encode()));
+        let transports = self.transports.iter().enumerate();
+        parts.extend(
+            transports.map(|(number, transport)| part(transport_name(number), transport.encode())),
+        );
         parts.push(part(BALLOON.into(), balloon::encode(&self.balloon, layout)));
         parts
     }
 
-    /// The state of a machine with so many processors and such memory.
+    /// The state of a machine with so many processors and devices and such memory.
     ///
     /// # Errors
     /// It is not, or not in a form that is known; the sender's fault.
     pub(crate) fn decode(
         sections: &[Section],
         cpus: usize,
+        devices: usize,
         layout: &MemoryLayout,
     ) -> Result<Self, Error> {
-        let count = cpus + 4;
+        let count = cpus + devices + 3;
         if sections.len() != count {
             let why = format!("it has {} parts, and should have {count}", sections.len());
             return Err(Error::State { section: "the machine".into(), why });
@@ -80,17 +84,25 @@ impl MachineState {
             processors: processors.collect::<Result<_, _>>()?,
             chips: take(sections, CHIPS, Chips::decode)?,
             ports: take(sections, PORTS, PortsState::decode)?,
-            transport: take(sections, TRANSPORT, TransportState::decode)?,
+            transports: (0..devices)
+                .map(|number| take(sections, &transport_name(number), TransportState::decode))
+                .collect::<Result<_, _>>()?,
             balloon: take(sections, BALLOON, |bytes| balloon::decode(bytes, layout))?,
         };
         // The device knows its own features only, all of which are among the driver's.
-        let (agreed, negotiated) = (state.transport.agreed(), state.balloon.negotiated.0);
+        let agreed = state.transports.first().map_or(0, TransportState::agreed);
+        let negotiated = state.balloon.negotiated.0;
         if agreed != negotiated {
-            let why = format!("features {negotiated:#x}, and {agreed:#x} in {TRANSPORT}");
+            let why = format!("features {negotiated:#x}, and {agreed:#x} in its transport");
             return Err(Error::State { section: BALLOON.into(), why });
         }
         Ok(state)
     }
+}
+
+/// The balloon's is the first.
+pub(crate) fn transport_name(number: usize) -> String {
+    format!("virtio{number}")
 }
 
 fn cpu_name(number: usize) -> String {

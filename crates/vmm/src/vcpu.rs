@@ -19,6 +19,10 @@ use crate::throttle::Throttle;
 /// just before it enters the guest is lost.
 const CALL_AGAIN: Duration = Duration::from_millis(1);
 
+/// Stack of a processor's thread. The usual 2 MiB are a huge page where the system gives those to
+/// everybody, which it clears when a guest is made.
+const STACK_BYTES: usize = 512 << 10;
+
 /// All processors of a guest. Dropping them stops them.
 pub(crate) struct Processors {
     group: Arc<Group>,
@@ -90,6 +94,7 @@ impl Processors {
             let processor = Processor { fd, number, bus, group, ran_since, _vm: vm };
             let thread = thread::Builder::new()
                 .name(format!("cpu{number}"))
+                .stack_size(STACK_BYTES)
                 .spawn(move || processor.run())
                 .map_err(Error::host::<std::io::Error>("starting a thread"))?;
             all.threads.push(thread);
@@ -121,6 +126,12 @@ impl Processors {
     /// Returns when no processor is in the guest any more, and what each was doing is complete.
     pub(crate) fn pause(&self) {
         self.want(Wanted::Pause);
+    }
+
+    /// Has the processors pause, and does not wait until they do.
+    pub(crate) fn halt(&self) {
+        self.group.state().wanted = Wanted::Pause;
+        self.call();
     }
 
     /// Has each processor rest for `percent` of its time, 0 to 99.

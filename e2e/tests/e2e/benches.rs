@@ -98,3 +98,51 @@ fn reports_are_measured_with_what_they_cost() {
     // Half of it even where a busy machine makes the guest late.
     assert!(case["back_percent"].as_f64().unwrap() > 50.0, "{case}");
 }
+
+/// The spread of a case, which is of something.
+fn median(case: &Value, key: &str) -> f64 {
+    let figures = ["min", "median", "max"].map(|figure| case[key][figure].as_f64());
+    let [Some(min), Some(median), Some(max)] = figures else { panic!("{key} of {case}") };
+    assert!(0.0 < min && min <= median && median <= max, "{key} of {case}");
+    median
+}
+
+/// Our monitor leaves free memory out, and sends little more than what is in use.
+#[test]
+fn guests_are_moved_by_our_monitor_and_by_qemu() {
+    let small = ["--guest", "256MiB", "--rounds", "1", "--state", "dirtied-then-freed"];
+    let cases = ["--case", "skip", "--case", "qemu-hint"];
+    let report = bench(&[&["migrate"][..], &small, &cases].concat());
+    let cases = report["cases"].as_array().unwrap();
+    let names: Vec<_> = cases.iter().map(|case| case["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["skip", "qemu-hint"]);
+    for case in cases {
+        assert_eq!(case["guest"], "dirtied-then-freed");
+        for key in ["total_ms", "downtime_ms"] {
+            median(case, key);
+        }
+        let (sent, floor) = (median(case, "bytes_sent"), median(case, "floor_bytes"));
+        assert!(sent > floor * 0.9, "less than what is in use: {case}");
+        assert!(case["pages_skipped"]["free"].as_u64().unwrap() > 0, "{case}");
+    }
+    let skip = &cases[0];
+    let least = median(skip, "floor_bytes") * 1.05 + median(skip, "written_bytes");
+    assert!(median(skip, "bytes_sent") <= least, "{skip}");
+}
+
+#[test]
+fn exits_of_our_monitors_guests_are_counted() {
+    let small = ["--guest", "512MiB", "--rounds", "1", "--memory", "touched"];
+    let report = bench(&[&["inflate", "--monitor", "kvm"][..], &small].concat());
+    let cases = report["cases"].as_array().unwrap();
+    let [stock, ours] = &cases[..] else { panic!("{report}") };
+    assert_eq!([&stock["name"], &ours["name"]], ["stock", "bitmap"]);
+    // A message of 256 pages each, and five exits.
+    let messages = 384.0 * 256.0 / 256.0;
+    assert!(median(stock, "kicks") >= messages, "{stock}");
+    assert!(median(stock, "exits") <= 5.5 * messages, "{stock}");
+    assert!(median(ours, "exits") <= 100.0 && median(ours, "kicks") <= 20.0, "{ours}");
+    for case in cases {
+        assert!(case["returned_mib"].as_f64().unwrap() > 192.0, "{case}");
+    }
+}

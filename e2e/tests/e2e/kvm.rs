@@ -36,6 +36,9 @@ const NOT_FILLED: u64 = 16;
 const CACHED_MIB: u64 = 32;
 const DISK: &str = "brd";
 
+/// The driver of the monitor's disks.
+pub(crate) const BLOCK: &str = "virtio_blk";
+
 /// What a guest may use for other things while it tells of its free memory.
 const NOISE_MIB: u64 = 8;
 
@@ -70,7 +73,7 @@ const PROGRAM: &str = "AEROSTAT_PROGRAM";
 pub(crate) const VMLINUZ: &str = "AEROSTAT_TEST_VMLINUZ";
 pub(crate) const VMLINUX: &str = "AEROSTAT_TEST_VMLINUX";
 pub(crate) const INITRAMFS: &str = "AEROSTAT_TEST_INITRAMFS";
-const MODULES: &str = "AEROSTAT_TEST_MODULES";
+pub(crate) const MODULES: &str = "AEROSTAT_TEST_MODULES";
 
 /// One machine for all that is to be seen there, since booting it takes most of the time.
 #[test]
@@ -80,13 +83,18 @@ fn debian_guests_of_our_monitor_give_memory_and_end_as_they_should() {
 
 /// Runs an ignored test of this program where a KVM is, with room for guests of this much memory.
 pub(crate) fn inside_of_a_kvm(test: &str, guests_mib: u64) {
+    inside_of_a_kvm_with(test, guests_mib, &[]);
+}
+
+/// The same with more variables.
+pub(crate) fn inside_of_a_kvm_with(test: &str, guests_mib: u64, more: &[(&str, &OsStr)]) {
     let directory = tempfile::tempdir().unwrap();
     let kernel = debian::kernel(Release::Cloud6_12).unwrap();
     let own = guest_build::balloon_module(&kernel.tree().unwrap()).unwrap();
     let mut modules = kernel.modules(&NEEDED).unwrap();
     let names = modules.iter().map(|path| path.file_stem().unwrap().to_str().unwrap());
     let names = names.collect::<Vec<_>>().join(" ");
-    modules.extend(kernel.modules(&[STOCK, DISK]).unwrap());
+    modules.extend(kernel.modules(&[STOCK, DISK, BLOCK]).unwrap());
     modules.push(own);
     let initramfs = directory.path().join("initramfs.cpio");
     Guest::qemu(&kernel).modules(&modules).write_initramfs(&initramfs).unwrap();
@@ -99,6 +107,7 @@ pub(crate) fn inside_of_a_kvm(test: &str, guests_mib: u64) {
         (INITRAMFS, initramfs.as_os_str()),
         (MODULES, OsStr::new(&names)),
     ];
+    variables.extend(more);
     variables.extend(sizes.iter().map(|(name, size)| (*name, OsStr::new(size))));
     let this = std::env::current_exe().unwrap();
     let words = ["--exact", test, "--ignored", "--nocapture"];

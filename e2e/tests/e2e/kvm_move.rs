@@ -1,18 +1,23 @@
 //! Guests of our monitor that are moved while they run, from one process to another and back.
+//!
+//! `aerostat soak --migrate 50 --faults 120` does for an hour what a part of this does for a moment.
 
-mod proxy;
+mod hostile;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use bench::moves::proxy::{Fault, Harm, Moment, Proxy};
+use bench::moves::{self, CaseReport, Kit, Traveller};
 use control::Client;
 use control::api::{MigrationPhase, MigrationState, MigrationStatus, MigrationSummary};
 use lab::Guest;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 
 use crate::kvm::{
-    MIB, OURS, STOCK, VMLINUX, VMLINUZ, builder, inside_of_a_kvm, load, number, run, signal, verify,
+    INITRAMFS, MIB, MODULES, OURS, STOCK, VMLINUX, VMLINUZ, builder, inside_of_a_kvm_with, load,
+    number, run, signal, verify,
 };
 use crate::program::{program, told};
 
@@ -21,18 +26,37 @@ const MEMORY_MIB: u64 = 256;
 const INFLATED_MIB: u64 = 64;
 const KEPT_MIB: u64 = 32;
 
+/// What is touched of what is free then, in MiB.
+const TOUCHED_MIB: u64 = 64;
+
 /// What the guest allocates, writes and frees all the time while it is moved.
 const BUSY_MIB: u64 = 4;
 
 /// Guests that have memory at a time: one on its way.
 const GUESTS: u64 = 2;
 
+/// Moves with a conversation on the way, by kind and number: to memory that is shared, compressed,
+/// while the balloon is deflated; to huge pages; of a guest that writes too fast.
+const MOVES: [(&str, usize); 3] = [("own-cleared", 1), ("no-driver", 2), ("stock-busy", 0)];
+
+/// What of migrations fails at random.
+const FAULTS: (&str, usize) = ("own", 2);
+
+/// Chooses the faults; any if it is not given.
+const SEED: &str = "AEROSTAT_E2E_SEED";
+
+/// Until a monitor whose guest is on its way, and whose peer is silent, has ended: much less than the
+/// 20 s for which it would wait for a sign of life.
+const PROMPT: Duration = Duration::from_secs(8);
+
 /// For another process to begin to listen.
 const SOON: Duration = Duration::from_secs(30);
 
 #[test]
 fn guests_move_to_another_process_and_back_while_they_run() {
-    inside_of_a_kvm("kvm_move::inside", GUESTS * MEMORY_MIB);
+    let seed = std::env::var_os(SEED);
+    let variables: Vec<_> = seed.iter().map(|seed| (SEED, seed.as_os_str())).collect();
+    inside_of_a_kvm_with("kvm_move::inside", GUESTS * MEMORY_MIB, &variables);
 }
 
 #[test]
@@ -50,13 +74,90 @@ fn inside() {
         moves_there_and_back(driver);
         println!("{driver} after {:.1?}", start.elapsed());
     }
+    let kit = kit();
+    for (name, number) in MOVES {
+        let case = moves::Case::named(name).unwrap();
+        all_well(&moves::endure(&kit, case, number..number + 1, &mut |line| println!("{line}")));
+        println!("{name} after {:.1?}", start.elapsed());
+    }
+    ends_promptly_while_its_guest_moves(&kit);
+    println!("ended after {:.1?}", start.elapsed());
+    goes_on_whatever_fails(&kit);
+    println!("faults after {:.1?}", start.elapsed());
+}
+
+fn kit() -> Kit {
+    let path = |variable: &str| PathBuf::from(std::env::var_os(variable).unwrap());
+    let modules = std::env::var(MODULES).unwrap();
+    Kit {
+        program: program().into(),
+        kernel: path(VMLINUX),
+        initramfs: path(INITRAMFS),
+        modules: modules.split_whitespace().map(str::to_owned).collect(),
+    }
+}
+
+fn all_well(report: &CaseReport) {
+    assert_eq!(report.problems(), Vec::<String>::new());
+    println!("{} answers on the way, {} unheard", report.answered, report.unheard);
+}
+
+/// Some of what can fail, and not what takes as long as a peer may be silent.
+fn goes_on_whatever_fails(kit: &Kit) {
+    let (name, count) = FAULTS;
+    let seed = std::env::var(SEED).ok().and_then(|seed| seed.parse().ok());
+    let seed = seed.unwrap_or_else(bench::soak::any_seed);
+    println!("{SEED}={seed}");
+    let chosen = moves::faults(seed).into_iter().filter(|fault| fault.harm != Harm::Stall);
+    let case = moves::Case::named(name).unwrap();
+    let chosen = chosen.take(count).collect();
+    all_well(&moves::fail_at(kit, case, chosen, &mut |line| println!("{line}")));
+}
+
+/// SIGTERM while it waits for a destination of which nothing is heard.
+fn ends_promptly_while_its_guest_moves(kit: &Kit) {
+    let mut traveller = Traveller::boot(kit, moves::CASES[0], moves::MEMORY_MIB).unwrap();
+    let receiver = traveller.receiver(&[]).unwrap();
+    hostile::sources_get_nothing(&receiver);
+    let fault = Fault { moment: Moment::RoundDone, later: 0, harm: Harm::Stall, seed: 0 };
+    let proxy = Proxy::start(&receiver.address, Some(fault), Box::new(|_| {})).unwrap();
+    let departure = traveller.depart(&proxy.address, &[]).unwrap();
+    let end = Instant::now() + SOON;
+    while !proxy.has_fired() {
+        assert!(Instant::now() < end, "{:?}", departure.end());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let told = Instant::now();
+    signal(&traveller.guest, "TERM");
+    assert!(traveller.guest.wait().unwrap().success(), "{}", traveller.guest.console_log());
+    assert!(told.elapsed() < PROMPT, "{:?}", told.elapsed());
+    // It was told so, or found that the monitor had ended.
+    let said = departure.end().unwrap();
+    assert!(matches!(said.code, Some(1 | 3)), "{said:?}");
+    // Now it hears that the other side is gone, and waits for the next guest.
+    drop(proxy);
+    while receiver.state() != Some(MigrationState::Waiting) {
+        assert!(Instant::now() < end, "{:?}", receiver.state());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// The source hears that the destination is prepared, and nothing it says to that arrives.
+fn loses_the_hand_over(to: &str) -> Proxy {
+    let fault = Fault { moment: Moment::HandOver, later: 0, harm: Harm::Cut, seed: 0 };
+    Proxy::start(to, Some(fault), Box::new(|_| {})).unwrap()
 }
 
 fn moves_there_and_back(driver: &str) {
-    let mut first = builder(driver, VMLINUX).memory_mib(MEMORY_MIB).boot().unwrap();
+    // What it reports goes back to the host.
+    let first = builder(driver, VMLINUX).machine_arguments(["--without", "reporting"]);
+    let mut first = first.memory_mib(MEMORY_MIB).boot().unwrap();
     load(&mut first, driver);
     run(&mut first, &format!("fill kept {KEPT_MIB} 1"));
     balloon(driver, INFLATED_MIB);
+    // The stock driver allocates what it hints, and where an emulated KVM has to find memory for it
+    // first, that may take longer than a migration waits.
+    run(&mut first, &format!("touch {TOUCHED_MIB}"));
     let text = not_moved(driver, "127.0.0.1:1", &[]);
     assert!(text.contains("runs on here"), "{text}");
     run(&mut first, &format!("busy {BUSY_MIB}"));
@@ -112,7 +213,8 @@ fn goes_on_when_it_is_cancelled(guest: &str, to: &str) {
 /// The offer of the guest is lost, and the source asks for it.
 fn settled_at_the_source(mut third: Guest, name: &str, control: &str) {
     let (mut fourth, address) = receiver(name, &["--plain", "--control", control]);
-    in_doubt(&third, name, control, &proxy::loses_the_hand_over(&address));
+    let network = loses_the_hand_over(&address);
+    in_doubt(&third, name, control, &network.address);
     // Nobody is asked in vain.
     let text = settle(control, &[]).unwrap_err();
     assert!(text.contains("does not ask"), "{text}");
@@ -126,7 +228,8 @@ fn settled_at_the_source(mut third: Guest, name: &str, control: &str) {
 /// The same, and an operator says what is true: once that the guest stays, once that it has come.
 fn settled_at_the_destination(mut second: Guest, control: &str) {
     let (mut third, address) = receiver(STOCK, &["--plain"]);
-    in_doubt(&second, control, STOCK, &proxy::loses_the_hand_over(&address));
+    let network = loses_the_hand_over(&address);
+    in_doubt(&second, control, STOCK, &network.address);
     let text = settle(STOCK, &["--give-up"]).unwrap();
     assert!(text.contains("is given up"), "{text}");
     let text = settle(control, &[]).unwrap();
@@ -135,7 +238,8 @@ fn settled_at_the_destination(mut second: Guest, control: &str) {
     // Also what it had hinted.
     all_is_usable(&mut second);
 
-    in_doubt(&second, control, STOCK, &proxy::loses_the_hand_over(&address));
+    let network = loses_the_hand_over(&address);
+    in_doubt(&second, control, STOCK, &network.address);
     drop(second);
     let text = settle(STOCK, &["--run-here"]).unwrap();
     assert!(text.contains("runs here"), "{text}");
@@ -203,7 +307,7 @@ fn all_is_usable(guest: &mut Guest) {
 }
 
 /// A process that waits for a guest of this name, and where.
-fn receiver(name: &str, arguments: &[&str]) -> (Guest, String) {
+pub(crate) fn receiver(name: &str, arguments: &[&str]) -> (Guest, String) {
     let words = ["--name", name, "--listen", "127.0.0.1:0"];
     let words = words.iter().chain(arguments).copied();
     let receiver = Guest::receiver(program()).machine_arguments(words).boot().unwrap();
@@ -219,7 +323,7 @@ fn receiver(name: &str, arguments: &[&str]) -> (Guest, String) {
     }
 }
 
-fn moved(guest: &str, to: &str, arguments: &[&str]) -> MigrationSummary {
+pub(crate) fn moved(guest: &str, to: &str, arguments: &[&str]) -> MigrationSummary {
     let mut command = Command::new(program());
     command.args(["migrate", guest, to, "--json"]).args(arguments);
     let (code, out, err) = told(&command.output().unwrap());

@@ -181,6 +181,7 @@ fn options(kernel: PathBuf, initramfs: PathBuf) -> Options {
         kernel,
         initrd: Some(initramfs),
         command_line: "console=ttyS0 LAB_CONSOLE=ttyS0 quiet oops=panic panic=1".into(),
+        disks: Vec::new(),
         release: control::ReleaseMode::Background,
         partial_huge: control::PartialHuge::Split,
         without: vmm::Features::NONE,

@@ -18,6 +18,7 @@ mod integrity;
 mod kvm;
 mod kvm_move;
 mod kvm_restore;
+mod kvm_saved;
 mod life;
 mod monitor;
 mod package;

@@ -9,6 +9,7 @@
 
 mod checked;
 mod guest_queues;
+mod machine;
 mod migration;
 mod queue;
 mod records;
@@ -17,6 +18,7 @@ mod script;
 mod vhost_user;
 
 pub use guest_queues::{hint_queue, reporting_queue, stats_queue};
+pub use machine::machine;
 pub use migration::migration;
 pub use queue::{deflate_queue, inflate_queue};
 pub use records::records;
@@ -27,12 +29,13 @@ pub use vhost_user::vhost_user;
 pub type Body = fn(&[u8]);
 
 /// Every target by its name, which is that of its corpus as well.
-pub const TARGETS: [(&str, Body); 9] = [
+pub const TARGETS: [(&str, Body); 10] = [
     ("stats_queue", stats_queue),
     ("hint_queue", hint_queue),
     ("reporting_queue", reporting_queue),
     ("inflate_queue", inflate_queue),
     ("deflate_queue", deflate_queue),
+    ("machine", machine),
     ("migration", migration),
     ("records", records),
     ("request_queue", request_queue),

@@ -1,10 +1,12 @@
 //! Files whose pages are page cache that can be dropped, which those of a tmpfs are not.
 
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{Read, Write};
 use std::sync::Mutex;
 
 use rustix::mount::{MountFlags, mount};
+
+use crate::pattern::{self, PAGE_BYTES};
 
 /// Where a directory of the host is mounted.
 const HOST_DIRECTORY: &str = "/host";
@@ -36,4 +38,50 @@ pub(crate) fn read(path: &str, mib: u64) -> Result<String, String> {
     }
     OPEN.lock().map_err(|error| error.to_string())?.push(file);
     Ok(mib.to_string())
+}
+
+/// Writes pages that each repeat a word of their own to a block device, and leaves them in the page
+/// cache, clean. zram keeps such a page as its word alone (`zram_drv.c`, `page_same_filled`), so
+/// the page cache is all the memory that it takes.
+pub(crate) fn fill(path: &str, mib: u64, seed: u64) -> Result<String, String> {
+    let failed = |error: std::io::Error| format!("cannot write {path}: {error}");
+    let mut file = File::options().read(true).write(true).open(path).map_err(failed)?;
+    let mut buffer = vec![0; CHUNK_BYTES];
+    for chunk in 0..mib {
+        repeat_words(&mut buffer, seed, chunk);
+        file.write_all(&buffer).map_err(failed)?;
+    }
+    file.sync_all().map_err(failed)?;
+    OPEN.lock().map_err(|error| error.to_string())?.push(file);
+    Ok(mib.to_string())
+}
+
+/// Reads back what [`fill`] wrote, names wrong MiB, and answers with their number.
+pub(crate) fn verify(
+    path: &str,
+    mib: u64,
+    seed: u64,
+    emit: &mut dyn FnMut(&str) -> Result<(), String>,
+) -> Result<String, String> {
+    let failed = |error: std::io::Error| format!("cannot read {path}: {error}");
+    let mut file = File::open(path).map_err(failed)?;
+    let (mut found, mut wanted) = (vec![0; CHUNK_BYTES], vec![0; CHUNK_BYTES]);
+    let mut wrong = 0;
+    for chunk in 0..mib {
+        file.read_exact(&mut found).map_err(failed)?;
+        repeat_words(&mut wanted, seed, chunk);
+        if found != wanted {
+            emit(&format!("MiB {chunk}"))?;
+            wrong += 1;
+        }
+    }
+    Ok(wrong.to_string())
+}
+
+fn repeat_words(buffer: &mut [u8], seed: u64, chunk: u64) {
+    let first = chunk * (CHUNK_BYTES / PAGE_BYTES) as u64;
+    for (page, bytes) in (first..).zip(buffer.chunks_mut(PAGE_BYTES)) {
+        let word = pattern::word_of(seed, page).to_le_bytes();
+        bytes.chunks_mut(word.len()).for_each(|bytes| bytes.copy_from_slice(&word[..bytes.len()]));
+    }
 }

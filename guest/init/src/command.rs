@@ -3,7 +3,7 @@
 use std::fs;
 use std::str::FromStr;
 
-use crate::{cache, churn, load, memory, module, page_flags, pressure, program, system};
+use crate::{cache, churn, disk, in_use, load, memory, module, page_flags, pressure, program, system};
 
 /// Takes one line of an answer to the host.
 pub(crate) type Emit<'a> = &'a mut dyn FnMut(&str) -> Result<(), String>;
@@ -26,7 +26,14 @@ pub(crate) fn run(name: &str, arguments: &[String], emit: Emit<'_>) -> Result<St
         ("drop-caches", []) => system::drop_caches(),
         ("mount-host", [directory]) => cache::mount_host(directory),
         ("read-file", [path, mib]) => cache::read(path, number(mib)?),
+        ("copy", [from, to, mib]) => disk::copy(from, to, number(mib)?),
+        ("punch", [device, start, mib]) => disk::punch(device, number(start)?, number(mib)?),
+        ("fill-device", [path, mib, seed]) => cache::fill(path, number(mib)?, number(seed)?),
+        ("verify-device", [path, mib, seed]) => {
+            cache::verify(path, number(mib)?, number(seed)?, emit)
+        }
         ("not-free", ranges) => page_flags::not_free(ranges),
+        ("in-use", []) => in_use::count(),
         ("stall", [ms]) => load::meter(number(ms)?),
         ("busy", [mib]) => load::start(number(mib)?),
         ("idle", []) => load::stop(),

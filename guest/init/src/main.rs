@@ -9,6 +9,8 @@ mod cache;
 mod churn;
 mod command;
 mod console;
+mod disk;
+mod in_use;
 mod load;
 mod memory;
 mod module;

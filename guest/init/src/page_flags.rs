@@ -4,10 +4,10 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 /// The flag of a page in a free block (KPF_BUDDY in linux/kernel-page-flags.h).
-const BUDDY: u64 = 1 << 10;
+pub(crate) const BUDDY: u64 = 1 << 10;
 
 /// Bytes of one page's flags.
-const FLAGS_BYTES: u64 = 8;
+pub(crate) const FLAGS_BYTES: u64 = 8;
 
 /// Pages looked at with one read: looking must not change much of what it sees.
 const CHUNK_PAGES: u64 = 4096;

@@ -19,6 +19,11 @@ pub(crate) fn generate(buffer: &mut [u8], seed: u64, first_page: u64) {
     }
 }
 
+/// The word that a page of one word repeats.
+pub(crate) fn word_of(seed: u64, page: u64) -> u64 {
+    page_key(seed, page)
+}
+
 /// A page that does not hold what [`generate`] wrote.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct WrongPage {

@@ -60,7 +60,7 @@ const ROOMS: &[(&str, Leans)] = &[
         ]),
     ),
     ("lab", Rooms(&[])),
-    ("bench", Rooms(&["control", "host-memory", "lab", "page-set"])),
+    ("bench", Rooms(&["control", "host-memory", "lab", "migration", "page-set"])),
     // The traits of a monitor, memory as vm-memory maps it, and what TCP and TLS need; no KVM.
     (
         "migration",
@@ -72,6 +72,7 @@ const ROOMS: &[(&str, Leans)] = &[
             "thiserror",
             "tracing",
             "vm-memory",
+            "rapidhash",
             "xxhash-rust",
             "zstd",
         ]),
@@ -90,6 +91,7 @@ const ROOMS: &[(&str, Leans)] = &[
             "migration",
             "page-set",
             "vhost-device-balloon",
+            "vmm",
         ]),
     ),
     ("e2e", Anything),

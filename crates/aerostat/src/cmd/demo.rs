@@ -1,13 +1,18 @@
 //! `aerostat demo`: the four stages of taking memory, the old way and ours, and
-//! what a guest's kernel can be asked for.
+//! what a guest's kernel can be asked for; or a guest that moves.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 
 use bench::inflate::{self, Case, CaseReport, HostPages, Memory, Report};
+use bench::moving::{self, Parts};
 use bench::requests::{self, Tour};
 use clap::Args;
 use control::Size;
 use control::api::{BALLOON_PAGE_BYTES, FreePages};
 
 use crate::cmd::bench::{failure, program};
+use crate::cmd::migrate;
 use crate::failure::Failure;
 use crate::memory_map;
 use crate::output::print;
@@ -17,10 +22,51 @@ use crate::progress::Steps;
 const GUEST_MIB: u64 = 4096;
 
 /// Boots a 4 GiB guest and takes 3 GiB from it, the old way and the new one
+///
+/// With --migrate, a guest answers while it moves from one process to another.
 #[derive(Debug, Args)]
-pub(crate) struct DemoArgs {}
+pub(crate) struct DemoArgs {
+    /// Show a guest that moves while it runs
+    #[arg(long)]
+    migrate: bool,
 
-pub(crate) fn run(_: &DemoArgs) -> Result<(), Failure> {
+    /// What the guest that moves is made of, where a KVM was found: kernel,
+    /// initial RAM disk, modules
+    #[arg(long, hide = true, num_args = 3.., requires = "migrate")]
+    parts: Vec<PathBuf>,
+}
+
+pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
+    match (args.migrate, args.parts.as_slice()) {
+        (false, _) => balloon(),
+        (true, [kernel, initramfs, modules @ ..]) => moves(kernel, initramfs, modules),
+        (true, _) => finds_a_kvm(),
+    }
+}
+
+/// Starts this program once more where a guest can be moved.
+fn finds_a_kvm() -> Result<(), Failure> {
+    print("A guest moves from one process to another, and answers meanwhile.\n")?;
+    let words = |parts: &Parts| {
+        let mut words: Vec<OsString> = ["demo", "--migrate", "--parts"].map(Into::into).into();
+        words.extend([parts.kernel.clone().into(), parts.initramfs.clone().into()]);
+        words.extend(parts.modules.iter().map(Into::into));
+        words
+    };
+    // A reader that has gone is no reason to leave a guest behind.
+    let mut say = |line: &str| drop(print(&format!("{line}\n")));
+    moving::show(&program()?, words, &mut say).map_err(failure)
+}
+
+fn moves(kernel: &Path, initramfs: &Path, modules: &[PathBuf]) -> Result<(), Failure> {
+    let modules = modules.iter().map(|name| name.display().to_string()).collect();
+    let parts = Parts { kernel: kernel.into(), initramfs: initramfs.into(), modules };
+    let say = |line: &str| drop(print(&format!("{line}\n")));
+    let summary = moving::carry_out(&program()?, &parts, &say).map_err(failure)?;
+    print(&format!("\n{}", migrate::text("the guest", "the second process", &summary)))
+}
+
+fn balloon() -> Result<(), Failure> {
     let options = inflate::Options {
         program: program()?,
         rounds: 1,
@@ -30,6 +76,7 @@ pub(crate) fn run(_: &DemoArgs) -> Result<(), Failure> {
     };
     print(
         "Takes 3 GiB from a 4 GiB guest, a real Linux kernel in user mode, and gives them back.\n\
+         No KVM is used; `demo --migrate` shows our own monitor, which needs one.\n\
          The first run builds that kernel, which takes some minutes.\n\n",
     )?;
     let steps = Steps::start();

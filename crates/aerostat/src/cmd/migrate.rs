@@ -19,6 +19,9 @@ use crate::security_arg::SecurityArgs;
 /// How often it is looked how far the migration is.
 const LOOK: Duration = Duration::from_millis(100);
 
+/// Connections unless somebody asks for more.
+const MOST_USUAL_CONNECTIONS: u8 = 4;
+
 /// Moves a guest of `aerostat run` to another host while it runs
 ///
 /// On the other host `aerostat receive` waits for it. Free memory, memory in the
@@ -49,10 +52,9 @@ pub(crate) struct MigrateArgs {
           value_parser = humantime::parse_duration)]
     max_downtime: Duration,
 
-    /// TCP connections, 1 to 16
-    #[arg(long, value_name = "N", default_value_t = 4,
-          value_parser = clap::value_parser!(u8).range(1..=16))]
-    connections: u8,
+    /// TCP connections, 1 to 16 [default: one for each processor of this host, up to 4]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
+    connections: Option<u8>,
 
     /// Bytes in a second, at most, such as 100MiB
     #[arg(long, value_name = "SIZE")]
@@ -69,13 +71,11 @@ pub(crate) struct MigrateArgs {
 
 pub(crate) fn run(args: &MigrateArgs) -> Result<(), Failure> {
     let client = args.guest.connect()?;
-    let interrupted = Arc::new(AtomicBool::new(false));
-    signal_hook::flag::register(signal_hook::consts::SIGINT, Arc::clone(&interrupted))
-        .map_err(|error| Failure::new(&error, "check the limits of this user"))?;
+    let interrupted = interruption()?;
     client.start_migration(&StartMigration {
         to: args.to.clone(),
         tls: args.security.paths()?,
-        connections: Some(args.connections),
+        connections: Some(args.connections.unwrap_or_else(usual_connections)),
         max_downtime_ms: Some(u64::try_from(args.max_downtime.as_millis()).unwrap_or(u64::MAX)),
         bandwidth_bytes_per_s: args.bandwidth.map(|size| size.0),
         compression: args.compress,
@@ -88,14 +88,30 @@ pub(crate) fn run(args: &MigrateArgs) -> Result<(), Failure> {
         return print_json(&status);
     }
     match (status.state, &status.summary) {
-        (MigrationState::Moved, Some(summary)) => print(&text(args, summary)),
+        (MigrationState::Moved, Some(summary)) => {
+            print(&text(&args.guest.to_string(), &args.to, summary))
+        }
         (MigrationState::Moved, None) => print(&format!("{}: moved\n", args.guest)),
         _ => Err(not_moved(args, &status)),
     }
 }
 
+/// Becomes true with Ctrl-C, which does not end this process any more.
+pub(crate) fn interruption() -> Result<Arc<AtomicBool>, Failure> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(signal_hook::consts::SIGINT, Arc::clone(&interrupted))
+        .map_err(|error| Failure::new(&error, "check the limits of this user"))?;
+    Ok(interrupted)
+}
+
+/// More connections than processors that serve them only switch between themselves.
+fn usual_connections() -> u8 {
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    u8::try_from(processors).unwrap_or(u8::MAX).min(MOST_USUAL_CONNECTIONS)
+}
+
 /// Shows how far it is until it is over.
-fn watch(client: &Client, interrupted: &AtomicBool) -> Result<MigrationStatus, Failure> {
+pub(crate) fn watch(client: &Client, interrupted: &AtomicBool) -> Result<MigrationStatus, Failure> {
     let bar = Bar::start();
     let mut cancelled = false;
     loop {
@@ -148,8 +164,8 @@ fn not_moved(args: &MigrateArgs, status: &MigrationStatus) -> Failure {
 }
 
 /// What went, what did not have to, and how long the guest stood.
-fn text(args: &MigrateArgs, summary: &MigrationSummary) -> String {
-    let (guest, to, down) = (&args.guest, &args.to, &summary.downtime);
+pub(crate) fn text(guest: &str, to: &str, summary: &MigrationSummary) -> String {
+    let down = &summary.downtime;
     let mut text = format!(
         "{guest}: moved to {to} in {:.0} ms, and stood still for {:.1} ms of them\n",
         summary.total_ms, down.total_ms

@@ -9,8 +9,10 @@ mod drop_caches;
 mod free_pages;
 mod migrate;
 mod receive;
+mod restore;
 mod run;
 mod settle;
+mod snapshot;
 mod soak;
 mod status;
 mod vhost_user;
@@ -32,8 +34,10 @@ pub(crate) enum Command {
     FreePages(free_pages::FreePagesArgs),
     Migrate(migrate::MigrateArgs),
     Receive(receive::ReceiveArgs),
+    Restore(restore::RestoreArgs),
     Run(run::RunArgs),
     Settle(settle::SettleArgs),
+    Snapshot(snapshot::SnapshotArgs),
     Soak(soak::SoakArgs),
     Status(status::StatusArgs),
     VhostUser(vhost_user::VhostUserArgs),
@@ -50,8 +54,10 @@ impl Command {
             Self::FreePages(args) => free_pages::run(&args),
             Self::Migrate(args) => migrate::run(&args),
             Self::Receive(args) => receive::run(args),
+            Self::Restore(args) => restore::run(args),
             Self::Run(args) => run::run(args),
             Self::Settle(args) => settle::run(&args),
+            Self::Snapshot(args) => snapshot::run(&args),
             Self::Soak(args) => soak::run(&args),
             Self::Status(args) => status::run(&args),
             Self::VhostUser(args) => vhost_user::run(&args),

@@ -5,11 +5,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
-use control::{GuestName, Size, ensure_runtime_dir, socket_path};
-use vmm::{MAX_CPUS, MAX_MEMORY_BYTES, MemoryKind, ReceiveOptions};
+use control::{GuestName, Size};
+use vmm::{DiskOptions, MAX_CPUS, MAX_MEMORY_BYTES, MemoryKind, ReceiveOptions};
 
-use crate::cmd::run::ended;
+use crate::cmd::run::{control_socket, ended, give_up_calls};
 use crate::cmd::vhost_user::{Partial, Release, guest_name};
+use crate::disk_arg::disk;
 use crate::failure::Failure;
 use crate::security_arg::SecurityArgs;
 
@@ -41,6 +42,11 @@ pub(crate) struct ReceiveArgs {
           value_parser = clap::value_parser!(u8).range(1..=i64::from(MAX_CPUS)))]
     max_cpus: u8,
 
+    /// A disk of the guest, which both hosts can reach; as many as it had, in
+    /// the same order
+    #[arg(long = "disk", value_name = "FILE[,readonly]", value_parser = disk)]
+    disks: Vec<DiskOptions>,
+
     /// Keep the guest's memory in a file that other processes can be given
     #[arg(long)]
     shared: bool,
@@ -65,23 +71,21 @@ pub(crate) struct ReceiveArgs {
     /// Control socket; by the name, in the runtime directory, if it is not given
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
+
+    /// Leave the process all system calls (no seccomp)
+    #[arg(long)]
+    no_seccomp: bool,
 }
 
 pub(crate) fn run(args: ReceiveArgs) -> Result<(), Failure> {
-    let control = match args.control {
-        Some(path) => path,
-        None => {
-            ensure_runtime_dir()?;
-            socket_path(&args.name)?
-        }
-    };
     let options = ReceiveOptions {
+        control: control_socket(args.control, &args.name)?,
         name: args.name.to_string(),
-        control,
         listen: args.listen,
         security: args.security.security()?,
         max_memory_bytes: args.max_memory.0,
         max_cpus: args.max_cpus,
+        disks: args.disks,
         memory: MemoryKind { shared: args.shared, huge: args.huge },
         release: args.release.into(),
         partial_huge: args.partial_huge.into(),
@@ -89,6 +93,7 @@ pub(crate) fn run(args: ReceiveArgs) -> Result<(), Failure> {
     };
     // Standard output is the guest's.
     let listens = |address| eprintln!("{}: waits on {address}", options.name);
+    give_up_calls(args.no_seccomp)?;
     ended(&options.name, vmm::receive(&options, listens))
 }
 

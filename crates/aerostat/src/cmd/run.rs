@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use control::{GuestName, Size, ensure_runtime_dir, socket_path};
-use vmm::{End, Error, MAX_CPUS, MemoryKind, Options};
+use vmm::{DiskOptions, End, Error, MAX_CPUS, MemoryKind, Options};
 
 use crate::cmd::vhost_user::{Feature, Partial, Release, features, guest_name};
+use crate::disk_arg::disk;
 use crate::failure::{Exit, Failure};
 
 /// Boots a Linux guest on KVM, with its balloon, and serves it to its end
@@ -44,6 +45,11 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "TEXT", default_value = "console=ttyS0 panic=-1")]
     cmdline: String,
 
+    /// A disk: a raw file of whole sectors of 512 bytes, or a block device; may be
+    /// given up to seven times
+    #[arg(long = "disk", value_name = "FILE[,readonly]", value_parser = disk)]
+    disks: Vec<DiskOptions>,
+
     /// Keep the guest's memory in a file that other processes can be given
     #[arg(long)]
     shared: bool,
@@ -68,6 +74,10 @@ pub(crate) struct RunArgs {
     /// Control socket; by the name, in the runtime directory, if it is not given
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
+
+    /// Leave the process all system calls (no seccomp)
+    #[arg(long)]
+    no_seccomp: bool,
 }
 
 /// Where distributions install kernels, and how Debian names them.
@@ -83,27 +93,44 @@ pub(crate) fn run(args: RunArgs) -> Result<(), Failure> {
             (kernel, args.initrd.or(initrd))
         }
     };
-    let control = match args.control {
-        Some(path) => path,
-        None => {
-            ensure_runtime_dir()?;
-            socket_path(&args.name)?
-        }
-    };
     let options = Options {
         name: args.name.to_string(),
-        control,
+        control: control_socket(args.control, &args.name)?,
         memory_bytes: args.memory.0,
         memory: MemoryKind { shared: args.shared, huge: args.huge },
         cpus: args.cpus,
         kernel,
         initrd,
         command_line: args.cmdline,
+        disks: args.disks,
         release: args.release.into(),
         partial_huge: args.partial_huge.into(),
         without: features(&args.without),
     };
+    give_up_calls(args.no_seccomp)?;
     ended(&options.name, vmm::run(&options))
+}
+
+/// Restricts the process to what running a guest needs. Before anything is made, so that no
+/// thread escapes it.
+pub(crate) fn give_up_calls(no_seccomp: bool) -> Result<(), Failure> {
+    if no_seccomp {
+        tracing::warn!("system calls are not restricted: --no-seccomp");
+        return Ok(());
+    }
+    sandbox::restrict_calls_of_monitor()
+        .map_err(|error| Failure::new(&error, "--no-seccomp goes on without"))
+}
+
+/// Where the control API listens.
+pub(crate) fn control_socket(given: Option<PathBuf>, name: &GuestName) -> Result<PathBuf, Failure> {
+    match given {
+        Some(path) => Ok(path),
+        None => {
+            ensure_runtime_dir()?;
+            Ok(socket_path(name)?)
+        }
+    }
 }
 
 /// What a guest's end says of this process.

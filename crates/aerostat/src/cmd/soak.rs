@@ -1,5 +1,7 @@
 //! `aerostat soak`: everything that can be done with guests, at random, for a while.
 
+mod moves;
+
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -28,6 +30,9 @@ const MAX_MINUTES: u64 = 7 * 24 * 60;
 /// for hints, statistics, caches and free pages, unloads and loads their drivers, while they
 /// allocate, verify and free memory. Fails where a page is wrong, a fault is counted, a log
 /// complains or the back end's memory grows. SIGINT ends it before its time, with a report.
+///
+/// With --migrate or --faults it moves guests of `aerostat run` instead, from process to
+/// process.
 #[derive(Debug, Args)]
 pub(crate) struct SoakArgs {
     /// How long
@@ -53,6 +58,9 @@ pub(crate) struct SoakArgs {
     /// Only this kind of host pages; a guest of each kind otherwise
     #[arg(long, value_enum)]
     backing: Vec<BackingArg>,
+
+    #[command(flatten)]
+    moves: moves::MovesArgs,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -66,6 +74,9 @@ enum DriverArg {
 }
 
 pub(crate) fn run(args: &SoakArgs) -> Result<(), Failure> {
+    if args.moves.are_wanted() {
+        return moves::run(&args.moves, args.seed, args.json);
+    }
     let options = Options {
         program: program()?,
         duration: Duration::from_secs(60 * args.minutes),

@@ -7,7 +7,8 @@ use std::time::Duration;
 use clap::Args;
 use control::api::{
     BalloonChange, Faults, HoldState, MAX_STATS_INTERVAL_MS, MIN_STATS_INTERVAL_MS, MigrationPhase,
-    MigrationState, MigrationStatus, ReportsStatus, RequestStatus, StatsStatus, Status,
+    MigrationSide, MigrationState, MigrationStatus, ReportsStatus, RequestStatus, StatsStatus,
+    Status,
 };
 use control::{Client, ControlError, Size, list_sockets, runtime_dir};
 use humantime::format_duration;
@@ -187,7 +188,8 @@ fn details(status: &Status) -> String {
         (plural(release.release_calls, "call"), plural(release.release_errors, "error"));
     lines.push(("released", format!("{} in {calls}, {errors}", Size(release.released_bytes))));
     if let Some(exits) = status.exits {
-        lines.push(("exits", format!("{exits} because of the balloon")));
+        let kicks = status.kicks.unwrap_or_default();
+        lines.push(("exits", format!("{exits} because of the balloon, {kicks} of them kicks")));
     }
     if status.reports.messages > 0 {
         lines.push(("reported", reports(&status.reports)));
@@ -219,8 +221,11 @@ fn migration(guest: &GuestArg, status: &MigrationStatus) -> Option<String> {
         MigrationState::Stuck => format!("failed, and the guest does not go on: {why}"),
         MigrationState::Moved => "the guest runs on the other side".to_owned(),
         MigrationState::Arrived => format!("the guest came, in {:.0} ms", status.elapsed_ms),
+        MigrationState::Saved => format!("written, in {:.0} ms", status.elapsed_ms),
     };
-    Some(format!("{:<12} {text}\n", "migration"))
+    let is_snapshot = status.side == Some(MigrationSide::Snapshot);
+    let what = if is_snapshot { "snapshot" } else { "migration" };
+    Some(format!("{what:<12} {text}\n"))
 }
 
 fn last_change(change: &BalloonChange) -> String {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use control::{GuestName, PartialHuge, ReleaseMode, ensure_runtime_dir, socket_path};
 use sandbox::{Network, Restricted, restrict_calls, restrict_files};
-use vhost_device_balloon::{BUSY_POLL, Error, Features, Options, Service};
+use vhost_device_balloon::{Error, Features, Options, Service};
 
 use crate::failure::Failure;
 
@@ -64,8 +64,8 @@ pub(crate) struct VhostUserArgs {
     unsealed_memory: Option<Unsealed>,
 
     /// How long to look for a guest's next message, in microseconds, before sleeping
-    /// until it comes; 0: not at all
-    #[arg(long, value_name = "MICROSECONDS", default_value_t = BUSY_POLL.as_micros() as u64,
+    /// until it comes; not at all unless given
+    #[arg(long, value_name = "MICROSECONDS", default_value_t = 0,
         value_parser = clap::value_parser!(u64).range(..=MAX_BUSY_POLL_US))]
     busy_poll: u64,
 

@@ -47,6 +47,19 @@ impl Shared {
         }
     }
 
+    /// The state of the balloon of a guest that stands still and may go elsewhere. A target that is
+    /// set later would not go with it, so none is taken until the guest [stays](Self::stay).
+    pub fn leave(&self) -> BalloonState {
+        let mut state = self.state();
+        state.leaving = true;
+        state.device.state()
+    }
+
+    /// The guest goes on here.
+    pub fn stay(&self) {
+        self.state().leaving = false;
+    }
+
     /// Goes on with the guest of another host.
     ///
     /// # Errors
@@ -122,5 +135,28 @@ impl Shared {
         if let Err(error) = file.save(saved) {
             tracing::error!(%error, "host: the state file cannot be written");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use control::api::{PartialHuge, ReleaseMode};
+    use control::{Balloon as _, ControlError};
+
+    use super::*;
+    use crate::HostReclaim;
+
+    #[test]
+    fn a_target_goes_with_the_guest_or_is_refused() {
+        let reclaim = HostReclaim::new(ReleaseMode::Immediate, PartialHuge::Split).unwrap();
+        let shared = Shared::new("vm1".into(), reclaim).unwrap();
+        shared.set_target(5).unwrap();
+        assert_eq!(shared.leave().target, 5);
+        let refused = shared.set_target(7).unwrap_err();
+        assert!(matches!(refused, ControlError::Refused { .. }), "{refused}");
+        assert_eq!(shared.device().config().num_pages, 5);
+        shared.stay();
+        shared.set_target(7).unwrap();
+        assert_eq!(shared.device().config().num_pages, 7);
     }
 }

@@ -55,7 +55,7 @@ pub(super) struct Subject {
 }
 
 enum Machine {
-    Uml { guest: Guest, backend: Box<Backend>, _memory: GuestMemoryDir, _directory: TempDir },
+    Uml { guest: Box<Guest>, backend: Box<Backend>, _memory: GuestMemoryDir, _directory: TempDir },
     Qemu(Box<QemuBed>),
 }
 
@@ -271,7 +271,7 @@ fn start_uml(target: &Target, program: &Path, files: &Path) -> Result<Booted> {
     if target.driver == crate::Driver::Own {
         guest.run(&format!("mount-host {}", files.display()))?;
     }
-    let backend = Box::new(backend);
+    let (guest, backend) = (Box::new(guest), Box::new(backend));
     let machine = Machine::Uml { guest, backend, _memory: memory, _directory: directory };
     Ok(Ok((machine, client)))
 }

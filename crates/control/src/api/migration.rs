@@ -30,6 +30,21 @@ pub struct StartMigration {
     pub send_free_pages: bool,
 }
 
+/// Body of `POST /v1/snapshot`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StartSnapshot {
+    /// The file, by a path from the root; the guest's monitor makes it, and it must not be there
+    /// yet.
+    pub path: String,
+    /// Has the guest drop its caches first.
+    #[serde(default)]
+    pub drop_caches: bool,
+    /// Does not ask the guest which of its pages are free.
+    #[serde(default)]
+    pub write_free_pages: bool,
+}
+
 /// Files in PEM.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -63,12 +78,13 @@ pub enum SettleWord {
     GiveUp,
 }
 
-/// Where a migration stands.
+/// Where a migration stands, or a snapshot, which is a migration into a file.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct MigrationStatus {
     /// What is going on.
     pub state: MigrationState,
-    /// Whether the guest leaves or comes; absent where there was no migration.
+    /// Whether the guest leaves, comes, or is written to a file; absent where there was no
+    /// migration.
     pub side: Option<MigrationSide>,
     /// What is being done, as `round`; absent where nothing is.
     pub phase: Option<MigrationPhase>,
@@ -78,7 +94,7 @@ pub struct MigrationStatus {
     pub done_pages: u64,
     /// Of so many; 0 where it is not known.
     pub of_pages: u64,
-    /// Bytes on the network so far.
+    /// Bytes on the network so far, of everything that is said, or written to the file.
     pub wire_bytes: u64,
     /// Since it began.
     pub elapsed_ms: f64,
@@ -110,6 +126,8 @@ pub enum MigrationState {
     Moved,
     /// The guest came, and runs here.
     Arrived,
+    /// The guest is in a file as well, and runs here.
+    Saved,
 }
 
 impl MigrationState {
@@ -119,7 +137,7 @@ impl MigrationState {
     }
 }
 
-/// The two sides.
+/// The two sides, and the file in place of the second.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum MigrationSide {
@@ -127,6 +145,8 @@ pub enum MigrationSide {
     Source,
     /// Where it is to run.
     Destination,
+    /// It is written to a file, and runs on.
+    Snapshot,
 }
 
 /// What is being done.

@@ -7,12 +7,12 @@ use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use tokio::task::spawn_blocking;
 
-use crate::api::{MigrationStatus, Problem, SettleMigration, StartMigration};
+use crate::api::{MigrationStatus, Problem, SettleMigration, StartMigration, StartSnapshot};
 use crate::error::ControlError;
 use crate::monitor::Monitor;
 use crate::routes::App;
 
-/// Where the newest migration stands.
+/// Where the newest migration stands, or the newest snapshot.
 #[utoipa::path(get, tag = "migration", path = "/v1/migration", responses(
     (status = 200, description = "What is known", body = MigrationStatus),
     (status = "default", description = "What was wrong, and what to do", body = Problem),
@@ -38,7 +38,23 @@ pub(crate) async fn post_migration(
     Ok((StatusCode::ACCEPTED, Json(status)))
 }
 
-/// Ends the migration; the guest goes on where it is. It may be too late.
+/// Begins to write the guest to a file. It runs on meanwhile, and afterwards; `GET
+/// /v1/migration` tells how far it is.
+#[utoipa::path(post, tag = "migration", path = "/v1/snapshot", request_body = StartSnapshot, responses(
+    (status = 202, description = "It has begun", body = MigrationStatus),
+    (status = 409, description = "It cannot be written now", body = Problem),
+    (status = "default", description = "What was wrong, and what to do", body = Problem),
+))]
+pub(crate) async fn post_snapshot(
+    State(app): State<App>,
+    request: Request,
+) -> Result<(StatusCode, Json<MigrationStatus>), ControlError> {
+    let ask: StartSnapshot = app.body(request).await?;
+    let status = app.tell(move |monitor| monitor.start_snapshot(&ask)).await?;
+    Ok((StatusCode::ACCEPTED, Json(status)))
+}
+
+/// Ends the migration or the snapshot; the guest goes on where it is. It may be too late.
 #[utoipa::path(delete, tag = "migration", path = "/v1/migration", responses(
     (status = 202, description = "It is about to end", body = MigrationStatus),
     (status = 409, description = "There is none", body = Problem),

@@ -68,6 +68,7 @@ impl FakeBalloon {
             release: ReleaseStatus { released_bytes: 8192, ..ReleaseStatus::default() },
             resident_bytes: Some(1 << 30),
             exits: Some(8),
+            kicks: Some(2),
             ..Status::default()
         };
         let state = Mutex::new(State {

@@ -13,7 +13,7 @@ use crate::limits::MAX_ALIVES;
 use crate::link::{Closer, Link};
 use crate::observer::{Observer, Progress};
 use crate::seams::WritePages;
-use crate::source::worse;
+use crate::source::{no_thread, thread_of_a_round, worse};
 use crate::wire::chunk::{Chunk, Fill, PAGE_BYTES, Unpacker};
 use crate::wire::control::Control;
 use crate::wire::frame::Kind;
@@ -45,6 +45,7 @@ pub(super) struct Done {
 struct Shared {
     failed: AtomicBool,
     pages: AtomicU64,
+    wire_bytes: AtomicU64,
     closers: Vec<Closer>,
 }
 
@@ -57,21 +58,27 @@ impl Round<'_> {
     ) -> Result<Done, MigrationError> {
         let closers = streams.iter().map(Stream::closer).collect::<Result<_, _>>()?;
         let (failed, pages) = (AtomicBool::new(false), AtomicU64::new(0));
-        let shared = Shared { failed, pages, closers };
+        let wire_bytes = AtomicU64::new(streams.iter().map(|stream| stream.received_bytes).sum());
+        let shared = Shared { failed, pages, wire_bytes, closers };
         let mut sum = Done::default();
         let mut failure: Option<MigrationError> = None;
         thread::scope(|scope| {
             let (tell, told) = mpsc::channel();
             for (index, stream) in streams.iter_mut().enumerate() {
-                let (shared, tell) = (&shared, tell.clone());
-                scope.spawn(move || {
+                let (shared, teller) = (&shared, tell.clone());
+                let spawned = thread_of_a_round().spawn_scoped(scope, move || {
                     let outcome = self.take_share(stream, shared);
                     if let Err(error) = &outcome {
                         shared.fail(index, stream, error);
                     }
                     // The receiver is there until every thread has ended.
-                    let _ = tell.send(outcome);
+                    let _ = teller.send(outcome);
                 });
+                if let Err(error) = spawned {
+                    shared.failed.store(true, Ordering::Relaxed);
+                    shared.closers.iter().for_each(|close| close());
+                    let _ = tell.send(Err(no_thread(error)));
+                }
             }
             drop(tell);
             loop {
@@ -85,7 +92,8 @@ impl Round<'_> {
                     Err(RecvTimeoutError::Disconnected) => break,
                 }
                 let pages = shared.pages.load(Ordering::Relaxed);
-                observer.progress(Progress { pages, of_pages: self.pages, wire_bytes: 0 });
+                let wire_bytes = shared.wire_bytes.load(Ordering::Relaxed);
+                observer.progress(Progress { pages, of_pages: self.pages, wire_bytes });
             }
         });
         failure.map_or(Ok(sum), Err)
@@ -101,7 +109,9 @@ impl Round<'_> {
         let mut done = Done::default();
         let (mut frames, mut alives) = (0, 0);
         loop {
+            let before = stream.received_bytes;
             let kind = stream.read()?.kind;
+            shared.wire_bytes.fetch_add(stream.received_bytes - before, Ordering::Relaxed);
             let (body, payload) = stream.last();
             let told = match kind {
                 Kind::Chunk => {

@@ -2,11 +2,11 @@
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
+use crate::codec::{Reader, Writer};
 use crate::error::MigrationError;
 use crate::layout::GuestLayout;
 use crate::limits::{MAX_BODY_BYTES, MAX_NAME_BYTES, MAX_STATE_BYTES, MAX_STATE_SECTIONS};
 use crate::seams::StateSection;
-use crate::wire::body::{Reader, Writer};
 use crate::wire::chunk::PAGE_BYTES;
 
 /// Bytes of the head, and where memory begins.
@@ -167,7 +167,7 @@ pub(super) fn decode_state(bytes: &[u8]) -> Result<Vec<StateSection>, MigrationE
         let len = usize::try_from(body.u64()?).unwrap_or(usize::MAX);
         state.push(StateSection { name, version, bytes: body.bytes(len)?.to_vec() });
     }
-    body.end()?;
+    body.finish()?;
     Ok(state)
 }
 

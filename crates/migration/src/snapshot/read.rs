@@ -9,12 +9,12 @@ use page_set::PageRange;
 use xxhash_rust::xxh3::Xxh3Default;
 
 use super::format::{self, ENTRY_BYTES, HEAD_BYTES, Head, index_of, page_at, page_sum};
+use crate::codec::Reader;
 use crate::destination::{DestinationConfig, check};
 use crate::error::MigrationError;
 use crate::observer::{Observer, Phase, Progress};
 use crate::seams::{Description, DestinationMachine, StateSection, WritePages};
 use crate::summary::us;
-use crate::wire::body::Reader;
 use crate::wire::chunk::PAGE_BYTES;
 use crate::wire::control::decode_description;
 
@@ -120,7 +120,7 @@ impl SnapshotFile {
         }
         let mut body = Reader::new(&bytes);
         let description = decode_description(&mut body)?;
-        body.end()?;
+        body.finish()?;
         if description.layout.pages() != head.pages {
             return Err(MigrationError::Peer { what: "a table of another size than the memory" });
         }

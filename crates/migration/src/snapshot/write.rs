@@ -200,7 +200,7 @@ impl Sink for SnapshotSink {
         plan: &Plan,
     ) -> Result<RoundSummary, MigrationError> {
         let mut sum = RoundSummary::default();
-        let mut contents = Vec::new();
+        let mut space = Vec::new();
         let mut pages = 0;
         for (number, &word) in plan.words.iter().enumerate() {
             if number % WORDS_AT_ONCE == 0 {
@@ -208,8 +208,8 @@ impl Sink for SnapshotSink {
                 let wire_bytes = self.written_bytes;
                 context.observer.progress(Progress { pages, of_pages: plan.pages, wire_bytes });
             }
-            let (data, zeros) = look_at(context.memory, word, &mut contents)?;
-            let mut rest = contents.as_slice();
+            let (data, zeros, contents) = look_at(context.memory, word, &mut space)?;
+            let mut rest = contents;
             for run in (crate::dirty::Word { start: word.start, bits: data }).runs() {
                 let len = usize::try_from(run.pages()).unwrap_or(0) * PAGE_BYTES;
                 let (bytes, behind) = rest.split_at(len.min(rest.len()));

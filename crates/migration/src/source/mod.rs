@@ -20,7 +20,7 @@ mod network;
 mod round;
 
 pub use doubt::{Fate, SourceDoubt};
-pub(crate) use round::{RoundContext, look_at, worse};
+pub(crate) use round::{RoundContext, look_at, no_thread, thread_of_a_round, worse};
 
 use doubt::recall;
 use network::Network;
@@ -230,7 +230,6 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
 
         self.precopy(&mut selection, &description)?;
         self.state()?;
-        self.not_cancelled()?;
         self.hand_over()
     }
 
@@ -286,7 +285,8 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
             self.read_log(selection, description)?;
             let remaining_pages = selection.pending_pages();
             let took = Duration::from_micros(round.took_us);
-            let seen = Seen { sent_pages: round.sent_pages, took, remaining_pages };
+            let RoundSummary { sent_pages, zero_pages, .. } = round;
+            let seen = Seen { sent_pages, zero_pages, took, remaining_pages };
             match convergence.after_round(seen) {
                 Decision::Again { throttle } if throttle != self.summary.throttle => {
                     self.machine.set_throttle(throttle);
@@ -380,6 +380,8 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
 
     fn hand_over(&mut self) -> Result<Outcome, MigrationError> {
         self.observer.phase(Phase::HandOver);
+        // Whoever cancels before the observer was told can rely on it.
+        self.not_cancelled()?;
         let at = Instant::now();
         let outcome = match self.sink.hand_over() {
             HandedOver::Taken(resume) => {

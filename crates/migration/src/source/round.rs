@@ -80,7 +80,7 @@ pub(super) fn send<L: Link>(
         cancel: &context.config.cancel,
         alive: context.config.stall.min(context.config.stall_paused) / 8,
         pages: AtomicU64::new(0),
-        wire_bytes: AtomicU64::new(0),
+        wire_bytes: AtomicU64::new(streams.iter().map(|stream| stream.sent_bytes).sum()),
     };
     let of_pages = words.iter().map(|word| u64::from(word.bits.count_ones())).sum();
     let mut sum = RoundSummary::default();
@@ -88,17 +88,24 @@ pub(super) fn send<L: Link>(
     thread::scope(|scope| {
         let (tell, told) = mpsc::channel();
         for stream in streams {
-            let (work, tell) = (&work, tell.clone());
-            scope.spawn(move || {
+            let (work, teller) = (&work, tell.clone());
+            let fail = move || {
+                work.failed.store(true, Ordering::Relaxed);
+                // The others may be waiting for a peer that does not read any more.
+                closers.iter().for_each(|close| close());
+            };
+            let spawned = thread_of_a_round().spawn_scoped(scope, move || {
                 let outcome = work.send_share(stream);
                 if outcome.is_err() {
-                    work.failed.store(true, Ordering::Relaxed);
-                    // The others may be waiting for a peer that does not read any more.
-                    closers.iter().for_each(|close| close());
+                    fail();
                 }
                 // The receiver is there until every thread has ended.
-                let _ = tell.send(outcome);
+                let _ = teller.send(outcome);
             });
+            if let Err(error) = spawned {
+                fail();
+                let _ = tell.send(Err(no_thread(error)));
+            }
         }
         drop(tell);
         loop {
@@ -121,6 +128,20 @@ pub(super) fn send<L: Link>(
     failure.map_or(Ok(sum), Err)
 }
 
+/// A thread for a part of a round. With the usual 2 MiB of stack, which is a huge page where the
+/// system gives those to everybody, most of its time went into clearing that.
+pub(crate) fn thread_of_a_round() -> thread::Builder {
+    thread::Builder::new().stack_size(STACK_BYTES)
+}
+
+/// What it means that there is none.
+pub(crate) fn no_thread(error: std::io::Error) -> MigrationError {
+    MigrationError::machine("starting a thread")(error.into())
+}
+
+/// Contents are on the heap; what is on the stack are frames of calls, and of a subscriber's.
+const STACK_BYTES: usize = 256 << 10;
+
 /// Of two errors the one that says more: threads that were stopped, or whose connections were
 /// closed, say what another one led to.
 pub(crate) fn worse(first: Option<MigrationError>, second: MigrationError) -> MigrationError {
@@ -137,7 +158,7 @@ impl Work<'_> {
     /// Sends until nothing is left, and the end of the round.
     fn send_share<L: Link>(&self, stream: &mut Stream<L>) -> Result<RoundSummary, MigrationError> {
         let mut packer = self.level.map(Packer::new).transpose()?;
-        let (mut contents, mut space) = (Vec::new(), Vec::new());
+        let (mut read, mut space) = (Vec::new(), Vec::new());
         let mut sum = RoundSummary::default();
         let (mut frames, mut told_pages) = (0, 0);
         while let Some(words) = self.take() {
@@ -145,7 +166,7 @@ impl Work<'_> {
                 if self.failed.load(Ordering::Relaxed) || self.cancel.load(Ordering::Relaxed) {
                     return Err(MigrationError::Cancelled);
                 }
-                let (data, zeros) = look_at(self.memory, word, &mut contents)?;
+                let (data, zeros, contents) = look_at(self.memory, word, &mut read)?;
                 sum.sent_pages += u64::from(data.count_ones());
                 sum.zero_pages += u64::from(zeros.count_ones());
                 self.pages.fetch_add(u64::from(word.bits.count_ones()), Ordering::Relaxed);
@@ -161,19 +182,23 @@ impl Work<'_> {
                 let encoding = Encoding::Raw;
                 let start = word.start;
                 let mut chunk = Chunk { round: self.number, encoding, start, data, zeros, sum: 0 };
-                chunk.sum = chunk.sum_of(&contents);
-                let packed = packer.as_mut().and_then(|packer| packer.pack(&contents, &mut space));
+                chunk.sum = chunk.sum_of(contents);
+                let packed = packer.as_mut().and_then(|packer| packer.pack(contents, &mut space));
                 if packed.is_some() {
                     chunk.encoding = Encoding::Zstd;
                 }
-                let payload = packed.unwrap_or(&contents);
+                let payload = packed.unwrap_or(contents);
                 self.wait(payload.len());
+                let before = stream.sent_bytes;
                 stream.push(Kind::Chunk, &chunk.encode(), payload)?;
+                self.wire_bytes.fetch_add(stream.sent_bytes - before, Ordering::Relaxed);
                 frames += 1;
                 told_pages += u64::from((data | zeros).count_ones());
             }
         }
+        let before = stream.sent_bytes;
         stream.send(&Control::RoundEnd { round: self.number, frames, pages: told_pages })?;
+        self.wire_bytes.fetch_add(stream.sent_bytes - before, Ordering::Relaxed);
         Ok(sum)
     }
 
@@ -185,7 +210,6 @@ impl Work<'_> {
 
     /// Keeps to the limit.
     fn wait(&self, bytes: usize) {
-        self.wire_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         let wait = self.limit.map(|limit| limit.take(bytes as u64, Instant::now()));
         if let Some(wait) = wait.filter(|wait| !wait.is_zero()) {
             thread::sleep(wait);
@@ -193,15 +217,18 @@ impl Work<'_> {
     }
 }
 
-/// Reads the pages of `word` and tells those that are zeros. The others' contents are in `contents`
-/// afterwards, one behind the other.
-pub(crate) fn look_at(
+/// Reads the pages of `word` into `space`, and tells those with contents, those that are zeros, and
+/// the contents, one page behind the other.
+pub(crate) fn look_at<'a>(
     memory: &dyn ReadPages,
     word: Word,
-    contents: &mut Vec<u8>,
-) -> Result<(u64, u64), MigrationError> {
-    contents.resize(word.bits.count_ones() as usize * PAGE_BYTES, 0);
-    let mut rest = contents.as_mut_slice();
+    space: &'a mut Vec<u8>,
+) -> Result<(u64, u64, &'a [u8]), MigrationError> {
+    // It never shrinks: to clear it for each word would cost as much as a copy.
+    space.resize(WORD_BYTES, 0);
+    let contents = space.get_mut(..word.bits.count_ones() as usize * PAGE_BYTES);
+    let contents = contents.unwrap_or_default();
+    let mut rest = &mut *contents;
     for run in word.runs() {
         let bytes = usize::try_from(run.pages()).unwrap_or(0) * PAGE_BYTES;
         let (out, behind) = rest.split_at_mut(bytes.min(rest.len()));
@@ -229,9 +256,11 @@ pub(crate) fn look_at(
         }
         kept += PAGE_BYTES;
     }
-    contents.truncate(kept);
-    Ok((data, zeros))
+    Ok((data, zeros, contents.get(..kept).unwrap_or_default()))
 }
+
+/// Bytes of the pages of a word.
+const WORD_BYTES: usize = 64 * PAGE_BYTES;
 
 static ZEROS: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 
@@ -257,8 +286,8 @@ mod tests {
     #[test]
     fn zeros_are_told_and_the_rest_is_packed() {
         let word = Word { start: 1, bits: 0b1011_0111 | 1 << 63 };
-        let mut contents = vec![9; 100];
-        let (data, zeros) = look_at(&Numbers, word, &mut contents).unwrap();
+        let mut space = vec![9; 100];
+        let (data, zeros, contents) = look_at(&Numbers, word, &mut space).unwrap();
         // Pages 3, 6 of those wanted.
         assert_eq!(zeros, 0b10_0100);
         assert_eq!(data, word.bits & !zeros);

@@ -2,8 +2,8 @@
 
 use page_set::PageRange;
 
-use super::body::{Reader, Writer};
 use super::frame::Kind;
+use crate::codec::{Reader, Writer};
 use crate::cpu::{CpuFeatures, FeatureWord};
 use crate::error::MigrationError;
 use crate::layout::{GuestLayout, MAX_REGIONS};
@@ -198,7 +198,7 @@ impl Control {
                 return Err(MigrationError::Peer { what: "contents where a message must be" });
             }
         };
-        body.end()?;
+        body.finish()?;
         Ok(message)
     }
 }

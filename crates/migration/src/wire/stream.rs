@@ -11,9 +11,11 @@ use crate::error::MigrationError;
 use crate::limits::FRAME_TIME;
 use crate::link::{Closer, Link};
 
-/// Bytes that are gathered before they are written: a frame of 64 pages goes alone, frames of a
-/// few pages go together.
+/// Bytes that are gathered before they are written: frames of a few pages go together.
 const GATHER_BYTES: usize = 128 << 10;
+
+/// Payloads from this size on are not gathered: another copy would cost more than another call.
+const ALONE_BYTES: usize = 32 << 10;
 
 /// How long to wait for a peer to hang up that was told a last word, and for a sign of it.
 const LINGER: Duration = Duration::from_millis(500);
@@ -59,11 +61,15 @@ pub(crate) struct Stream<L> {
     incoming: Place,
     outgoing: Place,
     body: Vec<u8>,
+    /// As long as the longest payload so far: to clear it for each would cost as much as a copy.
     payload: Vec<u8>,
+    payload_bytes: usize,
     out: Vec<u8>,
     written_at: Instant,
     /// Bytes written so far.
     pub(crate) sent_bytes: u64,
+    /// Bytes of the frames that were read so far.
+    pub(crate) received_bytes: u64,
 }
 
 impl<L: Link> Stream<L> {
@@ -75,9 +81,11 @@ impl<L: Link> Stream<L> {
             outgoing: Place::default(),
             body: Vec::new(),
             payload: Vec::new(),
+            payload_bytes: 0,
             out: Vec::new(),
             written_at: Instant::now(),
             sent_bytes: 0,
+            received_bytes: 0,
         })
     }
 
@@ -105,7 +113,7 @@ impl<L: Link> Stream<L> {
     ) -> Result<(), MigrationError> {
         let seed = self.outgoing.next();
         frame::append(&mut self.out, kind, body, payload, seed);
-        if payload.len() >= GATHER_BYTES {
+        if payload.len() >= ALONE_BYTES {
             return self.write_with(payload);
         }
         self.out.extend_from_slice(payload);
@@ -166,21 +174,27 @@ impl<L: Link> Stream<L> {
         self.body.resize(head.body_bytes, 0);
         read_all(&mut self.link, &mut self.body, &mut deadline)?;
         let kind = head.check(&self.body, self.incoming.next())?;
-        self.payload.resize(head.payload_bytes, 0);
-        read_all(&mut self.link, &mut self.payload, &mut deadline)?;
+        if self.payload.len() < head.payload_bytes {
+            self.payload.resize(head.payload_bytes, 0);
+        }
+        self.payload_bytes = head.payload_bytes;
+        let payload = self.payload.get_mut(..head.payload_bytes).unwrap_or_default();
+        read_all(&mut self.link, payload, &mut deadline)?;
+        let bytes = HEAD_BYTES + head.body_bytes + head.payload_bytes;
+        self.received_bytes += bytes as u64;
         Ok(Frame { kind, body: &self.body })
     }
 
     /// The payload of the frame that was read last.
     pub(crate) fn last(&self) -> (&[u8], &[u8]) {
-        (&self.body, &self.payload)
+        (&self.body, self.payload.get(..self.payload_bytes).unwrap_or_default())
     }
 
     /// Reads a control message. What the peer says when it gives up is an error.
     pub(crate) fn receive(&mut self) -> Result<Control, MigrationError> {
         let Frame { kind, body } = self.read()?;
         let message = Control::decode(kind, body)?;
-        if !self.payload.is_empty() {
+        if self.payload_bytes > 0 {
             return Err(MigrationError::Peer { what: "contents where there are none" });
         }
         match message {

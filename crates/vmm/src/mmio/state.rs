@@ -141,6 +141,7 @@ impl<S: Signals> Transport<S> {
         self.interrupt_status = state.interrupt_status;
         self.config_generation = state.config_generation;
         self.paused = true;
+        self.device.accepted(state.agreed());
         if self.interrupt_status != 0 {
             self.signals.raise();
         }

@@ -20,8 +20,14 @@ pub(crate) struct Chips {
 }
 
 impl Chips {
+    /// As they are before anybody has used them, as far as anybody but KVM knows.
+    pub(crate) fn blank() -> Self {
+        let controllers = CHIPS.map(|chip_id| kvm_irqchip { chip_id, ..Default::default() });
+        Self { controllers, clock_ns: 0 }
+    }
+
     pub(crate) fn save(vm: &VmFd) -> Result<Self, Error> {
-        let mut controllers = CHIPS.map(|chip_id| kvm_irqchip { chip_id, ..Default::default() });
+        let Self { mut controllers, .. } = Self::blank();
         for chip in &mut controllers {
             vm.get_irqchip(chip).map_err(Error::kvm("reading an interrupt controller"))?;
         }

@@ -1,20 +1,12 @@
-//! Bytes of a state, written in order and read with care: whoever sent them may have sent anything.
-//! Numbers are little-endian; structures of KVM's interface are as the kernel's headers have them.
+//! Bytes of a state, written in order and read with care: `migration::codec`, and structures of KVM's
+//! interface, which are as the kernel's headers have them.
 
+use std::ops::{Deref, DerefMut};
+
+use migration::codec;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-/// Why bytes are no state.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum Malformed {
-    #[error("it ends too early")]
-    Short,
-    #[error("{left} bytes are left over")]
-    Long { left: usize },
-    #[error("{count} {what}, of which there can be {max}")]
-    TooMany { what: &'static str, count: u64, max: u64 },
-    #[error("{what} cannot be {value:#x}")]
-    Value { what: &'static str, value: u64 },
-}
+pub(crate) use migration::codec::Malformed;
 
 #[derive(Debug, Default)]
 pub(crate) struct Writer(Vec<u8>);
@@ -61,47 +53,29 @@ impl Writer {
 
 /// What is left to read.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Reader<'a>(&'a [u8]);
+pub(crate) struct Reader<'a>(codec::Reader<'a>);
+
+impl<'a> Deref for Reader<'a> {
+    type Target = codec::Reader<'a>;
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+impl DerefMut for Reader<'_> {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        &mut self.0
+    }
+}
 
 impl<'a> Reader<'a> {
     pub(crate) const fn new(bytes: &'a [u8]) -> Self {
-        Self(bytes)
-    }
-
-    pub(crate) fn bytes(&mut self, count: usize) -> Result<&'a [u8], Malformed> {
-        let (bytes, rest) = self.0.split_at_checked(count).ok_or(Malformed::Short)?;
-        self.0 = rest;
-        Ok(bytes)
+        Self(codec::Reader::new(bytes))
     }
 
     pub(crate) fn plain<T: FromBytes>(&mut self) -> Result<T, Malformed> {
         let bytes = self.bytes(size_of::<T>())?;
         T::read_from_bytes(bytes).map_err(|_| Malformed::Short)
-    }
-
-    pub(crate) fn u8(&mut self) -> Result<u8, Malformed> {
-        self.plain()
-    }
-
-    /// 0 or 1.
-    pub(crate) fn flag(&mut self, what: &'static str) -> Result<bool, Malformed> {
-        match self.u8()? {
-            0 => Ok(false),
-            1 => Ok(true),
-            value => Err(Malformed::Value { what, value: value.into() }),
-        }
-    }
-
-    pub(crate) fn u16(&mut self) -> Result<u16, Malformed> {
-        self.plain().map(u16::from_le_bytes)
-    }
-
-    pub(crate) fn u32(&mut self) -> Result<u32, Malformed> {
-        self.plain().map(u32::from_le_bytes)
-    }
-
-    pub(crate) fn u64(&mut self) -> Result<u64, Malformed> {
-        self.plain().map(u64::from_le_bytes)
     }
 
     /// A list of at most `max`, which is asked before room is made for it.
@@ -114,7 +88,7 @@ impl<'a> Reader<'a> {
         let max = max as u64;
         let known = usize::try_from(count).ok().filter(|_| count <= max);
         let len = known.ok_or(Malformed::TooMany { what, count, max })?;
-        if len.checked_mul(size_of::<T>()).is_none_or(|bytes| bytes > self.0.len()) {
+        if len.checked_mul(size_of::<T>()).is_none_or(|bytes| bytes > self.left()) {
             return Err(Malformed::Short);
         }
         (0..len).map(|_| self.plain()).collect()
@@ -122,10 +96,7 @@ impl<'a> Reader<'a> {
 
     /// Nothing may be left.
     pub(crate) const fn finish(self) -> Result<(), Malformed> {
-        match self.0.len() {
-            0 => Ok(()),
-            left => Err(Malformed::Long { left }),
-        }
+        self.0.finish()
     }
 }
 

@@ -97,6 +97,23 @@ impl Processor {
         vcpu.set_vcpu_events(&self.events).map_err(&failed)
     }
 
+    /// One of which nothing is known.
+    pub(crate) fn blank() -> Self {
+        Self {
+            cpuid: Vec::new(),
+            tsc_khz: 0,
+            mp_state: kvm_mp_state::default(),
+            regs: kvm_regs::default(),
+            sregs: kvm_sregs::default(),
+            xsave: Box::default(),
+            xcrs: kvm_xcrs::default(),
+            debug_regs: kvm_debugregs::default(),
+            lapic: Box::new(kvm_lapic_state { regs: [0; 1024] }),
+            msrs: Vec::new(),
+            events: kvm_vcpu_events::default(),
+        }
+    }
+
     /// What it says of itself.
     pub(crate) fn cpuid(&self) -> &[kvm_cpuid_entry2] {
         &self.cpuid

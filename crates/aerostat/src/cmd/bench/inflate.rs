@@ -1,13 +1,16 @@
 //! `aerostat bench inflate`: takes memory from guests and compares.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use bench::inflate::{self, Memory, Report};
+use bench::kvm::{self, Task};
+use bench::kvm_inflate;
 use clap::{Args, ValueEnum};
 use control::Size;
 
 use super::{BackingArg, chosen, failure, name, program};
-use crate::failure::Failure;
+use crate::failure::{Exit, Failure};
 use crate::output::{print, print_json};
 
 /// Takes memory from guests: page by page, with the stock driver, with ours
@@ -36,6 +39,22 @@ pub(super) struct InflateArgs {
     /// Only this kind of host pages; may be given several times
     #[arg(long, value_enum)]
     backing: Vec<BackingArg>,
+
+    /// What runs the guests
+    #[arg(long, value_enum, default_value = "uml")]
+    monitor: MonitorArg,
+
+    /// A word for the kernel of guests of our monitor; may be given several times
+    #[arg(long, value_name = "WORD", default_value = "init_on_alloc=0")]
+    kernel_argument: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum MonitorArg {
+    /// User Mode Linux, with our vhost-user back end
+    Uml,
+    /// Our own monitor, in a machine with an emulated KVM where this one's is of no use
+    Kvm,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -48,16 +67,56 @@ enum MemoryArg {
     Fragmented,
 }
 
+impl From<MemoryArg> for Memory {
+    fn from(memory: MemoryArg) -> Self {
+        match memory {
+            MemoryArg::Idle => Self::Idle,
+            MemoryArg::Touched => Self::Touched,
+            MemoryArg::Fragmented => Self::Fragmented,
+        }
+    }
+}
+
+/// For each round of the inflate with its boots and touches, for each GiB of a guest.
+const KVM_ROUND_LIMIT: Duration = Duration::from_secs(300);
+
 pub(super) fn run(args: &InflateArgs) -> Result<(), Failure> {
+    match args.monitor {
+        MonitorArg::Uml => run_uml(args),
+        MonitorArg::Kvm => run_kvm(args),
+    }
+}
+
+fn run_kvm(args: &InflateArgs) -> Result<(), Failure> {
+    let options = kvm_inflate::Options {
+        rounds: args.rounds,
+        guest_mib: args.guest.iter().map(|size| size.0 >> 20).collect(),
+        memory: chosen(&args.memory, &[Memory::Idle, Memory::Touched], Memory::from),
+    };
+    if options.memory.contains(&Memory::Fragmented)
+        || args.svg.is_some()
+        || !args.backing.is_empty()
+    {
+        let what = "fragmented memory, --backing and --svg are for guests of User Mode Linux";
+        return Err(Failure { what: what.into(), hint: "leave it out".into(), exit: Exit::Failed });
+    }
+    let gib: u64 = options.guest_mib.iter().map(|mib| mib.div_ceil(1 << 10)).sum();
+    let rounds = gib.saturating_mul(args.rounds as u64);
+    let limit = KVM_ROUND_LIMIT.saturating_mul(u32::try_from(rounds).unwrap_or(u32::MAX));
+    let guests_mib = kvm_inflate::guests_mib(&options);
+    let (words, task) = (&args.kernel_argument, Task::Inflate(options));
+    let report: kvm_inflate::Report =
+        kvm::measure(&program()?, task, words, guests_mib, limit, &mut |step| eprintln!("{step}"))
+            .map_err(failure)?;
+    if args.json { print_json(&report) } else { print(&kvm_table(&report)) }
+}
+
+fn run_uml(args: &InflateArgs) -> Result<(), Failure> {
     let options = inflate::Options {
         program: program()?,
         rounds: args.rounds,
         guest_mib: args.guest.iter().map(|size| size.0 >> 20).collect(),
-        memory: chosen(&args.memory, &Memory::ALL, |memory| match memory {
-            MemoryArg::Idle => Memory::Idle,
-            MemoryArg::Touched => Memory::Touched,
-            MemoryArg::Fragmented => Memory::Fragmented,
-        }),
+        memory: chosen(&args.memory, &Memory::ALL, Memory::from),
         backing: BackingArg::chosen(&args.backing),
     };
     let report = inflate::run(&options, &mut |step| eprintln!("{step}")).map_err(failure)?;
@@ -102,6 +161,29 @@ fn table(report: &Report) -> String {
             floor.speedup,
             floor.stock_speedup,
             floor.floor_ms,
+        );
+    }
+    text
+}
+
+fn kvm_table(report: &kvm_inflate::Report) -> String {
+    let mut text = "| guest | memory | driver | wall ms (min .. max) | exits | kicks | returned | deflate ms | exits |\n\
+                    |---|---|---|---|---|---|---|---|---|\n"
+        .to_owned();
+    for case in &report.cases {
+        text += &format!(
+            "| {} MiB | {} | {} | {:.1} ({:.1} .. {:.1}) | {:.0} | {:.0} | {:.0} MiB | {:.1} | {:.0} |\n",
+            case.guest_mib,
+            name(&case.memory),
+            name(&case.name),
+            case.wall_ms.median,
+            case.wall_ms.min,
+            case.wall_ms.max,
+            case.exits.median,
+            case.kicks.median,
+            case.returned_mib,
+            case.deflate_ms.median,
+            case.deflate_exits.median,
         );
     }
     text

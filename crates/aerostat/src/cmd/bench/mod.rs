@@ -2,6 +2,8 @@
 
 mod compat;
 mod inflate;
+mod inside;
+mod migrate;
 mod monitors;
 mod reporting;
 mod requests;
@@ -24,6 +26,9 @@ pub(crate) struct BenchArgs {
 enum What {
     Compat(compat::CompatArgs),
     Inflate(inflate::InflateArgs),
+    #[command(hide = true)]
+    Inside(inside::InsideArgs),
+    Migrate(migrate::MigrateArgs),
     Monitors(monitors::MonitorsArgs),
     Reporting(reporting::ReportingArgs),
     Requests(requests::RequestsArgs),
@@ -53,6 +58,8 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
     match &args.what {
         What::Compat(args) => compat::run(args),
         What::Inflate(args) => inflate::run(args),
+        What::Inside(args) => inside::run(args),
+        What::Migrate(args) => migrate::run(args),
         What::Monitors(args) => monitors::run(args),
         What::Reporting(args) => reporting::run(args),
         What::Requests(args) => requests::run(args),

@@ -1,0 +1,265 @@
+//! `bench inflate --monitor kvm`: takes memory from guests of our own monitor, with both drivers.
+//!
+//! In each round a guest boots for each driver, one after the other. Its memory is taken as it is
+//! after the boot, given back, written to and freed, and taken again.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use control::{BALLOON_PAGE_BYTES, BalloonChange, Client};
+use lab::Guest;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{BenchError, Result};
+use crate::inflate::{Memory, StagesMs};
+use crate::kvm::{GuestFiles, command, host, number};
+use crate::sample::Spread;
+use crate::testbed::Driver;
+
+/// Memory that a touched guest has written to and freed, and at most of what is free, in percent.
+const TOUCHED_PERCENT: u64 = 85;
+const FREE_PERCENT: u64 = 95;
+
+/// Time for one change of the balloon.
+const CHANGE_LIMIT: Duration = Duration::from_secs(300);
+
+/// What a guest reports by itself goes back to the host without any balloon.
+const BALLOON_ALONE: [&str; 2] = ["--without", "stats,hint,reporting,poison"];
+
+const MIB: u64 = 1 << 20;
+
+/// Whose driver it is, on our device in our monitor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Case {
+    /// The kernel's.
+    Stock,
+    /// Ours.
+    Bitmap,
+}
+
+impl Case {
+    /// Both, in the order of a round.
+    pub const ALL: [Self; 2] = [Self::Stock, Self::Bitmap];
+
+    const fn driver(self) -> Driver {
+        match self {
+            Self::Stock => Driver::Stock,
+            Self::Bitmap => Driver::Own,
+        }
+    }
+}
+
+/// What to measure.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Options {
+    /// Rounds; every case is run once in each.
+    pub rounds: usize,
+    /// Sizes of guests, in MiB.
+    pub guest_mib: Vec<u64>,
+    /// States of the guest's memory: idle and touched.
+    pub memory: Vec<Memory>,
+}
+
+/// One case's result; spreads are over the rounds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CaseReport {
+    /// Whose driver.
+    pub name: Case,
+    /// State of the guest's memory.
+    pub memory: Memory,
+    /// Size of the guest.
+    pub guest_mib: u64,
+    /// Memory asked for.
+    pub asked_mib: u64,
+    /// From asking until the guest had given and the host had released all.
+    pub wall_ms: Spread,
+    /// Where that time went.
+    pub stages_ms: StagesMs,
+    /// Times that the guest left its processor because of the balloon, during the inflate.
+    pub exits: Spread,
+    /// Of them, notifications of a queue.
+    pub kicks: Spread,
+    /// The way back.
+    pub deflate_ms: Spread,
+    /// Exits during the way back.
+    pub deflate_exits: Spread,
+    /// Messages of the inflate: the most.
+    pub messages: u64,
+    /// System calls that released memory: the most.
+    pub release_calls: u64,
+    /// What the host had less of afterwards, measured there.
+    pub returned_mib: f64,
+}
+
+/// What `bench inflate --monitor kvm --json` prints.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// Rounds that the medians are of.
+    pub rounds: usize,
+    /// The guests' kernel.
+    pub kernel: String,
+    /// Further words on its command line.
+    pub kernel_arguments: Vec<String>,
+    /// One entry for each case, state and size.
+    pub cases: Vec<CaseReport>,
+}
+
+/// One run of one case.
+struct Run {
+    inflate: BalloonChange,
+    deflate: BalloonChange,
+    exits: u64,
+    kicks: u64,
+    deflate_exits: u64,
+    returned_mib: f64,
+}
+
+/// Memory of guests that are there at a time, in MiB, for [`crate::kvm::measure`].
+pub fn guests_mib(options: &Options) -> u64 {
+    options.guest_mib.iter().copied().max().unwrap_or_default()
+}
+
+/// Measures everything that `options` asks for, where a KVM is.
+///
+/// # Errors
+/// The first thing that went wrong; there is no partial report.
+pub(crate) fn run(
+    program: &Path,
+    files: &GuestFiles,
+    options: &Options,
+    progress: &mut dyn FnMut(&str),
+) -> Result<Report> {
+    let mut report = Report {
+        rounds: options.rounds,
+        kernel: files.release.clone(),
+        kernel_arguments: files.kernel_arguments.clone(),
+        cases: Vec::new(),
+    };
+    for &guest_mib in &options.guest_mib {
+        let mut runs: Vec<(Memory, Case, Vec<Run>)> = Vec::new();
+        for &memory in &options.memory {
+            runs.extend(Case::ALL.map(|case| (memory, case, Vec::new())));
+        }
+        for round in 1..=options.rounds {
+            for case in Case::ALL {
+                let mut bed = Bed::start(case, guest_mib, program, files)?;
+                // Idle comes first: memory that was touched never is again.
+                for memory in [Memory::Idle, Memory::Touched] {
+                    let wanted = runs.iter_mut().find(|run| (run.0, run.1) == (memory, case));
+                    let Some((.., runs)) = wanted else { continue };
+                    let run = bed.run(memory, guest_mib)?;
+                    progress(&describe(case, memory, round, &run));
+                    runs.push(run);
+                }
+            }
+        }
+        let summaries =
+            runs.iter().map(|(memory, case, runs)| summarise(*case, *memory, guest_mib, runs));
+        report.cases.extend(summaries);
+    }
+    Ok(report)
+}
+
+/// A guest with its driver.
+struct Bed {
+    guest: Guest,
+    client: Client,
+    _directory: tempfile::TempDir,
+}
+
+impl Bed {
+    fn start(case: Case, guest_mib: u64, program: &Path, files: &GuestFiles) -> Result<Self> {
+        let directory = tempfile::tempdir().map_err(host("making a directory"))?;
+        let control = directory.path().join("control");
+        let mut guest = files
+            .monitor(program, "bench-inflate", guest_mib)
+            .machine_arguments(["--control", &control.to_string_lossy()])
+            .machine_arguments(BALLOON_ALONE)
+            .boot()?;
+        files.load_monitor(&mut guest, case.driver())?;
+        let client = Client::connect(&control)?;
+        Ok(Self { guest, client, _directory: directory })
+    }
+
+    fn run(&mut self, memory: Memory, guest_mib: u64) -> Result<Run> {
+        if memory == Memory::Touched {
+            let free_mib = number(&mut self.guest, "free-mib")?;
+            let most_mib = guest_mib * TOUCHED_PERCENT / 100;
+            let touched_mib = most_mib.min(free_mib * FREE_PERCENT / 100);
+            command(&mut self.guest, &format!("touch {touched_mib}"))?;
+        }
+        let before = self.client.status()?;
+        let inflate = self.inflate_to(asked_mib(guest_mib))?;
+        let inflated = self.client.status()?;
+        let deflate = self.inflate_to(0)?;
+        let deflated = self.client.status()?;
+        if deflated.faults.total() > 0 {
+            let name = "bench-inflate".to_owned();
+            return Err(BenchError::Faults { name, faults: deflated.faults });
+        }
+        let resident = |bytes: Option<u64>| bytes.unwrap_or_default() as f64 / MIB as f64;
+        let exits = [&before, &inflated, &deflated].map(|status| status.exits.unwrap_or_default());
+        let kicks = [&before, &inflated].map(|status| status.kicks.unwrap_or_default());
+        Ok(Run {
+            inflate,
+            deflate,
+            exits: exits[1] - exits[0],
+            kicks: kicks[1] - kicks[0],
+            deflate_exits: exits[2] - exits[1],
+            returned_mib: resident(before.resident_bytes) - resident(inflated.resident_bytes),
+        })
+    }
+
+    fn inflate_to(&self, mib: u64) -> Result<BalloonChange> {
+        let end = Instant::now() + CHANGE_LIMIT;
+        let target_bytes = mib * MIB;
+        let mut balloon = self.client.set_balloon(target_bytes, CHANGE_LIMIT)?;
+        while !balloon.settled && Instant::now() < end {
+            balloon = self.client.wait(balloon.generation, CHANGE_LIMIT)?;
+        }
+        let reached = u64::from(balloon.actual_pages) * BALLOON_PAGE_BYTES == target_bytes;
+        balloon.last_change.filter(|_| balloon.settled && reached).ok_or(BenchError::NotReached {
+            name: "bench-inflate".to_owned(),
+            actual_pages: balloon.actual_pages,
+            target_pages: balloon.target_pages,
+        })
+    }
+}
+
+const fn asked_mib(guest_mib: u64) -> u64 {
+    guest_mib * 3 / 4
+}
+
+fn describe(case: Case, memory: Memory, round: usize, run: &Run) -> String {
+    format!(
+        "round {round}, {memory:?} memory, {case:?}: {:.1} ms, {} exits, {} of them kicks, {:.0} MiB returned, back in {:.1} ms",
+        run.inflate.wall_ms, run.exits, run.kicks, run.returned_mib, run.deflate.wall_ms
+    )
+}
+
+fn summarise(name: Case, memory: Memory, guest_mib: u64, runs: &[Run]) -> CaseReport {
+    let spread = |of: fn(&Run) -> f64| Spread::of(runs.iter().map(of));
+    let middle = |of: fn(&Run) -> f64| spread(of).median;
+    let most = |of: fn(&Run) -> u64| runs.iter().map(of).max().unwrap_or_default();
+    CaseReport {
+        name,
+        memory,
+        guest_mib,
+        asked_mib: asked_mib(guest_mib),
+        wall_ms: spread(|run| run.inflate.wall_ms),
+        stages_ms: StagesMs {
+            allocate: middle(|run| run.inflate.stages_ms.allocate),
+            send: middle(|run| run.inflate.stages_ms.send),
+            translate: middle(|run| run.inflate.stages_ms.translate),
+            release: middle(|run| run.inflate.stages_ms.release),
+        },
+        exits: spread(|run| run.exits as f64),
+        kicks: spread(|run| run.kicks as f64),
+        deflate_ms: spread(|run| run.deflate.wall_ms),
+        deflate_exits: spread(|run| run.deflate_exits as f64),
+        messages: most(|run| run.inflate.messages),
+        release_calls: most(|run| run.inflate.release_calls),
+        returned_mib: middle(|run| run.returned_mib),
+    }
+}

@@ -1,0 +1,146 @@
+//! Moves a guest from our monitor to our monitor.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use control::api::{MigrationState, MigrationStatus, StartMigration};
+use control::{BALLOON_PAGE_BYTES, Client};
+use lab::Guest;
+
+use super::{Case, Moved, Scenario, SkippedPages};
+use crate::error::{BenchError, Result};
+use crate::kvm::{GuestFiles, host};
+use crate::testbed::Driver;
+
+/// The guest, which has the same name at both sides, and so other sockets.
+const NAME: &str = "bench-migrate";
+
+/// For a process to begin to listen, and for a guest to be moved.
+const SOON: Duration = Duration::from_secs(60);
+const MOVE_LIMIT: Duration = Duration::from_secs(1200);
+
+/// Between two looks: each costs the one processor of an emulated host some time.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// What a guest reports by itself would be gone before it is moved.
+const WITHOUT: [&str; 2] = ["--without", "reporting"];
+
+/// What follows what the receiver says of where it listens.
+const WAITS: &str = ": waits on ";
+
+/// A guest, and a process that waits for it.
+pub(super) struct Bed {
+    pub(super) source: Guest,
+    destination: Guest,
+    address: String,
+    client: Client,
+    _directory: tempfile::TempDir,
+}
+
+impl Bed {
+    pub(super) fn start(scenario: Scenario, program: &Path, files: &GuestFiles) -> Result<Self> {
+        let directory = tempfile::tempdir().map_err(host("making a directory"))?;
+        let socket = |side: &str| directory.path().join(side).to_string_lossy().into_owned();
+        let (here, there) = (socket("source"), socket("destination"));
+        let mut source = files
+            .monitor(program, NAME, scenario.guest_mib)
+            .machine_arguments(["--control", &here])
+            .machine_arguments(WITHOUT)
+            .boot()?;
+        files.load_monitor(&mut source, Driver::Own)?;
+        let destination = Guest::receiver(program)
+            .machine_arguments(["--name", NAME, "--listen", "127.0.0.1:0", "--plain"])
+            .machine_arguments(["--control", &there])
+            .boot()?;
+        let address = listens(&destination)?;
+        let client = Client::connect(Path::new(&here))?;
+        Ok(Self { source, destination, address, client, _directory: directory })
+    }
+
+    /// Moves the guest; returns where it runs then.
+    pub(super) fn go(mut self, case: Case) -> Result<(Guest, Moved)> {
+        self.client.start_migration(&StartMigration {
+            to: self.address.clone(),
+            connections: Some(connections()),
+            drop_caches: case == Case::SkipDropCaches,
+            send_free_pages: case == Case::NoSkip,
+            ..StartMigration::default()
+        })?;
+        let end = Instant::now() + MOVE_LIMIT;
+        let status = loop {
+            std::thread::sleep(LOOK);
+            let status = self.client.migration()?;
+            if status.state.is_over() || Instant::now() > end {
+                break status;
+            }
+        };
+        let moved = moved(&status).ok_or_else(|| BenchError::Wrong {
+            what: format!("the guest was not moved: {status:?}\n{}", self.source.console_log()),
+        })?;
+        let left = self.source.wait()?;
+        if !left.success() {
+            let what = format!("its monitor ended with {left}\n{}", self.source.console_log());
+            return Err(BenchError::Wrong { what });
+        }
+        Ok((self.destination, moved))
+    }
+}
+
+/// As many as `aerostat migrate` opens by itself.
+fn connections() -> u8 {
+    std::thread::available_parallelism()
+        .map_or(1, |count| u8::try_from(count.get()).unwrap_or(4).min(4))
+}
+
+/// Waits until the process listens, and tells where.
+fn listens(destination: &Guest) -> Result<String> {
+    let end = Instant::now() + SOON;
+    loop {
+        let log = destination.console_log();
+        if let Some((_, address)) = log.lines().find_map(|line| line.split_once(WAITS)) {
+            return Ok(address.to_owned());
+        }
+        if Instant::now() > end {
+            return Err(BenchError::Wrong { what: format!("nobody waits for the guest\n{log}") });
+        }
+        std::thread::sleep(LOOK);
+    }
+}
+
+fn moved(status: &MigrationStatus) -> Option<Moved> {
+    let summary = status.summary.as_ref().filter(|_| status.state == MigrationState::Moved)?;
+    let down = &summary.downtime;
+    let again = summary.rounds.iter().skip(1).map(|round| round.bytes).sum();
+    let rounds = summary.rounds.iter().map(|round| {
+        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+        let (bytes, sent) = (mib(round.bytes), mib(round.sent_bytes));
+        format!("{bytes:.1}/{sent:.1} MiB in {:.0} ms", round.took_ms)
+    });
+    let detail = format!(
+        "moving {:.0} ms, free pages named in {:.1} ms, rounds {}; stopping {:.1}, log {:.1}, last pages {:.1}, saving {:.1}, state {:.1} (loading {:.1}), hand-over {:.1} (starting {:.1})",
+        summary.total_ms,
+        summary.free_answer_ms.unwrap_or_default(),
+        rounds.collect::<Vec<_>>().join(", "),
+        down.pause_ms,
+        down.log_ms,
+        down.copy_ms,
+        down.save_ms,
+        down.state_ms,
+        down.load_ms,
+        down.hand_over_ms,
+        down.resume_ms,
+    );
+    Some(Moved {
+        total_ms: status.elapsed_ms,
+        downtime_ms: down.total_ms,
+        bytes_sent: summary.wire_bytes,
+        skipped: SkippedPages {
+            free: summary.free_bytes / BALLOON_PAGE_BYTES,
+            ballooned: summary.balloon_bytes / BALLOON_PAGE_BYTES,
+            zero: summary.zero_bytes / BALLOON_PAGE_BYTES,
+        },
+        written_bytes: Some(again),
+        throttle_percent: summary.throttle_percent,
+        detail,
+    })
+}

@@ -1,0 +1,76 @@
+//! What the guest's memory holds when it is moved, and what of it has to be there afterwards.
+
+use lab::Guest;
+
+use super::{GuestState, Scenario};
+use crate::error::{BenchError, Result};
+use crate::kvm::{GuestFiles, command, number};
+
+/// What is kept in all states, and what the guest writes anew after the move, in MiB.
+const KEPT_MIB: u64 = 32;
+const NEW_MIB: u64 = 64;
+
+/// Memory that is written and freed, in percent of the guest, and at most of what is free.
+const DIRTIED_PERCENT: u64 = 85;
+const FREE_PERCENT: u64 = 90;
+
+/// The page cache, and the device that it is of.
+const CACHED_MIB: u64 = 256;
+const DEVICE: &str = "/dev/zram0";
+
+/// What the write load uses at most.
+const LOAD_MIB: u64 = 16;
+
+/// Patterns.
+const SEED: u64 = 1;
+
+const PAGE_BYTES: u64 = 4096;
+
+/// Brings the guest into its state; returns what it then has in use that is not zeros, in bytes.
+pub(super) fn set(guest: &mut Guest, scenario: Scenario, files: &GuestFiles) -> Result<u64> {
+    command(guest, &format!("fill kept {KEPT_MIB} {SEED}"))?;
+    if matches!(scenario.state, GuestState::DirtiedThenFreed | GuestState::PageCache) {
+        let free_mib = number(guest, "free-mib")?;
+        let most_mib = scenario.guest_mib * DIRTIED_PERCENT / 100;
+        command(guest, &format!("touch {}", most_mib.min(free_mib * FREE_PERCENT / 100)))?;
+    }
+    match scenario.state {
+        GuestState::Fresh | GuestState::DirtiedThenFreed => {}
+        GuestState::PageCache => {
+            files.load_zram(guest)?;
+            command(guest, &format!("write /sys/block/zram0/disksize {CACHED_MIB}M"))?;
+            command(guest, &format!("fill-device {DEVICE} {CACHED_MIB} {SEED}"))?;
+        }
+        GuestState::WriteLoad => drop(command(guest, &format!("churn {LOAD_MIB} {SEED}"))?),
+    }
+    let answer = command(guest, "in-use")?;
+    let held = answer.split_whitespace().find_map(|word| word.strip_prefix("held=")?.parse().ok());
+    let held: Option<u64> = held;
+    let odd = || BenchError::GuestAnswer { command: "in-use".to_owned(), answer: answer.clone() };
+    Ok(held.ok_or_else(odd)? * PAGE_BYTES)
+}
+
+/// Looks at everything that the guest wrote, where it runs now, and has it use free memory.
+pub(super) fn verify(guest: &mut Guest, scenario: Scenario) -> Result<()> {
+    if scenario.state == GuestState::WriteLoad {
+        let answer = command(guest, "calm")?;
+        if !answer.ends_with(" wrong=0") || answer.starts_with("pages=0 ") {
+            return Err(BenchError::GuestAnswer { command: "calm".to_owned(), answer });
+        }
+    }
+    all_right(guest, &format!("verify kept {KEPT_MIB} {SEED}"))?;
+    if scenario.state == GuestState::PageCache {
+        all_right(guest, &format!("verify-device {DEVICE} {CACHED_MIB} {SEED}"))?;
+    }
+    command(guest, &format!("fill new {NEW_MIB} {}", SEED + 1))?;
+    all_right(guest, &format!("verify new {NEW_MIB} {}", SEED + 1))
+}
+
+fn all_right(guest: &mut Guest, line: &str) -> Result<()> {
+    match number(guest, line)? {
+        0 => Ok(()),
+        wrong => Err(BenchError::Wrong {
+            what: format!("{wrong} wrong after a move, by `{line}`\n{}", guest.console_log()),
+        }),
+    }
+}

@@ -1,0 +1,267 @@
+//! A guest is moved many times, and has to be right each time.
+
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use control::Client;
+use control::api::{BalloonStatus, MigrationStatus};
+
+use super::case::{Case, Target, Turn};
+use super::kit::Kit;
+use super::report::CaseReport;
+use super::traveller::{LIMIT, LOOK, Traveller, wrong};
+use crate::error::{BenchError, Result};
+use crate::logs::{backend_complaints, guest_complaints};
+
+/// What is where in a guest of the least memory, in MiB: a file that stays, what a process writes,
+/// checks and frees all the time, and what the balloon takes at most. More memory is free.
+pub const MEMORY_MIB: u64 = 192;
+pub(super) const KEPT_MIB: u64 = 24;
+const CHURN_MIB: u64 = 8;
+const BALLOON_MIB: u64 = 48;
+
+/// What a busy guest writes over and over: more than a limit of 300 ms and 12 MiB in a second
+/// leave to be written.
+const BUSY_MIB: u64 = 6;
+
+/// What stays free when everything is filled.
+const RESERVE_MIB: u64 = 24;
+
+/// Moves between two times at which everything is filled.
+const FILL_EVERY: usize = 10;
+
+/// What a guest says when it has booted.
+const BOOTED: &str = "@lab 0 ok ready";
+
+const MIB: u64 = 1 << 20;
+
+/// Moves a guest there and back, with what differs from move to move as of these numbers; `told`
+/// hears of each. Every tenth time all of the guest's memory is filled.
+pub fn endure(
+    kit: &Kit,
+    case: Case,
+    moves: Range<usize>,
+    told: &mut dyn FnMut(&str),
+) -> CaseReport {
+    let began = Instant::now();
+    let mut report = CaseReport::new(case.name);
+    if let Err(error) = walk(kit, case, moves, &mut report, told) {
+        report.failure = Some(error.to_string());
+    }
+    report.took_s = began.elapsed().as_secs_f64();
+    report
+}
+
+fn walk(
+    kit: &Kit,
+    case: Case,
+    moves: Range<usize>,
+    report: &mut CaseReport,
+    told: &mut dyn FnMut(&str),
+) -> Result<()> {
+    let mut traveller = Traveller::boot(kit, case, MEMORY_MIB)?;
+    traveller.run(&format!("fill kept {KEPT_MIB} 1"))?;
+    let mut walk = Walk { case, traveller, target_mib: 0, report };
+    walk.begin(0)?;
+    for number in moves {
+        let turn = case.turn(number);
+        let moved = walk.go(&turn);
+        let logs = walk.traveller.guest.console_log();
+        let status = match moved {
+            Ok(status) => status,
+            Err(error) => return Err(wrong(format!("move {number}, {turn:?}: {error}\n{logs}"))),
+        };
+        told(&line(number, &turn, &status));
+        if number % FILL_EVERY == FILL_EVERY - 1 {
+            walk.fills_everything(number as u64)?;
+        }
+    }
+    walk.end()
+}
+
+/// A guest on its way.
+struct Walk<'a, 'b> {
+    case: Case,
+    traveller: Traveller<'a>,
+    /// What the balloon was told to hold.
+    target_mib: u64,
+    report: &'b mut CaseReport,
+}
+
+impl Walk<'_, '_> {
+    /// What runs beside everything else.
+    fn begin(&mut self, seed: u64) -> Result<()> {
+        self.traveller.run(&format!("churn {CHURN_MIB} {}", seed + 1))?;
+        if self.case.busy {
+            self.traveller.run(&format!("busy {BUSY_MIB}"))?;
+        }
+        Ok(())
+    }
+
+    fn calm(&mut self) -> Result<()> {
+        if self.case.busy {
+            self.traveller.run("idle")?;
+        }
+        let reply = self.traveller.run("calm")?;
+        let number = |name: &str| {
+            let word = reply.text.split_whitespace().find_map(|word| word.strip_prefix(name));
+            word.and_then(|word| word.parse::<u64>().ok())
+        };
+        match (number("pages="), number("wrong=")) {
+            (Some(pages), Some(0)) => {
+                self.report.verified_bytes += pages * control::BALLOON_PAGE_BYTES;
+                Ok(())
+            }
+            (_, Some(pages)) => {
+                self.report.wrong_pages += pages;
+                let (name, file) = (self.case.name.to_owned(), "its churn".to_owned());
+                Err(BenchError::WrongPages { name, file, pages, named: reply.lines })
+            }
+            _ => Err(BenchError::GuestAnswer { command: "calm".to_owned(), answer: reply.text }),
+        }
+    }
+
+    /// One move.
+    fn go(&mut self, turn: &Turn) -> Result<MigrationStatus> {
+        if let Target::Before(percent) = turn.target {
+            self.set(percent)?;
+            self.settles()?;
+        }
+        let receiver = self.traveller.receiver(&turn.receiver)?;
+        let mut departure = self.traveller.depart(&receiver.address, &turn.sender)?;
+        let mut wanted = match turn.target {
+            Target::Meanwhile(percent) => Some(percent),
+            _ => None,
+        };
+        let target_mib = &mut self.target_mib;
+        let mut talk = self.traveller.converse(&mut departure, |traveller| {
+            // Refused where the guest has left just now, or is about to; it is asked there then.
+            if let Some(percent) = wanted
+                && let Ok(client) = traveller.client()
+                && client.set_balloon(mib_of(percent) * MIB, Duration::ZERO).is_ok()
+            {
+                *target_mib = mib_of(percent);
+                wanted = None;
+            }
+            Ok(())
+        })?;
+        let said = departure.end()?;
+        let status = said.moved()?;
+        let log = self.traveller.guest.console_log();
+        self.report.unheard += u64::from(self.traveller.arrive(receiver, &mut talk)?);
+        self.report.answered += talk.answered;
+        self.note_complaints(&log);
+        self.report.add(&status);
+        if let Some(percent) = wanted {
+            self.set(percent)?;
+        }
+        self.is_whole()?;
+        Ok(status)
+    }
+
+    /// The guest came with all that it had.
+    fn is_whole(&mut self) -> Result<()> {
+        let status = self.traveller.client()?.status()?;
+        let target_mib = status.balloon.target_bytes / MIB;
+        if target_mib != self.target_mib {
+            return Err(wrong(format!("its target is {target_mib}, not {} MiB", self.target_mib)));
+        }
+        if status.faults.total() > 0 {
+            let name = self.case.name.to_owned();
+            return Err(BenchError::Faults { name, faults: status.faults });
+        }
+        self.verify("kept", KEPT_MIB, 1)?;
+        self.settles()
+    }
+
+    fn verify(&mut self, file: &str, mib: u64, seed: u64) -> Result<()> {
+        let verified = self.traveller.verify(file, mib, seed);
+        if let Err(BenchError::WrongPages { pages, .. }) = &verified {
+            self.report.wrong_pages += pages;
+        }
+        self.report.verified_bytes += mib * MIB;
+        verified
+    }
+
+    fn set(&mut self, percent: u64) -> Result<()> {
+        self.target_mib = mib_of(percent);
+        self.traveller.client()?.set_balloon(self.target_mib * MIB, Duration::ZERO)?;
+        Ok(())
+    }
+
+    fn settles(&mut self) -> Result<()> {
+        if self.case.driver.is_none() {
+            return Ok(());
+        }
+        let client: Client = self.traveller.client()?;
+        let end = Instant::now() + LIMIT;
+        loop {
+            let status: BalloonStatus = client.status()?.balloon;
+            if status.settled && status.actual_bytes == self.target_mib * MIB {
+                return Ok(());
+            }
+            if Instant::now() > end {
+                let (name, actual_pages) = (self.case.name.to_owned(), status.actual_pages);
+                let target_pages = status.target_pages;
+                return Err(BenchError::NotReached { name, actual_pages, target_pages });
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// All that is free, and all that was in the balloon, is as good as any memory.
+    fn fills_everything(&mut self, seed: u64) -> Result<()> {
+        self.calm()?;
+        if self.case.driver.is_some() {
+            self.set(0)?;
+            self.settles()?;
+        }
+        let free_mib = self.traveller.number("free-mib")?;
+        let all_mib = free_mib.saturating_sub(RESERVE_MIB);
+        if all_mib < MEMORY_MIB / 4 {
+            return Err(wrong(format!("{free_mib} MiB are free")));
+        }
+        self.traveller.run(&format!("fill all {all_mib} {seed}"))?;
+        self.verify("all", all_mib, seed)?;
+        self.traveller.run("drop all")?;
+        self.begin(seed)
+    }
+
+    fn note_complaints(&mut self, log: &str) {
+        self.report.complaints.extend(complaints(log));
+        self.report.complaints.extend(backend_complaints(log));
+    }
+
+    fn end(mut self) -> Result<()> {
+        self.calm()?;
+        let log = self.traveller.guest.console_log();
+        self.note_complaints(&log);
+        let ended = self.traveller.guest.power_off()?;
+        if ended.success() { Ok(()) } else { Err(wrong(format!("the monitor: {ended}"))) }
+    }
+}
+
+/// Of a guest. What its kernel says while it boots is of the machine: an emulated one has its
+/// oddities.
+pub(super) fn complaints(log: &str) -> Vec<String> {
+    guest_complaints(log.find(BOOTED).and_then(|at| log.get(at..)).unwrap_or(log))
+}
+
+const fn mib_of(percent: u64) -> u64 {
+    BALLOON_MIB * percent / 100
+}
+
+fn line(number: usize, turn: &Turn, status: &MigrationStatus) -> String {
+    let summary = status.summary.clone().unwrap_or_default();
+    format!(
+        "move {number} {} {} {:?}: {:.0} ms, stood {:.0} ms, {} rounds, {} MiB sent, throttle {} %",
+        turn.receiver.join(" "),
+        turn.sender.join(" "),
+        turn.target,
+        summary.total_ms,
+        summary.downtime.total_ms,
+        summary.rounds.len(),
+        summary.sent_bytes / MIB,
+        summary.throttle_percent
+    )
+}

@@ -1,0 +1,236 @@
+//! A disk: a virtio block device (virtio 1.3, section 5.2) over a raw file.
+//!
+//! Requests are read from the ring where the queue is served, carried out in a thread of the
+//! disk's own, and returned when the queue is served next, which that thread asks for.
+
+mod file;
+mod request;
+mod work;
+mod worker;
+
+pub use file::DiskOptions;
+pub(crate) use file::{DiskFile, DiskShape};
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use balloon_device::{Drained, Handled, drain};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
+};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::{Error as QueueError, Queue, QueueT};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::error::Error;
+use crate::memory::Ram;
+use crate::mmio::{Device, Served};
+use file::SECTOR_BYTES;
+use request::{Request, SEG_MAX, SIZE_MAX};
+use work::{DISCARD, ID_BYTES, WRITE_ZEROES, Work};
+use worker::{Done, Worker};
+
+/// Disks that a guest may have: with its balloon they are as many devices as there are interrupts
+/// behind the PC's own.
+pub const MAX_DISKS: usize = 7;
+
+/// Bytes of the configuration space up to the last field that is offered.
+const CONFIG_BYTES: usize = 60;
+
+/// Its fields (virtio 1.3, 5.2.4).
+mod field {
+    pub(super) const CAPACITY: usize = 0;
+    pub(super) const SIZE_MAX: usize = 8;
+    pub(super) const SEG_MAX: usize = 12;
+    pub(super) const BLK_SIZE: usize = 20;
+    pub(super) const NUM_QUEUES: usize = 34;
+    pub(super) const MAX_DISCARD_SECTORS: usize = 36;
+    pub(super) const MAX_DISCARD_SEG: usize = 40;
+    pub(super) const DISCARD_ALIGNMENT: usize = 44;
+    pub(super) const MAX_WRITE_ZEROES_SECTORS: usize = 48;
+    pub(super) const MAX_WRITE_ZEROES_SEG: usize = 52;
+    pub(super) const WRITE_ZEROES_MAY_UNMAP: usize = 56;
+}
+
+/// One disk of a guest.
+pub(crate) struct Block {
+    shape: DiskShape,
+    worker: Worker,
+    /// Chains that are with the worker. No honest driver has more than its ring has entries.
+    kept: usize,
+}
+
+impl Block {
+    /// # Errors
+    /// The host has no thread left.
+    pub(crate) fn new(file: &Arc<DiskFile>, number: usize, memory: Ram) -> Result<Self, Error> {
+        let name = format!("disk{number}");
+        let mut id = [0; ID_BYTES];
+        id.iter_mut().zip(format!("aerostat-{name}").bytes()).for_each(|(to, from)| *to = from);
+        let worker = Worker::start(Work::new(memory, id), Arc::clone(file), &name)?;
+        Ok(Self { shape: file.shape(), worker, kept: 0 })
+    }
+
+    fn config(&self) -> [u8; CONFIG_BYTES] {
+        let mut space = [0; CONFIG_BYTES];
+        let mut put = |at: usize, bytes: &[u8]| {
+            space.iter_mut().skip(at).zip(bytes).for_each(|(to, from)| *to = *from);
+        };
+        put(field::CAPACITY, &self.shape.sectors.to_le_bytes());
+        let sector_bytes = u32::try_from(SECTOR_BYTES).unwrap_or(0);
+        for (at, value) in [
+            (field::SIZE_MAX, SIZE_MAX),
+            (field::SEG_MAX, SEG_MAX),
+            (field::BLK_SIZE, sector_bytes),
+            (field::MAX_DISCARD_SECTORS, DISCARD.sectors),
+            (field::MAX_DISCARD_SEG, DISCARD.ranges),
+            // A file system gives whole blocks back; what is beside them becomes zeros.
+            (field::DISCARD_ALIGNMENT, 1),
+            (field::MAX_WRITE_ZEROES_SECTORS, WRITE_ZEROES.sectors),
+            (field::MAX_WRITE_ZEROES_SEG, WRITE_ZEROES.ranges),
+        ] {
+            put(at, &value.to_le_bytes());
+        }
+        put(field::NUM_QUEUES, &1u16.to_le_bytes());
+        put(field::WRITE_ZEROES_MAY_UNMAP, &[1]);
+        space
+    }
+
+    /// Returns chains that were carried out.
+    fn give(&mut self, done: &[Done], memory: &Ram, queue: &mut Queue) -> Result<(), QueueError> {
+        for Done { head, written_bytes } in done {
+            queue.add_used(memory, *head, *written_bytes)?;
+        }
+        self.kept = self.kept.saturating_sub(done.len());
+        Ok(())
+    }
+
+    /// Returns what is done, and takes what is new.
+    fn pass(&mut self, memory: &Ram, queue: &mut Queue) -> Result<Drained, QueueError> {
+        let done = self.worker.take_done();
+        self.give(&done, memory, queue)?;
+        let most = usize::from(queue.size());
+        let mut too_many = false;
+        let drained = drain(queue, memory, |chain| {
+            let request = Request::of(chain, memory);
+            too_many |= self.kept >= most;
+            match request.filter(|_| !too_many) {
+                Some(request) => {
+                    self.kept += 1;
+                    self.worker.push(request);
+                    Handled { read_bytes: 0, written_bytes: None }
+                }
+                // Nobody can be told; its driver sees that nothing was written.
+                None => Handled { read_bytes: 0, written_bytes: Some(0) },
+            }
+        })?;
+        if too_many {
+            // A chain was made available that the device has.
+            return Err(QueueError::InvalidAvailRingIndex);
+        }
+        let notify = drained.notify || (!done.is_empty() && queue.needs_notification(memory)?);
+        Ok(Drained { notify, ..drained })
+    }
+
+    fn broken(&mut self, error: &QueueError) -> Served {
+        self.forget(0);
+        tracing::debug!(%error, "guest: the queue of a disk makes no sense");
+        Served::Broken
+    }
+}
+
+impl Device for Block {
+    fn id(&self) -> u32 {
+        VIRTIO_ID_BLOCK
+    }
+
+    fn features(&self) -> u64 {
+        let mut bits = vec![
+            VIRTIO_F_VERSION_1,
+            VIRTIO_RING_F_EVENT_IDX,
+            VIRTIO_RING_F_INDIRECT_DESC,
+            VIRTIO_BLK_F_SIZE_MAX,
+            VIRTIO_BLK_F_SEG_MAX,
+            VIRTIO_BLK_F_BLK_SIZE,
+            VIRTIO_BLK_F_FLUSH,
+        ];
+        if self.shape.read_only {
+            bits.push(VIRTIO_BLK_F_RO);
+        } else {
+            bits.extend([VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES]);
+        }
+        bits.into_iter().fold(0, |features, bit| features | 1 << bit)
+    }
+
+    fn queues(&self) -> usize {
+        1
+    }
+
+    fn read_config(&mut self, offset: u32, data: &mut [u8]) {
+        let space = self.config();
+        let mut bytes = space.iter().skip(offset as usize);
+        data.fill_with(|| bytes.next().copied().unwrap_or(0));
+    }
+
+    /// Nothing of it can be written: the cache mode is not offered.
+    fn write_config(&mut self, _offset: u32, _data: &[u8]) {}
+
+    fn reset(&mut self, features: u64) {
+        self.forget(0);
+        self.accepted(features);
+    }
+
+    fn accepted(&mut self, features: u64) {
+        // virtio 1.3, 5.2.6.2: a driver that knows no flush cannot ask for one.
+        self.worker.set_writes_through(features & 1 << VIRTIO_BLK_F_FLUSH == 0);
+    }
+
+    fn set_kicks(&mut self, kicks: &[EventFd]) {
+        match kicks.first().map(EventFd::try_clone) {
+            Some(Ok(bell)) => self.worker.rings(bell),
+            _ => tracing::error!("host: a disk cannot tell when it is done"),
+        }
+    }
+
+    fn count_exits(&mut self, _count: u64) {}
+
+    fn serve(&mut self, _index: usize, memory: &Ram, queue: &mut Queue) -> Served {
+        match self.pass(memory, queue) {
+            Ok(Drained { notify, more, .. }) => Served::Done { notify, more },
+            Err(error) => self.broken(&error),
+        }
+    }
+
+    fn until_due(&self) -> Option<Duration> {
+        None
+    }
+
+    fn due(&mut self, _woken: bool) -> Vec<usize> {
+        Vec::new()
+    }
+
+    /// All of it is carried out first.
+    fn give_back(&mut self, _index: usize, memory: &Ram, queue: &mut Queue) -> Served {
+        let done = self.worker.finish();
+        let given = self.give(&done, memory, queue);
+        let notify = given.and_then(|()| Ok(!done.is_empty() && queue.needs_notification(memory)?));
+        match notify {
+            Ok(notify) => Served::Done { notify, more: false },
+            Err(error) => self.broken(&error),
+        }
+    }
+
+    fn forget(&mut self, _index: usize) {
+        self.worker.forget();
+        self.kept = 0;
+    }
+
+    fn suspend(&mut self) {}
+}
+
+#[cfg(test)]
+#[path = "block_tests.rs"]
+mod tests;

@@ -1,0 +1,224 @@
+//! What is done with a request: from memory to file and back.
+
+use std::io;
+use std::time::Instant;
+
+use balloon_host::LogLimit;
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+};
+use vm_memory::{Address, Bytes, GuestAddress};
+
+use super::file::{DiskFile, SECTOR_BYTES};
+use super::request::{Kind, Request, Segment, bytes};
+use crate::memory::Ram;
+
+/// What is copied at once.
+const BUFFER_BYTES: usize = 64 << 10;
+
+/// Bytes of an identifier (virtio 1.3, 5.2.6), which is padded with zeros.
+pub(crate) const ID_BYTES: usize = 20;
+
+/// A range of a discard or of zeros: sector u64, sectors u32, flags u32.
+const RANGE_BYTES: usize = 16;
+
+/// Ranges and their sectors of one such request: a file system gives 1 GiB back in one go, but
+/// zeros may have to be written, and a pause waits for that.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RangeLimits {
+    pub(crate) ranges: u32,
+    pub(crate) sectors: u32,
+}
+
+pub(crate) const DISCARD: RangeLimits = RangeLimits { ranges: 16, sectors: 1 << 21 };
+pub(crate) const WRITE_ZEROES: RangeLimits = RangeLimits { ranges: 1, sectors: 16 << 11 };
+
+/// Whose fault it is that a request fails.
+#[derive(Debug)]
+enum Failure {
+    /// The guest's: it asks for what the disk does not have.
+    Guest(&'static str),
+    /// The guest's, or nobody's: the disk does not know such a thing.
+    Unsupported,
+    /// The host's.
+    Host(io::Error),
+}
+
+/// One who does it, with a buffer.
+pub(crate) struct Work {
+    memory: Ram,
+    buffer: Vec<u8>,
+    id: [u8; ID_BYTES],
+    log: LogLimit,
+}
+
+impl Work {
+    pub(crate) fn new(memory: Ram, id: [u8; ID_BYTES]) -> Self {
+        Self { memory, buffer: vec![0; BUFFER_BYTES], id, log: LogLimit::default() }
+    }
+
+    /// Does what is asked, writes the status, and tells how many bytes of the chain were written.
+    /// Where a driver knows no flush, what was `written_through` is on the disk first.
+    pub(crate) fn carry_out(
+        &mut self,
+        request: &Request,
+        file: &DiskFile,
+        writes_through: bool,
+    ) -> u32 {
+        let mut done = self.attempt(request, file);
+        let writes = matches!(request.kind, Kind::Write | Kind::Discard | Kind::WriteZeroes);
+        if writes && writes_through && done.is_ok() {
+            done = file.sync().map_err(Failure::Host).map(|()| 0);
+        }
+        let (status, written) = match done {
+            Ok(written) => (VIRTIO_BLK_S_OK, written),
+            Err(failure) => (self.tell(&failure, file), 0),
+        };
+        let status = u8::try_from(status).unwrap_or(u8::MAX);
+        match self.memory.write_obj(status, request.status) {
+            // At most the request's limit, which is far below 4 GiB.
+            Ok(()) if status == 0 => u32::try_from(written + 1).unwrap_or(u32::MAX),
+            // Behind data that were not all written: nothing is promised of the beginning.
+            _ => 0,
+        }
+    }
+
+    /// Bytes that were written to the guest.
+    fn attempt(&mut self, request: &Request, file: &DiskFile) -> Result<u64, Failure> {
+        let writes = !matches!(request.kind, Kind::Read | Kind::Flush | Kind::GetId);
+        if writes && file.shape().read_only && request.kind != Kind::Unknown {
+            return Err(Failure::Guest("the disk is read-only"));
+        }
+        match request.kind {
+            Kind::Read => self.read(request, file),
+            Kind::Write => self.write(request, file).map(|()| 0),
+            Kind::Flush => file.sync().map_err(Failure::Host).map(|()| 0),
+            Kind::GetId => self.tell_id(request),
+            Kind::Discard | Kind::WriteZeroes => self.each_range(request, file).map(|()| 0),
+            Kind::Unknown => Err(Failure::Unsupported),
+        }
+    }
+
+    fn read(&mut self, request: &Request, file: &DiskFile) -> Result<u64, Failure> {
+        let total = bytes(&request.into);
+        let mut at = place(file, request.sector, total)?;
+        for (start, len) in request.into.iter().flat_map(pieces) {
+            let buffer = self.buffer.get_mut(..len).unwrap_or_default();
+            file.read(buffer, at).map_err(Failure::Host)?;
+            self.memory.write_slice(buffer, start).map_err(|_| OUTSIDE)?;
+            at += len as u64;
+        }
+        Ok(total)
+    }
+
+    fn write(&mut self, request: &Request, file: &DiskFile) -> Result<(), Failure> {
+        let mut at = place(file, request.sector, bytes(&request.out))?;
+        for (start, len) in request.out.iter().flat_map(pieces) {
+            let buffer = self.buffer.get_mut(..len).unwrap_or_default();
+            self.memory.read_slice(buffer, start).map_err(|_| OUTSIDE)?;
+            file.write(buffer, at).map_err(Failure::Host)?;
+            at += len as u64;
+        }
+        Ok(())
+    }
+
+    fn tell_id(&mut self, request: &Request) -> Result<u64, Failure> {
+        let mut rest = self.id.as_slice();
+        for segment in &request.into {
+            let len = rest.len().min(segment.len as usize);
+            let (now, later) = rest.split_at(len);
+            self.memory.write_slice(now, segment.at).map_err(|_| OUTSIDE)?;
+            rest = later;
+        }
+        if !rest.is_empty() {
+            return Err(Failure::Guest("no room for an identifier"));
+        }
+        Ok(ID_BYTES as u64)
+    }
+
+    fn each_range(&mut self, request: &Request, file: &DiskFile) -> Result<(), Failure> {
+        let total = bytes(&request.out);
+        let limits = if request.kind == Kind::Discard { DISCARD } else { WRITE_ZEROES };
+        let most = u64::from(limits.ranges) * RANGE_BYTES as u64;
+        if total == 0 || total > most || !total.is_multiple_of(RANGE_BYTES as u64) {
+            return Err(Failure::Guest("no list of ranges"));
+        }
+        // Read once, before anything is done.
+        let mut list = Vec::new();
+        for (start, len) in request.out.iter().flat_map(pieces) {
+            let buffer = self.buffer.get_mut(..len).unwrap_or_default();
+            self.memory.read_slice(buffer, start).map_err(|_| OUTSIDE)?;
+            list.extend_from_slice(buffer);
+        }
+        let ranges = list.as_chunks::<RANGE_BYTES>().0;
+        let ranges = ranges.iter().map(|range| range_of(request.kind, range, limits, file));
+        for (at, bytes, may_unmap) in ranges.collect::<Result<Vec<_>, _>>()? {
+            let done = match request.kind {
+                Kind::Discard => file.discard(at, bytes),
+                _ => file.write_zeroes(at, bytes, may_unmap),
+            };
+            done.map_err(Failure::Host)?;
+        }
+        Ok(())
+    }
+
+    /// The status for a failure; the host's are logged.
+    fn tell(&mut self, failure: &Failure, file: &DiskFile) -> u32 {
+        let path = file.path().display();
+        match failure {
+            Failure::Guest(what) => tracing::debug!(disk = %path, what, "guest: request refused"),
+            Failure::Unsupported => return VIRTIO_BLK_S_UNSUPP,
+            Failure::Host(error) => {
+                if let Some(left_out) = self.log.take(Instant::now()) {
+                    tracing::error!(disk = %path, %error, left_out, "host: a request failed");
+                }
+            }
+        }
+        VIRTIO_BLK_S_IOERR
+    }
+}
+
+const OUTSIDE: Failure = Failure::Guest("a buffer outside of memory");
+
+/// Where `bytes` from `sector` on are in the file.
+fn place(file: &DiskFile, sector: u64, bytes: u64) -> Result<u64, Failure> {
+    let end = sector.checked_add(bytes / SECTOR_BYTES);
+    if !bytes.is_multiple_of(SECTOR_BYTES) || end.is_none_or(|end| end > file.shape().sectors) {
+        return Err(Failure::Guest("sectors that the disk does not have"));
+    }
+    // Below the file's length.
+    Ok(sector * SECTOR_BYTES)
+}
+
+/// Offset and bytes of a range, and whether it may become a hole.
+fn range_of(
+    kind: Kind,
+    range: &[u8; RANGE_BYTES],
+    limits: RangeLimits,
+    file: &DiskFile,
+) -> Result<(u64, u64, bool), Failure> {
+    let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, flags @ ..] = *range;
+    let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
+    let sectors = u32::from_le_bytes([n0, n1, n2, n3]);
+    let flags = u32::from_le_bytes(flags);
+    let may_unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
+    // virtio 1.3, 5.2.6.2: reserved flags, and this one for a discard, are not supported.
+    if flags & !VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0 || (kind == Kind::Discard && may_unmap) {
+        return Err(Failure::Unsupported);
+    }
+    if sectors == 0 || sectors > limits.sectors {
+        return Err(Failure::Guest("a range of a size that it may not have"));
+    }
+    let bytes = u64::from(sectors) * SECTOR_BYTES;
+    Ok((place(file, sector, bytes)?, bytes, may_unmap))
+}
+
+/// A segment in parts that fit the buffer.
+fn pieces(segment: &Segment) -> impl Iterator<Item = (GuestAddress, usize)> + use<> {
+    let Segment { at, len } = *segment;
+    (0..len).step_by(BUFFER_BYTES).map(move |offset| {
+        // One that wraps around is outside of memory as well.
+        let start = GuestAddress(at.raw_value().wrapping_add(offset.into()));
+        (start, BUFFER_BYTES.min((len - offset) as usize))
+    })
+}

@@ -1,0 +1,150 @@
+//! The thread that does a disk's work, so that neither the guest's processors nor its other
+//! devices wait for it.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::file::DiskFile;
+use super::request::Request;
+use super::work::Work;
+use crate::error::Error;
+
+/// What is to be done, what is being done, and what is done.
+#[derive(Default)]
+struct Desk {
+    todo: VecDeque<Request>,
+    /// A request is being carried out.
+    busy: bool,
+    done: Vec<Done>,
+    writes_through: bool,
+    /// Whom to tell that something is done.
+    bell: Option<EventFd>,
+    end: bool,
+}
+
+/// A request that was carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Done {
+    /// The chain, by its first descriptor.
+    pub(crate) head: u16,
+    pub(crate) written_bytes: u32,
+}
+
+#[derive(Default)]
+struct Shared {
+    desk: Mutex<Desk>,
+    changed: Condvar,
+}
+
+/// One thread, which ends when this is dropped.
+pub(crate) struct Worker {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    pub(crate) fn start(mut work: Work, file: Arc<DiskFile>, name: &str) -> Result<Self, Error> {
+        let shared = Arc::new(Shared::default());
+        let theirs = Arc::clone(&shared);
+        let thread = thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || theirs.work_on(&mut work, &file))
+            .map_err(Error::host::<std::io::Error>("starting a thread"))?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// Whom to tell when something is done.
+    pub(crate) fn rings(&self, bell: EventFd) {
+        self.shared.desk().bell = Some(bell);
+    }
+
+    /// Whether what is written is on the disk before it is done.
+    pub(crate) fn set_writes_through(&self, writes_through: bool) {
+        self.shared.desk().writes_through = writes_through;
+    }
+
+    pub(crate) fn push(&self, request: Request) {
+        self.shared.desk().todo.push_back(request);
+        self.shared.changed.notify_all();
+    }
+
+    /// What is done, once.
+    pub(crate) fn take_done(&self) -> Vec<Done> {
+        std::mem::take(&mut self.shared.desk().done)
+    }
+
+    /// Waits until all of it is done, and takes that.
+    pub(crate) fn finish(&self) -> Vec<Done> {
+        std::mem::take(&mut self.shared.idle(self.shared.desk()).done)
+    }
+
+    /// Has what is not begun not done, and nothing told of what is. The guest's memory is not
+    /// touched any more when this returns.
+    pub(crate) fn forget(&self) {
+        let mut desk = self.shared.desk();
+        desk.todo.clear();
+        self.shared.idle(desk).done.clear();
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.shared.desk().end = true;
+        self.shared.changed.notify_all();
+        if let Some(thread) = self.thread.take() {
+            // A panic has been printed by the hook, and there is nothing left to do.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    /// What is behind it is whole at any moment.
+    fn desk(&self) -> MutexGuard<'_, Desk> {
+        self.desk.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn idle<'a>(&self, desk: MutexGuard<'a, Desk>) -> MutexGuard<'a, Desk> {
+        let works = |desk: &mut Desk| !desk.end && (desk.busy || !desk.todo.is_empty());
+        self.changed.wait_while(desk, works).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn work_on(&self, work: &mut Work, file: &DiskFile) {
+        // Also told when this panics: who waits for it must not wait for ever.
+        let _end = End(self);
+        let mut desk = self.desk();
+        loop {
+            if desk.end {
+                return;
+            }
+            let Some(request) = desk.todo.pop_front() else {
+                desk = self.changed.wait(desk).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            desk.busy = true;
+            let writes_through = desk.writes_through;
+            drop(desk);
+            let written_bytes = work.carry_out(&request, file, writes_through);
+            desk = self.desk();
+            desk.busy = false;
+            desk.done.push(Done { head: request.head, written_bytes });
+            if let Some(bell) = &desk.bell {
+                // A file that is full is readable, and that is all there is to say.
+                let _ = bell.write(1);
+            }
+            self.changed.notify_all();
+        }
+    }
+}
+
+struct End<'a>(&'a Shared);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.desk().end = true;
+        self.0.changed.notify_all();
+    }
+}

@@ -1,0 +1,401 @@
+//! Tests of the disk, by a driver's side of its ring.
+
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::time::Instant;
+
+use guest_ring::{Buffer, GuestRing, INDIRECT, NEXT, WRITE, write_descriptor};
+use proptest::prelude::*;
+use tempfile::{NamedTempFile, TempDir};
+use virtio_bindings::virtio_blk::*;
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::*;
+
+const MEMORY_BYTES: usize = 1 << 20;
+const RING: u64 = 0x1000;
+const HEADER: u64 = 0x8000;
+const STATUS: u64 = 0x8100;
+const DATA: u64 = 0x1_0000;
+
+/// Sectors of the disks here.
+const SECTORS: u64 = 64;
+
+/// A status that no device writes.
+const UNTOUCHED: u8 = 0xee;
+
+/// For a request on a busy machine.
+const LIMIT: Duration = Duration::from_secs(20);
+
+struct Guest {
+    memory: Ram,
+    disk: Block,
+    file: File,
+    ring: GuestRing,
+    queue: Queue,
+    bell: EventFd,
+    _path: NamedTempFile,
+}
+
+impl Guest {
+    fn new(read_only: bool) -> Self {
+        let path = NamedTempFile::new().unwrap();
+        let file = path.as_file().try_clone().unwrap();
+        file.write_all_at(&pattern(SECTORS * 512, 1), 0).unwrap();
+        let options = DiskOptions { path: path.path().into(), read_only };
+        Self::with(DiskFile::open(&options).unwrap(), file, path)
+    }
+
+    fn with(disk: DiskFile, file: File, path: NamedTempFile) -> Self {
+        let memory = Ram::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap();
+        let mut disk = Block::new(&Arc::new(disk), 0, memory.clone()).unwrap();
+        let bell = EventFd::new(0).unwrap();
+        disk.set_kicks(&[bell.try_clone().unwrap()]);
+        disk.reset(disk.features());
+        let ring = GuestRing::new(RING, 16);
+        let queue = ring.queue();
+        Self { memory, disk, file, ring, queue, bell, _path: path }
+    }
+
+    /// Serves the ring until a chain came back: what is in its status, and the bytes written.
+    fn ask(&mut self, kind: u32, sector: u64, data: &[Buffer]) -> (u8, u32) {
+        let header = [u64::from(kind).to_le_bytes(), sector.to_le_bytes()].concat();
+        self.memory.write_slice(&header, GuestAddress(HEADER)).unwrap();
+        self.memory.write_obj(UNTOUCHED, GuestAddress(STATUS)).unwrap();
+        let chain =
+            [&[Buffer::readable(HEADER, 16)], data, &[Buffer::writable(STATUS, 1)]].concat();
+        self.ring.send(&self.memory, &chain);
+        let written = self.serve();
+        (self.memory.read_obj(GuestAddress(STATUS)).unwrap(), written)
+    }
+
+    /// As the monitor's loop does: at once, and whenever the bell rings.
+    fn serve(&mut self) -> u32 {
+        let end = Instant::now() + LIMIT;
+        loop {
+            let served = self.disk.serve(0, &self.memory, &mut self.queue);
+            let done = self.ring.take_used(&self.memory);
+            if let Some(used) = done {
+                assert!(matches!(served, Served::Done { notify: true, .. }), "{served:?}");
+                return used.written_bytes;
+            }
+            assert_eq!(served, Served::Done { notify: false, more: false });
+            assert!(Instant::now() < end);
+            self.bell.read().unwrap();
+        }
+    }
+
+    fn put(&self, at: u64, bytes: &[u8]) {
+        self.memory.write_slice(bytes, GuestAddress(at)).unwrap();
+    }
+
+    fn get(&self, at: u64, len: u64) -> Vec<u8> {
+        let mut bytes = vec![0; usize::try_from(len).unwrap()];
+        self.memory.read_slice(&mut bytes, GuestAddress(at)).unwrap();
+        bytes
+    }
+
+    fn on_disk(&self, sector: u64, sectors: u64) -> Vec<u8> {
+        let mut bytes = vec![0; usize::try_from(sectors * 512).unwrap()];
+        self.file.read_exact_at(&mut bytes, sector * 512).unwrap();
+        bytes
+    }
+
+    fn config<const N: usize>(&mut self, at: usize) -> [u8; N] {
+        let mut bytes = [0xaa; N];
+        self.disk.read_config(u32::try_from(at).unwrap(), &mut bytes);
+        bytes
+    }
+}
+
+/// Bytes of which no two sectors are the same.
+fn pattern(bytes: u64, seed: u64) -> Vec<u8> {
+    let word = |at: u64| (at * 0x9e37_79b9 + seed).to_le_bytes();
+    (0..bytes / 8).flat_map(word).collect()
+}
+
+fn range(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
+    [&sector.to_le_bytes()[..], &sectors.to_le_bytes(), &flags.to_le_bytes()].concat()
+}
+
+/// The status of a request (virtio 1.3, 5.2.6).
+const OK: u8 = 0;
+const IOERR: u8 = 1;
+const UNSUPP: u8 = 2;
+
+#[test]
+fn what_is_written_is_in_the_file_and_what_is_read_was_there() {
+    let mut guest = Guest::new(false);
+    let data = pattern(3 * 512, 7);
+    guest.put(DATA, &data);
+    // Cut where it likes.
+    let out = [Buffer::readable(DATA, 100), Buffer::readable(DATA + 100, 3 * 512 - 100)];
+    assert_eq!(guest.ask(VIRTIO_BLK_T_OUT, 5, &out), (OK, 1));
+    assert_eq!(guest.on_disk(5, 3), data);
+    assert_eq!(guest.on_disk(4, 1), pattern(SECTORS * 512, 1)[4 * 512..5 * 512]);
+
+    let into = [Buffer::writable(DATA + 0x4000, 4 * 512)];
+    assert_eq!(guest.ask(VIRTIO_BLK_T_IN, 4, &into), (OK, 4 * 512 + 1));
+    assert_eq!(guest.get(DATA + 0x4000, 4 * 512), guest.on_disk(4, 4));
+    assert_eq!(guest.ask(VIRTIO_BLK_T_FLUSH, 0, &[]), (OK, 1));
+    let id = [Buffer::writable(DATA, 20)];
+    assert_eq!(guest.ask(VIRTIO_BLK_T_GET_ID, 0, &id), (OK, 21));
+    assert_eq!(guest.get(DATA, 15), b"aerostat-disk0\0");
+}
+
+#[test]
+fn header_and_status_may_be_cut_as_well_and_lie_in_a_table_of_their_own() {
+    let mut guest = Guest::new(false);
+    let header = [u64::from(VIRTIO_BLK_T_IN).to_le_bytes(), 9u64.to_le_bytes()].concat();
+    guest.put(HEADER, &header);
+    let table = 0x9000;
+    let buffers: Vec<(u64, u32, u16)> =
+        vec![(HEADER, 3, 0), (HEADER + 3, 13, 0), (DATA, 512, WRITE), (DATA + 512, 513, WRITE)];
+    for (index, (at, len, flags)) in (0u16..).zip(&buffers) {
+        let next = if index < 3 { NEXT } else { 0 };
+        let descriptor = Descriptor::new(*at, *len, flags | next, index + 1);
+        assert!(write_descriptor(&guest.memory, table, index, descriptor));
+    }
+    let whole = Descriptor::new(table, 4 * 16, INDIRECT, 0);
+    assert!(guest.ring.write_descriptor(&guest.memory, 0, whole));
+    guest.put(DATA + 1024, &[UNTOUCHED]);
+    guest.ring.publish(&guest.memory, 0);
+    assert_eq!(guest.serve(), 1025);
+    assert_eq!(guest.get(DATA, 1024), guest.on_disk(9, 2));
+    assert_eq!(guest.get(DATA + 1024, 1), [OK]);
+}
+
+#[test]
+fn what_the_disk_does_not_have_is_an_error() {
+    let mut guest = Guest::new(false);
+    let before = guest.on_disk(0, SECTORS);
+    let read = |len| [Buffer::writable(DATA, len)];
+    let write = |len| [Buffer::readable(DATA, len)];
+    for sector in [SECTORS, SECTORS - 1, u64::MAX, u64::MAX / 512] {
+        assert_eq!(guest.ask(VIRTIO_BLK_T_IN, sector, &read(1024)), (IOERR, 0), "{sector}");
+        assert_eq!(guest.ask(VIRTIO_BLK_T_OUT, sector, &write(1024)), (IOERR, 0), "{sector}");
+    }
+    assert_eq!(guest.ask(VIRTIO_BLK_T_IN, 0, &read(100)), (IOERR, 0));
+    assert_eq!(guest.ask(VIRTIO_BLK_T_OUT, 0, &write(513)), (IOERR, 0));
+    let beyond = MEMORY_BYTES as u64 - 256;
+    assert_eq!(guest.ask(VIRTIO_BLK_T_IN, 0, &[Buffer::writable(beyond, 512)]), (IOERR, 0));
+    assert_eq!(guest.ask(VIRTIO_BLK_T_OUT, 0, &[Buffer::readable(!0, 512)]), (IOERR, 0));
+    assert_eq!(guest.ask(VIRTIO_BLK_T_GET_ID, 0, &read(19)), (IOERR, 0));
+    assert_eq!(guest.ask(VIRTIO_BLK_T_SCSI_CMD, 0, &read(512)), (UNSUPP, 0));
+    assert_eq!(guest.ask(0xffff_ffff, 0, &[]), (UNSUPP, 0));
+    assert_eq!(guest.on_disk(0, SECTORS), before);
+    // And the disk goes on.
+    assert_eq!(guest.ask(VIRTIO_BLK_T_IN, SECTORS - 1, &read(512)), (OK, 513));
+
+    // A file that was cut is the host's fault, and the guest's error.
+    guest.file.set_len(512).unwrap();
+    assert_eq!(guest.ask(VIRTIO_BLK_T_IN, 1, &read(512)), (IOERR, 0));
+}
+
+#[test]
+fn a_read_only_disk_is_not_written() {
+    let mut guest = Guest::new(true);
+    let before = guest.on_disk(0, SECTORS);
+    assert_ne!(guest.disk.features() & 1 << VIRTIO_BLK_F_RO, 0);
+    assert_eq!(guest.disk.features() & 1 << VIRTIO_BLK_F_DISCARD, 0);
+    guest.put(DATA, &range(0, 8, 0));
+    for (kind, bytes) in
+        [(VIRTIO_BLK_T_OUT, 512), (VIRTIO_BLK_T_DISCARD, 16), (VIRTIO_BLK_T_WRITE_ZEROES, 16)]
+    {
+        let asked = guest.ask(kind, 0, &[Buffer::readable(DATA, bytes)]);
+        assert_eq!(asked, (IOERR, 0), "{kind}");
+    }
+    assert_eq!(guest.ask(VIRTIO_BLK_T_IN, 0, &[Buffer::writable(DATA, 512)]), (OK, 513));
+    assert_eq!(guest.ask(VIRTIO_BLK_T_FLUSH, 0, &[]), (OK, 1));
+    assert_eq!(guest.on_disk(0, SECTORS), before);
+}
+
+#[test]
+fn a_write_of_a_driver_that_cannot_flush_is_on_the_disk_before_it_is_answered() {
+    let path = NamedTempFile::new().unwrap();
+    let file = path.as_file().try_clone().unwrap();
+    let mut guest = Guest::with(DiskFile::that_cannot_sync(SECTORS), file, path);
+    let data = [Buffer::readable(DATA, 512)];
+    assert_eq!(guest.ask(VIRTIO_BLK_T_OUT, 0, &data), (OK, 1));
+    assert_eq!(guest.ask(VIRTIO_BLK_T_FLUSH, 0, &[]), (IOERR, 0));
+    let without = guest.disk.features() & !(1 << VIRTIO_BLK_F_FLUSH);
+    guest.disk.accepted(without);
+    assert_eq!(guest.ask(VIRTIO_BLK_T_OUT, 0, &data), (IOERR, 0));
+}
+
+#[test]
+fn discarded_sectors_are_holes_and_zeros() {
+    let mut guest = Guest::new(false);
+    let blocks = guest.file.metadata().unwrap().blocks();
+    guest.put(DATA, &[range(8, 8, 0), range(24, 8, 0)].concat());
+    let two = [Buffer::readable(DATA, 32)];
+    assert_eq!(guest.ask(VIRTIO_BLK_T_DISCARD, 0, &two), (OK, 1));
+    let zeros = vec![0; 8 * 512];
+    assert_eq!([guest.on_disk(8, 8), guest.on_disk(24, 8)], [zeros.clone(), zeros.clone()]);
+    assert!(guest.file.metadata().unwrap().blocks() < blocks);
+    for flags in [0, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP] {
+        guest.file.write_all_at(&pattern(SECTORS * 512, 1), 0).unwrap();
+        guest.put(DATA, &range(40, 8, flags));
+        let one = [Buffer::readable(DATA, 16)];
+        assert_eq!(guest.ask(VIRTIO_BLK_T_WRITE_ZEROES, 0, &one), (OK, 1));
+        assert_eq!(guest.on_disk(40, 8), zeros);
+        assert_eq!(guest.on_disk(48, 1), pattern(SECTORS * 512, 1)[48 * 512..49 * 512]);
+    }
+
+    let before = guest.on_disk(0, SECTORS);
+    for (bytes, status) in [
+        (range(SECTORS - 1, 2, 0), IOERR),
+        (range(u64::MAX, 1, 0), IOERR),
+        (range(0, 0, 0), IOERR),
+        (range(0, DISCARD.sectors + 1, 0), IOERR),
+        (range(0, 1, 1), UNSUPP),
+        (range(0, 1, 2), UNSUPP),
+        // Nothing is done where a part cannot be.
+        ([range(0, 1, 0), range(SECTORS, 1, 0)].concat(), IOERR),
+        (range(0, 1, 0)[..15].to_vec(), IOERR),
+    ] {
+        guest.put(DATA, &bytes);
+        let buffer = [Buffer::readable(DATA, u32::try_from(bytes.len()).unwrap())];
+        assert_eq!(guest.ask(VIRTIO_BLK_T_DISCARD, 0, &buffer), (status, 0), "{bytes:?}");
+    }
+    let many = [Buffer::readable(DATA, (DISCARD.ranges + 1) * 16)];
+    assert_eq!(guest.ask(VIRTIO_BLK_T_DISCARD, 0, &many), (IOERR, 0));
+    assert_eq!(guest.ask(VIRTIO_BLK_T_WRITE_ZEROES, 0, &two), (IOERR, 0));
+    assert_eq!(guest.on_disk(0, SECTORS), before);
+}
+
+#[test]
+fn the_configuration_says_what_the_disk_has() {
+    let mut guest = Guest::new(false);
+    assert_eq!(u64::from_le_bytes(guest.config(0)), SECTORS);
+    assert_eq!(u32::from_le_bytes(guest.config(12)), SEG_MAX);
+    assert_eq!(u32::from_le_bytes(guest.config(20)), 512);
+    assert_eq!(guest.config::<8>(56), [1, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(u32::from_le_bytes(guest.config(usize::MAX & 0xffff)), 0);
+    guest.disk.write_config(0, &[0xff; 8]);
+    assert_eq!(u64::from_le_bytes(guest.config(0)), SECTORS);
+}
+
+#[test]
+fn chains_that_nobody_can_be_told_of_come_back_and_a_broken_ring_stops() {
+    let mut guest = Guest::new(false);
+    guest.put(HEADER, &[0; 16]);
+    let header = Buffer::readable(HEADER, 16);
+    let status = Buffer::writable(STATUS, 1);
+    let data = Buffer::writable(DATA, 512);
+    for chain in [
+        vec![],
+        vec![header],
+        vec![status],
+        vec![Buffer::readable(HEADER, 15), status],
+        vec![Buffer::readable(u64::MAX - 3, 16), status],
+        // What is read behind what is written.
+        vec![header, data, Buffer::readable(DATA, 512), status],
+        // More than a request may have.
+        vec![header, Buffer::writable(DATA, 1 << 30), status],
+    ] {
+        guest.put(STATUS, &[UNTOUCHED]);
+        guest.ring.send(&guest.memory, &chain);
+        assert_eq!(guest.serve(), 0, "{chain:?}");
+        assert_eq!(guest.get(STATUS, 1), [UNTOUCHED], "{chain:?}");
+    }
+    // One that is available more often than the ring has entries.
+    let head = guest.ring.send(&guest.memory, &[header, data, status]);
+    let mut served = Served::Done { notify: false, more: false };
+    for _ in 0..64 {
+        guest.ring.publish(&guest.memory, head);
+        if guest.disk.kept < 16 {
+            guest.disk.kept = 16;
+        }
+        served = guest.disk.serve(0, &guest.memory, &mut guest.queue);
+        if served == Served::Broken {
+            break;
+        }
+    }
+    assert_eq!(served, Served::Broken);
+    assert_eq!(guest.disk.kept, 0);
+}
+
+#[test]
+fn a_pause_waits_for_what_is_under_way_and_a_reset_forgets_it() {
+    let mut guest = Guest::new(false);
+    for sector in 0..5u64 {
+        let at = HEADER + sector * 32;
+        let header = [u64::from(VIRTIO_BLK_T_OUT).to_le_bytes(), sector.to_le_bytes()].concat();
+        guest.put(at, &header);
+        guest.put(DATA + sector * 512, &pattern(512, 100 + sector));
+        let chain = [
+            Buffer::readable(at, 16),
+            Buffer::readable(DATA + sector * 512, 512),
+            Buffer::writable(STATUS + sector, 1),
+        ];
+        guest.ring.send(&guest.memory, &chain);
+    }
+    let served = guest.disk.serve(0, &guest.memory, &mut guest.queue);
+    assert!(matches!(served, Served::Done { more: false, .. }), "{served:?}");
+    guest.disk.give_back(0, &guest.memory, &mut guest.queue);
+    let returned = std::iter::from_fn(|| guest.ring.take_used(&guest.memory)).count();
+    assert_eq!((returned, guest.disk.kept), (5, 0));
+    for sector in 0..5 {
+        assert_eq!(guest.on_disk(sector, 1), pattern(512, 100 + sector));
+    }
+
+    guest.ring.publish(&guest.memory, 0);
+    guest.disk.serve(0, &guest.memory, &mut guest.queue);
+    guest.disk.reset(0);
+    assert_eq!(guest.disk.kept, 0);
+    assert!(guest.disk.worker.take_done().is_empty());
+}
+
+#[test]
+fn files_that_are_no_disks_are_refused() {
+    let directory = TempDir::new().unwrap();
+    let open = |name: &str, read_only| {
+        let path = directory.path().join(name);
+        DiskFile::open(&DiskOptions { path, read_only }).map(drop).unwrap_err().to_string()
+    };
+    assert!(open("nothing", false).contains("cannot read"));
+    fs::write(directory.path().join("empty"), "").unwrap();
+    assert!(open("empty", false).contains("0 bytes"));
+    fs::write(directory.path().join("odd"), [0; 513]).unwrap();
+    assert!(open("odd", true).starts_with("operator: "));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Whatever chains a guest makes, each comes back, or the ring is one that makes no sense;
+    /// and the file keeps its size.
+    #[test]
+    fn any_chain_comes_back_once(
+        chains in prop::collection::vec(
+            (
+                prop::sample::select(vec![0u32, 1, 4, 8, 11, 13, 99]),
+                prop_oneof![0..SECTORS + 2, any::<u64>()],
+                prop::collection::vec(
+                    (prop_oneof![0u64..MEMORY_BYTES as u64, any::<u64>()],
+                     prop_oneof![0u32..2048, Just(512), Just(16), any::<u32>()],
+                     any::<bool>()),
+                    0..6),
+            ),
+            1..12),
+        read_only in any::<bool>(),
+    ) {
+        let mut guest = Guest::new(read_only);
+        for (kind, sector, buffers) in chains {
+            // Its own words and the ring are not among what it may write over here.
+            let buffers: Vec<_> = buffers
+                .into_iter()
+                .map(|(at, len, writable)| {
+                    let at = if at < DATA { at + DATA } else { at };
+                    Buffer { addr: at, len, writable }
+                })
+                .collect();
+            let (status, written) = guest.ask(kind, sector, &buffers);
+            prop_assert!([OK, IOERR, UNSUPP, UNTOUCHED].contains(&status), "{status}");
+            prop_assert_eq!(written > 0, status == OK);
+            prop_assert_eq!(guest.file.metadata().unwrap().len(), SECTORS * 512);
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! A guest that comes out of a file.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use balloon_abi::Features;
+use control::Server;
+use control::api::{PartialHuge, ReleaseMode};
+use migration::DestinationConfig;
+use migration::observer::Silent;
+use migration::snapshot::{self, Filling, SnapshotFile};
+
+use crate::block::DiskOptions;
+use crate::error::Error;
+use crate::layout::{MAX_CPUS, MAX_MEMORY_BYTES};
+use crate::machine::{End, Machine, Options, Requests, serve_to_end};
+use crate::memory::MemoryKind;
+use crate::mover::{Asked, Mover};
+use crate::seams::Arriving;
+
+/// Between two looks whether memory still comes.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// How long a guest whose memory comes no more may take to come to a stop.
+const STOP_TIME: Duration = Duration::from_secs(2);
+
+/// Which guest, and how.
+#[derive(Clone, Debug)]
+pub struct RestoreOptions {
+    /// Name of the guest, which may be another than it had.
+    pub name: String,
+    /// Where the control API listens.
+    pub control: PathBuf,
+    /// What it was written to.
+    pub file: PathBuf,
+    /// Runs it at once; its memory comes when it is touched, and meanwhile in its order. The file
+    /// must stay.
+    pub lazy: bool,
+    /// What backs its memory here.
+    pub memory: MemoryKind,
+    /// Its disks, as many and of the same sizes as it had.
+    pub disks: Vec<DiskOptions>,
+    /// When memory of the balloon is released.
+    pub release: ReleaseMode,
+    /// What becomes of pieces of huge pages.
+    pub partial_huge: PartialHuge,
+}
+
+/// Runs the guest to its end, from where it was when it was written.
+///
+/// # Errors
+/// What is wrong with the file, the options, or the host; nothing of the guest was run then,
+/// unless it ran lazily and the file turned out to be damaged.
+pub fn restore(options: &RestoreOptions) -> Result<End, Error> {
+    let requests = Requests::new().map_err(Error::host("signal handling"))?;
+    let machine = SnapshotFile::open(&options.file)?.description().machine.clone();
+    let mover = Mover::new(None);
+    let _control = Server::bind_monitor(&options.control, Arc::new(Asked(Arc::clone(&mover))))?;
+    let mut guest = Arriving::new(machine_options(options), MAX_CPUS)?;
+    let config = DestinationConfig {
+        max_memory_bytes: MAX_MEMORY_BYTES,
+        ..DestinationConfig::new(&machine)
+    };
+    let file = &options.file;
+    let began = Instant::now();
+    if options.lazy {
+        let filling = snapshot::restore_lazily(&config, &mut guest, file, &mut Silent)?;
+        tracing::info!(us = began.elapsed().as_micros(), "runs; its memory is still coming");
+        return fill(guest, filling, &mover, &requests);
+    }
+    let restored = snapshot::restore(&config, &mut guest, file, &mut Silent)?;
+    tracing::info!(us = restored.total_us, pages = restored.read_pages, "restored");
+    mover.set_machine(guest.machine().cloned());
+    match guest.machine() {
+        Some(machine) => serve_to_end(machine, &mover, &requests),
+        None => Err(no_machine()),
+    }
+}
+
+/// Serves a guest whose memory is still coming.
+fn fill(
+    mut guest: Arriving,
+    filling: Filling,
+    mover: &Arc<Mover>,
+    requests: &Requests,
+) -> Result<End, Error> {
+    let machine = guest.machine().cloned().ok_or_else(no_machine)?;
+    mover.set_machine(Some(Arc::clone(&machine)));
+    let stop = requests.stopper().map_err(Error::host("signal handling"))?;
+    let over = AtomicBool::new(false);
+    let end = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            if watch(&filling, &machine, &over) {
+                stop();
+                // Whoever waits for a page that never comes is let go, and finds zeros: no
+                // processor runs any more that could.
+                let until = Instant::now() + STOP_TIME;
+                while !over.load(Ordering::Relaxed) && Instant::now() < until {
+                    machine.halt();
+                    std::thread::sleep(LOOK);
+                }
+                guest.let_go();
+            }
+        });
+        // Also where serving panics, which would wait for the thread for ever.
+        let _over = Over(&over);
+        serve_to_end(&machine, mover, requests)
+    });
+    // The guest first, which may still wait for its memory.
+    mover.set_machine(None);
+    drop((machine, guest));
+    filling.finish()?;
+    end
+}
+
+/// Says that a guest is not served any more, when it is dropped.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Waits for the end; true where memory comes no more before that. The guest is halted then.
+fn watch(filling: &Filling, machine: &Machine, over: &AtomicBool) -> bool {
+    while !over.load(Ordering::Relaxed) {
+        if filling.has_failed() {
+            tracing::error!("the guest's memory cannot be read any more: it ends");
+            machine.halt();
+            return true;
+        }
+        std::thread::sleep(LOOK);
+    }
+    false
+}
+
+/// How a machine is made here, but for what the file says.
+fn machine_options(options: &RestoreOptions) -> Options {
+    Options {
+        name: options.name.clone(),
+        control: options.control.clone(),
+        memory_bytes: 0,
+        memory: options.memory,
+        cpus: 0,
+        kernel: PathBuf::new(),
+        initrd: None,
+        command_line: String::new(),
+        disks: options.disks.clone(),
+        release: options.release,
+        partial_huge: options.partial_huge,
+        without: Features::NONE,
+    }
+}
+
+fn no_machine() -> Error {
+    Error::Unsupported { what: "a guest that is not there".into() }
+}

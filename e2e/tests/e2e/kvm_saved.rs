@@ -1,0 +1,255 @@
+//! Guests of our monitor in files: written while they run, and run from there; and with disks.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use control::api::{MigrationState, MigrationStatus, MigrationSummary};
+use lab::{Guest, LabError};
+
+use crate::kvm::{
+    BLOCK, INITRAMFS, MIB, OURS, STOCK, VMLINUX, VMLINUZ, builder, inside_of_a_kvm, load, number,
+    run, signal, verify,
+};
+use crate::kvm_move::{moved, receiver};
+use crate::program::{program, told};
+
+/// Memory of the guest, what its balloon has, and what a file keeps, in MiB.
+const MEMORY_MIB: u64 = 256;
+const INFLATED_MIB: u64 = 64;
+const KEPT_MIB: u64 = 32;
+
+/// A file system on which no snapshot has room.
+const SMALL_MIB: u64 = 8;
+
+/// What a snapshot has besides memory: head, table, state.
+const OVERHEAD_BYTES: u64 = 2 << 20;
+
+/// A page of what the guest keeps is in the file behind its head.
+const HEAD_BYTES: u64 = 4096;
+
+/// Disks, and a part of one that is given back.
+const DISK_MIB: u64 = 24;
+const HOLE_MIB: u64 = 4;
+
+/// For a guest to end that has to.
+const SOON: Duration = Duration::from_secs(30);
+
+/// Guests that have memory at a time: one on its way, or a file of one.
+const GUESTS: u64 = 2;
+
+#[test]
+fn guests_come_out_of_files_and_have_disks() {
+    inside_of_a_kvm("kvm_saved::inside", GUESTS * MEMORY_MIB);
+}
+
+#[test]
+#[ignore = "is started by another test where there is a KVM"]
+fn inside() {
+    // Started by hand it has nothing to work with.
+    if std::env::var_os(VMLINUZ).is_none() {
+        return;
+    }
+    let start = Instant::now();
+    a_guest_comes_out_of_a_file();
+    println!("files after {:.1?}", start.elapsed());
+    disks_are_read_written_and_moved_with();
+    println!("disks after {:.1?}", start.elapsed());
+    the_demo_shows_a_guest_that_moves();
+    println!("demo after {:.1?}", start.elapsed());
+}
+
+fn a_guest_comes_out_of_a_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("guest.snapshot");
+    let mut guest = builder(OURS, VMLINUX).memory_mib(MEMORY_MIB).boot().unwrap();
+    load(&mut guest, OURS);
+    run(&mut guest, &format!("fill kept {KEPT_MIB} 1"));
+    let balloon = ["balloon", OURS, "64MiB", "--timeout", "60s"];
+    assert_eq!(aerostat(&balloon).0, Some(0));
+    a_full_disk_leaves_no_file(&mut guest, &directory.path().join("small"));
+
+    let summary = saved(&file, &["--drop-caches"]);
+    assert_eq!(summary.balloon_bytes, INFLATED_MIB * MIB);
+    assert!(summary.free_bytes > 0 && summary.downtime.total_ms > 0.0, "{summary:?}");
+    let size = fs::metadata(&file).unwrap();
+    assert!(size.len() > MEMORY_MIB * MIB);
+    // What is free, in the balloon or zeros takes no room.
+    let most = summary.sent_bytes + OVERHEAD_BYTES;
+    let allocated = size.blocks() * 512;
+    println!("{} MiB allocated, {summary:?}", allocated / MIB);
+    assert!(allocated <= most && most < MEMORY_MIB * MIB / 2, "{allocated} of {most}");
+    let path = file.to_str().unwrap();
+    let (code, text) = aerostat(&["snapshot", OURS, path]);
+    assert!(code == Some(1) && text.contains("exists"), "{text}");
+    // It goes on, and what it does now is not in the file.
+    run(&mut guest, "drop kept");
+    run(&mut guest, &format!("fill kept {KEPT_MIB} 2"));
+    assert!(guest.power_off().unwrap().success());
+
+    for lazy in [false, true] {
+        let mut guest = restored(&file, lazy);
+        verify(&mut guest, "kept", KEPT_MIB, 1);
+        if lazy {
+            // What the balloon had, and what is still to come.
+            let (code, text) = aerostat(&["balloon", "again", "0", "--timeout", "60s"]);
+            assert_eq!(code, Some(0), "{text}");
+            let free_mib = number(&mut guest, "free-mib") - MEMORY_MIB / 8;
+            run(&mut guest, &format!("fill all {free_mib} 3"));
+            verify(&mut guest, "all", free_mib, 3);
+            verify(&mut guest, "kept", KEPT_MIB, 1);
+            assert!(guest.power_off().unwrap().success());
+        } else {
+            // A reset ends it as well, and is no failure.
+            let end = guest.run_within("write /proc/sysrq-trigger b", SOON).unwrap_err();
+            assert!(matches!(end, LabError::Ended { .. }), "{end}");
+            assert!(guest.wait().unwrap().success(), "{}", guest.console_log());
+        }
+    }
+    damaged_files_are_refused(&file);
+}
+
+fn a_full_disk_leaves_no_file(guest: &mut Guest, small: &Path) {
+    fs::create_dir(small).unwrap();
+    let size = format!("size={SMALL_MIB}m");
+    let small = small.to_str().unwrap();
+    let mount = ["-t", "tmpfs", "-o", &size, "tmpfs", small];
+    assert!(Command::new("mount").args(mount).status().unwrap().success());
+    let (code, text) = aerostat(&["snapshot", OURS, &format!("{small}/guest")]);
+    let left = fs::read_dir(small).unwrap().count();
+    assert!(Command::new("umount").arg(small).status().unwrap().success());
+    assert!(code == Some(1) && text.contains("No space left"), "{code:?} {text}");
+    assert!(text.contains("runs on"), "{text}");
+    assert_eq!(left, 0);
+    verify(guest, "kept", KEPT_MIB, 1);
+}
+
+fn damaged_files_are_refused(file: &Path) {
+    let open = OpenOptions::new().read(true).write(true).open(file).unwrap();
+    let len = open.metadata().unwrap().len();
+    let page = first_data(&open);
+    let mut byte = [0];
+    open.read_exact_at(&mut byte, page).unwrap();
+    open.write_all_at(&[!byte[0]], page).unwrap();
+    let path = file.to_str().unwrap();
+    let (code, text) = aerostat(&["restore", path, "--name", "again"]);
+    assert!(code == Some(1) && text.contains("damaged"), "{code:?} {text}");
+    // Lazily it is found when its turn comes; the guest ends then.
+    let (code, text) = aerostat(&["restore", path, "--name", "again", "--lazy"]);
+    assert!(code == Some(1) && text.contains("damaged"), "{code:?} {text}");
+    open.write_all_at(&byte, page).unwrap();
+
+    open.set_len(len - 1).unwrap();
+    let (code, text) = aerostat(&["restore", path, "--name", "again"]);
+    assert!(code == Some(1) && text.contains("damaged"), "{code:?} {text}");
+}
+
+/// The first byte of memory that the file has.
+fn first_data(file: &File) -> u64 {
+    rustix::fs::seek(file, rustix::fs::SeekFrom::Data(HEAD_BYTES)).unwrap()
+}
+
+fn restored(file: &Path, lazy: bool) -> Guest {
+    let mut words = vec![file.to_str().unwrap(), "--name", "again"];
+    words.extend(lazy.then_some("--lazy"));
+    let began = Instant::now();
+    let mut guest = Guest::restored(program()).machine_arguments(words).boot().unwrap();
+    run(&mut guest, "free-mib");
+    println!(
+        "restored{} and answers after {:.1?}",
+        if lazy { " lazily" } else { "" },
+        began.elapsed()
+    );
+    guest
+}
+
+fn saved(file: &Path, arguments: &[&str]) -> MigrationSummary {
+    let mut command = Command::new(program());
+    command.args(["snapshot", OURS, file.to_str().unwrap(), "--json"]).args(arguments);
+    let (code, out, err) = told(&command.output().unwrap());
+    assert_eq!(code, Some(0), "{out}{err}");
+    let status: MigrationStatus = serde_json::from_str(&out).unwrap();
+    assert_eq!(status.state, MigrationState::Saved);
+    status.summary.unwrap()
+}
+
+/// A disk that is only read, and one that takes all of it while its guest is moved.
+fn disks_are_read_written_and_moved_with() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name).into_os_string().into_string().unwrap();
+    let (from, to) = (path("from"), path("to"));
+    let mut contents = vec![0; usize::try_from(DISK_MIB * MIB).unwrap()];
+    fastrand::Rng::with_seed(7).fill(&mut contents);
+    fs::write(&from, &contents).unwrap();
+    File::create(&to).unwrap().set_len(DISK_MIB * MIB).unwrap();
+
+    let disks = ["--disk", &format!("{from},readonly"), "--disk", &to];
+    let mut first =
+        builder(STOCK, VMLINUX).memory_mib(MEMORY_MIB).machine_arguments(disks).boot().unwrap();
+    load(&mut first, STOCK);
+    run(&mut first, &format!("insmod {BLOCK}"));
+    let sectors = run(&mut first, "cat /sys/block/vdb/size").lines;
+    assert_eq!(sectors, [(DISK_MIB * MIB / 512).to_string()]);
+    assert_eq!(run(&mut first, "cat /sys/block/vda/ro").lines, ["1"]);
+    assert!(first.run("copy /dev/vdb /dev/vda 1").is_err());
+    run(&mut first, "copy /dev/vda /dev/vdb 4");
+    assert_eq!(fs::read(&to).unwrap()[..4 << 20], contents[..4 << 20]);
+    let (code, text) = aerostat(&["snapshot", STOCK, &path("snapshot")]);
+    assert!(code == Some(1) && text.contains("a disk that it writes"), "{text}");
+
+    let control = path("control");
+    // Connections need it, as in the test of moving.
+    let _ = Command::new("ip").args(["link", "set", "lo", "up"]).status();
+    let (mut without, address) = receiver(STOCK, &["--plain", "--control", &control]);
+    let (code, text) = aerostat(&["migrate", STOCK, &address, "--plain"]);
+    assert!(code == Some(1) && text.contains("runs on here"), "{text}");
+    assert!(without.console_log().contains("had the disks"), "{}", without.console_log());
+    signal(&without, "KILL");
+    without.wait().unwrap();
+
+    let disks = [&["--plain", "--control", &control], &disks[..]].concat();
+    let (mut second, address) = receiver(STOCK, &disks);
+    let copying = std::thread::spawn(move || {
+        let copied = first.run(&format!("copy /dev/vda /dev/vdb {DISK_MIB}"));
+        (first, copied)
+    });
+    let summary = moved(STOCK, &address, &["--plain"]);
+    println!("with disks: {:?}", summary.downtime);
+    let (mut first, _) = copying.join().unwrap();
+    assert!(first.wait().unwrap().success(), "{}", first.console_log());
+    // It is answered when the copy is over.
+    run(&mut second, "sync");
+    assert!(fs::read(&to).unwrap() == contents, "the disk has not what the guest wrote");
+
+    let blocks = fs::metadata(&to).unwrap().blocks();
+    run(&mut second, &format!("punch /dev/vdb 8 {HOLE_MIB}"));
+    let hole = usize::try_from(8 * MIB).unwrap()..usize::try_from((8 + HOLE_MIB) * MIB).unwrap();
+    contents[hole].fill(0);
+    assert!(fs::read(&to).unwrap() == contents, "a hole is not where it should be");
+    assert!(blocks - fs::metadata(&to).unwrap().blocks() >= HOLE_MIB * MIB / 512);
+    signal(&second, "INT");
+    assert!(second.wait().unwrap().success(), "{}", second.console_log());
+}
+
+/// As it is started where it found a KVM.
+fn the_demo_shows_a_guest_that_moves() {
+    let [kernel, initramfs] = [VMLINUX, INITRAMFS].map(|name| std::env::var(name).unwrap());
+    let words = ["demo", "--migrate", "--parts", &kernel, &initramfs, "virtio_mmio", OURS];
+    let (code, text) = aerostat(&words);
+    assert_eq!(code, Some(0), "{text}");
+    let lines = |what: &str| text.lines().filter(|line| line.contains(what)).count();
+    // It answers before, meanwhile and after.
+    assert!(lines("first process   the guest says: up for") > 4, "{text}");
+    assert!(lines("second process  the guest says: up for") >= 4, "{text}");
+    for told in ["round 0", "written before are as they were", "moved to the second"] {
+        assert_eq!(lines(told), 1, "{told} in {text}");
+    }
+}
+
+/// Exit code, and all that was printed.
+fn aerostat(words: &[&str]) -> (Option<i32>, String) {
+    let (code, out, err) = told(&Command::new(program()).args(words).output().unwrap());
+    (code, out + &err)
+}

@@ -1,0 +1,141 @@
+//! Machines that a hostile peer describes, and their states.
+
+use vmm::raw::{self, Devices};
+use vmm::{MAX_CPUS, Section};
+
+use crate::script::Script;
+
+/// Memory of the machine, in bytes: the least that there can be.
+const MEMORY_BYTES: u64 = 32 << 20;
+
+/// Processors of the machine.
+const CPUS: u8 = 1;
+
+/// Changes of one script.
+const MAX_CHANGES: usize = 32;
+
+/// Where parts of the state have what is worth changing: numbers of 16 to 64 bits.
+const WIDTHS: [usize; 4] = [1, 2, 4, 8];
+
+/// A description, or a state.
+///
+/// # Panics
+/// Where something that has to hold does not.
+pub fn machine(data: &[u8]) {
+    let mut script = Script::new(data);
+    if script.pick([false, true, true, true]) {
+        state(&mut script)
+    } else {
+        description(&mut script)
+    }
+}
+
+fn description(script: &mut Script<'_>) {
+    let cpus = script.pick([1, 2, 64, 0, 65, 255]);
+    let memory_bytes = match script.u8() % 6 {
+        0 => MEMORY_BYTES,
+        1 => 4 << 30,
+        2 => vmm::MAX_MEMORY_BYTES,
+        3 => u64::MAX,
+        4 => script.u64(),
+        _ => u64::from(script.u16()) << 20,
+    };
+    // Memory that no machine can have is refused before anything is described.
+    let Ok(mut description) = raw::description(cpus, memory_bytes) else { return };
+    let honest = description.clone();
+    let max_cpus = script.pick([MAX_CPUS, 1, 2]);
+    if script.flag() {
+        change(script, &mut description.config);
+    }
+    match raw::take_description(&description, max_cpus) {
+        Ok((cpus, memory_bytes)) => {
+            assert!((1..=max_cpus).contains(&cpus) && memory_bytes <= vmm::MAX_MEMORY_BYTES);
+            let pages = memory_bytes / 4096;
+            assert_eq!(pages, description.layout.pages(), "memory that was not described");
+        }
+        Err(error) => {
+            assert!(error.to_string().starts_with("sender: "), "{error}");
+            let is_honest = description == honest && (1..=max_cpus).contains(&cpus);
+            assert!(!is_honest, "{error}");
+        }
+    }
+}
+
+fn state(script: &mut Script<'_>) {
+    let mut devices = devices();
+    let mut sections = devices.state();
+    let honest = sections.clone();
+    for _ in 0..MAX_CHANGES {
+        if script.is_over() {
+            break;
+        }
+        step(script, &mut sections);
+    }
+    match devices.take(&sections) {
+        Ok(taken) => {
+            // There are several forms of a state, and one that is written.
+            let again = self::devices().take(&taken);
+            let is_same = again.is_ok_and(|again| again == taken);
+            assert!(is_same, "what was taken is understood as something else");
+        }
+        Err(error) => {
+            assert!(error.to_string().starts_with("sender: "), "{error}");
+            assert!(sections != honest, "{error}");
+        }
+    }
+    assert!(devices.holds_only_memory());
+}
+
+/// The host has memory and files for two machines.
+fn devices() -> Devices {
+    Devices::new(CPUS, MEMORY_BYTES).expect("a small machine")
+}
+
+fn step(script: &mut Script<'_>, sections: &mut Vec<Section>) {
+    // The transport and the balloon more often than what is KVM's to judge.
+    let names = ["virtio0", "balloon", "virtio0", "balloon", "ports", "chips", "cpu0", "cpu1"];
+    let name = script.pick(names);
+    let at = sections.iter().position(|section| section.name == name);
+    let what = script.u8() % 16;
+    let Some(at) = at else {
+        if what == 0 {
+            let bytes = script.string().to_vec();
+            sections.push(Section { name: name.to_owned(), version: 1, bytes });
+        }
+        return;
+    };
+    match what {
+        0 => drop(sections.remove(at)),
+        1 => sections.push(sections[at].clone()),
+        2 => sections[at].version = u32::from(script.u8()),
+        3 => sections[at].bytes = script.string().to_vec(),
+        4 => sections.swap(at, 0),
+        _ => change(script, &mut sections[at].bytes),
+    }
+}
+
+/// Writes a number somewhere, cuts, or adds something.
+fn change(script: &mut Script<'_>, bytes: &mut Vec<u8>) {
+    let at = usize::from(script.u16()) % bytes.len().max(1);
+    match script.u8() % 8 {
+        0 => bytes.truncate(at),
+        1 => bytes.extend_from_slice(script.string()),
+        2 => {
+            let string = script.string();
+            bytes.iter_mut().skip(at).zip(string).for_each(|(byte, new)| *byte = *new);
+        }
+        _ => {
+            let number = match script.u8() % 8 {
+                0 => 0,
+                1 => u64::MAX,
+                2 => 1,
+                3 => 1 << (script.u8() % 64),
+                4 => u64::from(script.u8()) << 12,
+                _ => u64::from(script.u16()),
+            };
+            let width = script.pick(WIDTHS);
+            let number = number.to_le_bytes();
+            bytes.iter_mut().skip(at).zip(&number[..width]).for_each(|(byte, new)| *byte = *new);
+        }
+    }
+}
