@@ -14,8 +14,10 @@ use crate::uml::UmlKernel;
 /// The virtio device type of a balloon (virtio 1.3, 5.5.1), as `virtio_uml.device` wants it.
 const BALLOON_DEVICE_TYPE: u32 = 5;
 
-/// Words for every guest's kernel: few messages, and an end instead of a hang.
-const COMMON_ARGUMENTS: [&str; 3] = ["quiet", "oops=panic", "panic=1"];
+/// Words for every guest's kernel: few messages, and an end instead of a hang. An emulated
+/// processor on a machine with other work stands still for longer than the usual 20 s, twice
+/// `watchdog_thresh`, at which Linux complains of itself.
+const COMMON_ARGUMENTS: [&str; 4] = ["quiet", "oops=panic", "panic=1", "watchdog_thresh=60"];
 
 /// The package with the emulator.
 const QEMU_PACKAGE: &str = "qemu-system-x86";
