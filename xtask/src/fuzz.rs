@@ -4,6 +4,7 @@
 //! part of LLVM, and the flags below are those that cargo-fuzz would give.
 
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::sync::Mutex;
@@ -114,7 +115,7 @@ fn build(fuzz: &Path, names: &[String]) -> Result<PathBuf> {
     let mut cargo = Command::new("cargo");
     // With a --target, build scripts and macros are spared the coverage flags.
     cargo.args(["build", "--release", "--quiet", "--target", &host]);
-    cargo.arg("--manifest-path").arg(fuzz.join("Cargo.toml"));
+    cargo.arg("--manifest-path").arg(steady(fuzz, &target_dir)?.join("Cargo.toml"));
     cargo.arg("--target-dir").arg(&target_dir);
     names.iter().for_each(|name| {
         cargo.args(["--bin", name]);
@@ -123,6 +124,18 @@ fn build(fuzz: &Path, names: &[String]) -> Result<PathBuf> {
     let status = cargo.status().context("cannot run cargo")?;
     ensure!(status.success(), "the fuzz targets cannot be built");
     Ok(target_dir.join(host).join("release"))
+}
+
+/// The way to `fuzz` over a link beside what is built. Cargo knows crates from outside of
+/// a workspace by their whole path, and would build all anew for each clone.
+fn steady(fuzz: &Path, target_dir: &Path) -> Result<PathBuf> {
+    let (root, link) = (root(), target_dir.join("clone"));
+    fs::create_dir_all(target_dir).with_context(|| target_dir.display().to_string())?;
+    if fs::read_link(&link).ok().as_ref() != Some(&root) {
+        let _ = fs::remove_file(&link);
+        symlink(&root, &link).with_context(|| link.display().to_string())?;
+    }
+    Ok(link.join(fuzz.strip_prefix(&root)?))
 }
 
 fn host_triple() -> Result<String> {
