@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 
-use bench::moves::{self, CASES, Case, CaseReport, Options, Report};
+use bench::soak::moves::{self, CASES, Case, CaseReport, Options, Report};
 use clap::Args;
 
 use crate::cmd::bench::{failure, program};

@@ -1,4 +1,4 @@
-//! A guest that moves from one process to another while somebody talks to it.
+//! `demo --migrate`: a guest that moves from one process to another while somebody talks to it.
 //!
 //! [`show`] finds a KVM: this machine's own where it boots a guest, else that of a machine which
 //! QEMU emulates. There the program is started once more, and [`carry_out`] does it.
