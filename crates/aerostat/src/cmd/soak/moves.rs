@@ -88,7 +88,7 @@ fn words(args: &MovesArgs, seed: u64, case: &Case) -> Vec<OsString> {
 /// One kind of guest, where a KVM is.
 fn inside(args: &MovesArgs, seed: u64) -> Result<(), Failure> {
     let kit = moves::given_kit(&program()?).map_err(failure)?;
-    moves::prepare_network();
+    moves::raise_loopback();
     let tell = &mut |step: &str| eprintln!("{step}");
     let mut reports = Vec::new();
     for case in &args.guest {
