@@ -6,7 +6,7 @@ use bench::soak::moves::{self, CASES, Case, CaseReport, Options, Report};
 use clap::Args;
 
 use crate::cmd::bench::{failure, program};
-use crate::failure::{Exit, Failure};
+use crate::failure::Failure;
 use crate::output::{print, print_json};
 use crate::progress::Steps;
 
@@ -64,14 +64,7 @@ pub(super) fn run(args: &MovesArgs, seed: Option<u64>, json: bool) -> Result<(),
     } else {
         print(&table(&report))?;
     }
-    match report.problems.as_slice() {
-        [] => Ok(()),
-        problems => Err(Failure {
-            what: problems.join("\n       "),
-            hint: format!("the same faults come with --seed {seed}"),
-            exit: Exit::Failed,
-        }),
-    }
+    super::verdict(&report.problems, format!("the same faults come with --seed {seed}"))
 }
 
 /// What this program is asked where the KVM is.
