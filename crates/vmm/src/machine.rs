@@ -21,7 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::acpi::{self, MmioSlot};
 use crate::balloon::Balloon;
 use crate::block::{Block, DiskFile, DiskOptions, MAX_DISKS};
-use crate::boot::{self, Source};
+use crate::boot::Boot;
 use crate::console::Console;
 use crate::cpu;
 use crate::cpuid::{CpuFeatures, Template};
@@ -309,12 +309,14 @@ impl Machine {
             .write_slice(&tables, GuestAddress(layout::ACPI_TABLES))
             .map_err(Error::memory("writing the ACPI tables"))?;
         firmware::write(&memory.guest)?;
-        let source = Source {
+        let boot = Boot {
             kernel: &options.kernel,
             initrd: options.initrd.as_deref(),
             command_line: &options.command_line,
+            memory: &memory.guest,
+            ranges: &memory.ranges,
         };
-        let entry = boot::load(&source, &memory.guest, &memory.ranges)?;
+        let entry = boot.load()?;
         self.processors.pause();
         let enter = |number, fd: &VcpuFd| match number {
             0 => cpu::enter(fd, entry, &memory.guest),
