@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use control::{Client, GuestName, socket_path};
+use control::{Client, ControlError, GuestName, socket_path};
 
 use crate::failure::Failure;
 
@@ -23,9 +23,13 @@ impl FromStr for GuestArg {
         if text.contains('/') {
             return Ok(Self::Socket(text.into()));
         }
-        let name = text.parse::<GuestName>();
-        name.map(Self::Name).map_err(|error| format!("{error}; {}", error.hint()))
+        guest_name(text).map(Self::Name)
     }
+}
+
+/// Reads a guest's name.
+pub(crate) fn guest_name(text: &str) -> Result<GuestName, String> {
+    text.parse().map_err(|error: ControlError| format!("{error}; {}", error.hint()))
 }
 
 impl GuestArg {

@@ -3,10 +3,12 @@
 
 #![forbid(unsafe_code)]
 
+mod balloon_arg;
 mod cmd;
 mod disk_arg;
 mod failure;
 mod guest_arg;
+mod host_arg;
 mod log;
 #[cfg(test)]
 mod man;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::error::{BenchError, Result};
+use crate::error::{Result, host};
 
 /// What a thread of QEMU that runs the guest has in its name, if it was started with
 /// `debug-threads=on`.
@@ -27,10 +27,7 @@ impl CpuClock {
     /// Looks at these processes (proc(5), `schedstat`: the first number is the time
     /// on a CPU in ns).
     pub(crate) fn read(processes: &[u32]) -> Result<Self> {
-        let failed = |source: std::io::Error| BenchError::Host {
-            what: "reading CPU times of threads",
-            source: source.into(),
-        };
+        let failed = host("reading CPU times of threads");
         let mut threads = BTreeMap::new();
         for process in processes {
             for task in fs::read_dir(format!("/proc/{process}/task")).map_err(failed)? {

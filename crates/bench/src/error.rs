@@ -114,3 +114,15 @@ pub enum BenchError {
 
 /// Result of a measurement.
 pub type Result<T> = std::result::Result<T, BenchError>;
+
+/// Says what this host was asked for when it refused.
+pub(crate) fn host<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
+    what: &'static str,
+) -> impl Fn(E) -> BenchError + Copy {
+    move |source| BenchError::Host { what, source: source.into() }
+}
+
+/// Something that is not as it has to be.
+pub(crate) const fn wrong(what: String) -> BenchError {
+    BenchError::Wrong { what }
+}

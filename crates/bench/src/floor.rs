@@ -11,7 +11,7 @@ use page_set::{PageRange, PageSet};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 use crate::cpu_time::CpuClock;
-use crate::error::{BenchError, Result};
+use crate::error::{Result, host};
 
 /// Pages of 4 KiB in a MiB.
 const PAGES_PER_MIB: u64 = 256;
@@ -32,23 +32,19 @@ pub(crate) struct Floor {
 /// `touched_mib` of which were written to through a mapping, as a guest does.
 pub(crate) fn release_once(directory: &Path, mib: u64, touched_mib: u64) -> Result<Floor> {
     let file = Arc::new(unnamed_file(directory, mib << 20)?);
-    let host = |what| {
-        move |source: Box<dyn std::error::Error + Send + Sync>| BenchError::Host { what, source }
-    };
     let length = usize::try_from(mib << 20).unwrap_or(usize::MAX);
     let offset = FileOffset::from_arc(Arc::clone(&file), 0);
     let memory: GuestMemoryMmap =
         GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), length, Some(offset))])
-            .map_err(|e| host("mapping memory")(e.into()))?;
+            .map_err(host("mapping memory"))?;
     let chunk = vec![0xa5; CHUNK_BYTES];
     for start in (0..touched_mib << 20).step_by(CHUNK_BYTES) {
         let written = memory.write_slice(&chunk, GuestAddress(start));
-        written.map_err(|e| host("touching memory")(e.into()))?;
+        written.map_err(host("touching memory"))?;
     }
-    let all = PageRange::new(0, mib * PAGES_PER_MIB)
-        .map_err(|e| host("naming so much memory")(e.into()))?;
-    let region = Region::shared(all, file, 0).map_err(|e| host("describing memory")(e.into()))?;
-    let map = MemoryMap::new(vec![region]).map_err(|e| host("describing memory")(e.into()))?;
+    let all = PageRange::new(0, mib * PAGES_PER_MIB).map_err(host("naming so much memory"))?;
+    let region = Region::shared(all, file, 0).map_err(host("describing memory"))?;
+    let map = MemoryMap::new(vec![region]).map_err(host("describing memory"))?;
     let pages = PageSet::from_iter([all]);
     let (started, cpu_before) = (Instant::now(), CpuClock::own_ms());
     let report = map.discard(&pages);
@@ -56,16 +52,15 @@ pub(crate) fn release_once(directory: &Path, mib: u64, touched_mib: u64) -> Resu
     let cpu_ms = CpuClock::own_ms() - cpu_before;
     if report.failure_count > 0 || report.calls != 1 {
         let what = format!("{} calls, {} refused", report.calls, report.failure_count);
-        return Err(host("releasing memory with one call")(what.into()));
+        return Err(host("releasing memory with one call")(what));
     }
     Ok(Floor { wall_ms, cpu_ms })
 }
 
 /// A file of `bytes` that has no name, so that it goes with its last user.
 fn unnamed_file(directory: &Path, bytes: u64) -> Result<File> {
-    let host =
-        |source: std::io::Error| BenchError::Host { what: "making a file", source: source.into() };
-    let file = tempfile::tempfile_in(directory).map_err(host)?;
-    file.set_len(bytes).map_err(host)?;
+    let failed = host("making a file");
+    let file = tempfile::tempfile_in(directory).map_err(failed)?;
+    file.set_len(bytes).map_err(failed)?;
     Ok(file)
 }

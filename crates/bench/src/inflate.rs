@@ -11,8 +11,9 @@ use control::{BalloonChange, ReleaseMode};
 use lab::{Backing, GuestMemoryDir};
 use serde::{Deserialize, Serialize};
 
-use crate::error::{BenchError, Result};
+use crate::error::{Result, host};
 use crate::floor;
+use crate::proc_text::kib;
 use crate::sample::Spread;
 use crate::testbed::{Driver, Testbed, TestbedOptions};
 
@@ -324,11 +325,8 @@ fn touched_of(run: &Run) -> u64 {
 /// `ShmemHugePages` of this host.
 fn host_huge_mib() -> Result<u64> {
     let text = std::fs::read_to_string("/proc/meminfo");
-    let text =
-        text.map_err(|e| BenchError::Host { what: "reading /proc/meminfo", source: e.into() })?;
-    let line = text.lines().find_map(|line| line.strip_prefix("ShmemHugePages:"));
-    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
-    Ok(kib.unwrap_or(0) >> 10)
+    let text = text.map_err(host("reading /proc/meminfo"))?;
+    Ok(kib(&text, "ShmemHugePages").unwrap_or(0) >> 10)
 }
 
 fn describe(case: Case, scenario: Scenario, round: usize, run: &Run) -> String {

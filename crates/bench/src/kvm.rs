@@ -4,9 +4,7 @@
 //! that it prints are progress, but for the last, which is the report.
 
 use std::ffi::OsStr;
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use lab::debian::{DebianKernel, Release};
@@ -15,9 +13,9 @@ use lab::{Guest, GuestBuilder, guest_build};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::error::{BenchError, Result};
+use crate::error::{BenchError, Result, host, wrong};
 use crate::testbed::Driver;
-use crate::{kvm_inflate, migrate};
+use crate::{kvm_host, kvm_inflate, migrate};
 
 /// Words that start the program inside; the order is the last one.
 pub const INSIDE: [&str; 2] = ["bench", "inside"];
@@ -90,18 +88,18 @@ pub fn measure<R: DeserializeOwned>(
             line.clone_into(&mut last);
         }
     };
+    let words = INSIDE.iter().copied().chain([order.as_str()]).map(OsStr::new);
+    let words: Vec<&OsStr> = words.collect();
     let code = if kvm::hardware() {
         tell("this machine's KVM boots guests");
-        here(program, &order, &mut tell)?
+        kvm_host::start_again(program, &words, &mut tell)?
     } else {
         tell("booting a machine with a KVM");
         let mut machine = KvmMachine::boot_populated(guests_mib)?;
-        let words = INSIDE.iter().copied().chain([order.as_str()]).map(OsStr::new);
-        let words: Vec<&OsStr> = words.collect();
         machine.run_telling(program, &words, &[], limit, &mut tell)?.code
     };
-    let report = report.ok_or_else(|| BenchError::Wrong {
-        what: format!("the measurement ended with {code:?} and without a report: {last}"),
+    let report = report.ok_or_else(|| {
+        wrong(format!("the measurement ended with {code:?} and without a report: {last}"))
     })?;
     serde_json::from_str(&report).map_err(host("reading the report"))
 }
@@ -112,9 +110,7 @@ pub fn measure<R: DeserializeOwned>(
 /// What went wrong.
 pub fn inside(program: &Path, order: &str, say: &mut dyn FnMut(&str)) -> Result<()> {
     let Order { task, files } = serde_json::from_str(order).map_err(host("reading the order"))?;
-    // Migrations need it, and a machine that was just booted does not have it yet. Where it is
-    // there already, this may be forbidden.
-    let _ = Command::new("ip").args(["link", "set", "lo", "up"]).status();
+    kvm_host::raise_loopback();
     let report = match task {
         Task::Inflate(options) => {
             serde_json::to_string(&kvm_inflate::run(program, &files, &options, say)?)
@@ -125,22 +121,6 @@ pub fn inside(program: &Path, order: &str, say: &mut dyn FnMut(&str)) -> Result<
     };
     say(&format!("{REPORT}{}", report.map_err(host("writing the report"))?));
     Ok(())
-}
-
-/// Runs the program on this machine.
-fn here(program: &Path, order: &str, tell: &mut dyn FnMut(&str)) -> Result<Option<i32>> {
-    let failed = |source| BenchError::Host { what: "starting this program", source };
-    let mut child = Command::new(program)
-        .args(INSIDE)
-        .arg(order)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .map_err(|error| failed(error.into()))?;
-    for line in child.stdout.take().map(BufReader::new).into_iter().flat_map(BufRead::lines) {
-        tell(&line.map_err(|error| failed(error.into()))?);
-    }
-    Ok(child.wait().map_err(|error| failed(error.into()))?.code())
 }
 
 impl GuestFiles {
@@ -219,11 +199,4 @@ fn load(guest: &mut Guest, modules: &[String]) -> Result<()> {
 fn names(files: &[PathBuf]) -> Vec<String> {
     let stem = |file: &PathBuf| Some(file.file_stem()?.to_string_lossy().into_owned());
     files.iter().filter_map(stem).collect()
-}
-
-/// A failure of this host.
-pub(crate) fn host<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
-    what: &'static str,
-) -> impl FnOnce(E) -> BenchError {
-    move |source| BenchError::Host { what, source: source.into() }
 }

@@ -10,9 +10,9 @@ use control::{BALLOON_PAGE_BYTES, BalloonChange, Client};
 use lab::Guest;
 use serde::{Deserialize, Serialize};
 
-use crate::error::{BenchError, Result};
+use crate::error::{BenchError, Result, host};
 use crate::inflate::{Memory, StagesMs};
-use crate::kvm::{GuestFiles, command, host, number};
+use crate::kvm::{GuestFiles, command, number};
 use crate::sample::Spread;
 use crate::testbed::Driver;
 

@@ -3,8 +3,9 @@
 //! A [`Host`] serves the balloon of a guest of the lab, as an operator would run it; a
 //! [`Bed`] is a guest on it, a [`Testbed`] both, ready for measuring. [`inflate`] and
 //! [`requests`] measure on testbeds and fill in reports that are printed as JSON or as a
-//! table; [`soak`] does at random with a guest what can be done, and verifies its memory;
-//! [`moves`] has guests move from process to process.
+//! table; [`soak`] does at random with a guest what can be done, and verifies its memory.
+//! Guests that move have three places: [`migrate`] measures it, [`soak::moves`] does it again
+//! and again, and [`demo_move`] shows one move.
 
 #![forbid(unsafe_code)]
 
@@ -13,17 +14,18 @@ mod bed;
 pub mod chart;
 pub mod compat;
 mod cpu_time;
+pub mod demo_move;
 mod error;
 mod floor;
 mod host;
 pub mod inflate;
 pub mod kvm;
+mod kvm_host;
 pub mod kvm_inflate;
 mod logs;
 pub mod migrate;
 pub mod monitors;
-pub mod moves;
-pub mod moving;
+mod proc_text;
 mod qemu_bed;
 mod qmp;
 pub mod reporting;

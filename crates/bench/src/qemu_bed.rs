@@ -10,7 +10,8 @@ use lab::qemu::VhostUserQemu;
 use lab::{Guest, guest_build};
 
 use crate::backend::Backend;
-use crate::error::{BenchError, Result};
+use crate::error::{BenchError, Result, host};
+use crate::proc_text::kib;
 use crate::qmp::Qmp;
 use crate::testbed::Driver;
 
@@ -180,13 +181,8 @@ impl QemuBed {
     /// The host does not say.
     pub fn resident_mib(&self) -> Result<u64> {
         let path = format!("/proc/{}/status", self.guest.pid());
-        let text = std::fs::read_to_string(path).map_err(|error| BenchError::Host {
-            what: "reading the memory of QEMU",
-            source: error.into(),
-        })?;
-        let line = text.lines().find_map(|line| line.strip_prefix("RssShmem:"));
-        let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
-        Ok(kib.unwrap_or(0) >> 10)
+        let text = std::fs::read_to_string(path).map_err(host("reading the memory of QEMU"))?;
+        Ok(kib(&text, "RssShmem").unwrap_or(0) >> 10)
     }
 
     /// The processes that serve the guest.

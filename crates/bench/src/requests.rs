@@ -20,6 +20,7 @@ pub use storm::StormReport;
 pub use tour::{Tour, tour};
 
 use crate::error::{BenchError, Result};
+use crate::proc_text::kib;
 use crate::testbed::{Driver, Testbed, TestbedOptions};
 
 const MIB: u64 = 1 << 20;
@@ -92,12 +93,11 @@ fn start(options: &Options, guest_mib: u64) -> Result<(Testbed, GuestMemoryDir)>
 /// A value of the guest's /proc/meminfo, in bytes.
 fn meminfo_bytes(bed: &mut Testbed, name: &str) -> Result<u64> {
     let answer = bed.guest.run("meminfo")?;
-    let line = answer.lines.iter().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
-    kib.map(|kib| kib << 10).ok_or_else(|| BenchError::GuestAnswer {
-        command: "meminfo".to_owned(),
-        answer: answer.lines.join("\n"),
-    })
+    let answer = answer.lines.join("\n");
+    match kib(&answer, name) {
+        Some(kib) => Ok(kib << 10),
+        None => Err(BenchError::GuestAnswer { command: "meminfo".to_owned(), answer }),
+    }
 }
 
 /// How far `found` is from `wanted`, in percent of that.

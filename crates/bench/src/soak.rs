@@ -3,7 +3,9 @@
 //!
 //! What is done is a pure [`plan`] made from a seed; a [`walk`] does it with a real guest and
 //! a back end that is a process of its own, in its sandbox, whose memory is [watched](resident).
+//! To move guests of our monitor again and again is a soak of its own, [`moves`].
 
+pub mod moves;
 pub mod plan;
 mod report;
 pub mod resident;

@@ -21,6 +21,7 @@ pub mod observer;
 pub mod raw;
 pub mod seams;
 pub mod selection;
+mod shares;
 pub mod snapshot;
 mod source;
 mod summary;

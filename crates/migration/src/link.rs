@@ -55,27 +55,23 @@ impl<L: Link, F: FnMut() -> io::Result<L>> Connect for F {
     }
 }
 
-impl Link for TcpStream {
-    fn set_timeout(&self, time: Duration) -> io::Result<()> {
-        self.set_read_timeout(Some(time))?;
-        self.set_write_timeout(Some(time))
-    }
+/// Both kinds of sockets can do it by the same words, and share no trait that has them.
+macro_rules! socket_is_link {
+    ($socket:ty) => {
+        impl Link for $socket {
+            fn set_timeout(&self, time: Duration) -> io::Result<()> {
+                self.set_read_timeout(Some(time))?;
+                self.set_write_timeout(Some(time))
+            }
 
-    fn closer(&self) -> io::Result<Closer> {
-        let other = self.try_clone()?;
-        // One that is closed already is closed.
-        Ok(Box::new(move || drop(other.shutdown(Shutdown::Both))))
-    }
+            fn closer(&self) -> io::Result<Closer> {
+                let other = self.try_clone()?;
+                // One that is closed already is closed.
+                Ok(Box::new(move || drop(other.shutdown(Shutdown::Both))))
+            }
+        }
+    };
 }
 
-impl Link for UnixStream {
-    fn set_timeout(&self, time: Duration) -> io::Result<()> {
-        self.set_read_timeout(Some(time))?;
-        self.set_write_timeout(Some(time))
-    }
-
-    fn closer(&self) -> io::Result<Closer> {
-        let other = self.try_clone()?;
-        Ok(Box::new(move || drop(other.shutdown(Shutdown::Both))))
-    }
-}
+socket_is_link!(TcpStream);
+socket_is_link!(UnixStream);

@@ -116,7 +116,7 @@ pub(crate) fn describe(machine: &Machine) -> Result<Description, MachineError> {
     Ok(Description {
         layout: GuestLayout::new(regions)?,
         cpu: cpu_features(machine.cpu_features()),
-        machine: options.name.clone(),
+        machine: options.host.name.clone(),
         config: made.encode(),
     })
 }

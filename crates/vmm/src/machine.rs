@@ -3,15 +3,12 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use balloon_abi::Features;
 use balloon_device::RequestFailure;
 use balloon_host::{HostReclaim, Shared};
 use control::Server;
-use control::api::{PartialHuge, ReleaseMode};
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use rustix::event::EventfdFlags;
 use vm_memory::{Bytes, GuestAddress};
@@ -20,8 +17,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::acpi::{self, MmioSlot};
 use crate::balloon::Balloon;
-use crate::block::{Block, DiskFile, DiskOptions, MAX_DISKS};
-use crate::boot::{self, Source};
+use crate::block::{Block, DiskFile, MAX_DISKS};
+use crate::boot::Boot;
 use crate::console::Console;
 use crate::cpu;
 use crate::cpuid::{CpuFeatures, Template};
@@ -29,41 +26,13 @@ use crate::error::Error;
 use crate::firmware;
 use crate::kvm::Vm;
 use crate::layout;
-use crate::memory::{Memory, MemoryKind};
+use crate::memory::Memory;
 use crate::mmio::{Device, Signals, Transport, register};
 use crate::mover::{Asked, Mover};
+use crate::options::Options;
 use crate::ports::{Ports, Request};
 use crate::reins::Reins;
 use crate::vcpu::Processors;
-
-/// Which guest to run.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Name of the guest.
-    pub name: String,
-    /// Where the control API listens.
-    pub control: PathBuf,
-    /// Bytes of memory: a multiple of 2 MiB.
-    pub memory_bytes: u64,
-    /// What backs the memory.
-    pub memory: MemoryKind,
-    /// Processors, from 1 to [`MAX_CPUS`](crate::MAX_CPUS).
-    pub cpus: u8,
-    /// A bzImage, or an ELF file with a PVH entry.
-    pub kernel: PathBuf,
-    /// Initial RAM disk.
-    pub initrd: Option<PathBuf>,
-    /// The kernel's command line.
-    pub command_line: String,
-    /// Disks, in the order in which the guest finds them; at most [`MAX_DISKS`].
-    pub disks: Vec<DiskOptions>,
-    /// When memory of the balloon is released.
-    pub release: ReleaseMode,
-    /// What becomes of pieces of huge pages.
-    pub partial_huge: PartialHuge,
-    /// Features that the balloon does not offer.
-    pub without: Features,
-}
 
 /// How a guest ended without anybody's fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,9 +63,10 @@ pub fn run(options: &Options) -> Result<End, Error> {
     // Nobody moves a guest that was not started.
     machine.take_reins()?;
     let mover = Mover::new(Some(Arc::clone(&machine)));
-    let _control = Server::bind_monitor(&options.control, Arc::new(Asked(Arc::clone(&mover))))?;
+    let _control =
+        Server::bind_monitor(&options.host.control, Arc::new(Asked(Arc::clone(&mover))))?;
     tracing::info!(
-        name = options.name,
+        name = options.host.name,
         cpus = options.cpus,
         memory_mib = options.memory_bytes >> 20,
         "booting"
@@ -258,13 +228,13 @@ impl Machine {
             let what = format!("a guest can have 1 to {} processors", layout::MAX_CPUS);
             return Err(Error::Option { what });
         }
-        if options.disks.len() > MAX_DISKS {
+        if options.host.disks.len() > MAX_DISKS {
             let what = format!("a guest can have {MAX_DISKS} disks");
             return Err(Error::Option { what });
         }
-        let disks = options.disks.iter().map(|disk| DiskFile::open(disk).map(Arc::new));
+        let disks = options.host.disks.iter().map(|disk| DiskFile::open(disk).map(Arc::new));
         let disks = disks.collect::<Result<Vec<_>, _>>()?;
-        let memory = Memory::new(options.memory_bytes, options.memory)?;
+        let memory = Memory::new(options.memory_bytes, options.host.memory)?;
         let kvm = Kvm::new().map_err(Error::kvm("opening /dev/kvm"))?;
         let fd = kvm.create_vm().map_err(Error::kvm("making a virtual machine"))?;
         fd.set_tss_address(layout::TSS).map_err(Error::kvm("placing the TSS"))?;
@@ -309,12 +279,14 @@ impl Machine {
             .write_slice(&tables, GuestAddress(layout::ACPI_TABLES))
             .map_err(Error::memory("writing the ACPI tables"))?;
         firmware::write(&memory.guest)?;
-        let source = Source {
+        let boot = Boot {
             kernel: &options.kernel,
             initrd: options.initrd.as_deref(),
             command_line: &options.command_line,
+            memory: &memory.guest,
+            ranges: &memory.ranges,
         };
-        let entry = boot::load(&source, &memory.guest, &memory.ranges)?;
+        let entry = boot.load()?;
         self.processors.pause();
         let enter = |number, fd: &VcpuFd| match number {
             0 => cpu::enter(fd, entry, &memory.guest),
@@ -463,9 +435,9 @@ const EVENT_PAUSE: u64 = EVENT_STOP + 3;
 const EVENT_RESUME: u64 = EVENT_STOP + 4;
 
 fn balloon(options: &Options, memory: &Memory) -> Result<Arc<Shared>, Error> {
-    let mut reclaim = HostReclaim::new(options.release, options.partial_huge)?;
+    let mut reclaim = HostReclaim::new(options.host.release, options.host.partial_huge)?;
     reclaim.set_memory(memory.map.clone());
-    let shared = Shared::new(options.name.clone(), reclaim)?.with_exits();
+    let shared = Shared::new(options.host.name.clone(), reclaim)?.with_exits();
     let layout = balloon_device::MemoryLayout::new(memory.ranges.iter().copied())
         .map_err(Error::memory("describing"))?;
     shared.device().set_layout(layout);

@@ -183,6 +183,34 @@ impl Mover {
         locked(&self.state)
     }
 
+    /// Takes the guest's reins and begins `work` with it in a thread of its own, which gives them
+    /// back unless the guest has left.
+    fn begin(
+        self: &Arc<Self>,
+        side: MigrationSide,
+        name: &str,
+        machine: &Arc<Machine>,
+        cancel: Arc<AtomicBool>,
+        work: impl FnOnce(&Arc<Self>, Leaving) + Send + 'static,
+    ) -> Result<MigrationStatus, ControlError> {
+        machine.take_reins().map_err(|error| nothing(&error.to_string()))?;
+        let guest = Leaving::new(Arc::clone(machine));
+        let mut state = self.state();
+        state.begin(side);
+        state.status.state = MigrationState::Running;
+        state.cancel = cancel;
+        let mover = Arc::clone(self);
+        let thread = std::thread::Builder::new().name(name.to_owned());
+        match thread.spawn(move || work(&mover, guest)) {
+            Ok(thread) => state.thread = Some(thread),
+            Err(error) => {
+                state.over(MigrationState::Failed, Some(error.to_string()));
+                machine.return_reins();
+            }
+        }
+        Ok(state.status.clone())
+    }
+
     /// Moves the guest; runs in a thread of its own.
     fn carry(self: &Arc<Self>, config: &SourceConfig, mut guest: Leaving, mut to: TcpConnector) {
         let mut watch = Watch(Arc::clone(self));
@@ -339,24 +367,8 @@ impl Monitor for Asked {
         let config = config(ask, Arc::clone(&cancel));
         let security = security(ask.tls.as_ref()).map_err(|error| refused(&error))?;
         let to = TcpConnector::new(&ask.to, security).map_err(|error| refused(&error))?;
-        machine.take_reins().map_err(|error| nothing(&error.to_string()))?;
-        let guest = Leaving::new(Arc::clone(&machine));
-        let mut state = self.0.state();
-        state.begin(MigrationSide::Source);
-        state.status.state = MigrationState::Running;
-        state.cancel = cancel;
-        let mover = Arc::clone(&self.0);
-        let spawned = std::thread::Builder::new()
-            .name("migration".into())
-            .spawn(move || mover.carry(&config, guest, to));
-        match spawned {
-            Ok(thread) => state.thread = Some(thread),
-            Err(error) => {
-                state.over(MigrationState::Failed, Some(error.to_string()));
-                machine.return_reins();
-            }
-        }
-        Ok(state.status.clone())
+        let work = move |mover: &Arc<Mover>, guest| mover.carry(&config, guest, to);
+        self.0.begin(MigrationSide::Source, "migration", &machine, cancel, work)
     }
 
     fn start_snapshot(&self, ask: &StartSnapshot) -> Result<MigrationStatus, ControlError> {

@@ -1,24 +1,21 @@
 //! A guest that comes from another host.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use balloon_abi::Features;
 use control::Server;
-use control::api::{MigrationState, PartialHuge, ReleaseMode};
+use control::api::MigrationState;
 use migration::limits::STALL_PAUSED;
 use migration::link::Accept as _;
 use migration::tcp::{Security, TcpAcceptor};
 use migration::{DestinationConfig, DestinationGuest, ReceiveFailure, receive as arrive};
 
-use crate::block::DiskOptions;
 use crate::error::Error;
-use crate::machine::{End, Options, Requests, serve_to_end};
-use crate::memory::MemoryKind;
+use crate::machine::{End, Requests, serve_to_end};
 use crate::mover::{Asked, Kept, Mover, Watch, locked};
+use crate::options::HostOptions;
 use crate::seams::Arriving;
 
 /// How long a source that was told that its guest runs here may still ask: the word may be lost
@@ -31,10 +28,8 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// Which guest is taken, and how.
 #[derive(Clone, Debug)]
 pub struct ReceiveOptions {
-    /// Name of the guest, which its source must have too.
-    pub name: String,
-    /// Where the control API listens.
-    pub control: PathBuf,
+    /// What is this host's to choose; its source has the same name for the guest.
+    pub host: HostOptions,
     /// Where sources connect to.
     pub listen: SocketAddr,
     /// Who may connect.
@@ -43,14 +38,6 @@ pub struct ReceiveOptions {
     pub max_memory_bytes: u64,
     /// Processors that it may have.
     pub max_cpus: u8,
-    /// What backs its memory here.
-    pub memory: MemoryKind,
-    /// Its disks, as many and of the same sizes as it had.
-    pub disks: Vec<DiskOptions>,
-    /// When memory of the balloon is released.
-    pub release: ReleaseMode,
-    /// What becomes of pieces of huge pages.
-    pub partial_huge: PartialHuge,
     /// How long to wait for a guest; for ever where there is none.
     pub wait: Option<Duration>,
 }
@@ -64,16 +51,17 @@ pub fn receive(options: &ReceiveOptions, listens: impl Fn(SocketAddr)) -> Result
     let mut acceptor = TcpAcceptor::new(options.listen, options.security.clone())?;
     let mover = Mover::new(None);
     // Before anything comes, so that a guest which has come can be asked.
-    let _control = Server::bind_monitor(&options.control, Arc::new(Asked(Arc::clone(&mover))))?;
+    let _control =
+        Server::bind_monitor(&options.host.control, Arc::new(Asked(Arc::clone(&mover))))?;
     let address = acceptor.address().map_err(Error::host("asking for the address"))?;
     listens(address);
     let deadline = options.wait.map(|wait| Instant::now() + wait);
     loop {
-        let mut guest = Arriving::new(machine_options(options), options.max_cpus)?;
+        let mut guest = Arriving::new(options.host.clone(), options.max_cpus)?;
         let config = DestinationConfig {
             max_memory_bytes: options.max_memory_bytes,
             deadline,
-            ..DestinationConfig::new(&options.name)
+            ..DestinationConfig::new(&options.host.name)
         };
         mover.waits();
         let arrived = arrive(&config, &mut guest, &mut acceptor, &mut Watch(Arc::clone(&mover)));
@@ -127,24 +115,6 @@ fn run(mover: &Arc<Mover>) -> Result<End, Error> {
     match mover.machine() {
         Some(machine) => serve_to_end(&machine, mover, &requests),
         None => Err(Error::Unsupported { what: "a guest that is not there".into() }),
-    }
-}
-
-/// How a machine is made here, but for what its source decides.
-fn machine_options(options: &ReceiveOptions) -> Options {
-    Options {
-        name: options.name.clone(),
-        control: options.control.clone(),
-        memory_bytes: 0,
-        memory: options.memory,
-        cpus: 0,
-        kernel: PathBuf::new(),
-        initrd: None,
-        command_line: String::new(),
-        disks: options.disks.clone(),
-        release: options.release,
-        partial_huge: options.partial_huge,
-        without: Features::NONE,
     }
 }
 

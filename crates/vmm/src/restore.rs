@@ -5,19 +5,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use balloon_abi::Features;
 use control::Server;
-use control::api::{PartialHuge, ReleaseMode};
 use migration::DestinationConfig;
 use migration::observer::Silent;
 use migration::snapshot::{self, Filling, SnapshotFile};
 
-use crate::block::DiskOptions;
 use crate::error::Error;
 use crate::layout::{MAX_CPUS, MAX_MEMORY_BYTES};
-use crate::machine::{End, Machine, Options, Requests, serve_to_end};
-use crate::memory::MemoryKind;
+use crate::machine::{End, Machine, Requests, serve_to_end};
 use crate::mover::{Asked, Mover};
+use crate::options::HostOptions;
 use crate::seams::Arriving;
 
 /// Between two looks whether memory still comes.
@@ -29,23 +26,13 @@ const STOP_TIME: Duration = Duration::from_secs(2);
 /// Which guest, and how.
 #[derive(Clone, Debug)]
 pub struct RestoreOptions {
-    /// Name of the guest, which may be another than it had.
-    pub name: String,
-    /// Where the control API listens.
-    pub control: PathBuf,
+    /// What is this host's to choose; the name may be another than the guest had.
+    pub host: HostOptions,
     /// What it was written to.
     pub file: PathBuf,
     /// Runs it at once; its memory comes when it is touched, and meanwhile in its order. The file
     /// must stay.
     pub lazy: bool,
-    /// What backs its memory here.
-    pub memory: MemoryKind,
-    /// Its disks, as many and of the same sizes as it had.
-    pub disks: Vec<DiskOptions>,
-    /// When memory of the balloon is released.
-    pub release: ReleaseMode,
-    /// What becomes of pieces of huge pages.
-    pub partial_huge: PartialHuge,
 }
 
 /// Runs the guest to its end, from where it was when it was written.
@@ -57,8 +44,9 @@ pub fn restore(options: &RestoreOptions) -> Result<End, Error> {
     let requests = Requests::new().map_err(Error::host("signal handling"))?;
     let machine = SnapshotFile::open(&options.file)?.description().machine.clone();
     let mover = Mover::new(None);
-    let _control = Server::bind_monitor(&options.control, Arc::new(Asked(Arc::clone(&mover))))?;
-    let mut guest = Arriving::new(machine_options(options), MAX_CPUS)?;
+    let _control =
+        Server::bind_monitor(&options.host.control, Arc::new(Asked(Arc::clone(&mover))))?;
+    let mut guest = Arriving::new(options.host.clone(), MAX_CPUS)?;
     let config = DestinationConfig {
         max_memory_bytes: MAX_MEMORY_BYTES,
         ..DestinationConfig::new(&machine)
@@ -135,24 +123,6 @@ fn watch(filling: &Filling, machine: &Machine, over: &AtomicBool) -> bool {
         std::thread::sleep(LOOK);
     }
     false
-}
-
-/// How a machine is made here, but for what the file says.
-fn machine_options(options: &RestoreOptions) -> Options {
-    Options {
-        name: options.name.clone(),
-        control: options.control.clone(),
-        memory_bytes: 0,
-        memory: options.memory,
-        cpus: 0,
-        kernel: PathBuf::new(),
-        initrd: None,
-        command_line: String::new(),
-        disks: options.disks.clone(),
-        release: options.release,
-        partial_huge: options.partial_huge,
-        without: Features::NONE,
-    }
 }
 
 fn no_machine() -> Error {

@@ -1,6 +1,7 @@
 //! The machine as a migration sees it, at either side.
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,8 +23,9 @@ use vm_memory::{
 
 use crate::description::{Made, cpu_features, describe};
 use crate::error::Error;
-use crate::machine::{Machine, Options};
+use crate::machine::Machine;
 use crate::memory::{Memory, Ram};
+use crate::options::{HostOptions, Options};
 use crate::state::Section;
 
 /// Smallest block that a guest names as free.
@@ -244,9 +246,9 @@ impl SourceMachine for Leaving {
 /// A guest that is to come.
 pub(crate) struct Arriving {
     /// What of the machine is this host's to choose; the rest is the peer's.
-    options: Options,
+    options: HostOptions,
     max_cpus: u8,
-    host: CpuFeatures,
+    cpu_features: CpuFeatures,
     machine: Option<Arc<Machine>>,
     /// What a guest waits for whose memory comes later: as long as this is there.
     missing: Option<Arc<Missing>>,
@@ -255,9 +257,9 @@ pub(crate) struct Arriving {
 impl Arriving {
     /// # Errors
     /// There is no KVM.
-    pub(crate) fn new(options: Options, max_cpus: u8) -> Result<Self, Error> {
-        let host = cpu_features(crate::cpuid::CpuFeatures::of_host()?);
-        Ok(Self { options, max_cpus, host, machine: None, missing: None })
+    pub(crate) fn new(options: HostOptions, max_cpus: u8) -> Result<Self, Error> {
+        let cpu_features = cpu_features(crate::cpuid::CpuFeatures::of_host()?);
+        Ok(Self { options, max_cpus, cpu_features, machine: None, missing: None })
     }
 
     /// The guest's machine, once there is one.
@@ -275,7 +277,16 @@ impl Arriving {
     fn make(&mut self, description: &Description) -> Result<Arc<Machine>, MachineError> {
         let made = Made::of(description, self.max_cpus)?;
         let Made { cpus, memory_bytes, without, .. } = made;
-        let options = Options { cpus, memory_bytes, without, ..self.options.clone() };
+        let options = Options {
+            host: self.options.clone(),
+            memory_bytes,
+            cpus,
+            without,
+            // Nothing is booted: what runs in it comes with its memory.
+            kernel: PathBuf::new(),
+            initrd: None,
+            command_line: String::new(),
+        };
         let machine = Arc::new(Machine::new(&options, Box::new(io::stdout()))?);
         made.check_disks(&machine.disk_shapes())?;
         self.machine = Some(Arc::clone(&machine));
@@ -289,7 +300,7 @@ impl Arriving {
 
 impl DestinationMachine for Arriving {
     fn cpu_features(&self) -> CpuFeatures {
-        self.host.clone()
+        self.cpu_features.clone()
     }
 
     fn create(&mut self, description: &Description) -> Result<Arc<dyn WritePages>, MachineError> {

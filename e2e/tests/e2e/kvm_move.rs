@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use bench::moves::proxy::{Fault, Harm, Moment, Proxy};
-use bench::moves::{self, CaseReport, Kit, Traveller};
+use bench::soak::moves::proxy::{Fault, Harm, Moment, Proxy};
+use bench::soak::moves::{self, CaseReport, Kit, Traveller};
 use control::Client;
 use control::api::{MigrationPhase, MigrationState, MigrationStatus, MigrationSummary};
 use lab::Guest;

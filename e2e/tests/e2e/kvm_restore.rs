@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use control::GuestAsk;
 use control::api::Caches;
 use page_set::{PageRange, PageSet};
-use vmm::{End, GuestRam, Machine, MemoryKind, Options, Requests, Section};
+use vmm::{End, GuestRam, HostOptions, Machine, MemoryKind, Options, Requests, Section};
 
 const MIB: u64 = 1 << 20;
 const PAGE: u64 = 4096;
@@ -173,17 +173,19 @@ fn running<T>(machine: &Machine, end: End, deed: impl FnOnce() -> T) -> T {
 
 fn options(kernel: PathBuf, initramfs: PathBuf) -> Options {
     Options {
-        name: "moved".into(),
-        control: PathBuf::new(),
+        host: HostOptions {
+            name: "moved".into(),
+            control: PathBuf::new(),
+            memory: MemoryKind::default(),
+            disks: Vec::new(),
+            release: control::ReleaseMode::Background,
+            partial_huge: control::PartialHuge::Split,
+        },
         memory_bytes: MEMORY_MIB * MIB,
-        memory: MemoryKind::default(),
         cpus: 2,
         kernel,
         initrd: Some(initramfs),
         command_line: "console=ttyS0 LAB_CONSOLE=ttyS0 quiet oops=panic panic=1".into(),
-        disks: Vec::new(),
-        release: control::ReleaseMode::Background,
-        partial_huge: control::PartialHuge::Split,
         without: vmm::Features::NONE,
     }
 }

@@ -3,7 +3,9 @@
 use std::fs;
 use std::str::FromStr;
 
-use crate::{cache, churn, disk, in_use, load, memory, module, page_flags, pressure, program, system};
+use crate::{
+    cache, churn, disk, in_use, load, memory, module, page_flags, pressure, program, system,
+};
 
 /// Takes one line of an answer to the host.
 pub(crate) type Emit<'a> = &'a mut dyn FnMut(&str) -> Result<(), String>;
@@ -41,7 +43,7 @@ pub(crate) fn run(name: &str, arguments: &[String], emit: Emit<'_>) -> Result<St
         ("calm", []) => churn::stop(emit),
         ("pressure", [mib, hold_ms]) => pressure::run(number(mib)?, number(hold_ms)?),
         ("mount-root", [tag]) => program::mount_root(tag),
-        ("program", [words @ ..]) => program::run(words, emit),
+        ("program", words) => program::run(words, emit),
         ("sync", []) => {
             rustix::fs::sync();
             Ok(String::new())

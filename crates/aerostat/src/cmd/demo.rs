@@ -4,8 +4,8 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
+use bench::demo_move::{self, Parts};
 use bench::inflate::{self, Case, CaseReport, HostPages, Memory, Report};
-use bench::moving::{self, Parts};
 use bench::requests::{self, Tour};
 use clap::Args;
 use control::Size;
@@ -55,14 +55,14 @@ fn finds_a_kvm() -> Result<(), Failure> {
     };
     // A reader that has gone is no reason to leave a guest behind.
     let mut say = |line: &str| drop(print(&format!("{line}\n")));
-    moving::show(&program()?, words, &mut say).map_err(failure)
+    demo_move::show(&program()?, words, &mut say).map_err(failure)
 }
 
 fn moves(kernel: &Path, initramfs: &Path, modules: &[PathBuf]) -> Result<(), Failure> {
     let modules = modules.iter().map(|name| name.display().to_string()).collect();
     let parts = Parts { kernel: kernel.into(), initramfs: initramfs.into(), modules };
     let say = |line: &str| drop(print(&format!("{line}\n")));
-    let summary = moving::carry_out(&program()?, &parts, &say).map_err(failure)?;
+    let summary = demo_move::carry_out(&program()?, &parts, &say).map_err(failure)?;
     print(&format!("\n{}", migrate::text("the guest", "the second process", &summary)))
 }
 

@@ -4,12 +4,13 @@ use std::path::PathBuf;
 
 use clap::Args;
 use control::GuestName;
-use vmm::{DiskOptions, MemoryKind, RestoreOptions};
+use vmm::{DiskOptions, RestoreOptions};
 
-use crate::cmd::run::{control_socket, ended, give_up_calls};
-use crate::cmd::vhost_user::{Partial, Release, guest_name};
+use crate::cmd::run::ended;
 use crate::disk_arg::disk;
 use crate::failure::Failure;
+use crate::guest_arg::guest_name;
+use crate::host_arg::HostArgs;
 
 /// Runs a guest that `aerostat snapshot` has written to a file
 ///
@@ -38,48 +39,21 @@ pub(crate) struct RestoreArgs {
     #[arg(long = "disk", value_name = "FILE[,readonly]", value_parser = disk)]
     disks: Vec<DiskOptions>,
 
-    /// Keep the guest's memory in a file that other processes can be given
-    #[arg(long)]
-    shared: bool,
-
-    /// Use huge pages for the guest's memory: transparent ones, or with --shared
-    /// those that the host has set aside
-    #[arg(long)]
-    huge: bool,
-
-    /// When pages that the guest gave are released
-    #[arg(long, value_enum, default_value_t = Release::Background)]
-    release: Release,
-
-    /// What becomes of parts of the host's huge pages
-    #[arg(long, value_enum, default_value_t = Partial::Split)]
-    partial_huge: Partial,
-
-    /// Control socket; by the name, in the runtime directory, if it is not given
-    #[arg(long, value_name = "PATH")]
-    control: Option<PathBuf>,
-
-    /// Leave the process all system calls (no seccomp)
-    #[arg(long)]
-    no_seccomp: bool,
+    #[command(flatten)]
+    host: HostArgs,
 }
 
 pub(crate) fn run(args: RestoreArgs) -> Result<(), Failure> {
     let options = RestoreOptions {
-        control: control_socket(args.control, &args.name)?,
-        name: args.name.to_string(),
+        host: args.host.options(&args.name, args.disks)?,
         file: args.file,
         lazy: args.lazy,
-        disks: args.disks,
-        memory: MemoryKind { shared: args.shared, huge: args.huge },
-        release: args.release.into(),
-        partial_huge: args.partial_huge.into(),
     };
-    give_up_calls(args.no_seccomp)?;
+    args.host.give_up_calls()?;
     match vmm::restore(&options) {
         Err(error @ vmm::Error::Migration(_)) => {
             Err(Failure::new(&error, "give a file of `aerostat snapshot` from such a host"))
         }
-        end => ended(&options.name, end),
+        end => ended(&options.host.name, end),
     }
 }

@@ -4,12 +4,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use control::{GuestName, Size, ensure_runtime_dir, socket_path};
-use vmm::{DiskOptions, End, Error, MAX_CPUS, MemoryKind, Options};
+use control::{GuestName, Size};
+use vmm::{DiskOptions, End, Error, MAX_CPUS, Options};
 
-use crate::cmd::vhost_user::{Feature, Partial, Release, features, guest_name};
+use crate::balloon_arg::{Feature, features};
 use crate::disk_arg::disk;
 use crate::failure::{Exit, Failure};
+use crate::guest_arg::guest_name;
+use crate::host_arg::HostArgs;
 
 /// Boots a Linux guest on KVM, with its balloon, and serves it to its end
 ///
@@ -50,34 +52,12 @@ pub(crate) struct RunArgs {
     #[arg(long = "disk", value_name = "FILE[,readonly]", value_parser = disk)]
     disks: Vec<DiskOptions>,
 
-    /// Keep the guest's memory in a file that other processes can be given
-    #[arg(long)]
-    shared: bool,
-
-    /// Use huge pages for the guest's memory: transparent ones, or with --shared
-    /// those that the host has set aside
-    #[arg(long)]
-    huge: bool,
-
-    /// When pages that the guest gave are released
-    #[arg(long, value_enum, default_value_t = Release::Background)]
-    release: Release,
-
-    /// What becomes of parts of the host's huge pages
-    #[arg(long, value_enum, default_value_t = Partial::Split)]
-    partial_huge: Partial,
-
     /// Features that the guest is not offered, separated by commas
     #[arg(long, value_name = "FEATURE", value_enum, value_delimiter = ',')]
     without: Vec<Feature>,
 
-    /// Control socket; by the name, in the runtime directory, if it is not given
-    #[arg(long, value_name = "PATH")]
-    control: Option<PathBuf>,
-
-    /// Leave the process all system calls (no seccomp)
-    #[arg(long)]
-    no_seccomp: bool,
+    #[command(flatten)]
+    host: HostArgs,
 }
 
 /// Where distributions install kernels, and how Debian names them.
@@ -94,43 +74,16 @@ pub(crate) fn run(args: RunArgs) -> Result<(), Failure> {
         }
     };
     let options = Options {
-        name: args.name.to_string(),
-        control: control_socket(args.control, &args.name)?,
+        host: args.host.options(&args.name, args.disks)?,
         memory_bytes: args.memory.0,
-        memory: MemoryKind { shared: args.shared, huge: args.huge },
         cpus: args.cpus,
         kernel,
         initrd,
         command_line: args.cmdline,
-        disks: args.disks,
-        release: args.release.into(),
-        partial_huge: args.partial_huge.into(),
         without: features(&args.without),
     };
-    give_up_calls(args.no_seccomp)?;
-    ended(&options.name, vmm::run(&options))
-}
-
-/// Restricts the process to what running a guest needs. Before anything is made, so that no
-/// thread escapes it.
-pub(crate) fn give_up_calls(no_seccomp: bool) -> Result<(), Failure> {
-    if no_seccomp {
-        tracing::warn!("system calls are not restricted: --no-seccomp");
-        return Ok(());
-    }
-    sandbox::restrict_calls_of_monitor()
-        .map_err(|error| Failure::new(&error, "--no-seccomp goes on without"))
-}
-
-/// Where the control API listens.
-pub(crate) fn control_socket(given: Option<PathBuf>, name: &GuestName) -> Result<PathBuf, Failure> {
-    match given {
-        Some(path) => Ok(path),
-        None => {
-            ensure_runtime_dir()?;
-            Ok(socket_path(name)?)
-        }
-    }
+    args.host.give_up_calls()?;
+    ended(&options.host.name, vmm::run(&options))
 }
 
 /// What a guest's end says of this process.

@@ -99,14 +99,15 @@ pub(crate) fn run(args: &SoakArgs) -> Result<(), Failure> {
     } else {
         print(&table(&report))?;
     }
-    match report.problems.as_slice() {
-        [] => Ok(()),
-        problems => Err(Failure {
-            what: problems.join("\n       "),
-            hint: format!("repeat the same steps with --seed {}", report.seed),
-            exit: Exit::Failed,
-        }),
+    verdict(&report.problems, format!("repeat the same steps with --seed {}", report.seed))
+}
+
+/// A failure where there are problems.
+fn verdict(problems: &[String], hint: String) -> Result<(), Failure> {
+    if problems.is_empty() {
+        return Ok(());
     }
+    Err(Failure { what: problems.join("\n       "), hint, exit: Exit::Failed })
 }
 
 fn memory(text: &str) -> Result<Size, String> {

@@ -4,11 +4,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use control::{GuestName, PartialHuge, ReleaseMode, ensure_runtime_dir, socket_path};
+use control::{GuestName, ensure_runtime_dir, socket_path};
 use sandbox::{Network, Restricted, restrict_calls, restrict_files};
-use vhost_device_balloon::{Error, Features, Options, Service};
+use vhost_device_balloon::{Error, Options, Service};
 
+use crate::balloon_arg::{Feature, ReleaseArgs, features};
 use crate::failure::Failure;
+use crate::guest_arg::guest_name;
 
 /// Longest time to look for a message, in microseconds: more is no latency that anybody
 /// could notice.
@@ -33,13 +35,8 @@ pub(crate) struct VhostUserArgs {
     #[arg(long)]
     connect: bool,
 
-    /// When pages that the guest gave are released
-    #[arg(long, value_enum, default_value_t = Release::Background)]
-    release: Release,
-
-    /// What becomes of parts of the host's huge pages
-    #[arg(long, value_enum, default_value_t = Partial::Split)]
-    partial_huge: Partial,
+    #[command(flatten)]
+    release: ReleaseArgs,
 
     /// Features that the guest is not offered, separated by commas
     #[arg(long, value_name = "FEATURE", value_enum, value_delimiter = ',')]
@@ -78,91 +75,12 @@ pub(crate) struct VhostUserArgs {
     no_seccomp: bool,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub(crate) enum Release {
-    /// After the guest was answered, many messages together
-    Background,
-    /// Before the guest is answered, a message at a time
-    Immediate,
-    /// Before the guest is answered, page by page; for comparison only
-    PerPage,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub(crate) enum Partial {
-    /// Released once nothing more adds up; the host splits the huge page
-    Split,
-    /// Kept until the huge page is complete
-    Wait,
-}
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Unsealed {
     /// Taken; the default for one guest, who is alone in the process
     Accept,
     /// Refused; the default for several, who would end with it
     Refuse,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub(crate) enum Feature {
-    /// Statistics of the guest's memory
-    Stats,
-    /// Free page hints, which the host asks for
-    Hint,
-    /// Free page reports, which the guest sends by itself
-    Reporting,
-    /// What the guest fills free pages with; a guest that does so reports none then
-    Poison,
-    /// Taking pages back when the guest is out of memory
-    DeflateOnOom,
-    /// Messages of Aerostat's own driver
-    PageBitmap,
-    /// Requests to Aerostat's own driver
-    Request,
-}
-
-/// All of them.
-pub(crate) fn features(features: &[Feature]) -> Features {
-    let features = features.iter().map(|feature| Features::from(*feature));
-    features.fold(Features::NONE, Features::union)
-}
-
-impl From<Feature> for Features {
-    fn from(feature: Feature) -> Self {
-        match feature {
-            Feature::Stats => Self::STATS_VQ,
-            Feature::Hint => Self::FREE_PAGE_HINT,
-            Feature::Reporting => Self::REPORTING,
-            Feature::Poison => Self::PAGE_POISON,
-            Feature::DeflateOnOom => Self::DEFLATE_ON_OOM,
-            Feature::PageBitmap => Self::PAGE_BITMAP,
-            Feature::Request => Self::REQUEST_VQ,
-        }
-    }
-}
-
-impl From<Release> for ReleaseMode {
-    fn from(release: Release) -> Self {
-        match release {
-            Release::Background => Self::Background,
-            Release::Immediate => Self::Immediate,
-            Release::PerPage => Self::PerPage,
-        }
-    }
-}
-
-impl From<Partial> for PartialHuge {
-    fn from(partial: Partial) -> Self {
-        match partial {
-            Partial::Split => Self::Split,
-            Partial::Wait => Self::Wait,
-        }
-    }
-}
-
-pub(crate) fn guest_name(text: &str) -> Result<GuestName, String> {
-    text.parse().map_err(|error: control::ControlError| format!("{error}; {}", error.hint()))
 }
 
 fn guest_and_socket(text: &str) -> Result<(GuestName, PathBuf), String> {
@@ -218,8 +136,8 @@ impl VhostUserArgs {
                 state: self.state_file(&name, &control),
                 name: name.to_string(),
                 control,
-                release: self.release.into(),
-                partial_huge: self.partial_huge.into(),
+                release: self.release.mode(),
+                partial_huge: self.release.partial_huge(),
                 without,
                 sealed_only,
                 busy_poll: Duration::from_micros(self.busy_poll),

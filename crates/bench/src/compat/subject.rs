@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use super::Feature;
 use super::target::{KernelChoice, MonitorChoice, Target};
 use crate::backend::Backend;
-use crate::error::{BenchError, Result};
+use crate::error::{BenchError, Result, host};
 use crate::qemu_bed::{Device, QemuBed, QemuBedOptions};
 
 /// Memory of the guests, in MiB: emulation is slow.
@@ -66,10 +66,7 @@ impl Subject {
     /// Boots the guest, loads its driver and fills the file.
     pub(super) fn start(target: &Target, program: &Path) -> Result<Started> {
         let files = directory()?;
-        let failed = |source: std::io::Error| BenchError::Host {
-            what: "making a file",
-            source: source.into(),
-        };
+        let failed = host("making a file");
         let file = std::fs::File::create(files.path().join("cached")).map_err(failed)?;
         file.set_len((CACHED_MIB + 1) * MIB).map_err(failed)?;
         let (machine, client, cached) = match target.monitor {
@@ -300,6 +297,5 @@ fn start_qemu(target: &Target, program: &Path, files: &Path) -> Result<Booted> {
 
 fn directory() -> Result<TempDir> {
     let directory = tempfile::Builder::new().prefix("aerostat-compat-").tempdir();
-    directory
-        .map_err(|source| BenchError::Host { what: "making a directory", source: source.into() })
+    directory.map_err(host("making a directory"))
 }

@@ -8,15 +8,15 @@ use control::{BALLOON_PAGE_BYTES, Client};
 use lab::Guest;
 
 use super::{Case, Moved, Scenario, SkippedPages};
-use crate::error::{BenchError, Result};
-use crate::kvm::{GuestFiles, host};
+use crate::error::{Result, host, wrong};
+use crate::kvm::GuestFiles;
+use crate::kvm_host::address_of;
 use crate::testbed::Driver;
 
 /// The guest, which has the same name at both sides, and so other sockets.
 const NAME: &str = "bench-migrate";
 
-/// For a process to begin to listen, and for a guest to be moved.
-const SOON: Duration = Duration::from_secs(60);
+/// For a guest to be moved.
 const MOVE_LIMIT: Duration = Duration::from_secs(1200);
 
 /// Between two looks: each costs the one processor of an emulated host some time.
@@ -24,9 +24,6 @@ const LOOK: Duration = Duration::from_millis(250);
 
 /// What a guest reports by itself would be gone before it is moved.
 const WITHOUT: [&str; 2] = ["--without", "reporting"];
-
-/// What follows what the receiver says of where it listens.
-const WAITS: &str = ": waits on ";
 
 /// A guest, and a process that waits for it.
 pub(super) struct Bed {
@@ -52,7 +49,7 @@ impl Bed {
             .machine_arguments(["--name", NAME, "--listen", "127.0.0.1:0", "--plain"])
             .machine_arguments(["--control", &there])
             .boot()?;
-        let address = listens(&destination)?;
+        let address = address_of(&destination)?;
         let client = Client::connect(Path::new(&here))?;
         Ok(Self { source, destination, address, client, _directory: directory })
     }
@@ -74,13 +71,13 @@ impl Bed {
                 break status;
             }
         };
-        let moved = moved(&status).ok_or_else(|| BenchError::Wrong {
-            what: format!("the guest was not moved: {status:?}\n{}", self.source.console_log()),
+        let moved = moved(&status).ok_or_else(|| {
+            wrong(format!("the guest was not moved: {status:?}\n{}", self.source.console_log()))
         })?;
         let left = self.source.wait()?;
         if !left.success() {
-            let what = format!("its monitor ended with {left}\n{}", self.source.console_log());
-            return Err(BenchError::Wrong { what });
+            let log = self.source.console_log();
+            return Err(wrong(format!("its monitor ended with {left}\n{log}")));
         }
         Ok((self.destination, moved))
     }
@@ -90,21 +87,6 @@ impl Bed {
 fn connections() -> u8 {
     std::thread::available_parallelism()
         .map_or(1, |count| u8::try_from(count.get()).unwrap_or(4).min(4))
-}
-
-/// Waits until the process listens, and tells where.
-fn listens(destination: &Guest) -> Result<String> {
-    let end = Instant::now() + SOON;
-    loop {
-        let log = destination.console_log();
-        if let Some((_, address)) = log.lines().find_map(|line| line.split_once(WAITS)) {
-            return Ok(address.to_owned());
-        }
-        if Instant::now() > end {
-            return Err(BenchError::Wrong { what: format!("nobody waits for the guest\n{log}") });
-        }
-        std::thread::sleep(LOOK);
-    }
 }
 
 fn moved(status: &MigrationStatus) -> Option<Moved> {

@@ -7,8 +7,8 @@ use std::process::Command;
 use lab::{Guest, GuestBuilder};
 
 use super::{Moved, Scenario, SkippedPages};
-use crate::error::Result;
-use crate::kvm::{GuestFiles, command, host};
+use crate::error::{Result, host};
+use crate::kvm::{GuestFiles, command};
 use crate::qmp::{QemuMigration, Qmp};
 use crate::testbed::Driver;
 

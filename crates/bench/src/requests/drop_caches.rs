@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
 use super::{GUEST_MIB, LIMIT, MIB, Options, meminfo_bytes, off_percent, start};
-use crate::error::{BenchError, Result};
+use crate::error::{Result, host};
 use crate::sample::Spread;
 use crate::testbed::Testbed;
 
@@ -90,8 +90,6 @@ fn one_round(bed: &mut Testbed) -> Result<Round> {
 
 /// Gives the guest a large file to read; it is there as long as the result is.
 pub(super) fn mount_file(bed: &mut Testbed) -> Result<TempDir> {
-    let host =
-        |what| move |source: std::io::Error| BenchError::Host { what, source: source.into() };
     let files = tempfile::tempdir().map_err(host("making a directory"))?;
     let file = File::create(files.path().join("cached")).map_err(host("making a file"))?;
     file.set_len(FILE_MIB * MIB).map_err(host("making a file"))?;

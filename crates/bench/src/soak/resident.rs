@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use crate::proc_text::kib;
+
 /// Between two looks.
 const PERIOD: Duration = Duration::from_secs(1);
 
@@ -144,10 +146,7 @@ fn sample(pid: u32, at: Duration) -> Option<Sample> {
 }
 
 fn parse(status: &str, at: Duration) -> Option<Sample> {
-    let bytes = |name: &str| {
-        let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-        Some(line?.split_whitespace().next()?.parse::<u64>().ok()? << 10)
-    };
+    let bytes = |name: &str| Some(kib(status, name)? << 10);
     Some(Sample {
         at,
         own_bytes: bytes("RssAnon")?,

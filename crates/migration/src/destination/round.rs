@@ -1,9 +1,6 @@
 //! One round: threads that receive, unpack, check and write, one for each connection.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::thread;
-use std::time::Duration;
 
 use page_set::PageRange;
 
@@ -13,14 +10,11 @@ use crate::limits::MAX_ALIVES;
 use crate::link::{Closer, Link};
 use crate::observer::{Observer, Progress};
 use crate::seams::WritePages;
-use crate::source::{no_thread, thread_of_a_round, worse};
+use crate::shares::share_out;
 use crate::wire::chunk::{Chunk, Fill, PAGE_BYTES, Unpacker};
 use crate::wire::control::Control;
 use crate::wire::frame::Kind;
 use crate::wire::stream::Stream;
-
-/// How often progress is told.
-const TELL: Duration = Duration::from_millis(100);
 
 /// Pages that are filled with a pattern at once.
 const FILL_PAGES: usize = 16;
@@ -61,42 +55,28 @@ impl Round<'_> {
         let wire_bytes = AtomicU64::new(streams.iter().map(|stream| stream.received_bytes).sum());
         let shared = Shared { failed, pages, wire_bytes, closers };
         let mut sum = Done::default();
-        let mut failure: Option<MigrationError> = None;
-        thread::scope(|scope| {
-            let (tell, told) = mpsc::channel();
-            for (index, stream) in streams.iter_mut().enumerate() {
-                let (shared, teller) = (&shared, tell.clone());
-                let spawned = thread_of_a_round().spawn_scoped(scope, move || {
-                    let outcome = self.take_share(stream, shared);
-                    if let Err(error) = &outcome {
-                        shared.fail(index, stream, error);
-                    }
-                    // The receiver is there until every thread has ended.
-                    let _ = teller.send(outcome);
-                });
-                if let Err(error) = spawned {
-                    shared.failed.store(true, Ordering::Relaxed);
-                    shared.closers.iter().for_each(|close| close());
-                    let _ = tell.send(Err(no_thread(error)));
-                }
+        let stop = || {
+            shared.failed.store(true, Ordering::Relaxed);
+            shared.closers.iter().for_each(|close| close());
+        };
+        let share = |index, stream: &mut Stream<L>| {
+            let outcome = self.take_share(stream, &shared);
+            if let Err(error) = &outcome {
+                shared.fail(index, stream, error);
             }
-            drop(tell);
-            loop {
-                match told.recv_timeout(TELL) {
-                    Ok(Ok(part)) => {
-                        sum.received_pages += part.received_pages;
-                        sum.told_pages += part.told_pages;
-                    }
-                    Ok(Err(error)) => failure = Some(worse(failure.take(), error)),
-                    Err(RecvTimeoutError::Timeout) => {}
-                    Err(RecvTimeoutError::Disconnected) => break,
-                }
-                let pages = shared.pages.load(Ordering::Relaxed);
-                let wire_bytes = shared.wire_bytes.load(Ordering::Relaxed);
-                observer.progress(Progress { pages, of_pages: self.pages, wire_bytes });
-            }
-        });
-        failure.map_or(Ok(sum), Err)
+            outcome
+        };
+        let add = |part: Done| {
+            sum.received_pages += part.received_pages;
+            sum.told_pages += part.told_pages;
+        };
+        let tell = || {
+            let pages = shared.pages.load(Ordering::Relaxed);
+            let wire_bytes = shared.wire_bytes.load(Ordering::Relaxed);
+            observer.progress(Progress { pages, of_pages: self.pages, wire_bytes });
+        };
+        share_out(streams, share, stop, add, tell)?;
+        Ok(sum)
     }
 
     fn take_share<L: Link>(

@@ -20,7 +20,7 @@ mod network;
 mod round;
 
 pub use doubt::{Fate, SourceDoubt};
-pub(crate) use round::{RoundContext, look_at, no_thread, thread_of_a_round, worse};
+pub(crate) use round::{RoundContext, look_at};
 
 use doubt::recall;
 use network::Network;

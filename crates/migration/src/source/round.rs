@@ -1,7 +1,6 @@
 //! One round: threads that read, look, pack and send, one for each connection.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,6 +11,7 @@ use crate::layout::GuestLayout;
 use crate::link::{Closer, Link};
 use crate::observer::{Observer, Progress};
 use crate::seams::ReadPages;
+use crate::shares::share_out;
 use crate::summary::RoundSummary;
 use crate::wire::chunk::{Chunk, Encoding, PAGE_BYTES, Packer};
 use crate::wire::control::Control;
@@ -22,9 +22,6 @@ use super::SourceConfig;
 
 /// Words that a thread takes at once: 4 MiB of memory.
 const WORDS_AT_ONCE: usize = 16;
-
-/// How often progress is told.
-const TELL: Duration = Duration::from_millis(100);
 
 /// What a round is about.
 pub(crate) struct RoundContext<'a> {
@@ -84,74 +81,31 @@ pub(super) fn send<L: Link>(
     };
     let of_pages = words.iter().map(|word| u64::from(word.bits.count_ones())).sum();
     let mut sum = RoundSummary::default();
-    let mut failure: Option<MigrationError> = None;
-    thread::scope(|scope| {
-        let (tell, told) = mpsc::channel();
-        for stream in streams {
-            let (work, teller) = (&work, tell.clone());
-            let fail = move || {
-                work.failed.store(true, Ordering::Relaxed);
-                // The others may be waiting for a peer that does not read any more.
-                closers.iter().for_each(|close| close());
-            };
-            let spawned = thread_of_a_round().spawn_scoped(scope, move || {
-                let outcome = work.send_share(stream);
-                if outcome.is_err() {
-                    fail();
-                }
-                // The receiver is there until every thread has ended.
-                let _ = teller.send(outcome);
-            });
-            if let Err(error) = spawned {
-                fail();
-                let _ = tell.send(Err(no_thread(error)));
-            }
+    let stop = || {
+        work.failed.store(true, Ordering::Relaxed);
+        // The others may be waiting for a peer that does not read any more.
+        closers.iter().for_each(|close| close());
+    };
+    let share = |_: usize, stream: &mut Stream<L>| {
+        let outcome = work.send_share(stream);
+        if outcome.is_err() {
+            stop();
         }
-        drop(tell);
-        loop {
-            match told.recv_timeout(TELL) {
-                Ok(Ok(part)) => {
-                    sum.sent_pages += part.sent_pages;
-                    sum.zero_pages += part.zero_pages;
-                }
-                Ok(Err(error)) => failure = Some(worse(failure.take(), error)),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => break,
-            }
-            context.observer.progress(Progress {
-                pages: work.pages.load(Ordering::Relaxed),
-                of_pages,
-                wire_bytes: work.wire_bytes.load(Ordering::Relaxed),
-            });
-        }
-    });
-    failure.map_or(Ok(sum), Err)
-}
-
-/// A thread for a part of a round. With the usual 2 MiB of stack, which is a huge page where the
-/// system gives those to everybody, most of its time went into clearing that.
-pub(crate) fn thread_of_a_round() -> thread::Builder {
-    thread::Builder::new().stack_size(STACK_BYTES)
-}
-
-/// What it means that there is none.
-pub(crate) fn no_thread(error: std::io::Error) -> MigrationError {
-    MigrationError::machine("starting a thread")(error.into())
-}
-
-/// Contents are on the heap; what is on the stack are frames of calls, and of a subscriber's.
-const STACK_BYTES: usize = 256 << 10;
-
-/// Of two errors the one that says more: threads that were stopped, or whose connections were
-/// closed, say what another one led to.
-pub(crate) fn worse(first: Option<MigrationError>, second: MigrationError) -> MigrationError {
-    match first {
-        Some(first) if !matches!(first, MigrationError::Closed | MigrationError::Cancelled) => {
-            first
-        }
-        Some(first) if matches!(second, MigrationError::Cancelled) => first,
-        _ => second,
-    }
+        outcome
+    };
+    let add = |part: RoundSummary| {
+        sum.sent_pages += part.sent_pages;
+        sum.zero_pages += part.zero_pages;
+    };
+    let tell = || {
+        context.observer.progress(Progress {
+            pages: work.pages.load(Ordering::Relaxed),
+            of_pages,
+            wire_bytes: work.wire_bytes.load(Ordering::Relaxed),
+        });
+    };
+    share_out(streams, share, stop, add, tell)?;
+    Ok(sum)
 }
 
 impl Work<'_> {

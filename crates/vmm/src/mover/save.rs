@@ -33,27 +33,11 @@ impl Mover {
             let hint = "snapshots are for guests whose disks are all read-only".to_owned();
             return Err(ControlError::Refused { what, hint });
         }
-        machine.take_reins().map_err(|error| nothing(&error.to_string()))?;
-        let guest = Leaving::new(Arc::clone(&machine));
         let cancel = Arc::new(AtomicBool::new(false));
         let config = config(ask, Arc::clone(&cancel));
         let drops_caches = ask.drop_caches;
-        let mut state = self.state();
-        state.begin(MigrationSide::Snapshot);
-        state.status.state = MigrationState::Running;
-        state.cancel = cancel;
-        let mover = Arc::clone(self);
-        let spawned = std::thread::Builder::new()
-            .name("snapshot".into())
-            .spawn(move || mover.save(&config, guest, &path, drops_caches));
-        match spawned {
-            Ok(thread) => state.thread = Some(thread),
-            Err(error) => {
-                state.over(MigrationState::Failed, Some(error.to_string()));
-                machine.return_reins();
-            }
-        }
-        Ok(state.status.clone())
+        let work = move |mover: &Arc<Self>, guest| mover.save(&config, guest, &path, drops_caches);
+        self.begin(MigrationSide::Snapshot, "snapshot", &machine, cancel, work)
     }
 
     /// Writes the guest; runs in a thread of its own.

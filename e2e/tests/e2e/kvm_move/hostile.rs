@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use bench::moves::Receiver;
+use bench::soak::moves::Receiver;
 use control::api::MigrationState;
 use migration::MigrationId;
 use migration::raw::Speaker;
@@ -88,7 +88,7 @@ fn keyed(kind: u16, body: &[u8]) -> Vec<u8> {
 fn describe(regions: &[(u64, u64)]) -> Vec<u8> {
     let count = |count: usize| u32::try_from(count).unwrap().to_le_bytes();
     let text = |text: &[u8]| [&count(text.len())[..], text].concat();
-    let mut body = text(bench::moves::CASES[0].name.as_bytes());
+    let mut body = text(bench::soak::moves::CASES[0].name.as_bytes());
     body.extend(count(regions.len()));
     for (start, pages) in regions {
         body.extend([start.to_le_bytes(), pages.to_le_bytes()].concat());

@@ -2,11 +2,11 @@
 
 use std::ffi::OsString;
 
-use bench::moves::{self, CASES, Case, CaseReport, Options, Report};
+use bench::soak::moves::{self, CASES, Case, CaseReport, Options, Report};
 use clap::Args;
 
 use crate::cmd::bench::{failure, program};
-use crate::failure::{Exit, Failure};
+use crate::failure::Failure;
 use crate::output::{print, print_json};
 use crate::progress::Steps;
 
@@ -64,14 +64,7 @@ pub(super) fn run(args: &MovesArgs, seed: Option<u64>, json: bool) -> Result<(),
     } else {
         print(&table(&report))?;
     }
-    match report.problems.as_slice() {
-        [] => Ok(()),
-        problems => Err(Failure {
-            what: problems.join("\n       "),
-            hint: format!("the same faults come with --seed {seed}"),
-            exit: Exit::Failed,
-        }),
-    }
+    super::verdict(&report.problems, format!("the same faults come with --seed {seed}"))
 }
 
 /// What this program is asked where the KVM is.
@@ -88,7 +81,7 @@ fn words(args: &MovesArgs, seed: u64, case: &Case) -> Vec<OsString> {
 /// One kind of guest, where a KVM is.
 fn inside(args: &MovesArgs, seed: u64) -> Result<(), Failure> {
     let kit = moves::given_kit(&program()?).map_err(failure)?;
-    moves::prepare_network();
+    moves::raise_loopback();
     let tell = &mut |step: &str| eprintln!("{step}");
     let mut reports = Vec::new();
     for case in &args.guest {

@@ -11,13 +11,11 @@ use tempfile::TempDir;
 
 use super::case::Case;
 use super::kit::Kit;
-use crate::error::{BenchError, Result};
+use crate::error::{BenchError, Result, host, wrong};
+use crate::kvm_host::address_of;
 
 /// For one command of a guest in an emulated KVM, on a machine with other work.
 pub(super) const LIMIT: Duration = Duration::from_secs(120);
-
-/// For another process to begin to listen.
-const SOON: Duration = Duration::from_secs(60);
 
 /// Between two looks at what nobody announces.
 pub(super) const LOOK: Duration = Duration::from_millis(20);
@@ -85,10 +83,7 @@ impl<'a> Traveller<'a> {
     /// Why it did not come up.
     pub fn boot(kit: &'a Kit, case: Case, memory_mib: u64) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("aerostat-moves-").tempdir();
-        let directory = directory.map_err(|source| BenchError::Host {
-            what: "making a directory",
-            source: source.into(),
-        })?;
+        let directory = directory.map_err(host("making a directory"))?;
         let control = directory.path().join("0");
         let guest = kit.guest(&case, memory_mib, &control).boot()?;
         let mut traveller = Self { kit, case, directory, guest, control, processes: 1 };
@@ -111,19 +106,8 @@ impl<'a> Traveller<'a> {
         let more = ["--control", &path];
         let words = words.iter().chain(&more).chain(arguments);
         let guest = Guest::receiver(&self.kit.program).machine_arguments(words.copied()).boot()?;
-        let end = Instant::now() + SOON;
-        loop {
-            let log = guest.console_log();
-            let listens = log.lines().find_map(|line| line.split_once(": waits on "));
-            if let Some((_, address)) = listens {
-                let address = address.to_owned();
-                return Ok(Receiver { guest, control, address });
-            }
-            if Instant::now() > end {
-                return Err(wrong(format!("nobody listens: {log}")));
-            }
-            std::thread::sleep(LOOK);
-        }
+        let address = address_of(&guest)?;
+        Ok(Receiver { guest, control, address })
     }
 
     /// Has the guest leave.
@@ -366,12 +350,4 @@ fn check(question: &str, reply: &Reply) -> Result<()> {
     }
     let answer = format!("{reply:?}");
     Err(BenchError::GuestAnswer { command: question.to_owned(), answer })
-}
-
-pub(super) fn wrong(what: String) -> BenchError {
-    BenchError::Wrong { what }
-}
-
-pub(super) fn host(what: &'static str) -> impl FnOnce(std::io::Error) -> BenchError {
-    move |source| BenchError::Host { what, source: source.into() }
 }

@@ -9,8 +9,8 @@ use control::api::{BalloonStatus, MigrationStatus};
 use super::case::{Case, Target, Turn};
 use super::kit::Kit;
 use super::report::CaseReport;
-use super::traveller::{LIMIT, LOOK, Traveller, wrong};
-use crate::error::{BenchError, Result};
+use super::traveller::{LIMIT, LOOK, Traveller};
+use crate::error::{BenchError, Result, wrong};
 use crate::logs::{backend_complaints, guest_complaints};
 
 /// What is where in a guest of the least memory, in MiB: a file that stays, what a process writes,

@@ -22,6 +22,7 @@ use std::time::Duration;
 use lab::debian::Release;
 use lab::kvm::{self, KvmMachine};
 
+pub use crate::kvm_host::raise_loopback;
 pub use case::{CASES, Case};
 pub use endure::{MEMORY_MIB, endure};
 pub use faults::{fail, fail_at, faults};
@@ -29,8 +30,7 @@ pub use kit::Kit;
 pub use report::{CaseReport, FaultCount, Report};
 pub use traveller::{Conversation, Departure, Receiver, Said, Traveller};
 
-use crate::error::Result;
-use traveller::{host, wrong};
+use crate::error::{Result, host, wrong};
 
 /// For a guest's boot and end in an emulated KVM, and for each of its moves.
 const BASE_LIMIT: Duration = Duration::from_secs(600);
@@ -143,13 +143,6 @@ fn run_here(
     let mut child = child.map_err(host("starting the program"))?;
     BufReader::new(read).lines().map_while(std::io::Result::ok).for_each(|line| each(&line));
     child.wait().map_err(host("waiting for the program")).map(drop)
-}
-
-/// This machine's part of [`run`], where a KVM is: connections over the loopback interface need it,
-/// and a machine that was just booted does not have it yet.
-pub fn prepare_network() {
-    // Where it is there already, this may be forbidden.
-    let _ = Command::new("ip").args(["link", "set", "lo", "up"]).status();
 }
 
 /// The files that this process was given by [`run`].

@@ -12,8 +12,7 @@ use std::time::Duration;
 use migration::MigrationId;
 use migration::raw::{Speaker, content_sum};
 
-use super::traveller::host;
-use crate::error::Result;
+use crate::error::{Result, host};
 
 /// A frame's head, and where its kind and the lengths of body and payload are.
 const HEAD_BYTES: usize = 24;

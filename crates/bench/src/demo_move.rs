@@ -1,12 +1,10 @@
-//! A guest that moves from one process to another while somebody talks to it.
+//! `demo --migrate`: a guest that moves from one process to another while somebody talks to it.
 //!
 //! [`show`] finds a KVM: this machine's own where it boots a guest, else that of a machine which
 //! QEMU emulates. There the program is started once more, and [`carry_out`] does it.
 
 use std::ffi::{OsStr, OsString};
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -17,7 +15,8 @@ use lab::kvm::{self, KvmMachine};
 use lab::{Guest, LabError, guest_build};
 use tempfile::TempDir;
 
-use crate::error::{BenchError, Result};
+use crate::error::{BenchError, Result, host, wrong};
+use crate::kvm_host;
 
 /// Memory of the guest, what a file keeps of it, and what its balloon has.
 const GUEST_MIB: u64 = 512;
@@ -73,33 +72,22 @@ pub fn show(
     let directory = directory()?;
     let parts = prepare(directory.path())?;
     let words = command(&parts);
+    let words: Vec<&OsStr> = words.iter().map(OsString::as_os_str).collect();
     if kvm::hardware() {
         say("The guest runs in our own monitor, on the KVM of this machine.");
-        return here(program, &words, say);
+        return ended(kvm_host::start_again(program, &words, say)?);
     }
     say("This machine's KVM boots no guest, so QEMU emulates a machine that has one;");
     say("the guest runs in it, in our own monitor, slower than on hardware.");
     let mut machine = KvmMachine::boot(2 * GUEST_MIB)?;
-    let words: Vec<&OsStr> = words.iter().map(OsString::as_os_str).collect();
     let outcome = machine.run_telling(program, &words, &[], LIMIT, say)?;
     ended(outcome.code)
-}
-
-fn here(program: &Path, words: &[OsString], say: &mut dyn FnMut(&str)) -> Result<()> {
-    let host = |source: std::io::Error| host_error("starting this program once more", source);
-    let mut command = Command::new(program);
-    let mut child =
-        command.args(words).stdin(Stdio::null()).stdout(Stdio::piped()).spawn().map_err(host)?;
-    if let Some(out) = child.stdout.take() {
-        BufReader::new(out).lines().map_while(std::result::Result::ok).for_each(|line| say(&line));
-    }
-    ended(child.wait().map_err(host)?.code())
 }
 
 fn ended(code: Option<i32>) -> Result<()> {
     match code {
         Some(0) => Ok(()),
-        code => Err(BenchError::Wrong { what: format!("the guest was not moved ({code:?})") }),
+        code => Err(wrong(format!("the guest was not moved ({code:?})"))),
     }
 }
 
@@ -122,9 +110,7 @@ pub fn carry_out(
     parts: &Parts,
     say: &(dyn Fn(&str) + Sync),
 ) -> Result<MigrationSummary> {
-    // Connections need it, and a machine that was just booted does not have it yet. Where it is
-    // there already, this may be forbidden.
-    let _ = Command::new("ip").args(["link", "set", "lo", "up"]).status();
+    kvm_host::raise_loopback();
     let directory = directory()?;
     let scene = Scene { began: Instant::now(), say, directory };
     scene.tell("host", &format!("boots a guest of {GUEST_MIB} MiB in the first process"));
@@ -146,11 +132,11 @@ pub fn carry_out(
     first.wait()?;
     scene.tell("host", "the first process has ended");
     second.run_within("idle", SOON)?;
-    let wrong = second.run_within(&format!("verify kept {KEPT_MIB} {SEED}"), SOON)?;
-    if wrong.text != "0" {
+    let verified = second.run_within(&format!("verify kept {KEPT_MIB} {SEED}"), SOON)?;
+    if verified.text != "0" {
         let (name, file) = (NAME.to_owned(), "kept".to_owned());
-        let pages = wrong.text.parse().unwrap_or(0);
-        return Err(BenchError::WrongPages { name, file, pages, named: wrong.lines });
+        let pages = verified.text.parse().unwrap_or(0);
+        return Err(BenchError::WrongPages { name, file, pages, named: verified.lines });
     }
     let kept = format!("all of the {KEPT_MIB} MiB that were written before are as they were");
     scene.tell("second process", &kept);
@@ -208,19 +194,8 @@ impl Scene<'_> {
         let control = self.control("second").display().to_string();
         let words = ["--name", NAME, "--control", &control, "--listen", "127.0.0.1:0", "--plain"];
         let receiver = Guest::receiver(program).machine_arguments(words).boot()?;
-        let end = Instant::now() + SOON;
-        loop {
-            let log = receiver.console_log();
-            if let Some((_, address)) = log.lines().find_map(|line| line.split_once(": waits on "))
-            {
-                return Ok((receiver, address.to_owned()));
-            }
-            if Instant::now() >= end {
-                let what = format!("no process waits for the guest: {log}");
-                return Err(BenchError::Wrong { what });
-            }
-            thread::sleep(LOOK);
-        }
+        let address = kvm_host::address_of(&receiver)?;
+        Ok((receiver, address))
     }
 
     /// Asks the guest for its own clock; when it had answered.
@@ -258,10 +233,10 @@ impl Scene<'_> {
                 }
                 thread::sleep(PAUSE);
             };
-            let panicked = |_| BenchError::Wrong { what: "a thread panicked".into() };
+            let panicked = |_| wrong("a thread panicked".into());
             let status = watching.join().map_err(panicked)??;
             left?;
-            let why = || BenchError::Wrong { what: format!("the guest was not moved: {status:?}") };
+            let why = || wrong(format!("the guest was not moved: {status:?}"));
             Ok((last, status.summary.clone().ok_or_else(why)?))
         })
     }
@@ -294,9 +269,5 @@ impl Scene<'_> {
 
 fn directory() -> Result<TempDir> {
     let directory = tempfile::Builder::new().prefix("aerostat-demo-").tempdir();
-    directory.map_err(|source| host_error("making a directory", source))
-}
-
-fn host_error(what: &'static str, source: std::io::Error) -> BenchError {
-    BenchError::Host { what, source: source.into() }
+    directory.map_err(host("making a directory"))
 }

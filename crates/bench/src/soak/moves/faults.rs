@@ -11,8 +11,9 @@ use super::endure::{KEPT_MIB, MEMORY_MIB, complaints};
 use super::kit::Kit;
 use super::proxy::{Fault, Harm, Moment, Proxy, Side};
 use super::report::CaseReport;
-use super::traveller::{Conversation, LIMIT, LOOK, Receiver, Traveller, state, wrong};
-use crate::error::Result;
+use super::traveller::{Conversation, LIMIT, LOOK, Receiver, Traveller, state};
+use crate::error::{Result, wrong};
+use crate::proc_text::kib;
 
 /// What the guest writes all the time, so that there are later rounds, in MiB.
 const CHURN_MIB: u64 = 8;
@@ -270,8 +271,7 @@ fn is_whole(traveller: &mut Traveller<'_>, report: &mut CaseReport) -> Result<()
 /// Memory of a process (proc(5), `status`).
 fn resident_kib(pid: u32) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or(0)
+    kib(&text, "VmRSS").unwrap_or(0)
 }
 
 #[cfg(test)]

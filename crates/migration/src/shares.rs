@@ -1,0 +1,71 @@
+//! A round's work, shared by threads: one for each connection.
+
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
+
+use crate::error::MigrationError;
+use crate::link::Link;
+use crate::wire::stream::Stream;
+
+/// How often progress is told.
+const TELL: Duration = Duration::from_millis(100);
+
+/// Contents are on the heap; what is on the stack are frames of calls, and of a subscriber's. With
+/// the usual 2 MiB, which is a huge page where the system gives those to everybody, most of a
+/// thread's time went into clearing that.
+const STACK_BYTES: usize = 256 << 10;
+
+/// Has a thread for each of `streams` do its `share`, and hands what it did to `add`. `tell` is
+/// called now and then meanwhile. A share that fails has to end the others; `stop` does where a
+/// thread cannot be started.
+///
+/// # Errors
+/// What a share failed with: of several, what says most.
+pub(crate) fn share_out<L: Link, D: Send>(
+    streams: &mut [Stream<L>],
+    share: impl Fn(usize, &mut Stream<L>) -> Result<D, MigrationError> + Sync,
+    stop: impl Fn(),
+    mut add: impl FnMut(D),
+    mut tell: impl FnMut(),
+) -> Result<(), MigrationError> {
+    let mut failure: Option<MigrationError> = None;
+    thread::scope(|scope| {
+        let (done, ended) = mpsc::channel();
+        for (index, stream) in streams.iter_mut().enumerate() {
+            let (share, of_thread) = (&share, done.clone());
+            let thread = thread::Builder::new().stack_size(STACK_BYTES);
+            let spawned = thread.spawn_scoped(scope, move || {
+                // The receiver is there until every thread has ended.
+                let _ = of_thread.send(share(index, stream));
+            });
+            if let Err(error) = spawned {
+                stop();
+                let _ = done.send(Err(MigrationError::machine("starting a thread")(error.into())));
+            }
+        }
+        drop(done);
+        loop {
+            match ended.recv_timeout(TELL) {
+                Ok(Ok(part)) => add(part),
+                Ok(Err(error)) => failure = Some(worse(failure.take(), error)),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+            tell();
+        }
+    });
+    failure.map_or(Ok(()), Err)
+}
+
+/// Of two errors the one that says more: threads that were stopped, or whose connections were
+/// closed, say what another one led to.
+fn worse(first: Option<MigrationError>, second: MigrationError) -> MigrationError {
+    match first {
+        Some(first) if !matches!(first, MigrationError::Closed | MigrationError::Cancelled) => {
+            first
+        }
+        Some(first) if matches!(second, MigrationError::Cancelled) => first,
+        _ => second,
+    }
+}
