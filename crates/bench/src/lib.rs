@@ -21,6 +21,7 @@ pub mod kvm;
 pub mod kvm_inflate;
 mod logs;
 pub mod migrate;
+pub mod monitor_choice;
 pub mod monitors;
 pub mod moves;
 pub mod moving;
