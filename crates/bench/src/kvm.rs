@@ -30,6 +30,22 @@ const OTHER_MODULES: [&str; 2] = ["virtio_pci", "zram"];
 /// A guest may have to get gigabytes of memory from an emulated host for one command.
 const COMMAND_LIMIT: Duration = Duration::from_secs(600);
 
+/// Whose KVM it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// This machine's own.
+    Hardware,
+    /// That of a machine which QEMU emulates.
+    Emulated,
+}
+
+impl Place {
+    /// Where [`measure`] measures. Asked first, it boots a guest.
+    pub fn find() -> Self {
+        if kvm::hardware() { Self::Hardware } else { Self::Emulated }
+    }
+}
+
 /// What is measured there.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -62,6 +78,14 @@ struct Order {
     files: GuestFiles,
 }
 
+/// Whether this machine has memory for guests of so much at a time, where [`measure`] measures.
+///
+/// # Errors
+/// How much there is, and how much is needed.
+pub fn has_room(guests_mib: u64) -> Result<()> {
+    Ok(kvm::has_room(guests_mib)?)
+}
+
 /// Carries out `task` where a KVM is, in a machine with room for guests of `guests_mib` at a time
 /// if need be, and returns its report. `progress` hears of each step.
 ///
@@ -90,7 +114,9 @@ pub fn measure<R: DeserializeOwned>(
     };
     let words = INSIDE.iter().copied().chain([order.as_str()]).map(OsStr::new);
     let words: Vec<&OsStr> = words.collect();
-    let code = if kvm::hardware() {
+    let place = Place::find();
+    has_room(guests_mib)?;
+    let code = if place == Place::Hardware {
         tell("this machine's KVM boots guests");
         kvm_host::start_again(program, &words, &mut tell)?
     } else {

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{BenchError, Result, host};
 use crate::inflate::{Memory, StagesMs};
-use crate::kvm::{GuestFiles, command, number};
+use crate::kvm::{self, GuestFiles, Task, command, number};
 use crate::sample::Spread;
 use crate::testbed::Driver;
 
@@ -22,6 +22,13 @@ const FREE_PERCENT: u64 = 95;
 
 /// Time for one change of the balloon.
 const CHANGE_LIMIT: Duration = Duration::from_secs(300);
+
+/// For each round with its boots and touches, for each GiB of a guest.
+const ROUND_LIMIT: Duration = Duration::from_secs(300);
+
+/// A word for the guests' kernel unless others are asked for: Debian's own choice is that all
+/// memory is cleared as it is taken, which for a balloon's is in vain, and hides all else.
+pub const KERNEL_ARGUMENT: &str = "init_on_alloc=0";
 
 /// What a guest reports by itself goes back to the host without any balloon.
 const BALLOON_ALONE: [&str; 2] = ["--without", "stats,hint,reporting,poison"];
@@ -115,9 +122,23 @@ struct Run {
     returned_mib: f64,
 }
 
-/// Memory of guests that are there at a time, in MiB, for [`crate::kvm::measure`].
-pub fn guests_mib(options: &Options) -> u64 {
-    options.guest_mib.iter().copied().max().unwrap_or_default()
+/// Measures what `options` asks for on this machine's KVM, or inside of a machine that has one.
+/// `progress` hears of each step.
+///
+/// # Errors
+/// As those of [`kvm::measure`].
+pub fn measure(
+    program: &Path,
+    options: Options,
+    kernel_arguments: &[String],
+    progress: &mut dyn FnMut(&str),
+) -> Result<Report> {
+    let gib: u64 = options.guest_mib.iter().map(|mib| mib.div_ceil(1 << 10)).sum();
+    let rounds = gib.saturating_mul(options.rounds as u64);
+    let limit = ROUND_LIMIT.saturating_mul(u32::try_from(rounds).unwrap_or(u32::MAX));
+    // One guest at a time.
+    let guests_mib = options.guest_mib.iter().copied().max().unwrap_or_default();
+    kvm::measure(program, Task::Inflate(options), kernel_arguments, guests_mib, limit, progress)
 }
 
 /// Measures everything that `options` asks for, where a KVM is.

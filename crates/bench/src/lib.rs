@@ -24,6 +24,7 @@ mod kvm_host;
 pub mod kvm_inflate;
 mod logs;
 pub mod migrate;
+pub mod monitor_choice;
 pub mod monitors;
 mod proc_text;
 mod qemu_bed;

@@ -4,10 +4,13 @@
 //! a working KVM ("L1"). Programs of this machine run there on its own root file system, shared
 //! read-only.
 //!
-//! A `/dev/kvm` of this machine may be there and useless, so [`hardware`] boots something.
+//! A `/dev/kvm` of this machine may be there and useless, so [`hardware`] boots something. What
+//! cannot be one is seen by a look ([`look`]), which costs nothing.
 
 use std::ffi::OsStr;
 use std::fmt::Write;
+use std::fs::File;
+use std::io::ErrorKind;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::OnceLock;
@@ -16,6 +19,7 @@ use std::time::Duration;
 use crate::debian::{self, DebianKernel, Release};
 use crate::error::{LabError, Result};
 use crate::guest::Guest;
+use crate::room;
 
 /// Modules of the guest: KVM for the processor that QEMU emulates, and the shared root.
 const MODULES: [&str; 6] = ["virtio_pci", "9pnet_virtio", "9p", "ccp", "kvm", "kvm_amd"];
@@ -25,6 +29,17 @@ const ROOT_TAG: &str = "root";
 
 /// What the guest's kernel and a program need besides the memory of the program's own guests.
 const OWN_MEMORY_MIB: u64 = 768;
+
+/// What QEMU needs to emulate it, most of it for code that it translated: at most 1 GiB.
+const EMULATOR_MIB: u64 = 1024;
+
+/// What a monitor and a program beside it need of this machine, besides the guest's memory.
+const MONITOR_MIB: u64 = 256;
+
+/// How a processor says that it runs guests: Intel's word and AMD's.
+const EXTENSIONS: [&str; 2] = ["vmx", "svm"];
+
+const DEVICE: &str = "/dev/kvm";
 
 /// A hardware KVM boots a small guest in about a second.
 const PROBE_LIMIT: Duration = Duration::from_secs(20);
@@ -134,23 +149,67 @@ impl KvmMachine {
 
 /// Whether this machine's own KVM boots a guest. Asked once for each process.
 pub fn hardware() -> bool {
-    static ANSWER: OnceLock<bool> = OnceLock::new();
-    *ANSWER.get_or_init(|| match probe() {
-        Ok(()) => true,
-        Err(error) => {
-            tracing::info!("no use of /dev/kvm: {error}");
-            false
-        }
-    })
+    trouble().is_none()
+}
+
+/// Why this machine's own KVM boots no guest, if it does not. Asked once for each process.
+pub fn trouble() -> Option<&'static str> {
+    static ANSWER: OnceLock<Option<String>> = OnceLock::new();
+    let ask = || {
+        let error = probe().err()?.to_string();
+        tracing::info!("no use of {DEVICE}: {error}");
+        Some(error)
+    };
+    ANSWER.get_or_init(ask).as_deref()
+}
+
+/// Looks for what hardware KVM cannot be without: a processor that runs guests, and a device that
+/// this user may open. It boots nothing and needs no package.
+///
+/// `./demo` does the same before it installs anything.
+///
+/// # Errors
+/// What is missing.
+pub fn look() -> Result<()> {
+    let processors = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    if !runs_guests(&processors) {
+        let advice = "its processor has neither vmx nor svm".to_owned();
+        return Err(LabError::Host { what: "run guests on hardware".to_owned(), advice });
+    }
+    open_device()
+}
+
+/// Whether this machine has the memory for guests of this much at a time, on its own KVM or in a
+/// [`KvmMachine`] that is [populated](KvmMachine::boot_populated).
+///
+/// # Errors
+/// How much there is, and how much is needed.
+pub fn has_room(guests_mib: u64) -> Result<()> {
+    let more = if hardware() { MONITOR_MIB } else { OWN_MEMORY_MIB + EMULATOR_MIB };
+    room::check(guests_mib + more)
+}
+
+fn runs_guests(processors: &str) -> bool {
+    let flags = processors.lines().find(|line| line.starts_with("flags"));
+    flags.is_some_and(|line| line.split_whitespace().any(|flag| EXTENSIONS.contains(&flag)))
+}
+
+fn open_device() -> Result<()> {
+    let advice = match File::options().read(true).write(true).open(DEVICE) {
+        Ok(_) => return Ok(()),
+        Err(error) => match error.kind() {
+            ErrorKind::NotFound => "load the module kvm_intel or kvm_amd".to_owned(),
+            ErrorKind::PermissionDenied => "run it as root, or as one of the group kvm".to_owned(),
+            _ => error.to_string(),
+        },
+    };
+    Err(LabError::Host { what: format!("open {DEVICE}"), advice })
 }
 
 /// Boots an unmodified kernel in QEMU, so that a fault of our own monitor is not taken for one of
 /// the machine.
 fn probe() -> Result<()> {
-    if !Path::new("/dev/kvm").exists() {
-        let (what, advice) = ("find /dev/kvm".to_owned(), "load the module kvm".to_owned());
-        return Err(LabError::Host { what, advice });
-    }
+    open_device()?;
     let kernel: DebianKernel = debian::kernel(Release::Cloud6_12)?;
     let guest = Guest::qemu(&kernel)
         .memory_mib(PROBE_MEMORY_MIB)
@@ -178,6 +237,17 @@ fn encode(word: &OsStr) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_processor_that_runs_guests_is_known_by_its_flags() {
+        let of = |flags: &str| {
+            format!("processor\t: 0\nmodel name\t: svm\nvmx flags\t: vnmi\nflags\t\t: {flags}\n")
+        };
+        assert!(runs_guests(&of("fpu vmx ssse3")));
+        assert!(runs_guests(&of("fpu svm")));
+        assert!(!runs_guests(&of("fpu svm_lock hypervisor")));
+        assert!(!runs_guests(""));
+    }
 
     #[test]
     fn words_are_encoded_so_that_they_stay_one_word() {

@@ -28,6 +28,7 @@ pub mod uml;
 mod boot;
 mod error;
 mod keeper;
+mod room;
 mod tool;
 
 pub use console::Reply;

@@ -1,10 +1,8 @@
 //! `aerostat bench inflate`: takes memory from guests and compares.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use bench::inflate::{self, Memory, Report};
-use bench::kvm::{self, Task};
 use bench::kvm_inflate;
 use clap::{Args, ValueEnum};
 use control::Size;
@@ -45,7 +43,7 @@ pub(super) struct InflateArgs {
     monitor: MonitorArg,
 
     /// A word for the kernel of guests of our monitor; may be given several times
-    #[arg(long, value_name = "WORD", default_value = "init_on_alloc=0")]
+    #[arg(long, value_name = "WORD", default_value = kvm_inflate::KERNEL_ARGUMENT)]
     kernel_argument: Vec<String>,
 }
 
@@ -77,9 +75,6 @@ impl From<MemoryArg> for Memory {
     }
 }
 
-/// For each round of the inflate with its boots and touches, for each GiB of a guest.
-const KVM_ROUND_LIMIT: Duration = Duration::from_secs(300);
-
 pub(super) fn run(args: &InflateArgs) -> Result<(), Failure> {
     match args.monitor {
         MonitorArg::Uml => run_uml(args),
@@ -100,14 +95,9 @@ fn run_kvm(args: &InflateArgs) -> Result<(), Failure> {
         let what = "fragmented memory, --backing and --svg are for guests of User Mode Linux";
         return Err(Failure { what: what.into(), hint: "leave it out".into(), exit: Exit::Failed });
     }
-    let gib: u64 = options.guest_mib.iter().map(|mib| mib.div_ceil(1 << 10)).sum();
-    let rounds = gib.saturating_mul(args.rounds as u64);
-    let limit = KVM_ROUND_LIMIT.saturating_mul(u32::try_from(rounds).unwrap_or(u32::MAX));
-    let guests_mib = kvm_inflate::guests_mib(&options);
-    let (words, task) = (&args.kernel_argument, Task::Inflate(options));
-    let report: kvm_inflate::Report =
-        kvm::measure(&program()?, task, words, guests_mib, limit, &mut |step| eprintln!("{step}"))
-            .map_err(failure)?;
+    let words = &args.kernel_argument;
+    let report = kvm_inflate::measure(&program()?, options, words, &mut |step| eprintln!("{step}"))
+        .map_err(failure)?;
     if args.json { print_json(&report) } else { print(&kvm_table(&report)) }
 }
 
