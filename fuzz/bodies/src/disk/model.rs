@@ -9,8 +9,8 @@ pub(super) const SECTOR: u64 = 512;
 pub(super) const SECTORS: u64 = 320;
 
 /// Where there is memory.
-pub(super) const SPANS: [(u64, u64); 2] = [(0x1_0000, 0x6_0000), (0x8_0000, 0xa_0000)];
-const END: usize = 0xa_0000;
+pub(super) const SPANS: [(u64, u64); 2] = [(0x1_0000, 0x3_8000), (0x4_0000, 0x4_8000)];
+const END: usize = 0x4_8000;
 
 /// Bytes that a request may carry: 126 buffers of 64 KiB, as the configuration space says.
 const MOST_BYTES: u64 = 126 << 16;
