@@ -93,6 +93,13 @@ fn restrict<'a>(name: &'a str, dir: &Path) -> (&'a str, Restricted) {
     (name, restricted)
 }
 
+/// As a monitor locks a disk.
+fn lock(path: &Path) {
+    let file = std::fs::File::create(path).unwrap();
+    let lock = nix::libc::flock { l_type: 1, l_whence: 0, l_start: 0, l_len: 1, l_pid: 0 };
+    nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_OFD_SETLK(&lock)).unwrap();
+}
+
 /// Not a test of its own: the body of the processes above.
 #[test]
 fn attempts() {
@@ -139,11 +146,7 @@ fn attempts() {
             // Asks name servers, if there are any: none of them knows it.
             assert!(std::net::ToSocketAddrs::to_socket_addrs(&("no.invalid", 1)).is_err());
         }
-        "lock" => {
-            let file = std::fs::File::create(dir.join("disk")).unwrap();
-            let lock = nix::libc::flock { l_type: 1, l_whence: 0, l_start: 0, l_len: 1, l_pid: 0 };
-            nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_OFD_SETLK(&lock)).unwrap();
-        }
+        "lock" => lock(&dir.join("disk")),
         // Where there is no KVM nothing is asked.
         "ask-kvm" => drop(kvm_ioctls::Kvm::new().map(|kvm| kvm.get_api_version())),
         "terminal" => {
