@@ -118,7 +118,7 @@ pub struct FreePages {
 ///
 /// ```text
 /// describe, memory, start_dirty_log, take_dirty, ballooned_pages, free_pages,
-/// (take_dirty, set_throttle)*, pause, take_dirty, save_state,
+/// (take_dirty, set_throttle)*, pause, take_dirty, save_state, offer,
 /// then give_away; or, whenever something fails before the hand-over is offered:
 /// resume (if it was paused), set_throttle(0), stop_dirty_log, free_pages_done
 /// ```
@@ -202,10 +202,14 @@ pub trait SourceMachine {
     /// It cannot be had; the guest is resumed.
     fn save_state(&mut self) -> Result<Vec<StateSection>, MachineError>;
 
+    /// The other side may run the guest from here on. Lets go what only one side can have, such as
+    /// locks on its disks; [`resume`](Self::resume) takes it again.
+    fn offer(&mut self) {}
+
     /// Lets the guest go on here. Called only where it cannot run anywhere else.
     ///
     /// # Errors
-    /// It stays paused; its operator is told.
+    /// It stays paused; its operator is told, and it may be called again.
     fn resume(&mut self) -> Result<(), MachineError>;
 
     /// The guest runs somewhere else, for good: it must never run here again. The monitor may end

@@ -10,10 +10,11 @@ use std::thread;
 use std::time::Duration;
 
 use common::{
-    BALLOONED, Destination, FREE, POISON, Source, World, compare, network, quick_destination,
-    quick_source,
+    BALLOONED, Destination, FREE, POISON, SOURCE, Source, World, compare, network,
+    quick_destination, quick_source,
 };
 use migration::observer::{Observer, Phase, Progress, Silent};
+use migration::seams::SourceMachine as _;
 use migration::{
     DestinationConfig, DestinationGuest, MigrationError, ReceiveFailure, Received, SourceConfig,
     SourceFailure, SourceGuest, Summary, migrate, receive,
@@ -190,6 +191,30 @@ fn a_monitor_that_fails_leaves_the_guest_where_it_was() {
         let said = here.or(there.filter(|at| *at != "resume")).unwrap_or("could not start");
         assert!(text.contains(said), "{text}");
     }
+}
+
+/// Somebody has what only one can have the moment in which the guest changes sides: then it stands
+/// still where it was, whole, until it can be had again.
+#[test]
+fn a_guest_whose_disk_is_taken_meanwhile_is_not_lost() {
+    let world = Arc::new(World::default());
+    let mut source = Source::new(&world, 300, 0);
+    source.thief = true;
+    let mut destination = Destination::new(&world);
+    let config = quick_destination();
+    let (sent, received) =
+        run(&mut source, &mut destination, &quick_source(), &config, &mut Silent);
+    let left = received.unwrap_err().guest;
+    assert!(matches!(left, DestinationGuest::Refused(_)), "{left:?}");
+    assert!(destination.memory.is_none() && !source.runs());
+    let failure = sent.unwrap_err();
+    assert!(matches!(failure.guest, SourceGuest::Stuck(_)), "{failure:?}");
+    assert!(!source.logging && source.throttle == 0);
+    assert!(source.resume().is_err());
+    world.disk.store(0, Ordering::SeqCst);
+    source.resume().unwrap();
+    assert!(source.runs());
+    assert_eq!(world.disk.load(Ordering::SeqCst), SOURCE);
 }
 
 #[test]

@@ -52,14 +52,15 @@ fn what_serving_needs_is_left() {
 
 #[test]
 fn forbidden_calls_end_the_process() {
-    for name in ["tcp", "unix-socket", "exec", "chmod", "in-a-thread"] {
+    for name in ["tcp", "unix-socket", "exec", "chmod", "lock", "in-a-thread"] {
         assert_killed(name);
     }
 }
 
 #[test]
 fn a_monitor_makes_connections_and_asks_kvm_and_starts_no_programs() {
-    for name in ["serve", "thread", "files-inside", "tcp", "look-up", "ask-kvm", "terminal"] {
+    for name in ["serve", "thread", "files-inside", "tcp", "look-up", "ask-kvm", "lock", "terminal"]
+    {
         assert_possible(&format!("{MONITOR}{name}"));
     }
     for name in ["exec", "chmod", "in-a-thread", "raw-socket", "window"] {
@@ -90,6 +91,13 @@ fn restrict<'a>(name: &'a str, dir: &Path) -> (&'a str, Restricted) {
     let connects = name == "connect";
     restrict_calls(if connects { Network::Connects } else { Network::Accepts }).unwrap();
     (name, restricted)
+}
+
+/// As a monitor locks a disk.
+fn lock(path: &Path) {
+    let file = std::fs::File::create(path).unwrap();
+    let lock = nix::libc::flock { l_type: 1, l_whence: 0, l_start: 0, l_len: 1, l_pid: 0 };
+    nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_OFD_SETLK(&lock)).unwrap();
 }
 
 /// Not a test of its own: the body of the processes above.
@@ -138,6 +146,7 @@ fn attempts() {
             // Asks name servers, if there are any: none of them knows it.
             assert!(std::net::ToSocketAddrs::to_socket_addrs(&("no.invalid", 1)).is_err());
         }
+        "lock" => lock(&dir.join("disk")),
         // Where there is no KVM nothing is asked.
         "ask-kvm" => drop(kvm_ioctls::Kvm::new().map(|kvm| kvm.get_api_version())),
         "terminal" => {

@@ -4,6 +4,7 @@
 //! disk's own, and returned when the queue is served next, which that thread asks for.
 
 mod file;
+mod lock;
 mod request;
 mod work;
 mod worker;
@@ -31,7 +32,7 @@ use crate::mmio::{Device, Served};
 use file::SECTOR_BYTES;
 use request::{Request, SEG_MAX, SIZE_MAX};
 use work::{DISCARD, ID_BYTES, WRITE_ZEROES, Work};
-use worker::{Done, Worker};
+use worker::{Done, Job, Worker};
 
 /// Disks that a guest may have: with its balloon they are as many devices as there are interrupts
 /// behind the PC's own.
@@ -72,6 +73,11 @@ impl Block {
         id.iter_mut().zip(format!("aerostat-{name}").bytes()).for_each(|(to, from)| *to = from);
         let worker = Worker::start(Work::new(memory, id), Arc::clone(file), &name)?;
         Ok(Self { shape: file.shape(), worker, kept: 0 })
+    }
+
+    /// Nothing of the ring is with the device.
+    pub(crate) const fn is_idle(&self) -> bool {
+        self.kept == 0
     }
 
     fn config(&self) -> [u8; CONFIG_BYTES] {
@@ -115,17 +121,15 @@ impl Block {
         let most = usize::from(queue.size());
         let mut too_many = false;
         let drained = drain(queue, memory, |chain| {
-            let request = Request::of(chain, memory);
             too_many |= self.kept >= most;
-            match request.filter(|_| !too_many) {
-                Some(request) => {
-                    self.kept += 1;
-                    self.worker.push(request);
-                    Handled { read_bytes: 0, written_bytes: None }
-                }
-                // Nobody can be told; its driver sees that nothing was written.
-                None => Handled { read_bytes: 0, written_bytes: Some(0) },
+            if too_many {
+                return Handled { read_bytes: 0, written_bytes: Some(0) };
             }
+            self.kept += 1;
+            // What is no request goes the same way: chains come back in the order of the ring.
+            let head = chain.head_index();
+            self.worker.push(Job { head, request: Request::of(chain, memory) });
+            Handled { read_bytes: 0, written_bytes: None }
         })?;
         if too_many {
             // A chain was made available that the device has.
@@ -212,10 +216,16 @@ impl Device for Block {
         Vec::new()
     }
 
-    /// All of it is carried out first.
+    /// However much the guest has asked for, no more is done than the piece of a request that is
+    /// under way. The others are in the ring again: they are the youngest that were taken, and an
+    /// honest driver writes over no entry of a chain that did not come back.
     fn give_back(&mut self, _index: usize, memory: &Ram, queue: &mut Queue) -> Served {
-        let done = self.worker.finish();
+        let (done, left) = self.worker.stop();
         let given = self.give(&done, memory, queue);
+        // Not more than the ring has entries.
+        let left = u16::try_from(left).unwrap_or(u16::MAX);
+        queue.set_next_avail(queue.next_avail().wrapping_sub(left));
+        self.kept = 0;
         let notify = given.and_then(|()| Ok(!done.is_empty() && queue.needs_notification(memory)?));
         match notify {
             Ok(notify) => Served::Done { notify, more: false },
@@ -223,8 +233,13 @@ impl Device for Block {
         }
     }
 
+    /// Whoever lets the guest go on takes it from the ring.
+    fn serves_before_pause(&self) -> bool {
+        false
+    }
+
     fn forget(&mut self, _index: usize) {
-        self.worker.forget();
+        self.worker.stop();
         self.kept = 0;
     }
 

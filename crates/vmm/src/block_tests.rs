@@ -35,7 +35,7 @@ struct Guest {
     ring: GuestRing,
     queue: Queue,
     bell: EventFd,
-    _path: NamedTempFile,
+    path: NamedTempFile,
 }
 
 impl Guest {
@@ -55,7 +55,7 @@ impl Guest {
         disk.reset(disk.features());
         let ring = GuestRing::new(RING, 16);
         let queue = ring.queue();
-        Self { memory, disk, file, ring, queue, bell, _path: path }
+        Self { memory, disk, file, ring, queue, bell, path }
     }
 
     /// Serves the ring until a chain came back: what is in its status, and the bytes written.
@@ -81,6 +81,22 @@ impl Guest {
                 return used.written_bytes;
             }
             assert_eq!(served, Served::Done { notify: false, more: false });
+            assert!(Instant::now() < end);
+            self.bell.read().unwrap();
+        }
+    }
+
+    /// Serves the ring until so many chains came back: the bytes written to each.
+    fn serve_all(&mut self, count: usize) -> Vec<u32> {
+        let end = Instant::now() + LIMIT;
+        let mut written = Vec::new();
+        loop {
+            let served = self.disk.serve(0, &self.memory, &mut self.queue);
+            assert!(matches!(served, Served::Done { more: false, .. }), "{served:?}");
+            written.extend(std::iter::from_fn(|| self.ring.take_used(&self.memory)));
+            if written.len() >= count {
+                return written.iter().map(|used| used.written_bytes).collect();
+            }
             assert!(Instant::now() < end);
             self.bell.read().unwrap();
         }
@@ -300,6 +316,13 @@ fn chains_that_nobody_can_be_told_of_come_back_and_a_broken_ring_stops() {
         assert_eq!(guest.serve(), 0, "{chain:?}");
         assert_eq!(guest.get(STATUS, 1), [UNTOUCHED], "{chain:?}");
     }
+    // Without an end: it goes on where no descriptor is, and all before that is in order.
+    guest.put(STATUS, &[UNTOUCHED]);
+    let head = guest.ring.send(&guest.memory, &[header, data, status]);
+    let last = Descriptor::new(STATUS, 1, WRITE | NEXT, 16);
+    guest.ring.write_descriptor(&guest.memory, (head + 2) % 16, last);
+    assert_eq!((guest.serve(), guest.get(STATUS, 1)), (0, vec![UNTOUCHED]));
+
     // One that is available more often than the ring has entries.
     let head = guest.ring.send(&guest.memory, &[header, data, status]);
     let mut served = Served::Done { notify: false, more: false };
@@ -317,11 +340,10 @@ fn chains_that_nobody_can_be_told_of_come_back_and_a_broken_ring_stops() {
     assert_eq!(guest.disk.kept, 0);
 }
 
-#[test]
-fn a_pause_waits_for_what_is_under_way_and_a_reset_forgets_it() {
-    let mut guest = Guest::new(false);
-    for sector in 0..5u64 {
-        let at = HEADER + sector * 32;
+/// Makes `count` writes available, each to its own sector.
+fn many_writes(guest: &mut Guest, count: u64) {
+    for sector in 0..count {
+        let at = HEADER + sector * 16;
         let header = [u64::from(VIRTIO_BLK_T_OUT).to_le_bytes(), sector.to_le_bytes()].concat();
         guest.put(at, &header);
         guest.put(DATA + sector * 512, &pattern(512, 100 + sector));
@@ -332,16 +354,43 @@ fn a_pause_waits_for_what_is_under_way_and_a_reset_forgets_it() {
         ];
         guest.ring.send(&guest.memory, &chain);
     }
+}
+
+/// What a guest has asked for does not lengthen its pause: it is found in the ring by whoever lets
+/// it go on, on this host or on another.
+#[test]
+fn a_pause_leaves_in_the_ring_what_is_not_done() {
+    let mut guest = Guest::new(false);
+    let before = guest.on_disk(0, 5);
+    many_writes(&mut guest, 2);
+    assert_eq!(guest.serve_all(2), [1, 1]);
+    guest.disk.worker.stand_still();
+    many_writes(&mut guest, 3);
+    // One that is no request has its turn as well.
+    guest.ring.send(&guest.memory, &[Buffer::readable(HEADER, 16)]);
     let served = guest.disk.serve(0, &guest.memory, &mut guest.queue);
-    assert!(matches!(served, Served::Done { more: false, .. }), "{served:?}");
-    guest.disk.give_back(0, &guest.memory, &mut guest.queue);
-    let returned = std::iter::from_fn(|| guest.ring.take_used(&guest.memory)).count();
-    assert_eq!((returned, guest.disk.kept), (5, 0));
-    for sector in 0..5 {
+    assert_eq!(served, Served::Done { notify: false, more: false });
+    let given = guest.disk.give_back(0, &guest.memory, &mut guest.queue);
+    assert_eq!(given, Served::Done { notify: false, more: false });
+    assert_eq!((guest.disk.kept, guest.queue.next_avail()), (0, 2));
+    assert_eq!(guest.on_disk(2, 3), before[2 * 512..]);
+
+    // Another machine has the ring, and nothing else of it.
+    let options = DiskOptions { path: guest.path.path().into(), read_only: false };
+    let file = Arc::new(DiskFile::open(&options).unwrap());
+    guest.disk = Block::new(&file, 0, guest.memory.clone()).unwrap();
+    guest.disk.set_kicks(&[guest.bell.try_clone().unwrap()]);
+    assert_eq!(guest.serve_all(4), [1, 1, 1, 0]);
+    for sector in 0..3 {
         assert_eq!(guest.on_disk(sector, 1), pattern(512, 100 + sector));
     }
+    assert_eq!(guest.queue.next_avail(), 6);
+}
 
-    guest.ring.publish(&guest.memory, 0);
+#[test]
+fn a_reset_forgets_what_is_under_way() {
+    let mut guest = Guest::new(false);
+    many_writes(&mut guest, 5);
     guest.disk.serve(0, &guest.memory, &mut guest.queue);
     guest.disk.reset(0);
     assert_eq!(guest.disk.kept, 0);

@@ -21,6 +21,12 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// A disk that another guest has.
+    #[error("operator: {path} is in use: another guest has this disk")]
+    InUse {
+        /// Its file.
+        path: PathBuf,
+    },
     /// A file that is no kernel which this monitor can boot.
     #[error("operator: {path} is no kernel that can be booted: {why}")]
     Kernel {

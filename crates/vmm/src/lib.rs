@@ -17,6 +17,7 @@ mod console;
 mod cpu;
 mod cpuid;
 mod description;
+mod disks;
 mod error;
 mod firmware;
 mod kvm;

@@ -58,6 +58,7 @@ pub enum End {
 pub fn run(options: &Options) -> Result<End, Error> {
     let requests = Requests::new().map_err(Error::host("signal handling"))?;
     let machine = Machine::new(options, Box::new(io::stdout()))?;
+    machine.take_new_disks()?;
     machine.load_kernel(options)?;
     let machine = Arc::new(machine);
     // Nobody moves a guest that was not started.

@@ -5,7 +5,6 @@ use std::sync::{Arc, PoisonError};
 use page_set::{PageRange, PageSet};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::block::DiskShape;
 use crate::cpuid::CpuFeatures;
 use crate::error::Error;
 use crate::machine::Machine;
@@ -173,16 +172,5 @@ impl Machine {
             balloon.transport().config_changed();
         }
         Ok(())
-    }
-
-    /// All that was written to its disks is there for other hosts.
-    pub(crate) fn sync_disks(&self) -> Result<(), Error> {
-        let failed = Error::host("syncing a disk");
-        self.disks.iter().try_for_each(|disk| disk.sync().map_err(&failed))
-    }
-
-    /// What the guest sees of its disks.
-    pub(crate) fn disk_shapes(&self) -> Vec<DiskShape> {
-        self.disks.iter().map(|disk| disk.shape()).collect()
     }
 }

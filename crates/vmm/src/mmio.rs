@@ -90,8 +90,12 @@ pub(crate) trait Device: Send {
     /// Queues to be served now whatever the guest does. Those that wait for this host's operator
     /// are among them where he was heard (`woken`).
     fn due(&mut self, woken: bool) -> Vec<usize>;
-    /// A queue stops: what the device keeps of it goes back into it. True where the driver wants
-    /// to hear of it.
+    /// Whether all that the guest has sent is served before it stands still. What is not waits in
+    /// the ring for whoever lets the guest go on, here or on another host.
+    fn serves_before_pause(&self) -> bool {
+        true
+    }
+    /// A queue stops: what the device keeps of it goes back into it.
     fn give_back(&mut self, index: usize, memory: &Ram, queue: &mut Queue) -> Served;
     /// A queue is gone, with whatever the device keeps of it.
     fn forget(&mut self, index: usize);
@@ -238,15 +242,17 @@ impl<S: Signals> Transport<S> {
         }
     }
 
-    /// The guest's processors stand still: all that the guest has sent is served, and what the
-    /// device keeps goes back into its ring.
+    /// The guest's processors stand still: all that the guest has sent is served, unless the device
+    /// leaves it in the ring, and what the device keeps goes back there.
     pub(crate) fn pause(&mut self) {
         if self.paused {
             return;
         }
-        for index in 0..self.rings.len() {
-            // It ends: nobody adds to the ring meanwhile.
-            while self.notified(index, 0) {}
+        if self.device.serves_before_pause() {
+            for index in 0..self.rings.len() {
+                // It ends: nobody adds to the ring meanwhile.
+                while self.notified(index, 0) {}
+            }
         }
         if self.runs() {
             for index in 0..self.rings.len() {

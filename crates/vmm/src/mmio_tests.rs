@@ -27,6 +27,8 @@ struct Log {
     given_back: Vec<usize>,
     forgotten: Vec<usize>,
     suspended: usize,
+    /// What the guest has sent may wait in the ring.
+    leaves: bool,
 }
 
 #[derive(Clone, Default)]
@@ -81,6 +83,9 @@ impl Device for Fake {
         assert!(queue.ready(), "a queue that is not ready is given something");
         self.log().given_back.push(index);
         Served::Done { notify: index == 0, more: false }
+    }
+    fn serves_before_pause(&self) -> bool {
+        !self.log().leaves
     }
     fn forget(&mut self, index: usize) {
         self.log().forgotten.push(index);
@@ -263,6 +268,21 @@ fn queues_are_served_without_a_notification_while_the_guest_runs() {
     assert!(guest.fake.log().served.is_empty());
     guest.registers.attend(false);
     assert_eq!(guest.fake.log().served, [0]);
+}
+
+/// As a disk does, whose requests may take long.
+#[test]
+fn a_pause_takes_nothing_that_may_wait_in_the_ring() {
+    let mut guest = Guest::new();
+    guest.fake.log().leaves = true;
+    let mut ring = guest.start();
+    ring.send(&guest.memory, &[Buffer::readable(0x8000, 4)]);
+    guest.registers.pause();
+    assert!(ring.take_used(&guest.memory).is_none());
+    assert_eq!(guest.fake.log().given_back, [0]);
+    guest.registers.resume();
+    guest.registers.notified(0, 0);
+    assert!(ring.take_used(&guest.memory).is_some());
 }
 
 #[test]

@@ -15,6 +15,7 @@ use control::api::{
 };
 use control::{Balloon, ControlError, Monitor};
 use migration::observer::{Observer, Phase, Progress};
+use migration::seams::{MachineError, SourceMachine as _};
 use migration::tcp::{Security, TcpConnector};
 use migration::tls::{Tls, TlsFiles};
 use migration::{
@@ -60,8 +61,14 @@ struct State {
 
 /// A guest of which it is not known where it runs.
 enum Doubt {
-    Left { word: SourceDoubt, to: TcpConnector, guest: Leaving },
+    Left {
+        word: SourceDoubt,
+        to: TcpConnector,
+        guest: Leaving,
+    },
     Came(Arc<Mutex<Kept>>),
+    /// It is here and nowhere else, but something kept it from going on.
+    Stays(Leaving),
 }
 
 /// A guest that came, and what is said of it to its source.
@@ -235,7 +242,9 @@ impl Mover {
             Err(SourceFailure { error, guest: SourceGuest::Stuck(stuck) }) => {
                 let error = format!("{}; {}", error.chain(), stuck.chain());
                 tracing::error!(error, "the guest was not moved, and does not go on");
-                self.state().over(MigrationState::Stuck, Some(error));
+                let mut state = self.state();
+                state.doubt = Some(Doubt::Stays(guest));
+                state.over(MigrationState::Stuck, Some(error));
             }
             Err(SourceFailure { error, guest: SourceGuest::InDoubt(word) }) => {
                 tracing::error!(error = error.chain(), "where the guest runs is not known");
@@ -281,6 +290,21 @@ impl Mover {
         Ok(())
     }
 
+    /// Has a guest go on that stands still, and was not moved.
+    fn settle_stuck(&self, guest: &mut Leaving, word: SettleWord) -> Result<(), ControlError> {
+        if word == SettleWord::GiveUp {
+            let what = "the guest is here and nowhere else".to_owned();
+            let hint = "end its monitor if it is to end".to_owned();
+            return Err(ControlError::Refused { what, hint });
+        }
+        guest.resume().map_err(|error| stands_still(&error))?;
+        if let Some(machine) = locked(&self.machine).as_ref() {
+            machine.return_reins();
+        }
+        self.state().over(MigrationState::Failed, Some("it was not moved, and goes on".to_owned()));
+        Ok(())
+    }
+
     /// Settles the doubt of a destination.
     fn settle_came(&self, kept: &Mutex<Kept>, word: SettleWord) -> Result<(), ControlError> {
         let mut kept = locked(kept);
@@ -292,6 +316,11 @@ impl Mover {
                 Err(ControlError::Refused { what, hint })
             }
             SettleWord::RunHere => {
+                if custody.settled() == Settled::Waits {
+                    // A guest that cannot be started is given up, and its source may be dead. So
+                    // what may go away is found out before that.
+                    guest.take_disks().map_err(|error| stands_still(&error))?;
+                }
                 let ran = custody.run_here(guest);
                 // Also where it could not: it is gone then.
                 self.heard(custody.settled());
@@ -407,6 +436,12 @@ impl Monitor for Asked {
                     return Err(refused(&error));
                 }
             }
+            Some(Doubt::Stays(mut guest)) => {
+                if let Err(error) = self.0.settle_stuck(&mut guest, word) {
+                    self.0.state().doubt = Some(Doubt::Stays(guest));
+                    return Err(error);
+                }
+            }
             Some(Doubt::Came(kept)) => {
                 let settled = self.0.settle_came(&kept, word);
                 if locked(&kept).custody.settled() == Settled::Waits {
@@ -448,6 +483,13 @@ fn security(tls: Option<&TlsPaths>) -> Result<Security, MigrationError> {
 fn nothing(what: &str) -> ControlError {
     let hint = "see `aerostat status NAME`".to_owned();
     ControlError::Refused { what: what.to_owned(), hint }
+}
+
+/// Nothing has changed.
+fn stands_still(error: &MachineError) -> ControlError {
+    let hint = "the guest is whole and stands still; settle it again when the disk is free, which \
+                means that no other guest has it, here or there";
+    ControlError::Refused { what: error.to_string(), hint: hint.to_owned() }
 }
 
 fn refused(error: &MigrationError) -> ControlError {

@@ -1,6 +1,8 @@
 //! What a peer says of a machine, as bytes, for whoever plays a hostile one: tests and fuzz targets.
 //! It is taken as a machine takes it, but for what only KVM can say.
 
+mod disk;
+
 use std::sync::Arc;
 
 use balloon_abi::Features;
@@ -19,6 +21,8 @@ use crate::memory::{Memory, MemoryKind};
 use crate::mmio::{Signals, Transport};
 use crate::ports::Ports;
 use crate::state::{Chips, MachineState, Processor, Section};
+
+pub use disk::Disk;
 
 const PAGE_BYTES: u64 = 4096;
 

@@ -124,11 +124,13 @@ pub(crate) struct Leaving {
     machine: Arc<Machine>,
     /// The request whose pages the guest keeps to itself until it is done.
     hints: Option<u32>,
+    /// The other side may have its disks.
+    offered: bool,
 }
 
 impl Leaving {
     pub(crate) const fn new(machine: Arc<Machine>) -> Self {
-        Self { machine, hints: None }
+        Self { machine, hints: None, offered: false }
     }
 
     fn snapshot(&self, wait: Duration) -> Result<Option<FreePages>, MachineError> {
@@ -222,8 +224,7 @@ impl SourceMachine for Leaving {
         if self.machine.has_ended() {
             return Err("guest: it has ended".into());
         }
-        // So that little is left to do while it stands still; failing is told then.
-        let _ = self.machine.sync_disks();
+        self.machine.sync_disks_before_pause();
         self.machine.pause();
         Ok(())
     }
@@ -234,13 +235,26 @@ impl SourceMachine for Leaving {
         Ok(sections.map(section).collect())
     }
 
+    fn offer(&mut self) {
+        self.offered = true;
+        self.machine.offer_disks();
+    }
+
+    /// Where somebody else took its disks meanwhile it stands still, and can be asked to go on
+    /// again (`Mover::settle_stuck`).
     fn resume(&mut self) -> Result<(), MachineError> {
+        if self.offered {
+            self.machine.take_disks()?;
+            self.offered = false;
+        }
         self.machine.resume();
         Ok(())
     }
 
     /// The reins are never returned, so nobody resumes it; its monitor ends.
-    fn give_away(&mut self) {}
+    fn give_away(&mut self) {
+        self.machine.release_disks();
+    }
 }
 
 /// A guest that is to come.
@@ -289,8 +303,14 @@ impl Arriving {
         };
         let machine = Arc::new(Machine::new(&options, Box::new(io::stdout()))?);
         made.check_disks(&machine.disk_shapes())?;
+        machine.expect_disks()?;
         self.machine = Some(Arc::clone(&machine));
         Ok(machine)
+    }
+
+    /// Has the disks of a guest that may run here now, and does not run it yet.
+    pub(crate) fn take_disks(&self) -> Result<(), MachineError> {
+        Ok(self.made()?.take_disks()?)
     }
 
     fn made(&self) -> Result<&Machine, MachineError> {
@@ -328,11 +348,16 @@ impl DestinationMachine for Arriving {
     }
 
     fn resume(&mut self) -> Result<(), MachineError> {
+        self.take_disks()?;
         self.made()?.resume();
         Ok(())
     }
 
     fn destroy(&mut self) {
+        // Before the source hears of it. Others may have the machine for a moment longer.
+        if let Some(machine) = &self.machine {
+            machine.release_disks();
+        }
         // A processor that waits for memory could not end.
         self.missing = None;
         self.machine = None;

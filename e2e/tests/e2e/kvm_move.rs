@@ -143,7 +143,7 @@ fn ends_promptly_while_its_guest_moves(kit: &Kit) {
 }
 
 /// The source hears that the destination is prepared, and nothing it says to that arrives.
-fn loses_the_hand_over(to: &str) -> Proxy {
+pub(crate) fn loses_the_hand_over(to: &str) -> Proxy {
     let fault = Fault { moment: Moment::HandOver, later: 0, harm: Harm::Cut, seed: 0 };
     Proxy::start(to, Some(fault), Box::new(|_| {})).unwrap()
 }
@@ -280,7 +280,7 @@ fn certificates(directory: &Path) -> [String; 6] {
 }
 
 /// The guest stands still on both sides, whoever says that it shall go on.
-fn in_doubt(guest: &Guest, from: &str, there: &str, to: &str) {
+pub(crate) fn in_doubt(guest: &Guest, from: &str, there: &str, to: &str) {
     let text = not_moved(from, to, &["--connections", "1"]);
     assert!(text.contains("nobody knows") && text.contains("aerostat settle"), "{text}");
     assert_eq!(state(from), MigrationState::InDoubt);
@@ -343,7 +343,7 @@ fn not_moved(guest: &str, to: &str, arguments: &[&str]) -> String {
 }
 
 /// What is said of success, or of failure.
-fn settle(guest: &str, arguments: &[&str]) -> Result<String, String> {
+pub(crate) fn settle(guest: &str, arguments: &[&str]) -> Result<String, String> {
     let mut command = Command::new(program());
     let (code, out, err) = told(&command.args(["settle", guest]).args(arguments).output().unwrap());
     match code {

@@ -13,7 +13,7 @@ use crate::kvm::{
     BLOCK, INITRAMFS, MIB, OURS, STOCK, VMLINUX, VMLINUZ, builder, inside_of_a_kvm, load, number,
     run, signal, verify,
 };
-use crate::kvm_move::{moved, receiver};
+use crate::kvm_move::{in_doubt, loses_the_hand_over, moved, receiver, settle};
 use crate::program::{program, told};
 
 /// Memory of the guest, what its balloon has, and what a file keeps, in MiB.
@@ -201,6 +201,7 @@ fn disks_are_read_written_and_moved_with() {
     assert_eq!(fs::read(&to).unwrap()[..4 << 20], contents[..4 << 20]);
     let (code, text) = aerostat(&["snapshot", STOCK, &path("snapshot")]);
     assert!(code == Some(1) && text.contains("a disk that it writes"), "{text}");
+    is_in_use(&to);
 
     let control = path("control");
     // Connections need it, as in the test of moving.
@@ -212,28 +213,60 @@ fn disks_are_read_written_and_moved_with() {
     signal(&without, "KILL");
     without.wait().unwrap();
 
-    let disks = [&["--plain", "--control", &control], &disks[..]].concat();
-    let (mut second, address) = receiver(STOCK, &disks);
-    let copy = format!("copy /dev/vda /dev/vdb {DISK_MIB}");
-    let copying = first.ask(&copy).unwrap();
-    let summary = moved(STOCK, &address, &["--plain"]);
-    println!("with disks: {:?}", summary.downtime);
+    let there = [&["--plain", "--control", &control], &disks[..]].concat();
+    let (mut second, address) = receiver(STOCK, &there);
+    one_side_has_the_disks(&first, &control, &address, &to);
     assert!(first.wait().unwrap().success(), "{}", first.console_log());
+    run(&mut second, "copy /dev/vda /dev/vdb 8");
+    assert_eq!(fs::read(&to).unwrap()[..8 << 20], contents[..8 << 20]);
+    is_in_use(&to);
+
+    let (mut third, address) = receiver(STOCK, &[&["--plain"], &disks[..]].concat());
+    let copy = format!("copy /dev/vda /dev/vdb {DISK_MIB}");
+    let copying = second.ask(&copy).unwrap();
+    let summary = moved(&control, &address, &["--plain"]);
+    println!("with disks: {:?}", summary.downtime);
+    assert!(second.wait().unwrap().success(), "{}", second.console_log());
     // The copy may end before the move or after it.
-    second.continue_from(&mut first);
-    let copied = second.answer(copying, &copy, COPY_LIMIT);
-    copied.unwrap_or_else(|error| panic!("{error}\n{}", second.console_log()));
-    run(&mut second, "sync");
+    third.continue_from(&mut second);
+    let copied = third.answer(copying, &copy, COPY_LIMIT);
+    copied.unwrap_or_else(|error| panic!("{error}\n{}", third.console_log()));
+    run(&mut third, "sync");
     assert!(fs::read(&to).unwrap() == contents, "the disk has not what the guest wrote");
 
     let blocks = fs::metadata(&to).unwrap().blocks();
-    run(&mut second, &format!("punch /dev/vdb 8 {HOLE_MIB}"));
+    run(&mut third, &format!("punch /dev/vdb 8 {HOLE_MIB}"));
     let hole = usize::try_from(8 * MIB).unwrap()..usize::try_from((8 + HOLE_MIB) * MIB).unwrap();
     contents[hole].fill(0);
     assert!(fs::read(&to).unwrap() == contents, "a hole is not where it should be");
     assert!(blocks - fs::metadata(&to).unwrap().blocks() >= HOLE_MIB * MIB / 512);
-    signal(&second, "INT");
-    assert!(second.wait().unwrap().success(), "{}", second.console_log());
+    signal(&third, "INT");
+    assert!(third.wait().unwrap().success(), "{}", third.console_log());
+}
+
+/// No other guest begins with this disk.
+fn is_in_use(disk: &str) {
+    let kernel = std::env::var(VMLINUX).unwrap();
+    let other = ["run", "--name", "other", "--memory", "32MiB", "--kernel", &kernel, "--disk"];
+    for disk in [disk.to_owned(), format!("{disk},readonly")] {
+        let (code, text) = aerostat(&[&other[..], &[&disk]].concat());
+        let said = text.contains("is in use: another guest has this disk");
+        assert!(code == Some(1) && said && text.contains("end that guest first"), "{text}");
+    }
+}
+
+/// The offer of the guest is lost. Nobody else gets its disks meanwhile, and of two operators who
+/// each want it to run on their side, one does.
+fn one_side_has_the_disks(first: &Guest, control: &str, address: &str, disk: &str) {
+    let network = loses_the_hand_over(address);
+    in_doubt(first, STOCK, control, &network.address);
+    is_in_use(disk);
+    let text = settle(control, &["--run-here"]).unwrap();
+    assert!(text.contains("runs here"), "{text}");
+    let text = settle(STOCK, &["--run-here"]).unwrap_err();
+    assert!(text.contains("is in use"), "{text}");
+    let text = settle(STOCK, &[]).unwrap();
+    assert!(text.contains("runs on the other side"), "{text}");
 }
 
 /// As it is started where it found a KVM.

@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod checked;
+mod disk;
 mod guest_queues;
 mod machine;
 mod migration;
@@ -17,6 +18,7 @@ mod requests;
 mod script;
 mod vhost_user;
 
+pub use disk::disk_queue;
 pub use guest_queues::{hint_queue, reporting_queue, stats_queue};
 pub use machine::machine;
 pub use migration::migration;
@@ -29,7 +31,8 @@ pub use vhost_user::vhost_user;
 pub type Body = fn(&[u8]);
 
 /// Every target by its name, which is that of its corpus as well.
-pub const TARGETS: [(&str, Body); 10] = [
+pub const TARGETS: [(&str, Body); 11] = [
+    ("disk_queue", disk_queue),
     ("stats_queue", stats_queue),
     ("hint_queue", hint_queue),
     ("reporting_queue", reporting_queue),

@@ -155,9 +155,10 @@ fn not_moved(args: &MigrateArgs, status: &MigrationStatus) -> Failure {
             "the guest is paused here, and nobody knows whether it runs there",
             format!("`aerostat settle {}` asks the other side", args.guest),
         ),
-        MigrationState::Stuck => {
-            ("the guest is here and could not be resumed", "see its log".into())
-        }
+        MigrationState::Stuck => (
+            "the guest is here and could not be resumed",
+            format!("see the reason; `aerostat settle {}` tries it again", args.guest),
+        ),
         _ => ("the guest was not moved, and runs on here", "see the reason, and try again".into()),
     };
     Failure { what: format!("{}: {what}: {why}", args.guest), hint, exit: Exit::Failed }

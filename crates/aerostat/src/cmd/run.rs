@@ -107,6 +107,7 @@ fn failure(error: Error) -> Failure {
         Error::Control(error) => return error.into(),
         Error::Option { .. } => "see `aerostat run --help`",
         Error::File { .. } => "check the path and who may read it",
+        Error::InUse { .. } => "end that guest first, or give this one a copy of the file",
         Error::Kernel { .. } => "give a vmlinuz, or a vmlinux built with CONFIG_PVH",
         Error::TooSmall { .. } => "give the guest more --memory",
         Error::Kvm { .. } => "check that /dev/kvm exists and that this user may use it",

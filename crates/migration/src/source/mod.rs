@@ -383,6 +383,8 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
         // Whoever cancels before the observer was told can rely on it.
         self.not_cancelled()?;
         let at = Instant::now();
+        // As late as can be, and before the other side can hear of it.
+        self.machine.offer();
         let outcome = match self.sink.hand_over() {
             HandedOver::Taken(resume) => {
                 self.machine.give_away();

@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Arc, Mutex, RwLock, mpsc};
 use std::time::{Duration, Instant};
@@ -33,13 +33,30 @@ pub struct World {
     pub destination_runs: AtomicBool,
     pub ran_there: AtomicBool,
     pub given_away: AtomicBool,
+    /// Who has what only one can have, such as the lock on a disk.
+    pub disk: AtomicU8,
 }
+
+pub const SOURCE: u8 = 1;
+pub const DESTINATION: u8 = 2;
+pub const SOMEBODY: u8 = 3;
 
 impl World {
     pub fn check(&self) {
         let both =
             self.source_runs.load(Ordering::SeqCst) && self.destination_runs.load(Ordering::SeqCst);
         assert!(!both, "two guests run");
+    }
+
+    fn take_disk(&self, who: u8) -> Result<(), MachineError> {
+        match self.disk.compare_exchange(0, who, Ordering::SeqCst, Ordering::SeqCst) {
+            Err(other) if other != who => Err(format!("{other} has the disk").into()),
+            _ => Ok(()),
+        }
+    }
+
+    fn let_go_of_disk(&self, who: u8) {
+        let _ = self.disk.compare_exchange(who, 0, Ordering::SeqCst, Ordering::SeqCst);
     }
 }
 
@@ -182,11 +199,14 @@ pub struct Source {
     pub throttle: u8,
     pub state_bytes: usize,
     pub fails_at: Option<&'static str>,
+    /// Has the disk as soon as the source lets go of it.
+    pub thief: bool,
 }
 
 impl Source {
     pub fn new(world: &Arc<World>, writes: u64, pattern: u32) -> Self {
         world.source_runs.store(true, Ordering::SeqCst);
+        world.take_disk(SOURCE).unwrap();
         Self {
             world: Arc::clone(world),
             memory: Memory::full(world, writes, pattern),
@@ -196,6 +216,7 @@ impl Source {
             throttle: 0,
             state_bytes: 300_000,
             fails_at: None,
+            thief: false,
         }
     }
 
@@ -279,8 +300,17 @@ impl SourceMachine for Source {
         self.step("save").map(|()| state(self.state_bytes))
     }
 
+    fn offer(&mut self) {
+        assert!(!self.runs());
+        self.world.let_go_of_disk(SOURCE);
+        if self.thief {
+            self.world.take_disk(SOMEBODY).unwrap();
+        }
+    }
+
     fn resume(&mut self) -> Result<(), MachineError> {
         self.step("resume")?;
+        self.world.take_disk(SOURCE)?;
         assert!(!self.world.ran_there.load(Ordering::SeqCst), "it ran there already");
         assert!(!self.world.given_away.load(Ordering::SeqCst), "it was given away");
         self.world.source_runs.store(true, Ordering::SeqCst);
@@ -290,6 +320,7 @@ impl SourceMachine for Source {
 
     fn give_away(&mut self) {
         assert!(!self.runs());
+        self.world.let_go_of_disk(SOURCE);
         self.world.given_away.store(true, Ordering::SeqCst);
     }
 }
@@ -349,6 +380,7 @@ impl DestinationMachine for Destination {
     fn resume(&mut self) -> Result<(), MachineError> {
         self.step("resume")?;
         assert!(self.loaded && self.memory.is_some());
+        self.world.take_disk(DESTINATION)?;
         self.world.destination_runs.store(true, Ordering::SeqCst);
         self.world.ran_there.store(true, Ordering::SeqCst);
         self.world.check();
@@ -357,6 +389,7 @@ impl DestinationMachine for Destination {
 
     fn destroy(&mut self) {
         assert!(!self.runs(), "a guest that runs is destroyed");
+        self.world.let_go_of_disk(DESTINATION);
         self.memory = None;
         self.loaded = false;
     }

@@ -67,6 +67,9 @@ pub(super) fn add(rules: &mut Rules) -> Result<(), seccompiler::BackendError> {
     rules.extend(ALLOWED.iter().map(|call| (*call, Vec::new())));
     call_with(rules, libc::SYS_socket, 0, &FAMILIES.map(is))?;
     call_with(rules, libc::SYS_prctl, 0, &[is(GET_AUXV)])?;
+    // Locks on disks.
+    let locks = [libc::F_OFD_SETLK, libc::F_OFD_GETLK];
+    call_with(rules, libc::SYS_fcntl, 1, &locks.map(is))?;
     let driver = |driver: i32| within(DRIVER_MASK, driver << DRIVER_SHIFT);
     let terminal = TERMINAL.map(is);
     call_with(rules, libc::SYS_ioctl, 1, &[driver(KVM), driver(USERFAULTFD)])?;

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
 
+use super::lock::{self, Hold, KEEPS, RUNS};
 use crate::error::Error;
 
 /// Bytes of the unit that requests count in.
@@ -57,6 +58,73 @@ impl DiskFile {
             return Err(Error::Option { what });
         }
         Ok(Self { file, shape: DiskShape { sectors: bytes / SECTOR_BYTES, read_only }, path })
+    }
+
+    /// The file is for a guest that begins here.
+    ///
+    /// # Errors
+    /// Another guest has it, be it on its way.
+    pub(crate) fn take_new(&self) -> Result<(), Error> {
+        self.take()?;
+        let begun = self.allowed(lock::is_free(&self.file, KEEPS)).and_then(|()| self.keep());
+        begun.inspect_err(|_| self.release())
+    }
+
+    /// The file is for a guest that is to come: what can be had of it while its source still has
+    /// it, which is all where both only read.
+    ///
+    /// # Errors
+    /// A guest has it that is not the one to come.
+    pub(crate) fn expect(&self) -> Result<(), Error> {
+        if self.shape.read_only { self.take_new() } else { self.keep() }
+    }
+
+    /// The guest is about to run.
+    ///
+    /// # Errors
+    /// It runs on the other side, or another guest has the file.
+    pub(crate) fn take(&self) -> Result<(), Error> {
+        let hold = if self.shape.read_only { Hold::Shared } else { Hold::Alone };
+        self.allowed(lock::hold(&self.file, RUNS, hold))
+    }
+
+    /// The other side may run the guest from now on. It is still here as well, so nobody else may
+    /// have the file.
+    pub(crate) fn offer(&self) {
+        if !self.shape.read_only {
+            self.unlock(RUNS);
+        }
+    }
+
+    /// The guest is not here any more.
+    pub(crate) fn release(&self) {
+        self.unlock(RUNS);
+        self.unlock(KEEPS);
+    }
+
+    fn keep(&self) -> Result<(), Error> {
+        if self.shape.read_only {
+            return Ok(());
+        }
+        self.allowed(lock::hold(&self.file, KEEPS, Hold::Shared))
+    }
+
+    /// Where a file system knows no locks, a guest goes without: it would be worse to have none.
+    fn allowed(&self, locked: io::Result<bool>) -> Result<(), Error> {
+        match locked {
+            Ok(true) => return Ok(()),
+            Ok(false) => return Err(Error::InUse { path: self.path.clone() }),
+            Err(error) => {
+                let disk = self.path.display();
+                tracing::warn!(%disk, %error, "host: no lock; take care that no two guests use it");
+            }
+        }
+        Ok(())
+    }
+
+    fn unlock(&self, part: lock::Part) {
+        // Where it cannot be, nothing was locked.
+        let _ = lock::hold(&self.file, part, Hold::Not);
     }
 
     pub(crate) const fn shape(&self) -> DiskShape {
@@ -114,5 +182,109 @@ impl DiskFile {
         let path = PathBuf::from("/dev/null");
         let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
         Self { file, path, shape: DiskShape { sectors, read_only: false } }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use tempfile::NamedTempFile;
+
+    use super::*;
+
+    fn open(file: &NamedTempFile, read_only: bool) -> DiskFile {
+        DiskFile::open(&DiskOptions { path: file.path().into(), read_only }).unwrap()
+    }
+
+    fn image() -> NamedTempFile {
+        let file = NamedTempFile::new().unwrap();
+        fs::write(file.path(), [0; 512]).unwrap();
+        file
+    }
+
+    #[test]
+    fn a_disk_is_one_writers_or_many_readers() {
+        let file = image();
+        let writer = open(&file, false);
+        writer.take_new().unwrap();
+        for read_only in [false, true] {
+            let refused = open(&file, read_only).take_new().unwrap_err().to_string();
+            assert!(refused.contains(file.path().to_str().unwrap()), "{refused}");
+            assert!(refused.contains("another guest"), "{refused}");
+        }
+        drop(writer);
+        let readers = [open(&file, true), open(&file, true)];
+        readers.iter().for_each(|reader| reader.take_new().unwrap());
+        assert!(open(&file, false).take_new().is_err());
+        drop(readers);
+        open(&file, false).take_new().unwrap();
+    }
+
+    /// Nobody else begins with it from the first moment to the last.
+    #[test]
+    fn a_disk_goes_with_its_guest() {
+        let file = image();
+        let nobody_else = || {
+            for read_only in [false, true] {
+                assert!(open(&file, read_only).take_new().is_err());
+            }
+        };
+        let (source, destination) = (open(&file, false), open(&file, false));
+        source.take_new().unwrap();
+        destination.expect().unwrap();
+        assert!(destination.take().is_err(), "it runs at the source");
+        nobody_else();
+        source.offer();
+        nobody_else();
+        destination.take().unwrap();
+        assert!(source.take().is_err(), "it runs at the destination");
+        nobody_else();
+        source.release();
+        nobody_else();
+        destination.release();
+        open(&file, false).take_new().unwrap();
+    }
+
+    #[test]
+    fn a_disk_comes_back_with_its_guest() {
+        let file = image();
+        let (source, destination) = (open(&file, false), open(&file, false));
+        source.take_new().unwrap();
+        destination.expect().unwrap();
+        source.offer();
+        // It was refused.
+        destination.release();
+        assert!(open(&file, false).take_new().is_err());
+        source.take().unwrap();
+        assert!(destination.take().is_err());
+        drop(source);
+        destination.take().unwrap();
+    }
+
+    #[test]
+    fn what_is_only_read_is_had_by_both_sides_at_once() {
+        let file = image();
+        let (source, destination) = (open(&file, true), open(&file, true));
+        source.take_new().unwrap();
+        destination.expect().unwrap();
+        source.offer();
+        destination.take().unwrap();
+        source.take().unwrap();
+        // And not of a guest that writes.
+        source.release();
+        destination.release();
+        let writer = open(&file, false);
+        writer.take_new().unwrap();
+        writer.offer();
+        assert!(destination.expect().is_err());
+    }
+
+    #[test]
+    fn where_there_are_no_locks_a_guest_goes_without() {
+        let disk = open(&image(), false);
+        for error in [Errno::NOLCK, Errno::OPNOTSUPP, Errno::INVAL] {
+            disk.allowed(Err(error.into())).unwrap();
+        }
     }
 }

@@ -63,8 +63,6 @@ pub(crate) struct Segment {
 /// One request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Request {
-    /// The chain, by its first descriptor.
-    pub(crate) head: u16,
     pub(crate) kind: Kind,
     /// Of 512 bytes, whatever the disk's block is.
     pub(crate) sector: u64,
@@ -77,12 +75,14 @@ pub(crate) struct Request {
 }
 
 impl Request {
-    /// Reads a chain. `None` where there is no header, no room for a status, or more than a
-    /// request may have: then nobody can be told anything.
+    /// Reads a chain. `None` where there is no header, no room for a status, no end, or more than
+    /// a request may have: then nobody can be told anything.
     pub(crate) fn of(chain: DescriptorChain<&Ram>, memory: &Ram) -> Option<Self> {
-        let head = chain.head_index();
         let (mut out, mut into) = (Vec::new(), Vec::new());
+        let mut is_whole = false;
         for (number, buffer) in chain.enumerate() {
+            // A chain that goes in circles, or to where no descriptor is, just stops.
+            is_whole = !buffer.has_next();
             if number >= MAX_BUFFERS || (!buffer.is_write_only() && !into.is_empty()) {
                 return None;
             }
@@ -92,6 +92,9 @@ impl Request {
                 list.push(segment);
             }
         }
+        if !is_whole {
+            return None;
+        }
         let header = take_header(&mut out, memory)?;
         let status = take_last(&mut into)?;
         if bytes(&out).max(bytes(&into)) > MAX_DATA_BYTES {
@@ -99,7 +102,7 @@ impl Request {
         }
         let [k0, k1, k2, k3, _, _, _, _, sector @ ..] = header;
         let kind = Kind::of(u32::from_le_bytes([k0, k1, k2, k3]));
-        Some(Self { head, kind, sector: u64::from_le_bytes(sector), out, into, status })
+        Some(Self { kind, sector: u64::from_le_bytes(sector), out, into, status })
     }
 }
 

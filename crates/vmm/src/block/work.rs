@@ -1,6 +1,8 @@
 //! What is done with a request: from memory to file and back.
 
 use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use balloon_host::LogLimit;
@@ -42,6 +44,8 @@ enum Failure {
     Unsupported,
     /// The host's.
     Host(io::Error),
+    /// Nobody's: it was interrupted, and is as good as not begun.
+    Interrupted,
 }
 
 /// One who does it, with a buffer.
@@ -50,21 +54,30 @@ pub(crate) struct Work {
     buffer: Vec<u8>,
     id: [u8; ID_BYTES],
     log: LogLimit,
+    /// What is under way is to end soon, whether it is done or not.
+    interrupt: Arc<AtomicBool>,
 }
 
 impl Work {
     pub(crate) fn new(memory: Ram, id: [u8; ID_BYTES]) -> Self {
-        Self { memory, buffer: vec![0; BUFFER_BYTES], id, log: LogLimit::default() }
+        let (buffer, log) = (vec![0; BUFFER_BYTES], LogLimit::default());
+        Self { memory, buffer, id, log, interrupt: Arc::default() }
     }
 
-    /// Does what is asked, writes the status, and tells how many bytes of the chain were written.
-    /// Where a driver knows no flush, what was `written_through` is on the disk first.
+    /// True has whatever is carried out end at the next of its pieces, as good as not begun.
+    pub(crate) fn interrupt(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.interrupt)
+    }
+
+    /// Does what is asked, writes the status, and tells how many bytes of the chain were written;
+    /// `None` where it was interrupted. Where a driver knows no flush, what was `written_through`
+    /// is on the disk first.
     pub(crate) fn carry_out(
         &mut self,
         request: &Request,
         file: &DiskFile,
         writes_through: bool,
-    ) -> u32 {
+    ) -> Option<u32> {
         let mut done = self.attempt(request, file);
         let writes = matches!(request.kind, Kind::Write | Kind::Discard | Kind::WriteZeroes);
         if writes && writes_through && done.is_ok() {
@@ -72,15 +85,23 @@ impl Work {
         }
         let (status, written) = match done {
             Ok(written) => (VIRTIO_BLK_S_OK, written),
+            Err(Failure::Interrupted) => return None,
             Err(failure) => (self.tell(&failure, file), 0),
         };
         let status = u8::try_from(status).unwrap_or(u8::MAX);
         match self.memory.write_obj(status, request.status) {
             // At most the request's limit, which is far below 4 GiB.
-            Ok(()) if status == 0 => u32::try_from(written + 1).unwrap_or(u32::MAX),
+            Ok(()) if status == 0 => Some(u32::try_from(written + 1).unwrap_or(u32::MAX)),
             // Behind data that were not all written: nothing is promised of the beginning.
-            _ => 0,
+            _ => Some(0),
         }
+    }
+
+    /// Asked before each piece. A request that ended in its middle is done anew from its
+    /// beginning, which comes to the same: nobody was told of what was done of it.
+    fn goes_on(&self) -> Result<(), Failure> {
+        let interrupted = self.interrupt.load(Ordering::Relaxed);
+        if interrupted { Err(Failure::Interrupted) } else { Ok(()) }
     }
 
     /// Bytes that were written to the guest.
@@ -103,6 +124,7 @@ impl Work {
         let total = bytes(&request.into);
         let mut at = place(file, request.sector, total)?;
         for (start, len) in request.into.iter().flat_map(pieces) {
+            self.goes_on()?;
             let buffer = self.buffer.get_mut(..len).unwrap_or_default();
             file.read(buffer, at).map_err(Failure::Host)?;
             self.memory.write_slice(buffer, start).map_err(|_| OUTSIDE)?;
@@ -114,6 +136,7 @@ impl Work {
     fn write(&mut self, request: &Request, file: &DiskFile) -> Result<(), Failure> {
         let mut at = place(file, request.sector, bytes(&request.out))?;
         for (start, len) in request.out.iter().flat_map(pieces) {
+            self.goes_on()?;
             let buffer = self.buffer.get_mut(..len).unwrap_or_default();
             self.memory.read_slice(buffer, start).map_err(|_| OUTSIDE)?;
             file.write(buffer, at).map_err(Failure::Host)?;
@@ -153,6 +176,7 @@ impl Work {
         let ranges = list.as_chunks::<RANGE_BYTES>().0;
         let ranges = ranges.iter().map(|range| range_of(request.kind, range, limits, file));
         for (at, bytes, may_unmap) in ranges.collect::<Result<Vec<_>, _>>()? {
+            self.goes_on()?;
             let done = match request.kind {
                 Kind::Discard => file.discard(at, bytes),
                 _ => file.write_zeroes(at, bytes, may_unmap),
@@ -168,6 +192,7 @@ impl Work {
         match failure {
             Failure::Guest(what) => tracing::debug!(disk = %path, what, "guest: request refused"),
             Failure::Unsupported => return VIRTIO_BLK_S_UNSUPP,
+            Failure::Interrupted => {}
             Failure::Host(error) => {
                 if let Some(left_out) = self.log.take(Instant::now()) {
                     tracing::error!(disk = %path, %error, left_out, "host: a request failed");

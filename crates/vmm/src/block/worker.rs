@@ -2,6 +2,7 @@
 //! devices wait for it.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
@@ -15,14 +16,25 @@ use crate::error::Error;
 /// What is to be done, what is being done, and what is done.
 #[derive(Default)]
 struct Desk {
-    todo: VecDeque<Request>,
+    todo: VecDeque<Job>,
     /// A request is being carried out.
     busy: bool,
+    /// As many were interrupted, and are as good as not begun.
+    interrupted: usize,
     done: Vec<Done>,
     writes_through: bool,
     /// Whom to tell that something is done.
     bell: Option<EventFd>,
     end: bool,
+}
+
+/// A chain, in the order of the ring.
+#[derive(Debug)]
+pub(crate) struct Job {
+    /// By its first descriptor.
+    pub(crate) head: u16,
+    /// `None` where it is no request: it comes back in its turn, with nothing done.
+    pub(crate) request: Option<Request>,
 }
 
 /// A request that was carried out.
@@ -42,6 +54,7 @@ struct Shared {
 /// One thread, which ends when this is dropped.
 pub(crate) struct Worker {
     shared: Arc<Shared>,
+    interrupt: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -49,11 +62,12 @@ impl Worker {
     pub(crate) fn start(mut work: Work, file: Arc<DiskFile>, name: &str) -> Result<Self, Error> {
         let shared = Arc::new(Shared::default());
         let theirs = Arc::clone(&shared);
+        let interrupt = work.interrupt();
         let thread = thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || theirs.work_on(&mut work, &file))
             .map_err(Error::host::<std::io::Error>("starting a thread"))?;
-        Ok(Self { shared, thread: Some(thread) })
+        Ok(Self { shared, interrupt, thread: Some(thread) })
     }
 
     /// Whom to tell when something is done.
@@ -66,8 +80,8 @@ impl Worker {
         self.shared.desk().writes_through = writes_through;
     }
 
-    pub(crate) fn push(&self, request: Request) {
-        self.shared.desk().todo.push_back(request);
+    pub(crate) fn push(&self, job: Job) {
+        self.shared.desk().todo.push_back(job);
         self.shared.changed.notify_all();
     }
 
@@ -76,17 +90,24 @@ impl Worker {
         std::mem::take(&mut self.shared.desk().done)
     }
 
-    /// Waits until all of it is done, and takes that.
-    pub(crate) fn finish(&self) -> Vec<Done> {
-        std::mem::take(&mut self.shared.idle(self.shared.desk()).done)
-    }
-
-    /// Has what is not begun not done, and nothing told of what is. The guest's memory is not
-    /// touched any more when this returns.
-    pub(crate) fn forget(&self) {
+    /// Begins nothing more, and has what is under way end soon. What is done, and how many jobs
+    /// are not: the youngest. The guest's memory is not touched any more when this returns.
+    pub(crate) fn stop(&self) -> (Vec<Done>, usize) {
         let mut desk = self.shared.desk();
-        desk.todo.clear();
-        self.shared.idle(desk).done.clear();
+        let begun_none = std::mem::take(&mut desk.todo).len();
+        self.interrupt.store(true, Ordering::Relaxed);
+        let mut desk = self.shared.idle(desk);
+        self.interrupt.store(false, Ordering::Relaxed);
+        let interrupted = std::mem::take(&mut desk.interrupted);
+        (std::mem::take(&mut desk.done), begun_none + interrupted)
+    }
+}
+
+#[cfg(test)]
+impl Worker {
+    /// From now on nothing that takes any time is done until it is stopped.
+    pub(crate) fn stand_still(&self) {
+        self.interrupt.store(true, Ordering::Relaxed);
     }
 }
 
@@ -120,17 +141,21 @@ impl Shared {
             if desk.end {
                 return;
             }
-            let Some(request) = desk.todo.pop_front() else {
+            let Some(Job { head, request }) = desk.todo.pop_front() else {
                 desk = self.changed.wait(desk).unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
             desk.busy = true;
             let writes_through = desk.writes_through;
             drop(desk);
-            let written_bytes = work.carry_out(&request, file, writes_through);
+            let written = request.map_or(Some(0), |it| work.carry_out(&it, file, writes_through));
             desk = self.desk();
             desk.busy = false;
-            desk.done.push(Done { head: request.head, written_bytes });
+            // Nothing is done that is younger than what is not.
+            match written.filter(|_| desk.interrupted == 0) {
+                Some(written_bytes) => desk.done.push(Done { head, written_bytes }),
+                None => desk.interrupted += 1,
+            }
             if let Some(bell) = &desk.bell {
                 // A file that is full is readable, and that is all there is to say.
                 let _ = bell.write(1);

@@ -12,7 +12,7 @@ use migration::seams::SourceMachine as _;
 use migration::snapshot::{After, snapshot};
 use migration::{SourceConfig, SourceFailure, SourceGuest};
 
-use super::{DROP_CACHES_TIME, Mover, Watch, locked, nothing, told};
+use super::{DROP_CACHES_TIME, Doubt, Mover, Watch, locked, nothing, told};
 use crate::seams::Leaving;
 
 impl Mover {
@@ -71,6 +71,7 @@ impl Mover {
             Err(SourceFailure { error, guest: SourceGuest::Stuck(why) }) => {
                 let error = format!("{}; {}", error.chain(), why.chain());
                 tracing::error!(error, "the guest was not saved, and does not go on");
+                state.doubt = Some(Doubt::Stays(guest));
                 state.over(MigrationState::Stuck, Some(error));
             }
             // Of a file it is never in doubt whether it runs there.

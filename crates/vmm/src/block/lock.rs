@@ -1,0 +1,79 @@
+//! Locks on a disk's file, so that no two guests are given it by mistake.
+//!
+//! They belong to the open file (`F_OFD_SETLK`, fcntl(2)): the kernel ends them with it, however a
+//! process ends, and network file systems pass them on. They are advice: whoever does not ask is
+//! kept from nothing.
+
+use std::fs::File;
+use std::io;
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+
+/// A part of the file, which need not have it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Part {
+    start: i64,
+    bytes: i64,
+}
+
+/// Where no file has bytes.
+const FAR: i64 = 1 << 62;
+
+/// Locked by whose guest runs, alone where it writes. Other monitors lock bytes in it (QEMU those
+/// from 100 to 299), and are kept off as well.
+pub(super) const RUNS: Part = Part { start: 0, bytes: FAR };
+
+/// Locked, beside others, by who has a guest that writes, whether it runs or not. While one changes
+/// sides nobody has the other part, and this says that nobody may begin with the file.
+pub(super) const KEEPS: Part = Part { start: FAR, bytes: 1 };
+
+/// How a part is locked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Hold {
+    /// Beside others who do the same.
+    Shared,
+    /// Beside nobody.
+    Alone,
+    /// Not any more.
+    Not,
+}
+
+/// Locks, or unlocks; false where somebody else's lock is in the way.
+///
+/// # Errors
+/// Such a file cannot be locked.
+pub(super) fn hold(file: &File, part: Part, hold: Hold) -> io::Result<bool> {
+    match fcntl(file, FcntlArg::F_OFD_SETLK(&words(part, hold))) {
+        Ok(_) => Ok(true),
+        Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Whether nobody else has any lock there.
+///
+/// # Errors
+/// Such a file cannot be locked.
+pub(super) fn is_free(file: &File, part: Part) -> io::Result<bool> {
+    let mut words = words(part, Hold::Alone);
+    fcntl(file, FcntlArg::F_OFD_GETLK(&mut words))?;
+    Ok(i32::from(words.l_type) == libc::F_UNLCK)
+}
+
+fn words(part: Part, hold: Hold) -> libc::flock {
+    let kind = match hold {
+        Hold::Shared => libc::F_RDLCK,
+        Hold::Alone => libc::F_WRLCK,
+        Hold::Not => libc::F_UNLCK,
+    };
+    libc::flock {
+        // Small numbers, both.
+        l_type: i16::try_from(kind).unwrap_or_default(),
+        l_whence: i16::try_from(libc::SEEK_SET).unwrap_or_default(),
+        l_start: part.start,
+        l_len: part.bytes,
+        // Must be 0: these locks are no process's.
+        l_pid: 0,
+    }
+}
