@@ -252,6 +252,13 @@ impl Requests {
         self.newest.as_ref()
     }
 
+    /// What the guest has named of `id` so far, where that is a snapshot under way. Each
+    /// page was free at some moment after the request was sent, whatever is still to come.
+    pub fn named_so_far(&self, id: u32) -> Option<&PageSet> {
+        let running = self.running.as_ref().filter(|running| running.asked.id == id)?;
+        (running.asked.ask.free_kind() == Some(FreeKind::Snapshot)).then_some(&running.pages)
+    }
+
     /// What the guest holds.
     pub const fn hold(&self) -> Option<&Hold> {
         self.hold.as_ref()

@@ -10,6 +10,7 @@ use balloon_device::{
 };
 use control::api::{self, BALLOON_PAGE_BYTES, BlockCount, CancelledRequest, RequestStatus};
 use control::{ControlError, FreePagesMap, GuestAnswer, GuestAsk, WhyNot};
+use page_set::PageSet;
 
 use crate::request_text::{failed, refused};
 use crate::shared::{Shared, State, ms};
@@ -97,6 +98,38 @@ impl Shared {
             let woken = self.changed.wait_timeout(state, end - now);
             state = woken.unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// Asks for a snapshot of blocks of at least `min_block_bytes` bytes, a power of two. A guest
+    /// that has more to do than to answer is not waited for beyond `wait`: what it has named by
+    /// then stands without the rest, and it names the largest blocks first. `None` where it was
+    /// not its turn to name any.
+    ///
+    /// # Errors
+    /// The guest cannot be asked, or what it answered does not count.
+    pub fn free_snapshot(
+        &self,
+        min_block_bytes: u64,
+        wait: Duration,
+    ) -> Result<Option<PageSet>, ControlError> {
+        // The request outlives the wait, so that what it brought is still there.
+        let id = self.submit_request(GuestAsk::Snapshot { min_block_bytes }, wait + CANCEL_TIME)?;
+        self.named_within(id, wait)
+    }
+
+    fn named_within(&self, id: u32, wait: Duration) -> Result<Option<PageSet>, ControlError> {
+        if let Some(outcome) = self.wait_for_request(id, wait) {
+            return Ok(outcome?.free.map(|map| (*map.free).clone()));
+        }
+        let mut state = self.state();
+        let requests = state.device.requests_mut();
+        let named = requests.named_so_far(id).cloned();
+        requests.cancel(id, Instant::now() + CANCEL_TIME);
+        drop(state);
+        self.wake_up()?;
+        let pages = named.as_ref().map(PageSet::len);
+        tracing::info!(?wait, pages, "the guest names its free pages still; those it named count");
+        Ok(named)
     }
 
     pub(crate) fn cancel_one(&self, id: Option<u32>) -> Result<CancelledRequest, ControlError> {
@@ -244,5 +277,116 @@ const fn hold_state(state: HoldState) -> api::HoldState {
         HoldState::Kept => api::HoldState::Kept,
         HoldState::Paused => api::HoldState::Paused,
         HoldState::Releasing => api::HoldState::Releasing,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use balloon_abi::{AnswerHeader, MessageStatus, Outcome, Pfn, Request, Vq, record};
+    use balloon_device::MemoryLayout;
+    use control::api::{PartialHuge, ReleaseMode};
+    use guest_ring::{Buffer, GuestRing};
+    use page_set::PageRange;
+    use virtio_queue::Queue;
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+    use super::*;
+    use crate::HostReclaim;
+
+    const MEMORY_BYTES: usize = 4 << 20;
+    const RING: u64 = 0x1000;
+    const REQUEST: u64 = 0x2000;
+    const MESSAGE: u64 = 0x3000;
+    const STATUS: u64 = 0x4000;
+
+    /// A driver that takes what it is asked, and answers as a test wants.
+    struct Guest {
+        shared: Shared,
+        memory: GuestMemoryMmap,
+        ring: GuestRing,
+        queue: Queue,
+    }
+
+    impl Guest {
+        fn new() -> Self {
+            let ranges = [(GuestAddress(0), MEMORY_BYTES)];
+            let memory = GuestMemoryMmap::<()>::from_ranges(&ranges).unwrap();
+            let reclaim = HostReclaim::new(ReleaseMode::Immediate, PartialHuge::Split).unwrap();
+            let shared = Shared::new("vm1".into(), reclaim).unwrap();
+            shared.device().set_layout(MemoryLayout::of(&memory).unwrap());
+            shared.reset(Features::VERSION_1 | Features::PAGE_BITMAP | Features::REQUEST_VQ);
+            let ring = GuestRing::new(RING, 16);
+            Self { shared, memory, queue: ring.queue(), ring }
+        }
+
+        fn ask(&self) -> u32 {
+            let ask = GuestAsk::Snapshot { min_block_bytes: BALLOON_PAGE_BYTES };
+            self.shared.submit_request(ask, Duration::from_secs(60)).unwrap()
+        }
+
+        fn serve(&mut self) {
+            let mut device = self.shared.device();
+            device.process_queue(Vq::Request, &self.memory, &mut self.queue).unwrap();
+        }
+
+        fn take(&mut self) -> Request {
+            let mut request = [0; balloon_abi::request::REQUEST_BYTES];
+            let bytes = u32::try_from(request.len()).unwrap();
+            self.ring.send(&self.memory, &[Buffer::writable(REQUEST, bytes)]);
+            self.serve();
+            self.memory.read_slice(&mut request, GuestAddress(REQUEST)).unwrap();
+            Request::from_bytes(&request).unwrap()
+        }
+
+        /// Names a block of 2 MiB.
+        fn name(&mut self, id: u32, outcome: Outcome, block: u64) {
+            let header = AnswerHeader { id, outcome, elapsed_ns: 5, values: [0; 4] };
+            let mut message = [0; 256];
+            let (head, records) = message.split_at_mut(header.to_bytes().len());
+            head.copy_from_slice(&header.to_bytes());
+            let named = record::encode(records, Pfn(block * 512), 21, &[]).unwrap().unwrap();
+            let len = header.to_bytes().len() + named;
+            self.memory.write_slice(&message[..len], GuestAddress(MESSAGE)).unwrap();
+            let bytes = u32::try_from(len).unwrap();
+            let buffers = [Buffer::readable(MESSAGE, bytes), Buffer::writable(STATUS, 4)];
+            self.ring.send(&self.memory, &buffers);
+            self.serve();
+            let status: u32 = self.memory.read_obj(GuestAddress(STATUS)).unwrap();
+            assert_eq!(status, MessageStatus::Accepted as u32);
+        }
+    }
+
+    fn block(number: u64) -> PageSet {
+        PageSet::from(PageRange::new(number * 512, 512).unwrap())
+    }
+
+    #[test]
+    fn what_a_slow_guest_has_named_stands_without_the_rest() {
+        let mut guest = Guest::new();
+        let id = guest.ask();
+        assert_eq!(guest.take().id, id);
+        guest.name(id, Outcome::More, 1);
+        let named = guest.shared.named_within(id, Duration::ZERO).unwrap();
+        assert_eq!(named, Some(block(1)));
+        let told = guest.take();
+        assert_eq!(told, Request { id, command: balloon_abi::Command::Cancel });
+    }
+
+    #[test]
+    fn a_guest_that_answers_in_time_is_taken_at_its_last_word() {
+        let mut guest = Guest::new();
+        let id = guest.ask();
+        guest.take();
+        guest.name(id, Outcome::More, 1);
+        guest.name(id, Outcome::Done, 0);
+        let named = guest.shared.named_within(id, Duration::ZERO).unwrap().unwrap();
+        assert_eq!(named, PageSet::from(PageRange::new(0, 1024).unwrap()));
+    }
+
+    #[test]
+    fn a_guest_that_was_not_asked_yet_has_named_nothing() {
+        let guest = Guest::new();
+        let id = guest.ask();
+        assert_eq!(guest.shared.named_within(id, Duration::ZERO).unwrap(), None);
     }
 }

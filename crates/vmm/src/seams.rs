@@ -135,25 +135,25 @@ impl Leaving {
 
     fn snapshot(&self, wait: Duration) -> Result<Option<FreePages>, MachineError> {
         let balloon = &self.machine.balloon;
-        let id = balloon.submit(GuestAsk::Snapshot { min_block_bytes: MIN_BLOCK_BYTES }, wait)?;
-        let Some(outcome) = balloon.wait_request(id, wait + GRACE) else {
-            balloon.cancel_request(Some(id))?;
-            return Ok(None);
-        };
-        let Some(map) = outcome?.free else { return Ok(None) };
+        let Some(pages) = balloon.free_snapshot(MIN_BLOCK_BYTES, wait)? else { return Ok(None) };
         // The pages stay in the guest's free lists.
         let device = balloon.device();
         let poisons = device.negotiated().contains(Features::PAGE_POISON);
         let pattern = if poisons { device.config().poison_val } else { 0 };
-        Ok(Some(FreePages { pages: (*map.free).clone(), pattern }))
+        Ok(Some(FreePages { pages, pattern }))
     }
 
     fn hinted(&mut self, wait: Duration) -> Result<Option<FreePages>, MachineError> {
         let balloon = &self.machine.balloon;
         let id = balloon.start_hints()?;
         self.hints = Some(id);
-        if balloon.wait_hints(id, wait).outcome != HintOutcome::Complete {
-            return Ok(None);
+        match balloon.wait_hints(id, wait).outcome {
+            HintOutcome::Complete => {}
+            // As of a snapshot: what it has named stands.
+            HintOutcome::InProgress => {
+                tracing::info!(?wait, "the guest names its free pages still; those it named count");
+            }
+            HintOutcome::Replaced | HintOutcome::Lost => return Ok(None),
         }
         // The guest allocated them, and writes its pattern when it frees them.
         let pages = balloon.device().hinting().pages().clone();

@@ -9,6 +9,7 @@ use balloon_device::{
     RequestKind, SubmitError,
 };
 use guest_ring::{Buffer, Used};
+use page_set::PageSet;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::guest::{BITMAP, Guest, MESSAGE, MIB, RING_SIZE, STATUS, Side, record_bytes};
@@ -174,6 +175,27 @@ fn a_cancel_overtakes_what_waits_and_is_not_sent_for_what_was_never_sent() {
     assert!(asked.guest.balloon.requests_mut().take_outcome(first).unwrap().is_ok());
     assert_eq!(asked.failure(second), RequestFailure::Cancelled);
     assert_eq!(asked.take().id, third);
+}
+
+#[test]
+fn a_snapshot_under_way_shows_what_it_has_brought() {
+    let mut asked = Asked::new();
+    let (first, second) = (asked.submit(DROP), asked.submit(SNAPSHOT));
+    asked.take();
+    assert_eq!(asked.guest.balloon.requests().named_so_far(first), None, "no snapshot");
+    assert_eq!(asked.guest.balloon.requests().named_so_far(second), None, "not its turn");
+    asked.post_waiting();
+    asked.answer(first, Outcome::Done, [0; 4], &[]);
+    asked.back();
+    let named = |asked: &Asked| asked.guest.balloon.requests().named_so_far(second).cloned();
+    assert_eq!(named(&asked), Some(PageSet::new()));
+    let records = record_bytes(0x400, 12, &[0b101]);
+    assert_eq!(asked.answer(second, Outcome::More, [0; 4], &records), 0);
+    let pages: Vec<_> =
+        named(&asked).unwrap().ranges().map(|run| (run.start(), run.pages())).collect();
+    assert_eq!(pages, [(0x400, 1), (0x402, 1)]);
+    asked.answer(second, Outcome::Done, [0; 4], &[]);
+    assert_eq!(named(&asked), None, "it has ended");
 }
 
 #[test]
