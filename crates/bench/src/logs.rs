@@ -3,11 +3,11 @@
 /// What a kernel or the guests' init says when something is wrong. Linux: lib/bug.c,
 /// kernel/panic.c, mm/oom_kill.c, mm/page_alloc.c, mm/page_poison.c, kernel/hung_task.c,
 /// kernel/rcu/tree_stall.h.
-const GUEST_COMPLAINTS: [&str; 15] = [
+const GUEST_COMPLAINTS: [&str; 16] = [
     "WARNING",
     "BUG",
     "Oops",
-    "Call Trace",
+    CALL_TRACE,
     "Kernel panic",
     "Out of memory",
     "oom-kill",
@@ -16,16 +16,24 @@ const GUEST_COMPLAINTS: [&str; 15] = [
     "corruption",
     "pagealloc:",
     "blocked for more than",
-    "rcu_sched",
+    "detected stall",
+    "expedited stall",
     // Aerostat's driver: the device found fault with what it said.
     "refused an answer",
     " init: ",
 ];
 
+/// What follows a complaint, or stands alone where the words of one are not known here.
+const CALL_TRACE: &str = "Call Trace";
+
+/// Lines before and after the head of a call trace that say what it is of.
+const LINES_BEFORE: usize = 12;
+const LINES_AFTER: usize = 16;
+
 /// What a back end says when something is wrong: levels, and how a panic begins.
 const BACKEND_COMPLAINTS: [&str; 3] = [" WARN ", " ERROR ", "panicked at"];
 
-/// The lines of a guest's console and kernel log that complain.
+/// The lines of a guest's console and kernel log that complain; a call trace with the lines around.
 pub fn guest_complaints(log: &str) -> Vec<String> {
     complaints(log, &GUEST_COMPLAINTS)
 }
@@ -36,13 +44,34 @@ pub fn backend_complaints(log: &str) -> Vec<String> {
 }
 
 fn complaints(log: &str, words: &[&str]) -> Vec<String> {
-    let complains = |line: &&str| words.iter().any(|word| line.contains(word));
-    log.lines().filter(complains).map(str::to_owned).collect()
+    let lines: Vec<&str> = log.lines().collect();
+    let complains = |line: &str| words.iter().any(|word| line.contains(word));
+    let told = lines.iter().enumerate().filter(|(_, line)| complains(line));
+    told.map(|(at, line)| match line.contains(CALL_TRACE) {
+        true => around(&lines, at),
+        false => (*line).to_owned(),
+    })
+    .collect()
+}
+
+fn around(lines: &[&str], at: usize) -> String {
+    let end = lines.len().min(at + LINES_AFTER);
+    lines.get(at.saturating_sub(LINES_BEFORE)..end).unwrap_or_default().join("\n")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_call_trace_comes_with_what_it_is_of() {
+        let log = "[  1.0] boots\n\
+                   [ 70.0] workqueue: something odd\n\
+                   [ 70.1] Call Trace:\n\
+                   [ 70.2]  where+0x1/0x2\n";
+        let found = guest_complaints(log);
+        assert_eq!(found, [log.trim_end()]);
+    }
 
     #[test]
     fn complaints_are_found_among_other_lines() {
