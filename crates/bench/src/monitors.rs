@@ -90,6 +90,9 @@ pub struct CaseReport {
     pub returned_mib: f64,
     /// Median of QEMU's wall time over the median of this case's.
     pub speedup: f64,
+    /// What `speedup` would be of a device that takes no time: the same over the guest's own
+    /// work (see `device_cpu_ms`), which no device can shorten.
+    pub speedup_limit: f64,
 }
 
 /// What `bench monitors --json` prints.
@@ -205,6 +208,7 @@ fn summarise(memory: Memory, guest_mib: u64, runs: &[Vec<Run>; 2], report: &mut 
             deflate_ms: spread(runs, |run| run.deflate_ms),
             returned_mib: spread(runs, |run| run.returned_mib).median,
             speedup: qemu_ms / wall_ms.median,
+            speedup_limit: qemu_ms / guest_ms,
         });
     }
 }

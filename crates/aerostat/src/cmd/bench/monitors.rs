@@ -57,18 +57,19 @@ pub(super) fn run(args: &MonitorsArgs) -> Result<(), Failure> {
 }
 
 fn table(report: &Report) -> String {
-    let mut text = "| memory | device | wall ms (min .. max) | faster | CPU ms of monitor and back end | of that in the guest's thread | without the guest's work | returned | deflate ms |\n\
-                    |---|---|---|---|---|---|---|---|---|\n"
+    let mut text = "| memory | device | wall ms (min .. max) | faster | at most | CPU ms of monitor and back end | of that in the guest's thread | without the guest's work | returned | deflate ms |\n\
+                    |---|---|---|---|---|---|---|---|---|---|\n"
         .to_owned();
     for case in &report.cases {
         text += &format!(
-            "| {} | {} | {:.0} ({:.0} .. {:.0}) | {:.2} x | {:.0} ({:.0} .. {:.0}) | {:.0} | {:.0} | {:.0} MiB | {:.0} |\n",
+            "| {} | {} | {:.0} ({:.0} .. {:.0}) | {:.2} x | {:.2} x | {:.0} ({:.0} .. {:.0}) | {:.0} | {:.0} | {:.0} MiB | {:.0} |\n",
             name(&case.memory),
             name(&case.name),
             case.wall_ms.median,
             case.wall_ms.min,
             case.wall_ms.max,
             case.speedup,
+            case.speedup_limit,
             case.cpu_ms.median,
             case.cpu_ms.min,
             case.cpu_ms.max,
