@@ -13,8 +13,10 @@ use sandbox::{Network, Restricted, restrict_calls, restrict_calls_of_monitor, re
 
 /// Names the attempt that the process is to make.
 const ATTEMPT: &str = "AEROSTAT_SANDBOX_ATTEMPT";
-/// The one directory that it may use.
+/// The directory with the one that it may use, and with another.
 const DIRECTORY: &str = "AEROSTAT_SANDBOX_DIRECTORY";
+const INSIDE: &str = "inside";
+const OUTSIDE: &str = "outside";
 
 /// Begins the names of attempts under the rules for a monitor.
 const MONITOR: &str = "monitor:";
@@ -23,7 +25,11 @@ const MONITOR: &str = "monitor:";
 const SIGSYS: i32 = 31;
 
 fn attempt(name: &str) -> (Output, tempfile::TempDir) {
+    // Made here: a process that is killed leaves what it made.
     let dir = tempfile::tempdir().unwrap();
+    for name in [INSIDE, OUTSIDE] {
+        std::fs::create_dir(dir.path().join(name)).unwrap();
+    }
     let output = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "attempts", "--nocapture", "--test-threads=1"])
         .env(ATTEMPT, name)
@@ -105,8 +111,8 @@ fn lock(path: &Path) {
 fn attempts() {
     let Ok(name) = std::env::var(ATTEMPT) else { return };
     let dir = std::env::var(DIRECTORY).unwrap();
-    let dir = Path::new(&dir);
-    let outside = tempfile::tempdir().unwrap();
+    let [dir, outside] = [INSIDE, OUTSIDE].map(|name| Path::new(&dir).join(name));
+    let dir = dir.as_path();
     let listener = UnixListener::bind(dir.join("a.sock")).unwrap();
     let (mut one, mut other) = UnixStream::pair().unwrap();
     let (start, started) = std::sync::mpsc::channel::<()>();
@@ -134,7 +140,7 @@ fn attempts() {
                 assert_eq!(result.unwrap_err().kind(), ErrorKind::PermissionDenied);
             };
             refused(std::fs::read("/etc/passwd").map(drop));
-            refused(std::fs::write(outside.path().join("new"), "x"));
+            refused(std::fs::write(outside.join("new"), "x"));
             refused(std::fs::remove_file("/etc/passwd"));
             println!("refused");
         }
