@@ -52,6 +52,8 @@ pub enum Feature {
     DeflateOnOom,
     /// The driver goes with what it holds, and comes again.
     DriverReload,
+    /// The guest sleeps with what the balloon holds, and wakes.
+    Sleep,
     /// The back end is killed while the guest runs.
     BackEndKilled,
     /// The next back end serves the same guest.
@@ -60,7 +62,7 @@ pub enum Feature {
 
 impl Feature {
     /// All of them.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::InflateDeflate,
         Self::MustTellHost,
         Self::PageBitmap,
@@ -75,6 +77,7 @@ impl Feature {
         Self::HoldPages,
         Self::DeflateOnOom,
         Self::DriverReload,
+        Self::Sleep,
         Self::BackEndKilled,
         Self::BackEndReconnect,
     ];
@@ -213,6 +216,7 @@ fn attempt(feature: Feature, subject: &mut Subject) -> (Verdict, String) {
         Feature::RingEventIdx | Feature::RingIndirectDesc => balloon_checks::uses_ring(subject),
         Feature::DeflateOnOom => balloon_checks::yields(subject),
         Feature::DriverReload => balloon_checks::reloads(subject),
+        Feature::Sleep => balloon_checks::sleeps(subject),
         Feature::Stats => specification_checks::tells_statistics(subject),
         Feature::FreePageHint => specification_checks::hints(subject),
         Feature::PagePoison => specification_checks::poisons(subject),

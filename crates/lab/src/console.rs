@@ -193,7 +193,12 @@ impl Console {
         self.unfinished = from.unfinished.take();
         self.early = early;
         // Ends a command of which half was typed there. What cannot be typed is told by the next.
-        let _ = self.input.write_all(b"\n").and_then(|()| self.input.flush());
+        let _ = self.press_return();
+    }
+
+    /// Types the end of a line, which is no command.
+    pub(crate) fn press_return(&mut self) -> std::io::Result<()> {
+        self.input.write_all(b"\n").and_then(|()| self.input.flush())
     }
 
     /// Waits until the guest says that it is ready.

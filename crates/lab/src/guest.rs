@@ -295,6 +295,11 @@ impl Guest {
         self.explain(reply)
     }
 
+    /// Types the end of a line that has no command in it.
+    pub(crate) fn press_return(&mut self) -> Result<()> {
+        self.console.press_return().context(|| "type on a guest's console".to_owned())
+    }
+
     /// Goes on with the conversation with a guest that was moved here from `from`, which has ended.
     pub fn continue_from(&mut self, from: &mut Self) {
         self.console.continue_from(&mut from.console);

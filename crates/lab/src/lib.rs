@@ -29,9 +29,11 @@ mod boot;
 mod error;
 mod keeper;
 mod room;
+mod sleep;
 mod tool;
 
 pub use console::Reply;
 pub use error::{LabError, Result};
 pub use guest::{Guest, GuestBuilder};
 pub use memory_dir::{Backing, GuestMemoryDir};
+pub use sleep::Waker;

@@ -20,12 +20,13 @@ fn bench(arguments: &[&str]) -> Value {
 #[test]
 fn compat_has_one_row_for_everything_and_none_fails() {
     const KERNELS: [&str; 2] = ["uml-6.12", "uml-6.12 page_poison=1"];
-    const FEATURES: [&str; 6] = [
+    const FEATURES: [&str; 7] = [
         "inflate-deflate",
         "page-bitmap",
         "page-poison",
         "free-page-hint",
         "drop-caches",
+        "sleep",
         "back-end-reconnect",
     ];
     let mut arguments = vec!["compat"];
@@ -49,9 +50,9 @@ fn compat_has_one_row_for_everything_and_none_fails() {
         passed += u32::from(word("result") == "pass");
     }
     assert_eq!(seen.len(), KERNELS.len() * 2 * FEATURES.len(), "{report}");
-    // Ours: inflate, bitmaps, caches, twice, and poison. Stock: inflate and hints,
-    // twice, and poison.
-    assert_eq!(passed, 7 + 5, "{report}");
+    // Ours: inflate, bitmaps, caches, sleep, twice, and poison. Stock: inflate, hints
+    // and sleep, twice, and poison.
+    assert_eq!(passed, 9 + 7, "{report}");
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::fs;
 
 use bench::Qmp;
 use lab::debian::{self, Release};
-use lab::{Guest, guest_build};
+use lab::{Guest, Waker, guest_build};
 
 /// Memory of the guests, in MiB: emulation is slow.
 const MEMORY_MIB: u64 = 512;
@@ -90,6 +90,12 @@ fn memory_goes_and_comes_back(guest: &mut Guest, qmp: &mut Qmp) {
     verify(guest, "more", INFLATED_MIB / 4, 2);
     verify(guest, "kept", KEPT_MIB, 1);
     guest.run("drop more").unwrap();
+
+    // Asleep, it has left the device; it gives the same again.
+    let left = qmp.left_bytes().unwrap();
+    guest.sleep(Waker::SerialLine("ttyS1")).unwrap();
+    qmp.balloon(left).unwrap();
+    verify(guest, "kept", KEPT_MIB, 1);
 
     guest.run("rmmod aerostat_balloon").unwrap();
     assert_eq!(qmp.left_bytes().unwrap(), MEMORY_MIB * MIB);

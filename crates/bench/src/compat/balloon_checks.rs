@@ -2,8 +2,8 @@
 
 use control::Driver as Spoken;
 
-use super::Outcome;
 use super::subject::{LIMIT, MIB, Subject, ensure};
+use super::{Feature, Outcome, request_checks};
 use crate::error::Result;
 
 /// What the guest has touched before the balloon takes it, and what it takes.
@@ -113,5 +113,25 @@ pub(super) fn reloads(subject: &mut Subject) -> Result<Outcome> {
     verified_mib += subject.use_and_verify(TOUCHED_MIB, 7)?;
     Ok(Outcome::Passed(format!(
         "unloaded with {INFLATED_MIB} MiB, loaded, inflated; {verified_mib} MiB verified"
+    )))
+}
+
+pub(super) fn sleeps(subject: &mut Subject) -> Result<Outcome> {
+    subject.balloon(INFLATED_MIB)?;
+    subject.sleep()?;
+    // Where the driver left the device meanwhile, it gives all once more.
+    subject.until("as large as before", LIMIT, |status| {
+        status.balloon.settled && status.balloon.actual_bytes == INFLATED_MIB * MIB
+    })?;
+    subject.verify_kept()?;
+    subject.balloon(INFLATED_MIB / 2)?;
+    subject.sleep()?;
+    subject.balloon(0)?;
+    let verified_mib = subject.use_and_verify(TOUCHED_MIB, 8)?;
+    if subject.target().cannot(Feature::FreePages).is_none() {
+        request_checks::names_free_pages(subject)?;
+    }
+    Ok(Outcome::Passed(format!(
+        "slept with {INFLATED_MIB} MiB and with half of that; {verified_mib} MiB verified"
     )))
 }

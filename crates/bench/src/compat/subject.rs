@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use control::api::BalloonChange;
 use control::{Client, Status};
-use lab::{Backing, Guest, GuestMemoryDir};
+use lab::{Backing, Guest, GuestMemoryDir, Waker};
 use tempfile::TempDir;
 
 use super::Feature;
@@ -145,6 +145,14 @@ impl Subject {
         self.run(&command).map(drop)
     }
 
+    /// Has the guest sleep; it is awake when this returns.
+    pub(super) fn sleep(&mut self) -> Result<()> {
+        match &mut self.machine {
+            Machine::Uml { guest, .. } => Ok(guest.sleep(Waker::Signal)?),
+            Machine::Qemu(bed) => Ok(bed.guest.sleep(Waker::SerialLine("ttyS1"))?),
+        }
+    }
+
     pub(super) fn status(&self) -> Result<Status> {
         Ok(self.client.status()?)
     }
@@ -235,6 +243,7 @@ const fn negotiated_name(feature: Feature) -> Option<&'static str> {
         Feature::DeflateOnOom => "deflate-on-oom",
         Feature::InflateDeflate
         | Feature::DriverReload
+        | Feature::Sleep
         | Feature::BackEndKilled
         | Feature::BackEndReconnect => return None,
     })
