@@ -34,6 +34,7 @@ pub mod requests;
 mod sample;
 pub mod soak;
 mod testbed;
+mod threads;
 
 pub use backend::Backend;
 pub use bed::{Bed, REPORTED_MIB};

@@ -12,6 +12,7 @@ use super::report::CaseReport;
 use super::traveller::{LIMIT, LOOK, Traveller};
 use crate::error::{BenchError, Result, wrong};
 use crate::logs::{backend_complaints, guest_complaints};
+use crate::threads;
 
 /// What is where in a guest of the least memory, in MiB: a file that stays, what a process writes,
 /// checks and frees all the time, and what the balloon takes at most. More memory is free.
@@ -66,11 +67,11 @@ fn walk(
     for number in moves {
         let turn = case.turn(number);
         let moved = walk.go(&turn);
-        let logs = walk.traveller.guest.console_log();
-        let status = match moved {
-            Ok(status) => status,
-            Err(error) => return Err(wrong(format!("move {number}, {turn:?}: {error}\n{logs}"))),
-        };
+        let status = moved.map_err(|error| {
+            let guest = &walk.traveller.guest;
+            let (threads, log) = (threads::of(guest.pid()), guest.console_log());
+            wrong(format!("move {number}, {turn:?}: {error}\n{threads}{log}"))
+        })?;
         told(&line(number, &turn, &status));
         if number % FILL_EVERY == FILL_EVERY - 1 {
             walk.fills_everything(number as u64)?;
