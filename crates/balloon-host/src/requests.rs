@@ -118,10 +118,15 @@ impl Shared {
     }
 
     fn named_within(&self, id: u32, wait: Duration) -> Result<Option<PageSet>, ControlError> {
+        let pages = |answer: GuestAnswer| answer.free.map(|map| (*map.free).clone());
         if let Some(outcome) = self.wait_for_request(id, wait) {
-            return Ok(outcome?.free.map(|map| (*map.free).clone()));
+            return outcome.map(pages);
         }
         let mut state = self.state();
+        // It may have ended since.
+        if let Some(outcome) = state.take_outcome(id) {
+            return outcome.map(pages);
+        }
         let requests = state.device.requests_mut();
         let named = requests.named_so_far(id).cloned();
         requests.cancel(id, Instant::now() + CANCEL_TIME);
@@ -294,6 +299,8 @@ mod tests {
     use crate::HostReclaim;
 
     const MEMORY_BYTES: usize = 4 << 20;
+    const BLOCKS: u64 = 2;
+    const BEYOND: u64 = 2;
     const RING: u64 = 0x1000;
     const REQUEST: u64 = 0x2000;
     const MESSAGE: u64 = 0x3000;
@@ -309,12 +316,16 @@ mod tests {
 
     impl Guest {
         fn new() -> Self {
+            Self::with(Features::VERSION_1 | Features::PAGE_BITMAP | Features::REQUEST_VQ)
+        }
+
+        fn with(negotiated: Features) -> Self {
             let ranges = [(GuestAddress(0), MEMORY_BYTES)];
             let memory = GuestMemoryMmap::<()>::from_ranges(&ranges).unwrap();
             let reclaim = HostReclaim::new(ReleaseMode::Immediate, PartialHuge::Split).unwrap();
             let shared = Shared::new("vm1".into(), reclaim).unwrap();
             shared.device().set_layout(MemoryLayout::of(&memory).unwrap());
-            shared.reset(Features::VERSION_1 | Features::PAGE_BITMAP | Features::REQUEST_VQ);
+            shared.reset(negotiated);
             let ring = GuestRing::new(RING, 16);
             Self { shared, memory, queue: ring.queue(), ring }
         }
@@ -338,8 +349,26 @@ mod tests {
             Request::from_bytes(&request).unwrap()
         }
 
-        /// Names a block of 2 MiB.
+        /// The command of a driver that hints.
+        fn says(memory: &GuestMemoryMmap, command: u32) -> Buffer {
+            memory.write_obj(command, GuestAddress(MESSAGE)).unwrap();
+            Buffer::readable(MESSAGE, 4)
+        }
+
+        fn hint(&mut self, buffers: &[Buffer]) {
+            self.ring.send(&self.memory, buffers);
+            let mut device = self.shared.device();
+            device.process_queue(Vq::FreePage, &self.memory, &mut self.queue).unwrap();
+        }
+
+        /// Names a block of 2 MiB, and is believed.
         fn name(&mut self, id: u32, outcome: Outcome, block: u64) {
+            self.answer(id, outcome, block);
+            let status: u32 = self.memory.read_obj(GuestAddress(STATUS)).unwrap();
+            assert_eq!(status, MessageStatus::Accepted as u32);
+        }
+
+        fn answer(&mut self, id: u32, outcome: Outcome, block: u64) {
             let header = AnswerHeader { id, outcome, elapsed_ns: 5, values: [0; 4] };
             let mut message = [0; 256];
             let (head, records) = message.split_at_mut(header.to_bytes().len());
@@ -351,9 +380,12 @@ mod tests {
             let buffers = [Buffer::readable(MESSAGE, bytes), Buffer::writable(STATUS, 4)];
             self.ring.send(&self.memory, &buffers);
             self.serve();
-            let status: u32 = self.memory.read_obj(GuestAddress(STATUS)).unwrap();
-            assert_eq!(status, MessageStatus::Accepted as u32);
         }
+    }
+
+    enum Lie {
+        NoSuchPage,
+        TooOften,
     }
 
     fn block(number: u64) -> PageSet {
@@ -381,6 +413,50 @@ mod tests {
         guest.name(id, Outcome::Done, 0);
         let named = guest.shared.named_within(id, Duration::ZERO).unwrap().unwrap();
         assert_eq!(named, PageSet::from(PageRange::new(0, 1024).unwrap()));
+    }
+
+    #[test]
+    fn a_silent_guest_has_named_nothing_and_is_told_to_stop() {
+        let mut guest = Guest::new();
+        let id = guest.ask();
+        guest.take();
+        let named = guest.shared.named_within(id, Duration::ZERO).unwrap();
+        assert_eq!(named, Some(PageSet::new()));
+        // What it says until it has heard of that comes too late for whoever asked.
+        guest.answer(id, Outcome::More, 1);
+        guest.take();
+        assert_eq!(guest.shared.device().requests().named_so_far(id), Some(&block(1)));
+        guest.name(id, Outcome::Cancelled, 1);
+        assert_eq!(guest.shared.device().requests().named_so_far(id), None);
+    }
+
+    #[test]
+    fn of_a_guest_that_lies_nothing_counts() {
+        for lie in [Lie::NoSuchPage, Lie::TooOften] {
+            let mut guest = Guest::new();
+            let id = guest.ask();
+            guest.take();
+            guest.name(id, Outcome::More, 1);
+            match lie {
+                Lie::NoSuchPage => guest.answer(id, Outcome::More, BEYOND),
+                Lie::TooOften => (0..2 * BLOCKS).for_each(|_| guest.answer(id, Outcome::More, 1)),
+            }
+            let error = guest.shared.named_within(id, Duration::ZERO).unwrap_err();
+            assert!(error.to_string().contains("breaks the protocol"), "{error}");
+        }
+    }
+
+    #[test]
+    fn hints_that_have_come_stand_while_there_are_more_to_come() {
+        let mut guest = Guest::with(Features::VERSION_1 | Features::FREE_PAGE_HINT);
+        let id = guest.shared.begin_hints().unwrap();
+        assert_eq!(guest.shared.hinted_within(id, Duration::ZERO), Some(PageSet::new()));
+        guest.hint(&[Guest::says(&guest.memory, id)]);
+        guest.hint(&[Buffer::writable(1 << 21, 1 << 21)]);
+        assert_eq!(guest.shared.hinted_within(id, Duration::ZERO), Some(block(1)));
+        assert_eq!(guest.shared.hinted_within(id + 1, Duration::ZERO), None, "another request");
+        guest.shared.reset(Features::VERSION_1 | Features::FREE_PAGE_HINT);
+        assert_eq!(guest.shared.hinted_within(id, Duration::ZERO), None, "another driver");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use balloon_abi::Features;
-use control::api::{Caches, HintOutcome};
+use control::api::Caches;
 use control::{Balloon as _, GuestAsk};
 use host_memory::{Discard, MemoryMap, MissingPages};
 use migration::cpu::CpuFeatures;
@@ -147,17 +147,9 @@ impl Leaving {
         let balloon = &self.machine.balloon;
         let id = balloon.start_hints()?;
         self.hints = Some(id);
-        match balloon.wait_hints(id, wait).outcome {
-            HintOutcome::Complete => {}
-            // As of a snapshot: what it has named stands.
-            HintOutcome::InProgress => {
-                tracing::info!(?wait, "the guest names its free pages still; those it named count");
-            }
-            HintOutcome::Replaced | HintOutcome::Lost => return Ok(None),
-        }
         // The guest allocated them, and writes its pattern when it frees them.
-        let pages = balloon.device().hinting().pages().clone();
-        Ok(Some(FreePages { pages, pattern: 0 }))
+        let hinted = balloon.hinted_within(id, wait);
+        Ok(hinted.map(|pages| FreePages { pages, pattern: 0 }))
     }
 }
 

@@ -7,7 +7,7 @@ use balloon_abi::BALLOON_PAGE_BYTES;
 use balloon_device::HintPhase;
 use control::ControlError;
 use control::api::{FreePageHints, HintOutcome, MAX_LISTED_RUNS, PageRun};
-use page_set::PageRange;
+use page_set::{PageRange, PageSet};
 
 use super::stats::whole_ms;
 use super::{Shared, State};
@@ -15,7 +15,7 @@ use super::{Shared, State};
 impl Shared {
     /// Asks the guest. One request at a time: its pages are the guest's again only
     /// when whoever asked is [done](Self::finish_hints).
-    pub(super) fn begin_hints(&self) -> Result<u32, ControlError> {
+    pub(crate) fn begin_hints(&self) -> Result<u32, ControlError> {
         let mut state = self.state();
         let phase = state.device.hinting().phase();
         if !matches!(phase, HintPhase::Idle | HintPhase::Lost) {
@@ -47,6 +47,19 @@ impl Shared {
             let woken = self.changed.wait_timeout(state, left);
             state = woken.unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// What the guest has named for request `id` once it has named all, or after so long: each
+    /// page stands for itself. `None` where that request is not under way any more.
+    pub fn hinted_within(&self, id: u32, wait: Duration) -> Option<PageSet> {
+        self.await_hints(id, wait);
+        let state = self.state();
+        match state.hints(id).outcome {
+            HintOutcome::Complete => {}
+            HintOutcome::InProgress => tracing::info!(?wait, "the guest hints still"),
+            HintOutcome::Replaced | HintOutcome::Lost => return None,
+        }
+        Some(state.device.hinting().pages().clone())
     }
 
     /// Gives the guest its pages back, whether it has answered or not.
