@@ -23,7 +23,7 @@ const COMMON_ARGUMENTS: [&str; 5] =
 /// The processor of emulated guests, without `cmpxchg16b`: after it QEMU 7.2 has wrong flags
 /// (`gen_cmpxchg16b` in `target/i386/tcg/translate.c` does not say what they are to be computed
 /// from). An interrupt that comes just then saves them, and a kernel that gets them back double
-/// faults, or sleeps for ever. A machine that runs busy guests of its own can die of it in minutes.
+/// faults: busy guests in an emulated machine did within minutes.
 const EMULATED_CPU: &str = "max,-cx16";
 
 /// The package with the emulator.

@@ -8,6 +8,8 @@ use crate::error::{Context, LabError, Result};
 use crate::guest::Guest;
 
 const STATE: &str = "/sys/power/state";
+/// How often it has slept.
+const SLEPT: &str = "/sys/power/suspend_stats/success";
 
 /// Time to go to sleep and to wake, in emulation, on a machine with other work.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -37,6 +39,21 @@ impl Guest {
                 "freeze"
             }
         };
+        let before = self.slept()?;
+        self.fall_asleep(state, waker)?;
+        let after = self.slept()?;
+        if after == before {
+            let what = "a guest that slept".to_owned();
+            return Err(LabError::Unexpected { what, detail: format!("{after} times before") });
+        }
+        Ok(())
+    }
+
+    fn slept(&mut self) -> Result<String> {
+        Ok(self.run(&format!("cat {SLEPT}"))?.lines.join(""))
+    }
+
+    fn fall_asleep(&mut self, state: &str, waker: Waker) -> Result<()> {
         let command = format!("write {STATE} {state}");
         let number = self.ask(&command)?;
         let end = Instant::now() + LIMIT;

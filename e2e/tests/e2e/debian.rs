@@ -92,9 +92,11 @@ fn memory_goes_and_comes_back(guest: &mut Guest, qmp: &mut Qmp) {
     guest.run("drop more").unwrap();
 
     // Asleep, it has left the device; it gives the same again.
-    let left = qmp.left_bytes().unwrap();
+    let messages = "cat /sys/bus/virtio/devices/virtio0/balloon/messages";
+    let (left, sent) = (qmp.left_bytes().unwrap(), number(guest, messages));
     guest.sleep(Waker::SerialLine("ttyS1")).unwrap();
     qmp.balloon(left).unwrap();
+    assert!(number(guest, messages) > sent);
     verify(guest, "kept", KEPT_MIB, 1);
 
     guest.run("rmmod aerostat_balloon").unwrap();
