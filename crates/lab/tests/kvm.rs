@@ -4,7 +4,7 @@
 
 use std::ffi::OsStr;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lab::kvm::KvmMachine;
 
@@ -29,4 +29,22 @@ fn programs_of_this_machine_run_where_there_is_a_kvm() {
     assert_eq!(shell("echo x > /run/aerostat-lab").code, Some(0));
     let nothing = machine.run(Path::new("/none"), &[], &[], LIMIT).unwrap();
     assert_eq!(nothing.code, Some(127), "{:?}", nothing.lines);
+}
+
+/// An interrupt that the emulator forgets comes with the next one, which must not wait for it.
+#[test]
+fn a_second_clock_interrupts_the_machine_all_the_time() {
+    let mut machine = KvmMachine::boot(64).unwrap();
+    let mut interrupts = || {
+        let words = ["-c", "grep rtc0 /proc/interrupts"].map(OsStr::new);
+        let outcome = machine.run(Path::new("/bin/sh"), &words, &[], LIMIT).unwrap();
+        let line = outcome.lines.join(" ");
+        line.split_whitespace().nth(1).map(|count| count.parse::<u64>().unwrap())
+    };
+    // One alone could be that of setting it.
+    let first = interrupts().expect("the line of the clock");
+    let begun = Instant::now();
+    while interrupts() < Some(first + 10) {
+        assert!(begun.elapsed() < LIMIT, "no more than {first} interrupts");
+    }
 }
