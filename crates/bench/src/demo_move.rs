@@ -12,10 +12,9 @@ use control::Client;
 use control::api::{MigrationState, MigrationStatus, MigrationSummary, StartMigration};
 use lab::debian::{self, Release};
 use lab::kvm::{self, KvmMachine};
-use lab::{Guest, LabError, guest_build};
-use tempfile::TempDir;
+use lab::{Guest, LabError, Scratch, guest_build};
 
-use crate::error::{BenchError, Result, host, wrong};
+use crate::error::{BenchError, Result, wrong};
 use crate::kvm_host;
 
 /// Memory of the guest, what a file keeps of it, and what its balloon has.
@@ -69,7 +68,7 @@ pub fn show(
     command: impl Fn(&Parts) -> Vec<OsString>,
     say: &mut dyn FnMut(&str),
 ) -> Result<()> {
-    let directory = directory()?;
+    let directory = Scratch::new("demo")?;
     let parts = prepare(directory.path())?;
     let words = command(&parts);
     let words: Vec<&OsStr> = words.iter().map(OsString::as_os_str).collect();
@@ -111,7 +110,7 @@ pub fn carry_out(
     say: &(dyn Fn(&str) + Sync),
 ) -> Result<MigrationSummary> {
     kvm_host::raise_loopback();
-    let directory = directory()?;
+    let directory = Scratch::new("demo")?;
     let scene = Scene { began: Instant::now(), say, directory };
     scene.tell("host", &format!("boots a guest of {GUEST_MIB} MiB in the first process"));
     let mut first = scene.boot(program, parts)?;
@@ -150,7 +149,7 @@ pub fn carry_out(
 struct Scene<'a> {
     began: Instant,
     say: &'a (dyn Fn(&str) + Sync),
-    directory: TempDir,
+    directory: Scratch,
 }
 
 impl Scene<'_> {
@@ -265,9 +264,4 @@ impl Scene<'_> {
             thread::sleep(LOOK);
         }
     }
-}
-
-fn directory() -> Result<TempDir> {
-    let directory = tempfile::Builder::new().prefix("aerostat-demo-").tempdir();
-    directory.map_err(host("making a directory"))
 }

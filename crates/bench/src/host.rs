@@ -5,8 +5,7 @@ use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use control::{BALLOON_PAGE_BYTES, BalloonStatus, Client, Status};
-use lab::{Guest, GuestBuilder, guest_build};
-use tempfile::TempDir;
+use lab::{Guest, GuestBuilder, Scratch, guest_build};
 
 use crate::backend::Backend;
 use crate::bed::Bed;
@@ -35,7 +34,7 @@ pub struct Host {
     pub backend: Backend,
     name: String,
     options: TestbedOptions,
-    directory: TempDir,
+    directory: Scratch,
 }
 
 impl Host {
@@ -44,9 +43,7 @@ impl Host {
     /// # Errors
     /// It does not start, with what it said.
     pub fn start(name: &str, options: &TestbedOptions, arguments: &[&str]) -> Result<Self> {
-        let directory = tempfile::Builder::new().prefix("aerostat-bench-").tempdir();
-        let directory = directory
-            .map_err(|source| BenchError::Backend { what: "making a directory", source })?;
+        let directory = Scratch::new("bench")?;
         let backend = Backend::start_with(&options.program, name, directory.path(), arguments)?;
         let client = backend.client()?;
         Ok(Self { client, backend, name: name.to_owned(), options: options.clone(), directory })

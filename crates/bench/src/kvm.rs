@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use lab::debian::{DebianKernel, Release};
 use lab::kvm::{self, KvmMachine};
-use lab::{Guest, GuestBuilder, guest_build};
+use lab::{Guest, GuestBuilder, Scratch, guest_build};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -99,8 +99,7 @@ pub fn measure<R: DeserializeOwned>(
     limit: Duration,
     progress: &mut dyn FnMut(&str),
 ) -> Result<R> {
-    let directory = tempfile::Builder::new().prefix("aerostat-bench-").tempdir();
-    let directory = directory.map_err(host("making a directory"))?;
+    let directory = Scratch::new("bench")?;
     let files = GuestFiles::prepare(directory.path(), kernel_arguments)?;
     let order = serde_json::to_string(&Order { task, files }).map_err(host("writing an order"))?;
     let mut report = None;

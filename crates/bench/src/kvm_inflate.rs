@@ -10,7 +10,7 @@ use control::{BALLOON_PAGE_BYTES, BalloonChange, Client};
 use lab::Guest;
 use serde::{Deserialize, Serialize};
 
-use crate::error::{BenchError, Result, host};
+use crate::error::{BenchError, Result};
 use crate::inflate::{Memory, StagesMs};
 use crate::kvm::{self, GuestFiles, Task, command, number};
 use crate::sample::Spread;
@@ -186,12 +186,12 @@ pub(crate) fn run(
 struct Bed {
     guest: Guest,
     client: Client,
-    _directory: tempfile::TempDir,
+    _directory: lab::Scratch,
 }
 
 impl Bed {
     fn start(case: Case, guest_mib: u64, program: &Path, files: &GuestFiles) -> Result<Self> {
-        let directory = tempfile::tempdir().map_err(host("making a directory"))?;
+        let directory = lab::Scratch::new("bench")?;
         let control = directory.path().join("control");
         let mut guest = files
             .monitor(program, "bench-inflate", guest_mib)

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use control::{BALLOON_PAGE_BYTES, Client};
 use lab::debian::DebianKernel;
 use lab::qemu::VhostUserQemu;
-use lab::{Guest, guest_build};
+use lab::{Guest, Scratch, guest_build};
 
 use crate::backend::Backend;
 use crate::error::{BenchError, Result, host};
@@ -58,7 +58,7 @@ pub struct QemuBed {
     pub driver: PathBuf,
     device: Attached,
     memory_mib: u64,
-    _directory: tempfile::TempDir,
+    _directory: Scratch,
 }
 
 enum Attached {
@@ -77,9 +77,7 @@ impl QemuBed {
         driver: Driver,
         options: &QemuBedOptions,
     ) -> Result<Self> {
-        let directory = tempfile::Builder::new().prefix("aerostat-bench-").tempdir();
-        let directory = directory
-            .map_err(|source| BenchError::Backend { what: "making a directory", source })?;
+        let directory = Scratch::new("bench")?;
         let driver = module(driver, &options.kernel)?;
         let disk = options.disk.iter().map(|_| "virtio_blk");
         let needed: Vec<_> = std::iter::once("virtio_pci").chain(disk).collect();

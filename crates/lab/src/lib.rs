@@ -23,6 +23,7 @@ pub mod initramfs;
 pub mod kvm;
 pub mod memory_dir;
 pub mod qemu;
+pub mod scratch;
 pub mod uml;
 
 mod boot;
@@ -36,4 +37,5 @@ pub use console::Reply;
 pub use error::{LabError, Result};
 pub use guest::{Guest, GuestBuilder};
 pub use memory_dir::{Backing, GuestMemoryDir};
+pub use scratch::Scratch;
 pub use sleep::Waker;

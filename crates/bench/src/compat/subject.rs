@@ -5,8 +5,7 @@ use std::time::{Duration, Instant};
 
 use control::api::BalloonChange;
 use control::{Client, Status};
-use lab::{Backing, Guest, GuestMemoryDir, Waker};
-use tempfile::TempDir;
+use lab::{Backing, Guest, GuestMemoryDir, Scratch, Waker};
 
 use super::Feature;
 use super::target::{KernelChoice, MonitorChoice, Target};
@@ -51,11 +50,11 @@ pub(super) struct Subject {
     pub(super) client: Client,
     /// What the file for the page cache is called in the guest.
     cached: &'static str,
-    _files: TempDir,
+    _files: Scratch,
 }
 
 enum Machine {
-    Uml { guest: Box<Guest>, backend: Box<Backend>, _memory: GuestMemoryDir, _directory: TempDir },
+    Uml { guest: Box<Guest>, backend: Box<Backend>, _memory: GuestMemoryDir, _directory: Scratch },
     Qemu(Box<QemuBed>),
 }
 
@@ -65,7 +64,7 @@ pub(super) type Started = std::result::Result<Subject, String>;
 impl Subject {
     /// Boots the guest, loads its driver and fills the file.
     pub(super) fn start(target: &Target, program: &Path) -> Result<Started> {
-        let files = directory()?;
+        let files = Scratch::new("compat")?;
         let failed = host("making a file");
         let file = std::fs::File::create(files.path().join("cached")).map_err(failed)?;
         file.set_len((CACHED_MIB + 1) * MIB).map_err(failed)?;
@@ -259,7 +258,7 @@ fn start_uml(target: &Target, program: &Path, files: &Path) -> Result<Booted> {
     if target.driver == crate::Driver::Own && !kernel.builds_modules() {
         return Ok(Err("Debian's package of this kernel has no headers to build a module".into()));
     }
-    let directory = directory()?;
+    let directory = Scratch::new("compat")?;
     let memory = GuestMemoryDir::mount(Backing::Small, MEMORY_MIB)?;
     let backend = Backend::start(program, "compat", directory.path())?;
     let client = backend.client()?;
@@ -302,9 +301,4 @@ fn start_qemu(target: &Target, program: &Path, files: &Path) -> Result<Booted> {
     let client = bed.backend().map(Backend::client).transpose()?;
     let client = client.ok_or(BenchError::Wrong { what: "no back end was started".to_owned() })?;
     Ok(Ok((Machine::Qemu(Box::new(bed)), client)))
-}
-
-fn directory() -> Result<TempDir> {
-    let directory = tempfile::Builder::new().prefix("aerostat-compat-").tempdir();
-    directory.map_err(host("making a directory"))
 }

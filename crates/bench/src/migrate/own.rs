@@ -8,7 +8,7 @@ use control::{BALLOON_PAGE_BYTES, Client};
 use lab::Guest;
 
 use super::{Case, Moved, Scenario, SkippedPages};
-use crate::error::{Result, host, wrong};
+use crate::error::{Result, wrong};
 use crate::kvm::GuestFiles;
 use crate::kvm_host::address_of;
 use crate::testbed::Driver;
@@ -31,12 +31,12 @@ pub(super) struct Bed {
     destination: Guest,
     address: String,
     client: Client,
-    _directory: tempfile::TempDir,
+    _directory: lab::Scratch,
 }
 
 impl Bed {
     pub(super) fn start(scenario: Scenario, program: &Path, files: &GuestFiles) -> Result<Self> {
-        let directory = tempfile::tempdir().map_err(host("making a directory"))?;
+        let directory = lab::Scratch::new("bench")?;
         let socket = |side: &str| directory.path().join(side).to_string_lossy().into_owned();
         let (here, there) = (socket("source"), socket("destination"));
         let mut source = files

@@ -24,12 +24,12 @@ pub(super) struct Bed {
     destination: Guest,
     address: String,
     qmp: Qmp,
-    _directory: tempfile::TempDir,
+    _directory: lab::Scratch,
 }
 
 impl Bed {
     pub(super) fn start(hint: bool, scenario: Scenario, files: &GuestFiles) -> Result<Self> {
-        let directory = tempfile::tempdir().map_err(host("making a directory"))?;
+        let directory = lab::Scratch::new("bench")?;
         let socket = directory.path().join("source");
         let mut source =
             builder(hint, scenario, files).machine_arguments(qmp_arguments(&socket)).boot()?;

@@ -3,8 +3,8 @@
 use std::fs::File;
 
 use control::api::Caches;
+use lab::Scratch;
 use serde::{Deserialize, Serialize};
-use tempfile::TempDir;
 
 use super::{GUEST_MIB, LIMIT, MIB, Options, meminfo_bytes, off_percent, start};
 use crate::error::{Result, host};
@@ -89,8 +89,8 @@ fn one_round(bed: &mut Testbed) -> Result<Round> {
 }
 
 /// Gives the guest a large file to read; it is there as long as the result is.
-pub(super) fn mount_file(bed: &mut Testbed) -> Result<TempDir> {
-    let files = tempfile::tempdir().map_err(host("making a directory"))?;
+pub(super) fn mount_file(bed: &mut Testbed) -> Result<Scratch> {
+    let files = Scratch::new("files")?;
     let file = File::create(files.path().join("cached")).map_err(host("making a file"))?;
     file.set_len(FILE_MIB * MIB).map_err(host("making a file"))?;
     bed.guest.run(&format!("mount-host {}", files.path().display()))?;

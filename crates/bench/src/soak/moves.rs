@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use lab::Scratch;
 use lab::debian::Release;
 use lab::kvm::{self, KvmMachine};
 
@@ -59,8 +60,7 @@ pub type Inside<'a> = dyn Fn(&Case) -> Vec<OsString> + 'a;
 /// # Errors
 /// This machine has no room for files. All else that goes wrong, or is missing, is in the report.
 pub fn run(options: &Options, inside: &Inside<'_>, told: &mut dyn FnMut(&str)) -> Result<Report> {
-    let directory = tempfile::Builder::new().prefix("aerostat-moves-").tempdir();
-    let directory = directory.map_err(host("making a directory"))?;
+    let directory = Scratch::new("moves")?;
     let mut kits: Vec<(Release, Kit)> = Vec::new();
     let mut reports = Vec::new();
     for case in &options.cases {

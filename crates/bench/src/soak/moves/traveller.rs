@@ -6,8 +6,7 @@ use std::time::{Duration, Instant};
 
 use control::Client;
 use control::api::{MigrationState, MigrationStatus};
-use lab::{Guest, LabError, Reply};
-use tempfile::TempDir;
+use lab::{Guest, LabError, Reply, Scratch};
 
 use super::case::Case;
 use super::kit::Kit;
@@ -33,7 +32,7 @@ const QUESTIONS: [&str; 3] = ["free-mib", "cat /proc/meminfo", "verify asked 1 7
 pub struct Traveller<'a> {
     kit: &'a Kit,
     case: Case,
-    directory: TempDir,
+    directory: Scratch,
     /// Its monitor's process and its serial line.
     pub guest: Guest,
     /// Its control socket.
@@ -82,8 +81,7 @@ impl<'a> Traveller<'a> {
     /// # Errors
     /// Why it did not come up.
     pub fn boot(kit: &'a Kit, case: Case, memory_mib: u64) -> Result<Self> {
-        let directory = tempfile::Builder::new().prefix("aerostat-moves-").tempdir();
-        let directory = directory.map_err(host("making a directory"))?;
+        let directory = Scratch::new("moves")?;
         let control = directory.path().join("0");
         let guest = kit.guest(&case, memory_mib, &control).boot()?;
         let mut traveller = Self { kit, case, directory, guest, control, processes: 1 };
