@@ -61,8 +61,6 @@ pub fn run(options: &Options) -> Result<End, Error> {
     machine.take_new_disks()?;
     machine.load_kernel(options)?;
     let machine = Arc::new(machine);
-    // Nobody moves a guest that was not started.
-    machine.take_reins()?;
     let mover = Mover::new(Some(Arc::clone(&machine)));
     let _control =
         Server::bind_monitor(&options.host.control, Arc::new(Asked(Arc::clone(&mover))))?;
@@ -262,7 +260,7 @@ impl Machine {
         let msrs = msrs.as_slice().to_vec();
         let features =
             Mutex::new(CpuFeatures::of(template.of_processor(0, options.cpus).as_slice()));
-        let reins = Mutex::new(Reins::Operator { paused: false });
+        let reins = Mutex::default();
         let options = options.clone();
         Ok(Self { bus, balloon, disks, processors, memory, vm, msrs, options, reins, features })
     }

@@ -55,6 +55,8 @@ struct State {
     cancel: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
     doubt: Option<Doubt>,
+    /// What became of a guest that came and was in doubt.
+    came: Option<Settled>,
     /// Somebody knows that the guest has left.
     told: bool,
 }
@@ -103,13 +105,16 @@ impl Mover {
         locked(&self.machine).clone()
     }
 
-    /// Waits for as long as a guest that came is in doubt.
-    pub(crate) fn until_settled(&self) -> MigrationState {
+    /// Waits for as long as a guest that came is in doubt; what became of it, whatever was done
+    /// with it since.
+    pub(crate) fn until_settled(&self) -> Settled {
         let mut state = self.state();
-        while state.status.state == MigrationState::InDoubt {
+        loop {
+            if let Some(settled) = state.came {
+                return settled;
+            }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
-        state.status.state
     }
 
     /// The monitor is about to end. Ends a migration, where the guest was not offered yet, and does
@@ -166,6 +171,7 @@ impl Mover {
     pub(crate) fn doubts(&self, kept: &Arc<Mutex<Kept>>, error: &MigrationError) {
         let mut state = self.state();
         state.doubt = Some(Doubt::Came(Arc::clone(kept)));
+        state.came = None;
         state.over(MigrationState::InDoubt, Some(error.chain()));
     }
 
@@ -177,9 +183,11 @@ impl Mover {
             Settled::Waits => return,
             Settled::Gone => MigrationState::Failed,
         };
-        // By then it may be on its way to a third host.
-        if state.status.state == MigrationState::InDoubt {
+        // By then it may be on its way to a third host, or in doubt between here and there: that is
+        // another doubt.
+        if state.status.state == MigrationState::InDoubt && state.came_here() {
             state.doubt = None;
+            state.came = Some(settled);
             let error = (now == MigrationState::Failed).then(|| "the guest stays away".to_owned());
             state.over(now, error);
         }
@@ -203,6 +211,8 @@ impl Mover {
         machine.take_reins().map_err(|error| nothing(&error.to_string()))?;
         let guest = Leaving::new(Arc::clone(machine));
         let mut state = self.state();
+        // One that came runs already, and is about to be said to.
+        state.may_begin().inspect_err(|_| machine.return_reins())?;
         state.begin(side);
         state.status.state = MigrationState::Running;
         state.cancel = cancel;
@@ -216,6 +226,15 @@ impl Mover {
             }
         }
         Ok(state.status.clone())
+    }
+
+    /// The guest goes on here, and has its operator again. Both under one lock: whoever takes the
+    /// reins then begins the next migration, and this would be said of that one.
+    fn goes_on(&self, mut state: MutexGuard<'_, State>, now: MigrationState, why: Option<String>) {
+        state.over(now, why);
+        if let Some(machine) = locked(&self.machine).as_ref() {
+            machine.return_reins();
+        }
     }
 
     /// Moves the guest; runs in a thread of its own.
@@ -234,10 +253,7 @@ impl Mover {
             }
             Err(SourceFailure { error, guest: SourceGuest::Runs }) => {
                 tracing::warn!(error = error.chain(), "the guest was not moved, and runs on");
-                if let Some(machine) = locked(&self.machine).as_ref() {
-                    machine.return_reins();
-                }
-                self.state().over(MigrationState::Failed, Some(error.chain()));
+                self.goes_on(self.state(), MigrationState::Failed, Some(error.chain()));
             }
             Err(SourceFailure { error, guest: SourceGuest::Stuck(stuck) }) => {
                 let error = format!("{}; {}", error.chain(), stuck.chain());
@@ -280,11 +296,8 @@ impl Mover {
         match fate {
             Fate::RunsThere => self.left(),
             Fate::RunsHere => {
-                if let Some(machine) = locked(&self.machine).as_ref() {
-                    machine.return_reins();
-                }
                 let error = "the destination never ran the guest".to_owned();
-                self.state().over(MigrationState::Failed, Some(error));
+                self.goes_on(self.state(), MigrationState::Failed, Some(error));
             }
         }
         Ok(())
@@ -298,10 +311,8 @@ impl Mover {
             return Err(ControlError::Refused { what, hint });
         }
         guest.resume().map_err(|error| stands_still(&error))?;
-        if let Some(machine) = locked(&self.machine).as_ref() {
-            machine.return_reins();
-        }
-        self.state().over(MigrationState::Failed, Some("it was not moved, and goes on".to_owned()));
+        let error = "it was not moved, and goes on".to_owned();
+        self.goes_on(self.state(), MigrationState::Failed, Some(error));
         Ok(())
     }
 
@@ -336,6 +347,19 @@ impl Mover {
 }
 
 impl State {
+    /// The newest migration is that of a guest which came, or is to come.
+    fn came_here(&self) -> bool {
+        self.status.side == Some(MigrationSide::Destination)
+    }
+
+    /// Nothing is begun with a guest that may run on the other side.
+    fn may_begin(&self) -> Result<(), ControlError> {
+        if self.status.state == MigrationState::InDoubt {
+            return Err(nothing("it is not known where the guest runs; settle that first"));
+        }
+        Ok(())
+    }
+
     fn begin(&mut self, side: MigrationSide) {
         self.status = MigrationStatus { side: Some(side), ..MigrationStatus::default() };
         self.began = Some(Instant::now());
@@ -550,6 +574,41 @@ mod tests {
         let status = asked.migration();
         assert_eq!((status.state, status.phase), (MigrationState::Failed, None));
         assert!(status.state.is_over() && status.elapsed_ms > 0.0);
+    }
+
+    /// A source that was in doubt for long hears that its guest runs here, while that is in doubt
+    /// between here and a third host.
+    #[test]
+    fn what_an_old_source_hears_settles_no_other_doubt() {
+        let mover = Mover::new(None);
+        mover.state().begin(MigrationSide::Source);
+        mover.state().over(MigrationState::InDoubt, Some("the last word was lost".into()));
+        mover.heard(Settled::Runs);
+        assert_eq!(mover.state().status.state, MigrationState::InDoubt);
+    }
+
+    #[test]
+    fn nothing_is_begun_with_a_guest_in_doubt() {
+        let mover = Mover::new(None);
+        for side in [MigrationSide::Source, MigrationSide::Destination] {
+            mover.state().begin(side);
+            mover.state().over(MigrationState::InDoubt, None);
+            assert_eq!(mover.state().may_begin().unwrap_err().http_status(), 409);
+        }
+        mover.heard(Settled::Gone);
+        assert!(mover.state().may_begin().is_ok());
+    }
+
+    /// Its operator may move it on at once, before whoever waits for the word has looked.
+    #[test]
+    fn a_guest_that_was_settled_here_is_served_whatever_is_done_with_it() {
+        let mover = Mover::new(None);
+        mover.waits();
+        mover.state().over(MigrationState::InDoubt, None);
+        mover.heard(Settled::Runs);
+        mover.state().begin(MigrationSide::Source);
+        mover.state().status.state = MigrationState::Running;
+        assert_eq!(mover.until_settled(), Settled::Runs);
     }
 
     #[test]

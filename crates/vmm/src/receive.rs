@@ -10,7 +10,7 @@ use control::api::MigrationState;
 use migration::limits::STALL_PAUSED;
 use migration::link::Accept as _;
 use migration::tcp::{Security, TcpAcceptor};
-use migration::{DestinationConfig, DestinationGuest, ReceiveFailure, receive as arrive};
+use migration::{DestinationConfig, DestinationGuest, ReceiveFailure, Settled, receive as arrive};
 
 use crate::error::Error;
 use crate::machine::{End, Requests, serve_to_end};
@@ -98,7 +98,7 @@ pub fn receive(options: &ReceiveOptions, listens: impl Fn(SocketAddr)) -> Result
                 let kept = Arc::new(Mutex::new(Kept { custody, guest }));
                 mover.doubts(&kept, &error);
                 let answering = answer(&kept, acceptor, None, &mover)?;
-                if mover.until_settled() == MigrationState::Arrived {
+                if mover.until_settled() == Settled::Runs {
                     return run(&mover);
                 }
                 mover.set_machine(None);

@@ -6,20 +6,44 @@ use crate::error::Error;
 use crate::machine::Machine;
 
 /// Who has them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Reins {
+    /// Nobody: the guest was not started here. One that came, and is in doubt, may run where it
+    /// came from, so it can be neither moved on nor written to a file, which would let it go on.
+    #[default]
+    Nobody,
     /// The operator, who may have paused the guest.
     Operator { paused: bool },
     /// A migration, of which nobody else may resume the guest: it may run on the other side.
     Migration,
 }
 
+impl Reins {
+    fn is_operators(self) -> Result<(), Error> {
+        let what = match self {
+            Self::Operator { .. } => return Ok(()),
+            Self::Nobody => "the guest was not started here",
+            Self::Migration => "the guest is being moved already",
+        };
+        Err(Error::Option { what: what.into() })
+    }
+
+    fn take(&mut self) -> Result<(), Error> {
+        self.is_operators()?;
+        if *self == (Self::Operator { paused: true }) {
+            return Err(Error::Option { what: "the guest is paused; let it go on first".into() });
+        }
+        *self = Self::Migration;
+        Ok(())
+    }
+}
+
 impl Machine {
     /// The operator pauses the guest, or lets it go on; refused while it is moved.
     pub(crate) fn operator_pauses(&self, pause: bool) {
         let mut reins = self.reins();
-        if *reins == Reins::Migration {
-            tracing::warn!("operator: the guest is being moved; it is not paused or resumed");
+        if let Err(error) = reins.is_operators() {
+            tracing::warn!(%error, "the guest is not paused or resumed");
             return;
         }
         if pause {
@@ -36,19 +60,10 @@ impl Machine {
     /// # Errors
     /// Another one has them, or the guest is paused.
     pub(crate) fn take_reins(&self) -> Result<(), Error> {
-        let mut reins = self.reins();
-        let what = match *reins {
-            Reins::Operator { paused: false } => {
-                *reins = Reins::Migration;
-                return Ok(());
-            }
-            Reins::Operator { paused: true } => "the guest is paused; let it go on first",
-            Reins::Migration => "the guest is being moved already",
-        };
-        Err(Error::Option { what: what.into() })
+        self.reins().take()
     }
 
-    /// Gives the reins of a guest that runs back to its operator.
+    /// Gives the reins of a guest that runs to its operator.
     pub(crate) fn return_reins(&self) {
         *self.reins() = Reins::Operator { paused: false };
     }
@@ -56,5 +71,28 @@ impl Machine {
     /// One word is changed under it.
     fn reins(&self) -> MutexGuard<'_, Reins> {
         self.reins.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A guest that came and is in doubt may run on the other side: who could move it, or write it
+    /// to a file, would have two.
+    #[test]
+    fn nobody_has_the_reins_of_a_guest_that_was_not_started() {
+        let mut reins = Reins::default();
+        assert!(reins.is_operators().is_err() && reins.take().is_err());
+        assert_eq!(reins, Reins::Nobody);
+    }
+
+    #[test]
+    fn a_migration_has_them_alone_and_not_of_a_guest_that_is_paused() {
+        let mut reins = Reins::Operator { paused: true };
+        assert!(reins.take().is_err() && reins.is_operators().is_ok());
+        reins = Reins::Operator { paused: false };
+        reins.take().unwrap();
+        assert!(reins.take().is_err() && reins.is_operators().is_err());
     }
 }

@@ -341,7 +341,10 @@ impl DestinationMachine for Arriving {
 
     fn resume(&mut self) -> Result<(), MachineError> {
         self.take_disks()?;
-        self.made()?.resume();
+        let machine = self.made()?;
+        machine.resume();
+        // Not before: until it is known that it runs here, its operator must not let it go on.
+        machine.return_reins();
         Ok(())
     }
 

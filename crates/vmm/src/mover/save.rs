@@ -12,7 +12,7 @@ use migration::seams::SourceMachine as _;
 use migration::snapshot::{After, snapshot};
 use migration::{SourceConfig, SourceFailure, SourceGuest};
 
-use super::{DROP_CACHES_TIME, Doubt, Mover, Watch, locked, nothing, told};
+use super::{DROP_CACHES_TIME, Doubt, Mover, Watch, nothing, told};
 use crate::seams::Leaving;
 
 impl Mover {
@@ -56,17 +56,13 @@ impl Mover {
             }
         }
         let saved = snapshot(config, &mut guest, path, After::Resume, &mut watch);
-        let stuck = matches!(&saved, Err(SourceFailure { guest: SourceGuest::Stuck(_), .. }));
-        if !stuck && let Some(machine) = locked(&self.machine).as_ref() {
-            machine.return_reins();
-        }
         let mut state = self.state();
         match saved {
             Ok(summary) => {
                 tracing::info!(path = %path.display(), total_us = summary.total_us, "saved");
                 state.status.wire_bytes = summary.wire_bytes;
                 state.status.summary = Some(told::summary(&summary));
-                state.over(MigrationState::Saved, None);
+                self.goes_on(state, MigrationState::Saved, None);
             }
             Err(SourceFailure { error, guest: SourceGuest::Stuck(why) }) => {
                 let error = format!("{}; {}", error.chain(), why.chain());
@@ -77,10 +73,9 @@ impl Mover {
             // Of a file it is never in doubt whether it runs there.
             Err(SourceFailure { error, .. }) => {
                 tracing::warn!(error = error.chain(), "the guest was not saved, and runs on");
-                state.over(MigrationState::Failed, Some(error.chain()));
+                self.goes_on(state, MigrationState::Failed, Some(error.chain()));
             }
         }
-        drop(state);
         self.changed.notify_all();
     }
 }
