@@ -43,7 +43,7 @@ pub enum MigrationError {
     #[error("peer: impossible memory")]
     Layout(#[from] LayoutError),
     /// The peer's guest is larger than this side takes.
-    #[error("peer: its guest has {pages} pages of memory, {most} are allowed here")]
+    #[error("the guest has {pages} pages of memory, {most} are allowed here")]
     TooLarge {
         /// Pages that it has.
         pages: u64,
@@ -59,7 +59,7 @@ pub enum MigrationError {
         max: u16,
     },
     /// The host's processors cannot run the guest.
-    #[error("peer: the guest cannot run on this host")]
+    #[error("the guest cannot run on this host")]
     Cpu(#[from] CpuMismatch),
     /// The peer gave up and said why.
     #[error("the other side gave up: {reason}")]
@@ -109,6 +109,18 @@ pub enum MigrationError {
         #[source]
         source: io::Error,
     },
+    /// A file is no snapshot that a guest can be made of.
+    #[error("file: {what}")]
+    Snapshot {
+        /// What was wrong.
+        what: &'static str,
+    },
+    /// A snapshot is not as it was written, or changed since it was opened.
+    #[error("file: {what} is damaged")]
+    DamagedFile {
+        /// What it was.
+        what: &'static str,
+    },
     /// A certificate or a key is not usable, or the peer's was refused.
     #[error("tls: {what}")]
     Tls {
@@ -123,6 +135,16 @@ pub enum MigrationError {
 impl MigrationError {
     pub(crate) fn machine(what: &'static str) -> impl Fn(MachineError) -> Self {
         move |source| Self::Machine { what, source }
+    }
+
+    /// The same of who is no peer: a file that is read as a peer is heard.
+    pub(crate) fn of_file(self) -> Self {
+        match self {
+            Self::Peer { what } => Self::Snapshot { what },
+            Self::Damaged { what } => Self::DamagedFile { what },
+            Self::Layout(_) => Self::Snapshot { what: "it is of a guest with impossible memory" },
+            other => other,
+        }
     }
 
     /// An error of a connection by its kind.

@@ -118,7 +118,7 @@ pub struct FreePages {
 ///
 /// ```text
 /// describe, memory, start_dirty_log, take_dirty, ballooned_pages, free_pages,
-/// (take_dirty, set_throttle)*, pause, take_dirty, save_state, offer,
+/// (take_dirty, set_throttle)*, before_pause, pause, take_dirty, save_state, offer,
 /// then give_away; or, whenever something fails before the hand-over is offered:
 /// resume (if it was paused), set_throttle(0), stop_dirty_log, free_pages_done
 /// ```
@@ -187,6 +187,11 @@ pub trait SourceMachine {
     /// Leaves the guest's processors only `100 - percent` per cent of their time, so that it
     /// writes less; 0 to 99, 0 for all of it.
     fn set_throttle(&mut self, percent: u8);
+
+    /// The guest is about to be paused, and runs still: what can be done before is done now, such as
+    /// to bring to disk what it wrote. No part of the time for which it stands still. Shorter than
+    /// the destination waits for a sign of life.
+    fn before_pause(&mut self) {}
 
     /// Stops the guest's processors and whatever its devices have under way. When it returns
     /// nobody writes to the guest's memory until [`resume`](Self::resume).

@@ -102,7 +102,7 @@ fn a_file_that_is_not_as_it_was_written_is_refused_and_nothing_is_left() {
         let mut bytes = good.clone();
         bytes[at] ^= 4;
         let error = refused(&bytes);
-        assert!(!matches!(error, MigrationError::Machine { .. }), "{at}: {error:?}");
+        assert!(error.to_string().starts_with("file: "), "{at}: it blames another: {error}");
     }
     for len in [0, 100, 4096, 300 * 4096, good.len() - 1] {
         refused(&good[..len]);
@@ -133,6 +133,68 @@ fn a_snapshot_that_cannot_be_written_leaves_the_guest_and_no_file() {
     }
     let names: Vec<_> = fs::read_dir(dir.path()).unwrap().collect();
     assert_eq!(names.len(), 1, "{names:?}");
+}
+
+/// Another snapshot of the same form is copied over one that is open: right in itself, and another
+/// guest's.
+#[test]
+fn a_file_that_changes_under_its_reader_is_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, other) = (dir.path().join("a"), dir.path().join("b"));
+    write(&path, 0, 0, After::Stop);
+    write(&other, 2000, 0, After::Stop);
+    let file = SnapshotFile::open(&path).unwrap();
+    let before = fs::read(&path).unwrap();
+    let after = fs::read(&other).unwrap();
+    let differs = |page: &usize| {
+        let at = 4096 * (1 + page);
+        before[at..at + 4096] != after[at..at + 4096]
+    };
+    let page = (0..100).find(differs).unwrap() as u64;
+    let mut out = [0; 4096];
+    file.read_page(page, &mut out).unwrap();
+    fs::write(&path, &after).unwrap();
+    let read = file.read_page(page, &mut out);
+    assert!(matches!(read, Err(MigrationError::DamagedFile { .. })), "{read:?}");
+}
+
+/// Somebody else writes the part: another monitor that was told the same name.
+#[test]
+fn two_guests_are_not_written_into_one_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, part) = (dir.path().join("a"), dir.path().join("a.part"));
+    fs::write(&part, b"another guest").unwrap();
+    let other = fs::File::open(&part).unwrap();
+    other.lock().unwrap();
+    let mut source = Source::new(&Arc::new(World::default()), 0, 0);
+    let failed = snapshot(&quick_source(), &mut source, &path, After::Resume, &mut Silent);
+    assert!(source.runs());
+    let error = failed.unwrap_err().error;
+    assert!(matches!(error, MigrationError::Operator { .. }), "{error:?}");
+    assert_eq!(fs::read(&part).unwrap(), b"another guest");
+    // It died: what it left is nothing any more.
+    drop(other);
+    snapshot(&quick_source(), &mut source, &path, After::Resume, &mut Silent).unwrap();
+    assert!(path.exists() && !part.exists());
+}
+
+/// What is in the file is known by then, and a disk takes as long as it likes.
+#[test]
+fn a_guest_does_not_stand_still_until_its_file_is_on_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a");
+    let mut source = Source::new(&Arc::new(World::default()), 100, 0);
+    source.before = Some(path.clone());
+    snapshot(&quick_source(), &mut source, &path, After::Resume, &mut Silent).unwrap();
+    assert!(source.runs() && path.exists());
+    // One that cannot have its name after all is no snapshot, and the guest runs.
+    let path = dir.path().join("b");
+    source.before = None;
+    source.takes = Some(path.clone());
+    let failed = snapshot(&quick_source(), &mut source, &path, After::Resume, &mut Silent);
+    let failure = failed.unwrap_err();
+    assert!(source.runs() && matches!(failure.guest, SourceGuest::Runs), "{failure:?}");
+    assert_eq!(fs::read(&path).unwrap(), b"somebody's");
 }
 
 /// A file system that is too small, and goes away with the value.
@@ -319,7 +381,7 @@ mod lazily {
                 error
             }
         };
-        assert!(matches!(error, MigrationError::Damaged { .. }), "{error:?}");
+        assert!(matches!(error, MigrationError::DamagedFile { .. }), "{error:?}");
     }
 
     /// The page that the monitor itself needs while it takes the state.
@@ -334,7 +396,7 @@ mod lazily {
         let mut machine = Machine::default();
         let restored = restore_lazily(&quick_destination(), &mut machine, &path, &mut Silent);
         let error = restored.unwrap_err();
-        assert!(matches!(error, MigrationError::Damaged { .. }), "{error:?}");
+        assert!(matches!(error, MigrationError::DamagedFile { .. }), "{error:?}");
         assert!(machine.destroyed && !machine.runs);
     }
 

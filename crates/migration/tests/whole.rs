@@ -247,7 +247,7 @@ fn hosts_that_do_not_fit_say_why() {
     let features = refused(|destination, _| destination.features = 1);
     assert!(features.contains("the host's processor lacks 0x1:0x2"), "{features}");
     let memory = refused(|_, config| config.max_memory_bytes = 100 << 12);
-    assert!(memory.contains("its guest has 330 pages of memory, 100 are allowed"), "{memory}");
+    assert!(memory.contains("the guest has 330 pages of memory, 100 are allowed"), "{memory}");
     let machine = refused(|_, config| config.machine = "another".to_owned());
     assert!(machine.contains("another kind"), "{machine}");
 }

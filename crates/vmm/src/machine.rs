@@ -478,12 +478,26 @@ impl Requests {
     /// # Errors
     /// The host has no file descriptor left.
     pub fn new() -> io::Result<Self> {
-        use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
+        let requests = Self::before_guest()?;
+        requests.take_stop()?;
+        Ok(requests)
+    }
+
+    /// Takes those that are for a guest, before there is one: whoever sees that it has come may
+    /// send one at once, which would end a process that does not take it, and the guest with it.
+    /// What asks for the end ends the process, as long as it is not [taken](Self::take_stop) too.
+    pub(crate) fn before_guest() -> io::Result<Self> {
+        use signal_hook::consts::{SIGUSR1, SIGUSR2};
         Ok(Self {
-            stop: SignalPipe::new(&[SIGTERM, SIGINT])?,
+            stop: SignalPipe::new(&[])?,
             pause: SignalPipe::new(&[SIGUSR1])?,
             resume: SignalPipe::new(&[SIGUSR2])?,
         })
+    }
+
+    pub(crate) fn take_stop(&self) -> io::Result<()> {
+        use signal_hook::consts::{SIGINT, SIGTERM};
+        self.stop.take(&[SIGTERM, SIGINT])
     }
 
     /// Asks for the end.
@@ -503,14 +517,32 @@ impl SignalPipe {
     fn new(signals: &[i32]) -> io::Result<Self> {
         let (read, write) = UnixStream::pair()?;
         read.set_nonblocking(true)?;
+        let pipe = Self { read, write };
+        pipe.take(signals)?;
+        Ok(pipe)
+    }
+
+    fn take(&self, signals: &[i32]) -> io::Result<()> {
         for signal in signals {
-            signal_hook::low_level::pipe::register(*signal, write.try_clone()?)?;
+            signal_hook::low_level::pipe::register(*signal, self.write.try_clone()?)?;
         }
-        Ok(Self { read, write })
+        Ok(())
     }
 
     /// Takes all signals that came.
     fn clear(&self) {
         while matches!(io::Read::read(&mut &self.read, &mut [0; 64]), Ok(1..)) {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pause_that_comes_before_its_guest_ends_nothing() {
+        let requests = Requests::before_guest().unwrap();
+        signal_hook::low_level::raise(signal_hook::consts::SIGUSR1).unwrap();
+        assert_eq!(io::Read::read(&mut &requests.pause.read, &mut [0; 8]).unwrap(), 1);
     }
 }

@@ -29,6 +29,8 @@ struct Log {
     suspended: usize,
     /// What the guest has sent may wait in the ring.
     leaves: bool,
+    /// Its ring is never served to its end.
+    endless: bool,
 }
 
 #[derive(Clone, Default)]
@@ -71,7 +73,7 @@ impl Device for Fake {
                 return Served::Broken;
             }
         }
-        Served::Done { notify: !heads.is_empty(), more: false }
+        Served::Done { notify: !heads.is_empty(), more: self.log().endless }
     }
     fn until_due(&self) -> Option<Duration> {
         Some(Duration::ZERO)
@@ -285,6 +287,17 @@ fn a_pause_takes_nothing_that_may_wait_in_the_ring() {
     assert!(ring.take_used(&guest.memory).is_some());
 }
 
+/// Where the device's own writes add to the ring, as a hostile guest or host may have it.
+#[test]
+fn a_pause_does_not_serve_a_ring_without_end() {
+    let mut guest = Guest::new();
+    guest.start();
+    guest.fake.log().endless = true;
+    guest.registers.pause();
+    assert_eq!(guest.fake.log().served.len(), usize::from(MAX_QUEUE_SIZE));
+    assert_eq!(guest.fake.log().suspended, 1);
+}
+
 #[test]
 fn a_pause_serves_what_was_sent_and_then_nothing() {
     let mut guest = Guest::new();
@@ -479,6 +492,8 @@ fn states_that_cannot_be_are_refused() {
         ("another number of queues", 32, &[1, 0]),
         ("more queues than any device has", 32, &[0xff, 0xff]),
         ("another limit of entries", ring, &[16, 0]),
+        ("more chains that came back than were taken", ring + 4, &[1, 0]),
+        ("more chains that are kept than there are", ring + 2, &[17, 0]),
         ("an event index that was not agreed to", ring + 6, &[1]),
         ("a flag that is none", ring + 6, &[2]),
         ("a size that no ring has", ring + 7, &[3, 0]),

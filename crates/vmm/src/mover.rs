@@ -154,6 +154,11 @@ impl Mover {
         true
     }
 
+    /// Whatever is under way comes to nothing: what is read of the guest is not what it had.
+    pub(crate) fn call_off(&self) {
+        self.state().cancel.store(true, Ordering::Relaxed);
+    }
+
     /// A destination begins to wait for a guest.
     pub(crate) fn waits(&self) {
         let mut state = self.state();
@@ -240,6 +245,8 @@ impl Mover {
     /// Moves the guest; runs in a thread of its own.
     fn carry(self: &Arc<Self>, config: &SourceConfig, mut guest: Leaving, mut to: TcpConnector) {
         let mut watch = Watch(Arc::clone(self));
+        // What it wrote long ago goes to disk while nobody waits for a sign of life yet.
+        guest.before_pause();
         let moved = migrate(config, &mut guest, &mut to, &mut watch);
         match moved {
             Ok(summary) => {
@@ -609,6 +616,14 @@ mod tests {
         mover.state().begin(MigrationSide::Source);
         mover.state().status.state = MigrationState::Running;
         assert_eq!(mover.until_settled(), Settled::Runs);
+    }
+
+    #[test]
+    fn what_is_called_off_is_cancelled() {
+        let mover = Mover::new(None);
+        let cancel = Arc::clone(&mover.state().cancel);
+        mover.call_off();
+        assert!(cancel.load(Ordering::Relaxed));
     }
 
     #[test]

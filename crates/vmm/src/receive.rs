@@ -49,6 +49,7 @@ pub struct ReceiveOptions {
 /// What is wrong with the options, or with the host; and no guest within the time.
 pub fn receive(options: &ReceiveOptions, listens: impl Fn(SocketAddr)) -> Result<End, Error> {
     let mut acceptor = TcpAcceptor::new(options.listen, options.security.clone())?;
+    let requests = Requests::before_guest().map_err(Error::host("signal handling"))?;
     let mover = Mover::new(None);
     // Before anything comes, so that a guest which has come can be asked.
     let _control =
@@ -73,7 +74,7 @@ pub fn receive(options: &ReceiveOptions, listens: impl Fn(SocketAddr)) -> Result
                 let until = received.source_knows.then(|| Instant::now() + ANSWER_TIME);
                 let kept = Kept { custody: received.custody, guest };
                 answer(&Arc::new(Mutex::new(kept)), acceptor, until, &mover)?;
-                return run(&mover);
+                return run(&mover, &requests);
             }
             Err(ReceiveFailure { error, guest: DestinationGuest::Destroyed }) => {
                 mover.came(MigrationState::Failed, Some(error.chain()));
@@ -99,7 +100,7 @@ pub fn receive(options: &ReceiveOptions, listens: impl Fn(SocketAddr)) -> Result
                 mover.doubts(&kept, &error);
                 let answering = answer(&kept, acceptor, None, &mover)?;
                 if mover.until_settled() == Settled::Runs {
-                    return run(&mover);
+                    return run(&mover, &requests);
                 }
                 mover.set_machine(None);
                 // Until the source has heard that it has the guest.
@@ -110,10 +111,10 @@ pub fn receive(options: &ReceiveOptions, listens: impl Fn(SocketAddr)) -> Result
 }
 
 /// Serves the guest that came.
-fn run(mover: &Arc<Mover>) -> Result<End, Error> {
-    let requests = Requests::new().map_err(Error::host("signal handling"))?;
+fn run(mover: &Arc<Mover>, requests: &Requests) -> Result<End, Error> {
+    requests.take_stop().map_err(Error::host("signal handling"))?;
     match mover.machine() {
-        Some(machine) => serve_to_end(&machine, mover, &requests),
+        Some(machine) => serve_to_end(&machine, mover, requests),
         None => Err(Error::Unsupported { what: "a guest that is not there".into() }),
     }
 }

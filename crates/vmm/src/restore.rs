@@ -89,6 +89,9 @@ fn fill(
                     machine.halt();
                     std::thread::sleep(LOOK);
                 }
+                // One that moves or writes the guest waits for such a page as well, and would take
+                // the zeros for the guest's. None begins any more: the reins are taken.
+                mover.call_off();
                 guest.let_go();
             }
         });

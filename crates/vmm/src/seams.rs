@@ -212,11 +212,14 @@ impl SourceMachine for Leaving {
         self.machine.set_throttle(percent);
     }
 
+    fn before_pause(&mut self) {
+        self.machine.sync_disks_before_pause();
+    }
+
     fn pause(&mut self) -> Result<(), MachineError> {
         if self.machine.has_ended() {
             return Err("guest: it has ended".into());
         }
-        self.machine.sync_disks_before_pause();
         self.machine.pause();
         Ok(())
     }

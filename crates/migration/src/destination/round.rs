@@ -147,13 +147,15 @@ impl Shared {
     /// Tells the source on the stream that failed, and ends the others.
     fn fail<L: Link>(&self, index: usize, stream: &mut Stream<L>, error: &MigrationError) {
         let first = !self.failed.swap(true, Ordering::Relaxed);
+        // Before the others are closed, which has the source close all of its own, this one too.
+        let said = first && stream.say_last(&Control::Abort { reason: error.chain() });
         for (other, close) in self.closers.iter().enumerate() {
             if other != index {
                 close();
             }
         }
-        if first {
-            stream.say_and_hang_up(&Control::Abort { reason: error.chain() });
+        if said {
+            stream.hang_up();
         }
     }
 }
@@ -197,4 +199,81 @@ pub(crate) fn fill_with(
         rest = later;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{self, Read, Write};
+    use std::os::unix::net::UnixStream;
+    use std::sync::{Arc, Mutex};
+    use std::time::Duration;
+
+    use super::*;
+    use crate::seams::MachineError;
+    use crate::wire::frame::HEAD_BYTES;
+
+    struct Nowhere;
+
+    impl WritePages for Nowhere {
+        fn write_pages(&self, _: PageRange, _: &[u8]) -> Result<(), MachineError> {
+            Ok(())
+        }
+
+        fn zero_pages(&self, _: PageRange) -> Result<(), MachineError> {
+            Ok(())
+        }
+    }
+
+    /// Notes what is done to it.
+    struct Noted(UnixStream, Arc<Mutex<Vec<&'static str>>>);
+
+    impl Read for Noted {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            self.0.read(buffer)
+        }
+    }
+
+    impl Write for Noted {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.1.lock().unwrap().push("said");
+            self.0.write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Link for Noted {
+        fn set_timeout(&self, time: Duration) -> io::Result<()> {
+            self.0.set_timeout(time)
+        }
+
+        fn closer(&self) -> io::Result<Closer> {
+            let (close, notes) = (self.0.closer()?, Arc::clone(&self.1));
+            Ok(Box::new(move || {
+                notes.lock().unwrap().push("closed");
+                close();
+            }))
+        }
+    }
+
+    /// A source that sees another connection closed closes all of its own, and would not hear why.
+    #[test]
+    fn why_it_failed_is_said_before_anything_is_closed() {
+        let notes = Arc::new(Mutex::new(Vec::new()));
+        let (mut streams, mut peers) = (Vec::new(), Vec::new());
+        for _ in 0..3 {
+            let (mine, peer) = UnixStream::pair().unwrap();
+            let link = Noted(mine, Arc::clone(&notes));
+            streams.push(Stream::new(link, Duration::from_secs(20)).unwrap());
+            peers.push(peer);
+        }
+        peers[1].write_all(&[0; HEAD_BYTES]).unwrap();
+        let layout = GuestLayout::new(vec![PageRange::new(0, 8).unwrap()]).unwrap();
+        let round = Round { number: 0, pages: 8, layout: &layout, memory: &Nowhere };
+        let taken = round.take(&mut streams, &mut crate::observer::Silent);
+        assert!(matches!(taken, Err(MigrationError::Damaged { .. })), "{:?}", taken.map(drop));
+        assert_eq!(notes.lock().unwrap()[..2], ["said", "closed"]);
+    }
 }

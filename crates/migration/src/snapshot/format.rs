@@ -5,7 +5,9 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 use crate::codec::{Reader, Writer};
 use crate::error::MigrationError;
 use crate::layout::GuestLayout;
-use crate::limits::{MAX_BODY_BYTES, MAX_NAME_BYTES, MAX_STATE_BYTES, MAX_STATE_SECTIONS};
+use crate::limits::{
+    DEFAULT_MAX_MEMORY_BYTES, MAX_BODY_BYTES, MAX_NAME_BYTES, MAX_STATE_BYTES, MAX_STATE_SECTIONS,
+};
 use crate::seams::StateSection;
 use crate::wire::chunk::PAGE_BYTES;
 
@@ -21,6 +23,10 @@ const VERSION: u32 = 1;
 /// More than any state takes: sections with their names and lengths.
 const MAX_ENCODED_STATE_BYTES: u64 =
     MAX_STATE_BYTES + (MAX_STATE_SECTIONS * (MAX_NAME_BYTES + 16) + 4) as u64;
+
+/// Pages of a guest: its whole table is read before anything else is known of it, and a file with
+/// holes can have a table without end.
+const MAX_PAGES: u64 = DEFAULT_MAX_MEMORY_BYTES / PAGE_BYTES as u64;
 
 /// The first page of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,7 +78,7 @@ impl Head {
             state_bytes: body.u64()?,
             state_sum: body.u64()?,
         };
-        let fits = head.pages <= page_set::PAGE_NUMBER_END / 2
+        let fits = head.pages <= MAX_PAGES
             && head.description_bytes <= MAX_BODY_BYTES as u64
             && head.state_bytes <= MAX_ENCODED_STATE_BYTES;
         if fits { Ok(head) } else { Err(MigrationError::Peer { what: "an impossible snapshot" }) }
@@ -200,6 +206,8 @@ mod tests {
         }
         let refused = |head: Head| Head::decode(&head.encode()).is_err();
         assert!(refused(Head { pages: u64::MAX, ..head() }));
+        // A file with holes, whose table takes days to read.
+        assert!(refused(Head { pages: MAX_PAGES + 1, ..head() }));
         assert!(refused(Head { description_bytes: 1 << 40, ..head() }));
         assert!(refused(Head { state_bytes: 1 << 40, ..head() }));
     }

@@ -21,6 +21,13 @@ use crate::wire::control::decode_description;
 /// Pages that are read at once.
 const PAGES_AT_ONCE: u64 = 64;
 
+/// Bytes of the table that have one sum in memory, of 2 MiB of the guest: the file may change after
+/// it was looked at, and what the table says of a page must be what it said then.
+const BLOCK_BYTES: usize = 4096;
+
+const OUTSIDE: MigrationError =
+    MigrationError::Snapshot { what: "pages outside of the guest's memory" };
+
 /// What came of restoring.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Restored {
@@ -62,7 +69,8 @@ fn load<M: DestinationMachine>(
 ) -> Result<Restored, MigrationError> {
     observer.phase(Phase::Negotiate);
     let snapshot = SnapshotFile::open(path)?;
-    check(config, &machine.cpu_features(), snapshot.description())?;
+    check(config, &machine.cpu_features(), snapshot.description())
+        .map_err(MigrationError::of_file)?;
     let state = snapshot.state()?;
     let memory = machine.create(snapshot.description());
     let memory = memory.map_err(MigrationError::machine("making the guest"))?;
@@ -96,6 +104,8 @@ pub struct SnapshotFile {
     path: PathBuf,
     head: Head,
     description: Description,
+    /// Sums of the table's blocks.
+    blocks: Vec<u64>,
 }
 
 impl SnapshotFile {
@@ -104,6 +114,10 @@ impl SnapshotFile {
     /// # Errors
     /// It cannot be read, is no snapshot, or is not whole.
     pub fn open(path: &Path) -> Result<Self, MigrationError> {
+        Self::look_at(path).map_err(MigrationError::of_file)
+    }
+
+    fn look_at(path: &Path) -> Result<Self, MigrationError> {
         let error = |source| MigrationError::File { what: "reading", path: path.into(), source };
         let file = File::open(path).map_err(error)?;
         let len = file.metadata().map_err(error)?.len();
@@ -124,8 +138,9 @@ impl SnapshotFile {
         if description.layout.pages() != head.pages {
             return Err(MigrationError::Peer { what: "a table of another size than the memory" });
         }
-        let snapshot = Self { file, path: path.to_owned(), head, description };
-        snapshot.check_table()?;
+        let (path, blocks) = (path.to_owned(), Vec::new());
+        let mut snapshot = Self { file, path, head, description, blocks };
+        snapshot.blocks = snapshot.check_table()?;
         Ok(snapshot)
     }
 
@@ -143,9 +158,9 @@ impl SnapshotFile {
         let mut bytes = vec![0; usize::try_from(self.head.state_bytes).unwrap_or(0)];
         self.read(&mut bytes, self.head.state_at())?;
         if format::sum(&bytes) != self.head.state_sum {
-            return Err(MigrationError::Damaged { what: "state" });
+            return Err(MigrationError::DamagedFile { what: "state" });
         }
-        format::decode_state(&bytes)
+        format::decode_state(&bytes).map_err(MigrationError::of_file)
     }
 
     /// Reads one page; false where it is zeros, and `out` is as it was.
@@ -153,11 +168,8 @@ impl SnapshotFile {
     /// # Errors
     /// The page does not exist, cannot be read, or is not as it was written.
     pub fn read_page(&self, page: u64, out: &mut [u8; PAGE_BYTES]) -> Result<bool, MigrationError> {
-        let outside = MigrationError::Peer { what: "pages outside of the guest's memory" };
-        let index = index_of(&self.description.layout, page).ok_or(outside)?;
-        let mut entry = [0; 8];
-        self.read(&mut entry, self.head.table_at() + index * ENTRY_BYTES)?;
-        let entry = u64::from_le_bytes(entry);
+        let index = index_of(&self.description.layout, page).ok_or(OUTSIDE)?;
+        let entry = self.entries(index, 1)?.first().copied().unwrap_or(0);
         if entry == 0 {
             return Ok(false);
         }
@@ -168,13 +180,9 @@ impl SnapshotFile {
 
     /// Copies at most [`PAGES_AT_ONCE`] pages of one region; how many were not zeros.
     fn copy(&self, pages: PageRange, memory: &dyn WritePages) -> Result<u64, MigrationError> {
-        let outside = MigrationError::Peer { what: "pages outside of the guest's memory" };
-        let index = index_of(&self.description.layout, pages.start()).ok_or(outside)?;
-        let count = usize::try_from(pages.pages()).unwrap_or(0);
-        let mut entries = vec![0; count * 8];
-        self.read(&mut entries, self.head.table_at() + index * ENTRY_BYTES)?;
-        let (entries, _) = entries.as_chunks::<8>();
-        let bits = entries.iter().enumerate().filter(|(_, entry)| **entry != [0; 8]);
+        let index = index_of(&self.description.layout, pages.start()).ok_or(OUTSIDE)?;
+        let entries = self.entries(index, usize::try_from(pages.pages()).unwrap_or(0))?;
+        let bits = entries.iter().enumerate().filter(|(_, entry)| **entry != 0);
         let bits = bits.fold(0u64, |bits, (bit, _)| bits | 1 << bit);
         let mut contents = Vec::new();
         for run in (crate::dirty::Word { start: pages.start(), bits }).runs() {
@@ -184,7 +192,7 @@ impl SnapshotFile {
             let entries = entries.iter().skip(usize::try_from(first).unwrap_or(usize::MAX));
             let each = contents.chunks(PAGE_BYTES).zip(entries);
             for ((bytes, entry), page) in each.zip(run.start()..) {
-                self.check_page(bytes, page, u64::from_le_bytes(*entry))?;
+                self.check_page(bytes, page, *entry)?;
             }
             memory
                 .write_pages(run, &contents)
@@ -199,14 +207,32 @@ impl SnapshotFile {
 
     fn check_page(&self, contents: &[u8], page: u64, entry: u64) -> Result<(), MigrationError> {
         if page_sum(contents, page) != entry {
-            return Err(MigrationError::Damaged { what: "memory" });
+            return Err(MigrationError::DamagedFile { what: "memory" });
         }
         Ok(())
     }
 
-    /// The table says which pages are zeros, so none of it may be wrong.
-    fn check_table(&self) -> Result<(), MigrationError> {
-        let mut hash = Xxh3Default::new();
+    /// What the table says of `count` pages, and said when it was looked at.
+    fn entries(&self, index: u64, count: usize) -> Result<Vec<u64>, MigrationError> {
+        let place = |number: u64| usize::try_from(number).unwrap_or(usize::MAX);
+        let first = place(index * ENTRY_BYTES) / BLOCK_BYTES;
+        let offset = place(index * ENTRY_BYTES) % BLOCK_BYTES;
+        let end = (offset + count * 8).next_multiple_of(BLOCK_BYTES);
+        let all = place(self.head.pages * ENTRY_BYTES);
+        let mut bytes = vec![0; end.min(all.saturating_sub(first * BLOCK_BYTES))];
+        self.read(&mut bytes, self.head.table_at() + (first * BLOCK_BYTES) as u64)?;
+        let known = self.blocks.get(first..).unwrap_or_default();
+        let mut sums = bytes.chunks(BLOCK_BYTES).map(format::sum).enumerate();
+        if !sums.all(|(at, sum)| known.get(at) == Some(&sum)) {
+            return Err(MigrationError::DamagedFile { what: "the table of pages" });
+        }
+        let (entries, _) = bytes.get(offset..).unwrap_or_default().as_chunks::<8>();
+        Ok(entries.iter().take(count).map(|entry| u64::from_le_bytes(*entry)).collect())
+    }
+
+    /// The table says which pages are zeros, so none of it may be wrong. Sums of its blocks.
+    fn check_table(&self) -> Result<Vec<u64>, MigrationError> {
+        let (mut hash, mut blocks) = (Xxh3Default::new(), Vec::new());
         let mut left = self.head.pages * ENTRY_BYTES;
         let mut bytes = vec![0; 64 << 10];
         while left > 0 {
@@ -215,10 +241,11 @@ impl SnapshotFile {
             let part = bytes.get_mut(..len).unwrap_or_default();
             self.read(part, at)?;
             hash.update(part);
+            blocks.extend(part.chunks(BLOCK_BYTES).map(format::sum));
             left -= len as u64;
         }
         let whole = hash.digest() == self.head.table_sum;
-        if whole { Ok(()) } else { Err(MigrationError::Damaged { what: "the table of pages" }) }
+        if whole { Ok(blocks) } else { Err(MigrationError::Damaged { what: "the table of pages" }) }
     }
 
     fn read(&self, bytes: &mut [u8], at: u64) -> Result<(), MigrationError> {

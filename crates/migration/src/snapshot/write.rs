@@ -1,8 +1,8 @@
 //! Writing a guest to a file while it runs.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -59,6 +59,32 @@ pub fn snapshot<M: SourceMachine>(
     job.finish(outcome, no_doubt(id, config))
 }
 
+/// Opens a part, empty, for this guest alone: two that were told the same name would write into one
+/// another's file, also when that has its name. What a monitor left that died is written over.
+fn open_alone(part: &Path) -> Result<File, MigrationError> {
+    let failed = |source| MigrationError::File { what: "making", path: part.into(), source };
+    let taken = || MigrationError::Operator {
+        what: format!("{} is being written by somebody else", part.display()),
+    };
+    let open = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(part);
+    let file = open.map_err(failed)?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Err(taken()),
+        Err(TryLockError::Error(error)) => {
+            tracing::warn!(%error, "host: no lock; take care that nobody else writes this file");
+        }
+    }
+    // Who had it may have ended between the two, and taken the name away; nor is it a link.
+    let (ours, named) = (file.metadata(), fs::symlink_metadata(part));
+    let (ours, named) = (ours.map_err(failed)?, named.map_err(|_| taken())?);
+    if (ours.dev(), ours.ino()) != (named.dev(), named.ino()) {
+        return Err(taken());
+    }
+    file.set_len(0).map_err(failed)?;
+    Ok(file)
+}
+
 /// The file that is being written.
 struct SnapshotSink {
     file: File,
@@ -82,13 +108,7 @@ impl SnapshotSink {
             let what = format!("{} exists", path.display());
             return Err(MigrationError::Operator { what });
         }
-        let options =
-            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&part);
-        let file = options.map_err(|source| MigrationError::File {
-            what: "making",
-            path: part.clone(),
-            source,
-        })?;
+        let file = open_alone(&part)?;
         let (path, layout, description) = (path.to_owned(), None, Vec::new());
         let (table, written_bytes) = (Vec::new(), 0);
         Ok(Self { file, path, part, after, layout, description, table, written_bytes })
@@ -261,11 +281,18 @@ impl Sink for SnapshotSink {
     }
 
     fn hand_over(&mut self) -> HandedOver {
-        match (self.commit(), self.after) {
-            (Err(error), _) => HandedOver::Refused(error),
-            (Ok(()), After::Resume) => HandedOver::Copied,
-            (Ok(()), After::Stop) => HandedOver::Taken(Duration::ZERO),
+        match self.after {
+            After::Resume => HandedOver::Copied,
+            After::Stop => match self.commit() {
+                Err(error) => HandedOver::Refused(error),
+                Ok(()) => HandedOver::Taken(Duration::ZERO),
+            },
         }
+    }
+
+    /// All that is in it was read of the guest, which need not wait for the disk.
+    fn keep(&mut self) -> Result<(), MigrationError> {
+        self.commit()
     }
 
     fn abort(&mut self, _error: &MigrationError) {}

@@ -160,6 +160,11 @@ pub(crate) trait Sink {
     /// Gives the guest away. Called once, after everything else.
     fn hand_over(&mut self) -> HandedOver;
 
+    /// The guest goes on here: the copy that was [handed over](Self::hand_over) is to last.
+    fn keep(&mut self) -> Result<(), MigrationError> {
+        Ok(())
+    }
+
     /// It came to nothing; says so where it can, and leaves nothing behind.
     fn abort(&mut self, error: &MigrationError);
 
@@ -349,6 +354,8 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
 
     fn pause(&mut self) -> Result<(), MigrationError> {
         self.not_cancelled()?;
+        self.machine.before_pause();
+        self.not_cancelled()?;
         let at = Instant::now();
         self.stopped = Some(at);
         let paused = self.machine.pause();
@@ -415,14 +422,17 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
                 Err(SourceFailure { error, guest: SourceGuest::InDoubt(doubt) })
             }
             Ok(Outcome::Moved) => Ok(self.summarize()),
-            Ok(Outcome::Copied) => match self.undo() {
-                SourceGuest::Stuck(error) => {
-                    let text = "the copy is whole, but the guest does not go on".into();
-                    let guest = SourceGuest::Stuck(error);
-                    Err(SourceFailure { error: MigrationError::Operator { what: text }, guest })
+            Ok(Outcome::Copied) => {
+                // The guest first: a disk takes as long as it likes.
+                let guest = self.undo();
+                let kept = self.sink.keep();
+                if kept.is_ok() && guest.runs_here() {
+                    return Ok(self.summarize());
                 }
-                _ => Ok(self.summarize()),
-            },
+                let what = "the copy is whole, but the guest does not go on".to_owned();
+                let error = kept.err().unwrap_or(MigrationError::Operator { what });
+                Err(SourceFailure { error, guest })
+            }
             Err(error) => {
                 // The guest first: it has stood long enough.
                 let guest = self.undo();
@@ -439,17 +449,20 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
         let mut summary = self.summary;
         summary.wire_bytes = self.sink.wire_bytes();
         summary.total_us = us(self.started.elapsed());
-        summary.downtime.total_us = self.stopped.map_or(0, |at| us(at.elapsed()));
+        if let Some(at) = self.stopped {
+            summary.downtime.total_us = us(at.elapsed());
+        }
         summary
     }
 
     /// The guest goes on here, as if nothing had been.
     fn undo(&mut self) -> SourceGuest {
         let mut guest = SourceGuest::Runs;
-        if self.stopped.is_some()
-            && let Err(error) = self.machine.resume()
-        {
-            guest = SourceGuest::Stuck(MigrationError::machine("resuming the guest")(error));
+        if let Some(at) = self.stopped.take() {
+            if let Err(error) = self.machine.resume() {
+                guest = SourceGuest::Stuck(MigrationError::machine("resuming the guest")(error));
+            }
+            self.summary.downtime.total_us = us(at.elapsed());
         }
         undo_watch(self.machine, self.logging, self.asked_free);
         guest

@@ -18,6 +18,9 @@ use crate::limits::{MAX_FILL_RANGES, MAX_NAME_BYTES, MAX_PAYLOAD_BYTES, MAX_STAT
 /// Bytes of a page.
 pub(crate) const PAGE_BYTES: usize = 4096;
 
+/// A round ends because it announced its pages; whoever sent frames about none could go on for ever.
+const NO_PAGE: MigrationError = MigrationError::Peer { what: "contents of no page" };
+
 /// How a payload is packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Encoding {
@@ -73,6 +76,9 @@ impl Chunk {
         }
         let outside = MigrationError::Peer { what: "pages outside of the guest's memory" };
         let all = Word { start, bits: data | zeros };
+        if all.bits == 0 {
+            return Err(NO_PAGE);
+        }
         let mut counted = 0;
         for run in all.runs() {
             if !layout.holds(run) {
@@ -151,7 +157,7 @@ impl Fill {
             ranges.push(range.ok_or(outside)?);
         }
         body.finish()?;
-        Ok(Self { round, pattern, ranges })
+        if ranges.is_empty() { Err(NO_PAGE) } else { Ok(Self { round, pattern, ranges }) }
     }
 
     pub(crate) fn pages(&self) -> u64 {
@@ -280,8 +286,9 @@ mod tests {
         assert!(refused(Chunk { start: u64::MAX - 1, ..chunk() }, 2));
         assert!(refused(Chunk { start: (1 << 52) - 1, ..chunk() }, 2));
         assert!(!refused(Chunk { start: 107, ..chunk() }, 2));
-        // No page at all is no page outside.
-        assert!(!refused(Chunk { start: u64::MAX, data: 0, zeros: 0, ..chunk() }, 2));
+        for start in [0, u64::MAX] {
+            assert!(refused(Chunk { start, data: 0, zeros: 0, ..chunk() }, 2), "no page");
+        }
     }
 
     #[test]
@@ -291,6 +298,7 @@ mod tests {
         let good = fill(vec![range(0, 64), range(101, 2)]);
         assert_eq!(good.pages(), 66);
         assert_eq!(Fill::decode(&good.encode(), &layout(), 1).unwrap(), good);
+        assert!(Fill::decode(&fill(vec![]).encode(), &layout(), 1).is_err(), "no page");
         for bad in [range(63, 2), range(64, 36), range(5, 0)] {
             assert!(Fill::decode(&fill(vec![bad]).encode(), &layout(), 1).is_err());
         }

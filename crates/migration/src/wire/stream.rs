@@ -146,13 +146,24 @@ impl<L: Link> Stream<L> {
         self.flush()
     }
 
-    /// Says a last word and waits, not for long, until the peer has hung up: a connection that is
-    /// closed with bytes unread loses what was said last (TCP sends a reset).
+    /// Says a last word and waits, not for long, until the peer has hung up.
     pub(crate) fn say_and_hang_up(&mut self, message: &Control) {
-        let said = self.set_timeout(LINGER_STEP).and_then(|()| self.send(message));
+        if self.say_last(message) {
+            self.hang_up();
+        }
+    }
+
+    /// Says a last word; false where it did not go.
+    pub(crate) fn say_last(&mut self, message: &Control) -> bool {
+        self.set_timeout(LINGER_STEP).and_then(|()| self.send(message)).is_ok()
+    }
+
+    /// Waits, not for long, until the peer has hung up: a connection that is closed with bytes
+    /// unread loses what was said last (TCP sends a reset).
+    pub(crate) fn hang_up(&mut self) {
         let deadline = Instant::now() + LINGER;
         let mut rest = [0; 64 << 10];
-        while said.is_ok() && Instant::now() < deadline {
+        while Instant::now() < deadline {
             match self.link.read(&mut rest) {
                 Ok(0) => break,
                 Ok(_) => {}

@@ -5,6 +5,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Arc, Mutex, RwLock, mpsc};
@@ -201,6 +202,12 @@ pub struct Source {
     pub fails_at: Option<&'static str>,
     /// Has the disk as soon as the source lets go of it.
     pub thief: bool,
+    /// What must not be there yet when the guest goes on.
+    pub before: Option<PathBuf>,
+    /// A file that somebody makes while the guest stands still.
+    pub takes: Option<PathBuf>,
+    /// Times that it was said that the guest is about to be paused.
+    pub warned: usize,
 }
 
 impl Source {
@@ -217,6 +224,9 @@ impl Source {
             state_bytes: 300_000,
             fails_at: None,
             thief: false,
+            before: None,
+            takes: None,
+            warned: 0,
         }
     }
 
@@ -289,8 +299,17 @@ impl SourceMachine for Source {
         self.throttle = percent;
     }
 
+    fn before_pause(&mut self) {
+        assert!(self.runs());
+        self.warned += 1;
+    }
+
     fn pause(&mut self) -> Result<(), MachineError> {
         self.step("pause")?;
+        assert!(std::mem::take(&mut self.warned) == 1, "it was not said before");
+        if let Some(path) = &self.takes {
+            std::fs::write(path, b"somebody's")?;
+        }
         self.world.source_runs.store(false, Ordering::SeqCst);
         Ok(())
     }
@@ -310,6 +329,7 @@ impl SourceMachine for Source {
 
     fn resume(&mut self) -> Result<(), MachineError> {
         self.step("resume")?;
+        assert!(self.before.as_ref().is_none_or(|path| !path.exists()), "it waited for the file");
         self.world.take_disk(SOURCE)?;
         assert!(!self.world.ran_there.load(Ordering::SeqCst), "it ran there already");
         assert!(!self.world.given_away.load(Ordering::SeqCst), "it was given away");

@@ -165,6 +165,12 @@ impl<S: Signals> Transport<S> {
         if queue.ready() && (!settled || queue.event_idx_enabled() != event_idx) {
             return None;
         }
+        // Chains that the device kept. None of a ring comes back before it was taken; where the rings
+        // lie upon one another as well, this device's own answers would be its next chains.
+        let kept = queue.next_avail().wrapping_sub(queue.next_used());
+        if queue.ready() && kept > queue.size() {
+            return None;
+        }
         ring::lies_in(&queue, &self.memory).then_some(Ring { queue, places })
     }
 }
