@@ -13,6 +13,7 @@ use common::{
     BALLOONED, Destination, FREE, POISON, SOURCE, Source, World, compare, network,
     quick_destination, quick_source,
 };
+use migration::link::Accept as _;
 use migration::observer::{Observer, Phase, Progress, Silent};
 use migration::seams::SourceMachine as _;
 use migration::{
@@ -250,6 +251,31 @@ fn hosts_that_do_not_fit_say_why() {
     assert!(memory.contains("the guest has 330 pages of memory, 100 are allowed"), "{memory}");
     let machine = refused(|_, config| config.machine = "another".to_owned());
     assert!(machine.contains("another kind"), "{machine}");
+}
+
+/// A destination that has a guest, or one in doubt, takes no other; it is no breach of the protocol.
+#[test]
+fn a_guest_that_comes_where_one_is_hears_so() {
+    let world = Arc::new(World::default());
+    let (mut source, mut destination) = (Source::new(&world, 0, 0), Destination::new(&world));
+    let (here, there) = (quick_source(), quick_destination());
+    let (sent, received) = run(&mut source, &mut destination, &here, &there, &mut Silent);
+    sent.unwrap();
+    let mut custody = received.unwrap().custody;
+    let mut second = Source::new(&Arc::new(World::default()), 0, 0);
+    let (mut connect, mut incoming) = network();
+    let config = SourceConfig { connections: 1, ..quick_source() };
+    let sent = thread::scope(|scope| {
+        scope.spawn(|| {
+            let link = incoming.accept(None).unwrap();
+            custody.answer(link, Duration::from_secs(10), &mut destination).unwrap_err();
+        });
+        migrate(&config, &mut second, &mut connect, &mut Silent)
+    });
+    let error = sent.unwrap_err().error;
+    assert!(matches!(&error, MigrationError::GivenUp { .. }), "{error:?}");
+    assert!(error.to_string().contains("another guest came there before"), "{error}");
+    assert!(second.runs() && destination.runs());
 }
 
 /// Somebody who changes their mind when a phase begins.

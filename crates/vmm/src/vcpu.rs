@@ -66,6 +66,25 @@ struct Processor {
     _vm: Arc<Vm>,
 }
 
+/// What came of entering the guest once.
+enum Step {
+    /// It needed something, and has it.
+    Served,
+    /// It was called out, or waits to be woken for the first time.
+    Interrupted,
+    /// It has ended.
+    Ended(Result<Request, Error>),
+}
+
+/// What a processor is to do.
+enum Stand {
+    Runs,
+    /// Nobody wants it any more.
+    Over,
+    /// What it was doing ends the guest.
+    Ended(Result<Request, Error>),
+}
+
 impl Processors {
     /// Makes threads for `processors`, which wait until they are [told to run](Self::resume).
     pub(crate) fn new(
@@ -185,6 +204,9 @@ impl Processors {
             Wanted::Stop => state.gone == self.threads.len(),
         };
         while !is_done(&state) {
+            // Who failed to move the guest may have let it go on since, when all had come to a stop
+            // and this thread had not looked yet.
+            state.wanted = wanted;
             self.call();
             let waited = self.group.changed.wait_timeout(state, CALL_AGAIN);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -212,9 +234,18 @@ impl Processor {
     fn run(mut self) {
         // Also told when this panics: who waits for it must not wait for ever.
         let _gone = Gone(Arc::clone(&self.group));
-        while self.may_run() {
-            self.rest();
-            let Some(end) = self.step() else { continue };
+        loop {
+            let end = match self.may_run() {
+                Stand::Over => break,
+                Stand::Ended(end) => end,
+                Stand::Runs => {
+                    self.rest();
+                    match self.step() {
+                        Step::Ended(end) => end,
+                        Step::Served | Step::Interrupted => continue,
+                    }
+                }
+            };
             let mut state = self.group.state();
             // The first end is the one that counts.
             state.end.get_or_insert(end);
@@ -242,15 +273,17 @@ impl Processor {
         self.ran_since = Instant::now();
     }
 
-    /// Waits while the guest is paused; false when it is over.
-    fn may_run(&mut self) -> bool {
+    /// Waits while the guest is paused.
+    fn may_run(&mut self) -> Stand {
         let group = Arc::clone(&self.group);
         let mut state = group.state();
         if state.wanted == Wanted::Run {
-            return true;
+            return Stand::Runs;
         }
         drop(state);
-        self.complete();
+        if let Some(end) = self.complete() {
+            return Stand::Ended(end);
+        }
         state = group.state();
         state.parked += 1;
         group.changed.notify_all();
@@ -264,47 +297,56 @@ impl Processor {
             // The guest shall not take the pause for a lock-up. It may have no such clock.
             let _ = locked(&self.fd).kvmclock_ctrl();
         }
-        runs
+        if runs { Stand::Runs } else { Stand::Over }
     }
 
     /// KVM finishes an access to a device only on the next entry; with this there is one that
-    /// runs nothing of the guest (KVM's `api.rst`, `KVM_RUN`).
-    fn complete(&mut self) {
-        let mut fd = locked(&self.fd);
-        fd.set_kvm_immediate_exit(1);
-        // EINTR is what is to be expected; anything else comes again on the next entry.
-        let _ = fd.run();
-        fd.set_kvm_immediate_exit(0);
+    /// runs nothing of the guest (KVM's `api.rst`, `KVM_RUN`). An instruction that makes several
+    /// accesses comes out for each, and the next entry takes each for served.
+    fn complete(&mut self) -> Option<Result<Request, Error>> {
+        locked(&self.fd).set_kvm_immediate_exit(1);
+        let end = loop {
+            match self.step() {
+                Step::Served => {}
+                Step::Interrupted => break None,
+                Step::Ended(end) => break Some(end),
+            }
+        };
+        locked(&self.fd).set_kvm_immediate_exit(0);
+        end
     }
 
-    /// Runs the guest until it needs something, and gives it that. Some where the guest ends.
-    fn step(&mut self) -> Option<Result<Request, Error>> {
+    /// Runs the guest until it needs something, and gives it that.
+    fn step(&mut self) -> Step {
         let mut fd = locked(&self.fd);
         let why = match fd.run() {
             Ok(VcpuExit::MmioRead(address, data)) => {
                 self.bus.read(address, data);
-                return None;
+                return Step::Served;
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
                 self.bus.write(address, data);
-                return None;
+                return Step::Served;
             }
             Ok(VcpuExit::IoIn(port, data)) => {
                 self.bus.ports.read(port, data);
-                return None;
+                return Step::Served;
             }
-            Ok(VcpuExit::IoOut(port, data)) => return self.bus.ports.write(port, data).map(Ok),
-            Ok(VcpuExit::Intr) => return None,
+            Ok(VcpuExit::IoOut(port, data)) => {
+                let ends = self.bus.ports.write(port, data);
+                return ends.map_or(Step::Served, |request| Step::Ended(Ok(request)));
+            }
+            Ok(VcpuExit::Intr) => return Step::Interrupted,
             Ok(VcpuExit::Shutdown) => "a fault while it handled a fault (triple fault)".to_owned(),
             Ok(exit) => format!("{exit:?}"),
-            Err(error) if is_interruption(error) => return None,
+            Err(error) if is_interruption(error) => return Step::Interrupted,
             Err(error) => {
-                return Some(Err(Error::kvm("running the guest")(error)));
+                return Step::Ended(Err(Error::kvm("running the guest")(error)));
             }
         };
         let at = fd.get_regs().map_or(0, |regs| regs.rip);
         let why = format!("{why}, at {at:#x}");
-        Some(Err(Error::Processor { cpu: self.number, why }))
+        Step::Ended(Err(Error::Processor { cpu: self.number, why }))
     }
 }
 

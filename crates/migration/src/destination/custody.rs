@@ -122,6 +122,11 @@ impl Custody {
         machine: &mut M,
     ) -> Result<(), MigrationError> {
         let (hello, mut stream) = hear(link, stall)?;
+        if hello.purpose == Purpose::Migrate {
+            let reason = "another guest came there before: it runs, or is to be settled first";
+            stream.say_and_hang_up(&Control::Abort { reason: reason.to_owned() });
+            return Err(MigrationError::Peer { what: "it brings a guest where one is" });
+        }
         if hello.purpose != Purpose::Settle || hello.id != self.id {
             answer_unknown(&mut stream);
             return Err(MigrationError::Peer { what: "it asks for another guest" });
