@@ -188,7 +188,7 @@ fn serve(
     destination: &mut Destination,
     incoming: &mut Incoming<Faulty>,
 ) -> Result<Received, ReceiveFailure> {
-    let Err(ReceiveFailure { error, guest: DestinationGuest::InDoubt(mut custody) }) = received
+    let Err(ReceiveFailure { id, error, guest: DestinationGuest::InDoubt(mut custody) }) = received
     else {
         return received;
     };
@@ -196,7 +196,7 @@ fn serve(
         let Ok(link) = incoming.0.recv_timeout(2 * STALL) else { break };
         let _ = custody.answer(link, STALL, destination);
     }
-    Err(ReceiveFailure { error, guest: DestinationGuest::InDoubt(custody) })
+    Err(ReceiveFailure { id, error, guest: DestinationGuest::InDoubt(custody) })
 }
 
 fn connector(

@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::io::{Read as _, Write as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -15,10 +16,11 @@ use common::{
 };
 use migration::link::Accept as _;
 use migration::observer::{Observer, Phase, Progress, Silent};
+use migration::raw::Speaker;
 use migration::seams::SourceMachine as _;
 use migration::{
-    DestinationConfig, DestinationGuest, MigrationError, ReceiveFailure, Received, SourceConfig,
-    SourceFailure, SourceGuest, Summary, migrate, receive,
+    DestinationConfig, DestinationGuest, MigrationError, MigrationId, ReceiveFailure, Received,
+    SourceConfig, SourceFailure, SourceGuest, Summary, migrate, receive,
 };
 
 type Outcome = (Result<Summary, SourceFailure>, Result<Received, ReceiveFailure>);
@@ -251,6 +253,42 @@ fn hosts_that_do_not_fit_say_why() {
     assert!(memory.contains("the guest has 330 pages of memory, 100 are allowed"), "{memory}");
     let machine = refused(|_, config| config.machine = "another".to_owned());
     assert!(machine.contains("another kind"), "{machine}");
+}
+
+/// What a destination says of a migration before it takes the next.
+fn asked(id: MigrationId, there: &DestinationConfig) -> u32 {
+    let (mut connect, mut incoming) = network();
+    let mut peer = connect().unwrap();
+    drop(connect);
+    let mut hello = b"AEROSTAT".to_vec();
+    hello.extend([1, 0, 1, 0, 2, 0, 1, 0]);
+    hello.extend(id.0);
+    hello.extend([0; 8]);
+    peer.write_all(&Speaker::new().frame(1, &hello, &[])).unwrap();
+    let mut destination = Destination::new(&Arc::new(World::default()));
+    thread::scope(|scope| {
+        scope.spawn(|| receive(there, &mut destination, &mut incoming, &mut Silent).unwrap_err());
+        let mut status = [0; 28];
+        peer.read_exact(&mut status).unwrap();
+        drop(peer);
+        u32::from_le_bytes(*status.last_chunk().unwrap())
+    })
+}
+
+/// *Refused*, or *gone*, may be lost, and the destination goes on to wait: the source is in doubt
+/// for ever, if that has forgotten.
+#[test]
+fn what_is_gone_is_known_to_be_gone_for_as_long_as_somebody_may_ask() {
+    let world = Arc::new(World::default());
+    let (mut source, mut destination) = (Source::new(&world, 0, 0), Destination::new(&world));
+    destination.fails_at = Some("resume");
+    let (here, mut there) = (quick_source(), quick_destination());
+    let (_, received) = run(&mut source, &mut destination, &here, &there, &mut Silent);
+    let id = received.unwrap_err().id.unwrap();
+    assert_eq!(asked(id, &there), 4, "unknown");
+    there.gone.push(id);
+    assert_eq!(asked(id, &there), 3, "gone");
+    assert_eq!(asked(MigrationId([7; 16]), &there), 4, "unknown");
 }
 
 /// A destination that has a guest, or one in doubt, takes no other; it is no breach of the protocol.

@@ -22,6 +22,9 @@ use crate::seams::Arriving;
 /// on its way.
 const ANSWER_TIME: Duration = Duration::from_secs(600);
 
+/// Migrations that came to nothing of which that is known: their sources are in doubt at most.
+const MAX_GONE: usize = 64;
+
 /// Between two guests that fail to arrive, so that whatever fails at once does not fail without end.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -57,16 +60,18 @@ pub fn receive(options: &ReceiveOptions, listens: impl Fn(SocketAddr)) -> Result
     let address = acceptor.address().map_err(Error::host("asking for the address"))?;
     listens(address);
     let deadline = options.wait.map(|wait| Instant::now() + wait);
+    let mut gone = Vec::new();
     loop {
         let mut guest = Arriving::new(options.host.clone(), options.max_cpus)?;
         let config = DestinationConfig {
             max_memory_bytes: options.max_memory_bytes,
             deadline,
+            gone: gone.clone(),
             ..DestinationConfig::new(&options.host.name)
         };
         mover.waits();
         let arrived = arrive(&config, &mut guest, &mut acceptor, &mut Watch(Arc::clone(&mover)));
-        match arrived {
+        let failure = match arrived {
             Ok(received) => {
                 tracing::info!(id = %received.custody.id(), us = received.total_us, "arrived");
                 mover.set_machine(guest.machine().cloned());
@@ -76,36 +81,58 @@ pub fn receive(options: &ReceiveOptions, listens: impl Fn(SocketAddr)) -> Result
                 answer(&Arc::new(Mutex::new(kept)), acceptor, until, &mover)?;
                 return run(&mover, &requests);
             }
-            Err(ReceiveFailure { error, guest: DestinationGuest::Destroyed }) => {
-                mover.came(MigrationState::Failed, Some(error.chain()));
-                // Nobody came, or nobody can come.
-                if deadline.is_some_and(|end| Instant::now() >= end) {
-                    return Err(error.into());
-                }
-                tracing::warn!(error = error.chain(), "a guest did not arrive");
-                std::thread::sleep(PAUSE);
+            Err(failure) => failure,
+        };
+        // What is known of a guest that did not come, unless it came after all.
+        gone.extend(failure.id);
+        gone.drain(..gone.len().saturating_sub(MAX_GONE));
+        match failed(failure, guest, acceptor, deadline, &mover)? {
+            Some(free) => acceptor = free,
+            None => return run(&mover, &requests),
+        }
+    }
+}
+
+/// A guest did not arrive. What takes the next one, or `None` where it runs here after all.
+fn failed(
+    failure: ReceiveFailure,
+    guest: Arriving,
+    acceptor: TcpAcceptor,
+    deadline: Option<Instant>,
+    mover: &Arc<Mover>,
+) -> Result<Option<TcpAcceptor>, Error> {
+    let ReceiveFailure { error, guest: left, .. } = failure;
+    match left {
+        DestinationGuest::Destroyed => {
+            mover.came(MigrationState::Failed, Some(error.chain()));
+            // Nobody came, or nobody can come.
+            if deadline.is_some_and(|end| Instant::now() >= end) {
+                return Err(error.into());
             }
-            Err(ReceiveFailure { error, guest: DestinationGuest::Refused(custody) }) => {
-                mover.came(MigrationState::Failed, Some(error.chain()));
-                tracing::warn!(error = error.chain(), "a guest could not be started");
-                let kept = Arc::new(Mutex::new(Kept { custody, guest }));
-                // A source that heard it does not ask.
-                let until = Some(Instant::now() + STALL_PAUSED * 2);
-                acceptor = joined(answer(&kept, acceptor, until, &mover)?)?;
+            tracing::warn!(error = error.chain(), "a guest did not arrive");
+            std::thread::sleep(PAUSE);
+            Ok(Some(acceptor))
+        }
+        DestinationGuest::Refused(custody) => {
+            mover.came(MigrationState::Failed, Some(error.chain()));
+            tracing::warn!(error = error.chain(), "a guest could not be started");
+            let kept = Arc::new(Mutex::new(Kept { custody, guest }));
+            // A source that heard it does not ask.
+            let until = Some(Instant::now() + STALL_PAUSED * 2);
+            joined(answer(&kept, acceptor, until, mover)?).map(Some)
+        }
+        DestinationGuest::InDoubt(custody) => {
+            tracing::error!(error = error.chain(), "whether the guest runs here is not known");
+            mover.set_machine(guest.machine().cloned());
+            let kept = Arc::new(Mutex::new(Kept { custody, guest }));
+            mover.doubts(&kept, &error);
+            let answering = answer(&kept, acceptor, None, mover)?;
+            if mover.until_settled() == Settled::Runs {
+                return Ok(None);
             }
-            Err(ReceiveFailure { error, guest: DestinationGuest::InDoubt(custody) }) => {
-                tracing::error!(error = error.chain(), "whether the guest runs here is not known");
-                mover.set_machine(guest.machine().cloned());
-                let kept = Arc::new(Mutex::new(Kept { custody, guest }));
-                mover.doubts(&kept, &error);
-                let answering = answer(&kept, acceptor, None, &mover)?;
-                if mover.until_settled() == Settled::Runs {
-                    return run(&mover, &requests);
-                }
-                mover.set_machine(None);
-                // Until the source has heard that it has the guest.
-                acceptor = joined(answering)?;
-            }
+            mover.set_machine(None);
+            // Until the source was told that it has the guest.
+            joined(answering).map(Some)
         }
     }
 }
@@ -121,11 +148,12 @@ fn run(mover: &Arc<Mover>, requests: &Requests) -> Result<End, Error> {
 
 type Answering = JoinHandle<TcpAcceptor>;
 
-/// Answers a source that asks what became of its guest, in a thread, until one has heard it.
+/// Answers a source that asks what became of its guest, in a thread: until one was told that it is
+/// gone, which is known later as well (`gone`), or for as long as a source may ask whether it runs.
 fn answer(
     kept: &Arc<Mutex<Kept>>,
     mut acceptor: TcpAcceptor,
-    until: Option<Instant>,
+    mut until: Option<Instant>,
     mover: &Arc<Mover>,
 ) -> Result<Answering, Error> {
     let (kept, mover) = (Arc::clone(kept), Arc::clone(mover));
@@ -135,8 +163,11 @@ fn answer(
             let mut kept = locked(&kept);
             let Kept { custody, guest } = &mut *kept;
             let answered = custody.answer(link, STALL_PAUSED, guest);
-            mover.heard(custody.settled());
+            let settled = custody.settled();
+            mover.heard(settled);
             match answered {
+                // What was sent may be lost, and then it asks again.
+                Ok(()) if settled == Settled::Runs => until = Some(Instant::now() + ANSWER_TIME),
                 Ok(()) => break,
                 Err(error) => tracing::warn!(error = error.chain(), "a source was not answered"),
             }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::answer_unknown;
+use super::answer_other;
 use super::gather::hear;
 use crate::error::MigrationError;
 use crate::link::{Accept, Link};
@@ -128,7 +128,7 @@ impl Custody {
             return Err(MigrationError::Peer { what: "it brings a guest where one is" });
         }
         if hello.purpose != Purpose::Settle || hello.id != self.id {
-            answer_unknown(&mut stream);
+            answer_other(&mut stream, PeerStatus::Unknown);
             return Err(MigrationError::Peer { what: "it asks for another guest" });
         }
         stream.send(&Control::Status(self.status))?;

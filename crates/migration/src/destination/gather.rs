@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::io;
 use std::time::Instant;
 
-use super::{DestinationConfig, answer_unknown};
+use super::{DestinationConfig, answer_other};
 use crate::error::MigrationError;
 use crate::link::{Accept, Link};
-use crate::wire::control::{Control, Hello, MigrationId, Purpose};
+use crate::wire::control::{Control, Hello, MigrationId, PeerStatus, Purpose};
 use crate::wire::stream::{Side, Stream};
 
 /// The connections of one migration, by number.
@@ -60,7 +60,9 @@ fn greet<L: Link>(config: &DestinationConfig, link: L) -> Option<(Hello, Stream<
     let heard = hear(link, config.stall);
     match heard {
         Ok((hello, mut stream)) if hello.purpose == Purpose::Settle => {
-            answer_unknown(&mut stream);
+            let is_gone = config.gone.contains(&hello.id);
+            let status = if is_gone { PeerStatus::Gone } else { PeerStatus::Unknown };
+            answer_other(&mut stream, status);
             None
         }
         Ok(heard) => Some(heard),

@@ -11,7 +11,7 @@ use crate::observer::{Observer, Phase};
 use crate::seams::{Description, DestinationMachine, WritePages};
 use crate::summary::us;
 use crate::wire::chunk::PAGE_BYTES;
-use crate::wire::control::{CAPABILITY_ZSTD, Control, PeerStatus};
+use crate::wire::control::{CAPABILITY_ZSTD, Control, MigrationId, PeerStatus};
 use crate::wire::frame::Kind;
 use crate::wire::stream::Stream;
 
@@ -39,6 +39,9 @@ pub struct DestinationConfig {
     pub stall_paused: Duration,
     /// Until when a source must have come; for ever where there is none.
     pub deadline: Option<Instant>,
+    /// Migrations to here whose guest is gone without having run: a source that asks for one of
+    /// them hears so, also where the word was lost before.
+    pub gone: Vec<MigrationId>,
 }
 
 impl DestinationConfig {
@@ -51,6 +54,7 @@ impl DestinationConfig {
             stall: STALL,
             stall_paused: STALL_PAUSED,
             deadline: None,
+            gone: Vec::new(),
         }
     }
 }
@@ -74,6 +78,8 @@ pub struct Received {
 /// A guest that did not arrive, and what is left of it here.
 #[derive(Debug)]
 pub struct ReceiveFailure {
+    /// Names the migration on both sides; none where no source came.
+    pub id: Option<MigrationId>,
     /// Why.
     pub error: MigrationError,
     /// What is left.
@@ -102,10 +108,12 @@ pub fn receive<M: DestinationMachine, A: Accept>(
     observer: &mut dyn Observer,
 ) -> Result<Received, ReceiveFailure> {
     observer.phase(Phase::Connect);
-    let destroyed = |error| ReceiveFailure { error, guest: DestinationGuest::Destroyed };
-    let group = gather::gather(config, accept).map_err(destroyed)?;
+    let nobody = |error| ReceiveFailure { id: None, error, guest: DestinationGuest::Destroyed };
+    let group = gather::gather(config, accept).map_err(nobody)?;
     let started = Instant::now();
     let Group { id, mut streams, hello } = group;
+    let failed = |error, guest| ReceiveFailure { id: Some(id), error, guest };
+    let destroyed = |error| failed(error, DestinationGuest::Destroyed);
     let mut arrival = Arrival { config, machine, observer, received_pages: 0, rounds: 0 };
     let outcome = hello
         .version()
@@ -131,10 +139,10 @@ pub fn receive<M: DestinationMachine, A: Accept>(
         // The source says this or that, and nothing else: so it was not the source.
         Ok(_) => {
             let error = MigrationError::Peer { what: "a message out of its turn" };
-            return Err(ReceiveFailure { error, guest: DestinationGuest::InDoubt(custody) });
+            return Err(failed(error, DestinationGuest::InDoubt(custody)));
         }
         Err(error) => {
-            return Err(ReceiveFailure { error, guest: DestinationGuest::InDoubt(custody) });
+            return Err(failed(error, DestinationGuest::InDoubt(custody)));
         }
     }
     let resume = match custody.run_here(machine) {
@@ -142,7 +150,7 @@ pub fn receive<M: DestinationMachine, A: Accept>(
         Err(error) => {
             // It did not run, and is gone before the source hears of it.
             let _ = first.send(&Control::Refused);
-            return Err(ReceiveFailure { error, guest: DestinationGuest::Refused(custody) });
+            return Err(failed(error, DestinationGuest::Refused(custody)));
         }
     };
     let source_knows = first.send(&Control::Running { resume_us: us(resume) }).is_ok();
@@ -272,7 +280,7 @@ pub(crate) fn check(
     Ok(description.cpu.check(host)?)
 }
 
-/// What a destination says of a migration that it knows nothing of.
-pub(crate) fn answer_unknown<L: Link>(stream: &mut Stream<L>) {
-    stream.say_and_hang_up(&Control::Status(PeerStatus::Unknown));
+/// What a destination says of a migration other than the one that it has.
+pub(crate) fn answer_other<L: Link>(stream: &mut Stream<L>, status: PeerStatus) {
+    stream.say_and_hang_up(&Control::Status(status));
 }
