@@ -1,14 +1,20 @@
 //! Connections over TCP, with TLS. The only place here that knows sockets.
 
+use std::collections::VecDeque;
 use std::io::{self, IoSlice, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::ops::DerefMut;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustls::{ClientConnection, ConnectionCommon, ServerConnection, SideData, StreamOwned};
 
 use crate::error::MigrationError;
+use crate::limits::MAX_CONNECTIONS;
 use crate::link::{Accept, Closer, Connect, Link};
 use crate::tls::Tls;
 
@@ -146,12 +152,31 @@ impl Connect for TcpConnector {
     }
 }
 
-/// Takes connections of sources.
+/// Takes connections of sources. Each is greeted by a thread of its own, so that a stranger who
+/// connects and says nothing keeps nobody waiting.
 #[derive(Debug)]
 pub struct TcpAcceptor {
     listener: TcpListener,
     security: Security,
+    /// Those that are being greeted, oldest first.
+    greeting: VecDeque<(u64, TcpStream)>,
+    newest: u64,
+    greeted: Receiver<Greeted>,
+    greets: Sender<Greeted>,
+    /// Readable when somebody was greeted.
+    bell: UnixStream,
+    rings: Arc<UnixStream>,
 }
+
+/// What came of greeting one.
+type Greeted = (u64, SocketAddr, io::Result<TcpLink>);
+
+/// Connections that are greeted at a time. An honest source has said its part within milliseconds,
+/// so where there are more the oldest one goes.
+const MAX_GREETINGS: usize = 4 * MAX_CONNECTIONS;
+
+/// Stack of a thread that greets.
+const STACK_BYTES: usize = 256 << 10;
 
 impl TcpAcceptor {
     /// Listens on `address`.
@@ -163,9 +188,15 @@ impl TcpAcceptor {
             let what = format!("{address} can be reached by other hosts, which needs TLS");
             return Err(MigrationError::Operator { what });
         }
-        let listener = TcpListener::bind(address).map_err(MigrationError::link("listening"))?;
-        listener.set_nonblocking(true).map_err(MigrationError::link("listening"))?;
-        Ok(Self { listener, security })
+        let failed = MigrationError::link("listening");
+        let listener = TcpListener::bind(address).map_err(&failed)?;
+        listener.set_nonblocking(true).map_err(&failed)?;
+        let (bell, rings) = UnixStream::pair().map_err(&failed)?;
+        bell.set_nonblocking(true).map_err(&failed)?;
+        rings.set_nonblocking(true).map_err(&failed)?;
+        let ((greets, greeted), rings) = (mpsc::channel(), Arc::new(rings));
+        let (greeting, newest) = (VecDeque::new(), 0);
+        Ok(Self { listener, security, greeting, newest, greeted, greets, bell, rings })
     }
 
     /// Where it listens.
@@ -176,14 +207,54 @@ impl TcpAcceptor {
         self.listener.local_addr()
     }
 
-    fn greet(&self, socket: TcpStream) -> io::Result<TcpLink> {
-        socket.set_nonblocking(false)?;
-        match &self.security {
-            Security::PlainOnLoopback => plain(socket),
-            Security::Tls(tls) => {
-                let server = tls.server().map_err(io::Error::other)?;
-                Ok(TcpLink::Server(Box::new(agree(server, socket)?)))
+    /// Begins to greet one who came.
+    fn greet(&mut self, socket: TcpStream, from: SocketAddr) -> io::Result<()> {
+        if self.greeting.len() >= MAX_GREETINGS
+            && let Some((_, oldest)) = self.greeting.pop_front()
+        {
+            // Its thread comes back. One that is closed already is closed.
+            let _ = oldest.shutdown(Shutdown::Both);
+        }
+        self.newest += 1;
+        let (number, closes) = (self.newest, socket.try_clone()?);
+        let (security, greets) = (self.security.clone(), self.greets.clone());
+        let rings = Arc::clone(&self.rings);
+        let thread = thread::Builder::new().name("greet".to_owned()).stack_size(STACK_BYTES);
+        thread.spawn(move || {
+            // Nobody listens any more where these fail, or has not heard the last ring yet.
+            let _ = greets.send((number, from, greet(&security, socket)));
+            let _ = (&*rings).write(&[1]);
+        })?;
+        self.greeting.push_back((number, closes));
+        Ok(())
+    }
+
+    /// The next one that was greeted.
+    fn next(&mut self) -> Option<TcpLink> {
+        while matches!((&self.bell).read(&mut [0; 64]), Ok(1..)) {}
+        while let Ok((number, from, outcome)) = self.greeted.try_recv() {
+            self.greeting.retain(|(greeting, _)| *greeting != number);
+            match outcome {
+                Ok(link) => return Some(link),
+                Err(error) => tracing::warn!(%from, %error, "sent away"),
             }
+        }
+        None
+    }
+}
+
+/// Agrees on keys, or at least waits until there is something to be heard.
+fn greet(security: &Security, socket: TcpStream) -> io::Result<TcpLink> {
+    socket.set_nonblocking(false)?;
+    match security {
+        Security::PlainOnLoopback => {
+            socket.set_timeout(HANDSHAKE)?;
+            socket.peek(&mut [0])?;
+            plain(socket)
+        }
+        Security::Tls(tls) => {
+            let server = tls.server().map_err(io::Error::other)?;
+            Ok(TcpLink::Server(Box::new(agree(server, socket)?)))
         }
     }
 }
@@ -193,15 +264,17 @@ impl Accept for TcpAcceptor {
 
     fn accept(&mut self, deadline: Option<Instant>) -> io::Result<TcpLink> {
         loop {
-            wait(&self.listener, deadline)?;
+            if let Some(link) = self.next() {
+                return Ok(link);
+            }
+            wait(&self.listener, &self.bell, deadline)?;
             let (socket, from) = match self.listener.accept() {
                 Ok(accepted) => accepted,
                 Err(error) if is_of_the_peer(&error) => continue,
                 Err(error) => return Err(error),
             };
-            match self.greet(socket) {
-                Ok(link) => return Ok(link),
-                Err(error) => tracing::warn!(%from, %error, "sent away"),
+            if let Err(error) = self.greet(socket, from) {
+                tracing::warn!(%from, %error, "cannot be greeted");
             }
         }
     }
@@ -213,15 +286,16 @@ fn is_of_the_peer(error: &io::Error) -> bool {
     matches!(error.kind(), ConnectionAborted | ConnectionReset | Interrupted | WouldBlock)
 }
 
-/// Waits until somebody connects.
-fn wait(listener: &TcpListener, deadline: Option<Instant>) -> io::Result<()> {
+/// Waits until somebody connects, or was greeted.
+fn wait(listener: &TcpListener, bell: &UnixStream, deadline: Option<Instant>) -> io::Result<()> {
     loop {
         let left = deadline.map(|end| end.saturating_duration_since(Instant::now()));
         let left = left.map(|left| Timespec {
             tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: left.subsec_nanos().into(),
         });
-        match poll(&mut [PollFd::new(listener, PollFlags::IN)], left.as_ref()) {
+        let mut files = [PollFd::new(listener, PollFlags::IN), PollFd::new(bell, PollFlags::IN)];
+        match poll(&mut files, left.as_ref()) {
             Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
             Ok(_) => return Ok(()),
             Err(rustix::io::Errno::INTR) => {}

@@ -49,11 +49,24 @@ const LONG: Duration = Duration::from_secs(20);
 const SHORT: Duration = Duration::from_millis(500);
 
 fn run(here: Security, there: Security, wait: Duration) -> Result<Summary, SourceFailure> {
+    run_beside(0, here, there, wait)
+}
+
+/// With so many strangers, who came before, and say nothing and stay.
+fn run_beside(
+    strangers_count: usize,
+    here: Security,
+    there: Security,
+    wait: Duration,
+) -> Result<Summary, SourceFailure> {
     let world = Arc::new(World::default());
     let mut source = Source::new(&world, 300, 0);
     let mut destination = Destination::new(&world);
     let mut accept = TcpAcceptor::new("127.0.0.1:0".parse().unwrap(), there).unwrap();
-    let target = format!("localhost:{}", accept.address().unwrap().port());
+    let address = accept.address().unwrap();
+    let strangers = std::iter::repeat_with(|| TcpStream::connect(address).unwrap());
+    let _strangers: Vec<_> = strangers.take(strangers_count).collect();
+    let target = format!("localhost:{}", address.port());
     let deadline = Some(Instant::now() + wait);
     let stall = Duration::from_secs(2);
     let config = DestinationConfig { deadline, stall, ..quick_destination() };
@@ -82,6 +95,15 @@ fn a_guest_moves_between_sides_that_believe_each_other() {
 #[test]
 fn a_guest_moves_in_plain_on_loopback() {
     run(Security::PlainOnLoopback, Security::PlainOnLoopback, LONG).unwrap();
+}
+
+/// As many as are greeted at a time and more, and all before the source.
+#[test]
+fn strangers_that_say_nothing_do_not_keep_a_source_away() {
+    let ours = authority();
+    let tls = |name| Security::Tls(side(name, &ours, &ours));
+    run_beside(100, tls("source"), tls("localhost"), LONG).unwrap();
+    run_beside(100, Security::PlainOnLoopback, Security::PlainOnLoopback, LONG).unwrap();
 }
 
 #[test]
