@@ -30,7 +30,8 @@ pub mod tls;
 mod wire;
 
 pub use destination::{
-    Custody, DestinationConfig, DestinationGuest, ReceiveFailure, Received, Settled, receive,
+    Asking, Custody, DestinationConfig, DestinationGuest, ReceiveFailure, Received, Settled,
+    receive,
 };
 pub use error::MigrationError;
 pub use source::{Fate, SourceConfig, SourceDoubt, SourceFailure, SourceGuest, migrate};

@@ -10,7 +10,9 @@ use control::api::MigrationState;
 use migration::limits::STALL_PAUSED;
 use migration::link::Accept as _;
 use migration::tcp::{Security, TcpAcceptor};
-use migration::{DestinationConfig, DestinationGuest, ReceiveFailure, Settled, receive as arrive};
+use migration::{
+    Asking, DestinationConfig, DestinationGuest, ReceiveFailure, Settled, receive as arrive,
+};
 
 use crate::error::Error;
 use crate::machine::{End, Requests, serve_to_end};
@@ -160,9 +162,11 @@ fn answer(
     let answering = move || {
         // It ends with an error when the time is over.
         while let Ok(link) = acceptor.accept(until) {
+            // Not under the lock: whoever takes long to say a word would keep the operator's away.
+            let asking = Asking::hear(link, STALL_PAUSED);
             let mut kept = locked(&kept);
             let Kept { custody, guest } = &mut *kept;
-            let answered = custody.answer(link, STALL_PAUSED, guest);
+            let answered = asking.and_then(|asking| custody.answer_to(asking, guest));
             let settled = custody.settled();
             mover.heard(settled);
             match answered {

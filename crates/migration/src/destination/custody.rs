@@ -8,7 +8,7 @@ use crate::error::MigrationError;
 use crate::link::{Accept, Link};
 use crate::seams::DestinationMachine;
 use crate::summary::us;
-use crate::wire::control::{Control, MigrationId, PeerStatus, Purpose};
+use crate::wire::control::{Control, Hello, MigrationId, PeerStatus, Purpose};
 use crate::wire::stream::Stream;
 
 /// The right to run one guest, or what became of it. All ways to run or to destroy the guest
@@ -28,6 +28,24 @@ pub enum Settled {
     Waits,
     /// It was destroyed here and never ran.
     Gone,
+}
+
+/// Somebody who connected and has said what for. Apart from [`Custody`], so that nobody who takes
+/// long to say it keeps others from the guest.
+pub struct Asking<L> {
+    hello: Hello,
+    stream: Stream<L>,
+}
+
+impl<L: Link> Asking<L> {
+    /// Hears what a connection is for.
+    ///
+    /// # Errors
+    /// It does not say, or says something else.
+    pub fn hear(link: L, stall: Duration) -> Result<Self, MigrationError> {
+        let (hello, stream) = hear(link, stall)?;
+        Ok(Self { hello, stream })
+    }
 }
 
 impl Custody {
@@ -121,7 +139,19 @@ impl Custody {
         stall: Duration,
         machine: &mut M,
     ) -> Result<(), MigrationError> {
-        let (hello, mut stream) = hear(link, stall)?;
+        self.answer_to(Asking::hear(link, stall)?, machine)
+    }
+
+    /// The same of one who was heard already.
+    ///
+    /// # Errors
+    /// As [`answer`](Self::answer).
+    pub fn answer_to<M: DestinationMachine, L: Link>(
+        &mut self,
+        asking: Asking<L>,
+        machine: &mut M,
+    ) -> Result<(), MigrationError> {
+        let Asking { hello, mut stream } = asking;
         if hello.purpose == Purpose::Migrate {
             let reason = "another guest came there before: it runs, or is to be settled first";
             stream.say_and_hang_up(&Control::Abort { reason: reason.to_owned() });

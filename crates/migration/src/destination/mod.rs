@@ -20,7 +20,7 @@ mod gather;
 mod round;
 mod state;
 
-pub use custody::{Custody, Settled};
+pub use custody::{Asking, Custody, Settled};
 pub(crate) use state::StateParts;
 
 use gather::Group;
