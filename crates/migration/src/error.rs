@@ -27,6 +27,12 @@ pub enum MigrationError {
     /// Nothing came, or nothing could be sent, for too long.
     #[error("network: the peer is silent")]
     Stalled,
+    /// The guest stood still for too long, while the peer was slow but not silent.
+    #[error("network: the peer is too slow, the guest stood still for more than {} s", limit.as_secs())]
+    TooSlow {
+        /// How long it may.
+        limit: std::time::Duration,
+    },
     /// What arrived is not what was sent: a byte changed, or frames were lost, repeated or mixed up.
     #[error("network: {what} arrived damaged or out of its order")]
     Damaged {

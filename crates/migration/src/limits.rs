@@ -48,6 +48,10 @@ pub const STALL: Duration = Duration::from_secs(20);
 /// The same while the guest is paused.
 pub const STALL_PAUSED: Duration = Duration::from_secs(5);
 
+/// Time for which a guest may stand still beyond what its operator allows: a peer that is slow, but
+/// not silent, is given up then, and the guest goes on.
+pub const PAUSED_BEYOND: Duration = Duration::from_secs(30);
+
 /// Time that a frame may take from its first byte to its last, so that a peer which sends a byte
 /// now and then does not hold us for ever.
 pub const FRAME_TIME: Duration = Duration::from_secs(60);

@@ -34,7 +34,8 @@ fn run(
 ) -> Outcome {
     let (mut connect, mut incoming) = network();
     thread::scope(|scope| {
-        let received = scope.spawn(|| receive(there, destination, &mut incoming, &mut Silent));
+        // Who asks a destination that has gone hears that at once.
+        let received = scope.spawn(move || receive(there, destination, &mut incoming, &mut Silent));
         let sent = migrate(here, source, &mut connect, observer);
         drop(connect);
         (sent, received.join().expect("no panic"))
@@ -364,4 +365,26 @@ fn operators_are_told_what_cannot_be() {
         let error = refused(config);
         assert!(error.starts_with("operator: "), "{error}");
     }
+}
+
+/// It is not silent for as long as it may be, and could have the guest stand still for ever.
+#[test]
+fn a_guest_does_not_stand_still_for_a_slow_destination() {
+    let world = Arc::new(World::default());
+    let mut source = Source::new(&world, 0, 0);
+    let mut destination = Destination::new(&world);
+    destination.dawdles = true;
+    let beyond = Duration::from_millis(200);
+    let here = SourceConfig {
+        stall_paused: Duration::from_secs(600),
+        paused_beyond: beyond,
+        ..quick_source()
+    };
+    let there = quick_destination();
+    let (sent, received) = run(&mut source, &mut destination, &here, &there, &mut Silent);
+    let failure = sent.unwrap_err();
+    assert!(matches!(failure.error, MigrationError::TooSlow { .. }), "{failure:?}");
+    assert!(matches!(failure.guest, SourceGuest::Runs), "{failure:?}");
+    assert!(source.runs() && !destination.runs());
+    assert!(received.is_err());
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::convergence::{Convergence, Decision, Seen};
 use crate::dirty::DirtyBitmap;
 use crate::error::MigrationError;
-use crate::limits::{MAX_CONNECTIONS, MAX_ROUNDS, STALL, STALL_PAUSED};
+use crate::limits::{MAX_CONNECTIONS, MAX_ROUNDS, PAUSED_BEYOND, STALL, STALL_PAUSED};
 use crate::link::Connect;
 use crate::observer::{Observer, Phase};
 use crate::seams::{Description, FreePages, SourceMachine, StateSection};
@@ -17,6 +17,7 @@ use crate::wire::control::{MigrationId, check_description};
 
 mod doubt;
 mod network;
+mod pause_limit;
 mod round;
 
 pub use doubt::{Fate, SourceDoubt};
@@ -48,6 +49,8 @@ pub struct SourceConfig {
     pub stall: Duration,
     /// The same while the guest stands still.
     pub stall_paused: Duration,
+    /// How long the guest may stand still beyond `max_downtime`, before the destination is given up.
+    pub paused_beyond: Duration,
     /// Becomes true when somebody wants it to end; the guest goes on here.
     pub cancel: Arc<AtomicBool>,
 }
@@ -64,6 +67,7 @@ impl Default for SourceConfig {
             free_pages_wait: Duration::from_secs(5),
             stall: STALL,
             stall_paused: STALL_PAUSED,
+            paused_beyond: PAUSED_BEYOND,
             cancel: Arc::default(),
         }
     }

@@ -1,9 +1,11 @@
 //! What the source says over its connections.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use page_set::PageSet;
 
+use super::pause_limit::PauseLimit;
 use super::round::{self, RoundContext};
 use super::{HandedOver, Sink, SourceConfig};
 use crate::bandwidth::Bandwidth;
@@ -26,11 +28,14 @@ const LAST_WORD: Duration = Duration::from_millis(500);
 /// The connections to a destination.
 pub(super) struct Network<L> {
     streams: Vec<Stream<L>>,
-    closers: Vec<Closer>,
+    closers: Arc<[Closer]>,
     limit: Option<Bandwidth>,
     level: Option<i32>,
     stall: Duration,
     stall_paused: Duration,
+    /// How long the guest may stand still, and the time since it does.
+    max_paused: Duration,
+    pause_limit: Option<PauseLimit>,
     /// The destination may have all of the guest, and wait.
     state_was_sent: bool,
 }
@@ -63,11 +68,13 @@ impl<L: Link> Network<L> {
         }
         Ok(Self {
             streams,
-            closers,
+            closers: closers.into(),
             limit: config.bandwidth.map(Bandwidth::new),
             level: config.compression,
             stall: config.stall,
             stall_paused: config.stall_paused,
+            max_paused: config.max_downtime.saturating_add(config.paused_beyond),
+            pause_limit: None,
             state_was_sent: false,
         })
     }
@@ -97,6 +104,64 @@ impl<L: Link> Network<L> {
             }
         }
         Ok(pages)
+    }
+
+    /// Ends the time for which the guest may stand still, unless it is over.
+    fn end_pause_limit(&mut self) -> Result<(), MigrationError> {
+        let is_over = self.pause_limit.take().is_some_and(|mut limit| limit.end());
+        if is_over { Err(MigrationError::TooSlow { limit: self.max_paused }) } else { Ok(()) }
+    }
+
+    fn send_round(
+        &mut self,
+        context: &mut RoundContext<'_>,
+        plan: &Plan,
+    ) -> Result<RoundSummary, MigrationError> {
+        let (round, last) = (context.number, context.last);
+        let fills: u64 = plan.fills.values().map(PageSet::len).sum();
+        let start = Control::RoundStart { round, last, pages: plan.pages + fills };
+        self.first()?.send(&start)?;
+        let filled_pages = self.send_fills(context, plan)?;
+        let (streams, closers) = (&mut self.streams[..], &self.closers[..]);
+        let limit = self.limit.as_ref();
+        let sent = round::send(context, &plan.words, streams, closers, self.level, limit);
+        let mut sum = match sent {
+            Ok(sum) => sum,
+            Err(_) if context.config.cancel.load(std::sync::atomic::Ordering::Relaxed) => {
+                return Err(MigrationError::Cancelled);
+            }
+            Err(error) => return Err(self.last_word(error)),
+        };
+        sum.filled_pages = filled_pages;
+        // What follows the last round says that it arrived.
+        if !last {
+            match self.first()?.receive()? {
+                Control::RoundDone { round: done, .. } if done == round => {}
+                _ => return Err(UNEXPECTED),
+            }
+        }
+        Ok(sum)
+    }
+
+    fn send_state(&mut self, state: &[StateSection]) -> Result<Duration, MigrationError> {
+        check_state(state)?;
+        let first = self.streams.first_mut().ok_or(NO_STREAM)?;
+        for (index, section) in (0..).zip(state) {
+            send_section(first, index, section)?;
+        }
+        let bytes = state.iter().map(|section| section.bytes.len() as u64).sum();
+        let sections = u32::try_from(state.len()).unwrap_or(u32::MAX);
+        self.state_was_sent = true;
+        first.send(&Control::StateEnd { sections, bytes })?;
+        match first.receive() {
+            Ok(Control::Prepared { load_us }) => Ok(Duration::from_micros(load_us)),
+            Ok(_) => Err(UNEXPECTED),
+            Err(error) => {
+                // One that says that it gave up holds nothing.
+                self.state_was_sent = !matches!(error, MigrationError::GivenUp { .. });
+                Err(error)
+            }
+        }
     }
 
     /// A peer that hung up may have said why.
@@ -146,56 +211,23 @@ impl<L: Link> Sink for Network<L> {
         context: &mut RoundContext<'_>,
         plan: &Plan,
     ) -> Result<RoundSummary, MigrationError> {
-        let (round, last) = (context.number, context.last);
-        let fills: u64 = plan.fills.values().map(PageSet::len).sum();
-        let start = Control::RoundStart { round, last, pages: plan.pages + fills };
-        self.first()?.send(&start)?;
-        let filled_pages = self.send_fills(context, plan)?;
-        let (streams, closers) = (&mut self.streams[..], &self.closers[..]);
-        let limit = self.limit.as_ref();
-        let sent = round::send(context, &plan.words, streams, closers, self.level, limit);
-        let mut sum = match sent {
-            Ok(sum) => sum,
-            Err(_) if context.config.cancel.load(std::sync::atomic::Ordering::Relaxed) => {
-                return Err(MigrationError::Cancelled);
-            }
-            Err(error) => return Err(self.last_word(error)),
-        };
-        sum.filled_pages = filled_pages;
-        // What follows the last round says that it arrived.
-        if !last {
-            match self.first()?.receive()? {
-                Control::RoundDone { round: done, .. } if done == round => {}
-                _ => return Err(UNEXPECTED),
-            }
-        }
-        Ok(sum)
+        self.send_round(context, plan).or_else(|error| self.end_pause_limit().and(Err(error)))
     }
 
     fn paused(&mut self, paused: bool) -> Result<(), MigrationError> {
+        self.end_pause_limit()?;
+        if paused {
+            self.pause_limit = Some(PauseLimit::start(&self.closers, self.max_paused)?);
+        }
         let time = if paused { self.stall_paused } else { self.stall };
         self.streams.iter().try_for_each(|stream| stream.set_timeout(time))
     }
 
     fn state(&mut self, state: &[StateSection]) -> Result<Duration, MigrationError> {
-        check_state(state)?;
-        let first = self.streams.first_mut().ok_or(NO_STREAM)?;
-        for (index, section) in (0..).zip(state) {
-            send_section(first, index, section)?;
-        }
-        let bytes = state.iter().map(|section| section.bytes.len() as u64).sum();
-        let sections = u32::try_from(state.len()).unwrap_or(u32::MAX);
-        self.state_was_sent = true;
-        first.send(&Control::StateEnd { sections, bytes })?;
-        match first.receive() {
-            Ok(Control::Prepared { load_us }) => Ok(Duration::from_micros(load_us)),
-            Ok(_) => Err(UNEXPECTED),
-            Err(error) => {
-                // One that says that it gave up holds nothing.
-                self.state_was_sent = !matches!(error, MigrationError::GivenUp { .. });
-                Err(error)
-            }
-        }
+        let loaded = self.send_state(state);
+        // Whose the guest is once it was offered is not for this side to say.
+        self.end_pause_limit()?;
+        loaded
     }
 
     fn hand_over(&mut self) -> HandedOver {

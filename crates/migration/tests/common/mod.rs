@@ -354,6 +354,8 @@ pub struct Destination {
     pub features: u64,
     pub state_bytes: usize,
     pub fails_at: Option<&'static str>,
+    /// Takes its time until the guest runs at its source again.
+    pub dawdles: bool,
 }
 
 impl Destination {
@@ -365,6 +367,7 @@ impl Destination {
             features: 7,
             state_bytes: 300_000,
             fails_at: None,
+            dawdles: false,
         }
     }
 
@@ -392,6 +395,9 @@ impl DestinationMachine for Destination {
 
     fn load_state(&mut self, sections: Vec<StateSection>) -> Result<(), MachineError> {
         self.step("load")?;
+        while self.dawdles && !self.world.source_runs.load(Ordering::SeqCst) {
+            std::thread::yield_now();
+        }
         assert_eq!(sections, state(self.state_bytes));
         self.loaded = true;
         Ok(())
