@@ -1,5 +1,6 @@
 //! A guest that comes from another host.
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -26,6 +27,9 @@ const ANSWER_TIME: Duration = Duration::from_secs(600);
 
 /// Migrations that came to nothing of which that is known: their sources are in doubt at most.
 const MAX_GONE: usize = 64;
+
+/// How often it is looked whether an operator has settled a doubt.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Between two guests that fail to arrive, so that whatever fails at once does not fail without end.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -61,7 +65,7 @@ pub fn receive(options: &ReceiveOptions, listens: impl Fn(SocketAddr)) -> Result
         Server::bind_monitor(&options.host.control, Arc::new(Asked(Arc::clone(&mover))))?;
     let address = acceptor.address().map_err(Error::host("asking for the address"))?;
     listens(address);
-    let deadline = options.wait.map(|wait| Instant::now() + wait);
+    let mut deadline = options.wait.map(|wait| Instant::now() + wait);
     let mut gone = Vec::new();
     loop {
         let mut guest = Arriving::new(options.host.clone(), options.max_cpus)?;
@@ -88,10 +92,17 @@ pub fn receive(options: &ReceiveOptions, listens: impl Fn(SocketAddr)) -> Result
         // What is known of a guest that did not come, unless it came after all.
         gone.extend(failure.id);
         gone.drain(..gone.len().saturating_sub(MAX_GONE));
+        let may_be_asked = match failure.guest {
+            DestinationGuest::Destroyed => Duration::ZERO,
+            // Its source has most likely heard it.
+            DestinationGuest::Refused(_) => STALL_PAUSED * 2,
+            DestinationGuest::InDoubt(_) => ANSWER_TIME,
+        };
         match failed(failure, guest, acceptor, deadline, &mover)? {
             Some(free) => acceptor = free,
             None => return run(&mover, &requests),
         }
+        deadline = deadline.map(|end| end.max(Instant::now() + may_be_asked));
     }
 }
 
@@ -115,13 +126,11 @@ fn failed(
             std::thread::sleep(PAUSE);
             Ok(Some(acceptor))
         }
-        DestinationGuest::Refused(custody) => {
+        // A source that did not hear it asks who takes the next one.
+        DestinationGuest::Refused(_) => {
             mover.came(MigrationState::Failed, Some(error.chain()));
             tracing::warn!(error = error.chain(), "a guest could not be started");
-            let kept = Arc::new(Mutex::new(Kept { custody, guest }));
-            // A source that heard it does not ask.
-            let until = Some(Instant::now() + STALL_PAUSED * 2);
-            joined(answer(&kept, acceptor, until, mover)?).map(Some)
+            Ok(Some(acceptor))
         }
         DestinationGuest::InDoubt(custody) => {
             tracing::error!(error = error.chain(), "whether the guest runs here is not known");
@@ -133,7 +142,6 @@ fn failed(
                 return Ok(None);
             }
             mover.set_machine(None);
-            // Until the source was told that it has the guest.
             joined(answering).map(Some)
         }
     }
@@ -150,8 +158,8 @@ fn run(mover: &Arc<Mover>, requests: &Requests) -> Result<End, Error> {
 
 type Answering = JoinHandle<TcpAcceptor>;
 
-/// Answers a source that asks what became of its guest, in a thread: until one was told that it is
-/// gone, which is known later as well (`gone`), or for as long as a source may ask whether it runs.
+/// Answers a source that asks what became of its guest, in a thread: until that is gone, which is
+/// known later as well (`gone`), or for as long as a source may ask whether it runs.
 fn answer(
     kept: &Arc<Mutex<Kept>>,
     mut acceptor: TcpAcceptor,
@@ -160,8 +168,18 @@ fn answer(
 ) -> Result<Answering, Error> {
     let (kept, mover) = (Arc::clone(kept), Arc::clone(mover));
     let answering = move || {
-        // It ends with an error when the time is over.
-        while let Ok(link) = acceptor.accept(until) {
+        let is_over = |until: Option<Instant>| until.is_some_and(|end| Instant::now() >= end);
+        // Its operator may have settled it as well, and its source be dead.
+        while !is_over(until) && locked(&kept).custody.settled() != Settled::Gone {
+            let look = Instant::now() + LOOK;
+            let link = match acceptor.accept(Some(until.map_or(look, |end| end.min(look)))) {
+                Ok(link) => link,
+                Err(error) if error.kind() == ErrorKind::TimedOut => continue,
+                Err(error) => {
+                    tracing::error!(%error, "host: no source can ask for its guest");
+                    break;
+                }
+            };
             // Not under the lock: whoever takes long to say a word would keep the operator's away.
             let asking = Asking::hear(link, STALL_PAUSED);
             let mut kept = locked(&kept);
@@ -172,7 +190,7 @@ fn answer(
             match answered {
                 // What was sent may be lost, and then it asks again.
                 Ok(()) if settled == Settled::Runs => until = Some(Instant::now() + ANSWER_TIME),
-                Ok(()) => break,
+                Ok(()) => {}
                 Err(error) => tracing::warn!(error = error.chain(), "a source was not answered"),
             }
         }
