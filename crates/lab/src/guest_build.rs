@@ -136,7 +136,7 @@ pub(crate) fn clone_root() -> PathBuf {
     }
 }
 
-fn guest_source(name: &str) -> Result<PathBuf> {
+pub(crate) fn guest_source(name: &str) -> Result<PathBuf> {
     let source = clone_root().join("guest").join(name);
     let found = fs::canonicalize(&source);
     found.map_err(|_| LabError::Host {

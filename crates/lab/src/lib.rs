@@ -14,6 +14,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod bare;
 pub mod cache;
 pub mod console;
 pub mod debian;

@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
 
+mod bare;
 mod bed;
 mod benches;
 mod command_line;

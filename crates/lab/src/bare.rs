@@ -1,0 +1,392 @@
+//! A guest without an operating system (`guest/bare`), in the VMM.
+//!
+//! It needs so little of a KVM that it runs where a Linux guest does not, and it boots in
+//! milliseconds. So what needs no Linux in the guest is tested with it: the VMM's console, disks,
+//! pauses, snapshots and migrations.
+
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{ChildStdin, ExitStatus};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+use crate::cache::{self, Key};
+use crate::error::{Context, LabError, Result};
+use crate::guest_build;
+use crate::keeper::Kept;
+use crate::tool;
+
+/// Raise it when the way the guest is built changes.
+const RECIPE: u32 = 1;
+
+/// Names the built guest where it cannot be built.
+pub const KERNEL_VARIABLE: &str = "AEROSTAT_TEST_BARE";
+
+/// Memory of a bare guest, as the argument of `--memory`: the least that a guest may have.
+pub const MEMORY: &str = "32MiB";
+
+/// Where the directory of the control sockets is named.
+pub const RUNTIME_VARIABLE: &str = "AEROSTAT_RUNTIME_DIR";
+
+/// For one command of the guest, and for its boot: milliseconds on a quiet machine.
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// Between two looks whether a process has ended.
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
+
+/// Builds the guest, once for each state of its sources.
+///
+/// # Errors
+/// The C compiler is missing, or the sources do not build.
+pub fn kernel() -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os(KERNEL_VARIABLE) {
+        return Ok(path.into());
+    }
+    let source = guest_build::guest_source("bare")?;
+    let key = Key::new(RECIPE)
+        .with("gcc", tool::program_version("gcc", "gcc")?)
+        .with_directory(&source)?;
+    let directory = cache::artifact("bare", &key, |directory| {
+        let linked = directory.join("bare32");
+        let mut compile = tool::command("gcc");
+        compile.args(["-m32", "-march=i686", "-mno-sse", "-mno-mmx", "-O1", "-ffreestanding"]);
+        compile.args(["-fno-pic", "-fno-stack-protector", "-fno-asynchronous-unwind-tables"]);
+        compile.args(["-fcf-protection=none", "-Wall", "-Wextra", "-Werror", "-nostdlib"]);
+        compile.args(["-static", "-Wl,--build-id=none", "-Wl,--no-warn-rwx-segments"]);
+        compile.arg("-Wl,-m,elf_i386").arg("-Wl,-T").arg(source.join("bare.ld"));
+        compile.arg(source.join("start.S")).arg(source.join("bare.c")).arg("-o").arg(&linked);
+        tool::run(&mut compile, "gcc", &directory.join("build.log"))?;
+        // A loader of PVH kernels takes 64-bit ELF files only, whatever code is in them.
+        let mut convert = tool::command("objcopy");
+        convert.args(["-O", "elf64-x86-64"]).arg(&linked).arg(directory.join("bare"));
+        tool::run(&mut convert, "binutils", &directory.join("convert.log"))?;
+        fs::remove_file(&linked).context_path("remove", &linked)
+    })?;
+    Ok(directory.join("bare"))
+}
+
+/// What becomes of an output stream of the VMM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stream {
+    /// It is read as it comes.
+    Read,
+    /// Its pipe stays open and nobody reads it.
+    Unread,
+    /// Its pipe has no reader any more.
+    Closed,
+}
+
+/// How a process of the VMM is started.
+#[derive(Debug)]
+pub struct BareBuilder {
+    words: Vec<OsString>,
+    variables: Vec<(String, OsString)>,
+    directory: Arc<TempDir>,
+    stdout: Stream,
+    stderr: Stream,
+}
+
+impl BareBuilder {
+    /// `program run --name NAME --memory 32MiB --kernel BARE`.
+    ///
+    /// # Errors
+    /// The guest cannot be built, or there is no room for a directory.
+    pub fn run(program: &Path, name: &str) -> Result<Self> {
+        let command = Self::command(program, "run", name)?;
+        Ok(command.argument("--memory").argument(MEMORY).argument("--kernel").argument(kernel()?))
+    }
+
+    /// `program COMMAND --name NAME`: `receive`, which prints where it listens on standard error,
+    /// or `restore`.
+    ///
+    /// # Errors
+    /// There is no room for a directory.
+    pub fn command(program: &Path, command: &str, name: &str) -> Result<Self> {
+        let directory = tempfile::Builder::new().prefix("aerostat-bare-").tempdir();
+        let directory = directory.context(|| "make a temporary directory".to_owned())?;
+        let words = [program.as_os_str(), OsStr::new(command), "--name".as_ref(), name.as_ref()];
+        Ok(Self {
+            words: words.map(OsStr::to_owned).to_vec(),
+            variables: Vec::new(),
+            directory: Arc::new(directory),
+            stdout: Stream::Read,
+            stderr: Stream::Read,
+        })
+    }
+
+    /// One more argument.
+    #[must_use]
+    pub fn argument(mut self, word: impl Into<OsString>) -> Self {
+        self.words.push(word.into());
+        self
+    }
+
+    /// More arguments.
+    #[must_use]
+    pub fn arguments<'a>(mut self, words: impl IntoIterator<Item = &'a str>) -> Self {
+        self.words.extend(words.into_iter().map(OsString::from));
+        self
+    }
+
+    /// A variable of its environment.
+    #[must_use]
+    pub fn variable(mut self, name: &str, value: impl Into<OsString>) -> Self {
+        self.variables.push((name.to_owned(), value.into()));
+        self
+    }
+
+    /// Uses the control directory of another guest.
+    #[must_use]
+    pub fn beside(mut self, other: &BareGuest) -> Self {
+        self.directory = Arc::clone(&other.directory);
+        self
+    }
+
+    /// What becomes of standard output and standard error.
+    #[must_use]
+    pub fn streams(mut self, stdout: Stream, stderr: Stream) -> Self {
+        (self.stdout, self.stderr) = (stdout, stderr);
+        self
+    }
+
+    /// Starts the process and waits for nothing.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start(self) -> Result<BareGuest> {
+        let mut variables: Vec<(&str, &OsStr)> =
+            vec![(RUNTIME_VARIABLE, self.directory.path().as_os_str())];
+        variables.extend(self.variables.iter().map(|(name, value)| (name.as_str(), &**value)));
+        let mut process = Kept::start(&self.words, self.directory.path(), &variables)?;
+        let child = process.child();
+        let input = child.stdin.take();
+        let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+        let output = Arc::new(Output::default());
+        let mut unread: Vec<Box<dyn Send>> = Vec::new();
+        let streams = [
+            (stdout.map(|pipe| Box::new(pipe) as Box<dyn Read + Send>), self.stdout, true),
+            (stderr.map(|pipe| Box::new(pipe) as Box<dyn Read + Send>), self.stderr, false),
+        ];
+        for (pipe, stream, is_console) in streams {
+            match (pipe, stream) {
+                (Some(pipe), Stream::Read) => output.read(pipe, is_console),
+                (Some(pipe), Stream::Unread) => unread.push(Box::new(pipe)),
+                _ => {}
+            }
+        }
+        Ok(BareGuest { process, input, output, directory: self.directory, _unread: unread })
+    }
+
+    /// Starts the process and waits until its guest has booted.
+    ///
+    /// # Errors
+    /// The guest does not boot.
+    pub fn boot(self) -> Result<BareGuest> {
+        let mut guest = self.start()?;
+        guest.wait_for("ready", |line| line.starts_with("ready "))?;
+        Ok(guest)
+    }
+}
+
+/// A process of the VMM, which ends when this is dropped.
+pub struct BareGuest {
+    process: Kept,
+    input: Option<ChildStdin>,
+    output: Arc<Output>,
+    directory: Arc<TempDir>,
+    _unread: Vec<Box<dyn Send>>,
+}
+
+impl BareGuest {
+    /// The process of the VMM.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// Where its control socket is, and room for files of the test.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Types a command and returns what its answer has behind `ok`.
+    ///
+    /// # Errors
+    /// The guest answers with an error, or not in time.
+    pub fn ask(&mut self, command: &str) -> Result<String> {
+        let from = self.output.lock().lines.len();
+        self.send(&format!("{command}\n"))?;
+        let is_answer = |line: &str| line.starts_with("ok") || line.starts_with("error");
+        let answer = self.wait_from(from, command, is_answer)?;
+        match answer.strip_prefix("ok") {
+            Some(rest) => Ok(rest.trim().to_owned()),
+            None => Err(LabError::Unexpected { what: format!("`{command}`"), detail: answer }),
+        }
+    }
+
+    /// The same for an answer that is one hexadecimal number.
+    ///
+    /// # Errors
+    /// As those of [`ask`](Self::ask).
+    pub fn number(&mut self, command: &str) -> Result<u64> {
+        let answer = self.ask(command)?;
+        u64::from_str_radix(&answer, 16)
+            .map_err(|_| LabError::Unexpected { what: format!("`{command}`"), detail: answer })
+    }
+
+    /// Types text, and waits for no answer.
+    ///
+    /// # Errors
+    /// The process has ended.
+    pub fn send(&mut self, text: &str) -> Result<()> {
+        let input = self.input.as_mut().map_or(Ok(()), |input| input.write_all(text.as_bytes()));
+        input.context(|| "type at the guest's serial line".to_owned())
+    }
+
+    /// Waits for a line of the console, from the first one on.
+    ///
+    /// # Errors
+    /// It does not come in time.
+    pub fn wait_for(&mut self, what: &str, is_it: impl Fn(&str) -> bool) -> Result<String> {
+        self.wait_from(0, what, is_it)
+    }
+
+    /// Lines of the console so far.
+    pub fn lines(&self) -> Vec<String> {
+        self.output.lock().lines.clone()
+    }
+
+    /// What the VMM wrote to standard error so far.
+    pub fn errors(&self) -> String {
+        self.output.lock().errors.clone()
+    }
+
+    /// Waits until standard error has something that `find` finds.
+    ///
+    /// # Errors
+    /// It does not come in time.
+    pub fn wait_for_error<T>(&mut self, what: &str, find: impl Fn(&str) -> Option<T>) -> Result<T> {
+        self.wait(what, |text| find(&text.errors))
+    }
+
+    /// How the process ended, if it did.
+    ///
+    /// # Errors
+    /// The system does not say.
+    pub fn status(&mut self) -> Result<Option<ExitStatus>> {
+        self.process.status()
+    }
+
+    /// Waits until the process has ended.
+    ///
+    /// # Errors
+    /// It does not end within `limit`.
+    pub fn wait_for_end(&mut self, limit: Duration) -> Result<ExitStatus> {
+        let end = Instant::now() + limit;
+        loop {
+            if let Some(status) = self.process.status()? {
+                return Ok(status);
+            }
+            if Instant::now() >= end {
+                let command = "the end of the process".to_owned();
+                return Err(LabError::Timeout { command, limit, tail: self.tail() });
+            }
+            thread::sleep(POLL_INTERVAL);
+        }
+    }
+
+    /// Powers the guest off and waits until the process has ended.
+    ///
+    /// # Errors
+    /// It does not end in time.
+    pub fn power_off(mut self) -> Result<ExitStatus> {
+        self.send("off\n")?;
+        self.wait_for_end(LIMIT)
+    }
+
+    fn wait_from(
+        &mut self,
+        from: usize,
+        what: &str,
+        is_it: impl Fn(&str) -> bool,
+    ) -> Result<String> {
+        self.wait(what, |text| text.lines.iter().skip(from).find(|line| is_it(line)).cloned())
+    }
+
+    fn wait<T>(&mut self, what: &str, find: impl Fn(&Text) -> Option<T>) -> Result<T> {
+        let end = Instant::now() + LIMIT;
+        let output = Arc::clone(&self.output);
+        loop {
+            // Looked at before the text is, so that nothing printed before the end is missed.
+            let status = self.process.status()?;
+            let text = output.lock();
+            if let Some(found) = find(&text) {
+                return Ok(found);
+            }
+            let command = what.to_owned();
+            if status.is_some() && text.open == 0 {
+                drop(text);
+                let status = status.map(|status| status.to_string()).unwrap_or_default();
+                return Err(LabError::Ended { command, status, tail: self.tail() });
+            }
+            if Instant::now() >= end {
+                drop(text);
+                return Err(LabError::Timeout { command, limit: LIMIT, tail: self.tail() });
+            }
+            drop(output.changed.wait_timeout(text, POLL_INTERVAL));
+        }
+    }
+
+    fn tail(&self) -> String {
+        let text = self.output.lock();
+        let lines = text.lines.iter().rev().take(20).rev().cloned().collect::<Vec<_>>();
+        format!("{}\n{}", lines.join("\n"), text.errors)
+    }
+}
+
+#[derive(Default)]
+struct Output {
+    text: Mutex<Text>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Text {
+    lines: Vec<String>,
+    errors: String,
+    /// Streams that are read and have not ended.
+    open: usize,
+}
+
+impl Output {
+    fn lock(&self) -> MutexGuard<'_, Text> {
+        self.text.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn read(self: &Arc<Self>, pipe: Box<dyn Read + Send>, is_console: bool) {
+        self.lock().open += 1;
+        let output = Arc::clone(self);
+        thread::spawn(move || {
+            let mut pipe = BufReader::new(pipe);
+            let mut line = Vec::new();
+            while matches!(pipe.read_until(b'\n', &mut line), Ok(1..)) {
+                let read = String::from_utf8_lossy(&line);
+                let mut text = output.lock();
+                if is_console {
+                    text.lines.push(read.trim_end().to_owned());
+                } else {
+                    text.errors += &read;
+                }
+                drop(text);
+                output.changed.notify_all();
+                line.clear();
+            }
+            output.lock().open -= 1;
+            output.changed.notify_all();
+        });
+    }
+}
