@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use control::{Client, ControlError, GuestName, socket_path};
 
-use crate::failure::Failure;
+use cli::failure::Failure;
 
 /// A guest as given on the command line.
 #[derive(Clone, Debug)]

@@ -7,7 +7,7 @@ use control::{GuestName, ensure_runtime_dir, socket_path};
 use vmm::{DiskOptions, HostOptions, MemoryKind};
 
 use crate::balloon_arg::ReleaseArgs;
-use crate::failure::Failure;
+use cli::failure::Failure;
 
 /// Of the guest's memory, its control socket, and the process that runs it.
 #[derive(Debug, Args)]

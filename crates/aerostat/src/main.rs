@@ -6,15 +6,11 @@
 mod balloon_arg;
 mod cmd;
 mod disk_arg;
-mod failure;
 mod guest_arg;
 mod host_arg;
 mod log;
 #[cfg(test)]
 mod man;
-mod memory_map;
-mod output;
-mod progress;
 mod security_arg;
 
 use std::process::ExitCode;

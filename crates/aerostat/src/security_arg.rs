@@ -6,7 +6,7 @@ use clap::Args;
 use control::api::TlsPaths;
 use vmm::{Security, Tls, TlsFiles};
 
-use crate::failure::Failure;
+use cli::failure::Failure;
 
 /// Certificates on both sides, or one host.
 #[derive(Debug, Args)]
@@ -69,6 +69,6 @@ pub(crate) fn absolute(path: &Path) -> Result<String, Failure> {
     path.into_os_string().into_string().map_err(|path| Failure {
         what: format!("{} is not in UTF-8", path.display()),
         hint: hint.into(),
-        exit: crate::failure::Exit::Failed,
+        exit: cli::failure::Exit::Failed,
     })
 }

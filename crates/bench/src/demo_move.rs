@@ -58,28 +58,24 @@ pub struct Parts {
     pub modules: Vec<String>,
 }
 
-/// Has `program` started where a KVM is, with the words that `command` makes of the parts, and
+/// Has this program started where a KVM is, with the words that `command` makes of the parts, and
 /// tells what it prints; first of all whose KVM it is.
 ///
 /// # Errors
 /// There is no such machine, or the program failed there.
-pub fn show(
-    program: &Path,
-    command: impl Fn(&Parts) -> Vec<OsString>,
-    say: &mut dyn FnMut(&str),
-) -> Result<()> {
+pub fn show(command: impl Fn(&Parts) -> Vec<OsString>, say: &mut dyn FnMut(&str)) -> Result<()> {
     let directory = Scratch::new("demo")?;
     let parts = prepare(directory.path())?;
     let words = command(&parts);
     let words: Vec<&OsStr> = words.iter().map(OsString::as_os_str).collect();
     if kvm::hardware() {
         say("The guest runs in our own monitor, on the KVM of this machine.");
-        return ended(kvm_host::start_again(program, &words, say)?);
+        return ended(kvm_host::start_again(&words, say)?);
     }
     say("This machine's KVM boots no guest, so QEMU emulates a machine that has one;");
     say("the guest runs in it, in our own monitor, slower than on hardware.");
     let mut machine = KvmMachine::boot(2 * GUEST_MIB)?;
-    let outcome = machine.run_telling(program, &words, &[], LIMIT, say)?;
+    let outcome = machine.run_telling(&kvm_host::this_program()?, &words, &[], LIMIT, say)?;
     ended(outcome.code)
 }
 

@@ -92,7 +92,6 @@ pub fn has_room(guests_mib: u64) -> Result<()> {
 /// # Errors
 /// What is missing on this machine, or what went wrong inside.
 pub fn measure<R: DeserializeOwned>(
-    program: &Path,
     task: Task,
     kernel_arguments: &[String],
     guests_mib: u64,
@@ -117,11 +116,11 @@ pub fn measure<R: DeserializeOwned>(
     has_room(guests_mib)?;
     let code = if place == Place::Hardware {
         tell("this machine's KVM boots guests");
-        kvm_host::start_again(program, &words, &mut tell)?
+        kvm_host::start_again(&words, &mut tell)?
     } else {
         tell("booting a machine with a KVM");
         let mut machine = KvmMachine::boot_populated(guests_mib)?;
-        machine.run_telling(program, &words, &[], limit, &mut tell)?.code
+        machine.run_telling(&kvm_host::this_program()?, &words, &[], limit, &mut tell)?.code
     };
     let report = report.ok_or_else(|| {
         wrong(format!("the measurement ended with {code:?} and without a report: {last}"))

@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -26,15 +26,16 @@ pub fn raise_loopback() {
     let _ = Command::new("ip").args(["link", "set", "lo", "up"]).status();
 }
 
-/// Runs the program once more on this machine; `tell` hears each line that it prints. Returns its
+/// This program, for another process of it where a KVM is.
+pub(crate) fn this_program() -> Result<PathBuf> {
+    std::env::current_exe().map_err(host("finding this program"))
+}
+
+/// Runs this program once more on this machine; `tell` hears each line that it prints. Returns its
 /// exit code.
-pub(crate) fn start_again(
-    program: &Path,
-    words: &[&OsStr],
-    tell: &mut dyn FnMut(&str),
-) -> Result<Option<i32>> {
+pub(crate) fn start_again(words: &[&OsStr], tell: &mut dyn FnMut(&str)) -> Result<Option<i32>> {
     let failed = host("starting this program once more");
-    let mut command = Command::new(program);
+    let mut command = Command::new(this_program()?);
     let command = command.args(words).stdin(Stdio::null()).stdout(Stdio::piped());
     let mut child = command.spawn().map_err(failed)?;
     for line in child.stdout.take().map(BufReader::new).into_iter().flat_map(BufRead::lines) {

@@ -128,7 +128,6 @@ struct Run {
 /// # Errors
 /// As those of [`kvm::measure`].
 pub fn measure(
-    program: &Path,
     options: Options,
     kernel_arguments: &[String],
     progress: &mut dyn FnMut(&str),
@@ -138,7 +137,7 @@ pub fn measure(
     let limit = ROUND_LIMIT.saturating_mul(u32::try_from(rounds).unwrap_or(u32::MAX));
     // One guest at a time.
     let guests_mib = options.guest_mib.iter().copied().max().unwrap_or_default();
-    kvm::measure(program, Task::Inflate(options), kernel_arguments, guests_mib, limit, progress)
+    kvm::measure(Task::Inflate(options), kernel_arguments, guests_mib, limit, progress)
 }
 
 /// Measures everything that `options` asks for, where a KVM is.

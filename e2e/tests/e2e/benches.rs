@@ -1,4 +1,4 @@
-//! `aerostat bench` on the smallest of what it measures: what it prints has the shape
+//! `aerostat-lab bench` on the smallest of what it measures: what it prints has the shape
 //! that it is documented with, and what it tries works.
 
 use std::collections::BTreeSet;
@@ -6,11 +6,11 @@ use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
-use crate::program::{program, succeed};
+use crate::program::{lab_program, succeed};
 
-/// Runs `aerostat bench` and returns its JSON.
+/// Runs `aerostat-lab bench` and returns its JSON.
 fn bench(arguments: &[&str]) -> Value {
-    let mut command = Command::new(program());
+    let mut command = Command::new(lab_program());
     command.arg("bench").args(arguments).arg("--json").stdin(Stdio::null());
     let (out, err) = succeed(&mut command);
     println!("{err}");

@@ -1,6 +1,6 @@
 //! Guests of our monitor that are moved while they run, from one process to another and back.
 //!
-//! `aerostat soak --migrate 50 --faults 120` does for an hour what a part of this does for a moment.
+//! `aerostat-lab soak --migrate 50 --faults 120` does for an hour what a part of this does for a moment.
 
 mod hostile;
 

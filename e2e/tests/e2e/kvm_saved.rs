@@ -14,7 +14,7 @@ use crate::kvm::{
     run, signal, verify,
 };
 use crate::kvm_move::{in_doubt, loses_the_hand_over, moved, receiver, settle};
-use crate::program::{program, told};
+use crate::program::{lab_program, program, told};
 
 /// Memory of the guest, what its balloon has, and what a file keeps, in MiB.
 const MEMORY_MIB: u64 = 256;
@@ -273,7 +273,7 @@ fn one_side_has_the_disks(first: &Guest, control: &str, address: &str, disk: &st
 fn the_demo_shows_a_guest_that_moves() {
     let [kernel, initramfs] = [VMLINUX, INITRAMFS].map(|name| std::env::var(name).unwrap());
     let words = ["demo", "--migrate", "--parts", &kernel, &initramfs, "virtio_mmio", OURS];
-    let (code, text) = aerostat(&words);
+    let (code, text) = run_to_end(&lab_program(), &words);
     assert_eq!(code, Some(0), "{text}");
     let lines = |what: &str| text.lines().filter(|line| line.contains(what)).count();
     // It answers before, meanwhile and after.
@@ -286,6 +286,10 @@ fn the_demo_shows_a_guest_that_moves() {
 
 /// Exit code, and all that was printed.
 fn aerostat(words: &[&str]) -> (Option<i32>, String) {
-    let (code, out, err) = told(&Command::new(program()).args(words).output().unwrap());
+    run_to_end(program(), words)
+}
+
+fn run_to_end(program: &Path, words: &[&str]) -> (Option<i32>, String) {
+    let (code, out, err) = told(&Command::new(program).args(words).output().unwrap());
     (code, out + &err)
 }

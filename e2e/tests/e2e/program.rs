@@ -19,6 +19,11 @@ pub(crate) fn cargo() -> Command {
     cargo
 }
 
+/// The `aerostat-lab` beside it.
+pub(crate) fn lab_program() -> PathBuf {
+    program().with_file_name("aerostat-lab")
+}
+
 /// The release build of `aerostat`, up to date.
 pub(crate) fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
@@ -30,7 +35,7 @@ pub(crate) fn program() -> &'static Path {
 
 fn build() -> PathBuf {
     let mut build = cargo();
-    build.args(["build", "--release", "--package", "aerostat", "--message-format", "json"]);
+    build.args(["build", "--release", "--package", "aerostat", "--package", "aerostat-lab"]);
     let messages = succeed(&mut build).0;
     let messages = messages.lines().filter_map(|line| serde_json::from_str(line).ok());
     let mut programs = messages.filter_map(|message: serde_json::Value| {

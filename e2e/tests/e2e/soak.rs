@@ -1,4 +1,4 @@
-//! `aerostat soak` finds what is wrong. That it finds nothing where nothing is wrong, `check`
+//! `aerostat-lab soak` finds what is wrong. That it finds nothing where nothing is wrong, `check`
 //! looks at, for some minutes beside the fuzzing.
 
 use std::collections::BTreeMap;
@@ -14,7 +14,7 @@ use bench::soak::plan::{PatternFile, Step};
 use bench::soak::plan_for;
 
 use crate::bed::{LIMIT, guest_memory};
-use crate::program::{program, told};
+use crate::program::{lab_program, told};
 
 /// What the guests' init writes into its files.
 #[path = "../../../guest/init/src/pattern.rs"]
@@ -46,7 +46,7 @@ fn a_page_that_changes_behind_the_guests_back_is_named() {
     let file = kept_file();
     println!("{file:?} shall be changed");
     let directory = tempfile::tempdir().unwrap();
-    let soak = Command::new(program())
+    let soak = Command::new(lab_program())
         .args(["soak", "--minutes", "2", "--driver", "own", "--backing", "4k"])
         .args(["--memory", &format!("{MEMORY_MIB}MiB"), "--seed", &SEED.to_string()])
         // Where it keeps the logs of what failed.

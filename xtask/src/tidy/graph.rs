@@ -78,7 +78,10 @@ const ROOMS: &[(&str, Leans)] = &[
         ]),
     ),
     ("sandbox", Only(&["landlock", "libc", "rustix", "seccompiler", "thiserror"])),
-    ("aerostat", Rooms(&["bench", "control", "sandbox", "vhost-device-balloon", "vmm"])),
+    ("cli", Rooms(&["control"])),
+    // What an operator installs has nothing of the lab.
+    ("aerostat", Rooms(&["cli", "control", "sandbox", "vhost-device-balloon", "vmm"])),
+    ("aerostat-lab", Rooms(&["bench", "cli", "control"])),
     // For tests: what ships cannot lean on them, since no row above names them.
     ("guest-ring", Only(&["virtio-queue", "vm-memory"])),
     (

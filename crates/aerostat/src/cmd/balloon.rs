@@ -10,9 +10,9 @@ use humantime::format_duration;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::cmd::drop_caches::summary;
-use crate::failure::{Exit, Failure};
 use crate::guest_arg::GuestArg;
-use crate::output::{plural, print, print_json};
+use cli::failure::{Exit, Failure};
+use cli::output::{plural, print, print_json};
 
 /// Shows or sets what a guest's balloon holds
 ///

@@ -2,9 +2,9 @@
 
 use clap::Args;
 
-use crate::failure::Failure;
 use crate::guest_arg::GuestArg;
-use crate::output::{print, print_json};
+use cli::failure::Failure;
+use cli::output::{print, print_json};
 
 /// Stops the request that a guest works on
 #[derive(Debug, Args)]

@@ -6,9 +6,9 @@ use clap::{Args, ValueEnum};
 use control::Size;
 use control::api::{CacheSize, Caches, DroppedCaches};
 
-use crate::failure::Failure;
 use crate::guest_arg::GuestArg;
-use crate::output::{print, print_json};
+use cli::failure::Failure;
+use cli::output::{print, print_json};
 
 /// Has a guest drop its caches, and shows what that freed
 #[derive(Debug, Args)]

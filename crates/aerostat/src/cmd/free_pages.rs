@@ -10,10 +10,10 @@ use clap::Args;
 use control::api::{AskFreePages, FreeKind, FreePages, HoldState};
 use control::{Client, Size};
 
-use crate::failure::{Exit, Failure};
 use crate::guest_arg::GuestArg;
-use crate::memory_map;
-use crate::output::{plural, print, print_json};
+use cli::failure::{Exit, Failure};
+use cli::memory_map;
+use cli::output::{plural, print, print_json};
 
 /// Asks a guest which of its memory is free, and shows where
 ///

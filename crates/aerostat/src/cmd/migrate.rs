@@ -1,20 +1,20 @@
 //! `aerostat migrate`: moves a guest to another host.
 
-use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use clap::Args;
-use control::api::{MigrationState, MigrationStatus, MigrationSummary, StartMigration};
+use cli::migration_summary;
+use control::api::{MigrationState, MigrationStatus, StartMigration};
 use control::{Client, ControlError, Size};
 
-use crate::failure::{Exit, Failure};
 use crate::guest_arg::GuestArg;
-use crate::output::{plural, print, print_json};
-use crate::progress::Bar;
 use crate::security_arg::SecurityArgs;
+use cli::failure::{Exit, Failure};
+use cli::output::{print, print_json};
+use cli::progress::Bar;
 
 /// How often it is looked how far the migration is.
 const LOOK: Duration = Duration::from_millis(100);
@@ -89,7 +89,7 @@ pub(crate) fn run(args: &MigrateArgs) -> Result<(), Failure> {
     }
     match (status.state, &status.summary) {
         (MigrationState::Moved, Some(summary)) => {
-            print(&text(&args.guest.to_string(), &args.to, summary))
+            print(&migration_summary::text(&args.guest.to_string(), &args.to, summary))
         }
         (MigrationState::Moved, None) => print(&format!("{}: moved\n", args.guest)),
         _ => Err(not_moved(args, &status)),
@@ -162,45 +162,4 @@ fn not_moved(args: &MigrateArgs, status: &MigrationStatus) -> Failure {
         _ => ("the guest was not moved, and runs on here", "see the reason, and try again".into()),
     };
     Failure { what: format!("{}: {what}: {why}", args.guest), hint, exit: Exit::Failed }
-}
-
-/// What went, what did not have to, and how long the guest stood.
-pub(crate) fn text(guest: &str, to: &str, summary: &MigrationSummary) -> String {
-    let down = &summary.downtime;
-    let mut text = format!(
-        "{guest}: moved to {to} in {:.0} ms, and stood still for {:.1} ms of them\n",
-        summary.total_ms, down.total_ms
-    );
-    let mut line = |size: u64, what: &str| {
-        // Writing to a string cannot fail.
-        let _ = writeln!(text, "  {:>12}  {what}", Size(size).to_string());
-    };
-    let rounds = plural(summary.rounds.len() as u64, "round");
-    line(summary.memory_bytes, "memory of the guest");
-    line(summary.sent_bytes, &format!("sent in {rounds}"));
-    line(summary.wire_bytes, "on the network");
-    let answered = summary.free_answer_ms.map(|ms| format!(", which it named in {ms:.1} ms"));
-    line(summary.free_bytes, &format!("skipped: free{}", answered.unwrap_or_default()));
-    line(summary.balloon_bytes, "skipped: in the balloon");
-    line(summary.zero_bytes, "not sent: zeros");
-    if summary.filled_bytes > 0 {
-        line(summary.filled_bytes, "filled at the destination");
-    }
-    let _ = writeln!(
-        text,
-        "  stood still: stopping {:.1} ms, log {:.1}, last pages {:.1}, saving {:.1}, state {:.1} \
-         (loading {:.1}), hand-over {:.1} (starting {:.1})",
-        down.pause_ms,
-        down.log_ms,
-        down.copy_ms,
-        down.save_ms,
-        down.state_ms,
-        down.load_ms,
-        down.hand_over_ms,
-        down.resume_ms
-    );
-    if summary.throttle_percent > 0 {
-        let _ = writeln!(text, "  held back by {} % at the end", summary.throttle_percent);
-    }
-    text
 }

@@ -2,9 +2,7 @@
 //! that does the work and prints what it says.
 
 mod balloon;
-mod bench;
 mod cancel;
-mod demo;
 mod drop_caches;
 mod free_pages;
 mod migrate;
@@ -13,23 +11,20 @@ mod restore;
 mod run;
 mod settle;
 mod snapshot;
-mod soak;
 mod status;
 mod vhost_user;
 mod watch;
 
 use clap::Subcommand;
 
-use crate::failure::Failure;
 use crate::log::LogLevel;
+use cli::failure::Failure;
 
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     Balloon(balloon::BalloonArgs),
-    Bench(bench::BenchArgs),
     Cancel(cancel::CancelArgs),
-    Demo(demo::DemoArgs),
     DropCaches(drop_caches::DropCachesArgs),
     FreePages(free_pages::FreePagesArgs),
     Migrate(migrate::MigrateArgs),
@@ -38,7 +33,6 @@ pub(crate) enum Command {
     Run(run::RunArgs),
     Settle(settle::SettleArgs),
     Snapshot(snapshot::SnapshotArgs),
-    Soak(soak::SoakArgs),
     Status(status::StatusArgs),
     VhostUser(vhost_user::VhostUserArgs),
 }
@@ -47,9 +41,7 @@ impl Command {
     pub(crate) fn run(self) -> Result<(), Failure> {
         match self {
             Self::Balloon(args) => balloon::run(&args),
-            Self::Bench(args) => bench::run(&args),
             Self::Cancel(args) => cancel::run(&args),
-            Self::Demo(args) => demo::run(&args),
             Self::DropCaches(args) => drop_caches::run(&args),
             Self::FreePages(args) => free_pages::run(&args),
             Self::Migrate(args) => migrate::run(&args),
@@ -58,7 +50,6 @@ impl Command {
             Self::Run(args) => run::run(args),
             Self::Settle(args) => settle::run(&args),
             Self::Snapshot(args) => snapshot::run(&args),
-            Self::Soak(args) => soak::run(&args),
             Self::Status(args) => status::run(&args),
             Self::VhostUser(args) => vhost_user::run(&args),
         }

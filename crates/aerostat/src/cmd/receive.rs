@@ -9,10 +9,10 @@ use vmm::{DiskOptions, MAX_CPUS, MAX_MEMORY_BYTES, ReceiveOptions};
 
 use crate::cmd::run::ended;
 use crate::disk_arg::disk;
-use crate::failure::Failure;
 use crate::guest_arg::guest_name;
 use crate::host_arg::HostArgs;
 use crate::security_arg::SecurityArgs;
+use cli::failure::Failure;
 
 /// Waits for a guest from another host, and then runs it
 ///

@@ -8,9 +8,9 @@ use vmm::{DiskOptions, RestoreOptions};
 
 use crate::cmd::run::ended;
 use crate::disk_arg::disk;
-use crate::failure::Failure;
 use crate::guest_arg::guest_name;
 use crate::host_arg::HostArgs;
+use cli::failure::Failure;
 
 /// Runs a guest that `aerostat snapshot` has written to a file
 ///

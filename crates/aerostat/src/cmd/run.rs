@@ -9,9 +9,9 @@ use vmm::{DiskOptions, End, Error, MAX_CPUS, Options};
 
 use crate::balloon_arg::{Feature, features};
 use crate::disk_arg::disk;
-use crate::failure::{Exit, Failure};
 use crate::guest_arg::guest_name;
 use crate::host_arg::HostArgs;
+use cli::failure::{Exit, Failure};
 
 /// Boots a Linux guest on KVM, with its balloon, and serves it to its end
 ///

@@ -3,9 +3,9 @@
 use clap::Args;
 use control::api::{MigrationState, SettleWord};
 
-use crate::failure::{Exit, Failure};
 use crate::guest_arg::GuestArg;
-use crate::output::{print, print_json};
+use cli::failure::{Exit, Failure};
+use cli::output::{print, print_json};
 
 /// Ends a doubt about where a guest runs
 ///

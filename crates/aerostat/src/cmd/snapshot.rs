@@ -8,10 +8,10 @@ use control::Size;
 use control::api::{MigrationState, MigrationStatus, MigrationSummary, StartSnapshot};
 
 use crate::cmd::migrate::{interruption, watch};
-use crate::failure::{Exit, Failure};
 use crate::guest_arg::GuestArg;
-use crate::output::{print, print_json};
 use crate::security_arg::absolute;
+use cli::failure::{Exit, Failure};
+use cli::output::{print, print_json};
 
 /// Writes a guest of `aerostat run` to a file, and lets it go on
 ///

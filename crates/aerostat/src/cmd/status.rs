@@ -15,9 +15,9 @@ use humantime::format_duration;
 use serde::Serialize;
 
 use super::watch;
-use crate::failure::Failure;
 use crate::guest_arg::GuestArg;
-use crate::output::{json, plural, print, print_json};
+use cli::failure::Failure;
+use cli::output::{json, plural, print, print_json};
 
 /// Shows one guest, or all guests in a table
 #[derive(Debug, Args)]

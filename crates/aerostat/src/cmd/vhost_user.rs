@@ -9,8 +9,8 @@ use sandbox::{Network, Restricted, restrict_calls, restrict_files};
 use vhost_device_balloon::{Error, Options, Service};
 
 use crate::balloon_arg::{Feature, ReleaseArgs, features};
-use crate::failure::Failure;
 use crate::guest_arg::guest_name;
+use cli::failure::Failure;
 
 /// Longest time to look for a message, in microseconds: more is no latency that anybody
 /// could notice.

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use control::{Client, ControlError, Status};
 
-use crate::failure::Failure;
-use crate::output::print_more;
+use cli::failure::Failure;
+use cli::output::print_more;
 
 /// Shows the guest every `period`, until SIGINT or SIGTERM, or until nobody reads.
 ///

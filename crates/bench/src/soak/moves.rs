@@ -32,6 +32,7 @@ pub use report::{CaseReport, FaultCount, Report};
 pub use traveller::{Conversation, Departure, Receiver, Said, Traveller};
 
 use crate::error::{Result, host, wrong};
+use crate::kvm_host::this_program;
 
 /// For a guest's boot and end in an emulated KVM, and for each of its moves.
 const BASE_LIMIT: Duration = Duration::from_secs(600);
@@ -111,11 +112,12 @@ fn run_case(
         }
         lines.push(line.to_owned());
     };
+    let program = this_program()?;
     if kvm::hardware() {
-        run_here(&kit.program, &words, &variables, &mut hear)?;
+        run_here(&program, &words, &variables, &mut hear)?;
     } else {
         let mut machine = KvmMachine::boot(GUESTS * MEMORY_MIB)?;
-        machine.run_telling(&kit.program, &words, &variables, limit, &mut hear)?;
+        machine.run_telling(&program, &words, &variables, limit, &mut hear)?;
     }
     let reports = lines.iter().filter_map(|line| serde_json::from_str(line).ok());
     match reports.collect::<Vec<CaseReport>>() {
@@ -150,5 +152,6 @@ fn run_here(
 /// # Errors
 /// It was started by hand.
 pub fn given_kit(program: &Path) -> Result<Kit> {
-    Kit::given(program).ok_or_else(|| wrong("this is started by `aerostat soak --migrate`".into()))
+    Kit::given(program)
+        .ok_or_else(|| wrong("this is started by `aerostat-lab soak --migrate`".into()))
 }

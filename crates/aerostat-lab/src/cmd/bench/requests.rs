@@ -1,12 +1,12 @@
-//! `aerostat bench requests`: asks guests to drop caches and to name free memory.
+//! `aerostat-lab bench requests`: asks guests to drop caches and to name free memory.
 
 use bench::requests::{self, Report};
 use clap::Args;
 use control::Size;
 
 use super::{failure, name, program};
-use crate::failure::Failure;
-use crate::output::{print, print_json};
+use cli::failure::Failure;
+use cli::output::{print, print_json};
 
 /// Asks guests to drop caches and to name free memory, and what that costs them
 #[derive(Debug, Args)]

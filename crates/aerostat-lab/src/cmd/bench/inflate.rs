@@ -1,4 +1,4 @@
-//! `aerostat bench inflate`: takes memory from guests and compares.
+//! `aerostat-lab bench inflate`: takes memory from guests and compares.
 
 use std::path::PathBuf;
 
@@ -8,8 +8,8 @@ use clap::{Args, ValueEnum};
 use control::Size;
 
 use super::{BackingArg, chosen, failure, name, program};
-use crate::failure::{Exit, Failure};
-use crate::output::{print, print_json};
+use cli::failure::{Exit, Failure};
+use cli::output::{print, print_json};
 
 /// Takes memory from guests: page by page, with the stock driver, with ours
 #[derive(Debug, Args)]
@@ -96,8 +96,8 @@ fn run_kvm(args: &InflateArgs) -> Result<(), Failure> {
         return Err(Failure { what: what.into(), hint: "leave it out".into(), exit: Exit::Failed });
     }
     let words = &args.kernel_argument;
-    let report = kvm_inflate::measure(&program()?, options, words, &mut |step| eprintln!("{step}"))
-        .map_err(failure)?;
+    let report =
+        kvm_inflate::measure(options, words, &mut |step| eprintln!("{step}")).map_err(failure)?;
     if args.json { print_json(&report) } else { print(&kvm_table(&report)) }
 }
 

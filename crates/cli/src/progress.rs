@@ -11,7 +11,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 const TICK: Duration = Duration::from_millis(100);
 
 /// Shows on standard error how far a long command is.
-pub(crate) struct Steps {
+pub struct Steps {
     bar: Option<ProgressBar>,
     /// The least time between two lines.
     pause: Duration,
@@ -20,12 +20,12 @@ pub(crate) struct Steps {
 
 impl Steps {
     /// Shows each step.
-    pub(crate) fn start() -> Self {
+    pub fn start() -> Self {
         Self::sparse(Duration::ZERO)
     }
 
     /// Where there is no terminal, a line at most every `pause`.
-    pub(crate) fn sparse(pause: Duration) -> Self {
+    pub fn sparse(pause: Duration) -> Self {
         let bar = std::io::stderr().is_terminal().then(ProgressBar::new_spinner);
         if let Some(bar) = &bar {
             // Cut where the terminal ends; one that does not parse leaves the default style.
@@ -38,7 +38,8 @@ impl Steps {
         Self { bar, pause, last: Cell::new(None) }
     }
 
-    pub(crate) fn show(&self, step: &str) {
+    /// Shows one step.
+    pub fn show(&self, step: &str) {
         if let Some(bar) = &self.bar {
             bar.set_message(step.to_owned());
         } else if self.last.get().is_none_or(|last| last.elapsed() >= self.pause) {
@@ -47,7 +48,8 @@ impl Steps {
         }
     }
 
-    pub(crate) fn end(&self) {
+    /// Removes the line from a terminal.
+    pub fn end(&self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
@@ -55,13 +57,14 @@ impl Steps {
 }
 
 /// A bar that begins anew with each phase; a line for each phase where there is no terminal.
-pub(crate) struct Bar {
+pub struct Bar {
     bar: Option<ProgressBar>,
     phase: RefCell<String>,
 }
 
 impl Bar {
-    pub(crate) fn start() -> Self {
+    /// Shows the bar on a terminal.
+    pub fn start() -> Self {
         let bar = std::io::stderr().is_terminal().then(|| ProgressBar::new(0));
         if let Some(bar) = &bar {
             // One that does not parse leaves the default style.
@@ -74,7 +77,7 @@ impl Bar {
     }
 
     /// Shows how far the phase is, and how much was sent in all.
-    pub(crate) fn show(&self, phase: &str, done: u64, of: u64, sent: Size) {
+    pub fn show(&self, phase: &str, done: u64, of: u64, sent: Size) {
         let is_new = *self.phase.borrow() != phase;
         phase.clone_into(&mut self.phase.borrow_mut());
         if let Some(bar) = &self.bar {
@@ -87,7 +90,8 @@ impl Bar {
         }
     }
 
-    pub(crate) fn end(&self) {
+    /// Removes the line from a terminal.
+    pub fn end(&self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }

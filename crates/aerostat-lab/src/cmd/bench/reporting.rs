@@ -1,12 +1,12 @@
-//! `aerostat bench reporting`: memory that guests give back by themselves.
+//! `aerostat-lab bench reporting`: memory that guests give back by themselves.
 
 use bench::reporting::{self, Report};
 use clap::Args;
 use control::Size;
 
 use super::{BackingArg, failure, name, program};
-use crate::failure::Failure;
-use crate::output::{print, print_json};
+use cli::failure::Failure;
+use cli::output::{print, print_json};
 
 /// Has a guest free memory and measures when it is back, and what that costs
 #[derive(Debug, Args)]

@@ -1,4 +1,4 @@
-//! `aerostat demo`: the four stages of taking memory, the old way and ours, and
+//! `aerostat-lab demo`: the four stages of taking memory, the old way and ours, and
 //! what a guest's kernel can be asked for; or a guest that moves.
 
 mod kvm;
@@ -16,11 +16,11 @@ use control::Size;
 use control::api::{BALLOON_PAGE_BYTES, FreePages};
 
 use crate::cmd::bench::{failure, program};
-use crate::cmd::migrate;
-use crate::failure::Failure;
-use crate::memory_map;
-use crate::output::print;
-use crate::progress::Steps;
+use cli::failure::Failure;
+use cli::memory_map;
+use cli::migration_summary;
+use cli::output::print;
+use cli::progress::Steps;
 use table::{Row, header};
 
 /// Size of the guest, and of the balloon, in MiB: those of the measurement of 2016.
@@ -94,7 +94,7 @@ fn finds_a_kvm() -> Result<(), Failure> {
     };
     // A reader that has gone is no reason to leave a guest behind.
     let mut say = |line: &str| drop(print(&format!("{line}\n")));
-    demo_move::show(&program()?, words, &mut say).map_err(failure)
+    demo_move::show(words, &mut say).map_err(failure)
 }
 
 fn moves(kernel: &Path, initramfs: &Path, modules: &[PathBuf]) -> Result<(), Failure> {
@@ -102,7 +102,7 @@ fn moves(kernel: &Path, initramfs: &Path, modules: &[PathBuf]) -> Result<(), Fai
     let parts = Parts { kernel: kernel.into(), initramfs: initramfs.into(), modules };
     let say = |line: &str| drop(print(&format!("{line}\n")));
     let summary = demo_move::carry_out(&program()?, &parts, &say).map_err(failure)?;
-    print(&format!("\n{}", migrate::text("the guest", "the second process", &summary)))
+    print(&format!("\n{}", migration_summary::text("the guest", "the second process", &summary)))
 }
 
 fn choose(asked: Asked) -> Result<Choice, Failure> {
@@ -176,7 +176,7 @@ fn picture(report: &Report) -> String {
             };
         }
     }
-    text + "One run each; `aerostat bench inflate` measures properly.\n"
+    text + "One run each; `aerostat-lab bench inflate` measures properly.\n"
 }
 
 /// The guest's memory before its caches are dropped, after, and with the balloon.
@@ -229,7 +229,7 @@ mod tests {
     use std::cell::RefCell;
 
     use super::*;
-    use crate::failure::Exit;
+    use cli::failure::Exit;
 
     /// What is shown, in its order, where our monitor works or does not; and how it ends.
     fn shown(choice: Choice, works: bool) -> (Vec<String>, bool) {

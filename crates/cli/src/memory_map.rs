@@ -11,7 +11,7 @@ const LINE_CELLS: usize = 64;
 
 /// How cells are drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Style {
+pub enum Style {
     /// Unicode block elements: the darker, the more is in use.
     Shades,
     /// ASCII, for what is no terminal.
@@ -20,7 +20,7 @@ pub(crate) enum Style {
 
 impl Style {
     /// What suits standard output.
-    pub(crate) fn of_output() -> Self {
+    pub fn of_output() -> Self {
         if std::io::stdout().is_terminal() { Self::Shades } else { Self::Letters }
     }
 
@@ -34,7 +34,7 @@ impl Style {
 }
 
 /// The map with its legend.
-pub(crate) fn draw(map: &CoarseMap, style: Style) -> String {
+pub fn draw(map: &CoarseMap, style: Style) -> String {
     let (marks, balloon) = style.marks();
     let cell_bytes = map.cell_pages.saturating_mul(BALLOON_PAGE_BYTES);
     let mut text = format!(

@@ -1,4 +1,4 @@
-//! `aerostat soak --migrate` and `--faults`: guests that are moved again and again.
+//! `aerostat-lab soak --migrate` and `--faults`: guests that are moved again and again.
 
 use std::ffi::OsString;
 
@@ -6,9 +6,9 @@ use bench::soak::moves::{self, CASES, Case, CaseReport, Options, Report};
 use clap::Args;
 
 use crate::cmd::bench::{failure, program};
-use crate::failure::Failure;
-use crate::output::{print, print_json};
-use crate::progress::Steps;
+use cli::failure::Failure;
+use cli::output::{print, print_json};
+use cli::progress::Steps;
 
 /// Most moves of a guest: weeks.
 const MAX_MOVES: u64 = 1_000_000;

@@ -7,12 +7,12 @@ use serde::Serialize;
 use crate::failure::Failure;
 
 /// Prints a text. A reader that has seen enough, such as `head`, is no failure.
-pub(crate) fn print(text: &str) -> Result<(), Failure> {
+pub fn print(text: &str) -> Result<(), Failure> {
     print_more(text).map(drop)
 }
 
 /// Prints a text; false where nobody reads any more.
-pub(crate) fn print_more(text: &str) -> Result<bool, Failure> {
+pub fn print_more(text: &str) -> Result<bool, Failure> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Ok(()) => Ok(true),
@@ -22,18 +22,18 @@ pub(crate) fn print_more(text: &str) -> Result<bool, Failure> {
 }
 
 /// Prints a value as JSON for programs to read.
-pub(crate) fn print_json(value: &impl Serialize) -> Result<(), Failure> {
+pub fn print_json(value: &impl Serialize) -> Result<(), Failure> {
     print(&json(value)?)
 }
 
 /// A value as JSON, ending in a line feed.
-pub(crate) fn json(value: &impl Serialize) -> Result<String, Failure> {
+pub fn json(value: &impl Serialize) -> Result<String, Failure> {
     serde_json::to_string_pretty(value)
         .map(|text| text + "\n")
         .map_err(|error| Failure::new(&error, "please report this as a fault of aerostat"))
 }
 
 /// `1 message`, `2 messages`.
-pub(crate) fn plural(count: u64, word: &str) -> String {
+pub fn plural(count: u64, word: &str) -> String {
     format!("{count} {word}{}", if count == 1 { "" } else { "s" })
 }

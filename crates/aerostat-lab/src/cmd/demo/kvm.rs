@@ -5,10 +5,10 @@ use bench::kvm_inflate::{self, Case, CaseReport, KERNEL_ARGUMENT, Options, Repor
 
 use super::table::{Row, header};
 use super::{GUEST_MIB, MEMORY};
-use crate::cmd::bench::{failure, program};
-use crate::failure::Failure;
-use crate::output::print;
-use crate::progress::Steps;
+use crate::cmd::bench::failure;
+use cli::failure::Failure;
+use cli::output::print;
+use cli::progress::Steps;
 
 /// Takes memory from both guests, and shows what that took.
 pub(super) fn show() -> Result<(), Failure> {
@@ -23,7 +23,7 @@ pub(super) fn show() -> Result<(), Failure> {
     let options = Options { rounds: 1, guest_mib: vec![GUEST_MIB], memory: MEMORY.to_vec() };
     let words = [KERNEL_ARGUMENT.to_owned()];
     let steps = Steps::start();
-    let report = kvm_inflate::measure(&program()?, options, &words, &mut |step| steps.show(step));
+    let report = kvm_inflate::measure(options, &words, &mut |step| steps.show(step));
     steps.end();
     print(&picture(&report.map_err(failure)?, place))
 }
@@ -53,7 +53,7 @@ fn picture(report: &Report, place: Place) -> String {
     }
     text += &format!(
         "Exits: how often the guest left its processor because of the balloon. Its kernel, {}, was\n\
-         told {}. One run each; `aerostat bench inflate --monitor kvm` measures properly.\n",
+         told {}. One run each; `aerostat-lab bench inflate --monitor kvm` measures properly.\n",
         report.kernel,
         report.kernel_arguments.join(" "),
     );

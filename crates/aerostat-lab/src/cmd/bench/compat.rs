@@ -1,4 +1,4 @@
-//! `aerostat bench compat`: what works with which kernel, monitor and driver.
+//! `aerostat-lab bench compat`: what works with which kernel, monitor and driver.
 
 use std::collections::BTreeMap;
 
@@ -6,8 +6,8 @@ use bench::compat::{self, Report, Row, Verdict};
 use clap::Args;
 
 use super::{failure, program};
-use crate::failure::Failure;
-use crate::output::{print, print_json};
+use cli::failure::Failure;
+use cli::output::{print, print_json};
 
 /// Tries every feature with every kernel, monitor and driver of the lab
 #[derive(Debug, Args)]

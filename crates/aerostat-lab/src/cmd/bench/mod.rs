@@ -1,4 +1,4 @@
-//! `aerostat bench`: measures on real guests.
+//! `aerostat-lab bench`: measures on real guests.
 
 mod compat;
 mod inflate;
@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use bench::inflate::HostPages;
 use clap::{Args, Subcommand, ValueEnum};
 
-use crate::failure::Failure;
+use cli::failure::{Exit, Failure};
 
 /// Measures on real guests, which it boots
 #[derive(Debug, Args)]
@@ -66,9 +66,22 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
     }
 }
 
-/// This program, which also serves as the back end.
+/// The program that operators run.
+const AEROSTAT: &str = "aerostat";
+
+/// The `aerostat` beside this program, which is what is measured.
 pub(crate) fn program() -> Result<PathBuf, Failure> {
-    std::env::current_exe().map_err(|error| Failure::new(&error, "run aerostat by its full path"))
+    let this = std::env::current_exe()
+        .map_err(|error| Failure::new(&error, "run aerostat-lab by its full path"))?;
+    let program = this.with_file_name(AEROSTAT);
+    if program.is_file() {
+        return Ok(program);
+    }
+    Err(Failure {
+        what: format!("there is no {} to measure", program.display()),
+        hint: "build it with the same profile: `cargo build --release --package aerostat`".into(),
+        exit: Exit::Failed,
+    })
 }
 
 pub(crate) fn failure(error: bench::BenchError) -> Failure {

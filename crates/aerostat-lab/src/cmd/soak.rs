@@ -1,4 +1,4 @@
-//! `aerostat soak`: everything that can be done with guests, at random, for a while.
+//! `aerostat-lab soak`: everything that can be done with guests, at random, for a while.
 
 mod moves;
 
@@ -14,9 +14,9 @@ use control::Size;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::cmd::bench::{BackingArg, failure, program};
-use crate::failure::{Exit, Failure};
-use crate::output::{print, print_json};
-use crate::progress::Steps;
+use cli::failure::{Exit, Failure};
+use cli::output::{print, print_json};
+use cli::progress::Steps;
 
 /// Between two lines of progress where there is no terminal.
 const LINES: Duration = Duration::from_secs(60);

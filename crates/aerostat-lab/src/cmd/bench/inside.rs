@@ -1,10 +1,10 @@
-//! `aerostat bench inside`: what other benches start where a KVM is.
+//! `aerostat-lab bench inside`: what other benches start where a KVM is.
 
 use clap::Args;
 
 use super::{failure, program};
-use crate::failure::Failure;
-use crate::output::print;
+use cli::failure::Failure;
+use cli::output::print;
 
 /// Carries out a measurement where a KVM is; other benches start it
 #[derive(Debug, Args)]

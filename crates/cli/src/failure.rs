@@ -8,18 +8,18 @@ use control::ControlError;
 
 /// The end of a command that did not do what it was asked.
 #[derive(Debug)]
-pub(crate) struct Failure {
+pub struct Failure {
     /// What was wrong, with its causes.
-    pub(crate) what: String,
+    pub what: String,
     /// What to do about it.
-    pub(crate) hint: String,
+    pub hint: String,
     /// What a shell is told.
-    pub(crate) exit: Exit,
+    pub exit: Exit,
 }
 
 /// Exit codes but 0, and 2, which is given by the argument parser.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Exit {
+pub enum Exit {
     /// It was tried and went wrong.
     Failed = 1,
     /// There is no such guest, or it cannot be reached.
@@ -30,7 +30,7 @@ pub(crate) enum Exit {
 
 impl Failure {
     /// A plain failure that keeps the causes of `error`.
-    pub(crate) fn new(error: &dyn Error, hint: impl Into<String>) -> Self {
+    pub fn new(error: &dyn Error, hint: impl Into<String>) -> Self {
         let mut what = error.to_string();
         let mut cause = error.source();
         while let Some(error) = cause {
@@ -41,7 +41,7 @@ impl Failure {
     }
 
     /// For the process.
-    pub(crate) fn exit_code(&self) -> ExitCode {
+    pub fn exit_code(&self) -> ExitCode {
         ExitCode::from(self.exit as u8)
     }
 }

@@ -1,4 +1,4 @@
-//! `aerostat bench monitors`: QEMU's own balloon device against ours.
+//! `aerostat-lab bench monitors`: QEMU's own balloon device against ours.
 
 use bench::inflate::Memory;
 use bench::monitors::{self, Report};
@@ -6,8 +6,8 @@ use clap::{Args, ValueEnum};
 use control::Size;
 
 use super::{chosen, failure, name, program};
-use crate::failure::Failure;
-use crate::output::{print, print_json};
+use cli::failure::Failure;
+use cli::output::{print, print_json};
 
 /// Takes memory from emulated guests with the stock driver: QEMU's device, ours
 #[derive(Debug, Args)]

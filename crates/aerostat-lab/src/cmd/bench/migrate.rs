@@ -1,4 +1,4 @@
-//! `aerostat bench migrate`: moves guests with our monitor and with QEMU, and compares.
+//! `aerostat-lab bench migrate`: moves guests with our monitor and with QEMU, and compares.
 
 use std::time::Duration;
 
@@ -7,9 +7,9 @@ use bench::migrate::{self, Case, GuestState, Report};
 use clap::{Args, ValueEnum};
 use control::Size;
 
-use super::{chosen, failure, name, program};
-use crate::failure::Failure;
-use crate::output::{print, print_json};
+use super::{chosen, failure, name};
+use cli::failure::Failure;
+use cli::output::{print, print_json};
 
 /// For each move with its boots, for each GiB of a guest.
 const MOVE_LIMIT: Duration = Duration::from_secs(600);
@@ -93,7 +93,7 @@ pub(super) fn run(args: &MigrateArgs) -> Result<(), Failure> {
     let guests_mib = migrate::guests_mib(&options);
     let (words, task) = (&args.kernel_argument, Task::Migrate(options));
     let report: Report =
-        kvm::measure(&program()?, task, words, guests_mib, limit, &mut |step| eprintln!("{step}"))
+        kvm::measure(task, words, guests_mib, limit, &mut |step| eprintln!("{step}"))
             .map_err(failure)?;
     if args.json { print_json(&report) } else { print(&table(&report)) }
 }
