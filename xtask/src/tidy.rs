@@ -1,5 +1,4 @@
-//! `cargo xtask tidy`: checks what the plan of the house forbids and no compiler
-//! does.
+//! `cargo xtask tidy`: checks what ARCHITECTURE.md forbids and no compiler checks.
 
 use std::fs;
 use std::path::Path;
@@ -21,12 +20,12 @@ pub(crate) fn run(_args: &Args) -> Result<()> {
     let root = root();
     let files = Files::read(&root)?;
     let packages = graph::packages(&root)?;
-    let mut problems = graph::check(&packages);
+    let mut problems = graph::check(&packages, &files);
     problems.extend(source::check_roots(&packages, &files));
     problems.extend(source::check_unsafe_files(&files));
     problems.extend(source::check_lengths(&files));
     problems.extend(pages::check_words(&files));
-    problems.extend(pages::check_architecture(&packages, &files));
+    problems.extend(pages::check_maps(&files));
     ensure!(problems.is_empty(), "{} problems\n{}", problems.len(), problems.join("\n"));
     Ok(())
 }

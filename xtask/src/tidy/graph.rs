@@ -1,4 +1,4 @@
-//! Which room may lean on what.
+//! Which crate may depend on which: the table of ARCHITECTURE.md.
 
 use std::path::Path;
 use std::process::Command;
@@ -6,100 +6,32 @@ use std::process::Command;
 use anyhow::{Context, Result};
 use serde_json::Value;
 
+use super::Files;
 use crate::process::output;
 
-/// What a room may depend on. Dependencies for its own tests are free.
-enum Leans {
-    /// On these crates and nothing else at all.
-    Only(&'static [&'static str]),
-    /// On these rooms, and on any crate from outside.
-    Rooms(&'static [&'static str]),
-    /// It is all tests.
-    Anything,
-}
-use Leans::{Anything, Only, Rooms};
+const ARCHITECTURE: &str = "ARCHITECTURE.md";
 
-/// The rooms of ARCHITECTURE.md. A new crate needs a row here: what it may lean on
-/// is a decision, not an accident.
-const ROOMS: &[(&str, Leans)] = &[
-    ("balloon-abi", Only(&[])),
-    ("balloon-driver", Only(&["balloon-abi"])),
-    ("page-set", Only(&[])),
-    (
-        "balloon-device",
-        Only(&["balloon-abi", "page-set", "thiserror", "virtio-queue", "vm-memory"]),
-    ),
-    ("host-memory", Only(&["libc", "page-set", "rustix", "thiserror", "tracing", "vm-memory"])),
-    // The API's words, sizes and sets of pages, never the device's insides.
-    ("control", Rooms(&["page-set"])),
-    (
-        "balloon-host",
-        Rooms(&["balloon-abi", "balloon-device", "control", "host-memory", "page-set"]),
-    ),
-    (
-        "vhost-device-balloon",
-        Rooms(&[
-            "balloon-abi",
-            "balloon-device",
-            "balloon-host",
-            "control",
-            "host-memory",
-            "page-set",
-        ]),
-    ),
-    (
-        "vmm",
-        Rooms(&[
-            "balloon-abi",
-            "balloon-device",
-            "balloon-host",
-            "control",
-            "host-memory",
-            "migration",
-            "page-set",
-        ]),
-    ),
-    ("lab", Rooms(&[])),
-    ("bench", Rooms(&["control", "host-memory", "lab", "migration", "page-set"])),
-    // The traits of a monitor, memory as vm-memory maps it, and what TCP and TLS need; no KVM.
-    (
-        "migration",
-        Only(&[
-            "page-set",
-            "rustix",
-            "rustls",
-            "serde",
-            "thiserror",
-            "tracing",
-            "vm-memory",
-            "rapidhash",
-            "xxhash-rust",
-            "zstd",
-        ]),
-    ),
-    ("sandbox", Only(&["landlock", "libc", "rustix", "seccompiler", "thiserror"])),
-    ("cli", Rooms(&["control"])),
-    // What an operator installs has nothing of the lab.
-    ("aerostat", Rooms(&["cli", "control", "sandbox", "vhost-device-balloon", "vmm"])),
-    ("aerostat-lab", Rooms(&["bench", "cli", "control"])),
-    // For tests: what ships cannot lean on them, since no row above names them.
-    ("guest-ring", Only(&["virtio-queue", "vm-memory"])),
-    (
-        "fuzz-bodies",
-        Rooms(&[
-            "balloon-abi",
-            "balloon-device",
-            "control",
-            "guest-ring",
-            "migration",
-            "page-set",
-            "vhost-device-balloon",
-            "vmm",
-        ]),
-    ),
-    ("e2e", Anything),
-    ("xtask", Rooms(&[])),
-];
+/// The head of the table, by its columns.
+const COLUMNS: [&str; 4] = ["crate", "content", "depends on, in the workspace", "from outside"];
+
+/// What a cell says of all crates, and of none.
+const ANY: &str = "any";
+const NONE: &str = "-";
+
+/// Crates that a row allows. Dependencies of a crate's own tests are free.
+#[derive(Debug, PartialEq)]
+enum Allowed {
+    Any,
+    Only(Vec<String>),
+}
+
+/// A row of the table.
+#[derive(Debug, PartialEq)]
+struct Row {
+    name: String,
+    workspace: Allowed,
+    outside: Allowed,
+}
 
 /// A crate of the workspace.
 #[derive(Debug, Default, PartialEq)]
@@ -142,73 +74,134 @@ fn is_root(target: &Value) -> bool {
     target["kind"].as_array().is_some_and(|kinds| kinds.iter().any(is))
 }
 
-/// What leans on what it must not.
-pub(super) fn check(packages: &[Package]) -> Vec<String> {
-    packages.iter().flat_map(|package| check_one(package, packages)).collect()
+/// Dependencies that the table does not allow, crates without a row, and rows without a crate.
+pub(super) fn check(packages: &[Package], files: &Files) -> Vec<String> {
+    let rows = match rows(files.get(ARCHITECTURE).unwrap_or_default()) {
+        Ok(rows) => rows,
+        Err(problem) => return vec![format!("{ARCHITECTURE}: {problem}")],
+    };
+    let is_there = |row: &&Row| !packages.iter().any(|package| package.name == row.name);
+    let stale = rows.iter().filter(is_there);
+    let stale = stale.map(|row| format!("{ARCHITECTURE}: there is no crate {}", row.name));
+    packages.iter().flat_map(|package| check_one(package, packages, &rows)).chain(stale).collect()
 }
 
-fn check_one(package: &Package, packages: &[Package]) -> Vec<String> {
+fn check_one(package: &Package, packages: &[Package], rows: &[Row]) -> Vec<String> {
     let name = &package.name;
-    let Some((_, leans)) = ROOMS.iter().find(|(room, _)| room == name) else {
-        return vec![format!("{name}: has no row in ROOMS (xtask/src/tidy/graph.rs)")];
+    let Some(row) = rows.iter().find(|row| row.name == *name) else {
+        return vec![format!("{name}: has no row in the table of {ARCHITECTURE}")];
     };
-    let forbidden = package.needs.iter().filter(|need| match leans {
-        Only(all) => !all.contains(&need.as_str()),
-        Rooms(rooms) => {
-            packages.iter().any(|room| room.name == **need) && !rooms.contains(&need.as_str())
+    let forbidden = package.needs.iter().filter(|need| {
+        let is_ours = packages.iter().any(|package| package.name == **need);
+        match if is_ours { &row.workspace } else { &row.outside } {
+            Allowed::Any => false,
+            Allowed::Only(names) => !names.contains(need),
         }
-        Anything => false,
     });
-    forbidden.map(|need| format!("{name}: may not lean on {need}")).collect()
+    forbidden.map(|need| format!("{name}: may not depend on {need}")).collect()
+}
+
+/// The rows of the table with [`COLUMNS`].
+fn rows(text: &str) -> Result<Vec<Row>, String> {
+    let mut lines = text.lines().skip_while(|line| cells(line) != COLUMNS);
+    if lines.next().is_none() {
+        return Err(format!("has no table of {COLUMNS:?}"));
+    }
+    // The line below the head has dashes only.
+    let rows = lines.skip(1).take_while(|line| line.starts_with('|'));
+    rows.map(|line| row(line).ok_or_else(|| format!("cannot read the row `{line}`"))).collect()
+}
+
+fn row(line: &str) -> Option<Row> {
+    let cells = cells(line);
+    let [name, _, workspace, outside] = cells.as_slice() else { return None };
+    // `path/name`, or `path` (`name`) where they differ.
+    let quoted: Vec<&str> = name.split('`').skip(1).step_by(2).collect();
+    let name = quoted.last()?.rsplit('/').next()?.to_owned();
+    Some(Row { name, workspace: allowed(workspace), outside: allowed(outside) })
+}
+
+fn cells(line: &str) -> Vec<&str> {
+    let cells: Vec<&str> = line.split('|').map(str::trim).collect();
+    // What stands before the first bar and behind the last one is nothing.
+    cells.get(1..cells.len().saturating_sub(1)).unwrap_or_default().to_vec()
+}
+
+fn allowed(cell: &str) -> Allowed {
+    match cell {
+        ANY => Allowed::Any,
+        NONE => Allowed::Only(Vec::new()),
+        names => Allowed::Only(names.split(',').map(|name| name.trim().to_owned()).collect()),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const TABLE: &str = "\
+# Architecture
+
+| crate | content | depends on, in the workspace | from outside |
+|---|---|---|---|
+| `crates/abi` | layouts | - | - |
+| `crates/driver` | decisions | abi | - |
+| `crates/device` | the device | abi | vm-memory, thiserror |
+| `fuzz/bodies` (`fuzz-bodies`) | targets | any | any |
+
+Text.
+";
+
     fn package(name: &str, needs: &[&str]) -> Package {
         let needs = needs.iter().map(|&need| need.to_owned()).collect();
         Package { name: name.to_owned(), needs, roots: vec![] }
     }
 
-    #[test]
-    fn a_room_leans_only_on_what_its_row_allows() {
-        let packages = [
-            package("balloon-abi", &[]),
-            package("balloon-driver", &["balloon-abi"]),
-            package("balloon-device", &["balloon-abi", "vm-memory"]),
-            package("control", &["axum", "serde"]),
-        ];
-        assert_eq!(check(&packages), Vec::<String>::new());
+    fn checked(table: &str, changed: &[Package]) -> Vec<String> {
+        let all = ["abi", "driver", "device", "fuzz-bodies"].map(|name| package(name, &[]));
+        let mut packages: Vec<Package> = Vec::from(all);
+        for package in changed {
+            packages.retain(|other| other.name != package.name);
+            packages.push(Package {
+                name: package.name.clone(),
+                needs: package.needs.clone(),
+                roots: vec![],
+            });
+        }
+        check(&packages, &Files(vec![(ARCHITECTURE.to_owned(), table.to_owned())]))
     }
 
     #[test]
-    fn what_the_rows_forbid_is_found() {
-        for (name, needs) in [
-            ("balloon-abi", "zerocopy"),
-            ("balloon-driver", "page-set"),
-            ("balloon-device", "rustix"),
-            ("balloon-device", "guest-ring"),
-            ("host-memory", "balloon-abi"),
-            ("host-memory", "virtio-queue"),
-            ("control", "balloon-device"),
-            ("vhost-device-balloon", "lab"),
-            ("vmm", "vhost-device-balloon"),
-            ("balloon-host", "vmm"),
-            ("aerostat", "balloon-device"),
-        ] {
-            let packages = [package(name, &[needs]), package(needs, &[])];
-            let problems = check(&packages);
-            let expected = format!("{name}: may not lean on {needs}");
-            assert!(problems.contains(&expected), "{problems:?}");
+    fn a_crate_depends_only_on_what_its_row_allows() {
+        let fine = [
+            package("driver", &["abi"]),
+            package("device", &["abi", "vm-memory", "thiserror"]),
+            package("fuzz-bodies", &["device", "arbitrary"]),
+        ];
+        assert_eq!(checked(TABLE, &fine), Vec::<String>::new());
+        for (name, need) in
+            [("abi", "zerocopy"), ("driver", "device"), ("device", "rustix"), ("device", "driver")]
+        {
+            let problems = checked(TABLE, &[package(name, &[need])]);
+            assert_eq!(problems, [format!("{name}: may not depend on {need}")]);
         }
     }
 
     #[test]
-    fn a_crate_without_a_row_is_found() {
-        let problems = check(&[package("attic", &[])]);
-        assert_eq!(problems.len(), 1);
-        assert!(problems[0].starts_with("attic: has no row"), "{problems:?}");
+    fn a_crate_without_a_row_and_a_row_without_a_crate_are_found() {
+        let problems = checked(TABLE, &[package("attic", &[])]);
+        assert_eq!(problems, ["attic: has no row in the table of ARCHITECTURE.md"]);
+        let more = TABLE
+            .replace("\nText", "\n")
+            .replace("| `crates/abi`", "| `crates/gone` | was | - | - |\n| `crates/abi`");
+        assert_eq!(checked(&more, &[]), ["ARCHITECTURE.md: there is no crate gone"]);
+    }
+
+    #[test]
+    fn a_table_that_cannot_be_read_is_a_problem() {
+        assert!(checked("# Architecture\n", &[])[0].contains("has no table"));
+        let short = TABLE.replace("| layouts | - | - |", "| layouts | - |");
+        assert!(checked(&short, &[])[0].contains("cannot read the row"));
     }
 
     #[test]

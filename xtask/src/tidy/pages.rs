@@ -1,7 +1,6 @@
-//! What the text of the repository may not hold, and what ARCHITECTURE.md must.
+//! What the text of the repository may not hold.
 
 use super::Files;
-use super::graph::Package;
 
 /// What betrays the machine that something was written on: homes and work
 /// directories as absolute paths, and private mirrors of registries. Written in
@@ -16,8 +15,6 @@ const BETRAYALS: &[&str] = &[
     concat!(".py", "env"),
     concat!("/tmp/", "team"),
 ];
-
-const ARCHITECTURE: &str = "ARCHITECTURE.md";
 
 /// Lines that name a machine's paths or registries.
 pub(super) fn check_words(files: &Files) -> Vec<String> {
@@ -43,15 +40,30 @@ fn is_of_a_path(c: char) -> bool {
     c.is_alphanumeric() || "_-.~}$".contains(c)
 }
 
-/// Crates that ARCHITECTURE.md does not name.
-pub(super) fn check_architecture(packages: &[Package], files: &Files) -> Vec<String> {
-    let Some(text) = files.get(ARCHITECTURE) else {
-        return vec![format!("{ARCHITECTURE}: is missing; it must name every crate")];
+/// Pages that send their reader to places in the tree.
+const MAPS: [&str; 3] = ["ARCHITECTURE.md", "docs/design/decisions.md", "docs/design/paths.md"];
+
+/// What a place in the tree begins with.
+const PLACES: [&str; 6] = ["crates/", "docs/", "e2e/", "fuzz/", "guest/", "xtask/"];
+
+/// Places that a map names and that are not there.
+pub(super) fn check_maps(files: &Files) -> Vec<String> {
+    let is_there = |place: &str| {
+        let place = place.trim_end_matches('/');
+        files.iter().any(|(path, _)| {
+            path.strip_prefix(place).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        })
     };
-    let is_of_a_name = |c: char| c.is_alphanumeric() || c == '-' || c == '_';
-    let words: Vec<&str> = text.split(|c| !is_of_a_name(c)).collect();
-    let missing = packages.iter().filter(|package| !words.contains(&package.name.as_str()));
-    missing.map(|package| format!("{ARCHITECTURE}: does not name {}", package.name)).collect()
+    let mut problems = Vec::new();
+    for (map, text) in files.iter().filter(|(path, _)| MAPS.contains(path)) {
+        for (number, line) in (1..).zip(text.lines()) {
+            let quoted = line.split('`').skip(1).step_by(2);
+            let places = quoted.filter(|text| PLACES.iter().any(|start| text.starts_with(start)));
+            let missing = places.filter(|place| !is_there(place));
+            problems.extend(missing.map(|place| format!("{map}:{number}: there is no {place}")));
+        }
+    }
+    problems
 }
 
 #[cfg(test)]
@@ -79,19 +91,17 @@ mod tests {
     }
 
     #[test]
-    fn architecture_must_name_every_crate() {
-        let package = |name: &str| Package { name: name.to_owned(), ..Package::default() };
-        let packages = [package("lab"), package("page-set")];
-        let page = |text: &str| file(ARCHITECTURE, text.to_owned());
-        let check = |files| check_architecture(&packages, &files);
-        assert_eq!(check(page("| `lab` | `page-set` |")), Vec::<String>::new());
+    fn a_map_names_what_is_there() {
+        let map = "See `crates/a/src/b.rs`, `crates/a/src/`, `fuzz/bodies` and `c.rs`.\n";
+        let paths = ["crates/a/src/b.rs", "fuzz/bodies/lib.rs"];
+        let mut files = file("ARCHITECTURE.md", map.to_owned());
+        files.0.extend(paths.map(|path| (path.to_owned(), String::new())));
+        assert_eq!(check_maps(&files), Vec::<String>::new());
+        files.0.retain(|(path, _)| !path.starts_with("crates/"));
+        let gone = ["crates/a/src/b.rs", "crates/a/src/"];
         assert_eq!(
-            check(page("the laboratory, page-sets and crates/lab")),
-            ["ARCHITECTURE.md: does not name page-set"]
-        );
-        assert_eq!(
-            check(file("README.md", String::new())),
-            ["ARCHITECTURE.md: is missing; it must name every crate"]
+            check_maps(&files),
+            gone.map(|place| format!("ARCHITECTURE.md:1: there is no {place}"))
         );
     }
 }
