@@ -45,4 +45,4 @@ pub use runtime_dir::{
 };
 pub use server::{Limits, Server};
 pub use size::{ParseSizeError, Size};
-pub use socket::MAX_SOCKET_PATH_BYTES;
+pub use socket::{MAX_SOCKET_PATH_BYTES, SocketAccess, SocketFile, listen_on};

@@ -24,7 +24,7 @@ use crate::error::ControlError;
 use crate::monitor::{Monitor, OnlyBalloon};
 use crate::routes;
 use crate::routes::request::GRACE;
-use crate::socket::{self, SocketFile};
+use crate::socket::{SocketAccess, SocketFile, listen_on};
 
 /// Bounds on what clients can hold. [`Limits::default`] is meant for use.
 #[derive(Clone, Copy, Debug)]
@@ -120,7 +120,7 @@ impl Server {
             .thread_name("control-call")
             .build()
             .map_err(event_loop)?;
-        let (listener, file) = socket::listen(path)?;
+        let (listener, file) = listen_on(path, SocketAccess::Owner)?;
         let listener = {
             let _guard = runtime.enter();
             UnixListener::from_std(listener).map_err(event_loop)?

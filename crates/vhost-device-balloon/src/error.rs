@@ -6,15 +6,6 @@ use std::path::PathBuf;
 /// The back end cannot start or go on.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The vhost-user socket could not be made.
-    #[error("host: cannot listen on {path}")]
-    Listen {
-        /// The socket's path.
-        path: PathBuf,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
     /// The monitor's socket cannot be connected to.
     #[error("host: cannot connect to {path}")]
     Connect {
@@ -53,7 +44,7 @@ pub enum Error {
     /// The balloon could not be made.
     #[error(transparent)]
     Balloon(#[from] balloon_host::HostError),
-    /// The control socket could not be served.
+    /// A socket could not be made or served.
     #[error(transparent)]
     Control(#[from] control::ControlError),
 }

@@ -201,7 +201,9 @@ impl Backend {
     fn accept(&self, listener: &UnixListener) -> Option<UnixStream> {
         match listener.accept() {
             Ok((stream, _)) => return Some(stream),
+            // It hung up before it was looked at.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => {
                 if self.shared.may_log() {
                     tracing::error!(%error, "host: cannot accept a monitor's connection");

@@ -3,14 +3,14 @@
 
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use balloon_abi::Features;
-use control::Server;
 use control::api::{PartialHuge, ReleaseMode};
+use control::{Server, SocketAccess, SocketFile, listen_on};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::connector::Connector;
@@ -68,7 +68,7 @@ struct Guest {
 
 /// Where a guest's monitors come from.
 enum Monitors {
-    Accepted(Socket),
+    Accepted(UnixListener, SocketFile),
     Connected(Connector),
 }
 
@@ -123,7 +123,8 @@ impl Guest {
         let monitors = if options.connect {
             Monitors::Connected(Connector::new(&options.socket)?)
         } else {
-            Monitors::Accepted(Socket::bind(&options.socket)?)
+            let (listener, file) = listen_on(&options.socket, SocketAccess::Umask)?;
+            Monitors::Accepted(listener, file)
         };
         // Whoever has the sockets has the state file too.
         if let Some(path) = &options.state {
@@ -136,9 +137,9 @@ impl Guest {
     fn serve(self, stop: &UnixStream) -> Result<(), Error> {
         let name = &self.name;
         let outcome = match &self.monitors {
-            Monitors::Accepted(socket) => {
-                tracing::info!(socket = %socket.path.display(), name, "waiting for a monitor");
-                self.backend.serve_all(MonitorSource::Listener(&socket.listener), stop)
+            Monitors::Accepted(listener, file) => {
+                tracing::info!(socket = %file.path().display(), name, "waiting for a monitor");
+                self.backend.serve_all(MonitorSource::Listener(listener), stop)
             }
             Monitors::Connected(connector) => {
                 let socket = connector.path().display();
@@ -180,31 +181,4 @@ fn stop_signal() -> io::Result<UnixStream> {
     signal_hook::low_level::pipe::register(signal_hook::consts::SIGTERM, write.try_clone()?)?;
     signal_hook::low_level::pipe::register(signal_hook::consts::SIGINT, write)?;
     Ok(read)
-}
-
-/// The vhost-user socket, which is gone when the back end is.
-struct Socket {
-    listener: UnixListener,
-    path: PathBuf,
-}
-
-impl Socket {
-    /// A path left over from a back end that was killed is taken over; one that
-    /// is in use is not.
-    fn bind(path: &Path) -> Result<Self, Error> {
-        let listen = |source| Error::Listen { path: path.to_owned(), source };
-        let stale = UnixStream::connect(path)
-            .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
-        if stale {
-            std::fs::remove_file(path).map_err(listen)?;
-        }
-        let listener = UnixListener::bind(path).map_err(listen)?;
-        Ok(Self { listener, path: path.to_owned() })
-    }
-}
-
-impl Drop for Socket {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
-    }
 }

@@ -1,6 +1,6 @@
 //! Start, stop, and a monitor that listens.
 
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 
 use rustix::process::Signal;
 
@@ -27,6 +27,26 @@ fn a_stop_finishes_the_release_and_removes_the_sockets() {
         }
         assert!(program.path("vm.state").exists(), "it is for the next one");
     }
+}
+
+/// The socket's path belongs to who bound it last.
+#[test]
+fn a_stop_leaves_the_socket_of_a_successor() {
+    let mut program = Program::one_guest(PROGRAM, &[]);
+    program.start();
+    drop(program.connect("vm.vhost"));
+    let path = program.path("vm.vhost");
+    std::fs::remove_file(&path).unwrap();
+    let successor = UnixListener::bind(&path).unwrap();
+    let (status, log) = program.end(Signal::TERM);
+    assert_eq!(status.code(), Some(0), "{log}");
+    UnixStream::connect(&path).expect("the successor can still be connected to");
+    drop(successor);
+    // What a dead one left behind is replaced, and removed at the end.
+    program.start();
+    drop(program.connect("vm.vhost"));
+    program.end(Signal::TERM);
+    assert!(!path.exists());
 }
 
 /// The monitor listens, is there later than the back end, and comes again.
