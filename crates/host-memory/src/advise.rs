@@ -4,7 +4,7 @@
 use std::ptr;
 use std::sync::OnceLock;
 
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
 use crate::{AnonymousMemory, Backing, Piece};
@@ -53,7 +53,9 @@ fn advise_one(piece: &Piece<'_>) -> Result<(), Errno> {
     // SAFETY: `io_slice` gives addresses inside the region of `piece`. Whoever
     // made its `AnonymousMemory` vouched that this is a mapping of the guest's
     // which may read as zeros at any time and into which no reference points.
-    unsafe { madvise(range.iov_base, range.iov_len, Advice::LinuxDontNeed) }
+    let advise = || unsafe { madvise(range.iov_base, range.iov_len, Advice::LinuxDontNeed) };
+    // Emptying twice is harmless.
+    retry_on_intr(advise)
 }
 
 /// How many pieces, from the first on, one vectored call emptied.

@@ -4,6 +4,7 @@ use std::os::fd::AsFd;
 
 use page_set::{CHUNK_PAGES, PAGE_BYTES};
 use rustix::fs::{FsWord, fstat, fstatfs};
+use rustix::io::retry_on_intr;
 
 use crate::HostMemoryError;
 
@@ -53,7 +54,7 @@ impl HostPages {
         let failed = |what| {
             move |error: rustix::io::Errno| HostMemoryError::Host { what, source: error.into() }
         };
-        let stats = fstatfs(&file).map_err(failed("fstatfs of guest memory"))?;
+        let stats = retry_on_intr(|| fstatfs(&file)).map_err(failed("fstatfs of guest memory"))?;
         if stats.f_type == HUGETLBFS_MAGIC {
             let bytes = u64::try_from(stats.f_bsize).unwrap_or(PAGE_BYTES);
             return Ok(Self::Hugetlb { host_page_pages: (bytes / PAGE_BYTES).max(1) });
@@ -61,7 +62,8 @@ impl HostPages {
         if stats.f_type != TMPFS_MAGIC {
             return Ok(Self::Small);
         }
-        let block_bytes = fstat(&file).map_err(failed("fstat of guest memory"))?.st_blksize;
+        let stat = retry_on_intr(|| fstat(&file)).map_err(failed("fstat of guest memory"))?;
+        let block_bytes = stat.st_blksize;
         let huge = u64::try_from(block_bytes).is_ok_and(|bytes| bytes >= CHUNK_PAGES * PAGE_BYTES);
         Ok(if huge { Self::Transparent } else { Self::Small })
     }

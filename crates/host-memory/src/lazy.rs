@@ -114,8 +114,11 @@ impl MissingPages {
             tv_sec: i64::try_from(wait.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: wait.subsec_nanos().into(),
         };
-        if poll(&mut [PollFd::new(&self.uffd, PollFlags::IN)], Some(&time))? == 0 {
-            return Ok(None);
+        match poll(&mut [PollFd::new(&self.uffd, PollFlags::IN)], Some(&time)) {
+            // A signal is nobody's page.
+            Ok(0) | Err(Errno::INTR) => return Ok(None),
+            Ok(_) => {}
+            Err(errno) => return Err(errno.into()),
         }
         // struct uffd_msg: the event, then flags and address of the fault.
         let mut message = [0; 32];
@@ -223,20 +226,49 @@ mod tests {
         [value; 4096]
     }
 
+    /// Memory that can be watched; `None`, and a word about it, where that is not allowed.
+    fn watched(memory: &GuestMemoryMmap<()>) -> Option<MissingPages> {
+        match MissingPages::watch(&MemoryMap::of_guest_memory(memory).unwrap()) {
+            Ok(missing) => Some(missing),
+            // Not root, and not allowed.
+            Err(HostMemoryError::Host { what: "userfaultfd", source }) => {
+                eprintln!("SKIPPED: userfaultfd was refused: {source}");
+                None
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    extern "C" fn ignore(_: libc::c_int) {}
+
+    #[test]
+    fn a_signal_ends_a_wait_and_is_no_error() {
+        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 12)]).unwrap();
+        let Some(missing) = watched(&memory) else { return };
+        // SAFETY: the handler does nothing, and no other test of this process uses the signal.
+        unsafe { libc::signal(libc::SIGURG, ignore as *const () as libc::sighandler_t) };
+        let (send, thread) = std::sync::mpsc::channel();
+        thread::scope(|scope| {
+            let waiter = scope.spawn(|| {
+                // SAFETY: a call without arguments.
+                send.send(unsafe { libc::pthread_self() }).unwrap();
+                missing.next(Duration::from_secs(60))
+            });
+            let thread = thread.recv().unwrap();
+            while !waiter.is_finished() {
+                // SAFETY: the thread is not joined yet, so its name is valid.
+                unsafe { libc::pthread_kill(thread, libc::SIGURG) };
+                thread::sleep(Duration::from_millis(1));
+            }
+            assert_eq!(waiter.join().unwrap().unwrap(), None);
+        });
+    }
+
     #[test]
     fn who_touches_a_page_gets_what_is_placed() {
         let ranges = [(GuestAddress(0x10_0000), 16 << 12), (GuestAddress(0x40_0000), 16 << 12)];
         let memory = GuestMemoryMmap::<()>::from_ranges(&ranges).unwrap();
-        let map = MemoryMap::of_guest_memory(&memory).unwrap();
-        let missing = match MissingPages::watch(&map) {
-            Ok(missing) => missing,
-            // Not root, and not allowed.
-            Err(HostMemoryError::Host { what: "userfaultfd", source }) => {
-                eprintln!("SKIPPED: userfaultfd was refused: {source}");
-                return;
-            }
-            Err(error) => panic!("{error}"),
-        };
+        let Some(missing) = watched(&memory) else { return };
         assert_eq!(missing.next(Duration::ZERO).unwrap(), None);
         assert!(missing.place(0x405, &page(9)).unwrap());
         assert!(!missing.place(0x405, &page(8)).unwrap());

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use page_set::{PAGE_BYTES, PageRange};
 use rustix::fs::{FileType, fstat};
+use rustix::io::retry_on_intr;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Address, GuestMemoryRegion, GuestRegionMmap};
 
@@ -79,7 +80,7 @@ impl Region {
         {
             return Err(HostMemoryError::FileOffset { pages, offset_bytes });
         }
-        let stat = fstat(&file).map_err(|e| HostMemoryError::Host {
+        let stat = retry_on_intr(|| fstat(&file)).map_err(|e| HostMemoryError::Host {
             what: "fstat of guest memory",
             source: e.into(),
         })?;

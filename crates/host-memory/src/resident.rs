@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 
 use page_set::PAGE_BYTES;
 use rustix::fs::fstat;
+use rustix::io::retry_on_intr;
 
 use crate::{Backing, HostMemoryError, MemoryMap, Region};
 
@@ -36,7 +37,7 @@ pub fn resident_bytes(map: &MemoryMap) -> Result<u64, HostMemoryError> {
     for region in map.regions() {
         sum += match region.backing() {
             Backing::Shared { file, .. } => {
-                let stat = fstat(file).map_err(|e| HostMemoryError::Host {
+                let stat = retry_on_intr(|| fstat(file)).map_err(|e| HostMemoryError::Host {
                     what: "fstat of guest memory",
                     source: e.into(),
                 })?;

@@ -146,7 +146,9 @@ impl SnapshotSink {
         places.for_each(|place| self.enter(place, 0));
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         let (at, len) = (page_at(index), run.pages() * PAGE_BYTES as u64);
-        if fallocate(&self.file, flags, at, len).is_ok() {
+        // A signal shall not cost the file its hole.
+        let punched = rustix::io::retry_on_intr(|| fallocate(&self.file, flags, at, len));
+        if punched.is_ok() {
             return Ok(());
         }
         // Not every file system has holes.

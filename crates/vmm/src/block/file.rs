@@ -152,7 +152,7 @@ impl DiskFile {
     /// happens.
     pub(crate) fn discard(&self, at: u64, bytes: u64) -> io::Result<()> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        match fallocate(&self.file, flags, at, bytes) {
+        match uninterrupted(|| fallocate(&self.file, flags, at, bytes)) {
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
             done => Ok(done?),
         }
@@ -161,7 +161,8 @@ impl DiskFile {
     /// Makes it zeros, of which the file need not keep any where it `may_unmap`.
     pub(crate) fn write_zeroes(&self, at: u64, bytes: u64, may_unmap: bool) -> io::Result<()> {
         let how = if may_unmap { FallocateFlags::PUNCH_HOLE } else { FallocateFlags::ZERO_RANGE };
-        match fallocate(&self.file, how | FallocateFlags::KEEP_SIZE, at, bytes) {
+        let flags = how | FallocateFlags::KEEP_SIZE;
+        match uninterrupted(|| fallocate(&self.file, flags, at, bytes)) {
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
             done => return Ok(done?),
         }
@@ -173,6 +174,12 @@ impl DiskFile {
         }
         Ok(())
     }
+}
+
+/// Makes a call once more that a signal cut short: a pause of the guest or another thread's
+/// profiler is no error of its disk. The calls here do the same when they are made twice.
+fn uninterrupted(call: impl FnMut() -> rustix::io::Result<()>) -> rustix::io::Result<()> {
+    rustix::io::retry_on_intr(call)
 }
 
 #[cfg(test)]
@@ -278,6 +285,13 @@ mod tests {
         writer.take_new().unwrap();
         writer.offer();
         assert!(destination.expect().is_err());
+    }
+
+    #[test]
+    fn a_signal_is_no_error_of_the_disk() {
+        let mut answers = [Err(Errno::INTR), Err(Errno::INTR), Err(Errno::NOSPC)].into_iter();
+        assert_eq!(uninterrupted(|| answers.next().unwrap()), Err(Errno::NOSPC));
+        assert_eq!(answers.next(), None);
     }
 
     #[test]

@@ -44,10 +44,14 @@ pub(super) enum Hold {
 /// # Errors
 /// Such a file cannot be locked.
 pub(super) fn hold(file: &File, part: Part, hold: Hold) -> io::Result<bool> {
-    match fcntl(file, FcntlArg::F_OFD_SETLK(&words(part, hold))) {
-        Ok(_) => Ok(true),
-        Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),
-        Err(error) => Err(error.into()),
+    loop {
+        match fcntl(file, FcntlArg::F_OFD_SETLK(&words(part, hold))) {
+            Ok(_) => return Ok(true),
+            Err(Errno::EAGAIN | Errno::EACCES) => return Ok(false),
+            // A signal came while a network file system was asked.
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
     }
 }
 
@@ -56,9 +60,14 @@ pub(super) fn hold(file: &File, part: Part, hold: Hold) -> io::Result<bool> {
 /// # Errors
 /// Such a file cannot be locked.
 pub(super) fn is_free(file: &File, part: Part) -> io::Result<bool> {
-    let mut words = words(part, Hold::Alone);
-    fcntl(file, FcntlArg::F_OFD_GETLK(&mut words))?;
-    Ok(i32::from(words.l_type) == libc::F_UNLCK)
+    loop {
+        let mut words = words(part, Hold::Alone);
+        match fcntl(file, FcntlArg::F_OFD_GETLK(&mut words)) {
+            Ok(_) => return Ok(i32::from(words.l_type) == libc::F_UNLCK),
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
 }
 
 fn words(part: Part, hold: Hold) -> libc::flock {
