@@ -388,14 +388,14 @@ impl<'a> Session<'a> {
     fn set_vring_num(&mut self, message: &Message) -> Result<(), SessionError> {
         let mut fields = message.fields();
         let (index, size) = (fields.u32()?, fields.u32()?);
-        self.forget_kept(index);
+        self.settle(index);
         self.vring(index)?.set_size(size)
     }
 
     fn set_vring_base(&mut self, message: &Message) -> Result<(), SessionError> {
         let mut fields = message.fields();
         let (index, base) = (fields.u32()?, fields.u32()?);
-        self.forget_kept(index);
+        self.settle(index);
         let vring = self.vring(index)?;
         vring.set_base(base)?;
         // A new driver begins at 0; where the ring stood there, nobody can tell,
@@ -410,13 +410,17 @@ impl<'a> Session<'a> {
         let mut fields = message.fields();
         let (index, _flags) = (fields.u32()?, fields.u32()?);
         let event_idx = self.features.contains(Features::RING_EVENT_IDX);
-        let Self { vrings, memory, .. } = self;
-        let memory = memory.as_ref().ok_or(Violation::MemoryTable)?;
-        let vring = vrings.get_mut(index as usize).ok_or(Violation::NoSuchQueue { index })?;
+        let memory = self.memory.as_ref().ok_or(Violation::MemoryTable)?;
         let users = [fields.u64()?, fields.u64()?, fields.u64()?];
         let place = |i: usize| memory.guest_address(users[i]);
         let places = [place(0)?, place(1)?, place(2)?];
-        vring.set_addresses(places, &memory.map, event_idx)?;
+        // A front end says them once more where it changes the flags alone.
+        if !self.vring(index)?.runs_at(places, event_idx) {
+            self.settle(index);
+            let Self { vrings, memory: Some(memory), .. } = self else { return Ok(()) };
+            let vring = vrings.get_mut(index as usize).ok_or(Violation::NoSuchQueue { index })?;
+            vring.set_addresses(places, &memory.map, event_idx)?;
+        }
         self.process(index as usize);
         Ok(())
     }
@@ -475,6 +479,10 @@ impl<'a> Session<'a> {
         if self.vrings.iter().any(Vring::runs) {
             return Err(Violation::Inflight.into());
         }
+        for index in (0..).take(self.vrings.len()) {
+            // What these queues left behind is found by the notes, or was given back.
+            self.settle(index);
+        }
         for (index, vring) in self.vrings.iter_mut().enumerate() {
             vring.queue.set_notes(region.part(index));
             vring.found = false;
@@ -497,35 +505,40 @@ impl<'a> Session<'a> {
     /// The queues stop, or one of them does. The device keeps chains no longer;
     /// those of a queue that goes on come back with the driver's next kick.
     fn suspend(&mut self) {
-        let mut device = self.shared.device();
-        if let Some(memory) = &self.memory {
-            for (vring, vq) in self.vrings.iter_mut().zip(device.queues().queues()) {
-                if !vring.runs() {
-                    continue;
-                }
-                match device.give_back(vq, &memory.map, &mut vring.queue) {
-                    Ok(true) => vring.notify_guest(),
-                    Ok(false) => {}
-                    Err(error) => {
-                        vring.stop();
-                        if self.shared.may_log() {
-                            tracing::warn!(%error, "queue stopped");
-                        }
+        for index in (0..).take(self.vrings.len()) {
+            self.settle(index);
+        }
+        self.shared.device().suspend();
+        self.shared.changed();
+    }
+
+    /// A queue stops, or is set up anew: the device keeps no chain of it any longer.
+    ///
+    /// Where it runs, its driver gets them back, so that nothing of it is under way and
+    /// where it stands can be read from its ring. To keep them beside what is read there
+    /// would be to return them twice. Where it does not, its memory may be anything by now.
+    fn settle(&mut self, index: u32) {
+        let Self { vrings, memory, shared, .. } = self;
+        let index = index as usize;
+        let mut device = shared.device();
+        let (Some(vring), Some(vq)) = (vrings.get_mut(index), device.queues().vq(index)) else {
+            return;
+        };
+        if let Some(memory) = memory
+            && vring.runs()
+        {
+            match device.give_back(vq, &memory.map, &mut vring.queue) {
+                Ok(true) => vring.notify_guest(),
+                Ok(false) => {}
+                Err(error) => {
+                    vring.stop();
+                    if shared.may_log() {
+                        tracing::warn!(%error, "queue stopped");
                     }
                 }
             }
         }
-        device.suspend();
-        drop(device);
-        self.shared.changed();
-    }
-
-    /// A queue is set up anew.
-    fn forget_kept(&self, index: u32) {
-        let mut device = self.shared.device();
-        if let Some(vq) = device.queues().vq(index as usize) {
-            device.forget_kept(vq);
-        }
+        device.forget_kept(vq);
     }
 
     /// Whatever the guest held is its own again.

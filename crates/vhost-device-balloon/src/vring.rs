@@ -88,6 +88,14 @@ impl Vring {
         self.enabled && self.kick.is_some() && self.queue.ready()
     }
 
+    /// True where it runs, and with these parts already: descriptor table, used and
+    /// available ring.
+    pub(crate) fn runs_at(&self, places: [GuestAddress; 3], event_idx: bool) -> bool {
+        let queue = &self.queue;
+        let present = [queue.desc_table(), queue.used_ring(), queue.avail_ring()];
+        self.runs() && present == places.map(|at| at.0) && queue.event_idx_enabled() == event_idx
+    }
+
     pub(crate) fn set_size(&mut self, size: u32) -> Result<(), SessionError> {
         let size = u16::try_from(size).map_err(|_| self.bad_setup())?;
         self.queue.set_ready(false);

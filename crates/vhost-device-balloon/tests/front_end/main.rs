@@ -17,6 +17,7 @@ mod qemu;
 mod quiet;
 mod requests;
 mod safety;
+mod set_up_again;
 mod specification;
 mod uml;
 mod unusual;

@@ -1,0 +1,166 @@
+//! Queues that are set up once more, in whole or in part, while they run.
+
+use std::os::fd::AsFd;
+
+use balloon_abi::Outcome;
+use control::GuestAsk;
+use control::api::ReleaseMode;
+use guest_ring::Buffer;
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::support::LONG;
+use crate::support::driver::{ASKABLE, Monitor, REQUEST, RING_SIZE, Vm, is_readable, vring_addr};
+use crate::support::front_end::request;
+use crate::support::guest::{BASE, Guest, USER_BASE};
+use crate::support::requests::{answer_bytes, ask};
+use crate::support::server::Server;
+
+const QUEUE: u32 = REQUEST as u32;
+const DROP: GuestAsk = GuestAsk::DropCaches(control::api::Caches::All);
+/// Where the driver wants requests, one place for each descriptor, and where it puts answers.
+const ROOM: u64 = BASE + 0x38000;
+const ANSWER: u64 = BASE + 0x3c000;
+/// Bytes of a request.
+const REQUEST_BYTES: u32 = 16;
+/// Chains that wait for requests.
+const WAITING: usize = 3;
+
+/// A driver that knows which of its chains the device has.
+struct Driver {
+    vm: Vm,
+    /// Heads of chains that are the device's.
+    lent: Vec<u16>,
+}
+
+impl Driver {
+    fn lend(&mut self, buffers: &[Buffer]) {
+        self.lent.push(self.vm.rings[REQUEST].send(&self.vm.guest.memory, buffers));
+    }
+
+    fn wait_for_request(&mut self) {
+        let slot = u64::from(self.vm.rings[REQUEST].next_slot());
+        self.lend(&[Buffer::writable(ROOM + slot * 64, REQUEST_BYTES)]);
+    }
+
+    /// Takes what came back, each chain once, and lends it anew; the heads of those with a
+    /// request in them.
+    fn take_back(&mut self) -> Vec<u64> {
+        let mut asked = Vec::new();
+        while let Some(used) = self.vm.rings[REQUEST].take_used(&self.vm.guest.memory) {
+            let at = self.lent.iter().position(|head| u32::from(*head) == used.head);
+            let at = at.unwrap_or_else(|| panic!("{used:?} was not the device's"));
+            self.lent.remove(at);
+            if used.written_bytes == REQUEST_BYTES {
+                asked.push(u64::from(used.head));
+            }
+        }
+        while self.lent.len() < WAITING {
+            self.wait_for_request();
+        }
+        self.vm.kick(REQUEST);
+        asked
+    }
+
+    fn wait(&self) {
+        assert!(is_readable(&self.vm.calls[REQUEST], LONG), "nothing comes back");
+        rustix::io::read(&self.vm.calls[REQUEST], &mut [0; 8]).unwrap();
+    }
+
+    /// Answers one request and says how many chains came back with one.
+    fn answer_one(&mut self) -> usize {
+        let mut asked = self.take_back();
+        while asked.is_empty() {
+            self.wait();
+            asked = self.take_back();
+        }
+        let mut bytes = [0; REQUEST_BYTES as usize];
+        let place = GuestAddress(ROOM + asked[0] * 64);
+        self.vm.guest.memory.read_slice(&mut bytes, place).unwrap();
+        let asked_of = balloon_abi::Request::from_bytes(&bytes).unwrap();
+        let answer = answer_bytes(asked_of.id, Outcome::Done, [1, 2, 3, 4], &[]);
+        self.vm.guest.write(ANSWER, &answer);
+        self.lend(&[Buffer::readable(ANSWER, answer.len() as u32)]);
+        self.vm.kick(REQUEST);
+        asked.len()
+    }
+}
+
+/// The addresses of the request queue, as a front end says them.
+fn places(vm: &Vm) -> [u64; 3] {
+    let ring = &vm.rings[REQUEST];
+    [ring.table(), ring.used(), ring.avail()].map(|at| at - BASE + USER_BASE)
+}
+
+fn set_addresses(vm: &Vm) {
+    vm.front.send(request::SET_VRING_ADDR, &vring_addr(QUEUE, places(vm)), &[]);
+}
+
+/// What a front end may say of a queue that runs.
+fn ways() -> [(&'static str, fn(&Vm)); 5] {
+    [
+        ("the same addresses", set_addresses),
+        ("other addresses and back", |vm| {
+            let [table, used, available] = places(vm);
+            let elsewhere = [table + 16 * u64::from(RING_SIZE) * 4, used, available];
+            vm.front.send(request::SET_VRING_ADDR, &vring_addr(QUEUE, elsewhere), &[]);
+            set_addresses(vm);
+        }),
+        ("its size", |vm| {
+            vm.front.send_state(request::SET_VRING_NUM, QUEUE, u32::from(RING_SIZE));
+            set_addresses(vm);
+        }),
+        ("where it stands", |vm| {
+            let base = u32::from(vm.rings[REQUEST].avail_idx());
+            vm.front.send_state(request::SET_VRING_BASE, QUEUE, base);
+            set_addresses(vm);
+        }),
+        ("a stop and a start", |vm| {
+            for enable in [0, 1] {
+                vm.front.send_state(request::SET_VRING_ENABLE, QUEUE, enable);
+            }
+        }),
+    ]
+}
+
+fn run(what: &str, way: fn(&Vm), with_notes: bool) {
+    let server = Server::new(ReleaseMode::Background);
+    let (front, _served) = server.connect();
+    let mut vm = Vm::new(Monitor::Qemu, front, Guest::new());
+    vm.attach();
+    if with_notes {
+        let asked = [0u64.to_ne_bytes(), 0u64.to_ne_bytes()].concat();
+        let asked = [asked, [3, RING_SIZE].map(u16::to_ne_bytes).concat()].concat();
+        let (answer, file) = vm.front.ask_for_file(request::GET_INFLIGHT_FD, &asked);
+        vm.front.send(request::SET_INFLIGHT_FD, &answer, &[file.as_fd()]);
+    }
+    vm.probe(ASKABLE);
+    let mut driver = Driver { vm, lent: Vec::new() };
+    for _ in 0..WAITING {
+        driver.wait_for_request();
+    }
+    driver.vm.kick(REQUEST);
+    driver.vm.front.barrier();
+    for round in 0..4 {
+        // The second request uses a chain between those that wait, so that they come back in
+        // another order than they were lent in.
+        let operator = ask(&server.balloon, DROP, LONG);
+        assert_eq!(driver.answer_one(), 1, "{what}, notes: {with_notes}, round {round}");
+        operator.join().unwrap().unwrap();
+        way(&driver.vm);
+        driver.vm.front.barrier();
+        assert_eq!(driver.take_back(), [] as [u64; 0], "{what}: nobody asked");
+        driver.vm.front.barrier();
+    }
+    let status = server.status();
+    assert_eq!(status.faults.total(), 0, "{what}, notes: {with_notes}: {:?}", status.faults);
+    assert!(status.guest.connected);
+}
+
+#[test]
+fn no_chain_comes_back_twice() {
+    for (what, way) in ways() {
+        for with_notes in [false, true] {
+            run(what, way, with_notes);
+        }
+    }
+}
