@@ -9,6 +9,7 @@ use std::time::Duration;
 use balloon_device::RequestFailure;
 use balloon_host::{HostReclaim, Shared};
 use control::Server;
+use kvm_bindings::CpuId;
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use rustix::event::EventfdFlags;
 use vm_memory::{Bytes, GuestAddress};
@@ -21,7 +22,7 @@ use crate::block::{Block, DiskFile, MAX_DISKS};
 use crate::boot::Boot;
 use crate::console::Console;
 use crate::cpu;
-use crate::cpuid::{CpuFeatures, Template};
+use crate::cpuid::Template;
 use crate::error::Error;
 use crate::firmware;
 use crate::kvm::Vm;
@@ -213,8 +214,9 @@ pub struct Machine {
     pub(crate) options: Options,
     /// Who may stop it.
     pub(crate) reins: Mutex<Reins>,
-    /// What the guest was told that its processors can do.
-    pub(crate) features: Mutex<CpuFeatures>,
+    /// What each of the guest's processors answers to CPUID, from the guest's birth on. Not asked
+    /// of KVM: after a state was loaded some KVMs answer with what the host's processor can do.
+    pub(crate) cpuid: Mutex<Vec<CpuId>>,
 }
 
 impl Machine {
@@ -254,15 +256,16 @@ impl Machine {
         let ports = Ports::new(serial, output).map_err(Error::host("dup"))?;
         let bus = Arc::new(Bus { ports, slots });
         let template = Template::new(&kvm, vm.fd())?;
-        let processors = make_processors(&template, vm.fd(), options.cpus)?;
+        let cpuid: Vec<_> =
+            (0..options.cpus).map(|cpu| template.of_processor(cpu, options.cpus)).collect();
+        let processors = make_processors(&cpuid, vm.fd())?;
         let processors = Processors::new(processors, &bus, &vm)?;
         let msrs = kvm.get_msr_index_list().map_err(Error::kvm("asking for registers"))?;
         let msrs = msrs.as_slice().to_vec();
-        let features =
-            Mutex::new(CpuFeatures::of(template.of_processor(0, options.cpus).as_slice()));
+        let cpuid = Mutex::new(cpuid);
         let reins = Mutex::default();
         let options = options.clone();
-        Ok(Self { bus, balloon, disks, processors, memory, vm, msrs, options, reins, features })
+        Ok(Self { bus, balloon, disks, processors, memory, vm, msrs, options, reins, cpuid })
     }
 
     /// Puts a kernel, and what firmware would have left, into the memory of a new machine.
@@ -444,12 +447,12 @@ fn balloon(options: &Options, memory: &Memory) -> Result<Arc<Shared>, Error> {
     Ok(Arc::new(shared))
 }
 
-fn make_processors(template: &Template, vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, Error> {
+/// As many as there are answers to CPUID.
+fn make_processors(cpuid: &[CpuId], vm: &VmFd) -> Result<Vec<VcpuFd>, Error> {
     let mut processors = Vec::new();
-    for number in 0..count {
-        let fd = vm.create_vcpu(number.into()).map_err(Error::kvm("making a processor"))?;
-        fd.set_cpuid2(&template.of_processor(number, count))
-            .map_err(Error::kvm("describing a processor"))?;
+    for (number, leaves) in (0..).zip(cpuid) {
+        let fd = vm.create_vcpu(number).map_err(Error::kvm("making a processor"))?;
+        fd.set_cpuid2(leaves).map_err(Error::kvm("describing a processor"))?;
         cpu::set_msrs(&fd)?;
         processors.push(fd);
     }

@@ -1,7 +1,8 @@
 //! What a migration needs of a machine: its memory, what was written to it, and its state.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 
+use kvm_bindings::CpuId;
 use page_set::{PageRange, PageSet};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -61,7 +62,8 @@ impl Machine {
 
     /// What the guest was told that its processors can do.
     pub fn cpu_features(&self) -> CpuFeatures {
-        self.features.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        let cpuid = self.cpuid();
+        cpuid.first().map(|leaves| CpuFeatures::of(leaves.as_slice())).unwrap_or_default()
     }
 
     /// The balloon, for a control API.
@@ -127,7 +129,7 @@ impl Machine {
     /// # Errors
     /// The guest is not paused, has ended, or runs guests of its own; or KVM refuses.
     pub fn save(&self) -> Result<Vec<Section>, Error> {
-        let processors = self.processors.each(|_, fd| Processor::save(fd, &self.msrs))?;
+        let processors = self.save_processors()?;
         let chips = Chips::save(self.vm.fd())?;
         let balloon = self.balloon.leave();
         let layout = self.balloon.device().layout().clone();
@@ -136,6 +138,19 @@ impl Machine {
         let transports = self.bus.slots.iter().map(|slot| slot.transport().state()).collect();
         let ports = self.bus.ports.state();
         Ok(MachineState { processors, chips, ports, transports, balloon }.encode(&layout))
+    }
+
+    fn save_processors(&self) -> Result<Vec<Processor>, Error> {
+        let cpuid = self.cpuid().clone();
+        self.processors.each(|number, fd| {
+            let leaves = cpuid.get(number).map(|leaves| leaves.as_slice()).unwrap_or_default();
+            Processor::save(fd, &self.msrs, leaves)
+        })
+    }
+
+    /// What the processors answer to CPUID; a whole list is put in its place.
+    fn cpuid(&self) -> MutexGuard<'_, Vec<CpuId>> {
+        self.cpuid.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Gives a new machine, whose memory is there already, the state of another. It stands still
@@ -154,10 +169,8 @@ impl Machine {
             Some(processor) => processor.load(fd, &self.vm),
             None => Ok(()),
         })?;
-        if let Some(first) = state.processors.first() {
-            let features = CpuFeatures::of(first.cpuid());
-            *self.features.lock().unwrap_or_else(PoisonError::into_inner) = features;
-        }
+        let cpuid = state.processors.iter().map(Processor::cpuid).collect::<Result<_, _>>()?;
+        *self.cpuid() = cpuid;
         state.chips.load(self.vm.fd())?;
         self.bus.ports.restore(&state.ports).map_err(|error| wrong("ports", error.to_string()))?;
         let restored = self.balloon.restore(state.balloon);

@@ -10,6 +10,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
 
 mod bare;
+mod bare_platform;
 mod bed;
 mod benches;
 mod command_line;

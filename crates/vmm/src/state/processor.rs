@@ -49,8 +49,13 @@ pub(crate) struct Processor {
 }
 
 impl Processor {
-    /// Reads it from KVM, with those of `msrs` that it has.
-    pub(crate) fn save(vcpu: &VcpuFd, msrs: &[u32]) -> Result<Self, Error> {
+    /// Reads it from KVM, with those of `msrs` that it has. What it answers to CPUID is what it was
+    /// given: what KVM says of that may be something else after a state was loaded.
+    pub(crate) fn save(
+        vcpu: &VcpuFd,
+        msrs: &[u32],
+        cpuid: &[kvm_cpuid_entry2],
+    ) -> Result<Self, Error> {
         let failed = Error::kvm(SAVING);
         let mp_state = vcpu.get_mp_state().map_err(&failed)?;
         let regs = vcpu.get_regs().map_err(&failed)?;
@@ -69,7 +74,7 @@ impl Processor {
             lapic: Box::new(vcpu.get_lapic().map_err(&failed)?),
             tsc_khz: vcpu.get_tsc_khz().unwrap_or(0),
             msrs: read_msrs(vcpu, msrs)?,
-            cpuid: vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(&failed)?.as_slice().to_vec(),
+            cpuid: cpuid.to_vec(),
             events: vcpu.get_vcpu_events().map_err(&failed)?,
         })
     }
@@ -77,8 +82,7 @@ impl Processor {
     /// Gives it to a processor that has not run yet.
     pub(crate) fn load(&self, vcpu: &VcpuFd, vm: &Vm) -> Result<(), Error> {
         let failed = Error::kvm(LOADING);
-        let cpuid = CpuId::from_entries(&self.cpuid).map_err(no_memory)?;
-        vcpu.set_cpuid2(&cpuid).map_err(&failed)?;
+        vcpu.set_cpuid2(&self.cpuid()?).map_err(&failed)?;
         let own_khz = vcpu.get_tsc_khz().unwrap_or(0);
         if self.tsc_khz != 0 && self.tsc_khz != own_khz {
             vcpu.set_tsc_khz(self.tsc_khz).map_err(Error::kvm("scaling the time stamp counter"))?;
@@ -114,9 +118,9 @@ impl Processor {
         }
     }
 
-    /// What it says of itself.
-    pub(crate) fn cpuid(&self) -> &[kvm_cpuid_entry2] {
-        &self.cpuid
+    /// What it answers to CPUID.
+    pub(crate) fn cpuid(&self) -> Result<CpuId, Error> {
+        CpuId::from_entries(&self.cpuid).map_err(no_memory)
     }
 
     pub(crate) fn encode(&self) -> Vec<u8> {
