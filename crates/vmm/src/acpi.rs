@@ -5,7 +5,8 @@
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path, ResourceTemplate, Scope,
+    Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, Package,
+    Path, ResourceTemplate, Scope,
 };
 use acpi_tables::fadt::{FADT, FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -37,6 +38,10 @@ const DSDT_REVISION: u8 = 2;
 
 /// Tables begin at multiples of this.
 const ALIGNMENT: u64 = 16;
+
+/// The device with the generation ID, and the value by which it notifies of a change.
+const GENERATION_DEVICE: &str = "VGEN";
+const CHANGED: u8 = 0x80;
 
 /// A virtio-mmio device as the guest is to find it.
 #[derive(Clone, Copy, Debug)]
@@ -78,11 +83,11 @@ impl Placer {
     }
 }
 
-/// What is there and cannot be found otherwise: the serial line, the panic event, the virtio-mmio
-/// devices; and how to switch off.
+/// What is there and cannot be found otherwise: the serial line, the panic event, the generation ID,
+/// the virtio-mmio devices; and how to switch off.
 fn dsdt(slots: &[MmioSlot]) -> Sdt {
     let mut table = Sdt::new(*b"DSDT", HEADER_BYTES, DSDT_REVISION, OEM, OEM_TABLE, OEM_REVISION);
-    let mut devices = vec![serial(), panic_event()];
+    let mut devices = vec![serial(), panic_event(), generation(), events()];
     devices.extend((0..).zip(slots).map(|(number, slot)| virtio(number, *slot)));
     let devices: Vec<&dyn Aml> = devices.iter().map(|bytes| bytes as &dyn Aml).collect();
     let mut body = Vec::new();
@@ -130,6 +135,40 @@ fn panic_event() -> Raw {
             &Name::new(Path::new("_HID"), &"QEMU0001"),
             &Name::new(Path::new("_STA"), &0xfu8),
             &Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&port])),
+        ],
+    )
+}
+
+/// The VM generation ID, which systems know by its compatible ID; its own is of no meaning.
+fn generation() -> Raw {
+    let low = u32::try_from(layout::GENERATION_ID).unwrap_or(u32::MAX);
+    let high = 0u8;
+    device(
+        GENERATION_DEVICE,
+        vec![
+            &Name::new(Path::new("_HID"), &"AERO0001"),
+            &Name::new(Path::new("_CID"), &"VM_Gen_Counter"),
+            &Name::new(Path::new("_DDN"), &"VM_Gen_Counter"),
+            &Name::new(Path::new("ADDR"), &Package::new(vec![&low, &high])),
+        ],
+    )
+}
+
+/// What tells of events on a machine of reduced hardware (ACPI 6.5, 5.6.9): the one interrupt says
+/// that the generation ID has changed.
+fn events() -> Raw {
+    let interrupt = Interrupt::new(true, true, false, false, layout::EVENT_GSI);
+    let device_path = Path::new(GENERATION_DEVICE);
+    let changed = Notify::new(&device_path, &CHANGED);
+    let is_ours = Equal::new(&Arg(0), &layout::EVENT_GSI);
+    let tell = If::new(&is_ours, vec![&changed]);
+    device(
+        "GED_",
+        vec![
+            &Name::new(Path::new("_HID"), &"ACPI0013"),
+            &Name::new(Path::new("_UID"), &0u8),
+            &Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&interrupt])),
+            &Method::new(Path::new("_EVT"), 1, true, vec![&tell]),
         ],
     )
 }
@@ -227,7 +266,7 @@ mod tests {
         let most = vec![SLOTS[0]; 1 + crate::block::MAX_DISKS];
         for (cpus, slots) in [(1, &SLOTS[..]), (layout::MAX_CPUS, &most)] {
             let all = tables(cpus, slots);
-            assert!(layout::ACPI_TABLES + (all.len() as u64) <= crate::firmware::START);
+            assert!(layout::ACPI_TABLES + (all.len() as u64) <= layout::GENERATION_ID);
             let names: Vec<_> = found(&all).into_iter().map(|(name, _)| name).collect();
             assert_eq!(names, ["XSDT", "FACP", "APIC", "DSDT"]);
             let madt = &found(&all)[2].1;
@@ -254,7 +293,7 @@ mod tests {
             let text = std::fs::read_to_string(directory.path().join(&source)).unwrap();
             assert!(!text.contains("Incorrect checksum"), "{text}");
             if name == "DSDT" {
-                for word in ["LNRO0005", "0xC0001000", "PNP0501", "QEMU0001", "_S5"] {
+                for word in ["LNRO0005", "0xC0001000", "PNP0501", "QEMU0001", "_S5", "ACPI0013"] {
                     assert!(text.contains(word), "{word} in {text}");
                 }
                 let report = run(&["-p", "again", &source]);

@@ -13,8 +13,9 @@ use crate::layout;
 use crate::machine::Machine;
 use crate::state::codec::{Malformed, Reader, Writer};
 
-/// Version of the form of [`Made`].
-const VERSION: u32 = 2;
+/// Version of the form of [`Made`], and of the machine that is so made: a guest has in its memory
+/// what it was told of its devices, and finds them wherever it goes. Since 3 it has a generation ID.
+const VERSION: u32 = 3;
 
 const PAGE_BYTES: u64 = 4096;
 
@@ -41,10 +42,7 @@ impl Made {
 
     fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
         let mut reader = Reader::new(bytes);
-        let version = reader.u32()?;
-        if version != VERSION {
-            return Err(Malformed::Value { what: "the version", value: version.into() });
-        }
+        let _version = reader.u32()?;
         let mut made = Self {
             cpus: reader.u8()?,
             memory_bytes: reader.u64()?,
@@ -70,6 +68,11 @@ impl Made {
     /// No machine is made so, or not one with the memory that was described; the sender's fault.
     pub(crate) fn of(description: &Description, max_cpus: u8) -> Result<Self, Error> {
         let wrong = |why: String| Error::State { section: "the machine".into(), why };
+        let version = Reader::new(&description.config).u32();
+        match version.map_err(|error| wrong(error.to_string()))? {
+            VERSION => {}
+            theirs => return Err(Error::Version { theirs, ours: VERSION }),
+        }
         let made = Self::decode(&description.config).map_err(|error| wrong(error.to_string()))?;
         if !(1..=max_cpus).contains(&made.cpus) {
             return Err(wrong(format!("{} processors; 1 to {max_cpus} may be", made.cpus)));

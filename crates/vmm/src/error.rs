@@ -93,6 +93,17 @@ pub enum Error {
         /// What is wrong with it.
         why: String,
     },
+    /// A guest whose machine was made by another version of this monitor.
+    #[error(
+        "sender: the guest's machine is of version {theirs}, and this program has version {ours}: \
+         use the program that the guest was booted with, or boot the guest anew"
+    )]
+    Version {
+        /// The guest's.
+        theirs: u32,
+        /// The one that this monitor makes and takes.
+        ours: u32,
+    },
     /// A processor of the guest stopped in a way from which it cannot go on.
     #[error("guest: processor {cpu} stopped: {why}")]
     Processor {

@@ -51,12 +51,19 @@ pub(crate) const LOW_END: u64 = 0x9_fc00;
 pub(crate) const ACPI_TABLES: u64 = 0xe_0000;
 pub(crate) const HIGH_START: u64 = 0x10_0000;
 
+/// The VM generation ID, alone in a page that is neither memory nor ACPI tables (`generation`).
+pub(crate) const GENERATION_ID: u64 = 0xf_e000;
+const GENERATION_ID_END: u64 = 0xf_f000;
+
 /// Kinds of a memory map's entries, the same in e820 and in PVH.
 pub(crate) const KIND_RAM: u32 = 1;
+pub(crate) const KIND_RESERVED: u32 = 2;
 pub(crate) const KIND_ACPI: u32 = 3;
 
-/// Interrupts: the serial line has that of the PC's, devices have those after the PC's own.
+/// Interrupts: the serial line has that of the PC's, events of the machine have one that is free in
+/// every PC, devices have those after the PC's own.
 pub(crate) const SERIAL_GSI: u32 = 4;
+pub(crate) const EVENT_GSI: u32 = 5;
 pub(crate) const FIRST_DEVICE_GSI: u32 = 16;
 
 /// `(start, bytes)` of the memory of a guest, with the hole left out.
@@ -84,7 +91,12 @@ pub(crate) fn ranges(memory_bytes: u64) -> Result<Vec<(u64, u64)>, Error> {
 
 /// `(start, bytes, kind)` of the map that the guest is given.
 pub(crate) fn memory_map(ranges: &[(u64, u64)]) -> Vec<(u64, u64, u32)> {
-    let mut map = vec![(0, LOW_END, KIND_RAM), (ACPI_TABLES, HIGH_START - ACPI_TABLES, KIND_ACPI)];
+    let mut map = vec![
+        (0, LOW_END, KIND_RAM),
+        (ACPI_TABLES, GENERATION_ID - ACPI_TABLES, KIND_ACPI),
+        (GENERATION_ID, GENERATION_ID_END - GENERATION_ID, KIND_RESERVED),
+        (GENERATION_ID_END, HIGH_START - GENERATION_ID_END, KIND_ACPI),
+    ];
     map.extend(ranges.iter().map(|&(start, bytes)| {
         let from = start.max(HIGH_START);
         (from, start + bytes - from, KIND_RAM)

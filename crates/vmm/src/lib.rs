@@ -20,6 +20,7 @@ mod description;
 mod disks;
 mod error;
 mod firmware;
+mod generation;
 mod kvm;
 mod layout;
 mod machine;

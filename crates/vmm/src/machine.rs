@@ -25,6 +25,7 @@ use crate::cpu;
 use crate::cpuid::Template;
 use crate::error::Error;
 use crate::firmware;
+use crate::generation;
 use crate::kvm::Vm;
 use crate::layout;
 use crate::memory::Memory;
@@ -210,6 +211,8 @@ pub struct Machine {
     pub(crate) vm: Arc<Vm>,
     /// Model-specific registers that KVM knows.
     pub(crate) msrs: Vec<u32>,
+    /// Interrupts the guest to tell of an event of the machine (`generation`).
+    pub(crate) event: EventFd,
     /// How it was made.
     pub(crate) options: Options,
     /// Who may stop it.
@@ -249,10 +252,12 @@ impl Machine {
             let device = Box::new(Block::new(disk, number, memory.guest.clone())?);
             slots.push(Slot::new(slot, device, vm.fd(), &memory)?);
         }
-        let serial = event_file()?;
-        vm.fd()
-            .register_irqfd(&serial, layout::SERIAL_GSI)
-            .map_err(Error::kvm("making an interrupt"))?;
+        let [serial, event] = [layout::SERIAL_GSI, layout::EVENT_GSI].map(|gsi| {
+            let file = event_file()?;
+            let made = vm.fd().register_irqfd(&file, gsi);
+            made.map_err(Error::kvm("making an interrupt")).map(|()| file)
+        });
+        let (serial, event) = (serial?, event?);
         let ports = Ports::new(serial, output).map_err(Error::host("dup"))?;
         let bus = Arc::new(Bus { ports, slots });
         let template = Template::new(&kvm, vm.fd())?;
@@ -265,7 +270,7 @@ impl Machine {
         let cpuid = Mutex::new(cpuid);
         let reins = Mutex::default();
         let options = options.clone();
-        Ok(Self { bus, balloon, disks, processors, memory, vm, msrs, options, reins, cpuid })
+        Ok(Self { bus, balloon, disks, processors, memory, vm, msrs, event, options, reins, cpuid })
     }
 
     /// Puts a kernel, and what firmware would have left, into the memory of a new machine.
@@ -281,6 +286,7 @@ impl Machine {
             .write_slice(&tables, GuestAddress(layout::ACPI_TABLES))
             .map_err(Error::memory("writing the ACPI tables"))?;
         firmware::write(&memory.guest)?;
+        generation::write(&memory.guest)?;
         let boot = Boot {
             kernel: &options.kernel,
             initrd: options.initrd.as_deref(),

@@ -46,7 +46,7 @@ pub fn restore(options: &RestoreOptions) -> Result<End, Error> {
     let mover = Mover::new(None);
     let _control =
         Server::bind_monitor(&options.host.control, Arc::new(Asked(Arc::clone(&mover))))?;
-    let mut guest = Arriving::new(options.host.clone(), MAX_CPUS)?;
+    let mut guest = Arriving::new(options.host.clone(), MAX_CPUS)?.copy();
     let config = DestinationConfig {
         max_memory_bytes: MAX_MEMORY_BYTES,
         ..DestinationConfig::new(&machine)

@@ -258,6 +258,8 @@ pub(crate) struct Arriving {
     options: HostOptions,
     max_cpus: u8,
     cpu_features: CpuFeatures,
+    /// It comes out of a file, which others may come out of as well.
+    is_copy: bool,
     machine: Option<Arc<Machine>>,
     /// What a guest waits for whose memory comes later: as long as this is there.
     missing: Option<Arc<Missing>>,
@@ -268,7 +270,13 @@ impl Arriving {
     /// There is no KVM.
     pub(crate) fn new(options: HostOptions, max_cpus: u8) -> Result<Self, Error> {
         let cpu_features = cpu_features(crate::cpuid::CpuFeatures::of_host()?);
-        Ok(Self { options, max_cpus, cpu_features, machine: None, missing: None })
+        let is_copy = false;
+        Ok(Self { options, max_cpus, cpu_features, is_copy, machine: None, missing: None })
+    }
+
+    /// The guest comes out of a file: it is told that it is a copy.
+    pub(crate) fn copy(self) -> Self {
+        Self { is_copy: true, ..self }
     }
 
     /// The guest's machine, once there is one.
@@ -339,7 +347,13 @@ impl DestinationMachine for Arriving {
     fn load_state(&mut self, state: Vec<StateSection>) -> Result<(), MachineError> {
         let section = |StateSection { name, version, bytes }| Section { name, version, bytes };
         let sections: Vec<_> = state.into_iter().map(section).collect();
-        Ok(self.made()?.load(&sections)?)
+        let machine = self.made()?;
+        machine.load(&sections)?;
+        if self.is_copy {
+            // Last, since the interrupt would be lost with the controllers that it came to.
+            machine.is_a_copy()?;
+        }
+        Ok(())
     }
 
     fn resume(&mut self) -> Result<(), MachineError> {

@@ -25,6 +25,11 @@ const LEAVES: [(u32, u32); 13] = [
     (0x8000_0021, 0),
 ];
 
+/// Where the VMM has ACPI tables, and how much of it is looked at: the first 8 KiB have the DSDT of
+/// a machine without disks.
+const TABLES: u32 = 0xe_0000;
+const TABLES_BYTES: u32 = 8 << 10;
+
 /// For a process to end whose guest has left.
 const SOON: Duration = Duration::from_secs(20);
 
@@ -87,4 +92,60 @@ fn a_guest_keeps_its_processor_wherever_it_goes() {
         }
         assert!(guest.power_off().unwrap().success());
     });
+}
+
+/// Where the tables of the guest say that the VM generation ID is: `Name (ADDR, Package (2) {LOW,
+/// HIGH})`, with LOW in 32 bits (ACPI 6.5, 20.2).
+fn generation_address(guest: &mut BareGuest) -> u32 {
+    let mut tables = Vec::new();
+    for address in (TABLES..TABLES + TABLES_BYTES).step_by(4) {
+        tables.extend(word(guest, address).to_le_bytes());
+        let Some(at) = tables.windows(4).position(|name| name == b"ADDR") else { continue };
+        let Some(package) = tables.get(at + 4..at + 12) else { continue };
+        assert_eq!([package[0], package[2], package[3]], [0x12, 2, 0x0c], "{package:x?}");
+        return u32::from_le_bytes(package[4..].try_into().unwrap());
+    }
+    panic!("no device of the tables has an ADDR");
+}
+
+fn word(guest: &mut BareGuest, address: u32) -> u32 {
+    guest.number(&format!("read {address:x}")).unwrap().try_into().unwrap()
+}
+
+fn generation(guest: &mut BareGuest, address: u32) -> [u32; 4] {
+    [0, 4, 8, 12].map(|offset| word(guest, address + offset))
+}
+
+#[test]
+fn a_copy_has_a_generation_of_its_own_and_keeps_it_when_it_moves() {
+    on_a_kvm(
+        "bare_platform::a_copy_has_a_generation_of_its_own_and_keeps_it_when_it_moves",
+        || {
+            let mut guest = boot("first");
+            let address = generation_address(&mut guest);
+            let mut seen = vec![generation(&mut guest, address)];
+            assert_ne!(seen[0], [0; 4]);
+            let mut guest = moved(guest, "first");
+            assert_eq!(generation(&mut guest, address), seen[0], "it was moved");
+            let mut file = saved(&guest, "first");
+            let mut copies = Vec::new();
+            assert_eq!(generation(&mut guest, address), seen[0], "it was written to a file");
+            for words in [&[][..], &["--lazy"], &[]] {
+                let mut copy = restored(&file, "copy", words);
+                let id = generation(&mut copy, address);
+                assert!(!seen.contains(&id), "{words:?}: {id:x?} of {seen:x?}");
+                seen.push(id);
+                let mut copy = moved(copy, "copy");
+                assert_eq!(generation(&mut copy, address), id, "a copy was moved: {words:?}");
+                file = saved(&copy, "copy");
+                assert_eq!(generation(&mut copy, address), id, "a copy was written to a file");
+                // The next one is a copy of this copy.
+                copies.push(copy);
+            }
+            for copy in copies {
+                assert!(copy.power_off().unwrap().success());
+            }
+            assert!(guest.power_off().unwrap().success());
+        },
+    );
 }

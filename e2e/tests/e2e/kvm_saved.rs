@@ -1,5 +1,6 @@
 //! Guests of our monitor in files: written while they run, and run from there; and with disks.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
@@ -36,6 +37,15 @@ const HOLE_MIB: u64 = 4;
 
 /// For such a disk to be copied by an emulated guest that moves meanwhile.
 const COPY_LIMIT: Duration = Duration::from_secs(120);
+
+/// What the kernel says when it has mixed a new generation ID into its random pool, and how it comes
+/// to print that: notices are level 5, and the guests' kernels are quiet.
+const RESEEDED: &str = "crng reseeded due to virtual machine fork";
+const PRINTS_NOTICES: &str = "write /proc/sys/kernel/printk 6";
+const QUIET: &str = "write /proc/sys/kernel/printk 1";
+
+/// Random values that are drawn in each copy of a guest.
+const DRAWN: usize = 4;
 
 /// For a guest to end that has to.
 const SOON: Duration = Duration::from_secs(30);
@@ -74,7 +84,10 @@ fn a_guest_comes_out_of_a_file() {
     assert_eq!(aerostat(&balloon).0, Some(0));
     a_full_disk_leaves_no_file(&mut guest, &directory.path().join("small"));
 
+    run(&mut guest, PRINTS_NOTICES);
     let summary = saved(&file, &["--drop-caches"]);
+    let mut values = drawn(&mut guest);
+    assert!(!guest.console_log().contains(RESEEDED), "{}", guest.console_log());
     assert_eq!(summary.balloon_bytes, INFLATED_MIB * MIB);
     assert!(summary.free_bytes > 0 && summary.downtime.total_ms > 0.0, "{summary:?}");
     let size = fs::metadata(&file).unwrap();
@@ -94,6 +107,9 @@ fn a_guest_comes_out_of_a_file() {
 
     for lazy in [false, true] {
         let mut guest = restored(&file, lazy);
+        reseeds(&guest);
+        values.extend(drawn(&mut guest));
+        run(&mut guest, QUIET);
         verify(&mut guest, "kept", KEPT_MIB, 1);
         if lazy {
             // What the balloon had, and what is still to come.
@@ -111,7 +127,25 @@ fn a_guest_comes_out_of_a_file() {
             assert!(guest.wait().unwrap().success(), "{}", guest.console_log());
         }
     }
+    println!("{values:?}");
+    let different: BTreeSet<_> = values.iter().collect();
+    assert_eq!((different.len(), values.len()), (3 * DRAWN, 3 * DRAWN), "{values:?}");
     damaged_files_are_refused(&file);
+}
+
+/// A copy hears that it is one.
+fn reseeds(guest: &Guest) {
+    let end = Instant::now() + SOON;
+    while !guest.console_log().contains(RESEEDED) {
+        assert!(Instant::now() < end, "{}", guest.console_log());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// What a program that needs random values would get.
+fn drawn(guest: &mut Guest) -> Vec<String> {
+    let draw = |_| run(guest, "cat /proc/sys/kernel/random/uuid").lines.concat();
+    (0..DRAWN).map(draw).collect()
 }
 
 fn a_full_disk_leaves_no_file(guest: &mut Guest, small: &Path) {
