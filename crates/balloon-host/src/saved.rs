@@ -5,9 +5,9 @@
 //! It is not synced. It is to outlive this process, not the host, whose guests
 //! do not either.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 use rustix::fs::OFlags;
@@ -33,6 +33,12 @@ const SLOTS: u64 = 2;
 /// Says what the file is, and in which version.
 const MARK: [u8; 8] = *b"aerost\0\x01";
 
+/// Read and written by its owner, and by nobody else.
+const MODE: u32 = 0o600;
+
+/// Permission bits that let others than the owner write.
+const OTHERS_WRITE: u32 = 0o022;
+
 /// The open file.
 #[derive(Debug)]
 pub(crate) struct StateFile {
@@ -47,19 +53,23 @@ pub(crate) struct StateFile {
 impl StateFile {
     /// Opens the file at `path`, makes it where there is none, and reads it.
     /// Slots that are not whole say nothing.
+    ///
+    /// # Errors
+    /// It cannot be opened, or is one that others than this user may have written.
     pub(crate) fn open(path: &Path) -> io::Result<Self> {
         let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .custom_flags(flags.bits().cast_signed())
-            .open(path)?;
-        if !file.metadata()?.is_file() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file"));
-        }
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).mode(MODE).custom_flags(flags.bits().cast_signed());
+        let file = match options.create_new(true).open(path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                let file = options.clone().create_new(false).open(path)?;
+                match why_not_ours(&file)? {
+                    None => file,
+                    Some(why) => replace(path, &options, &why)?,
+                }
+            }
+            made => made?,
+        };
         let mut newest = (0, Saved::default());
         for slot in 0..SLOTS {
             let mut bytes = [0; SLOT_BYTES];
@@ -94,6 +104,38 @@ impl StateFile {
         }
         if told { Ok(()) } else { written }
     }
+}
+
+/// Why the file cannot be believed: others than this user may have written it, or it is another
+/// file of this user's under a second name. Nobody else can read it from now on.
+fn why_not_ours(file: &File) -> io::Result<Option<String>> {
+    let (found, user) = (file.metadata()?, rustix::process::geteuid().as_raw());
+    if !found.is_file() {
+        let what = "it is no regular file: remove it, or name another";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+    }
+    if found.uid() != user {
+        return Ok(Some(format!("it is of user {}, and this process of {user}", found.uid())));
+    }
+    if found.mode() & OTHERS_WRITE != 0 {
+        return Ok(Some(format!("others can write it, by its mode {:o}", found.mode())));
+    }
+    if found.nlink() != 1 {
+        return Ok(Some(format!("it has {} names, and may have 1", found.nlink())));
+    }
+    file.set_permissions(Permissions::from_mode(MODE))?;
+    Ok(None)
+}
+
+/// A new file in place of one that cannot be believed.
+fn replace(path: &Path, options: &OpenOptions, why: &str) -> io::Result<File> {
+    let made = fs::remove_file(path).and_then(|()| options.clone().create_new(true).open(path));
+    let file = made.map_err(|error| {
+        let what = format!("{why}, and cannot be replaced ({error}): remove it, or name another");
+        io::Error::new(error.kind(), what)
+    })?;
+    tracing::warn!(path = %path.display(), why, "the state file is not believed: a new one is made");
+    Ok(file)
 }
 
 fn encode(number: u64, saved: Saved) -> [u8; SLOT_BYTES] {
@@ -185,13 +227,64 @@ mod tests {
     #[test]
     fn what_is_no_file_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        let link = dir.path().join("link");
-        std::os::unix::fs::symlink("/etc/passwd", &link).unwrap();
-        assert!(StateFile::open(&link).is_err());
+        for target in ["/etc/passwd", "nowhere"] {
+            let link = dir.path().join("link");
+            std::os::unix::fs::symlink(target, &link).unwrap();
+            assert!(StateFile::open(&link).is_err());
+            fs::remove_file(&link).unwrap();
+        }
         assert!(StateFile::open(dir.path()).is_err());
         let fifo = dir.path().join("fifo");
         let made = std::process::Command::new("mkfifo").arg(&fifo).status().unwrap();
         assert!(made.success());
-        assert!(StateFile::open(&fifo).is_err());
+        let error = StateFile::open(&fifo).unwrap_err().to_string();
+        assert_eq!(error, "it is no regular file: remove it, or name another");
+    }
+
+    #[test]
+    fn what_others_may_have_written_is_not_believed() {
+        type Plant = fn(&Path);
+        let mut plants: Vec<(&str, Plant)> = vec![
+            ("others write", |path| fs::set_permissions(path, mode(0o602)).unwrap()),
+            ("the group writes", |path| fs::set_permissions(path, mode(0o620)).unwrap()),
+            ("a hard link", |path| fs::hard_link(path, path.with_extension("2nd")).unwrap()),
+        ];
+        // Only root gives a file to another user.
+        if rustix::process::geteuid().is_root() {
+            plants.push(("another user's", |path| {
+                std::os::unix::fs::chown(path, Some(12_345), None).unwrap();
+            }));
+        }
+        for (what, plant) in plants {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("vm1.state");
+            fs::write(&path, [encode(1, some(5)), encode(2, some(6))].concat()).unwrap();
+            fs::set_permissions(&path, mode(0o600)).unwrap();
+            assert_eq!(StateFile::open(&path).unwrap().saved(), some(6), "{what}");
+            plant(&path);
+            let theirs = File::open(&path).unwrap();
+            let mut file = StateFile::open(&path).unwrap();
+            assert_eq!(file.saved(), Saved::default(), "{what}");
+            file.save(some(9)).unwrap();
+            let found = fs::metadata(&path).unwrap();
+            assert_eq!((found.mode() & 0o7777, found.nlink()), (MODE, 1), "{what}");
+            assert_ne!(theirs.metadata().unwrap().ino(), found.ino(), "{what}");
+            assert_eq!(StateFile::open(&path).unwrap().saved(), some(9), "{what}");
+        }
+    }
+
+    fn mode(bits: u32) -> Permissions {
+        Permissions::from_mode(bits)
+    }
+
+    /// As a copy by hand makes it.
+    #[test]
+    fn what_others_can_only_read_is_believed_and_closed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vm1.state");
+        fs::write(&path, [encode(1, some(5)), encode(2, some(6))].concat()).unwrap();
+        fs::set_permissions(&path, mode(0o644)).unwrap();
+        assert_eq!(StateFile::open(&path).unwrap().saved(), some(6));
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, MODE);
     }
 }

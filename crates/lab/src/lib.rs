@@ -18,6 +18,7 @@ pub mod bare;
 pub mod cache;
 pub mod console;
 pub mod debian;
+pub mod fuse;
 pub mod guest;
 pub mod guest_build;
 pub mod initramfs;

@@ -5,7 +5,7 @@
 mod common;
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -135,6 +135,18 @@ fn a_snapshot_that_cannot_be_written_leaves_the_guest_and_no_file() {
     assert_eq!(names.len(), 1, "{names:?}");
 }
 
+/// Nobody waits for who may write to it.
+#[test]
+fn what_is_no_file_is_no_snapshot() {
+    let dir = tempfile::tempdir().unwrap();
+    let pipe = dir.path().join("pipe");
+    rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, rustix::fs::Mode::RUSR).unwrap();
+    for path in [&pipe, dir.path()] {
+        let error = SnapshotFile::open(path).unwrap_err().to_string();
+        assert!(error.contains("no regular file"), "{error}");
+    }
+}
+
 /// Another snapshot of the same form is copied over one that is open: right in itself, and another
 /// guest's.
 #[test]
@@ -164,6 +176,7 @@ fn two_guests_are_not_written_into_one_file() {
     let dir = tempfile::tempdir().unwrap();
     let (path, part) = (dir.path().join("a"), dir.path().join("a.part"));
     fs::write(&part, b"another guest").unwrap();
+    fs::set_permissions(&part, fs::Permissions::from_mode(0o600)).unwrap();
     let other = fs::File::open(&part).unwrap();
     other.lock().unwrap();
     let mut source = Source::new(&Arc::new(World::default()), 0, 0);

@@ -8,11 +8,12 @@
 //!              description, then state
 //! ```
 //!
-//! The file is written beside its name and renamed when all of it is on disk, so that under its
+//! The file is written beside its name and gets that when all of it is on disk, so that under its
 //! name there is a whole snapshot or none.
 
 mod format;
 mod lazy;
+mod part;
 mod read;
 mod write;
 

@@ -1,11 +1,12 @@
 //! A guest out of a file. The file is as hostile as a peer.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use page_set::PageRange;
+use rustix::fs::OFlags;
 use xxhash_rust::xxh3::Xxh3Default;
 
 use super::format::{self, ENTRY_BYTES, HEAD_BYTES, Head, index_of, page_at, page_sum};
@@ -119,8 +120,15 @@ impl SnapshotFile {
 
     fn look_at(path: &Path) -> Result<Self, MigrationError> {
         let error = |source| MigrationError::File { what: "reading", path: path.into(), source };
-        let file = File::open(path).map_err(error)?;
-        let len = file.metadata().map_err(error)?.len();
+        // Nobody waits for the other end of a pipe.
+        let nonblocking = OFlags::NONBLOCK.bits().cast_signed();
+        let file = OpenOptions::new().read(true).custom_flags(nonblocking).open(path);
+        let file = file.map_err(error)?;
+        let metadata = file.metadata().map_err(error)?;
+        if !metadata.is_file() {
+            return Err(MigrationError::Peer { what: "it is no regular file" });
+        }
+        let len = metadata.len();
         let mut page = [0; HEAD_BYTES];
         file.read_exact_at(&mut page, 0).map_err(error)?;
         let head = Head::decode(&page)?;

@@ -1,8 +1,7 @@
 //! Writing a guest to a file while it runs.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -11,6 +10,7 @@ use rustix::fs::{FallocateFlags, fallocate};
 use xxhash_rust::xxh3::Xxh3Default;
 
 use super::format::{self, Head, index_of, page_at, page_sum};
+use super::part::Part;
 use crate::error::MigrationError;
 use crate::layout::GuestLayout;
 use crate::observer::{Observer, Progress};
@@ -59,38 +59,10 @@ pub fn snapshot<M: SourceMachine>(
     job.finish(outcome, no_doubt(id, config))
 }
 
-/// Opens a part, empty, for this guest alone: two that were told the same name would write into one
-/// another's file, also when that has its name. What a monitor left that died is written over.
-fn open_alone(part: &Path) -> Result<File, MigrationError> {
-    let failed = |source| MigrationError::File { what: "making", path: part.into(), source };
-    let taken = || MigrationError::Operator {
-        what: format!("{} is being written by somebody else", part.display()),
-    };
-    let open = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(part);
-    let file = open.map_err(failed)?;
-    match file.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => return Err(taken()),
-        Err(TryLockError::Error(error)) => {
-            tracing::warn!(%error, "host: no lock; take care that nobody else writes this file");
-        }
-    }
-    // Who had it may have ended between the two, and taken the name away; nor is it a link.
-    let (ours, named) = (file.metadata(), fs::symlink_metadata(part));
-    let (ours, named) = (ours.map_err(failed)?, named.map_err(|_| taken())?);
-    if (ours.dev(), ours.ino()) != (named.dev(), named.ino()) {
-        return Err(taken());
-    }
-    file.set_len(0).map_err(failed)?;
-    Ok(file)
-}
-
 /// The file that is being written.
 struct SnapshotSink {
-    file: File,
+    part: Part,
     path: PathBuf,
-    /// Where it is until it is whole.
-    part: PathBuf,
     after: After,
     layout: Option<GuestLayout>,
     description: Vec<u8>,
@@ -101,17 +73,10 @@ struct SnapshotSink {
 
 impl SnapshotSink {
     fn create(path: &Path, after: After) -> Result<Self, MigrationError> {
-        let mut part = path.as_os_str().to_owned();
-        part.push(".part");
-        let part = PathBuf::from(part);
-        if path.exists() {
-            let what = format!("{} exists", path.display());
-            return Err(MigrationError::Operator { what });
-        }
-        let file = open_alone(&part)?;
-        let (path, layout, description) = (path.to_owned(), None, Vec::new());
+        let (part, path) = (Part::create(path)?, path.to_owned());
+        let (layout, description) = (None, Vec::new());
         let (table, written_bytes) = (Vec::new(), 0);
-        Ok(Self { file, path, part, after, layout, description, table, written_bytes })
+        Ok(Self { part, path, after, layout, description, table, written_bytes })
     }
 
     fn error(&self, what: &'static str) -> impl Fn(io::Error) -> MigrationError + use<> {
@@ -121,7 +86,7 @@ impl SnapshotSink {
 
     fn write(&mut self, bytes: &[u8], at: u64) -> Result<(), MigrationError> {
         self.written_bytes += bytes.len() as u64;
-        self.file.write_all_at(bytes, at).map_err(self.error("writing"))
+        self.part.file().write_all_at(bytes, at).map_err(self.error("writing"))
     }
 
     /// Writes pages of one region, one behind the other.
@@ -147,7 +112,7 @@ impl SnapshotSink {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         let (at, len) = (page_at(index), run.pages() * PAGE_BYTES as u64);
         // A signal shall not cost the file its hole.
-        let punched = rustix::io::retry_on_intr(|| fallocate(&self.file, flags, at, len));
+        let punched = rustix::io::retry_on_intr(|| fallocate(self.part.file(), flags, at, len));
         if punched.is_ok() {
             return Ok(());
         }
@@ -183,27 +148,8 @@ impl SnapshotSink {
 
     /// All of it is on disk, and then has its name.
     fn commit(&mut self) -> Result<(), MigrationError> {
-        self.file.sync_all().map_err(self.error("syncing"))?;
-        // Unlike a rename this does not replace what came to be there meanwhile.
-        fs::hard_link(&self.part, &self.path).map_err(self.error("naming"))?;
-        let directory = match self.path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
-        let synced = File::open(directory).and_then(|directory| directory.sync_all());
-        if let Err(error) = synced {
-            let _ = fs::remove_file(&self.path);
-            return Err(self.error("syncing the directory of")(error));
-        }
-        Ok(())
-    }
-}
-
-impl Drop for SnapshotSink {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_file(&self.part) {
-            tracing::warn!(path = %self.part.display(), %error, "cannot be removed");
-        }
+        self.part.file().sync_all().map_err(self.error("syncing"))?;
+        self.part.name()
     }
 }
 

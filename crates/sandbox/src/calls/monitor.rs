@@ -25,8 +25,8 @@ const ALLOWED: &[i64] = &[
     // Disks and snapshots; an end of a snapshot is its name.
     libc::SYS_fsync,
     libc::SYS_fdatasync,
-    libc::SYS_link,
     libc::SYS_linkat,
+    libc::SYS_renameat2,
     // Memory that comes when it is touched.
     libc::SYS_userfaultfd,
 ];
