@@ -114,6 +114,8 @@ static inline bool aerostat_deflates_on_oom(struct aerostat *vb)
 }
 
 /* memory.c */
+void aerostat_mark_offline(struct page *page, unsigned int order);
+void aerostat_mark_online(struct page *page, unsigned int order);
 void aerostat_free_all(struct aerostat *vb);
 
 /* queues.c */

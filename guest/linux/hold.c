@@ -41,6 +41,7 @@ bool aerostat_glue_hold_take(struct aerostat *vb, u32 order)
 	page = alloc_pages(gfp, order);
 	if (!page)
 		return false;
+	aerostat_mark_offline(page, order);
 	set_page_private(page, order);
 	list_add_tail(&page->lru, &vb->rq->taken[order]);
 	return true;
@@ -67,6 +68,7 @@ static void aerostat_free_held(struct list_head *list)
 
 		list_del(&page->lru);
 		set_page_private(page, 0);
+		aerostat_mark_online(page, order);
 		__free_pages(page, order);
 		cond_resched();
 	}

@@ -12,6 +12,34 @@ static u64 aerostat_pfn(struct page *page)
 	return (u64)page_to_pfn(page) << AEROSTAT_PAGE_SHIFT;
 }
 
+/* Nobody shall read what the host has or may have: /proc/kcore and a crash kernel
+ * pass over such pages (makedumpfile), and hibernation does. Each page is looked
+ * at by itself, so a block's head does not speak for the rest.
+ */
+void aerostat_mark_offline(struct page *page, unsigned int order)
+{
+	unsigned long i;
+
+	for (i = 0; i < 1UL << order; i++)
+		__SetPageOffline(page + i);
+}
+
+void aerostat_mark_online(struct page *page, unsigned int order)
+{
+	unsigned long i;
+
+	for (i = 0; i < 1UL << order; i++)
+		__ClearPageOffline(page + i);
+}
+
+/* balloon_inflate and balloon_deflate of /proc/vmstat, in the guest's pages. */
+static void aerostat_count(bool inflated, unsigned int order)
+{
+#ifdef CONFIG_MEMORY_BALLOON
+	count_vm_events(inflated ? BALLOON_INFLATE : BALLOON_DEFLATE, 1L << order);
+#endif
+}
+
 /* A balloon that cannot yield is memory that the guest does not have. */
 static void aerostat_adjust_managed(struct aerostat *vb, struct page *page,
 				    long pages)
@@ -41,6 +69,8 @@ u64 aerostat_glue_allocate(struct aerostat *vb, u32 order)
 	if (!page)
 		return AEROSTAT_NO_PFN;
 	aerostat_adjust_managed(vb, page, -(1L << order));
+	aerostat_mark_offline(page, order);
+	aerostat_count(true, order);
 	set_page_private(page, order);
 	list_add_tail(&page->lru, &vb->blocks[order]);
 	return aerostat_pfn(page);
@@ -66,6 +96,8 @@ static void aerostat_free_list(struct aerostat *vb, struct list_head *list)
 
 		list_del(&page->lru);
 		set_page_private(page, 0);
+		aerostat_count(false, order);
+		aerostat_mark_online(page, order);
 		aerostat_adjust_managed(vb, page, 1L << order);
 		__free_pages(page, order);
 		cond_resched();

@@ -128,7 +128,7 @@ impl<'a> Bed<'a> {
 
     /// The sum of some values of `/proc/meminfo`, in bytes.
     pub(crate) fn meminfo_bytes(&mut self, names: &[&str]) -> u64 {
-        let lines = self.bed.guest.run("meminfo").unwrap().lines;
+        let lines = self.lines("meminfo");
         let kib = |name: &&str| -> u64 {
             let line = lines.iter().find_map(|line| line.strip_prefix(*name)?.strip_prefix(':'));
             line.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).unwrap()
@@ -139,8 +139,12 @@ impl<'a> Bed<'a> {
     /// A counter of our driver.
     pub(crate) fn counter(&mut self, name: &str) -> u64 {
         let path = format!("/sys/bus/virtio/devices/virtio0/balloon/{name}");
-        let lines = self.bed.guest.run(&format!("cat {path}")).unwrap().lines;
-        lines.join("").parse().unwrap()
+        self.lines(&format!("cat {path}")).join("").parse().unwrap()
+    }
+
+    /// Runs a command in the guest and returns all but the last line of its answer.
+    pub(crate) fn lines(&mut self, command: &str) -> Vec<String> {
+        self.bed.guest.run(command).unwrap().lines
     }
 
     /// What the guest printed so far, its kernel and its init.

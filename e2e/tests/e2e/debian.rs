@@ -18,11 +18,17 @@ const INFLATED_MIB: u64 = 256;
 /// Memory that the guest's kernel may have used for itself meanwhile.
 const FREE_SLACK_MIB: u64 = 8;
 
+/// Host memory that reading all of the guest's may take, in MiB: what was never touched. Of a
+/// balloon that is looked at it would be all.
+const READING_MIB: u64 = 64;
+
 /// What a module built outside of the kernel's tree and not signed means to the
 /// kernel: TAINT_OOT_MODULE and TAINT_UNSIGNED_MODULE (admin-guide/tainted-kernels).
 const ALLOWED_TAINT: u64 = (1 << 12) | (1 << 13);
 
 const MIB: u64 = 1 << 20;
+
+const PAGES_PER_MIB: u64 = 256;
 
 #[test]
 fn debian_6_12_runs_our_driver() {
@@ -84,6 +90,7 @@ fn memory_goes_and_comes_back(guest: &mut Guest, qmp: &mut Qmp) {
     let fell_mib = before - resident_mib(guest);
     assert!(fell_mib >= INFLATED_MIB * 3 / 4, "{fell_mib} of {INFLATED_MIB} MiB");
     verify(guest, "kept", KEPT_MIB, 1);
+    nobody_looks_at_the_balloon(guest);
     qmp.balloon((MEMORY_MIB - INFLATED_MIB / 2) * MIB).unwrap();
     guest.run(&format!("fill more {} 2", INFLATED_MIB / 4)).unwrap();
     qmp.balloon((MEMORY_MIB - INFLATED_MIB / 2 - 1) * MIB).unwrap();
@@ -108,6 +115,17 @@ fn memory_goes_and_comes_back(guest: &mut Guest, qmp: &mut Qmp) {
     verify(guest, "kept", KEPT_MIB, 1);
 }
 
+/// Who copies the guest's memory from within brings nothing back that the host has.
+fn nobody_looks_at_the_balloon(guest: &mut Guest) {
+    let offline = number(guest, "offline");
+    assert_eq!(offline, INFLATED_MIB * PAGES_PER_MIB);
+    let before = resident_mib(guest);
+    let told = guest.run("read-kcore").unwrap().text;
+    let after = resident_mib(guest);
+    println!("{before} MiB before all of memory was read, {after} after: {told}");
+    assert!(after < before + READING_MIB, "{before} MiB before, {after} after: {told}");
+}
+
 fn verify(guest: &mut Guest, file: &str, mib: u64, seed: u64) {
     assert_eq!(number(guest, &format!("verify {file} {mib} {seed}")), 0, "wrong pages in {file}");
 }
@@ -122,5 +140,5 @@ fn number(guest: &mut Guest, command: &str) -> u64 {
 fn resident_mib(guest: &Guest) -> u64 {
     let statm = fs::read_to_string(format!("/proc/{}/statm", guest.pid())).unwrap();
     let pages: u64 = statm.split(' ').nth(1).unwrap().parse().unwrap();
-    pages / 256
+    pages / PAGES_PER_MIB
 }

@@ -24,6 +24,7 @@ mod kvm_saved;
 mod life;
 mod monitor;
 mod package;
+mod page_types;
 mod pressure;
 mod program;
 mod requests;

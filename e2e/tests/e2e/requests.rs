@@ -21,7 +21,7 @@ const LARGE_MIB: u64 = 4096;
 const MIB: u64 = 1 << 20;
 
 /// Time for a request, on a machine with a lot of other work.
-const LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
 /// What the guest reads into its page cache, in MiB.
 const CACHED_MIB: u64 = 2048;

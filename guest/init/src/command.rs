@@ -4,7 +4,7 @@ use std::fs;
 use std::str::FromStr;
 
 use crate::{
-    cache, churn, disk, in_use, load, memory, module, page_flags, pressure, program, system,
+    cache, churn, disk, in_use, kcore, load, memory, module, page_flags, pressure, program, system,
 };
 
 /// Takes one line of an answer to the host.
@@ -35,6 +35,8 @@ pub(crate) fn run(name: &str, arguments: &[String], emit: Emit<'_>) -> Result<St
             cache::verify(path, number(mib)?, number(seed)?, emit)
         }
         ("not-free", ranges) => page_flags::not_free(ranges),
+        ("offline", []) => page_flags::offline(),
+        ("read-kcore", []) => kcore::read_all(),
         ("in-use", []) => in_use::count(),
         ("stall", [ms]) => load::meter(number(ms)?),
         ("busy", [mib]) => load::start(number(mib)?),

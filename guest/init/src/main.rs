@@ -11,6 +11,7 @@ mod command;
 mod console;
 mod disk;
 mod in_use;
+mod kcore;
 mod load;
 mod memory;
 mod module;

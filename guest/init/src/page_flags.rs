@@ -1,10 +1,14 @@
 //! What the kernel uses its pages for, by `/proc/kpageflags`.
 
 use std::fs::File;
+use std::io::Read;
 use std::os::unix::fs::FileExt;
 
 /// The flag of a page in a free block (KPF_BUDDY in linux/kernel-page-flags.h).
 pub(crate) const BUDDY: u64 = 1 << 10;
+
+/// The flag of a page that nobody but its owner may look at (KPF_OFFLINE, the same).
+const OFFLINE: u64 = 1 << 23;
 
 /// Bytes of one page's flags.
 pub(crate) const FLAGS_BYTES: u64 = 8;
@@ -31,6 +35,25 @@ pub(crate) fn not_free(ranges: &[&str]) -> Result<String, String> {
         pages += count;
     }
     Ok(format!("pages={pages} used={used}"))
+}
+
+/// Counts the pages that nobody but their owner may look at: those of balloons.
+pub(crate) fn offline() -> Result<String, String> {
+    let path = "/proc/kpageflags";
+    let failed = |error: std::io::Error| format!("cannot read {path}: {error}");
+    let mut file = File::open(path).map_err(failed)?;
+    let mut flags = vec![0; (CHUNK_PAGES * FLAGS_BYTES) as usize];
+    let mut offline = 0;
+    loop {
+        // The kernel gives as much as there is: what is short is the end.
+        let read = file.read(&mut flags).map_err(failed)?;
+        let (read, _) = flags.get(..read).ok_or("too long")?.as_chunks::<8>();
+        if read.is_empty() {
+            return Ok(offline.to_string());
+        }
+        let is_offline = |raw: &&[u8; 8]| u64::from_ne_bytes(**raw) & OFFLINE != 0;
+        offline += read.iter().filter(is_offline).count();
+    }
 }
 
 fn parse(range: &str) -> Option<(u64, u64)> {
