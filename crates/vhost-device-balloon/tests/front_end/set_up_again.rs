@@ -95,8 +95,11 @@ fn set_addresses(vm: &Vm) {
     vm.front.send(request::SET_VRING_ADDR, &vring_addr(QUEUE, places(vm)), &[]);
 }
 
+/// How a front end sets up a queue once more.
+type Way = fn(&Vm);
+
 /// What a front end may say of a queue that runs.
-fn ways() -> [(&'static str, fn(&Vm)); 5] {
+fn ways() -> [(&'static str, Way); 5] {
     [
         ("the same addresses", set_addresses),
         ("other addresses and back", |vm| {
@@ -122,7 +125,7 @@ fn ways() -> [(&'static str, fn(&Vm)); 5] {
     ]
 }
 
-fn run(what: &str, way: fn(&Vm), with_notes: bool) {
+fn run(what: &str, way: Way, with_notes: bool) {
     let server = Server::new(ReleaseMode::Background);
     let (front, _served) = server.connect();
     let mut vm = Vm::new(Monitor::Qemu, front, Guest::new());
