@@ -16,6 +16,30 @@ const DEFAULT_MAKE: &str = "make -C $kernel_source_dir M=$dkms_tree/$module/$mod
 /// Where programs of Debian's packages are.
 const PROGRAM_DIRECTORIES: [&str; 2] = ["/usr/sbin", "/usr/bin"];
 
+/// Kernels as distributions name them: 6.1 and later, with and without a third number.
+const SERVED: [&str; 16] = [
+    "6.1.0-57-amd64",
+    "6.1",
+    "6.9.7-amd64",
+    "6.10-cloud-amd64",
+    "6.12.117+deb12-cloud-amd64",
+    "6.13-amd64",
+    "6.13~rc7-amd64",
+    "6.14.0-15-generic",
+    "6.16+unreleased-rt-amd64",
+    "6.19",
+    "6.100-amd64",
+    "7.0-amd64",
+    "7.0.0-rc3+",
+    "7.12.3-200.fc44.x86_64",
+    "10.2-amd64",
+    "19.0_1",
+];
+
+/// And those before.
+const NOT_SERVED: [&str; 6] =
+    ["5.10.0-33-amd64", "5.19-amd64", "6.0.12-amd64", "6.0-amd64", "4.19.0", "3.16-6.1"];
+
 #[test]
 fn the_package_builds_for_debian_kernels_without_rust() {
     let directory = tempfile::tempdir().unwrap();
@@ -44,7 +68,12 @@ fn the_package_builds_for_debian_kernels_without_rust() {
         assert_eq!(alias.trim(), "virtio:d00000005v*");
         assert!(is_for(&settings, &kernel.release), "{settings}");
     }
-    assert!(!is_for(&settings, "5.10.0-33-amd64"));
+    for release in SERVED {
+        assert!(is_for(&settings, release), "{release}: {settings}");
+    }
+    for release in NOT_SERVED {
+        assert!(!is_for(&settings, release), "{release}: {settings}");
+    }
 }
 
 /// Makes the package and unpacks it.
