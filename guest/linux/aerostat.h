@@ -42,6 +42,14 @@
 #define AEROSTAT_MAX_ORDER	(MAX_ORDER - 1)
 #endif
 
+/* How long somebody who needs memory waits for the host, counted from when the first of
+ * them asked: a host that is well answers within a millisecond, and one that is not must not
+ * stop the guest. What comes later comes then. In reclaim there is other memory to be
+ * had; where the OOM killer is next, a process is worth more patience.
+ */
+#define AEROSTAT_RECLAIM_JIFFIES	(HZ / 10)
+#define AEROSTAT_OOM_JIFFIES		HZ
+
 /* Balloon pages in a page of the kernel, as a shift. */
 #define AEROSTAT_PAGE_SHIFT	(PAGE_SHIFT - VIRTIO_BALLOON_PFN_SHIFT)
 
@@ -51,16 +59,29 @@ struct aerostat {
 	struct virtio_device *vdev;
 	struct virtqueue *vqs[AEROSTAT_MAX_VQS];
 	struct workqueue_struct *wq;
+	/* These two alone wait for the host as long as it takes, one after the other:
+	 * one follows the target, the other gives back what the guest needs.
+	 */
 	struct delayed_work work;
+	struct work_struct yield_work;
 	wait_queue_head_t acked;
 	/* NULL where they were not negotiated. Has locks of its own. */
 	struct aerostat_requests *rq;
 
-	/* Guards stopping against a last config change. */
+	/* Guards stopping against a last config change, and what is asked of
+	 * yield_work.
+	 */
 	spinlock_t stop_lock;
 	bool stopping;
-	/* Those who wait for the lock to get pages back: a fill ends early. */
-	atomic_t pressure;
+	/* Balloon pages asked for that it has not begun with: a fill ends early. */
+	u64 asked;
+	/* It owes an answer, since asked_at. */
+	bool asking;
+	unsigned long asked_at;
+	/* Its answers, and the guest's pages that came of all of them. */
+	u64 answered;
+	u64 given_back;
+	wait_queue_head_t gave_back;
 
 	/* Guards everything below; owner is who holds it. */
 	struct mutex lock;
@@ -131,13 +152,15 @@ void aerostat_reset_requests(struct aerostat_requests *rq);
 void aerostat_start_requests(struct aerostat_requests *rq, struct virtqueue *vq);
 void aerostat_stop_requests(struct aerostat_requests *rq);
 void aerostat_forget_requests(struct aerostat_requests *rq);
+void aerostat_stopping_requests(struct aerostat_requests *rq);
 void aerostat_requests_returned(struct virtqueue *vq);
 
 /* hold.c */
-u64 aerostat_lose_hold(struct aerostat *vb, bool wait_for_lock);
+u64 aerostat_lose_hold(struct aerostat *vb, bool wait_for_lock, unsigned long patience);
 
 /* pressure.c */
 bool aerostat_is_short(void);
+void aerostat_yield_work(struct work_struct *work);
 int aerostat_register_pressure(struct aerostat *vb);
 void aerostat_unregister_pressure(struct aerostat *vb);
 

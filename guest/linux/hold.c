@@ -9,12 +9,8 @@
 
 #include "requests.h"
 
-/* While waiting, look this often whether the device has died. */
-#define AEROSTAT_LOOK_JIFFIES	HZ
-/* Looks granted to a host that does not return "hold lost". Whoever needs the
- * memory goes on without it then; it comes when the host has answered.
- */
-#define AEROSTAT_LOSS_LOOKS	5
+/* Granted to a host that does not return "hold lost" once the driver has to leave. */
+#define AEROSTAT_LEAVE_JIFFIES	(5 * HZ)
 
 void *aerostat_glue_hold_lock(struct aerostat *vb)
 {
@@ -106,34 +102,55 @@ void aerostat_end_loss(struct aerostat_requests *rq)
 	aerostat_free_lost(rq);
 }
 
-/* Returns the guest's pages that came back. A caller that may be anywhere, also
- * with locks of a file system, does not wait for who changes the hold just now.
+/* Says that the hold is lost, where it was not said yet. True while the host has
+ * to answer.
  */
-u64 aerostat_lose_hold(struct aerostat *vb, bool wait_for_lock)
+static bool aerostat_begin_loss(struct aerostat_requests *rq, bool wait_for_lock)
 {
-	struct aerostat_requests *rq = vb->rq;
-	unsigned int looks = AEROSTAT_LOSS_LOOKS;
 	u8 header[AEROSTAT_HEADER_BYTES];
 	bool losing;
 	u32 id;
 
-	if (!rq)
-		return 0;
 	if (wait_for_lock)
 		mutex_lock(&rq->hold_lock);
 	else if (!mutex_trylock(&rq->hold_lock))
-		return 0;
+		return false;
 	id = aerostat_hold_lose(rq->hold, ktime_get_ns(), header);
 	if (id)
 		aerostat_say_lost(rq, id, header);
 	losing = aerostat_hold_is_losing(rq->hold);
 	mutex_unlock(&rq->hold_lock);
-	if (!losing)
+	return losing;
+}
+
+/* Returns the guest's pages that came back. A caller that may be anywhere, also
+ * with locks of a file system, does not wait for who changes the hold just now. Who
+ * needs the memory goes on without it when the host was given so much time; it
+ * comes when the host has answered (aerostat_end_loss).
+ */
+u64 aerostat_lose_hold(struct aerostat *vb, bool wait_for_lock, unsigned long patience)
+{
+	struct aerostat_requests *rq = vb->rq;
+	long left;
+
+	if (!rq || !aerostat_begin_loss(rq, wait_for_lock))
 		return 0;
-	while (!wait_event_idle_timeout(rq->returned, aerostat_lost_is_over(rq),
-					AEROSTAT_LOOK_JIFFIES) && --looks)
-		;
+	left = READ_ONCE(rq->lost_at) + patience - jiffies;
+	if (left > 0)
+		wait_event_idle_timeout(rq->returned,
+					aerostat_lost_is_over(rq) || READ_ONCE(rq->stopping),
+					left);
 	return aerostat_free_lost(rq) >> AEROSTAT_PAGE_SHIFT;
+}
+
+/* The driver goes: what the host does not return in time comes with the reset. */
+void aerostat_leave_hold(struct aerostat_requests *rq)
+{
+	if (!aerostat_begin_loss(rq, true))
+		return;
+	wait_event_idle_timeout(rq->returned, aerostat_lost_is_over(rq),
+				AEROSTAT_LEAVE_JIFFIES);
+	aerostat_free_lost(rq);
 }
 
 void aerostat_clear_hold(struct aerostat_requests *rq)

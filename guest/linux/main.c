@@ -23,12 +23,10 @@ static bool requests = true;
 module_param(requests, bool, 0444);
 MODULE_PARM_DESC(requests, "Let the host ask for dropped caches and free pages (default: Y)");
 
-/* For those who want pages back: whoever fills the balloon stops. */
+/* Nobody who needs memory comes here: the holder may be waiting for the host. */
 void aerostat_lock(struct aerostat *vb)
 {
-	atomic_inc(&vb->pressure);
 	mutex_lock(&vb->lock);
-	atomic_dec(&vb->pressure);
 	WRITE_ONCE(vb->owner, current);
 }
 
@@ -65,8 +63,7 @@ static void aerostat_work(struct work_struct *work)
 	int retry_ms;
 	u64 start;
 
-	mutex_lock(&vb->lock);
-	WRITE_ONCE(vb->owner, current);
+	aerostat_lock(vb);
 	start = ktime_get_ns();
 	retry_ms = vb->gone ? 0 : aerostat_run(vb->core, vb);
 	vb->run_ns += ktime_get_ns() - start;
@@ -81,7 +78,7 @@ static void aerostat_work(struct work_struct *work)
 		vb->yielded = false;
 	aerostat_unlock(vb);
 	/* What is held free for the host can as well be given to it. */
-	if (retry_ms > 0 && aerostat_lose_hold(vb, true))
+	if (retry_ms > 0 && aerostat_lose_hold(vb, true, AEROSTAT_RECLAIM_JIFFIES))
 		retry_ms = 1;
 	if (retry_ms > 0)
 		aerostat_schedule(vb, msecs_to_jiffies(retry_ms));
@@ -123,23 +120,40 @@ static int aerostat_start(struct aerostat *vb)
 	vb->gone = false;
 	vb->starved = false;
 	vb->yielded = false;
-	vb->stopping = false;
 	aerostat_init(vb->core, vb->vdev->features, PAGE_SHIFT, AEROSTAT_MAX_ORDER);
 	aerostat_tell_poison(vb->vdev);
 	virtio_device_ready(vb->vdev);
+	/* Nobody asks for pages before there is all that it takes. */
+	spin_lock_irq(&vb->stop_lock);
+	vb->asked = 0;
+	vb->asking = false;
+	vb->stopping = false;
+	spin_unlock_irq(&vb->stop_lock);
 	if (vb->rq)
 		aerostat_start_requests(vb->rq,
 					vb->vqs[aerostat_request_vq(vb->vdev->features)]);
 	return 0;
 }
 
-/* Leaves the device with an empty balloon, told properly where it listens. */
-static void aerostat_stop(struct aerostat *vb)
+/* From here on nobody begins to wait for the host, and who needs memory waits no
+ * more: what they hold up (the list of OOM notifiers, reclaim) can be left.
+ */
+static void aerostat_begin_to_stop(struct aerostat *vb)
 {
 	spin_lock_irq(&vb->stop_lock);
 	vb->stopping = true;
 	spin_unlock_irq(&vb->stop_lock);
+	wake_up_all(&vb->gave_back);
+	if (vb->rq)
+		aerostat_stopping_requests(vb->rq);
+}
+
+/* Leaves the device with an empty balloon, told properly where it listens. */
+static void aerostat_stop(struct aerostat *vb)
+{
+	aerostat_begin_to_stop(vb);
 	cancel_delayed_work_sync(&vb->work);
+	cancel_work_sync(&vb->yield_work);
 	if (vb->rq)
 		aerostat_stop_requests(vb->rq);
 
@@ -176,16 +190,21 @@ static struct aerostat *aerostat_alloc(struct virtio_device *vdev)
 	if (!vb)
 		return NULL;
 	vb->vdev = vdev;
+	vb->stopping = true;
 	INIT_DELAYED_WORK(&vb->work, aerostat_work);
+	INIT_WORK(&vb->yield_work, aerostat_yield_work);
 	init_waitqueue_head(&vb->acked);
+	init_waitqueue_head(&vb->gave_back);
 	spin_lock_init(&vb->stop_lock);
 	mutex_init(&vb->lock);
 	INIT_LIST_HEAD(&vb->withdrawn);
 	for (i = 0; i <= AEROSTAT_MAX_ORDER; i++)
 		INIT_LIST_HEAD(&vb->blocks[i]);
 	vb->core = kzalloc(aerostat_core_bytes(), GFP_KERNEL);
-	/* Unbound: a fill takes long enough for the scheduler to mind. */
-	vb->wq = alloc_ordered_workqueue("aerostat_balloon", WQ_FREEZABLE);
+	/* Unbound: a fill takes long enough for the scheduler to mind. Memory may
+	 * be needed to run anything else.
+	 */
+	vb->wq = alloc_ordered_workqueue("aerostat_balloon", WQ_FREEZABLE | WQ_MEM_RECLAIM);
 	if (aerostat_request_vq(vdev->features) >= 0)
 		vb->rq = aerostat_alloc_requests(vb);
 	if (!vb->core || !vb->wq || aerostat_alloc_pool(vb) ||
@@ -233,6 +252,7 @@ static void aerostat_remove(struct virtio_device *vdev)
 {
 	struct aerostat *vb = vdev->priv;
 
+	aerostat_begin_to_stop(vb);
 	aerostat_unregister_pressure(vb);
 	aerostat_stop(vb);
 	aerostat_free(vb);

@@ -57,7 +57,7 @@ u64 aerostat_glue_allocate(struct aerostat *vb, u32 order)
 	struct page *page;
 
 	cond_resched();
-	if (order > AEROSTAT_MAX_ORDER || atomic_read(&vb->pressure) ||
+	if (order > AEROSTAT_MAX_ORDER || READ_ONCE(vb->asked) ||
 	    READ_ONCE(vb->stopping))
 		return AEROSTAT_NO_PFN;
 	/* What was taken back would have to be given back once more. */

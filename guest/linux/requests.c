@@ -176,6 +176,7 @@ void aerostat_say_lost(struct aerostat_requests *rq, u32 id, const u8 *header)
 	aerostat_inbox_lose(rq->inbox, id);
 	memcpy(rq->slots[AEROSTAT_SLOT_LOST].buffer, header, AEROSTAT_HEADER_BYTES);
 	rq->lost_back = false;
+	WRITE_ONCE(rq->lost_at, jiffies);
 	rq->lost_unsent = aerostat_send_slot(rq, AEROSTAT_SLOT_LOST, AEROSTAT_HEADER_BYTES);
 	aerostat_notify(rq);
 	spin_unlock_irqrestore(&rq->lock, flags);
@@ -359,20 +360,26 @@ void aerostat_start_requests(struct aerostat_requests *rq, struct virtqueue *vq)
 	aerostat_repost(&rq->repost.work);
 }
 
-/* Ends what runs, and tells the host that a hold is over where it listens. */
-void aerostat_stop_requests(struct aerostat_requests *rq)
+/* What runs ends, and so does who waits for the end of a hold. */
+void aerostat_stopping_requests(struct aerostat_requests *rq)
 {
 	spin_lock_irq(&rq->lock);
 	rq->stopping = true;
 	spin_unlock_irq(&rq->lock);
 	wake_up_all(&rq->returned);
+}
+
+/* Ends what runs, and tells the host that a hold is over where it listens. */
+void aerostat_stop_requests(struct aerostat_requests *rq)
+{
+	aerostat_stopping_requests(rq);
 	cancel_delayed_work_sync(&rq->repost);
 	cancel_work_sync(&rq->work);
 	/* Give a last answer the time that a host needs that listens. */
 	wait_event_idle_timeout(rq->returned,
 				!aerostat_answers_out(rq) || virtqueue_is_broken(rq->vq),
 				AEROSTAT_LOOK_JIFFIES);
-	aerostat_lose_hold(rq->vb, true);
+	aerostat_leave_hold(rq);
 	cancel_work_sync(&rq->loss_work);
 }
 

@@ -63,6 +63,8 @@ struct aerostat_requests {
 	bool lost_unsent;
 	/* It has come back. */
 	bool lost_back;
+	/* When it was sent, in jiffies. */
+	unsigned long lost_at;
 	void *short_buffers;
 	struct aerostat_slot slots[AEROSTAT_SLOTS];
 
@@ -80,6 +82,7 @@ bool aerostat_lost_is_over(struct aerostat_requests *rq);
 /* hold.c */
 int aerostat_alloc_hold(struct aerostat_requests *rq);
 void aerostat_end_loss(struct aerostat_requests *rq);
+void aerostat_leave_hold(struct aerostat_requests *rq);
 void aerostat_clear_hold(struct aerostat_requests *rq);
 
 #endif /* AEROSTAT_REQUESTS_H */

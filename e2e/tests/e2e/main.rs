@@ -28,5 +28,6 @@ mod page_types;
 mod pressure;
 mod program;
 mod requests;
+mod silence;
 mod soak;
 mod specification;

@@ -1,12 +1,14 @@
 //! Guests that cannot give what is asked, and guests that need their memory
 //! themselves.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bench::Driver;
 use lab::Backing;
 
-use crate::bed::{Host, pages};
+use crate::bed::{Host, LIMIT, pages};
+use crate::requests::hold;
+use crate::silence::{EVERY_QUEUE, REQUEST_QUEUE, Silencer};
 
 /// Memory of the guests, in MiB.
 const MEMORY_MIB: u64 = 512;
@@ -25,6 +27,20 @@ const INFLATED_MIB: u64 = 350;
 
 /// What it then needs: more than it has left.
 const NEEDED_MIB: u64 = 250;
+
+/// What a file holds beside, in MiB.
+const BESIDE_MIB: u64 = 40;
+
+/// The guest with a hold, in MiB: its memory, what its balloon takes, what the hold leaves, and
+/// what it then needs: more than it has left, less than that and the balloon.
+const HELD_MEMORY_MIB: u64 = 1024;
+const HELD_INFLATED_MIB: u64 = 300;
+const HELD_RESERVE_MIB: u64 = 150;
+const HELD_NEEDED_MIB: u64 = 250;
+
+/// How long a guest that does not stand still may take to find out that there is no memory, on a
+/// machine with a lot of other work. One that waits for the host would wait for ever.
+const FOUND_OUT: Duration = LIMIT;
 
 /// How long a balloon must stay alone: longer than the driver's own pause
 /// before it tries again.
@@ -96,4 +112,69 @@ fn yields_to_pressure(name: &str, driver: Driver) {
     host.set_target(pages(INFLATED_MIB * 3 / 4));
     host.settle();
     bed.verify("data", NEEDED_MIB / 2, 1);
+}
+
+#[test]
+fn a_silent_host_does_not_stop_a_guest_that_needs_memory() {
+    let host = Host::start("silent", Backing::Small, MEMORY_MIB);
+    let silencer = Silencer::before(host.backend.socket());
+    let mut bed = host.boot(Driver::Own);
+    let free_mib = bed.free_mib();
+    bed.load_driver();
+    bed.run(&format!("fill kept {BESIDE_MIB} 1"));
+    host.set_target(pages(INFLATED_MIB));
+    host.settle();
+    silencer.silence(EVERY_QUEUE);
+    // The balloon cannot come back, so what takes too much is killed; the guest goes on.
+    let began = Instant::now();
+    for _ in 0..2 {
+        let told = bed.run(&format!("pressure {NEEDED_MIB} 0"));
+        assert!(told.ends_with("end=killed"), "{told}");
+    }
+    let took = began.elapsed();
+    println!("killed twice in {took:?}");
+    assert!(took < FOUND_OUT, "{took:?}");
+    assert_eq!(host.status().balloon.actual_pages, pages(INFLATED_MIB));
+    bed.verify("kept", BESIDE_MIB, 1);
+    // What was asked for comes when the host answers, and the balloon yields as ever.
+    silencer.end();
+    host.until("given back", |status| status.balloon.actual_pages < pages(INFLATED_MIB));
+    let told = bed.run(&format!("pressure {NEEDED_MIB} 0"));
+    assert_eq!(told, format!("taken_mib={NEEDED_MIB} end=complete"));
+    // A module can be removed while its host is silent.
+    silencer.silence(EVERY_QUEUE);
+    let told = bed.run(&format!("pressure {MEMORY_MIB} 0"));
+    assert!(told.ends_with("end=killed"), "{told}");
+    let began = Instant::now();
+    bed.unload_driver();
+    println!("removed in {:?}", began.elapsed());
+    assert!(began.elapsed() < FOUND_OUT, "{:?}", began.elapsed());
+    bed.verify("kept", BESIDE_MIB, 1);
+    bed.run("drop kept");
+    bed.fill_and_verify("all", free_mib - BESIDE_MIB, 2);
+}
+
+#[test]
+fn a_hold_that_is_not_returned_leaves_the_balloon_to_the_guest() {
+    let host = Host::start("unreturned", Backing::Small, HELD_MEMORY_MIB);
+    let silencer = Silencer::before(host.backend.socket());
+    let mut bed = host.boot(Driver::Own);
+    bed.load_driver();
+    host.until("ready for requests", |status| status.requests.possible);
+    host.set_target(pages(HELD_INFLATED_MIB));
+    host.settle();
+    host.client.ask_free_pages(&hold(HELD_RESERVE_MIB)).unwrap();
+    let held = bed.counter("held");
+    silencer.silence(REQUEST_QUEUE);
+    let began = Instant::now();
+    let told = bed.run(&format!("pressure {HELD_NEEDED_MIB} 0"));
+    println!("{told} in {:?}", began.elapsed());
+    assert_eq!(told, format!("taken_mib={HELD_NEEDED_MIB} end=complete"));
+    // It was the balloon's, and the hold is as it was.
+    assert!(host.status().balloon.actual_pages < pages(HELD_INFLATED_MIB));
+    assert_eq!((bed.counter("held"), bed.counter("holds_lost")), (held, 0));
+    silencer.end();
+    host.until("lost", |status| status.requests.hold.is_none());
+    bed.fill_and_verify("data", HELD_NEEDED_MIB, 1);
+    assert_eq!((bed.counter("held"), bed.counter("holds_lost")), (0, 1));
 }
