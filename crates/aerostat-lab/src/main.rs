@@ -8,6 +8,7 @@ mod cmd;
 use std::process::ExitCode;
 
 use clap::Parser;
+use diagnostics::LogWriter;
 use tracing_subscriber::filter::EnvFilter;
 
 use crate::cmd::Command;
@@ -23,11 +24,14 @@ struct Cli {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    // Progress goes the way of the log, and so does all that is said beside it.
+    let _flush = diagnostics::FlushAtEnd;
+    diagnostics::start_log();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| LogWriter).init();
     match cli.command.run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("{failure}");
+            diagnostics::say!("{failure}");
             failure.exit_code()
         }
     }

@@ -59,13 +59,15 @@ impl HostArgs {
     }
 
     /// Restricts the process to what running a guest needs. Before anything is made, so that no
-    /// thread escapes it.
+    /// thread escapes it; then the log has its own.
     pub(crate) fn give_up_calls(&self) -> Result<(), Failure> {
         if self.no_seccomp {
             tracing::warn!("system calls are not restricted: --no-seccomp");
-            return Ok(());
+        } else {
+            sandbox::restrict_calls_of_monitor()
+                .map_err(|error| Failure::new(&error, "--no-seccomp goes on without"))?;
         }
-        sandbox::restrict_calls_of_monitor()
-            .map_err(|error| Failure::new(&error, "--no-seccomp goes on without"))
+        diagnostics::start_log();
+        Ok(())
     }
 }

@@ -4,6 +4,7 @@ use std::env;
 use std::io::{self, IsTerminal};
 
 use clap::{ArgAction, Args};
+use diagnostics::LogWriter;
 use tracing_subscriber::filter::EnvFilter;
 
 /// How much is logged.
@@ -42,7 +43,9 @@ impl LogArgs {
         };
         tracing_subscriber::fmt()
             .with_env_filter(filter)
-            .with_writer(io::stderr)
+            .with_writer(|| LogWriter)
+            // It would say on standard error that it cannot write there.
+            .log_internal_errors(false)
             .with_ansi(io::stderr().is_terminal())
             .init();
     }

@@ -2,6 +2,7 @@
 //! work, and prints what they say.
 
 #![forbid(unsafe_code)]
+#![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]
 
 mod balloon_arg;
 mod cmd;
@@ -16,6 +17,7 @@ mod security_arg;
 use std::process::ExitCode;
 
 use clap::Parser;
+use diagnostics::{FlushAtEnd, contain};
 
 use crate::cmd::Command;
 
@@ -42,14 +44,26 @@ Sizes are binary: 3GiB and 3G are the same, 1.5GiB, 512MiB, 1048576 (bytes).
 Control sockets live in $AEROSTAT_RUNTIME_DIR, else $XDG_RUNTIME_DIR/aerostat,
 else /run/aerostat.";
 
+/// What a shell is told of a panic, as Rust has it.
+const PANICKED: u8 = 101;
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    diagnostics::watch_panics();
+    let _flush = FlushAtEnd;
     cli.log.start(cli.command.log_level());
-    match cli.command.run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            eprintln!("{failure}");
+    if !cli.command.gives_up() {
+        diagnostics::start_log();
+    }
+    match contain(|| cli.command.run()) {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(failure)) => {
+            diagnostics::say!("{failure}");
             failure.exit_code()
+        }
+        Err(panicked) => {
+            diagnostics::say!("error: {panicked}");
+            ExitCode::from(PANICKED)
         }
     }
 }

@@ -5,6 +5,7 @@
 //! [`Shared`]; they differ in how the guest's notifications reach it.
 
 #![forbid(unsafe_code)]
+#![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]
 
 mod log_limit;
 mod reclaim;

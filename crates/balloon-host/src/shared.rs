@@ -403,7 +403,15 @@ impl State {
             .iter()
             .map(|(name, count)| ((*name).to_owned(), *count))
             .collect();
-        Faults { guest, front_end, host: self.device.reclaim().faults() }
+        let mut host = self.device.reclaim().faults();
+        // Of the whole process.
+        let process = [
+            ("thread_panicked", diagnostics::panics()),
+            ("log_line_dropped", diagnostics::dropped_lines()),
+        ];
+        let seen = process.into_iter().filter(|(_, count)| *count > 0);
+        host.extend(seen.map(|(name, count)| (name.to_owned(), count)));
+        Faults { guest, front_end, host }
     }
 }
 

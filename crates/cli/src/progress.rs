@@ -43,7 +43,7 @@ impl Steps {
         if let Some(bar) = &self.bar {
             bar.set_message(step.to_owned());
         } else if self.last.get().is_none_or(|last| last.elapsed() >= self.pause) {
-            eprintln!("{step}");
+            diagnostics::say!("{step}");
             self.last.set(Some(Instant::now()));
         }
     }
@@ -86,7 +86,7 @@ impl Bar {
             bar.set_position(done);
             bar.set_message(format!("{sent:#} sent"));
         } else if is_new {
-            eprintln!("{phase}");
+            diagnostics::say!("{phase}");
         }
     }
 

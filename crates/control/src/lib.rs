@@ -7,6 +7,7 @@
 //! This crate knows nothing of devices: no queues, no guest addresses.
 
 #![forbid(unsafe_code)]
+#![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]
 
 pub mod api;
 mod balloon;

@@ -7,6 +7,7 @@
 //! message types are used.
 
 #![forbid(unsafe_code)]
+#![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]
 
 mod busy_poll;
 mod connector;

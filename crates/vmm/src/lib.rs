@@ -8,6 +8,7 @@
 //! `balloon_host::Shared` as the vhost-user back end holds it.
 
 #![deny(unsafe_code)]
+#![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]
 
 mod acpi;
 mod balloon;

@@ -126,7 +126,7 @@ fn balloon(
         Choice::Uml { why } => on_uml(why),
         Choice::Kvm { or_uml: false } => on_kvm(),
         Choice::Kvm { or_uml: true } => on_kvm().or_else(|failure| {
-            eprintln!("{failure}");
+            diagnostics::say!("{failure}");
             on_uml(Some("our own monitor failed on this machine's KVM".to_owned()))
         }),
     }

@@ -194,7 +194,7 @@ impl Progress {
                 bar.set_position(balloon.actual_bytes.abs_diff(*from_bytes));
                 bar.set_message(text);
             }
-            Self::Lines => eprintln!("{text}"),
+            Self::Lines => diagnostics::say!("{text}"),
             Self::Silent => {}
         }
     }

@@ -55,6 +55,12 @@ impl Command {
         }
     }
 
+    /// Whether it gives up files or system calls, before which it has no thread beside its own, and
+    /// starts the log itself.
+    pub(crate) fn gives_up(&self) -> bool {
+        matches!(self, Self::Receive(_) | Self::Restore(_) | Self::Run(_) | Self::VhostUser(_))
+    }
+
     /// What is logged without `-v`.
     pub(crate) fn log_level(&self) -> LogLevel {
         match self {

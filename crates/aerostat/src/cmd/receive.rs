@@ -65,7 +65,7 @@ pub(crate) fn run(args: ReceiveArgs) -> Result<(), Failure> {
         wait: args.wait,
     };
     // Standard output is the guest's.
-    let listens = |address| eprintln!("{}: waits on {address}", options.host.name);
+    let listens = |address| diagnostics::say!("{}: waits on {address}", options.host.name);
     args.host.give_up_calls()?;
     ended(&options.host.name, vmm::receive(&options, listens))
 }

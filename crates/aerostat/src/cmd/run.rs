@@ -91,7 +91,7 @@ pub(crate) fn ended(name: &str, end: Result<End, Error>) -> Result<(), Failure> 
     match end.map_err(failure)? {
         End::PoweredOff | End::Reset | End::Stopped => Ok(()),
         End::Moved => {
-            eprintln!("{name}: runs on another host now");
+            diagnostics::say!("{name}: runs on another host now");
             Ok(())
         }
         End::Panicked => Err(Failure {

@@ -98,6 +98,8 @@ pub(crate) fn run(args: &VhostUserArgs) -> Result<(), Failure> {
     } else {
         give_up_files(&guests)?;
     }
+    // Its thread has given up the files too, and gives up the system calls with the others.
+    diagnostics::start_log();
     let service = Service::start(&guests).map_err(|error| match error {
         Error::Control(error) => error.into(),
         other => Failure::new(&other, "check the paths of the sockets, and this user's limits"),

@@ -40,7 +40,8 @@ pub(super) fn run(args: &ReportingArgs) -> Result<(), Failure> {
         freed_mib: args.freed.0 >> 20,
         backing: BackingArg::chosen(&args.backing),
     };
-    let report = reporting::run(&options, &mut |step| eprintln!("{step}")).map_err(failure)?;
+    let report =
+        reporting::run(&options, &mut |step| diagnostics::say!("{step}")).map_err(failure)?;
     if args.json { print_json(&report) } else { print(&table(&report)) }
 }
 

@@ -35,7 +35,8 @@ pub(super) fn run(args: &RequestsArgs) -> Result<(), Failure> {
         guest_mib: args.guest.iter().map(|size| size.0 >> 20).collect(),
         storm: args.storm,
     };
-    let report = requests::run(&options, &mut |step| eprintln!("{step}")).map_err(failure)?;
+    let report =
+        requests::run(&options, &mut |step| diagnostics::say!("{step}")).map_err(failure)?;
     if args.json { print_json(&report) } else { print(&text(&report)) }
 }
 

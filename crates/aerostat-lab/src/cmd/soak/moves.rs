@@ -82,7 +82,7 @@ fn words(args: &MovesArgs, seed: u64, case: &Case) -> Vec<OsString> {
 fn inside(args: &MovesArgs, seed: u64) -> Result<(), Failure> {
     let kit = moves::given_kit(&program()?).map_err(failure)?;
     moves::raise_loopback();
-    let tell = &mut |step: &str| eprintln!("{step}");
+    let tell = &mut |step: &str| diagnostics::say!("{step}");
     let mut reports = Vec::new();
     for case in &args.guest {
         if args.migrate.is_some() {
