@@ -161,24 +161,35 @@ fn run(
     stopped: watch::Receiver<bool>,
 ) {
     let app = routes::router(monitor, limits, stopped.clone());
-    runtime.block_on(serve(listener, app, limits, stopped));
+    let slots = Arc::new(Semaphore::new(limits.connections));
+    // A panic of who accepts costs the connection that it was about, and no operator the guest.
+    while diagnostics::contain(|| {
+        runtime.block_on(accept_until_stopped(&listener, &app, limits, &slots, stopped.clone()));
+    })
+    .is_err()
+    {
+        thread::sleep(ACCEPT_BACKOFF);
+    }
+    drop(listener);
+    runtime.block_on(finish(&slots, limits));
     // A balloon that hangs in a call must not hang the process on its way out.
     runtime.shutdown_timeout(limits.stop_timeout);
 }
 
-/// Accepts until told to stop, then gives the requests in progress their time.
-async fn serve(
-    listener: UnixListener,
-    app: Router,
+/// Accepts until told to stop.
+async fn accept_until_stopped(
+    listener: &UnixListener,
+    app: &Router,
     limits: Limits,
+    slots: &Arc<Semaphore>,
     mut stopped: watch::Receiver<bool>,
 ) {
-    let slots = Arc::new(Semaphore::new(limits.connections));
     let accept_all = async {
         loop {
-            let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
+            let Ok(slot) = Arc::clone(slots).acquire_owned().await else { return };
             match listener.accept().await {
                 Ok((stream, _)) => {
+                    diagnostics::panic_point("control");
                     tokio::spawn(serve_one(stream, app.clone(), limits, slot));
                 }
                 Err(error) => {
@@ -192,7 +203,10 @@ async fn serve(
         () = accept_all => {}
         _ = stopped.wait_for(|stop| *stop) => {}
     }
-    drop(listener);
+}
+
+/// Gives the requests in progress their time.
+async fn finish(slots: &Semaphore, limits: Limits) {
     let all = u32::try_from(limits.connections).unwrap_or(u32::MAX);
     let _ = timeout(limits.stop_timeout, slots.acquire_many(all)).await;
 }

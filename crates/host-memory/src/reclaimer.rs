@@ -181,7 +181,13 @@ impl Reclaimer {
         let worker = thread::Builder::new().name("reclaimer".into()).stack_size(STACK_BYTES);
         let worker = worker.spawn({
             let shared = Arc::clone(&shared);
-            move || shared.work_until_stopped()
+            move || {
+                // A batch that panics is dealt with where it is run. Whatever else does keeps
+                // nobody from the memory that is still to be released.
+                while diagnostics::contain(|| shared.work_until_stopped()).is_err() {
+                    shared.lock().counters.panics += 1;
+                }
+            }
         })?;
         Ok(Self { shared, worker: Some(worker) })
     }
@@ -365,6 +371,7 @@ impl Shared {
     fn work_until_stopped(&self) {
         let mut inner = self.lock();
         loop {
+            diagnostics::panic_point("reclaimer");
             inner = match inner.next_step() {
                 Step::Run(batch) => self.run(inner, batch),
                 Step::WaitFor(time) => {

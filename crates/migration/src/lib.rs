@@ -5,9 +5,11 @@
 //! [`seams`].
 
 #![forbid(unsafe_code)]
+#![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]
 
 mod bandwidth;
 pub mod codec;
+mod contained;
 pub mod convergence;
 pub mod cpu;
 mod destination;

@@ -4,6 +4,9 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
+use diagnostics::panic_point;
+
+use crate::contained::contained;
 use crate::error::MigrationError;
 use crate::link::Link;
 use crate::wire::stream::Stream;
@@ -17,15 +20,14 @@ const TELL: Duration = Duration::from_millis(100);
 const STACK_BYTES: usize = 256 << 10;
 
 /// Has a thread for each of `streams` do its `share`, and hands what it did to `add`. `tell` is
-/// called now and then meanwhile. A share that fails has to end the others; `stop` does where a
-/// thread cannot be started.
+/// called now and then meanwhile. `stop` has the others end where one fails or panics.
 ///
 /// # Errors
 /// What a share failed with: of several, what says most.
 pub(crate) fn share_out<L: Link, D: Send>(
     streams: &mut [Stream<L>],
     share: impl Fn(usize, &mut Stream<L>) -> Result<D, MigrationError> + Sync,
-    stop: impl Fn(),
+    stop: impl Fn() + Sync,
     mut add: impl FnMut(D),
     mut tell: impl FnMut(),
 ) -> Result<(), MigrationError> {
@@ -33,11 +35,18 @@ pub(crate) fn share_out<L: Link, D: Send>(
     thread::scope(|scope| {
         let (done, ended) = mpsc::channel();
         for (index, stream) in streams.iter_mut().enumerate() {
-            let (share, of_thread) = (&share, done.clone());
+            let (share, stop, of_thread) = (&share, &stop, done.clone());
             let thread = thread::Builder::new().stack_size(STACK_BYTES);
             let spawned = thread.spawn_scoped(scope, move || {
+                let done = contained("a thread of a round", || {
+                    panic_point("share");
+                    share(index, stream)
+                });
+                if done.is_err() {
+                    stop();
+                }
                 // The receiver is there until every thread has ended.
-                let _ = of_thread.send(share(index, stream));
+                let _ = of_thread.send(done);
             });
             if let Err(error) = spawned {
                 stop();
@@ -52,7 +61,14 @@ pub(crate) fn share_out<L: Link, D: Send>(
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break,
             }
-            tell();
+            let told = contained("telling how far a round is", || {
+                tell();
+                Ok(())
+            });
+            if let Err(error) = told {
+                stop();
+                failure = Some(worse(failure.take(), error));
+            }
         }
     });
     failure.map_or(Ok(()), Err)

@@ -222,7 +222,12 @@ impl TcpAcceptor {
         let thread = thread::Builder::new().name("greet".to_owned()).stack_size(STACK_BYTES);
         thread.spawn(move || {
             // Nobody listens any more where these fail, or has not heard the last ring yet.
-            let _ = greets.send((number, from, greet(&security, socket)));
+            let greeted = diagnostics::contain(|| {
+                diagnostics::panic_point("greet");
+                greet(&security, socket)
+            });
+            let greeted = greeted.unwrap_or_else(|panicked| Err(io::Error::other(panicked)));
+            let _ = greets.send((number, from, greeted));
             let _ = (&*rings).write(&[1]);
         })?;
         self.greeting.push_back((number, closes));

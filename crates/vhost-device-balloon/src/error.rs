@@ -64,6 +64,9 @@ pub enum SessionError {
     /// An answer could not be sent.
     #[error("front end: cannot send")]
     Send(#[source] io::Error),
+    /// The back end itself failed, and lost its place in what this front end said.
+    #[error("host: serving the monitor failed")]
+    Panicked(#[source] diagnostics::Panicked),
     /// Guest memory could not be mapped.
     #[error("front end: guest memory cannot be mapped")]
     Map(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -176,6 +179,7 @@ impl SessionError {
             Self::Violation(_) => "protocol_violation",
             Self::Truncated => "truncated_message",
             Self::Receive(_) | Self::Send(_) => "broken_connection",
+            Self::Panicked(_) => "session_panicked",
             Self::Map(_) => "unmappable_memory",
             Self::Host { .. } => "host_call_failed",
         }

@@ -14,6 +14,7 @@ use balloon_abi::Features;
 use balloon_device::Reclaim;
 use balloon_host::{HostReclaim, Shared};
 use control::api::{PartialHuge, ReleaseMode};
+use diagnostics::{contain, panic_point};
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, EventData, EventFlags};
 
@@ -44,7 +45,7 @@ pub(crate) enum MonitorSource<'a> {
 
 /// Pause after an `accept` that the host refused, which mostly means that it has no
 /// file descriptor left; and between two connections to a monitor that hangs up.
-const BACKOFF: Duration = Duration::from_millis(100);
+pub(crate) const BACKOFF: Duration = Duration::from_millis(100);
 
 /// The back end of one guest, which may come and go.
 pub struct Backend {
@@ -128,6 +129,7 @@ impl Backend {
         stop: &impl AsFd,
     ) -> Result<(), Error> {
         while let Some(stream) = self.next(monitors, stop)? {
+            panic_point("accept");
             match self.serve(&stream, stop) {
                 Ok(End::Stopped) => break,
                 // Whoever may connect may do so many times a second.
@@ -153,7 +155,10 @@ impl Backend {
         let sealed_only = self.sealed_only.load(Ordering::Relaxed);
         let busy_poll = Duration::from_nanos(self.busy_poll.load(Ordering::Relaxed));
         let busy_poll = BusyPoll::new(busy_poll);
-        let outcome = serve(&self.shared, sealed_only, busy_poll, stream, stop);
+        // A session that panics is over, as one whose front end broke the protocol: the next
+        // connection begins with a new one.
+        let outcome = contain(|| serve(&self.shared, sealed_only, busy_poll, stream, stop))
+            .unwrap_or_else(|panicked| Err(SessionError::Panicked(panicked)));
         self.shared.set_connected(false);
         let outcome = match outcome {
             Err(error) if error.is_hang_up() => Ok(End::HungUp),
@@ -273,7 +278,10 @@ fn serve(
                     finish_release(shared);
                     return Ok(End::Stopped);
                 }
-                queue => session.kicked(usize::try_from(queue).unwrap_or(usize::MAX)),
+                queue => {
+                    panic_point("kick");
+                    session.kicked(usize::try_from(queue).unwrap_or(usize::MAX));
+                }
             }
         }
         session.check()?;

@@ -15,7 +15,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::connector::Connector;
 use crate::error::Error;
-use crate::server::{Backend, MonitorSource};
+use crate::server::{BACKOFF, Backend, MonitorSource};
 
 /// File descriptors that one guest may cost: 32 memory regions and as many more
 /// in a message under way, 3 for each queue, 32 connections of the control API, and
@@ -97,7 +97,7 @@ impl Service {
         let threads = self.guests.into_iter().map(|guest| {
             let stop = Arc::clone(&stop);
             let thread = thread::Builder::new().name(format!("guest {}", guest.name));
-            thread.spawn(move || guest.serve(&stop))
+            thread.spawn(move || guest.serve_whatever_panics(&stop))
         });
         let threads = threads.collect::<Vec<_>>();
         let mut outcome = Ok(());
@@ -134,7 +134,20 @@ impl Guest {
         Ok(Self { name: options.name.clone(), backend, monitors, _control: control })
     }
 
-    fn serve(self, stop: &UnixStream) -> Result<(), Error> {
+    /// Serves its monitors until the process is to end; a panic costs one of them its connection.
+    fn serve_whatever_panics(self, stop: &UnixStream) -> Result<(), Error> {
+        loop {
+            match diagnostics::contain(|| self.serve(stop)) {
+                Ok(ended) => return ended,
+                Err(panicked) => {
+                    tracing::error!(%panicked, name = self.name, "the guest is served anew");
+                    thread::sleep(BACKOFF);
+                }
+            }
+        }
+    }
+
+    fn serve(&self, stop: &UnixStream) -> Result<(), Error> {
         let name = &self.name;
         let outcome = match &self.monitors {
             Monitors::Accepted(listener, file) => {

@@ -4,6 +4,7 @@ use std::io::{self, IsTerminal, Read};
 use std::sync::Arc;
 use std::thread;
 
+use diagnostics::{contain, panic_point};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
 use crate::error::Error;
@@ -39,7 +40,10 @@ impl Console {
         // Not joined: it waits in a read that nothing ends but the end of the process.
         thread::Builder::new()
             .name("stdin".into())
-            .spawn(move || pass_on(&bus, is_terminal, quit))
+            .spawn(move || {
+                // A panic costs the keys that it was about.
+                while contain(|| pass_on(&bus, is_terminal, &quit)).is_err() {}
+            })
             .map_err(Error::host::<io::Error>("starting a thread"))?;
         Ok(console)
     }
@@ -53,7 +57,7 @@ impl Drop for Console {
     }
 }
 
-fn pass_on(bus: &Bus, is_terminal: bool, quit: impl Fn()) {
+fn pass_on(bus: &Bus, is_terminal: bool, quit: &impl Fn()) {
     let mut escape = Escape::default();
     let mut chunk = [0; CHUNK_BYTES];
     loop {
@@ -63,6 +67,7 @@ fn pass_on(bus: &Bus, is_terminal: bool, quit: impl Fn()) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => return tracing::warn!(%error, "host: cannot read standard input"),
         };
+        panic_point("stdin");
         let mut bytes = chunk[..count].to_vec();
         if is_terminal {
             let (kept, quits) = escape.filter(&bytes);

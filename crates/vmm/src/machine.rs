@@ -3,12 +3,13 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use balloon_device::RequestFailure;
 use balloon_host::{HostReclaim, Shared};
 use control::Server;
+use diagnostics::{contain, panic_point};
 use kvm_bindings::CpuId;
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use rustix::event::EventfdFlags;
@@ -83,9 +84,10 @@ pub(crate) fn serve_to_end(
     mover: &Arc<Mover>,
     requests: &Requests,
 ) -> Result<End, Error> {
-    let stop = || requests.stopper().map_err(Error::host("signal handling"));
-    mover.ends_by(stop()?);
-    let _console = Console::start(&machine.bus, stop()?)?;
+    mover.ends_by(requests.stopper());
+    // The guest runs, and goes on without what is typed.
+    let console = Console::start(&machine.bus, requests.stopper());
+    let _console = console.inspect_err(|error| tracing::error!(%error, "nothing can be typed"));
     let end = machine.serve(requests);
     if mover.end() { Ok(End::Moved) } else { end }
 }
@@ -180,9 +182,16 @@ impl Slot {
         Ok(Self { start, transport: Mutex::new(transport), kicks })
     }
 
-    /// A thread that panicked with the lock held has left registers of one guest behind.
+    /// A thread that panicked with the lock held has left a device that nobody can rely on: its
+    /// driver has to reset it. The guest goes on, as after a ring that makes no sense.
     pub(crate) fn transport(&self) -> MutexGuard<'_, Transport<EventSignals>> {
-        self.transport.lock().unwrap_or_else(PoisonError::into_inner)
+        self.transport.lock().unwrap_or_else(|poisoned| {
+            self.transport.clear_poison();
+            let mut transport = poisoned.into_inner();
+            transport.fail();
+            tracing::error!(start = self.start, "host: a device failed, and waits for a reset");
+            transport
+        })
     }
 }
 
@@ -345,46 +354,70 @@ impl Machine {
     /// `None` where this process is to end.
     fn serve_events(&self, poll: &Epoll, requests: &Requests) -> Result<Option<Request>, Error> {
         let mut events = vec![EpollEvent::default(); EVENTS_AT_ONCE];
+        let mut panics = 0;
         loop {
-            let due = self.bus.slots.iter().filter_map(|slot| slot.transport().until_due());
-            let timeout = due.chain(self.processors.until_call()).min();
-            let count = match poll.wait(timeout.map_or(-1, whole_ms), &mut events) {
-                Ok(count) => count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
-                Err(error) => return Err(Error::host("epoll_wait")(error)),
-            };
-            self.bus.attend(false);
-            if self.processors.until_call().is_some() {
-                self.processors.call();
-            }
-            for event in events.iter().take(count) {
-                match event.data() {
-                    EVENT_STOP => return Ok(None),
-                    EVENT_ENDED => {
-                        if let Some(end) = self.processors.take_end() {
-                            return end.map(Some);
-                        }
-                    }
-                    EVENT_WAKE => {
-                        let _ = rustix::io::read(self.balloon.wake(), &mut [0; 8]);
-                        let slot = self.bus.slots.first();
-                        if let Some(slot) = slot.filter(|_| self.balloon.take_config_changed()) {
-                            slot.transport().config_changed();
-                        }
-                        self.bus.attend(true);
-                    }
-                    EVENT_PAUSE => {
-                        requests.pause.clear();
-                        self.operator_pauses(true);
-                    }
-                    EVENT_RESUME => {
-                        requests.resume.clear();
-                        self.operator_pauses(false);
-                    }
-                    kick => self.kicked(kick),
+            match contain(|| self.serve_once(poll, requests, &mut events)) {
+                Ok(Ok(Turn::More)) => {}
+                Ok(Ok(Turn::Stop)) => return Ok(None),
+                Ok(Ok(Turn::Ended(request))) => return Ok(Some(request)),
+                Ok(Err(error)) => return Err(error),
+                // The device that it was about waits for a reset, and the others go on.
+                Err(_) if panics < MAX_PANICS => panics += 1,
+                Err(panicked) => {
+                    let source = io::Error::other(panicked);
+                    return Err(Error::host("serving the guest's devices")(source));
                 }
             }
         }
+    }
+
+    /// Waits for what is to be served, and serves it.
+    fn serve_once(
+        &self,
+        poll: &Epoll,
+        requests: &Requests,
+        events: &mut [EpollEvent],
+    ) -> Result<Turn, Error> {
+        let due = self.bus.slots.iter().filter_map(|slot| slot.transport().until_due());
+        let timeout = due.chain(self.processors.until_call()).min();
+        let count = match poll.wait(timeout.map_or(-1, whole_ms), events) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            Err(error) => return Err(Error::host("epoll_wait")(error)),
+        };
+        self.bus.attend(false);
+        if self.processors.until_call().is_some() {
+            self.processors.call();
+        }
+        for event in events.iter().take(count) {
+            match event.data() {
+                EVENT_STOP => return Ok(Turn::Stop),
+                EVENT_ENDED => {
+                    if let Some(end) = self.processors.take_end() {
+                        return end.map(Turn::Ended);
+                    }
+                }
+                EVENT_WAKE => {
+                    let _ = rustix::io::read(self.balloon.wake(), &mut [0; 8]);
+                    panic_point("loop");
+                    let slot = self.bus.slots.first();
+                    if let Some(slot) = slot.filter(|_| self.balloon.take_config_changed()) {
+                        slot.transport().config_changed();
+                    }
+                    self.bus.attend(true);
+                }
+                EVENT_PAUSE => {
+                    requests.pause.clear();
+                    self.operator_pauses(true);
+                }
+                EVENT_RESUME => {
+                    requests.resume.clear();
+                    self.operator_pauses(false);
+                }
+                kick => self.kicked(kick),
+            }
+        }
+        Ok(Turn::More)
     }
 
     /// The guest stands still, and its devices with it, when this returns.
@@ -425,6 +458,19 @@ impl Machine {
         }
     }
 }
+
+/// What came of looking once what is to be served.
+enum Turn {
+    More,
+    /// This process is to end.
+    Stop,
+    /// The guest has ended.
+    Ended(Request),
+}
+
+/// Panics of the loop after which it is given up: a fault that comes again at each turn would keep
+/// a processor busy and serve nobody.
+const MAX_PANICS: u32 = 16;
 
 /// A millisecond more than nothing, so that what is due then is due when the wait is over.
 fn whole_ms(timeout: Duration) -> i32 {
@@ -478,7 +524,7 @@ pub struct Requests {
 /// Becomes readable when a signal came.
 struct SignalPipe {
     read: UnixStream,
-    write: UnixStream,
+    write: Arc<UnixStream>,
 }
 
 impl Requests {
@@ -510,15 +556,12 @@ impl Requests {
     }
 
     /// Asks for the end.
-    ///
-    /// # Errors
-    /// The host has no file descriptor left.
-    pub fn stopper(&self) -> io::Result<impl Fn() + Send + Sync + 'static> {
-        let write = self.stop.write.try_clone()?;
-        Ok(move || {
+    pub fn stopper(&self) -> impl Fn() + Send + Sync + use<> {
+        let write = Arc::clone(&self.stop.write);
+        move || {
             // A stream that is full has been asked already.
-            let _ = io::Write::write(&mut &write, &[1]);
-        })
+            let _ = io::Write::write(&mut &*write, &[1]);
+        }
     }
 }
 
@@ -526,7 +569,7 @@ impl SignalPipe {
     fn new(signals: &[i32]) -> io::Result<Self> {
         let (read, write) = UnixStream::pair()?;
         read.set_nonblocking(true)?;
-        let pipe = Self { read, write };
+        let pipe = Self { read, write: Arc::new(write) };
         pipe.take(signals)?;
         Ok(pipe)
     }

@@ -10,6 +10,7 @@ pub(crate) use state::TransportState;
 use std::time::Duration;
 
 use balloon_host::ring::{self, MAX_QUEUE_SIZE};
+use diagnostics::panic_point;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
@@ -212,6 +213,7 @@ impl<S: Signals> Transport<S> {
         let Some(ring) = self.rings.get_mut(index).filter(|ring| ring.queue.ready()) else {
             return false;
         };
+        panic_point("device");
         let served = self.device.serve(index, &self.memory, &mut ring.queue);
         self.served(served)
     }
@@ -299,7 +301,7 @@ impl<S: Signals> Transport<S> {
     }
 
     /// Nothing is served any more until the driver starts anew.
-    fn fail(&mut self) {
+    pub(crate) fn fail(&mut self) {
         self.status |= status::NEEDS_RESET;
         if self.status & status::DRIVER_OK != 0 {
             self.raise(INTERRUPT_CONFIG);

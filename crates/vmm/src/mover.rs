@@ -14,6 +14,7 @@ use control::api::{
     StartSnapshot, TlsPaths,
 };
 use control::{Balloon, ControlError, Monitor};
+use diagnostics::{Panicked, contain, panic_point};
 use migration::observer::{Observer, Phase, Progress};
 use migration::seams::{MachineError, SourceMachine as _};
 use migration::tcp::{Security, TcpConnector};
@@ -223,7 +224,11 @@ impl Mover {
         state.cancel = cancel;
         let mover = Arc::clone(self);
         let thread = std::thread::Builder::new().name(name.to_owned());
-        match thread.spawn(move || work(&mover, guest)) {
+        match thread.spawn(move || {
+            if let Err(panicked) = contain(|| work(&mover, guest)) {
+                mover.lost_track(&panicked);
+            }
+        }) {
             Ok(thread) => state.thread = Some(thread),
             Err(error) => {
                 state.over(MigrationState::Failed, Some(error.to_string()));
@@ -231,6 +236,18 @@ impl Mover {
             }
         }
         Ok(state.status.clone())
+    }
+
+    /// Whoever moved the guest panicked where nobody answers for it. Nobody waits for it any more;
+    /// nor does anybody else move the guest, or let it go on.
+    fn lost_track(&self, panicked: &Panicked) {
+        let mut state = self.state();
+        if state.status.state == MigrationState::Running {
+            tracing::error!(%panicked, "what became of moving the guest is not known");
+            state.over(MigrationState::Stuck, Some(panicked.to_string()));
+        }
+        drop(state);
+        self.changed.notify_all();
     }
 
     /// The guest goes on here, and has its operator again. Both under one lock: whoever takes the
@@ -246,15 +263,17 @@ impl Mover {
     fn carry(self: &Arc<Self>, config: &SourceConfig, mut guest: Leaving, mut to: TcpConnector) {
         let mut watch = Watch(Arc::clone(self));
         // What it wrote long ago goes to disk while nobody waits for a sign of life yet.
-        guest.before_pause();
+        // One that fails is told when it counts.
+        let _ = contain(|| guest.before_pause());
         let moved = migrate(config, &mut guest, &mut to, &mut watch);
         match moved {
             Ok(summary) => {
                 tracing::info!(id = summary.id, total_us = summary.total_us, "moved");
+                let told = contain(|| told::summary(&summary)).ok();
                 let mut state = self.state();
                 // With what was said besides pages.
                 state.status.wire_bytes = summary.wire_bytes;
-                state.status.summary = Some(told::summary(&summary));
+                state.status.summary = told;
                 drop(state);
                 self.left();
             }
@@ -461,20 +480,26 @@ impl Monitor for Asked {
             None => return Err(nothing("there is no doubt about where the guest runs")),
             Some(Doubt::Left { word: known, to, guest }) => {
                 let mut left = (known, to, guest);
-                if let Err(error) = self.0.settle_left(&mut left, word) {
+                let settled = contain(|| {
+                    panic_point("settle");
+                    self.0.settle_left(&mut left, word).map_err(|error| refused(&error))
+                });
+                if let Err(error) = settled.unwrap_or_else(failed) {
                     let (known, to, guest) = left;
                     self.0.state().doubt = Some(Doubt::Left { word: known, to, guest });
-                    return Err(refused(&error));
+                    return Err(error);
                 }
             }
             Some(Doubt::Stays(mut guest)) => {
-                if let Err(error) = self.0.settle_stuck(&mut guest, word) {
+                let settled = contain(|| self.0.settle_stuck(&mut guest, word));
+                if let Err(error) = settled.unwrap_or_else(failed) {
                     self.0.state().doubt = Some(Doubt::Stays(guest));
                     return Err(error);
                 }
             }
             Some(Doubt::Came(kept)) => {
-                let settled = self.0.settle_came(&kept, word);
+                let settled = contain(|| self.0.settle_came(&kept, word));
+                let settled = settled.unwrap_or_else(failed);
                 if locked(&kept).custody.settled() == Settled::Waits {
                     self.0.state().doubt = Some(Doubt::Came(kept));
                 }
@@ -514,6 +539,12 @@ fn security(tls: Option<&TlsPaths>) -> Result<Security, MigrationError> {
 fn nothing(what: &str) -> ControlError {
     let hint = "see `aerostat status NAME`".to_owned();
     ControlError::Refused { what: what.to_owned(), hint }
+}
+
+/// It was not settled: the doubt is as it was.
+fn failed(panicked: Panicked) -> Result<(), ControlError> {
+    let hint = "look into the log, and settle it again".to_owned();
+    Err(ControlError::Failed { what: format!("host: {panicked}"), hint })
 }
 
 /// Nothing has changed.

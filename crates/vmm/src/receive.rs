@@ -8,11 +8,13 @@ use std::time::{Duration, Instant};
 
 use control::Server;
 use control::api::MigrationState;
+use diagnostics::{contain, panic_point};
 use migration::limits::STALL_PAUSED;
 use migration::link::Accept as _;
-use migration::tcp::{Security, TcpAcceptor};
+use migration::tcp::{Security, TcpAcceptor, TcpLink};
 use migration::{
-    Asking, DestinationConfig, DestinationGuest, ReceiveFailure, Settled, receive as arrive,
+    Asking, DestinationConfig, DestinationGuest, MigrationError, ReceiveFailure, Settled,
+    receive as arrive,
 };
 
 use crate::error::Error;
@@ -84,7 +86,10 @@ pub fn receive(options: &ReceiveOptions, listens: impl Fn(SocketAddr)) -> Result
                 mover.came(MigrationState::Arrived, None);
                 let until = received.source_knows.then(|| Instant::now() + ANSWER_TIME);
                 let kept = Kept { custody: received.custody, guest };
-                answer(&Arc::new(Mutex::new(kept)), acceptor, until, &mover)?;
+                if let Err(error) = answer(&Arc::new(Mutex::new(kept)), acceptor, until, &mover) {
+                    // The guest runs, and goes on whoever asks.
+                    tracing::error!(%error, "its source will not be answered");
+                }
                 return run(&mover, &requests);
             }
             Err(failure) => failure,
@@ -149,7 +154,10 @@ fn failed(
 
 /// Serves the guest that came.
 fn run(mover: &Arc<Mover>, requests: &Requests) -> Result<End, Error> {
-    requests.take_stop().map_err(Error::host("signal handling"))?;
+    if let Err(error) = requests.take_stop() {
+        // The guest runs, and is not ended for that; whoever asks for the end ends the process.
+        tracing::error!(%error, "host: signal handling failed");
+    }
     match mover.machine() {
         Some(machine) => serve_to_end(&machine, mover, requests),
         None => Err(Error::Unsupported { what: "a guest that is not there".into() }),
@@ -180,24 +188,37 @@ fn answer(
                     break;
                 }
             };
-            // Not under the lock: whoever takes long to say a word would keep the operator's away.
-            let asking = Asking::hear(link, STALL_PAUSED);
-            let mut kept = locked(&kept);
-            let Kept { custody, guest } = &mut *kept;
-            let answered = asking.and_then(|asking| custody.answer_to(asking, guest));
-            let settled = custody.settled();
+            let answered = contain(|| {
+                panic_point("answer");
+                answer_one(link, &kept)
+            });
+            let settled = locked(&kept).custody.settled();
             mover.heard(settled);
             match answered {
                 // What was sent may be lost, and then it asks again.
-                Ok(()) if settled == Settled::Runs => until = Some(Instant::now() + ANSWER_TIME),
-                Ok(()) => {}
-                Err(error) => tracing::warn!(error = error.chain(), "a source was not answered"),
+                Ok(Ok(())) if settled == Settled::Runs => {
+                    until = Some(Instant::now() + ANSWER_TIME);
+                }
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => {
+                    tracing::warn!(error = error.chain(), "a source was not answered");
+                }
+                // It asks again, and is answered then.
+                Err(panicked) => tracing::error!(%panicked, "a source was not answered"),
             }
         }
         acceptor
     };
     let thread = std::thread::Builder::new().name("answer".into()).spawn(answering);
     thread.map_err(Error::host::<std::io::Error>("starting a thread"))
+}
+
+fn answer_one(link: TcpLink, kept: &Mutex<Kept>) -> Result<(), MigrationError> {
+    // Not under the lock: whoever takes long to say a word would keep the operator's away.
+    let asking = Asking::hear(link, STALL_PAUSED)?;
+    let mut kept = locked(kept);
+    let Kept { custody, guest } = &mut *kept;
+    custody.answer_to(asking, guest)
 }
 
 fn joined(answering: Answering) -> Result<TcpAcceptor, Error> {

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use control::Server;
+use diagnostics::{contain, panic_point};
 use migration::DestinationConfig;
 use migration::observer::Silent;
 use migration::snapshot::{self, Filling, SnapshotFile};
@@ -76,11 +77,12 @@ fn fill(
 ) -> Result<End, Error> {
     let machine = guest.machine().cloned().ok_or_else(no_machine)?;
     mover.set_machine(Some(Arc::clone(&machine)));
-    let stop = requests.stopper().map_err(Error::host("signal handling"))?;
+    let stop = requests.stopper();
     let over = AtomicBool::new(false);
     let end = std::thread::scope(|scope| {
         scope.spawn(|| {
-            if watch(&filling, &machine, &over) {
+            // Who does not know any more whether memory comes takes it that none does.
+            if contain(|| watch(&filling, &machine, &over)).unwrap_or(true) {
                 stop();
                 // Whoever waits for a page that never comes is let go, and finds zeros: no
                 // processor runs any more that could.
@@ -118,6 +120,7 @@ impl Drop for Over<'_> {
 /// Waits for the end; true where memory comes no more before that. The guest is halted then.
 fn watch(filling: &Filling, machine: &Machine, over: &AtomicBool) -> bool {
     while !over.load(Ordering::Relaxed) {
+        panic_point("watch");
         if filling.has_failed() {
             tracing::error!("the guest's memory cannot be read any more: it ends");
             machine.halt();

@@ -4,6 +4,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use diagnostics::{Panicked, contain, panic_point};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use rustix::io::Errno;
 use vmm_sys_util::eventfd::EventFd;
@@ -84,6 +85,18 @@ enum Stand {
     /// What it was doing ends the guest.
     Ended(Result<Request, Error>),
 }
+
+/// What came of one turn of its loop.
+enum Turn {
+    More,
+    /// Nobody wants it any more.
+    Over,
+    Ended(Result<Request, Error>),
+}
+
+/// Panics after which a processor is given up, and the guest with it: one that comes again at each
+/// access leaves no guest that anybody could use.
+const MAX_PANICS: u32 = 16;
 
 impl Processors {
     /// Makes threads for `processors`, which wait until they are [told to run](Self::resume).
@@ -234,16 +247,20 @@ impl Processor {
     fn run(mut self) {
         // Also told when this panics: who waits for it must not wait for ever.
         let _gone = Gone(Arc::clone(&self.group));
+        let mut panics = 0;
         loop {
-            let end = match self.may_run() {
-                Stand::Over => break,
-                Stand::Ended(end) => end,
-                Stand::Runs => {
-                    self.rest();
-                    match self.step() {
-                        Step::Ended(end) => end,
-                        Step::Served | Step::Interrupted => continue,
-                    }
+            let turn = contain(|| self.turn());
+            let turn = turn.or_else(|panicked| {
+                panics += 1;
+                self.survives(panicked, panics)
+            });
+            let end = match turn {
+                Ok(Turn::More) => continue,
+                Ok(Turn::Over) => break,
+                Ok(Turn::Ended(end)) => end,
+                Err(panicked) => {
+                    let source = std::io::Error::other(panicked);
+                    Err(Error::host("running the guest")(source))
                 }
             };
             let mut state = self.group.state();
@@ -253,6 +270,31 @@ impl Processor {
             let _ = self.group.ended.write(1);
             break;
         }
+    }
+
+    /// Waits while the guest is paused, else runs it until it needs something.
+    fn turn(&mut self) -> Turn {
+        match self.may_run() {
+            Stand::Over => Turn::Over,
+            Stand::Ended(end) => Turn::Ended(end),
+            Stand::Runs => {
+                self.rest();
+                match self.step() {
+                    Step::Ended(end) => Turn::Ended(end),
+                    Step::Served | Step::Interrupted => Turn::More,
+                }
+            }
+        }
+    }
+
+    /// What panics is a device, which waits for a reset then. The processor itself is KVM's, and
+    /// whole: its access counts as served.
+    fn survives(&self, panicked: Panicked, panics: u32) -> Result<Turn, Panicked> {
+        if panics > MAX_PANICS {
+            return Err(panicked);
+        }
+        locked(&self.fd).set_kvm_immediate_exit(0);
+        Ok(Turn::More)
     }
 
     /// Rests where it has to, and no longer than the guest runs.
@@ -325,6 +367,7 @@ impl Processor {
                 return Step::Served;
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
+                panic_point("processor");
                 self.bus.write(address, data);
                 return Step::Served;
             }

@@ -152,7 +152,7 @@ fn goes_on(second: &Machine, talk: &mut Talk) {
 /// serving is stopped.
 fn running<T>(machine: &Machine, end: End, deed: impl FnOnce() -> T) -> T {
     let requests = Requests::new().unwrap();
-    let stop = requests.stopper().unwrap();
+    let stop = requests.stopper();
     thread::scope(|scope| {
         let serving = scope.spawn(|| machine.serve(&requests));
         machine.resume();

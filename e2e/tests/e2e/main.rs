@@ -25,6 +25,7 @@ mod life;
 mod monitor;
 mod package;
 mod page_types;
+mod panics;
 mod pressure;
 mod program;
 mod requests;

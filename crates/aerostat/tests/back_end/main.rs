@@ -11,6 +11,7 @@ mod support;
 mod crash;
 mod guests;
 mod life;
+mod panics;
 mod sandboxed;
 mod traffic;
 

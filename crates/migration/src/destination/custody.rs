@@ -2,8 +2,11 @@
 
 use std::time::{Duration, Instant};
 
+use diagnostics::panic_point;
+
 use super::answer_other;
 use super::gather::hear;
+use crate::contained::{attempted, contained};
 use crate::error::MigrationError;
 use crate::link::{Accept, Link};
 use crate::seams::DestinationMachine;
@@ -88,9 +91,13 @@ impl Custody {
             }
         }
         let at = Instant::now();
-        if let Err(error) = machine.resume() {
+        let resumed = contained("starting the guest", || {
+            panic_point("start");
+            machine.resume().map_err(MigrationError::machine("starting the guest"))
+        });
+        if let Err(error) = resumed {
             self.discard(machine);
-            return Err(MigrationError::machine("starting the guest")(error));
+            return Err(error);
         }
         self.status = PeerStatus::Runs;
         Ok(at.elapsed())
@@ -99,7 +106,7 @@ impl Custody {
     /// Destroys a guest that waits. One that runs is left alone.
     pub fn discard<M: DestinationMachine>(&mut self, machine: &mut M) {
         if self.status == PeerStatus::Waits {
-            machine.destroy();
+            attempted(|| machine.destroy());
             self.status = PeerStatus::Gone;
         }
     }

@@ -3,6 +3,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use diagnostics::panic_point;
+
+use crate::contained::{PanicWatch, attempted, contained};
 use crate::error::MigrationError;
 use crate::layout::GuestLayout;
 use crate::limits::{DEFAULT_MAX_MEMORY_BYTES, MAX_ROUNDS, STALL, STALL_PAUSED};
@@ -109,31 +112,38 @@ pub fn receive<M: DestinationMachine, A: Accept>(
 ) -> Result<Received, ReceiveFailure> {
     observer.phase(Phase::Connect);
     let nobody = |error| ReceiveFailure { id: None, error, guest: DestinationGuest::Destroyed };
-    let group = gather::gather(config, accept).map_err(nobody)?;
+    let group = contained("waiting for a source", || gather::gather(config, accept));
+    let group = group.map_err(nobody)?;
     let started = Instant::now();
+    let panics = PanicWatch::start();
     let Group { id, mut streams, hello } = group;
     let failed = |error, guest| ReceiveFailure { id: Some(id), error, guest };
     let destroyed = |error| failed(error, DestinationGuest::Destroyed);
-    let mut arrival = Arrival { config, machine, observer, received_pages: 0, rounds: 0 };
-    let outcome = hello
-        .version()
-        .and_then(|version| arrival.everything(version, hello.capabilities, &mut streams));
+    let (received_pages, rounds) = (0, 0);
+    let mut arrival = Arrival { config, machine, observer, panics, received_pages, rounds };
+    let outcome = contained("taking the guest", || {
+        arrival.everything(hello.version()?, hello.capabilities, &mut streams)
+    });
     if let Err(error) = outcome {
-        arrival.machine.destroy();
-        give_up(&mut streams, &error);
+        attempted(|| arrival.machine.destroy());
+        attempted(|| give_up(&mut streams, &error));
         return Err(destroyed(error));
     }
     let (received_pages, rounds) = (arrival.received_pages, arrival.rounds);
     let first = streams.first_mut().ok_or(MigrationError::Closed).map_err(destroyed)?;
-    observer.phase(Phase::HandOver);
     let mut custody = Custody::new(id);
-    match first.receive() {
+    let word = contained("waiting for the source's word", || {
+        observer.phase(Phase::HandOver);
+        panic_point("prepared");
+        first.receive()
+    });
+    match word {
         Ok(Control::HandOver) => {}
         Err(error @ MigrationError::GivenUp { .. }) => {
             // Its last word, and that it keeps the guest.
             custody.discard(machine);
             // If this does not arrive it asks.
-            let _ = first.send(&Control::Status(PeerStatus::Gone));
+            attempted(|| drop(first.send(&Control::Status(PeerStatus::Gone))));
             return Err(destroyed(error));
         }
         // The source says this or that, and nothing else: so it was not the source.
@@ -149,11 +159,15 @@ pub fn receive<M: DestinationMachine, A: Accept>(
         Ok(resume) => resume,
         Err(error) => {
             // It did not run, and is gone before the source hears of it.
-            let _ = first.send(&Control::Refused);
+            attempted(|| drop(first.send(&Control::Refused)));
             return Err(failed(error, DestinationGuest::Refused(custody)));
         }
     };
-    let source_knows = first.send(&Control::Running { resume_us: us(resume) }).is_ok();
+    let told = contained("telling the source", || {
+        panic_point("running");
+        first.send(&Control::Running { resume_us: us(resume) })
+    });
+    let source_knows = told.is_ok();
     let total_us = us(started.elapsed());
     Ok(Received { custody, source_knows, received_pages, rounds, total_us })
 }
@@ -171,6 +185,7 @@ struct Arrival<'a, M> {
     config: &'a DestinationConfig,
     machine: &'a mut M,
     observer: &'a mut dyn Observer,
+    panics: PanicWatch,
     received_pages: u64,
     rounds: u32,
 }
@@ -222,6 +237,7 @@ impl<M: DestinationMachine> Arrival<'_, M> {
             }
             let phase = if last { Phase::LastRound } else { Phase::Round { number } };
             self.observer.phase(phase);
+            panic_point("taken round");
             let round = Round { number, pages, layout, memory: memory.as_ref() };
             let done = round.take(streams, self.observer)?;
             self.received_pages += done.received_pages;
@@ -255,6 +271,8 @@ impl<M: DestinationMachine> Arrival<'_, M> {
                     let at = Instant::now();
                     let loaded = self.machine.load_state(state);
                     loaded.map_err(MigrationError::machine("loading the guest's state"))?;
+                    panic_point("loaded");
+                    self.panics.check()?;
                     return first.send(&Control::Prepared { load_us: us(at.elapsed()) });
                 }
                 Control::Abort { reason } => return Err(MigrationError::GivenUp { reason }),

@@ -10,6 +10,7 @@ use std::time::Duration;
 use page_set::PageRange;
 
 use super::read::SnapshotFile;
+use crate::contained::contained;
 use crate::destination::{DestinationConfig, check};
 use crate::dirty::DirtyBitmap;
 use crate::error::MigrationError;
@@ -167,7 +168,7 @@ struct Filler {
 
 impl Filler {
     fn run(mut self) -> Result<(), MigrationError> {
-        let filled = self.fill();
+        let filled = contained("filling memory", || self.fill());
         if filled.is_err() && self.shared.go_on(Stage::Failed) == Stage::Failed {
             // No guest sees this; a monitor that waits for a page must not wait for ever.
             if let Some(page) = self.awaited {
@@ -188,6 +189,7 @@ impl Filler {
                     return Ok(());
                 }
                 let (now, later) = rest.split_at(rest.start() + PAGES_BETWEEN);
+                diagnostics::panic_point("filling");
                 for page in now.start()..now.end() {
                     if !self.there.contains(page) {
                         self.place(page)?;

@@ -245,6 +245,10 @@ impl Sink for SnapshotSink {
 
     fn abort(&mut self, _error: &MigrationError) {}
 
+    fn runs_elsewhere(&self) -> bool {
+        false
+    }
+
     fn wire_bytes(&self) -> u64 {
         self.written_bytes
     }

@@ -4,6 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use diagnostics::panic_point;
+
+use crate::contained::{PanicWatch, attempted, contained};
 use crate::convergence::{Convergence, Decision, Seen};
 use crate::dirty::DirtyBitmap;
 use crate::error::MigrationError;
@@ -112,15 +115,19 @@ pub fn migrate<M: SourceMachine, C: Connect>(
     let runs = |error| SourceFailure { error, guest: SourceGuest::Runs };
     config.check().map_err(runs)?;
     let id = MigrationId::random().map_err(runs)?;
-    if let Some(wait) = config.drop_caches {
-        observer.phase(Phase::DropCaches);
-        if let Err(error) = machine.drop_caches(wait) {
-            tracing::warn!(error, "the guest did not drop its caches");
+    let connected = contained("connecting", || {
+        if let Some(wait) = config.drop_caches {
+            observer.phase(Phase::DropCaches);
+            if let Err(error) = machine.drop_caches(wait) {
+                tracing::warn!(error, "the guest did not drop its caches");
+            }
         }
-    }
-    observer.phase(Phase::Connect);
-    let started = Instant::now();
-    let mut network = Network::connect(config, id, connect).map_err(runs)?;
+        observer.phase(Phase::Connect);
+        panic_point("connect");
+        let started = Instant::now();
+        Ok((started, Network::connect(config, id, connect)?))
+    });
+    let (started, mut network) = connected.map_err(runs)?;
     let mut job = Job::new(config, machine, &mut network, observer, started);
     job.summary.id = id.to_string();
     let outcome = job.run();
@@ -130,7 +137,7 @@ pub fn migrate<M: SourceMachine, C: Connect>(
         // It waits for a word that will never come. If this one does not arrive either, its
         // operator has to say it.
         drop(network);
-        if let Err(error) = recall(id, connect, config) {
+        if let Err(error) = contained("telling it", || recall(id, connect, config)) {
             tracing::warn!(%error, %id, "the destination could not be told to give the guest up");
         }
     }
@@ -174,6 +181,9 @@ pub(crate) trait Sink {
 
     /// Bytes that went so far.
     fn wire_bytes(&self) -> u64;
+
+    /// Whether the guest may run elsewhere once it was [offered](Self::hand_over).
+    fn runs_elsewhere(&self) -> bool;
 }
 
 /// What came of offering the guest.
@@ -207,6 +217,9 @@ pub(crate) struct Job<'a, M, S> {
     stopped: Option<Instant>,
     logging: bool,
     asked_free: bool,
+    /// The other side may have heard that the guest is its own.
+    offered: bool,
+    panics: PanicWatch,
 }
 
 impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
@@ -218,12 +231,31 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
         started: Instant,
     ) -> Self {
         let summary = Summary::default();
-        let (stopped, logging, asked_free) = (None, false, false);
-        Self { config, machine, sink, observer, summary, started, stopped, logging, asked_free }
+        Self {
+            config,
+            machine,
+            sink,
+            observer,
+            summary,
+            started,
+            stopped: None,
+            logging: false,
+            asked_free: false,
+            offered: false,
+            panics: PanicWatch::start(),
+        }
     }
 
-    /// The phases, up to and with the hand-over. An error means that it was not offered.
+    /// The phases, up to and with the hand-over. An error means that it was not offered, or that
+    /// the other side refused it. A panic is an error as well, or a doubt.
     pub(crate) fn run(&mut self) -> Result<Outcome, MigrationError> {
+        match contained("moving the guest", || self.phases()) {
+            Err(error) if self.offered => Ok(Outcome::InDoubt(error)),
+            other => other,
+        }
+    }
+
+    fn phases(&mut self) -> Result<Outcome, MigrationError> {
         self.observer.phase(Phase::Negotiate);
         let description = self.machine.describe();
         let description = description.map_err(MigrationError::machine("describing the guest"))?;
@@ -335,6 +367,7 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
     ) -> Result<RoundSummary, MigrationError> {
         self.not_cancelled()?;
         let number = u32::try_from(self.summary.rounds.len()).unwrap_or(u32::MAX);
+        panic_point(if last { "last round" } else { "round" });
         self.observer.phase(if last { Phase::LastRound } else { Phase::Round { number } });
         let at = Instant::now();
         let plan = selection.take_round();
@@ -362,6 +395,7 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
         self.not_cancelled()?;
         let at = Instant::now();
         self.stopped = Some(at);
+        panic_point("pause");
         let paused = self.machine.pause();
         if paused.is_err() {
             self.stopped = None;
@@ -383,6 +417,7 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
         let state = self.machine.save_state();
         let state = state.map_err(MigrationError::machine("saving the guest's state"))?;
         self.summary.downtime.save_us = us(at.elapsed());
+        panic_point("state");
         let at = Instant::now();
         self.summary.downtime.load_us = us(self.sink.state(&state)?);
         self.summary.downtime.state_us = us(at.elapsed());
@@ -396,7 +431,11 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
         let at = Instant::now();
         // As late as can be, and before the other side can hear of it.
         self.machine.offer();
-        let outcome = match self.sink.hand_over() {
+        panic_point("offer");
+        self.offered = self.sink.runs_elsewhere();
+        let handed_over = self.sink.hand_over();
+        panic_point("handed over");
+        let outcome = match handed_over {
             HandedOver::Taken(resume) => {
                 self.machine.give_away();
                 self.summary.downtime.resume_us = us(resume);
@@ -404,7 +443,10 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
             }
             HandedOver::Copied => Outcome::Copied,
             HandedOver::Unknown(error) => return Ok(Outcome::InDoubt(error)),
-            HandedOver::Refused(error) => return Err(error),
+            HandedOver::Refused(error) => {
+                self.offered = false;
+                return Err(error);
+            }
         };
         self.summary.downtime.hand_over_us = us(at.elapsed());
         Ok(outcome)
@@ -412,7 +454,7 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
 
     fn not_cancelled(&self) -> Result<(), MigrationError> {
         let cancelled = self.config.cancel.load(Ordering::Relaxed);
-        if cancelled { Err(MigrationError::Cancelled) } else { Ok(()) }
+        if cancelled { Err(MigrationError::Cancelled) } else { self.panics.check() }
     }
 
     /// Leaves the guest where it belongs after whatever happened.
@@ -429,7 +471,7 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
             Ok(Outcome::Copied) => {
                 // The guest first: a disk takes as long as it likes.
                 let guest = self.undo();
-                let kept = self.sink.keep();
+                let kept = contained("keeping the copy", || self.sink.keep());
                 if kept.is_ok() && guest.runs_here() {
                     return Ok(self.summarize());
                 }
@@ -442,7 +484,7 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
                 let guest = self.undo();
                 // One that cannot go on here may have to go on there, by an operator's word.
                 if guest.runs_here() {
-                    self.sink.abort(&error);
+                    attempted(|| self.sink.abort(&error));
                 }
                 Err(SourceFailure { error, guest })
             }
@@ -463,12 +505,16 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
     fn undo(&mut self) -> SourceGuest {
         let mut guest = SourceGuest::Runs;
         if let Some(at) = self.stopped.take() {
-            if let Err(error) = self.machine.resume() {
-                guest = SourceGuest::Stuck(MigrationError::machine("resuming the guest")(error));
+            let resumed = contained("resuming the guest", || {
+                panic_point("resume");
+                self.machine.resume().map_err(MigrationError::machine("resuming the guest"))
+            });
+            if let Err(error) = resumed {
+                guest = SourceGuest::Stuck(error);
             }
             self.summary.downtime.total_us = us(at.elapsed());
         }
-        undo_watch(self.machine, self.logging, self.asked_free);
+        attempted(|| undo_watch(self.machine, self.logging, self.asked_free));
         guest
     }
 }

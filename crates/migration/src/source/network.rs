@@ -266,6 +266,10 @@ impl<L: Link> Sink for Network<L> {
         self.closers.iter().for_each(|close| close());
     }
 
+    fn runs_elsewhere(&self) -> bool {
+        true
+    }
+
     fn wire_bytes(&self) -> u64 {
         self.streams.iter().map(|stream| stream.sent_bytes).sum()
     }

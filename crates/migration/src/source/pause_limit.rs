@@ -26,7 +26,12 @@ impl PauseLimit {
         let is_over = Arc::new(AtomicBool::new(false));
         let (closers, over) = (Arc::clone(closers), Arc::clone(&is_over));
         let wait = move || {
-            if ended.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
+            let waited = diagnostics::contain(|| {
+                diagnostics::panic_point("pause limit");
+                ended.recv_timeout(limit)
+            });
+            // Nobody keeps the time any more after a panic: it counts as over.
+            if waited.is_err() || waited == Ok(Err(RecvTimeoutError::Timeout)) {
                 over.store(true, Ordering::SeqCst);
                 closers.iter().for_each(|close| close());
             }

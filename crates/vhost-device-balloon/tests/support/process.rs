@@ -15,6 +15,7 @@ pub(crate) struct Program {
     program: PathBuf,
     pub(crate) dir: tempfile::TempDir,
     arguments: Vec<String>,
+    variables: Vec<(String, String)>,
     child: Option<Child>,
 }
 
@@ -23,7 +24,7 @@ impl Program {
     pub(crate) fn new(program: impl Into<PathBuf>, arguments: &[&str]) -> Self {
         let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
         let dir = tempfile::tempdir().unwrap();
-        Self { program: program.into(), dir, arguments, child: None }
+        Self { program: program.into(), dir, arguments, variables: Vec::new(), child: None }
     }
 
     /// One guest, called `vm`, with the socket `vm.vhost`.
@@ -38,6 +39,16 @@ impl Program {
         self.arguments.push(argument.into());
     }
 
+    /// Has it in its environment.
+    pub(crate) fn variable(&mut self, name: &str, value: &str) {
+        self.variables.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// Nobody reads what it logs, nor ever will.
+    pub(crate) fn hang_up_its_log(&mut self) {
+        drop(self.child.as_mut().unwrap().stderr.take());
+    }
+
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
@@ -49,6 +60,7 @@ impl Program {
             .args(&self.arguments)
             .env("AEROSTAT_RUNTIME_DIR", self.dir.path())
             .env_remove("RUST_LOG")
+            .envs(self.variables.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -68,7 +80,9 @@ impl Program {
         rustix::process::kill_process(pid, signal).unwrap();
         let status = child.wait().unwrap();
         let mut log = String::new();
-        child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
+        if let Some(mut stderr) = child.stderr.take() {
+            stderr.read_to_string(&mut log).unwrap();
+        }
         (status, log)
     }
 

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use balloon_host::LogLimit;
+use diagnostics::{contain, panic_point};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
@@ -78,11 +79,10 @@ impl Work {
         file: &DiskFile,
         writes_through: bool,
     ) -> Option<u32> {
-        let mut done = self.attempt(request, file);
-        let writes = matches!(request.kind, Kind::Write | Kind::Discard | Kind::WriteZeroes);
-        if writes && writes_through && done.is_ok() {
-            done = file.sync().map_err(Failure::Host).map(|()| 0);
-        }
+        let done = contain(|| self.attempt_to_the_disk(request, file, writes_through));
+        // The guest hears of a panic as it does of a disk that fails, and the next one is served.
+        let failed = |panicked| Err(Failure::Host(io::Error::other(panicked)));
+        let done = done.unwrap_or_else(failed);
         let (status, written) = match done {
             Ok(written) => (VIRTIO_BLK_S_OK, written),
             Err(Failure::Interrupted) => return None,
@@ -102,6 +102,22 @@ impl Work {
     fn goes_on(&self) -> Result<(), Failure> {
         let interrupted = self.interrupt.load(Ordering::Relaxed);
         if interrupted { Err(Failure::Interrupted) } else { Ok(()) }
+    }
+
+    fn attempt_to_the_disk(
+        &mut self,
+        request: &Request,
+        file: &DiskFile,
+        writes_through: bool,
+    ) -> Result<u64, Failure> {
+        panic_point("disk");
+        let done = self.attempt(request, file)?;
+        let writes = matches!(request.kind, Kind::Write | Kind::Discard | Kind::WriteZeroes);
+        if writes && writes_through {
+            file.sync().map_err(Failure::Host)?;
+            return Ok(0);
+        }
+        Ok(done)
     }
 
     /// Bytes that were written to the guest.

@@ -1,0 +1,474 @@
+//! Nobody reads the log, or a thread panics: guests go on, and after a migration a guest runs on
+//! exactly one side.
+
+use std::fs::OpenOptions;
+use std::io::{ErrorKind, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use control::Client;
+use control::api::{MigrationState, SettleWord, StartMigration};
+use lab::bare::{BareBuilder, BareGuest, Stream};
+use rustix::fs::{MemfdFlags, OFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::bare::{aerostat, boot, builder, client, on_a_kvm};
+use crate::program::program;
+
+/// Far more than anything here takes, and less than a test is waited for.
+const LONG: Duration = Duration::from_secs(30);
+
+/// What has a build for tests panic (`crates/diagnostics`).
+const PANIC: &str = "AEROSTAT_TEST_PANIC";
+
+/// A log that is not read: its reader is gone, or reads nothing.
+const DEAF: [Stream; 2] = [Stream::Closed, Stream::Unread];
+
+/// Fills the pipe that is the standard error of a process which nobody reads. Whoever writes to it
+/// now waits for ever.
+fn fill_log(guest: &BareGuest, stream: Stream) {
+    if stream != Stream::Unread {
+        return;
+    }
+    let mut options = OpenOptions::new();
+    options.write(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed());
+    let mut pipe = options.open(format!("/proc/{}/fd/2", guest.pid())).unwrap();
+    for chunk in [4096, 1] {
+        loop {
+            match pipe.write(&vec![b'.'; chunk]) {
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+}
+
+fn signal(guest: &BareGuest, signal: Signal) {
+    let pid = Pid::from_raw(guest.pid().cast_signed()).unwrap();
+    kill_process(pid, signal).unwrap();
+}
+
+/// A process that waits for a guest at an address which is not read from its log.
+fn receiver(name: &str, stream: Stream, panics: &str) -> (BareGuest, String) {
+    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let receiver = BareBuilder::command(program(), "receive", name).unwrap();
+    let words = ["--listen", &address.to_string(), "--plain", "-vv"];
+    let receiver = receiver.arguments(words).variable(PANIC, panics);
+    let receiver = receiver.streams(Stream::Read, stream).start().unwrap();
+    let end = Instant::now() + LONG;
+    // One that hangs up at once is logged, too.
+    while TcpStream::connect(address).is_err() {
+        assert!(Instant::now() < end, "{}", receiver.errors());
+        thread::sleep(Duration::from_millis(5));
+    }
+    (receiver, address.to_string())
+}
+
+/// A migration that has ended, however it did.
+const OVER: [MigrationState; 4] =
+    [MigrationState::Failed, MigrationState::Moved, MigrationState::InDoubt, MigrationState::Stuck];
+
+/// Waits until the guest has answered whatever was typed before, and this.
+fn answers(guest: &mut BareGuest) {
+    guest.send("\nping 70\n").unwrap();
+    guest.wait_for("an answer", |line| line == "ok 70").unwrap();
+}
+
+/// The state of the newest migration, once it is one of these.
+fn until_state(client: &Client, states: &[MigrationState]) -> MigrationState {
+    let end = Instant::now() + LONG;
+    loop {
+        let status = client.migration().unwrap();
+        if states.contains(&status.state) {
+            return status.state;
+        }
+        assert!(Instant::now() < end, "{status:?}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_guest_moves_whoever_reads_the_log() {
+    on_a_kvm("panics::a_guest_moves_whoever_reads_the_log", || {
+        for stream in DEAF {
+            let name = "moves";
+            let here = builder(name).argument("-vv").streams(Stream::Read, stream);
+            let mut here = here.boot().unwrap();
+            fill_log(&here, stream);
+            here.ask("fill 8 8 1").unwrap();
+            let (mut there, address) = receiver(name, stream, "");
+            fill_log(&there, stream);
+            let (code, out, err) = aerostat(&here, &["migrate", name, &address, "--plain"]);
+            assert_eq!(code, Some(0), "{stream:?}: {out}{err}");
+            there.ask("check 8 8 1").unwrap();
+            assert!(here.wait_for_end(LONG).unwrap().success(), "{stream:?}");
+            let host = client(&there, name).status().unwrap().faults.host;
+            assert!(!host.contains_key("thread_panicked"), "{stream:?}: {host:?}");
+            assert!(there.power_off().unwrap().success(), "{stream:?}");
+        }
+    });
+}
+
+#[test]
+fn a_guest_that_cannot_move_stays_whoever_reads_the_log() {
+    on_a_kvm("panics::a_guest_that_cannot_move_stays_whoever_reads_the_log", || {
+        for stream in DEAF {
+            let mut here = builder("stays").streams(Stream::Read, stream).boot().unwrap();
+            fill_log(&here, stream);
+            // Nobody listens there: the port of a listener that is gone.
+            let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+            let source = client(&here, "stays");
+            start_migration(&source, &nobody.to_string());
+            assert_eq!(until_state(&source, &OVER), MigrationState::Failed, "{stream:?}");
+            assert_eq!(here.number("ping 7").unwrap(), 7);
+            assert!(here.power_off().unwrap().success(), "{stream:?}");
+        }
+    });
+}
+
+#[test]
+fn a_guest_is_paused_and_resumed_whoever_reads_the_log() {
+    on_a_kvm("panics::a_guest_is_paused_and_resumed_whoever_reads_the_log", || {
+        for stream in DEAF {
+            let here = builder("paused").argument("-v").streams(Stream::Read, stream);
+            let mut here = here.boot().unwrap();
+            fill_log(&here, stream);
+            // Each is logged. Which of two that come at once is served first is not said, so the
+            // guest is let go on once more until it answers.
+            signal(&here, Signal::USR1);
+            here.send("ping 70\n").unwrap();
+            let end = Instant::now() + LONG;
+            while !here.lines().contains(&"ok 70".to_owned()) {
+                signal(&here, Signal::USR2);
+                assert!(Instant::now() < end, "{stream:?}: the guest stands still");
+                thread::sleep(Duration::from_millis(20));
+            }
+            assert_eq!(here.status().unwrap(), None, "{stream:?}");
+            let began = Instant::now();
+            signal(&here, Signal::TERM);
+            assert!(here.wait_for_end(LONG).unwrap().success(), "{stream:?}");
+            assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
+        }
+    });
+}
+
+/// Drives the guest's first disk from here, by reads and writes of its memory and registers.
+struct Disk<'a>(&'a mut BareGuest);
+
+/// The window of device 1, in guest memory a place for a ring of four, and one for a request.
+const DISK: u32 = 0xc000_1000;
+const RING: u32 = 0x00a0_0000;
+const REQUEST: u32 = 0x00a1_0000;
+
+/// Registers of virtio-mmio, request types and status of a block device (virtio 1.3, 4.2.2, 5.2.6).
+const NOTIFY: u32 = 0x050;
+const WRITE: u32 = 1;
+const GET_ID: u32 = 8;
+const OK: u32 = 0;
+const IO_ERROR: u32 = 1;
+const UNWRITTEN: u32 = 0xff;
+
+impl Disk<'_> {
+    fn write(&mut self, address: u32, value: u32) {
+        self.0.ask(&format!("write {address:x} {value:x}")).unwrap();
+    }
+
+    fn start(&mut self) {
+        let set = [
+            (0x70, 0),
+            (0x70, 3),
+            (0x24, 1),
+            (0x20, 1),
+            (0x24, 0),
+            (0x20, 0),
+            (0x70, 11),
+            (0x30, 0),
+            (0x38, 4),
+            (0x80, RING),
+            (0x84, 0),
+            (0x90, RING + 0x1000),
+            (0x94, 0),
+            (0xa0, RING + 0x2000),
+            (0xa4, 0),
+            (0x44, 1),
+            (0x70, 15),
+        ];
+        set.into_iter().for_each(|(register, value)| self.write(DISK + register, value));
+    }
+
+    /// Sends request number `number`, from 1, and returns its status byte once it is back.
+    fn ask(&mut self, number: u32, kind: u32) -> u32 {
+        const NEXT: u32 = 1;
+        const DEVICE_WRITES: u32 = 2;
+        let of_data = if kind == WRITE { 0 } else { DEVICE_WRITES };
+        let bytes = if kind == WRITE { 512 } else { 20 };
+        for (at, value) in [(0, kind), (4, 0), (8, 0), (12, 0), (0x1000, UNWRITTEN)] {
+            self.write(REQUEST + at, value);
+        }
+        let chain = [
+            (REQUEST, 16, NEXT | 1 << 16),
+            (REQUEST + 0x800, bytes, NEXT | of_data | 2 << 16),
+            (REQUEST + 0x1000, 1, DEVICE_WRITES),
+        ];
+        for (at, (address, bytes, flags)) in (RING..).step_by(16).zip(chain) {
+            for (at, value) in [(at, address), (at + 4, 0), (at + 8, bytes), (at + 12, flags)] {
+                self.write(at, value);
+            }
+        }
+        // Every entry of the ring is the chain at 0.
+        self.write(RING + 0x1000, number << 16);
+        self.write(DISK + NOTIFY, 0);
+        let end = Instant::now() + LONG;
+        while self.0.number(&format!("read {:x}", RING + 0x2000)).unwrap() >> 16
+            != u64::from(number)
+        {
+            assert!(Instant::now() < end, "the request never ends\n{}", self.0.errors());
+        }
+        let status = self.0.number(&format!("read {:x}", REQUEST + 0x1000)).unwrap();
+        u32::try_from(status & 0xff).unwrap()
+    }
+}
+
+/// A disk that can be opened, and not written: its file is sealed.
+fn sealed_disk() -> (std::os::fd::OwnedFd, String) {
+    let file = memfd_create("disk", MemfdFlags::ALLOW_SEALING | MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&file, 1 << 20).unwrap();
+    fcntl_add_seals(&file, SealFlags::WRITE).unwrap();
+    let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
+    (file, path)
+}
+
+#[test]
+fn a_write_that_fails_on_the_host_ends_whoever_reads_the_log() {
+    on_a_kvm("panics::a_write_that_fails_on_the_host_ends_whoever_reads_the_log", || {
+        for stream in DEAF {
+            let (_file, path) = sealed_disk();
+            let guest = builder("disk").arguments(["--disk", &path]);
+            let mut guest = guest.streams(Stream::Read, stream).boot().unwrap();
+            fill_log(&guest, stream);
+            let mut disk = Disk(&mut guest);
+            disk.start();
+            assert_eq!(disk.ask(1, WRITE), IO_ERROR, "{stream:?}");
+            assert_eq!(disk.ask(2, GET_ID), OK, "the disk goes on: {stream:?}");
+            assert!(guest.power_off().unwrap().success(), "{stream:?}");
+        }
+    });
+}
+
+/// Whether the program can be told to panic: a build for tests.
+fn panics_on_demand() -> bool {
+    let bytes = std::fs::read(program()).unwrap();
+    let can = bytes.windows(PANIC.len()).any(|bytes| bytes == PANIC.as_bytes());
+    if !can {
+        println!("SKIPPED: {} is built without debug assertions", program().display());
+    }
+    can
+}
+
+/// Begins to move the guest `name` to `address`, slowly enough that the guest does something.
+fn start_migration(client: &Client, address: &str) {
+    let bandwidth = Some(8 << 20);
+    let ask = StartMigration {
+        to: address.to_owned(),
+        bandwidth_bytes_per_s: bandwidth,
+        ..StartMigration::default()
+    };
+    client.start_migration(&ask).unwrap();
+}
+
+/// Anything that panics before the guest is offered calls the migration off, and the guest goes on
+/// at its source.
+#[test]
+fn a_panic_before_the_guest_is_offered_calls_the_migration_off() {
+    let name = "panics::a_panic_before_the_guest_is_offered_calls_the_migration_off";
+    on_a_kvm(name, || {
+        if !panics_on_demand() {
+            return;
+        }
+        for point in ["connect", "round", "share", "pause", "last round", "pause limit"] {
+            assert_called_off(point, "", "");
+        }
+        for point in ["state", "offer"] {
+            assert_called_off(point, "", "");
+        }
+        // A notification of the balloon, and another access to its registers.
+        assert_called_off("device,after=round", "", "write c0000050 0\n");
+        assert_called_off("processor,after=round", "", "write c0000024 0\n");
+        for point in ["taken round", "share", "loaded", "start"] {
+            assert_called_off("", point, "");
+        }
+    });
+}
+
+/// `meanwhile` is typed while the guest moves.
+fn assert_called_off(at_source: &str, at_destination: &str, meanwhile: &str) {
+    let what = format!("source {at_source:?}, destination {at_destination:?}");
+    let mut here = builder("stays").variable(PANIC, at_source).boot().unwrap();
+    here.ask("fill 8 4 1").unwrap();
+    let (mut there, address) = receiver("stays", Stream::Read, at_destination);
+    let source = client(&here, "stays");
+    start_migration(&source, &address);
+    let end = Instant::now() + LONG;
+    while !(here.errors() + &there.errors()).contains("panicked at") {
+        here.send(meanwhile).unwrap();
+        assert!(Instant::now() < end, "{what}\n{}\n{}", here.errors(), there.errors());
+        thread::sleep(Duration::from_millis(20));
+    }
+    let state = until_state(&source, &OVER);
+    assert_eq!(state, MigrationState::Failed, "{what}\n{}\n{}", here.errors(), there.errors());
+    answers(&mut here);
+    here.ask("check 8 4 1").unwrap();
+    assert!(there.lines().is_empty(), "{what}: it runs there");
+    // Both sides are as good as before: the guest moves now.
+    assert_eq!(there.status().unwrap(), None, "{what}: {}", there.errors());
+    let (code, out, err) = aerostat(&here, &["migrate", "stays", &address, "--plain"]);
+    assert_eq!(code, Some(0), "{what}: {out}{err}\n{}\n{}", here.errors(), there.errors());
+    there.ask("check 8 4 1").unwrap();
+    assert!(here.wait_for_end(LONG).unwrap().success(), "{what}");
+    assert!(there.power_off().unwrap().success(), "{what}");
+}
+
+/// A panic when the other side may have the guest leaves a doubt that can be settled, and no
+/// second guest.
+#[test]
+fn a_panic_once_the_guest_is_offered_leaves_it_on_one_side() {
+    on_a_kvm("panics::a_panic_once_the_guest_is_offered_leaves_it_on_one_side", || {
+        if !panics_on_demand() {
+            return;
+        }
+        assert_on_one_side("handed over", "");
+        assert_on_one_side("", "prepared");
+        assert_on_one_side("", "running");
+        // Who settles it panics, at either side.
+        assert_on_one_side("settle", "running");
+        assert_on_one_side("handed over", "answer");
+    });
+}
+
+fn assert_on_one_side(at_source: &str, at_destination: &str) {
+    let what = format!("source {at_source:?}, destination {at_destination:?}");
+    let mut here = builder("doubt").variable(PANIC, at_source).boot().unwrap();
+    here.ask("fill 8 4 1").unwrap();
+    let (mut there, address) = receiver("doubt", Stream::Read, at_destination);
+    let source = client(&here, "doubt");
+    start_migration(&source, &address);
+    let state = until_state(&source, &OVER);
+    assert_eq!(state, MigrationState::InDoubt, "{what}\n{}\n{}", here.errors(), there.errors());
+    // A word that fails changes nothing, and can be said again.
+    let mut settled = source.settle_migration(SettleWord::Ask);
+    if settled.is_err() {
+        assert_eq!(source.migration().unwrap().state, MigrationState::InDoubt, "{what}");
+        settled = source.settle_migration(SettleWord::Ask);
+    }
+    settled.unwrap_or_else(|error| panic!("{what}: {error}\n{}", there.errors()));
+    for (guest, point) in [(&here, at_source), (&there, at_destination)] {
+        let told = format!("a test asked for it at `{point}`");
+        assert!(point.is_empty() || guest.errors().contains(&told), "{what}: {}", guest.errors());
+    }
+    there.ask("check 8 4 1").unwrap();
+    assert!(here.wait_for_end(LONG).unwrap().success(), "{what}");
+    assert!(there.power_off().unwrap().success(), "{what}");
+}
+
+/// Nobody loses the guest with whatever panics beside it, and status tells of it.
+#[test]
+fn a_thread_that_panics_takes_no_guest_along() {
+    on_a_kvm("panics::a_thread_that_panics_takes_no_guest_along", || {
+        if !panics_on_demand() {
+            return;
+        }
+        // With what the guest is to do for it: a notification, and a write to a register.
+        assert_goes_on("device", "write c0000050 0\n");
+        assert_goes_on("processor,after=loop", "write c0000024 0\n");
+        for point in ["loop", "stdin", "control", "log", "reclaimer"] {
+            assert_goes_on(point, "");
+        }
+    });
+}
+
+fn assert_goes_on(point: &str, typed: &str) {
+    let mut guest = builder("panics").argument("-v").variable(PANIC, point).boot().unwrap();
+    let set = |guest: &BareGuest| {
+        let client = Client::connect(&guest.directory().join("panics.sock"));
+        client.and_then(|client| client.set_balloon(1 << 20, Duration::ZERO))
+    };
+    let first = set(&guest);
+    // Who accepts drops the connection that it panics at.
+    assert!(first.is_ok() || point == "control", "{point}: {first:?}");
+    set(&guest).unwrap();
+    guest.send(typed).unwrap();
+    // Logged.
+    signal(&guest, Signal::USR2);
+    let told = format!("a test asked for it at `{}`", point.split(',').next().unwrap());
+    let told = |text: &str| text.contains(&told).then_some(());
+    guest.send("\n").unwrap();
+    guest.wait_for_error(point, told).unwrap();
+    answers(&mut guest);
+    let faults = client(&guest, "panics").status().unwrap().faults;
+    assert_eq!(faults.host["thread_panicked"], 1, "{point}: {faults:?}");
+    signal(&guest, Signal::TERM);
+    assert!(guest.wait_for_end(LONG).unwrap().success(), "{point}");
+}
+
+/// The disk's request is told to have failed, and the next one is carried out.
+#[test]
+fn a_disk_that_panics_answers_with_an_error() {
+    on_a_kvm("panics::a_disk_that_panics_answers_with_an_error", || {
+        if !panics_on_demand() {
+            return;
+        }
+        let (_file, path) = sealed_disk();
+        let guest = builder("disk").arguments(["--disk", &path]).variable(PANIC, "disk");
+        let mut guest = guest.boot().unwrap();
+        let mut disk = Disk(&mut guest);
+        disk.start();
+        assert_eq!(disk.ask(1, GET_ID), IO_ERROR);
+        assert_eq!(disk.ask(2, GET_ID), OK);
+        assert!(guest.errors().contains("disk0"), "{}", guest.errors());
+        assert!(guest.power_off().unwrap().success());
+    });
+}
+
+/// A loop that panics at each turn ends the process, with a reason.
+#[test]
+fn a_loop_that_only_panics_ends_the_process_with_a_reason() {
+    on_a_kvm("panics::a_loop_that_only_panics_ends_the_process_with_a_reason", || {
+        if !panics_on_demand() {
+            return;
+        }
+        let mut guest = boot_with("loop,times=1000000");
+        let client = client(&guest, "loop");
+        let end = Instant::now() + LONG;
+        for mib in (0..16).cycle() {
+            if guest.status().unwrap().is_some() {
+                break;
+            }
+            // Each other target wakes the loop.
+            let _ = client.set_balloon(mib << 20, Duration::ZERO);
+            assert!(Instant::now() < end, "{}", guest.errors());
+        }
+        assert_eq!(guest.wait_for_end(LONG).unwrap().code(), Some(1));
+        let told = "host: serving the guest's devices failed: it panicked";
+        guest.wait_for_error("the reason", |text| text.contains(told).then_some(())).unwrap();
+    });
+}
+
+fn boot_with(panics: &str) -> BareGuest {
+    builder("loop").variable(PANIC, panics).boot().unwrap()
+}
+
+/// Without anything that panics, the same guest says the same: the points are harmless.
+#[test]
+fn nothing_panics_unasked() {
+    on_a_kvm("panics::nothing_panics_unasked", || {
+        let mut guest = boot("calm");
+        assert_eq!(guest.number("ping 7").unwrap(), 7);
+        let faults = client(&guest, "calm").status().unwrap().faults;
+        assert_eq!(faults.total(), 0, "{faults:?}");
+        assert!(guest.power_off().unwrap().success());
+    });
+}
