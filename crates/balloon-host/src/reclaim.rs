@@ -15,10 +15,38 @@ use crate::HostError;
 /// Releases the memory of one guest, present or not.
 #[derive(Debug)]
 pub struct HostReclaim {
-    reclaimer: Reclaimer,
-    memory: Arc<MemoryMap>,
-    mode: ReleaseMode,
+    reclaimer: Arc<Reclaimer>,
+    footprint: Footprint,
     partial_huge: PartialHuge,
+}
+
+/// What the host spends on a guest's memory. Asking may take ten milliseconds for each GiB
+/// that the guest has touched, or as long as a file system likes, so nobody asks who holds a
+/// lock: a copy is as good.
+#[derive(Clone, Debug)]
+pub struct Footprint(Arc<dyn Measure>);
+
+/// Something that can be measured.
+pub(crate) trait Measure: std::fmt::Debug + Send + Sync {
+    /// Bytes that the host spends, `None` without a guest or where it cannot be told.
+    fn resident_bytes(&self) -> Option<u64>;
+}
+
+impl Measure for MemoryMap {
+    fn resident_bytes(&self) -> Option<u64> {
+        if self.pages() == 0 {
+            return None;
+        }
+        let measured = resident::resident_bytes(self);
+        measured.inspect_err(|error| tracing::warn!(%error, "cannot measure guest memory")).ok()
+    }
+}
+
+impl Footprint {
+    /// What the host really spends on the guest; `None` without a guest.
+    pub fn resident_bytes(&self) -> Option<u64> {
+        self.0.resident_bytes()
+    }
 }
 
 /// What was done up to some moment.
@@ -62,7 +90,7 @@ impl HostReclaim {
         };
         let reclaimer = Reclaimer::new(Arc::clone(&memory) as _, options)
             .map_err(|source| HostError { what: "starting a thread", source })?;
-        Ok(Self { reclaimer, memory, mode, partial_huge })
+        Ok(Self { reclaimer: Arc::new(reclaimer), footprint: Footprint(memory), partial_huge })
     }
 
     /// The guest's memory is now there.
@@ -75,10 +103,21 @@ impl HostReclaim {
         self.replace(Arc::new(MemoryMap::default()));
     }
 
-    /// Changes when pages are released.
-    pub fn set_mode(&mut self, mode: ReleaseMode) {
-        self.mode = mode;
-        self.reclaimer.set_mode(reclaimer_mode(mode));
+    /// Changes when pages are released, once all is released that is pending now. That may
+    /// take long, so it is to be called when no lock is held.
+    pub(crate) fn mode_changer(&self) -> impl FnOnce(ReleaseMode) + use<> {
+        let reclaimer = Arc::clone(&self.reclaimer);
+        move |mode| reclaimer.set_mode(reclaimer_mode(mode))
+    }
+
+    /// What the host spends on the guest, to be asked when no lock is held.
+    pub fn footprint(&self) -> Footprint {
+        self.footprint.clone()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn measure_by(&mut self, measure: Arc<dyn Measure>) {
+        self.footprint = Footprint(measure);
     }
 
     /// `None` while something is still to be released; else when the last release
@@ -104,7 +143,7 @@ impl HostReclaim {
     pub fn status(&self) -> ReleaseStatus {
         let done = self.reclaimer.snapshot();
         ReleaseStatus {
-            mode: self.mode,
+            mode: told_mode(self.reclaimer.mode()),
             partial_huge: self.partial_huge,
             pending_bytes: done.pending_pages * BALLOON_PAGE_BYTES,
             in_flight_bytes: done.in_flight_pages * BALLOON_PAGE_BYTES,
@@ -126,15 +165,6 @@ impl HostReclaim {
         }
     }
 
-    /// What the host really spends on the guest; `None` without a guest.
-    pub fn resident_bytes(&self) -> Option<u64> {
-        if self.memory.pages() == 0 {
-            return None;
-        }
-        let measured = resident::resident_bytes(&self.memory);
-        measured.inspect_err(|error| tracing::warn!(%error, "cannot measure guest memory")).ok()
-    }
-
     /// What the host refused, by kind.
     pub fn faults(&self) -> BTreeMap<String, u64> {
         let done = self.reclaimer.snapshot();
@@ -148,8 +178,8 @@ impl HostReclaim {
     }
 
     fn replace(&mut self, memory: Arc<MemoryMap>) {
-        self.memory = memory;
-        self.reclaimer.replace_memory(Arc::clone(&self.memory) as _);
+        self.footprint = Footprint(Arc::clone(&memory) as _);
+        self.reclaimer.replace_memory(memory);
     }
 }
 
@@ -172,6 +202,14 @@ impl Reclaim for HostReclaim {
 
     fn flush(&mut self) {
         self.reclaimer.flush();
+    }
+}
+
+const fn told_mode(mode: host_memory::ReleaseMode) -> ReleaseMode {
+    match mode {
+        host_memory::ReleaseMode::Background => ReleaseMode::Background,
+        host_memory::ReleaseMode::Immediate => ReleaseMode::Immediate,
+        host_memory::ReleaseMode::PerPage => ReleaseMode::PerPage,
     }
 }
 

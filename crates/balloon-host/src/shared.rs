@@ -214,22 +214,25 @@ impl control::Balloon for Shared {
     fn status(&self) -> Status {
         let state = self.state();
         let device = &state.device;
-        let resident_bytes = device.reclaim().resident_bytes();
-        Status {
+        let footprint = device.reclaim().footprint();
+        let status = Status {
             name: self.name.clone(),
             pid: std::process::id(),
             uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             guest: state.guest(),
             balloon: state.balloon(),
             release: device.reclaim().status(),
-            resident_bytes,
+            resident_bytes: None,
             exits: self.exits.as_ref().map(|exits| exits.all.load(Ordering::Relaxed)),
             kicks: self.exits.as_ref().map(|exits| exits.kicks.load(Ordering::Relaxed)),
             stats: state.stats(),
             reports: state.reports(),
             faults: state.faults(),
             requests: state.requests(),
-        }
+        };
+        // The guest is served while its memory is gone through.
+        drop(state);
+        Status { resident_bytes: footprint.resident_bytes(), ..status }
     }
 
     fn set_target(&self, pages: u32) -> Result<u64, ControlError> {
@@ -263,7 +266,8 @@ impl control::Balloon for Shared {
     }
 
     fn set_release_mode(&self, mode: ReleaseMode) -> Result<(), ControlError> {
-        self.state().device.reclaim_mut().set_mode(mode);
+        let change = self.state().device.reclaim().mode_changer();
+        change(mode);
         Ok(())
     }
 
@@ -417,4 +421,76 @@ impl State {
 
 pub(crate) fn ms(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::sync::{Arc, Mutex as StdMutex};
+    use std::thread;
+
+    use balloon_abi::Vq;
+    use balloon_device::MemoryLayout;
+    use control::Balloon as _;
+    use control::api::PartialHuge;
+    use guest_ring::{Buffer, GuestRing};
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+    use super::*;
+    use crate::reclaim::Measure;
+
+    const LONG: Duration = Duration::from_secs(60);
+    const MEMORY_BYTES: usize = 4 << 20;
+
+    /// Measures when it is told to.
+    #[derive(Debug)]
+    struct Slow {
+        asked: Sender<()>,
+        go: StdMutex<Receiver<u64>>,
+    }
+
+    impl Measure for Slow {
+        fn resident_bytes(&self) -> Option<u64> {
+            self.asked.send(()).unwrap();
+            self.go.lock().unwrap().recv().ok()
+        }
+    }
+
+    /// A guest that has terabytes, or one on a file system that hangs: it is served as ever.
+    #[test]
+    fn a_guest_is_served_while_its_memory_is_measured() {
+        let mut reclaim = HostReclaim::new(ReleaseMode::Background, PartialHuge::Split).unwrap();
+        let (asked_tx, asked) = channel();
+        let (go, go_rx) = channel();
+        reclaim.measure_by(Arc::new(Slow { asked: asked_tx, go: StdMutex::new(go_rx) }));
+        let shared = Arc::new(Shared::new("vm1".into(), reclaim).unwrap());
+        let memory =
+            GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap();
+        shared.device().set_layout(MemoryLayout::of(&memory).unwrap());
+        shared.reset(Features::VERSION_1 | Features::MUST_TELL_HOST);
+
+        let operator = thread::spawn({
+            let shared = Arc::clone(&shared);
+            move || shared.status()
+        });
+        asked.recv_timeout(LONG).expect("memory is measured");
+        let (served_tx, served) = channel();
+        let guest = thread::spawn({
+            let shared = Arc::clone(&shared);
+            move || {
+                let mut ring = GuestRing::new(0x1000, 16);
+                let mut queue = ring.queue();
+                memory.write_slice(&[0x80, 0, 0, 0, 0x81, 0, 0, 0], GuestAddress(0x8000)).unwrap();
+                ring.send(&memory, &[Buffer::readable(0x8000, 8)]);
+                let mut device = shared.device();
+                device.process_queue(Vq::Inflate, &memory, &mut queue).unwrap();
+                served_tx.send((ring.take_used(&memory).is_some(), device.held().len())).unwrap();
+            }
+        });
+        let served = served.recv_timeout(LONG);
+        go.send(12345).unwrap();
+        assert_eq!(served, Ok((true, 2)), "the guest waited for a status");
+        guest.join().unwrap();
+        assert_eq!(operator.join().unwrap().resident_bytes, Some(12345));
+    }
 }

@@ -125,13 +125,28 @@ impl PendingRelease {
         self.sweep.clear();
     }
 
-    /// Marks to be swept what `choose` takes out of the pages that were released.
-    pub fn sweep(&mut self, choose: impl FnOnce(&mut PageSet) -> PageSet) {
-        let mut released = self.given.clone();
+    /// The next pages from `from` on, within at most `limit` page numbers, of which some
+    /// were released.
+    #[must_use]
+    pub fn next_released(&self, from: u64, limit: u64) -> Option<(PageRange, PageSet)> {
+        let rest = PageRange::from_bounds(from, PAGE_NUMBER_END).ok()?;
+        let first = self.given.ranges_in(rest).next()?.start();
+        let end = first.saturating_add(limit).min(PAGE_NUMBER_END);
+        let range = PageRange::from_bounds(first, end).ok()?;
+        let mut released = self.given.copy_range(range);
         released.subtract(&self.pending);
         released.subtract(&self.waiting);
-        let chosen = choose(&mut released);
-        debug_assert!(!chosen.intersects(&released), "chosen pages are taken out");
+        Some((range, released))
+    }
+
+    /// Marks to be swept what of `chosen` was released, and is not to be released anew by
+    /// now: pages that were taken back since they were chosen are left alone.
+    pub fn sweep(&mut self, mut chosen: PageSet) {
+        let mut taken_back = chosen.clone();
+        taken_back.subtract(&self.given);
+        for others in [&taken_back, &self.pending, &self.waiting] {
+            chosen.subtract(others);
+        }
         self.sweep.union_with(&chosen);
     }
 

@@ -1,13 +1,18 @@
 //! Releasing behind the guest's back, merged over many requests.
 
+mod look;
+
+pub use look::{SWEEP_LOOK_MAX_MS, SWEEP_LOOK_MS};
+
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use page_set::{CHUNK_PAGES, PageSet};
+use page_set::PageSet;
 
+use self::look::Look;
 use crate::{Batch, Discard, DiscardReport, PartialHuge, PendingRelease, Retained, Snapshot, Take};
 
 /// The worker is woken when so many pages (32 MiB) can be released: enough that
@@ -28,14 +33,6 @@ pub const PARTIAL_LIMIT_PAGES: u64 = 65536;
 /// what is left is released. A driver that waits for its answers sends again
 /// within one.
 pub const GRACE_MS: u64 = 10;
-
-/// How often the worker looks whether huge pages have come back, in milliseconds.
-/// A look is one fstat; the host shall not wait long for memory that it was given.
-pub const SWEEP_LOOK_MS: u64 = 1000;
-
-/// How rare looks become, in milliseconds, while sweeps find nothing: one may take
-/// a microsecond or two for each of the ranges that the guest gave.
-pub const SWEEP_LOOK_MAX_MS: u64 = 64_000;
 
 /// How pages are released.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -126,23 +123,13 @@ struct Inner {
     counters: Snapshot,
 }
 
-/// When to look for huge pages that came back.
-struct Look {
-    at: Instant,
-    every: Duration,
-    /// Pages that the host spent on the guest when the last sweep had ended.
-    swept_to: Option<u64>,
-    /// The same when the present sweep began.
-    sweeping_from: Option<u64>,
-    /// The guest took pages back since then.
-    taken_back: bool,
-    /// The worker will wake by itself to look.
-    armed: bool,
-}
-
 /// What the worker should do now.
 enum Step {
     Run(Batch),
+    /// See whether huge pages have come back.
+    Look,
+    /// The host spent so many pages before the sweep that is over.
+    EndSweep(u64),
     WaitFor(Duration),
     Wait,
     Stop,
@@ -163,14 +150,7 @@ impl Reclaimer {
             last_given: Instant::now(),
             armed: false,
             stop: false,
-            look: Look {
-                at: Instant::now(),
-                every: Duration::from_millis(SWEEP_LOOK_MS),
-                swept_to: None,
-                sweeping_from: None,
-                taken_back: false,
-                armed: false,
-            },
+            look: Look::new(),
             counters: Snapshot::default(),
         };
         let shared = Arc::new(Shared {
@@ -203,7 +183,7 @@ impl Reclaimer {
         inner.counters.given_pages += pages.len();
         inner.last_given = Instant::now();
         if inner.mode != ReleaseMode::Background {
-            drop(self.shared.drain(inner));
+            drop(self.shared.drain(inner, Take::All));
         } else if inner.is_worth_waking() || !inner.armed {
             // Noted here, so that the next call need not wake it once more.
             inner.armed = true;
@@ -218,7 +198,7 @@ impl Reclaimer {
         let mut inner = self.shared.lock();
         inner.pages.add(pages);
         inner.counters.given_pages += pages.len();
-        drop(self.shared.drain(inner));
+        drop(self.shared.drain(inner, Take::All));
         self.retain(pages);
     }
 
@@ -277,8 +257,7 @@ impl Reclaimer {
     pub fn flush(&self) {
         let mut inner = self.shared.lock();
         // The operator's change is over: what it left behind shall be found soon.
-        inner.look.every = Duration::from_millis(SWEEP_LOOK_MS);
-        inner.look.at = Instant::now() + inner.look.every;
+        inner.look.soon();
         let returns = inner.may_return();
         inner.flushing = !inner.pages.pending().is_empty();
         inner.look.armed |= returns;
@@ -308,10 +287,18 @@ impl Reclaimer {
         true
     }
 
-    /// Changes how pages are released, after what is pending was released.
+    /// Changes how pages are released, after what is pending was released: which may take
+    /// long, in batches that hold nobody up longer than the worker's.
     pub fn set_mode(&self, mode: ReleaseMode) {
-        let mut inner = self.shared.drain(self.shared.lock());
+        let inner = self.shared.lock();
+        let mut inner = self.shared.drain(inner, Take::Any(BATCH_PAGES));
         inner.mode = mode;
+    }
+
+    /// How pages are released.
+    #[must_use]
+    pub fn mode(&self) -> ReleaseMode {
+        self.shared.lock().mode
     }
 
     /// Changes what happens to parts of transparent huge pages. What waits is
@@ -374,6 +361,8 @@ impl Shared {
             diagnostics::panic_point("reclaimer");
             inner = match inner.next_step() {
                 Step::Run(batch) => self.run(inner, batch),
+                Step::Look => self.look(inner),
+                Step::EndSweep(before) => self.end_sweep(inner, before),
                 Step::WaitFor(time) => {
                     let waited = self.work.wait_timeout(inner, time);
                     waited.unwrap_or_else(PoisonError::into_inner).0
@@ -384,11 +373,11 @@ impl Shared {
         }
     }
 
-    /// Releases everything pending in this thread.
-    fn drain<'a>(&'a self, mut inner: MutexGuard<'a, Inner>) -> MutexGuard<'a, Inner> {
+    /// Releases everything pending in this thread, in batches of `take`.
+    fn drain<'a>(&'a self, mut inner: MutexGuard<'a, Inner>, take: Take) -> MutexGuard<'a, Inner> {
         while !inner.is_settled() {
             let largest = inner.memory.largest_host_page();
-            inner = match inner.pages.begin(Take::All, largest) {
+            inner = match inner.pages.begin(take, largest) {
                 Some(batch) => self.run(inner, batch),
                 None => self.wait_done(inner),
             };
@@ -516,68 +505,6 @@ impl Inner {
             Some(batch) => Step::Run(batch),
             None => Step::Wait,
         }
-    }
-}
-
-impl Inner {
-    /// True where a huge page of the host may hold pages that were released.
-    fn may_return(&self) -> bool {
-        let given = self.pages.given();
-        self.partial_huge == PartialHuge::Split
-            && self.mode != ReleaseMode::PerPage
-            && self.memory.largest_host_page() > 1
-            && given.len() > given.full_chunk_pages()
-    }
-
-    fn has_to_sweep(&self) -> bool {
-        self.mode != ReleaseMode::PerPage && self.pages.is_to_be_swept()
-    }
-
-    /// What to do while nothing is pending: release once more what came back.
-    fn next_sweep(&mut self) -> Step {
-        if self.has_to_sweep()
-            && let Some(batch) = self.pages.begin_sweep(BATCH_PAGES)
-        {
-            return Step::Run(batch);
-        }
-        if !self.may_return() {
-            return Step::Wait;
-        }
-        let now = Instant::now();
-        if let Some(before) = self.look.sweeping_from.take() {
-            self.sweep_ended(before, now);
-        } else if now >= self.look.at {
-            self.look.at = now + self.look.every;
-            self.begin_to_sweep();
-            if let Some(batch) = self.pages.begin_sweep(BATCH_PAGES) {
-                return Step::Run(batch);
-            }
-        }
-        self.look.armed = true;
-        Step::WaitFor(self.look.at.saturating_duration_since(now))
-    }
-
-    /// A guest that took nothing back, and for which the host spends what it did
-    /// before, has touched nothing.
-    fn begin_to_sweep(&mut self) {
-        let resident = self.memory.resident_pages();
-        let taken_back = std::mem::take(&mut self.look.taken_back);
-        if resident.is_some() && (taken_back || resident != self.look.swept_to) {
-            let memory = Arc::clone(&self.memory);
-            self.pages.sweep(|released| memory.take_partial(released, PartialHuge::Wait));
-            self.look.sweeping_from = resident;
-        }
-    }
-
-    fn sweep_ended(&mut self, before: u64, now: Instant) {
-        self.look.swept_to = self.memory.resident_pages();
-        let found = before.saturating_sub(self.look.swept_to.unwrap_or(before));
-        self.look.every = if found >= CHUNK_PAGES {
-            Duration::from_millis(SWEEP_LOOK_MS)
-        } else {
-            (self.look.every * 2).min(Duration::from_millis(SWEEP_LOOK_MAX_MS))
-        };
-        self.look.at = now + self.look.every;
     }
 }
 

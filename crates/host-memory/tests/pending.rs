@@ -95,7 +95,8 @@ impl Watched {
                 let flying = self.batch.as_ref().map(|b| pages(b.pages())).unwrap_or_default();
                 self.allowed.retain(|page| flying.contains(page));
             }
-            Op::Sweep(range) => self.state.sweep(|released| released.take_range(range)),
+            // Chosen at any time before: of pages that were released, or are not any more.
+            Op::Sweep(range) => self.state.sweep(range.into()),
             Op::BeginSweep(limit) => {
                 let began = self.state.begin_sweep(limit);
                 prop_assert!(began.as_ref().is_none_or(|began| began.pages().len() <= limit));

@@ -68,6 +68,23 @@ impl PageSet {
         taken
     }
 
+    /// A copy of the pages that lie in `range`.
+    #[must_use]
+    pub fn copy_range(&self, range: PageRange) -> Self {
+        let mut copied = Self::new();
+        let mut from = range.start();
+        while let Some((number, start, end)) = self.next_held(from, range.end()) {
+            from = first_page(number + 1);
+            let Some(mut part) = self.slabs.get(&number).cloned() else { continue };
+            if end - start < SLAB_PAGES {
+                part.remove(0, start);
+                part.remove(end, SLAB_PAGES);
+            }
+            copied.attach(number, part);
+        }
+        copied
+    }
+
     fn move_slab(&mut self, number: u64, to: &mut Self) {
         if let Some(slab) = self.detach(number) {
             to.attach(number, slab);

@@ -151,7 +151,10 @@ proptest! {
 
     #[test]
     fn take_range((mut set, mut model) in sets(), r in ranges_in_window()) {
+        let copied = set.copy_range(r);
+        assert_same(&set, &model);
         let taken = set.take_range(r);
+        assert_same(&taken, &copied.ranges().flat_map(|range| range.start()..range.end()).collect());
         let inside: Model = model.iter().filter(|&&page| r.contains(page)).copied().collect();
         model.retain(|&page| !r.contains(page));
         assert_same(&taken, &inside);

@@ -35,13 +35,27 @@ impl Shared {
 
     /// Waits until the guest has named all, or for so long.
     pub(super) fn await_hints(&self, id: u32, timeout: Duration) -> FreePageHints {
+        let (mut hints, pages) = self.await_named(id, timeout);
+        if hints.outcome == HintOutcome::Complete {
+            // A guest may have named millions of runs; it is served meanwhile.
+            hints.list = pages.ranges().take(MAX_LISTED_RUNS).map(run).collect();
+            hints.runs = pages.ranges().count() as u64;
+        }
+        hints
+    }
+
+    /// The same with the pages that were named, and without the list of them.
+    fn await_named(&self, id: u32, timeout: Duration) -> (FreePageHints, PageSet) {
         let end = Instant::now().checked_add(timeout);
         let mut state = self.state();
         loop {
             let hints = state.hints(id);
             let now = Instant::now();
             if hints.outcome != HintOutcome::InProgress || end.is_some_and(|end| now >= end) {
-                return hints;
+                let hinting = state.device.hinting();
+                let newest = hinting.id().is_some_and(|newest| newest.get() == id);
+                let pages = newest.then(|| hinting.pages().clone()).unwrap_or_default();
+                return (hints, pages);
             }
             let left = end.map_or(Duration::MAX, |end| end - now);
             let woken = self.changed.wait_timeout(state, left);
@@ -52,14 +66,13 @@ impl Shared {
     /// What the guest has named for request `id` once it has named all, or after so long: each
     /// page stands for itself. `None` where that request is not under way any more.
     pub fn hinted_within(&self, id: u32, wait: Duration) -> Option<PageSet> {
-        self.await_hints(id, wait);
-        let state = self.state();
-        match state.hints(id).outcome {
+        let (hints, pages) = self.await_named(id, wait);
+        match hints.outcome {
             HintOutcome::Complete => {}
             HintOutcome::InProgress => tracing::info!(?wait, "the guest hints still"),
             HintOutcome::Replaced | HintOutcome::Lost => return None,
         }
-        Some(state.device.hinting().pages().clone())
+        Some(pages)
     }
 
     /// Gives the guest its pages back, whether it has answered or not.
@@ -98,11 +111,6 @@ impl State {
         if newest {
             hints.pages = hinting.pages().len();
             hints.bytes = hints.pages * BALLOON_PAGE_BYTES;
-        }
-        if outcome == HintOutcome::Complete {
-            let runs = hinting.pages().ranges();
-            hints.list = runs.take(MAX_LISTED_RUNS).map(run).collect();
-            hints.runs = hinting.pages().ranges().count() as u64;
         }
         hints
     }
