@@ -255,7 +255,11 @@ impl<R: Reclaim> Balloon<R> {
     }
 
     fn bad_ring(&mut self, vq: Vq, source: virtio_queue::Error) -> QueueError {
-        self.faults.count(Fault::BadRing);
+        use virtio_queue::Error::GuestMemory;
+        // The host's, whose memory is gone.
+        if !matches!(source, GuestMemory(vm_memory::GuestMemoryError::IOError(_))) {
+            self.faults.count(Fault::BadRing);
+        }
         QueueError::BadRing { vq, source }
     }
 

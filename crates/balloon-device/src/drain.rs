@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use virtio_queue::{DescriptorChain, Error, QueueT};
-use vm_memory::GuestMemory;
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError};
 
 /// Chains that one call serves at most, so that a guest which keeps adding
 /// cannot keep the device from its other queues: four times the largest ring
@@ -47,15 +47,30 @@ pub struct Drained {
 /// A queue that is not ready is not touched: its addresses are no addresses yet.
 ///
 /// # Errors
-/// The queue is not ready, or the ring makes no sense.
+/// The queue is not ready, the ring makes no sense, or its memory is gone, which is an I/O
+/// error.
 pub fn drain<'m, M: GuestMemory>(
     queue: &mut impl QueueT,
     memory: &'m M,
-    mut handle: impl FnMut(DescriptorChain<&'m M>) -> Handled,
+    handle: impl FnMut(DescriptorChain<&'m M>) -> Handled,
 ) -> Result<Drained, Error> {
     if !queue.ready() {
         return Err(Error::QueueNotReady);
     }
+    drain_ready(queue, memory, handle).map_err(|error| {
+        // What was read of a ring whose memory is gone is no fault of the guest.
+        match memory.read_obj::<u16>(GuestAddress(queue.avail_ring())) {
+            Err(gone @ GuestMemoryError::IOError(_)) => Error::GuestMemory(gone),
+            _ => error,
+        }
+    })
+}
+
+fn drain_ready<'m, M: GuestMemory>(
+    queue: &mut impl QueueT,
+    memory: &'m M,
+    mut handle: impl FnMut(DescriptorChain<&'m M>) -> Handled,
+) -> Result<Drained, Error> {
     let mut drained = Drained::default();
     let mut bytes = 0;
     let mut returned = false;

@@ -4,7 +4,7 @@ use balloon_abi::MessageStatus;
 use balloon_abi::request::REQUEST_BYTES;
 use balloon_abi::status::STATUS_BYTES;
 use virtio_queue::DescriptorChain;
-use vm_memory::{Bytes, GuestAddress, GuestMemory};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
 
 use crate::fault::Fault;
 
@@ -41,6 +41,9 @@ impl Message {
     /// Copies the readable part of `chain`, at most `limit` bytes. Where it
     /// fails the place for an answer is still known.
     ///
+    /// Memory that turns out to be gone while it is read fails from then on, so it is
+    /// asked for once more at the end: what was read last may be anything.
+    ///
     /// A chain that breaks off (a loop, a next descriptor or a table that is not
     /// there, too many descriptors) ends with one that says another follows.
     pub(crate) fn read<M: GuestMemory>(
@@ -54,6 +57,7 @@ impl Message {
         self.request_room = None;
         let mut outcome = Ok(());
         let mut broken_off = false;
+        let mut last = None;
         for descriptor in chain.take(MAX_DESCRIPTORS) {
             broken_off = descriptor.has_next();
             let len = descriptor.len() as usize;
@@ -66,10 +70,12 @@ impl Message {
                 }
             } else if outcome.is_ok() {
                 outcome = self.append(memory, descriptor.addr(), len, limit);
+                last = if len > 0 { Some(descriptor.addr()) } else { last };
             }
         }
         outcome?;
-        if broken_off {
+        let gone = last.is_some_and(|at| !memory.check_range(at, 1, Permissions::Read));
+        if broken_off || gone {
             return Err(Fault::BadDescriptor);
         }
         if self.bytes.is_empty() { Err(Fault::EmptyMessage) } else { Ok(()) }

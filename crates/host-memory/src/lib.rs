@@ -15,6 +15,7 @@
 //! [`PageSet`]: page_set::PageSet
 
 mod advise;
+mod backed;
 mod discard;
 mod error;
 mod host_pages;
@@ -28,6 +29,7 @@ mod region;
 pub mod resident;
 mod snapshot;
 
+pub use backed::BackedMemory;
 pub use discard::{Discard, DiscardCall, DiscardFailure, DiscardReport, KEPT_FAILURES};
 pub use error::HostMemoryError;
 pub use host_pages::HostPages;

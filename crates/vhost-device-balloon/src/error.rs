@@ -70,6 +70,16 @@ pub enum SessionError {
     /// Guest memory could not be mapped.
     #[error("front end: guest memory cannot be mapped")]
     Map(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// Guest memory was mapped, and when it was touched nothing was behind it.
+    #[error(
+        "host: there is no memory behind guest address {address:#x}: the file was shortened, \
+         or the host has none to give (huge pages: see vm.nr_hugepages and HugePages_Free in \
+         /proc/meminfo; a tmpfs: its size; else vm.overcommit_memory and CommitLimit)"
+    )]
+    Unbacked {
+        /// The first address that was touched in vain.
+        address: u64,
+    },
     /// Something of the host's failed.
     #[error("host: {what} failed")]
     Host {
@@ -181,6 +191,7 @@ impl SessionError {
             Self::Receive(_) | Self::Send(_) => "broken_connection",
             Self::Panicked(_) => "session_panicked",
             Self::Map(_) => "unmappable_memory",
+            Self::Unbacked { .. } => "unbacked_memory",
             Self::Host { .. } => "host_call_failed",
         }
     }

@@ -2,8 +2,8 @@
 
 use balloon_abi::Vq;
 use balloon_host::Shared;
+use host_memory::BackedMemory;
 use virtio_queue::QueueT;
-use vm_memory::GuestMemoryMmap;
 
 use crate::vring::Vring;
 
@@ -13,7 +13,7 @@ pub(crate) fn find(
     shared: &Shared,
     vring: &mut Vring,
     index: usize,
-    memory: &GuestMemoryMmap,
+    memory: &BackedMemory,
     driver_known: &mut bool,
 ) -> bool {
     let mut device = shared.device();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use balloon_abi::BALLOON_PAGE_BYTES;
 use balloon_device::MemoryLayout;
-use host_memory::MemoryMap;
+use host_memory::{BackedMemory, MemoryMap};
 use page_set::PageRange;
 use rustix::fs::{SealFlags, fcntl_get_seals};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
@@ -30,7 +30,7 @@ struct Region {
 pub(crate) struct Memory {
     regions: Vec<Region>,
     pub(crate) layout: MemoryLayout,
-    pub(crate) map: GuestMemoryMmap,
+    pub(crate) map: BackedMemory,
 }
 
 impl Memory {
@@ -53,6 +53,7 @@ impl Memory {
         let mut maps = regions.iter().map(Region::map).collect::<Result<Vec<_>, _>>()?;
         maps.sort_by_key(vm_memory::GuestMemoryRegion::start_addr);
         let map = GuestMemoryMmap::from_regions(maps).map_err(|e| SessionError::Map(e.into()))?;
+        let map = BackedMemory::new(map).map_err(|e| SessionError::Map(e.into()))?;
         Ok(Self { regions, layout, map })
     }
 
@@ -68,8 +69,10 @@ impl Memory {
         MemoryMap::new(regions.collect::<Result<_, _>>()?).map_err(|e| SessionError::Map(e.into()))
     }
 
-    /// True where no file can shrink any more: a file that did would end the process
-    /// that reads it. Asked of a file, this never becomes untrue.
+    /// True where no file can shrink any more. Asked of a file, this never becomes untrue.
+    ///
+    /// Sealed or not, there may be nothing behind a page when it is touched; that is found
+    /// out then, by [`BackedMemory`].
     pub(crate) fn is_sealed(&self) -> bool {
         let sealed = |region: &Region| {
             fcntl_get_seals(&region.file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK))
@@ -104,7 +107,7 @@ impl Region {
         let size = usize::try_from(self.bytes).map_err(|_| Violation::MemoryTable)?;
         let end = self.file_offset.checked_add(self.bytes).ok_or(Violation::MemoryTable)?;
         let len = self.file.metadata().map_err(|e| SessionError::Map(e.into()))?.len();
-        // A file that is too short would turn a read into SIGBUS.
+        // What is beyond the end can never be touched.
         if len < end {
             return Err(Violation::MemoryTable.into());
         }

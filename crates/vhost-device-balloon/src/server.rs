@@ -283,6 +283,8 @@ fn serve(
                     session.kicked(usize::try_from(queue).unwrap_or(usize::MAX));
                 }
             }
+            // What comes next would be blamed for it.
+            session.check()?;
         }
         session.check()?;
     }

@@ -45,7 +45,7 @@ pub struct Options {
     /// Features that the device does not offer.
     pub without: Features,
     /// Guest memory must be sealed against shrinking. A file that shrinks while it
-    /// is mapped ends the process that reads it.
+    /// is mapped ends its session when it is read.
     pub sealed_only: bool,
     /// How long a guest's next message is looked for without sleeping.
     pub busy_poll: Duration,

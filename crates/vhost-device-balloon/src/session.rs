@@ -1,10 +1,11 @@
 //! One front end's connection: its requests, in any order it likes.
 
+mod config;
+
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use balloon_abi::config::{CONFIG_BYTES, Field};
 use balloon_abi::{Features, QueueLayout, Vq};
 use balloon_device::RequestFailure;
 use balloon_host::{Shared, StatsClock};
@@ -33,13 +34,6 @@ const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::
     .union(VhostUserProtocolFeatures::BACKEND_REQ)
     .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
     .union(VhostUserProtocolFeatures::MQ);
-
-/// Bytes of configuration space that may be read; those beyond the balloon's
-/// own read as zero. The protocol's reference front end (QEMU) reads at most this.
-const MAX_CONFIG_BYTES: usize = 256;
-
-/// Bytes of a field of the configuration space.
-const FIELD_BYTES: usize = 4;
 
 /// Bits of a `SET_VRING_KICK` payload that name the queue, and the one that
 /// says that no file descriptor came.
@@ -261,66 +255,12 @@ impl<'a> Session<'a> {
             }
             Err(error) => {
                 vring.stop();
-                if shared.may_log() {
+                // Of memory that is gone the session's end tells.
+                if memory.map.lost_at().is_none() && shared.may_log() {
                     tracing::warn!(%error, "queue stopped");
                 }
             }
         }
-    }
-
-    fn get_config(&mut self, message: &Message) -> Result<Vec<u8>, SessionError> {
-        let mut fields = message.fields();
-        let (offset, size, flags) = (fields.u32()?, fields.u32()?, fields.u32()?);
-        let (from, len) = (offset as usize, size as usize);
-        if from.saturating_add(len) > MAX_CONFIG_BYTES {
-            return Err(Violation::PayloadSize { request: message.request, size: len }.into());
-        }
-        let mut space = [0; MAX_CONFIG_BYTES];
-        space[..CONFIG_BYTES]
-            .copy_from_slice(&self.shared.device().read_config(Instant::now()).to_bytes());
-        let mut answer = Vec::with_capacity(12 + len);
-        for word in [offset, size, flags] {
-            answer.extend(word.to_ne_bytes());
-        }
-        answer.extend(&space[from..from + len]);
-        Ok(answer)
-    }
-
-    /// A write that the driver may not do is counted and ignored: it is the
-    /// guest's fault, and the front end could not help it.
-    ///
-    /// QEMU writes the whole space when the guest writes any of it, with what it
-    /// knows of the other fields. Then the driver's fields are taken out of it.
-    fn set_config(&mut self, message: &Message) -> Result<(), SessionError> {
-        let mut fields = message.fields();
-        let (offset, size, _flags) = (fields.u32()?, fields.u32()?, fields.u32()?);
-        let data = fields.bytes(size as usize)?;
-        self.silence.broken();
-        self.shared.keep_poison(offset, data);
-        let mut device = self.shared.device();
-        let poisons = device.negotiated().contains(Features::PAGE_POISON);
-        let valid = |field| field != Field::PoisonVal || poisons;
-        let mut write = |offset, data| {
-            if let Err(fault) = device.write_config(offset, data, Instant::now()) {
-                tracing::debug!(%fault, offset, "config write refused");
-            }
-        };
-        if offset == 0 && data.len() > FIELD_BYTES && data.len().is_multiple_of(FIELD_BYTES) {
-            for (place, data) in (0..).step_by(FIELD_BYTES).zip(data.chunks(FIELD_BYTES)) {
-                let field = Field::ALL.into_iter().find(|field| field.offset() == place as usize);
-                if field.is_some_and(|field| field.is_driver_writable() && valid(field)) {
-                    write(place, data);
-                }
-            }
-        } else {
-            write(offset, data);
-        }
-        drop(device);
-        if self.driver_known {
-            self.shared.keep_actual();
-        }
-        self.shared.changed();
-        Ok(())
     }
 
     /// User Mode Linux asks this too when it has removed a driver, and where it
@@ -490,8 +430,11 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// The front end took away the memory that chains are noted in.
+    /// The front end took memory away: the guest's, or that which chains are noted in.
     pub(crate) fn check(&self) -> Result<(), SessionError> {
+        if let Some(lost) = self.memory.as_ref().and_then(|memory| memory.map.lost_at()) {
+            return Err(SessionError::Unbacked { address: lost.0 });
+        }
         let lost = self.vrings.iter().any(|vring| vring.queue.is_lost());
         if lost { Err(Violation::Inflight.into()) } else { Ok(()) }
     }

@@ -5,7 +5,7 @@ use std::ops::Deref;
 use std::sync::atomic::Ordering;
 
 use virtio_queue::{DescriptorChain, Error, Queue, QueueGuard, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemory};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
 
 use crate::inflight::Part;
 
@@ -61,6 +61,9 @@ impl TrackedQueue {
     pub(crate) fn find<M: GuestMemory>(&mut self, memory: &M) -> Result<Found, Error> {
         let used_idx = self.queue.used_idx(memory, Ordering::Acquire)?.0;
         let avail_idx = self.queue.avail_idx(memory, Ordering::Acquire)?.0;
+        if !self.is_there(memory) {
+            return Err(Error::InvalidAvailRingIndex);
+        }
         self.queue.set_next_used(used_idx);
         self.queue.set_next_avail(used_idx);
         let mut found = Found { used: used_idx != 0, kept: Vec::new() };
@@ -88,6 +91,12 @@ impl TrackedQueue {
             Err(_) => self.lost = true,
         }
         Ok(found)
+    }
+
+    /// False where what was read of the ring may be none of it, because its memory turned
+    /// out to be gone.
+    fn is_there<M: GuestMemory + ?Sized>(&self, memory: &M) -> bool {
+        memory.check_range(GuestAddress(self.queue.avail_ring()), 1, Permissions::Read)
     }
 
     /// The head that stands in the available ring at `index`.
@@ -133,7 +142,11 @@ impl QueueT for TrackedQueue {
         M::Target: GuestMemory,
     {
         // Asked for its error before, by whoever drains.
+        let memory = mem.clone();
         let chain = self.queue.iter(mem).ok()?.next()?;
+        if !self.is_there(&*memory) {
+            return None;
+        }
         let head = chain.head_index();
         if head < self.queue.size() {
             self.counter = self.counter.wrapping_add(1);

@@ -56,7 +56,7 @@ pub(crate) struct VhostUserArgs {
     #[arg(long, conflicts_with = "state")]
     no_state: bool,
 
-    /// Whether memory is taken that its monitor can shrink, which ends the process
+    /// Whether memory is taken that its monitor can shrink, which ends this guest's session
     #[arg(long, value_enum, value_name = "WHAT")]
     unsealed_memory: Option<Unsealed>,
 
@@ -79,7 +79,7 @@ pub(crate) struct VhostUserArgs {
 enum Unsealed {
     /// Taken; the default for one guest, who is alone in the process
     Accept,
-    /// Refused; the default for several, who would end with it
+    /// Refused; the default for several, who share a process
     Refuse,
 }
 

@@ -1,16 +1,16 @@
 //! Several guests in one process do not disturb each other.
 
 use std::io::Write;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, memfd_create};
 use rustix::process::Signal;
 
 use crate::PROGRAM;
-use crate::support::driver::{CLASSIC, Monitor, Vm, mem_table};
-use crate::support::front_end::request;
+use crate::support::driver::{CLASSIC, INFLATE, Monitor, RING_SIZE, Vm, mem_table, vring_addr};
+use crate::support::front_end::{FrontEnd, PROTOCOL_FEATURES, eventfd, request};
 use crate::support::guest::{BASE, BYTES, FILE_OFFSET, Guest, data_pages};
 use crate::support::process::Program;
 
@@ -102,4 +102,83 @@ fn unsealed_memory_is_taken_where_that_is_said() {
     assert_eq!(program.client("one").status().unwrap().faults.total(), 0);
     let seals = SealFlags::SHRINK;
     assert!(fcntl_add_seals(&vm.guest.file, seals).is_err(), "it was not sealable");
+}
+
+const HUGE: u64 = 2 << 20;
+/// Regions of the size of what one front end here shares.
+const SHARED: u64 = 4 * HUGE;
+
+/// Huge pages that can be sealed, as QEMU makes them for a guest.
+fn huge_memfd(pages: u64) -> Option<OwnedFd> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = memfd_create("huge", flags | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB).ok()?;
+    rustix::fs::ftruncate(&file, pages * HUGE).ok()?;
+    Some(file)
+}
+
+/// Shares memory and has a queue in it run. Nothing of it is touched here.
+fn run_in(front: &FrontEnd, file: impl AsFd) -> OwnedFd {
+    front.send_u64(request::SET_FEATURES, CLASSIC.0 | PROTOCOL_FEATURES);
+    let table = mem_table(&[[BASE, SHARED, BASE, 0]]);
+    front.send(request::SET_MEM_TABLE, &table, &[file.as_fd()]);
+    let queue = INFLATE as u32;
+    front.send_state(request::SET_VRING_NUM, queue, u32::from(RING_SIZE));
+    front.send_state(request::SET_VRING_BASE, queue, 0);
+    // Each part in a huge page of its own.
+    let places = [BASE, BASE + 2 * HUGE, BASE + HUGE];
+    front.send(request::SET_VRING_ADDR, &vring_addr(queue, places), &[]);
+    let kick = eventfd();
+    front.send_fd(request::SET_VRING_KICK, queue.into(), &kick);
+    front.try_send(request::SET_VRING_ENABLE, &[queue, 1].map(u32::to_ne_bytes).concat(), &[]);
+    kick
+}
+
+/// Its own session ends, and says why; the other guest is served.
+fn assert_only_one_is_ended(program: &mut Program, vm: &mut Vm, front: &FrontEnd) {
+    front.wait_closed();
+    assert_two_is_served(program, vm);
+    let one = program.client("one").status().unwrap();
+    assert!(!one.guest.connected);
+    assert_eq!(one.faults.front_end.get("unbacked_memory"), Some(&1), "{:?}", one.faults);
+    assert_eq!(one.faults.total(), 1, "{:?}", one.faults);
+    // And whose memory is there can come after it.
+    sealed_vm(program, "one.vhost").inflate(&data_pages().take(5).collect());
+    let (status, log) = program.end(Signal::TERM);
+    assert_eq!(status.code(), Some(0), "{log}");
+    assert!(log.contains("there is no memory behind guest address"), "{log}");
+    assert!(log.contains("vm.nr_hugepages"), "{log}");
+}
+
+#[test]
+fn huge_pages_that_the_host_does_not_have_end_their_session_alone() {
+    let free = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
+    let free = std::fs::read_to_string(free).ok().and_then(|text| text.trim().parse().ok());
+    let (Some(free), Some(file)) = (free, huge_memfd(SHARED / HUGE)) else {
+        return eprintln!("SKIPPED: no huge pages here");
+    };
+    // Whatever the pool has is taken.
+    let pool = huge_memfd(free).unwrap();
+    if free > 0 {
+        fallocate(&pool, FallocateFlags::empty(), 0, free * HUGE).unwrap();
+    }
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW).unwrap();
+    let mut program = two_guests(&[]);
+    let mut vm = sealed_vm(&mut program, "two.vhost");
+    let front = program.connect("one.vhost");
+    let _kick = run_in(&front, &file);
+    assert_only_one_is_ended(&mut program, &mut vm, &front);
+}
+
+#[test]
+fn a_file_that_shrinks_ends_its_session_alone() {
+    let file = memfd_create("shrinks", MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&file, SHARED).unwrap();
+    let mut program = two_guests(&["--unsealed-memory", "accept"]);
+    let mut vm = sealed_vm(&mut program, "two.vhost");
+    let front = program.connect("one.vhost");
+    let kick = run_in(&front, &file);
+    front.barrier();
+    rustix::fs::ftruncate(&file, HUGE).unwrap();
+    rustix::io::write(&kick, &1u64.to_ne_bytes()).unwrap();
+    assert_only_one_is_ended(&mut program, &mut vm, &front);
 }

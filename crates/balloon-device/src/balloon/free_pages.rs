@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use balloon_abi::{Features, HintId, Vq};
 use virtio_queue::QueueT;
-use vm_memory::GuestMemory;
+use vm_memory::{GuestAddress, GuestMemory, Permissions};
 
 use super::{Balloon, QueueError};
 use crate::answer::{Blocks, FreeKind, FreePages};
@@ -79,8 +79,13 @@ impl<R: Reclaim> Balloon<R> {
         memory: &M,
         queue: &mut impl QueueT,
     ) -> Result<Drained, QueueError> {
+        let ring = GuestAddress(queue.desc_table());
         let drained = drain(queue, memory, |chain| {
             let (read_bytes, named) = named::read(chain, memory, &self.layout);
+            // Where the ring's memory turned out to be gone meanwhile, these may be any pages.
+            let is_there = memory.check_range(ring, 1, Permissions::Read);
+            let named =
+                named.and_then(|named| is_there.then_some(named).ok_or(Fault::BadDescriptor));
             if vq == Vq::Reporting {
                 self.reports.messages += 1;
             }
