@@ -1,5 +1,6 @@
 //! What a status costs: the operator who asks, and the guest who is served meanwhile.
 #![forbid(unsafe_code)]
+#![allow(missing_docs, reason = "criterion's macros make items without")]
 #![allow(clippy::unwrap_used, reason = "a bench stops at the first surprise")]
 
 use std::time::Duration;

@@ -54,7 +54,7 @@ impl Shared {
             if hints.outcome != HintOutcome::InProgress || end.is_some_and(|end| now >= end) {
                 let hinting = state.device.hinting();
                 let newest = hinting.id().is_some_and(|newest| newest.get() == id);
-                let pages = newest.then(|| hinting.pages().clone()).unwrap_or_default();
+                let pages = if newest { hinting.pages().clone() } else { PageSet::default() };
                 return (hints, pages);
             }
             let left = end.map_or(Duration::MAX, |end| end - now);
