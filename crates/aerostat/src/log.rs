@@ -38,7 +38,11 @@ impl LogArgs {
         let variable = env::var("RUST_LOG").ok().filter(|filter| !filter.is_empty());
         let filter = match (&self.log, variable) {
             (Some(filter), _) => EnvFilter::new(filter),
-            (None, Some(filter)) => EnvFilter::new(filter),
+            // Not `new`, which says on standard error what it does not know.
+            (None, Some(filter)) => EnvFilter::try_new(filter).unwrap_or_else(|error| {
+                diagnostics::say!("operator: RUST_LOG: {error}; it is not looked at");
+                EnvFilter::new(LEVELS[place])
+            }),
             (None, None) => EnvFilter::new(LEVELS[place]),
         };
         tracing_subscriber::fmt()

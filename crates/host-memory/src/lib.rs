@@ -14,6 +14,8 @@
 //!
 //! [`PageSet`]: page_set::PageSet
 
+#![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]
+
 mod advise;
 mod backed;
 mod discard;

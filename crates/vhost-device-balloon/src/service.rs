@@ -97,7 +97,9 @@ impl Service {
         let threads = self.guests.into_iter().map(|guest| {
             let stop = Arc::clone(&stop);
             let thread = thread::Builder::new().name(format!("guest {}", guest.name));
-            thread.spawn(move || guest.serve_whatever_panics(&stop))
+            let spawned = thread.spawn(move || guest.serve_whatever_panics(&stop));
+            // Told now: what is returned is looked at when the others have ended.
+            spawned.inspect_err(|error| tracing::error!(%error, "host: a guest has no thread"))
         });
         let threads = threads.collect::<Vec<_>>();
         let mut outcome = Ok(());

@@ -81,8 +81,7 @@ fn fill(
     let over = AtomicBool::new(false);
     let end = std::thread::scope(|scope| {
         scope.spawn(|| {
-            // Who does not know any more whether memory comes takes it that none does.
-            if contain(|| watch(&filling, &machine, &over)).unwrap_or(true) {
+            if watch_whatever_panics(&filling, &machine, &over) {
                 stop();
                 // Whoever waits for a page that never comes is let go, and finds zeros: no
                 // processor runs any more that could.
@@ -129,6 +128,17 @@ fn watch(filling: &Filling, machine: &Machine, over: &AtomicBool) -> bool {
         std::thread::sleep(LOOK);
     }
     false
+}
+
+/// The same, looked at anew after a panic.
+fn watch_whatever_panics(filling: &Filling, machine: &Machine, over: &AtomicBool) -> bool {
+    loop {
+        match contain(|| watch(filling, machine, over)) {
+            Ok(is_lost) => return is_lost,
+            Err(_) if over.load(Ordering::Relaxed) => return false,
+            Err(_) => std::thread::sleep(LOOK),
+        }
+    }
 }
 
 fn no_machine() -> Error {

@@ -414,6 +414,58 @@ fn assert_goes_on(point: &str, typed: &str) {
     assert!(guest.wait_for_end(LONG).unwrap().success(), "{point}");
 }
 
+/// Writing a guest to a file is called off like a migration, and the guest goes on.
+#[test]
+fn a_snapshot_whose_threads_panic_leaves_the_guest_as_it_was() {
+    on_a_kvm("panics::a_snapshot_whose_threads_panic_leaves_the_guest_as_it_was", || {
+        if !panics_on_demand() {
+            return;
+        }
+        for point in ["round", "pause", "last round", "state", "offer", "handed over"] {
+            let mut guest = builder("saved").variable(PANIC, point).boot().unwrap();
+            guest.ask("fill 8 4 1").unwrap();
+            let file = guest.directory().join("saved.aero");
+            let words = ["snapshot", "saved", file.to_str().unwrap()];
+            let (code, out, err) = aerostat(&guest, &words);
+            assert_eq!(code, Some(1), "{point}: {out}{err}");
+            assert!(err.contains("panicked") && !file.exists(), "{point}: {err}");
+            guest.ask("check 8 4 1").unwrap();
+            let (code, out, err) = aerostat(&guest, &words);
+            assert_eq!(code, Some(0), "{point}: {out}{err}");
+            guest.ask("check 8 4 1").unwrap();
+            assert!(guest.power_off().unwrap().success(), "{point}");
+        }
+    });
+}
+
+/// A guest whose memory comes no more ends, with the reason; whoever watches that it comes may panic.
+#[test]
+fn a_lazy_restore_ends_with_what_fills_memory_and_with_nothing_else() {
+    on_a_kvm("panics::a_lazy_restore_ends_with_what_fills_memory_and_with_nothing_else", || {
+        if !panics_on_demand() {
+            return;
+        }
+        let mut guest = boot("lazy");
+        guest.ask("fill 8 4 1").unwrap();
+        let file = guest.directory().join("lazy.aero");
+        let file = file.to_str().unwrap();
+        let (code, out, err) = aerostat(&guest, &["snapshot", "lazy", file]);
+        assert_eq!(code, Some(0), "{out}{err}");
+        let restore = |panics: &str| {
+            let restored = BareBuilder::command(program(), "restore", "again").unwrap();
+            restored.arguments(["--lazy", file]).variable(PANIC, panics).start().unwrap()
+        };
+        let mut watched = restore("watch,times=3");
+        watched.ask("check 8 4 1").unwrap();
+        assert!(watched.power_off().unwrap().success());
+        let mut lost = restore("filling");
+        assert_eq!(lost.wait_for_end(LONG).unwrap().code(), Some(1), "{}", lost.errors());
+        let reason = "filling memory: it panicked";
+        lost.wait_for_error("the reason", |text| text.contains(reason).then_some(())).unwrap();
+        assert!(guest.power_off().unwrap().success());
+    });
+}
+
 /// The disk's request is told to have failed, and the next one is carried out.
 #[test]
 fn a_disk_that_panics_answers_with_an_error() {
