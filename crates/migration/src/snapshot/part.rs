@@ -11,7 +11,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{
-    AtFlags, FileType, Mode, OFlags, RenameFlags, Stat, fstat, linkat, open, openat, renameat_with,
+    AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, Stat, fstat, linkat, openat, renameat_with,
     statat, unlinkat,
 };
 use rustix::io::Errno;
@@ -69,7 +69,8 @@ impl Part {
             return Err(MigrationError::Operator { what });
         };
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let directory = open(parent, flags, Mode::empty()).map_err(failed("opening", parent))?;
+        let directory =
+            openat(CWD, parent, flags, Mode::empty()).map_err(failed("opening", parent))?;
         // Also one that leads nowhere.
         if statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW).is_ok() {
             return Err(exists(path));
