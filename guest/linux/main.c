@@ -258,6 +258,24 @@ static void aerostat_remove(struct virtio_device *vdev)
 	aerostat_free(vb);
 }
 
+/*
+ * A kernel that is started by this one (kexec) must not meet a device that goes on with
+ * what this one gave it. Kernels since 6.15 reset all virtio devices by themselves. The
+ * host is not asked: a reset needs no answer, and a shutdown must not wait for one.
+ */
+static void aerostat_shutdown(struct device *dev)
+{
+	struct virtio_device *vdev = dev_to_virtio(dev);
+	struct aerostat *vb = vdev->priv;
+
+	aerostat_begin_to_stop(vb);
+	virtio_break_device(vdev);
+	wake_up(&vb->acked);
+	cancel_delayed_work_sync(&vb->work);
+	cancel_work_sync(&vb->yield_work);
+	virtio_reset_device(vdev);
+}
+
 static int aerostat_validate(struct virtio_device *vdev)
 {
 	/* The host needs guest physical addresses, whatever DMA would use. */
@@ -352,6 +370,7 @@ static struct virtio_driver aerostat_driver = {
 static int __init aerostat_module_init(void)
 {
 	u32 value;
+	int err;
 
 	/* Not cleared while validating: User Mode Linux negotiates twice then. */
 	if (aerostat_poison(&value))
@@ -361,7 +380,11 @@ static int __init aerostat_module_init(void)
 		aerostat_features[aerostat_driver.feature_table_size++] = AEROSTAT_F_PAGE_BITMAP;
 	if (requests)
 		aerostat_features[aerostat_driver.feature_table_size++] = AEROSTAT_F_REQUEST_VQ;
-	return register_virtio_driver(&aerostat_driver);
+	err = register_virtio_driver(&aerostat_driver);
+	/* Where the bus has its own, a driver's is neither called nor welcome. */
+	if (!err && !aerostat_driver.driver.bus->shutdown)
+		aerostat_driver.driver.shutdown = aerostat_shutdown;
+	return err;
 }
 module_init(aerostat_module_init);
 

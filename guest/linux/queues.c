@@ -58,10 +58,13 @@ static int aerostat_wait(struct aerostat *vb, struct virtqueue *vq,
 		vb->gone = true;
 	while (!vb->gone &&
 	       !wait_event_idle_timeout(vb->acked,
-					aerostat_returned(vb, vq, in_flight),
+					aerostat_returned(vb, vq, in_flight) ||
+					virtqueue_is_broken(vq),
 					AEROSTAT_LOOK_JIFFIES))
 		vb->gone = virtqueue_is_broken(vq) ||
 			   (READ_ONCE(vb->stopping) && !--looks);
+	if (vb->in_flight > in_flight)
+		vb->gone = true;
 	vb->wait_ns += ktime_get_ns() - start;
 	return vb->gone ? -ENODEV : 0;
 }

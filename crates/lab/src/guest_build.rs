@@ -70,6 +70,14 @@ pub fn lab_balloon_module(tree: &KernelTree) -> Result<PathBuf> {
     Ok(lab_module(tree)?.with_file_name("lab_balloon.ko"))
 }
 
+/// Builds the laboratory's module that takes the shutdown of the virtio bus away.
+///
+/// # Errors
+/// When the sources are not there or do not build.
+pub fn lab_bus_module(tree: &KernelTree) -> Result<PathBuf> {
+    Ok(lab_module(tree)?.with_file_name("lab_bus.ko"))
+}
+
 /// Builds the guest driver for a kernel, once for each state of its sources.
 ///
 /// # Errors
