@@ -48,6 +48,16 @@ fn the_unit_is_understood() {
     assert!(ours.is_empty(), "{ours:?}");
 }
 
+/// Guests are worth more than their balloons: monitors have an OOM score of 0.
+#[test]
+fn the_unit_is_bounded_and_ends_before_guests_do() {
+    let text = std::fs::read_to_string(contrib().join(UNIT)).unwrap();
+    let value = |key: &str| text.lines().find_map(|line| line.strip_prefix(key)).unwrap();
+    assert!(value("OOMScoreAdjust=").parse::<i32>().unwrap() > 0);
+    assert!(value("MemoryMax=").ends_with('M'));
+    assert_eq!(value("Restart="), "always");
+}
+
 #[test]
 fn the_unit_is_hardened() {
     let (_dir, path) = unit();

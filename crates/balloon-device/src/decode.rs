@@ -1,5 +1,6 @@
 //! Messages to sets of pages within guest memory.
 
+use balloon_abi::record::Record;
 use balloon_abi::{Records, pfn_array};
 use page_set::{PageRange, PageSet};
 
@@ -8,9 +9,9 @@ use crate::layout::MemoryLayout;
 
 /// Decodes a page-bitmap message, all or nothing.
 ///
-/// A record is checked against the bounds of guest memory before any of it goes
-/// into a set, so what a message can allocate is bounded by the guest's size.
-/// Linear in words.
+/// A record is checked against the bounds of guest memory, and all of them together against
+/// its size, before any of it goes into a set. So what a message can allocate is bounded by
+/// the guest's size, however far apart the parts of its memory are. Linear in words.
 pub fn decode_bitmap(message: &[u8], layout: &MemoryLayout) -> Result<PageSet, Fault> {
     let (first, end) = layout.bounds();
     let mut pages = PageSet::new();
@@ -24,6 +25,10 @@ pub fn decode_bitmap(message: &[u8], layout: &MemoryLayout) -> Result<PageSet, F
         }
         let blocks: u64 = record.words().map(|word| u64::from(word.count_ones())).sum();
         claimed += blocks * header.block_pages();
+        if claimed > layout.pages() {
+            let outside = names_others(&record, layout);
+            return Err(if outside { Fault::OutsideMemory } else { Fault::RepeatedPage });
+        }
         let added = pages.insert_bitmap(header.start_pfn.0, header.block_pages(), record.words());
         if added.ok() != Some(blocks * header.block_pages()) {
             return Err(Fault::RepeatedPage);
@@ -36,6 +41,16 @@ pub fn decode_bitmap(message: &[u8], layout: &MemoryLayout) -> Result<PageSet, F
         return Err(Fault::OutsideMemory);
     }
     Ok(pages)
+}
+
+/// True where a block of the record is not wholly in memory.
+fn names_others(record: &Record<'_>, layout: &MemoryLayout) -> bool {
+    let (start, pages) = (record.header().start_pfn.0, record.header().block_pages());
+    let blocks = (0u64..).step_by(64).zip(record.words()).flat_map(|(first, word)| {
+        (0..64).filter(move |bit| word >> bit & 1 == 1).map(move |bit| first + bit)
+    });
+    let mut blocks = blocks.map(|block| PageRange::new(start + block * pages, pages));
+    !blocks.all(|block| block.is_ok_and(|block| layout.covers(block)))
 }
 
 /// Decodes an array of page numbers; what lies outside of guest memory is
@@ -127,6 +142,16 @@ mod tests {
         let pages = decode_pfn_array(&message, &layout(), &mut faults);
         assert_eq!(runs(&pages), [(0x1fe, 2)]);
         assert_eq!(faults.get(Fault::OutsideMemory), 2);
+    }
+
+    #[test]
+    fn more_pages_than_memory_has_are_others_or_the_same_twice() {
+        let one_page = (3u64 | 12 << 52).to_le_bytes();
+        let twice = [one_page, one_page].concat();
+        let layout = MemoryLayout::new([(0x3000, 0x1000)]).unwrap();
+        assert_eq!(decode_bitmap(&twice, &layout), Err(Fault::RepeatedPage));
+        let layout = MemoryLayout::new([(0x1000, 0x1000), (1 << 40, 0x1000)]).unwrap();
+        assert_eq!(decode_bitmap(&twice, &layout), Err(Fault::OutsideMemory));
     }
 
     #[test]

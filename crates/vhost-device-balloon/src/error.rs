@@ -155,6 +155,17 @@ pub enum Violation {
     /// A memory table that no guest can have.
     #[error("a memory table that makes no sense")]
     MemoryTable,
+    /// More guest memory than is taken here.
+    #[error(
+        "{bytes} bytes of guest memory, of which at most {limit} are taken for one guest; \
+         `--max-guest-memory` takes more"
+    )]
+    TooMuchMemory {
+        /// Bytes of all regions.
+        bytes: u64,
+        /// The limit, which follows from the host or is the operator's.
+        limit: u64,
+    },
     /// Guest memory that can shrink, where it must not.
     #[error("guest memory that is not sealed against shrinking (F_SEAL_SHRINK)")]
     UnsealedMemory,

@@ -14,6 +14,7 @@ mod connector;
 mod error;
 mod found;
 mod inflight;
+mod limits;
 mod memory;
 mod server;
 mod service;

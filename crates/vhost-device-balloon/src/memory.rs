@@ -34,9 +34,10 @@ pub(crate) struct Memory {
 }
 
 impl Memory {
-    /// Reads and maps the payload of `SET_MEM_TABLE`. User Mode Linux always
-    /// sends room for two regions, so bytes beyond the table are not looked at.
-    pub(crate) fn from_message(message: &mut Message) -> Result<Self, SessionError> {
+    /// Reads and maps the payload of `SET_MEM_TABLE`, for a guest of at most `limit` bytes.
+    /// User Mode Linux always sends room for two regions, so bytes beyond the table are not
+    /// looked at.
+    pub(crate) fn from_message(message: &mut Message, limit: u64) -> Result<Self, SessionError> {
         let fds = std::mem::take(&mut message.fds);
         let mut fields = message.fields();
         let count = fields.u32()? as usize;
@@ -50,6 +51,10 @@ impl Memory {
         }
         let layout = MemoryLayout::new(regions.iter().map(|r| (r.guest_address, r.bytes)))
             .map_err(|_| Violation::MemoryTable)?;
+        let bytes = layout.pages().saturating_mul(BALLOON_PAGE_BYTES);
+        if bytes > limit {
+            return Err(Violation::TooMuchMemory { bytes, limit }.into());
+        }
         let mut maps = regions.iter().map(Region::map).collect::<Result<Vec<_>, _>>()?;
         maps.sort_by_key(vm_memory::GuestMemoryRegion::start_addr);
         let map = GuestMemoryMmap::from_regions(maps).map_err(|e| SessionError::Map(e.into()))?;

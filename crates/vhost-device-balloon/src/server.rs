@@ -5,7 +5,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -18,9 +17,9 @@ use diagnostics::{contain, panic_point};
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, EventData, EventFlags};
 
-use crate::busy_poll::BusyPoll;
 use crate::connector::{Connector, RETRY};
 use crate::error::{Error, SessionError};
+use crate::limits::{Limits, Terms};
 use crate::session::Session;
 use crate::wire::{MESSAGE_TIMEOUT, Message};
 
@@ -50,10 +49,7 @@ pub(crate) const BACKOFF: Duration = Duration::from_millis(100);
 /// The back end of one guest, which may come and go.
 pub struct Backend {
     shared: Arc<Shared>,
-    /// Guest memory has to be sealed against shrinking.
-    sealed_only: AtomicBool,
-    /// Nanoseconds for which the next message is looked for without sleeping.
-    busy_poll: AtomicU64,
+    limits: Limits,
     /// Held while a front end is served: there is one guest.
     serving: Mutex<()>,
 }
@@ -75,12 +71,7 @@ impl Backend {
     pub fn new(name: &str, release: ReleaseMode, partial_huge: PartialHuge) -> Result<Self, Error> {
         let reclaim = HostReclaim::new(release, partial_huge)?;
         let shared = Arc::new(Shared::new(name.to_owned(), reclaim)?);
-        Ok(Self {
-            shared,
-            sealed_only: AtomicBool::new(false),
-            busy_poll: AtomicU64::new(0),
-            serving: Mutex::new(()),
-        })
+        Ok(Self { shared, limits: Limits::new(), serving: Mutex::new(()) })
     }
 
     /// Offers no feature of `features`, from the next front end on.
@@ -90,15 +81,20 @@ impl Backend {
 
     /// Takes guest memory only where it is sealed against shrinking.
     pub fn want_sealed(&self, sealed_only: bool) {
-        self.sealed_only.store(sealed_only, Ordering::Relaxed);
+        self.limits.want_sealed(sealed_only);
+    }
+
+    /// Takes guests of at most so many bytes of memory, from the next front end on; four
+    /// times the host's unless this is said.
+    pub fn take_memory(&self, bytes: u64) {
+        self.limits.take_memory(bytes);
     }
 
     /// Looks for a guest's next message without sleeping, for so long after each, from
     /// the next front end on. Not where there is one processor: the guest needs it.
     pub fn poll_busily(&self, limit: Duration) {
         let alone = thread::available_parallelism().is_ok_and(|processors| processors.get() == 1);
-        let nanos = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
-        self.busy_poll.store(if alone { 0 } else { nanos }, Ordering::Relaxed);
+        self.limits.poll_busily(if alone { Duration::ZERO } else { limit });
     }
 
     /// Keeps in the file at `path` what has to be known after a restart.
@@ -152,12 +148,9 @@ impl Backend {
     pub fn serve(&self, stream: &UnixStream, stop: &impl AsFd) -> Result<End, SessionError> {
         let _serving = self.serving.lock().unwrap_or_else(PoisonError::into_inner);
         self.shared.set_connected(true);
-        let sealed_only = self.sealed_only.load(Ordering::Relaxed);
-        let busy_poll = Duration::from_nanos(self.busy_poll.load(Ordering::Relaxed));
-        let busy_poll = BusyPoll::new(busy_poll);
         // A session that panics is over, as one whose front end broke the protocol: the next
         // connection begins with a new one.
-        let outcome = contain(|| serve(&self.shared, sealed_only, busy_poll, stream, stop))
+        let outcome = contain(|| serve(&self.shared, self.limits.terms(), stream, stop))
             .unwrap_or_else(|panicked| Err(SessionError::Panicked(panicked)));
         self.shared.set_connected(false);
         let outcome = match outcome {
@@ -223,8 +216,7 @@ impl Backend {
 /// Serves one connection to its end.
 fn serve(
     shared: &Shared,
-    sealed_only: bool,
-    busy_poll: BusyPoll,
+    terms: Terms,
     stream: &UnixStream,
     stop: &impl AsFd,
 ) -> Result<End, SessionError> {
@@ -237,7 +229,7 @@ fn serve(
     ])
     .map_err(host("epoll"))?;
     let poll = Rc::new(poll);
-    let mut session = Session::new(shared, sealed_only, busy_poll, Rc::clone(&poll))?;
+    let mut session = Session::new(shared, terms, Rc::clone(&poll))?;
     let mut message = Message::default();
     let mut events = Vec::with_capacity(16);
     loop {

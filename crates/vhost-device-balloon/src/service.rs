@@ -47,6 +47,8 @@ pub struct Options {
     /// Guest memory must be sealed against shrinking. A file that shrinks while it
     /// is mapped ends its session when it is read.
     pub sealed_only: bool,
+    /// Bytes of memory that the guest may have; four times the host's memory unless given.
+    pub max_memory_bytes: Option<u64>,
     /// How long a guest's next message is looked for without sleeping.
     pub busy_poll: Duration,
 }
@@ -121,6 +123,9 @@ impl Guest {
         let backend = Backend::new(&options.name, options.release, options.partial_huge)?;
         backend.withhold(options.without);
         backend.want_sealed(options.sealed_only);
+        if let Some(bytes) = options.max_memory_bytes {
+            backend.take_memory(bytes);
+        }
         backend.poll_busily(options.busy_poll);
         let monitors = if options.connect {
             Monitors::Connected(Connector::new(&options.socket)?)

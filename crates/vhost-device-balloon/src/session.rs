@@ -16,6 +16,7 @@ use crate::busy_poll::BusyPoll;
 use crate::error::{SessionError, Violation};
 use crate::found::find;
 use crate::inflight::{self, Region};
+use crate::limits::Terms;
 use crate::memory::Memory;
 use crate::silence::Silence;
 use crate::vring::Vring;
@@ -43,8 +44,7 @@ const VRING_NO_FD: u64 = 1 << 8;
 /// State of one connection.
 pub(crate) struct Session<'a> {
     shared: &'a Shared,
-    /// Guest memory has to be sealed against shrinking.
-    sealed_only: bool,
+    terms: Terms,
     epoll: Rc<OwnedFd>,
     vrings: Vec<Vring>,
     memory: Option<Memory>,
@@ -63,14 +63,13 @@ impl<'a> Session<'a> {
     /// `epoll` with the queue's number as data.
     pub(crate) fn new(
         shared: &'a Shared,
-        sealed_only: bool,
-        busy_poll: BusyPoll,
+        terms: Terms,
         epoll: Rc<OwnedFd>,
     ) -> Result<Self, SessionError> {
         let vrings = (0..).take(QueueLayout::MAX_QUEUES).map(Vring::new);
         Ok(Self {
             shared,
-            sealed_only,
+            terms,
             epoll,
             vrings: vrings.collect::<Result<_, _>>()?,
             memory: None,
@@ -79,7 +78,7 @@ impl<'a> Session<'a> {
             stats_clock: StatsClock::default(),
             driver_known: false,
             silence: Silence::default(),
-            busy_poll,
+            busy_poll: BusyPoll::new(terms.busy_poll),
         })
     }
 
@@ -308,8 +307,8 @@ impl<'a> Session<'a> {
     }
 
     fn set_mem_table(&mut self, message: &mut Message) -> Result<(), SessionError> {
-        let memory = Memory::from_message(message)?;
-        if self.sealed_only && !memory.is_sealed() {
+        let memory = Memory::from_message(message, self.terms.memory_bytes)?;
+        if self.terms.sealed_only && !memory.is_sealed() {
             return Err(Violation::UnsealedMemory.into());
         }
         if !self.vrings.iter().all(|vring| vring.is_valid(&memory.map)) {

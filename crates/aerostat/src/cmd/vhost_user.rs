@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use control::{GuestName, ensure_runtime_dir, socket_path};
+use control::{GuestName, Size, ensure_runtime_dir, socket_path};
 use sandbox::{Network, Restricted, restrict_calls, restrict_files};
 use vhost_device_balloon::{Error, Options, Service};
 
@@ -59,6 +59,11 @@ pub(crate) struct VhostUserArgs {
     /// Whether memory is taken that its monitor can shrink, which ends this guest's session
     #[arg(long, value_enum, value_name = "WHAT")]
     unsealed_memory: Option<Unsealed>,
+
+    /// Most memory that a guest may have, such as 2TiB; four times the host's memory unless
+    /// given. What is kept of a guest grows with it, by at most 70 MiB for each TiB
+    #[arg(long, value_name = "SIZE")]
+    max_guest_memory: Option<Size>,
 
     /// How long to look for a guest's next message, in microseconds, before sleeping
     /// until it comes; not at all unless given
@@ -142,6 +147,7 @@ impl VhostUserArgs {
                 partial_huge: self.release.partial_huge(),
                 without,
                 sealed_only,
+                max_memory_bytes: self.max_guest_memory.map(|size| size.0),
                 busy_poll: Duration::from_micros(self.busy_poll),
             })
         });

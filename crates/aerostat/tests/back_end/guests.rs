@@ -11,7 +11,7 @@ use rustix::process::Signal;
 use crate::PROGRAM;
 use crate::support::driver::{CLASSIC, INFLATE, Monitor, RING_SIZE, Vm, mem_table, vring_addr};
 use crate::support::front_end::{FrontEnd, PROTOCOL_FEATURES, eventfd, request};
-use crate::support::guest::{BASE, BYTES, FILE_OFFSET, Guest, data_pages};
+use crate::support::guest::{BASE, BYTES, FILE_OFFSET, Guest, USER_BASE, data_pages};
 use crate::support::process::Program;
 
 fn two_guests(arguments: &[&str]) -> Program {
@@ -102,6 +102,54 @@ fn unsealed_memory_is_taken_where_that_is_said() {
     assert_eq!(program.client("one").status().unwrap().faults.total(), 0);
     let seals = SealFlags::SHRINK;
     assert!(fcntl_add_seals(&vm.guest.file, seals).is_err(), "it was not sealable");
+}
+
+/// The documented bound, where one page of every 2 MiB is in the balloon, and what the process
+/// may take for other reasons.
+#[test]
+fn what_is_kept_of_a_guest_follows_from_its_memory() {
+    const CLAIMED: u64 = 512 << 30;
+    const START: u64 = 1 << 40;
+    const KEPT_MIB_PER_TIB: u64 = 70;
+    const SLACK_MIB: u64 = 10;
+    let mut program = Program::one_guest(PROGRAM, &["--max-guest-memory", "600GiB"]);
+    program.start();
+    let front = program.connect("vm.vhost");
+    let mut vm = Vm::boot(Monitor::Qemu, front, CLASSIC);
+    let sparse = memfd_create("sparse", MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&sparse, CLAIMED).unwrap();
+    let regions = [[BASE, BYTES, USER_BASE, FILE_OFFSET], [START, CLAIMED, START, 0]];
+    let files = [vm.guest.file.as_fd(), sparse.as_fd()];
+    vm.front.send(request::SET_MEM_TABLE, &mem_table(&regions), &files);
+    vm.front.barrier();
+    let before = resident_mib(&program);
+    let pages: Vec<u64> = (START / 4096..(START + CLAIMED) / 4096).step_by(512).collect();
+    for some in pages.chunks(8192) {
+        let message: Vec<u8> = some.iter().flat_map(|page| (*page as u32).to_le_bytes()).collect();
+        vm.transact(INFLATE, &message);
+    }
+    let bound = CLAIMED * KEPT_MIB_PER_TIB / (1 << 40) + SLACK_MIB;
+    let grown = resident_mib(&program) - before;
+    assert!(grown <= bound, "{grown} MiB, and at most {bound} are documented");
+    assert!(grown >= bound / 4, "{grown} MiB: nothing was kept");
+    assert_eq!(program.client("vm").status().unwrap().faults.total(), 0);
+    // A front end that claims more is told both numbers.
+    let more = program.connect("vm.vhost");
+    drop(vm);
+    more.send_u64(request::SET_FEATURES, CLASSIC.0 | PROTOCOL_FEATURES);
+    let table = mem_table(&[[START, 2 * CLAIMED, START, 0]]);
+    more.try_send(request::SET_MEM_TABLE, &table, &[sparse.as_fd()]);
+    more.wait_closed();
+    let (_, log) = program.end(Signal::TERM);
+    for number in [2 * CLAIMED, 600 << 30] {
+        assert!(log.contains(&number.to_string()), "{log}");
+    }
+}
+
+fn resident_mib(program: &Program) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{}/status", program.pid())).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+    line.split_whitespace().next().unwrap().parse::<u64>().unwrap() / 1024
 }
 
 const HUGE: u64 = 2 << 20;
