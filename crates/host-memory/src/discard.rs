@@ -115,55 +115,63 @@ impl Discard for MemoryMap {
     }
 
     fn discard(&self, pages: &PageSet) -> DiscardReport {
-        let mut report = DiscardReport::default();
-        let mut located = pages.ranges().flat_map(|range| self.translate(range));
-        let mut pieces = Vec::new();
-        loop {
-            let started = Instant::now();
-            pieces.clear();
-            let mut seen = 0;
-            for piece in located.by_ref().take(PIECES_PER_PASS) {
-                seen += 1;
-                match piece {
-                    Ok(piece) => pieces.push(piece),
-                    Err(outside) => report.outside_pages += outside.pages.pages(),
-                }
-            }
-            let translated = Instant::now();
-            report.translate += translated - started;
-            if seen == 0 {
-                break;
-            }
-            release(&pieces, &mut report);
-            report.release += translated.elapsed();
-        }
-        report
+        self.observers.told(pages, || discard_merged(self, pages))
     }
 
     fn discard_per_page(&self, pages: &PageSet) -> DiscardReport {
-        let mut report = DiscardReport::default();
-        let mut numbers = pages.ranges().flat_map(|range| range.start()..range.end());
-        let mut request = Vec::with_capacity(PER_PAGE_REQUEST_PAGES);
-        let mut pieces = Vec::with_capacity(PER_PAGE_REQUEST_PAGES);
-        loop {
-            request.clear();
-            request.extend(numbers.by_ref().take(PER_PAGE_REQUEST_PAGES));
-            if request.is_empty() {
-                return report;
+        self.observers.told(pages, || discard_one_by_one(self, pages))
+    }
+}
+
+fn discard_merged(map: &MemoryMap, pages: &PageSet) -> DiscardReport {
+    let mut report = DiscardReport::default();
+    let mut located = pages.ranges().flat_map(|range| map.translate(range));
+    let mut pieces = Vec::new();
+    loop {
+        let started = Instant::now();
+        pieces.clear();
+        let mut seen = 0;
+        for piece in located.by_ref().take(PIECES_PER_PASS) {
+            seen += 1;
+            match piece {
+                Ok(piece) => pieces.push(piece),
+                Err(outside) => report.outside_pages += outside.pages.pages(),
             }
-            // Two passes, so that the clock is read twice for 256 pages and not
-            // for each.
-            let started = Instant::now();
-            pieces.clear();
-            pieces.extend(request.iter().filter_map(|&page| self.find(page)));
-            let translated = Instant::now();
-            report.outside_pages += (request.len() - pieces.len()) as u64;
-            report.translate += translated - started;
-            for piece in &pieces {
-                release(std::slice::from_ref(piece), &mut report);
-            }
-            report.release += translated.elapsed();
         }
+        let translated = Instant::now();
+        report.translate += translated - started;
+        if seen == 0 {
+            break;
+        }
+        release(&pieces, &mut report);
+        report.release += translated.elapsed();
+    }
+    report
+}
+
+fn discard_one_by_one(map: &MemoryMap, pages: &PageSet) -> DiscardReport {
+    let mut report = DiscardReport::default();
+    let mut numbers = pages.ranges().flat_map(|range| range.start()..range.end());
+    let mut request = Vec::with_capacity(PER_PAGE_REQUEST_PAGES);
+    let mut pieces = Vec::with_capacity(PER_PAGE_REQUEST_PAGES);
+    loop {
+        request.clear();
+        request.extend(numbers.by_ref().take(PER_PAGE_REQUEST_PAGES));
+        if request.is_empty() {
+            return report;
+        }
+        // Two passes, so that the clock is read twice for 256 pages and not
+        // for each.
+        let started = Instant::now();
+        pieces.clear();
+        pieces.extend(request.iter().filter_map(|&page| map.find(page)));
+        let translated = Instant::now();
+        report.outside_pages += (request.len() - pieces.len()) as u64;
+        report.translate += translated - started;
+        for piece in &pieces {
+            release(std::slice::from_ref(piece), &mut report);
+        }
+        report.release += translated.elapsed();
     }
 }
 

@@ -2,14 +2,15 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use page_set::{PAGE_BYTES, PageRange};
+use page_set::{PAGE_BYTES, PageRange, PageSet};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::mm::{UserfaultfdFlags, userfaultfd};
 
-use crate::{Backing, HostMemoryError, MemoryMap};
+use crate::{Backing, HostMemoryError, MemoryMap, ObserveDiscards};
 
 // `include/uapi/linux/userfaultfd.h`, whose structures are below.
 const UFFD_API: u64 = 0xaa;
@@ -68,11 +69,49 @@ struct ZeroPage {
 /// [placed](Self::place); the processors of a KVM guest too, which is why making this needs
 /// `CAP_SYS_PTRACE` or `vm.unprivileged_userfaultfd = 1`.
 ///
-/// Pages that are discarded later are missing anew.
+/// Pages that are discarded are missing, and what they were to have is nothing any more: they are
+/// [never placed](Placed::Discarded), and [zeros](Self::place_zeros) when somebody touches them.
+///
+/// # Placing and discarding at the same time
+/// A discard notes its pages under a lock before it begins; a page is placed under the same lock,
+/// and only if it was not noted. So it is placed before the note, and the discard takes it away
+/// again; or the note is there, and it is not placed. Contents are never placed behind a discard.
+/// Zeros may be, at any time: whoever waits for the page then finds them, or it is taken away before
+/// that, and they wait for it anew. The lock is held for one page, without any wait but that of
+/// the kernel for a page of its own.
 #[derive(Debug)]
 pub struct MissingPages {
     uffd: OwnedFd,
     map: MemoryMap,
+    discarded: Arc<Discarded>,
+}
+
+/// What became of a page that was to be placed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Placed {
+    /// It is there.
+    Now,
+    /// It was there already, and is as it was.
+    Before,
+    /// It was discarded since memory is watched, and is left as it is.
+    Discarded,
+}
+
+/// Pages that were discarded since memory is watched, whatever became of them since.
+#[derive(Debug, Default)]
+struct Discarded(Mutex<PageSet>);
+
+impl Discarded {
+    /// Whole at every unlock.
+    fn lock(&self) -> MutexGuard<'_, PageSet> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl ObserveDiscards for Discarded {
+    fn before(&self, pages: &PageSet) {
+        self.lock().union_with(pages);
+    }
 }
 
 impl MissingPages {
@@ -90,7 +129,8 @@ impl MissingPages {
         // SAFETY: what the descriptor can do is done below, on memory of regions only, whose
         // constructors vouched that its contents may change at any time.
         let uffd = unsafe { userfaultfd(flags) }.map_err(host("userfaultfd"))?;
-        let missing = Self { uffd, map: map.clone() };
+        let discarded = Arc::new(Discarded::default());
+        let missing = Self { uffd, map: map.clone(), discarded };
         let mut api = Api { api: UFFD_API, ..Api::default() };
         missing.call(UFFDIO_API, &mut api).map_err(host("UFFDIO_API"))?;
         for region in map.regions() {
@@ -102,6 +142,7 @@ impl MissingPages {
                 Register { start, len, mode: REGISTER_MODE_MISSING, ..Register::default() };
             missing.call(UFFDIO_REGISTER, &mut register).map_err(host("UFFDIO_REGISTER"))?;
         }
+        map.observe(Arc::clone(&missing.discarded) as _);
         Ok(missing)
     }
 
@@ -134,26 +175,58 @@ impl MissingPages {
         Ok(self.page_of(u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7])))
     }
 
-    /// Puts contents into a missing page, and lets those go on who wait for it; false where it
-    /// was there already, and is as it was.
+    /// Puts contents into a missing page, zeros where there are none, and lets those go on who wait
+    /// for it; unless it was discarded. Zeros cost the host nothing until they are written.
     ///
     /// # Errors
     /// There is no such page, or the kernel refuses.
-    pub fn place(&self, page: u64, contents: &[u8; 4096]) -> io::Result<bool> {
-        let to = self.address(page)?;
-        let from = contents.as_ptr() as u64;
-        self.put(to, || {
-            let mut copy = Copy { to, from, len: PAGE_BYTES, ..Copy::default() };
-            self.call(UFFDIO_COPY, &mut copy)
-        })
+    pub fn place(&self, page: u64, contents: Option<&[u8; 4096]>) -> io::Result<Placed> {
+        self.place_after(page, contents, || {})
     }
 
-    /// The same with zeros, which cost the host nothing until they are written.
+    /// With `look`, for tests, between looking whether it was discarded and placing it.
+    fn place_after(
+        &self,
+        page: u64,
+        contents: Option<&[u8; 4096]>,
+        look: impl FnOnce(),
+    ) -> io::Result<Placed> {
+        let to = self.address(page)?;
+        // Over the call: whoever discards waits for it, and takes the page away then.
+        let discarded = self.discarded.lock();
+        if discarded.contains(page) {
+            return Ok(Placed::Discarded);
+        }
+        look();
+        let is_new = match contents {
+            Some(contents) => {
+                let from = contents.as_ptr() as u64;
+                self.put(to, || {
+                    let mut copy = Copy { to, from, len: PAGE_BYTES, ..Copy::default() };
+                    self.call(UFFDIO_COPY, &mut copy)
+                })?
+            }
+            None => self.put_zeros(to)?,
+        };
+        drop(discarded);
+        Ok(if is_new { Placed::Now } else { Placed::Before })
+    }
+
+    /// Puts zeros into a page that somebody waits for, and that was discarded.
     ///
     /// # Errors
     /// As [`place`](Self::place).
-    pub fn place_zeros(&self, page: u64) -> io::Result<bool> {
-        let start = self.address(page)?;
+    pub fn place_zeros(&self, page: u64) -> io::Result<()> {
+        self.put_zeros(self.address(page)?).map(drop)
+    }
+
+    /// Whether the page was discarded, and what it was to have need not be known.
+    #[must_use]
+    pub fn was_discarded(&self, page: u64) -> bool {
+        self.discarded.lock().contains(page)
+    }
+
+    fn put_zeros(&self, start: u64) -> io::Result<bool> {
         self.put(start, || {
             let mut zeros = ZeroPage { start, len: PAGE_BYTES, ..ZeroPage::default() };
             self.call(UFFDIO_ZEROPAGE, &mut zeros)
@@ -221,14 +294,15 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
     use super::*;
+    use crate::{Discard, resident::resident_bytes};
 
     fn page(value: u8) -> [u8; 4096] {
         [value; 4096]
     }
 
     /// Memory that can be watched; `None`, and a word about it, where that is not allowed.
-    fn watched(memory: &GuestMemoryMmap<()>) -> Option<MissingPages> {
-        match MissingPages::watch(&MemoryMap::of_guest_memory(memory).unwrap()) {
+    fn watch(map: &MemoryMap) -> Option<MissingPages> {
+        match MissingPages::watch(map) {
             Ok(missing) => Some(missing),
             // Not root, and not allowed.
             Err(HostMemoryError::Host { what: "userfaultfd", source }) => {
@@ -244,7 +318,8 @@ mod tests {
     #[test]
     fn a_signal_ends_a_wait_and_is_no_error() {
         let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 12)]).unwrap();
-        let Some(missing) = watched(&memory) else { return };
+        let map = MemoryMap::of_guest_memory(&memory).unwrap();
+        let Some(missing) = watch(&map) else { return };
         // SAFETY: the handler does nothing, and no other test of this process uses the signal.
         unsafe { libc::signal(libc::SIGURG, ignore as *const () as libc::sighandler_t) };
         let (send, thread) = std::sync::mpsc::channel();
@@ -265,14 +340,75 @@ mod tests {
     }
 
     #[test]
+    fn what_was_discarded_is_zeros_and_never_placed() {
+        let memory: GuestMemoryMmap =
+            GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 12)]).unwrap();
+        let map = MemoryMap::of_guest_memory(&memory).unwrap();
+        // Whoever releases has a copy, made before.
+        let (host, one_by_one) = (map.clone(), map.clone());
+        let Some(missing) = watch(&map) else { return };
+        let pages = |start, pages| PageSet::from(PageRange::new(start, pages).unwrap());
+        missing.place(3, Some(&page(3))).unwrap();
+        // One that was there, and more that were not.
+        let _ = host.discard(&pages(3, 10));
+        let _ = one_by_one.discard_per_page(&pages(20, 2));
+        for at in [3, 4, 12, 20, 21] {
+            assert!(missing.was_discarded(at));
+            assert_eq!(missing.place(at, Some(&page(9))).unwrap(), Placed::Discarded);
+            assert_eq!(missing.place(at, None).unwrap(), Placed::Discarded);
+        }
+        assert_eq!(missing.place(13, Some(&page(13))).unwrap(), Placed::Now);
+        assert_eq!(resident_bytes(&map).unwrap(), PAGE_BYTES);
+        thread::scope(|scope| {
+            let reader = scope.spawn(|| memory.read_obj::<u8>(GuestAddress(4 << 12)).unwrap());
+            while !reader.is_finished() {
+                if let Some(at) = missing.next(Duration::from_millis(10)).unwrap() {
+                    assert_eq!((at, missing.was_discarded(at)), (4, true));
+                    missing.place_zeros(at).unwrap();
+                }
+            }
+            assert_eq!(reader.join().unwrap(), 0);
+        });
+        // What is written then is the guest's, and goes when it is discarded again.
+        memory.write_obj(7u8, GuestAddress(4 << 12)).unwrap();
+        assert_eq!(missing.place(4, Some(&page(9))).unwrap(), Placed::Discarded);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(4 << 12)).unwrap(), 7);
+    }
+
+    /// A discard that comes just when the page is placed: it waits, and takes the page away.
+    #[test]
+    fn a_page_that_is_placed_while_it_is_discarded_does_not_stay() {
+        let memory: GuestMemoryMmap =
+            GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 12)]).unwrap();
+        let map = MemoryMap::of_guest_memory(&memory).unwrap();
+        let Some(missing) = watch(&map) else { return };
+        let pages = PageSet::from(PageRange::new(5, 1).unwrap());
+        let over = AtomicU64::new(0);
+        thread::scope(|scope| {
+            let placed = missing.place_after(5, Some(&page(1)), || {
+                scope.spawn(|| {
+                    let _ = map.discard(&pages);
+                    over.store(1, Ordering::SeqCst);
+                });
+                // More than enough for it to end, if it could.
+                thread::sleep(Duration::from_millis(100));
+            });
+            assert_eq!(placed.unwrap(), Placed::Now);
+        });
+        assert_eq!((over.load(Ordering::SeqCst), resident_bytes(&map).unwrap()), (1, 0));
+        assert_eq!(missing.place(5, Some(&page(1))).unwrap(), Placed::Discarded);
+    }
+
+    #[test]
     fn who_touches_a_page_gets_what_is_placed() {
         let ranges = [(GuestAddress(0x10_0000), 16 << 12), (GuestAddress(0x40_0000), 16 << 12)];
         let memory = GuestMemoryMmap::<()>::from_ranges(&ranges).unwrap();
-        let Some(missing) = watched(&memory) else { return };
+        let map = MemoryMap::of_guest_memory(&memory).unwrap();
+        let Some(missing) = watch(&map) else { return };
         assert_eq!(missing.next(Duration::ZERO).unwrap(), None);
-        assert!(missing.place(0x405, &page(9)).unwrap());
-        assert!(!missing.place(0x405, &page(8)).unwrap());
-        assert!(missing.place(0x50, &page(8)).is_err());
+        assert_eq!(missing.place(0x405, Some(&page(9))).unwrap(), Placed::Now);
+        assert_eq!(missing.place(0x405, Some(&page(8))).unwrap(), Placed::Before);
+        assert!(missing.place(0x50, Some(&page(8))).is_err());
         let served = AtomicU64::new(0);
         thread::scope(|scope| {
             let reader = scope.spawn(|| {
@@ -283,9 +419,9 @@ mod tests {
                 let Some(at) = missing.next(Duration::from_millis(10)).unwrap() else { continue };
                 served.fetch_add(1, Ordering::Relaxed);
                 if at == 0x101 {
-                    missing.place_zeros(at).unwrap();
+                    missing.place(at, None).unwrap();
                 } else {
-                    missing.place(at, &page(at.to_le_bytes()[0])).unwrap();
+                    missing.place(at, Some(&page(at.to_le_bytes()[0]))).unwrap();
                 }
             }
             assert_eq!(reader.join().unwrap(), [2, 9, 0xf, 0]);

@@ -24,6 +24,7 @@ mod host_pages;
 mod huge;
 mod lazy;
 mod map;
+mod observe;
 mod partial;
 mod pending;
 mod reclaimer;
@@ -36,8 +37,9 @@ pub use discard::{Discard, DiscardCall, DiscardFailure, DiscardReport, KEPT_FAIL
 pub use error::HostMemoryError;
 pub use host_pages::HostPages;
 pub use huge::advise_huge;
-pub use lazy::MissingPages;
+pub use lazy::{MissingPages, Placed};
 pub use map::{MemoryMap, OutsideMemory, Piece, Pieces};
+pub use observe::ObserveDiscards;
 pub use partial::PartialHuge;
 pub use pending::{Batch, PendingRelease, Retained, Take};
 pub use reclaimer::{

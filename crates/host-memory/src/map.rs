@@ -1,15 +1,20 @@
 //! Which region backs which guest page.
 
+use std::sync::Arc;
+
 use page_set::{PAGE_BYTES, PageRange};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
-use crate::{HostMemoryError, Region};
+use crate::observe::Observers;
+use crate::{HostMemoryError, ObserveDiscards, Region};
 
-/// All memory of a guest: regions by guest address, none overlapping.
+/// All memory of a guest: regions by guest address, none overlapping. Copies are of the same
+/// guest: who [observes](Self::observe) one hears of all.
 #[derive(Clone, Debug, Default)]
 pub struct MemoryMap {
     regions: Vec<Region>,
+    pub(crate) observers: Arc<Observers>,
 }
 
 /// Pages that no region backs: the fault of who named them.
@@ -63,7 +68,7 @@ impl MemoryMap {
                 });
             }
         }
-        Ok(Self { regions })
+        Ok(Self { regions, observers: Arc::default() })
     }
 
     /// The map of guest memory as vm-memory holds it.
@@ -81,6 +86,11 @@ impl MemoryMap {
     #[must_use]
     pub fn regions(&self) -> &[Region] {
         &self.regions
+    }
+
+    /// Has `observer` hear of every discard from now on, for as long as a copy of the map is there.
+    pub fn observe(&self, observer: Arc<dyn ObserveDiscards>) {
+        self.observers.add(observer);
     }
 
     /// How many pages the guest has.

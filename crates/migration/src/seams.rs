@@ -62,11 +62,21 @@ pub trait PlacePages: Send + Sync {
     fn next_missing(&self, wait: Duration) -> Result<Option<u64>, MachineError>;
 
     /// Puts `contents` into a page that is missing, or zeros where there are none. A page that
-    /// is there stays as it is.
+    /// is there stays as it is. False where the page was discarded (balloon, reports) since memory
+    /// was made: it is left as it is then, also where the discard comes while this is called.
     ///
     /// # Errors
     /// There is no such page, or it cannot be placed.
-    fn place_page(&self, page: u64, contents: Option<&[u8; 4096]>) -> Result<(), MachineError>;
+    fn place_page(&self, page: u64, contents: Option<&[u8; 4096]>) -> Result<bool, MachineError>;
+
+    /// Puts zeros into a page that somebody waits for, and that was discarded.
+    ///
+    /// # Errors
+    /// As [`place_page`](Self::place_page).
+    fn place_zeros(&self, page: u64) -> Result<(), MachineError>;
+
+    /// Whether the page was discarded, so that its contents need not be read.
+    fn was_discarded(&self, page: u64) -> bool;
 }
 
 /// What a destination must know before it can make the guest.

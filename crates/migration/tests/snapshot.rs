@@ -247,7 +247,7 @@ fn a_disk_that_is_full_leaves_the_guest_and_no_file() {
 }
 
 mod lazily {
-    use std::collections::{BTreeMap, VecDeque};
+    use std::collections::{BTreeMap, BTreeSet, VecDeque};
     use std::sync::{Condvar, Mutex};
     use std::time::{Duration, Instant};
 
@@ -262,12 +262,16 @@ mod lazily {
     struct Missing {
         state: Mutex<State>,
         changed: Condvar,
+        /// Discards this page when another one comes to be placed: what the file has of both was
+        /// read by then, or is about to be.
+        discards: Mutex<Option<(u64, u64)>>,
     }
 
     #[derive(Default)]
     struct State {
         there: BTreeMap<u64, Vec<u8>>,
         awaited: VecDeque<u64>,
+        discarded: BTreeSet<u64>,
     }
 
     impl Missing {
@@ -284,7 +288,15 @@ mod lazily {
         }
 
         fn discard(&self, page: u64) {
-            self.state.lock().unwrap().there.remove(&page);
+            let mut state = self.state.lock().unwrap();
+            state.discarded.insert(page);
+            state.there.remove(&page);
+        }
+
+        fn put(&self, page: u64, contents: Option<&[u8; 4096]>) {
+            let contents = contents.map_or_else(|| vec![0; 4096], |contents| contents.to_vec());
+            self.state.lock().unwrap().there.entry(page).or_insert(contents);
+            self.changed.notify_all();
         }
     }
 
@@ -296,13 +308,31 @@ mod lazily {
             Ok(self.state.lock().unwrap().awaited.pop_front())
         }
 
-        fn place_page(&self, page: u64, contents: Option<&[u8; 4096]>) -> Result<(), MachineError> {
+        fn place_page(
+            &self,
+            page: u64,
+            contents: Option<&[u8; 4096]>,
+        ) -> Result<bool, MachineError> {
             // So that the guest mostly runs before everything is there.
             std::thread::sleep(Duration::from_micros(100));
-            let contents = contents.map_or_else(|| vec![0; 4096], |contents| contents.to_vec());
-            self.state.lock().unwrap().there.entry(page).or_insert(contents);
-            self.changed.notify_all();
+            match *self.discards.lock().unwrap() {
+                Some((now, discarded)) if now == page => self.discard(discarded),
+                _ => {}
+            }
+            if self.was_discarded(page) {
+                return Ok(false);
+            }
+            self.put(page, contents);
+            Ok(true)
+        }
+
+        fn place_zeros(&self, page: u64) -> Result<(), MachineError> {
+            self.put(page, None);
             Ok(())
+        }
+
+        fn was_discarded(&self, page: u64) -> bool {
+            self.state.lock().unwrap().discarded.contains(&page)
         }
     }
 
@@ -365,6 +395,35 @@ mod lazily {
         machine.memory.discard(3);
         assert_eq!(machine.memory.touch(3), vec![0; 4096]);
         filling.finish().unwrap();
+    }
+
+    /// Given to the balloon before its turn, just when it is to be placed, and just when somebody
+    /// waits for it: it stays away, and is zeros for who touches it.
+    #[test]
+    fn what_is_discarded_while_memory_comes_stays_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        write(&path, 0, 0, After::Stop);
+        for discarded in [150, 90, 320] {
+            let memory = Arc::new(Missing::default());
+            // The state is loaded while page 320 is waited for.
+            let now = if discarded == 150 { 89 } else { discarded };
+            *memory.discards.lock().unwrap() = Some((now, discarded));
+            let mut machine = Machine { memory: Arc::clone(&memory), ..Machine::default() };
+            let filling = restore_lazily(&quick_destination(), &mut machine, &path, &mut Silent);
+            let filling = filling.unwrap();
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while filling.pages() != (330, 330) {
+                assert!(!filling.has_failed() && Instant::now() < deadline);
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            let there = memory.state.lock().unwrap().there.get(&discarded).cloned();
+            // Who waited has found zeros.
+            let expected = (discarded == 320).then(|| vec![0; 4096]);
+            assert_eq!(there, expected, "page {discarded}");
+            assert_eq!(memory.touch(discarded), vec![0; 4096]);
+            filling.finish().unwrap();
+        }
     }
 
     #[test]

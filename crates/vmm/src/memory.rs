@@ -2,11 +2,16 @@
 
 use std::fs::File;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use host_memory::{HostPages, MemoryMap, Region, advise_huge};
+use host_memory::{HostPages, MemoryMap, ObserveDiscards, Region, advise_huge};
+use page_set::{PAGE_BYTES, PageRange, PageSet};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use vm_memory::bitmap::AtomicBitmap;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::bitmap::{AtomicBitmap, Bitmap};
+use vm_memory::{
+    Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap,
+};
 
 use crate::error::Error;
 use crate::layout;
@@ -28,11 +33,44 @@ pub(crate) type Ram = GuestMemoryMmap<AtomicBitmap>;
 /// One region of it.
 type RamRegion = GuestRegionMmap<AtomicBitmap>;
 
+/// Notes pages that are discarded as written, while writes are noted. They read as zeros from then
+/// on, and a copy that was made of them before would keep its memory where it is: nobody gives a
+/// page to the balloon or reports it a second time.
+pub(crate) struct DiscardLog {
+    guest: Ram,
+    on: AtomicBool,
+}
+
+impl DiscardLog {
+    pub(crate) fn switch(&self, on: bool) {
+        self.on.store(on, Ordering::SeqCst);
+    }
+}
+
+impl ObserveDiscards for DiscardLog {
+    /// After the discard: whoever read the page before it finds the note later.
+    fn after(&self, pages: &PageSet) {
+        if !self.on.load(Ordering::SeqCst) {
+            return;
+        }
+        for region in self.guest.iter() {
+            let start = region.start_addr().raw_value() / PAGE_BYTES;
+            let Ok(all) = PageRange::new(start, region.len() / PAGE_BYTES) else { continue };
+            for run in pages.ranges_in(all) {
+                let bytes = |pages: u64| usize::try_from(pages * PAGE_BYTES).unwrap_or(0);
+                region.bitmap().mark_dirty(bytes(run.start() - start), bytes(run.pages()));
+            }
+        }
+    }
+}
+
 /// A guest's memory and what is known of its pages.
 pub(crate) struct Memory {
     pub(crate) guest: Ram,
     /// For who releases pages.
     pub(crate) map: MemoryMap,
+    /// Hears of all that is released.
+    pub(crate) discards: Arc<DiscardLog>,
     pub(crate) ranges: Vec<(u64, u64)>,
 }
 
@@ -62,7 +100,9 @@ impl Memory {
         let host = regions.iter().map(host_region).collect::<Result<_, Error>>()?;
         let map = MemoryMap::new(host).map_err(Error::memory("mapping"))?;
         let guest = Ram::from_regions(regions).map_err(Error::memory("mapping"))?;
-        Ok(Self { guest, map, ranges })
+        let discards = Arc::new(DiscardLog { guest: guest.clone(), on: AtomicBool::new(false) });
+        map.observe(Arc::clone(&discards) as _);
+        Ok(Self { guest, map, discards, ranges })
     }
 }
 
@@ -76,9 +116,37 @@ fn memory_file(bytes: u64, huge: bool) -> Result<Arc<File>, Error> {
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::{Bytes, GuestMemoryBackend};
+    use host_memory::Discard;
+    use vm_memory::Bytes;
 
     use super::*;
+
+    #[test]
+    fn what_is_discarded_while_writes_are_noted_counts_as_written() {
+        for kind in [false, true].map(|shared| MemoryKind { shared, huge: false }) {
+            let memory = Memory::new(BYTES, kind).unwrap();
+            // As whoever releases for the balloon has it.
+            let map = memory.map.clone();
+            let above = layout::HOLE_END / PAGE_BYTES;
+            let mut pages = PageSet::from(PageRange::new(100, 70).unwrap());
+            pages.insert(PageRange::new(above + 3, 1).unwrap());
+            let noted = || {
+                let noted =
+                    memory.guest.iter().map(|region| region.get_mmap().bitmap().get_and_reset());
+                noted.flatten().map(u64::count_ones).sum::<u32>()
+            };
+            let _ = map.discard(&pages);
+            assert_eq!(noted(), 0);
+            memory.discards.switch(true);
+            let _ = map.discard(&pages);
+            let high = memory.guest.find_region(GuestAddress(layout::HOLE_END)).unwrap();
+            assert!(high.bitmap().dirty_at(3 * 4096) && !high.bitmap().dirty_at(4 * 4096));
+            assert_eq!(noted(), 71);
+            memory.discards.switch(false);
+            let _ = map.discard_per_page(&pages);
+            assert_eq!(noted(), 0);
+        }
+    }
 
     /// Above the hole, untouched and so free of cost.
     const BYTES: u64 = 4 << 30;

@@ -80,11 +80,12 @@ impl Machine {
     }
 
     /// Has every write to the guest's memory noted from now on, of its processors and of its
-    /// devices in this process. What they wrote before is not told.
+    /// devices in this process, and what is released of it. What they wrote before is not told.
     ///
     /// # Errors
     /// KVM refuses.
     pub fn start_dirty_log(&self) -> Result<(), Error> {
+        self.memory.discards.switch(true);
         self.vm.log_dirty(true)?;
         self.vm.take_dirty(|_, _| {})
     }
@@ -103,6 +104,7 @@ impl Machine {
     /// # Errors
     /// KVM refuses; the guest goes on, slower.
     pub fn stop_dirty_log(&self) -> Result<(), Error> {
+        self.memory.discards.switch(false);
         self.vm.log_dirty(false)
     }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use balloon_abi::Features;
 use control::api::Caches;
 use control::{Balloon as _, GuestAsk};
-use host_memory::{Discard, MemoryMap, MissingPages};
+use host_memory::{Discard, MemoryMap, MissingPages, Placed};
 use migration::cpu::CpuFeatures;
 use migration::dirty::DirtyBitmap;
 use migration::guest_memory::MappedMemory;
@@ -109,12 +109,16 @@ impl PlacePages for Missing {
         Ok(self.0.next(wait)?)
     }
 
-    fn place_page(&self, page: u64, contents: Option<&[u8; 4096]>) -> Result<(), MachineError> {
-        match contents {
-            Some(contents) => self.0.place(page, contents)?,
-            None => self.0.place_zeros(page)?,
-        };
-        Ok(())
+    fn place_page(&self, page: u64, contents: Option<&[u8; 4096]>) -> Result<bool, MachineError> {
+        Ok(self.0.place(page, contents)? != Placed::Discarded)
+    }
+
+    fn place_zeros(&self, page: u64) -> Result<(), MachineError> {
+        Ok(self.0.place_zeros(page)?)
+    }
+
+    fn was_discarded(&self, page: u64) -> bool {
+        self.0.was_discarded(page)
     }
 }
 

@@ -11,6 +11,7 @@
 
 mod bare;
 mod bare_platform;
+mod bare_memory;
 mod bed;
 mod benches;
 mod command_line;

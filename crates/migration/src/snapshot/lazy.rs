@@ -25,8 +25,8 @@ const PAGES_BETWEEN: u64 = 8;
 const REST: Duration = Duration::from_millis(100);
 
 /// Memory that is still coming. It must be kept for as long as the guest runs: pages that are
-/// discarded later (balloon, reports) are missing anew, and the guest waits for them. Dropping it
-/// ends that, so the guest must be gone first.
+/// discarded (balloon, reports) are missing anew, and the guest waits for them. Those are not placed
+/// any more, and zeros when they are touched. Dropping it ends that, so the guest must be gone first.
 #[derive(Debug)]
 pub struct Filling {
     shared: Arc<Shared>,
@@ -118,7 +118,7 @@ fn begin<M: DestinationMachine>(
 }
 
 impl Filling {
-    /// Pages that are there, and how many there will be.
+    /// Pages that are there or were discarded since, and how many there will be.
     #[must_use]
     pub fn pages(&self) -> (u64, u64) {
         (self.shared.placed_pages.load(Ordering::Relaxed), self.shared.pages)
@@ -159,7 +159,7 @@ impl Drop for Filling {
 struct Filler {
     snapshot: SnapshotFile,
     memory: Arc<dyn PlacePages>,
-    /// Pages that were placed once. One that is missing again was discarded, and is zeros.
+    /// Pages that were placed once, or discarded before that. One of them that is missing is zeros.
     there: DirtyBitmap,
     /// What somebody waits for at this moment.
     awaited: Option<u64>,
@@ -172,7 +172,7 @@ impl Filler {
         if filled.is_err() && self.shared.go_on(Stage::Failed) == Stage::Failed {
             // No guest sees this; a monitor that waits for a page must not wait for ever.
             if let Some(page) = self.awaited {
-                self.put(page, None)?;
+                self.put_zeros(page)?;
             }
             self.there = DirtyBitmap::all(&self.snapshot.description().layout);
             while self.serve(REST)? {}
@@ -209,10 +209,9 @@ impl Filler {
             let missing = self.memory.next_missing(wait);
             self.awaited =
                 missing.map_err(MigrationError::machine("finding out what is missing"))?;
-            match self.awaited {
-                Some(page) if self.there.contains(page) => self.put(page, None)?,
-                Some(page) => self.place(page)?,
-                None => return Ok(true),
+            let Some(page) = self.awaited else { return Ok(true) };
+            if self.there.contains(page) || !self.place(page)? {
+                self.put_zeros(page)?;
             }
             self.awaited = None;
             wait = Duration::ZERO;
@@ -220,20 +219,24 @@ impl Filler {
         Ok(false)
     }
 
-    /// What the file has of a page, for the first time.
-    fn place(&mut self, page: u64) -> Result<(), MigrationError> {
-        let mut contents = [0; PAGE_BYTES];
-        let found = self.snapshot.read_page(page, &mut contents)?;
-        self.put(page, found.then_some(&contents))?;
+    /// What the file has of a page, for the first time; false where it was discarded. Contents that
+    /// are read before a discard and placed behind it would stay, so the memory itself looks again.
+    fn place(&mut self, page: u64) -> Result<bool, MigrationError> {
+        let mut placed = false;
+        if !self.memory.was_discarded(page) {
+            let mut contents = [0; PAGE_BYTES];
+            let found = self.snapshot.read_page(page, &mut contents)?;
+            let done = self.memory.place_page(page, found.then_some(&contents));
+            placed = done.map_err(MigrationError::machine("placing a page"))?;
+        }
         if let Ok(one) = PageRange::new(page, 1) {
             self.there.insert(one);
         }
         self.shared.placed_pages.fetch_add(1, Ordering::Relaxed);
-        Ok(())
+        Ok(placed)
     }
 
-    fn put(&self, page: u64, contents: Option<&[u8; PAGE_BYTES]>) -> Result<(), MigrationError> {
-        let placed = self.memory.place_page(page, contents);
-        placed.map_err(MigrationError::machine("placing a page"))
+    fn put_zeros(&self, page: u64) -> Result<(), MigrationError> {
+        self.memory.place_zeros(page).map_err(MigrationError::machine("placing zeros"))
     }
 }
