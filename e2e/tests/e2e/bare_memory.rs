@@ -170,7 +170,7 @@ fn what_is_released_while_writes_are_noted_counts_as_written() {
         let machine = Machine::new(&options, Box::new(printed.clone())).unwrap();
         machine.load_kernel(&options).unwrap();
         let requests = Requests::new().unwrap();
-        let stop = requests.stopper().unwrap();
+        let stop = requests.stopper();
         let written = std::thread::scope(|scope| {
             let serving = scope.spawn(|| machine.serve(&requests));
             machine.resume();
