@@ -5,14 +5,17 @@
 //! pauses, snapshots and migrations.
 
 use std::ffi::{OsStr, OsString};
-use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdin, ExitStatus};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::io::ioctl_fionread;
+use rustix::pipe::fcntl_setpipe_size;
 use tempfile::TempDir;
 
 use crate::cache::{self, Key};
@@ -69,6 +72,12 @@ pub fn kernel() -> Result<PathBuf> {
     })?;
     Ok(directory.join("bare"))
 }
+
+/// Bytes that a pipe has room for which nobody reads: the least that Linux gives.
+const PIPE_BYTES: usize = 4096;
+
+/// A pipe into which nothing comes for so long, of a guest that prints all the time, is full.
+const STANDS_STILL: Duration = Duration::from_secs(1);
 
 /// What becomes of an output stream of the VMM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -167,19 +176,25 @@ impl BareBuilder {
         let input = child.stdin.take();
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
         let output = Arc::new(Output::default());
-        let mut unread: Vec<Box<dyn Send>> = Vec::new();
+        let mut unread = Vec::new();
         let streams = [
-            (stdout.map(|pipe| Box::new(pipe) as Box<dyn Read + Send>), self.stdout, true),
-            (stderr.map(|pipe| Box::new(pipe) as Box<dyn Read + Send>), self.stderr, false),
+            (stdout.map(OwnedFd::from), self.stdout, true),
+            (stderr.map(OwnedFd::from), self.stderr, false),
         ];
         for (pipe, stream, is_console) in streams {
             match (pipe, stream) {
-                (Some(pipe), Stream::Read) => output.read(pipe, is_console),
-                (Some(pipe), Stream::Unread) => unread.push(Box::new(pipe)),
+                (Some(pipe), Stream::Read) => output.read(pipe.into(), is_console),
+                (Some(pipe), Stream::Unread) => {
+                    // So that it is full soon.
+                    fcntl_setpipe_size(&pipe, PIPE_BYTES)
+                        .map_err(std::io::Error::from)
+                        .context(|| "make a pipe small".to_owned())?;
+                    unread.push((pipe.into(), is_console));
+                }
                 _ => {}
             }
         }
-        Ok(BareGuest { process, input, output, directory: self.directory, _unread: unread })
+        Ok(BareGuest { process, input, output, directory: self.directory, unread })
     }
 
     /// Starts the process and waits until its guest has booted.
@@ -199,7 +214,8 @@ pub struct BareGuest {
     input: Option<ChildStdin>,
     output: Arc<Output>,
     directory: Arc<TempDir>,
-    _unread: Vec<Box<dyn Send>>,
+    /// Pipes, and whether each is the console's.
+    unread: Vec<(File, bool)>,
 }
 
 impl BareGuest {
@@ -253,6 +269,38 @@ impl BareGuest {
     /// It does not come in time.
     pub fn wait_for(&mut self, what: &str, is_it: impl Fn(&str) -> bool) -> Result<String> {
         self.wait_from(0, what, is_it)
+    }
+
+    /// Begins to read what was [not read](Stream::Unread) so far.
+    pub fn read_on(&mut self) {
+        for (pipe, is_console) in self.unread.drain(..) {
+            self.output.read(pipe, is_console);
+        }
+    }
+
+    /// Waits until the pipes that nobody reads have taken all that they take.
+    ///
+    /// # Errors
+    /// They still take more after a while, or have nothing.
+    pub fn wait_for_full_pipes(&self) -> Result<()> {
+        let end = Instant::now() + LIMIT;
+        let mut seen = (self.unread_bytes(), Instant::now());
+        while seen.0.contains(&0) || seen.1.elapsed() < STANDS_STILL {
+            if Instant::now() >= end {
+                let command = "pipes that are full".to_owned();
+                return Err(LabError::Timeout { command, limit: LIMIT, tail: self.tail() });
+            }
+            thread::sleep(POLL_INTERVAL);
+            let now = self.unread_bytes();
+            if now != seen.0 {
+                seen = (now, Instant::now());
+            }
+        }
+        Ok(())
+    }
+
+    fn unread_bytes(&self) -> Vec<u64> {
+        self.unread.iter().map(|(pipe, _)| ioctl_fionread(pipe).unwrap_or(0)).collect()
     }
 
     /// Lines of the console so far.
@@ -367,7 +415,7 @@ impl Output {
         self.text.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn read(self: &Arc<Self>, pipe: Box<dyn Read + Send>, is_console: bool) {
+    fn read(self: &Arc<Self>, pipe: File, is_console: bool) {
         self.lock().open += 1;
         let output = Arc::clone(self);
         thread::spawn(move || {

@@ -1,8 +1,11 @@
-//! Standard input, as the guest's serial line.
+//! Standard input and output, as the guest's serial line.
+
+pub(crate) mod output;
 
 use std::io::{self, IsTerminal, Read};
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use diagnostics::{contain, panic_point};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
@@ -12,6 +15,9 @@ use crate::machine::Bus;
 
 /// Bytes read at once.
 const CHUNK_BYTES: usize = 256;
+
+/// How long keys wait for a guest that takes none. As long as they do, the way out is not seen.
+const KEY_TIME: Duration = Duration::from_secs(1);
 
 /// A terminal's way out of the guest: Ctrl-A, then x, as other monitors have it.
 const ESCAPE: u8 = 1;
@@ -60,6 +66,8 @@ impl Drop for Console {
 fn pass_on(bus: &Bus, is_terminal: bool, quit: &impl Fn()) {
     let mut escape = Escape::default();
     let mut chunk = [0; CHUNK_BYTES];
+    // A pipe waits for as long as the guest does, and nothing of it is lost.
+    let patience = is_terminal.then_some(KEY_TIME);
     loop {
         let count = match io::stdin().read(&mut chunk) {
             Ok(0) => return,
@@ -76,7 +84,7 @@ fn pass_on(bus: &Bus, is_terminal: bool, quit: &impl Fn()) {
                 return quit();
             }
         }
-        if let Err(error) = bus.ports.type_in(&bytes) {
+        if let Err(error) = bus.ports.type_in(&bytes, patience) {
             return tracing::warn!(%error, "host: the serial line takes no more input");
         }
     }

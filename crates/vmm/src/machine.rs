@@ -22,6 +22,7 @@ use crate::balloon::Balloon;
 use crate::block::{Block, DiskFile, MAX_DISKS};
 use crate::boot::Boot;
 use crate::console::Console;
+use crate::console::output::{Lost, standard_output};
 use crate::cpu;
 use crate::cpuid::Template;
 use crate::error::Error;
@@ -60,7 +61,7 @@ pub enum End {
 /// good.
 pub fn run(options: &Options) -> Result<End, Error> {
     let requests = Requests::new().map_err(Error::host("signal handling"))?;
-    let machine = Machine::new(options, Box::new(io::stdout()))?;
+    let machine = Machine::new(options, standard_output().map_err(Error::host("dup"))?)?;
     machine.take_new_disks()?;
     machine.load_kernel(options)?;
     let machine = Arc::new(machine);
@@ -89,7 +90,28 @@ pub(crate) fn serve_to_end(
     let console = Console::start(&machine.bus, requests.stopper());
     let _console = console.inspect_err(|error| tracing::error!(%error, "nothing can be typed"));
     let end = machine.serve(requests);
-    if mover.end() { Ok(End::Moved) } else { end }
+    let was_asked = matches!(end, Ok(End::Stopped));
+    let has_moved = mover.end();
+    end_console(machine, if was_asked { ASKED_TIME } else { READER_TIME });
+    if has_moved { Ok(End::Moved) } else { end }
+}
+
+/// How long a process whose guest has ended waits for whoever reads its console.
+const READER_TIME: Duration = Duration::from_secs(10);
+
+/// The same where somebody waits for the end of the process.
+const ASKED_TIME: Duration = Duration::from_secs(2);
+
+/// The guest prints nothing more: what it has printed is to reach its reader.
+fn end_console(machine: &Machine, limit: Duration) {
+    let Lost { dropped, left } = machine.bus.ports.finish_output(limit);
+    if dropped > 0 || left > 0 {
+        tracing::warn!(
+            dropped,
+            left,
+            "host: nobody read the console in time; bytes of it are lost"
+        );
+    }
 }
 
 /// Everything that the guest's processors can reach besides memory.

@@ -76,7 +76,7 @@ impl Machine {
     /// # Errors
     /// The line takes no more.
     pub fn type_in(&self, bytes: &[u8]) -> std::io::Result<()> {
-        self.bus.ports.type_in(bytes)
+        self.bus.ports.type_in(bytes, None)
     }
 
     /// Has every write to the guest's memory noted from now on, of its processors and of its

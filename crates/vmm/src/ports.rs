@@ -2,12 +2,13 @@
 
 use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::console::output::{Lost, Output, OutputEnd};
 use crate::state::PortsState;
 
 /// First port of the PC's first serial line, and how many it has.
@@ -73,11 +74,12 @@ impl SerialEvents for RoomEvents {
     }
 }
 
-type SerialLine = Serial<SerialInterrupt, RoomEvents, Box<dyn Write + Send>>;
+type SerialLine = Serial<SerialInterrupt, RoomEvents, Output>;
 
 /// All ports of a guest.
 pub(crate) struct Ports {
     serial: Mutex<SerialLine>,
+    output: OutputEnd,
     interrupt: EventFd,
     room: Arc<Condvar>,
     panicked: Mutex<bool>,
@@ -87,11 +89,13 @@ impl Ports {
     /// The serial line writes to `output`.
     pub(crate) fn new(interrupt: EventFd, output: Box<dyn Write + Send>) -> io::Result<Self> {
         let interrupt_copy = interrupt.try_clone()?;
+        let output = Output::start(output)?;
         let room = Arc::new(Condvar::new());
         let events = RoomEvents(Arc::clone(&room));
-        let serial = Serial::with_events(SerialInterrupt(interrupt), events, output);
+        let serial = Serial::with_events(SerialInterrupt(interrupt), events, output.input());
         Ok(Self {
             serial: Mutex::new(serial),
+            output,
             interrupt: interrupt_copy,
             room,
             panicked: Mutex::new(false),
@@ -152,17 +156,23 @@ impl Ports {
     pub(crate) fn restore(&self, state: &PortsState) -> io::Result<()> {
         let mut serial = self.serial();
         let interrupt = SerialInterrupt(self.interrupt.try_clone()?);
-        let output = std::mem::replace(serial.writer_mut(), Box::new(io::sink()));
         let events = RoomEvents(Arc::clone(&self.room));
-        *serial = Serial::from_state(&state.serial, interrupt, events, output)
+        *serial = Serial::from_state(&state.serial, interrupt, events, self.output.input())
             .map_err(|error| io::Error::other(error.to_string()))?;
         *self.panicked.lock().unwrap_or_else(PoisonError::into_inner) = state.panicked;
         Ok(())
     }
 
-    /// Sends bytes to the guest by the serial line; waits while it has no room for them.
-    pub(crate) fn type_in(&self, mut bytes: &[u8]) -> io::Result<()> {
+    /// Waits until what the guest has written is with its reader, at most so long.
+    pub(crate) fn finish_output(&self, limit: Duration) -> Lost {
+        self.output.finish(limit)
+    }
+
+    /// Sends bytes to the guest by the serial line, and waits while it has no room for them. Where
+    /// the guest takes none for `patience`, if there is one, the rest is dropped.
+    pub(crate) fn type_in(&self, mut bytes: &[u8], patience: Option<Duration>) -> io::Result<()> {
         let mut serial = self.serial();
+        let mut took = Instant::now();
         while !bytes.is_empty() {
             let room = serial.fifo_capacity().min(bytes.len());
             // The line takes nothing either while its driver tests it with its output as input.
@@ -171,7 +181,12 @@ impl Ports {
                 _ => serial.enqueue_raw_bytes(&bytes[..room]).map_err(io::Error::other)?,
             };
             bytes = &bytes[taken..];
-            if taken == 0 {
+            if taken > 0 {
+                took = Instant::now();
+            } else if patience.is_some_and(|patience| took.elapsed() >= patience) {
+                tracing::debug!(bytes = bytes.len(), "guest: it takes no input, which is dropped");
+                return Ok(());
+            } else {
                 let waited = self.room.wait_timeout(serial, ROOM_LOOK);
                 serial = waited.unwrap_or_else(PoisonError::into_inner).0;
             }
@@ -228,7 +243,7 @@ mod tests {
         let ports = ports();
         let text = [b'x'; 200];
         std::thread::scope(|scope| {
-            let typing = scope.spawn(|| ports.type_in(&text));
+            let typing = scope.spawn(|| ports.type_in(&text, None));
             let mut seen = 0;
             while seen < text.len() {
                 let mut status = [0];
@@ -241,6 +256,16 @@ mod tests {
             }
             typing.join().unwrap().unwrap();
         });
+    }
+
+    #[test]
+    fn a_guest_that_takes_no_input_keeps_nobody_for_longer_than_he_waits() {
+        let ports = ports();
+        ports.type_in(&[b'x'; 200], Some(ROOM_LOOK)).unwrap();
+        // The line is free meanwhile, and has what there was room for.
+        let mut value = [0];
+        ports.read(SERIAL, &mut value);
+        assert_eq!(value, [b'x']);
     }
 
     proptest! {

@@ -21,6 +21,7 @@ use vm_memory::{
     Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress,
 };
 
+use crate::console::output::standard_output;
 use crate::description::{Made, cpu_features, describe};
 use crate::error::Error;
 use crate::machine::Machine;
@@ -308,7 +309,7 @@ impl Arriving {
             initrd: None,
             command_line: String::new(),
         };
-        let machine = Arc::new(Machine::new(&options, Box::new(io::stdout()))?);
+        let machine = Arc::new(Machine::new(&options, standard_output()?)?);
         made.check_disks(&machine.disk_shapes())?;
         machine.expect_disks()?;
         self.machine = Some(Arc::clone(&machine));

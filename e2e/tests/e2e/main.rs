@@ -33,3 +33,4 @@ mod requests;
 mod silence;
 mod soak;
 mod specification;
+mod stuck;
