@@ -17,6 +17,10 @@
 //   cpuid LEAF SUBLEAF  answers EAX EBX ECX EDX
 //   read ADDRESS        answers the 32 bits at a physical address
 //   write ADDRESS VALUE
+//   disk DEVICE KIND SECTOR  sends a request (virtio 1.2, 5.2.6; 0 reads, 1 writes, 4 flushes) of a
+//                       sector to device 1 or above, and does not wait for it
+//   done                answers how many of those have come back
+//   reset DEVICE        resets a device
 //   off                 powers off
 //
 // Memory from 1 MiB to FIRST_FREE_MIB belongs to the guest itself.
@@ -108,7 +112,7 @@ static void answer(u32 value)
 #define INFLATE 0
 #define DEFLATE 1
 #define QUEUES 2
-#define QUEUE_SIZE 2
+#define QUEUE_SIZE 4
 #define PFNS_PER_MESSAGE 256u
 
 struct queue {
@@ -191,6 +195,75 @@ static void balloon_set(u32 pages)
 		}
 		store(BALLOON + CONFIG_ACTUAL, balloon_pages);
 	}
+}
+
+// A disk, one at a time. Where it was not asked for anything yet, it is started.
+#define DEVICE_BYTES 0x1000u
+#define BLOCK_ID 2
+#define SECTOR_BYTES 512u
+#define HAS_NEXT 1
+#define DEVICE_WRITES 2
+#define READS 0
+#define FLUSHES 4
+
+static volatile struct queue disk_queue;
+static volatile struct { u32 kind, reserved; u64 sector; } disk_request;
+static volatile u8 disk_data[SECTOR_BYTES], disk_status;
+static u32 disk_started;
+
+static int disk_start(u32 base)
+{
+	if (load(base + MAGIC) != MAGIC_VALUE || load(base + DEVICE_ID) != BLOCK_ID)
+		return 0;
+	store(base + STATUS, 0);
+	store(base + STATUS, 3);
+	store(base + DRIVER_FEATURES_SEL, 1);
+	store(base + DRIVER_FEATURES, 1);
+	store(base + DRIVER_FEATURES_SEL, 0);
+	store(base + DRIVER_FEATURES, 1 << 9); // VIRTIO_BLK_F_FLUSH
+	store(base + STATUS, FEATURES_OK);
+	store(base + QUEUE_SEL, 0);
+	store(base + QUEUE_NUM, QUEUE_SIZE);
+	store(base + QUEUE_DESC, (u32)disk_queue.descriptors);
+	store(base + QUEUE_DESC + 4, 0);
+	store(base + QUEUE_DRIVER, (u32)&disk_queue.available);
+	store(base + QUEUE_DRIVER + 4, 0);
+	store(base + QUEUE_DEVICE, (u32)&disk_queue.used);
+	store(base + QUEUE_DEVICE + 4, 0);
+	store(base + QUEUE_READY, 1);
+	store(base + STATUS, DRIVER_OK);
+	disk_started = base;
+	return 1;
+}
+
+static void disk_send(u32 device, u32 kind, u32 sector)
+{
+	u32 base = BALLOON + device * DEVICE_BYTES, data = kind == FLUSHES ? 2 : 1;
+	u16 next = disk_queue.available.index;
+
+	if (disk_started != base && !disk_start(base)) {
+		print("error no disk\n");
+		return;
+	}
+	disk_request.kind = kind;
+	disk_request.sector = sector;
+	disk_queue.descriptors[0].address = (u32)&disk_request;
+	disk_queue.descriptors[0].bytes = sizeof(disk_request);
+	disk_queue.descriptors[0].flags = HAS_NEXT;
+	disk_queue.descriptors[0].next = data;
+	disk_queue.descriptors[1].address = (u32)disk_data;
+	disk_queue.descriptors[1].bytes = SECTOR_BYTES;
+	disk_queue.descriptors[1].flags = HAS_NEXT | (kind == READS ? DEVICE_WRITES : 0);
+	disk_queue.descriptors[1].next = 2;
+	disk_queue.descriptors[2].address = (u32)&disk_status;
+	disk_queue.descriptors[2].bytes = 1;
+	disk_queue.descriptors[2].flags = DEVICE_WRITES;
+	disk_queue.available.ring[next % QUEUE_SIZE] = 0;
+	__sync_synchronize();
+	disk_queue.available.index = next + 1;
+	__sync_synchronize();
+	store(base + QUEUE_NOTIFY, 0);
+	print("ok\n");
 }
 
 // What a page has at three places. Never 0.
@@ -316,6 +389,13 @@ static void carry_out(char *line)
 		answer(load(number[0]));
 	} else if (is(line, "write")) {
 		store(number[0], number[1]);
+		print("ok\n");
+	} else if (is(line, "disk")) {
+		disk_send(number[0], number[1], number[2]);
+	} else if (is(line, "done")) {
+		answer(disk_queue.used.index);
+	} else if (is(line, "reset")) {
+		store(BALLOON + number[0] * DEVICE_BYTES + STATUS, 0);
 		print("ok\n");
 	} else if (is(line, "off")) {
 		out8(SLEEP_CONTROL, POWER_OFF);

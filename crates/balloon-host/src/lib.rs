@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]
 
+mod ending;
 mod log_limit;
 mod reclaim;
 mod request_text;
@@ -16,6 +17,7 @@ mod saved;
 mod shared;
 mod stats_clock;
 
+pub use ending::Ending;
 pub use log_limit::LogLimit;
 pub use reclaim::{HostReclaim, Work};
 pub use shared::{DeviceGuard, Shared};

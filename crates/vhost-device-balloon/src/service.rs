@@ -2,13 +2,15 @@
 //! until it is asked to end.
 
 use std::io;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use balloon_abi::Features;
+use balloon_host::Ending;
 use control::api::{PartialHuge, ReleaseMode};
 use control::{Server, SocketAccess, SocketFile, listen_on};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -56,8 +58,7 @@ pub struct Options {
 /// Guests whose sockets are there, and who are not served yet.
 pub struct Service {
     guests: Vec<Guest>,
-    /// Becomes readable on SIGTERM or SIGINT, and stays so.
-    stop: Arc<UnixStream>,
+    ending: Arc<Ending>,
 }
 
 /// One guest. Its control API is served from the start.
@@ -81,11 +82,13 @@ impl Service {
     /// # Errors
     /// When a socket or a state file cannot be made.
     pub fn start(options: &[Options]) -> Result<Self, Error> {
-        let stop =
-            stop_signal().map_err(|source| Error::Host { what: "signal handling", source })?;
+        let ending = Ending::watch();
+        let ending = ending.map_err(|source| Error::Host { what: "signal handling", source })?;
         allow_files(FILES_OF_PROCESS + FILES_PER_GUEST * options.len() as u64)?;
         let guests = options.iter().map(Guest::start).collect::<Result<_, _>>()?;
-        Ok(Self { guests, stop: Arc::new(stop) })
+        // From now on there are sockets to be removed.
+        ending.in_order();
+        Ok(Self { guests, ending })
     }
 
     /// Serves until the process is asked to end. A guest that cannot be served any
@@ -95,11 +98,10 @@ impl Service {
     /// The first of the guests' errors, when all have ended. What a front end does
     /// ends its own session and nothing else.
     pub fn serve(self) -> Result<(), Error> {
-        let stop = self.stop;
         let threads = self.guests.into_iter().map(|guest| {
-            let stop = Arc::clone(&stop);
+            let ending = Arc::clone(&self.ending);
             let thread = thread::Builder::new().name(format!("guest {}", guest.name));
-            let spawned = thread.spawn(move || guest.serve_whatever_panics(&stop));
+            let spawned = thread.spawn(move || guest.serve_whatever_panics(&ending.told()));
             // Told now: what is returned is looked at when the others have ended.
             spawned.inspect_err(|error| tracing::error!(%error, "host: a guest has no thread"))
         });
@@ -142,7 +144,7 @@ impl Guest {
     }
 
     /// Serves its monitors until the process is to end; a panic costs one of them its connection.
-    fn serve_whatever_panics(self, stop: &UnixStream) -> Result<(), Error> {
+    fn serve_whatever_panics(self, stop: &impl AsFd) -> Result<(), Error> {
         loop {
             match diagnostics::contain(|| self.serve(stop)) {
                 Ok(ended) => return ended,
@@ -154,7 +156,7 @@ impl Guest {
         }
     }
 
-    fn serve(&self, stop: &UnixStream) -> Result<(), Error> {
+    fn serve(&self, stop: &impl AsFd) -> Result<(), Error> {
         let name = &self.name;
         let outcome = match &self.monitors {
             Monitors::Accepted(listener, file) => {
@@ -193,12 +195,4 @@ fn allow_files(wanted: u64) -> Result<(), Error> {
     let raised = Rlimit { current: Some(wanted), maximum: limit.maximum };
     setrlimit(Resource::Nofile, raised)
         .map_err(|e| Error::Host { what: "raising the limit of open files", source: e.into() })
-}
-
-/// A stream that becomes readable on SIGTERM or SIGINT.
-fn stop_signal() -> io::Result<UnixStream> {
-    let (read, write) = UnixStream::pair()?;
-    signal_hook::low_level::pipe::register(signal_hook::consts::SIGTERM, write.try_clone()?)?;
-    signal_hook::low_level::pipe::register(signal_hook::consts::SIGINT, write)?;
-    Ok(read)
 }

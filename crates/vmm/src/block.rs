@@ -216,6 +216,18 @@ impl Device for Block {
         Vec::new()
     }
 
+    fn comes_to_rest(&mut self) -> bool {
+        self.worker.rests()
+    }
+
+    fn goes_on(&mut self) -> bool {
+        self.worker.goes_on()
+    }
+
+    fn unfinished(&self) -> usize {
+        self.kept
+    }
+
     /// However much the guest has asked for, no more is done than the piece of a request that is
     /// under way. The others are in the ring again: they are the youngest that were taken, and an
     /// honest driver writes over no entry of a chain that did not come back.

@@ -3,6 +3,10 @@
 //! A guest that runs here has them. One that changes sides has them on neither for a moment, and
 //! nobody else can begin with them meanwhile; see docs/migration.md, "Disks".
 
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::block::{DiskFile, DiskShape};
@@ -14,6 +18,16 @@ const MAX_SYNCS: usize = 4;
 
 /// A sync as short as the guest may wait for.
 const SHORT: Duration = Duration::from_millis(20);
+
+/// How long a sync may take while the guest stands still: less than the other side of a migration
+/// waits for a sign of life then.
+pub(crate) const SYNC_TIME: Duration = Duration::from_secs(4);
+
+/// How often it is looked whether a sync is still to be waited for.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// Stack of a thread that syncs.
+const STACK_BYTES: usize = 128 << 10;
 
 impl Machine {
     /// The guest begins here.
@@ -59,18 +73,57 @@ impl Machine {
         taken.inspect_err(|_| self.disks.iter().for_each(|disk| undo(disk)))
     }
 
-    /// All that was written to its disks is there for other hosts.
-    pub(crate) fn sync_disks(&self) -> Result<(), Error> {
-        let failed = Error::host("syncing a disk");
-        self.disks.iter().try_for_each(|disk| disk.sync().map_err(&failed))
+    /// All that was written to its disks is there for other hosts. It is waited for as long as
+    /// `goes_on` says of the time that it has taken: a file system that does not answer holds
+    /// whoever calls it for ever.
+    ///
+    /// # Errors
+    /// A disk fails, or takes too long; what is written goes on its way then.
+    pub(crate) fn sync_disks(&self, goes_on: impl Fn(Duration) -> bool) -> Result<(), Error> {
+        let disks: Vec<_> = self.disks.iter().filter(|disk| !disk.shape().read_only).collect();
+        if disks.is_empty() {
+            return Ok(());
+        }
+        let names = disks.iter().map(|disk| disk.path().display().to_string());
+        let names = names.collect::<Vec<_>>().join(", ");
+        let late = |what: &str| Error::Stuck { what: format!("{names}: {what}") };
+        if self.syncing.swap(true, Ordering::SeqCst) {
+            return Err(late("an earlier sync has not come back yet"));
+        }
+        let (tells, told) = mpsc::channel();
+        let disks: Vec<_> = disks.into_iter().map(Arc::clone).collect();
+        let syncing = Arc::clone(&self.syncing);
+        let sync = move || {
+            let synced = disks.iter().try_for_each(|disk| disk.sync());
+            syncing.store(false, Ordering::SeqCst);
+            // Nobody waits any more.
+            let _ = tells.send(synced);
+        };
+        let began = Instant::now();
+        let thread = thread::Builder::new().name("sync".into()).stack_size(STACK_BYTES).spawn(sync);
+        if let Err(error) = thread {
+            self.syncing.store(false, Ordering::SeqCst);
+            return Err(Error::host("starting a thread")(error));
+        }
+        loop {
+            match told.recv_timeout(LOOK) {
+                Ok(synced) => return synced.map_err(Error::host("syncing a disk")),
+                Err(RecvTimeoutError::Timeout) if goes_on(began.elapsed()) => {}
+                Err(RecvTimeoutError::Timeout) => {
+                    let ms = began.elapsed().as_millis();
+                    return Err(late(&format!("not all is written that was, after {ms} ms")));
+                }
+                Err(RecvTimeoutError::Disconnected) => return Err(late("syncing panicked")),
+            }
+        }
     }
 
     /// The same while the guest runs and writes, until little is left for when it stands still.
-    pub(crate) fn sync_disks_before_pause(&self) {
+    pub(crate) fn sync_disks_before_pause(&self, goes_on: impl Fn(Duration) -> bool) {
         for _ in 0..MAX_SYNCS {
             let began = Instant::now();
             // Failing is told when it counts.
-            if self.sync_disks().is_err() || began.elapsed() <= SHORT {
+            if self.sync_disks(&goes_on).is_err() || began.elapsed() <= SHORT {
                 return;
             }
         }

@@ -79,6 +79,12 @@ pub enum Error {
     /// A guest could not come here.
     #[error(transparent)]
     Migration(#[from] migration::MigrationError),
+    /// Something that the guest has to wait for does not come.
+    #[error("host: {what}")]
+    Stuck {
+        /// What, and for how long it was waited for.
+        what: String,
+    },
     /// Something that this monitor cannot do with this host or guest.
     #[error("host: this monitor cannot save or restore {what}")]
     Unsupported {

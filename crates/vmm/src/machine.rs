@@ -1,8 +1,10 @@
 //! A guest from its first instruction to its last.
 
+mod stop;
+
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -22,7 +24,7 @@ use crate::balloon::Balloon;
 use crate::block::{Block, DiskFile, MAX_DISKS};
 use crate::boot::Boot;
 use crate::console::Console;
-use crate::console::output::{Lost, standard_output};
+use crate::console::output::standard_output;
 use crate::cpu;
 use crate::cpuid::Template;
 use crate::error::Error;
@@ -36,7 +38,10 @@ use crate::mover::{Asked, Mover};
 use crate::options::Options;
 use crate::ports::{Ports, Request};
 use crate::reins::Reins;
+use crate::requests::Requests;
 use crate::vcpu::Processors;
+pub(crate) use stop::PAUSE_TIME;
+use stop::end_console;
 
 /// How a guest ended without anybody's fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,12 +65,13 @@ pub enum End {
 /// What is wrong with the options, or with the host; and a processor of the guest that stops for
 /// good.
 pub fn run(options: &Options) -> Result<End, Error> {
-    let requests = Requests::new().map_err(Error::host("signal handling"))?;
+    let requests = Requests::before_guest().map_err(Error::host("signal handling"))?;
     let machine = Machine::new(options, standard_output().map_err(Error::host("dup"))?)?;
     machine.take_new_disks()?;
     machine.load_kernel(options)?;
     let machine = Arc::new(machine);
     let mover = Mover::new(Some(Arc::clone(&machine)));
+    requests.take_stop();
     let _control =
         Server::bind_monitor(&options.host.control, Arc::new(Asked(Arc::clone(&mover))))?;
     tracing::info!(
@@ -87,31 +93,12 @@ pub(crate) fn serve_to_end(
 ) -> Result<End, Error> {
     mover.ends_by(requests.stopper());
     // The guest runs, and goes on without what is typed.
-    let console = Console::start(&machine.bus, requests.stopper());
+    let console = Console::start(&machine.bus, requests.asker());
     let _console = console.inspect_err(|error| tracing::error!(%error, "nothing can be typed"));
     let end = machine.serve(requests);
-    let was_asked = matches!(end, Ok(End::Stopped));
-    let has_moved = mover.end();
-    end_console(machine, if was_asked { ASKED_TIME } else { READER_TIME });
+    let has_moved = mover.end(requests.ending());
+    end_console(machine, requests.ending());
     if has_moved { Ok(End::Moved) } else { end }
-}
-
-/// How long a process whose guest has ended waits for whoever reads its console.
-const READER_TIME: Duration = Duration::from_secs(10);
-
-/// The same where somebody waits for the end of the process.
-const ASKED_TIME: Duration = Duration::from_secs(2);
-
-/// The guest prints nothing more: what it has printed is to reach its reader.
-fn end_console(machine: &Machine, limit: Duration) {
-    let Lost { dropped, left } = machine.bus.ports.finish_output(limit);
-    if dropped > 0 || left > 0 {
-        tracing::warn!(
-            dropped,
-            left,
-            "host: nobody read the console in time; bytes of it are lost"
-        );
-    }
 }
 
 /// Everything that the guest's processors can reach besides memory.
@@ -237,6 +224,8 @@ pub struct Machine {
     pub(crate) bus: Arc<Bus>,
     pub(crate) balloon: Arc<Shared>,
     pub(crate) disks: Vec<Arc<DiskFile>>,
+    /// A sync of them is under way.
+    pub(crate) syncing: Arc<AtomicBool>,
     pub(crate) processors: Processors,
     pub(crate) memory: Memory,
     pub(crate) vm: Arc<Vm>,
@@ -301,7 +290,21 @@ impl Machine {
         let cpuid = Mutex::new(cpuid);
         let reins = Mutex::default();
         let options = options.clone();
-        Ok(Self { bus, balloon, disks, processors, memory, vm, msrs, event, options, reins, cpuid })
+        let syncing = Arc::default();
+        Ok(Self {
+            bus,
+            balloon,
+            disks,
+            syncing,
+            processors,
+            memory,
+            vm,
+            msrs,
+            event,
+            options,
+            reins,
+            cpuid,
+        })
     }
 
     /// Puts a kernel, and what firmware would have left, into the memory of a new machine.
@@ -326,7 +329,7 @@ impl Machine {
             ranges: &memory.ranges,
         };
         let entry = boot.load()?;
-        self.processors.pause();
+        self.processors.pause(PAUSE_TIME)?;
         let enter = |number, fd: &VcpuFd| match number {
             0 => cpu::enter(fd, entry, &memory.guest),
             _ => Ok(()),
@@ -343,7 +346,7 @@ impl Machine {
         let poll = self.watch(requests).map_err(Error::host("epoll"))?;
         self.balloon.set_connected(true);
         let end = self.serve_events(&poll, requests);
-        self.processors.pause();
+        self.come_to_an_end(requests.ending());
         self.balloon.device().requests_mut().end_all(RequestFailure::HungUp);
         self.balloon.set_connected(false);
         match end? {
@@ -360,9 +363,9 @@ impl Machine {
             let event = EpollEvent::new(EventSet::IN, data);
             poll.ctl(ControlOperation::Add, file.as_raw_fd(), event)
         };
-        add(&requests.stop.read, EVENT_STOP)?;
-        add(&requests.pause.read, EVENT_PAUSE)?;
-        add(&requests.resume.read, EVENT_RESUME)?;
+        add(&requests.ending().told(), EVENT_STOP)?;
+        add(&requests.pause, EVENT_PAUSE)?;
+        add(&requests.resume, EVENT_RESUME)?;
         add(self.balloon.wake(), EVENT_WAKE)?;
         add(self.processors.ended(), EVENT_ENDED)?;
         for (slot, place) in (0u64..).zip(&self.bus.slots) {
@@ -440,12 +443,6 @@ impl Machine {
             }
         }
         Ok(Turn::More)
-    }
-
-    /// The guest stands still, and its devices with it, when this returns.
-    pub fn pause(&self) {
-        self.processors.pause();
-        self.bus.slots.iter().for_each(|slot| slot.transport().pause());
     }
 
     /// The guest runs.
@@ -531,92 +528,4 @@ fn make_processors(cpuid: &[CpuId], vm: &VmFd) -> Result<Vec<VcpuFd>, Error> {
         processors.push(fd);
     }
     Ok(processors)
-}
-
-/// What is asked of this process: by signals, or by a key.
-pub struct Requests {
-    /// SIGTERM, SIGINT, or at the terminal: the end.
-    stop: SignalPipe,
-    /// SIGUSR1: the guest pauses.
-    pause: SignalPipe,
-    /// SIGUSR2: it goes on.
-    resume: SignalPipe,
-}
-
-/// Becomes readable when a signal came.
-struct SignalPipe {
-    read: UnixStream,
-    write: Arc<UnixStream>,
-}
-
-impl Requests {
-    /// Takes the signals from now on.
-    ///
-    /// # Errors
-    /// The host has no file descriptor left.
-    pub fn new() -> io::Result<Self> {
-        let requests = Self::before_guest()?;
-        requests.take_stop()?;
-        Ok(requests)
-    }
-
-    /// Takes those that are for a guest, before there is one: whoever sees that it has come may
-    /// send one at once, which would end a process that does not take it, and the guest with it.
-    /// What asks for the end ends the process, as long as it is not [taken](Self::take_stop) too.
-    pub(crate) fn before_guest() -> io::Result<Self> {
-        use signal_hook::consts::{SIGUSR1, SIGUSR2};
-        Ok(Self {
-            stop: SignalPipe::new(&[])?,
-            pause: SignalPipe::new(&[SIGUSR1])?,
-            resume: SignalPipe::new(&[SIGUSR2])?,
-        })
-    }
-
-    pub(crate) fn take_stop(&self) -> io::Result<()> {
-        use signal_hook::consts::{SIGINT, SIGTERM};
-        self.stop.take(&[SIGTERM, SIGINT])
-    }
-
-    /// Asks for the end.
-    pub fn stopper(&self) -> impl Fn() + Send + Sync + use<> {
-        let write = Arc::clone(&self.stop.write);
-        move || {
-            // A stream that is full has been asked already.
-            let _ = io::Write::write(&mut &*write, &[1]);
-        }
-    }
-}
-
-impl SignalPipe {
-    fn new(signals: &[i32]) -> io::Result<Self> {
-        let (read, write) = UnixStream::pair()?;
-        read.set_nonblocking(true)?;
-        let pipe = Self { read, write: Arc::new(write) };
-        pipe.take(signals)?;
-        Ok(pipe)
-    }
-
-    fn take(&self, signals: &[i32]) -> io::Result<()> {
-        for signal in signals {
-            signal_hook::low_level::pipe::register(*signal, self.write.try_clone()?)?;
-        }
-        Ok(())
-    }
-
-    /// Takes all signals that came.
-    fn clear(&self) {
-        while matches!(io::Read::read(&mut &self.read, &mut [0; 64]), Ok(1..)) {}
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_pause_that_comes_before_its_guest_ends_nothing() {
-        let requests = Requests::before_guest().unwrap();
-        signal_hook::low_level::raise(signal_hook::consts::SIGUSR1).unwrap();
-        assert_eq!(io::Read::read(&mut &requests.pause.read, &mut [0; 8]).unwrap(), 1);
-    }
 }

@@ -7,8 +7,9 @@ use page_set::{PageRange, PageSet};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::cpuid::CpuFeatures;
+use crate::disks::SYNC_TIME;
 use crate::error::Error;
-use crate::machine::Machine;
+use crate::machine::{Machine, PAUSE_TIME};
 use crate::memory::Ram;
 use crate::state::{Chips, MachineState, Processor, Section, transport_name};
 
@@ -136,7 +137,7 @@ impl Machine {
         let balloon = self.balloon.leave();
         let layout = self.balloon.device().layout().clone();
         // Whoever reads it next may do so on another host.
-        self.sync_disks()?;
+        self.sync_disks(|taken| taken < SYNC_TIME)?;
         let transports = self.bus.slots.iter().map(|slot| slot.transport().state()).collect();
         let ports = self.bus.ports.state();
         Ok(MachineState { processors, chips, ports, transports, balloon }.encode(&layout))
@@ -162,7 +163,7 @@ impl Machine {
     /// The state is none of such a machine (the sender's fault), or this host cannot have it. The
     /// machine is of no use then.
     pub fn load(&self, sections: &[Section]) -> Result<(), Error> {
-        self.processors.pause();
+        self.processors.pause(PAUSE_TIME)?;
         let layout = self.balloon.device().layout().clone();
         let (cpus, devices) = (self.processors.len(), self.bus.slots.len());
         let state = MachineState::decode(sections, cpus, devices, &layout)?;

@@ -102,6 +102,19 @@ pub(crate) trait Device: Send {
     }
     /// A queue stops: what the device keeps of it goes back into it.
     fn give_back(&mut self, index: usize, memory: &Ram, queue: &mut Queue) -> Served;
+    /// Begins nothing more, and has what is under way end soon; true once nothing is. It waits no
+    /// longer than a moment.
+    fn comes_to_rest(&mut self) -> bool {
+        true
+    }
+    /// Goes on after it was to come to rest; false where it has since, and no queue was told.
+    fn goes_on(&mut self) -> bool {
+        true
+    }
+    /// Chains that are with the device and neither answered nor kept for later.
+    fn unfinished(&self) -> usize {
+        0
+    }
     /// A queue is gone, with whatever the device keeps of it.
     fn forget(&mut self, index: usize);
     /// All queues stand still for a while.
@@ -249,10 +262,14 @@ impl<S: Signals> Transport<S> {
     }
 
     /// The guest's processors stand still: all that the guest has sent is served, unless the device
-    /// leaves it in the ring, and what the device keeps goes back there.
-    pub(crate) fn pause(&mut self) {
+    /// leaves it in the ring, and what the device keeps goes back there. False where the device
+    /// has not come to rest yet: ask again, or let it go on.
+    pub(crate) fn pause(&mut self) -> bool {
         if self.paused {
-            return;
+            return true;
+        }
+        if !self.device.comes_to_rest() {
+            return false;
         }
         if self.device.serves_before_pause() {
             for index in 0..self.rings.len() {
@@ -273,10 +290,20 @@ impl<S: Signals> Transport<S> {
         }
         self.device.suspend();
         self.paused = true;
+        true
+    }
+
+    /// Requests of the guest that are not answered.
+    pub(crate) fn unfinished(&self) -> usize {
+        self.device.unfinished()
     }
 
     /// The guest's processors are about to run.
     pub(crate) fn resume(&mut self) {
+        if !self.device.goes_on() {
+            // It has come to rest after nobody waited for that any more.
+            self.pause();
+        }
         if std::mem::take(&mut self.paused) && self.runs() {
             // Whatever came meanwhile was not served.
             (0..self.rings.len()).for_each(|index| self.signals.kick(index));

@@ -400,7 +400,7 @@ proptest! {
                 }
                 Access::Changed => guest.registers.config_changed(),
                 Access::Attend(woken) => guest.registers.attend(woken),
-                Access::Pause => guest.registers.pause(),
+                Access::Pause => assert!(guest.registers.pause()),
                 Access::Resume => guest.registers.resume(),
             }
             let status = guest.read(register::STATUS);

@@ -9,6 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use balloon_host::Ending;
 use control::api::{
     MigrationPhase, MigrationSide, MigrationState, MigrationStatus, SettleWord, StartMigration,
     StartSnapshot, TlsPaths,
@@ -26,6 +27,7 @@ use migration::{
 
 use crate::machine::Machine;
 use crate::seams::{Arriving, Leaving};
+use crate::threads::{Joined, join_within};
 
 /// How long the guest may take to drop its caches.
 const DROP_CACHES_TIME: Duration = Duration::from_secs(30);
@@ -119,39 +121,44 @@ impl Mover {
     }
 
     /// The monitor is about to end. Ends a migration, where the guest was not offered yet, and does
-    /// not wait for a peer that is silent; true where the guest has left.
-    pub(crate) fn end(&self) -> bool {
+    /// not wait for a peer that is silent, or for a disk; true where the guest has left.
+    pub(crate) fn end(&self, ending: &Ending) -> bool {
         let mut state = self.state();
         // From here on nothing is offered: who begins to looks at it after this lock.
         state.cancel.store(true, Ordering::Relaxed);
         let thread = state.thread.take();
         let patience = match state.status.phase {
-            // Said, and heard or lost within its own time.
-            Some(MigrationPhase::HandOver) => None,
-            Some(MigrationPhase::State) => Some(LAST_WORDS),
-            _ => Some(FAREWELL),
+            // Said, and heard or lost within its own time, or a file that is about to have its name:
+            // worth waiting for, but where somebody waits for the end.
+            Some(MigrationPhase::HandOver) if !ending.was_asked() => Duration::MAX,
+            Some(MigrationPhase::HandOver | MigrationPhase::State) => LAST_WORDS,
+            _ => FAREWELL,
         };
-        if let Some(patience) = patience {
-            let goes_on = |state: &mut State| state.status.state == MigrationState::Running;
-            let wait = self.changed.wait_timeout_while(state, patience, goes_on);
-            state = wait.unwrap_or_else(PoisonError::into_inner).0;
+        let patience = ending.patience("a migration or a snapshot to come to its end", patience);
+        let goes_on = |state: &mut State| state.status.state == MigrationState::Running;
+        let wait = self.changed.wait_timeout_while(state, patience, goes_on);
+        state = wait.unwrap_or_else(PoisonError::into_inner).0;
+        if state.status.state == MigrationState::Running {
+            tracing::warn!("{}", lost(&state));
+        } else {
+            drop(state);
+            // It has nothing more to do than to come back.
+            match thread.map(|thread| join_within(thread, ending.patience("a thread", FAREWELL))) {
+                None | Some(Joined::Ended) => {}
+                Some(Joined::Panicked) => tracing::error!("the migration ended in a panic"),
+                Some(Joined::Not) => tracing::error!("host: the migration's thread does not end"),
+            }
+            state = self.state();
         }
-        let is_silent = patience.is_some() && state.status.state == MigrationState::Running;
-        drop(state);
-        if is_silent {
-            tracing::warn!("the migration ends with this process; the other side was not told");
-        } else if thread.is_some_and(|thread| thread.join().is_err()) {
-            tracing::error!("the migration ended in a panic");
-        }
-        let state = self.state();
         if matches!(state.status.state, MigrationState::InDoubt) {
             tracing::error!("the guest ends here; whether it runs on the other side is not known");
         }
         if state.status.state != MigrationState::Moved {
             return false;
         }
-        let wait = self.changed.wait_timeout_while(state, LINGER, |state| !state.told);
-        drop(wait);
+        let linger = if ending.was_asked() { FAREWELL } else { LINGER };
+        let linger = ending.patience("whoever asked for the migration", linger);
+        drop(self.changed.wait_timeout_while(state, linger, |state| !state.told));
         true
     }
 
@@ -215,7 +222,7 @@ impl Mover {
         work: impl FnOnce(&Arc<Self>, Leaving) + Send + 'static,
     ) -> Result<MigrationStatus, ControlError> {
         machine.take_reins().map_err(|error| nothing(&error.to_string()))?;
-        let guest = Leaving::new(Arc::clone(machine));
+        let guest = Leaving::new(Arc::clone(machine), Arc::clone(&cancel));
         let mut state = self.state();
         // One that came runs already, and is about to be said to.
         state.may_begin().inspect_err(|_| machine.return_reins())?;
@@ -559,6 +566,19 @@ fn refused(error: &MigrationError) -> ControlError {
     ControlError::Refused { what: error.chain(), hint }
 }
 
+/// What comes of what was under way when the process ends before it.
+fn lost(state: &State) -> &'static str {
+    match (state.status.side, state.status.phase) {
+        (Some(MigrationSide::Snapshot), _) => {
+            "the snapshot is not finished and ends with this process: there is none"
+        }
+        (_, Some(MigrationPhase::HandOver)) => {
+            "the guest was offered and ends here; whether it runs on the other side is not known"
+        }
+        _ => "the migration ends with this process; the other side was not told",
+    }
+}
+
 /// What is behind these locks is whole at any moment.
 pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -588,7 +608,7 @@ mod tests {
             assert_eq!(refused.unwrap_err().http_status(), 409);
         }
         assert_eq!(asked.migration().state, MigrationState::None);
-        assert!(!mover.end());
+        assert!(!mover.end(&Ending::unwatched().unwrap()));
     }
 
     #[test]

@@ -18,9 +18,10 @@ use migration::{
 };
 
 use crate::error::Error;
-use crate::machine::{End, Requests, serve_to_end};
+use crate::machine::{End, serve_to_end};
 use crate::mover::{Asked, Kept, Mover, Watch, locked};
 use crate::options::HostOptions;
+use crate::requests::Requests;
 use crate::seams::Arriving;
 
 /// How long a source that was told that its guest runs here may still ask: the word may be lost
@@ -103,7 +104,7 @@ pub fn receive(options: &ReceiveOptions, listens: impl Fn(SocketAddr)) -> Result
             DestinationGuest::Refused(_) => STALL_PAUSED * 2,
             DestinationGuest::InDoubt(_) => ANSWER_TIME,
         };
-        match failed(failure, guest, acceptor, deadline, &mover)? {
+        match failed(failure, guest, acceptor, deadline, (&mover, &requests))? {
             Some(free) => acceptor = free,
             None => return run(&mover, &requests),
         }
@@ -117,7 +118,7 @@ fn failed(
     guest: Arriving,
     acceptor: TcpAcceptor,
     deadline: Option<Instant>,
-    mover: &Arc<Mover>,
+    (mover, requests): (&Arc<Mover>, &Requests),
 ) -> Result<Option<TcpAcceptor>, Error> {
     let ReceiveFailure { error, guest: left, .. } = failure;
     match left {
@@ -142,10 +143,14 @@ fn failed(
             mover.set_machine(guest.machine().cloned());
             let kept = Arc::new(Mutex::new(Kept { custody, guest }));
             mover.doubts(&kept, &error);
+            let words = "the guest that came ends here; whether it runs at its source is not known, \
+                         where `aerostat settle` says what becomes of it";
+            requests.ending().at_once_with(Some(words.to_owned()));
             let answering = answer(&kept, acceptor, None, mover)?;
             if mover.until_settled() == Settled::Runs {
                 return Ok(None);
             }
+            requests.ending().at_once_with(None);
             mover.set_machine(None);
             joined(answering).map(Some)
         }
@@ -154,10 +159,7 @@ fn failed(
 
 /// Serves the guest that came.
 fn run(mover: &Arc<Mover>, requests: &Requests) -> Result<End, Error> {
-    if let Err(error) = requests.take_stop() {
-        // The guest runs, and is not ended for that; whoever asks for the end ends the process.
-        tracing::error!(%error, "host: signal handling failed");
-    }
+    requests.take_stop();
     match mover.machine() {
         Some(machine) => serve_to_end(&machine, mover, requests),
         None => Err(Error::Unsupported { what: "a guest that is not there".into() }),

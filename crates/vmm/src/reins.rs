@@ -46,10 +46,11 @@ impl Machine {
             tracing::warn!(%error, "the guest is not paused or resumed");
             return;
         }
-        if pause {
-            self.pause()
-        } else {
-            self.resume()
+        if !pause {
+            self.resume();
+        } else if let Err(error) = self.pause() {
+            tracing::error!(%error, "the guest is not paused, and goes on");
+            return;
         }
         *reins = Reins::Operator { paused: pause };
         tracing::info!("{}", if pause { "paused" } else { "resumed" });

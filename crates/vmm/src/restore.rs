@@ -13,9 +13,10 @@ use migration::snapshot::{self, Filling, SnapshotFile};
 
 use crate::error::Error;
 use crate::layout::{MAX_CPUS, MAX_MEMORY_BYTES};
-use crate::machine::{End, Machine, Requests, serve_to_end};
+use crate::machine::{End, Machine, serve_to_end};
 use crate::mover::{Asked, Mover};
 use crate::options::HostOptions;
+use crate::requests::Requests;
 use crate::seams::Arriving;
 
 /// Between two looks whether memory still comes.
@@ -42,7 +43,8 @@ pub struct RestoreOptions {
 /// What is wrong with the file, the options, or the host; nothing of the guest was run then,
 /// unless it ran lazily and the file turned out to be damaged.
 pub fn restore(options: &RestoreOptions) -> Result<End, Error> {
-    let requests = Requests::new().map_err(Error::host("signal handling"))?;
+    // Until the guest runs nothing is lost with this process, which may wait for the file.
+    let requests = Requests::before_guest().map_err(Error::host("signal handling"))?;
     let machine = SnapshotFile::open(&options.file)?.description().machine.clone();
     let mover = Mover::new(None);
     let _control =
@@ -56,10 +58,12 @@ pub fn restore(options: &RestoreOptions) -> Result<End, Error> {
     let began = Instant::now();
     if options.lazy {
         let filling = snapshot::restore_lazily(&config, &mut guest, file, &mut Silent)?;
+        requests.take_stop();
         tracing::info!(us = began.elapsed().as_micros(), "runs; its memory is still coming");
         return fill(guest, filling, &mover, &requests);
     }
     let restored = snapshot::restore(&config, &mut guest, file, &mut Silent)?;
+    requests.take_stop();
     tracing::info!(us = restored.total_us, pages = restored.read_pages, "restored");
     mover.set_machine(guest.machine().cloned());
     match guest.machine() {

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use balloon_abi::Features;
@@ -131,11 +132,18 @@ pub(crate) struct Leaving {
     hints: Option<u32>,
     /// The other side may have its disks.
     offered: bool,
+    /// Somebody wants that it comes to nothing.
+    cancel: Arc<AtomicBool>,
+    /// How long its disks may take for what was written to them while it still runs.
+    sync_limit: Duration,
 }
 
+/// Shorter than a destination waits for a sign of life.
+const SYNC_LIMIT: Duration = Duration::from_secs(15);
+
 impl Leaving {
-    pub(crate) const fn new(machine: Arc<Machine>) -> Self {
-        Self { machine, hints: None, offered: false }
+    pub(crate) const fn new(machine: Arc<Machine>, cancel: Arc<AtomicBool>) -> Self {
+        Self { machine, hints: None, offered: false, cancel, sync_limit: Duration::MAX }
     }
 
     fn snapshot(&self, wait: Duration) -> Result<Option<FreePages>, MachineError> {
@@ -218,15 +226,18 @@ impl SourceMachine for Leaving {
     }
 
     fn before_pause(&mut self) {
-        self.machine.sync_disks_before_pause();
+        let (cancel, limit) = (Arc::clone(&self.cancel), self.sync_limit);
+        let goes_on = |taken| taken < limit && !cancel.load(Ordering::Relaxed);
+        self.machine.sync_disks_before_pause(goes_on);
+        // From now on the other side waits.
+        self.sync_limit = SYNC_LIMIT;
     }
 
     fn pause(&mut self) -> Result<(), MachineError> {
         if self.machine.has_ended() {
             return Err("guest: it has ended".into());
         }
-        self.machine.pause();
-        Ok(())
+        Ok(self.machine.pause()?)
     }
 
     fn save_state(&mut self) -> Result<Vec<StateSection>, MachineError> {

@@ -1,5 +1,7 @@
 //! The guest's processors: a thread each, which run, pause and end together.
 
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -12,6 +14,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::error::Error;
 use crate::kvm::Vm;
+use crate::layout;
 use crate::machine::Bus;
 use crate::ports::Request;
 use crate::throttle::Throttle;
@@ -19,6 +22,10 @@ use crate::throttle::Throttle;
 /// How often a processor that does not come out of the guest is called again: a signal that comes
 /// just before it enters the guest is lost.
 const CALL_AGAIN: Duration = Duration::from_millis(1);
+
+/// How long the end of a guest waits for its processors. Each comes out within microseconds, but
+/// where it waits for a device or a page that does not come.
+const END_TIME: Duration = Duration::from_secs(1);
 
 /// Stack of a processor's thread. The usual 2 MiB are a huge page where the system gives those to
 /// everybody, which it clears when a guest is made.
@@ -37,6 +44,8 @@ struct Group {
     changed: Condvar,
     ended: EventFd,
     throttle: Throttle,
+    /// Where each processor is, as the words of [`Place`] have it: for whoever waits for one.
+    places: Vec<AtomicU64>,
 }
 
 struct State {
@@ -116,6 +125,7 @@ impl Processors {
             changed: Condvar::new(),
             ended,
             throttle: Throttle::default(),
+            places: processors.iter().map(|_| AtomicU64::new(Place::PARKED)).collect(),
         });
         let mut all = Self { group, threads: Vec::new(), fds: Vec::new() };
         for (number, fd) in (0..).zip(processors) {
@@ -156,8 +166,11 @@ impl Processors {
     }
 
     /// Returns when no processor is in the guest any more, and what each was doing is complete.
-    pub(crate) fn pause(&self) {
-        self.want(Wanted::Pause);
+    ///
+    /// # Errors
+    /// One is not within the time; all go on then as before.
+    pub(crate) fn pause(&self, limit: Duration) -> Result<(), Error> {
+        self.want(Wanted::Pause, limit)
     }
 
     /// Has the processors pause, and does not wait until they do.
@@ -207,9 +220,10 @@ impl Processors {
         self.fds.iter().enumerate().map(|(number, fd)| look(number, &locked(fd))).collect()
     }
 
-    fn want(&self, wanted: Wanted) {
+    fn want(&self, wanted: Wanted, limit: Duration) -> Result<(), Error> {
+        let began = Instant::now();
         let mut state = self.group.state();
-        state.wanted = wanted;
+        let before = std::mem::replace(&mut state.wanted, wanted);
         self.group.changed.notify_all();
         let is_done = |state: &State| match wanted {
             Wanted::Run => true,
@@ -217,6 +231,13 @@ impl Processors {
             Wanted::Stop => state.gone == self.threads.len(),
         };
         while !is_done(&state) {
+            if began.elapsed() >= limit {
+                // Nobody shall wait for a guest of which a part stands still.
+                state.wanted = before;
+                self.group.changed.notify_all();
+                drop(state);
+                return Err(Error::Stuck { what: self.stuck(began.elapsed()) });
+            }
             // Who failed to move the guest may have let it go on since, when all had come to a stop
             // and this thread had not looked yet.
             state.wanted = wanted;
@@ -224,12 +245,64 @@ impl Processors {
             let waited = self.group.changed.wait_timeout(state, CALL_AGAIN);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+        Ok(())
+    }
+
+    /// Which processors do not come to a stop, and where they are.
+    fn stuck(&self, time: Duration) -> String {
+        let places = self.group.places.iter().enumerate();
+        let places = places.filter_map(|(number, place)| {
+            let place = Place::of(place.load(Ordering::Relaxed))?;
+            Some(format!("processor {number} is {place}"))
+        });
+        let places = places.collect::<Vec<_>>().join(", ");
+        format!("the guest did not come to a stop within {} ms: {places}", time.as_millis())
+    }
+}
+
+/// Where a processor is that is not parked.
+enum Place {
+    Guest,
+    Port,
+    Register(u64),
+}
+
+impl Place {
+    const PARKED: u64 = 0;
+    const GUEST: u64 = 1;
+    const PORT: u64 = 2;
+
+    /// A register of a device by its address, which is none of the above.
+    const fn of(word: u64) -> Option<Self> {
+        match word {
+            Self::PARKED => None,
+            Self::GUEST => Some(Self::Guest),
+            Self::PORT => Some(Self::Port),
+            address => Some(Self::Register(address)),
+        }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Guest => f.write_str("in the guest, or waits for a page of its memory"),
+            Self::Port => f.write_str("at an I/O port"),
+            Self::Register(address) => {
+                let device = address.saturating_sub(layout::MMIO_START) / layout::MMIO_BYTES;
+                write!(f, "at a register of device {device} (0 is the balloon, 1 the first disk)")
+            }
+        }
     }
 }
 
 impl Drop for Processors {
     fn drop(&mut self) {
-        self.want(Wanted::Stop);
+        if let Err(error) = self.want(Wanted::Stop, END_TIME) {
+            tracing::error!(%error, "its threads are left to the end of the process");
+            self.group.state().wanted = Wanted::Stop;
+            return;
+        }
         for thread in self.threads.drain(..) {
             // A panic has been printed by the hook, and there is nothing left to do.
             let _ = thread.join();
@@ -328,11 +401,13 @@ impl Processor {
         }
         state = group.state();
         state.parked += 1;
+        self.is_at(Place::PARKED);
         group.changed.notify_all();
         while state.wanted == Wanted::Pause {
             state = group.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.parked -= 1;
+        self.is_at(Place::GUEST);
         let runs = state.wanted == Wanted::Run;
         drop(state);
         if runs {
@@ -340,6 +415,12 @@ impl Processor {
             let _ = locked(&self.fd).kvmclock_ctrl();
         }
         if runs { Stand::Runs } else { Stand::Over }
+    }
+
+    fn is_at(&self, place: u64) {
+        if let Some(at) = self.group.places.get(usize::from(self.number)) {
+            at.store(place, Ordering::Relaxed);
+        }
     }
 
     /// KVM finishes an access to a device only on the next entry; with this there is one that
@@ -360,22 +441,27 @@ impl Processor {
 
     /// Runs the guest until it needs something, and gives it that.
     fn step(&mut self) -> Step {
+        self.is_at(Place::GUEST);
         let mut fd = locked(&self.fd);
         let why = match fd.run() {
             Ok(VcpuExit::MmioRead(address, data)) => {
+                self.is_at(address);
                 self.bus.read(address, data);
                 return Step::Served;
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
+                self.is_at(address);
                 panic_point("processor");
                 self.bus.write(address, data);
                 return Step::Served;
             }
             Ok(VcpuExit::IoIn(port, data)) => {
+                self.is_at(Place::PORT);
                 self.bus.ports.read(port, data);
                 return Step::Served;
             }
             Ok(VcpuExit::IoOut(port, data)) => {
+                self.is_at(Place::PORT);
                 let ends = self.bus.ports.write(port, data);
                 return ends.map_or(Step::Served, |request| Step::Ended(Ok(request)));
             }

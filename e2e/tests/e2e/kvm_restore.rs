@@ -108,7 +108,7 @@ fn leaves(
     assert_eq!(talk.answer(), "ok");
     talk.ask(first, &format!("fill late {WRITTEN_MIB} 3"));
 
-    first.pause();
+    first.pause().unwrap();
     let start = Instant::now();
     let dirty = dirty(first);
     let written = 2 * WRITTEN_MIB * MIB / PAGE..MEMORY_MIB * MIB / PAGE / 2;

@@ -10,8 +10,8 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
 
 mod bare;
-mod bare_platform;
 mod bare_memory;
+mod bare_platform;
 mod bed;
 mod benches;
 mod command_line;

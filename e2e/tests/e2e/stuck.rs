@@ -1,12 +1,15 @@
 //! Nobody reads, nothing answers, a disk is dead: the guest goes on where it can, its operator is
 //! answered, and the process ends when it is told to.
 
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use lab::bare::{BareGuest, Stream};
+use lab::bare::{self, BareBuilder, BareGuest, Stream};
+use lab::dead_disk::DeadDisk;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::bare::{aerostat, boot, builder, on_a_kvm, receiver};
+use crate::program::program;
 
 /// A process ends within this time of SIGTERM, whatever is stuck.
 const END: Duration = Duration::from_secs(10);
@@ -132,4 +135,143 @@ fn who_reads_a_flood_gets_all_of_it() {
 /// How much of the flood is there, without line feeds.
 fn flooded(lines: &[String]) -> usize {
     lines.iter().filter(|line| line.starts_with('x')).map(String::len).sum()
+}
+
+/// Bytes of a disk.
+const DISK_BYTES: usize = 64 << 10;
+
+/// A guest whose disk has answered once and does not answer any more, with a request under way.
+fn with_a_dead_disk(name: &str) -> (BareGuest, DeadDisk) {
+    let disk = DeadDisk::mount(vec![7; DISK_BYTES]).unwrap();
+    let word = format!("{},readonly", disk.path().display());
+    let mut guest = builder(name).argument("--disk").argument(word).boot().unwrap();
+    guest.ask("disk 1 0 3").unwrap();
+    done(&mut guest, 1);
+    disk.die();
+    guest.ask("disk 1 0 5").unwrap();
+    (guest, disk)
+}
+
+/// Waits until so many requests to a disk have come back.
+fn done(guest: &mut BareGuest, count: u64) {
+    let end = Instant::now() + SOON;
+    while guest.number("done").unwrap() != count {
+        assert!(Instant::now() < end, "{}", guest.errors());
+    }
+}
+
+/// How the guest stands still is not known while its disk has a request: it goes on, and whoever
+/// wanted that is told why. What was to stop is done after all.
+#[test]
+fn a_guest_whose_disk_is_dead_is_not_stopped_and_goes_on() {
+    on_a_kvm("stuck::a_guest_whose_disk_is_dead_is_not_stopped_and_goes_on", || {
+        let (mut guest, disk) = with_a_dead_disk("dead");
+        let file = guest.directory().join("dead.snapshot");
+        let (code, out, err) = aerostat(&guest, &["snapshot", "dead", file.to_str().unwrap()]);
+        let path = disk.path();
+        let path = path.to_str().unwrap();
+        assert_eq!(code, Some(1), "{out}{err}");
+        assert!(err.contains(path) && err.contains("did not finish a request"), "{out}{err}");
+        assert!(!file.exists());
+        assert_eq!(guest.ask("ping 5").unwrap(), "5");
+        disk.revive();
+        done(&mut guest, 2);
+        guest.ask("disk 1 0 6").unwrap();
+        done(&mut guest, 3);
+        // The same is possible now.
+        let (code, out, err) = aerostat(&guest, &["snapshot", "dead", file.to_str().unwrap()]);
+        assert_eq!(code, Some(0), "{out}{err}");
+        assert!(guest.power_off().unwrap().success());
+    });
+}
+
+#[test]
+fn a_process_whose_disk_is_dead_ends_when_told_and_says_what_is_lost() {
+    on_a_kvm("stuck::a_process_whose_disk_is_dead_ends_when_told_and_says_what_is_lost", || {
+        let (mut guest, _disk) = with_a_dead_disk("lost");
+        let (status, took) = terminate(&mut guest);
+        assert!(status.success() && took < END, "{status} {took:?} {}", guest.errors());
+        let said = |text: &str| text.contains("had asked of it is not done").then_some(());
+        guest.wait_for_error("what is lost", said).unwrap();
+    });
+}
+
+/// A processor that resets a disk waits for it, with everybody who serves the guest behind it: the
+/// watchdog ends the process.
+#[test]
+fn a_process_in_which_everything_is_stuck_ends_when_told() {
+    on_a_kvm("stuck::a_process_in_which_everything_is_stuck_ends_when_told", || {
+        let (mut guest, _disk) = with_a_dead_disk("stuck");
+        guest.send("reset 1\n").unwrap();
+        std::thread::sleep(Duration::from_millis(500));
+        let (status, took) = terminate(&mut guest);
+        assert!(took < END, "{took:?} {}", guest.errors());
+        assert_eq!(status.code(), Some(1));
+        let said = |text: &str| text.contains("and is cut off").then_some(());
+        guest.wait_for_error("why it is cut off", said).unwrap();
+    });
+}
+
+#[test]
+fn a_snapshot_to_a_dead_disk_keeps_nobody() {
+    on_a_kvm("stuck::a_snapshot_to_a_dead_disk_keeps_nobody", || {
+        let mut guest = boot("save");
+        let disk = DeadDisk::mount(Vec::new()).unwrap();
+        disk.die();
+        let mut command = Command::new(program());
+        command.args(["snapshot", "save"]).arg(disk.directory().join("save.snapshot"));
+        command.env(bare::RUNTIME_VARIABLE, guest.directory()).stdin(Stdio::null());
+        let snapshot = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        let mut snapshot = snapshot.unwrap();
+        std::thread::sleep(Duration::from_millis(500));
+        assert_eq!(aerostat(&guest, &["status", "save"]).0, Some(0));
+        assert_eq!(guest.ask("ping 5").unwrap(), "5");
+        let (status, took) = terminate(&mut guest);
+        assert!(status.success() && took < END, "{status} {took:?} {}", guest.errors());
+        let said = |text: &str| text.contains("the snapshot is not finished").then_some(());
+        guest.wait_for_error("what is lost", said).unwrap();
+        assert!(!snapshot.wait().unwrap().success());
+    });
+}
+
+/// The guest waits for memory that does not come.
+#[test]
+fn a_guest_whose_snapshot_is_on_a_dead_disk_ends_when_told() {
+    on_a_kvm("stuck::a_guest_whose_snapshot_is_on_a_dead_disk_ends_when_told", || {
+        let mut guest = boot("first");
+        guest.ask("fill 8 8 1").unwrap();
+        let file = guest.directory().join("first.snapshot");
+        let (code, out, err) = aerostat(&guest, &["snapshot", "first", file.to_str().unwrap()]);
+        assert_eq!(code, Some(0), "{out}{err}");
+        let disk = DeadDisk::mount(std::fs::read(&file).unwrap()).unwrap();
+        assert!(guest.power_off().unwrap().success());
+        // All of its memory would take some seconds.
+        disk.slow_down(Duration::from_millis(2));
+        let command = BareBuilder::command(program(), "restore", "lazy").unwrap();
+        let command = command.argument("--lazy").argument(disk.path());
+        let mut lazy = command.start().unwrap();
+        assert_eq!(lazy.ask("ping 5").unwrap(), "5", "{}", lazy.errors());
+        disk.die();
+        lazy.send("check 8 8 1\n").unwrap();
+        std::thread::sleep(Duration::from_millis(500));
+        assert_eq!(aerostat(&lazy, &["status", "lazy"]).0, Some(0));
+        let (status, took) = terminate(&mut lazy);
+        assert!(took < END, "{status} {took:?} {}", lazy.errors());
+        let said = |text: &str| text.contains("file does not answer").then_some(());
+        lazy.wait_for_error("why", said).unwrap();
+    });
+}
+
+/// A file that does not answer keeps a process whose guest does not run yet as little.
+#[test]
+fn a_restore_from_a_dead_disk_ends_when_told() {
+    on_a_kvm("stuck::a_restore_from_a_dead_disk_ends_when_told", || {
+        let disk = DeadDisk::mount(vec![0; DISK_BYTES]).unwrap();
+        disk.die();
+        let command = BareBuilder::command(program(), "restore", "none").unwrap();
+        let mut none = command.argument(disk.path()).start().unwrap();
+        std::thread::sleep(Duration::from_millis(500));
+        let (_, took) = terminate(&mut none);
+        assert!(took < END, "{took:?} {}", none.errors());
+    });
 }

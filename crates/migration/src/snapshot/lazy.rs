@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use page_set::PageRange;
 
@@ -23,6 +23,13 @@ const PAGES_BETWEEN: u64 = 8;
 
 /// How long to wait for the guest when everything is there.
 const REST: Duration = Duration::from_millis(100);
+
+/// How long the end waits for whoever fills: it may be in a read of a file that does not answer,
+/// and nobody needs what it reads.
+const END_TIME: Duration = Duration::from_secs(1);
+
+/// How often it is looked whether it has come back.
+const END_LOOK: Duration = Duration::from_millis(1);
 
 /// Memory that is still coming. It must be kept for as long as the guest runs: pages that are
 /// discarded (balloon, reports) are missing anew, and the guest waits for them. Those are not placed
@@ -142,6 +149,14 @@ impl Filling {
     fn end(&mut self) -> Result<(), MigrationError> {
         self.shared.stop.store(true, Ordering::Relaxed);
         let Some(thread) = self.thread.take() else { return Ok(()) };
+        let began = Instant::now();
+        while !thread.is_finished() {
+            if began.elapsed() >= END_TIME {
+                tracing::error!("host: the snapshot's file does not answer, and is left as it is");
+                return Ok(());
+            }
+            thread::sleep(END_LOOK);
+        }
         let panicked = |_| MigrationError::machine("filling memory")("a thread panicked".into());
         thread.join().map_err(panicked)?
     }

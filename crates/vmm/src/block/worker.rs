@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -12,6 +13,13 @@ use super::file::DiskFile;
 use super::request::Request;
 use super::work::Work;
 use crate::error::Error;
+use crate::threads::{Joined, join_within};
+
+/// For how long it is waited for a job at a time, with the desk but nothing else locked.
+const MOMENT: Duration = Duration::from_millis(1);
+
+/// How long the end waits for the thread, which may be in a call that nothing interrupts.
+const END_TIME: Duration = Duration::from_secs(1);
 
 /// What is to be done, what is being done, and what is done.
 #[derive(Default)]
@@ -19,6 +27,10 @@ struct Desk {
     todo: VecDeque<Job>,
     /// A request is being carried out.
     busy: bool,
+    /// Nothing more is begun.
+    halted: bool,
+    /// What is being done is begun anew if it was interrupted: it is not to stop any more.
+    again: bool,
     /// As many were interrupted, and are as good as not begun.
     interrupted: usize,
     done: Vec<Done>,
@@ -90,6 +102,33 @@ impl Worker {
         std::mem::take(&mut self.shared.desk().done)
     }
 
+    /// Begins nothing more, and has what is under way end soon; true once nothing is, for which it
+    /// waits for no longer than a moment.
+    pub(crate) fn rests(&self) -> bool {
+        let mut desk = self.shared.desk();
+        desk.halted = true;
+        desk.again = false;
+        self.interrupt.store(true, Ordering::Relaxed);
+        let works = |desk: &mut Desk| !desk.end && desk.busy;
+        let waited = self.shared.changed.wait_timeout_while(desk, MOMENT, works);
+        !works(&mut waited.unwrap_or_else(PoisonError::into_inner).0)
+    }
+
+    /// Goes on after it was to rest; false where a job was interrupted since: it has to be
+    /// [stopped](Self::stop) first.
+    pub(crate) fn goes_on(&self) -> bool {
+        let mut desk = self.shared.desk();
+        if desk.interrupted > 0 {
+            return false;
+        }
+        desk.halted = false;
+        desk.again = desk.busy;
+        self.interrupt.store(false, Ordering::Relaxed);
+        drop(desk);
+        self.shared.changed.notify_all();
+        true
+    }
+
     /// Begins nothing more, and has what is under way end soon. What is done, and how many jobs
     /// are not: the youngest. The guest's memory is not touched any more when this returns.
     pub(crate) fn stop(&self) -> (Vec<Done>, usize) {
@@ -98,6 +137,7 @@ impl Worker {
         self.interrupt.store(true, Ordering::Relaxed);
         let mut desk = self.shared.idle(desk);
         self.interrupt.store(false, Ordering::Relaxed);
+        desk.halted = false;
         let interrupted = std::mem::take(&mut desk.interrupted);
         (std::mem::take(&mut desk.done), begun_none + interrupted)
     }
@@ -115,9 +155,10 @@ impl Drop for Worker {
     fn drop(&mut self) {
         self.shared.desk().end = true;
         self.shared.changed.notify_all();
-        if let Some(thread) = self.thread.take() {
-            // A panic has been printed by the hook, and there is nothing left to do.
-            let _ = thread.join();
+        // A panic has been printed by the hook, and there is nothing left to do.
+        let joined = self.thread.take().map(|thread| join_within(thread, END_TIME));
+        if joined == Some(Joined::Not) {
+            tracing::error!("host: a disk does not answer; what is under way there is left to it");
         }
     }
 }
@@ -141,16 +182,26 @@ impl Shared {
             if desk.end {
                 return;
             }
-            let Some(Job { head, request }) = desk.todo.pop_front() else {
+            let next = if desk.halted { None } else { desk.todo.pop_front() };
+            let Some(Job { head, request }) = next else {
                 desk = self.changed.wait(desk).unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
             desk.busy = true;
             let writes_through = desk.writes_through;
             drop(desk);
-            let written = request.map_or(Some(0), |it| work.carry_out(&it, file, writes_through));
+            let mut carry_out = || match &request {
+                Some(request) => work.carry_out(request, file, writes_through),
+                None => Some(0),
+            };
+            let mut written = carry_out();
             desk = self.desk();
-            desk.busy = false;
+            while written.is_none() && std::mem::take(&mut desk.again) {
+                drop(desk);
+                written = carry_out();
+                desk = self.desk();
+            }
+            (desk.busy, desk.again) = (false, false);
             // Nothing is done that is younger than what is not.
             match written.filter(|_| desk.interrupted == 0) {
                 Some(written_bytes) => desk.done.push(Done { head, written_bytes }),

@@ -62,6 +62,8 @@ struct State {
     bytes: VecDeque<u8>,
     /// Of what the thread has taken, what is not written yet.
     taken: usize,
+    /// That is no output, but tells of what was dropped.
+    tells: bool,
     /// Bytes dropped before the first in `bytes` of which the reader was not told.
     untold: u64,
     dropped: u64,
@@ -140,7 +142,8 @@ impl OutputEnd {
         let is_left = |state: &mut State| !state.fails && state.has_more();
         let waited = shared.changed.wait_timeout_while(shared.state(), limit, is_left);
         let state = waited.unwrap_or_else(PoisonError::into_inner).0;
-        let left = state.bytes.len().saturating_add(state.taken) as u64;
+        let taken = if state.tells { 0 } else { state.taken };
+        let left = state.bytes.len().saturating_add(taken) as u64;
         Lost { dropped: state.dropped, left }
     }
 }
@@ -170,7 +173,8 @@ impl State {
     /// What is to be written next: how much is missing, or what there is.
     fn take(&mut self) -> Vec<u8> {
         let untold = std::mem::take(&mut self.untold);
-        if untold > 0 {
+        self.tells = untold > 0;
+        if self.tells {
             return notice(untold);
         }
         let count = CHUNK_BYTES.min(self.bytes.len());
@@ -332,7 +336,9 @@ mod tests {
         let bed = bed(64 << 10);
         let mut input = bed.end.input();
         let line = [[b'x'; 63].as_slice(), b"\n"].concat();
-        (0..10_000).for_each(|_| input.write_all(&line).unwrap());
+        input.write_all(&line).unwrap();
+        bed.is_taken();
+        (1..10_000).for_each(|_| input.write_all(&line).unwrap());
         let Lost { dropped, left } = bed.end.finish(Duration::from_millis(1));
         assert_eq!(dropped + left, 640_000);
         assert!(left <= (64 << 10) + CHUNK_BYTES as u64, "{left}");
