@@ -124,6 +124,15 @@ pub enum ControlError {
         limit: usize,
     },
 
+    /// Others are served first.
+    #[error("{what}")]
+    Busy {
+        /// What there is too much of.
+        what: String,
+        /// What to do about it.
+        hint: String,
+    },
+
     // The guest's fault.
     /// The guest did not answer in time.
     #[error("the guest did not answer within {limit_ms} ms")]
@@ -265,6 +274,7 @@ impl ControlError {
             | Self::BadSize { hint, .. }
             | Self::Guest { hint, .. }
             | Self::BadRequest { hint, .. }
+            | Self::Busy { hint, .. }
             | Self::Failed { hint, .. }
             | Self::Answered { hint, .. } => hint.clone(),
             Self::NoSuchEndpoint { .. } => "see /v1/openapi.json for what exists".into(),
@@ -295,7 +305,11 @@ impl ControlError {
                 format!("start the guest's balloon again, or remove {}", path.display())
             }
             Self::NoAnswer { .. } => "check whether that process is stopped or overloaded".into(),
-            Self::Broken { .. } => "check whether that process still runs".into(),
+            Self::Broken { .. } => {
+                "check whether that process still runs; where it does, ask again, since a client \
+                 that is slow loses its connection when others need it"
+                    .into()
+            }
             Self::BadAnswer { .. } => {
                 "check that client and server are of the same version of aerostat".into()
             }
@@ -316,7 +330,7 @@ impl ControlError {
             Self::RequestTooSlow { .. } => 408,
             Self::Refused { .. } => 409,
             Self::BodyTooLarge { .. } => 413,
-            Self::TooManyWaiters { .. } => 503,
+            Self::TooManyWaiters { .. } | Self::Busy { .. } => 503,
             Self::GuestSilent { .. } => 504,
             _ => 500,
         }

@@ -14,6 +14,7 @@ use crate::api::{
 };
 use crate::error::ControlError;
 use crate::routes::{App, WAIT_SLICE, query};
+use crate::server::served;
 
 /// How long to wait for the guest.
 #[derive(Debug, Deserialize, IntoParams)]
@@ -87,10 +88,10 @@ pub(crate) async fn post_hints(
 pub(crate) async fn hints(app: App, wait_ms: u64) -> Result<FreePageHints, ControlError> {
     let wait = Duration::from_millis(wait_ms).min(app.limits.max_wait);
     // On its own, so that a client which hangs up leaves no guest without its pages.
-    let asked = tokio::spawn(async move {
+    let asked = tokio::spawn(served::serving(served::current(), async move {
         let _waiter = app.waiter(wait_ms)?;
         ask_for_hints(&app, wait).await
-    });
+    }));
     let lost = |_| ControlError::Failed {
         what: "the balloon failed while it was asked".into(),
         hint: "look into the log of the process that serves it".into(),

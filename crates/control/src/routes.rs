@@ -15,7 +15,7 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use tokio::sync::{Semaphore, SemaphorePermit, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 use utoipa::IntoParams;
@@ -27,7 +27,7 @@ use crate::balloon::Balloon;
 use crate::error::ControlError;
 use crate::guest_routes;
 use crate::monitor::Monitor;
-use crate::server::Limits;
+use crate::server::{Connections, Limits, NoPlace, Phase, Place, Places, served};
 use crate::{metrics, openapi};
 
 /// Longest body of a request. The largest valid one has some 40 bytes; the rest
@@ -43,7 +43,9 @@ pub(crate) const WAIT_SLICE: Duration = Duration::from_millis(250);
 pub(crate) struct App {
     pub(crate) monitor: Arc<dyn Monitor>,
     pub(crate) limits: Limits,
-    waiters: Arc<Semaphore>,
+    waiters: Arc<Places>,
+    moves: Arc<Semaphore>,
+    connections: Arc<Connections>,
     pub(crate) stopped: watch::Receiver<bool>,
 }
 
@@ -51,9 +53,11 @@ pub(crate) struct App {
 pub(crate) fn router(
     monitor: Arc<dyn Monitor>,
     limits: Limits,
+    connections: Arc<Connections>,
     stopped: watch::Receiver<bool>,
 ) -> Router {
-    let waiters = Arc::new(Semaphore::new(limits.waiters));
+    let waiters = Places::new(limits.waiters, limits.waiters_each);
+    let moves = Arc::new(Semaphore::new(limits.moves));
     Router::new()
         .route("/v1/status", get(get_status))
         .route("/v1/balloon", get(get_balloon).put(put_balloon))
@@ -85,7 +89,7 @@ pub(crate) fn router(
         .method_not_allowed_fallback(async |method: Method, uri: Uri| {
             no_endpoint(&method, &uri, true)
         })
-        .with_state(App { monitor, limits, waiters, stopped })
+        .with_state(App { monitor, limits, waiters, moves, connections, stopped })
 }
 
 fn no_endpoint(method: &Method, uri: &Uri, method_only: bool) -> ControlError {
@@ -230,7 +234,13 @@ impl App {
         ask: impl FnOnce(&dyn Balloon) -> T + Send + 'static,
     ) -> Result<T, ControlError> {
         let balloon = self.balloon()?;
-        spawn_blocking(move || ask(&*balloon)).await.map_err(|_| ControlError::Failed {
+        // It counts as one for as long as a thread works for it, whether its client stays or not.
+        let connection = served::current();
+        let ask = move || {
+            let _connection = connection;
+            ask(&*balloon)
+        };
+        spawn_blocking(ask).await.map_err(|_| ControlError::Failed {
             what: "the balloon failed while it was asked".into(),
             hint: "look into the log of the process that serves it".into(),
         })
@@ -241,19 +251,46 @@ impl App {
     }
 
     /// The right to wait; none is needed to wait for no time.
-    pub(crate) fn waiter(&self, wait_ms: u64) -> Result<Option<SemaphorePermit<'_>>, ControlError> {
+    pub(crate) fn waiter(&self, wait_ms: u64) -> Result<Option<Place>, ControlError> {
         if wait_ms == 0 { Ok(None) } else { self.any_waiter().map(Some) }
     }
 
-    fn any_waiter(&self) -> Result<SemaphorePermit<'_>, ControlError> {
-        let limit = self.limits.waiters;
-        self.waiters.try_acquire().map_err(|_| ControlError::TooManyWaiters { limit })
+    fn any_waiter(&self) -> Result<Place, ControlError> {
+        self.waiters.take(served::process()).map_err(|no_place| match no_place {
+            NoPlace::All { limit } => ControlError::TooManyWaiters { limit },
+            NoPlace::Share { limit, process } => ControlError::Busy {
+                what: format!("process {process} has {limit} requests here that wait already"),
+                hint: "end some of them, ask without wait_ms, or again later".into(),
+            },
+        })
+    }
+
+    /// The right to move the guest or to settle where it is, which may wait for others.
+    pub(crate) fn mover(&self) -> Result<OwnedSemaphorePermit, ControlError> {
+        Arc::clone(&self.moves).try_acquire_owned().map_err(|_| ControlError::Busy {
+            what: format!(
+                "{} requests to move this guest, or to settle where it is, are under way",
+                self.limits.moves
+            ),
+            hint: "GET /v1/migration tells how it stands; ask again later".into(),
+        })
+    }
+
+    /// Has the right to a large answer for as long as its client reads it.
+    pub(crate) async fn bulk(&self) -> Result<(), ControlError> {
+        if self.connections.take_bulk().await {
+            return Ok(());
+        }
+        Err(ControlError::Busy {
+            what: format!("{} large answers are being read already", self.limits.bulk),
+            hint: "ask again later".into(),
+        })
     }
 
     /// Waits until the change is over, the time has passed or the server stops.
     async fn wait(
         &self,
-        _waiter: Option<SemaphorePermit<'_>>,
+        _waiter: Option<Place>,
         generation: u64,
         wait_ms: u64,
     ) -> Result<BalloonStatus, ControlError> {
@@ -280,7 +317,9 @@ impl App {
         if body.size_hint().lower() > limit {
             return Err(too_large);
         }
+        served::enter(Phase::Reading);
         let bytes = timeout(self.limits.request_timeout, to_bytes(body, MAX_BODY_BYTES)).await;
+        served::enter(Phase::Working);
         let limit_ms = self.limits.request_timeout.as_millis();
         let bytes = bytes.map_err(|_| ControlError::RequestTooSlow { limit_ms })?;
         // A body that broke off has nobody left to read this answer.

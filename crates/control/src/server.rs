@@ -4,6 +4,9 @@
 //! for clients that hang or err, and so that no client can wear out the process
 //! that serves a guest.
 
+mod connection;
+mod places;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -11,11 +14,12 @@ use std::time::Duration;
 
 use axum::Router;
 use hyper::server::conn::http1;
+use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::runtime::{Builder, Runtime};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
@@ -26,18 +30,41 @@ use crate::routes;
 use crate::routes::request::GRACE;
 use crate::socket::{SocketAccess, SocketFile, listen_on};
 
+pub(crate) use connection::{Connections, Phase};
+pub(crate) use places::{NoPlace, Place, Places};
+
+use connection::{Connection, Watched};
+
+/// What is known of the connection that is served.
+pub(crate) mod served {
+    pub(crate) use super::connection::{current, enter, process, serving};
+}
+
 /// Bounds on what clients can hold. [`Limits::default`] is meant for use.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Connections served at a time; more wait in the kernel's backlog. One
-    /// costs a buffer of 16 KiB, and a thread while it asks the balloon.
+    /// Connections served at a time. Where more come, those go whose clients
+    /// have been slowest to send a request or to take its answer. One costs a
+    /// buffer of 16 KiB, and a thread while it asks the balloon.
     pub connections: usize,
     /// Clients among them that may wait for a change at a time; fewer than
     /// `connections`, so that the others still get their answers.
     pub waiters: usize,
+    /// Waiters of one process, so that one which hangs leaves places to others.
+    pub waiters_each: usize,
+    /// Requests among them to move the guest or to settle where it is. Each may
+    /// wait for a name server or for another host.
+    pub moves: usize,
+    /// Large answers at a time: bitmaps and pictures. One keeps what the guest
+    /// named for as long as it is read.
+    pub bulk: usize,
     /// Time for the head of a request, and as much again for its body. Both
     /// come from the same machine.
     pub request_timeout: Duration,
+    /// Time for which a client may take no byte of its answer.
+    pub stall_timeout: Duration,
+    /// Time in which a client must have taken all of its answer.
+    pub answer_timeout: Duration,
     /// Longest wait for a change; a longer `wait_ms` is cut to this.
     pub max_wait: Duration,
     /// Longest time for a request to the guest; a longer `timeout_ms` is cut to
@@ -50,9 +77,14 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            connections: 32,
-            waiters: 16,
+            connections: 64,
+            waiters: 32,
+            waiters_each: 16,
+            moves: 4,
+            bulk: 4,
             request_timeout: Duration::from_secs(5),
+            stall_timeout: Duration::from_secs(5),
+            answer_timeout: Duration::from_secs(60),
             max_wait: Duration::from_secs(60),
             max_request: Duration::from_secs(600),
             stop_timeout: Duration::from_secs(1),
@@ -116,7 +148,8 @@ impl Server {
         let event_loop = |source| ControlError::EventLoop { source };
         let runtime = Builder::new_current_thread()
             .enable_all()
-            .max_blocking_threads(limits.connections)
+            // One call for each connection, and those that stop what was asked of the guest.
+            .max_blocking_threads(limits.connections + limits.waiters)
             .thread_name("control-call")
             .build()
             .map_err(event_loop)?;
@@ -160,18 +193,22 @@ fn run(
     limits: Limits,
     stopped: watch::Receiver<bool>,
 ) {
-    let app = routes::router(monitor, limits, stopped.clone());
-    let slots = Arc::new(Semaphore::new(limits.connections));
+    let connections = Connections::new(&limits);
+    let app = routes::router(monitor, limits, Arc::clone(&connections), stopped.clone());
     // A panic of who accepts costs the connection that it was about, and no operator the guest.
     while diagnostics::contain(|| {
-        runtime.block_on(accept_until_stopped(&listener, &app, limits, &slots, stopped.clone()));
+        let stopped = stopped.clone();
+        runtime.block_on(accept_until_stopped(&listener, &app, limits, &connections, stopped));
     })
     .is_err()
     {
         thread::sleep(ACCEPT_BACKOFF);
     }
     drop(listener);
-    runtime.block_on(finish(&slots, limits));
+    // The requests in progress have their time.
+    runtime.block_on(async {
+        let _ = timeout(limits.stop_timeout, connections.idle(&limits)).await;
+    });
     // A balloon that hangs in a call must not hang the process on its way out.
     runtime.shutdown_timeout(limits.stop_timeout);
 }
@@ -181,16 +218,18 @@ async fn accept_until_stopped(
     listener: &UnixListener,
     app: &Router,
     limits: Limits,
-    slots: &Arc<Semaphore>,
+    connections: &Connections,
     mut stopped: watch::Receiver<bool>,
 ) {
     let accept_all = async {
         loop {
-            let Ok(slot) = Arc::clone(slots).acquire_owned().await else { return };
             match listener.accept().await {
                 Ok((stream, _)) => {
                     diagnostics::panic_point("control");
-                    tokio::spawn(serve_one(stream, app.clone(), limits, slot));
+                    let Some(connection) = connections.admit(process_of(&stream)).await else {
+                        return;
+                    };
+                    tokio::spawn(serve_one(stream, app.clone(), limits, connection));
                 }
                 Err(error) => {
                     warn!(%error, "cannot accept a control connection");
@@ -205,27 +244,42 @@ async fn accept_until_stopped(
     }
 }
 
-/// Gives the requests in progress their time.
-async fn finish(slots: &Semaphore, limits: Limits) {
-    let all = u32::try_from(limits.connections).unwrap_or(u32::MAX);
-    let _ = timeout(limits.stop_timeout, slots.acquire_many(all)).await;
+/// The process that connected; 0 where it is none that this one could know of.
+fn process_of(stream: &UnixStream) -> i32 {
+    stream.peer_cred().ok().and_then(|peer| peer.pid()).unwrap_or(0)
 }
 
 /// Serves the one request of a connection. One only, so that a connection has
 /// an end: the sum of the times for its parts.
-async fn serve_one(stream: UnixStream, app: Router, limits: Limits, _slot: OwnedSemaphorePermit) {
-    let connection = http1::Builder::new()
+async fn serve_one(stream: UnixStream, app: Router, limits: Limits, connection: Arc<Connection>) {
+    let app = TowerToHyperService::new(app);
+    let answer = service_fn(|request| {
+        let (connection, answer) = (Arc::clone(&connection), app.call(request));
+        async move {
+            connection.enter(Phase::Working);
+            let answer = served::serving(Some(Arc::clone(&connection)), answer).await;
+            connection.enter(Phase::Answering);
+            answer
+        }
+    });
+    let stream = Watched::new(stream, Arc::clone(&connection));
+    let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(limits.request_timeout)
         .keep_alive(false)
         .max_buf_size(HEAD_BUFFER_BYTES)
         .max_headers(MAX_HEADERS)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(app));
-    // Head, body, and as much for a client that is slow to read the answer.
-    let longest = limits.max_wait.max(limits.max_request + GRACE) + limits.request_timeout * 3;
-    match timeout(longest, connection).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => debug!(%error, "a control connection failed"),
-        Err(_) => debug!("a control connection took too long"),
+        .serve_connection(TokioIo::new(stream), answer);
+    // Head, body, and what a client may take for its answer.
+    let longest = limits.max_wait.max(limits.max_request + GRACE)
+        + limits.request_timeout * 2
+        + limits.answer_timeout;
+    tokio::select! {
+        served = timeout(longest, served) => match served {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => debug!(%error, "a control connection failed"),
+            Err(_) => debug!("a control connection took too long"),
+        },
+        why = connection.overstays(&limits) => debug!(why, "a control connection is closed"),
     }
 }

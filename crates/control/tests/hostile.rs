@@ -9,20 +9,37 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use control::api::Problem;
-use control::{Client, Limits, MAX_BODY_BYTES, Server};
-use fake::{FakeBalloon, Guest};
+use control::api::{FreeKind, MigrationStatus, Problem, SettleWord, StartMigration, StartSnapshot};
+use control::{
+    Balloon, Client, ControlError, FreePagesMap, Limits, MAX_BODY_BYTES, Monitor, Server,
+};
+use fake::{FakeBalloon, Guest, free_pages};
+use page_set::PageRange;
 use tempfile::TempDir;
 
 /// A hung test ends by this; none needs a tenth of it.
 const HANG: Duration = Duration::from_secs(20);
 
+/// Everybody's answer, whatever others do.
+const SOON: Duration = Duration::from_secs(1);
+
+/// Clients that hang: more than there are connections.
+const CROWD: usize = 150;
+
+/// Pages of a guest of 256 GiB: its bitmap has 8 MiB, a socket takes some hundred KiB unread.
+const LARGE_PAGES: u64 = 1 << 26;
+
 fn server(limits: Limits) -> (Server, TempDir) {
     let dir = tempfile::tempdir().unwrap();
     let balloon = Arc::new(FakeBalloon::new("web-1", Guest::Obeys));
+    balloon.requests(|requests| {
+        let regions = vec![PageRange::new(0, LARGE_PAGES).unwrap()];
+        let free = free_pages(1, FreeKind::Snapshot);
+        requests.newest = Some(FreePagesMap { regions, ..free });
+    });
     let server = Server::bind_with(&dir.path().join("s"), balloon, limits).unwrap();
     (server, dir)
 }
@@ -76,6 +93,52 @@ fn put(path: &str, body: &str) -> Vec<u8> {
 fn still_serves(server: &Server) {
     assert_eq!(Client::connect(server.path()).unwrap().status().unwrap().name, "web-1");
 }
+
+/// Clients that have sent this and do nothing more, until they are dropped.
+struct Crowd {
+    clients: Arc<Mutex<Vec<UnixStream>>>,
+}
+
+impl Crowd {
+    /// Waits until all of them have come, or for as long as anybody may have to wait.
+    fn come(path: &Path, request: &'static [u8]) -> Self {
+        let clients = Arc::new(Mutex::new(Vec::new()));
+        let (come, path) = (Arc::downgrade(&clients), path.to_owned());
+        let thread = std::thread::spawn(move || {
+            for _ in 0..CROWD {
+                // Blocks where the server accepts nobody.
+                let mut stream = connect(&path);
+                stream.write_all(request).unwrap();
+                let Some(clients) = come.upgrade() else { return };
+                clients.lock().unwrap().push(stream);
+            }
+        });
+        let start = Instant::now();
+        while !thread.is_finished() && start.elapsed() < SOON {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Self { clients }
+    }
+}
+
+impl Drop for Crowd {
+    fn drop(&mut self) {
+        self.clients.lock().unwrap().clear();
+    }
+}
+
+#[track_caller]
+fn answers_soon(path: &Path) {
+    for _ in 0..5 {
+        let start = Instant::now();
+        let client = Client::connect(path).unwrap().with_answer_timeout(HANG);
+        assert_eq!(client.status().unwrap().name, "web-1");
+        client.metrics().unwrap();
+        assert!(start.elapsed() < SOON * 2, "{:?} for two answers", start.elapsed());
+    }
+}
+
+const BITMAP: &[u8] = b"GET /v1/free-pages/bitmap HTTP/1.1\r\nHost: x\r\n\r\n";
 
 #[test]
 fn bad_requests_get_a_problem_that_says_what_to_do() {
@@ -227,4 +290,158 @@ fn one_connection_carries_one_request() {
     let answer = raw(server.path(), &twice);
     assert_eq!(answer.matches("HTTP/1.1 200").count(), 1, "{answer}");
     assert!(answer.to_ascii_lowercase().contains("connection: close"), "{answer}");
+}
+
+#[test]
+fn clients_that_do_not_read_their_answers_keep_nobody_waiting() {
+    let (server, _dir) = server(Limits::default());
+    let _crowd = Crowd::come(server.path(), BITMAP);
+    answers_soon(server.path());
+    // An answer of their own kind as well: those that had their time make room.
+    let client = Client::connect(server.path()).unwrap().with_answer_timeout(HANG);
+    let start = Instant::now();
+    let mut bitmap = Vec::new();
+    while let Err(error) = client.free_pages_bitmap(&mut bitmap) {
+        let ControlError::Answered { status: 503, hint, .. } = error else { panic!("{error:?}") };
+        assert!(hint.contains("later"), "{hint}");
+        assert!(start.elapsed() < HANG);
+    }
+    assert_eq!(bitmap.len() as u64, LARGE_PAGES / 8);
+}
+
+#[test]
+fn clients_that_send_little_or_nothing_keep_nobody_waiting() {
+    let (server, _dir) = server(Limits::default());
+    let half_body = b"PUT /v1/balloon HTTP/1.1\r\nHost: x\r\nContent-Length: 20\r\n\r\n{\"target";
+    for request in [&b""[..], b"G", b"GET /v1/status HTTP/1.1\r\nHost:", half_body] {
+        let _crowd = Crowd::come(server.path(), request);
+        answers_soon(server.path());
+    }
+}
+
+#[test]
+fn a_client_has_bounded_time_for_its_answer() {
+    let limits = Limits {
+        stall_timeout: Duration::from_millis(200),
+        answer_timeout: Duration::from_millis(600),
+        ..Limits::default()
+    };
+    let (server, _dir) = server(limits);
+    // One that takes nothing at all, and one that takes a little again and again.
+    for (bytes, why) in [(0, "silent"), (4096, "slow")] {
+        let mut stream = connect(server.path());
+        stream.write_all(BITMAP).unwrap();
+        let start = Instant::now();
+        let mut taken = 0;
+        while start.elapsed() < limits.answer_timeout * 2 {
+            let mut piece = vec![0; bytes];
+            taken += stream.read(&mut piece).unwrap_or(0);
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        taken += until_closed(&mut stream).len();
+        assert!((taken as u64) < LARGE_PAGES / 8, "{why}: {taken}");
+    }
+    still_serves(&server);
+}
+
+#[test]
+fn ten_thousand_requests_on_one_connection_are_one() {
+    let (server, _dir) = server(Limits::default());
+    let many = b"GET /v1/release HTTP/1.1\r\nHost: x\r\n\r\n".repeat(10_000);
+    let answer = raw(server.path(), &many);
+    assert_eq!(answer.matches("HTTP/1.1 200").count(), 1, "{answer:.500}");
+    still_serves(&server);
+}
+
+#[test]
+fn one_process_that_waits_leaves_places_to_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let balloon = Arc::new(FakeBalloon::new("web-1", Guest::Waits));
+    let limits = Limits { waiters: 4, waiters_each: 2, ..Limits::default() };
+    let server =
+        Server::bind_with(&dir.path().join("s"), Arc::clone(&balloon) as _, limits).unwrap();
+    let wait = b"GET /v1/balloon?generation=1&wait_ms=60000 HTTP/1.1\r\nHost: x\r\n\r\n";
+    let _waiting: Vec<_> = (0..2)
+        .map(|_| {
+            let mut stream = connect(server.path());
+            stream.write_all(wait).unwrap();
+            stream
+        })
+        .collect();
+    balloon.until_waits(2);
+    let (status, problem) = problem(&raw(server.path(), wait));
+    assert_eq!(status, 503);
+    let expected = format!("process {} has 2 requests here that wait", std::process::id());
+    assert!(problem.error.contains(&expected), "{problem:?}");
+    answers_soon(server.path());
+}
+
+const SETTLE: &[u8] =
+    b"POST /v1/migration/settle HTTP/1.1\r\nHost: x\r\nContent-Length: 14\r\n\r\n\
+    {\"word\":\"ask\"}";
+
+/// A monitor whose other side never answers.
+struct Silent {
+    balloon: Arc<FakeBalloon>,
+    asked: Mutex<usize>,
+    over: Mutex<bool>,
+    ended: Condvar,
+}
+
+impl Silent {
+    fn wait(&self) -> Result<MigrationStatus, ControlError> {
+        *self.asked.lock().unwrap() += 1;
+        let over = self.ended.wait_while(self.over.lock().unwrap(), |over| !*over);
+        drop(over.unwrap());
+        Ok(MigrationStatus::default())
+    }
+}
+
+impl Monitor for Silent {
+    fn balloon(&self) -> Option<Arc<dyn Balloon>> {
+        Some(Arc::clone(&self.balloon) as _)
+    }
+
+    fn start_migration(&self, _: &StartMigration) -> Result<MigrationStatus, ControlError> {
+        self.wait()
+    }
+
+    fn start_snapshot(&self, _: &StartSnapshot) -> Result<MigrationStatus, ControlError> {
+        self.wait()
+    }
+
+    fn migration(&self) -> MigrationStatus {
+        MigrationStatus::default()
+    }
+
+    fn cancel_migration(&self) -> Result<MigrationStatus, ControlError> {
+        Ok(MigrationStatus::default())
+    }
+
+    fn settle_migration(&self, _: SettleWord) -> Result<MigrationStatus, ControlError> {
+        self.wait()
+    }
+}
+
+#[test]
+fn another_host_that_does_not_answer_keeps_nobody_else_waiting() {
+    let dir = tempfile::tempdir().unwrap();
+    let monitor = Arc::new(Silent {
+        balloon: Arc::new(FakeBalloon::new("web-1", Guest::Obeys)),
+        asked: Mutex::new(0),
+        over: Mutex::new(false),
+        ended: Condvar::new(),
+    });
+    let path = dir.path().join("s");
+    let server = Server::bind_monitor(&path, Arc::clone(&monitor) as _).unwrap();
+    // Some stay and some leave, while the threads that work for them all stay.
+    for _ in 0..2 {
+        drop(Crowd::come(server.path(), SETTLE));
+        let _crowd = Crowd::come(server.path(), SETTLE);
+        answers_soon(server.path());
+        assert!(Client::connect(server.path()).unwrap().cancel_migration().is_ok());
+    }
+    assert_eq!(*monitor.asked.lock().unwrap(), Limits::default().moves);
+    *monitor.over.lock().unwrap() = true;
+    monitor.ended.notify_all();
 }

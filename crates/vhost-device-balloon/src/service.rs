@@ -20,9 +20,9 @@ use crate::error::Error;
 use crate::server::{BACKOFF, Backend, MonitorSource};
 
 /// File descriptors that one guest may cost: 32 memory regions and as many more
-/// in a message under way, 3 for each queue, 32 connections of the control API, and
+/// in a message under way, 3 for each queue, 64 connections of the control API, and
 /// a few of its own.
-const FILES_PER_GUEST: u64 = 128;
+const FILES_PER_GUEST: u64 = 160;
 
 /// File descriptors of the process itself.
 const FILES_OF_PROCESS: u64 = 32;

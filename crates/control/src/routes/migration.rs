@@ -11,6 +11,7 @@ use crate::api::{MigrationStatus, Problem, SettleMigration, StartMigration, Star
 use crate::error::ControlError;
 use crate::monitor::Monitor;
 use crate::routes::App;
+use crate::server::served;
 
 /// Where the newest migration stands, or the newest snapshot.
 #[utoipa::path(get, tag = "migration", path = "/v1/migration", responses(
@@ -34,7 +35,12 @@ pub(crate) async fn post_migration(
     request: Request,
 ) -> Result<(StatusCode, Json<MigrationStatus>), ControlError> {
     let ask: StartMigration = app.body(request).await?;
-    let status = app.tell(move |monitor| monitor.start_migration(&ask)).await?;
+    let place = app.mover()?;
+    let start = move |monitor: &dyn Monitor| {
+        let _place = place;
+        monitor.start_migration(&ask)
+    };
+    let status = app.tell(start).await?;
     Ok((StatusCode::ACCEPTED, Json(status)))
 }
 
@@ -50,7 +56,12 @@ pub(crate) async fn post_snapshot(
     request: Request,
 ) -> Result<(StatusCode, Json<MigrationStatus>), ControlError> {
     let ask: StartSnapshot = app.body(request).await?;
-    let status = app.tell(move |monitor| monitor.start_snapshot(&ask)).await?;
+    let place = app.mover()?;
+    let start = move |monitor: &dyn Monitor| {
+        let _place = place;
+        monitor.start_snapshot(&ask)
+    };
+    let status = app.tell(start).await?;
     Ok((StatusCode::ACCEPTED, Json(status)))
 }
 
@@ -78,7 +89,12 @@ pub(crate) async fn post_settle(
     request: Request,
 ) -> Result<Json<MigrationStatus>, ControlError> {
     let SettleMigration { word } = app.body(request).await?;
-    app.tell(move |monitor| monitor.settle_migration(word)).await.map(Json)
+    let place = app.mover()?;
+    let settle = move |monitor: &dyn Monitor| {
+        let _place = place;
+        monitor.settle_migration(word)
+    };
+    app.tell(settle).await.map(Json)
 }
 
 impl App {
@@ -87,8 +103,12 @@ impl App {
         &self,
         tell: impl FnOnce(&dyn Monitor) -> Result<T, ControlError> + Send + 'static,
     ) -> Result<T, ControlError> {
-        let monitor = Arc::clone(&self.monitor);
-        spawn_blocking(move || tell(&*monitor)).await.map_err(|_| ControlError::Failed {
+        let (monitor, connection) = (Arc::clone(&self.monitor), served::current());
+        let tell = move || {
+            let _connection = connection;
+            tell(&*monitor)
+        };
+        spawn_blocking(tell).await.map_err(|_| ControlError::Failed {
             what: "the monitor failed while it was asked".into(),
             hint: "look into the log of the process that serves it".into(),
         })?

@@ -136,6 +136,7 @@ pub(crate) async fn get_free_pages(
     (status = "default", description = "What was wrong, and what to do", body = Problem),
 ))]
 pub(crate) async fn get_bitmap(State(app): State<App>) -> Result<Response, ControlError> {
+    app.bulk().await?;
     let map = app.call(newest).await??;
     let regions = bitmap::regions_text(&map.regions);
     let first = map.regions.first().map_or(0, |range| range.start());
@@ -156,6 +157,7 @@ pub(crate) async fn get_bitmap(State(app): State<App>) -> Result<Response, Contr
     (status = "default", description = "What was wrong, and what to do", body = Problem),
 ))]
 pub(crate) async fn get_picture(State(app): State<App>) -> Result<Response, ControlError> {
+    app.bulk().await?;
     let draw = |balloon: &dyn Balloon| {
         let map = newest(balloon)?;
         picture::draw(&balloon.name(), &map).map_err(|error| ControlError::Failed {
