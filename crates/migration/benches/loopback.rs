@@ -164,7 +164,7 @@ fn serve(how: &str, mib: u64, connections: usize, dir: &str) -> Result<(), Anyth
     println!("{}", accept.address()?);
     std::io::stdout().flush()?;
     if how == "copy" {
-        return take_copy(&mut accept, mib, connections);
+        return take_copy(&mut accept.without_hello(), mib, connections);
     }
     let mut machine = Destination(None);
     let config = DestinationConfig::new("bench");

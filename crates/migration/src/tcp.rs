@@ -1,8 +1,8 @@
 //! Connections over TCP, with TLS. The only place here that knows sockets.
 
 use std::collections::VecDeque;
-use std::io::{self, IoSlice, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::io::{self, Cursor, IoSlice, Read, Write};
+use std::net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::ops::DerefMut;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -17,9 +17,13 @@ use crate::error::MigrationError;
 use crate::limits::MAX_CONNECTIONS;
 use crate::link::{Accept, Closer, Connect, Link};
 use crate::tls::Tls;
+use crate::wire::frame::{HEAD_BYTES, Head};
 
-/// How long a peer may take to be reached, and to agree on keys.
+/// How long a peer may take to be reached, and to agree on keys and say hello.
 const HANDSHAKE: Duration = Duration::from_secs(10);
+
+/// Bytes of a hello's body. It has 40 today; later versions may say more.
+const MAX_HELLO_BYTES: usize = 1024;
 
 /// How a connection is secured.
 #[derive(Clone, Debug)]
@@ -32,7 +36,14 @@ pub enum Security {
 
 /// One connection.
 #[derive(Debug)]
-pub enum TcpLink {
+pub struct TcpLink {
+    end: End,
+    /// What was read of it before it was handed on.
+    ahead: Cursor<Vec<u8>>,
+}
+
+#[derive(Debug)]
+enum End {
     /// Only on a loopback address.
     Plain(TcpStream),
     /// Encrypted, with both sides known; this one connected.
@@ -41,7 +52,7 @@ pub enum TcpLink {
     Server(Box<StreamOwned<ServerConnection, TcpStream>>),
 }
 
-impl TcpLink {
+impl End {
     const fn socket(&self) -> &TcpStream {
         match self {
             Self::Plain(socket) => socket,
@@ -49,9 +60,7 @@ impl TcpLink {
             Self::Server(tls) => &tls.sock,
         }
     }
-}
 
-impl Read for TcpLink {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match self {
             Self::Plain(socket) => socket.read(buffer),
@@ -61,39 +70,89 @@ impl Read for TcpLink {
     }
 }
 
+impl TcpLink {
+    const fn new(end: End) -> Self {
+        Self { end, ahead: Cursor::new(Vec::new()) }
+    }
+
+    /// Reads the peer's first message ahead, whatever it says, so that nobody has to wait for it
+    /// later.
+    fn hear_first(&mut self, deadline: Instant) -> io::Result<()> {
+        let no_hello = || io::Error::new(io::ErrorKind::InvalidData, "it says no hello");
+        let mut head = [0; HEAD_BYTES];
+        self.fill(&mut head, deadline)?;
+        let lengths = Head::read(head).map_err(|_| no_hello())?;
+        if lengths.body_bytes > MAX_HELLO_BYTES || lengths.payload_bytes > 0 {
+            return Err(no_hello());
+        }
+        let mut body = vec![0; lengths.body_bytes];
+        self.fill(&mut body, deadline)?;
+        self.ahead = Cursor::new([&head[..], &body].concat());
+        Ok(())
+    }
+
+    fn fill(&mut self, mut buffer: &mut [u8], deadline: Instant) -> io::Result<()> {
+        while !buffer.is_empty() {
+            self.end.socket().set_timeout(left(deadline)?)?;
+            match self.end.read(buffer) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => buffer = buffer.get_mut(count..).unwrap_or_default(),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Time until then, which is not over.
+fn left(deadline: Instant) -> io::Result<Duration> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
+}
+
+impl Read for TcpLink {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self.ahead.read(buffer)? {
+            0 => self.end.read(buffer),
+            count => Ok(count),
+        }
+    }
+}
+
 impl Write for TcpLink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match self {
-            Self::Plain(socket) => socket.write(bytes),
-            Self::Client(tls) => tls.write(bytes),
-            Self::Server(tls) => tls.write(bytes),
+        match &mut self.end {
+            End::Plain(socket) => socket.write(bytes),
+            End::Client(tls) => tls.write(bytes),
+            End::Server(tls) => tls.write(bytes),
         }
     }
 
     fn write_vectored(&mut self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
-        match self {
-            Self::Plain(socket) => socket.write_vectored(parts),
-            Self::Client(tls) => tls.write_vectored(parts),
-            Self::Server(tls) => tls.write_vectored(parts),
+        match &mut self.end {
+            End::Plain(socket) => socket.write_vectored(parts),
+            End::Client(tls) => tls.write_vectored(parts),
+            End::Server(tls) => tls.write_vectored(parts),
         }
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        match self {
-            Self::Plain(socket) => socket.flush(),
-            Self::Client(tls) => tls.flush(),
-            Self::Server(tls) => tls.flush(),
+        match &mut self.end {
+            End::Plain(socket) => socket.flush(),
+            End::Client(tls) => tls.flush(),
+            End::Server(tls) => tls.flush(),
         }
     }
 }
 
 impl Link for TcpLink {
     fn set_timeout(&self, time: Duration) -> io::Result<()> {
-        self.socket().set_timeout(time)
+        self.end.socket().set_timeout(time)
     }
 
     fn closer(&self) -> io::Result<Closer> {
-        self.socket().closer()
+        self.end.socket().closer()
     }
 }
 
@@ -140,8 +199,8 @@ impl Connect for TcpConnector {
                         Security::PlainOnLoopback => plain(socket),
                         Security::Tls(tls) => {
                             let client = tls.client(&self.host).map_err(io::Error::other)?;
-                            let agreed = agree(client, socket)?;
-                            Ok(TcpLink::Client(Box::new(agreed)))
+                            let agreed = agree(client, socket, Instant::now() + HANDSHAKE)?;
+                            Ok(TcpLink::new(End::Client(Box::new(agreed))))
                         }
                     };
                 }
@@ -152,14 +211,16 @@ impl Connect for TcpConnector {
     }
 }
 
-/// Takes connections of sources. Each is greeted by a thread of its own, so that a stranger who
-/// connects and says nothing keeps nobody waiting.
+/// Takes connections of sources. Each is greeted by a thread of its own until it has said hello, so
+/// that a stranger who connects and says nothing, or half of something, keeps nobody waiting.
 #[derive(Debug)]
 pub struct TcpAcceptor {
     listener: TcpListener,
     security: Security,
+    /// Whoever comes has to say hello.
+    hears: bool,
     /// Those that are being greeted, oldest first.
-    greeting: VecDeque<(u64, TcpStream)>,
+    greeting: VecDeque<Newcomer>,
     newest: u64,
     greeted: Receiver<Greeted>,
     greets: Sender<Greeted>,
@@ -168,11 +229,20 @@ pub struct TcpAcceptor {
     rings: Arc<UnixStream>,
 }
 
+/// One that is being greeted.
+#[derive(Debug)]
+struct Newcomer {
+    number: u64,
+    host: IpAddr,
+    socket: TcpStream,
+}
+
 /// What came of greeting one.
 type Greeted = (u64, SocketAddr, io::Result<TcpLink>);
 
 /// Connections that are greeted at a time. An honest source has said its part within milliseconds,
-/// so where there are more the oldest one goes.
+/// so where there are more one goes: of the host that has most of them, the oldest. So a host that
+/// floods this one keeps no other host away.
 const MAX_GREETINGS: usize = 4 * MAX_CONNECTIONS;
 
 /// Stack of a thread that greets.
@@ -195,8 +265,14 @@ impl TcpAcceptor {
         bell.set_nonblocking(true).map_err(&failed)?;
         rings.set_nonblocking(true).map_err(&failed)?;
         let ((greets, greeted), rings) = (mpsc::channel(), Arc::new(rings));
-        let (greeting, newest) = (VecDeque::new(), 0);
-        Ok(Self { listener, security, greeting, newest, greeted, greets, bell, rings })
+        let (greeting, newest, hears) = (VecDeque::new(), 0, true);
+        Ok(Self { listener, security, hears, greeting, newest, greeted, greets, bell, rings })
+    }
+
+    /// Takes what is no migration as well, as soon as it says anything.
+    #[must_use]
+    pub fn without_hello(self) -> Self {
+        Self { hears: false, ..self }
     }
 
     /// Where it listens.
@@ -209,36 +285,45 @@ impl TcpAcceptor {
 
     /// Begins to greet one who came.
     fn greet(&mut self, socket: TcpStream, from: SocketAddr) -> io::Result<()> {
-        if self.greeting.len() >= MAX_GREETINGS
-            && let Some((_, oldest)) = self.greeting.pop_front()
-        {
-            // Its thread comes back. One that is closed already is closed.
-            let _ = oldest.shutdown(Shutdown::Both);
+        if self.greeting.len() >= MAX_GREETINGS {
+            self.make_room();
         }
         self.newest += 1;
         let (number, closes) = (self.newest, socket.try_clone()?);
-        let (security, greets) = (self.security.clone(), self.greets.clone());
+        let (security, hears, greets) = (self.security.clone(), self.hears, self.greets.clone());
         let rings = Arc::clone(&self.rings);
         let thread = thread::Builder::new().name("greet".to_owned()).stack_size(STACK_BYTES);
         thread.spawn(move || {
             // Nobody listens any more where these fail, or has not heard the last ring yet.
             let greeted = diagnostics::contain(|| {
                 diagnostics::panic_point("greet");
-                greet(&security, socket)
+                greet(&security, hears, socket)
             });
             let greeted = greeted.unwrap_or_else(|panicked| Err(io::Error::other(panicked)));
             let _ = greets.send((number, from, greeted));
             let _ = (&*rings).write(&[1]);
         })?;
-        self.greeting.push_back((number, closes));
+        self.greeting.push_back(Newcomer { number, host: host(from.ip()), socket: closes });
         Ok(())
+    }
+
+    fn make_room(&mut self) {
+        let of_host = |host| self.greeting.iter().filter(|other| other.host == host).count();
+        let sizes: Vec<_> = self.greeting.iter().map(|one| of_host(one.host)).collect();
+        let most = sizes.iter().max();
+        // They stand in the order in which they came.
+        let goes = sizes.iter().position(|size| Some(size) == most);
+        if let Some(oldest) = goes.and_then(|at| self.greeting.remove(at)) {
+            // Its thread comes back. One that is closed already is closed.
+            let _ = oldest.socket.shutdown(Shutdown::Both);
+        }
     }
 
     /// The next one that was greeted.
     fn next(&mut self) -> Option<TcpLink> {
         while matches!((&self.bell).read(&mut [0; 64]), Ok(1..)) {}
         while let Ok((number, from, outcome)) = self.greeted.try_recv() {
-            self.greeting.retain(|(greeting, _)| *greeting != number);
+            self.greeting.retain(|one| one.number != number);
             match outcome {
                 Ok(link) => return Some(link),
                 Err(error) => tracing::warn!(%from, %error, "sent away"),
@@ -248,19 +333,35 @@ impl TcpAcceptor {
     }
 }
 
-/// Agrees on keys, or at least waits until there is something to be heard.
-fn greet(security: &Security, socket: TcpStream) -> io::Result<TcpLink> {
+/// Agrees on keys, and hears what the peer says first.
+fn greet(security: &Security, hears: bool, socket: TcpStream) -> io::Result<TcpLink> {
+    let deadline = Instant::now() + HANDSHAKE;
     socket.set_nonblocking(false)?;
-    match security {
+    let mut link = match security {
         Security::PlainOnLoopback => {
             socket.set_timeout(HANDSHAKE)?;
             socket.peek(&mut [0])?;
-            plain(socket)
+            plain(socket)?
         }
         Security::Tls(tls) => {
             let server = tls.server().map_err(io::Error::other)?;
-            Ok(TcpLink::Server(Box::new(agree(server, socket)?)))
+            TcpLink::new(End::Server(Box::new(agree(server, socket, deadline)?)))
         }
+    };
+    if hears {
+        link.hear_first(deadline)?;
+    }
+    Ok(link)
+}
+
+/// What stands for the host at an address: one that has IPv6 has all of a network's addresses.
+fn host(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => {
+            let [a, b, c, d, ..] = address.segments();
+            Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0).into()
+        }
+        address @ IpAddr::V4(_) => address,
     }
 }
 
@@ -315,22 +416,22 @@ fn plain(socket: TcpStream) -> io::Result<TcpLink> {
         return Err(io::Error::other("without TLS, from another host"));
     }
     socket.set_nodelay(true)?;
-    Ok(TcpLink::Plain(socket))
+    Ok(TcpLink::new(End::Plain(socket)))
 }
 
 /// Agrees on keys. A peer that sends a byte now and then does not hold us for ever.
-fn agree<C, S>(mut connection: C, mut socket: TcpStream) -> io::Result<StreamOwned<C, TcpStream>>
+fn agree<C, S>(
+    mut connection: C,
+    mut socket: TcpStream,
+    deadline: Instant,
+) -> io::Result<StreamOwned<C, TcpStream>>
 where
     C: DerefMut<Target = ConnectionCommon<S>>,
     S: SideData,
 {
-    let deadline = Instant::now() + HANDSHAKE;
     socket.set_nodelay(true)?;
-    socket.set_timeout(HANDSHAKE)?;
     while connection.is_handshaking() {
-        if Instant::now() > deadline {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
+        socket.set_timeout(left(deadline)?)?;
         if connection.wants_write() {
             connection.write_tls(&mut socket)?;
             continue;

@@ -17,38 +17,72 @@ pub(super) struct Group<L> {
     pub(super) streams: Vec<Stream<L>>,
 }
 
-/// Waits for a source with all of its connections. Whoever comes and does not belong to it, or
-/// speaks something else, is sent away; a source that does not come with all that it announced is
-/// forgotten.
+/// Sources that are waited for at a time, each until it has opened all of its connections. Where
+/// more come the oldest goes.
+const MAX_SOURCES: usize = 8;
+
+/// A source that has not opened all of its connections.
+struct Partial<L> {
+    hello: Hello,
+    deadline: Instant,
+    streams: BTreeMap<u8, Stream<L>>,
+}
+
+/// Waits for a source with all of its connections: of several, for the first that has opened them.
+/// Whoever comes and speaks something else is sent away; a source that does not come with all that
+/// it announced is forgotten, and keeps no other away meanwhile.
 pub(super) fn gather<A: Accept>(
     config: &DestinationConfig,
     accept: &mut A,
 ) -> Result<Group<A::Link>, MigrationError> {
-    let waiting = MigrationError::link("waiting for a source");
+    let mut partials: Vec<Partial<A::Link>> = Vec::new();
     loop {
-        let link = accept.accept(config.deadline).map_err(&waiting)?;
-        let Some((hello, stream)) = greet(config, link) else { continue };
-        let deadline = Instant::now() + config.stall;
-        let deadline = config.deadline.map_or(deadline, |end| end.min(deadline));
-        let mut streams = BTreeMap::from([(hello.index, stream)]);
-        while streams.len() < usize::from(hello.count) {
-            match accept.accept(Some(deadline)) {
-                Ok(link) => {
-                    let Some((other, stream)) = greet(config, link) else { continue };
-                    if other.id == hello.id && other.count == hello.count {
-                        streams.insert(other.index, stream);
-                    }
-                }
-                Err(error) if is_time_out(&error) => break,
-                Err(error) => return Err(waiting(error)),
+        let until = partials.iter().map(|partial| partial.deadline).chain(config.deadline).min();
+        let link = match accept.accept(until) {
+            Ok(link) => Some(link),
+            Err(error) if is_time_out(&error) && !is_over(config) && !partials.is_empty() => None,
+            Err(error) => return Err(MigrationError::link("waiting for a source")(error)),
+        };
+        let now = Instant::now();
+        forget(&mut partials, |partial| partial.deadline <= now);
+        let Some((hello, stream)) = link.and_then(|link| greet(config, link)) else { continue };
+        let belongs = |partial: &Partial<_>| {
+            (partial.hello.id, partial.hello.count) == (hello.id, hello.count)
+        };
+        let at = partials.iter().position(belongs).unwrap_or_else(|| {
+            if partials.len() >= MAX_SOURCES {
+                let oldest = partials.first().map(|oldest| oldest.hello.id);
+                forget(&mut partials, |partial| Some(partial.hello.id) == oldest);
             }
+            let deadline = Instant::now() + config.stall;
+            let streams = BTreeMap::new();
+            partials.push(Partial { hello: hello.clone(), deadline, streams });
+            partials.len() - 1
+        });
+        let Some(partial) = partials.get_mut(at) else { continue };
+        partial.streams.insert(hello.index, stream);
+        if partial.streams.len() == usize::from(partial.hello.count) {
+            let Partial { hello, streams, .. } = partials.swap_remove(at);
+            return Ok(Group { id: hello.id, hello, streams: streams.into_values().collect() });
         }
-        if streams.len() == usize::from(hello.count) {
-            let streams = streams.into_values().collect();
-            return Ok(Group { id: hello.id, hello, streams });
-        }
-        tracing::warn!(id = %hello.id, "a source did not open all of its connections");
     }
+}
+
+/// Forgets sources that did not open all of their connections.
+fn forget<L>(partials: &mut Vec<Partial<L>>, goes: impl Fn(&Partial<L>) -> bool) {
+    partials.retain(|partial| {
+        let goes = goes(partial);
+        if goes {
+            let (id, opened, of) = (&partial.hello.id, partial.streams.len(), partial.hello.count);
+            tracing::warn!(%id, opened, of, "a source did not open all of its connections");
+        }
+        !goes
+    });
+}
+
+/// Nobody is waited for any longer.
+fn is_over(config: &DestinationConfig) -> bool {
+    config.deadline.is_some_and(|end| Instant::now() >= end)
 }
 
 fn is_time_out(error: &io::Error) -> bool {
