@@ -6,6 +6,10 @@ use std::io::{self, IsTerminal};
 use clap::{ArgAction, Args};
 use diagnostics::LogWriter;
 use tracing_subscriber::filter::EnvFilter;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+
+use crate::log_limit::LineLimit;
 
 /// How much is logged.
 #[derive(Debug, Args)]
@@ -51,6 +55,8 @@ impl LogArgs {
             // It would say on standard error that it cannot write there.
             .log_internal_errors(false)
             .with_ansi(io::stderr().is_terminal())
+            .finish()
+            .with(LineLimit::new())
             .init();
     }
 }

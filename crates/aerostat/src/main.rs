@@ -10,6 +10,7 @@ mod disk_arg;
 mod guest_arg;
 mod host_arg;
 mod log;
+mod log_limit;
 #[cfg(test)]
 mod man;
 mod security_arg;
@@ -41,6 +42,7 @@ Exit codes:
   4  not done within the time-out
 
 Sizes are binary: 3GiB and 3G are the same, 1.5GiB, 512MiB, 1048576 (bytes).
+Small numbers need a unit: 1024 is refused, 1024MiB and 1024B are not.
 Control sockets live in $AEROSTAT_RUNTIME_DIR, else $XDG_RUNTIME_DIR/aerostat,
 else /run/aerostat.";
 
