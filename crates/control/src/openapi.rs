@@ -1,5 +1,7 @@
 //! The description of the API for other languages.
 
+use std::sync::LazyLock;
+
 use utoipa::OpenApi;
 
 use crate::{guest_routes, routes};
@@ -38,8 +40,12 @@ use crate::{guest_routes, routes};
 )]
 struct Description;
 
-/// The OpenAPI file as JSON, ending in a line feed.
-pub fn text() -> String {
-    // Fails only for maps with keys that are no strings; there are none.
-    Description::openapi().to_pretty_json().map(|text| text + "\n").unwrap_or_default()
+/// The OpenAPI file as JSON, ending in a line feed. Made once: it takes milliseconds, in which the
+/// server's thread answers nobody.
+pub fn text() -> &'static str {
+    static TEXT: LazyLock<String> = LazyLock::new(|| {
+        // Fails only for maps with keys that are no strings; there are none.
+        Description::openapi().to_pretty_json().map(|text| text + "\n").unwrap_or_default()
+    });
+    &TEXT
 }

@@ -52,7 +52,7 @@ fn every_endpoint_that_is_described_exists() {
     let free = fake::free_pages(1, control::api::FreeKind::Snapshot);
     balloon.requests(|requests| requests.newest = Some(free));
     let server = Server::bind(&dir.path().join("s"), balloon).unwrap();
-    let api: Value = serde_json::from_str(&control::openapi_text()).unwrap();
+    let api: Value = serde_json::from_str(control::openapi_text()).unwrap();
     let mut described = BTreeSet::new();
     for (path, methods) in api["paths"].as_object().unwrap() {
         for method in methods.as_object().unwrap().keys() {
@@ -103,7 +103,7 @@ fn every_endpoint_that_is_described_exists() {
 
 #[test]
 fn every_reference_in_the_description_leads_somewhere() {
-    let api: Value = serde_json::from_str(&control::openapi_text()).unwrap();
+    let api: Value = serde_json::from_str(control::openapi_text()).unwrap();
     let mut found = 0;
     let mut rest = vec![&api];
     while let Some(value) = rest.pop() {

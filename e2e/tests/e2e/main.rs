@@ -12,6 +12,7 @@
 mod bare;
 mod bare_memory;
 mod bare_platform;
+mod bare_control;
 mod bed;
 mod benches;
 mod command_line;
