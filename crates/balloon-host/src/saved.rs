@@ -8,7 +8,7 @@
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::OFlags;
 
@@ -42,6 +42,7 @@ const OTHERS_WRITE: u32 = 0o022;
 /// The open file.
 #[derive(Debug)]
 pub(crate) struct StateFile {
+    path: PathBuf,
     file: File,
     /// Number of the newest slot.
     number: u64,
@@ -78,7 +79,8 @@ impl StateFile {
                 newest = if found.0 > newest.0 { found } else { newest };
             }
         }
-        Ok(Self { file, number: newest.0, saved: newest.1, failing: false })
+        let path = path.to_owned();
+        Ok(Self { path, file, number: newest.0, saved: newest.1, failing: false })
     }
 
     /// What the file says.
@@ -91,18 +93,38 @@ impl StateFile {
     /// # Errors
     /// The first of a row of failures.
     pub(crate) fn save(&mut self, saved: Saved) -> io::Result<()> {
-        if saved == self.saved && !self.failing {
+        let removed = self.is_removed();
+        if saved == self.saved && !self.failing && !removed {
             return Ok(());
         }
         let number = self.number.wrapping_add(1).max(1);
-        let written =
-            self.file.write_all_at(&encode(number, saved), number % SLOTS * SLOT_BYTES as u64);
+        let there = if removed { self.make_again() } else { Ok(()) };
+        let written = there.and_then(|()| {
+            self.file.write_all_at(&encode(number, saved), number % SLOTS * SLOT_BYTES as u64)
+        });
         let told = std::mem::replace(&mut self.failing, written.is_err());
         if written.is_ok() {
             self.number = number;
             self.saved = saved;
         }
         if told { Ok(()) } else { written }
+    }
+
+    /// Nobody finds the file any more; what is written to it is lost with this process.
+    fn is_removed(&self) -> bool {
+        self.file.metadata().is_ok_and(|found| found.nlink() == 0)
+    }
+
+    /// Makes the file once more. One that is there meanwhile is another process's.
+    fn make_again(&mut self) -> io::Result<()> {
+        let mut new = OpenOptions::new();
+        new.read(true).write(true).create_new(true).mode(MODE);
+        self.file = new.open(&self.path).map_err(|error| {
+            let what = format!("it was removed, and cannot be made again: {error}");
+            io::Error::new(error.kind(), what)
+        })?;
+        tracing::warn!(path = %self.path.display(), "host: the state file was removed, and is made again");
+        Ok(())
     }
 }
 
@@ -222,6 +244,35 @@ mod tests {
             std::fs::write(&path, hostile).unwrap();
             assert_eq!(StateFile::open(&path).unwrap().saved(), Saved::default());
         }
+    }
+
+    #[test]
+    fn a_file_that_was_removed_is_made_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vm1.state");
+        let mut file = StateFile::open(&path).unwrap();
+        file.save(some(5)).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        // Also where nothing new is to be said.
+        file.save(some(5)).unwrap();
+        assert_eq!(StateFile::open(&path).unwrap().saved(), some(5));
+        assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        file.save(some(6)).unwrap();
+        assert_eq!(StateFile::open(&path).unwrap().saved(), some(6));
+    }
+
+    #[test]
+    fn the_file_of_another_process_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vm1.state");
+        let mut old = StateFile::open(&path).unwrap();
+        old.save(some(5)).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        StateFile::open(&path).unwrap().save(some(7)).unwrap();
+        let error = old.save(some(6)).unwrap_err().to_string();
+        assert!(error.contains("cannot be made again"), "{error}");
+        assert!(old.save(some(8)).is_ok(), "said once");
+        assert_eq!(StateFile::open(&path).unwrap().saved(), some(7));
     }
 
     #[test]

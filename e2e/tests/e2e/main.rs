@@ -13,6 +13,7 @@ mod bare;
 mod bare_memory;
 mod bare_platform;
 mod bare_control;
+mod bare_platform;
 mod bed;
 mod benches;
 mod command_line;

@@ -69,6 +69,28 @@ fn a_monitor_that_listens() {
     assert_eq!(program.end(Signal::TERM).0.code(), Some(0));
 }
 
+/// As a cleaner of old files does it, in the sandbox.
+#[test]
+fn a_state_file_that_was_removed_is_made_again() {
+    let mut program = Program::one_guest(PROGRAM, &[]);
+    program.start();
+    let front = program.connect("vm.vhost");
+    let mut vm = Vm::boot(Monitor::Qemu, front, CLASSIC);
+    std::fs::remove_file(program.path("vm.state")).unwrap();
+    program.client("vm").set_balloon(300 * 4096, std::time::Duration::ZERO).unwrap();
+    vm.inflate(&data_pages().take(300).collect());
+    vm.front.write_actual(300);
+    vm.front.barrier();
+    assert!(program.path("vm.state").exists());
+    let (_, log) = program.end(Signal::KILL);
+    assert!(log.contains("the state file was removed, and is made again"), "{log}");
+    drop(vm);
+    program.start();
+    let status = program.client("vm").status().unwrap();
+    assert_eq!(status.balloon.target_pages, 300);
+    assert_eq!(program.end(Signal::TERM).0.code(), Some(0));
+}
+
 #[test]
 fn a_state_file_that_makes_no_sense_is_as_good_as_none() {
     let mut program = Program::one_guest(PROGRAM, &[]);
