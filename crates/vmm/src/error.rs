@@ -121,6 +121,19 @@ pub enum Error {
 }
 
 impl Error {
+    /// The VMM's own error that this one comes from, if one is at its bottom: a guest can fail to
+    /// come here for whatever a guest can fail to start for.
+    #[must_use]
+    pub fn cause(&self) -> &Self {
+        let mut cause = self;
+        let mut next = std::error::Error::source(self);
+        while let Some(error) = next {
+            cause = error.downcast_ref().unwrap_or(cause);
+            next = error.source();
+        }
+        cause
+    }
+
     pub(crate) fn kvm(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> Self {
         move |error| Self::Kvm { what, source: error.into() }
     }
@@ -134,5 +147,25 @@ impl Error {
         E: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         move |error| Self::Memory { what, source: error.into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use migration::MigrationError;
+
+    use super::*;
+
+    #[test]
+    fn what_keeps_a_guest_from_coming_is_found() {
+        let what = "the guest had another disk".to_owned();
+        let source = Box::new(Error::Option { what });
+        let error = Error::from(MigrationError::Machine { what: "making the guest", source });
+        assert!(matches!(error.cause(), Error::Option { .. }), "{:?}", error.cause());
+        let source = Box::new(io::Error::other("broken"));
+        let error = Error::from(MigrationError::Machine { what: "making the guest", source });
+        assert!(matches!(error.cause(), Error::Migration(_)), "{:?}", error.cause());
+        let error = Error::host::<io::Error>("fork")(io::Error::other("limits"));
+        assert!(matches!(error.cause(), Error::Host { .. }));
     }
 }

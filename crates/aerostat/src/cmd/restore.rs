@@ -51,7 +51,7 @@ pub(crate) fn run(args: RestoreArgs) -> Result<(), Failure> {
     };
     args.host.give_up_calls()?;
     match vmm::restore(&options) {
-        Err(error @ vmm::Error::Migration(_)) => {
+        Err(error) if matches!(error.cause(), vmm::Error::Migration(_)) => {
             Err(Failure::new(&error, "give a file of `aerostat snapshot` from such a host"))
         }
         end => ended(&options.host.name, end),

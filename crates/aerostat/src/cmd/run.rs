@@ -103,9 +103,11 @@ pub(crate) fn ended(name: &str, end: Result<End, Error>) -> Result<(), Failure> 
 }
 
 fn failure(error: Error) -> Failure {
-    let hint = match error {
-        Error::Control(error) => return error.into(),
-        Error::Option { .. } => "see `aerostat run --help`",
+    if let Error::Control(error) = error {
+        return error.into();
+    }
+    let hint = match error.cause() {
+        Error::Option { .. } => "check the options; --help tells what they take",
         Error::File { .. } => "check the path and who may read it",
         Error::InUse { .. } => "end that guest first, or give this one a copy of the file",
         Error::Kernel { .. } => "give a vmlinuz, or a vmlinux built with CONFIG_PVH",
