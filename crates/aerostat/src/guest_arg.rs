@@ -2,10 +2,13 @@
 
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
+use control::api::MAX_TIMEOUT_MS;
 use control::{Client, ControlError, GuestName, socket_path};
 
 use cli::failure::Failure;
+use humantime::format_duration;
 
 /// A guest as given on the command line.
 #[derive(Clone, Debug)]
@@ -30,6 +33,16 @@ impl FromStr for GuestArg {
 /// Reads a guest's name.
 pub(crate) fn guest_name(text: &str) -> Result<GuestName, String> {
     text.parse().map_err(|error: ControlError| format!("{error}; {}", error.hint()))
+}
+
+/// Reads the time that a guest may take for a request.
+pub(crate) fn guest_time(text: &str) -> Result<Duration, String> {
+    let time = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    let limit = Duration::from_millis(MAX_TIMEOUT_MS);
+    if time > limit {
+        return Err(format!("a guest gets at most {}", format_duration(limit)));
+    }
+    Ok(time)
 }
 
 impl GuestArg {

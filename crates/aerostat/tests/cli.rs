@@ -66,6 +66,20 @@ fn json(text: &str) -> Value {
 }
 
 #[test]
+fn a_size_that_nobody_means_leaves_the_balloon_as_it_is() {
+    let mut host = Host::new();
+    let balloon = host.start("web-1", Guest::Obeys);
+    assert_eq!(host.run(&["balloon", "web-1", "2GiB"]).0, 0);
+    for size in ["1024", "4095", "1k", "1", "0.9k"] {
+        assert_eq!(host.run(&["balloon", "web-1", size]).0, 2, "{size}");
+        assert_eq!(control::Balloon::status(&*balloon).balloon.target_pages, 1 << 19, "{size}");
+    }
+    assert_eq!(host.run(&["balloon", "web-1", "1.3GiB"]).0, 0, "rounded to whole pages");
+    assert_eq!(host.run(&["balloon", "web-1", "0"]).0, 0);
+    assert_eq!(control::Balloon::status(&*balloon).balloon.target_pages, 0);
+}
+
+#[test]
 fn balloon_sets_shows_and_takes_back() {
     let mut host = Host::new();
     host.start("web-1", Guest::Obeys);
@@ -79,7 +93,7 @@ fn balloon_sets_shows_and_takes_back() {
     assert!(out.starts_with("web-1: deflated from 3 GiB to 1536 MiB in"), "{out}");
     // Whole pages only, and the path of a socket instead of a name.
     let socket = host.socket("web-1");
-    let (code, out, err) = host.run(&["balloon", socket.to_str().unwrap(), "10000", "--json"]);
+    let (code, out, err) = host.run(&["balloon", socket.to_str().unwrap(), "9.8KiB", "--json"]);
     assert_eq!((code, err.as_str()), (0, ""));
     let balloon = json(&out);
     assert_eq!(balloon["actual_bytes"], 8192);
@@ -192,6 +206,16 @@ fn wrong_usage_is_exit_code_2_and_says_what_is_accepted() {
         (&["balloon", "web 1", "3GiB"], "use up to 64 letters"),
         (&["balloon", ".."], "use up to 64 letters"),
         (&["balloon", "web-1", "3GiB", "--timeout", "30"], "time unit needed"),
+        (&["balloon", "web-1", "1024"], "did you mean 1024MiB?"),
+        (&["balloon", "web-1", "4095"], "did you mean 4095MiB?"),
+        (&["balloon", "web-1", "1k"], "did you mean 1MiB?"),
+        (&["balloon", "web-1", "3000000000"], "did you mean 2999996416B?"),
+        (&["run", "--name", "a", "--memory", "1024"], "did you mean 1024MiB?"),
+        (&["free-pages", "web-1", "--hold", "--reserve", "128"], "did you mean 128MiB?"),
+        (&["migrate", "web-1", "localhost:1", "--plain", "--bandwidth", "100"], "mean 100MiB?"),
+        (&["receive", "--name", "a", "--listen", "localhost:1", "--max-memory", "64"], "64MiB?"),
+        (&["drop-caches", "web-1", "--timeout", "11min"], "a guest gets at most 10m"),
+        (&["free-pages", "web-1", "--timeout", "601s"], "a guest gets at most 10m"),
         (&["vhost-user", "--name", "a"], "--socket <PATH>"),
         (&["vhost-user", "--socket", "s", "--name", "a/b"], "use up to 64 letters"),
         (&["vhost-user", "--socket", "s", "--name", "a", "--release", "x"], "per-page"),

@@ -23,7 +23,7 @@ pub use migration::{
 pub use requests::{
     AskFreePages, BLOCK_BYTES, BlockCount, CacheSize, Caches, CancelledRequest, CoarseMap,
     CoarseRegion, DEFAULT_RESERVE_BYTES, DEFAULT_TIMEOUT_MS, DropCaches, DroppedCaches, FreeKind,
-    FreePages, HoldState, ReleasedHold, RequestStatus,
+    FreePages, HoldState, MAX_TIMEOUT_MS, ReleasedHold, RequestStatus,
 };
 pub use stats::{MAX_STATS_INTERVAL_MS, MIN_STATS_INTERVAL_MS, SetStats, StatsStatus};
 

@@ -63,6 +63,14 @@ pub enum ControlError {
         /// What was asked for.
         interval_ms: u64,
     },
+    /// The guest would be given more time than it may have.
+    #[error("a guest gets at most {limit_ms} ms for a request, and not {timeout_ms}")]
+    TooLong {
+        /// What was asked for.
+        timeout_ms: u64,
+        /// The limit.
+        limit_ms: u128,
+    },
     /// The request cannot be granted in the present state.
     #[error("{what}")]
     Refused {
@@ -267,9 +275,14 @@ impl ControlError {
                     Size(*max_bytes)
                 )
             }
+            Self::TargetUnaligned { target_bytes: bytes @ ..4096 } => {
+                let mib = Size(bytes << 20);
+                format!("target_bytes counts bytes, {} of them are {mib:#}", mib.0)
+            }
             Self::TargetUnaligned { target_bytes } => {
                 format!("ask for {} bytes", target_bytes & !4095)
             }
+            Self::TooLong { limit_ms, .. } => format!("set timeout_ms to {limit_ms} or less"),
             Self::Refused { hint, .. }
             | Self::BadSize { hint, .. }
             | Self::Guest { hint, .. }
@@ -322,6 +335,7 @@ impl ControlError {
             Self::TargetTooLarge { .. }
             | Self::TargetUnaligned { .. }
             | Self::StatsInterval { .. }
+            | Self::TooLong { .. }
             | Self::BadSize { .. } => 422,
             Self::Guest { why, .. } => why.http_status(),
             Self::BadRequest { .. } => 400,

@@ -77,19 +77,19 @@ pub(crate) async fn post_hints(
     wait: Result<Query<HintWait>, QueryRejection>,
 ) -> Result<Json<FreePageHints>, ControlError> {
     let HintWait { wait_ms, list } = query(wait)?;
-    let mut hints = hints(app, wait_ms).await?;
+    let wait = Duration::from_millis(wait_ms).min(app.limits.max_wait);
+    let mut hints = hints(app, wait).await?;
     if !list {
         hints.list.clear();
     }
     Ok(Json(hints))
 }
 
-/// What the guest names within `wait_ms`; it has its pages back then.
-pub(crate) async fn hints(app: App, wait_ms: u64) -> Result<FreePageHints, ControlError> {
-    let wait = Duration::from_millis(wait_ms).min(app.limits.max_wait);
+/// What the guest names within `wait`; it has its pages back then.
+pub(crate) async fn hints(app: App, wait: Duration) -> Result<FreePageHints, ControlError> {
     // On its own, so that a client which hangs up leaves no guest without its pages.
     let asked = tokio::spawn(served::serving(served::current(), async move {
-        let _waiter = app.waiter(wait_ms)?;
+        let _waiter = app.waiter(!wait.is_zero())?;
         ask_for_hints(&app, wait).await
     }));
     let lost = |_| ControlError::Failed {

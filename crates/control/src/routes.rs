@@ -140,7 +140,7 @@ pub(crate) async fn get_balloon(
     wait: Result<Query<WaitFor>, QueryRejection>,
 ) -> Result<Json<BalloonStatus>, ControlError> {
     let wait = query(wait)?;
-    let waiter = app.waiter(wait.wait_ms)?;
+    let waiter = app.waiter(wait.wait_ms != 0)?;
     let generation = match wait.generation {
         Some(generation) => generation,
         None => app.balloon_now().await?.generation,
@@ -166,7 +166,7 @@ pub(crate) async fn put_balloon(
     let wait = query(wait)?;
     let set: SetBalloon = app.body(request).await?;
     // Taken before the target is set, so that a refusal changes nothing.
-    let waiter = app.waiter(wait.wait_ms)?;
+    let waiter = app.waiter(wait.wait_ms != 0)?;
     let pages = pages_of(set.target_bytes, app.balloon_now().await?.max_bytes)?;
     let generation = app.call(move |balloon| balloon.set_target(pages)).await??;
     let balloon = app.wait(waiter, generation, wait.wait_ms).await?;
@@ -251,8 +251,8 @@ impl App {
     }
 
     /// The right to wait; none is needed to wait for no time.
-    pub(crate) fn waiter(&self, wait_ms: u64) -> Result<Option<Place>, ControlError> {
-        if wait_ms == 0 { Ok(None) } else { self.any_waiter().map(Some) }
+    pub(crate) fn waiter(&self, waits: bool) -> Result<Option<Place>, ControlError> {
+        if waits { self.any_waiter().map(Some) } else { Ok(None) }
     }
 
     fn any_waiter(&self) -> Result<Place, ControlError> {

@@ -23,6 +23,7 @@ use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
+use crate::api::MAX_TIMEOUT_MS;
 use crate::balloon::Balloon;
 use crate::error::ControlError;
 use crate::monitor::{Monitor, OnlyBalloon};
@@ -67,8 +68,7 @@ pub struct Limits {
     pub answer_timeout: Duration,
     /// Longest wait for a change; a longer `wait_ms` is cut to this.
     pub max_wait: Duration,
-    /// Longest time for a request to the guest; a longer `timeout_ms` is cut to
-    /// this. A guest may have a hundred GiB of caches to drop.
+    /// Longest time for a request to the guest; a longer `timeout_ms` is refused.
     pub max_request: Duration,
     /// Time for requests in progress when the server stops.
     pub stop_timeout: Duration,
@@ -86,7 +86,7 @@ impl Default for Limits {
             stall_timeout: Duration::from_secs(5),
             answer_timeout: Duration::from_secs(60),
             max_wait: Duration::from_secs(60),
-            max_request: Duration::from_secs(600),
+            max_request: Duration::from_millis(MAX_TIMEOUT_MS),
             stop_timeout: Duration::from_secs(1),
         }
     }

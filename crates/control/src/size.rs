@@ -5,7 +5,8 @@ use std::str::FromStr;
 
 /// A number of bytes that is read and printed in binary units.
 ///
-/// Read: `3GiB`, `3G` (the same), `512 MiB`, `1.5g`, `1048576`, `4096B`.
+/// Read: `3GiB`, `3G` (the same), `512 MiB`, `1.5g`, `1048576`, `4096B`. A number without a unit
+/// is bytes; a small one is refused, since whoever writes `1024` means MiB, as QEMU does.
 /// Printed: the largest unit that leaves a whole number, as `3 GiB` or
 /// `1536 MiB`, and two decimals where that number would be long. With `{:#}`
 /// without the space, which is a form that can be read again.
@@ -20,6 +21,12 @@ const UNITS: [(&str, u32); 6] =
 /// and 10^9 times a `u64` fits into the `u128` of the calculation.
 const FRACTION_DIGITS: usize = 9;
 
+/// Numbers without a unit from here on are bytes; nobody means fewer, but for 0.
+const LEAST_BARE_BYTES: u64 = 1 << 20;
+
+/// Bytes of a page.
+const PAGE_BYTES: u64 = 4096;
+
 /// Whole numbers above this are printed with two decimals of a larger unit,
 /// because nobody reads `3145727 KiB`.
 const LONGEST_WHOLE: u64 = 9999;
@@ -29,21 +36,78 @@ const LONGEST_WHOLE: u64 = 9999;
 #[error("{text:?} is not a size: {why}; write it like 3GiB, 512MiB, 1.5G or 1048576 (bytes)")]
 pub struct ParseSizeError {
     text: String,
-    why: &'static str,
+    why: String,
+}
+
+impl ParseSizeError {
+    fn of(text: &str) -> impl Fn(String) -> Self {
+        move |why| Self { text: text.into(), why }
+    }
 }
 
 impl FromStr for Size {
     type Err = ParseSizeError;
 
     fn from_str(text: &str) -> Result<Self, ParseSizeError> {
-        parse(text.trim()).map(Self).map_err(|why| ParseSizeError { text: text.into(), why })
+        let read = || -> Result<u64, String> {
+            let (number, unit) = parts(text);
+            let bytes = parse(number, unit)?;
+            if unit.is_empty() && bytes != 0 && bytes < LEAST_BARE_BYTES {
+                return Err(format!(
+                    "without a unit it is so few bytes that something else must be meant; did you \
+                     mean {number}MiB?"
+                ));
+            }
+            Ok(bytes)
+        };
+        read().map(Self).map_err(ParseSizeError::of(text))
     }
 }
 
-fn parse(text: &str) -> Result<u64, &'static str> {
+impl Size {
+    /// Reads whole pages of 4 KiB: a fraction of a unit is rounded down to them, anything else that
+    /// is none is refused. 0 is none of them.
+    ///
+    /// # Errors
+    /// The text is no such size.
+    pub fn of_pages(text: &str) -> Result<Self, ParseSizeError> {
+        let Self(bytes) = text.parse()?;
+        let whole = bytes - bytes % PAGE_BYTES;
+        let refuse = |why: String| Err(ParseSizeError::of(text)(why));
+        if bytes != 0 && whole == 0 {
+            let (number, _) = parts(text);
+            return refuse(format!("it is less than a page of 4KiB; did you mean {number}MiB?"));
+        }
+        if bytes != whole && !text.contains('.') {
+            let short = format!("{:#}", Self(whole));
+            let is_exact = parse(parts(&short).0, parts(&short).1) == Ok(whole);
+            let near = if is_exact { short } else { format!("{whole}B") };
+            return refuse(format!("it is no whole number of 4 KiB pages; did you mean {near}?"));
+        }
+        Ok(Self(whole))
+    }
+
+    /// Reads the size of a block of memory, which may be as small as a page: `4096` is bytes here.
+    ///
+    /// # Errors
+    /// The text is no size.
+    pub fn of_block(text: &str) -> Result<Self, ParseSizeError> {
+        let (number, unit) = parts(text);
+        let read = parse(number, unit).map(Self);
+        read.map_err(|why| ParseSizeError::of(text)(why.to_owned()))
+    }
+}
+
+/// Number and unit.
+fn parts(text: &str) -> (&str, &str) {
+    let text = text.trim();
     let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(end);
-    let shift = shift_of(unit.trim_start())?;
+    (number, unit.trim_start())
+}
+
+fn parse(number: &str, unit: &str) -> Result<u64, &'static str> {
+    let shift = shift_of(unit)?;
     let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
     if whole.is_empty() || (number.contains('.') && fraction.is_empty()) {
         return Err("it does not begin with a number");
@@ -139,6 +203,52 @@ mod tests {
     }
 
     #[test]
+    fn what_nobody_means_is_refused_with_what_may_be_meant() {
+        for (text, meant) in [
+            ("1024", "1024MiB"),
+            ("4095", "4095MiB"),
+            ("4096", "4096MiB"),
+            ("1", "1MiB"),
+            ("1048575", "1048575MiB"),
+        ] {
+            for error in [text.parse::<Size>().unwrap_err(), Size::of_pages(text).unwrap_err()] {
+                let error = error.to_string();
+                assert!(error.contains(&format!("did you mean {meant}?")), "{error}");
+            }
+        }
+        for (text, meant) in [
+            ("1k", "1MiB"),
+            ("0.5KiB", "0.5MiB"),
+            ("4095B", "4095MiB"),
+            ("1048577", "1MiB"),
+            ("5k", "4KiB"),
+            ("3000000000", "2999996416B"),
+        ] {
+            let error = Size::of_pages(text).unwrap_err().to_string();
+            assert!(error.contains(&format!("did you mean {meant}?")), "{error}");
+        }
+    }
+
+    #[test]
+    fn whole_pages_are_read_and_fractions_rounded_to_them() {
+        let sizes = [
+            ("0", 0),
+            ("0MiB", 0),
+            ("4k", 4096),
+            ("1024MiB", GIB),
+            ("1048576", MIB),
+            ("1.3GiB", 1_395_863_552),
+        ];
+        for (text, bytes) in sizes {
+            let read = Size::of_pages(text).unwrap_or_else(|error| panic!("{error}"));
+            assert_eq!(read.0, bytes, "{text}");
+        }
+        assert_eq!(Size::of_block("4096").unwrap(), Size(4096));
+        assert_eq!(Size::of_block("2MiB").unwrap(), Size(2 * MIB));
+        assert!(Size::of_block("2XiB").is_err());
+    }
+
+    #[test]
     fn everything_else_is_refused_with_the_accepted_forms() {
         let wrong = [
             "",
@@ -195,7 +305,10 @@ mod tests {
     proptest! {
         #[test]
         fn any_text_is_read_or_refused(text in "[0-9.]{0,25} ?[a-zA-Z]{0,4}") {
-            let _ = text.parse::<Size>();
+            let read = text.parse::<Size>();
+            let pages = Size::of_pages(&text);
+            prop_assert!(pages.is_err() || read.is_ok_and(|read| read >= pages.clone().unwrap()));
+            prop_assert!(pages.is_err() || pages.unwrap().0.is_multiple_of(4096));
         }
 
         #[test]

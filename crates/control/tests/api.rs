@@ -97,6 +97,10 @@ fn targets_that_do_not_fit_are_refused_and_change_nothing() {
     let (status, error, hint) = answered(t.client.set_balloon(4097, LONG).unwrap_err());
     assert_eq!((status, hint.as_str()), (422, "ask for 4096 bytes"));
     assert!(error.contains("4097"), "{error}");
+    // As QEMU counts, in MiB.
+    let (status, _, hint) = answered(t.client.set_balloon(1024, LONG).unwrap_err());
+    assert_eq!(status, 422);
+    assert_eq!(hint, "target_bytes counts bytes, 1073741824 of them are 1GiB");
     assert_eq!(t.client.balloon().unwrap().generation, 0);
 
     t.balloon.edit(|status| status.balloon.max_bytes = None);

@@ -135,12 +135,30 @@ fn sizes_that_cannot_be_are_refused_before_the_guest_is_asked() {
 }
 
 #[test]
+fn more_time_than_a_guest_may_have_is_refused_before_it_is_asked() {
+    let t = setup(Guest::Waits, Limits::default());
+    let path = t.server.path();
+    for (method, at, body) in [
+        ("POST", "/v1/drop-caches", r#"{"timeout_ms":600001}"#),
+        ("POST", "/v1/free-pages", r#"{"kind":"snapshot","timeout_ms":600001}"#),
+        ("POST", "/v1/free-pages", r#"{"kind":"hold","timeout_ms":18446744073709551615}"#),
+        ("POST", "/v1/free-pages", r#"{"kind":"hint","timeout_ms":600001}"#),
+        ("DELETE", "/v1/free-pages?timeout_ms=600001", ""),
+    ] {
+        let (status, said) = http(path, method, at, body);
+        let said = String::from_utf8_lossy(&said);
+        assert_eq!(status, 422, "{method} {at}: {said}");
+        assert!(said.contains("at most 600000 ms"), "{said}");
+    }
+    t.balloon.until_open(0);
+}
+
+#[test]
 fn what_is_asked_reaches_the_guest_with_its_time() {
-    let limits = Limits { max_request: Duration::from_secs(20), ..Limits::default() };
-    let t = setup(Guest::Waits, limits);
+    let t = setup(Guest::Waits, Limits::default());
     let asks = [
-        (r#"{"kind":"snapshot","min_block_bytes":2097152,"timeout_ms":99999999}"#, 20_000),
-        (r#"{"kind":"hold"}"#, 20_000),
+        (r#"{"kind":"snapshot","min_block_bytes":2097152,"timeout_ms":20000}"#, 20_000),
+        (r#"{"kind":"hold"}"#, 30_000),
         (r#"{"kind":"hold","reserve_bytes":0,"timeout_ms":7}"#, 7),
     ];
     let expected = [

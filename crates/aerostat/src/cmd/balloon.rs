@@ -4,7 +4,7 @@ use std::io::{self, IsTerminal};
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use control::api::{BALLOON_PAGE_BYTES, BalloonStatus, Caches, Direction};
+use control::api::{BALLOON_PAGE_BYTES, BalloonStatus, Caches, Direction, MAX_TIMEOUT_MS};
 use control::{Client, Size};
 use humantime::format_duration;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -24,6 +24,7 @@ pub(crate) struct BalloonArgs {
     guest: GuestArg,
 
     /// What the balloon shall hold, such as 3GiB; whole pages of 4 KiB
+    #[arg(value_parser = Size::of_pages)]
     size: Option<Size>,
 
     /// Print JSON
@@ -52,14 +53,15 @@ pub(crate) fn run(args: &BalloonArgs) -> Result<(), Failure> {
         Some(Size(bytes)) => {
             let start = Instant::now();
             if args.drop_caches {
-                let dropped = client.drop_caches(Caches::All, args.timeout)?;
+                let time = args.timeout.min(Duration::from_millis(MAX_TIMEOUT_MS));
+                let dropped = client.drop_caches(Caches::All, time)?;
                 // JSON is of the balloon alone.
                 if !args.json {
                     print(&summary(&args.guest, &dropped))?;
                 }
             }
             let left = args.timeout.saturating_sub(start.elapsed());
-            set(args, &client, bytes - bytes % BALLOON_PAGE_BYTES, left)
+            set(args, &client, bytes, left)
         }
     }
 }

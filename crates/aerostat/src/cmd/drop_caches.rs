@@ -6,7 +6,7 @@ use clap::{Args, ValueEnum};
 use control::Size;
 use control::api::{CacheSize, Caches, DroppedCaches};
 
-use crate::guest_arg::GuestArg;
+use crate::guest_arg::{GuestArg, guest_time};
 use cli::failure::Failure;
 use cli::output::{print, print_json};
 
@@ -24,8 +24,8 @@ pub(crate) struct DropCachesArgs {
     #[arg(long)]
     json: bool,
 
-    /// How long the guest may take, such as 500ms, 30s or 5min
-    #[arg(long, default_value = "30s", value_parser = humantime::parse_duration)]
+    /// How long the guest may take, such as 500ms, 30s or 5min; 10min at most
+    #[arg(long, default_value = "30s", value_parser = guest_time)]
     timeout: Duration,
 }
 

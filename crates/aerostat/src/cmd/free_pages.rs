@@ -10,7 +10,7 @@ use clap::Args;
 use control::api::{AskFreePages, FreeKind, FreePages, HoldState};
 use control::{Client, Size};
 
-use crate::guest_arg::GuestArg;
+use crate::guest_arg::{GuestArg, guest_time};
 use cli::failure::{Exit, Failure};
 use cli::memory_map;
 use cli::output::{plural, print, print_json};
@@ -34,11 +34,12 @@ pub(crate) struct FreePagesArgs {
     release: bool,
 
     /// What the guest keeps for itself in a hold; 128MiB if it is not given
-    #[arg(long, value_name = "SIZE", requires = "hold")]
+    #[arg(long, value_name = "SIZE", requires = "hold", value_parser = Size::of_pages)]
     reserve: Option<Size>,
 
     /// Smallest block in a snapshot, 4KiB to 1GiB; 4KiB if it is not given
-    #[arg(long, value_name = "SIZE", conflicts_with_all = ["hold", "release"])]
+    #[arg(long, value_name = "SIZE", value_parser = Size::of_block,
+          conflicts_with_all = ["hold", "release"])]
     min_block: Option<Size>,
 
     /// Print JSON
@@ -53,8 +54,8 @@ pub(crate) struct FreePagesArgs {
     #[arg(long, value_name = "FILE")]
     bitmap: Option<PathBuf>,
 
-    /// How long the guest may take, such as 500ms, 30s or 5min
-    #[arg(long, default_value = "30s", value_parser = humantime::parse_duration)]
+    /// How long the guest may take, such as 500ms, 30s or 5min; 10min at most
+    #[arg(long, default_value = "30s", value_parser = guest_time)]
     timeout: Duration,
 }
 

@@ -8,6 +8,9 @@ use utoipa::ToSchema;
 /// Time for a request that names none.
 pub const DEFAULT_TIMEOUT_MS: u64 = 30_000;
 
+/// Longest time for a request: a guest may have a hundred GiB of caches to drop.
+pub const MAX_TIMEOUT_MS: u64 = 600_000;
+
 /// Smallest and largest block of free memory that can be asked for.
 pub const BLOCK_BYTES: std::ops::RangeInclusive<u64> = 4096..=1 << 30;
 
@@ -26,8 +29,7 @@ pub struct DropCaches {
     /// Which caches; all if it is not said.
     #[serde(default)]
     pub what: Caches,
-    /// Time for the guest to answer, 30000 if it is not said. Longer than 600000
-    /// is cut to that.
+    /// Time for the guest to answer, 30000 if it is not said, 600000 at most.
     #[serde(default = "default_timeout_ms")]
     pub timeout_ms: u64,
 }
@@ -105,8 +107,7 @@ pub struct AskFreePages {
     /// Hold: what the guest keeps free for itself, a multiple of 4096; 134217728
     /// if it is not said.
     pub reserve_bytes: Option<u64>,
-    /// Time for the guest to answer, 30000 if it is not said. Longer than 600000
-    /// is cut to that.
+    /// Time for the guest to answer, 30000 if it is not said, 600000 at most.
     #[serde(default = "default_timeout_ms")]
     pub timeout_ms: u64,
 }

@@ -33,8 +33,7 @@ pub(crate) const GRACE: Duration = Duration::from_secs(5);
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct TimeoutParam {
-    /// Time for the guest to answer, 30000 if it is not said. Longer than 600000
-    /// is cut to that.
+    /// Time for the guest to answer, 30000 if it is not said, 600000 at most.
     timeout_ms: Option<u64>,
 }
 
@@ -99,7 +98,8 @@ pub(crate) async fn post_free_pages(
 
 /// The same, by the specification's hints.
 async fn hinted(app: App, timeout_ms: u64) -> Result<Json<FreePages>, ControlError> {
-    let id = guest_routes::hints(app.clone(), timeout_ms).await?.id;
+    let time = app.request_time(timeout_ms)?;
+    let id = guest_routes::hints(app.clone(), time).await?.id;
     let map = app.call(newest).await??;
     if map.summary.id != id {
         return Err(ControlError::Refused {
@@ -334,9 +334,18 @@ fn lock(state: &Mutex<Asking>) -> MutexGuard<'_, Asking> {
 }
 
 impl App {
+    /// The time that a client gives the guest.
+    fn request_time(&self, timeout_ms: u64) -> Result<Duration, ControlError> {
+        let (time, limit) = (Duration::from_millis(timeout_ms), self.limits.max_request);
+        if time > limit {
+            return Err(ControlError::TooLong { timeout_ms, limit_ms: limit.as_millis() });
+        }
+        Ok(time)
+    }
+
     /// Asks the guest and waits for the answer.
     async fn ask(&self, ask: GuestAsk, timeout_ms: u64) -> Result<GuestAnswer, ControlError> {
-        let timeout = Duration::from_millis(timeout_ms).min(self.limits.max_request);
+        let timeout = self.request_time(timeout_ms)?;
         // Taken before the guest is asked, so that a refusal changes nothing.
         let _waiter = self.any_waiter()?;
         let end = Instant::now() + timeout + GRACE;
