@@ -301,6 +301,23 @@ fn status_lists_all_guests_and_says_which_are_dead() {
 }
 
 #[test]
+fn guests_that_hang_hide_no_others_for_long() {
+    let mut host = Host::new();
+    host.start("web-1", Guest::Obeys);
+    let hangs = |number: u32| UnixListener::bind(host.socket(&format!("hangs-{number}"))).unwrap();
+    let _hanging: Vec<_> = (0..20).map(hangs).collect();
+    let start = Instant::now();
+    let (code, out, _) = host.run(&["status", "--json"]);
+    assert_eq!(code, 0);
+    let rows = json(&out);
+    let states: Vec<_> = rows.as_array().unwrap().iter().map(|row| &row["state"]).collect();
+    assert_eq!(states.iter().filter(|state| **state == "unreachable").count(), 20);
+    assert_eq!((rows[20]["name"].as_str(), states[20].as_str()), (Some("web-1"), Some("running")));
+    // One after the other they took 40 s.
+    assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
+}
+
+#[test]
 fn a_reader_that_leaves_is_no_failure() {
     let mut host = Host::new();
     host.start("web-1", Guest::Obeys);

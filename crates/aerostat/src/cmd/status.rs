@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::Duration;
 
 use clap::Args;
@@ -46,6 +47,10 @@ fn period(text: &str) -> Result<Duration, String> {
         .filter(|period| limits.contains(period))
         .ok_or_else(|| "give seconds from 0.1 to 86400".into())
 }
+
+/// Guests of the table that are asked at a time, so that those that hang do not
+/// add up.
+const ASKED_AT_A_TIME: usize = 32;
 
 /// Time for each guest of the table, so that one that hangs does not hide the
 /// others for long.
@@ -92,7 +97,22 @@ struct Row {
 
 fn all() -> Result<Vec<Row>, Failure> {
     let sockets = list_sockets()?;
-    Ok(sockets.into_iter().map(|(name, socket)| row(name.to_string(), socket)).collect())
+    let mut rows = Vec::new();
+    for some in sockets.chunks(ASKED_AT_A_TIME) {
+        thread::scope(|scope| {
+            let asked = some.iter().map(|(name, socket)| {
+                let ask = move || row(name.to_string(), socket.clone());
+                // Where no thread can be had they are asked one after the other.
+                thread::Builder::new().spawn_scoped(scope, ask).map_err(|_| ask())
+            });
+            let asked: Vec<_> = asked.collect();
+            rows.extend(asked.into_iter().filter_map(|asked| match asked {
+                Ok(thread) => thread.join().ok(),
+                Err(row) => Some(row),
+            }));
+        });
+    }
+    Ok(rows)
 }
 
 fn row(name: String, socket: PathBuf) -> Row {
