@@ -10,14 +10,18 @@ use control::api::{PartialHuge, ReleaseMode, ReleaseStatus, ReportsStatus};
 use host_memory::{MemoryMap, Reclaimer, ReclaimerOptions, resident};
 use page_set::PageSet;
 
-use crate::HostError;
+use crate::{HostError, LogLimit};
 
 /// Releases the memory of one guest, present or not.
 #[derive(Debug)]
 pub struct HostReclaim {
     reclaimer: Arc<Reclaimer>,
     footprint: Footprint,
+    memory: Arc<MemoryMap>,
     partial_huge: PartialHuge,
+    /// Times that the guest took back what the host may not have any more.
+    unbacked: u64,
+    log: LogLimit,
 }
 
 /// What the host spends on a guest's memory. Asking may take ten milliseconds for each GiB
@@ -90,7 +94,15 @@ impl HostReclaim {
         };
         let reclaimer = Reclaimer::new(Arc::clone(&memory) as _, options)
             .map_err(|source| HostError { what: "starting a thread", source })?;
-        Ok(Self { reclaimer: Arc::new(reclaimer), footprint: Footprint(memory), partial_huge })
+        let (footprint, log) = (Footprint(Arc::clone(&memory) as _), LogLimit::default());
+        Ok(Self {
+            reclaimer: Arc::new(reclaimer),
+            footprint,
+            memory,
+            partial_huge,
+            unbacked: 0,
+            log,
+        })
     }
 
     /// The guest's memory is now there.
@@ -172,6 +184,8 @@ impl HostReclaim {
             ("release_refused", done.errors),
             ("release_panicked", done.panics),
             ("release_outside_memory", done.outside_pages),
+            ("huge_page_advice_refused", done.huge_failures),
+            ("taken_back_unbacked", self.unbacked),
         ];
         let seen = kinds.into_iter().filter(|(_, count)| *count > 0);
         seen.map(|(name, count)| (name.to_owned(), count)).collect()
@@ -179,6 +193,7 @@ impl HostReclaim {
 
     fn replace(&mut self, memory: Arc<MemoryMap>) {
         self.footprint = Footprint(Arc::clone(&memory) as _);
+        self.memory = Arc::clone(&memory);
         self.reclaimer.replace_memory(memory);
     }
 }
@@ -198,6 +213,18 @@ impl Reclaim for HostReclaim {
 
     fn retain(&mut self, pages: &PageSet) {
         self.reclaimer.retain(pages);
+        // Nothing can be answered to a guest but that the pages are its own. So it is said here.
+        if let Err(error) = self.memory.reserve(pages) {
+            self.unbacked += 1;
+            if let Some(left_out) = self.log.take(Instant::now()) {
+                tracing::error!(
+                    %error,
+                    left_out,
+                    "host: the guest takes memory back that cannot be reserved any more; it may \
+                     be stopped when it touches it"
+                );
+            }
+        }
     }
 
     fn flush(&mut self) {

@@ -7,7 +7,7 @@ use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 
 use crate::advise::{advise, vectors_work};
-use crate::{Backing, MemoryMap, PartialHuge, Piece, Region, resident};
+use crate::{Backing, Huge, MemoryMap, PartialHuge, Piece, Region, resident};
 
 /// Failures that a report keeps in full; beyond, they are only counted, so that
 /// a host which refuses everything costs bounded memory.
@@ -30,6 +30,23 @@ pub trait Discard: Send + Sync {
     /// Takes out of `pages` those that must wait because their host page is not
     /// wholly in `pages`; returns them.
     fn take_partial(&self, pages: &mut PageSet, partial_huge: PartialHuge) -> PageSet;
+
+    /// Takes out of `pages` those that nobody may use without a word before; returns them.
+    fn take_unpromised(&self, _pages: &mut PageSet) -> PageSet {
+        PageSet::new()
+    }
+
+    /// The parts of memory around `pages` of which the host could make huge pages, and would bring
+    /// pages back that were released; none where it does not by itself.
+    fn extents(&self, _pages: &PageSet) -> PageSet {
+        PageSet::new()
+    }
+
+    /// Has the host make huge pages of such parts, or none; returns those that it did not
+    /// listen for.
+    fn set_huge(&self, _extents: &PageSet, _huge: Huge) -> PageSet {
+        PageSet::new()
+    }
 
     /// Releases the memory of `pages` with the fewest calls. What it can not
     /// release is in the report; it never stops half-way.
@@ -106,6 +123,18 @@ impl Discard for MemoryMap {
 
     fn take_partial(&self, pages: &mut PageSet, partial_huge: PartialHuge) -> PageSet {
         self.take_partial(pages, partial_huge)
+    }
+
+    fn take_unpromised(&self, pages: &mut PageSet) -> PageSet {
+        self.take_unpromised(pages)
+    }
+
+    fn extents(&self, pages: &PageSet) -> PageSet {
+        self.extents_of(pages)
+    }
+
+    fn set_huge(&self, extents: &PageSet, huge: Huge) -> PageSet {
+        self.advise_extents(extents, huge)
     }
 
     fn resident_pages(&self) -> Option<u64> {

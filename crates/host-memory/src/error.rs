@@ -61,6 +61,36 @@ pub enum HostMemoryError {
         /// Address in this process.
         host_bytes: usize,
     },
+    /// The host's pool has too few huge pages.
+    #[error(
+        "{needed} huge pages of {page_mib} MiB are needed, and {free} of {total} are free; \
+         `sysctl vm.nr_hugepages={wanted}` makes room, where these are the host's usual huge pages"
+    )]
+    HugePages {
+        /// Pages that are needed.
+        needed: u64,
+        /// MiB of each.
+        page_mib: u64,
+        /// Pages that nobody has and that are promised to nobody.
+        free: u64,
+        /// Pages in the pool.
+        total: u64,
+        /// Pages that the pool should have.
+        wanted: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The host commits no more memory than it has.
+    #[error(
+        "the host has no {bytes} bytes left that it may promise (vm.overcommit_memory=2; see \
+         CommitLimit and Committed_AS in /proc/meminfo)"
+    )]
+    Commit {
+        /// What was asked for.
+        bytes: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The host refused to say something.
     #[error("{what}")]
     Host {

@@ -18,6 +18,8 @@
 
 mod advise;
 mod backed;
+mod bus_error;
+mod collapse;
 mod discard;
 mod error;
 mod host_pages;
@@ -29,14 +31,16 @@ mod partial;
 mod pending;
 mod reclaimer;
 mod region;
+mod reserve;
 pub mod resident;
 mod snapshot;
 
 pub use backed::BackedMemory;
+pub use bus_error::say_missing_memory;
 pub use discard::{Discard, DiscardCall, DiscardFailure, DiscardReport, KEPT_FAILURES};
 pub use error::HostMemoryError;
 pub use host_pages::HostPages;
-pub use huge::advise_huge;
+pub use huge::{Huge, advise_huge, huge_by_default};
 pub use lazy::{MissingPages, Placed};
 pub use map::{MemoryMap, OutsideMemory, Piece, Pieces};
 pub use observe::ObserveDiscards;
@@ -47,4 +51,5 @@ pub use reclaimer::{
     SWEEP_LOOK_MAX_MS, SWEEP_LOOK_MS, WAKE_PAGES,
 };
 pub use region::{AnonymousMemory, Backing, Region};
+pub use reserve::{HugePool, reserve_file};
 pub use snapshot::Snapshot;

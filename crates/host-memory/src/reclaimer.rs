@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use page_set::PageSet;
 
 use self::look::Look;
+use crate::collapse::Marks;
 use crate::{Batch, Discard, DiscardReport, PartialHuge, PendingRelease, Retained, Snapshot, Take};
 
 /// The worker is woken when so many pages (32 MiB) can be released: enough that
@@ -89,6 +90,10 @@ pub struct ReclaimerOptions {
 /// than it should, and then releases the given parts of such pages once more. Where
 /// the guest gives such a page again before that, all of it is released anew.
 ///
+/// In private memory the host makes huge pages by itself (khugepaged). There the parts of
+/// which the guest gave a page have small pages until it has taken the last one back; see
+/// `collapse.rs`.
+///
 /// # End
 /// Dropping waits for the batch in flight and forgets what is pending: it is for
 /// a guest that is gone, whose memory goes with it.
@@ -105,10 +110,14 @@ struct Shared {
     work: Condvar,
     /// A batch was finished.
     done: Condvar,
+    /// What may have no huge pages; locked before `inner`, if both are.
+    marks: Marks,
 }
 
 struct Inner {
     pages: PendingRelease,
+    /// What the guest does not use, as far as is known: also what it may use without a word.
+    away: PageSet,
     memory: Arc<dyn Discard>,
     mode: ReleaseMode,
     partial_huge: PartialHuge,
@@ -143,6 +152,7 @@ impl Reclaimer {
     pub fn new(memory: Arc<dyn Discard>, options: ReclaimerOptions) -> io::Result<Self> {
         let inner = Inner {
             pages: PendingRelease::default(),
+            away: PageSet::new(),
             memory,
             mode: options.mode,
             partial_huge: options.partial_huge,
@@ -157,6 +167,7 @@ impl Reclaimer {
             inner: Mutex::new(inner),
             work: Condvar::new(),
             done: Condvar::new(),
+            marks: Marks::default(),
         });
         let worker = thread::Builder::new().name("reclaimer".into()).stack_size(STACK_BYTES);
         let worker = worker.spawn({
@@ -179,6 +190,7 @@ impl Reclaimer {
             return;
         }
         let mut inner = self.shared.lock();
+        inner.away.union_with(pages);
         inner.pages.add(pages);
         inner.counters.given_pages += pages.len();
         inner.last_given = Instant::now();
@@ -196,14 +208,19 @@ impl Reclaimer {
     /// use them right after. What could not be released is taken back.
     pub fn release_now(&self, pages: &PageSet) {
         let mut inner = self.shared.lock();
+        inner.away.union_with(pages);
         inner.pages.add(pages);
         inner.counters.given_pages += pages.len();
         drop(self.shared.drain(inner, Take::All));
-        self.retain(pages);
+        self.cancel(pages);
     }
 
     /// Releases pages that were never given, in the calling thread and before it
     /// returns, whatever the mode. It waits for nothing else and counts on its own.
+    ///
+    /// Pages of a pool (hugetlbfs) are left alone: their user takes them back without a word,
+    /// so that they could not be reserved again first, and would be ended where the pool
+    /// is empty.
     ///
     /// For pages that their user leaves alone until this returns, and only then
     /// knows to be its own again. None of them is to be pending or in flight.
@@ -212,7 +229,12 @@ impl Reclaimer {
         let (memory, partial_huge) = (Arc::clone(&inner.memory), inner.partial_huge);
         drop(inner);
         let outcome = catch_unwind(AssertUnwindSafe(|| {
-            discard(memory.as_ref(), pages, ReleaseMode::Immediate, partial_huge)
+            let mut pages = pages.clone();
+            let unpromised = memory.take_unpromised(&mut pages);
+            let mode = ReleaseMode::Immediate;
+            let (report, mut left) = discard(memory.as_ref(), &pages, mode, partial_huge, |_| ());
+            left.union_with(&unpromised);
+            (report, left)
         }));
         let counters = &mut self.shared.lock().counters;
         match outcome {
@@ -227,6 +249,15 @@ impl Reclaimer {
     /// Takes pages back: when it returns, none of them is or will be discarded
     /// until it is given anew. May wait for one batch.
     pub fn retain(&self, pages: &PageSet) {
+        self.cancel(pages);
+        let mut inner = self.shared.lock();
+        inner.away.subtract(pages);
+        let memory = Arc::clone(&inner.memory);
+        drop(inner);
+        self.shared.let_huge(memory.as_ref(), pages);
+    }
+
+    fn cancel(&self, pages: &PageSet) {
         let mut inner = self.shared.lock();
         loop {
             let (retained, cancelled) = inner.pages.retain(pages);
@@ -249,7 +280,11 @@ impl Reclaimer {
     /// Takes every page back and waits for the batch in flight: the guest was
     /// reset, or is about to be told that all is its own.
     pub fn retain_all(&self) {
-        drop(self.shared.forget(self.shared.lock()));
+        let mut inner = self.shared.forget(self.shared.lock());
+        let away = std::mem::take(&mut inner.away);
+        let memory = Arc::clone(&inner.memory);
+        drop(inner);
+        self.shared.let_huge(memory.as_ref(), &away);
     }
 
     /// Releases now what is pending, whole huge pages or not, without waiting for
@@ -318,16 +353,21 @@ impl Reclaimer {
     pub fn replace_memory(&self, memory: Arc<dyn Discard>) {
         let mut inner = self.shared.forget(self.shared.lock());
         inner.memory = memory;
+        inner.away.clear();
+        drop(inner);
+        self.shared.marks.forget();
     }
 
     /// What was done so far.
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
+        let huge_failures = self.shared.marks.failures();
         let inner = self.shared.lock();
         Snapshot {
             pending_pages: inner.pages.pending().len(),
             in_flight_pages: inner.pages.in_flight_pages(),
             waiting_pages: inner.pages.waiting().len(),
+            huge_failures,
             ..inner.counters.clone()
         }
     }
@@ -398,13 +438,22 @@ impl Shared {
         }
     }
 
+    /// Lets what the guest took back have huge pages, where nothing beside it is away.
+    fn let_huge(&self, memory: &dyn Discard, pages: &PageSet) {
+        self.marks.let_huge(memory, pages, |extents| {
+            let inner = self.lock();
+            extents.ranges().flat_map(|range| inner.away.ranges_in(range)).collect()
+        });
+    }
+
     /// Discards a batch without the lock, then gives it back.
     fn run<'a>(&'a self, mut inner: MutexGuard<'a, Inner>, batch: Batch) -> MutexGuard<'a, Inner> {
         let memory = Arc::clone(&inner.memory);
         let (mode, partial_huge, swept) = (inner.mode, inner.partial_huge, batch.is_swept());
         drop(inner);
         let outcome = catch_unwind(AssertUnwindSafe(|| {
-            discard(memory.as_ref(), batch.pages(), mode, partial_huge)
+            let keep_small = |pages: &PageSet| self.marks.keep_small(memory.as_ref(), pages);
+            discard(memory.as_ref(), batch.pages(), mode, partial_huge, keep_small)
         }));
         inner = self.lock();
         if !swept {
@@ -442,10 +491,13 @@ fn discard(
     batch: &PageSet,
     mode: ReleaseMode,
     partial_huge: PartialHuge,
+    keep_small: impl FnOnce(&PageSet),
 ) -> (DiscardReport, PageSet) {
     let started = Instant::now();
     let mut pages = batch.clone();
     let partial = memory.take_partial(&mut pages, partial_huge);
+    // First: what is empty and not marked yet could be filled.
+    keep_small(&pages);
     let prepared = started.elapsed();
     let mut report = match mode {
         ReleaseMode::PerPage => memory.discard_per_page(&pages),

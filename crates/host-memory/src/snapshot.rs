@@ -35,6 +35,9 @@ pub struct Snapshot {
     pub calls: u64,
     /// Ranges that the host refused.
     pub errors: u64,
+    /// Times that the host took no advice on huge pages: what the guest gave there, or a huge page
+    /// of what it took back, may be lost to it.
+    pub huge_failures: u64,
     /// When the last batch was finished.
     pub last_batch_at: Option<Instant>,
     /// Batches lost to a panic.

@@ -5,13 +5,13 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use host_memory::resident::resident_bytes;
 use host_memory::{
-    Discard, DiscardCall, HostMemoryError, HostPages, MemoryMap, PartialHuge, Reclaimer,
-    ReclaimerOptions, Region, ReleaseMode,
+    Discard, DiscardCall, HostMemoryError, HostPages, HugePool, MemoryMap, PartialHuge, Reclaimer,
+    ReclaimerOptions, Region, ReleaseMode, reserve_file,
 };
 use page_set::{CHUNK_PAGES, PAGE_BYTES, PageRange, PageSet};
 use rustix::fs::{MemfdFlags, Mode, OFlags, memfd_create, open};
@@ -397,17 +397,20 @@ fn parts_of_transparent_huge_pages_leave_the_host() {
     guest.assert_gone(&set, before);
 }
 
-/// Takes back the kernel's setting when dropped.
-struct HugePages(String);
+/// Takes back the kernel's setting when dropped. One test at a time has it.
+struct HugePages(String, #[expect(dead_code, reason = "held")] MutexGuard<'static, ()>);
+
+static POOL: Mutex<()> = Mutex::new(());
 
 impl HugePages {
     const SETTING: &str = "/proc/sys/vm/nr_hugepages";
 
     fn reserve(count: u64) -> Option<Self> {
+        let alone = POOL.lock().unwrap_or_else(PoisonError::into_inner);
         let before = fs::read_to_string(Self::SETTING).ok()?;
         let have: u64 = before.trim().parse().ok()?;
         fs::write(Self::SETTING, (have + count).to_string()).ok()?;
-        let this = Self(before);
+        let this = Self(before, alone);
         let now: u64 = fs::read_to_string(Self::SETTING).ok()?.trim().parse().ok()?;
         (now >= have + count).then_some(this)
     }
@@ -455,6 +458,49 @@ fn hugetlb_pages_are_released_whole_or_wait() {
     let snapshot = reclaimer.snapshot();
     assert_eq!((snapshot.waiting_pages, snapshot.errors), (7, 0));
     guest.assert_gone(&gone, before);
+}
+
+/// What the balloon gave back to a pool may be somebody else's when the guest wants it again.
+#[test]
+fn pages_of_a_pool_are_promised_until_they_are_released_and_promised_again() {
+    let Some(_reserved) = HugePages::reserve(8) else {
+        eprintln!("SKIPPED: no huge pages can be reserved here (needs root and free memory)");
+        return;
+    };
+    let pool = HugePool::of(2 * MIB);
+    let len = 8 * 2 * MIB;
+    let file = memfd(len, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB).unwrap();
+    reserve_file(&file, len).unwrap();
+    // Takes all that is left.
+    let other =
+        memfd((pool.total + 8) * 2 * MIB, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB).unwrap();
+    reserve_file(&other, HugePool::of(2 * MIB).free * 2 * MIB).unwrap();
+    assert_eq!(HugePool::of(2 * MIB).free, 0);
+    let third = memfd(2 * 2 * MIB, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB).unwrap();
+    reserve_file(&third, 2 * MIB).unwrap_err();
+
+    // Nothing of it is missing, though the mapping itself reserves nothing.
+    let guest = Guest::new(&[(0, 8 * CHUNK_PAGES)], Some(&file));
+    let given = PageSet::from(range(CHUNK_PAGES, 2 * CHUNK_PAGES));
+    let map: Arc<dyn Discard> = Arc::new(guest.map.clone());
+    let reclaimer = Reclaimer::new(map, ReclaimerOptions::default()).unwrap();
+    reclaimer.release(&given);
+    reclaimer.flush();
+    assert!(reclaimer.wait_settled(LONG));
+    reserve_file(&third, 2 * 2 * MIB).unwrap();
+    let error = guest.map.reserve(&given).unwrap_err().to_string();
+    assert!(error.contains("2 huge pages of 2 MiB are needed, and 0 of"), "{error}");
+    drop(third);
+    guest.map.reserve(&given).unwrap();
+    assert_eq!(HugePool::of(2 * MIB).free, 0);
+    reclaimer.retain(&given);
+    guest.fill();
+
+    // What it may use without a word is not released.
+    let before = resident_bytes(&guest.map).unwrap();
+    reclaimer.release_free(&given);
+    assert_eq!(resident_bytes(&guest.map).unwrap(), before);
+    assert_eq!(reclaimer.snapshot().free_partial_pages, given.len());
 }
 
 /// A guest that gives, takes and writes at random: what it wrote stays.

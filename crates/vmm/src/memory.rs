@@ -4,7 +4,10 @@ use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use host_memory::{HostPages, MemoryMap, ObserveDiscards, Region, advise_huge};
+use host_memory::{
+    HostPages, Huge, MemoryMap, ObserveDiscards, Region, advise_huge, huge_by_default,
+    reserve_file, say_missing_memory,
+};
 use page_set::{PAGE_BYTES, PageRange, PageSet};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
@@ -77,6 +80,8 @@ pub(crate) struct Memory {
 impl Memory {
     pub(crate) fn new(bytes: u64, kind: MemoryKind) -> Result<Self, Error> {
         let ranges = layout::ranges(bytes)?;
+        // Some of it can be missing all the same: a limit of a control group, a failed module.
+        say_missing_memory().map_err(Error::host::<std::io::Error>("a signal handler"))?;
         let file = kind.shared.then(|| memory_file(bytes, kind.huge)).transpose()?;
         let mut offset = 0;
         let mut regions = Vec::new();
@@ -88,16 +93,8 @@ impl Memory {
             regions.push(region);
             offset += bytes;
         }
-        let transparent = kind.huge && !kind.shared;
-        let host_region = |region: &RamRegion| {
-            let known = Region::of_mapping(region).map_err(Error::memory("mapping"))?;
-            if !transparent {
-                return Ok(known);
-            }
-            advise_huge(region).map_err(Error::memory("asking for huge pages"))?;
-            Ok(known.with_host_pages(HostPages::Transparent))
-        };
-        let host = regions.iter().map(host_region).collect::<Result<_, Error>>()?;
+        let known = |region: &RamRegion| host_region(region, kind);
+        let host = regions.iter().map(known).collect::<Result<_, Error>>()?;
         let map = MemoryMap::new(host).map_err(Error::memory("mapping"))?;
         let guest = Ram::from_regions(regions).map_err(Error::memory("mapping"))?;
         let discards = Arc::new(DiscardLog { guest: guest.clone(), on: AtomicBool::new(false) });
@@ -106,17 +103,41 @@ impl Memory {
     }
 }
 
+/// A region with the pages that the host has behind it.
+fn host_region(region: &RamRegion, kind: MemoryKind) -> Result<Region, Error> {
+    let known = Region::of_mapping(region).map_err(Error::memory("mapping"))?;
+    match kind {
+        MemoryKind { shared: true, .. } => Ok(known),
+        MemoryKind { huge: true, .. } => {
+            let advised = advise_huge(region, Huge::May);
+            advised.map_err(Error::memory("asking for huge pages"))?;
+            Ok(known.with_host_pages(HostPages::Transparent))
+        }
+        // The host gives huge pages to everybody.
+        _ if huge_by_default() => Ok(known.with_host_pages(HostPages::Transparent)),
+        _ => {
+            // Also where it comes to do so later: it would take what the balloon has. A kernel that
+            // knows no huge pages refuses, and makes none.
+            let _ = advise_huge(region, Huge::Never);
+            Ok(known)
+        }
+    }
+}
+
 fn memory_file(bytes: u64, huge: bool) -> Result<Arc<File>, Error> {
     let flags = if huge { MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB } else { MemfdFlags::empty() };
     let fd = memfd_create("guest-memory", MemfdFlags::CLOEXEC | flags)
         .map_err(Error::memory("making the file"))?;
     ftruncate(&fd, bytes).map_err(Error::memory("growing the file"))?;
-    Ok(Arc::new(File::from(fd)))
+    let file = File::from(fd);
+    // Else who touches what the host does not have is ended, in the middle of anything.
+    reserve_file(&file, bytes).map_err(Error::memory("reserving"))?;
+    Ok(Arc::new(file))
 }
 
 #[cfg(test)]
 mod tests {
-    use host_memory::Discard;
+    use host_memory::{Discard, HugePool};
     use vm_memory::Bytes;
 
     use super::*;
@@ -146,6 +167,18 @@ mod tests {
             let _ = map.discard_per_page(&pages);
             assert_eq!(noted(), 0);
         }
+    }
+
+    /// A guest that would be ended when it touches memory is not begun, however it comes here: all
+    /// of `run`, `receive` and `restore` make their memory so.
+    #[test]
+    fn huge_pages_that_the_pool_does_not_have_are_refused_before_they_are_touched() {
+        let kind = MemoryKind { shared: true, huge: true };
+        let pages = HugePool::of(2 << 20).total + 1000;
+        let error = Memory::new(pages * (2 << 20), kind).err().unwrap();
+        let said = std::error::Error::source(&error).unwrap().to_string();
+        assert!(said.contains(&format!("{pages} huge pages of 2 MiB are needed")), "{said}");
+        assert!(said.contains("vm.nr_hugepages"), "{said}");
     }
 
     /// Above the hole, untouched and so free of cost.
