@@ -53,6 +53,7 @@ impl HostArgs {
             control,
             memory: MemoryKind { shared: self.shared, huge: self.huge },
             disks,
+            accept_disks: false,
             release: self.release.mode(),
             partial_huge: self.release.partial_huge(),
         })

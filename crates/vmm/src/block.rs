@@ -4,13 +4,17 @@
 //! disk's own, and returned when the queue is served next, which that thread asks for.
 
 mod file;
+mod identity;
+mod limits;
 mod lock;
 mod request;
 mod work;
 mod worker;
 
 pub use file::DiskOptions;
-pub(crate) use file::{DiskFile, DiskShape};
+pub(crate) use file::{DiskFile, DiskShape, GuestDisk};
+pub(crate) use identity::DiskIdentity;
+pub(crate) use limits::DiskLimits;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,7 +22,7 @@ use std::time::Duration;
 use balloon_device::{Drained, Handled, drain};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
-    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
@@ -29,7 +33,6 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::error::Error;
 use crate::memory::Ram;
 use crate::mmio::{Device, Served};
-use file::SECTOR_BYTES;
 use request::{Request, SEG_MAX, SIZE_MAX};
 use work::{DISCARD, ID_BYTES, WRITE_ZEROES, Work};
 use worker::{Done, Job, Worker};
@@ -47,6 +50,10 @@ mod field {
     pub(super) const SIZE_MAX: usize = 8;
     pub(super) const SEG_MAX: usize = 12;
     pub(super) const BLK_SIZE: usize = 20;
+    pub(super) const PHYSICAL_BLOCK_EXP: usize = 24;
+    pub(super) const ALIGNMENT_OFFSET: usize = 25;
+    pub(super) const MIN_IO_SIZE: usize = 26;
+    pub(super) const OPT_IO_SIZE: usize = 28;
     pub(super) const NUM_QUEUES: usize = 34;
     pub(super) const MAX_DISCARD_SECTORS: usize = 36;
     pub(super) const MAX_DISCARD_SEG: usize = 40;
@@ -58,7 +65,7 @@ mod field {
 
 /// One disk of a guest.
 pub(crate) struct Block {
-    shape: DiskShape,
+    file: Arc<DiskFile>,
     worker: Worker,
     /// Chains that are with the worker. No honest driver has more than its ring has entries.
     kept: usize,
@@ -72,7 +79,7 @@ impl Block {
         let mut id = [0; ID_BYTES];
         id.iter_mut().zip(format!("aerostat-{name}").bytes()).for_each(|(to, from)| *to = from);
         let worker = Worker::start(Work::new(memory, id), Arc::clone(file), &name)?;
-        Ok(Self { shape: file.shape(), worker, kept: 0 })
+        Ok(Self { file: Arc::clone(file), worker, kept: 0 })
     }
 
     /// Nothing of the ring is with the device.
@@ -85,21 +92,24 @@ impl Block {
         let mut put = |at: usize, bytes: &[u8]| {
             space.iter_mut().skip(at).zip(bytes).for_each(|(to, from)| *to = *from);
         };
-        put(field::CAPACITY, &self.shape.sectors.to_le_bytes());
-        let sector_bytes = u32::try_from(SECTOR_BYTES).unwrap_or(0);
+        put(field::CAPACITY, &self.file.shape().sectors.to_le_bytes());
+        let limits = self.file.limits();
         for (at, value) in [
             (field::SIZE_MAX, SIZE_MAX),
             (field::SEG_MAX, SEG_MAX),
-            (field::BLK_SIZE, sector_bytes),
-            (field::MAX_DISCARD_SECTORS, DISCARD.sectors),
+            (field::BLK_SIZE, limits.block_bytes),
+            (field::OPT_IO_SIZE, limits.opt_io_blocks),
+            (field::MAX_DISCARD_SECTORS, limits.max_discard_sectors()),
             (field::MAX_DISCARD_SEG, DISCARD.ranges),
-            // A file system gives whole blocks back; what is beside them becomes zeros.
-            (field::DISCARD_ALIGNMENT, 1),
+            (field::DISCARD_ALIGNMENT, limits.discard_sectors),
             (field::MAX_WRITE_ZEROES_SECTORS, WRITE_ZEROES.sectors),
             (field::MAX_WRITE_ZEROES_SEG, WRITE_ZEROES.ranges),
         ] {
             put(at, &value.to_le_bytes());
         }
+        put(field::PHYSICAL_BLOCK_EXP, &[limits.physical_exp]);
+        put(field::ALIGNMENT_OFFSET, &[limits.alignment_offset]);
+        put(field::MIN_IO_SIZE, &limits.min_io_blocks.to_le_bytes());
         put(field::NUM_QUEUES, &1u16.to_le_bytes());
         put(field::WRITE_ZEROES_MAY_UNMAP, &[1]);
         space
@@ -159,9 +169,10 @@ impl Device for Block {
             VIRTIO_BLK_F_SIZE_MAX,
             VIRTIO_BLK_F_SEG_MAX,
             VIRTIO_BLK_F_BLK_SIZE,
+            VIRTIO_BLK_F_TOPOLOGY,
             VIRTIO_BLK_F_FLUSH,
         ];
-        if self.shape.read_only {
+        if self.file.shape().read_only {
             bits.push(VIRTIO_BLK_F_RO);
         } else {
             bits.extend([VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES]);

@@ -287,10 +287,127 @@ fn the_configuration_says_what_the_disk_has() {
     assert_eq!(u64::from_le_bytes(guest.config(0)), SECTORS);
     assert_eq!(u32::from_le_bytes(guest.config(12)), SEG_MAX);
     assert_eq!(u32::from_le_bytes(guest.config(20)), 512);
+    // Of a file system of 4 KiB blocks: 8 sectors a physical block, no offset, 8 the least.
+    assert_eq!(guest.config::<4>(24), [3, 0, 8, 0]);
+    assert_eq!(u32::from_le_bytes(guest.config(28)), 0);
+    assert_eq!(u32::from_le_bytes(guest.config(36)), DISCARD.sectors);
+    assert_eq!(u32::from_le_bytes(guest.config(44)), 8);
+    assert_ne!(guest.disk.features() & 1 << VIRTIO_BLK_F_TOPOLOGY, 0);
     assert_eq!(guest.config::<8>(56), [1, 0, 0, 0, 0, 0, 0, 0]);
     assert_eq!(u32::from_le_bytes(guest.config(usize::MAX & 0xffff)), 0);
     guest.disk.write_config(0, &[0xff; 8]);
     assert_eq!(u64::from_le_bytes(guest.config(0)), SECTORS);
+}
+
+/// Of the first byte of a sector.
+fn index(sector: u64) -> usize {
+    usize::try_from(sector * 512).unwrap()
+}
+
+/// Checks what a request of ranges does to blocks that are given back and cleared only whole.
+fn check_ranges_on_whole_blocks(guest: &mut Guest) {
+    let before = pattern(SECTORS * 512, 1);
+    let cases = [(8, 8), (16, 24), (1, 1), (7, 2), (9, 30), (0, 64), (63, 1)];
+    for (sector, sectors) in cases {
+        for flags in [0, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP] {
+            guest.file.write_all_at(&before, 0).unwrap();
+            guest.put(DATA, &range(sector, sectors, flags));
+            let one = [Buffer::readable(DATA, 16)];
+            let asked = guest.ask(VIRTIO_BLK_T_WRITE_ZEROES, 0, &one);
+            assert_eq!(asked, (OK, 1), "zeros at {sector}, {sectors}");
+            let (from, to) = (index(sector), index(sector + u64::from(sectors)));
+            let mut expected = before.clone();
+            expected[from..to].fill(0);
+            assert!(guest.on_disk(0, SECTORS) == expected, "zeros at {sector}, {sectors}");
+        }
+        guest.file.write_all_at(&before, 0).unwrap();
+        guest.put(DATA, &range(sector, sectors, 0));
+        let asked = guest.ask(VIRTIO_BLK_T_DISCARD, 0, &[Buffer::readable(DATA, 16)]);
+        assert_eq!(asked, (OK, 1), "discard at {sector}, {sectors}");
+        let (from, to) = (sector.next_multiple_of(8), (sector + u64::from(sectors)) / 8 * 8);
+        let now = guest.on_disk(0, SECTORS);
+        for at in 0..SECTORS {
+            let bytes = index(at)..index(at + 1);
+            let given = (from..to).contains(&at);
+            let is_zeros = now[bytes.clone()].iter().all(|byte| *byte == 0);
+            let stays = now[bytes.clone()] == before[bytes];
+            assert!(
+                stays || (given && is_zeros),
+                "sector {at} after discarding {sector}, {sectors}"
+            );
+        }
+    }
+    // Sectors that are no blocks are read and written all the same.
+    guest.put(DATA, &pattern(3 * 512, 7));
+    assert_eq!(guest.ask(VIRTIO_BLK_T_OUT, 5, &[Buffer::readable(DATA, 3 * 512)]), (OK, 1));
+    let into = [Buffer::writable(DATA + 0x4000, 512)];
+    assert_eq!(guest.ask(VIRTIO_BLK_T_IN, 6, &into), (OK, 513));
+    assert_eq!(guest.get(DATA + 0x4000, 512), pattern(3 * 512, 7)[512..1024]);
+    assert_eq!(guest.ask(VIRTIO_BLK_T_FLUSH, 0, &[]), (OK, 1));
+}
+
+#[test]
+fn what_is_no_whole_block_of_the_host_is_cleared_and_need_not_be_discarded() {
+    let path = NamedTempFile::new().unwrap();
+    let file = path.as_file().try_clone().unwrap();
+    file.write_all_at(&pattern(SECTORS * 512, 1), 0).unwrap();
+    let options = DiskOptions { path: path.path().into(), read_only: false };
+    let disk = DiskFile::open(&options).unwrap().in_units(4096);
+    check_ranges_on_whole_blocks(&mut Guest::with(disk, file, path));
+}
+
+/// A loop device of 4,096-byte sectors, which goes away with the value.
+struct LoopDevice(std::path::PathBuf);
+
+impl LoopDevice {
+    fn new(file: &std::path::Path) -> Option<Self> {
+        let options = ["--find", "--show", "--sector-size", "4096"];
+        let _alone = file::no_process_starts();
+        let made = std::process::Command::new("losetup").args(options).arg(file).output();
+        let made = made.ok().filter(|made| made.status.success())?;
+        Some(Self(String::from_utf8(made.stdout).ok()?.trim().into()))
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _alone = file::no_process_starts();
+        let _ = std::process::Command::new("losetup").arg("--detach").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_block_device_of_large_sectors_says_so_and_serves_small_ones() {
+    let path = NamedTempFile::new().unwrap();
+    path.as_file().set_len(SECTORS * 512).unwrap();
+    let Some(device) = LoopDevice::new(path.path()) else {
+        eprintln!(
+            "SKIPPED: no loop device of 4,096-byte sectors here (losetup, root): only the \
+                   double of one was tried"
+        );
+        return;
+    };
+    let options = DiskOptions { path: device.0.clone(), read_only: false };
+    let disk = DiskFile::open(&options).unwrap();
+    // Through the same cache as the disk.
+    let file = File::options().read(true).write(true).open(&device.0).unwrap();
+    let mut guest = Guest::with(disk, file, path);
+    assert_eq!(u64::from_le_bytes(guest.config(0)), SECTORS);
+    assert_eq!(u32::from_le_bytes(guest.config(20)), 4096);
+    let granularity = u32::from_le_bytes(guest.config(44));
+    assert!(granularity >= 8 && granularity.is_multiple_of(8), "{granularity}");
+    assert!(u32::from_le_bytes(guest.config(36)).is_multiple_of(granularity));
+    check_ranges_on_whole_blocks(&mut guest);
+}
+
+/// A driver reads it once: where the guest goes on, it has to stay.
+#[test]
+fn what_the_guest_was_told_stays_where_it_goes_on() {
+    let mut guest = Guest::new(false);
+    let told = DiskLimits { block_bytes: 4096, ..guest.disk.file.limits() };
+    guest.disk.file.keep_limits(told);
+    assert_eq!(u32::from_le_bytes(guest.config(20)), 4096);
+    assert_eq!(guest.disk.file.describe().unwrap().limits, told);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use migration::layout::GuestLayout;
 use migration::seams::{Description, MachineError};
 use page_set::PageRange;
 
-use crate::block::{DiskShape, MAX_DISKS};
+use crate::block::{DiskIdentity, DiskLimits, DiskShape, GuestDisk, MAX_DISKS};
 use crate::cpuid::CpuFeatures;
 use crate::error::Error;
 use crate::layout;
@@ -14,19 +14,20 @@ use crate::machine::Machine;
 use crate::state::codec::{Malformed, Reader, Writer};
 
 /// Version of the form of [`Made`], and of the machine that is so made: a guest has in its memory
-/// what it was told of its devices, and finds them wherever it goes. Since 3 it has a generation ID.
-const VERSION: u32 = 3;
+/// what it was told of its devices, and finds them wherever it goes. Since 3 it has a generation ID;
+/// since 4 it is known which disks it had.
+const VERSION: u32 = 4;
 
 const PAGE_BYTES: u64 = 4096;
 
 /// How a machine was made, as far as its guest could tell the difference. What backs its memory
-/// is for each host to choose, and where its disks are.
+/// is for each host to choose, and where its disks are; which they are is told with them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Made {
     pub(crate) cpus: u8,
     pub(crate) memory_bytes: u64,
     pub(crate) without: Features,
-    pub(crate) disks: Vec<DiskShape>,
+    pub(crate) disks: Vec<GuestDisk>,
 }
 
 impl Made {
@@ -35,7 +36,7 @@ impl Made {
         writer.u32(VERSION).u8(self.cpus).u64(self.memory_bytes).u64(self.without.0);
         writer.u8(u8::try_from(self.disks.len()).unwrap_or(u8::MAX));
         for disk in &self.disks {
-            writer.u64(disk.sectors).flag(disk.read_only);
+            encode_disk(disk, &mut writer);
         }
         writer.finish()
     }
@@ -55,8 +56,7 @@ impl Made {
             return Err(Malformed::TooMany { what: "disks", count, max });
         }
         for _ in 0..count {
-            let sectors = reader.u64()?;
-            made.disks.push(DiskShape { sectors, read_only: reader.flag("a disk's use")? });
+            made.disks.push(decode_disk(&mut reader)?);
         }
         reader.finish()?;
         Ok(made)
@@ -86,12 +86,13 @@ impl Made {
         Ok(made)
     }
 
-    /// Whether a machine here has the disks that the guest had.
+    /// Whether a machine here has as many disks as the guest had, of the same shapes.
     ///
     /// # Errors
     /// It has others; the operator's fault, who names them.
     pub(crate) fn check_disks(&self, here: &[DiskShape]) -> Result<(), Error> {
-        if self.disks == here {
+        let had: Vec<_> = self.disks.iter().map(|disk| disk.shape).collect();
+        if had == here {
             return Ok(());
         }
         let list = |disks: &[DiskShape]| {
@@ -101,9 +102,34 @@ impl Made {
             };
             format!("[{}]", disks.iter().map(word).collect::<Vec<_>>().join(", "))
         };
-        let (had, has) = (list(&self.disks), list(here));
+        let (had, has) = (list(&had), list(here));
         Err(Error::Option { what: format!("the guest had the disks {had}, and has {has} here") })
     }
+}
+
+fn encode_disk(disk: &GuestDisk, writer: &mut Writer) {
+    let GuestDisk { shape, limits, identity } = disk;
+    writer.u64(shape.sectors).flag(shape.read_only);
+    writer.u32(limits.block_bytes).u8(limits.physical_exp).u8(limits.alignment_offset);
+    writer.u16(limits.min_io_blocks).u32(limits.opt_io_blocks).u32(limits.discard_sectors);
+    identity.encode(writer);
+}
+
+fn decode_disk(reader: &mut Reader<'_>) -> Result<GuestDisk, Malformed> {
+    let shape = DiskShape { sectors: reader.u64()?, read_only: reader.flag("a disk's use")? };
+    let limits = DiskLimits {
+        block_bytes: reader.u32()?,
+        physical_exp: reader.u8()?,
+        alignment_offset: reader.u8()?,
+        min_io_blocks: reader.u16()?,
+        opt_io_blocks: reader.u32()?,
+        discard_sectors: reader.u32()?,
+    };
+    if !limits.are_possible() {
+        let value = limits.block_bytes.into();
+        return Err(Malformed::Value { what: "the limits of a disk with blocks", value });
+    }
+    Ok(GuestDisk { shape, limits, identity: DiskIdentity::decode(reader)? })
 }
 
 /// Describes a machine to a destination.
@@ -113,7 +139,7 @@ pub(crate) fn describe(machine: &Machine) -> Result<Description, MachineError> {
         cpus: options.cpus,
         memory_bytes: options.memory_bytes,
         without: options.without,
-        disks: machine.disk_shapes(),
+        disks: machine.describe_disks()?,
     };
     let regions: Vec<PageRange> = machine.regions();
     Ok(Description {
@@ -137,7 +163,11 @@ mod tests {
     const MEMORY_BYTES: u64 = 4 << 30;
 
     fn made() -> Made {
-        let disks = [false, true].map(|read_only| DiskShape { sectors: 9, read_only });
+        let disks = [false, true].map(|read_only| GuestDisk {
+            shape: DiskShape { sectors: 9, read_only },
+            limits: DiskLimits::of_file_system(4096),
+            identity: DiskIdentity::default(),
+        });
         let (memory_bytes, without) = (MEMORY_BYTES, Features::REPORTING);
         Made { cpus: 2, memory_bytes, without, disks: disks.into() }
     }
@@ -173,11 +203,15 @@ mod tests {
         newer[0] = 9;
         assert!(refused(newer, 64).contains("version"));
         let mut more = made().encode();
-        let count = more.len() - 2 * 9 - 1;
+        let count = 4 + 1 + 8 + 8;
         more[count] = 8;
         assert!(refused(more, 64).contains("8 disks"));
-        assert!(made().check_disks(&made().disks).is_ok());
-        let error = made().check_disks(&made().disks[..1]).unwrap_err().to_string();
+        let mut odd = made();
+        odd.disks[1].limits.block_bytes = 1000;
+        assert!(refused(odd.encode(), 64).contains("limits of a disk"));
+        let shapes: Vec<_> = made().disks.iter().map(|disk| disk.shape).collect();
+        assert!(made().check_disks(&shapes).is_ok());
+        let error = made().check_disks(&shapes[..1]).unwrap_err().to_string();
         assert!(
             error.starts_with("operator: ") && error.contains("9 sectors read-only"),
             "{error}"

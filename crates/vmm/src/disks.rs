@@ -9,7 +9,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::block::{DiskFile, DiskShape};
+use crate::block::{DiskFile, DiskShape, GuestDisk};
 use crate::error::Error;
 use crate::machine::Machine;
 
@@ -132,5 +132,44 @@ impl Machine {
     /// What the guest sees of its disks.
     pub(crate) fn disk_shapes(&self) -> Vec<DiskShape> {
         self.disks.iter().map(|disk| disk.shape()).collect()
+    }
+
+    /// Its disks as another host may have to know them again.
+    pub(crate) fn describe_disks(&self) -> Result<Vec<GuestDisk>, Error> {
+        let describe = |disk: &std::sync::Arc<DiskFile>| {
+            disk.describe()
+                .map_err(|source| Error::File { path: disk.path().to_path_buf(), source })
+        };
+        self.disks.iter().map(describe).collect()
+    }
+
+    /// Has the disks that a guest had elsewhere, as many as these and of the same shapes, which it
+    /// knows by what it was told there. Others are taken where its operator `accepts` them.
+    ///
+    /// # Errors
+    /// One is not the guest's; the operator's fault, who names them.
+    pub(crate) fn adopt_disks(&self, had: &[GuestDisk], accepts: bool) -> Result<(), Error> {
+        for (number, (disk, was)) in (1..).zip(self.disks.iter().zip(had)) {
+            disk.keep_limits(was.limits);
+            let Err(why) = disk.check(&was.identity) else { continue };
+            let (path, old) = (disk.path().display(), was.identity.path());
+            if accepts {
+                tracing::warn!(disk = %path, had = old, why, "operator: another disk is accepted");
+                continue;
+            }
+            // Which may be what the operator meant.
+            let is_this =
+                |other: &GuestDisk| other.shape == was.shape && disk.check(&other.identity).is_ok();
+            let place = (1..).zip(had).find(|(_, other)| is_this(other)).map(|(place, _)| place);
+            let order = place.map_or_else(String::new, |place| {
+                format!(". It is the guest's disk {place}: they were named in another order")
+            });
+            let what = format!(
+                "{path} is not disk {number} of the guest, which had {old}: it {why}{order}. Name the \
+                 guest's disks in its order, or say --accept-disks if these are what it is to have"
+            );
+            return Err(Error::Option { what });
+        }
+        Ok(())
     }
 }

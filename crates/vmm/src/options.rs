@@ -21,6 +21,9 @@ pub struct HostOptions {
     /// [`MAX_DISKS`](crate::MAX_DISKS). A guest that ran elsewhere has as many and of the same
     /// sizes as it had.
     pub disks: Vec<DiskOptions>,
+    /// A guest that ran elsewhere may have other disks than it had, as long as their sizes are the
+    /// same.
+    pub accept_disks: bool,
     /// When memory of the balloon is released.
     pub release: ReleaseMode,
     /// What becomes of pieces of huge pages.

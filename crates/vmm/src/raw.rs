@@ -13,7 +13,7 @@ use migration::seams::Description;
 use page_set::PageRange;
 
 use crate::balloon::Balloon;
-use crate::block::DiskShape;
+use crate::block::{DiskIdentity, DiskLimits, DiskShape, GuestDisk};
 use crate::description::Made;
 use crate::error::Error;
 use crate::layout;
@@ -31,7 +31,9 @@ const PAGE_BYTES: u64 = 4096;
 /// # Errors
 /// There can be none with such memory.
 pub fn description(cpus: u8, memory_bytes: u64) -> Result<Description, Error> {
-    let disks = vec![DiskShape { sectors: 8, read_only: true }];
+    let shape = DiskShape { sectors: 8, read_only: true };
+    let (limits, identity) = (DiskLimits::of_file_system(PAGE_BYTES), DiskIdentity::default());
+    let disks = vec![GuestDisk { shape, limits, identity }];
     let made = Made { cpus, memory_bytes, without: Features::NONE, disks };
     let ranges = layout::ranges(memory_bytes)?;
     let pages =

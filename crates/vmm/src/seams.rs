@@ -322,6 +322,7 @@ impl Arriving {
         };
         let machine = Arc::new(Machine::new(&options, standard_output()?)?);
         made.check_disks(&machine.disk_shapes())?;
+        machine.adopt_disks(&made.disks, self.options.accept_disks)?;
         machine.expect_disks()?;
         self.machine = Some(Arc::clone(&machine));
         Ok(machine)

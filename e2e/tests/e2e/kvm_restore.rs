@@ -178,6 +178,7 @@ fn options(kernel: PathBuf, initramfs: PathBuf) -> Options {
             control: PathBuf::new(),
             memory: MemoryKind::default(),
             disks: Vec::new(),
+            accept_disks: false,
             release: control::ReleaseMode::Background,
             partial_huge: control::PartialHuge::Split,
         },

@@ -15,6 +15,7 @@ mod bare_platform;
 mod bare_control;
 mod bare_platform;
 mod bare_host_memory;
+mod bare_disks;
 mod bare_memory;
 mod bare_platform;
 mod bed;

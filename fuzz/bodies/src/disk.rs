@@ -81,8 +81,10 @@ impl World {
         let read_only = script.pick([false, false, false, true]);
         let ring = GuestRing::new(RING, script.pick([64, 16, 4, 1, 256]));
         let options = DiskOptions { path, read_only };
-        let device = Disk::new(&options, &REGIONS, ring.queue()).expect("a small disk");
-        let model = Model { disk, read_only, unknown: Vec::new() };
+        // As a block device has it, or a file.
+        let unit_bytes = if ring.size() == 16 { 4096 } else { 1 };
+        let device = Disk::new(&options, &REGIONS, ring.queue(), unit_bytes).expect("a small disk");
+        let model = Model { disk, read_only, unit_bytes, unknown: Vec::new() };
         let (waiting, slots, wild) = (Vec::new(), 0, false);
         let mut world = Self { disk: device, file, ring, features: 0, model, waiting, slots, wild };
         world.start_anew(script.u8());

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 use control::{GuestName, Size};
-use vmm::{DiskOptions, MAX_CPUS, MAX_MEMORY_BYTES, ReceiveOptions};
+use vmm::{DiskOptions, HostOptions, MAX_CPUS, MAX_MEMORY_BYTES, ReceiveOptions};
 
 use crate::cmd::run::ended;
 use crate::disk_arg::disk;
@@ -51,13 +51,21 @@ pub(crate) struct ReceiveArgs {
     #[arg(long = "disk", value_name = "FILE[,readonly]", value_parser = disk)]
     disks: Vec<DiskOptions>,
 
+    /// Take these disks though they are not those that the guest has where it comes
+    /// from: they need only be of the same sizes
+    #[arg(long, requires = "disks")]
+    accept_disks: bool,
+
     #[command(flatten)]
     host: HostArgs,
 }
 
 pub(crate) fn run(args: ReceiveArgs) -> Result<(), Failure> {
     let options = ReceiveOptions {
-        host: args.host.options(&args.name, args.disks)?,
+        host: HostOptions {
+            accept_disks: args.accept_disks,
+            ..args.host.options(&args.name, args.disks)?
+        },
         listen: args.listen,
         security: args.security.security()?,
         max_memory_bytes: args.max_memory.0,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use control::GuestName;
-use vmm::{DiskOptions, RestoreOptions};
+use vmm::{DiskOptions, HostOptions, RestoreOptions};
 
 use crate::cmd::run::ended;
 use crate::disk_arg::disk;
@@ -39,13 +39,21 @@ pub(crate) struct RestoreArgs {
     #[arg(long = "disk", value_name = "FILE[,readonly]", value_parser = disk)]
     disks: Vec<DiskOptions>,
 
+    /// Take these disks though they are not those that the guest had: they need only
+    /// be of the same sizes
+    #[arg(long, requires = "disks")]
+    accept_disks: bool,
+
     #[command(flatten)]
     host: HostArgs,
 }
 
 pub(crate) fn run(args: RestoreArgs) -> Result<(), Failure> {
     let options = RestoreOptions {
-        host: args.host.options(&args.name, args.disks)?,
+        host: HostOptions {
+            accept_disks: args.accept_disks,
+            ..args.host.options(&args.name, args.disks)?
+        },
         file: args.file,
         lazy: args.lazy,
     };

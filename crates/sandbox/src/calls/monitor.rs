@@ -25,6 +25,7 @@ const ALLOWED: &[i64] = &[
     // Disks and snapshots; an end of a snapshot is its name.
     libc::SYS_fsync,
     libc::SYS_fdatasync,
+    libc::SYS_fadvise64,
     libc::SYS_linkat,
     libc::SYS_renameat2,
     // Memory that comes when it is touched.

@@ -4,10 +4,13 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
 
+use super::identity::{Candidate, DiskIdentity, new_token};
+use super::limits::DiskLimits;
 use super::lock::{self, Hold, KEEPS, RUNS};
 use crate::error::Error;
 
@@ -26,7 +29,7 @@ pub struct DiskOptions {
     pub read_only: bool,
 }
 
-/// What of a disk its guest can see, which does not change with its host.
+/// What of a disk its guest can see, which must be the same on every host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct DiskShape {
     pub(crate) sectors: u64,
@@ -39,6 +42,22 @@ pub(crate) struct DiskFile {
     file: File,
     path: PathBuf,
     shape: DiskShape,
+    /// As the host has it.
+    limits: DiskLimits,
+    /// As the guest was told on another host.
+    told: OnceLock<DiskLimits>,
+    /// What is given back or cleared by the host only whole, in bytes.
+    unit_bytes: u64,
+    /// Where a lock says that it is this disk.
+    token: u64,
+}
+
+/// A disk as a guest had it on another host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct GuestDisk {
+    pub(crate) shape: DiskShape,
+    pub(crate) limits: DiskLimits,
+    pub(crate) identity: DiskIdentity,
 }
 
 impl DiskFile {
@@ -57,7 +76,58 @@ impl DiskFile {
             );
             return Err(Error::Option { what });
         }
-        Ok(Self { file, shape: DiskShape { sectors: bytes / SECTOR_BYTES, read_only }, path })
+        let (limits, unit_bytes) = DiskLimits::of(&file.metadata().map_err(wrong)?);
+        let shape = DiskShape { sectors: bytes / SECTOR_BYTES, read_only };
+        let (told, token) = (OnceLock::new(), new_token());
+        Ok(Self { file, path, shape, limits, told, unit_bytes, token })
+    }
+
+    /// A file that gives back and clears only whole units, as a block device does.
+    pub(crate) const fn in_units(mut self, unit_bytes: u64) -> Self {
+        self.unit_bytes = unit_bytes;
+        self
+    }
+
+    /// What the guest is told of how to use it.
+    pub(crate) fn limits(&self) -> DiskLimits {
+        *self.told.get().unwrap_or(&self.limits)
+    }
+
+    /// The guest was told so on another host. Whatever it asks for is carried out here as well.
+    pub(crate) fn keep_limits(&self, told: DiskLimits) {
+        let here = self.limits;
+        if told.block_bytes < here.block_bytes {
+            let disk = self.path.display();
+            let (told, here) = (told.block_bytes, here.block_bytes);
+            tracing::warn!(%disk, told, here, "host: larger blocks than the guest knows of");
+        }
+        // Once: a guest arrives once.
+        let _ = self.told.set(told);
+    }
+
+    /// The disk as another host may have to know it again.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub(crate) fn describe(&self) -> io::Result<GuestDisk> {
+        let locked = lock::hold(&self.file, lock::token_part(self.token), Hold::Shared);
+        let token = Some(self.token).filter(|_| matches!(locked, Ok(true)));
+        let identity = DiskIdentity::of(&self.path, &self.file, self.shape.sectors, token)?;
+        Ok(GuestDisk { shape: self.shape, limits: self.limits(), identity })
+    }
+
+    /// Whether it is the disk that a guest had.
+    ///
+    /// # Errors
+    /// It is not, or it cannot be known: what was compared.
+    pub(crate) fn check(&self, had: &DiskIdentity) -> Result<(), String> {
+        let sees = |token| lock::is_shared(&self.file, lock::token_part(token)).unwrap_or(false);
+        had.check(&Candidate {
+            file: &self.file,
+            read_only: self.shape.read_only,
+            sectors: self.shape.sectors,
+            sees_token: had.token.is_some_and(sees),
+        })
     }
 
     /// The file is for a guest that begins here.
@@ -100,6 +170,7 @@ impl DiskFile {
     pub(crate) fn release(&self) {
         self.unlock(RUNS);
         self.unlock(KEEPS);
+        self.unlock(lock::token_part(self.token));
     }
 
     fn keep(&self) -> Result<(), Error> {
@@ -148,12 +219,16 @@ impl DiskFile {
         if self.shape.read_only { Ok(()) } else { self.file.sync_data() }
     }
 
-    /// Gives the file's blocks back, which read as zeros then; where it can have no holes nothing
-    /// happens.
+    /// Gives blocks back, which read as zeros then. What the host does not give back stays as it is,
+    /// which a guest that discards has to expect (virtio 1.3, 5.2.6.2): parts of its blocks, and all
+    /// where it can have no holes.
     pub(crate) fn discard(&self, at: u64, bytes: u64) -> io::Result<()> {
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        match uninterrupted(|| fallocate(&self.file, flags, at, bytes)) {
-            Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+        let (start, end) = self.whole_units(at, bytes);
+        if start == end {
+            return Ok(());
+        }
+        match self.allocate(FallocateFlags::PUNCH_HOLE, start, end - start) {
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::NODEV) => Ok(()),
             done => Ok(done?),
         }
     }
@@ -161,12 +236,28 @@ impl DiskFile {
     /// Makes it zeros, of which the file need not keep any where it `may_unmap`.
     pub(crate) fn write_zeroes(&self, at: u64, bytes: u64, may_unmap: bool) -> io::Result<()> {
         let how = if may_unmap { FallocateFlags::PUNCH_HOLE } else { FallocateFlags::ZERO_RANGE };
-        let flags = how | FallocateFlags::KEEP_SIZE;
-        match uninterrupted(|| fallocate(&self.file, flags, at, bytes)) {
-            Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
-            done => return Ok(done?),
+        let (start, end) = self.whole_units(at, bytes);
+        // Whatever is the reason that it cannot be told so: writing shows whether it can be done.
+        if start == end || self.allocate(how, start, end - start).is_err() {
+            return self.write_zeros(at, at + bytes);
         }
-        let (mut at, end) = (at, at + bytes);
+        self.write_zeros(at, start)?;
+        self.write_zeros(end, at + bytes)
+    }
+
+    /// The part that has whole units of the host; an empty one at its beginning where there is none.
+    const fn whole_units(&self, at: u64, bytes: u64) -> (u64, u64) {
+        let unit = self.unit_bytes;
+        let (start, end) = (at.next_multiple_of(unit), (at + bytes) / unit * unit);
+        if start < end { (start, end) } else { (at, at) }
+    }
+
+    fn allocate(&self, how: FallocateFlags, at: u64, bytes: u64) -> Result<(), Errno> {
+        let flags = how | FallocateFlags::KEEP_SIZE;
+        uninterrupted(|| fallocate(&self.file, flags, at, bytes))
+    }
+
+    fn write_zeros(&self, mut at: u64, end: u64) -> io::Result<()> {
         while at < end {
             let len = usize::try_from(end - at).unwrap_or(usize::MAX).min(ZEROS.len());
             self.write(ZEROS.get(..len).unwrap_or_default(), at)?;
@@ -188,8 +279,18 @@ impl DiskFile {
     pub(super) fn that_cannot_sync(sectors: u64) -> Self {
         let path = PathBuf::from("/dev/null");
         let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
-        Self { file, path, shape: DiskShape { sectors, read_only: false } }
+        let shape = DiskShape { sectors, read_only: false };
+        let limits = DiskLimits::of_file_system(SECTOR_BYTES);
+        Self { file, path, shape, limits, told: OnceLock::new(), unit_bytes: 1, token: 0 }
     }
+}
+
+/// Held where locks of files are tried, and where a process is started: until it runs its program
+/// it has a copy of every open file, and with it the locks.
+#[cfg(test)]
+pub(super) fn no_process_starts() -> std::sync::MutexGuard<'static, ()> {
+    static STARTS: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    STARTS.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -212,6 +313,7 @@ mod tests {
 
     #[test]
     fn a_disk_is_one_writers_or_many_readers() {
+        let _alone = no_process_starts();
         let file = image();
         let writer = open(&file, false);
         writer.take_new().unwrap();
@@ -231,6 +333,7 @@ mod tests {
     /// Nobody else begins with it from the first moment to the last.
     #[test]
     fn a_disk_goes_with_its_guest() {
+        let _alone = no_process_starts();
         let file = image();
         let nobody_else = || {
             for read_only in [false, true] {
@@ -255,6 +358,7 @@ mod tests {
 
     #[test]
     fn a_disk_comes_back_with_its_guest() {
+        let _alone = no_process_starts();
         let file = image();
         let (source, destination) = (open(&file, false), open(&file, false));
         source.take_new().unwrap();
@@ -271,6 +375,7 @@ mod tests {
 
     #[test]
     fn what_is_only_read_is_had_by_both_sides_at_once() {
+        let _alone = no_process_starts();
         let file = image();
         let (source, destination) = (open(&file, true), open(&file, true));
         source.take_new().unwrap();
@@ -285,6 +390,29 @@ mod tests {
         writer.take_new().unwrap();
         writer.offer();
         assert!(destination.expect().is_err());
+    }
+
+    /// By a lock, which says so for a file of another host too.
+    #[test]
+    fn a_disk_is_known_by_the_lock_of_its_guest() {
+        let _alone = no_process_starts();
+        let (file, other) = (image(), image());
+        let source = open(&file, false);
+        let had = source.describe().unwrap();
+        assert_eq!((had.shape, had.limits), (source.shape(), source.limits()));
+        let sees = |file: &NamedTempFile| {
+            let part = lock::token_part(had.identity.token.unwrap());
+            lock::is_shared(&open(file, false).file, part).unwrap()
+        };
+        assert!(sees(&file) && !sees(&other));
+        open(&file, false).check(&had.identity).unwrap();
+        open(&other, false).check(&had.identity).unwrap_err();
+        // Also to who has the file already, and not when its guest is gone.
+        let destination = open(&file, false);
+        destination.describe().unwrap();
+        assert!(sees(&file));
+        source.release();
+        assert!(!sees(&file));
     }
 
     #[test]

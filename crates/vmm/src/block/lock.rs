@@ -28,6 +28,13 @@ pub(super) const RUNS: Part = Part { start: 0, bytes: FAR };
 /// sides nobody has the other part, and this says that nobody may begin with the file.
 pub(super) const KEEPS: Part = Part { start: FAR, bytes: 1 };
 
+/// Locked by who tells another host which disk its guest has: a byte that no other disk's guest has
+/// locked. Who sees this lock has the same file.
+pub(super) const fn token_part(token: u64) -> Part {
+    // Behind the others, and below where an offset ends.
+    Part { start: FAR + 1 + (token >> 8).cast_signed(), bytes: 1 }
+}
+
 /// How a part is locked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Hold {
@@ -68,6 +75,17 @@ pub(super) fn is_free(file: &File, part: Part) -> io::Result<bool> {
             Err(error) => return Err(error.into()),
         }
     }
+}
+
+/// Whether somebody else has locked just this part, beside others.
+///
+/// # Errors
+/// Such a file cannot be locked.
+pub(super) fn is_shared(file: &File, part: Part) -> io::Result<bool> {
+    let mut words = words(part, Hold::Alone);
+    fcntl(file, FcntlArg::F_OFD_GETLK(&mut words))?;
+    let found = (i32::from(words.l_type), words.l_start, words.l_len);
+    Ok(found == (libc::F_RDLCK, part.start, part.bytes))
 }
 
 fn words(part: Part, hold: Hold) -> libc::flock {

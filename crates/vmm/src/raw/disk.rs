@@ -24,7 +24,8 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// A disk in memory at these addresses, of so many bytes each.
+    /// A disk in memory at these addresses, of so many bytes each. The host gives back and clears
+    /// only whole units of its file.
     ///
     /// # Errors
     /// There is no such file, or the host has no such memory or no thread.
@@ -32,10 +33,11 @@ impl Disk {
         options: &DiskOptions,
         ranges: &[(u64, usize)],
         queue: Queue,
+        unit_bytes: u64,
     ) -> Result<Self, Error> {
         let ranges: Vec<_> = ranges.iter().map(|(at, len)| (GuestAddress(*at), *len)).collect();
         let memory = Ram::from_ranges(&ranges).map_err(Error::memory("mapping"))?;
-        let file = Arc::new(DiskFile::open(options)?);
+        let file = Arc::new(DiskFile::open(options)?.in_units(unit_bytes));
         let mut block = Block::new(&file, 0, memory.clone())?;
         let bell = EventFd::new(0).map_err(Error::host("eventfd"))?;
         block.set_kicks(&[bell.try_clone().map_err(Error::host("dup"))?]);

@@ -129,6 +129,8 @@ fn bytes(segments: &[(u64, u64)]) -> u64 {
 pub(super) struct Model {
     pub(super) disk: Vec<u8>,
     pub(super) read_only: bool,
+    /// What the host gives back only whole.
+    pub(super) unit_bytes: u64,
     /// Sectors that may be anything, from and to.
     pub(super) unknown: Vec<(u64, u64)>,
 }
@@ -223,7 +225,8 @@ impl Model {
         Ok((OK, 0))
     }
 
-    /// Discards, or makes zeros: both read as zeros in a file that can have holes.
+    /// Discards, or makes zeros: both read as zeros in a file that can have holes, but that parts of
+    /// units are not discarded.
     fn clear(
         &mut self,
         it: &Request,
@@ -258,7 +261,13 @@ impl Model {
             }
         }
         for (from, to) in places {
-            self.disk[index(from * SECTOR)..index(to * SECTOR)].fill(0);
+            let (mut from, mut to) = (from * SECTOR, to * SECTOR);
+            // Only what is to be zeros may be unmapped.
+            if !may_unmap {
+                from = from.next_multiple_of(self.unit_bytes);
+                to = (to / self.unit_bytes * self.unit_bytes).max(from);
+            }
+            self.disk[index(from)..index(to)].fill(0);
         }
         Ok((OK, 0))
     }

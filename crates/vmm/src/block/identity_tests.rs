@@ -1,0 +1,129 @@
+//! Which of two files is the disk that a guest had.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use tempfile::NamedTempFile;
+
+use super::*;
+
+const SECTORS: u64 = 4 << 11;
+
+fn image(seed: u64) -> NamedTempFile {
+    let file = NamedTempFile::new().unwrap();
+    let words = (0..SECTORS * 64).map(|at| at ^ seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    fs::write(file.path(), words.flat_map(u64::to_le_bytes).collect::<Vec<_>>()).unwrap();
+    file
+}
+
+fn identity(file: &NamedTempFile, token: Option<u64>) -> DiskIdentity {
+    DiskIdentity::of(file.path(), file.as_file(), SECTORS, token).unwrap()
+}
+
+fn candidate(file: &File, read_only: bool) -> Candidate<'_> {
+    Candidate { file, read_only, sectors: SECTORS, sees_token: false }
+}
+
+fn copy_of(file: &NamedTempFile) -> NamedTempFile {
+    let copy = NamedTempFile::new().unwrap();
+    fs::copy(file.path(), copy.path()).unwrap();
+    copy
+}
+
+#[test]
+fn on_one_host_a_disk_that_is_written_is_one_file() {
+    let (file, other) = (image(1), image(2));
+    let had = identity(&file, Some(7));
+    had.check(&candidate(file.as_file(), false)).unwrap();
+    // By another name.
+    let link = file.path().with_extension("link");
+    fs::hard_link(file.path(), &link).unwrap();
+    had.check(&candidate(&File::open(&link).unwrap(), false)).unwrap();
+    fs::remove_file(link).unwrap();
+    for wrong in [other, copy_of(&file)] {
+        let why = had.check(&candidate(wrong.as_file(), false)).unwrap_err();
+        assert!(
+            why.contains(&format!("inode {}", file.as_file().metadata().unwrap().ino())),
+            "{why}"
+        );
+    }
+}
+
+#[test]
+fn a_lock_that_is_seen_says_that_it_is_the_same() {
+    let (file, other) = (image(1), image(2));
+    let had = identity(&file, Some(7));
+    let seen = Candidate { sees_token: true, ..candidate(other.as_file(), false) };
+    had.check(&seen).unwrap();
+    // But what is only read has to have the same in it.
+    assert!(had.check(&Candidate { read_only: true, ..seen }).is_err());
+}
+
+#[test]
+fn between_hosts_contents_decide_where_nothing_else_does() {
+    let file = image(1);
+    let elsewhere = DiskIdentity { boot: "another".into(), ..identity(&file, Some(7)) };
+    let there = copy_of(&file);
+    elsewhere.check(&candidate(there.as_file(), false)).unwrap();
+    // The guest writes on.
+    there.as_file().write_all_at(&[0x55; 64 << 10], 8192).unwrap();
+    elsewhere.check(&candidate(there.as_file(), false)).unwrap();
+    let other = image(2);
+    let why = elsewhere.check(&candidate(other.as_file(), false)).unwrap_err();
+    assert!(why.contains("192 of 192 samples differ"), "{why}");
+    // An empty disk is not one with anything on it, nor the other way round.
+    let empty = NamedTempFile::new().unwrap();
+    empty.as_file().set_len(SECTORS * 512).unwrap();
+    assert!(elsewhere.check(&candidate(empty.as_file(), false)).is_err());
+    let nothing = DiskIdentity { boot: "another".into(), ..identity(&empty, None) };
+    nothing.check(&candidate(empty.as_file(), false)).unwrap();
+    assert!(nothing.check(&candidate(file.as_file(), false)).is_err());
+}
+
+#[test]
+fn a_disk_that_is_only_read_may_be_a_copy_and_nothing_else() {
+    let file = image(1);
+    let had = identity(&file, None);
+    let copy = copy_of(&file);
+    had.check(&candidate(copy.as_file(), true)).unwrap();
+    // Changed since, be it the same file.
+    for changed in [&copy, &file] {
+        changed.as_file().write_all_at(&[1], 1080).unwrap();
+        let why = had.check(&candidate(changed.as_file(), true)).unwrap_err();
+        assert!(why.contains("1 of 192 samples differ (sum "), "{why}");
+    }
+    assert!(had.check(&candidate(File::open("/proc/self/mem").as_ref().unwrap(), true)).is_err());
+}
+
+#[test]
+fn samples_are_of_the_whole_disk_and_within_it() {
+    for bytes in [512, 4096, 4608, 192 * 4096, 192 * 4096 + 512, 1 << 30, (1 << 50) + 512, !511] {
+        let places = sample_places(bytes);
+        assert!(places.len() <= MAX_SAMPLES as usize && places.is_sorted(), "{bytes}");
+        assert!(places.iter().all(|at| *at < bytes), "{bytes}");
+        assert_eq!(places[0], 0);
+        let last = *places.last().unwrap();
+        assert!(bytes - last <= SAMPLE_BYTES as u64, "{bytes}");
+    }
+}
+
+#[test]
+fn an_identity_is_read_as_it_was_written_or_refused() {
+    let file = image(1);
+    for token in [None, Some(u64::MAX)] {
+        let identity = identity(&file, token);
+        let mut writer = Writer::default();
+        identity.encode(&mut writer);
+        let bytes = writer.finish();
+        let mut reader = Reader::new(&bytes);
+        assert_eq!(DiskIdentity::decode(&mut reader).unwrap(), identity);
+        reader.finish().unwrap();
+        for len in 0..bytes.len() {
+            DiskIdentity::decode(&mut Reader::new(&bytes[..len])).unwrap_err();
+        }
+    }
+    let long =
+        DiskIdentity::of(Path::new(&"é".repeat(200)), file.as_file(), SECTORS, None).unwrap();
+    assert!(long.path.len() <= MAX_PATH_BYTES && long.path.ends_with('é'));
+}

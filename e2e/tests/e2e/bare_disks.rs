@@ -1,0 +1,131 @@
+//! Which disks a guest goes on with, with guests that need no Linux.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use lab::bare::{BareBuilder, BareGuest};
+
+use crate::bare::{aerostat, builder, on_a_kvm, receiver};
+use crate::program::program;
+
+/// Bytes of a disk, with something in each of its 4 KiB.
+const DISK_BYTES: usize = 2 << 20;
+
+/// For a process that does not begin a guest.
+const LIMIT: Duration = Duration::from_secs(20);
+
+fn image(directory: &Path, name: &str, seed: u64) -> PathBuf {
+    let path = directory.join(name);
+    let words = (0..DISK_BYTES as u64 / 8).map(|at| (at ^ (seed << 40)).to_le_bytes());
+    fs::write(&path, words.flatten().collect::<Vec<_>>()).unwrap();
+    path
+}
+
+fn with_disks(builder: BareBuilder, disks: &[&Path], suffix: &str) -> BareBuilder {
+    disks.iter().fold(builder, |builder, disk| {
+        builder.argument("--disk").argument(format!("{}{suffix}", disk.display()))
+    })
+}
+
+fn words(disks: &[&Path]) -> Vec<String> {
+    disks.iter().flat_map(|disk| ["--disk".to_owned(), disk.display().to_string()]).collect()
+}
+
+/// Moves the guest to a destination with these arguments; what both sides said where it fails.
+fn migrate(guest: &BareGuest, arguments: &[String]) -> Result<BareGuest, String> {
+    let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
+    let (there, address) = receiver("disks", &arguments);
+    let (code, out, err) = aerostat(guest, &["migrate", "disks", &address, "--plain"]);
+    match code {
+        Some(0) => Ok(there),
+        _ => Err(format!("{out}{err}{}", there.errors())),
+    }
+}
+
+#[test]
+fn a_guest_moves_to_its_own_disks_in_their_order() {
+    on_a_kvm("bare_disks::a_guest_moves_to_its_own_disks_in_their_order", || {
+        let directory = tempfile::tempdir().unwrap();
+        let [first, second, other] = [("a", 1), ("b", 2), ("other", 3)]
+            .map(|(name, seed)| image(directory.path(), name, seed));
+        let mut guest = with_disks(builder("disks"), &[&first, &second], "").boot().unwrap();
+        guest.ask("fill 8 8 1").unwrap();
+
+        let said = migrate(&guest, &words(&[&second, &first])).err().unwrap();
+        assert!(said.contains("is not disk 1 of the guest"), "{said}");
+        assert!(said.contains("named in another order") && said.contains("disk 2"), "{said}");
+        let said = migrate(&guest, &words(&[&first, &other])).err().unwrap();
+        assert!(said.contains("is not disk 2 of the guest"), "{said}");
+        assert!(said.contains("inode ") && said.contains("--accept-disks"), "{said}");
+        // It runs on with what it had.
+        guest.ask("check 8 8 1").unwrap();
+
+        // The same files by other names.
+        let link = directory.path().join("link");
+        fs::hard_link(&first, &link).unwrap();
+        let mut there = migrate(&guest, &words(&[&link, &second])).unwrap();
+        there.ask("check 8 8 1").unwrap();
+        assert!(guest.wait_for_end(LIMIT).unwrap().success());
+        // And from there on.
+        let said = migrate(&there, &words(&[&second, &first])).err().unwrap();
+        assert!(said.contains("named in another order"), "{said}");
+        let mut last = migrate(&there, &words(&[&first, &second])).unwrap();
+        last.ask("check 8 8 1").unwrap();
+        last.power_off().unwrap();
+
+        // Others that the operator wants.
+        let guest = with_disks(builder("disks"), &[&first], "").boot().unwrap();
+        let mut accepted = words(&[&other]);
+        accepted.push("--accept-disks".into());
+        let mut there = migrate(&guest, &accepted).unwrap();
+        let warned = |text: &str| text.contains("another disk is accepted").then_some(());
+        there.wait_for_error("a warning", warned).unwrap();
+        there.power_off().unwrap();
+    });
+}
+
+/// Runs a guest from its file: what was said where it is not begun.
+fn restore(file: &Path, disks: &[&Path], more: &[&str]) -> Result<BareGuest, String> {
+    let restore = BareBuilder::command(program(), "restore", "restored").unwrap();
+    let restore = with_disks(restore.argument(file), disks, ",readonly");
+    let mut guest = restore.arguments(more.iter().copied()).start().unwrap();
+    match guest.ask("check 8 8 1") {
+        Ok(_) => Ok(guest),
+        Err(error) => {
+            let status = guest.wait_for_end(LIMIT).unwrap();
+            assert_eq!(status.code(), Some(1), "{error}");
+            Err(guest.errors())
+        }
+    }
+}
+
+#[test]
+fn a_guest_is_restored_with_its_own_disks_or_copies_of_them() {
+    on_a_kvm("bare_disks::a_guest_is_restored_with_its_own_disks_or_copies_of_them", || {
+        let directory = tempfile::tempdir().unwrap();
+        let [first, second, other] = [("a", 1), ("b", 2), ("other", 3)]
+            .map(|(name, seed)| image(directory.path(), name, seed));
+        let run = with_disks(builder("disks"), &[&first, &second], ",readonly");
+        let mut guest = run.boot().unwrap();
+        guest.ask("fill 8 8 1").unwrap();
+        let file = directory.path().join("snapshot");
+        let (code, out, err) = aerostat(&guest, &["snapshot", "disks", file.to_str().unwrap()]);
+        assert_eq!(code, Some(0), "{out}{err}");
+
+        let said = restore(&file, &[&second, &first], &[]).err().unwrap();
+        assert!(said.contains("named in another order"), "{said}");
+        let said = restore(&file, &[&first, &other], &[]).err().unwrap();
+        assert!(said.contains("samples differ") && said.contains("--accept-disks"), "{said}");
+        restore(&file, &[&first, &other], &["--accept-disks"]).unwrap().power_off().unwrap();
+        restore(&file, &[&first, &second], &[]).unwrap().power_off().unwrap();
+        // Once that guest has gone, copies do as well, and its own files do not once they changed.
+        guest.power_off().unwrap();
+        let copy = directory.path().join("copy");
+        fs::copy(&first, &copy).unwrap();
+        restore(&file, &[&copy, &second], &["--lazy"]).unwrap().power_off().unwrap();
+        image(directory.path(), "a", 4);
+        let said = restore(&file, &[&first, &second], &[]).err().unwrap();
+        assert!(said.contains("is not disk 1 of the guest"), "{said}");
+    });
+}
