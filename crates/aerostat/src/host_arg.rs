@@ -65,6 +65,7 @@ impl HostArgs {
         if self.no_seccomp {
             tracing::warn!("system calls are not restricted: --no-seccomp");
         } else {
+            diagnostics::hide_backtraces();
             sandbox::restrict_calls_of_monitor()
                 .map_err(|error| Failure::new(&error, "--no-seccomp goes on without"))?;
         }

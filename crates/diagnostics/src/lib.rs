@@ -20,7 +20,7 @@ use std::io::{self, Write};
 use std::thread;
 use std::time::Duration;
 
-pub use panics::{Panicked, contain, panics, watch_panics};
+pub use panics::{Panicked, contain, hide_backtraces, panics, watch_panics};
 pub use point::panic_point;
 pub use queue::LineQueue;
 

@@ -3,10 +3,12 @@
 use std::any::Any;
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::panic::{AssertUnwindSafe, PanicHookInfo, catch_unwind, set_hook};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 static PANICS: AtomicU64 = AtomicU64::new(0);
+
+static NO_BACKTRACES: AtomicBool = AtomicBool::new(false);
 
 /// What the standard library says of a panic that ends the process: one while another was being
 /// unwound, or where nothing may unwind.
@@ -17,6 +19,12 @@ const ENDS_THE_PROCESS: [&str; 2] =
 /// hook would write to standard error, and wait there for a reader.
 pub fn watch_panics() {
     set_hook(Box::new(note));
+}
+
+/// No panic shows a backtrace from now on, whatever RUST_BACKTRACE says: naming its functions opens
+/// and maps files, for which a sandbox ends the process.
+pub fn hide_backtraces() {
+    NO_BACKTRACES.store(true, Ordering::SeqCst);
 }
 
 /// Panics of any thread since [`watch_panics`]. What must not go on after one compares it with what
@@ -33,10 +41,12 @@ fn note(info: &PanicHookInfo<'_>) {
     let place = info.location().map(ToString::to_string).unwrap_or_default();
     let what = message(info.payload());
     crate::say!("ERROR host: the thread `{name}` panicked at {place}: {what}");
-    // As RUST_BACKTRACE says.
-    let trace = Backtrace::capture();
-    if trace.status() == BacktraceStatus::Captured {
-        crate::say!("{trace}");
+    if !NO_BACKTRACES.load(Ordering::SeqCst) {
+        // As RUST_BACKTRACE says.
+        let trace = Backtrace::capture();
+        if trace.status() == BacktraceStatus::Captured {
+            crate::say!("{trace}");
+        }
     }
     if ENDS_THE_PROCESS.contains(&what.as_str()) {
         crate::flush_log();

@@ -1,11 +1,13 @@
 //! Why a migration failed, and whose fault it was.
 
 use std::io;
-use std::path::PathBuf;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 
 use crate::cpu::CpuMismatch;
 use crate::layout::LayoutError;
 use crate::seams::MachineError;
+use crate::wire::control::VERSIONS;
 
 /// A migration, a snapshot or a restore that came to nothing. What became of the guest is said
 /// beside it.
@@ -17,6 +19,22 @@ pub enum MigrationError {
     Link {
         /// What was done.
         what: &'static str,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// There is no connection to the peer.
+    #[error("network: cannot connect")]
+    Connect {
+        /// Where to, and what the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// Nobody can connect to here.
+    #[error("network: cannot listen on {address}")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
         /// What the system said.
         #[source]
         source: io::Error,
@@ -48,8 +66,23 @@ pub enum MigrationError {
     /// The peer named memory that no guest can have, or ours.
     #[error("peer: impossible memory")]
     Layout(#[from] LayoutError),
+    /// The peer's guest is another one than is waited for.
+    #[error(
+        "operator: the guest is called {guest:?} where it comes from, and {awaited:?} is waited for: \
+         `receive --name {guest}` waits for it, and --guest-name {guest} beside another --name \
+         gives it that name"
+    )]
+    OtherName {
+        /// Its name.
+        guest: String,
+        /// The name that is waited for.
+        awaited: String,
+    },
     /// The peer's guest is larger than this side takes.
-    #[error("the guest has {pages} pages of memory, {most} are allowed here")]
+    #[error(
+        "operator: the guest has {} MiB of memory, and at most {} may come here: \
+         `receive --max-memory` allows more", pages >> 8, most >> 8
+    )]
     TooLarge {
         /// Pages that it has.
         pages: u64,
@@ -57,7 +90,10 @@ pub enum MigrationError {
         most: u64,
     },
     /// The two sides have no version of the protocol in common.
-    #[error("peer: it speaks versions {min} to {max} of the protocol, which is not ours")]
+    #[error(
+        "peer: it speaks versions {min} to {max} of the protocol, and this side {} to {}",
+        VERSIONS.0, VERSIONS.1
+    )]
     Version {
         /// Its oldest.
         min: u16,
@@ -74,7 +110,7 @@ pub enum MigrationError {
         reason: String,
     },
     /// The monitor of this side failed.
-    #[error("this side's monitor: {what}")]
+    #[error("monitor: {what}")]
     Machine {
         /// What it was asked.
         what: &'static str,
@@ -105,7 +141,7 @@ pub enum MigrationError {
         what: String,
     },
     /// A file cannot be read or written.
-    #[error("{what} {path}")]
+    #[error("file: {what} {path}")]
     File {
         /// What was done.
         what: &'static str,
@@ -116,16 +152,31 @@ pub enum MigrationError {
         source: io::Error,
     },
     /// A file is no snapshot that a guest can be made of.
-    #[error("file: {what}")]
+    #[error("file: {path} is no snapshot of this program: {what}")]
     Snapshot {
+        /// The file.
+        path: PathBuf,
         /// What was wrong.
-        what: &'static str,
+        what: String,
     },
     /// A snapshot is not as it was written, or changed since it was opened.
-    #[error("file: {what} is damaged")]
+    #[error("file: {path} is damaged: {what} is not as it was written")]
     DamagedFile {
+        /// The file.
+        path: PathBuf,
         /// What it was.
         what: &'static str,
+    },
+    /// A file of certificates or a key is none.
+    #[error("tls: {what} {path}")]
+    TlsFile {
+        /// What was done.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// A certificate or a key is not usable, or the peer's was refused.
     #[error("tls: {what}")]
@@ -144,12 +195,57 @@ impl MigrationError {
     }
 
     /// The same of who is no peer: a file that is read as a peer is heard.
-    pub(crate) fn of_file(self) -> Self {
+    pub(crate) fn of_file(self, path: &Path) -> Self {
+        let path = path.to_owned();
         match self {
-            Self::Peer { what } => Self::Snapshot { what },
-            Self::Damaged { what } => Self::DamagedFile { what },
-            Self::Layout(_) => Self::Snapshot { what: "it is of a guest with impossible memory" },
+            Self::Peer { what } => Self::Snapshot { path, what: what.to_owned() },
+            Self::Damaged { what } => Self::DamagedFile { path, what },
+            Self::Layout(why) => Self::Snapshot { path, what: why.to_string() },
             other => other,
+        }
+    }
+
+    /// What its operator can do about it. Where the monitor failed, that knows better.
+    #[must_use]
+    pub fn hint(&self) -> &'static str {
+        match self {
+            Self::Link { .. } | Self::Closed => {
+                "see the log of the other side: it may have ended, not believe this side's \
+                 certificate, or have --plain where this side has not"
+            }
+            Self::Connect { .. } => {
+                "check the address, that `aerostat receive` waits there, and that both sides have \
+                 certificates of one authority, or both --plain"
+            }
+            Self::Listen { .. } => {
+                "choose an address of this host and a port that is free (--listen)"
+            }
+            Self::Stalled => "check that the other side still runs, and the network between",
+            Self::TooSlow { .. } => {
+                "check how busy the other side and the network are, or allow more (--max-downtime)"
+            }
+            Self::Damaged { .. } => "check the network between the hosts, and try again",
+            Self::Peer { .. } | Self::Version { .. } | Self::Layout(_) => {
+                "run the same release of Aerostat on both sides"
+            }
+            Self::OtherName { .. } => "give `receive` the guest's name, or --guest-name",
+            Self::TooLarge { .. } => "give `receive` a larger --max-memory",
+            Self::Cpu(_) => "choose a host whose processor can all that the guest was told",
+            Self::GivenUp { .. } => "the reason is the other side's; see its log, and try again",
+            Self::Machine { .. } => "see the reason, and the monitor's log",
+            Self::NotConverging { .. } => {
+                "let it stand still for longer (--max-downtime), give it more --bandwidth, or have \
+                 the guest do less meanwhile"
+            }
+            Self::Cancelled => "it was stopped by its operator or with its monitor; start it again",
+            Self::Operator { .. } => "see docs/operations.md",
+            Self::File { source, .. } => hint_of_file(source.kind()),
+            Self::Snapshot { .. } => "give a file that `aerostat snapshot` has written, whole",
+            Self::DamagedFile { .. } => "give another copy of the file",
+            Self::Tls { .. } | Self::TlsFile { .. } => {
+                "give a certificate, its key and the authority's certificate as PEM files that the \
+                 guest's monitor may read"
+            }
         }
     }
 
@@ -177,5 +273,20 @@ impl MigrationError {
             next = cause.source();
         }
         text
+    }
+}
+
+const fn hint_of_file(kind: io::ErrorKind) -> &'static str {
+    match kind {
+        io::ErrorKind::NotFound => "check the path, which is looked up where the monitor runs",
+        io::ErrorKind::PermissionDenied => "check what the monitor's user may do there",
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            "make room there, or choose another file system"
+        }
+        io::ErrorKind::FileTooLarge => {
+            "choose another file system: this one, or a limit, allows no file of this size (FAT: 4 GiB)"
+        }
+        io::ErrorKind::ReadOnlyFilesystem => "choose a file system that can be written",
+        _ => "check the file system, and the kernel's log",
     }
 }

@@ -171,19 +171,36 @@ impl TcpConnector {
     /// It is no such thing, or not found; or a connection without TLS would leave this host.
     pub fn new(host_and_port: &str, security: Security) -> Result<Self, MigrationError> {
         let operator = |what: String| MigrationError::Operator { what };
-        let (host, _) = host_and_port
-            .rsplit_once(':')
-            .ok_or_else(|| operator(format!("{host_and_port} is not HOST:PORT")))?;
+        let (host, _) = host_and_port.rsplit_once(':').ok_or_else(|| {
+            operator(format!("{host_and_port} is not HOST:PORT, such as host2:7000"))
+        })?;
         let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
         let found = host_and_port.to_socket_addrs();
-        let found = found.map_err(|error| operator(format!("{host_and_port}: {error}")))?;
+        let found = found.map_err(|error| {
+            operator(format!("there is no address for {host_and_port}: {error}"))
+        })?;
         let addresses: Vec<_> = found.collect();
         let local = addresses.iter().all(|address| address.ip().is_loopback());
         if matches!(security, Security::PlainOnLoopback) && !local {
-            let what = format!("{host} is another host, which needs TLS");
+            let what = format!(
+                "{host} is another host, and --plain is for this host alone: give certificates (--tls-cert, --tls-key, --tls-ca)"
+            );
             return Err(operator(what));
         }
         Ok(Self { host, addresses, security })
+    }
+}
+
+impl TcpConnector {
+    fn secured(&self, socket: TcpStream) -> io::Result<TcpLink> {
+        match &self.security {
+            Security::PlainOnLoopback => plain(socket),
+            Security::Tls(tls) => {
+                let client = tls.client(&self.host).map_err(io::Error::other)?;
+                let agreed = agree(client, socket, Instant::now() + HANDSHAKE)?;
+                Ok(TcpLink::new(End::Client(Box::new(agreed))))
+            }
+        }
     }
 }
 
@@ -193,18 +210,10 @@ impl Connect for TcpConnector {
     fn connect(&mut self) -> io::Result<TcpLink> {
         let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
         for address in &self.addresses {
+            let at = |error: io::Error| io::Error::new(error.kind(), format!("{address}: {error}"));
             match TcpStream::connect_timeout(address, HANDSHAKE) {
-                Ok(socket) => {
-                    return match &self.security {
-                        Security::PlainOnLoopback => plain(socket),
-                        Security::Tls(tls) => {
-                            let client = tls.client(&self.host).map_err(io::Error::other)?;
-                            let agreed = agree(client, socket, Instant::now() + HANDSHAKE)?;
-                            Ok(TcpLink::new(End::Client(Box::new(agreed))))
-                        }
-                    };
-                }
-                Err(error) => last = error,
+                Ok(socket) => return self.secured(socket).map_err(at),
+                Err(error) => last = at(error),
             }
         }
         Err(last)
@@ -255,11 +264,14 @@ impl TcpAcceptor {
     /// It cannot be listened on; or sources of other hosts could come without TLS.
     pub fn new(address: SocketAddr, security: Security) -> Result<Self, MigrationError> {
         if matches!(security, Security::PlainOnLoopback) && !address.ip().is_loopback() {
-            let what = format!("{address} can be reached by other hosts, which needs TLS");
+            let what = format!(
+                "{address} can be reached by other hosts, and --plain is for this host alone: give certificates (--tls-cert, --tls-key, --tls-ca), or listen on 127.0.0.1"
+            );
             return Err(MigrationError::Operator { what });
         }
         let failed = MigrationError::link("listening");
-        let listener = TcpListener::bind(address).map_err(&failed)?;
+        let listener = TcpListener::bind(address);
+        let listener = listener.map_err(|source| MigrationError::Listen { address, source })?;
         listener.set_nonblocking(true).map_err(&failed)?;
         let (bell, rings) = UnixStream::pair().map_err(&failed)?;
         bell.set_nonblocking(true).map_err(&failed)?;
@@ -437,13 +449,20 @@ where
             continue;
         }
         if connection.read_tls(&mut socket)? == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
+            let what = "it hung up before keys were agreed on: has it certificates, or --plain?";
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, what));
         }
         let processed = connection.process_new_packets();
         if let Err(error) = processed {
             // The peer is told which of its certificates is not believed.
             let _ = connection.write_tls(&mut socket);
-            return Err(io::Error::new(io::ErrorKind::InvalidData, error));
+            let what = match &error {
+                rustls::Error::InvalidMessage(_) => {
+                    format!("it speaks no TLS ({error}): has it certificates, or --plain?")
+                }
+                _ => error.to_string(),
+            };
+            return Err(io::Error::new(io::ErrorKind::InvalidData, what));
         }
     }
     while connection.wants_write() {

@@ -44,6 +44,14 @@ where
     move |source| MigrationError::Tls { what, source: source.into() }
 }
 
+fn file_error<E>(what: &'static str, path: &Path) -> impl Fn(E) -> MigrationError + use<E>
+where
+    E: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let path = path.to_owned();
+    move |source| MigrationError::TlsFile { what, path: path.clone(), source: source.into() }
+}
+
 impl Tls {
     /// Reads the files.
     ///
@@ -51,7 +59,7 @@ impl Tls {
     /// One cannot be read, is not what it should be, or does not fit to another.
     pub fn from_files(files: &TlsFiles) -> Result<Self, MigrationError> {
         let key = PrivateKeyDer::from_pem_file(&files.key);
-        let key = key.map_err(error("reading the key"))?;
+        let key = key.map_err(file_error("reading the key in", &files.key))?;
         Self::new(&certificates(&files.authority)?, certificates(&files.certificate)?, key)
     }
 
@@ -112,12 +120,12 @@ impl Tls {
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, MigrationError> {
-    let all = CertificateDer::pem_file_iter(path).map_err(error("reading a certificate"))?;
+    let failed = file_error("reading a certificate in", path);
+    let all = CertificateDer::pem_file_iter(path).map_err(&failed)?;
     let all: Result<Vec<_>, _> = all.take(MAX_CERTIFICATES).collect();
-    let all = all.map_err(error("reading a certificate"))?;
+    let all = all.map_err(failed)?;
     if all.is_empty() {
-        let none = format!("there is none in {}", path.display());
-        return Err(error("reading a certificate")(none));
+        return Err(file_error("reading a certificate in", path)("there is none"));
     }
     Ok(all)
 }

@@ -3,7 +3,7 @@
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
-use crate::error::Error;
+use crate::error::{Error, OPENING_KVM};
 
 /// Bits of leaf 1: the guest runs on a hypervisor, and the local APIC's timer may follow the time
 /// stamp counter, which KVM supports without saying so there.
@@ -61,7 +61,7 @@ impl CpuFeatures {
     /// # Errors
     /// There is no KVM.
     pub fn of_host() -> Result<Self, Error> {
-        let kvm = Kvm::new().map_err(Error::kvm("opening /dev/kvm"))?;
+        let kvm = Kvm::new().map_err(Error::kvm(OPENING_KVM))?;
         let leaves = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
         let leaves = leaves.map_err(Error::kvm("asking for the processor's features"))?;
         let vm = kvm.create_vm().map_err(Error::kvm("making a virtual machine"))?;

@@ -9,7 +9,7 @@ use page_set::PageRange;
 use crate::block::{DiskIdentity, DiskLimits, DiskShape, GuestDisk, MAX_DISKS};
 use crate::cpuid::CpuFeatures;
 use crate::error::Error;
-use crate::layout;
+use crate::layout::{self, MAX_CPUS};
 use crate::machine::Machine;
 use crate::state::codec::{Malformed, Reader, Writer};
 
@@ -74,8 +74,16 @@ impl Made {
             theirs => return Err(Error::Version { theirs, ours: VERSION }),
         }
         let made = Self::decode(&description.config).map_err(|error| wrong(error.to_string()))?;
-        if !(1..=max_cpus).contains(&made.cpus) {
-            return Err(wrong(format!("{} processors; 1 to {max_cpus} may be", made.cpus)));
+        if !(1..=MAX_CPUS).contains(&made.cpus) {
+            return Err(wrong(format!("{} processors; 1 to {MAX_CPUS} may be", made.cpus)));
+        }
+        if made.cpus > max_cpus {
+            let what = format!(
+                "the guest has {} processors, and at most {max_cpus} may come here: `receive \
+                 --max-cpus` allows more",
+                made.cpus
+            );
+            return Err(Error::Option { what });
         }
         let ranges = layout::ranges(made.memory_bytes).map_err(|error| wrong(error.to_string()))?;
         let pages = ranges.iter().map(|(start, bytes)| (start / PAGE_BYTES, bytes / PAGE_BYTES));
@@ -192,7 +200,11 @@ mod tests {
             assert!(error.starts_with("sender: "), "{error}");
             error
         };
-        assert!(refused(made().encode(), 1).contains("2 processors"));
+        let error = Made::of(&description(made().encode()), 1).unwrap_err().to_string();
+        assert!(
+            error.starts_with("operator: the guest has 2 processors, and at most 1"),
+            "{error}"
+        );
         assert!(refused(Made { cpus: 0, ..made() }.encode(), 64).contains("0 processors"));
         refused(Made { memory_bytes: 2 << 30, ..made() }.encode(), 64);
         refused(Made { memory_bytes: u64::MAX, ..made() }.encode(), 64);

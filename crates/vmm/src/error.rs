@@ -3,6 +3,22 @@
 use std::io;
 use std::path::PathBuf;
 
+use migration::MigrationError;
+
+/// The first call to KVM, which fails for other reasons than the others do.
+pub(crate) const OPENING_KVM: &str = "opening /dev/kvm";
+
+/// What an operator can do about a migration, a snapshot or a restore that failed: where the
+/// machine failed in it, what the machine knows.
+pub(crate) fn hint_of(error: &MigrationError) -> String {
+    if let MigrationError::Machine { source, .. } = error
+        && let Some(error) = source.downcast_ref::<Error>()
+    {
+        return error.hint();
+    }
+    error.hint().to_owned()
+}
+
 /// The monitor cannot start or go on.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -121,17 +137,33 @@ pub enum Error {
 }
 
 impl Error {
-    /// The VMM's own error that this one comes from, if one is at its bottom: a guest can fail to
-    /// come here for whatever a guest can fail to start for.
+    /// What its operator can do about it.
     #[must_use]
-    pub fn cause(&self) -> &Self {
-        let mut cause = self;
-        let mut next = std::error::Error::source(self);
-        while let Some(error) = next {
-            cause = error.downcast_ref().unwrap_or(cause);
-            next = error.source();
-        }
-        cause
+    pub fn hint(&self) -> String {
+        let hint = match self {
+            Self::Control(error) => return error.hint(),
+            Self::Migration(error) => return hint_of(error),
+            Self::Option { .. } => "see --help of the command, and docs/operations.md",
+            Self::File { .. } => "check the path and who may read it",
+            Self::InUse { .. } => "end that guest first, or give this one a copy of the file",
+            Self::Kernel { .. } => "give a vmlinuz, or a vmlinux built with CONFIG_PVH",
+            Self::TooSmall { .. } => "give the guest more --memory",
+            Self::Kvm { what, .. } if *what == OPENING_KVM => {
+                "check that /dev/kvm exists and that this user may use it"
+            }
+            Self::Kvm { .. } => "see the kernel's log; another release of it may be needed",
+            Self::Memory { .. } => "check how much memory, and how many huge pages, the host has",
+            Self::Processor { .. } => "see what the guest printed",
+            Self::Version { .. } | Self::State { .. } => {
+                "have the same release of Aerostat on both sides, or that which wrote the file"
+            }
+            Self::Stuck { .. } => "find out what the host's disk or process waits for",
+            Self::Unsupported { .. } => "run the guest on another host, or without what is named",
+            Self::Balloon(_) | Self::Host { .. } => {
+                "check the limits of this user (ulimit -a), and the kernel's log"
+            }
+        };
+        hint.to_owned()
     }
 
     pub(crate) fn kvm(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> Self {
@@ -157,15 +189,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_keeps_a_guest_from_coming_is_found() {
-        let what = "the guest had another disk".to_owned();
-        let source = Box::new(Error::Option { what });
-        let error = Error::from(MigrationError::Machine { what: "making the guest", source });
-        assert!(matches!(error.cause(), Error::Option { .. }), "{:?}", error.cause());
-        let source = Box::new(io::Error::other("broken"));
-        let error = Error::from(MigrationError::Machine { what: "making the guest", source });
-        assert!(matches!(error.cause(), Error::Migration(_)), "{:?}", error.cause());
-        let error = Error::host::<io::Error>("fork")(io::Error::other("limits"));
-        assert!(matches!(error.cause(), Error::Host { .. }));
+    fn the_hint_is_that_of_what_kept_a_guest_from_coming() {
+        let of = |source| Error::from(MigrationError::Machine { what: "making the guest", source });
+        let option = || Error::Option { what: "the guest had another disk".to_owned() };
+        assert_eq!(of(Box::new(option())).hint(), option().hint());
+        let host = || Error::host::<io::Error>("fork")(io::Error::other("limits"));
+        assert_eq!(of(Box::new(host())).hint(), host().hint());
+        let other = of(Box::new(io::Error::other("broken"))).hint();
+        assert!(!other.is_empty() && other != option().hint() && other != host().hint(), "{other}");
     }
 }

@@ -27,7 +27,7 @@ use crate::console::Console;
 use crate::console::output::standard_output;
 use crate::cpu;
 use crate::cpuid::Template;
-use crate::error::Error;
+use crate::error::{Error, OPENING_KVM};
 use crate::firmware;
 use crate::generation;
 use crate::kvm::Vm;
@@ -259,7 +259,7 @@ impl Machine {
         let disks = options.host.disks.iter().map(|disk| DiskFile::open(disk).map(Arc::new));
         let disks = disks.collect::<Result<Vec<_>, _>>()?;
         let memory = Memory::new(options.memory_bytes, options.host.memory)?;
-        let kvm = Kvm::new().map_err(Error::kvm("opening /dev/kvm"))?;
+        let kvm = Kvm::new().map_err(Error::kvm(OPENING_KVM))?;
         let fd = kvm.create_vm().map_err(Error::kvm("making a virtual machine"))?;
         fd.set_tss_address(layout::TSS).map_err(Error::kvm("placing the TSS"))?;
         fd.create_irq_chip().map_err(Error::kvm("making interrupt controllers"))?;

@@ -1,33 +1,32 @@
 //! Moving the guest of a monitor: what its operator may ask, and what is told.
 
+mod asked;
 mod save;
 mod told;
 
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use balloon_host::Ending;
-use control::api::{
-    MigrationPhase, MigrationSide, MigrationState, MigrationStatus, SettleWord, StartMigration,
-    StartSnapshot, TlsPaths,
-};
-use control::{Balloon, ControlError, Monitor};
-use diagnostics::{Panicked, contain, panic_point};
+use control::ControlError;
+use control::api::{MigrationPhase, MigrationSide, MigrationState, MigrationStatus, SettleWord};
+use diagnostics::{Panicked, contain};
 use migration::observer::{Observer, Phase, Progress};
 use migration::seams::{MachineError, SourceMachine as _};
-use migration::tcp::{Security, TcpConnector};
-use migration::tls::{Tls, TlsFiles};
+use migration::tcp::TcpConnector;
 use migration::{
     Custody, Fate, MigrationError, Settled, SourceConfig, SourceDoubt, SourceFailure, SourceGuest,
     migrate,
 };
 
+use crate::error::hint_of;
 use crate::machine::Machine;
 use crate::seams::{Arriving, Leaving};
 use crate::threads::{Joined, join_within};
+
+pub(crate) use self::asked::Asked;
 
 /// How long the guest may take to drop its caches.
 const DROP_CACHES_TIME: Duration = Duration::from_secs(30);
@@ -174,9 +173,15 @@ impl Mover {
         state.status.state = MigrationState::Waiting;
     }
 
-    /// The guest that was waited for has come and runs, or did not.
-    pub(crate) fn came(&self, state: MigrationState, error: Option<String>) {
-        self.state().over(state, error);
+    /// The guest that was waited for has come and runs.
+    pub(crate) fn came(&self) {
+        self.state().over(MigrationState::Arrived, None);
+        self.changed.notify_all();
+    }
+
+    /// The guest that was waited for did not come.
+    pub(crate) fn failed(&self, error: &MigrationError) {
+        self.state().failed(error);
         self.changed.notify_all();
     }
 
@@ -261,6 +266,17 @@ impl Mover {
     /// reins then begins the next migration, and this would be said of that one.
     fn goes_on(&self, mut state: MutexGuard<'_, State>, now: MigrationState, why: Option<String>) {
         state.over(now, why);
+        self.give_back(state);
+    }
+
+    /// The same after an error.
+    fn goes_on_after(&self, mut state: MutexGuard<'_, State>, error: &MigrationError) {
+        state.failed(error);
+        self.give_back(state);
+    }
+
+    fn give_back(&self, state: MutexGuard<'_, State>) {
+        let _state = state;
         if let Some(machine) = locked(&self.machine).as_ref() {
             machine.return_reins();
         }
@@ -286,7 +302,7 @@ impl Mover {
             }
             Err(SourceFailure { error, guest: SourceGuest::Runs }) => {
                 tracing::warn!(error = error.chain(), "the guest was not moved, and runs on");
-                self.goes_on(self.state(), MigrationState::Failed, Some(error.chain()));
+                self.goes_on_after(self.state(), &error);
             }
             Err(SourceFailure { error, guest: SourceGuest::Stuck(stuck) }) => {
                 let error = format!("{}; {}", error.chain(), stuck.chain());
@@ -405,6 +421,12 @@ impl State {
         self.status.state = state;
         self.status.phase = None;
         self.status.error = error;
+        self.status.hint = None;
+    }
+
+    fn failed(&mut self, error: &MigrationError) {
+        self.over(MigrationState::Failed, Some(error.chain()));
+        self.status.hint = Some(hint_of(error));
     }
 
     fn elapsed_ms(&self) -> f64 {
@@ -437,112 +459,6 @@ impl Observer for Watch {
     }
 }
 
-/// What the control API asks; the trait is the server's, the guest this monitor's.
-pub(crate) struct Asked(pub(crate) Arc<Mover>);
-
-impl Monitor for Asked {
-    fn balloon(&self) -> Option<Arc<dyn Balloon>> {
-        let machine = locked(&self.0.machine);
-        machine.as_ref().map(|machine| Arc::clone(&machine.balloon) as _)
-    }
-
-    fn start_migration(&self, ask: &StartMigration) -> Result<MigrationStatus, ControlError> {
-        let machine = locked(&self.0.machine).clone();
-        let machine = machine.ok_or_else(|| nothing("there is no guest here to move"))?;
-        let cancel = Arc::new(AtomicBool::new(false));
-        let config = config(ask, Arc::clone(&cancel));
-        let security = security(ask.tls.as_ref()).map_err(|error| refused(&error))?;
-        let to = TcpConnector::new(&ask.to, security).map_err(|error| refused(&error))?;
-        let work = move |mover: &Arc<Mover>, guest| mover.carry(&config, guest, to);
-        self.0.begin(MigrationSide::Source, "migration", &machine, cancel, work)
-    }
-
-    fn start_snapshot(&self, ask: &StartSnapshot) -> Result<MigrationStatus, ControlError> {
-        self.0.start_snapshot(ask)
-    }
-
-    fn migration(&self) -> MigrationStatus {
-        let mut state = self.0.state();
-        state.told |= state.status.state == MigrationState::Moved;
-        self.0.changed.notify_all();
-        let elapsed_ms = state.elapsed_ms();
-        MigrationStatus { elapsed_ms, ..state.status.clone() }
-    }
-
-    fn cancel_migration(&self) -> Result<MigrationStatus, ControlError> {
-        let state = self.0.state();
-        let side = state.status.side;
-        let leaves = matches!(side, Some(MigrationSide::Source | MigrationSide::Snapshot));
-        if !leaves || state.status.state != MigrationState::Running {
-            return Err(nothing("no guest is leaving, or being written to a file"));
-        }
-        state.cancel.store(true, Ordering::Relaxed);
-        Ok(state.status.clone())
-    }
-
-    fn settle_migration(&self, word: SettleWord) -> Result<MigrationStatus, ControlError> {
-        // Taken, so that nobody settles it twice at a time, and put back where it is not settled.
-        let doubt = self.0.state().doubt.take();
-        match doubt {
-            None => return Err(nothing("there is no doubt about where the guest runs")),
-            Some(Doubt::Left { word: known, to, guest }) => {
-                let mut left = (known, to, guest);
-                let settled = contain(|| {
-                    panic_point("settle");
-                    self.0.settle_left(&mut left, word).map_err(|error| refused(&error))
-                });
-                if let Err(error) = settled.unwrap_or_else(failed) {
-                    let (known, to, guest) = left;
-                    self.0.state().doubt = Some(Doubt::Left { word: known, to, guest });
-                    return Err(error);
-                }
-            }
-            Some(Doubt::Stays(mut guest)) => {
-                let settled = contain(|| self.0.settle_stuck(&mut guest, word));
-                if let Err(error) = settled.unwrap_or_else(failed) {
-                    self.0.state().doubt = Some(Doubt::Stays(guest));
-                    return Err(error);
-                }
-            }
-            Some(Doubt::Came(kept)) => {
-                let settled = contain(|| self.0.settle_came(&kept, word));
-                let settled = settled.unwrap_or_else(failed);
-                if locked(&kept).custody.settled() == Settled::Waits {
-                    self.0.state().doubt = Some(Doubt::Came(kept));
-                }
-                settled?;
-            }
-        }
-        Ok(self.migration())
-    }
-}
-
-fn config(ask: &StartMigration, cancel: Arc<AtomicBool>) -> SourceConfig {
-    let usual = SourceConfig::default();
-    SourceConfig {
-        connections: ask.connections.map_or(usual.connections, usize::from),
-        max_downtime: ask.max_downtime_ms.map_or(usual.max_downtime, Duration::from_millis),
-        max_rounds: ask.max_rounds.unwrap_or(usual.max_rounds),
-        bandwidth: ask.bandwidth_bytes_per_s,
-        compression: ask.compression.map(i32::from),
-        drop_caches: ask.drop_caches.then_some(DROP_CACHES_TIME),
-        free_pages_wait: if ask.send_free_pages { Duration::ZERO } else { usual.free_pages_wait },
-        cancel,
-        ..usual
-    }
-}
-
-/// Reads the certificates, if there are any.
-fn security(tls: Option<&TlsPaths>) -> Result<Security, MigrationError> {
-    let Some(paths) = tls else { return Ok(Security::PlainOnLoopback) };
-    let files = TlsFiles {
-        authority: PathBuf::from(&paths.authority),
-        certificate: PathBuf::from(&paths.certificate),
-        key: PathBuf::from(&paths.key),
-    };
-    Tls::from_files(&files).map(Security::Tls)
-}
-
 fn nothing(what: &str) -> ControlError {
     let hint = "see `aerostat status NAME`".to_owned();
     ControlError::Refused { what: what.to_owned(), hint }
@@ -562,8 +478,7 @@ fn stands_still(error: &MachineError) -> ControlError {
 }
 
 fn refused(error: &MigrationError) -> ControlError {
-    let hint = "see docs/operations.md, \"Moving a guest\"".to_owned();
-    ControlError::Refused { what: error.chain(), hint }
+    ControlError::Refused { what: error.chain(), hint: hint_of(error) }
 }
 
 /// What comes of what was under way when the process ends before it.
@@ -586,7 +501,11 @@ pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
+    use control::Monitor as _;
+    use control::api::{StartMigration, TlsPaths};
+
     use super::*;
+    use crate::mover::asked::security;
 
     fn ask(to: &str) -> StartMigration {
         StartMigration { to: to.into(), ..StartMigration::default() }
@@ -628,7 +547,7 @@ mod tests {
         assert_eq!((status.done_pages, status.of_pages, status.wire_bytes), (1, 2, 110));
         // It is its source's to end.
         assert!(asked.cancel_migration().is_err());
-        mover.came(MigrationState::Failed, Some("gone".into()));
+        mover.failed(&MigrationError::Closed);
         let status = asked.migration();
         assert_eq!((status.state, status.phase), (MigrationState::Failed, None));
         assert!(status.state.is_over() && status.elapsed_ms > 0.0);
@@ -679,9 +598,9 @@ mod tests {
 
     #[test]
     fn only_one_host_needs_no_certificates_and_files_must_be_there() {
-        let security = security(None).unwrap();
-        assert!(TcpConnector::new("192.0.2.1:7000", security).is_err());
+        let plain = security(None).unwrap();
+        assert!(TcpConnector::new("192.0.2.1:7000", plain).is_err());
         let paths = TlsPaths { authority: "/nowhere".into(), ..TlsPaths::default() };
-        assert!(super::security(Some(&paths)).is_err());
+        assert!(security(Some(&paths)).is_err());
     }
 }

@@ -7,7 +7,6 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use control::Server;
-use control::api::MigrationState;
 use diagnostics::{contain, panic_point};
 use migration::limits::STALL_PAUSED;
 use migration::link::Accept as _;
@@ -40,8 +39,10 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// Which guest is taken, and how.
 #[derive(Clone, Debug)]
 pub struct ReceiveOptions {
-    /// What is this host's to choose; its source has the same name for the guest.
+    /// What is this host's to choose, the guest's name among it.
     pub host: HostOptions,
+    /// What the guest is called where it comes from.
+    pub guest_name: String,
     /// Where sources connect to.
     pub listen: SocketAddr,
     /// Who may connect.
@@ -76,7 +77,7 @@ pub fn receive(options: &ReceiveOptions, listens: impl Fn(SocketAddr)) -> Result
             max_memory_bytes: options.max_memory_bytes,
             deadline,
             gone: gone.clone(),
-            ..DestinationConfig::new(&options.host.name)
+            ..DestinationConfig::new(&options.guest_name)
         };
         mover.waits();
         let arrived = arrive(&config, &mut guest, &mut acceptor, &mut Watch(Arc::clone(&mover)));
@@ -84,7 +85,7 @@ pub fn receive(options: &ReceiveOptions, listens: impl Fn(SocketAddr)) -> Result
             Ok(received) => {
                 tracing::info!(id = %received.custody.id(), us = received.total_us, "arrived");
                 mover.set_machine(guest.machine().cloned());
-                mover.came(MigrationState::Arrived, None);
+                mover.came();
                 let until = received.source_knows.then(|| Instant::now() + ANSWER_TIME);
                 let kept = Kept { custody: received.custody, guest };
                 if let Err(error) = answer(&Arc::new(Mutex::new(kept)), acceptor, until, &mover) {
@@ -123,7 +124,7 @@ fn failed(
     let ReceiveFailure { error, guest: left, .. } = failure;
     match left {
         DestinationGuest::Destroyed => {
-            mover.came(MigrationState::Failed, Some(error.chain()));
+            mover.failed(&error);
             // Nobody came, or nobody can come.
             if deadline.is_some_and(|end| Instant::now() >= end) {
                 return Err(error.into());
@@ -134,7 +135,7 @@ fn failed(
         }
         // A source that did not hear it asks who takes the next one.
         DestinationGuest::Refused(_) => {
-            mover.came(MigrationState::Failed, Some(error.chain()));
+            mover.failed(&error);
             tracing::warn!(error = error.chain(), "a guest could not be started");
             Ok(Some(acceptor))
         }

@@ -32,34 +32,37 @@ fn refusal(builder: BareBuilder) -> String {
 
 #[test]
 fn a_guest_on_huge_pages_that_are_not_there_is_refused_in_words() {
-    on_a_kvm("bare_host_memory::a_guest_on_huge_pages_that_are_not_there_is_refused_in_words", || {
-        // More than the whole pool, whoever else uses it.
-        let pages = of_pool("nr_hugepages") + GUEST_MIB / PAGE_MIB;
-        let run = BareBuilder::command(program(), "run", "huge").unwrap();
-        let memory = format!("{}MiB", pages * PAGE_MIB);
-        let run = run.arguments(["--memory", &memory, "--shared", "--huge", "--kernel"]);
-        let said = refusal(run.argument(bare::kernel().unwrap()));
-        assert!(said.contains(&format!("{pages} huge pages of 2 MiB are needed")), "{said}");
-        assert!(said.starts_with("error: host: ") || said.contains("host: "), "{said}");
+    on_a_kvm(
+        "bare_host_memory::a_guest_on_huge_pages_that_are_not_there_is_refused_in_words",
+        || {
+            // More than the whole pool, whoever else uses it.
+            let pages = of_pool("nr_hugepages") + GUEST_MIB / PAGE_MIB;
+            let run = BareBuilder::command(program(), "run", "huge").unwrap();
+            let memory = format!("{}MiB", pages * PAGE_MIB);
+            let run = run.arguments(["--memory", &memory, "--shared", "--huge", "--kernel"]);
+            let said = refusal(run.argument(bare::kernel().unwrap()));
+            assert!(said.contains(&format!("{pages} huge pages of 2 MiB are needed")), "{said}");
+            assert!(said.starts_with("error: host: ") || said.contains("host: "), "{said}");
 
-        if of_pool("free_hugepages") - of_pool("resv_hugepages") >= GUEST_MIB / PAGE_MIB {
-            println!("SKIPPED: receive and restore, since a small guest finds huge pages here");
-            return;
-        }
-        let guest = boot("huge");
-        let file = guest.directory().join("huge.snapshot");
-        let (code, out, err) = aerostat(&guest, &["snapshot", "huge", file.to_str().unwrap()]);
-        assert_eq!(code, Some(0), "{out}{err}");
-        let restore = BareBuilder::command(program(), "restore", "restored").unwrap();
-        refusal(restore.argument(&file).arguments(["--shared", "--huge"]));
+            if of_pool("free_hugepages") - of_pool("resv_hugepages") >= GUEST_MIB / PAGE_MIB {
+                println!("SKIPPED: receive and restore, since a small guest finds huge pages here");
+                return;
+            }
+            let guest = boot("huge");
+            let file = guest.directory().join("huge.snapshot");
+            let (code, out, err) = aerostat(&guest, &["snapshot", "huge", file.to_str().unwrap()]);
+            assert_eq!(code, Some(0), "{out}{err}");
+            let restore = BareBuilder::command(program(), "restore", "restored").unwrap();
+            refusal(restore.argument(&file).arguments(["--shared", "--huge"]));
 
-        let (there, address) = receiver("huge", &["--shared", "--huge"]);
-        let (code, _, err) = aerostat(&guest, &["migrate", "huge", &address, "--plain"]);
-        assert_eq!(code, Some(1), "{err}");
-        let said = err + &there.errors();
-        assert!(said.contains("vm.nr_hugepages="), "{said}");
-        guest.power_off().unwrap();
-    });
+            let (there, address) = receiver("huge", &["--shared", "--huge"]);
+            let (code, _, err) = aerostat(&guest, &["migrate", "huge", &address, "--plain"]);
+            assert_eq!(code, Some(1), "{err}");
+            let said = err + &there.errors();
+            assert!(said.contains("vm.nr_hugepages="), "{said}");
+            guest.power_off().unwrap();
+        },
+    );
 }
 
 /// KiB of a process's memory whose mappings have a flag (proc_pid_smaps(5)).

@@ -149,6 +149,7 @@ fn options() -> Options {
             control: PathBuf::new(),
             memory: MemoryKind::default(),
             disks: Vec::new(),
+            accept_disks: false,
             release: control::ReleaseMode::Background,
             partial_huge: control::PartialHuge::Split,
         },
@@ -193,7 +194,7 @@ fn released(machine: &Machine, printed: &Printed) -> PageSet {
     printed.wait(machine, "fill 8 18 1\n", 2);
     machine.start_dirty_log().unwrap();
     printed.wait(machine, &format!("balloon {BALLOON_PAGES:x}\n"), 3);
-    machine.pause();
+    machine.pause().unwrap();
     let (regions, mut pages) = (machine.regions(), PageSet::new());
     let noted = machine.take_dirty(|region, words| {
         pages.insert_bitmap(regions[region].start(), 1, words.iter().copied()).unwrap();

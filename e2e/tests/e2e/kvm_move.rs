@@ -268,7 +268,7 @@ fn goes_on(guest: &mut Guest, name: &str) {
 }
 
 /// Words that name a certificate for this host, its key and the authority.
-fn certificates(directory: &Path) -> [String; 6] {
+pub(crate) fn certificates(directory: &Path) -> [String; 6] {
     let mut params = CertificateParams::new([]).unwrap();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();

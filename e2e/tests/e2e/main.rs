@@ -10,12 +10,10 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
 
 mod bare;
-mod bare_memory;
-mod bare_platform;
 mod bare_control;
-mod bare_platform;
-mod bare_host_memory;
 mod bare_disks;
+mod bare_errors;
+mod bare_host_memory;
 mod bare_memory;
 mod bare_platform;
 mod bed;

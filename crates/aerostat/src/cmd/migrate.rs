@@ -159,7 +159,10 @@ fn not_moved(args: &MigrateArgs, status: &MigrationStatus) -> Failure {
             "the guest is here and could not be resumed",
             format!("see the reason; `aerostat settle {}` tries it again", args.guest),
         ),
-        _ => ("the guest was not moved, and runs on here", "see the reason, and try again".into()),
+        _ => (
+            "the guest was not moved, and runs on here",
+            status.hint.clone().unwrap_or_else(|| "see the reason, and try again".into()),
+        ),
     };
     Failure { what: format!("{}: {what}: {why}", args.guest), hint, exit: Exit::Failed }
 }

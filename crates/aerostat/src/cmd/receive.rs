@@ -22,9 +22,15 @@ use cli::failure::Failure;
 /// arrive, the next one is waited for.
 #[derive(Debug, Args)]
 pub(crate) struct ReceiveArgs {
-    /// Name of the guest, the same as where it comes from
+    /// Name of the guest, the same as where it comes from, or with --guest-name
+    /// any other
     #[arg(long, value_parser = guest_name)]
     name: GuestName,
+
+    /// Name of the guest where it comes from, if it is to have another here:
+    /// control socket, status and log have that of --name from its arrival on
+    #[arg(long, value_name = "NAME", value_parser = guest_name)]
+    guest_name: Option<GuestName>,
 
     /// Where to wait; port 0 is any that is free, which is told
     #[arg(long, value_name = "HOST:PORT", value_parser = address)]
@@ -61,7 +67,9 @@ pub(crate) struct ReceiveArgs {
 }
 
 pub(crate) fn run(args: ReceiveArgs) -> Result<(), Failure> {
+    let guest_name = args.guest_name.as_ref().unwrap_or(&args.name).to_string();
     let options = ReceiveOptions {
+        guest_name,
         host: HostOptions {
             accept_disks: args.accept_disks,
             ..args.host.options(&args.name, args.disks)?
@@ -79,6 +87,7 @@ pub(crate) fn run(args: ReceiveArgs) -> Result<(), Failure> {
 }
 
 fn address(text: &str) -> Result<SocketAddr, String> {
-    let mut addresses = text.to_socket_addrs().map_err(|error| error.to_string())?;
-    addresses.next().ok_or_else(|| "there is no such address".into())
+    let found = text.to_socket_addrs();
+    let mut addresses = found.map_err(|error| format!("{error}: say HOST:PORT of this host"))?;
+    addresses.next().ok_or_else(|| format!("there is no address for {text}"))
 }

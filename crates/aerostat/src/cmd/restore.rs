@@ -58,10 +58,5 @@ pub(crate) fn run(args: RestoreArgs) -> Result<(), Failure> {
         lazy: args.lazy,
     };
     args.host.give_up_calls()?;
-    match vmm::restore(&options) {
-        Err(error) if matches!(error.cause(), vmm::Error::Migration(_)) => {
-            Err(Failure::new(&error, "give a file of `aerostat snapshot` from such a host"))
-        }
-        end => ended(&options.host.name, end),
-    }
+    ended(&options.host.name, vmm::restore(&options))
 }

@@ -103,22 +103,10 @@ pub(crate) fn ended(name: &str, end: Result<End, Error>) -> Result<(), Failure> 
 }
 
 fn failure(error: Error) -> Failure {
-    if let Error::Control(error) = error {
-        return error.into();
+    match error {
+        Error::Control(error) => error.into(),
+        error => Failure::new(&error, error.hint()),
     }
-    let hint = match error.cause() {
-        Error::Option { .. } => "check the options; --help tells what they take",
-        Error::File { .. } => "check the path and who may read it",
-        Error::InUse { .. } => "end that guest first, or give this one a copy of the file",
-        Error::Kernel { .. } => "give a vmlinuz, or a vmlinux built with CONFIG_PVH",
-        Error::TooSmall { .. } => "give the guest more --memory",
-        Error::Kvm { .. } => "check that /dev/kvm exists and that this user may use it",
-        Error::Memory { .. } => "check how much memory, and how many huge pages, the host has",
-        Error::Migration(_) => "check the address, the certificates and --wait",
-        Error::Processor { .. } => "see what the guest printed",
-        _ => "check the limits of this user",
-    };
-    Failure::new(&error, hint)
 }
 
 /// The newest kernel in a directory, and its initial RAM disk if it has one.

@@ -61,11 +61,12 @@ pub(crate) fn run(args: &SnapshotArgs) -> Result<(), Failure> {
 fn not_saved(args: &SnapshotArgs, status: &MigrationStatus) -> Failure {
     let why = status.error.as_deref().unwrap_or("nobody knows why");
     let (what, hint) = match status.state {
-        MigrationState::Stuck => ("the guest could not be resumed", "see its log"),
-        _ => ("there is no snapshot, and the guest runs on", "see the reason, and try again"),
+        MigrationState::Stuck => ("the guest could not be resumed", Some("see its log".to_owned())),
+        _ => ("there is no snapshot, and the guest runs on", status.hint.clone()),
     };
     let what = format!("{}: {what}: {why}", args.guest);
-    Failure { what, hint: hint.into(), exit: Exit::Failed }
+    let hint = hint.unwrap_or_else(|| "see the reason, and try again".into());
+    Failure { what, hint, exit: Exit::Failed }
 }
 
 fn text(args: &SnapshotArgs, summary: &MigrationSummary) -> String {

@@ -103,12 +103,12 @@ fn all() -> Result<Vec<Row>, Failure> {
             let asked = some.iter().map(|(name, socket)| {
                 let ask = move || row(name.to_string(), socket.clone());
                 // Where no thread can be had they are asked one after the other.
-                thread::Builder::new().spawn_scoped(scope, ask).map_err(|_| ask())
+                thread::Builder::new().spawn_scoped(scope, ask).map_err(|_| Box::new(ask()))
             });
             let asked: Vec<_> = asked.collect();
             rows.extend(asked.into_iter().filter_map(|asked| match asked {
                 Ok(thread) => thread.join().ok(),
-                Err(row) => Some(row),
+                Err(row) => Some(*row),
             }));
         });
     }

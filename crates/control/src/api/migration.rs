@@ -100,6 +100,9 @@ pub struct MigrationStatus {
     pub elapsed_ms: f64,
     /// Why it failed, or what is not known.
     pub error: Option<String>,
+    /// What can be done about a failure.
+    #[serde(default)]
+    pub hint: Option<String>,
     /// What it came to, at the source.
     pub summary: Option<MigrationSummary>,
 }

@@ -32,7 +32,7 @@ use round::Round;
 /// What a destination takes.
 #[derive(Clone, Debug)]
 pub struct DestinationConfig {
-    /// Name of the machine; a source must have the same.
+    /// Name of the machine where it comes from; what it is called here is for the monitor to choose.
     pub machine: String,
     /// Memory that a guest may have, in bytes.
     pub max_memory_bytes: u64,
@@ -289,7 +289,8 @@ pub(crate) fn check(
     description: &Description,
 ) -> Result<(), MigrationError> {
     if description.machine != config.machine {
-        return Err(MigrationError::Peer { what: "its machine is of another kind" });
+        let (guest, awaited) = (description.machine.clone(), config.machine.clone());
+        return Err(MigrationError::OtherName { guest, awaited });
     }
     let (pages, most) = (description.layout.pages(), config.max_memory_bytes / PAGE_BYTES as u64);
     if pages > most {

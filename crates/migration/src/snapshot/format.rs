@@ -1,5 +1,7 @@
 //! What is where in the file.
 
+use std::path::Path;
+
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::codec::{Reader, Writer};
@@ -56,15 +58,23 @@ impl Head {
     }
 
     /// Reads a head, with everything in it within its limits.
-    pub(super) fn decode(page: &[u8; HEAD_BYTES]) -> Result<Self, MigrationError> {
+    pub(super) fn decode(page: &[u8; HEAD_BYTES], path: &Path) -> Result<Self, MigrationError> {
+        let no_snapshot = |what| MigrationError::Snapshot { path: path.to_owned(), what };
         let (text, sum) = page.split_at(HEAD_BYTES - 8);
         let mut body = Reader::new(text);
-        if body.array()? != MAGIC {
-            return Err(MigrationError::Peer { what: "the file is no snapshot" });
+        let magic: [u8; 8] = body.array()?;
+        if magic != MAGIC {
+            let (found, known) = (magic.escape_ascii(), MAGIC.escape_ascii());
+            return Err(no_snapshot(format!(
+                "it begins with \"{found}\" and not with \"{known}\""
+            )));
         }
         let version = body.u32()?;
         if version != VERSION {
-            return Err(MigrationError::Peer { what: "the snapshot is of an unknown version" });
+            let what = format!(
+                "it is of version {version}, and {VERSION} is known: take the release that wrote it"
+            );
+            return Err(no_snapshot(what));
         }
         if sum != xxh3_64_with_seed(text, 0).to_le_bytes() {
             return Err(MigrationError::Damaged { what: "the head of the snapshot" });
@@ -197,14 +207,14 @@ mod tests {
     #[test]
     fn heads_are_read_as_written_and_no_other() {
         let page = head().encode();
-        assert_eq!(Head::decode(&page).unwrap(), head());
+        assert_eq!(Head::decode(&page, Path::new("a")).unwrap(), head());
         assert_eq!(head().end(), 4096 * 6 + 40 + 6);
         for at in [0, 9, 20, 63, 100, 4095] {
             let mut changed = page;
             changed[at] ^= 1;
-            assert!(Head::decode(&changed).is_err(), "{at}");
+            assert!(Head::decode(&changed, Path::new("a")).is_err(), "{at}");
         }
-        let refused = |head: Head| Head::decode(&head.encode()).is_err();
+        let refused = |head: Head| Head::decode(&head.encode(), Path::new("a")).is_err();
         assert!(refused(Head { pages: u64::MAX, ..head() }));
         // A file with holes, whose table takes days to read.
         assert!(refused(Head { pages: MAX_PAGES + 1, ..head() }));

@@ -96,7 +96,7 @@ fn begin<M: DestinationMachine>(
     observer.phase(Phase::Negotiate);
     let snapshot = SnapshotFile::open(path)?;
     check(config, &machine.cpu_features(), snapshot.description())
-        .map_err(MigrationError::of_file)?;
+        .map_err(|error| error.of_file(path))?;
     let state = snapshot.state()?;
     let memory = machine.create_missing(snapshot.description());
     let memory = memory.map_err(MigrationError::machine("making the guest"))?;
@@ -117,7 +117,7 @@ fn begin<M: DestinationMachine>(
     let loaded = machine.load_state(state);
     if shared.go_on(Stage::Running) == Stage::Failed {
         filling.finish()?;
-        return Err(MigrationError::DamagedFile { what: "memory" });
+        return Err(MigrationError::DamagedFile { path: path.to_owned(), what: "memory" });
     }
     loaded.map_err(MigrationError::machine("loading the guest's state"))?;
     machine.resume().map_err(MigrationError::machine("starting the guest"))?;

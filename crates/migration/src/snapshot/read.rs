@@ -26,9 +26,6 @@ const PAGES_AT_ONCE: u64 = 64;
 /// it was looked at, and what the table says of a page must be what it said then.
 const BLOCK_BYTES: usize = 4096;
 
-const OUTSIDE: MigrationError =
-    MigrationError::Snapshot { what: "pages outside of the guest's memory" };
-
 /// What came of restoring.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Restored {
@@ -71,7 +68,7 @@ fn load<M: DestinationMachine>(
     observer.phase(Phase::Negotiate);
     let snapshot = SnapshotFile::open(path)?;
     check(config, &machine.cpu_features(), snapshot.description())
-        .map_err(MigrationError::of_file)?;
+        .map_err(|error| error.of_file(path))?;
     let state = snapshot.state()?;
     let memory = machine.create(snapshot.description());
     let memory = memory.map_err(MigrationError::machine("making the guest"))?;
@@ -115,7 +112,7 @@ impl SnapshotFile {
     /// # Errors
     /// It cannot be read, is no snapshot, or is not whole.
     pub fn open(path: &Path) -> Result<Self, MigrationError> {
-        Self::look_at(path).map_err(MigrationError::of_file)
+        Self::look_at(path).map_err(|error| error.of_file(path))
     }
 
     fn look_at(path: &Path) -> Result<Self, MigrationError> {
@@ -125,15 +122,22 @@ impl SnapshotFile {
         let file = OpenOptions::new().read(true).custom_flags(nonblocking).open(path);
         let file = file.map_err(error)?;
         let metadata = file.metadata().map_err(error)?;
+        let no_snapshot = |what| MigrationError::Snapshot { path: path.to_owned(), what };
         if !metadata.is_file() {
-            return Err(MigrationError::Peer { what: "it is no regular file" });
+            return Err(no_snapshot("it is no regular file".to_owned()));
         }
         let len = metadata.len();
+        if len < HEAD_BYTES as u64 {
+            let what = format!("it has {len} bytes, and its head alone has {HEAD_BYTES}");
+            return Err(no_snapshot(what));
+        }
         let mut page = [0; HEAD_BYTES];
         file.read_exact_at(&mut page, 0).map_err(error)?;
-        let head = Head::decode(&page)?;
+        let head = Head::decode(&page, path)?;
         if len != head.end() {
-            return Err(MigrationError::Damaged { what: "the snapshot" });
+            let written = head.end();
+            let what = format!("it was written with {written} bytes, and has {len}: copy it again");
+            return Err(no_snapshot(what));
         }
         let mut bytes = vec![0; usize::try_from(head.description_bytes).unwrap_or(0)];
         file.read_exact_at(&mut bytes, head.description_at()).map_err(error)?;
@@ -166,9 +170,9 @@ impl SnapshotFile {
         let mut bytes = vec![0; usize::try_from(self.head.state_bytes).unwrap_or(0)];
         self.read(&mut bytes, self.head.state_at())?;
         if format::sum(&bytes) != self.head.state_sum {
-            return Err(MigrationError::DamagedFile { what: "state" });
+            return Err(self.damaged("state"));
         }
-        format::decode_state(&bytes).map_err(MigrationError::of_file)
+        format::decode_state(&bytes).map_err(|error| error.of_file(&self.path))
     }
 
     /// Reads one page; false where it is zeros, and `out` is as it was.
@@ -176,7 +180,7 @@ impl SnapshotFile {
     /// # Errors
     /// The page does not exist, cannot be read, or is not as it was written.
     pub fn read_page(&self, page: u64, out: &mut [u8; PAGE_BYTES]) -> Result<bool, MigrationError> {
-        let index = index_of(&self.description.layout, page).ok_or(OUTSIDE)?;
+        let index = self.index(page)?;
         let entry = self.entries(index, 1)?.first().copied().unwrap_or(0);
         if entry == 0 {
             return Ok(false);
@@ -188,7 +192,7 @@ impl SnapshotFile {
 
     /// Copies at most [`PAGES_AT_ONCE`] pages of one region; how many were not zeros.
     fn copy(&self, pages: PageRange, memory: &dyn WritePages) -> Result<u64, MigrationError> {
-        let index = index_of(&self.description.layout, pages.start()).ok_or(OUTSIDE)?;
+        let index = self.index(pages.start())?;
         let entries = self.entries(index, usize::try_from(pages.pages()).unwrap_or(0))?;
         let bits = entries.iter().enumerate().filter(|(_, entry)| **entry != 0);
         let bits = bits.fold(0u64, |bits, (bit, _)| bits | 1 << bit);
@@ -209,13 +213,23 @@ impl SnapshotFile {
         Ok(u64::from(bits.count_ones()))
     }
 
+    fn index(&self, page: u64) -> Result<u64, MigrationError> {
+        let index = index_of(&self.description.layout, page);
+        let outside = MigrationError::Peer { what: "pages outside of the guest's memory" };
+        index.ok_or(outside).map_err(|error| error.of_file(&self.path))
+    }
+
+    pub(super) fn damaged(&self, what: &'static str) -> MigrationError {
+        MigrationError::DamagedFile { path: self.path.clone(), what }
+    }
+
     pub(super) fn pages(&self) -> u64 {
         self.head.pages
     }
 
     fn check_page(&self, contents: &[u8], page: u64, entry: u64) -> Result<(), MigrationError> {
         if page_sum(contents, page) != entry {
-            return Err(MigrationError::DamagedFile { what: "memory" });
+            return Err(self.damaged("memory"));
         }
         Ok(())
     }
@@ -232,7 +246,7 @@ impl SnapshotFile {
         let known = self.blocks.get(first..).unwrap_or_default();
         let mut sums = bytes.chunks(BLOCK_BYTES).map(format::sum).enumerate();
         if !sums.all(|(at, sum)| known.get(at) == Some(&sum)) {
-            return Err(MigrationError::DamagedFile { what: "the table of pages" });
+            return Err(self.damaged("the table of pages"));
         }
         let (entries, _) = bytes.get(offset..).unwrap_or_default().as_chunks::<8>();
         Ok(entries.iter().take(count).map(|entry| u64::from_le_bytes(*entry)).collect())

@@ -96,7 +96,7 @@ fn settle<C: Connect>(
     stall: Duration,
     word: &Control,
 ) -> Result<PeerStatus, MigrationError> {
-    let link = connect.connect().map_err(MigrationError::link("connecting"))?;
+    let link = connect.connect().map_err(|source| MigrationError::Connect { source })?;
     let mut stream = Stream::new(link, stall)?;
     let hello = hello(id, Purpose::Settle, 0, 1);
     stream.send(&Control::Hello(hello.clone()))?;

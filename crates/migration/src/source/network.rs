@@ -58,7 +58,7 @@ impl<L: Link> Network<L> {
         let count = u8::try_from(config.connections).unwrap_or(u8::MAX);
         let (mut streams, mut closers) = (Vec::new(), Vec::new());
         for index in 0..count {
-            let link = connect.connect().map_err(MigrationError::link("connecting"))?;
+            let link = connect.connect().map_err(|source| MigrationError::Connect { source })?;
             let mut stream = Stream::new(link, config.stall)?;
             let hello = hello(id, Purpose::Migrate, index, count);
             stream.send(&Control::Hello(hello.clone()))?;

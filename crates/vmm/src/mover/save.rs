@@ -73,7 +73,7 @@ impl Mover {
             // Of a file it is never in doubt whether it runs there.
             Err(SourceFailure { error, .. }) => {
                 tracing::warn!(error = error.chain(), "the guest was not saved, and runs on");
-                self.goes_on(state, MigrationState::Failed, Some(error.chain()));
+                self.goes_on_after(state, &error);
             }
         }
         self.changed.notify_all();

@@ -1,0 +1,185 @@
+//! What an operator is told who does the wrong thing: what was compared, both values, and what to
+//! do.
+
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use lab::bare::{self, BareGuest};
+
+use crate::bare::{aerostat, boot, builder, client, on_a_kvm, receiver};
+use crate::kvm_move::certificates;
+use crate::program::{program, told};
+
+/// For a process to end whose guest has left.
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// What standard error has to have of a command that fails, with a hint.
+fn refuses(what: &str, (code, out, err): (Option<i32>, String, String), says: &[&str]) {
+    assert!(code.is_some_and(|code| code != 0), "{what}: {code:?}\n{out}{err}");
+    for word in says {
+        assert!(err.contains(word), "{what}: no {word:?} in\n{err}");
+    }
+    let hint = err.lines().find_map(|line| line.trim().strip_prefix("hint: "));
+    assert!(hint.is_some_and(|hint| hint.len() > 10), "{what}: no hint in\n{err}");
+}
+
+/// Moves `guest` to who waits there, and is refused; both sides say why.
+fn not_moved(guest: &BareGuest, name: &str, there: &mut (BareGuest, String), says: &[&str]) {
+    let told = aerostat(guest, &["migrate", name, &there.1, "--plain"]);
+    refuses("migrate", told, says);
+    for word in says {
+        // The log has quotes in quotes.
+        let is_in = |text: &str| text.replace('\\', "").contains(word).then_some(());
+        let said = there.0.wait_for_error(word, is_in);
+        said.unwrap_or_else(|error| panic!("{error}"));
+    }
+}
+
+#[test]
+fn a_guest_arrives_under_another_name_where_its_operator_says_so() {
+    on_a_kvm("bare_errors::a_guest_arrives_under_another_name_where_its_operator_says_so", || {
+        let mut guest = boot("a");
+        guest.ask("fill 8 4 1").unwrap();
+        let says = ["\"a\"", "\"b\"", "--name a", "--guest-name a"];
+        not_moved(&guest, "a", &mut receiver("b", &[]), &says);
+        // It has its new name everywhere, and is moved on by it.
+        let (mut there, address) = receiver("b", &["--guest-name", "a"]);
+        let (code, out, err) = aerostat(&guest, &["migrate", "a", &address, "--plain"]);
+        assert_eq!(code, Some(0), "{out}{err}\n{}", there.errors());
+        there.ask("check 8 4 1").unwrap();
+        assert_eq!(client(&there, "b").status().unwrap().name, "b");
+        assert!(!there.directory().join("a.sock").exists());
+        not_moved(&there, "b", &mut receiver("a", &[]), &["\"a\"", "\"b\"", "--guest-name b"]);
+        let (mut last, address) = receiver("a", &["--guest-name", "b"]);
+        let (code, out, err) = aerostat(&there, &["migrate", "b", &address, "--plain"]);
+        assert_eq!(code, Some(0), "{out}{err}\n{}", last.errors());
+        last.ask("check 8 4 1").unwrap();
+        assert!(guest.wait_for_end(LIMIT).unwrap().success());
+        assert!(there.wait_for_end(LIMIT).unwrap().success());
+        assert!(last.power_off().unwrap().success());
+    });
+}
+
+#[test]
+fn a_migration_that_cannot_be_says_why() {
+    on_a_kvm("bare_errors::a_migration_that_cannot_be_says_why", || {
+        let guest = builder("a").argument("--cpus").argument("2").boot().unwrap();
+        let limits: [(&[&str], &[&str]); 2] = [
+            (&["--max-memory", "16MiB"], &["32 MiB", "at most 16", "--max-memory"]),
+            (&["--max-cpus", "1"], &["2 processors", "at most 1", "--max-cpus"]),
+        ];
+        for (words, says) in limits {
+            not_moved(&guest, "a", &mut receiver("a", words), says);
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let tls = certificates(directory.path());
+        let tls: Vec<&str> = tls.iter().map(String::as_str).collect();
+        let missing = ["--tls-ca", tls[1], "--tls-cert", "/no/cert", "--tls-key", tls[5]];
+        let (plain, address) = receiver("a", &[]);
+        let port = address.rsplit_once(':').unwrap().1;
+        let address = format!("localhost:{port}");
+        for (to, words, says) in [
+            ("127.0.0.1:1", &["--plain"][..], &["127.0.0.1:1", "refused", "aerostat receive"][..]),
+            ("localhost", &["--plain"], &["localhost", "HOST:PORT"]),
+            ("nowhere.invalid:1", &["--plain"], &["nowhere.invalid:1", "no address"]),
+            ("192.0.2.1:7000", &["--plain"], &["192.0.2.1", "--plain", "--tls-cert"]),
+            (&address, &missing, &["/no/cert", "No such file", "PEM"]),
+            (&address, &tls, &[&format!("127.0.0.1:{port}"), "--plain"]),
+        ] {
+            let told = aerostat(&guest, &[&["migrate", "a", to], words].concat());
+            refuses(to, told, says);
+        }
+        let words = ["receive", "--name", "c", "--plain", "--listen"];
+        let taken = aerostat(&guest, &[&words[..], &[&format!("127.0.0.1:{port}")]].concat());
+        refuses("a port that is taken", taken, &[&format!("127.0.0.1:{port}"), "in use"]);
+        drop(plain);
+        assert!(guest.power_off().unwrap().success());
+    });
+}
+
+#[test]
+fn a_file_that_is_no_snapshot_says_why() {
+    on_a_kvm("bare_errors::a_file_that_is_no_snapshot_says_why", || {
+        let mut guest = boot("a");
+        guest.ask("fill 8 4 1").unwrap();
+        let path =
+            |name: &str| guest.directory().join(name).into_os_string().into_string().unwrap();
+        let (good, other) = (path("good"), path("other"));
+        let written = aerostat(&guest, &["snapshot", "a", &good]);
+        assert_eq!(written.0, Some(0), "{}", written.2);
+        refuses("it exists", aerostat(&guest, &["snapshot", "a", &good]), &[&good, "exists"]);
+        let nowhere = path("no/such/file");
+        let refused = aerostat(&guest, &["snapshot", "a", &nowhere]);
+        refuses("no directory", refused, &[&path("no/such"), "No such file"]);
+        refuses("a disk", aerostat(&guest, &["restore", &nowhere, "--name", "b"]), &[&nowhere]);
+        let bytes = std::fs::read(&good).unwrap();
+        let len = bytes.len();
+        let mut newer = bytes.clone();
+        newer[8] = 7;
+        let mut damaged = bytes.clone();
+        damaged[4096 * (1 + 0x800) + 9] ^= 1;
+        let cases: [(&[u8], &[&str]); 6] = [
+            (b"", &["0 bytes", "4096"]),
+            (&[b'x'; 5000], &["begins with \"xxxxxxxx\"", "\"AEROSNAP\""]),
+            (&newer, &["version 7", "1 is known"]),
+            (&bytes[..len - 5], &[&format!("with {len} bytes"), &format!("has {}", len - 5)]),
+            (&[&bytes[..], b"more"].concat(), &[&format!("has {}", len + 4)]),
+            (&damaged, &["memory is not as it was written", "another copy"]),
+        ];
+        for (bytes, says) in cases {
+            std::fs::write(&other, bytes).unwrap();
+            let told = aerostat(&guest, &["restore", &other, "--name", "b"]);
+            refuses("restore", told, &[&[other.as_str()], says].concat());
+        }
+        // Also where the other end of a pipe never comes.
+        std::fs::remove_file(&other).unwrap();
+        let made = Command::new("mkfifo").arg(&other).status().unwrap();
+        assert!(made.success());
+        let told = aerostat(&guest, &["restore", &other, "--name", "b"]);
+        refuses("a pipe", told, &[&other, "no regular file"]);
+        assert!(guest.power_off().unwrap().success());
+    });
+}
+
+#[test]
+fn a_guest_that_cannot_be_run_says_why() {
+    on_a_kvm("bare_errors::a_guest_that_cannot_be_run_says_why", || {
+        let guest = boot("a");
+        let kernel = bare::kernel().unwrap().into_os_string().into_string().unwrap();
+        let path =
+            |name: &str| guest.directory().join(name).into_os_string().into_string().unwrap();
+        let (text, disk, socket) = (path("text"), path("disk"), path("socket"));
+        std::fs::write(&text, "no kernel").unwrap();
+        std::fs::write(&disk, [0; 700]).unwrap();
+        let run = |memory: &str, kernel: &str, more: &[&str]| {
+            let words = ["run", "--name", "b", "--memory", memory, "--kernel", kernel];
+            aerostat(&guest, &[&words[..], more].concat())
+        };
+        for (what, told, says) in [
+            ("no kernel", run("32MiB", "/no/kernel", &[]), &["/no/kernel", "No such file"][..]),
+            ("a text", run("32MiB", &text, &[]), &[&text, "vmlinuz"]),
+            ("a size", run("33MiB", &kernel, &[]), &["34603008", "2 MiB", "32 MiB"]),
+            ("no disk", run("32MiB", &kernel, &["--disk", "/no/disk"]), &["/no/disk", "No such"]),
+            ("half a disk", run("32MiB", &kernel, &["--disk", &disk]), &[&disk, "700", "512"]),
+        ] {
+            refuses(what, told, says);
+        }
+        let words = ["run", "--name", "a", "--memory", "32MiB", "--kernel", &kernel];
+        refuses("its name", aerostat(&guest, &words), &[&path("a.sock"), "another process"]);
+        let _socket = UnixListener::bind(&socket).unwrap();
+        let words = [&words[..], &["--control", &socket]].concat();
+        refuses("its socket", aerostat(&guest, &words), &[&socket, "another process"]);
+        refuses("no KVM", without_kvm(guest.directory(), &words), &["/dev/kvm", "No such file"]);
+        assert!(guest.power_off().unwrap().success());
+    });
+}
+
+/// Runs the program where no device is.
+fn without_kvm(directory: &Path, words: &[&str]) -> (Option<i32>, String, String) {
+    let mut command = Command::new("unshare");
+    command.args(["-m", "sh", "-c", "mount -t tmpfs none /dev && exec \"$0\" \"$@\""]);
+    command.arg(program()).args(words).env(bare::RUNTIME_VARIABLE, directory);
+    told(&command.env_remove("RUST_LOG").stdin(Stdio::null()).output().unwrap())
+}
