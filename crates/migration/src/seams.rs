@@ -133,7 +133,9 @@ pub struct FreePages {
 /// resume (if it was paused), set_throttle(0), stop_dirty_log, free_pages_done
 /// ```
 pub trait SourceMachine {
-    /// What a destination must know.
+    /// What a destination must know. Asked before anything else, so this is where a guest is refused
+    /// that could not be moved: for whatever [`save_state`](Self::save_state) would refuse as it is
+    /// now. The guest may stand still for that, and runs again when this returns.
     ///
     /// # Errors
     /// The guest cannot be moved.

@@ -12,6 +12,13 @@ const TSC_DEADLINE: u32 = 1 << 24;
 /// Leaf 1: several processors share a package.
 const HYPER_THREADING: u32 = 1 << 28;
 
+/// What lets a guest run guests of its own: Intel's bit of leaf 1, AMD's of leaf 0x8000_0001 (and
+/// the one that begins such a guest safely), and AMD's leaf with the details.
+const VMX: u32 = 1 << 5;
+const SVM: u32 = 1 << 2;
+const SKINIT: u32 = 1 << 12;
+const SVM_DETAILS: u32 = 0x8000_000a;
+
 /// Where the number of a processor and of all of them are in leaf 1, register EBX.
 const APIC_ID_SHIFT: u32 = 24;
 const COUNT_SHIFT: u32 = 16;
@@ -62,10 +69,8 @@ impl CpuFeatures {
     /// There is no KVM.
     pub fn of_host() -> Result<Self, Error> {
         let kvm = Kvm::new().map_err(Error::kvm(OPENING_KVM))?;
-        let leaves = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
-        let leaves = leaves.map_err(Error::kvm("asking for the processor's features"))?;
         let vm = kvm.create_vm().map_err(Error::kvm("making a virtual machine"))?;
-        let template = Template { leaves, tsc_deadline: vm.check_extension(Cap::TscDeadlineTimer) };
+        let template = Template::of_host(&kvm, &vm)?;
         Ok(Self::of(template.of_processor(0, 1).as_slice()))
     }
 
@@ -101,11 +106,49 @@ pub(crate) struct Template {
 }
 
 impl Template {
-    pub(crate) fn new(kvm: &Kvm, vm: &VmFd) -> Result<Self, Error> {
-        let leaves = kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(Error::kvm("asking for the processor's features"))?;
+    /// For a guest that may run guests of its own (`nested`), or not.
+    ///
+    /// # Errors
+    /// It may, and this host lets no guest do so.
+    pub(crate) fn new(kvm: &Kvm, vm: &VmFd, nested: bool) -> Result<Self, Error> {
+        let mut template = Self::of_host(kvm, vm)?;
+        if nested && !template.runs_guests() {
+            let what = "--nested needs a KVM that lets guests run guests of their own: load \
+                        kvm_amd or kvm_intel with nested=1";
+            return Err(Error::Option { what: what.into() });
+        }
+        if !nested {
+            template.hide_virtualization();
+        }
+        Ok(template)
+    }
+
+    /// All that this host can give.
+    fn of_host(kvm: &Kvm, vm: &VmFd) -> Result<Self, Error> {
+        let leaves = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
+        let leaves = leaves.map_err(Error::kvm("asking for the processor's features"))?;
         Ok(Self { leaves, tsc_deadline: vm.check_extension(Cap::TscDeadlineTimer) })
+    }
+
+    fn runs_guests(&self) -> bool {
+        self.leaves.as_slice().iter().any(|leaf| match leaf.function {
+            1 => leaf.ecx & VMX != 0,
+            0x8000_0001 => leaf.ecx & SVM != 0,
+            _ => false,
+        })
+    }
+
+    /// A kernel switches virtualization on as soon as it has loaded its KVM, whether it runs guests
+    /// or not, and then its state is more than this monitor saves.
+    fn hide_virtualization(&mut self) {
+        for leaf in self.leaves.as_mut_slice() {
+            match leaf.function {
+                1 => leaf.ecx &= !VMX,
+                0x8000_0001 => leaf.ecx &= !(SVM | SKINIT),
+                SVM_DETAILS => (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (0, 0, 0, 0),
+                _ => {}
+            }
+        }
     }
 
     /// The leaves of processor `cpu` of `count`. Each is a core of its own in one package.
@@ -181,5 +224,36 @@ mod tests {
             (7 << 32 | 1, 1 << 5),
         ];
         assert_eq!(one.words, words);
+    }
+
+    #[test]
+    fn a_guest_runs_guests_of_its_own_only_where_it_is_asked_for() {
+        let all = |function| kvm_cpuid_entry2 {
+            function,
+            eax: !0,
+            ebx: !0,
+            ecx: !0,
+            edx: !0,
+            ..Default::default()
+        };
+        let leaves = [1, 0x8000_0001, SVM_DETAILS].map(all);
+        let mut template =
+            Template { leaves: CpuId::from_entries(&leaves).unwrap(), tsc_deadline: true };
+        let host = CpuFeatures::of(template.of_processor(0, 1).as_slice());
+        assert!(template.runs_guests());
+        template.hide_virtualization();
+        assert!(!template.runs_guests());
+        let guest = CpuFeatures::of(template.of_processor(0, 1).as_slice());
+        let bits = |features: &CpuFeatures, id| {
+            features.words.iter().find(|word| word.0 == id).map_or(0, |word| word.1)
+        };
+        for (id, hidden) in
+            [(1 << 32 | 2, VMX), (0x8000_0001 << 32 | 2, SVM | SKINIT), (0x8000_000a << 32 | 3, !0)]
+        {
+            assert_eq!(bits(&host, id) & !bits(&guest, id), u64::from(hidden), "{id:#x}");
+        }
+        // Nothing else is hidden, and the host has all of it.
+        assert_eq!(guest.words.len(), host.words.len() - 1);
+        assert!(guest.words.iter().all(|(id, word)| word & !bits(&host, *id) == 0));
     }
 }

@@ -11,6 +11,8 @@ use crate::cpuid::CpuFeatures;
 use crate::error::Error;
 use crate::layout::{self, MAX_CPUS};
 use crate::machine::Machine;
+use crate::preflight::Sample;
+use crate::state;
 use crate::state::codec::{Malformed, Reader, Writer};
 
 /// Version of the form of [`Made`], and of the machine that is so made: a guest has in its memory
@@ -28,38 +30,55 @@ pub(crate) struct Made {
     pub(crate) memory_bytes: u64,
     pub(crate) without: Features,
     pub(crate) disks: Vec<GuestDisk>,
+    /// What of its state this host may refuse.
+    pub(crate) sample: Sample,
 }
 
 impl Made {
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut writer = Writer::default();
-        writer.u32(VERSION).u8(self.cpus).u64(self.memory_bytes).u64(self.without.0);
+        writer
+            .u32(VERSION)
+            .u32(state::VERSION)
+            .u8(self.cpus)
+            .u64(self.memory_bytes)
+            .u64(self.without.0);
         writer.u8(u8::try_from(self.disks.len()).unwrap_or(u8::MAX));
         for disk in &self.disks {
             encode_disk(disk, &mut writer);
         }
+        self.sample.encode(&mut writer);
         writer.finish()
     }
 
-    fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
+    fn decode(bytes: &[u8]) -> Result<Self, Error> {
+        let wrong = |why: Malformed| wrong(why.to_string());
         let mut reader = Reader::new(bytes);
-        let _version = reader.u32()?;
-        let mut made = Self {
-            cpus: reader.u8()?,
-            memory_bytes: reader.u64()?,
-            without: Features(reader.u64()?),
-            disks: Vec::new(),
-        };
+        for (what, ours) in [("machine", VERSION), ("state", state::VERSION)] {
+            let theirs = reader.u32().map_err(wrong)?;
+            if theirs != ours {
+                return Err(Error::Version { what, theirs, ours });
+            }
+        }
+        Self::decode_parts(reader).map_err(wrong)
+    }
+
+    fn decode_parts(mut reader: Reader<'_>) -> Result<Self, Malformed> {
+        let (cpus, memory_bytes) = (reader.u8()?, reader.u64()?);
+        let without = Features(reader.u64()?);
         let count = reader.u8()?;
         if usize::from(count) > MAX_DISKS {
             let (count, max) = (count.into(), MAX_DISKS as u64);
             return Err(Malformed::TooMany { what: "disks", count, max });
         }
+        let mut disks = Vec::new();
         for _ in 0..count {
-            made.disks.push(decode_disk(&mut reader)?);
+            disks.push(decode_disk(&mut reader)?);
         }
+        // The balloon is a device as well.
+        let sample = Sample::decode(&mut reader, 1 + disks.len())?;
         reader.finish()?;
-        Ok(made)
+        Ok(Self { cpus, memory_bytes, without, disks, sample })
     }
 
     /// How a peer's machine was made, which is none with more than `max_cpus` processors.
@@ -67,13 +86,7 @@ impl Made {
     /// # Errors
     /// No machine is made so, or not one with the memory that was described; the sender's fault.
     pub(crate) fn of(description: &Description, max_cpus: u8) -> Result<Self, Error> {
-        let wrong = |why: String| Error::State { section: "the machine".into(), why };
-        let version = Reader::new(&description.config).u32();
-        match version.map_err(|error| wrong(error.to_string()))? {
-            VERSION => {}
-            theirs => return Err(Error::Version { theirs, ours: VERSION }),
-        }
-        let made = Self::decode(&description.config).map_err(|error| wrong(error.to_string()))?;
+        let made = Self::decode(&description.config)?;
         if !(1..=MAX_CPUS).contains(&made.cpus) {
             return Err(wrong(format!("{} processors; 1 to {MAX_CPUS} may be", made.cpus)));
         }
@@ -140,14 +153,20 @@ fn decode_disk(reader: &mut Reader<'_>) -> Result<GuestDisk, Malformed> {
     Ok(GuestDisk { shape, limits, identity: DiskIdentity::decode(reader)? })
 }
 
+fn wrong(why: String) -> Error {
+    Error::State { section: "the machine".into(), why }
+}
+
 /// Describes a machine to a destination.
 pub(crate) fn describe(machine: &Machine) -> Result<Description, MachineError> {
     let options = &machine.options;
+    let sample = machine.sample()?;
     let made = Made {
         cpus: options.cpus,
         memory_bytes: options.memory_bytes,
         without: options.without,
         disks: machine.describe_disks()?,
+        sample,
     };
     let regions: Vec<PageRange> = machine.regions();
     Ok(Description {
@@ -170,6 +189,9 @@ mod tests {
 
     const MEMORY_BYTES: u64 = 4 << 30;
 
+    /// Where the number of disks is.
+    const COUNT_AT: usize = 4 + 4 + 1 + 8 + 8;
+
     fn made() -> Made {
         let disks = [false, true].map(|read_only| GuestDisk {
             shape: DiskShape { sectors: 9, read_only },
@@ -177,7 +199,7 @@ mod tests {
             identity: DiskIdentity::default(),
         });
         let (memory_bytes, without) = (MEMORY_BYTES, Features::REPORTING);
-        Made { cpus: 2, memory_bytes, without, disks: disks.into() }
+        Made { cpus: 2, memory_bytes, without, disks: disks.into(), sample: Sample::blank(3) }
     }
 
     fn description(config: Vec<u8>) -> Description {
@@ -213,10 +235,12 @@ mod tests {
         refused([made().encode(), vec![0]].concat(), 64);
         let mut newer = made().encode();
         newer[0] = 9;
-        assert!(refused(newer, 64).contains("version"));
+        assert!(refused(newer, 64).contains("machine is of version 9"));
+        let mut newer = made().encode();
+        newer[4] = 9;
+        assert!(refused(newer, 64).contains("state is of version 9"));
         let mut more = made().encode();
-        let count = 4 + 1 + 8 + 8;
-        more[count] = 8;
+        more[COUNT_AT] = 8;
         assert!(refused(more, 64).contains("8 disks"));
         let mut odd = made();
         odd.disks[1].limits.block_bytes = 1000;

@@ -107,6 +107,20 @@ pub enum Error {
         /// What it cannot.
         what: String,
     },
+    /// A guest that is ready to run guests of its own, whose state is more than is saved.
+    #[error(
+        "guest: processor {cpu} has virtualization switched on ({register} is {value:#x}), which \
+         can be neither moved nor written to a file: remove kvm_amd or kvm_intel in the guest \
+         (rmmod), or boot it without --nested"
+    )]
+    Nested {
+        /// Its number.
+        cpu: usize,
+        /// Where that is.
+        register: &'static str,
+        /// What is there.
+        value: u64,
+    },
     /// A state that no machine of this monitor can have: the fault of who sent it.
     #[error("sender: the state of {section} makes no sense: {why}")]
     State {
@@ -117,10 +131,12 @@ pub enum Error {
     },
     /// A guest whose machine was made by another version of this monitor.
     #[error(
-        "sender: the guest's machine is of version {theirs}, and this program has version {ours}: \
+        "sender: the guest's {what} is of version {theirs}, and this program has version {ours}: \
          use the program that the guest was booted with, or boot the guest anew"
     )]
     Version {
+        /// Its machine, or its state.
+        what: &'static str,
         /// The guest's.
         theirs: u32,
         /// The one that this monitor makes and takes.

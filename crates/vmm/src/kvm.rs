@@ -84,13 +84,20 @@ impl Vm {
         Ok(())
     }
 
-    /// Takes the extended state of a processor.
-    pub(crate) fn set_xsave(&self, vcpu: &VcpuFd, xsave: &kvm_xsave) -> Result<(), Error> {
+    /// Whether a processor's extended state fits into what is read and set.
+    pub(crate) fn check_xsave(&self) -> Result<(), Error> {
         let bytes = self.fd.check_extension_int(Cap::Xsave2);
-        if usize::try_from(bytes).is_ok_and(|bytes| bytes > size_of::<kvm_xsave>()) {
-            let what = format!("processors with {bytes} bytes of extended state");
+        let room = size_of::<kvm_xsave>();
+        if usize::try_from(bytes).is_ok_and(|bytes| bytes > room) {
+            let what = format!("processors with {bytes} bytes of extended state; {room} are known");
             return Err(Error::Unsupported { what });
         }
+        Ok(())
+    }
+
+    /// Takes the extended state of a processor.
+    pub(crate) fn set_xsave(&self, vcpu: &VcpuFd, xsave: &kvm_xsave) -> Result<(), Error> {
+        self.check_xsave()?;
         // SAFETY: The kernel reads as many bytes as the guest's extended state has at most, by the
         // features that this process asked leave for (arch_prctl, ARCH_REQ_XCOMP_GUEST_PERM). It
         // never asks, and KVM was just asked how many bytes that makes: `xsave` has no fewer. A

@@ -31,6 +31,7 @@ mod mmio;
 mod mover;
 mod options;
 mod ports;
+mod preflight;
 pub mod raw;
 mod receive;
 mod reins;

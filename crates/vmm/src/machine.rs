@@ -280,7 +280,7 @@ impl Machine {
         let (serial, event) = (serial?, event?);
         let ports = Ports::new(serial, output).map_err(Error::host("dup"))?;
         let bus = Arc::new(Bus { ports, slots });
-        let template = Template::new(&kvm, vm.fd())?;
+        let template = Template::new(&kvm, vm.fd(), options.nested)?;
         let cpuid: Vec<_> =
             (0..options.cpus).map(|cpu| template.of_processor(cpu, options.cpus)).collect();
         let processors = make_processors(&cpuid, vm.fd())?;

@@ -143,11 +143,12 @@ impl Machine {
         Ok(MachineState { processors, chips, ports, transports, balloon }.encode(&layout))
     }
 
-    fn save_processors(&self) -> Result<Vec<Processor>, Error> {
+    /// Those of a guest that is paused.
+    pub(crate) fn save_processors(&self) -> Result<Vec<Processor>, Error> {
         let cpuid = self.cpuid().clone();
         self.processors.each(|number, fd| {
             let leaves = cpuid.get(number).map(|leaves| leaves.as_slice()).unwrap_or_default();
-            Processor::save(fd, &self.msrs, leaves)
+            Processor::save((number, fd), &self.vm, &self.msrs, leaves)
         })
     }
 

@@ -318,6 +318,11 @@ impl<S: Signals> Transport<S> {
         }
     }
 
+    /// Features that the device offers.
+    pub(crate) fn offered(&self) -> u64 {
+        self.device.features()
+    }
+
     fn runs(&self) -> bool {
         self.status & status::DRIVER_OK != 0 && self.status & status::NEEDS_RESET == 0
     }

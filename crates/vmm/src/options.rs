@@ -47,4 +47,7 @@ pub struct Options {
     pub command_line: String,
     /// Features that the balloon does not offer.
     pub without: Features,
+    /// The guest may run guests of its own. While its kernel is ready to, it can be neither moved
+    /// nor written to a file.
+    pub nested: bool,
 }

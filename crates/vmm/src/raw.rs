@@ -20,6 +20,7 @@ use crate::layout;
 use crate::memory::{Memory, MemoryKind};
 use crate::mmio::{Signals, Transport};
 use crate::ports::Ports;
+use crate::preflight::Sample;
 use crate::state::{Chips, MachineState, Processor, Section};
 
 pub use disk::Disk;
@@ -34,7 +35,8 @@ pub fn description(cpus: u8, memory_bytes: u64) -> Result<Description, Error> {
     let shape = DiskShape { sectors: 8, read_only: true };
     let (limits, identity) = (DiskLimits::of_file_system(PAGE_BYTES), DiskIdentity::default());
     let disks = vec![GuestDisk { shape, limits, identity }];
-    let made = Made { cpus, memory_bytes, without: Features::NONE, disks };
+    let sample = Sample::blank(1 + disks.len());
+    let made = Made { cpus, memory_bytes, without: Features::NONE, disks, sample };
     let ranges = layout::ranges(memory_bytes)?;
     let pages =
         |(start, bytes): &(u64, u64)| PageRange::new(start / PAGE_BYTES, bytes / PAGE_BYTES);

@@ -315,6 +315,8 @@ impl Arriving {
             memory_bytes,
             cpus,
             without,
+            // What its processors are comes with its state.
+            nested: false,
             // Nothing is booted: what runs in it comes with its memory.
             kernel: PathBuf::new(),
             initrd: None,
@@ -323,6 +325,7 @@ impl Arriving {
         let machine = Arc::new(Machine::new(&options, standard_output()?)?);
         made.check_disks(&machine.disk_shapes())?;
         machine.adopt_disks(&made.disks, self.options.accept_disks)?;
+        machine.try_out(&made.sample)?;
         machine.expect_disks()?;
         self.machine = Some(Arc::clone(&machine));
         Ok(machine)

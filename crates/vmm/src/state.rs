@@ -30,7 +30,7 @@ pub struct Section {
 }
 
 /// Version of each part's form.
-const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 1;
 
 const CHIPS: &str = "chips";
 const PORTS: &str = "ports";

@@ -75,6 +75,9 @@ pub(crate) const VMLINUX: &str = "AEROSTAT_TEST_VMLINUX";
 pub(crate) const INITRAMFS: &str = "AEROSTAT_TEST_INITRAMFS";
 pub(crate) const MODULES: &str = "AEROSTAT_TEST_MODULES";
 
+/// KVM for a guest that runs guests of its own, in loading order.
+pub(crate) const NESTED_MODULES: &str = "AEROSTAT_TEST_NESTED_MODULES";
+
 /// One machine for all that is to be seen there, since booting it takes most of the time.
 #[test]
 fn debian_guests_of_our_monitor_give_memory_and_end_as_they_should() {
@@ -92,8 +95,10 @@ pub(crate) fn inside_of_a_kvm_with(test: &str, guests_mib: u64, more: &[(&str, &
     let kernel = debian::kernel(Release::Cloud6_12).unwrap();
     let own = guest_build::balloon_module(&kernel.tree().unwrap()).unwrap();
     let mut modules = kernel.modules(&NEEDED).unwrap();
-    let names = modules.iter().map(|path| path.file_stem().unwrap().to_str().unwrap());
-    let names = names.collect::<Vec<_>>().join(" ");
+    let names = names(&modules);
+    let nested = kernel.modules(&[kvm_of_a_guest()]).unwrap();
+    let nested_names = self::names(&nested);
+    modules.extend(nested);
     modules.extend(kernel.modules(&[STOCK, DISK, BLOCK]).unwrap());
     modules.push(own);
     let initramfs = directory.path().join("initramfs.cpio");
@@ -106,6 +111,7 @@ pub(crate) fn inside_of_a_kvm_with(test: &str, guests_mib: u64, more: &[(&str, &
         (VMLINUX, vmlinux.as_os_str()),
         (INITRAMFS, initramfs.as_os_str()),
         (MODULES, OsStr::new(&names)),
+        (NESTED_MODULES, OsStr::new(&nested_names)),
     ];
     variables.extend(more);
     variables.extend(sizes.iter().map(|(name, size)| (*name, OsStr::new(size))));
@@ -125,6 +131,19 @@ pub(crate) fn inside_of_a_kvm_with(test: &str, guests_mib: u64, more: &[(&str, &
     println!("{text}");
     assert_eq!(code, Some(0), "{text}");
     assert!(text.contains("1 passed"), "{text}");
+}
+
+fn names(modules: &[PathBuf]) -> String {
+    let names = modules.iter().map(|path| path.file_stem().unwrap().to_str().unwrap());
+    names.collect::<Vec<_>>().join(" ")
+}
+
+/// The module by which a guest that may would run guests of its own. The emulated machine has an
+/// AMD processor.
+fn kvm_of_a_guest() -> &'static str {
+    let processors = std::fs::read_to_string("/proc/cpuinfo").unwrap();
+    let is_intel = kvm::hardware() && processors.contains("GenuineIntel");
+    if is_intel { "kvm_intel" } else { "kvm_amd" }
 }
 
 #[test]

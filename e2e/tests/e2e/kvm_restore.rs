@@ -188,6 +188,7 @@ fn options(kernel: PathBuf, initramfs: PathBuf) -> Options {
         initrd: Some(initramfs),
         command_line: "console=ttyS0 LAB_CONSOLE=ttyS0 quiet oops=panic panic=1".into(),
         without: vmm::Features::NONE,
+        nested: false,
     }
 }
 

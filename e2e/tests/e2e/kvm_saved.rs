@@ -11,8 +11,8 @@ use control::api::{MigrationState, MigrationStatus, MigrationSummary};
 use lab::{Guest, LabError};
 
 use crate::kvm::{
-    BLOCK, INITRAMFS, MIB, OURS, STOCK, VMLINUX, VMLINUZ, builder, inside_of_a_kvm, load, number,
-    run, signal, verify,
+    BLOCK, INITRAMFS, MIB, NESTED_MODULES, OURS, STOCK, VMLINUX, VMLINUZ, builder, inside_of_a_kvm,
+    load, number, run, signal, verify,
 };
 use crate::kvm_move::{in_doubt, loses_the_hand_over, moved, receiver, settle};
 use crate::program::{lab_program, program, told};
@@ -68,6 +68,8 @@ fn inside() {
     let start = Instant::now();
     a_guest_comes_out_of_a_file();
     println!("files after {:.1?}", start.elapsed());
+    a_guest_with_a_kvm_of_its_own_is_refused_before_it_is_sent();
+    println!("nested after {:.1?}", start.elapsed());
     disks_are_read_written_and_moved_with();
     println!("disks after {:.1?}", start.elapsed());
     the_demo_shows_a_guest_that_moves();
@@ -84,6 +86,11 @@ fn a_guest_comes_out_of_a_file() {
     assert_eq!(aerostat(&balloon).0, Some(0));
     a_full_disk_leaves_no_file(&mut guest, &directory.path().join("small"));
 
+    assert!(!virtualizes(&mut guest));
+    // It finds no processor for that.
+    let (last, first) = nested_modules();
+    first.iter().for_each(|module| drop(run(&mut guest, &format!("insmod {module}"))));
+    guest.run(&format!("insmod {last}")).unwrap_err();
     run(&mut guest, PRINTS_NOTICES);
     let summary = saved(&file, &["--drop-caches"]);
     let mut values = drawn(&mut guest);
@@ -148,6 +155,54 @@ fn drawn(guest: &mut Guest) -> Vec<String> {
     (0..DRAWN).map(draw).collect()
 }
 
+/// The guest's kernel is ready to run guests, as it is by itself where its distribution loads KVM.
+fn a_guest_with_a_kvm_of_its_own_is_refused_before_it_is_sent() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("guest.snapshot");
+    let path = file.to_str().unwrap();
+    let nested = builder(STOCK, VMLINUX).machine_arguments(["--nested"]);
+    let mut guest = nested.memory_mib(MEMORY_MIB).boot().unwrap();
+    assert!(virtualizes(&mut guest));
+    let (last, first) = nested_modules();
+    first.iter().for_each(|module| drop(run(&mut guest, &format!("insmod {module}"))));
+    let refused = |guest: &mut Guest, name: &str| {
+        run(guest, &format!("insmod {last}"));
+        // Nobody listens there, and nobody is asked to.
+        for command in [&["snapshot", name, path][..], &["migrate", name, "127.0.0.1:1", "--plain"]]
+        {
+            let (code, text) = aerostat(command);
+            let said = text.contains("virtualization switched on") && text.contains("rmmod");
+            assert!(code == Some(1) && said && text.contains("runs on"), "{command:?} {text}");
+        }
+        assert!(fs::read_dir(directory.path()).unwrap().next().is_none());
+        // The kernel names modules so, whatever their files are called.
+        run(guest, &format!("rmmod {}", last.replace('-', "_")));
+    };
+    refused(&mut guest, STOCK);
+    let summary = saved_as(STOCK, &file, &[]);
+    println!("nested: {summary:?}");
+    assert!(guest.power_off().unwrap().success());
+    let mut guest = restored(&file, false);
+    fs::remove_file(&file).unwrap();
+    assert!(virtualizes(&mut guest));
+    refused(&mut guest, "again");
+    assert!(guest.power_off().unwrap().success());
+}
+
+/// Whether a guest's processor can run guests.
+fn virtualizes(guest: &mut Guest) -> bool {
+    let lines = run(guest, "cat /proc/cpuinfo").lines;
+    let flags = lines.iter().find(|line| line.starts_with("flags")).unwrap();
+    flags.split_whitespace().any(|flag| ["svm", "vmx"].contains(&flag))
+}
+
+/// The module that switches virtualization on, and those that it needs.
+fn nested_modules() -> (String, Vec<String>) {
+    let names = std::env::var(NESTED_MODULES).unwrap();
+    let mut names: Vec<_> = names.split(' ').map(str::to_owned).collect();
+    (names.pop().unwrap(), names)
+}
+
 fn a_full_disk_leaves_no_file(guest: &mut Guest, small: &Path) {
     fs::create_dir(small).unwrap();
     let size = format!("size={SMALL_MIB}m");
@@ -203,8 +258,12 @@ fn restored(file: &Path, lazy: bool) -> Guest {
 }
 
 fn saved(file: &Path, arguments: &[&str]) -> MigrationSummary {
+    saved_as(OURS, file, arguments)
+}
+
+fn saved_as(name: &str, file: &Path, arguments: &[&str]) -> MigrationSummary {
     let mut command = Command::new(program());
-    command.args(["snapshot", OURS, file.to_str().unwrap(), "--json"]).args(arguments);
+    command.args(["snapshot", name, file.to_str().unwrap(), "--json"]).args(arguments);
     let (code, out, err) = told(&command.output().unwrap());
     assert_eq!(code, Some(0), "{out}{err}");
     let status: MigrationStatus = serde_json::from_str(&out).unwrap();

@@ -56,6 +56,11 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "FEATURE", value_enum, value_delimiter = ',')]
     without: Vec<Feature>,
 
+    /// Let the guest run guests of its own (SVM, VMX); while its kernel has KVM
+    /// loaded it can be neither moved nor written to a file
+    #[arg(long)]
+    nested: bool,
+
     #[command(flatten)]
     host: HostArgs,
 }
@@ -81,6 +86,7 @@ pub(crate) fn run(args: RunArgs) -> Result<(), Failure> {
         initrd,
         command_line: args.cmdline,
         without: features(&args.without),
+        nested: args.nested,
     };
     args.host.give_up_calls()?;
     ended(&options.host.name, vmm::run(&options))

@@ -11,6 +11,7 @@ use xxhash_rust::xxh3::Xxh3Default;
 
 use super::format::{self, Head, index_of, page_at, page_sum};
 use super::part::Part;
+use crate::contained::contained;
 use crate::error::MigrationError;
 use crate::layout::GuestLayout;
 use crate::observer::{Observer, Progress};
@@ -18,7 +19,7 @@ use crate::seams::{Description, SourceMachine, StateSection};
 use crate::selection::Plan;
 use crate::source::{
     HandedOver, Job, RoundContext, Sink, SourceConfig, SourceFailure, SourceGuest, check_state,
-    look_at, no_doubt,
+    describe, look_at, no_doubt,
 };
 use crate::summary::{RoundSummary, Summary};
 use crate::wire::chunk::PAGE_BYTES;
@@ -52,10 +53,12 @@ pub fn snapshot<M: SourceMachine>(
     config.check().map_err(runs)?;
     let id = MigrationId::random().map_err(runs)?;
     let started = Instant::now();
+    let described = contained("describing the guest", || describe(machine));
+    let description = described.map_err(runs)?;
     let mut file = SnapshotSink::create(path, after).map_err(runs)?;
     let mut job = Job::new(config, machine, &mut file, observer, started);
     job.summary.id = id.to_string();
-    let outcome = job.run();
+    let outcome = job.run(&description);
     job.finish(outcome, no_doubt(id, config))
 }
 

@@ -115,6 +115,9 @@ pub fn migrate<M: SourceMachine, C: Connect>(
     let runs = |error| SourceFailure { error, guest: SourceGuest::Runs };
     config.check().map_err(runs)?;
     let id = MigrationId::random().map_err(runs)?;
+    // Before anything is asked of the guest, or of the other side.
+    let described = contained("describing the guest", || describe(machine));
+    let description = described.map_err(runs)?;
     let connected = contained("connecting", || {
         if let Some(wait) = config.drop_caches {
             observer.phase(Phase::DropCaches);
@@ -130,7 +133,7 @@ pub fn migrate<M: SourceMachine, C: Connect>(
     let (started, mut network) = connected.map_err(runs)?;
     let mut job = Job::new(config, machine, &mut network, observer, started);
     job.summary.id = id.to_string();
-    let outcome = job.run();
+    let outcome = job.run(&description);
     let summary = job.finish(outcome, SourceDoubt::new(id, config));
     let runs_here = summary.as_ref().is_err_and(|failure| failure.guest.runs_here());
     if runs_here && network.may_hold_the_guest() {
@@ -142,6 +145,14 @@ pub fn migrate<M: SourceMachine, C: Connect>(
         }
     }
     summary
+}
+
+/// What the guest is, where it can be moved as far as is known before it is.
+pub(crate) fn describe<M: SourceMachine>(machine: &M) -> Result<Description, MigrationError> {
+    let description = machine.describe();
+    let description = description.map_err(MigrationError::machine("describing the guest"))?;
+    check_description(&description)?;
+    Ok(description)
 }
 
 /// For a job whose sink always knows.
@@ -248,28 +259,25 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
 
     /// The phases, up to and with the hand-over. An error means that it was not offered, or that
     /// the other side refused it. A panic is an error as well, or a doubt.
-    pub(crate) fn run(&mut self) -> Result<Outcome, MigrationError> {
-        match contained("moving the guest", || self.phases()) {
+    pub(crate) fn run(&mut self, description: &Description) -> Result<Outcome, MigrationError> {
+        match contained("moving the guest", || self.phases(description)) {
             Err(error) if self.offered => Ok(Outcome::InDoubt(error)),
             other => other,
         }
     }
 
-    fn phases(&mut self) -> Result<Outcome, MigrationError> {
+    fn phases(&mut self, description: &Description) -> Result<Outcome, MigrationError> {
         self.observer.phase(Phase::Negotiate);
-        let description = self.machine.describe();
-        let description = description.map_err(MigrationError::machine("describing the guest"))?;
-        check_description(&description)?;
         self.summary.memory_pages = description.layout.pages();
-        self.sink.open(&description)?;
+        self.sink.open(description)?;
 
         self.machine.start_dirty_log().map_err(MigrationError::machine("watching its writes"))?;
         self.logging = true;
         let mut selection = Selection::everything(&description.layout);
-        self.read_log(&mut selection, &description)?;
+        self.read_log(&mut selection, description)?;
         self.skip_unused(&mut selection);
 
-        self.precopy(&mut selection, &description)?;
+        self.precopy(&mut selection, description)?;
         self.state()?;
         self.hand_over()
     }

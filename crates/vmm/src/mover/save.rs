@@ -49,7 +49,8 @@ impl Mover {
         drops_caches: bool,
     ) {
         let mut watch = Watch(Arc::clone(self));
-        if drops_caches {
+        // One that cannot be saved is refused below.
+        if drops_caches && guest.describe().is_ok() {
             watch.phase(Phase::DropCaches);
             if let Err(error) = guest.drop_caches(DROP_CACHES_TIME) {
                 tracing::warn!(error, "the guest did not drop its caches");

@@ -52,17 +52,18 @@ impl Processor {
     /// Reads it from KVM, with those of `msrs` that it has. What it answers to CPUID is what it was
     /// given: what KVM says of that may be something else after a state was loaded.
     pub(crate) fn save(
-        vcpu: &VcpuFd,
+        (number, vcpu): (usize, &VcpuFd),
+        vm: &Vm,
         msrs: &[u32],
         cpuid: &[kvm_cpuid_entry2],
     ) -> Result<Self, Error> {
+        vm.check_xsave()?;
         let failed = Error::kvm(SAVING);
         let mp_state = vcpu.get_mp_state().map_err(&failed)?;
         let regs = vcpu.get_regs().map_err(&failed)?;
         let sregs = vcpu.get_sregs().map_err(&failed)?;
-        if runs_guests(&sregs) {
-            let what = "a guest that runs guests of its own".to_owned();
-            return Err(Error::Unsupported { what });
+        if let Some((register, value)) = virtualizes(&sregs) {
+            return Err(Error::Nested { cpu: number, register, value });
         }
         Ok(Self {
             mp_state,
@@ -83,10 +84,7 @@ impl Processor {
     pub(crate) fn load(&self, vcpu: &VcpuFd, vm: &Vm) -> Result<(), Error> {
         let failed = Error::kvm(LOADING);
         vcpu.set_cpuid2(&self.cpuid()?).map_err(&failed)?;
-        let own_khz = vcpu.get_tsc_khz().unwrap_or(0);
-        if self.tsc_khz != 0 && self.tsc_khz != own_khz {
-            vcpu.set_tsc_khz(self.tsc_khz).map_err(Error::kvm("scaling the time stamp counter"))?;
-        }
+        self.set_tsc_khz(vcpu)?;
         vcpu.set_mp_state(self.mp_state).map_err(&failed)?;
         vcpu.set_regs(&self.regs).map_err(&failed)?;
         vcpu.set_sregs(&self.sregs).map_err(&failed)?;
@@ -99,6 +97,27 @@ impl Processor {
         write_msrs(vcpu, &first)?;
         write_msrs(vcpu, &last)?;
         vcpu.set_vcpu_events(&self.events).map_err(&failed)
+    }
+
+    /// Whether this host can have such a processor, as far as it can be found out before the guest's
+    /// memory is there: gives `vcpu`, which is to be [loaded](Self::load) later, what a host may
+    /// refuse.
+    pub(crate) fn try_out(&self, vcpu: &VcpuFd, vm: &Vm) -> Result<(), Error> {
+        let failed = Error::kvm(LOADING);
+        vcpu.set_cpuid2(&self.cpuid()?).map_err(&failed)?;
+        self.set_tsc_khz(vcpu)?;
+        vm.set_xsave(vcpu, &self.xsave)?;
+        vcpu.set_xcrs(&self.xcrs).map_err(&failed)?;
+        let msrs = self.msrs.iter().copied().filter(|entry| is_tried(entry.index));
+        write_msrs(vcpu, &msrs.collect::<Vec<_>>())
+    }
+
+    fn set_tsc_khz(&self, vcpu: &VcpuFd) -> Result<(), Error> {
+        let own_khz = vcpu.get_tsc_khz().unwrap_or(0);
+        if self.tsc_khz != 0 && self.tsc_khz != own_khz {
+            vcpu.set_tsc_khz(self.tsc_khz).map_err(Error::kvm("scaling the time stamp counter"))?;
+        }
+        Ok(())
     }
 
     /// One of which nothing is known.
@@ -148,15 +167,40 @@ impl Processor {
             events: reader.plain()?,
         };
         reader.finish()?;
-        if runs_guests(&state.sregs) {
-            return Err(Malformed::Value { what: "EFER", value: state.sregs.efer });
+        match virtualizes(&state.sregs) {
+            Some((what, value)) => Err(Malformed::Value { what, value }),
+            None => Ok(state),
         }
-        Ok(state)
     }
 }
 
-const fn runs_guests(sregs: &kvm_sregs) -> bool {
-    sregs.efer & EFER_SVME != 0 || sregs.cr4 & CR4_VMXE != 0
+/// Where virtualization is switched on, if it is.
+const fn virtualizes(sregs: &kvm_sregs) -> Option<(&'static str, u64)> {
+    if sregs.efer & EFER_SVME != 0 {
+        Some(("EFER", sregs.efer))
+    } else if sregs.cr4 & CR4_VMXE != 0 {
+        Some(("CR4", sregs.cr4))
+    } else {
+        None
+    }
+}
+
+/// Registers that a [trial](Processor::try_out) leaves alone: those of time, whose second write KVM
+/// may take for one on another processor, and KVM's own, which point to memory that is not there
+/// yet. Whether a host has them is said by the features.
+const fn is_tried(msr: u32) -> bool {
+    const TIME_STAMP_COUNTER: u32 = 0x10;
+    const TSC_ADJUST: u32 = 0x3b;
+    const OLD_KVM_CLOCKS: [u32; 2] = [0x11, 0x12];
+    const KVM_FIRST: u32 = 0x4b56_4d00;
+    const KVM_LAST: u32 = 0x4b56_4dff;
+    let [old_wall, old_system] = OLD_KVM_CLOCKS;
+    !(msr == TIME_STAMP_COUNTER
+        || msr == TSC_ADJUST
+        || msr == TSC_DEADLINE
+        || msr == old_wall
+        || msr == old_system
+        || (KVM_FIRST <= msr && msr <= KVM_LAST))
 }
 
 /// KVM stops at the first register that this processor does not have.
@@ -189,7 +233,8 @@ fn write_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), Error> {
             let own = read_msrs(vcpu, &[refused.index])?;
             let has = own.first().map_or(0, |entry| entry.data);
             if has != refused.data {
-                let what = format!("register {:#x} with {:#x}", refused.index, refused.data);
+                let kvm_msr_entry { index, data, .. } = *refused;
+                let what = format!("register {index:#x} with {data:#x}: here it has {has:#x}");
                 return Err(Error::Unsupported { what });
             }
             done += 1;
