@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::cpu::CpuMismatch;
 use crate::layout::LayoutError;
 use crate::seams::MachineError;
+use crate::wire::chunk::PAGE_BYTES;
 use crate::wire::control::VERSIONS;
 
 /// A migration, a snapshot or a restore that came to nothing. What became of the guest is said
@@ -80,8 +81,8 @@ pub enum MigrationError {
     },
     /// The peer's guest is larger than this side takes.
     #[error(
-        "operator: the guest has {} MiB of memory, and at most {} may come here: \
-         `receive --max-memory` allows more", pages >> 8, most >> 8
+        "operator: the guest has {} of memory, and at most {} may come here: \
+         `receive --max-memory` allows more", size(*pages), size(*most)
     )]
     TooLarge {
         /// Pages that it has.
@@ -274,6 +275,12 @@ impl MigrationError {
         }
         text
     }
+}
+
+/// So many pages, in the words of a size.
+fn size(pages: u64) -> String {
+    let kib = pages.saturating_mul(PAGE_BYTES as u64 >> 10);
+    if kib.is_multiple_of(1 << 10) { format!("{} MiB", kib >> 10) } else { format!("{kib} KiB") }
 }
 
 const fn hint_of_file(kind: io::ErrorKind) -> &'static str {

@@ -251,9 +251,10 @@ fn hosts_that_do_not_fit_say_why() {
     let features = refused(|destination, _| destination.features = 1);
     assert!(features.contains("the host's processor lacks 0x1:0x2"), "{features}");
     let memory = refused(|_, config| config.max_memory_bytes = 100 << 12);
-    assert!(memory.contains("the guest has 330 pages of memory, 100 are allowed"), "{memory}");
+    assert!(memory.contains("the guest has 1320 KiB of memory, and at most 400 KiB"), "{memory}");
     let machine = refused(|_, config| config.machine = "another".to_owned());
-    assert!(machine.contains("another kind"), "{machine}");
+    assert!(machine.contains("\"another\" is waited for"), "{machine}");
+    assert!(machine.contains(&format!("called {:?}", common::MACHINE)), "{machine}");
 }
 
 /// What a destination says of a migration before it takes the next.
