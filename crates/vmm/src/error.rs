@@ -173,6 +173,9 @@ impl Error {
             Self::Version { .. } | Self::State { .. } => {
                 "have the same release of Aerostat on both sides, or that which wrote the file"
             }
+            Self::Nested { .. } => {
+                "remove kvm_amd or kvm_intel in the guest (rmmod), or boot it without --nested"
+            }
             Self::Stuck { .. } => "find out what the host's disk or process waits for",
             Self::Unsupported { .. } => "run the guest on another host, or without what is named",
             Self::Balloon(_) | Self::Host { .. } => {

@@ -159,6 +159,7 @@ fn options() -> Options {
         initrd: None,
         command_line: String::new(),
         without: vmm::Features::NONE,
+        nested: false,
     }
 }
 

@@ -18,6 +18,8 @@ fn two_guests(panics: &str) -> Program {
         program.argument(format!("{name}={}", socket.display()));
     }
     program.variable("AEROSTAT_TEST_PANIC", panics);
+    // A backtrace would open files, for which the sandbox ends the process.
+    program.variable("RUST_BACKTRACE", "1");
     program.start();
     program
 }
