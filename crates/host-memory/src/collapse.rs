@@ -124,7 +124,7 @@ impl MemoryMap {
         failed
     }
 
-    fn collapsible(&self) -> impl Iterator<Item = &Region> {
+    pub(crate) fn collapsible(&self) -> impl Iterator<Item = &Region> {
         self.regions().iter().filter(|region| is_collapsible(region))
     }
 }

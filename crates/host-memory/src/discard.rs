@@ -36,6 +36,12 @@ pub trait Discard: Send + Sync {
         PageSet::new()
     }
 
+    /// True where the host makes huge pages by itself of parts of this memory: some
+    /// [extents](Self::extents) are not empty.
+    fn collapses(&self) -> bool {
+        false
+    }
+
     /// The parts of memory around `pages` of which the host could make huge pages, and would bring
     /// pages back that were released; none where it does not by itself.
     fn extents(&self, _pages: &PageSet) -> PageSet {
@@ -127,6 +133,10 @@ impl Discard for MemoryMap {
 
     fn take_unpromised(&self, pages: &mut PageSet) -> PageSet {
         self.take_unpromised(pages)
+    }
+
+    fn collapses(&self) -> bool {
+        self.collapsible().next().is_some()
     }
 
     fn extents(&self, pages: &PageSet) -> PageSet {

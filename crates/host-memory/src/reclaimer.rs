@@ -116,7 +116,8 @@ struct Shared {
 
 struct Inner {
     pages: PendingRelease,
-    /// What the guest does not use, as far as is known: also what it may use without a word.
+    /// What the guest does not use, as far as is known: also what it may use without a word. Empty
+    /// where the host makes no huge pages by itself, since nothing hangs on it there.
     away: PageSet,
     memory: Arc<dyn Discard>,
     mode: ReleaseMode,
@@ -190,9 +191,7 @@ impl Reclaimer {
             return;
         }
         let mut inner = self.shared.lock();
-        inner.away.union_with(pages);
-        inner.pages.add(pages);
-        inner.counters.given_pages += pages.len();
+        inner.add(pages);
         inner.last_given = Instant::now();
         if inner.mode != ReleaseMode::Background {
             drop(self.shared.drain(inner, Take::All));
@@ -208,9 +207,7 @@ impl Reclaimer {
     /// use them right after. What could not be released is taken back.
     pub fn release_now(&self, pages: &PageSet) {
         let mut inner = self.shared.lock();
-        inner.away.union_with(pages);
-        inner.pages.add(pages);
-        inner.counters.given_pages += pages.len();
+        inner.add(pages);
         drop(self.shared.drain(inner, Take::All));
         self.cancel(pages);
     }
@@ -508,6 +505,15 @@ fn discard(
 }
 
 impl Inner {
+    /// The guest gave pages.
+    fn add(&mut self, pages: &PageSet) {
+        if self.memory.collapses() {
+            self.away.union_with(pages);
+        }
+        self.pages.add(pages);
+        self.counters.given_pages += pages.len();
+    }
+
     fn is_settled(&self) -> bool {
         self.pages.pending().is_empty() && !self.pages.is_busy()
     }
