@@ -29,6 +29,28 @@ const LOOK: Duration = Duration::from_millis(50);
 /// Stack of a thread that syncs.
 const STACK_BYTES: usize = 128 << 10;
 
+/// What is read of a disk to know it again is a few pieces. One that does not answer for so long did
+/// not finish a request of its guest either.
+const DESCRIBE_TIME: Duration = Duration::from_secs(4);
+
+/// In a thread, which is left where the disk does not answer.
+fn describe_in_time(disk: &Arc<DiskFile>) -> Result<GuestDisk, Error> {
+    let (tells, told) = mpsc::channel();
+    let theirs = Arc::clone(disk);
+    // Nobody waits any more where it cannot be told.
+    let describe = move || drop(tells.send(theirs.describe()));
+    let thread = thread::Builder::new().name("describe".into()).spawn(describe);
+    thread.map_err(Error::host("starting a thread"))?;
+    let path = disk.path();
+    match told.recv_timeout(DESCRIBE_TIME) {
+        Ok(found) => found.map_err(|source| Error::File { path: path.to_path_buf(), source }),
+        Err(_) => {
+            let (path, ms) = (path.display(), DESCRIBE_TIME.as_millis());
+            Err(Error::Stuck { what: format!("{path} did not finish a request in {ms} ms") })
+        }
+    }
+}
+
 impl Machine {
     /// The guest begins here.
     ///
@@ -136,11 +158,7 @@ impl Machine {
 
     /// Its disks as another host may have to know them again.
     pub(crate) fn describe_disks(&self) -> Result<Vec<GuestDisk>, Error> {
-        let describe = |disk: &std::sync::Arc<DiskFile>| {
-            disk.describe()
-                .map_err(|source| Error::File { path: disk.path().to_path_buf(), source })
-        };
-        self.disks.iter().map(describe).collect()
+        self.disks.iter().map(describe_in_time).collect()
     }
 
     /// Has the disks that a guest had elsewhere, as many as these and of the same shapes, which it
