@@ -135,8 +135,10 @@ static inline bool aerostat_deflates_on_oom(struct aerostat *vb)
 }
 
 /* memory.c */
-void aerostat_mark_offline(struct page *page, unsigned int order);
-void aerostat_mark_online(struct page *page, unsigned int order);
+void aerostat_keep_block(struct page *page, unsigned int order, struct list_head *list);
+void aerostat_mark_new(struct list_head *blocks);
+void aerostat_mark_balloon(struct aerostat *vb);
+unsigned int aerostat_leave_block(struct page *page);
 void aerostat_free_all(struct aerostat *vb);
 
 /* queues.c */

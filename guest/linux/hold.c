@@ -37,9 +37,7 @@ bool aerostat_glue_hold_take(struct aerostat *vb, u32 order)
 	page = alloc_pages(gfp, order);
 	if (!page)
 		return false;
-	aerostat_mark_offline(page, order);
-	set_page_private(page, order);
-	list_add_tail(&page->lru, &vb->rq->taken[order]);
+	aerostat_keep_block(page, order, &vb->rq->taken[order]);
 	return true;
 }
 
@@ -60,11 +58,8 @@ static void aerostat_free_held(struct list_head *list)
 	struct page *page, *next;
 
 	list_for_each_entry_safe(page, next, list, lru) {
-		unsigned int order = page_private(page);
+		unsigned int order = aerostat_leave_block(page);
 
-		list_del(&page->lru);
-		set_page_private(page, 0);
-		aerostat_mark_online(page, order);
 		__free_pages(page, order);
 		cond_resched();
 	}
@@ -77,6 +72,14 @@ void aerostat_glue_hold_free(struct aerostat *vb)
 	aerostat_free_held(&vb->rq->named);
 	for (order = 0; order <= AEROSTAT_MAX_ORDER; order++)
 		aerostat_free_held(&vb->rq->taken[order]);
+}
+
+/* What was named is marked once the host has the answer. */
+void aerostat_mark_hold(struct aerostat_requests *rq)
+{
+	aerostat_glue_hold_lock(rq->vb);
+	aerostat_mark_new(&rq->named);
+	aerostat_glue_hold_unlock(rq->vb);
 }
 
 /* Frees a lost hold once the host cannot count on it any more. */

@@ -67,6 +67,7 @@ static void aerostat_work(struct work_struct *work)
 	start = ktime_get_ns();
 	retry_ms = vb->gone ? 0 : aerostat_run(vb->core, vb);
 	vb->run_ns += ktime_get_ns() - start;
+	aerostat_mark_balloon(vb);
 	if (retry_ms < 0)
 		dev_err(&vb->vdev->dev, "the device does not answer, the balloon stays at %llu pages\n",
 			vb->pages);

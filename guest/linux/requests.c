@@ -329,6 +329,7 @@ static void aerostat_request_work(struct work_struct *work)
 
 	rq->ran_since_ns = ktime_get_ns();
 	rq->vb->requests += aerostat_requests_run(rq->core, rq->vb);
+	aerostat_mark_hold(rq);
 }
 
 static void aerostat_loss_work(struct work_struct *work)

@@ -82,6 +82,7 @@ bool aerostat_lost_is_over(struct aerostat_requests *rq);
 /* hold.c */
 int aerostat_alloc_hold(struct aerostat_requests *rq);
 void aerostat_end_loss(struct aerostat_requests *rq);
+void aerostat_mark_hold(struct aerostat_requests *rq);
 void aerostat_leave_hold(struct aerostat_requests *rq);
 void aerostat_clear_hold(struct aerostat_requests *rq);
 

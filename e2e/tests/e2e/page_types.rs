@@ -1,6 +1,8 @@
 //! What the guest's kernel is told of ballooned pages: that nobody may look at them (who copies its
 //! memory from within goes by that, as `debian.rs` shows), and how many came and went.
 
+use std::time::Instant;
+
 use bench::Driver;
 use lab::Backing;
 
@@ -37,7 +39,7 @@ fn marks_what_it_holds(name: &str, driver: Driver) {
     host.set_target(pages(INFLATED_MIB));
     host.settle();
     let inflated = u64::from(pages(INFLATED_MIB));
-    assert_eq!(offline_pages(&mut bed), inflated);
+    until_offline(&mut bed, inflated);
     assert_eq!(held_by_events(&mut bed), inflated);
 
     host.set_target(pages(INFLATED_MIB / 2));
@@ -62,11 +64,19 @@ fn a_hold_marks_what_it_holds() {
     let held = host.client.ask_free_pages(&hold(RESERVE_MIB)).unwrap();
     let held_pages = held.total_bytes / control::BALLOON_PAGE_BYTES;
     assert!(held_pages > 0, "{held:?}");
-    assert_eq!(offline_pages(&mut bed), held_pages);
+    until_offline(&mut bed, held_pages);
     host.client.release_free_pages(LIMIT).unwrap();
     assert_eq!(offline_pages(&mut bed), 0);
     // A hold is no balloon.
     assert_eq!(events(&mut bed), (0, 0));
+}
+
+/// Our driver marks pages right after the host was told of them.
+fn until_offline(bed: &mut Bed<'_>, pages: u64) {
+    let end = Instant::now() + LIMIT;
+    while offline_pages(bed) != pages {
+        assert!(Instant::now() < end, "{} of {pages} pages are marked", offline_pages(bed));
+    }
 }
 
 /// Pages that nobody but their owner may look at.
