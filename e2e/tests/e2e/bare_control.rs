@@ -99,6 +99,9 @@ fn a_process_that_waits_again_and_again_keeps_no_operator_from_waiting() {
 /// Strangers of each kind; a waiting destination greets 64 at a time.
 const STRANGERS: usize = 100;
 
+/// Lines about them: 20 for each name of a thread in each minute that the test may take.
+const MOST_LINES: usize = 60;
+
 #[test]
 fn strangers_fill_no_log_and_keep_no_guest_away() {
     on_a_kvm("bare_control::strangers_fill_no_log_and_keep_no_guest_away", || {
@@ -127,7 +130,7 @@ fn strangers_fill_no_log_and_keep_no_guest_away() {
         assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
         there.ask("ping 7").unwrap();
         let lines = there.errors().lines().filter(|line| line.contains("sent away")).count();
-        assert!((1..=20).contains(&lines), "{lines} lines of {}", 4 * STRANGERS);
+        assert!((1..=MOST_LINES).contains(&lines), "{lines} lines of {}", 4 * STRANGERS);
         assert!(there.power_off().unwrap().success());
     });
 }

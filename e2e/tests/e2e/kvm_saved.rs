@@ -235,7 +235,8 @@ fn damaged_files_are_refused(file: &Path) {
 
     open.set_len(len - 1).unwrap();
     let (code, text) = aerostat(&["restore", path, "--name", "again"]);
-    assert!(code == Some(1) && text.contains("damaged"), "{code:?} {text}");
+    let both = format!("was written with {len} bytes, and has {}", len - 1);
+    assert!(code == Some(1) && text.contains(&both), "{code:?} {text}");
 }
 
 /// The first byte of memory that the file has.
