@@ -70,7 +70,7 @@ impl Accept for Waiting {
     type Link = Scripted;
 
     fn accept(&mut self, _deadline: Option<Instant>) -> io::Result<Scripted> {
-        self.0.pop().ok_or_else(|| io::ErrorKind::TimedOut.into())
+        self.0.pop().ok_or_else(|| io::ErrorKind::ConnectionAborted.into())
     }
 }
 
