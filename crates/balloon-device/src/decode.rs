@@ -146,12 +146,14 @@ mod tests {
 
     #[test]
     fn more_pages_than_memory_has_are_others_or_the_same_twice() {
-        let one_page = (3u64 | 12 << 52).to_le_bytes();
-        let twice = [one_page, one_page].concat();
+        let one_page = |pfn: u64| (pfn | 12 << 52).to_le_bytes();
         let layout = MemoryLayout::new([(0x3000, 0x1000)]).unwrap();
+        let twice = [3, 3].map(one_page).concat();
         assert_eq!(decode_bitmap(&twice, &layout), Err(Fault::RepeatedPage));
+        // Two pages far apart, and three between them.
         let layout = MemoryLayout::new([(0x1000, 0x1000), (1 << 40, 0x1000)]).unwrap();
-        assert_eq!(decode_bitmap(&twice, &layout), Err(Fault::OutsideMemory));
+        let between = [3, 4, 5].map(one_page).concat();
+        assert_eq!(decode_bitmap(&between, &layout), Err(Fault::OutsideMemory));
     }
 
     #[test]
