@@ -279,6 +279,7 @@ mod tests {
     fn the_acpi_compiler_takes_them() {
         let directory = tempfile::tempdir().unwrap();
         let run = |words: &[&str]| {
+            let _alone = crate::block::no_process_starts();
             let output = Command::new("iasl").args(words).current_dir(directory.path()).output();
             let output = output.expect("install it with `apt-get install acpica-tools`");
             let text = String::from_utf8_lossy(&output.stdout).into_owned()

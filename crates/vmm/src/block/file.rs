@@ -288,7 +288,7 @@ impl DiskFile {
 /// Held where locks of files are tried, and where a process is started: until it runs its program
 /// it has a copy of every open file, and with it the locks.
 #[cfg(test)]
-pub(super) fn no_process_starts() -> std::sync::MutexGuard<'static, ()> {
+pub(crate) fn no_process_starts() -> std::sync::MutexGuard<'static, ()> {
     static STARTS: std::sync::Mutex<()> = std::sync::Mutex::new(());
     STARTS.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
