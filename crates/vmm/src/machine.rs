@@ -80,8 +80,7 @@ pub fn run(options: &Options) -> Result<End, Error> {
         memory_mib = options.memory_bytes >> 20,
         "booting"
     );
-    machine.resume();
-    machine.return_reins();
+    machine.start();
     serve_to_end(&machine, &mover, &requests)
 }
 

@@ -56,6 +56,15 @@ impl Machine {
         tracing::info!("{}", if pause { "paused" } else { "resumed" });
     }
 
+    /// Runs a guest that has not run here yet, and gives its reins to its operator: not before,
+    /// since it may be known only now that it runs here. Whoever asks for them meanwhile waits:
+    /// the guest may be heard of as soon as it runs.
+    pub(crate) fn start(&self) {
+        let mut reins = self.reins();
+        self.resume();
+        *reins = Reins::Operator { paused: false };
+    }
+
     /// Takes the reins for a migration.
     ///
     /// # Errors

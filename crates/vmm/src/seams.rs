@@ -379,9 +379,7 @@ impl DestinationMachine for Arriving {
     fn resume(&mut self) -> Result<(), MachineError> {
         self.take_disks()?;
         let machine = self.made()?;
-        machine.resume();
-        // Not before: until it is known that it runs here, its operator must not let it go on.
-        machine.return_reins();
+        machine.start();
         Ok(())
     }
 
