@@ -39,6 +39,9 @@ pub const RUNTIME_VARIABLE: &str = "AEROSTAT_RUNTIME_DIR";
 /// For one command of the guest, and for its boot: milliseconds on a quiet machine.
 const LIMIT: Duration = Duration::from_secs(20);
 
+/// For what an ended process printed last to be read.
+const LAST_WORDS_LIMIT: Duration = Duration::from_secs(5);
+
 /// Between two looks whether a process has ended.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
@@ -337,6 +340,7 @@ impl BareGuest {
         let end = Instant::now() + limit;
         loop {
             if let Some(status) = self.process.status()? {
+                self.wait_for_streams();
                 return Ok(status);
             }
             if Instant::now() >= end {
@@ -345,6 +349,15 @@ impl BareGuest {
             }
             thread::sleep(POLL_INTERVAL);
         }
+    }
+
+    /// Waits until all that an ended process printed was read; not for a child of it that has its
+    /// streams too.
+    fn wait_for_streams(&self) {
+        let is_open = |text: &mut Text| text.open > 0;
+        let waited =
+            self.output.changed.wait_timeout_while(self.output.lock(), LAST_WORDS_LIMIT, is_open);
+        drop(waited);
     }
 
     /// Powers the guest off and waits until the process has ended.
