@@ -365,9 +365,10 @@ fn assert_on_one_side(at_source: &str, at_destination: &str) {
         settled = source.settle_migration(SettleWord::Ask);
     }
     settled.unwrap_or_else(|error| panic!("{what}: {error}\n{}", there.errors()));
-    for (guest, point) in [(&here, at_source), (&there, at_destination)] {
+    for (guest, point) in [(&mut here, at_source), (&mut there, at_destination)] {
         let told = format!("a test asked for it at `{point}`");
-        assert!(point.is_empty() || guest.errors().contains(&told), "{what}: {}", guest.errors());
+        let is_told = |text: &str| (point.is_empty() || text.contains(&told)).then_some(());
+        guest.wait_for_error(&what, is_told).unwrap();
     }
     there.ask("check 8 4 1").unwrap();
     assert!(here.wait_for_end(LONG).unwrap().success(), "{what}");
@@ -480,7 +481,8 @@ fn a_disk_that_panics_answers_with_an_error() {
         disk.start();
         assert_eq!(disk.ask(1, GET_ID), IO_ERROR);
         assert_eq!(disk.ask(2, GET_ID), OK);
-        assert!(guest.errors().contains("disk0"), "{}", guest.errors());
+        let is_named = |text: &str| text.contains("disk0").then_some(());
+        guest.wait_for_error("the thread's name", is_named).unwrap();
         assert!(guest.power_off().unwrap().success());
     });
 }
