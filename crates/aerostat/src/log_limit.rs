@@ -1,10 +1,9 @@
 //! Bounds what guests, front ends, peers and clients can make the log say.
 //!
-//! Whoever can cause a line can cause it again and again. So each kind of line has a number of lines
-//! in each period; how many more there were is told at its end. A kind is one place in the code, in
+//! A peer that can cause a line can repeat it without end. So each kind of line has a limit for each
+//! period; at its end one line says how many more there were. A kind is one place in the code, in
 //! threads of one name and for the guest that the line names: a guest of a process that serves
-//! several has a thread of its name, and so a share of its own. Lines for debugging are not bounded:
-//! whoever asks for them wants them all.
+//! several has a thread of its name, and so a limit of its own. Debug and trace lines have no limit.
 
 use std::collections::HashMap;
 use std::collections::hash_map::DefaultHasher;

@@ -86,12 +86,8 @@ impl Ending {
         tells.set_nonblocking(true)?;
         let (signals, asks) = UnixStream::pair()?;
         asks.set_nonblocking(true)?;
-        let state = State {
-            is_orderly: false,
-            at_once: None,
-            asked: None,
-            waits_for: "whoever serves the guest",
-        };
+        let state =
+            State { is_orderly: false, at_once: None, asked: None, waits_for: "the device loop" };
         Ok((Arc::new(Self { state: Mutex::new(state), told, tells, asks }), signals))
     }
 

@@ -7,11 +7,11 @@ use control::api::MigrationSummary;
 
 use crate::output::plural;
 
-/// What went, what did not have to, and how long the guest stood.
+/// What was sent, what was skipped, and the downtime.
 pub fn text(guest: &str, to: &str, summary: &MigrationSummary) -> String {
     let down = &summary.downtime;
     let mut text = format!(
-        "{guest}: moved to {to} in {:.0} ms, and stood still for {:.1} ms of them\n",
+        "{guest}: moved to {to} in {:.0} ms, downtime {:.1} ms\n",
         summary.total_ms, down.total_ms
     );
     let mut line = |size: u64, what: &str| {
@@ -31,8 +31,8 @@ pub fn text(guest: &str, to: &str, summary: &MigrationSummary) -> String {
     }
     let _ = writeln!(
         text,
-        "  stood still: stopping {:.1} ms, log {:.1}, last pages {:.1}, saving {:.1}, state {:.1} \
-         (loading {:.1}), hand-over {:.1} (starting {:.1})",
+        "  downtime: stopping vCPUs {:.1} ms, dirty log {:.1}, last pages {:.1}, saving {:.1}, state {:.1} \
+         (loading {:.1}), switchover {:.1} (starting {:.1})",
         down.pause_ms,
         down.log_ms,
         down.copy_ms,
@@ -43,7 +43,7 @@ pub fn text(guest: &str, to: &str, summary: &MigrationSummary) -> String {
         down.resume_ms
     );
     if summary.throttle_percent > 0 {
-        let _ = writeln!(text, "  held back by {} % at the end", summary.throttle_percent);
+        let _ = writeln!(text, "  vCPUs throttled by {} % at the end", summary.throttle_percent);
     }
     text
 }

@@ -5,7 +5,7 @@
 //! nothing: all that is measured is how fast pages go. Both ways copy from one process's guest memory
 //! into another's; they take turns, and the median of each is compared.
 //!
-//! Also told: how long the guest stood still, without what a hypervisor needs to stop it, to save it
+//! It also prints the downtime, without what a hypervisor needs to stop it, to save it
 //! and to load it. Of a guest's downtime that is the part which this crate is to blame for.
 
 #![allow(clippy::cast_precision_loss, clippy::unwrap_used, reason = "a test")]
@@ -97,7 +97,7 @@ fn stood_still(runs: &mut [Downtime]) -> String {
     let all = |run: &Downtime| run.total_us as f64 / 1000.0;
     let run = &runs[runs.len() / 2];
     format!(
-        "stood still {:.1} ms ({:.1}..{:.1}): {WRITTEN_PAGES} pages {} us, state {} us, hand-over {} us",
+        "downtime {:.1} ms ({:.1}..{:.1}): {WRITTEN_PAGES} pages {} us, state {} us, hand-over {} us",
         all(run),
         all(&runs[0]),
         all(&runs[runs.len() - 1]),

@@ -46,8 +46,8 @@ pub enum MigrationError {
     /// Nothing came, or nothing could be sent, for too long.
     #[error("network: the peer is silent")]
     Stalled,
-    /// The guest stood still for too long, while the peer was slow but not silent.
-    #[error("network: the peer is too slow, the guest stood still for more than {} s", limit.as_secs())]
+    /// The downtime passed its limit while the peer was slow but not silent.
+    #[error("network: the peer is too slow, the downtime was more than {} s", limit.as_secs())]
     TooSlow {
         /// How long it may.
         limit: std::time::Duration,

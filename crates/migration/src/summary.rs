@@ -33,7 +33,7 @@ pub struct Summary {
     pub throttle: u8,
     /// From the first connection to the last word.
     pub total_us: u64,
-    /// While the guest stood still.
+    /// Downtime.
     pub downtime: Downtime,
 }
 
@@ -54,7 +54,7 @@ pub struct RoundSummary {
     pub took_us: u64,
 }
 
-/// What the guest stood still for, one after the other.
+/// Parts of the downtime, in their order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Downtime {
     /// Its processors and devices came to a stop.

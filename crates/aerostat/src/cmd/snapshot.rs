@@ -72,7 +72,7 @@ fn not_saved(args: &SnapshotArgs, status: &MigrationStatus) -> Failure {
 fn text(args: &SnapshotArgs, summary: &MigrationSummary) -> String {
     let (guest, file) = (&args.guest, args.file.display());
     let mut text = format!(
-        "{guest}: written to {file} in {:.0} ms, and stood still for {:.1} ms of them\n",
+        "{guest}: written to {file} in {:.0} ms, downtime {:.1} ms\n",
         summary.total_ms, summary.downtime.total_ms
     );
     for (size, what) in [

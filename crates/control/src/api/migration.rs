@@ -220,7 +220,7 @@ pub struct MigrationSummary {
     pub throttle_percent: u8,
     /// From the first connection to the last word.
     pub total_ms: f64,
-    /// While the guest stood still.
+    /// Downtime.
     pub downtime: MigrationDowntime,
 }
 
@@ -239,7 +239,7 @@ pub struct MigrationRound {
     pub took_ms: f64,
 }
 
-/// What the guest stood still for, one after the other.
+/// Parts of the downtime, in their order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct MigrationDowntime {
     /// Processors and devices came to a stop.

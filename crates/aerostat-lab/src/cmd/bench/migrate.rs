@@ -100,7 +100,7 @@ pub(super) fn run(args: &MigrateArgs) -> Result<(), Failure> {
 
 fn table(report: &Report) -> String {
     const MIB: f64 = (1u64 << 20) as f64;
-    let mut text = "| guest | state | case | ms (min .. max) | stood still ms (min .. max) | sent | in use | written meanwhile | skipped: free | zeros |\n\
+    let mut text = "| guest | state | case | ms (min .. max) | downtime ms (min .. max) | sent | in use | written meanwhile | skipped: free | zeros |\n\
                     |---|---|---|---|---|---|---|---|---|---|\n"
         .to_owned();
     for case in &report.cases {

@@ -114,7 +114,7 @@ fn kind(name: &str) -> Result<Case, String> {
 /// A line for each kind of guest: plain text and Markdown both.
 fn table(report: &Report) -> String {
     let mut text = String::from(
-        "| guest          | moves | total ms: least, median, most | stood still ms   | rounds | \
+        "| guest          | moves | total ms: least, median, most | downtime ms      | rounds | \
          throttle | answered | unheard | verified   | wrong | complaints | minutes |\n\
          |---|---|---|---|---|---|---|---|---|---|---|---|\n",
     );
