@@ -1,9 +1,7 @@
-//! The end of a process that was told to end, by SIGTERM or SIGINT: within ten seconds, whatever it
-//! waits for.
+//! A process ends within ten seconds of SIGTERM or SIGINT, whatever it waits for.
 //!
-//! Everything that an end waits for has a limit of its own: a peer, a disk, who reads a console. A
-//! watchdog is behind them, for what nobody thought of: when its time is over, it says what the
-//! process was waiting for, and ends it.
+//! Each wait on the way to the end has a timeout of its own: a peer, a disk, a console's reader. A
+//! watchdog covers the rest: after [`CUT_OFF`] it logs what the process was waiting for, and ends it.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -138,7 +136,7 @@ impl Ending {
 
     /// The watchdog's work.
     fn wait(&self, mut signals: &UnixStream) {
-        // Whoever made it may have left them to another one. Without it they are as they were.
+        // The thread that started this one may have blocked them. On an error the mask stays.
         let _ = taken().thread_unblock();
         loop {
             match signals.read(&mut [0; 8]) {

@@ -1,12 +1,11 @@
-//! What a process says of itself: log lines that never block or fail, and panics that are
-//! noticed.
+//! Logging that never blocks or fails, and panics that are counted and contained.
 //!
-//! A guest must not depend on who reads the log. So whoever logs puts a line into a bounded queue
-//! ([`LineQueue`]), and one thread writes it to standard error, however long that takes. What the
-//! queue has no room for is dropped and counted, and so is what cannot be written.
+//! A guest must not depend on the log's reader. So a line goes into a bounded queue ([`LineQueue`]),
+//! and one thread writes it to standard error. A line that does not fit, or cannot be written, is
+//! dropped and counted.
 //!
-//! A panic is logged the same way and counted ([`panics`]). What a thread does for a guest or a
-//! peer is [contained](contain), so that somebody answers for what was under way.
+//! A panic is logged the same way and counted ([`panics`]). Work for a guest or a peer is
+//! [contained](contain), so that its caller can report the failure.
 
 #![forbid(unsafe_code)]
 #![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]

@@ -1,17 +1,16 @@
-//! Keeping huge pages off what the balloon has of private memory.
+//! Keeps transparent huge pages away from ballooned private memory.
 //!
-//! The host makes a huge page of 2 MiB of which as little as one page is there: khugepaged does so by
-//! itself (`max_ptes_none`), and so does a fault where none is. The rest comes back with it, and with
-//! the rest what the guest gave. So each *extent* of 2 MiB, by the host's borders, from which the
-//! balloon has a page is told to have small pages (`MADV_NOHUGEPAGE`), from before the first page of
-//! it is released until the guest has taken the last one back. All others may have huge pages.
+//! khugepaged collapses 2 MiB of which a single page is present (`max_ptes_none`), and a page fault
+//! can do the same. Either brings released pages back. So each *extent* of 2 MiB, aligned on the host,
+//! is `MADV_NOHUGEPAGE` from before its first page is released until its last ballooned page is
+//! deflated. All other extents may have huge pages.
 //!
-//! Each run of such extents is a mapping of its own to the kernel, which allows a process 65530
-//! (`vm.max_map_count`). So extents are larger where the guest has more than 64 GiB.
+//! Each run of such extents is a VMA, and a process may have 65530 (`vm.max_map_count`). So extents
+//! are larger for guests above 64 GiB.
 //!
-//! What the guest only reports as free is not kept so. No word follows when it is used, so that
-//! nothing could be ended by one; and it comes in blocks of 2 MiB and more, of which khugepaged makes
-//! nothing as long as none of it is used.
+//! Reported pages are not marked. No message says when the guest uses them again, so nothing could
+//! remove the mark; and they come in blocks of 2 MiB and more, which khugepaged leaves alone as long
+//! as they are empty.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -26,9 +25,10 @@ const MAX_RUNS: u64 = 16_384;
 
 /// Which extents have small pages.
 ///
-/// Its lock comes before that of the pages that are away: whoever gives an extent huge pages
-/// again looks under both that nothing of it is away. Who releases a page notes it as away first, and
-/// has its extent marked then. So a page is either seen by the one, or marked after it by the other.
+/// Lock order: this lock, then the lock of the pages that are away. The deflating side removes a mark
+/// only if it finds, under both locks, that no page of the extent is away. The releasing side records
+/// a page as away first and marks its extent second. So either the page is found, or the mark comes
+/// last.
 #[derive(Debug, Default)]
 pub(crate) struct Marks(Mutex<Marked>);
 

@@ -1,8 +1,8 @@
-//! Memory that is there when it is touched.
+//! Reserves host memory, so that a guest's page is there when it is touched.
 //!
-//! A mapping promises nothing: who touches a page of it that the host cannot back is ended by
-//! SIGBUS. So what is mapped is reserved first, and what the guest takes back from its balloon is
-//! reserved again before it is told that it may use it.
+//! A mapping guarantees nothing: touching a page that the host cannot back raises SIGBUS. So memory is
+//! reserved when it is mapped. Releasing it ends the reservation, so deflated pages are reserved again
+//! before the deflate message is returned.
 
 use std::fs::{self, File};
 use std::io;

@@ -1,23 +1,33 @@
-//! A file system of this process (FUSE): one that lacks what others have, and reads slowly.
+//! A FUSE file system of this process: it can lack what others have, be slow, and stop answering.
 //!
-//! It stands for FAT, exFAT, CIFS and others, of which a kernel may have none: no hard links, no
-//! flags of a rename, no holes, a directory that cannot be synced. Files are kept in memory, in one
-//! directory.
+//! It stands for FAT, exFAT, CIFS and others that a kernel may not have: no hard links, no rename
+//! flags, no holes, a directory that cannot be synced. It also stands for a network file system whose
+//! server is gone: while it is [dead](Fuse::die) it takes no request from the kernel, so that a
+//! caller waits until it is alive again, the caller is killed, or the file system is dropped. Files
+//! are kept in memory, in one directory.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{self, Read, Write};
-use std::path::Path;
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount,
+    fsopen,
+};
 use rustix::process::{getegid, geteuid};
-use tempfile::TempDir;
 
-use crate::error::{Context, LabError, Result};
+use crate::error::{Context, Result};
+
+/// Between two looks whether the kernel has a request.
+const POLL_INTERVAL: Duration = Duration::from_micros(200);
 
 // Requests, `include/uapi/linux/fuse.h`.
 const LOOKUP: u32 = 1;
@@ -32,7 +42,6 @@ const READ: u32 = 15;
 const WRITE: u32 = 16;
 const RELEASE: u32 = 18;
 const FSYNC: u32 = 20;
-const FLUSH: u32 = 25;
 const INIT: u32 = 26;
 const OPENDIR: u32 = 27;
 const RELEASEDIR: u32 = 29;
@@ -50,8 +59,10 @@ const MINOR: u32 = 31;
 const SETS_MODE: u32 = 1;
 const SETS_SIZE: u32 = 1 << 3;
 
-/// `FOPEN_DIRECT_IO`: each read comes here.
-const DIRECT: u32 = 1;
+/// `FOPEN_DIRECT_IO`: each read comes here. `FOPEN_NOFLUSH`: no request when a file is closed, for
+/// which the kernel would wait when it ends a process.
+const DIRECT_IO: u32 = 1;
+const NO_FLUSH: u32 = 1 << 5;
 
 /// Bytes before what a request says, and between the size and the bytes of a write.
 const HEAD_BYTES: usize = 40;
@@ -75,10 +86,15 @@ pub struct Has {
     pub rename_flags: bool,
 }
 
-/// The mounted file system, which goes with the value.
+impl Has {
+    /// What a local file system has.
+    pub const ALL: Self = Self { links: true, rename_flags: true };
+}
+
+/// The mounted file system. It ends when this is dropped, and requests that wait fail.
 #[derive(Debug)]
 pub struct Fuse {
-    directory: TempDir,
+    mount: OwnedFd,
     files: Arc<Files>,
 }
 
@@ -86,6 +102,10 @@ pub struct Fuse {
 struct Files {
     has: Has,
     state: Mutex<State>,
+    dead: AtomicBool,
+    over: AtomicBool,
+    /// Turns of the thread that answers, each of which looks whether it is dead.
+    turns: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -108,37 +128,62 @@ struct Inode {
 }
 
 impl Fuse {
-    /// Mounts it.
+    /// Mounts it, in no directory: [`path`](Self::path) leads there, for any process of root's.
     ///
     /// # Errors
     /// The kernel has no FUSE, or refuses: only root may mount.
     pub fn mount(has: Has) -> Result<Self> {
-        let directory = tempfile::Builder::new().prefix("aerostat-fuse-").tempdir();
-        let directory = directory.context(|| "make a temporary directory".to_owned())?;
-        let device = File::options().read(true).write(true).open("/dev/fuse");
-        let device = device.context(|| "open /dev/fuse".to_owned())?;
-        let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
-        let fd = std::os::fd::AsRawFd::as_raw_fd(&device);
-        let data = format!("fd={fd},rootmode=40000,user_id={uid},group_id={gid}");
-        let data = std::ffi::CString::new(data).unwrap_or_default();
-        let flags = MountFlags::NOSUID | MountFlags::NODEV;
-        mount("aerostat-test", directory.path(), "fuse", flags, data.as_c_str()).map_err(
-            |error| LabError::Host {
-                what: format!("mount a file system of a test: {error}"),
-                advice: "run the test as root".to_owned(),
-            },
-        )?;
-        let state = Mutex::new(State { newest: ROOT, ..State::default() });
-        let files = Arc::new(Files { has, state });
+        let what = || "mount a FUSE file system, which only root may".to_owned();
+        let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).custom_flags(flags);
+        let device = options.open("/dev/fuse").context(what)?;
+        let options = [
+            ("fd", device.as_raw_fd().to_string()),
+            ("rootmode", format!("{DIRECTORY:o}")),
+            ("user_id", geteuid().as_raw().to_string()),
+            ("group_id", getegid().as_raw().to_string()),
+        ];
+        let mount = || -> rustix::io::Result<OwnedFd> {
+            let system = fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC)?;
+            for (key, value) in &options {
+                fsconfig_set_string(&system, *key, value.as_str())?;
+            }
+            fsconfig_create(&system)?;
+            fsmount(&system, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())
+        };
+        let mount = mount().map_err(std::io::Error::from).context(what)?;
+        let files = Arc::new(Files {
+            has,
+            state: Mutex::new(State { newest: ROOT, ..State::default() }),
+            dead: AtomicBool::new(false),
+            over: AtomicBool::new(false),
+            turns: AtomicU64::new(0),
+        });
         let served = Arc::clone(&files);
-        thread::spawn(move || served.serve(device));
-        Ok(Self { directory, files })
+        thread::spawn(move || served.serve(&device));
+        Ok(Self { mount, files })
     }
 
     /// Where it is mounted.
     #[must_use]
-    pub fn path(&self) -> &Path {
-        self.directory.path()
+    pub fn path(&self) -> PathBuf {
+        format!("/proc/{}/fd/{}", std::process::id(), self.mount.as_raw_fd()).into()
+    }
+
+    /// From now on no request is taken.
+    pub fn die(&self) {
+        self.files.dead.store(true, Ordering::SeqCst);
+        let seen = self.files.turns.load(Ordering::SeqCst);
+        // Two, since it may have looked just before.
+        while self.files.turns.load(Ordering::SeqCst) < seen + 2 {
+            thread::sleep(POLL_INTERVAL);
+        }
+    }
+
+    /// What waits is answered, and so is what comes.
+    pub fn revive(&self) {
+        self.files.dead.store(false, Ordering::SeqCst);
     }
 
     /// A file of these bytes.
@@ -171,7 +216,7 @@ impl Fuse {
 
 impl Drop for Fuse {
     fn drop(&mut self) {
-        let _ = unmount(self.directory.path(), UnmountFlags::DETACH);
+        self.files.over.store(true, Ordering::SeqCst);
     }
 }
 
@@ -209,15 +254,19 @@ impl Files {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Answers until it is unmounted.
-    fn serve(&self, mut device: File) {
+    /// Answers until it is over; then the connection ends.
+    fn serve(&self, mut device: &File) {
         let mut request = vec![0; ROOM];
-        loop {
-            let len = match device.read(&mut request) {
-                Ok(len) => len,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                Err(_) => return,
+        while !self.over.load(Ordering::SeqCst) {
+            self.turns.fetch_add(1, Ordering::SeqCst);
+            if self.dead.load(Ordering::SeqCst) {
+                thread::sleep(POLL_INTERVAL);
+                continue;
+            }
+            // There is no request, or its caller is gone.
+            let Ok(len) = device.read(&mut request) else {
+                thread::sleep(POLL_INTERVAL);
+                continue;
             };
             let mut head = Words(request.get(..len).unwrap_or_default());
             let (_, call, unique, node) = (head.u32(), head.u32(), head.u64(), head.u64());
@@ -232,7 +281,7 @@ impl Files {
             };
             let len = u32::try_from(16 + body.len()).unwrap_or(u32::MAX);
             let head = [len.to_ne_bytes(), error.to_ne_bytes()].concat();
-            // Whoever asked may be gone.
+            // The caller may be gone.
             let _ = device.write(&[head, unique.to_ne_bytes().to_vec(), body].concat());
         }
     }
@@ -285,7 +334,7 @@ impl Files {
                 let (from, to) = (words.name(), words.name());
                 state.rename(&from, to)
             }
-            FSYNC | FLUSH | RELEASE | RELEASEDIR => Ok(Vec::new()),
+            FSYNC | RELEASE | RELEASEDIR => Ok(Vec::new()),
             FSYNCDIR => Err(Errno::INVAL),
             _ => Err(Errno::NOSYS),
         }
@@ -398,5 +447,29 @@ fn init() -> Vec<u8> {
 
 /// `struct fuse_open_out`.
 fn opened() -> Vec<u8> {
-    [0, 0, DIRECT, 0].map(u32::to_ne_bytes).concat()
+    [0, 0, DIRECT_IO | NO_FLUSH, 0].map(u32::to_ne_bytes).concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    /// Needs root, as every mount does.
+    #[test]
+    fn it_answers_until_it_is_dead() {
+        let fuse = Fuse::mount(Has::ALL).unwrap();
+        fuse.put("file", vec![7; 8192]);
+        let path = fuse.path().join("file");
+        assert_eq!(fs::read(&path).unwrap(), vec![7; 8192]);
+        assert!(fs::metadata(fuse.path().join("other")).is_err());
+        fuse.die();
+        let (sender, receiver) = channel();
+        thread::spawn(move || sender.send(fs::read(path).map(|bytes| bytes.len())));
+        assert!(receiver.recv_timeout(Duration::from_millis(200)).is_err());
+        fuse.revive();
+        assert_eq!(receiver.recv_timeout(Duration::from_secs(20)).unwrap().unwrap(), 8192);
+    }
 }

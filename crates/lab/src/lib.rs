@@ -17,7 +17,6 @@
 pub mod bare;
 pub mod cache;
 pub mod console;
-pub mod dead_disk;
 pub mod debian;
 pub mod fuse;
 pub mod guest;

@@ -1,8 +1,8 @@
-//! What is found out of a guest before anything of it is sent or written: whether it could be saved
-//! as it is now, and whether the other side could take it.
+//! Checks before a migration or a VM snapshot: can the guest's state be saved now, and can the
+//! destination load it?
 //!
-//! A guest can still become one that cannot be moved while its memory is on its way. Then it is
-//! refused when its state is saved, and goes on.
+//! The guest can still change while its memory is sent. Then saving its state fails, and it runs on
+//! at the source.
 
 use kvm_ioctls::VcpuFd;
 use migration::limits::{MAX_CONFIG_BYTES, MAX_STATE_BYTES, MAX_STATE_SECTIONS};

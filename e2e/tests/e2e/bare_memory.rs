@@ -68,7 +68,7 @@ fn what_the_balloon_takes_while_memory_comes_stays_away() {
         let expected = anonymous_bytes(eager.pid());
         assert!(eager.power_off().unwrap().success());
 
-        let slow = Fuse::mount(Has { links: true, rename_flags: true }).unwrap();
+        let slow = Fuse::mount(Has::ALL).unwrap();
         slow.put("snapshot", std::fs::read(&file).unwrap());
         slow.slow_down(SLOW, PAGE + MEMORY_BYTES);
         let mut lazy = restored("lazy", &slow.path().join("snapshot"), &["--lazy"]);

@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use lab::bare::{self, BareBuilder, BareGuest, Stream};
-use lab::dead_disk::DeadDisk;
+use lab::fuse::{Fuse, Has};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::bare::{aerostat, boot, builder, on_a_kvm, receiver};
@@ -141,10 +141,20 @@ fn flooded(lines: &[String]) -> usize {
 /// Bytes of a disk.
 const DISK_BYTES: usize = 64 << 10;
 
+/// The name of a file on a file system that can die.
+const DISK: &str = "disk";
+
+/// A file system with a file of these contents.
+fn disk_of(contents: Vec<u8>) -> Fuse {
+    let disk = Fuse::mount(Has::ALL).unwrap();
+    disk.put(DISK, contents);
+    disk
+}
+
 /// A guest whose disk has answered once and does not answer any more, with a request under way.
-fn with_a_dead_disk(name: &str) -> (BareGuest, DeadDisk) {
-    let disk = DeadDisk::mount(vec![7; DISK_BYTES]).unwrap();
-    let word = format!("{},readonly", disk.path().display());
+fn with_a_dead_disk(name: &str) -> (BareGuest, Fuse) {
+    let disk = disk_of(vec![7; DISK_BYTES]);
+    let word = format!("{},readonly", disk.path().join(DISK).display());
     let mut guest = builder(name).argument("--disk").argument(word).boot().unwrap();
     guest.ask("disk 1 0 3").unwrap();
     done(&mut guest, 1);
@@ -169,7 +179,7 @@ fn a_guest_whose_disk_is_dead_is_not_stopped_and_goes_on() {
         let (mut guest, disk) = with_a_dead_disk("dead");
         let file = guest.directory().join("dead.snapshot");
         let (code, out, err) = aerostat(&guest, &["snapshot", "dead", file.to_str().unwrap()]);
-        let path = disk.path();
+        let path = disk.path().join(DISK);
         let path = path.to_str().unwrap();
         assert_eq!(code, Some(1), "{out}{err}");
         assert!(err.contains(path) && err.contains("did not finish a request"), "{out}{err}");
@@ -217,10 +227,10 @@ fn a_process_in_which_everything_is_stuck_ends_when_told() {
 fn a_snapshot_to_a_dead_disk_keeps_nobody() {
     on_a_kvm("stuck::a_snapshot_to_a_dead_disk_keeps_nobody", || {
         let mut guest = boot("save");
-        let disk = DeadDisk::mount(Vec::new()).unwrap();
+        let disk = Fuse::mount(Has::ALL).unwrap();
         disk.die();
         let mut command = Command::new(program());
-        command.args(["snapshot", "save"]).arg(disk.directory().join("save.snapshot"));
+        command.args(["snapshot", "save"]).arg(disk.path().join("save.snapshot"));
         command.env(bare::RUNTIME_VARIABLE, guest.directory()).stdin(Stdio::null());
         let snapshot = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
         let mut snapshot = snapshot.unwrap();
@@ -244,12 +254,12 @@ fn a_guest_whose_snapshot_is_on_a_dead_disk_ends_when_told() {
         let file = guest.directory().join("first.snapshot");
         let (code, out, err) = aerostat(&guest, &["snapshot", "first", file.to_str().unwrap()]);
         assert_eq!(code, Some(0), "{out}{err}");
-        let disk = DeadDisk::mount(std::fs::read(&file).unwrap()).unwrap();
+        let disk = disk_of(std::fs::read(&file).unwrap());
         assert!(guest.power_off().unwrap().success());
         // All of its memory would take some seconds.
-        disk.slow_down(Duration::from_millis(2));
+        disk.slow_down(Duration::from_millis(2), u64::MAX);
         let command = BareBuilder::command(program(), "restore", "lazy").unwrap();
-        let command = command.argument("--lazy").argument(disk.path());
+        let command = command.argument("--lazy").argument(disk.path().join(DISK));
         let mut lazy = command.start().unwrap();
         assert_eq!(lazy.ask("ping 5").unwrap(), "5", "{}", lazy.errors());
         disk.die();
@@ -267,10 +277,10 @@ fn a_guest_whose_snapshot_is_on_a_dead_disk_ends_when_told() {
 #[test]
 fn a_restore_from_a_dead_disk_ends_when_told() {
     on_a_kvm("stuck::a_restore_from_a_dead_disk_ends_when_told", || {
-        let disk = DeadDisk::mount(vec![0; DISK_BYTES]).unwrap();
+        let disk = disk_of(vec![0; DISK_BYTES]);
         disk.die();
         let command = BareBuilder::command(program(), "restore", "none").unwrap();
-        let mut none = command.argument(disk.path()).start().unwrap();
+        let mut none = command.argument(disk.path().join(DISK)).start().unwrap();
         std::thread::sleep(Duration::from_millis(500));
         let (_, took) = terminate(&mut none);
         assert!(took < END, "{took:?} {}", none.errors());

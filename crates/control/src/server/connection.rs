@@ -1,9 +1,8 @@
-//! The connections of a server: what each waits for, and which one goes where another needs room.
+//! The server's connections: what each waits for, and which is closed when another needs its place.
 //!
-//! Clients are of the same host, so an honest one has sent its request and taken its answer within
-//! milliseconds. Whoever takes long holds a connection that others need: it has deadlines, and
-//! where all connections are taken it goes before its deadline. A connection for which the server
-//! works is never closed for another.
+//! Clients are on the same host, so an honest one sends its request and reads its answer within
+//! milliseconds. A slow client has deadlines; when all connections are taken, the slowest is closed
+//! before its deadline. A connection whose request is being served is never closed for another.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;

@@ -1,4 +1,4 @@
-//! Places for clients that wait, of which one process gets a share.
+//! A limited number of waiting clients, and a limit for each process.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

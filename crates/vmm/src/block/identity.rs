@@ -1,8 +1,8 @@
-//! Which disk it is: told where a guest leaves, compared where it arrives.
+//! A disk's identity: described at the source, compared at the destination.
 //!
-//! A file of the same size is not the same disk. What tells them apart is, in this order: a lock
-//! of the other side that is seen here; the file's numbers, on one host; a block device's own name;
-//! and what is in it. docs/migration.md, "Which disk it is", says when each decides.
+//! A file of the same size is not the same disk. These tell disks apart, in this order: a lock of
+//! the source that the destination sees; device and inode, on one host; a block device's WWID or UUID;
+//! its contents. docs/migration.md, "Which disk it is", says when each decides.
 
 use std::fs::{self, File, Metadata};
 use std::hash::{BuildHasher, RandomState};

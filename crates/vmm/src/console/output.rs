@@ -1,10 +1,9 @@
-//! What the guest writes to its serial line, on its way to whoever reads it.
+//! Console output: a buffer between the serial port and the process's standard output.
 //!
-//! A serial port does not wait for a reader, and a processor of the guest must not: it would stand
-//! still with the port locked, and whoever pauses the guest or ends it would wait for it. So bytes
-//! go into a buffer, and a thread writes them. Where nobody reads, the oldest bytes of the buffer
-//! are dropped: what a guest said last, before it hung or panicked, is what its operator needs. In
-//! their place the reader finds how many there were.
+//! A vCPU must not wait for a reader of the console: it would hold the port's lock, and a pause or
+//! SIGTERM would wait for it. So bytes go into a buffer, and a thread writes them. When nobody reads,
+//! the oldest bytes are dropped, since an operator needs the last output before a hang or a panic. A
+//! notice in their place has their number.
 
 use std::collections::VecDeque;
 use std::fs::File;
