@@ -87,6 +87,8 @@ struct aerostat {
 	struct mutex lock;
 	struct task_struct *owner;
 	struct aerostat_core *core;
+	/* The queues are there. */
+	bool started;
 	bool gone;
 	bool starved;
 	/* Pages were taken back since the last run that was not starved. */
@@ -104,6 +106,8 @@ struct aerostat {
 	u64 idle;
 	int current_slot;
 
+	/* Both of these are. */
+	bool pressure_registered;
 	struct notifier_block oom_nb;
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 7, 0)
 	struct shrinker *shrinker;

@@ -82,14 +82,17 @@ void aerostat_mark_hold(struct aerostat_requests *rq)
 	aerostat_glue_hold_unlock(rq->vb);
 }
 
-/* Frees a lost hold once the host cannot count on it any more. */
+/* Frees a lost hold once the host has answered. A queue that is broken is no answer: a
+ * shutdown breaks the queues before it resets the device. What no answer comes for is
+ * freed after the reset.
+ */
 static u64 aerostat_free_lost(struct aerostat_requests *rq)
 {
 	struct aerostat *vb = rq->vb;
 	u64 pages = 0;
 
 	aerostat_glue_hold_lock(vb);
-	if (aerostat_hold_is_losing(rq->hold) && aerostat_lost_is_over(rq)) {
+	if (aerostat_hold_is_losing(rq->hold) && READ_ONCE(rq->lost_back)) {
 		aerostat_glue_hold_free(vb);
 		pages = aerostat_hold_emptied(rq->hold);
 		vb->holds_lost++;
@@ -141,7 +144,7 @@ u64 aerostat_lose_hold(struct aerostat *vb, bool wait_for_lock, unsigned long pa
 	left = READ_ONCE(rq->lost_at) + patience - jiffies;
 	if (left > 0)
 		wait_event_idle_timeout(rq->returned,
-					aerostat_lost_is_over(rq) || READ_ONCE(rq->stopping),
+					aerostat_loss_ended(rq) || READ_ONCE(rq->stopping),
 					left);
 	return aerostat_free_lost(rq) >> AEROSTAT_PAGE_SHIFT;
 }
@@ -151,7 +154,7 @@ void aerostat_leave_hold(struct aerostat_requests *rq)
 {
 	if (!aerostat_begin_loss(rq, true))
 		return;
-	wait_event_idle_timeout(rq->returned, aerostat_lost_is_over(rq),
+	wait_event_idle_timeout(rq->returned, aerostat_loss_ended(rq),
 				AEROSTAT_LEAVE_JIFFIES);
 	aerostat_free_lost(rq);
 }

@@ -108,34 +108,6 @@ static void aerostat_tell_poison(struct virtio_device *vdev)
 		virtio_cwrite_le(vdev, struct virtio_balloon_config, poison_val, &value);
 }
 
-static int aerostat_start(struct aerostat *vb)
-{
-	int err;
-
-	if (vb->rq)
-		aerostat_reset_requests(vb->rq);
-	err = aerostat_find_vqs(vb);
-	if (err)
-		return err;
-	aerostat_reset_slots(vb);
-	vb->gone = false;
-	vb->starved = false;
-	vb->yielded = false;
-	aerostat_init(vb->core, vb->vdev->features, PAGE_SHIFT, AEROSTAT_MAX_ORDER);
-	aerostat_tell_poison(vb->vdev);
-	virtio_device_ready(vb->vdev);
-	/* Nobody asks for pages before there is all that it takes. */
-	spin_lock_irq(&vb->stop_lock);
-	vb->asked = 0;
-	vb->asking = false;
-	vb->stopping = false;
-	spin_unlock_irq(&vb->stop_lock);
-	if (vb->rq)
-		aerostat_start_requests(vb->rq,
-					vb->vqs[aerostat_request_vq(vb->vdev->features)]);
-	return 0;
-}
-
 /* From here on nobody begins to wait for the host, and who needs memory waits no
  * more: what they hold up (the list of OOM notifiers, reclaim) can be left.
  */
@@ -149,10 +121,16 @@ static void aerostat_begin_to_stop(struct aerostat *vb)
 		aerostat_stopping_requests(vb->rq);
 }
 
-/* Leaves the device with an empty balloon, told properly where it listens. */
+/* Leaves the device with an empty balloon, told properly where it listens. Who needs
+ * memory looks at the queues, so nobody who does may come here any more.
+ */
 static void aerostat_stop(struct aerostat *vb)
 {
 	aerostat_begin_to_stop(vb);
+	aerostat_unregister_pressure(vb);
+	/* A restore has failed before. */
+	if (!vb->started)
+		return;
 	cancel_delayed_work_sync(&vb->work);
 	cancel_work_sync(&vb->yield_work);
 	if (vb->rq)
@@ -170,7 +148,40 @@ static void aerostat_stop(struct aerostat *vb)
 	aerostat_init(vb->core, vb->vdev->features, PAGE_SHIFT, AEROSTAT_MAX_ORDER);
 	WRITE_ONCE(vb->pages, 0);
 	vb->vdev->config->del_vqs(vb->vdev);
+	vb->started = false;
 	aerostat_unlock(vb);
+}
+
+static int aerostat_start(struct aerostat *vb)
+{
+	int err;
+
+	if (vb->rq)
+		aerostat_reset_requests(vb->rq);
+	err = aerostat_find_vqs(vb);
+	if (err)
+		return err;
+	aerostat_reset_slots(vb);
+	vb->started = true;
+	vb->gone = false;
+	vb->starved = false;
+	vb->yielded = false;
+	aerostat_init(vb->core, vb->vdev->features, PAGE_SHIFT, AEROSTAT_MAX_ORDER);
+	aerostat_tell_poison(vb->vdev);
+	virtio_device_ready(vb->vdev);
+	/* Nobody asks for pages before there is all that it takes. */
+	spin_lock_irq(&vb->stop_lock);
+	vb->asked = 0;
+	vb->asking = false;
+	vb->stopping = false;
+	spin_unlock_irq(&vb->stop_lock);
+	if (vb->rq)
+		aerostat_start_requests(vb->rq,
+					vb->vqs[aerostat_request_vq(vb->vdev->features)]);
+	err = aerostat_register_pressure(vb);
+	if (err)
+		aerostat_stop(vb);
+	return err;
 }
 
 static void aerostat_free(struct aerostat *vb)
@@ -232,9 +243,6 @@ static int aerostat_probe(struct virtio_device *vdev)
 	err = aerostat_start(vb);
 	if (err)
 		goto out_free;
-	err = aerostat_register_pressure(vb);
-	if (err)
-		goto out_stop;
 	dev_info(&vdev->dev, "balloon ready: %s%s%s\n",
 		 vb->answers ? "page bitmaps" : "page numbers",
 		 aerostat_deflates_on_oom(vb) ? ", deflates on OOM" : "",
@@ -242,8 +250,6 @@ static int aerostat_probe(struct virtio_device *vdev)
 	aerostat_schedule(vb, 0);
 	return 0;
 
-out_stop:
-	aerostat_stop(vb);
 out_free:
 	aerostat_free(vb);
 	return err;
@@ -253,8 +259,6 @@ static void aerostat_remove(struct virtio_device *vdev)
 {
 	struct aerostat *vb = vdev->priv;
 
-	aerostat_begin_to_stop(vb);
-	aerostat_unregister_pressure(vb);
 	aerostat_stop(vb);
 	aerostat_free(vb);
 }

@@ -214,13 +214,15 @@ int aerostat_register_pressure(struct aerostat *vb)
 	err = register_oom_notifier(&vb->oom_nb);
 	if (err)
 		aerostat_unregister_shrinker(vb);
+	vb->pressure_registered = !err;
 	return err;
 }
 
 void aerostat_unregister_pressure(struct aerostat *vb)
 {
-	if (!aerostat_can_yield(vb))
+	if (!vb->pressure_registered)
 		return;
 	unregister_oom_notifier(&vb->oom_nb);
 	aerostat_unregister_shrinker(vb);
+	vb->pressure_registered = false;
 }

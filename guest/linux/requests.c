@@ -183,8 +183,8 @@ void aerostat_say_lost(struct aerostat_requests *rq, u32 id, const u8 *header)
 	wake_up_all(&rq->returned);
 }
 
-/* A device that is gone has no say. */
-bool aerostat_lost_is_over(struct aerostat_requests *rq)
+/* The host has answered, or it will not. */
+bool aerostat_loss_ended(struct aerostat_requests *rq)
 {
 	return READ_ONCE(rq->lost_back) || READ_ONCE(rq->gone) || virtqueue_is_broken(rq->vq);
 }

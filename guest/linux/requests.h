@@ -77,7 +77,7 @@ struct aerostat_requests {
 
 /* requests.c */
 void aerostat_say_lost(struct aerostat_requests *rq, u32 id, const u8 *header);
-bool aerostat_lost_is_over(struct aerostat_requests *rq);
+bool aerostat_loss_ended(struct aerostat_requests *rq);
 
 /* hold.c */
 int aerostat_alloc_hold(struct aerostat_requests *rq);

@@ -178,3 +178,25 @@ fn a_hold_that_is_not_returned_leaves_the_balloon_to_the_guest() {
     bed.fill_and_verify("data", HELD_NEEDED_MIB, 1);
     assert_eq!((bed.counter("held"), bed.counter("holds_lost")), (0, 1));
 }
+
+#[test]
+fn a_hold_that_the_host_has_is_not_used_by_a_kernel_that_ends() {
+    let host = Host::start("leaving", Backing::Small, HELD_MEMORY_MIB);
+    let silencer = Silencer::before(host.backend.socket());
+    let mut bed = host.boot(Driver::Own);
+    bed.load_driver();
+    host.until("ready for requests", |status| status.requests.possible);
+    host.client.ask_free_pages(&hold(HELD_RESERVE_MIB)).unwrap();
+    assert!(bed.counter("held") > 0);
+    silencer.silence(REQUEST_QUEUE);
+    // The balloon wants what is held, and the host does not answer. The kernel ends while that is
+    // waited for: the balloon's size is said just before.
+    host.set_target(pages(HELD_MEMORY_MIB - HELD_RESERVE_MIB));
+    host.until("all that is free is taken", |status| status.balloon.actual_pages > 0);
+    let mut guest = bed.into_guest();
+    guest.ask("poweroff").unwrap();
+    assert!(guest.wait().unwrap().success());
+    let log = guest.console_log();
+    assert!(log.contains("no more memory to give"), "{log}");
+    assert!(!log.contains("took a hold"), "{log}");
+}
