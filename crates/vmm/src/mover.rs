@@ -61,6 +61,8 @@ struct State {
     came: Option<Settled>,
     /// Somebody knows that the guest has left.
     told: bool,
+    /// Why nothing is begun, and no doubt settled, any more.
+    closed: Option<&'static str>,
 }
 
 /// A guest of which it is not known where it runs.
@@ -123,8 +125,9 @@ impl Mover {
     /// not wait for a peer that is silent, or for a disk; true where the guest has left.
     pub(crate) fn end(&self, ending: &Ending) -> bool {
         let mut state = self.state();
-        // From here on nothing is offered: who begins to looks at it after this lock.
-        state.cancel.store(true, Ordering::Relaxed);
+        // From here on nothing is begun, and nothing offered: who begins to looks at it after this
+        // lock.
+        state.close("its process is about to end");
         let thread = state.thread.take();
         let patience = match state.status.phase {
             // Said, and heard or lost within its own time, or a file that is about to have its name:
@@ -161,9 +164,10 @@ impl Mover {
         true
     }
 
-    /// Whatever is under way comes to nothing: what is read of the guest is not what it had.
+    /// Whatever is under way comes to nothing, and nothing is begun any more: what is read of the
+    /// guest is not what it had.
     pub(crate) fn call_off(&self) {
-        self.state().cancel.store(true, Ordering::Relaxed);
+        self.state().close("its memory cannot be read any more");
     }
 
     /// A destination begins to wait for a guest.
@@ -401,8 +405,23 @@ impl State {
         self.status.side == Some(MigrationSide::Destination)
     }
 
-    /// Nothing is begun with a guest that may run on the other side.
+    /// The guest ends here: what is under way is called off, and nothing more is begun.
+    fn close(&mut self, why: &'static str) {
+        self.closed.get_or_insert(why);
+        self.cancel.store(true, Ordering::Relaxed);
+    }
+
+    /// Nothing is done with a guest that ends here.
+    fn is_open(&self) -> Result<(), ControlError> {
+        match self.closed {
+            Some(why) => Err(nothing(&format!("the guest ends here: {why}"))),
+            None => Ok(()),
+        }
+    }
+
+    /// Nothing is begun with a guest that may run on the other side, or ends here.
     fn may_begin(&self) -> Result<(), ControlError> {
+        self.is_open()?;
         if self.status.state == MigrationState::InDoubt {
             return Err(nothing("it is not known where the guest runs; settle that first"));
         }
@@ -588,12 +607,24 @@ mod tests {
         assert_eq!(mover.until_settled(), Settled::Runs);
     }
 
+    /// Also what would be begun after that: it had a word of its own to be cancelled by.
     #[test]
-    fn what_is_called_off_is_cancelled() {
-        let mover = Mover::new(None);
-        let cancel = Arc::clone(&mover.state().cancel);
-        mover.call_off();
-        assert!(cancel.load(Ordering::Relaxed));
+    fn what_is_called_off_is_cancelled_and_nothing_is_begun_any_more() {
+        for why in ["memory", "about to end"] {
+            let mover = Mover::new(None);
+            let cancel = Arc::clone(&mover.state().cancel);
+            if why == "memory" {
+                mover.call_off();
+            } else {
+                assert!(!mover.end(&Ending::unwatched().unwrap()));
+            }
+            assert!(cancel.load(Ordering::Relaxed));
+            let refused = mover.state().may_begin().unwrap_err();
+            assert_eq!(refused.http_status(), 409);
+            assert!(refused.to_string().contains(why), "{refused}");
+            let settled = Asked(Arc::clone(&mover)).settle_migration(SettleWord::RunHere);
+            assert!(settled.unwrap_err().to_string().contains(why));
+        }
     }
 
     #[test]

@@ -48,17 +48,21 @@ struct Group {
     places: Vec<AtomicU64>,
 }
 
+#[derive(Default)]
 struct State {
     wanted: Wanted,
+    /// Nobody lets them run any more, whatever is asked.
+    halted: bool,
     /// Threads that are out of the guest and wait, and those that have ended.
     parked: usize,
     gone: usize,
     end: Option<Result<Request, Error>>,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Wanted {
     Run,
+    #[default]
     Pause,
     Stop,
 }
@@ -117,7 +121,7 @@ impl Processors {
         // What matters of the signal is that it ends the system call which runs the guest.
         register_signal_handler(SIGRTMIN(), on_call)
             .map_err(|error| Error::host("signal handling")(std::io::Error::from(error)))?;
-        let state = State { wanted: Wanted::Pause, parked: 0, gone: 0, end: None };
+        let state = State::default();
         let ended = EventFd::new(rustix::event::EventfdFlags::NONBLOCK.bits().cast_signed())
             .map_err(Error::host::<std::io::Error>("eventfd"))?;
         let group = Arc::new(Group {
@@ -159,9 +163,9 @@ impl Processors {
         self.group.state().gone > 0
     }
 
-    /// Lets all processors run.
+    /// Lets all processors run, unless they were [halted](Self::halt).
     pub(crate) fn resume(&self) {
-        self.group.state().wanted = Wanted::Run;
+        self.group.state().resume();
         self.group.changed.notify_all();
     }
 
@@ -173,9 +177,11 @@ impl Processors {
         self.want(Wanted::Pause, limit)
     }
 
-    /// Has the processors pause, and does not wait until they do.
+    /// Has the processors pause for good, and does not wait until they do. A migration that is under
+    /// way may not know of it: it lets nobody run.
     pub(crate) fn halt(&self) {
-        self.group.state().wanted = Wanted::Pause;
+        self.group.state().halt();
+        self.group.changed.notify_all();
         self.call();
     }
 
@@ -233,7 +239,9 @@ impl Processors {
         while !is_done(&state) {
             if began.elapsed() >= limit {
                 // Nobody shall wait for a guest of which a part stands still.
-                state.wanted = before;
+                if before == Wanted::Run {
+                    state.resume();
+                }
                 self.group.changed.notify_all();
                 drop(state);
                 return Err(Error::Stuck { what: self.stuck(began.elapsed()) });
@@ -306,6 +314,22 @@ impl Drop for Processors {
         for thread in self.threads.drain(..) {
             // A panic has been printed by the hook, and there is nothing left to do.
             let _ = thread.join();
+        }
+    }
+}
+
+impl State {
+    fn resume(&mut self) {
+        if !self.halted {
+            self.wanted = Wanted::Run;
+        }
+    }
+
+    fn halt(&mut self) {
+        self.halted = true;
+        // Its threads end.
+        if self.wanted != Wanted::Stop {
+            self.wanted = Wanted::Pause;
         }
     }
 }
@@ -509,3 +533,59 @@ fn is_interruption(error: kvm_ioctls::Error) -> bool {
 
 /// Does nothing: see [`Processors::new`].
 extern "C" fn on_call(_number: i32, _info: *mut libc::siginfo_t, _context: *mut std::ffi::c_void) {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// No processor, which is all that is known of one that is in the guest or waits.
+    fn processors() -> Processors {
+        register_signal_handler(SIGRTMIN(), on_call).unwrap();
+        let group = Group {
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            ended: EventFd::new(0).unwrap(),
+            throttle: Throttle::default(),
+            places: Vec::new(),
+        };
+        Processors { group: Arc::new(group), threads: Vec::new(), fds: Vec::new() }
+    }
+
+    /// Who paused them for a moment may let them go on when the guest has ended meanwhile, or its
+    /// memory cannot be read any more.
+    #[test]
+    fn nobody_lets_processors_run_that_are_halted() {
+        let processors = processors();
+        processors.resume();
+        assert_eq!(processors.group.state().wanted, Wanted::Run);
+        processors.pause(Duration::ZERO).unwrap();
+        processors.halt();
+        processors.resume();
+        assert_eq!(processors.group.state().wanted, Wanted::Pause);
+    }
+
+    /// One that does not come to a stop in time goes on as before, but not if it was halted since.
+    #[test]
+    fn who_waits_in_vain_lets_nobody_run_that_is_halted() {
+        let mut processors = processors();
+        // It runs for as long as there is somebody to end it, and never parks.
+        let (ends, ended) = std::sync::mpsc::channel::<()>();
+        processors.threads.push(thread::spawn(move || ended.recv().unwrap_or_default()));
+        let limit = CALL_AGAIN * 20;
+        processors.resume();
+        processors.pause(limit).unwrap_err();
+        assert_eq!(processors.group.state().wanted, Wanted::Run);
+        thread::scope(|scope| {
+            let waits = scope.spawn(|| processors.pause(limit));
+            while processors.group.state().wanted == Wanted::Run {
+                thread::yield_now();
+            }
+            processors.group.state().halt();
+            waits.join().unwrap().unwrap_err();
+        });
+        assert_eq!(processors.group.state().wanted, Wanted::Pause);
+        drop(ends);
+        // It has ended, and nobody has counted it.
+        processors.group.state().gone = 1;
+    }
+}

@@ -100,6 +100,28 @@ fn a_process_whose_console_nobody_reads_ends_when_told() {
     });
 }
 
+/// A process that is told to end waits for whoever reads its console, and can still be asked then.
+#[test]
+fn a_guest_whose_process_ends_is_not_moved_any_more() {
+    on_a_kvm("stuck::a_guest_whose_process_ends_is_not_moved_any_more", || {
+        let mut guest = unread("late");
+        let (mut there, address) = receiver("late", &[]);
+        let pid = Pid::from_raw(guest.pid().cast_signed()).unwrap();
+        kill_process(pid, Signal::TERM).unwrap();
+        let mut refused = false;
+        // What is begun before the process has heard that it is to end is called off.
+        while guest.status().unwrap().is_none() {
+            let words = ["migrate", "late", &address, "--plain"];
+            let (code, out, err) = aerostat(&guest, &words);
+            assert_ne!(code, Some(0), "{out}{err}\n{}", guest.errors());
+            refused |= err.contains("the guest ends here");
+        }
+        assert!(refused, "{}", guest.errors());
+        assert!(guest.wait_for_end(SOON).unwrap().success());
+        assert!(there.lines().is_empty() && there.status().unwrap().is_none());
+    });
+}
+
 #[test]
 fn what_nobody_read_comes_in_order_when_somebody_does() {
     on_a_kvm("stuck::what_nobody_read_comes_in_order_when_somebody_does", || {

@@ -100,6 +100,9 @@ impl Machine {
 
     /// The guest is over: nothing of it runs any more, if it can be had so.
     pub(super) fn come_to_an_end(&self, ending: &Ending) {
+        // Nobody serves its devices from here on: a migration that comes to nothing now, or only
+        // looks at the processors, does not let it run on.
+        self.processors.halt();
         let limit = ending.patience("the guest's processors", PAUSE_TIME);
         if let Err(error) = self.processors.pause(limit) {
             tracing::error!(%error, "the guest ends all the same");

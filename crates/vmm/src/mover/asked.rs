@@ -62,7 +62,11 @@ impl Monitor for Asked {
 
     fn settle_migration(&self, word: SettleWord) -> Result<MigrationStatus, ControlError> {
         // Taken, so that nobody settles it twice at a time, and put back where it is not settled.
-        let doubt = self.0.state().doubt.take();
+        let doubt = {
+            let mut state = self.0.state();
+            state.is_open()?;
+            state.doubt.take()
+        };
         match doubt {
             None => return Err(nothing("there is no doubt about where the guest runs")),
             Some(Doubt::Left { word: known, to, guest }) => {
