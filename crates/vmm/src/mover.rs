@@ -177,9 +177,13 @@ impl Mover {
         state.status.state = MigrationState::Waiting;
     }
 
-    /// The guest that was waited for has come and runs.
-    pub(crate) fn came(&self) {
-        self.state().over(MigrationState::Arrived, None);
+    /// The guest that was waited for has come and runs. Both are said under one lock: whoever finds
+    /// the machine may move it on at once, and this would be said of that migration.
+    pub(crate) fn came(&self, machine: Option<Arc<Machine>>) {
+        let mut state = self.state();
+        state.over(MigrationState::Arrived, None);
+        self.set_machine(machine);
+        drop(state);
         self.changed.notify_all();
     }
 
@@ -233,7 +237,6 @@ impl Mover {
         machine.take_reins().map_err(|error| nothing(&error.to_string()))?;
         let guest = Leaving::new(Arc::clone(machine), Arc::clone(&cancel));
         let mut state = self.state();
-        // One that came runs already, and is about to be said to.
         state.may_begin().inspect_err(|_| machine.return_reins())?;
         state.begin(side);
         state.status.state = MigrationState::Running;
@@ -625,6 +628,26 @@ mod tests {
             let settled = Asked(Arc::clone(&mover)).settle_migration(SettleWord::RunHere);
             assert!(settled.unwrap_err().to_string().contains(why));
         }
+    }
+
+    /// Whoever finds the guest may move it on at once: what is said of its arrival is said before
+    /// that, and not of the migration that begins then.
+    #[test]
+    fn a_guest_is_found_when_it_is_said_to_have_come() {
+        let mover = Mover::new(None);
+        mover.waits();
+        let end = Instant::now() + Duration::from_secs(20);
+        std::thread::scope(|scope| {
+            let machine = locked(&mover.machine);
+            let came = scope.spawn(|| mover.came(None));
+            // Nobody begins anything meanwhile.
+            while mover.state.try_lock().is_ok() {
+                assert!(!came.is_finished() && Instant::now() < end);
+                std::thread::yield_now();
+            }
+            drop(machine);
+        });
+        assert_eq!(mover.state().status.state, MigrationState::Arrived);
     }
 
     #[test]

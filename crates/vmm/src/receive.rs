@@ -84,8 +84,7 @@ pub fn receive(options: &ReceiveOptions, listens: impl Fn(SocketAddr)) -> Result
         let failure = match arrived {
             Ok(received) => {
                 tracing::info!(id = %received.custody.id(), us = received.total_us, "arrived");
-                mover.set_machine(guest.machine().cloned());
-                mover.came();
+                mover.came(guest.machine().cloned());
                 let until = received.source_knows.then(|| Instant::now() + ANSWER_TIME);
                 let kept = Kept { custody: received.custody, guest };
                 if let Err(error) = answer(&Arc::new(Mutex::new(kept)), acceptor, until, &mover) {
