@@ -4,8 +4,8 @@ mod stop;
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LockResult, Mutex, MutexGuard};
 use std::time::Duration;
 
 use balloon_device::RequestFailure;
@@ -111,6 +111,9 @@ pub(crate) struct Slot {
     start: u64,
     transport: Mutex<Transport<EventSignals>>,
     kicks: Vec<EventFd>,
+    /// It was to come to a stop, which came to nothing when somebody else had its registers: it is
+    /// to go on as soon as they can be had.
+    is_to_go_on: AtomicBool,
 }
 
 /// Event files: to the guest by KVM, to the device by this process's loop.
@@ -187,19 +190,35 @@ impl Slot {
             EventSignals { interrupt, kicks: copies.map_err(Error::host::<io::Error>("dup"))? };
         let transport = Transport::new(device, signals, memory.guest.clone())
             .map_err(Error::memory("making queues"))?;
-        Ok(Self { start, transport: Mutex::new(transport), kicks })
+        Ok(Self {
+            start,
+            transport: Mutex::new(transport),
+            kicks,
+            is_to_go_on: AtomicBool::new(false),
+        })
     }
 
     /// A thread that panicked with the lock held has left a device that nobody can rely on: its
     /// driver has to reset it. The guest goes on, as after a ring that makes no sense.
     pub(crate) fn transport(&self) -> MutexGuard<'_, Transport<EventSignals>> {
-        self.transport.lock().unwrap_or_else(|poisoned| {
+        self.had(self.transport.lock())
+    }
+
+    fn had<'a>(
+        &self,
+        lock: LockResult<MutexGuard<'a, Transport<EventSignals>>>,
+    ) -> MutexGuard<'a, Transport<EventSignals>> {
+        let mut transport = lock.unwrap_or_else(|poisoned| {
             self.transport.clear_poison();
             let mut transport = poisoned.into_inner();
             transport.fail();
             tracing::error!(start = self.start, "host: a device failed, and waits for a reset");
             transport
-        })
+        });
+        if self.is_to_go_on.swap(false, Ordering::AcqRel) {
+            transport.resume();
+        }
+        transport
     }
 }
 
@@ -442,6 +461,12 @@ impl Machine {
             }
         }
         Ok(Turn::More)
+    }
+
+    /// Has the loop look what is to be served.
+    pub(crate) fn wake_loop(&self) {
+        // A file that is full is readable.
+        let _ = rustix::io::write(self.balloon.wake(), &1u64.to_ne_bytes());
     }
 
     /// The guest runs.

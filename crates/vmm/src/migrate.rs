@@ -113,9 +113,8 @@ impl Machine {
     /// all of it. Their devices have to be [served](Self::serve) meanwhile.
     pub fn set_throttle(&self, percent: u8) {
         self.processors.set_throttle(percent);
-        // The loop may wait for longer than the processors may run. A file that is full is
-        // readable.
-        let _ = rustix::io::write(self.balloon.wake(), &1u64.to_ne_bytes());
+        // The loop may wait for longer than the processors may run.
+        self.wake_loop();
     }
 
     /// Pages whose contents do not matter: those in the balloon, of a driver that tells before it

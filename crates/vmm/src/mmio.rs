@@ -293,6 +293,12 @@ impl<S: Signals> Transport<S> {
         true
     }
 
+    /// Queues stand still.
+    #[cfg(test)]
+    pub(crate) const fn is_paused(&self) -> bool {
+        self.paused
+    }
+
     /// Requests of the guest that are not answered.
     pub(crate) fn unfinished(&self) -> usize {
         self.device.unfinished()

@@ -1,5 +1,6 @@
 //! A guest comes to a stop, for a while or for good: how long is waited for what.
 
+use std::sync::atomic::Ordering;
 use std::sync::{MutexGuard, TryLockError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -16,7 +17,7 @@ use crate::mmio::Transport;
 pub(crate) const PAUSE_TIME: Duration = Duration::from_secs(4);
 
 /// How long it may take to have the registers of a device that goes on as it was. Who has them is
-/// done with them within microseconds, or is stuck himself.
+/// done with them within microseconds, or is stuck himself. After that they go on by themselves.
 const UNDO_TIME: Duration = Duration::from_millis(100);
 
 /// Between two looks whether a device has come to a stop.
@@ -44,12 +45,12 @@ pub(super) fn end_console(machine: &Machine, ending: &Ending) {
 }
 
 impl Slot {
-    /// The same, if it can be had in time.
+    /// The device's registers, if they can be had in time.
     fn transport_until(&self, until: Instant) -> Option<MutexGuard<'_, Transport<EventSignals>>> {
         loop {
             match self.transport.try_lock() {
-                Ok(transport) => return Some(transport),
-                Err(TryLockError::Poisoned(_)) => return Some(self.transport()),
+                Ok(transport) => return Some(self.had(Ok(transport))),
+                Err(TryLockError::Poisoned(poisoned)) => return Some(self.had(Err(poisoned))),
                 Err(TryLockError::WouldBlock) if Instant::now() >= until => return None,
                 Err(TryLockError::WouldBlock) => thread::sleep(PAUSE_LOOK),
             }
@@ -69,6 +70,17 @@ impl Slot {
             thread::sleep(PAUSE_LOOK);
         }
     }
+
+    /// Has the device go on that was to come to a stop; false where that is left to whoever has its
+    /// registers next. No device stands still while the guest runs.
+    fn goes_on(&self, until: Instant) -> bool {
+        if let Some(mut transport) = self.transport_until(until) {
+            transport.resume();
+            return true;
+        }
+        self.is_to_go_on.store(true, Ordering::Release);
+        false
+    }
 }
 
 impl Machine {
@@ -82,11 +94,12 @@ impl Machine {
         let stuck = self.bus.slots.iter().position(|slot| !slot.pause(until));
         let Some(stuck) = stuck else { return Ok(()) };
         self.balloon.stay();
-        for slot in &self.bus.slots {
-            // Where it cannot be had, it was not paused.
-            if let Some(mut transport) = slot.transport_until(Instant::now() + UNDO_TIME) {
-                transport.resume();
-            }
+        // Those behind it were not told to stop.
+        let told = self.bus.slots.iter().take(stuck + 1);
+        let until = Instant::now() + UNDO_TIME;
+        if told.filter(|slot| !slot.goes_on(until)).count() > 0 {
+            // Nobody else may ask for their registers for long.
+            self.wake_loop();
         }
         self.processors.resume();
         let ms = PAUSE_TIME.as_millis();
@@ -115,5 +128,60 @@ impl Machine {
                 tracing::warn!(%disk, requests, "what the guest had asked of it is not done");
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+    use std::sync::{Arc, Mutex, mpsc};
+
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::block::{Block, DiskFile, DiskOptions};
+    use crate::machine::event_file;
+    use crate::memory::Ram;
+
+    /// A disk in its window, which nobody has started.
+    fn slot() -> (Slot, tempfile::NamedTempFile) {
+        let path = tempfile::NamedTempFile::new().unwrap();
+        path.as_file().set_len(4096).unwrap();
+        let options = DiskOptions { path: path.path().into(), read_only: false };
+        let memory = Ram::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let file = DiskFile::open(&options).unwrap();
+        let disk = Block::new(&Arc::new(file), 0, memory.clone()).unwrap();
+        let signals = EventSignals { interrupt: event_file().unwrap(), kicks: Vec::new() };
+        let transport = Transport::new(Box::new(disk), signals, memory).unwrap();
+        let (transport, is_to_go_on) = (Mutex::new(transport), AtomicBool::new(false));
+        (Slot { start: 0, transport, kicks: Vec::new(), is_to_go_on }, path)
+    }
+
+    /// A device whose registers somebody else has for long goes on all the same, after a pause that
+    /// came to nothing.
+    #[test]
+    fn a_device_that_was_stopped_goes_on_when_its_registers_can_be_had() {
+        let (slot, _path) = slot();
+        let soon = || Instant::now() + PAUSE_LOOK;
+        assert!(slot.pause(soon()));
+        let (has, had) = mpsc::channel();
+        let (gives_back, given_back) = mpsc::channel::<()>();
+        thread::scope(|scope| {
+            let slot = &slot;
+            scope.spawn(move || {
+                let transport = slot.transport();
+                has.send(()).unwrap();
+                given_back.recv().unwrap();
+                assert!(transport.is_paused());
+            });
+            had.recv().unwrap();
+            assert!(!slot.goes_on(soon()));
+            gives_back.send(()).unwrap();
+        });
+        assert!(!slot.transport().is_paused());
+        // Once: it stops when it is told to the next time.
+        assert!(slot.pause(soon()));
+        assert!(slot.transport().is_paused() && slot.goes_on(soon()));
+        assert!(!slot.transport().is_paused());
     }
 }
