@@ -216,6 +216,7 @@ static int disk_start(u32 base)
 	if (load(base + MAGIC) != MAGIC_VALUE || load(base + DEVICE_ID) != BLOCK_ID)
 		return 0;
 	store(base + STATUS, 0);
+	disk_queue.available.index = disk_queue.used.index = 0;
 	store(base + STATUS, 3);
 	store(base + DRIVER_FEATURES_SEL, 1);
 	store(base + DRIVER_FEATURES, 1);
@@ -239,12 +240,13 @@ static int disk_start(u32 base)
 static void disk_send(u32 device, u32 kind, u32 sector)
 {
 	u32 base = BALLOON + device * DEVICE_BYTES, data = kind == FLUSHES ? 2 : 1;
-	u16 next = disk_queue.available.index;
+	u16 next;
 
 	if (disk_started != base && !disk_start(base)) {
 		print("error no disk\n");
 		return;
 	}
+	next = disk_queue.available.index;
 	disk_request.kind = kind;
 	disk_request.sector = sector;
 	disk_queue.descriptors[0].address = (u32)&disk_request;
@@ -396,6 +398,7 @@ static void carry_out(char *line)
 		answer(disk_queue.used.index);
 	} else if (is(line, "reset")) {
 		store(BALLOON + number[0] * DEVICE_BYTES + STATUS, 0);
+		disk_started = 0;
 		print("ok\n");
 	} else if (is(line, "off")) {
 		out8(SLEEP_CONTROL, POWER_OFF);

@@ -7,6 +7,7 @@ mod file;
 mod identity;
 mod limits;
 mod lock;
+mod permit;
 mod request;
 mod work;
 mod worker;
@@ -87,6 +88,11 @@ impl Block {
     /// Nothing of the ring is with the device.
     pub(crate) const fn is_idle(&self) -> bool {
         self.kept == 0
+    }
+
+    /// A request is being carried out.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.worker.is_busy()
     }
 
     fn config(&self) -> [u8; CONFIG_BYTES] {
@@ -238,7 +244,7 @@ impl Device for Block {
     }
 
     fn unfinished(&self) -> usize {
-        self.kept
+        self.kept + usize::from(self.worker.is_left_behind())
     }
 
     /// However much the guest has asked for, no more is done than the piece of a request that is
@@ -263,8 +269,9 @@ impl Device for Block {
         false
     }
 
+    /// On a thread that has more to do than to wait for a disk: a processor's, or the loop's.
     fn forget(&mut self, _index: usize) {
-        self.worker.stop();
+        self.worker.forget();
         self.kept = 0;
     }
 

@@ -2,11 +2,17 @@
 //! answered, and the process ends when it is told to.
 
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
+use guest_ring::{Buffer, GuestRing};
 use lab::bare::{self, BareBuilder, BareGuest, Stream};
 use lab::fuse::{Fuse, Has};
 use rustix::process::{Pid, Signal, kill_process};
+use vm_memory::{Bytes, GuestAddress};
+use vmm::DiskOptions;
+use vmm::raw::Disk;
 
 use crate::bare::{aerostat, boot, builder, on_a_kvm, receiver};
 use crate::program::program;
@@ -185,7 +191,7 @@ fn with_a_dead_disk(name: &str) -> (BareGuest, Fuse) {
     (guest, disk)
 }
 
-/// Waits until so many requests to a disk have come back.
+/// Waits until so many requests to a disk have come back since it was started.
 fn done(guest: &mut BareGuest, count: u64) {
     let end = Instant::now() + SOON;
     while guest.number("done").unwrap() != count {
@@ -229,19 +235,128 @@ fn a_process_whose_disk_is_dead_ends_when_told_and_says_what_is_lost() {
     });
 }
 
-/// A processor that resets a disk waits for it, with everybody who serves the guest behind it: the
-/// watchdog ends the process.
+/// Who resets a disk, which a driver does that waits in vain, does not wait for it: neither does the
+/// guest's processor, nor whoever serves its other devices.
+#[test]
+fn a_guest_that_resets_a_dead_disk_goes_on_with_its_other_devices() {
+    on_a_kvm("stuck::a_guest_that_resets_a_dead_disk_goes_on_with_its_other_devices", || {
+        let (dead, alive) = (disk_of(vec![7; DISK_BYTES]), disk_of(vec![8; DISK_BYTES]));
+        let mut guest = builder("reset");
+        for disk in [&dead, &alive] {
+            let word = format!("{},readonly", disk.path().join(DISK).display());
+            guest = guest.argument("--disk").argument(word);
+        }
+        let mut guest = guest.boot().unwrap();
+        guest.ask("disk 1 0 3").unwrap();
+        done(&mut guest, 1);
+        dead.die();
+        guest.ask("disk 1 0 5").unwrap();
+        // Until the disk's thread waits for its file.
+        std::thread::sleep(Duration::from_millis(200));
+        guest.ask("reset 1").unwrap();
+        // The console, the balloon, another disk, and the API.
+        assert_eq!(guest.ask("ping 5").unwrap(), "5");
+        guest.ask("follow 1").unwrap();
+        let (code, out, err) = aerostat(&guest, &["balloon", "reset", "4MiB"]);
+        assert_eq!(code, Some(0), "{out}{err}");
+        guest.ask("disk 2 0 3").unwrap();
+        done(&mut guest, 1);
+        // What is under way of before the reset keeps it from coming to a stop, and the next request
+        // of the same disk from its turn.
+        guest.ask("disk 1 0 6").unwrap();
+        let file = guest.directory().join("reset.snapshot");
+        let (code, out, err) = aerostat(&guest, &["snapshot", "reset", file.to_str().unwrap()]);
+        assert_eq!(code, Some(1), "{out}{err}");
+        assert!(err.contains("did not finish a request"), "{out}{err}");
+        assert_eq!(guest.number("done").unwrap(), 0);
+        dead.revive();
+        done(&mut guest, 1);
+        assert!(guest.power_off().unwrap().success());
+    });
+}
+
+/// A driver that has reset its disk uses that memory for something else.
+#[test]
+fn a_disk_that_was_reset_touches_no_memory_when_it_answers_at_last() {
+    const RING: u64 = 0x1000;
+    const HEADER: u64 = 0x8000;
+    const DATA: u64 = 0x1_0000;
+    const MEMORY_BYTES: usize = 1 << 20;
+    const STATUS: u64 = HEADER + 16;
+    const OTHER: u64 = DATA + 0x1000;
+    let file = Arc::new(disk_of(vec![7; DISK_BYTES]));
+    let options = DiskOptions { path: file.path().join(DISK), read_only: true };
+    let mut ring = GuestRing::new(RING, 16);
+    let mut disk = Disk::new(&options, &[(0, MEMORY_BYTES)], ring.queue(), 512).unwrap();
+    let features = disk.features();
+    disk.start(features, ring.queue());
+    // The header stays as it is: a read of the first sector.
+    let read = |ring: &mut GuestRing, disk: &Disk, at: u64| {
+        let chain =
+            [Buffer::readable(HEADER, 16), Buffer::writable(at, 512), Buffer::writable(STATUS, 1)];
+        disk.memory().write_obj(0xee_u8, GuestAddress(STATUS)).unwrap();
+        ring.send(disk.memory(), &chain);
+    };
+    let byte = |disk: &Disk, at: u64| disk.memory().read_obj::<u8>(GuestAddress(at)).unwrap();
+    read(&mut ring, &disk, OTHER);
+    assert!(disk.serve());
+    assert_eq!((byte(&disk, OTHER), byte(&disk, STATUS)), (7, 0));
+    file.die();
+    read(&mut ring, &disk, DATA);
+    assert!(disk.serve_once());
+    disk.until_busy();
+    ring.reset(disk.memory());
+    // A reset that waits for the file does not do so for ever.
+    let (is_reset, was_reset) = channel::<()>();
+    let late = Arc::clone(&file);
+    let late = std::thread::spawn(move || {
+        if was_reset.recv_timeout(SOON) == Err(RecvTimeoutError::Timeout) {
+            late.revive();
+        }
+    });
+    disk.start(features, ring.queue());
+    drop(is_reset);
+    late.join().unwrap();
+    assert_eq!((byte(&disk, DATA), byte(&disk, STATUS)), (0, 0xee));
+    disk.memory().write_obj(0_u8, GuestAddress(OTHER)).unwrap();
+    read(&mut ring, &disk, OTHER);
+    assert!(disk.serve_once() && ring.take_used(disk.memory()).is_none());
+    file.revive();
+    assert!(disk.serve());
+    assert_eq!((byte(&disk, OTHER), byte(&disk, STATUS)), (7, 0));
+    assert_eq!(byte(&disk, DATA), 0);
+}
+
+/// A queue that lies in memory which does not come keeps whoever serves the devices: the watchdog
+/// ends the process.
 #[test]
 fn a_process_in_which_everything_is_stuck_ends_when_told() {
     on_a_kvm("stuck::a_process_in_which_everything_is_stuck_ends_when_told", || {
-        let (mut guest, _disk) = with_a_dead_disk("stuck");
-        guest.send("reset 1\n").unwrap();
+        let (mut lazy, disk) = lazily("stuck");
+        disk.die();
+        // The balloon's first queue, 16 entries anew from 10 MiB on.
+        for (register, value) in [
+            (0x70, 0),
+            (0x70, 3),
+            (0x24, 1),
+            (0x20, 1),
+            (0x70, 11),
+            (0x30, 0),
+            (0x38, 16),
+            (0x80, 10 << 20),
+            (0x90, 11 << 20),
+            (0xa0, 12 << 20),
+            (0x44, 1),
+            (0x70, 15),
+        ] {
+            lazy.send(&format!("write {:x} {value:x}\n", 0xc000_0000_u32 + register)).unwrap();
+        }
         std::thread::sleep(Duration::from_millis(500));
-        let (status, took) = terminate(&mut guest);
-        assert!(took < END, "{took:?} {}", guest.errors());
+        let (status, took) = terminate(&mut lazy);
+        assert!(took < END, "{took:?} {}", lazy.errors());
         assert_eq!(status.code(), Some(1));
         let said = |text: &str| text.contains("and is cut off").then_some(());
-        guest.wait_for_error("why it is cut off", said).unwrap();
+        lazy.wait_for_error("why it is cut off", said).unwrap();
     });
 }
 
@@ -267,23 +382,28 @@ fn a_snapshot_to_a_dead_disk_keeps_nobody() {
     });
 }
 
+/// A guest that runs, and 8 MiB of whose memory, from 8 MiB on, will take seconds to come.
+fn lazily(name: &str) -> (BareGuest, Fuse) {
+    let mut guest = boot("first");
+    guest.ask("fill 8 8 1").unwrap();
+    let file = guest.directory().join("first.snapshot");
+    let (code, out, err) = aerostat(&guest, &["snapshot", "first", file.to_str().unwrap()]);
+    assert_eq!(code, Some(0), "{out}{err}");
+    let disk = disk_of(std::fs::read(&file).unwrap());
+    assert!(guest.power_off().unwrap().success());
+    disk.slow_down(Duration::from_millis(2), u64::MAX);
+    let command = BareBuilder::command(program(), "restore", name).unwrap();
+    let command = command.argument("--lazy").argument(disk.path().join(DISK));
+    let mut lazy = command.start().unwrap();
+    assert_eq!(lazy.ask("ping 5").unwrap(), "5", "{}", lazy.errors());
+    (lazy, disk)
+}
+
 /// The guest waits for memory that does not come.
 #[test]
 fn a_guest_whose_snapshot_is_on_a_dead_disk_ends_when_told() {
     on_a_kvm("stuck::a_guest_whose_snapshot_is_on_a_dead_disk_ends_when_told", || {
-        let mut guest = boot("first");
-        guest.ask("fill 8 8 1").unwrap();
-        let file = guest.directory().join("first.snapshot");
-        let (code, out, err) = aerostat(&guest, &["snapshot", "first", file.to_str().unwrap()]);
-        assert_eq!(code, Some(0), "{out}{err}");
-        let disk = disk_of(std::fs::read(&file).unwrap());
-        assert!(guest.power_off().unwrap().success());
-        // All of its memory would take some seconds.
-        disk.slow_down(Duration::from_millis(2), u64::MAX);
-        let command = BareBuilder::command(program(), "restore", "lazy").unwrap();
-        let command = command.argument("--lazy").argument(disk.path().join(DISK));
-        let mut lazy = command.start().unwrap();
-        assert_eq!(lazy.ask("ping 5").unwrap(), "5", "{}", lazy.errors());
+        let (mut lazy, disk) = lazily("lazy");
         disk.die();
         lazy.send("check 8 8 1\n").unwrap();
         std::thread::sleep(Duration::from_millis(500));

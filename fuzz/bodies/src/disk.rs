@@ -388,6 +388,8 @@ impl World {
     fn start_ring(&mut self) {
         // First, since what is under way may write where the ring is.
         self.disk.start(self.features, Queue::new(1).expect("a size"));
+        // Its file is written until then.
+        self.disk.until_idle();
         self.ring.reset(self.disk.memory());
         let mut queue = self.ring.queue();
         queue.set_event_idx(self.features & EVENT_IDX != 0);

@@ -2,7 +2,6 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use balloon_host::LogLimit;
@@ -13,6 +12,7 @@ use virtio_bindings::virtio_blk::{
 use vm_memory::{Address, Bytes, GuestAddress};
 
 use super::file::{DiskFile, SECTOR_BYTES};
+use super::permit::Permit;
 use super::request::{Kind, Request, Segment, bytes};
 use crate::memory::Ram;
 
@@ -45,7 +45,8 @@ enum Failure {
     Unsupported,
     /// The host's.
     Host(io::Error),
-    /// Nobody's: it was interrupted, and is as good as not begun.
+    /// Nobody's: it was interrupted, and is as good as not begun. Or its driver has reset the device,
+    /// and nobody asks for what became of it.
     Interrupted,
 }
 
@@ -55,23 +56,23 @@ pub(crate) struct Work {
     buffer: Vec<u8>,
     id: [u8; ID_BYTES],
     log: LogLimit,
-    /// What is under way is to end soon, whether it is done or not.
-    interrupt: Arc<AtomicBool>,
+    /// What the request under way may still do.
+    permit: Arc<Permit>,
 }
 
 impl Work {
     pub(crate) fn new(memory: Ram, id: [u8; ID_BYTES]) -> Self {
         let (buffer, log) = (vec![0; BUFFER_BYTES], LogLimit::default());
-        Self { memory, buffer, id, log, interrupt: Arc::default() }
+        Self { memory, buffer, id, log, permit: Arc::default() }
     }
 
-    /// True has whatever is carried out end at the next of its pieces, as good as not begun.
-    pub(crate) fn interrupt(&self) -> Arc<AtomicBool> {
-        Arc::clone(&self.interrupt)
+    /// What the request under way may still do.
+    pub(crate) fn permit(&self) -> Arc<Permit> {
+        Arc::clone(&self.permit)
     }
 
     /// Does what is asked, writes the status, and tells how many bytes of the chain were written;
-    /// `None` where it was interrupted. Where a driver knows no flush, what was `written_through`
+    /// `None` where it was interrupted or its permit revoked. Where a driver knows no flush, what was `written_through`
     /// is on the disk first.
     pub(crate) fn carry_out(
         &mut self,
@@ -89,7 +90,7 @@ impl Work {
             Err(failure) => (self.tell(&failure, file), 0),
         };
         let status = u8::try_from(status).unwrap_or(u8::MAX);
-        match self.memory.write_obj(status, request.status) {
+        match self.permit.touch(|| self.memory.write_obj(status, request.status))? {
             // At most the request's limit, which is far below 4 GiB.
             Ok(()) if status == 0 => Some(u32::try_from(written + 1).unwrap_or(u32::MAX)),
             // Behind data that were not all written: nothing is promised of the beginning.
@@ -100,8 +101,20 @@ impl Work {
     /// Asked before each piece. A request that ended in its middle is done anew from its
     /// beginning, which comes to the same: nobody was told of what was done of it.
     fn goes_on(&self) -> Result<(), Failure> {
-        let interrupted = self.interrupt.load(Ordering::Relaxed);
-        if interrupted { Err(Failure::Interrupted) } else { Ok(()) }
+        if self.permit.is_interrupted() { Err(Failure::Interrupted) } else { Ok(()) }
+    }
+
+    /// From the guest's memory into the first bytes of the buffer.
+    fn fetch(&mut self, from: GuestAddress, len: usize) -> Result<(), Failure> {
+        let buffer = self.buffer.get_mut(..len).unwrap_or_default();
+        let fetched = self.permit.touch(|| self.memory.read_slice(buffer, from));
+        fetched.ok_or(Failure::Interrupted)?.map_err(|_| OUTSIDE)
+    }
+
+    /// Into the guest's memory.
+    fn store(&self, bytes: &[u8], to: GuestAddress) -> Result<(), Failure> {
+        let stored = self.permit.touch(|| self.memory.write_slice(bytes, to));
+        stored.ok_or(Failure::Interrupted)?.map_err(|_| OUTSIDE)
     }
 
     fn attempt_to_the_disk(
@@ -143,7 +156,7 @@ impl Work {
             self.goes_on()?;
             let buffer = self.buffer.get_mut(..len).unwrap_or_default();
             file.read(buffer, at).map_err(Failure::Host)?;
-            self.memory.write_slice(buffer, start).map_err(|_| OUTSIDE)?;
+            self.store(self.buffer.get(..len).unwrap_or_default(), start)?;
             at += len as u64;
         }
         Ok(total)
@@ -153,9 +166,8 @@ impl Work {
         let mut at = place(file, request.sector, bytes(&request.out))?;
         for (start, len) in request.out.iter().flat_map(pieces) {
             self.goes_on()?;
-            let buffer = self.buffer.get_mut(..len).unwrap_or_default();
-            self.memory.read_slice(buffer, start).map_err(|_| OUTSIDE)?;
-            file.write(buffer, at).map_err(Failure::Host)?;
+            self.fetch(start, len)?;
+            file.write(self.buffer.get(..len).unwrap_or_default(), at).map_err(Failure::Host)?;
             at += len as u64;
         }
         Ok(())
@@ -166,7 +178,7 @@ impl Work {
         for segment in &request.into {
             let len = rest.len().min(segment.len as usize);
             let (now, later) = rest.split_at(len);
-            self.memory.write_slice(now, segment.at).map_err(|_| OUTSIDE)?;
+            self.store(now, segment.at)?;
             rest = later;
         }
         if !rest.is_empty() {
@@ -185,9 +197,8 @@ impl Work {
         // Read once, before anything is done.
         let mut list = Vec::new();
         for (start, len) in request.out.iter().flat_map(pieces) {
-            let buffer = self.buffer.get_mut(..len).unwrap_or_default();
-            self.memory.read_slice(buffer, start).map_err(|_| OUTSIDE)?;
-            list.extend_from_slice(buffer);
+            self.fetch(start, len)?;
+            list.extend_from_slice(self.buffer.get(..len).unwrap_or_default());
         }
         let ranges = list.as_chunks::<RANGE_BYTES>().0;
         let ranges = ranges.iter().map(|range| range_of(request.kind, range, limits, file));

@@ -2,7 +2,6 @@
 //! devices wait for it.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -10,6 +9,7 @@ use std::time::Duration;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::file::DiskFile;
+use super::permit::Permit;
 use super::request::Request;
 use super::work::Work;
 use crate::error::Error;
@@ -31,6 +31,9 @@ struct Desk {
     halted: bool,
     /// What is being done is begun anew if it was interrupted: it is not to stop any more.
     again: bool,
+    /// What is being done is nobody's any more: its driver has reset the device. What is to be done
+    /// next waits for it, since it may write to the disk as long as its call to the host does.
+    forgotten: bool,
     /// As many were interrupted, and are as good as not begun.
     interrupted: usize,
     done: Vec<Done>,
@@ -66,7 +69,7 @@ struct Shared {
 /// One thread, which ends when this is dropped.
 pub(crate) struct Worker {
     shared: Arc<Shared>,
-    interrupt: Arc<AtomicBool>,
+    permit: Arc<Permit>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -74,12 +77,12 @@ impl Worker {
     pub(crate) fn start(mut work: Work, file: Arc<DiskFile>, name: &str) -> Result<Self, Error> {
         let shared = Arc::new(Shared::default());
         let theirs = Arc::clone(&shared);
-        let interrupt = work.interrupt();
+        let permit = work.permit();
         let thread = thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || theirs.work_on(&mut work, &file))
             .map_err(Error::host::<std::io::Error>("starting a thread"))?;
-        Ok(Self { shared, interrupt, thread: Some(thread) })
+        Ok(Self { shared, permit, thread: Some(thread) })
     }
 
     /// Whom to tell when something is done.
@@ -108,7 +111,7 @@ impl Worker {
         let mut desk = self.shared.desk();
         desk.halted = true;
         desk.again = false;
-        self.interrupt.store(true, Ordering::Relaxed);
+        self.permit.interrupt(true);
         let works = |desk: &mut Desk| !desk.end && desk.busy;
         let waited = self.shared.changed.wait_timeout_while(desk, MOMENT, works);
         !works(&mut waited.unwrap_or_else(PoisonError::into_inner).0)
@@ -122,24 +125,50 @@ impl Worker {
             return false;
         }
         desk.halted = false;
-        desk.again = desk.busy;
-        self.interrupt.store(false, Ordering::Relaxed);
+        desk.again = desk.busy && !desk.forgotten;
+        self.permit.interrupt(desk.forgotten);
         drop(desk);
         self.shared.changed.notify_all();
         true
     }
 
     /// Begins nothing more, and has what is under way end soon. What is done, and how many jobs
-    /// are not: the youngest. The guest's memory is not touched any more when this returns.
+    /// are not: the youngest. The guest's memory is not touched any more when this returns. It waits
+    /// for what is under way, so only where that has come to [rest](Self::rests).
     pub(crate) fn stop(&self) -> (Vec<Done>, usize) {
         let mut desk = self.shared.desk();
         let begun_none = std::mem::take(&mut desk.todo).len();
-        self.interrupt.store(true, Ordering::Relaxed);
+        self.permit.interrupt(true);
         let mut desk = self.shared.idle(desk);
-        self.interrupt.store(false, Ordering::Relaxed);
+        self.permit.interrupt(false);
         desk.halted = false;
         let interrupted = std::mem::take(&mut desk.interrupted);
         (std::mem::take(&mut desk.done), begun_none + interrupted)
+    }
+
+    /// Forgets whatever it was to do, and what is done. The guest's memory is not touched any more
+    /// when this returns, which does not wait for the disk: a call to the host that is under way is
+    /// left to it, and its file may be written until that comes back.
+    pub(crate) fn forget(&self) {
+        let mut desk = self.shared.desk();
+        desk.todo.clear();
+        desk.done.clear();
+        (desk.again, desk.interrupted) = (false, 0);
+        if desk.busy {
+            desk.forgotten = true;
+            self.permit.interrupt(true);
+            self.permit.revoke();
+        }
+    }
+
+    /// Something is being done.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.shared.desk().busy
+    }
+
+    /// Whether something is under way of a driver that has reset the device since.
+    pub(crate) fn is_left_behind(&self) -> bool {
+        self.shared.desk().forgotten
     }
 }
 
@@ -147,7 +176,7 @@ impl Worker {
 impl Worker {
     /// From now on nothing that takes any time is done until it is stopped.
     pub(crate) fn stand_still(&self) {
-        self.interrupt.store(true, Ordering::Relaxed);
+        self.permit.interrupt(true);
     }
 }
 
@@ -177,6 +206,7 @@ impl Shared {
     fn work_on(&self, work: &mut Work, file: &DiskFile) {
         // Also told when this panics: who waits for it must not wait for ever.
         let _end = End(self);
+        let permit = work.permit();
         let mut desk = self.desk();
         loop {
             if desk.end {
@@ -202,6 +232,12 @@ impl Shared {
                 desk = self.desk();
             }
             (desk.busy, desk.again) = (false, false);
+            if std::mem::take(&mut desk.forgotten) {
+                permit.renew();
+                permit.interrupt(desk.halted);
+                self.changed.notify_all();
+                continue;
+            }
             // Nothing is done that is younger than what is not.
             match written.filter(|_| desk.interrupted == 0) {
                 Some(written_bytes) => desk.done.push(Done { head, written_bytes }),

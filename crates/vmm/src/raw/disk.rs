@@ -84,6 +84,20 @@ impl Disk {
         false
     }
 
+    /// Waits until a request is being carried out.
+    pub fn until_busy(&self) {
+        while !self.block.is_busy() {
+            std::thread::yield_now();
+        }
+    }
+
+    /// Waits until none is, also none of before the newest [start](Self::start).
+    pub fn until_idle(&self) {
+        while self.block.is_busy() {
+            std::thread::yield_now();
+        }
+    }
+
     /// The guest stands still while the disk is at work; false where the ring makes no sense.
     pub fn pause(&mut self) -> bool {
         let broken = self.block.give_back(0, &self.memory, &mut self.queue) == Served::Broken;
