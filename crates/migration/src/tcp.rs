@@ -22,6 +22,9 @@ use crate::wire::frame::{HEAD_BYTES, Head};
 /// How long a peer may take to be reached, and to agree on keys and say hello.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 
+/// Pause after a connection that the host cannot take. It is found again at once.
+const BACKOFF: Duration = Duration::from_millis(100);
+
 /// Bytes of a hello's body. It has 40 today; later versions may say more.
 const MAX_HELLO_BYTES: usize = 1024;
 
@@ -389,7 +392,16 @@ impl Accept for TcpAcceptor {
             let (socket, from) = match self.listener.accept() {
                 Ok(accepted) => accepted,
                 Err(error) if is_of_the_peer(&error) => continue,
-                Err(error) => return Err(error),
+                Err(error) if is_for_good(&error) => return Err(error),
+                Err(error) => {
+                    tracing::error!(%error, "host: cannot take a connection, and tries again");
+                    thread::sleep(BACKOFF);
+                    // Whoever waits there is found at once, whatever the time.
+                    if deadline.is_some_and(|end| Instant::now() >= end) {
+                        return Err(io::ErrorKind::TimedOut.into());
+                    }
+                    continue;
+                }
             };
             if let Err(error) = self.greet(socket, from) {
                 tracing::warn!(%from, %error, "cannot be greeted");
@@ -402,6 +414,14 @@ impl Accept for TcpAcceptor {
 fn is_of_the_peer(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted, WouldBlock};
     matches!(error.kind(), ConnectionAborted | ConnectionReset | Interrupted | WouldBlock)
+}
+
+/// The listener is of no use. Any other error goes by: the host has no file descriptor or no memory
+/// left now, or a network is down (`accept(2)`).
+fn is_for_good(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    let errno = Errno::from_io_error(error);
+    errno.is_none_or(|errno| [Errno::BADF, Errno::INVAL, Errno::NOTSOCK].contains(&errno))
 }
 
 /// Waits until somebody connects, or was greeted.

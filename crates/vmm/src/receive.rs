@@ -186,8 +186,10 @@ fn answer(
                 Ok(link) => link,
                 Err(error) if error.kind() == ErrorKind::TimedOut => continue,
                 Err(error) => {
-                    tracing::error!(%error, "host: no source can ask for its guest");
-                    break;
+                    // Nobody else answers it.
+                    tracing::error!(%error, "host: no source can ask for its guest now");
+                    std::thread::sleep(LOOK);
+                    continue;
                 }
             };
             let answered = contain(|| {

@@ -13,7 +13,7 @@ use control::Client;
 use control::api::{MigrationState, SettleWord, StartMigration};
 use lab::bare::{BareBuilder, BareGuest, Stream};
 use rustix::fs::{MemfdFlags, OFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
 
 use crate::bare::{aerostat, boot, builder, client, on_a_kvm};
 use crate::program::program;
@@ -66,6 +66,17 @@ fn receiver(name: &str, stream: Stream, panics: &str) -> (BareGuest, String) {
         thread::sleep(Duration::from_millis(5));
     }
     (receiver, address.to_string())
+}
+
+/// Waits until a receiver waits for a guest.
+fn until_it_waits(receiver: &BareGuest, name: &str) {
+    let socket = receiver.directory().join(format!("{name}.sock"));
+    let state = || Client::connect(&socket)?.migration().map(|status| status.state);
+    let end = Instant::now() + LONG;
+    while !matches!(state(), Ok(MigrationState::Waiting)) {
+        assert!(Instant::now() < end, "{}", receiver.errors());
+        thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// A migration that has ended, however it did.
@@ -373,6 +384,57 @@ fn assert_on_one_side(at_source: &str, at_destination: &str) {
     there.ask("check 8 4 1").unwrap();
     assert!(here.wait_for_end(LONG).unwrap().success(), "{what}");
     assert!(there.power_off().unwrap().success(), "{what}");
+}
+
+/// A process that cannot take connections for a while answers its source after that.
+#[test]
+fn a_source_is_answered_by_a_host_that_had_no_file_descriptor_left() {
+    let name = "panics::a_source_is_answered_by_a_host_that_had_no_file_descriptor_left";
+    on_a_kvm(name, || {
+        if !panics_on_demand() {
+            return;
+        }
+        let mut here = builder("asks").variable(PANIC, "handed over").boot().unwrap();
+        let (mut there, address) = receiver("asks", Stream::Read, "");
+        let pid = Pid::from_raw(there.pid().cast_signed()).unwrap();
+        let usual = getrlimit(Resource::Nofile);
+        // It has three open files at least.
+        let limit = |files| {
+            let limits = Rlimit { current: files, maximum: usual.maximum };
+            prlimit(Some(pid), Resource::Nofile, limits).unwrap();
+        };
+        let refused = |text: &str, count| {
+            let said = text.matches("Too many open files").count() >= count;
+            said.then_some(())
+        };
+        let source = client(&here, "asks");
+        // Who waits for a guest, and has opened all files that it needs for that.
+        until_it_waits(&there, "asks");
+        limit(Some(3));
+        let late = TcpStream::connect(&address).unwrap();
+        there.wait_for_error("an error", |text| refused(text, 1)).unwrap();
+        drop(late);
+        limit(usual.current);
+        start_migration(&source, &address);
+        assert_eq!(until_state(&source, &OVER), MigrationState::InDoubt, "{}", there.errors());
+        // Who has one. It serves the guest's devices already.
+        there.ask("balloon 1").unwrap();
+        let said = there.errors().matches("Too many open files").count();
+        limit(Some(3));
+        thread::scope(|scope| {
+            let asks = scope.spawn(|| source.settle_migration(SettleWord::Ask));
+            there.wait_for_error("an error", |text| refused(text, said + 1)).unwrap();
+            limit(usual.current);
+            // It may have waited in vain.
+            if asks.join().unwrap().is_err() {
+                let settled = source.settle_migration(SettleWord::Ask);
+                settled.unwrap_or_else(|error| panic!("{error}\n{}", there.errors()));
+            }
+        });
+        assert!(here.wait_for_end(LONG).unwrap().success());
+        answers(&mut there);
+        assert!(there.power_off().unwrap().success());
+    });
 }
 
 /// Nobody loses the guest with whatever panics beside it, and status tells of it.
