@@ -81,6 +81,7 @@ impl Reclaim for Count {
         self.release(pages);
     }
 
+    fn cancel(&mut self, _pages: &PageSet) {}
     fn retain(&mut self, _pages: &PageSet) {}
 
     fn flush(&mut self) {}

@@ -149,11 +149,12 @@ impl<R: Reclaim> Balloon<R> {
 
     /// The driver's queues stop. It may be reset now, and then uses any page that
     /// it wants before the device hears of it again: what was not released yet
-    /// never is. Where it only pauses, its balloon is still what it was.
+    /// never is. Where it only pauses, its balloon is still what it was, and what was
+    /// released stays so.
     ///
     /// Chains that are kept are forgotten; see [`give_back`](Self::give_back).
     pub fn suspend(&mut self) {
-        self.reclaim.retain(&self.held);
+        self.reclaim.cancel(&self.held);
         self.stats.kept.forget();
         self.waiting.forget();
         self.requests.suspend();
@@ -192,7 +193,7 @@ impl<R: Reclaim> Balloon<R> {
         self.hinting.forget_outside(&layout);
         let gone = layout.cut(&mut self.held);
         if !gone.is_empty() {
-            self.reclaim.retain(&gone);
+            self.reclaim.cancel(&gone);
         }
         self.layout = layout;
         self.requests.forget_pages();
@@ -415,16 +416,23 @@ impl<R: Reclaim> Balloon<R> {
     }
 
     /// Pages that the balloon does not hold are kept all the same: keeping is
-    /// always safe.
+    /// always safe. But the host is to have memory only for what comes out of the balloon, not
+    /// for whatever a guest names. Where nobody knows what is in it, all may be.
     fn deflate(&mut self, pages: &PageSet) {
         self.counters.deflate_messages += 1;
         self.counters.deflated_pages += pages.len();
-        let before = self.held.len();
+        let mut strange = pages.clone();
+        strange.subtract(&self.held);
         self.held.subtract(pages);
-        if before - self.held.len() < pages.len() && !self.inherited {
-            self.faults.count(Fault::NotInBalloon);
+        if strange.is_empty() || self.inherited {
+            self.reclaim.retain(pages);
+            return;
         }
-        self.reclaim.retain(pages);
+        self.faults.count(Fault::NotInBalloon);
+        self.reclaim.cancel(&strange);
+        let mut taken_out = pages.clone();
+        taken_out.subtract(&strange);
+        self.reclaim.retain(&taken_out);
     }
 
     /// A driver without `PAGE_BITMAP` cannot be told that its deflate was refused:
@@ -432,7 +440,7 @@ impl<R: Reclaim> Balloon<R> {
     /// know which ones, so none that it holds may be released any more.
     fn refuse(&mut self, vq: Vq) {
         if vq == Vq::Deflate && !self.speaks_bitmap() {
-            self.reclaim.retain(&self.held);
+            self.reclaim.cancel(&self.held);
         }
     }
 

@@ -17,8 +17,12 @@ pub trait Reclaim {
     /// of them was given by [`release`](Self::release).
     fn release_free(&mut self, pages: &PageSet);
 
-    /// `pages` go back to the guest. When this returns, no release of any of
-    /// them is under way or still to come.
+    /// None of `pages` is released from now on: when this returns, no release of any of
+    /// them is under way or still to come. They may be in the balloon as before.
+    fn cancel(&mut self, pages: &PageSet);
+
+    /// `pages`, all of them out of the balloon, go back to the guest. As
+    /// [`cancel`](Self::cancel); and the host sees to it that there is memory when they are used.
     fn retain(&mut self, pages: &PageSet);
 
     /// The guest has reached its target: what waits to be released together

@@ -18,6 +18,7 @@ impl Reclaim for Nothing {
     fn release(&mut self, _: &PageSet) {}
     fn release_now(&mut self, _: &PageSet) {}
     fn release_free(&mut self, _: &PageSet) {}
+    fn cancel(&mut self, _: &PageSet) {}
     fn retain(&mut self, _: &PageSet) {}
     fn flush(&mut self) {}
 }

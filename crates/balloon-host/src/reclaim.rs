@@ -211,6 +211,10 @@ impl Reclaim for HostReclaim {
         self.reclaimer.release_free(pages);
     }
 
+    fn cancel(&mut self, pages: &PageSet) {
+        self.reclaimer.cancel(pages);
+    }
+
     fn retain(&mut self, pages: &PageSet) {
         self.reclaimer.retain(pages);
         // Nothing can be answered to a guest but that the pages are its own. So it is said here.

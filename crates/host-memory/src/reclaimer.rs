@@ -243,8 +243,8 @@ impl Reclaimer {
         }
     }
 
-    /// Takes pages back: when it returns, none of them is or will be discarded
-    /// until it is given anew. May wait for one batch.
+    /// Takes pages back that their user may use from now on: as [`cancel`](Self::cancel), and
+    /// they may have huge pages again.
     pub fn retain(&self, pages: &PageSet) {
         self.cancel(pages);
         let mut inner = self.shared.lock();
@@ -254,7 +254,10 @@ impl Reclaimer {
         self.shared.let_huge(memory.as_ref(), pages);
     }
 
-    fn cancel(&self, pages: &PageSet) {
+    /// Releases none of these pages any more: when it returns, none of them is or will be
+    /// discarded until it is given anew. May wait for one batch. What was released stays with the
+    /// host, which makes no huge pages of it.
+    pub fn cancel(&self, pages: &PageSet) {
         let mut inner = self.shared.lock();
         loop {
             let (retained, cancelled) = inner.pages.retain(pages);

@@ -21,6 +21,7 @@ pub mod debian;
 pub mod fuse;
 pub mod guest;
 pub mod guest_build;
+pub mod huge_pool;
 pub mod initramfs;
 pub mod kvm;
 pub mod memory_dir;

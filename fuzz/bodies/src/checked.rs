@@ -38,6 +38,10 @@ impl Reclaim for Checked {
         assert!(!self.may_release.intersects(pages), "{pages:?} are given and reported");
     }
 
+    fn cancel(&mut self, pages: &PageSet) {
+        self.may_release.subtract(pages);
+    }
+
     fn retain(&mut self, pages: &PageSet) {
         self.may_release.subtract(pages);
     }

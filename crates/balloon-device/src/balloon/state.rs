@@ -142,6 +142,9 @@ mod tests {
             self.0.union_with(pages);
         }
         fn release_free(&mut self, _: &PageSet) {}
+        fn cancel(&mut self, pages: &PageSet) {
+            self.0.subtract(pages);
+        }
         fn retain(&mut self, pages: &PageSet) {
             self.0.subtract(pages);
         }

@@ -161,7 +161,7 @@ fn inflating_twice_releases_twice_and_holds_once() {
 }
 
 #[test]
-fn a_deflate_of_pages_that_are_not_held_is_counted_and_keeps_them() {
+fn a_deflate_of_pages_that_are_not_held_is_counted_and_gives_back_the_others() {
     let mut guest = Guest::new(BITMAP);
     guest.accepts(Vq::Inflate, &record_bytes(0x200, 12, &[]));
     guest.balloon.reclaim_mut().events.clear();
@@ -169,9 +169,23 @@ fn a_deflate_of_pages_that_are_not_held_is_counted_and_keeps_them() {
     assert_eq!(guest.held(), []);
     assert_eq!(guest.balloon.faults().get(Fault::NotInBalloon), 1);
     assert_eq!(guest.balloon.faults().total(), 1);
+    // Memory is wanted of the host for what was in the balloon, not for what the guest names.
+    let strange = Event::Cancel { pages: set([(0x201, 0x1ff)]), returned: 0 };
+    let taken_out = Event::Retain { pages: set([(0x200, 1)]), returned: 0 };
+    assert_eq!(guest.balloon.reclaim().events, [strange, taken_out]);
+    guest.still_works();
+}
+
+#[test]
+fn a_driver_that_was_there_before_the_device_gets_back_whatever_it_names() {
+    let mut guest = Guest::new(BITMAP);
+    guest.balloon.resume(0x200, 0, std::time::Instant::now());
+    guest.accepts(Vq::Inflate, &record_bytes(0x200, 12, &[]));
+    guest.balloon.reclaim_mut().events.clear();
+    guest.accepts(Vq::Deflate, &record_bytes(0x200, 21, &[]));
+    assert_eq!((guest.held(), guest.balloon.faults().total()), (vec![], 0));
     let kept = Event::Retain { pages: set([(0x200, 0x200)]), returned: 0 };
     assert_eq!(guest.balloon.reclaim().events, [kept]);
-    guest.still_works();
 }
 
 #[test]

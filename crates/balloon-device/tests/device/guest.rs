@@ -44,6 +44,7 @@ pub(crate) enum Event {
     Release(PageSet),
     ReleaseNow(PageSet),
     ReleaseFree(PageSet),
+    Cancel { pages: PageSet, returned: u16 },
     Retain { pages: PageSet, returned: u16 },
     Flush,
 }
@@ -52,6 +53,12 @@ pub(crate) struct Recorder {
     memory: GuestMemoryMmap,
     deflate_used: GuestAddress,
     pub(crate) events: Vec<Event>,
+}
+
+impl Recorder {
+    fn returned(&self) -> u16 {
+        self.memory.read_obj(self.deflate_used).map(u16::from_le).unwrap()
+    }
 }
 
 impl Reclaim for Recorder {
@@ -67,8 +74,13 @@ impl Reclaim for Recorder {
         self.events.push(Event::ReleaseFree(pages.clone()));
     }
 
+    fn cancel(&mut self, pages: &PageSet) {
+        let returned = self.returned();
+        self.events.push(Event::Cancel { pages: pages.clone(), returned });
+    }
+
     fn retain(&mut self, pages: &PageSet) {
-        let returned = self.memory.read_obj(self.deflate_used).map(u16::from_le).unwrap();
+        let returned = self.returned();
         self.events.push(Event::Retain { pages: pages.clone(), returned });
     }
 
@@ -195,7 +207,7 @@ impl Guest {
         assert_eq!(*self.balloon.faults(), expected, "expected one {fault:?}");
         assert_eq!(*self.balloon.held(), held);
         for event in &self.balloon.reclaim().events {
-            assert!(matches!(event, Event::Retain { .. }), "{event:?}");
+            assert!(matches!(event, Event::Cancel { .. } | Event::Retain { .. }), "{event:?}");
         }
         self.still_works();
     }

@@ -125,7 +125,7 @@ impl Run {
                 assert!(one_of.into_iter().any(|faults| faults == seen), "{reasons:?} {seen:?}");
                 let all = self.held.clone();
                 let keeps = vq == Vq::Deflate && !bitmap;
-                let events = if keeps { vec![self.retain(&all)] } else { vec![] };
+                let events = if keeps { vec![self.cancel(&all)] } else { vec![] };
                 (events, reasons.into_iter().map(status_of).collect())
             }
         };
@@ -142,11 +142,21 @@ impl Run {
             self.held.extend(pages);
             return vec![Event::Release(set(pages.iter().map(|page| (*page, 1))))];
         }
-        if !pages.is_subset(&self.held) {
+        let mut events = vec![];
+        let strange: Pages = pages.difference(&self.held).copied().collect();
+        if !strange.is_empty() {
             faults.count(Fault::NotInBalloon);
+            events.push(self.cancel(&strange));
         }
+        events.push(self.retain(&pages.intersection(&self.held).copied().collect()));
         self.held.retain(|page| !pages.contains(page));
-        vec![self.retain(pages)]
+        events
+    }
+
+    /// The host releases none of `pages` any more.
+    fn cancel(&self, pages: &Pages) -> Event {
+        let pages = set(pages.iter().map(|page| (*page, 1)));
+        Event::Cancel { pages, returned: self.deflates }
     }
 
     /// The host keeps `pages` before the driver sees the message returned.

@@ -260,14 +260,15 @@ fn a_change_is_over_when_the_driver_has_what_was_asked() {
 }
 
 #[test]
-fn a_suspended_device_takes_back_all_that_it_holds_and_still_knows_it() {
+fn a_suspended_device_releases_nothing_of_what_it_holds_and_still_holds_it() {
     let mut guest = Guest::new(BITMAP);
     guest.send(Vq::Inflate, &record_bytes(0x200, 12, &[0b1011]));
     let held = guest.balloon.held().clone();
     assert_eq!(held.len(), 3);
     guest.balloon.reclaim_mut().events.clear();
     guest.balloon.suspend();
-    let expected = Event::Retain { pages: held.clone(), returned: 0 };
+    // Nothing goes back to the guest, which may only pause.
+    let expected = Event::Cancel { pages: held.clone(), returned: 0 };
     assert_eq!(guest.balloon.reclaim_mut().events, [expected]);
     assert_eq!(*guest.balloon.held(), held);
 }
@@ -350,7 +351,7 @@ fn when_memory_moves_only_what_is_gone_is_forgotten() {
     guest.balloon.set_layout(smaller);
     assert_eq!(guest.held(), [(0x200, 0x200), (0xa00, 0x200)]);
     // What is gone must not be released later, in memory that came instead.
-    let gone = Event::Retain { pages: set([(0x400, 0x400)]), returned: 0 };
+    let gone = Event::Cancel { pages: set([(0x400, 0x400)]), returned: 0 };
     assert_eq!(guest.balloon.reclaim().events, [gone]);
     guest.still_works();
 }
