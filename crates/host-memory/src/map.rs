@@ -14,6 +14,8 @@ use crate::{HostMemoryError, ObserveDiscards, Region};
 #[derive(Clone, Debug, Default)]
 pub struct MemoryMap {
     regions: Vec<Region>,
+    /// This process answers for the memory; see [`committing`](Self::committing).
+    pub(crate) commits: bool,
     pub(crate) observers: Arc<Observers>,
 }
 
@@ -68,7 +70,15 @@ impl MemoryMap {
                 });
             }
         }
-        Ok(Self { regions, observers: Arc::default() })
+        Ok(Self { regions, commits: false, observers: Arc::default() })
+    }
+
+    /// Memory that this process answers for: where the host never overcommits, what is
+    /// [reserved](Self::reserve) again is committed. Who commits a page is charged for it (its
+    /// control group), so a back end leaves that to the VMM whose memory it is.
+    #[must_use]
+    pub fn committing(self) -> Self {
+        Self { commits: true, ..self }
     }
 
     /// The map of guest memory as vm-memory holds it.

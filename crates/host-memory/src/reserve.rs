@@ -5,17 +5,18 @@
 //! before the deflate message is returned.
 
 use std::fs::{self, File};
-use std::io;
+use std::iter;
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::ptr;
 use std::sync::OnceLock;
 
 use page_set::{PAGE_BYTES, PageSet};
 use rustix::fs::{FallocateFlags, fallocate};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
-use crate::{Backing, HostMemoryError, HostPages, MemoryMap, Piece};
+use crate::{Backing, HostMemoryError, HostPages, MemoryMap, Piece, Region};
 
 /// Where the kernel tells of its pools of huge pages (`Documentation/admin-guide/mm/hugetlbpage.rst`).
 const POOLS: &str = "/sys/kernel/mm/hugepages";
@@ -54,34 +55,55 @@ impl HugePool {
 /// # Errors
 /// The host does not have it: [`HostMemoryError::HugePages`] or [`HostMemoryError::Commit`].
 pub fn reserve_file(file: &File, bytes: u64) -> Result<(), HostMemoryError> {
-    match HostPages::of_file(file)? {
-        HostPages::Hugetlb { host_page_pages } => {
-            let page_bytes = host_page_pages * PAGE_BYTES;
-            reserve_huge(file, 0, bytes).map_err(|errno| refused(bytes, page_bytes, errno))
-        }
+    let host_pages = HostPages::of_file(file)?;
+    let outcome = match host_pages {
+        HostPages::Hugetlb { .. } => reserve_huge(file, 0, bytes),
         HostPages::Small | HostPages::Transparent if never_overcommits() => commit(file, 0, bytes),
         HostPages::Small | HostPages::Transparent => Ok(()),
-    }
+    };
+    outcome.map_err(|errno| Refused { bytes, errno }.error(host_pages))
+}
+
+/// What the host refused to reserve.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Refused {
+    bytes: u64,
+    errno: Errno,
 }
 
 impl MemoryMap {
     /// Reserves again what backs `pages`, which were released and are to be used. Costs nothing
-    /// where the host has promised nothing that it could break.
+    /// where the host has promised nothing that it could break, or where it has not promised it
+    /// to [this process](Self::committing).
     ///
     /// # Errors
-    /// As [`reserve_file`]; what comes behind in `pages` is tried all the same.
+    /// As [`reserve_file`], of the first region of which not all can be reserved; other regions
+    /// are tried all the same.
     pub fn reserve(&self, pages: &PageSet) -> Result<(), HostMemoryError> {
-        let breaks = |piece: &Piece<'_>| match (piece.region.backing(), piece.region.host_pages()) {
-            (Backing::Anonymous(_), _) => false,
-            (Backing::Shared { .. }, HostPages::Hugetlb { .. }) => true,
-            (Backing::Shared { .. }, _) => never_overcommits(),
-        };
-        let pieces = pages.ranges().flat_map(|range| self.translate(range)).flatten();
-        let mut outcome = Ok(());
-        for piece in pieces.filter(breaks) {
-            outcome = outcome.and(reserve_piece(&piece));
+        self.reserve_or_commit(pages, self.commits && never_overcommits())
+    }
+
+    fn reserve_or_commit(&self, pages: &PageSet, commits: bool) -> Result<(), HostMemoryError> {
+        let mut first = None;
+        for region in self.regions() {
+            let Backing::Shared { file, .. } = region.backing() else { continue };
+            let outcome = match region.host_pages() {
+                HostPages::Hugetlb { host_page_pages } => {
+                    let reserve = |offset, bytes| reserve_huge(file, offset, bytes);
+                    reserve_region(region, pages, host_page_pages * PAGE_BYTES, reserve)
+                }
+                HostPages::Small | HostPages::Transparent if commits => {
+                    let commit = |offset, bytes| commit(file, offset, bytes);
+                    reserve_region(region, pages, PAGE_BYTES, commit)
+                }
+                HostPages::Small | HostPages::Transparent => Ok(()),
+            };
+            if let Err(refused) = outcome {
+                first = first.or(Some((region.host_pages(), refused)));
+            }
         }
-        outcome
+        // Once, since the host's pool is asked for it.
+        first.map_or(Ok(()), |(host_pages, refused)| Err(refused.error(host_pages)))
     }
 
     /// Takes out of `pages` those that may be used again without a word, and could then not be
@@ -103,25 +125,62 @@ impl MemoryMap {
     }
 }
 
-fn reserve_piece(piece: &Piece<'_>) -> Result<(), HostMemoryError> {
-    let Backing::Shared { file, .. } = piece.region.backing() else { return Ok(()) };
-    let (start, len) = (piece.start_bytes(), piece.len_bytes());
-    let HostPages::Hugetlb { host_page_pages } = piece.region.host_pages() else {
-        return commit(file, start, len);
-    };
-    let page_bytes = host_page_pages * PAGE_BYTES;
-    let from = start / page_bytes * page_bytes;
-    let end = (start + len).next_multiple_of(page_bytes);
-    reserve_huge(file, from, end - from).map_err(|errno| refused(end - from, page_bytes, errno))
+/// Reserves what backs `pages` of one region, with one call for each run of host pages. The first
+/// that is refused is the last that is tried: a host that has not enough is not asked thousands
+/// of times.
+fn reserve_region(
+    region: &Region,
+    pages: &PageSet,
+    host_page_bytes: u64,
+    mut reserve: impl FnMut(u64, u64) -> Result<(), Errno>,
+) -> Result<(), Refused> {
+    let mut runs = runs(region, pages, host_page_bytes);
+    while let Some(run) = runs.next() {
+        if let Err(errno) = reserve(run.start, run.end - run.start) {
+            let left: u64 = runs.map(|run| run.end - run.start).sum();
+            return Err(Refused { bytes: run.end - run.start + left, errno });
+        }
+    }
+    Ok(())
 }
 
-fn refused(bytes: u64, page_bytes: u64, errno: Errno) -> HostMemoryError {
-    let needed = bytes.div_ceil(page_bytes);
-    let HugePool { total, free, .. } = HugePool::of(page_bytes);
-    // One more at least: what is free now may not have been.
-    let wanted = total + needed.saturating_sub(free).max(1);
-    let page_mib = page_bytes >> 20;
-    HostMemoryError::HugePages { needed, page_mib, free, total, wanted, source: errno.into() }
+/// The parts of a region's file that have any of `pages`, in whole host pages.
+fn runs(
+    region: &Region,
+    pages: &PageSet,
+    host_page_bytes: u64,
+) -> impl Iterator<Item = Range<u64>> {
+    let (base, first) = (region.base_bytes(), region.pages().start());
+    let widened = pages.ranges_in(region.pages()).map(move |range| {
+        // Cannot overflow: the region was checked to its end, below the largest file.
+        let start = base + (range.start() - first) * PAGE_BYTES;
+        let end = base + (range.end() - first) * PAGE_BYTES;
+        start / host_page_bytes * host_page_bytes..end.next_multiple_of(host_page_bytes)
+    });
+    let mut widened = widened.peekable();
+    iter::from_fn(move || {
+        let mut run = widened.next()?;
+        while let Some(next) = widened.next_if(|next| next.start <= run.end) {
+            run.end = next.end;
+        }
+        Some(run)
+    })
+}
+
+impl Refused {
+    fn error(self, host_pages: HostPages) -> HostMemoryError {
+        let Self { bytes, errno } = self;
+        let HostPages::Hugetlb { host_page_pages } = host_pages else {
+            return HostMemoryError::Commit { bytes, source: errno.into() };
+        };
+        let page_bytes = host_page_pages * PAGE_BYTES;
+        let needed = bytes.div_ceil(page_bytes);
+        let HugePool { total, free, .. } = HugePool::of(page_bytes);
+        // One more at least: what is free now may not have been.
+        let wanted = total + needed.saturating_sub(free).max(1);
+        let page_mib = page_bytes >> 20;
+        HostMemoryError::HugePages { needed, page_mib, free, total, wanted, source: errno.into() }
+    }
 }
 
 /// Reserves pages of the pool for a part of a file. The kernel does so when it is mapped, and keeps
@@ -142,16 +201,8 @@ fn reserve_huge(file: impl AsFd, offset: u64, bytes: u64) -> Result<(), Errno> {
 }
 
 /// Has the kernel back a part of a file in memory, which it counts page by page otherwise.
-fn commit(file: &File, offset: u64, bytes: u64) -> Result<(), HostMemoryError> {
-    loop {
-        match fallocate(file, FallocateFlags::empty(), offset, bytes) {
-            Err(Errno::INTR) => {}
-            Ok(()) => return Ok(()),
-            Err(errno) => {
-                return Err(HostMemoryError::Commit { bytes, source: io::Error::from(errno) });
-            }
-        }
-    }
+fn commit(file: &File, offset: u64, bytes: u64) -> Result<(), Errno> {
+    retry_on_intr(|| fallocate(file, FallocateFlags::empty(), offset, bytes))
 }
 
 /// Read once: who changes it does so when the host starts.
@@ -163,6 +214,9 @@ fn never_overcommits() -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use page_set::PageRange;
     use rustix::fs::{MemfdFlags, SealFlags, fstat, ftruncate, memfd_create};
 
     use super::*;
@@ -194,7 +248,62 @@ mod tests {
         assert_eq!(fstat(&small).unwrap().st_blocks * 512, 1 << 20);
         // Sealed, so that it is refused whatever the host has.
         rustix::fs::fcntl_add_seals(&small, SealFlags::GROW).unwrap();
-        let error = commit(&small, 0, 2 << 20).unwrap_err().to_string();
+        let (bytes, host_pages) = (2 << 20, HostPages::Small);
+        let errno = commit(&small, 0, bytes).unwrap_err();
+        let error = Refused { bytes, errno }.error(host_pages).to_string();
         assert!(error.contains("vm.overcommit_memory"), "{error}");
+    }
+
+    /// A region of 8 MiB from guest page 100 on, at 64 KiB in its file.
+    fn region() -> Region {
+        let file = Arc::new(file(MemfdFlags::empty(), (8 << 20) + (64 << 10)));
+        Region::shared(PageRange::new(100, 2048).unwrap(), file, 64 << 10).unwrap()
+    }
+
+    fn every_second_page() -> PageSet {
+        (0..3000).step_by(2).map(|page| PageRange::new(page, 1).unwrap()).collect()
+    }
+
+    /// What is a peer's is charged to the peer, and not committed here.
+    #[test]
+    fn memory_is_committed_by_the_process_that_answers_for_it() {
+        let region = region();
+        let Backing::Shared { file, .. } = region.backing().clone() else { panic!() };
+        let map = MemoryMap::new(vec![region]).unwrap();
+        let there = || fstat(&file).unwrap().st_blocks * 512;
+        assert!(!map.commits && map.clone().committing().commits);
+        map.reserve_or_commit(&every_second_page(), map.commits).unwrap();
+        assert_eq!(there(), 0);
+        let map = map.committing();
+        map.reserve_or_commit(&every_second_page(), map.commits).unwrap();
+        assert_eq!(there(), 4 << 20);
+    }
+
+    #[test]
+    fn host_pages_are_reserved_once_whatever_their_parts() {
+        let (region, pages) = (region(), every_second_page());
+        let whole: Vec<_> = runs(&region, &pages, HUGE_BYTES).collect();
+        assert_eq!(whole, vec![0..10 << 20]);
+        // A huge page between them that has none of the pages.
+        let apart = PageSet::from_iter(
+            [(100, 3), (105, 1), (1124, 1)]
+                .map(|(start, pages)| PageRange::new(start, pages).unwrap()),
+        );
+        let apart: Vec<_> = runs(&region, &apart, HUGE_BYTES).collect();
+        assert_eq!(apart, [0..2 << 20, 4 << 20..6 << 20]);
+        assert_eq!(runs(&region, &pages, PAGE_BYTES).count(), 1024);
+    }
+
+    #[test]
+    fn a_host_that_refuses_is_asked_once_for_a_region() {
+        let mut asked = Vec::new();
+        let refused =
+            reserve_region(&region(), &every_second_page(), PAGE_BYTES, |start, bytes| {
+                asked.push((start, bytes));
+                if asked.len() == 3 { Err(Errno::NOMEM) } else { Ok(()) }
+            });
+        let left = (1024 - 2) * PAGE_BYTES;
+        assert_eq!(refused, Err(Refused { bytes: left, errno: Errno::NOMEM }));
+        assert_eq!(asked.len(), 3);
     }
 }

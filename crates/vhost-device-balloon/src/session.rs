@@ -504,8 +504,9 @@ impl Drop for Session<'_> {
     fn drop(&mut self) {
         let mut device = self.shared.device();
         device.requests_mut().end_all(RequestFailure::HungUp);
-        device.reset(Features::NONE);
+        // First: nothing is reserved for a guest that is gone.
         device.reclaim_mut().forget_memory();
+        device.reset(Features::NONE);
         device.set_layout(balloon_device::MemoryLayout::default());
         drop(device);
         self.shared.changed();

@@ -95,7 +95,7 @@ impl Memory {
         }
         let known = |region: &RamRegion| host_region(region, kind);
         let host = regions.iter().map(known).collect::<Result<_, Error>>()?;
-        let map = MemoryMap::new(host).map_err(Error::memory("mapping"))?;
+        let map = MemoryMap::new(host).map_err(Error::memory("mapping"))?.committing();
         let guest = Ram::from_regions(regions).map_err(Error::memory("mapping"))?;
         let discards = Arc::new(DiscardLog { guest: guest.clone(), on: AtomicBool::new(false) });
         map.observe(Arc::clone(&discards) as _);
