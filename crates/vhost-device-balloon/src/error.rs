@@ -155,6 +155,19 @@ pub enum Violation {
     /// A memory table that no guest can have.
     #[error("a memory table that makes no sense")]
     MemoryTable,
+    /// A part of a file of huge pages that is not made of whole ones.
+    #[error(
+        "a memory region of {bytes:#x} bytes at {file_offset:#x} of its file, whose huge pages \
+         are of {page_bytes:#x}: both must be multiples of that"
+    )]
+    PartialHugePages {
+        /// Bytes of the region.
+        bytes: u64,
+        /// Where it starts in the file.
+        file_offset: u64,
+        /// Bytes of a page.
+        page_bytes: u64,
+    },
     /// More guest memory than is taken here.
     #[error(
         "{bytes} bytes of guest memory, of which at most {limit} are taken for one guest; \

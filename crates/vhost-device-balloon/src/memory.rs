@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use balloon_abi::BALLOON_PAGE_BYTES;
 use balloon_device::MemoryLayout;
-use host_memory::{BackedMemory, MemoryMap};
+use host_memory::{BackedMemory, HostPages, MemoryMap};
 use page_set::PageRange;
 use rustix::fs::{SealFlags, fcntl_get_seals};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
@@ -116,8 +116,22 @@ impl Region {
         if len < end {
             return Err(Violation::MemoryTable.into());
         }
+        self.check_huge_pages()?;
         let file = FileOffset::from_arc(Arc::clone(&self.file), self.file_offset);
         GuestRegionMmap::from_range(GuestAddress(self.guest_address), size, Some(file))
             .map_err(|e| SessionError::Map(e.into()))
+    }
+
+    /// Part of a huge page of hugetlbfs can be mapped: the kernel maps all of it. It cannot be
+    /// unmapped by the same length, so such a mapping would stay with this process for good.
+    fn check_huge_pages(&self) -> Result<(), SessionError> {
+        let host_pages = HostPages::of_file(&self.file).map_err(|e| SessionError::Map(e.into()))?;
+        let HostPages::Hugetlb { host_page_pages } = host_pages else { return Ok(()) };
+        let page_bytes = host_page_pages.saturating_mul(BALLOON_PAGE_BYTES);
+        let Self { bytes, file_offset, .. } = *self;
+        if bytes.is_multiple_of(page_bytes) && file_offset.is_multiple_of(page_bytes) {
+            return Ok(());
+        }
+        Err(Violation::PartialHugePages { bytes, file_offset, page_bytes }.into())
     }
 }

@@ -15,7 +15,7 @@ use super::LONG;
 use super::front_end::{
     FrontEnd, OFFERED_PROTOCOL, PROTOCOL_FEATURES, eventfd, longs, request, words,
 };
-use super::guest::{BASE, BYTES, FILE_OFFSET, FIRST_PAGE, Guest, PAGE, USER_BASE};
+use super::guest::{BASE, BYTES, FIRST_PAGE, Guest, PAGE, USER_BASE};
 
 pub(crate) const INFLATE: usize = 0;
 pub(crate) const DEFLATE: usize = 1;
@@ -214,7 +214,7 @@ impl Vm {
 
     /// The memory table, with room for `room` regions and one in it.
     pub(crate) fn send_memory(&self, user_base: u64, room: usize) {
-        let region = [BASE, BYTES, user_base, FILE_OFFSET];
+        let region = [BASE, BYTES, user_base, self.guest.file_offset];
         let mut payload = mem_table(&[region]);
         payload.resize(8 + 32 * room, 0);
         self.front.send(request::SET_MEM_TABLE, &payload, &[self.guest.file.as_fd()]);

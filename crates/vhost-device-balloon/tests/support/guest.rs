@@ -25,6 +25,8 @@ pub(crate) const USER_BASE: u64 = 0x7f55_0000_0000;
 pub(crate) struct Guest {
     pub(crate) file: File,
     pub(crate) memory: GuestMemoryMmap,
+    /// Where the region starts in its file.
+    pub(crate) file_offset: u64,
 }
 
 pub(crate) fn memfd(bytes: u64) -> File {
@@ -60,11 +62,16 @@ impl Guest {
     }
 
     fn in_file(file: File) -> Self {
-        let place = FileOffset::new(file.try_clone().unwrap(), FILE_OFFSET);
+        Self::at(file, FILE_OFFSET)
+    }
+
+    /// In a file of which nothing was used.
+    pub(crate) fn at(file: File, file_offset: u64) -> Self {
+        let place = FileOffset::new(file.try_clone().unwrap(), file_offset);
         let region =
             GuestRegionMmap::from_range(GuestAddress(BASE), BYTES as usize, Some(place)).unwrap();
         let memory = GuestMemoryMmap::from_regions(vec![region]).unwrap();
-        Self { file, memory }
+        Self { file, memory, file_offset }
     }
 
     /// The driver zeroes a few pages; `reset` of a ring would take it longer.
