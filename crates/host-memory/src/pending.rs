@@ -41,6 +41,10 @@ pub struct PendingRelease {
     waiting: PageSet,
     sweep: PageSet,
     in_flight: Option<Flight>,
+    /// Pages that were pending and came into a batch, so far.
+    begun_pages: u64,
+    /// Batches that were finished, so far.
+    finished_batches: u64,
 }
 
 #[derive(Debug)]
@@ -176,6 +180,7 @@ impl PendingRelease {
         if self.in_flight.is_some() {
             return None;
         }
+        let before = self.pending.len();
         let mut pages = match take {
             Take::All => std::mem::take(&mut self.pending),
             Take::Chunks(limit) => self.pending.take_full_chunks(limit),
@@ -186,6 +191,7 @@ impl PendingRelease {
                 chunks => chunks,
             },
         };
+        self.begun_pages += before - self.pending.len();
         if !self.waiting.is_empty() {
             let joined = self.take_neighbours(&pages, largest_host_page);
             pages.union_with(&joined);
@@ -212,6 +218,7 @@ impl PendingRelease {
         // Given again meanwhile: those come with the next batch.
         self.waiting.subtract(&self.pending);
         self.in_flight = None;
+        self.finished_batches += 1;
     }
 
     /// Makes what waits pending again: the rule changed.
@@ -244,6 +251,18 @@ impl PendingRelease {
             .as_ref()
             .filter(|flight| !flight.swept)
             .map_or(0, |flight| flight.pages.len())
+    }
+
+    /// Pages that were pending and came into a batch, so far: grows only.
+    #[must_use]
+    pub const fn begun_pages(&self) -> u64 {
+        self.begun_pages
+    }
+
+    /// Batches that were finished, so far.
+    #[must_use]
+    pub const fn finished_batches(&self) -> u64 {
+        self.finished_batches
     }
 
     /// True while a batch is in flight.

@@ -1,5 +1,6 @@
 //! Releasing behind the guest's back, merged over many requests.
 
+mod drain;
 mod look;
 
 pub use look::{SWEEP_LOOK_MAX_MS, SWEEP_LOOK_MS};
@@ -194,7 +195,7 @@ impl Reclaimer {
         inner.add(pages);
         inner.last_given = Instant::now();
         if inner.mode != ReleaseMode::Background {
-            drop(self.shared.drain(inner, Take::All));
+            drop(self.shared.drain(inner));
         } else if inner.is_worth_waking() || !inner.armed {
             // Noted here, so that the next call need not wake it once more.
             inner.armed = true;
@@ -208,7 +209,7 @@ impl Reclaimer {
     pub fn release_now(&self, pages: &PageSet) {
         let mut inner = self.shared.lock();
         inner.add(pages);
-        drop(self.shared.drain(inner, Take::All));
+        drop(self.shared.drain(inner));
         self.cancel(pages);
     }
 
@@ -322,11 +323,12 @@ impl Reclaimer {
         true
     }
 
-    /// Changes how pages are released, after what is pending was released: which may take
-    /// long, in batches that hold nobody up longer than the worker's.
+    /// Changes how pages are released, after as much was released as is pending now: which may
+    /// take long, in batches that hold nobody up longer than the worker's. What a guest gives
+    /// meanwhile is not waited for, else one that goes on giving would be waited for for ever.
     pub fn set_mode(&self, mode: ReleaseMode) {
         let inner = self.shared.lock();
-        let mut inner = self.shared.drain(inner, Take::Any(BATCH_PAGES));
+        let mut inner = self.shared.drain_present(inner);
         inner.mode = mode;
     }
 
@@ -413,31 +415,6 @@ impl Shared {
         }
     }
 
-    /// Releases everything pending in this thread, in batches of `take`.
-    fn drain<'a>(&'a self, mut inner: MutexGuard<'a, Inner>, take: Take) -> MutexGuard<'a, Inner> {
-        while !inner.is_settled() {
-            let largest = inner.memory.largest_host_page();
-            inner = match inner.pages.begin(take, largest) {
-                Some(batch) => self.run(inner, batch),
-                None => self.wait_done(inner),
-            };
-        }
-        inner
-    }
-
-    /// Forgets everything pending and waits for the batch in flight.
-    fn forget<'a>(&'a self, mut inner: MutexGuard<'a, Inner>) -> MutexGuard<'a, Inner> {
-        loop {
-            let cancelled = inner.pages.pending().len() + inner.pages.waiting().len();
-            inner.counters.retained_pages += cancelled;
-            inner.pages.forget();
-            if !inner.pages.is_busy() {
-                return inner;
-            }
-            inner = self.wait_done(inner);
-        }
-    }
-
     /// Lets what the guest took back have huge pages, where nothing beside it is away.
     fn let_huge(&self, memory: &dyn Discard, pages: &PageSet) {
         self.marks.let_huge(memory, pages, |extents| {
@@ -474,6 +451,10 @@ impl Shared {
                 inner.counters.failed_pages += batch.pages().len();
                 inner.pages.finish(batch, &PageSet::new());
             }
+        }
+        if inner.partial_huge != partial_huge {
+            // What it left alone by the old rule is looked at by the new one.
+            inner.pages.retry_waiting();
         }
         self.done.notify_all();
         let begins_to_look = inner.may_return() && !inner.look.armed;

@@ -524,7 +524,8 @@ fn no_page_is_discarded_after_it_was_retained() {
         });
         reclaimer.set_partial_huge(PartialHuge::Split);
         reclaimer.set_mode(ReleaseMode::Immediate);
-        assert!(reclaimer.settled());
+        // A sweep may be under way, which is not waited for.
+        assert!(reclaimer.wait_settled(LONG));
         assert_eq!(owners.broken.load(Ordering::SeqCst), 0, "discarded under the guest");
         let (snapshot, seen) = (reclaimer.snapshot(), owners.seen.load(Ordering::SeqCst));
         assert_eq!(snapshot.discarded_pages + snapshot.swept_pages, seen);

@@ -3,12 +3,13 @@
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::thread;
 use std::time::Duration;
 
 use host_memory::{
     BATCH_PAGES, Discard, DiscardReport, PartialHuge, Reclaimer, ReclaimerOptions, ReleaseMode,
+    WAKE_PAGES,
 };
 use page_set::{CHUNK_PAGES, PageRange, PageSet};
 
@@ -152,4 +153,73 @@ fn another_mode_holds_nobody_up() {
     stand.answer();
     operator.join().unwrap();
     assert_eq!(stand.reclaimer.mode(), ReleaseMode::Immediate);
+}
+
+/// The rule changes while the old one is applied.
+#[test]
+fn what_a_release_leaves_by_a_rule_that_is_over_is_released() {
+    let stand = Stand::new();
+    stand.reclaimer.set_partial_huge(PartialHuge::Wait);
+    stand.reclaimer.release(&pages(0, 3));
+    stand.reclaimer.flush();
+    assert_eq!(stand.asked(), Call::Partial);
+    stand.reclaimer.set_partial_huge(PartialHuge::Split);
+    stand.answer();
+    assert_eq!(stand.asked(), Call::Discard(PageSet::new()));
+    stand.answer();
+    assert_eq!(stand.asked(), Call::Discard(pages(0, 3)));
+    stand.answer();
+}
+
+/// Where as much is given during each release as is released.
+struct Inflating {
+    reclaimer: OnceLock<Weak<Reclaimer>>,
+    released: Mutex<PageSet>,
+}
+
+impl Discard for Inflating {
+    fn largest_host_page(&self) -> u64 {
+        1
+    }
+
+    fn take_partial(&self, _: &mut PageSet, _: PartialHuge) -> PageSet {
+        PageSet::new()
+    }
+
+    fn resident_pages(&self) -> Option<u64> {
+        None
+    }
+
+    fn discard(&self, batch: &PageSet) -> DiscardReport {
+        self.released.lock().unwrap().union_with(batch);
+        if let Some(reclaimer) = self.reclaimer.get().and_then(Weak::upgrade) {
+            let end = self.released.lock().unwrap().ranges().last().unwrap().end();
+            reclaimer.release(&pages(end + WAKE_PAGES * 8, WAKE_PAGES));
+        }
+        DiscardReport { calls: 1, pages: batch.len(), ..DiscardReport::default() }
+    }
+
+    fn discard_per_page(&self, pages: &PageSet) -> DiscardReport {
+        self.discard(pages)
+    }
+}
+
+#[test]
+fn changing_the_mode_waits_for_no_guest_that_goes_on_giving() {
+    let memory = Arc::new(Inflating { reclaimer: OnceLock::new(), released: Mutex::default() });
+    let host = Arc::clone(&memory) as Arc<dyn Discard>;
+    let reclaimer = Arc::new(Reclaimer::new(host, ReclaimerOptions::default()).unwrap());
+    memory.reclaimer.set(Arc::downgrade(&reclaimer)).unwrap();
+    let given = pages(0, 3 * BATCH_PAGES + 5);
+    reclaimer.release(&given);
+    let (changed_tx, changed) = channel();
+    thread::spawn(move || {
+        reclaimer.set_mode(ReleaseMode::Background);
+        let released = memory.released.lock().unwrap().clone();
+        changed_tx.send(released).unwrap();
+    });
+    let released = changed.recv_timeout(LONG).expect("the mode is changed");
+    let mut left = given;
+    left.subtract(&released);
+    assert!(left.is_empty(), "{left:?} was pending before");
 }
