@@ -1,7 +1,7 @@
 //! Connects the device's wishes to the host's memory.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use balloon_abi::BALLOON_PAGE_BYTES;
@@ -26,9 +26,21 @@ pub struct HostReclaim {
 
 /// What the host spends on a guest's memory. Asking may take ten milliseconds for each GiB
 /// that the guest has touched, or as long as a file system likes, so nobody asks who holds a
-/// lock: a copy is as good.
+/// lock: a copy is as good. And one asks at a time: a file system that hangs costs one thread, and
+/// ten clients cost what one does.
 #[derive(Clone, Debug)]
-pub struct Footprint(Arc<dyn Measure>);
+pub struct Footprint {
+    measure: Arc<dyn Measure>,
+    measured: Arc<Measured>,
+}
+
+#[derive(Debug, Default)]
+struct Measured {
+    /// Held by who measures.
+    measuring: Mutex<()>,
+    /// What was measured last.
+    last: Mutex<Option<u64>>,
+}
 
 /// Something that can be measured.
 pub(crate) trait Measure: std::fmt::Debug + Send + Sync {
@@ -47,9 +59,24 @@ impl Measure for MemoryMap {
 }
 
 impl Footprint {
-    /// What the host really spends on the guest; `None` without a guest.
+    fn new(measure: Arc<dyn Measure>) -> Self {
+        Self { measure, measured: Arc::default() }
+    }
+
+    /// What the host really spends on the guest; `None` without a guest. While somebody else
+    /// measures, it is what was measured before: `None` where that is the first time.
     pub fn resident_bytes(&self) -> Option<u64> {
-        self.0.resident_bytes()
+        let Measured { measuring, last } = &*self.measured;
+        let last = || last.lock().unwrap_or_else(PoisonError::into_inner);
+        let _measuring = match measuring.try_lock() {
+            Err(TryLockError::WouldBlock) => return *last(),
+            // There is nothing behind it that a panic could leave half made.
+            Err(TryLockError::Poisoned(error)) => error.into_inner(),
+            Ok(measuring) => measuring,
+        };
+        let bytes = self.measure.resident_bytes();
+        *last() = bytes;
+        bytes
     }
 }
 
@@ -94,7 +121,7 @@ impl HostReclaim {
         };
         let reclaimer = Reclaimer::new(Arc::clone(&memory) as _, options)
             .map_err(|source| HostError { what: "starting a thread", source })?;
-        let (footprint, log) = (Footprint(Arc::clone(&memory) as _), LogLimit::default());
+        let (footprint, log) = (Footprint::new(Arc::clone(&memory) as _), LogLimit::default());
         Ok(Self {
             reclaimer: Arc::new(reclaimer),
             footprint,
@@ -129,7 +156,7 @@ impl HostReclaim {
 
     #[cfg(test)]
     pub(crate) fn measure_by(&mut self, measure: Arc<dyn Measure>) {
-        self.footprint = Footprint(measure);
+        self.footprint = Footprint::new(measure);
     }
 
     /// `None` while something is still to be released; else when the last release
@@ -192,7 +219,7 @@ impl HostReclaim {
     }
 
     fn replace(&mut self, memory: Arc<MemoryMap>) {
-        self.footprint = Footprint(Arc::clone(&memory) as _);
+        self.footprint = Footprint::new(Arc::clone(&memory) as _);
         self.memory = Arc::clone(&memory);
         self.reclaimer.replace_memory(memory);
     }

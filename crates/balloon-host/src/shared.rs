@@ -15,7 +15,8 @@ use balloon_abi::Features;
 use balloon_device::{Balloon, Change};
 use control::api::{
     BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, CancelledRequest, Direction, Driver, Faults,
-    FreePageHints, GuestStatus, ReleaseMode, ReportsStatus, StagesMs, Status,
+    FreePageHints, GuestStatus, ReleaseMode, ReleaseStatus, ReportsStatus, StagesMs, StatsStatus,
+    Status,
 };
 use control::{ControlError, FreePagesMap, GuestAnswer, GuestAsk};
 use rustix::event::EventfdFlags;
@@ -233,6 +234,14 @@ impl control::Balloon for Shared {
         // The guest is served while its memory is gone through.
         drop(state);
         Status { resident_bytes: footprint.resident_bytes(), ..status }
+    }
+
+    fn release(&self) -> ReleaseStatus {
+        self.state().device.reclaim().status()
+    }
+
+    fn stats(&self) -> StatsStatus {
+        self.state().stats()
     }
 
     fn set_target(&self, pages: u32) -> Result<u64, ControlError> {
@@ -492,5 +501,40 @@ mod tests {
         assert_eq!(served, Ok((true, 2)), "the guest waited for a status");
         guest.join().unwrap();
         assert_eq!(operator.join().unwrap().resident_bytes, Some(12345));
+    }
+    /// Who asks while another one's answer is measured gets what was measured before.
+    #[test]
+    fn memory_is_measured_for_one_at_a_time_and_only_for_who_asks() {
+        let mut reclaim = HostReclaim::new(ReleaseMode::Background, PartialHuge::Split).unwrap();
+        let (asked_tx, asked) = channel();
+        let (go, go_rx) = channel();
+        reclaim.measure_by(Arc::new(Slow { asked: asked_tx, go: StdMutex::new(go_rx) }));
+        let shared = Arc::new(Shared::new("vm1".into(), reclaim).unwrap());
+        go.send(1).unwrap();
+        assert_eq!(shared.status().resident_bytes, Some(1));
+        asked.recv_timeout(LONG).unwrap();
+
+        let slow = thread::spawn({
+            let shared = Arc::clone(&shared);
+            move || shared.status().resident_bytes
+        });
+        asked.recv_timeout(LONG).expect("memory is measured");
+        let (told_tx, told) = channel();
+        let others = thread::spawn({
+            let shared = Arc::clone(&shared);
+            move || {
+                let _ = (shared.release(), shared.stats());
+                told_tx.send([shared.status(), shared.status()]).unwrap();
+            }
+        });
+        let told = told.recv_timeout(LONG);
+        go.send(2).unwrap();
+        let told = told.expect("others wait for what one has asked");
+        assert!(told.iter().all(|status| status.resident_bytes == Some(1)));
+        others.join().unwrap();
+        assert_eq!(slow.join().unwrap(), Some(2));
+        assert!(asked.try_recv().is_err(), "it was measured for them too");
+        go.send(3).unwrap();
+        assert_eq!(shared.status().resident_bytes, Some(3));
     }
 }

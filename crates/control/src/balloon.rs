@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use crate::api::{BalloonStatus, Caches, CancelledRequest, FreePageHints, ReleaseMode, Status};
+use crate::api::{
+    BalloonStatus, Caches, CancelledRequest, FreePageHints, ReleaseMode, ReleaseStatus,
+    StatsStatus, Status,
+};
 use crate::error::ControlError;
 use crate::free_map::FreePagesMap;
 
@@ -47,8 +50,15 @@ pub trait Balloon: Send + Sync {
     /// The guest's name.
     fn name(&self) -> String;
 
-    /// Everything known now. May measure, and so may take some milliseconds.
+    /// Everything known now. May measure, and so may take some milliseconds, or as long as the
+    /// file system of guest memory likes.
     fn status(&self) -> Status;
+
+    /// How memory is released: nothing is measured for it.
+    fn release(&self) -> ReleaseStatus;
+
+    /// The newest statistics of the guest: nothing is measured for them.
+    fn stats(&self) -> StatsStatus;
 
     /// Sets what the balloon shall hold and returns the generation of that
     /// change at once, without waiting for the guest. A target equal to the

@@ -40,7 +40,7 @@ const fn default_hint_wait_ms() -> u64 {
     (status = "default", description = "What was wrong, and what to do", body = Problem),
 ))]
 pub(crate) async fn get_stats(State(app): State<App>) -> Result<Json<StatsStatus>, ControlError> {
-    app.call(|balloon| balloon.status().stats).await.map(Json)
+    app.call(|balloon| balloon.stats()).await.map(Json)
 }
 
 /// Sets how often the guest is asked about its memory.

@@ -182,7 +182,7 @@ pub(crate) async fn put_balloon(
 pub(crate) async fn get_release(
     State(app): State<App>,
 ) -> Result<Json<ReleaseStatus>, ControlError> {
-    app.call(|balloon| balloon.status().release).await.map(Json)
+    app.call(|balloon| balloon.release()).await.map(Json)
 }
 
 /// Sets when pages are released, from the guest's next message on.

@@ -118,6 +118,19 @@ fn what_the_balloon_refuses_reaches_the_client() {
     assert_eq!(refused, (409, "no guest is connected".into(), "start the guest".into()));
 }
 
+/// It takes milliseconds for each GiB, or hangs with a file system.
+#[test]
+fn memory_is_measured_for_who_wants_to_know_it() {
+    let t = setup(Guest::Obeys, Limits::default());
+    t.client.set_release(ReleaseMode::Immediate).unwrap();
+    t.client.set_stats(1000).unwrap();
+    t.client.set_balloon(GIB, LONG).unwrap();
+    t.client.balloon().unwrap();
+    assert_eq!(t.balloon.measured(), 0);
+    t.client.status().unwrap();
+    assert_eq!(t.balloon.measured(), 1);
+}
+
 #[test]
 fn the_release_mode_is_set() {
     let t = setup(Guest::Obeys, Limits::default());
@@ -209,6 +222,12 @@ fn a_balloon_that_panics_costs_one_answer() {
             None
         }
         fn status(&self) -> control::Status {
+            panic!("a test of a panic")
+        }
+        fn release(&self) -> control::api::ReleaseStatus {
+            panic!("a test of a panic")
+        }
+        fn stats(&self) -> control::api::StatsStatus {
             panic!("a test of a panic")
         }
         fn set_target(&self, _: u32) -> Result<u64, ControlError> {

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use control::api::{
     BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, CancelledRequest, Direction, Driver,
-    FreePageHints, GuestStatus, HintOutcome, ReleaseMode, ReleaseStatus, Status,
+    FreePageHints, GuestStatus, HintOutcome, ReleaseMode, ReleaseStatus, StatsStatus, Status,
 };
 use control::{Balloon, ControlError, FreePagesMap, GuestAnswer, GuestAsk};
 
@@ -39,6 +39,8 @@ pub(crate) struct FakeBalloon {
 
 struct State {
     status: Status,
+    /// Calls for which the guest's memory would be measured.
+    measured: u32,
     /// Calls that may block and have begun.
     waits: u32,
     /// Requests for hints so far, and whether the last one has ended.
@@ -73,6 +75,7 @@ impl FakeBalloon {
         };
         let state = Mutex::new(State {
             status,
+            measured: 0,
             waits: 0,
             hints: 0,
             hints_ended: true,
@@ -130,6 +133,11 @@ impl FakeBalloon {
         played
     }
 
+    /// How often the guest's memory would have been measured.
+    pub(crate) fn measured(&self) -> u32 {
+        self.lock().measured
+    }
+
     /// Returns when so many requests are open.
     pub(crate) fn until_open(&self, count: usize) {
         self.until(|state| state.requests.open.len() == count);
@@ -178,7 +186,17 @@ impl Balloon for FakeBalloon {
     }
 
     fn status(&self) -> Status {
-        self.lock().status.clone()
+        let mut state = self.lock();
+        state.measured += 1;
+        state.status.clone()
+    }
+
+    fn release(&self) -> ReleaseStatus {
+        self.lock().status.release.clone()
+    }
+
+    fn stats(&self) -> StatsStatus {
+        self.lock().status.stats.clone()
     }
 
     fn set_target(&self, pages: u32) -> Result<u64, ControlError> {
