@@ -5,6 +5,10 @@
 //! It is not synced. It is to outlive this process, not the host, whose guests
 //! do not either.
 
+mod writer;
+
+pub(crate) use writer::{StateWriter, Told};
+
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};

@@ -8,7 +8,7 @@ mod stats;
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use balloon_abi::Features;
@@ -25,7 +25,7 @@ use crate::HostError;
 use crate::log_limit::LogLimit;
 use crate::reclaim::{HostReclaim, Work};
 use crate::requests::RequestTimes;
-use crate::saved::{Saved, StateFile};
+use crate::saved::{Saved, StateWriter};
 
 /// How often a wait looks whether releasing in the background has come to its
 /// end, which nobody announces.
@@ -67,7 +67,7 @@ pub(crate) struct State {
     /// What a driver said, for when it goes on.
     saved: Saved,
     /// Where that is kept, if it is.
-    file: Option<StateFile>,
+    writer: Option<Arc<StateWriter>>,
     /// When requests were submitted, and what became of the newest free pages.
     pub(crate) times: RequestTimes,
 }
@@ -106,7 +106,7 @@ impl Shared {
             config_changed: false,
             leaving: false,
             saved: Saved::default(),
-            file: None,
+            writer: None,
             times: RequestTimes::default(),
         };
         Ok(Self {
@@ -266,11 +266,15 @@ impl control::Balloon for Shared {
         state.baseline = state.device.reclaim().work();
         state.device.set_target(pages, Instant::now());
         state.saved.target = pages;
-        self.save(&mut state);
+        let kept = self.save(&state);
         state.generation += 1;
         let generation = state.generation;
         self.announce(state)?;
         self.changed();
+        // Without the lock: the guest is served meanwhile.
+        if let Some(kept) = kept {
+            kept.wait();
+        }
         Ok(generation)
     }
 
@@ -434,8 +438,8 @@ pub(crate) fn ms(duration: Duration) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex as StdMutex;
     use std::sync::mpsc::{Receiver, Sender, channel};
-    use std::sync::{Arc, Mutex as StdMutex};
     use std::thread;
 
     use balloon_abi::Vq;

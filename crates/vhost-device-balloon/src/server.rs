@@ -153,6 +153,8 @@ impl Backend {
         let outcome = contain(|| serve(&self.shared, self.limits.terms(), stream, stop))
             .unwrap_or_else(|panicked| Err(SessionError::Panicked(panicked)));
         self.shared.set_connected(false);
+        // Nobody is served meanwhile. What comes next may be the end of the process.
+        self.shared.finish_keeping();
         let outcome = match outcome {
             Err(error) if error.is_hang_up() => Ok(End::HungUp),
             other => other,

@@ -2,13 +2,14 @@
 
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use balloon_abi::{Features, Field};
 use balloon_device::{BalloonState, StateError};
 
 use super::{DeviceGuard, Shared, State};
-use crate::saved::{Saved, StateFile};
+use crate::saved::{Saved, StateFile, StateWriter, Told};
 
 /// Poison of a driver whose word for it is lost: any but 0 forbids to give its
 /// free pages back as zeros.
@@ -19,12 +20,12 @@ impl Shared {
     /// with what it says.
     ///
     /// # Errors
-    /// The file can be neither read nor made.
+    /// The file can be neither read nor made, or the host has no thread left.
     pub fn keep_in(&self, path: &Path) -> io::Result<()> {
-        let file = StateFile::open(path)?;
+        let writer = StateWriter::start(StateFile::open(path)?)?;
         let mut state = self.state();
-        state.saved = file.saved();
-        state.file = Some(file);
+        state.saved = writer.saved();
+        state.writer = Some(Arc::new(writer));
         let target = state.saved.target;
         if target != 0 {
             state.device.set_target(target, Instant::now());
@@ -74,7 +75,7 @@ impl Shared {
             // As for whoever sets a target here: over when the guest has reached it.
             state.generation += 1;
         }
-        self.save(&mut state);
+        let _ = self.save(&state);
         drop(state);
         self.changed();
         Ok(())
@@ -92,14 +93,14 @@ impl Shared {
         } else {
             state.saved.actual = state.device.config().actual;
         }
-        self.save(state);
+        let _ = self.save(state);
     }
 
     /// The driver may have said how many pages it holds.
     pub fn keep_actual(&self) {
         let state = &mut *self.state();
         state.saved.actual = state.device.config().actual;
-        self.save(state);
+        let _ = self.save(state);
     }
 
     /// Nobody says how many pages the driver holds, so it is those that it gave. Of
@@ -113,7 +114,7 @@ impl Shared {
         let at = u32::try_from(Field::Actual.offset()).unwrap_or(u32::MAX);
         let _ = state.device.write_config(at, &held.to_le_bytes(), since);
         state.saved.actual = held;
-        self.save(state);
+        let _ = self.save(state);
         self.changed();
     }
 
@@ -125,15 +126,41 @@ impl Shared {
         let Some(poison) = at.and_then(|at| data.get(at..)?.first_chunk()) else { return };
         let state = &mut *self.state();
         state.saved.poison_val = Some(u32::from_le_bytes(*poison));
-        self.save(state);
+        let _ = self.save(state);
     }
 
-    /// Writes what is to be kept, where it is kept.
-    pub(super) fn save(&self, state: &mut State) {
-        let saved = state.saved;
-        let Some(file) = &mut state.file else { return };
-        if let Err(error) = file.save(saved) {
-            tracing::error!(%error, "host: the state file cannot be written");
+    /// Waits until what is to be kept is written, for about a second at most: before something
+    /// ends. Not to be called where a guest is served meanwhile.
+    pub fn finish_keeping(&self) {
+        let writer = self.state().writer.clone();
+        if writer.is_some_and(|writer| !writer.wait_for_all()) && self.may_log() {
+            tracing::error!("host: the state file cannot be written in time");
+        }
+    }
+
+    /// Has what is to be kept written, where it is kept: not here, where a disk that does not
+    /// answer would keep the device's lock.
+    pub(super) fn save(&self, state: &State) -> Option<Kept> {
+        let writer = state.writer.as_ref()?;
+        let told = writer.save(state.saved);
+        Some(Kept { writer: Arc::clone(writer), told })
+    }
+}
+
+/// Something that is being written.
+pub(super) struct Kept {
+    writer: Arc<StateWriter>,
+    told: Told,
+}
+
+impl Kept {
+    /// Waits until it is, for a while; to be called without a lock.
+    pub(super) fn wait(&self) {
+        if !self.writer.wait(self.told) {
+            tracing::error!(
+                "host: the state file cannot be written in time; a back end that is started again \
+                 will not know the target"
+            );
         }
     }
 }
