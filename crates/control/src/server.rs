@@ -153,7 +153,7 @@ impl Server {
             .thread_name("control-call")
             .build()
             .map_err(event_loop)?;
-        let (listener, file) = listen_on(path, SocketAccess::Owner)?;
+        let (file, listener) = listen_on(path, SocketAccess::Owner)?;
         let listener = {
             let _guard = runtime.enter();
             UnixListener::from_std(listener).map_err(event_loop)?

@@ -75,12 +75,15 @@ impl Drop for SocketFile {
 /// Binds and listens, replacing what a dead process left behind. The listener
 /// does not block.
 ///
+/// The file comes first, as it has to be dropped: a listener that is closed while the file is
+/// there leaves a socket to which nobody can connect, and which a successor replaces.
+///
 /// # Errors
 /// Another process listens there, something else is there, or the host refuses.
 pub fn listen_on(
     path: &Path,
     access: SocketAccess,
-) -> Result<(UnixListener, SocketFile), ControlError> {
+) -> Result<(SocketFile, UnixListener), ControlError> {
     let path = &absolute(path).map_err(ControlError::io("resolve", path))?;
     if path.as_os_str().len() > MAX_SOCKET_PATH_BYTES {
         let limit_bytes = MAX_SOCKET_PATH_BYTES;
@@ -106,7 +109,7 @@ pub fn listen_on(
         )));
     }
     net::listen(&socket, BACKLOG).map_err(ControlError::io("listen on", path))?;
-    Ok((UnixListener::from(socket), file))
+    Ok((file, UnixListener::from(socket)))
 }
 
 fn new_socket() -> Result<OwnedFd, Errno> {

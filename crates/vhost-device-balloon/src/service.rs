@@ -71,7 +71,9 @@ struct Guest {
 
 /// Where a guest's monitors come from.
 enum Monitors {
-    Accepted(UnixListener, SocketFile),
+    /// In this order: the socket's name goes before nobody listens any more, so that no monitor
+    /// finds a dead socket, and no successor replaces it meanwhile.
+    Accepted(SocketFile, UnixListener),
     Connected(Connector),
 }
 
@@ -132,8 +134,8 @@ impl Guest {
         let monitors = if options.connect {
             Monitors::Connected(Connector::new(&options.socket)?)
         } else {
-            let (listener, file) = listen_on(&options.socket, SocketAccess::Umask)?;
-            Monitors::Accepted(listener, file)
+            let (file, listener) = listen_on(&options.socket, SocketAccess::Umask)?;
+            Monitors::Accepted(file, listener)
         };
         // Whoever has the sockets has the state file too.
         if let Some(path) = &options.state {
@@ -159,7 +161,7 @@ impl Guest {
     fn serve(&self, stop: &impl AsFd) -> Result<(), Error> {
         let name = &self.name;
         let outcome = match &self.monitors {
-            Monitors::Accepted(listener, file) => {
+            Monitors::Accepted(file, listener) => {
                 tracing::info!(socket = %file.path().display(), name, "waiting for a monitor");
                 self.backend.serve_all(MonitorSource::Listener(listener), stop)
             }
@@ -195,4 +197,35 @@ fn allow_files(wanted: u64) -> Result<(), Error> {
     let raised = Rlimit { current: Some(wanted), maximum: limit.maximum };
     setrlimit(Resource::Nofile, raised)
         .map_err(|e| Error::Host { what: "raising the limit of open files", source: e.into() })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    /// Often enough that a wrong order is seen once.
+    const TURNS: usize = 300;
+
+    #[test]
+    fn a_socket_has_no_name_any_more_when_nobody_listens() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vm1.sock");
+        for _ in 0..TURNS {
+            let (file, listener) = listen_on(&path, SocketAccess::Umask).unwrap();
+            let monitors = Monitors::Accepted(file, listener);
+            // Waits to be accepted, and is hung up on when the listener is closed.
+            let mut monitor = UnixStream::connect(&path).unwrap();
+            let path = path.clone();
+            let watcher = thread::spawn(move || {
+                let _ = monitor.read(&mut [0]);
+                fs::symlink_metadata(path).is_ok()
+            });
+            drop(monitors);
+            assert!(!watcher.join().unwrap(), "its name leads to a socket that is closed");
+        }
+    }
 }
