@@ -93,6 +93,11 @@ fn memory_with_pages_in_the_balloon_is_kept_from_huge_pages() {
         guest.ask("balloon 301").unwrap();
         let kept = all - flagged_kib(&guest, HUGE);
         assert!((0xc04..=4 * 2048).contains(&kept), "{kept} KiB");
+        // A pause leaves it so.
+        let file = guest.directory().join("thp.snapshot");
+        let (code, out, err) = aerostat(&guest, &["snapshot", "thp", file.to_str().unwrap()]);
+        assert_eq!(code, Some(0), "{out}{err}");
+        assert_eq!(all - flagged_kib(&guest, HUGE), kept, "after a snapshot");
         // It moves with the guest.
         let (mut there, address) = receiver("thp", &["--huge"]);
         let (code, out, err) = aerostat(&guest, &["migrate", "thp", &address, "--plain"]);
