@@ -20,6 +20,7 @@
 //   disk DEVICE KIND SECTOR  sends a request (virtio 1.2, 5.2.6; 0 reads, 1 writes, 4 flushes) of a
 //                       sector to device 1 or above, and does not wait for it
 //   done                answers how many of those have come back
+//   status              answers the status of the last (0 done, 1 failed)
 //   reset DEVICE        resets a device
 //   off                 powers off
 //
@@ -205,6 +206,7 @@ static void balloon_set(u32 pages)
 #define DEVICE_WRITES 2
 #define READS 0
 #define FLUSHES 4
+#define NO_STATUS 0xff
 
 static volatile struct queue disk_queue;
 static volatile struct { u32 kind, reserved; u64 sector; } disk_request;
@@ -249,6 +251,7 @@ static void disk_send(u32 device, u32 kind, u32 sector)
 	next = disk_queue.available.index;
 	disk_request.kind = kind;
 	disk_request.sector = sector;
+	disk_status = NO_STATUS;
 	disk_queue.descriptors[0].address = (u32)&disk_request;
 	disk_queue.descriptors[0].bytes = sizeof(disk_request);
 	disk_queue.descriptors[0].flags = HAS_NEXT;
@@ -396,6 +399,8 @@ static void carry_out(char *line)
 		disk_send(number[0], number[1], number[2]);
 	} else if (is(line, "done")) {
 		answer(disk_queue.used.index);
+	} else if (is(line, "status")) {
+		answer(disk_status);
 	} else if (is(line, "reset")) {
 		store(BALLOON + number[0] * DEVICE_BYTES + STATUS, 0);
 		disk_started = 0;

@@ -118,6 +118,9 @@ struct State {
     /// End of the read that went furthest among those that are as slow.
     slow_to: u64,
     furthest: u64,
+    /// How long a sync takes, and how many fail.
+    sync_delay: Duration,
+    failing_syncs: u32,
 }
 
 #[derive(Debug, Default)]
@@ -205,6 +208,16 @@ impl Fuse {
     pub fn slow_down(&self, delay: Duration, to: u64) {
         let mut state = self.files.lock();
         (state.delay, state.slow_to) = (delay, to);
+    }
+
+    /// Has each sync take so long, and whatever comes behind it wait.
+    pub fn slow_syncs(&self, delay: Duration) {
+        self.files.lock().sync_delay = delay;
+    }
+
+    /// Has so many syncs from now on fail, as the kernel tells of an error: once.
+    pub fn fail_syncs(&self, count: u32) {
+        self.files.lock().failing_syncs = count;
     }
 
     /// Where the last of the reads below [that limit](Self::slow_down) ended.
@@ -334,7 +347,13 @@ impl Files {
                 let (from, to) = (words.name(), words.name());
                 state.rename(&from, to)
             }
-            FSYNC | RELEASE | RELEASEDIR => Ok(Vec::new()),
+            FSYNC => {
+                let delay = state.sync_delay;
+                drop(state);
+                thread::sleep(delay);
+                self.lock().sync()
+            }
+            RELEASE | RELEASEDIR => Ok(Vec::new()),
             FSYNCDIR => Err(Errno::INVAL),
             _ => Err(Errno::NOSYS),
         }
@@ -395,6 +414,12 @@ impl State {
         }
         self.furthest = self.furthest.max(offset + u64::from(size));
         self.delay
+    }
+
+    fn sync(&mut self) -> Answer {
+        let fails = self.failing_syncs > 0;
+        self.failing_syncs = self.failing_syncs.saturating_sub(1);
+        if fails { Err(Errno::IO) } else { Ok(Vec::new()) }
     }
 
     fn read(&mut self, node: u64, offset: u64, size: u32) -> Answer {

@@ -203,7 +203,12 @@ pub trait SourceMachine {
     /// The guest is about to be paused, and runs still: what can be done before is done now, such as
     /// to bring to disk what it wrote. No part of the time for which it stands still. Shorter than
     /// the destination waits for a sign of life.
-    fn before_pause(&mut self) {}
+    ///
+    /// # Errors
+    /// The guest must not be moved: it would not find there what it has here.
+    fn before_pause(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
 
     /// Stops the guest's processors and whatever its devices have under way. When it returns
     /// nobody writes to the guest's memory until [`resume`](Self::resume).

@@ -185,7 +185,8 @@ fn fails(here: Option<&'static str>, there: Option<&'static str>) -> (Source, So
 
 #[test]
 fn a_monitor_that_fails_leaves_the_guest_where_it_was() {
-    let here = ["describe", "log", "dirty", "pause", "save"].map(|at| (Some(at), None));
+    let here =
+        ["describe", "log", "dirty", "before pause", "pause", "save"].map(|at| (Some(at), None));
     let there = ["create", "load", "resume"].map(|at| (None, Some(at)));
     for (here, there) in here.into_iter().chain(there) {
         let (source, failure) = fails(here, there);

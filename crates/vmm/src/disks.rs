@@ -3,8 +3,9 @@
 //! A guest that runs here has them. One that changes sides has them on neither for a moment, and
 //! nobody else can begin with them meanwhile; see docs/migration.md, "Disks".
 
+use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -48,6 +49,28 @@ fn describe_in_time(disk: &Arc<DiskFile>) -> Result<GuestDisk, Error> {
             let (path, ms) = (path.display(), DESCRIBE_TIME.as_millis());
             Err(Error::Stuck { what: format!("{path} did not finish a request in {ms} ms") })
         }
+    }
+}
+
+fn sync_one(disk: &DiskFile) -> Result<(), Error> {
+    let lost = |source| Error::Lost { path: disk.path().to_path_buf(), source };
+    disk.sync().map_err(lost)
+}
+
+/// A thread that may be stuck is at work, of which there is one; until this is dropped.
+struct Busy(Arc<AtomicBool>);
+
+impl Busy {
+    /// `None` where there is one.
+    fn begin(flag: &Arc<AtomicBool>) -> Option<Self> {
+        let was = flag.swap(true, Ordering::SeqCst);
+        (!was).then(|| Self(Arc::clone(flag)))
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::SeqCst);
     }
 }
 
@@ -100,7 +123,8 @@ impl Machine {
     /// whoever calls it for ever.
     ///
     /// # Errors
-    /// A disk fails, or takes too long; what is written goes on its way then.
+    /// A disk lost what the guest wrote, of which the guest hears at its next flush
+    /// ([`Error::Lost`]); or it takes too long ([`Error::Stuck`]), and goes on its way.
     pub(crate) fn sync_disks(&self, goes_on: impl Fn(Duration) -> bool) -> Result<(), Error> {
         let disks: Vec<_> = self.disks.iter().filter(|disk| !disk.shape().read_only).collect();
         if disks.is_empty() {
@@ -109,46 +133,53 @@ impl Machine {
         let names = disks.iter().map(|disk| disk.path().display().to_string());
         let names = names.collect::<Vec<_>>().join(", ");
         let late = |what: &str| Error::Stuck { what: format!("{names}: {what}") };
-        if self.syncing.swap(true, Ordering::SeqCst) {
+        let Some(busy) = Busy::begin(&self.syncing) else {
             return Err(late("an earlier sync has not come back yet"));
-        }
+        };
         let (tells, told) = mpsc::channel();
         let disks: Vec<_> = disks.into_iter().map(Arc::clone).collect();
-        let syncing = Arc::clone(&self.syncing);
         let sync = move || {
-            let synced = disks.iter().try_for_each(|disk| disk.sync());
-            syncing.store(false, Ordering::SeqCst);
+            // Each, whatever the others say: an error that is not asked for is not kept.
+            let synced: Vec<_> = disks.iter().map(|disk| sync_one(disk)).collect();
+            drop(busy);
             // Nobody waits any more.
-            let _ = tells.send(synced);
+            let _ = tells.send(synced.into_iter().collect());
         };
         let began = Instant::now();
         let thread = thread::Builder::new().name("sync".into()).stack_size(STACK_BYTES).spawn(sync);
-        if let Err(error) = thread {
-            self.syncing.store(false, Ordering::SeqCst);
-            return Err(Error::host("starting a thread")(error));
-        }
+        thread.map_err(Error::host("starting a thread"))?;
         loop {
             match told.recv_timeout(LOOK) {
-                Ok(synced) => return synced.map_err(Error::host("syncing a disk")),
+                Ok(synced) => return synced,
                 Err(RecvTimeoutError::Timeout) if goes_on(began.elapsed()) => {}
                 Err(RecvTimeoutError::Timeout) => {
                     let ms = began.elapsed().as_millis();
                     return Err(late(&format!("not all is written that was, after {ms} ms")));
                 }
-                Err(RecvTimeoutError::Disconnected) => return Err(late("syncing panicked")),
+                Err(RecvTimeoutError::Disconnected) => {
+                    let source = io::Error::other("a thread panicked");
+                    return Err(Error::Host { what: "syncing a disk", source });
+                }
             }
         }
     }
 
     /// The same while the guest runs and writes, until little is left for when it stands still.
-    pub(crate) fn sync_disks_before_pause(&self, goes_on: impl Fn(Duration) -> bool) {
+    ///
+    /// # Errors
+    /// As [`sync_disks`](Self::sync_disks).
+    pub(crate) fn sync_disks_before_pause(
+        &self,
+        goes_on: impl Fn(Duration) -> bool,
+    ) -> Result<(), Error> {
         for _ in 0..MAX_SYNCS {
             let began = Instant::now();
-            // Failing is told when it counts.
-            if self.sync_disks(&goes_on).is_err() || began.elapsed() <= SHORT {
-                return;
+            self.sync_disks(&goes_on)?;
+            if began.elapsed() <= SHORT {
+                break;
             }
         }
+        Ok(())
     }
 
     /// What the guest sees of its disks.

@@ -43,6 +43,17 @@ pub enum Error {
         /// Its file.
         path: PathBuf,
     },
+    /// A disk to which not all could be written that the guest wrote.
+    #[error(
+        "host: not all that the guest wrote to {path} is there; it is told so when it flushes next"
+    )]
+    Lost {
+        /// Its file.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
     /// A file that is no kernel which this monitor can boot.
     #[error("operator: {path} is no kernel that can be booted: {why}")]
     Kernel {
@@ -162,6 +173,10 @@ impl Error {
             Self::Option { .. } => "see --help of the command, and docs/operations.md",
             Self::File { .. } => "check the path and who may read it",
             Self::InUse { .. } => "end that guest first, or give this one a copy of the file",
+            Self::Lost { .. } => {
+                "check the host's disk and the kernel's log; once the guest has flushed (`sync` in \
+                 it) and knows of the error, it can be moved"
+            }
             Self::Kernel { .. } => "give a vmlinuz, or a vmlinux built with CONFIG_PVH",
             Self::TooSmall { .. } => "give the guest more --memory",
             Self::Kvm { what, .. } if *what == OPENING_KVM => {

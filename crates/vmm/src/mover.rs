@@ -294,7 +294,7 @@ impl Mover {
         let mut watch = Watch(Arc::clone(self));
         // What it wrote long ago goes to disk while nobody waits for a sign of life yet.
         // One that fails is told when it counts.
-        let _ = contain(|| guest.before_pause());
+        let _ = contain(|| drop(guest.before_pause()));
         let moved = migrate(config, &mut guest, &mut to, &mut watch);
         match moved {
             Ok(summary) => {

@@ -225,12 +225,16 @@ impl SourceMachine for Leaving {
         self.machine.set_throttle(percent);
     }
 
-    fn before_pause(&mut self) {
+    fn before_pause(&mut self) -> Result<(), MachineError> {
         let (cancel, limit) = (Arc::clone(&self.cancel), self.sync_limit);
         let goes_on = |taken| taken < limit && !cancel.load(Ordering::Relaxed);
-        self.machine.sync_disks_before_pause(goes_on);
         // From now on the other side waits.
         self.sync_limit = SYNC_LIMIT;
+        match self.machine.sync_disks_before_pause(goes_on) {
+            // It may still come in time, which is asked when the guest stands still.
+            Err(Error::Stuck { .. }) => Ok(()),
+            synced => Ok(synced?),
+        }
     }
 
     fn pause(&mut self) -> Result<(), MachineError> {

@@ -2,9 +2,10 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lab::bare::{BareBuilder, BareGuest};
+use lab::fuse::{Fuse, Has};
 
 use crate::bare::{aerostat, builder, on_a_kvm, receiver};
 use crate::program::program;
@@ -81,6 +82,49 @@ fn a_guest_moves_to_its_own_disks_in_their_order() {
         let mut there = migrate(&guest, &accepted).unwrap();
         let warned = |text: &str| text.contains("another disk is accepted").then_some(());
         there.wait_for_error("a warning", warned).unwrap();
+        there.power_off().unwrap();
+    });
+}
+
+/// A request to its only disk: its status.
+fn request(guest: &mut BareGuest, kind: u32, sector: u32) -> u64 {
+    let before = guest.number("done").unwrap();
+    guest.ask(&format!("disk 1 {kind:x} {sector:x}")).unwrap();
+    let end = Instant::now() + LIMIT;
+    while guest.number("done").unwrap() == before {
+        assert!(Instant::now() < end, "{}", guest.errors());
+    }
+    guest.number("status").unwrap()
+}
+
+const WRITES: u32 = 1;
+const FLUSHES: u32 = 4;
+
+/// A kernel tells of an error once, and whoever moves the guest asks before it does.
+#[test]
+fn a_guest_hears_what_its_disk_lost_and_is_not_moved_before() {
+    on_a_kvm("bare_disks::a_guest_hears_what_its_disk_lost_and_is_not_moved_before", || {
+        let (directory, fuse) = (tempfile::tempdir().unwrap(), Fuse::mount(Has::ALL).unwrap());
+        fuse.put("disk", fs::read(image(directory.path(), "a", 1)).unwrap());
+        let path = fuse.path().join("disk");
+        let mut guest = with_disks(builder("disks"), &[&path], "").boot().unwrap();
+        assert_eq!(request(&mut guest, WRITES, 3), 0);
+        let arguments = ["--disk", path.to_str().unwrap()];
+        let (mut there, address) = receiver("disks", &arguments);
+        let migrate = ["migrate", "disks", &address, "--plain"];
+        fuse.fail_syncs(1);
+        for _ in 0..2 {
+            let (code, out, err) = aerostat(&guest, &migrate);
+            assert_eq!(code, Some(1), "{out}{err}");
+            assert!(err.contains(path.to_str().unwrap()), "{out}{err}");
+            assert!(err.contains("not all that the guest wrote"), "{out}{err}");
+            assert!(err.contains("hint: check the host's disk"), "{out}{err}");
+        }
+        assert_eq!(request(&mut guest, FLUSHES, 0), 1, "it was not told");
+        assert_eq!(request(&mut guest, FLUSHES, 0), 0, "it was told twice");
+        let (code, out, err) = aerostat(&guest, &migrate);
+        assert_eq!(code, Some(0), "{out}{err}{}", there.errors());
+        assert_eq!(request(&mut there, FLUSHES, 0), 0);
         there.power_off().unwrap();
     });
 }

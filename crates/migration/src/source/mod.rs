@@ -399,8 +399,10 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
 
     fn pause(&mut self) -> Result<(), MigrationError> {
         self.not_cancelled()?;
-        self.machine.before_pause();
+        let prepared = self.machine.before_pause();
+        // Who cancelled it hears that, and not what came of it.
         self.not_cancelled()?;
+        prepared.map_err(MigrationError::machine("syncing its disks"))?;
         let at = Instant::now();
         self.stopped = Some(at);
         panic_point("pause");

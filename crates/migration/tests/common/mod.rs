@@ -299,9 +299,10 @@ impl SourceMachine for Source {
         self.throttle = percent;
     }
 
-    fn before_pause(&mut self) {
+    fn before_pause(&mut self) -> Result<(), MachineError> {
         assert!(self.runs());
         self.warned += 1;
+        self.step("before pause")
     }
 
     fn pause(&mut self) -> Result<(), MachineError> {

@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
@@ -50,6 +50,8 @@ pub(crate) struct DiskFile {
     unit_bytes: u64,
     /// Where a lock says that it is this disk.
     token: u64,
+    /// An error of writing what the guest wrote, of which the guest has not heard (its number).
+    unheard: Mutex<Option<i32>>,
 }
 
 /// A disk as a guest had it on another host.
@@ -78,8 +80,8 @@ impl DiskFile {
         }
         let (limits, unit_bytes) = DiskLimits::of(&file.metadata().map_err(wrong)?);
         let shape = DiskShape { sectors: bytes / SECTOR_BYTES, read_only };
-        let (told, token) = (OnceLock::new(), new_token());
-        Ok(Self { file, path, shape, limits, told, unit_bytes, token })
+        let (told, token, unheard) = (OnceLock::new(), new_token(), Mutex::default());
+        Ok(Self { file, path, shape, limits, told, unit_bytes, token, unheard })
     }
 
     /// A file that gives back and clears only whole units, as a block device does.
@@ -214,9 +216,42 @@ impl DiskFile {
         self.file.write_all_at(bytes, at)
     }
 
-    /// All that was written is on the disk behind it.
+    /// All that was written is on the disk behind it, as its guest wants to know.
+    ///
+    /// # Errors
+    /// Some of it is not, be it that [`sync`](Self::sync) heard so.
+    pub(crate) fn flush(&self) -> io::Result<()> {
+        if self.shape.read_only {
+            return Ok(());
+        }
+        let mut unheard = self.unheard();
+        let synced = self.file.sync_data();
+        let earlier =
+            unheard.take().map_or(Ok(()), |error| Err(io::Error::from_raw_os_error(error)));
+        synced.and(earlier)
+    }
+
+    /// The same for this process, which keeps an error for the guest's next [flush](Self::flush):
+    /// the kernel tells each to the first who asks, and to nobody else who has the file by this
+    /// descriptor.
+    ///
+    /// # Errors
+    /// Some of it is not, also where that was found out before and the guest has not heard of it.
     pub(crate) fn sync(&self) -> io::Result<()> {
-        if self.shape.read_only { Ok(()) } else { self.file.sync_data() }
+        if self.shape.read_only {
+            return Ok(());
+        }
+        let mut unheard = self.unheard();
+        if let Err(error) = self.file.sync_data() {
+            *unheard = Some(error.raw_os_error().unwrap_or(libc::EIO));
+        }
+        unheard.map_or(Ok(()), |error| Err(io::Error::from_raw_os_error(error)))
+    }
+
+    /// Held while the kernel is asked, so that no flush succeeds because a sync beside it was told
+    /// of the error. Only these two take it, and each would wait for the same data as the other.
+    fn unheard(&self) -> MutexGuard<'_, Option<i32>> {
+        self.unheard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Gives blocks back, which read as zeros then. What the host does not give back stays as it is,
@@ -281,7 +316,8 @@ impl DiskFile {
         let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
         let shape = DiskShape { sectors, read_only: false };
         let limits = DiskLimits::of_file_system(SECTOR_BYTES);
-        Self { file, path, shape, limits, told: OnceLock::new(), unit_bytes: 1, token: 0 }
+        let (told, unheard) = (OnceLock::new(), Mutex::default());
+        Self { file, path, shape, limits, told, unit_bytes: 1, token: 0, unheard }
     }
 }
 

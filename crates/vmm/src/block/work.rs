@@ -127,7 +127,7 @@ impl Work {
         let done = self.attempt(request, file)?;
         let writes = matches!(request.kind, Kind::Write | Kind::Discard | Kind::WriteZeroes);
         if writes && writes_through {
-            file.sync().map_err(Failure::Host)?;
+            file.flush().map_err(Failure::Host)?;
             return Ok(0);
         }
         Ok(done)
@@ -142,7 +142,7 @@ impl Work {
         match request.kind {
             Kind::Read => self.read(request, file),
             Kind::Write => self.write(request, file).map(|()| 0),
-            Kind::Flush => file.sync().map_err(Failure::Host).map(|()| 0),
+            Kind::Flush => file.flush().map_err(Failure::Host).map(|()| 0),
             Kind::GetId => self.tell_id(request),
             Kind::Discard | Kind::WriteZeroes => self.each_range(request, file).map(|()| 0),
             Kind::Unknown => Err(Failure::Unsupported),
