@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::mount::{
@@ -210,7 +210,7 @@ impl Fuse {
         (state.delay, state.slow_to) = (delay, to);
     }
 
-    /// Has each sync take so long, and whatever comes behind it wait.
+    /// Has each sync take so long, also one that is under way, and whatever comes behind it wait.
     pub fn slow_syncs(&self, delay: Duration) {
         self.files.lock().sync_delay = delay;
     }
@@ -348,9 +348,12 @@ impl Files {
                 state.rename(&from, to)
             }
             FSYNC => {
-                let delay = state.sync_delay;
                 drop(state);
-                thread::sleep(delay);
+                let began = Instant::now();
+                while began.elapsed() < self.lock().sync_delay && !self.over.load(Ordering::SeqCst)
+                {
+                    thread::sleep(POLL_INTERVAL);
+                }
                 self.lock().sync()
             }
             RELEASE | RELEASEDIR => Ok(Vec::new()),

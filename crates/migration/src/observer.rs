@@ -5,6 +5,8 @@
 pub enum Phase {
     /// The guest is asked to drop its caches.
     DropCaches,
+    /// What the guest wrote to its disks is brought there, as far as that can be done beforehand.
+    SyncDisks,
     /// Connections are opened (source), or waited for (destination).
     Connect,
     /// The two sides find out whether they fit.

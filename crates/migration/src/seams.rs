@@ -127,7 +127,7 @@ pub struct FreePages {
 /// The calls come in this order, from one thread:
 ///
 /// ```text
-/// describe, memory, start_dirty_log, take_dirty, ballooned_pages, free_pages,
+/// describe, drop_caches, before_connect, memory, start_dirty_log, take_dirty, ballooned_pages, free_pages,
 /// (take_dirty, set_throttle)*, before_pause, pause, take_dirty, save_state, offer,
 /// then give_away; or, whenever something fails before the hand-over is offered:
 /// resume (if it was paused), set_throttle(0), stop_dirty_log, free_pages_done
@@ -199,6 +199,15 @@ pub trait SourceMachine {
     /// Leaves the guest's processors only `100 - percent` per cent of their time, so that it
     /// writes less; 0 to 99, 0 for all of it.
     fn set_throttle(&mut self, percent: u8);
+
+    /// Before the other side is spoken to: the guest runs, and nobody waits for a sign of life. What
+    /// it wrote long ago is brought to its disks, which may take a while; a limit is the monitor's.
+    ///
+    /// # Errors
+    /// The guest must not be moved, or what it wrote does not get there in time.
+    fn before_connect(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
 
     /// The guest is about to be paused, and runs still: what can be done before is done now, such as
     /// to bring to disk what it wrote. No part of the time for which it stands still. Shorter than

@@ -123,6 +123,7 @@ fn phases_come_in_their_order() {
     run(&mut source, &mut destination, &config, &there, &mut noted).0.unwrap();
     let phases = [
         Phase::DropCaches,
+        Phase::SyncDisks,
         Phase::Connect,
         Phase::Negotiate,
         Phase::FreePages,
@@ -185,8 +186,8 @@ fn fails(here: Option<&'static str>, there: Option<&'static str>) -> (Source, So
 
 #[test]
 fn a_monitor_that_fails_leaves_the_guest_where_it_was() {
-    let here =
-        ["describe", "log", "dirty", "before pause", "pause", "save"].map(|at| (Some(at), None));
+    let here = ["describe", "before connecting", "log", "dirty", "before pause", "pause", "save"]
+        .map(|at| (Some(at), None));
     let there = ["create", "load", "resume"].map(|at| (None, Some(at)));
     for (here, there) in here.into_iter().chain(there) {
         let (source, failure) = fails(here, there);

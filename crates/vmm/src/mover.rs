@@ -292,9 +292,6 @@ impl Mover {
     /// Moves the guest; runs in a thread of its own.
     fn carry(self: &Arc<Self>, config: &SourceConfig, mut guest: Leaving, mut to: TcpConnector) {
         let mut watch = Watch(Arc::clone(self));
-        // What it wrote long ago goes to disk while nobody waits for a sign of life yet.
-        // One that fails is told when it counts.
-        let _ = contain(|| drop(guest.before_pause()));
         let moved = migrate(config, &mut guest, &mut to, &mut watch);
         match moved {
             Ok(summary) => {

@@ -13,6 +13,7 @@ use host_memory::{Discard, MemoryMap, MissingPages, Placed};
 use migration::cpu::CpuFeatures;
 use migration::dirty::DirtyBitmap;
 use migration::guest_memory::MappedMemory;
+use migration::limits::STALL;
 use migration::seams::{
     Description, DestinationMachine, FreePages, MachineError, PlacePages, ReadPages, SourceMachine,
     StateSection, WritePages,
@@ -134,16 +135,25 @@ pub(crate) struct Leaving {
     offered: bool,
     /// Somebody wants that it comes to nothing.
     cancel: Arc<AtomicBool>,
-    /// How long its disks may take for what was written to them while it still runs.
-    sync_limit: Duration,
 }
 
-/// Shorter than a destination waits for a sign of life.
+/// How long the first sync of a guest's disks may take: Linux lets a fifth of a host's memory wait to
+/// be written, which is some 30 GB at the 100 MB/s of a slow disk. One that takes longer would keep
+/// its guest from being saved as well.
+const FIRST_SYNC_LIMIT: Duration = Duration::from_secs(300);
+
+/// How long a later one may, while it still runs: less than a destination waits for a sign of life.
 const SYNC_LIMIT: Duration = Duration::from_secs(15);
+const _: () = assert!(SYNC_LIMIT.as_secs() < STALL.as_secs());
 
 impl Leaving {
     pub(crate) const fn new(machine: Arc<Machine>, cancel: Arc<AtomicBool>) -> Self {
-        Self { machine, hints: None, offered: false, cancel, sync_limit: Duration::MAX }
+        Self { machine, hints: None, offered: false, cancel }
+    }
+
+    fn sync_disks(&self, limit: Duration) -> Result<(), Error> {
+        let goes_on = |taken| taken < limit && !self.cancel.load(Ordering::Relaxed);
+        self.machine.sync_disks_before_pause(goes_on)
     }
 
     fn snapshot(&self, wait: Duration) -> Result<Option<FreePages>, MachineError> {
@@ -225,12 +235,12 @@ impl SourceMachine for Leaving {
         self.machine.set_throttle(percent);
     }
 
+    fn before_connect(&mut self) -> Result<(), MachineError> {
+        Ok(self.sync_disks(FIRST_SYNC_LIMIT)?)
+    }
+
     fn before_pause(&mut self) -> Result<(), MachineError> {
-        let (cancel, limit) = (Arc::clone(&self.cancel), self.sync_limit);
-        let goes_on = |taken| taken < limit && !cancel.load(Ordering::Relaxed);
-        // From now on the other side waits.
-        self.sync_limit = SYNC_LIMIT;
-        match self.machine.sync_disks_before_pause(goes_on) {
+        match self.sync_disks(SYNC_LIMIT) {
             // It may still come in time, which is asked when the guest stands still.
             Err(Error::Stuck { .. }) => Ok(()),
             synced => Ok(synced?),

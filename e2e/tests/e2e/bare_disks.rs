@@ -4,10 +4,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use control::api::{MigrationPhase, MigrationStatus, StartMigration};
 use lab::bare::{BareBuilder, BareGuest};
 use lab::fuse::{Fuse, Has};
 
-use crate::bare::{aerostat, builder, on_a_kvm, receiver};
+use crate::bare::{aerostat, builder, client, on_a_kvm, receiver};
 use crate::program::program;
 
 /// Bytes of a disk, with something in each of its 4 KiB.
@@ -125,6 +126,53 @@ fn a_guest_hears_what_its_disk_lost_and_is_not_moved_before() {
         let (code, out, err) = aerostat(&guest, &migrate);
         assert_eq!(code, Some(0), "{out}{err}{}", there.errors());
         assert_eq!(request(&mut there, FLUSHES, 0), 0);
+        there.power_off().unwrap();
+    });
+}
+
+/// What it wrote long ago may take a while, in which nobody waits at the other side and its operator
+/// sees what is waited for.
+#[test]
+fn disks_are_synced_before_anybody_is_spoken_to_and_not_for_ever() {
+    on_a_kvm("bare_disks::disks_are_synced_before_anybody_is_spoken_to_and_not_for_ever", || {
+        let (directory, fuse) = (tempfile::tempdir().unwrap(), Fuse::mount(Has::ALL).unwrap());
+        fuse.put("disk", fs::read(image(directory.path(), "a", 1)).unwrap());
+        let path = fuse.path().join("disk");
+        let mut guest = with_disks(builder("disks"), &[&path], "").boot().unwrap();
+        assert_eq!(request(&mut guest, WRITES, 3), 0);
+        // Longer than anybody would wait.
+        fuse.slow_syncs(LIMIT * 10);
+        let monitor = client(&guest, "disks");
+        let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        nobody.set_nonblocking(true).unwrap();
+        let to = nobody.local_addr().unwrap().to_string();
+        monitor.start_migration(&StartMigration { to, ..StartMigration::default() }).unwrap();
+        let wait_for = |what: &str, is: &dyn Fn(&MigrationStatus) -> bool| {
+            let end = Instant::now() + LIMIT;
+            loop {
+                let status = monitor.migration().unwrap();
+                if is(&status) {
+                    return status;
+                }
+                assert!(Instant::now() < end, "{what}: {status:?}");
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        };
+        wait_for("a sync", &|status| status.phase == Some(MigrationPhase::SyncDisks));
+        let accepted = nobody.accept().map(drop).unwrap_err();
+        assert_eq!(accepted.kind(), std::io::ErrorKind::WouldBlock);
+        monitor.cancel_migration().unwrap();
+        let status = wait_for("the end", &|status| status.state.is_over());
+        assert_eq!(status.error.as_deref(), Some("cancelled"));
+        assert_eq!(guest.ask("ping 7").unwrap(), "7");
+        // One that is under way is not forgotten, and the guest is moved when the disk answers.
+        let (there, to) = receiver("disks", &["--disk", path.to_str().unwrap()]);
+        let (code, out, err) = aerostat(&guest, &["migrate", "disks", &to, "--plain"]);
+        assert_eq!(code, Some(1), "{out}{err}");
+        assert!(err.contains(path.to_str().unwrap()), "{out}{err}");
+        fuse.slow_syncs(Duration::ZERO);
+        let (code, out, err) = aerostat(&guest, &["migrate", "disks", &to, "--plain"]);
+        assert_eq!(code, Some(0), "{out}{err}{}", there.errors());
         there.power_off().unwrap();
     });
 }

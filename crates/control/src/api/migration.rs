@@ -158,6 +158,8 @@ pub enum MigrationSide {
 pub enum MigrationPhase {
     /// The guest drops its caches.
     DropCaches,
+    /// What the guest wrote to its disks is brought there.
+    SyncDisks,
     /// The two sides connect.
     Connect,
     /// They find out whether they fit.
@@ -179,6 +181,7 @@ impl MigrationPhase {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::DropCaches => "drop-caches",
+            Self::SyncDisks => "sync-disks",
             Self::Connect => "connect",
             Self::Negotiate => "negotiate",
             Self::FreePages => "free-pages",

@@ -125,6 +125,11 @@ pub fn migrate<M: SourceMachine, C: Connect>(
                 tracing::warn!(error, "the guest did not drop its caches");
             }
         }
+        observer.phase(Phase::SyncDisks);
+        let synced = machine.before_connect();
+        // Who cancelled it hears that, and not what came of it.
+        config.not_cancelled()?;
+        synced.map_err(MigrationError::machine(SYNCING))?;
         observer.phase(Phase::Connect);
         panic_point("connect");
         let started = Instant::now();
@@ -402,7 +407,7 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
         let prepared = self.machine.before_pause();
         // Who cancelled it hears that, and not what came of it.
         self.not_cancelled()?;
-        prepared.map_err(MigrationError::machine("syncing its disks"))?;
+        prepared.map_err(MigrationError::machine(SYNCING))?;
         let at = Instant::now();
         self.stopped = Some(at);
         panic_point("pause");
@@ -463,8 +468,8 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
     }
 
     fn not_cancelled(&self) -> Result<(), MigrationError> {
-        let cancelled = self.config.cancel.load(Ordering::Relaxed);
-        if cancelled { Err(MigrationError::Cancelled) } else { self.panics.check() }
+        self.config.not_cancelled()?;
+        self.panics.check()
     }
 
     /// Leaves the guest where it belongs after whatever happened.
@@ -540,7 +545,15 @@ fn undo_watch<M: SourceMachine>(machine: &mut M, logging: bool, asked_free: bool
     }
 }
 
+/// What the monitor does in [`SourceMachine::before_connect`] and [`SourceMachine::before_pause`].
+const SYNCING: &str = "syncing the guest's disks";
+
 impl SourceConfig {
+    pub(crate) fn not_cancelled(&self) -> Result<(), MigrationError> {
+        let cancelled = self.cancel.load(Ordering::Relaxed);
+        if cancelled { Err(MigrationError::Cancelled) } else { Ok(()) }
+    }
+
     pub(crate) fn check(&self) -> Result<(), MigrationError> {
         let wrong = |what: String| Err(MigrationError::Operator { what });
         if !(1..=MAX_CONNECTIONS).contains(&self.connections) {

@@ -35,8 +35,7 @@ pub(crate) struct RoundContext<'a> {
 
 impl RoundContext<'_> {
     pub(crate) fn not_cancelled(&self) -> Result<(), MigrationError> {
-        let cancelled = self.config.cancel.load(Ordering::Relaxed);
-        if cancelled { Err(MigrationError::Cancelled) } else { Ok(()) }
+        self.config.not_cancelled()
     }
 }
 

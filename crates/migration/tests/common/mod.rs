@@ -299,6 +299,11 @@ impl SourceMachine for Source {
         self.throttle = percent;
     }
 
+    fn before_connect(&mut self) -> Result<(), MachineError> {
+        assert!(self.runs());
+        self.step("before connecting")
+    }
+
     fn before_pause(&mut self) -> Result<(), MachineError> {
         assert!(self.runs());
         self.warned += 1;

@@ -9,6 +9,7 @@ use page_set::PAGE_BYTES;
 pub(super) const fn phase(phase: Phase) -> (MigrationPhase, Option<u32>) {
     match phase {
         Phase::DropCaches => (MigrationPhase::DropCaches, None),
+        Phase::SyncDisks => (MigrationPhase::SyncDisks, None),
         Phase::Connect => (MigrationPhase::Connect, None),
         Phase::Negotiate => (MigrationPhase::Negotiate, None),
         Phase::FreePages => (MigrationPhase::FreePages, None),
