@@ -198,18 +198,20 @@ impl Machine {
     /// # Errors
     /// One is not the guest's; the operator's fault, who names them.
     pub(crate) fn adopt_disks(&self, had: &[GuestDisk], accepts: bool) -> Result<(), Error> {
-        for (number, (disk, was)) in (1..).zip(self.disks.iter().zip(had)) {
+        for (index, (disk, was)) in self.disks.iter().zip(had).enumerate() {
             disk.keep_limits(was.limits);
-            let Err(why) = disk.check(&was.identity) else { continue };
+            let Err(why) = disk.check(had, index) else { continue };
             let (path, old) = (disk.path().display(), was.identity.path());
             if accepts {
                 tracing::warn!(disk = %path, had = old, why, "operator: another disk is accepted");
                 continue;
             }
             // Which may be what the operator meant.
-            let is_this =
-                |other: &GuestDisk| other.shape == was.shape && disk.check(&other.identity).is_ok();
-            let place = (1..).zip(had).find(|(_, other)| is_this(other)).map(|(place, _)| place);
+            let is_this = |(other, disks): (usize, &GuestDisk)| {
+                disks.shape == was.shape && disk.check(had, other).is_ok()
+            };
+            let place = had.iter().enumerate().position(is_this).map(|place| place + 1);
+            let number = index + 1;
             let order = place.map_or_else(String::new, |place| {
                 format!(". It is the guest's disk {place}: they were named in another order")
             });

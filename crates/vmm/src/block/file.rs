@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
 
-use super::identity::{Candidate, DiskIdentity, new_token};
+use super::identity::{Candidate, DiskIdentity, Locks, new_token};
 use super::limits::DiskLimits;
 use super::lock::{self, Hold, KEEPS, RUNS};
 use crate::error::Error;
@@ -118,18 +118,34 @@ impl DiskFile {
         Ok(GuestDisk { shape: self.shape, limits: self.limits(), identity })
     }
 
-    /// Whether it is the disk that a guest had.
+    /// Whether it is the disk of this index of those that a guest had.
     ///
     /// # Errors
     /// It is not, or it cannot be known: what was compared.
-    pub(crate) fn check(&self, had: &DiskIdentity) -> Result<(), String> {
-        let sees = |token| lock::is_shared(&self.file, lock::token_part(token)).unwrap_or(false);
-        had.check(&Candidate {
+    pub(crate) fn check(&self, had: &[GuestDisk], index: usize) -> Result<(), String> {
+        let Some(disk) = had.get(index) else { return Err("is one more than it had".into()) };
+        disk.identity.check(&Candidate {
             file: &self.file,
             read_only: self.shape.read_only,
             sectors: self.shape.sectors,
-            sees_token: had.token.is_some_and(sees),
+            locks: self.locks(had, index),
         })
+    }
+
+    /// What locks of others say. Where they cannot be asked for there are none.
+    fn locks(&self, had: &[GuestDisk], index: usize) -> Locks {
+        let is_locked_as = |disk: &GuestDisk| {
+            let part = disk.identity.token.map(lock::token_part);
+            part.is_some_and(|part| lock::is_shared(&self.file, part).unwrap_or(false))
+        };
+        if had.get(index).is_some_and(is_locked_as) {
+            return Locks::ThisDisk;
+        }
+        if let Some((number, _)) = (1..).zip(had).find(|(_, disk)| is_locked_as(disk)) {
+            return Locks::OtherDisk(number);
+        }
+        let is_free = |part| lock::is_free(&self.file, part).unwrap_or(true);
+        if is_free(RUNS) && is_free(KEEPS) { Locks::Unseen } else { Locks::OtherGuest }
     }
 
     /// The file is for a guest that begins here.
@@ -436,19 +452,49 @@ mod tests {
         let source = open(&file, false);
         let had = source.describe().unwrap();
         assert_eq!((had.shape, had.limits), (source.shape(), source.limits()));
+        let token = had.identity.token;
         let sees = |file: &NamedTempFile| {
-            let part = lock::token_part(had.identity.token.unwrap());
+            let part = lock::token_part(token.unwrap());
             lock::is_shared(&open(file, false).file, part).unwrap()
         };
         assert!(sees(&file) && !sees(&other));
-        open(&file, false).check(&had.identity).unwrap();
-        open(&other, false).check(&had.identity).unwrap_err();
+        let had = [had];
+        open(&file, false).check(&had, 0).unwrap();
+        open(&other, false).check(&had, 0).unwrap_err();
         // Also to who has the file already, and not when its guest is gone.
         let destination = open(&file, false);
         destination.describe().unwrap();
         assert!(sees(&file));
         source.release();
         assert!(!sees(&file));
+    }
+
+    /// Between two hosts, whose locks both see: disks that have the same in them, as those of a
+    /// mirror and copies of one image do.
+    #[test]
+    fn disks_with_the_same_contents_are_told_apart_by_their_locks() {
+        let _alone = no_process_starts();
+        let files = [image(), image(), image(), image()];
+        let sources = [open(&files[0], false), open(&files[1], false)];
+        let had = sources.each_ref().map(|source| {
+            source.take_new().unwrap();
+            let disk = source.describe().unwrap();
+            GuestDisk { identity: disk.identity.elsewhere(), ..disk }
+        });
+        let check = |file: usize, index| open(&files[file], false).check(&had, index);
+        assert_eq!((check(0, 0), check(1, 1)), (Ok(()), Ok(())));
+        for (file, index) in [(1, 0), (0, 1)] {
+            let why = check(file, index).unwrap_err();
+            assert_eq!(why, format!("is locked as disk {} of the guest", file + 1));
+        }
+        // Another guest's, be it on its way or by another VMM.
+        let other = open(&files[2], false);
+        other.take_new().unwrap();
+        assert!(check(2, 0).unwrap_err().contains("not by the guest's source"));
+        other.offer();
+        assert!(check(2, 0).unwrap_err().contains("not by the guest's source"));
+        // Nobody's, which may be the same storage by a way that has no locks.
+        check(3, 0).unwrap();
     }
 
     #[test]

@@ -66,8 +66,20 @@ pub(super) struct Candidate<'a> {
     pub(super) file: &'a File,
     pub(super) read_only: bool,
     pub(super) sectors: u64,
-    /// Whether somebody else holds the lock that was told.
-    pub(super) sees_token: bool,
+    pub(super) locks: Locks,
+}
+
+/// What others' locks on a disk say of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Locks {
+    /// The guest's source has it as this disk.
+    ThisDisk,
+    /// The guest's source has it as another of the guest's disks, numbered from 1.
+    OtherDisk(usize),
+    /// Somebody has it, and not the guest's source.
+    OtherGuest,
+    /// There are none, or they are not seen here.
+    Unseen,
 }
 
 impl DiskIdentity {
@@ -102,13 +114,23 @@ impl DiskIdentity {
         if here.read_only {
             return self.check_contents(here, 0);
         }
-        if here.sees_token {
-            return Ok(());
+        match here.locks {
+            Locks::ThisDisk => return Ok(()),
+            Locks::OtherDisk(number) => {
+                return Err(format!("is locked as disk {number} of the guest"));
+            }
+            // Whose guest's cannot be told where the source could not lock it.
+            Locks::OtherGuest if self.token.is_some() => {
+                return Err("is locked, and not by the guest's source: another has it".into());
+            }
+            Locks::OtherGuest | Locks::Unseen => {}
         }
         let metadata = here.file.metadata().map_err(|error| format!("cannot be asked: {error}"))?;
         let is_same_host = !self.boot.is_empty() && self.boot == boot();
         let place = Place::of(&metadata);
-        if is_same_host && self.place == place {
+        // Hosts that are copies of one another say that they are the same, and have the same numbers:
+        // so these count only where no lock could be had, which is seen on one host.
+        if is_same_host && self.place == place && self.token.is_none() {
             return Ok(());
         }
         let name = name(&metadata);
@@ -122,7 +144,9 @@ impl DiskIdentity {
         }
         if is_same_host && self.token.is_some() {
             let (had, has) = (self.place.words(), place.words());
-            return Err(format!("is {has}, and the guest has {had}, on this host"));
+            return Err(format!(
+                "is {has} and not locked by the guest's source, which has {had} locked on this host"
+            ));
         }
         self.check_contents(here, DIFFERING_PART)
     }
@@ -143,6 +167,12 @@ impl DiskIdentity {
             "has other contents: {differ} of {with_contents} samples differ (sum {has:016x}, and \
              {had:016x} where the guest was)"
         ))
+    }
+
+    /// As one of another host.
+    #[cfg(test)]
+    pub(super) fn elsewhere(self) -> Self {
+        Self { boot: "another".into(), ..self }
     }
 
     /// Where it was found.

@@ -22,7 +22,7 @@ fn identity(file: &NamedTempFile, token: Option<u64>) -> DiskIdentity {
 }
 
 fn candidate(file: &File, read_only: bool) -> Candidate<'_> {
-    Candidate { file, read_only, sectors: SECTORS, sees_token: false }
+    Candidate { file, read_only, sectors: SECTORS, locks: Locks::Unseen }
 }
 
 fn copy_of(file: &NamedTempFile) -> NamedTempFile {
@@ -32,29 +32,38 @@ fn copy_of(file: &NamedTempFile) -> NamedTempFile {
 }
 
 #[test]
-fn on_one_host_a_disk_that_is_written_is_one_file() {
+fn on_one_host_a_disk_that_is_written_is_locked() {
     let (file, other) = (image(1), image(2));
     let had = identity(&file, Some(7));
-    had.check(&candidate(file.as_file(), false)).unwrap();
-    // By another name.
+    let seen = Candidate { locks: Locks::ThisDisk, ..candidate(file.as_file(), false) };
+    had.check(&seen).unwrap();
+    // Also not by its numbers: a copy of the host, as one out of a VM snapshot, has the same.
+    for wrong in [other.as_file(), copy_of(&file).as_file(), file.as_file()] {
+        let why = had.check(&candidate(wrong, false)).unwrap_err();
+        let inode = file.as_file().metadata().unwrap().ino();
+        assert!(why.contains(&format!("has inode {inode} of ")), "{why}");
+        assert!(why.contains("not locked by the guest's source"), "{why}");
+    }
+}
+
+#[test]
+fn where_it_could_not_be_locked_its_numbers_say_which_it_is() {
+    let file = image(1);
+    let had = identity(&file, None);
+    file.as_file().write_all_at(&[0x55; 1 << 20], 0).unwrap();
+    // By another name, and whatever is in it by now.
     let link = file.path().with_extension("link");
     fs::hard_link(file.path(), &link).unwrap();
     had.check(&candidate(&File::open(&link).unwrap(), false)).unwrap();
     fs::remove_file(link).unwrap();
-    for wrong in [other, copy_of(&file)] {
-        let why = had.check(&candidate(wrong.as_file(), false)).unwrap_err();
-        assert!(
-            why.contains(&format!("inode {}", file.as_file().metadata().unwrap().ino())),
-            "{why}"
-        );
-    }
+    assert!(had.check(&candidate(copy_of(&file).as_file(), false)).is_err());
 }
 
 #[test]
 fn a_lock_that_is_seen_says_that_it_is_the_same() {
     let (file, other) = (image(1), image(2));
     let had = identity(&file, Some(7));
-    let seen = Candidate { sees_token: true, ..candidate(other.as_file(), false) };
+    let seen = Candidate { locks: Locks::ThisDisk, ..candidate(other.as_file(), false) };
     had.check(&seen).unwrap();
     // But what is only read has to have the same in it.
     assert!(had.check(&Candidate { read_only: true, ..seen }).is_err());
@@ -63,7 +72,7 @@ fn a_lock_that_is_seen_says_that_it_is_the_same() {
 #[test]
 fn between_hosts_contents_decide_where_nothing_else_does() {
     let file = image(1);
-    let elsewhere = DiskIdentity { boot: "another".into(), ..identity(&file, Some(7)) };
+    let elsewhere = identity(&file, Some(7)).elsewhere();
     let there = copy_of(&file);
     elsewhere.check(&candidate(there.as_file(), false)).unwrap();
     // The guest writes on.
@@ -76,7 +85,7 @@ fn between_hosts_contents_decide_where_nothing_else_does() {
     let empty = NamedTempFile::new().unwrap();
     empty.as_file().set_len(SECTORS * 512).unwrap();
     assert!(elsewhere.check(&candidate(empty.as_file(), false)).is_err());
-    let nothing = DiskIdentity { boot: "another".into(), ..identity(&empty, None) };
+    let nothing = identity(&empty, None).elsewhere();
     nothing.check(&candidate(empty.as_file(), false)).unwrap();
     assert!(nothing.check(&candidate(file.as_file(), false)).is_err());
 }
