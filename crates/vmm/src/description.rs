@@ -51,6 +51,21 @@ impl Made {
         writer.finish()
     }
 
+    /// The same, as far as a destination takes it: what it refuses is found out here, before
+    /// anybody is spoken to.
+    ///
+    /// # Errors
+    /// No destination would take it; this program's fault.
+    fn encode_for_others(&self) -> Result<Vec<u8>, Error> {
+        let bytes = self.encode();
+        let why = match Self::decode(&bytes) {
+            Ok(read) if read == *self => return Ok(bytes),
+            Ok(_) => "it reads otherwise than it was written".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        Err(Error::Unsupported { what: format!("the machine as it is described: {why}") })
+    }
+
     fn decode(bytes: &[u8]) -> Result<Self, Error> {
         let wrong = |why: Malformed| wrong(why.to_string());
         let mut reader = Reader::new(bytes);
@@ -173,7 +188,7 @@ pub(crate) fn describe(machine: &Machine) -> Result<Description, MachineError> {
         layout: GuestLayout::new(regions)?,
         cpu: cpu_features(machine.cpu_features()),
         machine: options.host.name.clone(),
-        config: made.encode(),
+        config: made.encode_for_others()?,
     })
 }
 
@@ -211,6 +226,19 @@ mod tests {
             cpu: migration::cpu::CpuFeatures::default(),
             machine: "vm1".into(),
             config,
+        }
+    }
+
+    /// Such as a name that is longer than a destination takes.
+    #[test]
+    fn what_no_destination_takes_is_found_out_by_its_source() {
+        assert_eq!(made().encode_for_others().unwrap(), made().encode());
+        for name in ["x".repeat(129), "\u{202e}".into()] {
+            let mut odd = made();
+            odd.disks[0].identity = DiskIdentity::named(&name);
+            let read = odd.encode_for_others().map(|bytes| bytes.len());
+            let error = read.unwrap_err().to_string();
+            assert!(error.contains("the machine as it is described"), "{error}");
         }
     }
 

@@ -11,6 +11,7 @@ use std::num::NonZeroU64;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
 
+use diagnostics::visible;
 use rustix::fs::{Advice, fadvise};
 
 use super::limits::device_directory;
@@ -91,15 +92,11 @@ impl DiskIdentity {
         token: Option<u64>,
     ) -> io::Result<Self> {
         let metadata = file.metadata()?;
-        let mut path = path.to_string_lossy().into_owned();
-        while path.len() > MAX_PATH_BYTES {
-            path.pop();
-        }
         Ok(Self {
-            path,
-            boot: boot(),
+            path: end_of(&visible(&path.to_string_lossy())),
+            boot: told_name(&boot()),
             place: Place::of(&metadata),
-            name: name(&metadata),
+            name: told_name(&name(&metadata)),
             token,
             samples: samples(file, sectors)?,
         })
@@ -126,14 +123,14 @@ impl DiskIdentity {
             Locks::OtherGuest | Locks::Unseen => {}
         }
         let metadata = here.file.metadata().map_err(|error| format!("cannot be asked: {error}"))?;
-        let is_same_host = !self.boot.is_empty() && self.boot == boot();
+        let is_same_host = !self.boot.is_empty() && self.boot == told_name(&boot());
         let place = Place::of(&metadata);
         // Hosts that are copies of one another say that they are the same, and have the same numbers:
         // so these count only where no lock could be had, which is seen on one host.
         if is_same_host && self.place == place && self.token.is_none() {
             return Ok(());
         }
-        let name = name(&metadata);
+        let name = told_name(&name(&metadata));
         if !self.name.is_empty() && !name.is_empty() {
             let (had, has) = (&self.name, &name);
             return if had == has {
@@ -167,6 +164,12 @@ impl DiskIdentity {
             "has other contents: {differ} of {with_contents} samples differ (sum {has:016x}, and \
              {had:016x} where the guest was)"
         ))
+    }
+
+    /// A device of that name, on another host.
+    #[cfg(test)]
+    pub(crate) fn named(name: &str) -> Self {
+        Self { name: name.into(), ..Self::default() }
     }
 
     /// As one of another host.
@@ -203,8 +206,34 @@ impl DiskIdentity {
 /// Only what a person can read: it goes into messages.
 fn text(reader: &mut Reader<'_>, what: &'static str, max: usize) -> Result<String, Malformed> {
     let bytes = reader.list::<u8>(what, max)?;
-    let text = String::from_utf8_lossy(&bytes);
-    Ok(text.chars().filter(|c| !c.is_control()).collect())
+    Ok(visible(&String::from_utf8_lossy(&bytes)))
+}
+
+/// A name as it is told and compared, the same on every host: a longer one than can be told (NVMe has
+/// some of 200 bytes) with a sum in place of its end.
+fn told_name(name: &str) -> String {
+    let mut told = visible(name);
+    if told.len() > MAX_NAME_BYTES {
+        let sum = format!("~{:016x}", sum_of(told.as_bytes()));
+        while told.len() > MAX_NAME_BYTES - sum.len() {
+            told.pop();
+        }
+        told += &sum;
+    }
+    told
+}
+
+/// The end of a path, where its file's name is.
+fn end_of(path: &str) -> String {
+    const LEFT_OUT: &str = "...";
+    if path.len() <= MAX_PATH_BYTES {
+        return path.to_owned();
+    }
+    let mut end = path.chars();
+    while LEFT_OUT.len() + end.as_str().len() > MAX_PATH_BYTES {
+        end.next();
+    }
+    format!("{LEFT_OUT}{}", end.as_str())
 }
 
 impl Place {

@@ -132,7 +132,30 @@ fn an_identity_is_read_as_it_was_written_or_refused() {
             DiskIdentity::decode(&mut Reader::new(&bytes[..len])).unwrap_err();
         }
     }
-    let long =
-        DiskIdentity::of(Path::new(&"é".repeat(200)), file.as_file(), SECTORS, None).unwrap();
-    assert!(long.path.len() <= MAX_PATH_BYTES && long.path.ends_with('é'));
+}
+
+/// On both sides alike: what one tells is what the other has, whatever the host's names are.
+#[test]
+fn names_of_any_length_are_told_and_told_apart() {
+    let (long, file) = (format!("nvme.1344-{}", "e".repeat(300)), image(1));
+    let names = [long.clone(), format!("{long}2"), "é".repeat(200), "a\u{202e}\n".repeat(30)];
+    let told = names.each_ref().map(|name| told_name(name));
+    for (at, name) in told.iter().enumerate() {
+        assert!(name.len() <= MAX_NAME_BYTES && !told[..at].contains(name), "{told:?}");
+        let identity = DiskIdentity { name: name.clone(), ..identity(&file, None) };
+        assert_eq!(there_and_back(&identity).unwrap(), identity);
+    }
+    assert_eq!(told_name("wwid"), "wwid");
+    let path = format!("/{}/disk", "é\u{2028}".repeat(200));
+    let long = DiskIdentity::of(Path::new(&path), file.as_file(), SECTORS, None).unwrap();
+    assert!(long.path.starts_with("...") && long.path.ends_with("/disk"), "{long:?}");
+    assert!(long.path.contains("\\u{2028}"), "{long:?}");
+    assert_eq!(there_and_back(&long).unwrap(), long);
+}
+
+fn there_and_back(identity: &DiskIdentity) -> Result<DiskIdentity, Malformed> {
+    let mut writer = Writer::default();
+    identity.encode(&mut writer);
+    let bytes = writer.finish();
+    DiskIdentity::decode(&mut Reader::new(&bytes))
 }
