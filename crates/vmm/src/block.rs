@@ -15,7 +15,7 @@ mod worker;
 pub use file::DiskOptions;
 #[cfg(test)]
 pub(crate) use file::no_process_starts;
-pub(crate) use file::{DiskFile, DiskShape, GuestDisk};
+pub(crate) use file::{DiskFile, DiskShape, GuestDisk, NotThis};
 pub(crate) use identity::DiskIdentity;
 pub(crate) use limits::DiskLimits;
 

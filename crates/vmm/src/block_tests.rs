@@ -407,7 +407,7 @@ fn what_the_guest_was_told_stays_where_it_goes_on() {
     let told = DiskLimits { block_bytes: 4096, ..guest.disk.file.limits() };
     guest.disk.file.keep_limits(told);
     assert_eq!(u32::from_le_bytes(guest.config(20)), 4096);
-    assert_eq!(guest.disk.file.describe().unwrap().limits, told);
+    assert_eq!(guest.disk.file.describe(&|| Ok(())).unwrap().limits, told);
 }
 
 #[test]

@@ -172,15 +172,18 @@ fn wrong(why: String) -> Error {
     Error::State { section: "the machine".into(), why }
 }
 
-/// Describes a machine to a destination.
-pub(crate) fn describe(machine: &Machine) -> Result<Description, MachineError> {
+/// Describes a machine to a destination, unless `goes_on` becomes false.
+pub(crate) fn describe(
+    machine: &Machine,
+    goes_on: impl Fn() -> bool,
+) -> Result<Description, MachineError> {
     let options = &machine.options;
     let sample = machine.sample()?;
     let made = Made {
         cpus: options.cpus,
         memory_bytes: options.memory_bytes,
         without: options.without,
-        disks: machine.describe_disks()?,
+        disks: machine.describe_disks(goes_on)?,
         sample,
     };
     let regions: Vec<PageRange> = machine.regions();

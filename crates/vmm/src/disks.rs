@@ -3,6 +3,8 @@
 //! A guest that runs here has them. One that changes sides has them on neither for a moment, and
 //! nobody else can begin with them meanwhile; see docs/migration.md, "Disks".
 
+mod reading;
+
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,7 +12,10 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::block::{DiskFile, DiskShape, GuestDisk};
+use migration::limits::STALL;
+
+use self::reading::{Limits, each_in_time};
+use crate::block::{DiskFile, DiskShape, GuestDisk, NotThis};
 use crate::error::Error;
 use crate::machine::Machine;
 
@@ -30,26 +35,24 @@ const LOOK: Duration = Duration::from_millis(50);
 /// Stack of a thread that syncs.
 const STACK_BYTES: usize = 128 << 10;
 
-/// What is read of a disk to know it again is a few pieces. One that does not answer for so long did
-/// not finish a request of its guest either.
-const DESCRIBE_TIME: Duration = Duration::from_secs(4);
+/// What is read of disks to know them again is some 200 pieces of each, which a disk with much else to
+/// do answers in some seconds. Nobody waits at the other side meanwhile.
+const DESCRIBE: Limits = Limits { one: READ_TIME, all: Duration::from_secs(60) };
 
-/// In a thread, which is left where the disk does not answer.
-fn describe_in_time(disk: &Arc<DiskFile>) -> Result<GuestDisk, Error> {
-    let (tells, told) = mpsc::channel();
-    let theirs = Arc::clone(disk);
-    // Nobody waits any more where it cannot be told.
-    let describe = move || drop(tells.send(theirs.describe()));
-    let thread = thread::Builder::new().name("describe".into()).spawn(describe);
-    thread.map_err(Error::host("starting a thread"))?;
-    let path = disk.path();
-    match told.recv_timeout(DESCRIBE_TIME) {
-        Ok(found) => found.map_err(|source| Error::File { path: path.to_path_buf(), source }),
-        Err(_) => {
-            let (path, ms) = (path.display(), DESCRIBE_TIME.as_millis());
-            Err(Error::Stuck { what: format!("{path} did not finish a request in {ms} ms") })
-        }
-    }
+/// The same where the source waits for the answer.
+const COMPARE: Limits = Limits { one: READ_TIME, all: Duration::from_secs(15) };
+const _: () = assert!(COMPARE.all.as_secs() < STALL.as_secs());
+
+/// How long one such piece may take: as long as a disk has to stop for its guest.
+const READ_TIME: Duration = Duration::from_secs(4);
+
+/// Who has the guest's disks compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Waits {
+    /// The guest's source, for no longer than a peer may be silent.
+    Source,
+    /// The operator, who restores the guest from a file.
+    Operator,
 }
 
 fn sync_one(disk: &DiskFile) -> Result<(), Error> {
@@ -187,32 +190,61 @@ impl Machine {
         self.disks.iter().map(|disk| disk.shape()).collect()
     }
 
-    /// Its disks as another host may have to know them again.
-    pub(crate) fn describe_disks(&self) -> Result<Vec<GuestDisk>, Error> {
-        self.disks.iter().map(describe_in_time).collect()
+    /// Its disks as another host may have to know them again, unless `goes_on` becomes false.
+    ///
+    /// # Errors
+    /// One cannot be read, or not in time.
+    pub(crate) fn describe_disks(
+        &self,
+        goes_on: impl Fn() -> bool,
+    ) -> Result<Vec<GuestDisk>, Error> {
+        let describe = |_: usize, disk: &DiskFile, step: &dyn Fn() -> io::Result<()>| {
+            let wrong = |source| Error::File { path: disk.path().to_path_buf(), source };
+            disk.describe(step).map_err(wrong)
+        };
+        let described = each_in_time(&self.disks, DESCRIBE, goes_on, describe)?;
+        let late = |disk: &DiskFile| {
+            let (path, s) = (disk.path().display(), DESCRIBE.all.as_secs());
+            Error::Stuck {
+                what: format!("{path}: not all that tells which disk it is was read in {s} s"),
+            }
+        };
+        let described = self.disks.iter().zip(described);
+        described.map(|(disk, found)| found.unwrap_or_else(|| Err(late(disk)))).collect()
     }
 
     /// Has the disks that a guest had elsewhere, as many as these and of the same shapes, which it
     /// knows by what it was told there. Others are taken where its operator `accepts` them.
     ///
     /// # Errors
-    /// One is not the guest's; the operator's fault, who names them.
-    pub(crate) fn adopt_disks(&self, had: &[GuestDisk], accepts: bool) -> Result<(), Error> {
-        for (index, (disk, was)) in self.disks.iter().zip(had).enumerate() {
+    /// One is not the guest's, the operator's fault, who names them; or it does not answer.
+    pub(crate) fn adopt_disks(
+        &self,
+        had: &[GuestDisk],
+        accepts: bool,
+        waits: Waits,
+    ) -> Result<(), Error> {
+        let limits = if waits == Waits::Source { COMPARE } else { DESCRIBE };
+        let theirs: Arc<[GuestDisk]> = had.into();
+        let check = move |index: usize, disk: &DiskFile, step: &dyn Fn() -> io::Result<()>| {
+            disk.check(&theirs, index, step)
+        };
+        let checked = each_in_time(&self.disks, limits, || true, check)?;
+        let late = || {
+            let why = format!("was not compared in {} s, which it had", limits.all.as_secs());
+            Err(NotThis { why, index: None })
+        };
+        for (number, ((disk, was), checked)) in (1..).zip(self.disks.iter().zip(had).zip(checked)) {
             disk.keep_limits(was.limits);
-            let Err(why) = disk.check(had, index) else { continue };
+            let Err(NotThis { why, index }) = checked.unwrap_or_else(late) else { continue };
             let (path, old) = (disk.path().display(), was.identity.path());
             if accepts {
                 tracing::warn!(disk = %path, had = old, why, "operator: another disk is accepted");
                 continue;
             }
             // Which may be what the operator meant.
-            let is_this = |(other, disks): (usize, &GuestDisk)| {
-                disks.shape == was.shape && disk.check(had, other).is_ok()
-            };
-            let place = had.iter().enumerate().position(is_this).map(|place| place + 1);
-            let number = index + 1;
-            let order = place.map_or_else(String::new, |place| {
+            let order = index.map_or_else(String::new, |index| {
+                let place = index + 1;
                 format!(". It is the guest's disk {place}: they were named in another order")
             });
             let what = format!(

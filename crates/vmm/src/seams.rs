@@ -25,6 +25,7 @@ use vm_memory::{
 
 use crate::console::output::standard_output;
 use crate::description::{Made, cpu_features, describe};
+use crate::disks::Waits;
 use crate::error::Error;
 use crate::machine::Machine;
 use crate::memory::{Memory, Ram};
@@ -178,7 +179,7 @@ impl Leaving {
 
 impl SourceMachine for Leaving {
     fn describe(&self) -> Result<Description, MachineError> {
-        describe(&self.machine)
+        describe(&self.machine, || !self.cancel.load(Ordering::Relaxed))
     }
 
     fn memory(&self) -> Arc<dyn ReadPages> {
@@ -338,7 +339,8 @@ impl Arriving {
         };
         let machine = Arc::new(Machine::new(&options, standard_output()?)?);
         made.check_disks(&machine.disk_shapes())?;
-        machine.adopt_disks(&made.disks, self.options.accept_disks)?;
+        let waits = if self.is_copy { Waits::Operator } else { Waits::Source };
+        machine.adopt_disks(&made.disks, self.options.accept_disks, waits)?;
         machine.try_out(&made.sample)?;
         machine.expect_disks()?;
         self.machine = Some(Arc::clone(&machine));

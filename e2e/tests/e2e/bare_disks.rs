@@ -177,6 +177,22 @@ fn disks_are_synced_before_anybody_is_spoken_to_and_not_for_ever() {
     });
 }
 
+/// What is read of a disk takes some seconds on both sides, and each piece of it little.
+#[test]
+fn a_guest_with_a_slow_disk_is_moved() {
+    on_a_kvm("bare_disks::a_guest_with_a_slow_disk_is_moved", || {
+        let (directory, fuse) = (tempfile::tempdir().unwrap(), Fuse::mount(Has::ALL).unwrap());
+        fuse.put("disk", fs::read(image(directory.path(), "a", 1)).unwrap());
+        let path = fuse.path().join("disk");
+        let guest = with_disks(builder("disks"), &[&path], ",readonly").boot().unwrap();
+        // Of 192 pieces.
+        fuse.slow_down(Duration::from_millis(30), u64::MAX);
+        let word = format!("{},readonly", path.display());
+        let there = migrate(&guest, &["--disk".into(), word]).unwrap();
+        there.power_off().unwrap();
+    });
+}
+
 /// Runs a guest from its file: what was said where it is not begun.
 fn restore(file: &Path, disks: &[&Path], more: &[&str]) -> Result<BareGuest, String> {
     let restore = BareBuilder::command(program(), "restore", "restored").unwrap();

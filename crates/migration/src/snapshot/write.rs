@@ -54,6 +54,7 @@ pub fn snapshot<M: SourceMachine>(
     let id = MigrationId::random().map_err(runs)?;
     let started = Instant::now();
     let described = contained("describing the guest", || describe(machine));
+    config.not_cancelled().map_err(runs)?;
     let description = described.map_err(runs)?;
     let mut file = SnapshotSink::create(path, after).map_err(runs)?;
     let mut job = Job::new(config, machine, &mut file, observer, started);

@@ -117,6 +117,8 @@ pub fn migrate<M: SourceMachine, C: Connect>(
     let id = MigrationId::random().map_err(runs)?;
     // Before anything is asked of the guest, or of the other side.
     let described = contained("describing the guest", || describe(machine));
+    // Who cancelled it hears that, and not what came of it.
+    config.not_cancelled().map_err(runs)?;
     let description = described.map_err(runs)?;
     let connected = contained("connecting", || {
         if let Some(wait) = config.drop_caches {

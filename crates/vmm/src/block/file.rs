@@ -62,6 +62,15 @@ pub(crate) struct GuestDisk {
     pub(crate) identity: DiskIdentity,
 }
 
+/// A disk that is not the one it was to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct NotThis {
+    /// What was compared, or why it cannot be known.
+    pub(crate) why: String,
+    /// The index of the guest's disk that it is.
+    pub(crate) index: Option<usize>,
+}
+
 impl DiskFile {
     /// # Errors
     /// It cannot be opened, or is of no size that a disk can have.
@@ -107,29 +116,41 @@ impl DiskFile {
         let _ = self.told.set(told);
     }
 
-    /// The disk as another host may have to know it again.
+    /// The disk as another host may have to know it again. Calls `step` after each read, which may
+    /// end it.
     ///
     /// # Errors
     /// It cannot be read.
-    pub(crate) fn describe(&self) -> io::Result<GuestDisk> {
+    pub(crate) fn describe(&self, step: &dyn Fn() -> io::Result<()>) -> io::Result<GuestDisk> {
         let locked = lock::hold(&self.file, lock::token_part(self.token), Hold::Shared);
         let token = Some(self.token).filter(|_| matches!(locked, Ok(true)));
-        let identity = DiskIdentity::of(&self.path, &self.file, self.shape.sectors, token)?;
+        let identity = DiskIdentity::of(&self.path, &self.file, self.shape.sectors, token, step)?;
         Ok(GuestDisk { shape: self.shape, limits: self.limits(), identity })
     }
 
-    /// Whether it is the disk of this index of those that a guest had.
+    /// Whether it is the disk of this index of those that a guest had. Calls `step` after each read,
+    /// which may end it.
     ///
     /// # Errors
-    /// It is not, or it cannot be known: what was compared.
-    pub(crate) fn check(&self, had: &[GuestDisk], index: usize) -> Result<(), String> {
-        let Some(disk) = had.get(index) else { return Err("is one more than it had".into()) };
-        disk.identity.check(&Candidate {
-            file: &self.file,
-            read_only: self.shape.read_only,
-            sectors: self.shape.sectors,
-            locks: self.locks(had, index),
-        })
+    /// It is not, or it cannot be known.
+    pub(crate) fn check(
+        &self,
+        had: &[GuestDisk],
+        index: usize,
+        step: &dyn Fn() -> io::Result<()>,
+    ) -> Result<(), NotThis> {
+        let DiskShape { sectors, read_only } = self.shape;
+        let here = Candidate::new(&self.file, read_only, sectors, step);
+        let is = |index: usize, disk: &GuestDisk| {
+            let locks = self.locks(had, index);
+            let _ = step();
+            disk.identity.check(&here, locks)
+        };
+        let this = had.get(index).ok_or_else(|| "is one more than it had".to_owned());
+        let Err(why) = this.and_then(|disk| is(index, disk)) else { return Ok(()) };
+        let mut others = had.iter().enumerate();
+        let other = others.find(|(at, disk)| disk.shape == self.shape && is(*at, disk).is_ok());
+        Err(NotThis { why, index: other.map(|(at, _)| at) })
     }
 
     /// What locks of others say. Where they cannot be asked for there are none.
@@ -450,7 +471,7 @@ mod tests {
         let _alone = no_process_starts();
         let (file, other) = (image(), image());
         let source = open(&file, false);
-        let had = source.describe().unwrap();
+        let had = source.describe(&|| Ok(())).unwrap();
         assert_eq!((had.shape, had.limits), (source.shape(), source.limits()));
         let token = had.identity.token;
         let sees = |file: &NamedTempFile| {
@@ -459,11 +480,11 @@ mod tests {
         };
         assert!(sees(&file) && !sees(&other));
         let had = [had];
-        open(&file, false).check(&had, 0).unwrap();
-        open(&other, false).check(&had, 0).unwrap_err();
+        open(&file, false).check(&had, 0, &|| Ok(())).unwrap();
+        open(&other, false).check(&had, 0, &|| Ok(())).unwrap_err();
         // Also to who has the file already, and not when its guest is gone.
         let destination = open(&file, false);
-        destination.describe().unwrap();
+        destination.describe(&|| Ok(())).unwrap();
         assert!(sees(&file));
         source.release();
         assert!(!sees(&file));
@@ -478,21 +499,22 @@ mod tests {
         let sources = [open(&files[0], false), open(&files[1], false)];
         let had = sources.each_ref().map(|source| {
             source.take_new().unwrap();
-            let disk = source.describe().unwrap();
+            let disk = source.describe(&|| Ok(())).unwrap();
             GuestDisk { identity: disk.identity.elsewhere(), ..disk }
         });
-        let check = |file: usize, index| open(&files[file], false).check(&had, index);
+        let check = |file: usize, index| open(&files[file], false).check(&had, index, &|| Ok(()));
         assert_eq!((check(0, 0), check(1, 1)), (Ok(()), Ok(())));
         for (file, index) in [(1, 0), (0, 1)] {
-            let why = check(file, index).unwrap_err();
+            let NotThis { why, index } = check(file, index).unwrap_err();
             assert_eq!(why, format!("is locked as disk {} of the guest", file + 1));
+            assert_eq!(index, Some(file));
         }
         // Another guest's, be it on its way or by another VMM.
         let other = open(&files[2], false);
         other.take_new().unwrap();
-        assert!(check(2, 0).unwrap_err().contains("not by the guest's source"));
+        assert!(check(2, 0).unwrap_err().why.contains("not by the guest's source"));
         other.offer();
-        assert!(check(2, 0).unwrap_err().contains("not by the guest's source"));
+        assert!(check(2, 0).unwrap_err().why.contains("not by the guest's source"));
         // Nobody's, which may be the same storage by a way that has no locks.
         check(3, 0).unwrap();
     }

@@ -4,6 +4,7 @@
 //! the source that the destination sees; device and inode, on one host; a block device's WWID or UUID;
 //! its contents. docs/migration.md, "Which disk it is", says when each decides.
 
+use std::cell::OnceCell;
 use std::fs::{self, File, Metadata};
 use std::hash::{BuildHasher, RandomState};
 use std::io;
@@ -64,10 +65,30 @@ pub(crate) struct DiskIdentity {
 
 /// A disk here, which may be one that a guest had.
 pub(super) struct Candidate<'a> {
-    pub(super) file: &'a File,
-    pub(super) read_only: bool,
-    pub(super) sectors: u64,
-    pub(super) locks: Locks,
+    file: &'a File,
+    read_only: bool,
+    sectors: u64,
+    step: &'a dyn Fn() -> io::Result<()>,
+    /// Read once, where they are asked for.
+    samples: OnceCell<io::Result<Vec<u64>>>,
+}
+
+impl<'a> Candidate<'a> {
+    /// `step` is called after each read, and may end it.
+    pub(super) const fn new(
+        file: &'a File,
+        read_only: bool,
+        sectors: u64,
+        step: &'a dyn Fn() -> io::Result<()>,
+    ) -> Self {
+        Self { file, read_only, sectors, step, samples: OnceCell::new() }
+    }
+
+    fn samples(&self) -> Result<&[u64], String> {
+        let samples = self.samples.get_or_init(|| samples(self.file, self.sectors, self.step));
+        let samples = samples.as_ref().map(Vec::as_slice);
+        samples.map_err(|error| format!("cannot be read to be compared: {error}"))
+    }
 }
 
 /// What others' locks on a disk say of it.
@@ -90,6 +111,7 @@ impl DiskIdentity {
         file: &File,
         sectors: u64,
         token: Option<u64>,
+        step: &dyn Fn() -> io::Result<()>,
     ) -> io::Result<Self> {
         let metadata = file.metadata()?;
         Ok(Self {
@@ -98,7 +120,7 @@ impl DiskIdentity {
             place: Place::of(&metadata),
             name: told_name(&name(&metadata)),
             token,
-            samples: samples(file, sectors)?,
+            samples: samples(file, sectors, step)?,
         })
     }
 
@@ -106,12 +128,12 @@ impl DiskIdentity {
     ///
     /// # Errors
     /// It is not, or it cannot be known: what was compared.
-    pub(super) fn check(&self, here: &Candidate<'_>) -> Result<(), String> {
+    pub(super) fn check(&self, here: &Candidate<'_>, locks: Locks) -> Result<(), String> {
         // What nobody writes has to have the same in it, and then it is as good.
         if here.read_only {
             return self.check_contents(here, 0);
         }
-        match here.locks {
+        match locks {
             Locks::ThisDisk => return Ok(()),
             Locks::OtherDisk(number) => {
                 return Err(format!("is locked as disk {number} of the guest"));
@@ -150,16 +172,15 @@ impl DiskIdentity {
 
     /// One in `part` of the samples in which anything is may differ; none where it is 0.
     fn check_contents(&self, here: &Candidate<'_>, part: usize) -> Result<(), String> {
-        let found = samples(here.file, here.sectors)
-            .map_err(|error| format!("cannot be read to be compared: {error}"))?;
-        let pairs = self.samples.iter().zip(&found);
+        let found = here.samples()?;
+        let pairs = self.samples.iter().zip(found);
         let with_contents = pairs.clone().filter(|(a, b)| (**a, **b) != (0, 0)).count();
         let differ = pairs.filter(|(a, b)| a != b).count();
         let may_differ = with_contents.checked_div(part).unwrap_or(0);
         if found.len() == self.samples.len() && differ <= may_differ {
             return Ok(());
         }
-        let (had, has) = (sum(&self.samples), sum(&found));
+        let (had, has) = (sum(&self.samples), sum(found));
         Err(format!(
             "has other contents: {differ} of {with_contents} samples differ (sum {has:016x}, and \
              {had:016x} where the guest was)"
@@ -308,7 +329,7 @@ const fn stretch(blocks: u64, number: u64) -> u64 {
 
 /// Reads samples, and leaves nothing of them in this host's memory: another host may write to the
 /// disk before a guest reads it here.
-fn samples(file: &File, sectors: u64) -> io::Result<Vec<u64>> {
+fn samples(file: &File, sectors: u64, step: &dyn Fn() -> io::Result<()>) -> io::Result<Vec<u64>> {
     let bytes = sectors * super::file::SECTOR_BYTES;
     let mut sums = Vec::new();
     let mut buffer = [0; SAMPLE_BYTES];
@@ -318,7 +339,7 @@ fn samples(file: &File, sectors: u64) -> io::Result<Vec<u64>> {
     for at in sample_places(bytes) {
         let len = usize::try_from(bytes - at).map_or(SAMPLE_BYTES, |left| left.min(SAMPLE_BYTES));
         let sample = buffer.get_mut(..len).unwrap_or_default();
-        outcome = file.read_exact_at(sample, at);
+        outcome = file.read_exact_at(sample, at).and_then(|()| step());
         if outcome.is_err() {
             break;
         }

@@ -10,6 +10,8 @@ use super::*;
 
 const SECTORS: u64 = 4 << 11;
 
+const GOES_ON: &dyn Fn() -> io::Result<()> = &|| Ok(());
+
 fn image(seed: u64) -> NamedTempFile {
     let file = NamedTempFile::new().unwrap();
     let words = (0..SECTORS * 64).map(|at| at ^ seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
@@ -18,11 +20,11 @@ fn image(seed: u64) -> NamedTempFile {
 }
 
 fn identity(file: &NamedTempFile, token: Option<u64>) -> DiskIdentity {
-    DiskIdentity::of(file.path(), file.as_file(), SECTORS, token).unwrap()
+    DiskIdentity::of(file.path(), file.as_file(), SECTORS, token, GOES_ON).unwrap()
 }
 
 fn candidate(file: &File, read_only: bool) -> Candidate<'_> {
-    Candidate { file, read_only, sectors: SECTORS, locks: Locks::Unseen }
+    Candidate::new(file, read_only, SECTORS, GOES_ON)
 }
 
 fn copy_of(file: &NamedTempFile) -> NamedTempFile {
@@ -35,11 +37,10 @@ fn copy_of(file: &NamedTempFile) -> NamedTempFile {
 fn on_one_host_a_disk_that_is_written_is_locked() {
     let (file, other) = (image(1), image(2));
     let had = identity(&file, Some(7));
-    let seen = Candidate { locks: Locks::ThisDisk, ..candidate(file.as_file(), false) };
-    had.check(&seen).unwrap();
+    had.check(&candidate(file.as_file(), false), Locks::ThisDisk).unwrap();
     // Also not by its numbers: a copy of the host, as one out of a VM snapshot, has the same.
     for wrong in [other.as_file(), copy_of(&file).as_file(), file.as_file()] {
-        let why = had.check(&candidate(wrong, false)).unwrap_err();
+        let why = had.check(&candidate(wrong, false), Locks::Unseen).unwrap_err();
         let inode = file.as_file().metadata().unwrap().ino();
         assert!(why.contains(&format!("has inode {inode} of ")), "{why}");
         assert!(why.contains("not locked by the guest's source"), "{why}");
@@ -54,19 +55,18 @@ fn where_it_could_not_be_locked_its_numbers_say_which_it_is() {
     // By another name, and whatever is in it by now.
     let link = file.path().with_extension("link");
     fs::hard_link(file.path(), &link).unwrap();
-    had.check(&candidate(&File::open(&link).unwrap(), false)).unwrap();
+    had.check(&candidate(&File::open(&link).unwrap(), false), Locks::Unseen).unwrap();
     fs::remove_file(link).unwrap();
-    assert!(had.check(&candidate(copy_of(&file).as_file(), false)).is_err());
+    assert!(had.check(&candidate(copy_of(&file).as_file(), false), Locks::Unseen).is_err());
 }
 
 #[test]
 fn a_lock_that_is_seen_says_that_it_is_the_same() {
     let (file, other) = (image(1), image(2));
     let had = identity(&file, Some(7));
-    let seen = Candidate { locks: Locks::ThisDisk, ..candidate(other.as_file(), false) };
-    had.check(&seen).unwrap();
+    had.check(&candidate(other.as_file(), false), Locks::ThisDisk).unwrap();
     // But what is only read has to have the same in it.
-    assert!(had.check(&Candidate { read_only: true, ..seen }).is_err());
+    assert!(had.check(&candidate(other.as_file(), true), Locks::ThisDisk).is_err());
 }
 
 #[test]
@@ -74,20 +74,20 @@ fn between_hosts_contents_decide_where_nothing_else_does() {
     let file = image(1);
     let elsewhere = identity(&file, Some(7)).elsewhere();
     let there = copy_of(&file);
-    elsewhere.check(&candidate(there.as_file(), false)).unwrap();
+    elsewhere.check(&candidate(there.as_file(), false), Locks::Unseen).unwrap();
     // The guest writes on.
     there.as_file().write_all_at(&[0x55; 64 << 10], 8192).unwrap();
-    elsewhere.check(&candidate(there.as_file(), false)).unwrap();
+    elsewhere.check(&candidate(there.as_file(), false), Locks::Unseen).unwrap();
     let other = image(2);
-    let why = elsewhere.check(&candidate(other.as_file(), false)).unwrap_err();
+    let why = elsewhere.check(&candidate(other.as_file(), false), Locks::Unseen).unwrap_err();
     assert!(why.contains("192 of 192 samples differ"), "{why}");
     // An empty disk is not one with anything on it, nor the other way round.
     let empty = NamedTempFile::new().unwrap();
     empty.as_file().set_len(SECTORS * 512).unwrap();
-    assert!(elsewhere.check(&candidate(empty.as_file(), false)).is_err());
+    assert!(elsewhere.check(&candidate(empty.as_file(), false), Locks::Unseen).is_err());
     let nothing = identity(&empty, None).elsewhere();
-    nothing.check(&candidate(empty.as_file(), false)).unwrap();
-    assert!(nothing.check(&candidate(file.as_file(), false)).is_err());
+    nothing.check(&candidate(empty.as_file(), false), Locks::Unseen).unwrap();
+    assert!(nothing.check(&candidate(file.as_file(), false), Locks::Unseen).is_err());
 }
 
 #[test]
@@ -95,14 +95,17 @@ fn a_disk_that_is_only_read_may_be_a_copy_and_nothing_else() {
     let file = image(1);
     let had = identity(&file, None);
     let copy = copy_of(&file);
-    had.check(&candidate(copy.as_file(), true)).unwrap();
+    had.check(&candidate(copy.as_file(), true), Locks::Unseen).unwrap();
     // Changed since, be it the same file.
     for changed in [&copy, &file] {
         changed.as_file().write_all_at(&[1], 1080).unwrap();
-        let why = had.check(&candidate(changed.as_file(), true)).unwrap_err();
+        let why = had.check(&candidate(changed.as_file(), true), Locks::Unseen).unwrap_err();
         assert!(why.contains("1 of 192 samples differ (sum "), "{why}");
     }
-    assert!(had.check(&candidate(File::open("/proc/self/mem").as_ref().unwrap(), true)).is_err());
+    assert!(
+        had.check(&candidate(File::open("/proc/self/mem").as_ref().unwrap(), true), Locks::Unseen)
+            .is_err()
+    );
 }
 
 #[test]
@@ -147,7 +150,7 @@ fn names_of_any_length_are_told_and_told_apart() {
     }
     assert_eq!(told_name("wwid"), "wwid");
     let path = format!("/{}/disk", "é\u{2028}".repeat(200));
-    let long = DiskIdentity::of(Path::new(&path), file.as_file(), SECTORS, None).unwrap();
+    let long = DiskIdentity::of(Path::new(&path), file.as_file(), SECTORS, None, GOES_ON).unwrap();
     assert!(long.path.starts_with("...") && long.path.ends_with("/disk"), "{long:?}");
     assert!(long.path.contains("\\u{2028}"), "{long:?}");
     assert_eq!(there_and_back(&long).unwrap(), long);
