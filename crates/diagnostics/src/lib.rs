@@ -23,7 +23,7 @@ use std::time::Duration;
 pub use panics::{Panicked, contain, hide_backtraces, panics, watch_panics};
 pub use point::panic_point;
 pub use queue::LineQueue;
-pub use visible::visible;
+pub use visible::{shortened, visible};
 
 /// Room for lines that standard error has not taken yet: some thousand lines.
 const LOG_BYTES: usize = 256 << 10;

@@ -16,9 +16,42 @@ pub fn visible(text: &str) -> String {
     shown
 }
 
+/// `text` in at most `max` bytes: where it is longer, its beginning, which says what is wrong, and its
+/// end, which says what to do about it or has the name of a file.
+#[must_use]
+pub fn shortened(text: &str, max: usize) -> String {
+    if text.len() <= max {
+        return text.to_owned();
+    }
+    let half = max.saturating_sub(LEFT_OUT.len()) / 2;
+    let (mut start, mut end) = (text.chars(), text.chars());
+    while start.as_str().len() > half {
+        start.next_back();
+    }
+    while end.as_str().len() > half {
+        end.next();
+    }
+    format!("{}{LEFT_OUT}{}", start.as_str(), end.as_str())
+}
+
+/// Stands for what was left out.
+const LEFT_OUT: &str = "...";
+
 #[cfg(test)]
 mod tests {
-    use super::visible;
+    use super::{shortened, visible};
+
+    #[test]
+    fn a_long_text_keeps_its_beginning_and_its_end() {
+        assert_eq!(shortened("/disk", 5), "/disk");
+        assert_eq!(shortened("/a/long/path/to/a/disk", 11), "/a/l...disk");
+        let text = "é".repeat(100);
+        for max in 9..40 {
+            let short = shortened(&text, max);
+            assert!(short.len() <= max && short.len() > max - 4, "{short} {max}");
+            assert!(short.starts_with('é') && short.ends_with('é'), "{short}");
+        }
+    }
 
     #[test]
     fn what_nobody_sees_is_shown_and_what_is_shown_stays() {

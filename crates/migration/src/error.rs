@@ -4,6 +4,8 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use diagnostics::visible;
+
 use crate::cpu::CpuMismatch;
 use crate::layout::LayoutError;
 use crate::seams::MachineError;
@@ -263,7 +265,8 @@ impl MigrationError {
         }
     }
 
-    /// The error with what caused it, on one line: what the peer is told and what is logged.
+    /// The error with what caused it, on one line: what the peer is told, what is logged, and what an
+    /// operator is answered. Nothing that a peer named can hide in it.
     #[must_use]
     pub fn chain(&self) -> String {
         let mut text = self.to_string();
@@ -273,7 +276,7 @@ impl MigrationError {
             text += &cause.to_string();
             next = cause.source();
         }
-        text
+        visible(&text)
     }
 }
 
@@ -295,5 +298,17 @@ const fn hint_of_file(kind: io::ErrorKind) -> &'static str {
         }
         io::ErrorKind::ReadOnlyFilesystem => "choose a file system that can be written",
         _ => "check the file system, and the kernel's log",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_hides_in_an_error() {
+        let what = "disk \u{202e}gmi.a\u{2028}\x1b[2J".to_owned();
+        let chain = MigrationError::Operator { what }.chain();
+        assert_eq!(chain, "operator: disk \\u{202e}gmi.a\\u{2028}\\u{1b}[2J");
     }
 }

@@ -12,6 +12,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use diagnostics::{shortened, visible};
 use migration::limits::STALL;
 
 use self::reading::{Limits, each_in_time};
@@ -53,6 +54,13 @@ pub(crate) enum Waits {
     Source,
     /// The operator, who restores the guest from a file.
     Operator,
+}
+
+/// A path in a message, which has other things to say as well.
+fn shown(path: &str) -> String {
+    /// Bytes of it.
+    const MAX_SHOWN: usize = 80;
+    shortened(&visible(path), MAX_SHOWN)
 }
 
 fn sync_one(disk: &DiskFile) -> Result<(), Error> {
@@ -237,9 +245,10 @@ impl Machine {
         for (number, ((disk, was), checked)) in (1..).zip(self.disks.iter().zip(had).zip(checked)) {
             disk.keep_limits(was.limits);
             let Err(NotThis { why, index }) = checked.unwrap_or_else(late) else { continue };
-            let (path, old) = (disk.path().display(), was.identity.path());
+            let path = shown(&disk.path().to_string_lossy());
+            let old = shown(was.identity.path());
             if accepts {
-                tracing::warn!(disk = %path, had = old, why, "operator: another disk is accepted");
+                tracing::warn!(disk = path, had = old, why, "operator: another disk is accepted");
                 continue;
             }
             // Which may be what the operator meant.

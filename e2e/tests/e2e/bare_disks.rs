@@ -177,6 +177,36 @@ fn disks_are_synced_before_anybody_is_spoken_to_and_not_for_ever() {
     });
 }
 
+/// However long the names are, and whatever is in them.
+#[test]
+fn a_refusal_says_what_to_do_and_hides_nothing() {
+    on_a_kvm("bare_disks::a_refusal_says_what_to_do_and_hides_nothing", || {
+        let directory = tempfile::tempdir().unwrap();
+        // Read from right to left, in another line.
+        let names =
+            ["x\u{202e}y".repeat(20), "\u{2028}z".repeat(40), "n".repeat(200), "o".repeat(200)];
+        let deep = directory.path().join(names.iter().collect::<PathBuf>());
+        fs::create_dir_all(&deep).unwrap();
+        let [disk, other] = [("a", 1), ("other", 2)].map(|(name, seed)| image(&deep, name, seed));
+        let guest = with_disks(builder("disks"), &[&disk], "").boot().unwrap();
+        let (mut there, address) = receiver("disks", &["--disk", other.to_str().unwrap()]);
+        let (code, out, err) = aerostat(&guest, &["migrate", "disks", &address, "--plain"]);
+        assert_eq!(code, Some(1), "{out}{err}");
+        let refused = |text: &str| text.contains("is not disk 1").then(|| text.to_owned());
+        let log = there.wait_for_error("the refusal", refused).unwrap();
+        for said in [err, log] {
+            let said = said.lines().find(|line| line.contains("is not disk 1")).unwrap();
+            assert!(said.contains("oo/other is not disk 1 of the guest"), "{said}");
+            assert!(said.contains("oo/a: it"), "{said}");
+            assert!(
+                said.contains("or say --accept-disks if these are what it is to have"),
+                "{said}"
+            );
+            assert!(!said.contains(['\u{202e}', '\u{2028}']), "{said}");
+        }
+    });
+}
+
 /// What is read of a disk takes some seconds on both sides, and each piece of it little.
 #[test]
 fn a_guest_with_a_slow_disk_is_moved() {

@@ -1,5 +1,6 @@
 //! Everything that is said besides contents of memory and state.
 
+use diagnostics::{shortened, visible};
 use page_set::PageRange;
 
 use super::frame::Kind;
@@ -146,7 +147,10 @@ impl Control {
             Self::HandOver => (Kind::HandOver, body),
             Self::Running { resume_us } => (Kind::Running, body.u64(*resume_us)),
             Self::Refused => (Kind::Refused, body),
-            Self::Abort { reason } => (Kind::Abort, body.text(reason, MAX_REASON_BYTES)),
+            Self::Abort { reason } => {
+                let reason = shortened(&visible(reason), MAX_REASON_BYTES);
+                (Kind::Abort, body.text(&reason, MAX_REASON_BYTES))
+            }
             Self::Status(status) => (Kind::Status, body.u32(status.number())),
             Self::GiveUp => (Kind::GiveUp, body),
             Self::Alive => (Kind::Alive, body),
@@ -383,11 +387,14 @@ mod tests {
     }
 
     #[test]
-    fn reasons_are_cut_and_printable() {
-        let (kind, body) = Control::Abort { reason: "a\n\u{1b}[31mé".repeat(200) }.encode();
+    fn reasons_are_cut_in_their_middle_and_printable() {
+        let middle = "a\n\u{202e}\u{1b}[31mé".repeat(200);
+        let long = format!("operator: {middle}: do this instead");
+        let (kind, body) = Control::Abort { reason: long }.encode();
         let Control::Abort { reason } = Control::decode(kind, &body).unwrap() else { panic!() };
-        assert_eq!(reason.len(), MAX_REASON_BYTES);
-        assert!(reason.starts_with("a??[31m??a"));
+        assert!((MAX_REASON_BYTES - 4..=MAX_REASON_BYTES).contains(&reason.len()));
+        assert!(reason.starts_with("operator: a\\n\\u{202e}\\u{1b}[31m??a"), "{reason}");
+        assert!(reason.contains("...") && reason.ends_with("??: do this instead"), "{reason}");
     }
 
     #[test]

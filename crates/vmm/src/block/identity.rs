@@ -12,7 +12,7 @@ use std::num::NonZeroU64;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
 
-use diagnostics::visible;
+use diagnostics::{shortened, visible};
 use rustix::fs::{Advice, fadvise};
 
 use super::limits::device_directory;
@@ -34,6 +34,9 @@ const DIFFERING_PART: usize = 4;
 /// Bytes of a path and of a device's name that are told.
 const MAX_PATH_BYTES: usize = 256;
 const MAX_NAME_BYTES: usize = 128;
+
+/// Bytes of a device's name in a message.
+const MAX_SHOWN_BYTES: usize = 48;
 
 /// Where a host says which boot of which machine it is.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
@@ -154,12 +157,11 @@ impl DiskIdentity {
         }
         let name = told_name(&name(&metadata));
         if !self.name.is_empty() && !name.is_empty() {
-            let (had, has) = (&self.name, &name);
-            return if had == has {
-                Ok(())
-            } else {
-                Err(format!("is the device {has}, and the guest had {had}"))
-            };
+            if self.name == name {
+                return Ok(());
+            }
+            let [has, had] = [&name, &self.name].map(|name| shortened(name, MAX_SHOWN_BYTES));
+            return Err(format!("is the device {has}, and the guest had {had}"));
         }
         if is_same_host && self.token.is_some() {
             let (had, has) = (self.place.words(), place.words());

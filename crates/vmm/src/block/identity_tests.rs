@@ -156,6 +156,23 @@ fn names_of_any_length_are_told_and_told_apart() {
     assert_eq!(there_and_back(&long).unwrap(), long);
 }
 
+/// What a hostile source says reaches the log and the operator.
+#[test]
+fn nothing_hides_in_what_a_peer_says() {
+    let hostile = "/mnt/\u{202e}gmi\u{2066}.\u{200b}a\u{2028}\x1b[31m\u{9b}";
+    let identity = DiskIdentity {
+        path: hostile.into(),
+        boot: hostile.into(),
+        name: hostile.into(),
+        ..DiskIdentity::default()
+    };
+    let read = there_and_back(&identity).unwrap();
+    for text in [read.path, read.boot, read.name] {
+        assert!(text.is_ascii() && !text.contains(|c: char| c.is_control()), "{text}");
+        assert!(text.starts_with("/mnt/\\u{202e}gmi\\u{2066}."), "{text}");
+    }
+}
+
 fn there_and_back(identity: &DiskIdentity) -> Result<DiskIdentity, Malformed> {
     let mut writer = Writer::default();
     identity.encode(&mut writer);
