@@ -118,8 +118,9 @@ struct State {
     /// End of the read that went furthest among those that are as slow.
     slow_to: u64,
     furthest: u64,
-    /// How long a sync takes, and how many fail.
+    /// How long a sync takes, whether one is under way, and how many fail.
     sync_delay: Duration,
+    syncs: bool,
     failing_syncs: u32,
 }
 
@@ -213,6 +214,13 @@ impl Fuse {
     /// Has each sync take so long, also one that is under way, and whatever comes behind it wait.
     pub fn slow_syncs(&self, delay: Duration) {
         self.files.lock().sync_delay = delay;
+    }
+
+    /// Waits until a sync is under way that [takes long](Self::slow_syncs).
+    pub fn wait_for_sync(&self) {
+        while !self.files.lock().syncs {
+            thread::sleep(POLL_INTERVAL);
+        }
     }
 
     /// Has so many syncs from now on fail, as the kernel tells of an error: once.
@@ -348,6 +356,7 @@ impl Files {
                 state.rename(&from, to)
             }
             FSYNC => {
+                state.syncs = true;
                 drop(state);
                 let began = Instant::now();
                 while began.elapsed() < self.lock().sync_delay && !self.over.load(Ordering::SeqCst)
@@ -420,6 +429,7 @@ impl State {
     }
 
     fn sync(&mut self) -> Answer {
+        self.syncs = false;
         let fails = self.failing_syncs > 0;
         self.failing_syncs = self.failing_syncs.saturating_sub(1);
         if fails { Err(Errno::IO) } else { Ok(Vec::new()) }

@@ -130,6 +130,36 @@ fn a_guest_hears_what_its_disk_lost_and_is_not_moved_before() {
     });
 }
 
+/// A driver that resets its disk does not hear what the flush came to that was under way.
+#[test]
+fn a_driver_that_resets_its_disk_hears_of_an_error_when_it_flushes_again() {
+    on_a_kvm(
+        "bare_disks::a_driver_that_resets_its_disk_hears_of_an_error_when_it_flushes_again",
+        || {
+            let (directory, fuse) = (tempfile::tempdir().unwrap(), Fuse::mount(Has::ALL).unwrap());
+            fuse.put("disk", fs::read(image(directory.path(), "a", 1)).unwrap());
+            let path = fuse.path().join("disk");
+            let mut guest = with_disks(builder("disks"), &[&path], "").boot().unwrap();
+            assert_eq!(request(&mut guest, WRITES, 3), 0);
+            fuse.slow_syncs(LIMIT * 10);
+            fuse.fail_syncs(1);
+            guest.ask(&format!("disk 1 {FLUSHES:x} 0")).unwrap();
+            fuse.wait_for_sync();
+            guest.ask("reset 1").unwrap();
+            fuse.slow_syncs(Duration::ZERO);
+            // The ring begins anew.
+            guest.ask(&format!("disk 1 {FLUSHES:x} 0")).unwrap();
+            let end = Instant::now() + LIMIT;
+            while guest.number("done").unwrap() != 1 {
+                assert!(Instant::now() < end, "{}", guest.errors());
+            }
+            assert_eq!(guest.number("status").unwrap(), 1, "it was not told");
+            assert_eq!(request(&mut guest, FLUSHES, 0), 0, "it was told twice");
+            guest.power_off().unwrap();
+        },
+    );
+}
+
 /// What it wrote long ago may take a while, in which nobody waits at the other side and its operator
 /// sees what is waited for.
 #[test]

@@ -285,6 +285,11 @@ impl DiskFile {
         unheard.map_or(Ok(()), |error| Err(io::Error::from_raw_os_error(error)))
     }
 
+    /// The guest was not told of this error of its [flush](Self::flush), and is told by the next.
+    pub(crate) fn keep_error(&self, error: i32) {
+        self.unheard().get_or_insert(error);
+    }
+
     /// Held while the kernel is asked, so that no flush succeeds because a sync beside it was told
     /// of the error. Only these two take it, and each would wait for the same data as the other.
     fn unheard(&self) -> MutexGuard<'_, Option<i32>> {

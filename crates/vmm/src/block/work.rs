@@ -72,8 +72,8 @@ impl Work {
     }
 
     /// Does what is asked, writes the status, and tells how many bytes of the chain were written;
-    /// `None` where it was interrupted or its permit revoked. Where a driver knows no flush, what was `written_through`
-    /// is on the disk first.
+    /// `None` where it was interrupted or its permit revoked. Where a driver knows no flush, what was
+    /// `written_through` is on the disk first.
     pub(crate) fn carry_out(
         &mut self,
         request: &Request,
@@ -84,13 +84,23 @@ impl Work {
         // The guest hears of a panic as it does of a disk that fails, and the next one is served.
         let failed = |panicked| Err(Failure::Host(io::Error::other(panicked)));
         let done = done.unwrap_or_else(failed);
+        let is_flush = request.kind == Kind::Flush || writes_through;
+        let lost = match &done {
+            Err(Failure::Host(error)) if is_flush => error.raw_os_error(),
+            _ => None,
+        };
         let (status, written) = match done {
             Ok(written) => (VIRTIO_BLK_S_OK, written),
             Err(Failure::Interrupted) => return None,
             Err(failure) => (self.tell(&failure, file), 0),
         };
         let status = u8::try_from(status).unwrap_or(u8::MAX);
-        match self.permit.touch(|| self.memory.write_obj(status, request.status))? {
+        let told = self.permit.touch(|| self.memory.write_obj(status, request.status));
+        if let (None, Some(error)) = (&told, lost) {
+            // Whoever has reset the device flushes again, and the kernel tells it once.
+            file.keep_error(error);
+        }
+        match told? {
             // At most the request's limit, which is far below 4 GiB.
             Ok(()) if status == 0 => Some(u32::try_from(written + 1).unwrap_or(u32::MAX)),
             // Behind data that were not all written: nothing is promised of the beginning.
