@@ -6,6 +6,7 @@
 mod reading;
 
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -16,7 +17,7 @@ use diagnostics::{shortened, visible};
 use migration::limits::STALL;
 
 use self::reading::{Limits, each_in_time};
-use crate::block::{DiskFile, DiskShape, GuestDisk, NotThis};
+use crate::block::{DiskFile, DiskOptions, DiskShape, GuestDisk, NotThis};
 use crate::error::Error;
 use crate::machine::Machine;
 
@@ -40,9 +41,10 @@ const STACK_BYTES: usize = 128 << 10;
 /// do answers in some seconds. Nobody waits at the other side meanwhile.
 const DESCRIBE: Limits = Limits { one: READ_TIME, all: Duration::from_secs(60) };
 
-/// The same where the source waits for the answer.
-const COMPARE: Limits = Limits { one: READ_TIME, all: Duration::from_secs(15) };
-const _: () = assert!(COMPARE.all.as_secs() < STALL.as_secs());
+/// The same where the source waits for the answer, and the disks have to be opened before.
+const COMPARE: Limits = Limits { one: READ_TIME, all: Duration::from_secs(12) };
+const OPEN: Limits = Limits { one: READ_TIME, all: READ_TIME };
+const _: () = assert!(OPEN.all.as_secs() + COMPARE.all.as_secs() < STALL.as_secs());
 
 /// How long one such piece may take: as long as a disk has to stop for its guest.
 const READ_TIME: Duration = Duration::from_secs(4);
@@ -54,6 +56,24 @@ pub(crate) enum Waits {
     Source,
     /// The operator, who restores the guest from a file.
     Operator,
+}
+
+/// Opens the disks of a machine.
+///
+/// # Errors
+/// One cannot be opened or is none, or it does not answer.
+pub(crate) fn open(options: &[DiskOptions]) -> Result<Vec<Arc<DiskFile>>, Error> {
+    let paths: Vec<_> = options.iter().map(|disk| disk.path.as_path()).collect();
+    let theirs: Arc<[DiskOptions]> = options.into();
+    let open = move |index: usize, _: &dyn Fn() -> io::Result<()>| {
+        theirs.get(index).map(|disk| DiskFile::open(disk).map(Arc::new))
+    };
+    let opened = each_in_time(&paths, OPEN, || true, open)?.into_iter().zip(&paths);
+    let late = |path: &Path| {
+        let (path, ms) = (path.display(), OPEN.all.as_millis());
+        Error::Stuck { what: format!("{path} was not opened in {ms} ms") }
+    };
+    opened.map(|(found, path)| found.flatten().unwrap_or_else(|| Err(late(path)))).collect()
 }
 
 /// A path in a message, which has other things to say as well.
@@ -198,6 +218,22 @@ impl Machine {
         self.disks.iter().map(|disk| disk.shape()).collect()
     }
 
+    /// Reads each disk with its index; see [`each_in_time`].
+    fn read_each<T: Send + 'static>(
+        &self,
+        limits: Limits,
+        goes_on: impl Fn() -> bool,
+        read: impl Fn(&DiskFile, usize, &dyn Fn() -> io::Result<()>) -> T + Clone + Send + 'static,
+    ) -> Result<Vec<Option<T>>, Error> {
+        let paths: Vec<_> = self.disks.iter().map(|disk| disk.path()).collect();
+        let disks = self.disks.clone();
+        let read = move |index: usize, step: &dyn Fn() -> io::Result<()>| {
+            disks.get(index).map(|disk| read(disk, index, step))
+        };
+        let found = each_in_time(&paths, limits, goes_on, read)?;
+        Ok(found.into_iter().map(Option::flatten).collect())
+    }
+
     /// Its disks as another host may have to know them again, unless `goes_on` becomes false.
     ///
     /// # Errors
@@ -206,11 +242,11 @@ impl Machine {
         &self,
         goes_on: impl Fn() -> bool,
     ) -> Result<Vec<GuestDisk>, Error> {
-        let describe = |_: usize, disk: &DiskFile, step: &dyn Fn() -> io::Result<()>| {
+        let describe = |disk: &DiskFile, _: usize, step: &dyn Fn() -> io::Result<()>| {
             let wrong = |source| Error::File { path: disk.path().to_path_buf(), source };
             disk.describe(step).map_err(wrong)
         };
-        let described = each_in_time(&self.disks, DESCRIBE, goes_on, describe)?;
+        let described = self.read_each(DESCRIBE, goes_on, describe)?;
         let late = |disk: &DiskFile| {
             let (path, s) = (disk.path().display(), DESCRIBE.all.as_secs());
             Error::Stuck {
@@ -234,10 +270,10 @@ impl Machine {
     ) -> Result<(), Error> {
         let limits = if waits == Waits::Source { COMPARE } else { DESCRIBE };
         let theirs: Arc<[GuestDisk]> = had.into();
-        let check = move |index: usize, disk: &DiskFile, step: &dyn Fn() -> io::Result<()>| {
+        let check = move |disk: &DiskFile, index: usize, step: &dyn Fn() -> io::Result<()>| {
             disk.check(&theirs, index, step)
         };
-        let checked = each_in_time(&self.disks, limits, || true, check)?;
+        let checked = self.read_each(limits, || true, check)?;
         let late = || {
             let why = format!("was not compared in {} s, which it had", limits.all.as_secs());
             Err(NotThis { why, index: None })

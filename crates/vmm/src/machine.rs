@@ -274,8 +274,7 @@ impl Machine {
             let what = format!("a guest can have {MAX_DISKS} disks");
             return Err(Error::Option { what });
         }
-        let disks = options.host.disks.iter().map(|disk| DiskFile::open(disk).map(Arc::new));
-        let disks = disks.collect::<Result<Vec<_>, _>>()?;
+        let disks = crate::disks::open(&options.host.disks)?;
         let memory = Memory::new(options.memory_bytes, options.host.memory)?;
         let kvm = Kvm::new().map_err(Error::kvm(OPENING_KVM))?;
         let fd = kvm.create_vm().map_err(Error::kvm("making a virtual machine"))?;

@@ -253,6 +253,39 @@ fn a_guest_with_a_slow_disk_is_moved() {
     });
 }
 
+/// Neither the source nor the next guest waits for it.
+#[test]
+fn a_destination_whose_disk_is_dead_says_so_and_waits_again() {
+    on_a_kvm("bare_disks::a_destination_whose_disk_is_dead_says_so_and_waits_again", || {
+        let (directory, fuse) = (tempfile::tempdir().unwrap(), Fuse::mount(Has::ALL).unwrap());
+        let disk = image(directory.path(), "a", 1);
+        fuse.put("disk", fs::read(&disk).unwrap());
+        let mut guest = with_disks(builder("disks"), &[&disk], ",readonly").boot().unwrap();
+        let path = fuse.path().join("disk");
+        let word = format!("{},readonly", path.display());
+        let (there, to) = receiver("disks", &["--disk", &word]);
+        let migrate = ["migrate", "disks", &to, "--plain"];
+        fuse.die();
+        for says in ["did not finish a request in", "an earlier read has not come back"] {
+            let (code, out, err) = aerostat(&guest, &migrate);
+            assert_eq!(code, Some(1), "{out}{err}");
+            assert!(err.contains(path.to_str().unwrap()) && err.contains(says), "{out}{err}");
+        }
+        assert_eq!(guest.ask("ping 7").unwrap(), "7");
+        fuse.revive();
+        let end = Instant::now() + LIMIT;
+        loop {
+            let (code, out, err) = aerostat(&guest, &migrate);
+            if code == Some(0) {
+                break;
+            }
+            // The read of before comes back in its own time.
+            assert!(Instant::now() < end && err.contains("an earlier read"), "{out}{err}");
+        }
+        there.power_off().unwrap();
+    });
+}
+
 /// Runs a guest from its file: what was said where it is not begun.
 fn restore(file: &Path, disks: &[&Path], more: &[&str]) -> Result<BareGuest, String> {
     let restore = BareBuilder::command(program(), "restore", "restored").unwrap();

@@ -13,7 +13,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::{LOOK, STACK_BYTES};
-use crate::block::DiskFile;
 use crate::error::Error;
 
 /// How long is waited.
@@ -67,28 +66,28 @@ struct Reading<T> {
 
 impl<T: Send + 'static> Reading<T> {
     fn begin(
-        (number, disk): (usize, &Arc<DiskFile>),
+        (number, path): (usize, &Path),
         over: &Arc<AtomicBool>,
         tells: Sender<(usize, T)>,
-        work: impl Fn(usize, &DiskFile, &dyn Fn() -> io::Result<()>) -> T + Send + 'static,
+        work: impl FnOnce(usize, &dyn Fn() -> io::Result<()>) -> T + Send + 'static,
     ) -> Result<Self, Error> {
-        let place = Place::take(number, disk.path())?;
+        let place = Place::take(number, path)?;
         let reads = Arc::<AtomicU64>::default();
-        let (counted, over, theirs) = (Arc::clone(&reads), Arc::clone(over), Arc::clone(disk));
+        let (counted, over) = (Arc::clone(&reads), Arc::clone(over));
         let read = move || {
             let step = || {
                 counted.fetch_add(1, Ordering::Relaxed);
                 let is_over = over.load(Ordering::Relaxed);
                 if is_over { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
             };
-            let found = work(number, &theirs, &step);
-            drop((place, theirs));
+            let found = work(number, &step);
+            drop(place);
             // Nobody waits any more where it cannot be told.
             let _ = tells.send((number, found));
         };
         let thread = thread::Builder::new().name("read".into()).stack_size(STACK_BYTES).spawn(read);
         thread.map_err(Error::host("starting a thread"))?;
-        let path = disk.path().to_path_buf();
+        let path = path.to_path_buf();
         Ok(Self { path, reads, seen: (0, Instant::now()), found: None })
     }
 
@@ -116,24 +115,24 @@ impl Drop for Over {
     }
 }
 
-/// Does `work` with each disk and its number from 0, all at once. It calls what it is given after each
-/// read, and ends where that fails. What was not found in time is `None`; so is what was not found
-/// when `goes_on` was false.
+/// Does `work` for each of the disks at `paths` with its number from 0, all at once. It calls what it
+/// is given after each read, and ends where that fails. What was not found in time is `None`; so is
+/// what was not found when `goes_on` was false.
 ///
 /// # Errors
 /// A disk does not answer, is still being read from before, or the reading panicked.
 pub(super) fn each_in_time<T: Send + 'static>(
-    disks: &[Arc<DiskFile>],
+    paths: &[&Path],
     limits: Limits,
     goes_on: impl Fn() -> bool,
-    work: impl Fn(usize, &DiskFile, &dyn Fn() -> io::Result<()>) -> T + Clone + Send + 'static,
+    work: impl FnOnce(usize, &dyn Fn() -> io::Result<()>) -> T + Clone + Send + 'static,
 ) -> Result<Vec<Option<T>>, Error> {
     let began = Instant::now();
     let (tells, told) = mpsc::channel();
     let over = Over(Arc::default());
     let mut readings = Vec::new();
-    for disk in disks.iter().enumerate() {
-        readings.push(Reading::begin(disk, &over.0, tells.clone(), work.clone())?);
+    for (number, path) in paths.iter().enumerate() {
+        readings.push(Reading::begin((number, path), &over.0, tells.clone(), work.clone())?);
     }
     drop(tells);
     while readings.iter().any(|reading| reading.found.is_none()) {
@@ -159,80 +158,63 @@ pub(super) fn each_in_time<T: Send + 'static>(
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
-    use tempfile::NamedTempFile;
-
     use super::*;
-    use crate::block::DiskOptions;
 
     /// Far longer than what is waited for takes.
     const LONG: Duration = Duration::from_secs(60);
     const SHORT: Duration = Duration::from_millis(300);
 
-    fn disk() -> (NamedTempFile, [Arc<DiskFile>; 1]) {
-        let file = NamedTempFile::new().unwrap();
-        fs::write(file.path(), [0; 512]).unwrap();
-        let options = DiskOptions { path: file.path().into(), read_only: false };
-        (file, [Arc::new(DiskFile::open(&options).unwrap())])
-    }
-
     #[test]
     fn a_slow_disk_is_read_for_as_long_as_it_answers() {
-        let (_file, disks) = disk();
+        let path = Path::new("/slow/disk");
         // Longer in all than for one, which is far longer than one takes.
         let one = Duration::from_secs(2);
         let limits = Limits { one, all: LONG };
-        let slow = move |_: usize, _: &DiskFile, step: &dyn Fn() -> io::Result<()>| {
+        let slow = move |_: usize, step: &dyn Fn() -> io::Result<()>| {
             for _ in 0..25 {
                 thread::sleep(one / 20);
                 step().unwrap();
             }
         };
-        assert_eq!(each_in_time(&disks, limits, || true, slow).unwrap(), [Some(())]);
+        assert_eq!(each_in_time(&[path], limits, || true, slow).unwrap(), [Some(())]);
         // But not for ever, or when nobody wants it any more.
-        let endless = |_: usize, _: &DiskFile, step: &dyn Fn() -> io::Result<()>| {
+        let endless = |_: usize, step: &dyn Fn() -> io::Result<()>| {
             while step().is_ok() {
                 thread::sleep(SHORT / 100);
             }
         };
         let limits = Limits { one: LONG, all: SHORT };
-        assert_eq!(each_in_time(&disks, limits, || true, endless).unwrap(), [None]);
-        while !under_way().iter().all(|(_, path)| path != disks[0].path()) {
+        assert_eq!(each_in_time(&[path], limits, || true, endless).unwrap(), [None]);
+        while !under_way().iter().all(|(_, other)| other != path) {
             thread::sleep(LOOK);
         }
         let limits = Limits { one: LONG, all: LONG };
-        assert_eq!(each_in_time(&disks, limits, || false, endless).unwrap(), [None]);
+        assert_eq!(each_in_time(&[path], limits, || false, endless).unwrap(), [None]);
     }
 
     #[test]
     fn a_dead_disk_holds_one_thread_and_nobody_else() {
-        let (file, disks) = disk();
+        let path = Path::new("/dead/disk");
         let limits = Limits { one: SHORT, all: LONG };
         let (lets_go, held) = mpsc::channel::<()>();
         let held = Arc::new(Mutex::new(held));
         let begun = Arc::<AtomicU64>::default();
         let dead = {
             let begun = Arc::clone(&begun);
-            move |_: usize, _: &DiskFile, _: &dyn Fn() -> io::Result<()>| {
+            move |_: usize, _: &dyn Fn() -> io::Result<()>| {
                 begun.fetch_add(1, Ordering::SeqCst);
                 held.lock().unwrap().recv().unwrap_err();
             }
         };
-        let path = file.path().to_str().unwrap();
-        let error = each_in_time(&disks, limits, || true, dead.clone()).unwrap_err().to_string();
-        assert!(error.contains(path) && error.contains("did not finish a request"), "{error}");
-        // Also where the next guest opened the file anew.
-        let options = DiskOptions { path: file.path().into(), read_only: false };
-        let again = [Arc::new(DiskFile::open(&options).unwrap())];
-        for disks in [&disks, &again] {
-            let error = each_in_time(disks, limits, || true, dead.clone()).unwrap_err().to_string();
-            assert!(error.contains(path) && error.contains("an earlier read"), "{error}");
-        }
+        let name = path.to_str().unwrap();
+        let error = each_in_time(&[path], limits, || true, dead.clone()).unwrap_err().to_string();
+        assert!(error.contains(name) && error.contains("did not finish a request"), "{error}");
+        let error = each_in_time(&[path], limits, || true, dead.clone()).unwrap_err().to_string();
+        assert!(error.contains(name) && error.contains("an earlier read"), "{error}");
         assert_eq!(begun.load(Ordering::SeqCst), 1);
         // It answers again.
         drop(lets_go);
-        while each_in_time(&again, limits, || true, dead.clone()).is_err() {
+        while each_in_time(&[path], limits, || true, dead.clone()).is_err() {
             thread::sleep(LOOK);
         }
     }
