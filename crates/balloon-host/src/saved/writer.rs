@@ -45,6 +45,8 @@ struct Queue {
     tried: u64,
     /// The thread sleeps until it is told something.
     idle: bool,
+    /// A caller has waited in vain, and nothing was written since.
+    late: bool,
     over: bool,
 }
 
@@ -55,7 +57,8 @@ impl StateWriter {
     /// The host has no thread left.
     pub(crate) fn start(mut file: StateFile) -> io::Result<Self> {
         let saved = file.saved();
-        let queue = Queue { newest: saved, told: 0, tried: 0, idle: false, over: false };
+        let queue =
+            Queue { newest: saved, told: 0, tried: 0, idle: false, late: false, over: false };
         let shared = Arc::new(Shared {
             queue: Mutex::new(queue),
             told: Condvar::new(),
@@ -95,6 +98,12 @@ impl StateWriter {
         self.shared.wait(told.0)
     }
 
+    /// The same for a thread that serves a guest: while a disk does not answer it waits once, and
+    /// not for each write.
+    pub(crate) fn wait_unless_late(&self, told: Told) -> bool {
+        !self.shared.queue().late && self.wait(told)
+    }
+
     /// The same for all that was told.
     pub(crate) fn wait_for_all(&self) -> bool {
         let told = self.shared.queue().told;
@@ -126,6 +135,7 @@ impl Shared {
         while queue.tried < told {
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
+                queue.late = true;
                 return false;
             }
             let waited = self.tried.wait_timeout(queue, left);
@@ -154,6 +164,7 @@ impl Shared {
             }
             queue = self.queue();
             queue.tried = told;
+            queue.late = false;
             self.tried.notify_all();
         }
     }

@@ -96,11 +96,14 @@ impl Shared {
         let _ = self.save(state);
     }
 
-    /// The driver may have said how many pages it holds.
+    /// The driver may have said how many pages it holds. Waits until that is written, for about a
+    /// second at most, and not again before a disk that is late has written something.
     pub fn keep_actual(&self) {
-        let state = &mut *self.state();
+        let mut state = self.state();
         state.saved.actual = state.device.config().actual;
-        let _ = self.save(state);
+        let kept = self.save(&state);
+        drop(state);
+        self.wait_before_answer(kept);
     }
 
     /// Nobody says how many pages the driver holds, so it is those that it gave. Of
@@ -124,9 +127,20 @@ impl Shared {
         let at = (Field::PoisonVal.offset() as u64).checked_sub(u64::from(offset));
         let at = at.and_then(|at| usize::try_from(at).ok());
         let Some(poison) = at.and_then(|at| data.get(at..)?.first_chunk()) else { return };
-        let state = &mut *self.state();
+        let mut state = self.state();
         state.saved.poison_val = Some(u32::from_le_bytes(*poison));
-        let _ = self.save(state);
+        let kept = self.save(&state);
+        drop(state);
+        self.wait_before_answer(kept);
+    }
+
+    /// A front end that has an answer relies on it that a back end which is started again knows what
+    /// it wrote.
+    fn wait_before_answer(&self, kept: Option<Kept>) {
+        let written = kept.is_none_or(|kept| kept.writer.wait_unless_late(kept.told));
+        if !written && self.may_log() {
+            tracing::error!("host: the state file cannot be written in time");
+        }
     }
 
     /// Waits until what is to be kept is written, for about a second at most: before something
