@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR MIT OR Apache-2.0 */
-/* What the files of the glue share. */
+/* What the files of the shim share. */
 #ifndef AEROSTAT_H
 #define AEROSTAT_H
 

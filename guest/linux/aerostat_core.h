@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR MIT OR Apache-2.0 */
 /*
- * What the glue and the Rust core (core/src) call of each other. All of it
+ * What the shim and the Rust core (core/src) call of each other. All of it
  * happens under the balloon mutex, except the functions marked "no state" and
  * those for requests, which say what guards them.
  */
@@ -57,42 +57,42 @@ u32 aerostat_hold_lose(struct aerostat_hold *hold, u64 now_ns, u8 *answer);
 bool aerostat_hold_is_losing(const struct aerostat_hold *hold);
 u64 aerostat_hold_emptied(struct aerostat_hold *hold);
 
-/* What the glue gives the core: core/src/kernel.rs. Page numbers and counts
+/* What the shim gives the core: core/src/kernel.rs. Page numbers and counts
  * are in balloon pages of 4 KiB; errors are negative.
  */
-u64 aerostat_glue_allocate(struct aerostat *vb, u32 order);
-u64 aerostat_glue_withdraw(struct aerostat *vb, u32 order);
-void aerostat_glue_free_withdrawn(struct aerostat *vb);
-u8 *aerostat_glue_buffer(struct aerostat *vb, u32 vq, size_t *bytes);
-int aerostat_glue_post(struct aerostat *vb, u32 vq, size_t bytes);
-int aerostat_glue_tell_host(struct aerostat *vb, u32 vq);
-u32 aerostat_glue_num_pages(struct aerostat *vb);
-void aerostat_glue_set_actual(struct aerostat *vb, u32 pages);
-void aerostat_glue_bug(const char *file, size_t file_bytes, u32 line);
+u64 aerostat_shim_allocate(struct aerostat *vb, u32 order);
+u64 aerostat_shim_withdraw(struct aerostat *vb, u32 order);
+void aerostat_shim_free_withdrawn(struct aerostat *vb);
+u8 *aerostat_shim_buffer(struct aerostat *vb, u32 vq, size_t *bytes);
+int aerostat_shim_post(struct aerostat *vb, u32 vq, size_t bytes);
+int aerostat_shim_tell_host(struct aerostat *vb, u32 vq);
+u32 aerostat_shim_num_pages(struct aerostat *vb);
+void aerostat_shim_set_actual(struct aerostat *vb, u32 pages);
+void aerostat_shim_bug(const char *file, size_t file_bytes, u32 line);
 
 /* For requests: core/src/request_kernel.rs. Called by the work item, without the
  * balloon mutex; an int is 0 or why to stop.
  */
-bool aerostat_glue_begin_next(struct aerostat *vb, void *asked);
-int aerostat_glue_stopped(struct aerostat *vb);
-int aerostat_glue_answer_buffer(struct aerostat *vb, bool last, u8 **buffer, size_t *bytes);
-int aerostat_glue_post_answer(struct aerostat *vb, u32 id, size_t bytes);
-int aerostat_glue_finish_answers(struct aerostat *vb);
-u64 aerostat_glue_now_ns(void);
-u64 aerostat_glue_page_cache(void);
-u64 aerostat_glue_slab(void);
-int aerostat_glue_drop_caches(u32 caches);
-u64 aerostat_glue_free_pages(void);
-u64 aerostat_glue_total_pages(void);
-u64 aerostat_glue_reserved_pages(void);
-bool aerostat_glue_zone(u32 number, u64 *start, u64 *end);
-bool aerostat_glue_has_free(u32 order);
-u64 aerostat_glue_scan(u32 number, u64 from, u32 order, u32 visits, u64 *found,
+bool aerostat_shim_begin_next(struct aerostat *vb, void *asked);
+int aerostat_shim_stopped(struct aerostat *vb);
+int aerostat_shim_answer_buffer(struct aerostat *vb, bool last, u8 **buffer, size_t *bytes);
+int aerostat_shim_post_answer(struct aerostat *vb, u32 id, size_t bytes);
+int aerostat_shim_finish_answers(struct aerostat *vb);
+u64 aerostat_shim_now_ns(void);
+u64 aerostat_shim_page_cache(void);
+u64 aerostat_shim_slab(void);
+int aerostat_shim_drop_caches(u32 caches);
+u64 aerostat_shim_free_pages(void);
+u64 aerostat_shim_total_pages(void);
+u64 aerostat_shim_reserved_pages(void);
+bool aerostat_shim_zone(u32 number, u64 *start, u64 *end);
+bool aerostat_shim_has_free(u32 order);
+u64 aerostat_shim_scan(u32 number, u64 from, u32 order, u32 visits, u64 *found,
 		       size_t *count, u64 *lock_ns);
-void *aerostat_glue_hold_lock(struct aerostat *vb);
-void aerostat_glue_hold_unlock(struct aerostat *vb);
-bool aerostat_glue_hold_take(struct aerostat *vb, u32 order);
-u64 aerostat_glue_hold_name(struct aerostat *vb, u32 order);
-void aerostat_glue_hold_free(struct aerostat *vb);
+void *aerostat_shim_hold_lock(struct aerostat *vb);
+void aerostat_shim_hold_unlock(struct aerostat *vb);
+bool aerostat_shim_hold_take(struct aerostat *vb, u32 order);
+u64 aerostat_shim_hold_name(struct aerostat *vb, u32 order);
+void aerostat_shim_hold_free(struct aerostat *vb);
 
 #endif /* AEROSTAT_CORE_H */

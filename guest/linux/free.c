@@ -32,7 +32,7 @@ static u32 aerostat_zones(void)
 	return nr_node_ids * MAX_NR_ZONES;
 }
 
-bool aerostat_glue_zone(u32 number, u64 *start, u64 *end)
+bool aerostat_shim_zone(u32 number, u64 *start, u64 *end)
 {
 	struct zone *zone = aerostat_zone(number);
 
@@ -47,7 +47,7 @@ bool aerostat_glue_zone(u32 number, u64 *start, u64 *end)
 	return true;
 }
 
-bool aerostat_glue_has_free(u32 order)
+bool aerostat_shim_has_free(u32 order)
 {
 	u32 number;
 
@@ -65,7 +65,7 @@ bool aerostat_glue_has_free(u32 order)
  * under the zone's lock: without it a block that was just allocated could still
  * be read as free. Pages in the middle of a free block look like used ones.
  */
-u64 aerostat_glue_scan(u32 number, u64 from, u32 order, u32 visits, u64 *found,
+u64 aerostat_shim_scan(u32 number, u64 from, u32 order, u32 visits, u64 *found,
 		       size_t *count, u64 *lock_ns)
 {
 	struct zone *zone = aerostat_zone(number);
@@ -111,17 +111,17 @@ u64 aerostat_glue_scan(u32 number, u64 from, u32 order, u32 visits, u64 *found,
 	return (u64)pfn << AEROSTAT_PAGE_SHIFT;
 }
 
-u64 aerostat_glue_free_pages(void)
+u64 aerostat_shim_free_pages(void)
 {
 	return (u64)global_zone_page_state(NR_FREE_PAGES) << AEROSTAT_PAGE_SHIFT;
 }
 
-u64 aerostat_glue_total_pages(void)
+u64 aerostat_shim_total_pages(void)
 {
 	return (u64)totalram_pages() << AEROSTAT_PAGE_SHIFT;
 }
 
-u64 aerostat_glue_reserved_pages(void)
+u64 aerostat_shim_reserved_pages(void)
 {
 	u64 pages = 0;
 	u32 number;
@@ -136,7 +136,7 @@ u64 aerostat_glue_reserved_pages(void)
 }
 
 /* Cached + Buffers - Shmem of /proc/meminfo. */
-u64 aerostat_glue_page_cache(void)
+u64 aerostat_shim_page_cache(void)
 {
 	long pages = global_node_page_state(NR_FILE_PAGES) -
 		     global_node_page_state(NR_SHMEM) - total_swapcache_pages();
@@ -145,14 +145,14 @@ u64 aerostat_glue_page_cache(void)
 }
 
 /* Slab of /proc/meminfo. */
-u64 aerostat_glue_slab(void)
+u64 aerostat_shim_slab(void)
 {
 	return (u64)(global_node_page_state_pages(NR_SLAB_RECLAIMABLE_B) +
 		     global_node_page_state_pages(NR_SLAB_UNRECLAIMABLE_B)) << AEROSTAT_PAGE_SHIFT;
 }
 
 /* Returns 0 or a positive error number. */
-int aerostat_glue_drop_caches(u32 caches)
+int aerostat_shim_drop_caches(u32 caches)
 {
 	char text[] = { '0' + (caches & 3), '\n' };
 	struct file *file = filp_open(AEROSTAT_DROP_CACHES, O_WRONLY, 0);

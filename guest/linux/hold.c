@@ -12,20 +12,20 @@
 /* Granted to a host that does not return "hold lost" once the driver has to leave. */
 #define AEROSTAT_LEAVE_JIFFIES	(5 * HZ)
 
-void *aerostat_glue_hold_lock(struct aerostat *vb)
+void *aerostat_shim_hold_lock(struct aerostat *vb)
 {
 	cond_resched();
 	mutex_lock(&vb->rq->hold_lock);
 	return vb->rq->hold;
 }
 
-void aerostat_glue_hold_unlock(struct aerostat *vb)
+void aerostat_shim_hold_unlock(struct aerostat *vb)
 {
 	WRITE_ONCE(vb->held, aerostat_hold_pages(vb->rq->hold));
 	mutex_unlock(&vb->rq->hold_lock);
 }
 
-bool aerostat_glue_hold_take(struct aerostat *vb, u32 order)
+bool aerostat_shim_hold_take(struct aerostat *vb, u32 order)
 {
 	/* Only what is free: no reclaim, no compaction, no reserves. */
 	gfp_t gfp = (GFP_HIGHUSER & ~__GFP_RECLAIM) | __GFP_NORETRY | __GFP_NOMEMALLOC |
@@ -41,7 +41,7 @@ bool aerostat_glue_hold_take(struct aerostat *vb, u32 order)
 	return true;
 }
 
-u64 aerostat_glue_hold_name(struct aerostat *vb, u32 order)
+u64 aerostat_shim_hold_name(struct aerostat *vb, u32 order)
 {
 	struct aerostat_requests *rq = vb->rq;
 	struct page *page;
@@ -65,7 +65,7 @@ static void aerostat_free_held(struct list_head *list)
 	}
 }
 
-void aerostat_glue_hold_free(struct aerostat *vb)
+void aerostat_shim_hold_free(struct aerostat *vb)
 {
 	unsigned int order;
 
@@ -77,9 +77,9 @@ void aerostat_glue_hold_free(struct aerostat *vb)
 /* What was named is marked once the host has the answer. */
 void aerostat_mark_hold(struct aerostat_requests *rq)
 {
-	aerostat_glue_hold_lock(rq->vb);
+	aerostat_shim_hold_lock(rq->vb);
 	aerostat_mark_new(&rq->named);
-	aerostat_glue_hold_unlock(rq->vb);
+	aerostat_shim_hold_unlock(rq->vb);
 }
 
 /* Frees a lost hold once the host has answered. A queue that is broken is no answer: a
@@ -91,13 +91,13 @@ static u64 aerostat_free_lost(struct aerostat_requests *rq)
 	struct aerostat *vb = rq->vb;
 	u64 pages = 0;
 
-	aerostat_glue_hold_lock(vb);
+	aerostat_shim_hold_lock(vb);
 	if (aerostat_hold_is_losing(rq->hold) && READ_ONCE(rq->lost_back)) {
-		aerostat_glue_hold_free(vb);
+		aerostat_shim_hold_free(vb);
 		pages = aerostat_hold_emptied(rq->hold);
 		vb->holds_lost++;
 	}
-	aerostat_glue_hold_unlock(vb);
+	aerostat_shim_hold_unlock(vb);
 	if (pages)
 		dev_info(&vb->vdev->dev, "took a hold of %llu pages back from the host\n", pages);
 	return pages;
@@ -161,10 +161,10 @@ void aerostat_leave_hold(struct aerostat_requests *rq)
 
 void aerostat_clear_hold(struct aerostat_requests *rq)
 {
-	aerostat_glue_hold_lock(rq->vb);
-	aerostat_glue_hold_free(rq->vb);
+	aerostat_shim_hold_lock(rq->vb);
+	aerostat_shim_hold_free(rq->vb);
 	aerostat_hold_emptied(rq->hold);
-	aerostat_glue_hold_unlock(rq->vb);
+	aerostat_shim_hold_unlock(rq->vb);
 }
 
 int aerostat_alloc_hold(struct aerostat_requests *rq)

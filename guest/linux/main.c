@@ -36,7 +36,7 @@ void aerostat_unlock(struct aerostat *vb)
 	mutex_unlock(&vb->lock);
 }
 
-void aerostat_glue_bug(const char *file, size_t file_bytes, u32 line)
+void aerostat_shim_bug(const char *file, size_t file_bytes, u32 line)
 {
 	pr_emerg("panic at %.*s:%u\n", (int)file_bytes, file, line);
 	BUG();

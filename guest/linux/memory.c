@@ -80,7 +80,7 @@ static void aerostat_adjust_managed(struct aerostat *vb, struct page *page,
 		adjust_managed_page_count(page, pages);
 }
 
-u64 aerostat_glue_allocate(struct aerostat *vb, u32 order)
+u64 aerostat_shim_allocate(struct aerostat *vb, u32 order)
 {
 	/* NORETRY also keeps the OOM killer out. Pages that cannot be moved
 	 * have no place in movable zones.
@@ -106,7 +106,7 @@ u64 aerostat_glue_allocate(struct aerostat *vb, u32 order)
 	return aerostat_pfn(page);
 }
 
-u64 aerostat_glue_withdraw(struct aerostat *vb, u32 order)
+u64 aerostat_shim_withdraw(struct aerostat *vb, u32 order)
 {
 	struct page *page;
 
@@ -131,7 +131,7 @@ static void aerostat_free_list(struct aerostat *vb, struct list_head *list)
 	}
 }
 
-void aerostat_glue_free_withdrawn(struct aerostat *vb)
+void aerostat_shim_free_withdrawn(struct aerostat *vb)
 {
 	aerostat_free_list(vb, &vb->withdrawn);
 }

@@ -76,7 +76,7 @@ static u8 *aerostat_slot(struct aerostat *vb, unsigned int slot)
 	return vb->pool[slot / per_page] + slot % per_page * vb->slot_bytes;
 }
 
-u8 *aerostat_glue_buffer(struct aerostat *vb, u32 vq, size_t *bytes)
+u8 *aerostat_shim_buffer(struct aerostat *vb, u32 vq, size_t *bytes)
 {
 	if (vb->gone || vq >= AEROSTAT_VQS)
 		return NULL;
@@ -89,7 +89,7 @@ u8 *aerostat_glue_buffer(struct aerostat *vb, u32 vq, size_t *bytes)
 	return aerostat_slot(vb, vb->current_slot);
 }
 
-int aerostat_glue_post(struct aerostat *vb, u32 vq, size_t bytes)
+int aerostat_shim_post(struct aerostat *vb, u32 vq, size_t bytes)
 {
 	struct scatterlist out, in, *sgs[] = { &out, &in };
 	unsigned int slot = vb->current_slot;
@@ -124,14 +124,14 @@ int aerostat_glue_post(struct aerostat *vb, u32 vq, size_t bytes)
 	return 0;
 }
 
-int aerostat_glue_tell_host(struct aerostat *vb, u32 vq)
+int aerostat_shim_tell_host(struct aerostat *vb, u32 vq)
 {
 	if (vb->gone || vq >= AEROSTAT_VQS)
 		return -ENODEV;
 	return aerostat_wait(vb, vb->vqs[vq], 0);
 }
 
-u32 aerostat_glue_num_pages(struct aerostat *vb)
+u32 aerostat_shim_num_pages(struct aerostat *vb)
 {
 	u32 pages = 0;
 
@@ -140,7 +140,7 @@ u32 aerostat_glue_num_pages(struct aerostat *vb)
 	return pages;
 }
 
-void aerostat_glue_set_actual(struct aerostat *vb, u32 pages)
+void aerostat_shim_set_actual(struct aerostat *vb, u32 pages)
 {
 	WRITE_ONCE(vb->pages, pages);
 	if (!vb->gone)

@@ -234,7 +234,7 @@ static int aerostat_wait_answers(struct aerostat_requests *rq, unsigned int most
 	}
 }
 
-bool aerostat_glue_begin_next(struct aerostat *vb, void *asked)
+bool aerostat_shim_begin_next(struct aerostat *vb, void *asked)
 {
 	struct aerostat_requests *rq = vb->rq;
 	bool next;
@@ -245,7 +245,7 @@ bool aerostat_glue_begin_next(struct aerostat *vb, void *asked)
 	return next;
 }
 
-int aerostat_glue_stopped(struct aerostat *vb)
+int aerostat_shim_stopped(struct aerostat *vb)
 {
 	struct aerostat_requests *rq = vb->rq;
 
@@ -259,7 +259,7 @@ int aerostat_glue_stopped(struct aerostat *vb)
 	return aerostat_stopped(rq, false);
 }
 
-int aerostat_glue_answer_buffer(struct aerostat *vb, bool last, u8 **buffer, size_t *bytes)
+int aerostat_shim_answer_buffer(struct aerostat *vb, bool last, u8 **buffer, size_t *bytes)
 {
 	struct aerostat_requests *rq = vb->rq;
 	int stop = aerostat_wait_answers(rq, rq->current_slot < 0 ? AEROSTAT_ANSWERS - 1 :
@@ -276,7 +276,7 @@ int aerostat_glue_answer_buffer(struct aerostat *vb, bool last, u8 **buffer, siz
 	return 0;
 }
 
-int aerostat_glue_post_answer(struct aerostat *vb, u32 id, size_t bytes)
+int aerostat_shim_post_answer(struct aerostat *vb, u32 id, size_t bytes)
 {
 	struct aerostat_requests *rq = vb->rq;
 	int stop, err = -EINVAL;
@@ -313,12 +313,12 @@ int aerostat_glue_post_answer(struct aerostat *vb, u32 id, size_t bytes)
 	return AEROSTAT_STOP_GONE;
 }
 
-int aerostat_glue_finish_answers(struct aerostat *vb)
+int aerostat_shim_finish_answers(struct aerostat *vb)
 {
 	return aerostat_wait_answers(vb->rq, 0, true);
 }
 
-u64 aerostat_glue_now_ns(void)
+u64 aerostat_shim_now_ns(void)
 {
 	return ktime_get_ns();
 }

@@ -60,11 +60,11 @@ const UM_FLAGS: &[&str] = &["-Ccode-model=large"];
 const DROPPED_SECTIONS: &[&str] =
     &[".llvmbc", ".llvmcmd", ".comment", "__patchable_function_entries", ".note.gnu.property"];
 
-/// What the object may ask of a kernel apart from the glue: memory functions
+/// What the object may ask of a kernel apart from the shim: memory functions
 /// and the return thunk.
 const KERNEL_SYMBOLS: &[&str] = &["memcpy", "memmove", "memset", "memcmp", "__x86_return_thunk"];
 
-const GLUE_PREFIX: &str = "aerostat_glue_";
+const GLUE_PREFIX: &str = "aerostat_shim_";
 
 /// Crates in the order of their dependencies, and where their roots are.
 const CRATES: &[(&str, &str)] = &[

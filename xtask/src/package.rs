@@ -1,6 +1,6 @@
 //! `cargo xtask package`: the Debian package that brings the guest module.
 //!
-//! A guest needs its kernel's headers and a C compiler; DKMS builds the glue
+//! A guest needs its kernel's headers and a C compiler; DKMS builds the shim
 //! and links it with the Rust object, which comes prebuilt.
 
 use std::fs;

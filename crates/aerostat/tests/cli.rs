@@ -72,11 +72,15 @@ fn a_size_that_nobody_means_leaves_the_balloon_as_it_is() {
     assert_eq!(host.run(&["balloon", "web-1", "2GiB"]).0, 0);
     for size in ["1024", "4095", "1k", "1", "0.9k"] {
         assert_eq!(host.run(&["balloon", "web-1", size]).0, 2, "{size}");
-        assert_eq!(control::Balloon::status(&*balloon).balloon.target_pages, 1 << 19, "{size}");
+        assert_eq!(
+            control::BalloonControl::status(&*balloon).balloon.target_pages,
+            1 << 19,
+            "{size}"
+        );
     }
     assert_eq!(host.run(&["balloon", "web-1", "1.3GiB"]).0, 0, "rounded to whole pages");
     assert_eq!(host.run(&["balloon", "web-1", "0"]).0, 0);
-    assert_eq!(control::Balloon::status(&*balloon).balloon.target_pages, 0);
+    assert_eq!(control::BalloonControl::status(&*balloon).balloon.target_pages, 0);
 }
 
 #[test]
@@ -97,7 +101,7 @@ fn balloon_sets_shows_and_takes_back() {
     assert_eq!((code, err.as_str()), (0, ""));
     let balloon = json(&out);
     assert_eq!(balloon["actual_bytes"], 8192);
-    assert_eq!(balloon["settled"], true);
+    assert_eq!(balloon["at_target"], true);
     assert_eq!(balloon["last_change"]["direction"], "deflate");
     let (_, again, _) = host.run(&["balloon", "web-1", "--json"]);
     assert_eq!(json(&again), balloon);
@@ -146,7 +150,7 @@ fn a_time_out_says_how_far_the_guest_got() {
     assert!(err.contains(what), "{err}");
     assert!(err.contains("driver"), "{err}");
     let (code, out, err) = host.run(&[&command[..], &["--json"]].concat());
-    assert_eq!((code, json(&out)["settled"].clone()), (4, Value::Bool(false)));
+    assert_eq!((code, json(&out)["at_target"].clone()), (4, Value::Bool(false)));
     assert!(err.starts_with("error: "), "no progress with --json: {err}");
     balloon.edit(|status| status.balloon.max_bytes = None);
     let (code, _, err) = host.run(&command);
@@ -161,7 +165,7 @@ fn a_target_that_another_client_replaced_is_a_failure() {
     let other = thread::spawn(move || {
         balloon.until_target(1 << 18);
         balloon.until_waits(1);
-        control::Balloon::set_target(&*balloon, 1 << 19).unwrap();
+        control::BalloonControl::set_target(&*balloon, 1 << 19).unwrap();
     });
     let start = Instant::now();
     let (code, out, err) = host.run(&["balloon", "web-1", "1GiB", "--timeout", "60s"]);
@@ -241,7 +245,7 @@ fn help_tells_the_exit_codes() {
 fn status_shows_one_guest() {
     let mut host = Host::new();
     let balloon = host.start("web-1", Guest::Obeys);
-    control::Balloon::set_target(&*balloon, 3 << 18).unwrap();
+    control::BalloonControl::set_target(&*balloon, 3 << 18).unwrap();
     balloon.edit(|status| {
         status.faults.guest.insert("page_outside_memory".into(), 3);
         status.faults.host.insert("discard_failed".into(), 1);
@@ -252,7 +256,7 @@ fn status_shows_one_guest() {
         "name         web-1",
         "guest        driver aerostat (must-tell-host, page-bitmap)",
         "memory       4 GiB, 1 GiB of it in host memory",
-        "balloon      3 GiB of 3 GiB, settled",
+        "balloon      3 GiB of 3 GiB, at target",
         "last change  0 B to 3 GiB in 12.5 ms (allocate 0.0, send 0.0, translate 0.0, release 0.0), \
          1 message, 2 release calls",
         "release      background, parts of huge pages: split",
@@ -265,7 +269,7 @@ fn status_shows_one_guest() {
     let (code, out, _) = host.run(&["status", "web-1", "--json"]);
     assert_eq!(code, 0);
     let status: Status = serde_json::from_str(&out).unwrap();
-    assert_eq!(status, control::Balloon::status(&*balloon));
+    assert_eq!(status, control::BalloonControl::status(&*balloon));
 }
 
 #[test]
@@ -415,7 +419,7 @@ fn a_guest_that_does_not_do_what_it_is_asked_is_told_with_its_exit_code() {
         }
     }
     // The target is as it was: what should come first did not.
-    assert_eq!(control::Balloon::status(&*balloon).balloon.target_pages, 0);
+    assert_eq!(control::BalloonControl::status(&*balloon).balloon.target_pages, 0);
     let (code, _, err) = host.run(&["cancel", "web-1"]);
     assert_eq!(code, 1);
     assert!(err.contains("there is no request to stop"), "{err}");
@@ -508,7 +512,7 @@ fn only_guests_of_our_own_monitor_are_moved() {
     let (code, _, err) = host.run(&["migrate", "web-1", "127.0.0.1:7000", "--plain"]);
     assert_eq!(code, 1);
     assert!(err.contains("only the guest's balloon") && err.contains("hint: "), "{err}");
-    let (code, _, err) = host.run(&["settle", "web-1"]);
+    let (code, _, err) = host.run(&["resolve", "web-1"]);
     assert_eq!(code, 1);
     assert!(err.contains("only the guest's balloon"), "{err}");
     // How it is secured must be said, and all of it.

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 
-use control::{Balloon, Server};
+use control::{BalloonControl, Server};
 use fake::{FakeBalloon, Guest};
 use tempfile::TempDir;
 

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use balloon_abi::limits::{MAX_RECORD_BLOCKS, MAX_RECORD_WORDS};
 use balloon_abi::record::{self, WORD_BYTES};
 use balloon_abi::{Features, Pfn, Vq};
-use balloon_device::{Balloon, MemoryLayout, Reclaim};
+use balloon_device::{BalloonDevice, MemoryLayout, Reclaim};
 use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group};
 use guest_ring::{Buffer, GuestRing};
 use page_set::PageSet;
@@ -89,7 +89,7 @@ impl Reclaim for Count {
 
 struct Guest {
     memory: GuestMemoryMmap,
-    balloon: Balloon<Count>,
+    balloon: BalloonDevice<Count>,
     ring: GuestRing,
     queue: Queue,
 }
@@ -97,7 +97,7 @@ struct Guest {
 impl Guest {
     fn new(gib: u64) -> Self {
         let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]);
-        let mut balloon = Balloon::new(Count::default());
+        let mut balloon = BalloonDevice::new(Count::default());
         balloon.set_layout(MemoryLayout::new([(0, gib * GIB)]).expect("made of pages"));
         balloon.reset(Features::VERSION_1 | Features::MUST_TELL_HOST | Features::PAGE_BITMAP);
         let ring = GuestRing::new(RING, 16);

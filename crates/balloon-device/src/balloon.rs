@@ -20,12 +20,12 @@ use crate::decode::{decode_bitmap, decode_pfn_array};
 use crate::drain::{Drained, Handled, drain};
 use crate::fault::{Fault, Faults};
 use crate::hint::Hinting;
-use crate::kept::Kept;
 use crate::layout::MemoryLayout;
 use crate::message::Message;
+use crate::pending::PendingChains;
 use crate::reclaim::Reclaim;
 use crate::report::Reports;
-use crate::request::Requests;
+use crate::request::GuestRequests;
 use crate::request_failure::RequestFailure;
 use crate::request_queue::RequestQueue;
 use crate::stats::Stats;
@@ -65,7 +65,7 @@ pub struct Counters {
 
 /// A balloon device for one guest.
 #[derive(Debug)]
-pub struct Balloon<R> {
+pub struct BalloonDevice<R> {
     config: ConfigSpace,
     offered: Features,
     negotiated: Features,
@@ -82,12 +82,12 @@ pub struct Balloon<R> {
     hinting: Hinting,
     reports: Reports,
     stats: Stats,
-    requests: Requests,
+    requests: GuestRequests,
     /// Chains of the request queue that wait for a request.
-    waiting: Kept,
+    waiting: PendingChains,
 }
 
-impl<R: Reclaim> Balloon<R> {
+impl<R: Reclaim> BalloonDevice<R> {
     /// Features that the device can offer on any transport.
     pub const FEATURES: Features = Features::MUST_TELL_HOST
         .union(Features::DEFLATE_ON_OOM)
@@ -118,8 +118,8 @@ impl<R: Reclaim> Balloon<R> {
             hinting: Hinting::default(),
             reports: Reports::default(),
             stats: Stats::default(),
-            requests: Requests::default(),
-            waiting: Kept::default(),
+            requests: GuestRequests::default(),
+            waiting: PendingChains::default(),
         }
     }
 
@@ -152,7 +152,7 @@ impl<R: Reclaim> Balloon<R> {
     /// never is. Where it only pauses, its balloon is still what it was, and what was
     /// released stays so.
     ///
-    /// Chains that are kept are forgotten; see [`give_back`](Self::give_back).
+    /// Chains that are kept are forgotten; see [`return_unused`](Self::return_unused).
     pub fn suspend(&mut self) {
         self.reclaim.cancel(&self.held);
         self.stats.kept.forget();
@@ -162,7 +162,7 @@ impl<R: Reclaim> Balloon<R> {
 
     /// A queue is about to stop: chains of it that the device keeps go back to
     /// the driver with nothing in them. True where it wants to be notified.
-    pub fn give_back<M: GuestMemory>(
+    pub fn return_unused<M: GuestMemory>(
         &mut self,
         vq: Vq,
         memory: &M,
@@ -173,7 +173,7 @@ impl<R: Reclaim> Balloon<R> {
             Vq::Request => &mut self.waiting,
             Vq::Inflate | Vq::Deflate | Vq::FreePage | Vq::Reporting => return Ok(false),
         };
-        let given_back = kept.give_back(queue, memory);
+        let given_back = kept.return_unused(queue, memory);
         given_back.map_err(|source| self.bad_ring(vq, source))
     }
 
@@ -356,13 +356,13 @@ impl<R: Reclaim> Balloon<R> {
     }
 
     /// What the operator asks of the guest.
-    pub const fn requests(&self) -> &Requests {
+    pub const fn requests(&self) -> &GuestRequests {
         &self.requests
     }
 
     /// What the operator asks of the guest, to ask more. The request queue is to
     /// be [served](Self::process_queue) then.
-    pub const fn requests_mut(&mut self) -> &mut Requests {
+    pub const fn requests_mut(&mut self) -> &mut GuestRequests {
         &mut self.requests
     }
 

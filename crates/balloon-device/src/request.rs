@@ -96,12 +96,12 @@ pub struct Hold {
 
 /// All requests of one device.
 #[derive(Debug, Default)]
-pub struct Requests {
+pub struct GuestRequests {
     usable: bool,
     /// The driver's queues stand still.
     stopped: bool,
     last_id: u32,
-    queued: VecDeque<Asked>,
+    queued: VecDeque<WaitingRequest>,
     running: Option<Running>,
     /// Ids to send a cancel for.
     cancels: VecDeque<u32>,
@@ -115,7 +115,7 @@ pub struct Requests {
 
 /// A request that has not ended.
 #[derive(Clone, Copy, Debug)]
-struct Asked {
+struct WaitingRequest {
     id: u32,
     ask: Ask,
     deadline: Instant,
@@ -124,7 +124,7 @@ struct Asked {
 /// The request that the guest works on.
 #[derive(Debug)]
 struct Running {
-    asked: Asked,
+    asked: WaitingRequest,
     cancelled: bool,
     pages: PageSet,
     blocks: Blocks,
@@ -142,7 +142,7 @@ struct Ended {
     answered: bool,
 }
 
-impl Requests {
+impl GuestRequests {
     /// Puts a request at the end of the queue, to be answered before `deadline`.
     /// The caller then has the device serve the request queue.
     ///
@@ -165,7 +165,7 @@ impl Requests {
             _ => {}
         }
         let id = self.new_id();
-        self.queued.push_back(Asked { id, ask, deadline });
+        self.queued.push_back(WaitingRequest { id, ask, deadline });
         Ok(id)
     }
 
@@ -474,7 +474,7 @@ impl Requests {
         self.end(asked, Ok(answer), true);
     }
 
-    fn failed(&mut self, asked: Asked, failure: RequestFailure) {
+    fn failed(&mut self, asked: WaitingRequest, failure: RequestFailure) {
         let unknown = asked.ask == Ask::ReleaseHold && failure == RequestFailure::BadArgument;
         // It was lost while the release was on its way. A driver that knows of
         // no hold although none was lost has none either.
@@ -483,7 +483,7 @@ impl Requests {
         self.end(asked, Err(failure), true);
     }
 
-    fn end(&mut self, asked: Asked, outcome: RequestResult, answered: bool) {
+    fn end(&mut self, asked: WaitingRequest, outcome: RequestResult, answered: bool) {
         if answered {
             self.cancels.retain(|id| *id != asked.id);
         }

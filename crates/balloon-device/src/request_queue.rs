@@ -7,10 +7,10 @@ use vm_memory::{Bytes, GuestMemory};
 
 use crate::drain::{Drained, Handled, drain};
 use crate::fault::{Fault, Faults};
-use crate::kept::{Kept, KeptChain, NotKept};
 use crate::layout::MemoryLayout;
 use crate::message::Message;
-use crate::request::Requests;
+use crate::pending::{NotPending, PendingChain, PendingChains};
+use crate::request::GuestRequests;
 
 /// Bytes of a request in the used ring.
 const WRITTEN: u32 = 16;
@@ -18,8 +18,8 @@ const _: () = assert!(WRITTEN as usize == balloon_abi::request::REQUEST_BYTES);
 
 /// What serving the queue needs of the device.
 pub(crate) struct RequestQueue<'a> {
-    pub(crate) requests: &'a mut Requests,
-    pub(crate) waiting: &'a mut Kept,
+    pub(crate) requests: &'a mut GuestRequests,
+    pub(crate) waiting: &'a mut PendingChains,
     pub(crate) message: &'a mut Message,
     pub(crate) faults: &'a mut Faults,
     pub(crate) layout: &'a MemoryLayout,
@@ -62,10 +62,12 @@ impl RequestQueue<'_> {
     fn wait(&mut self, head: u16, limit: usize) -> Option<u32> {
         let kept = match self.message.request_room() {
             None => Err(Fault::EmptyMessage),
-            room => self.waiting.keep(KeptChain { head, room }, limit).map_err(|not| match not {
-                NotKept::Repeated => Fault::RepeatedChain,
-                NotKept::TooMany => Fault::TooManyWaiting,
-            }),
+            room => {
+                self.waiting.keep(PendingChain { head, room }, limit).map_err(|not| match not {
+                    NotPending::Repeated => Fault::RepeatedChain,
+                    NotPending::TooMany => Fault::TooManyWaiting,
+                })
+            }
         };
         kept.err().map(|fault| {
             self.faults.count(fault);

@@ -9,7 +9,7 @@ use std::time::Instant;
 use balloon_abi::stats::{self, Stat};
 
 use crate::fault::Fault;
-use crate::kept::{Kept, KeptChain};
+use crate::pending::{PendingChain, PendingChains};
 
 /// Buffers that are kept.
 const BUFFERS: usize = 1;
@@ -23,7 +23,7 @@ pub struct Stats {
     /// The driver that gave the values is gone.
     from_former_driver: bool,
     buffers: u64,
-    pub(crate) kept: Kept,
+    pub(crate) kept: PendingChains,
     /// The driver's first buffer means nothing: it may not be written yet.
     skip_first: bool,
 }
@@ -65,10 +65,10 @@ impl Stats {
         buffer: Result<&[u8], Fault>,
         now: Instant,
     ) -> (bool, Option<Fault>) {
-        if self.kept.keep(KeptChain { head, room: None }, BUFFERS).is_err() {
+        if self.kept.keep(PendingChain { head, room: None }, BUFFERS).is_err() {
             return (false, Some(Fault::ExtraStats));
         }
-        // Kept in any case: to return it would be to ask for the next.
+        // PendingChains in any case: to return it would be to ask for the next.
         self.buffers += 1;
         let skip = std::mem::take(&mut self.skip_first);
         match buffer {

@@ -4,7 +4,7 @@
 
 use balloon_abi::limits::MAX_MESSAGE_BYTES;
 use balloon_abi::{Features, Vq};
-use balloon_device::{Balloon, MemoryLayout, Reclaim};
+use balloon_device::{BalloonDevice, MemoryLayout, Reclaim};
 use guest_ring::{Buffer, GuestRing};
 use page_set::PageSet;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -43,7 +43,7 @@ fn blocks_in_a_gap_are_refused_before_they_are_kept() {
     let memory =
         GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), usize::try_from(BYTES).unwrap())])
             .unwrap();
-    let mut device = Balloon::new(Nothing);
+    let mut device = BalloonDevice::new(Nothing);
     device.set_layout(MemoryLayout::new([(0, BYTES), (1 << 50, BYTES)]).unwrap());
     device.reset(Features::VERSION_1 | Features::PAGE_BITMAP | Features::MUST_TELL_HOST);
     let block_pages = 1u64 << (BLOCK_SHIFT - 12);

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use balloon_abi::{Caches, Command, Pfn};
 use balloon_driver::{
-    Asked, CachePages, Errno, Geometry, HeldBlocks, Hold, RequestKernel, RequestQueue, Requests,
-    Slice, Stop, Zone,
+    CachePages, Errno, Geometry, HeldBlocks, Hold, ReceivedRequest, RequestHandler, RequestKernel,
+    RequestQueue, Slice, Stop, Zone,
 };
 use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group};
 
@@ -116,14 +116,14 @@ impl RequestKernel for Kernel {
 }
 
 struct Queue {
-    asked: Option<Asked>,
+    asked: Option<ReceivedRequest>,
     buffer: [u8; ANSWER_BYTES],
     answers: u64,
     bytes: u64,
 }
 
 impl RequestQueue for Queue {
-    fn begin_next(&mut self) -> Option<Asked> {
+    fn begin_next(&mut self) -> Option<ReceivedRequest> {
         self.asked.take()
     }
     fn stopped(&mut self) -> Result<(), Stop> {
@@ -149,9 +149,9 @@ impl RequestQueue for Queue {
 fn snapshot(gib: u64, pattern: Pattern) -> (u64, u64, u64) {
     let command = Ok(Command::ReportFree { min_granule_shift: 12 });
     let mut kernel = Kernel { pages: gib * GIB_PAGES, pattern, visits: 0 };
-    let asked = Some(Asked { id: 1, command });
+    let asked = Some(ReceivedRequest { id: 1, command });
     let mut queue = Queue { asked, buffer: [0; ANSWER_BYTES], answers: 0, bytes: 0 };
-    let mut requests = Requests::new(Geometry { page_shift: 12, max_order: MAX_ORDER });
+    let mut requests = RequestHandler::new(Geometry { page_shift: 12, max_order: MAX_ORDER });
     assert_eq!(requests.run(&mut kernel, &mut queue), 1);
     (kernel.visits, queue.answers, queue.bytes)
 }

@@ -6,7 +6,7 @@ use balloon_abi::{Pfn, record};
 
 use crate::encoder::{Encoder, MAX_RECORD_BYTES, Run};
 use crate::inbox::Stop;
-use crate::seams::RequestQueue;
+use crate::traits::RequestQueue;
 
 /// Bytes that an answer's buffer must have at least: a header and one record.
 pub const MIN_ANSWER_BYTES: usize = ANSWER_HEADER_BYTES + MAX_RECORD_BYTES;

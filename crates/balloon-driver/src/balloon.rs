@@ -5,7 +5,7 @@ use balloon_abi::page::BALLOON_PAGE_SHIFT;
 use balloon_abi::{Features, Pfn, Vq};
 
 use crate::message::Messages;
-use crate::seams::{Gone, Memory, Queues};
+use crate::traits::{Gone, PageAllocator, Queues};
 
 /// Orders a kernel may have, plus one: more than any configuration of Linux.
 const MAX_ORDERS: u32 = 20;
@@ -71,7 +71,7 @@ pub enum Progress {
 }
 
 /// A balloon and the counts of its blocks.
-pub struct Balloon {
+pub struct BalloonDriver {
     geometry: Geometry,
     messages: Messages,
     /// Blocks held per order.
@@ -84,7 +84,7 @@ pub struct Balloon {
     yielded_at: Option<u32>,
 }
 
-impl Balloon {
+impl BalloonDriver {
     /// An empty balloon. Orders whose blocks the wire cannot name are not used.
     pub fn new(negotiated: Features, geometry: Geometry) -> Self {
         Self {
@@ -105,7 +105,7 @@ impl Balloon {
     /// Goes towards the host's target until it is reached or memory runs out.
     pub fn run(
         &mut self,
-        memory: &mut impl Memory,
+        memory: &mut impl PageAllocator,
         queues: &mut impl Queues,
     ) -> Result<Progress, Gone> {
         loop {
@@ -140,7 +140,7 @@ impl Balloon {
     pub fn yield_pages(
         &mut self,
         wanted: u64,
-        memory: &mut impl Memory,
+        memory: &mut impl PageAllocator,
         queues: &mut impl Queues,
     ) -> Result<u64, Gone> {
         if self.pages == 0 {
@@ -156,7 +156,7 @@ impl Balloon {
     /// Gives everything back, for good.
     pub fn empty(
         &mut self,
-        memory: &mut impl Memory,
+        memory: &mut impl PageAllocator,
         queues: &mut impl Queues,
     ) -> Result<(), Gone> {
         while self.pages > 0 {
@@ -172,7 +172,7 @@ impl Balloon {
     fn fill_balloon(
         &mut self,
         wanted: u64,
-        memory: &mut impl Memory,
+        memory: &mut impl PageAllocator,
         queues: &mut impl Queues,
     ) -> Result<u64, Gone> {
         let before = self.pages;
@@ -206,7 +206,7 @@ impl Balloon {
     fn leak_balloon(
         &mut self,
         wanted: u64,
-        memory: &mut impl Memory,
+        memory: &mut impl PageAllocator,
         queues: &mut impl Queues,
     ) -> Result<u64, Gone> {
         let before = self.pages;

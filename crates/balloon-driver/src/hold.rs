@@ -16,7 +16,7 @@ use crate::balloon::Geometry;
 use crate::inbox::Stop;
 use crate::pressure::hold_floor_pages;
 use crate::requests::End;
-use crate::seams::{HeldBlocks, RequestKernel, RequestQueue};
+use crate::traits::{HeldBlocks, RequestKernel, RequestQueue};
 
 /// Blocks taken or named under the hold's lock at a time: who needs the memory
 /// back does not wait for more.

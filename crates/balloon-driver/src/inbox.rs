@@ -10,7 +10,7 @@ use balloon_abi::request::{
 
 /// A request whose turn has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Asked {
+pub struct ReceivedRequest {
     /// What its answers carry.
     pub id: u32,
     /// What to do, or how to refuse.
@@ -45,7 +45,7 @@ pub enum Intake {
 
 #[derive(Clone, Copy)]
 struct Waiting {
-    asked: Asked,
+    asked: ReceivedRequest,
     cancelled: bool,
 }
 
@@ -74,7 +74,7 @@ impl Inbox {
         };
         match self.waiting.iter_mut().find(|slot| slot.is_none()) {
             Some(slot) => {
-                *slot = Some(Waiting { asked: Asked { id, command }, cancelled: false });
+                *slot = Some(Waiting { asked: ReceivedRequest { id, command }, cancelled: false });
                 Intake::Queued
             }
             None => {
@@ -85,7 +85,7 @@ impl Inbox {
     }
 
     /// Ends the running request and begins with the one that waits longest.
-    pub fn begin_next(&mut self) -> Option<Asked> {
+    pub fn begin_next(&mut self) -> Option<ReceivedRequest> {
         let first = self.waiting[0].take();
         self.waiting.rotate_left(1);
         self.running = first.map_or(0, |first| first.asked.id);
@@ -210,7 +210,7 @@ mod tests {
         assert_eq!(inbox.take(&bytes), Intake::Queued);
         assert_eq!(
             inbox.begin_next(),
-            Some(Asked { id: 5, command: Err(Outcome::UnknownCommand) })
+            Some(ReceivedRequest { id: 5, command: Err(Outcome::UnknownCommand) })
         );
         assert_eq!(inbox.take(&bytes[..15]), Intake::Ignore);
         assert_eq!(inbox.take(&[0; REQUEST_BYTES]), Intake::Ignore);

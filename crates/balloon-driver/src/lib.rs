@@ -1,5 +1,5 @@
 //! The guest driver's decisions: which blocks to take, what to tell the host,
-//! when to give back, how to do what the host asks. The kernel is behind seams,
+//! when to give back, how to do what the host asks. The kernel is behind traits,
 //! [`Memory`] and [`Queues`] for the balloon, [`RequestKernel`] and
 //! [`RequestQueue`] for requests, so the same code runs in a module and in a test.
 //!
@@ -17,13 +17,13 @@ mod inbox;
 pub mod message;
 mod pressure;
 mod requests;
-mod seams;
 mod snapshot;
+mod traits;
 
-pub use balloon::{Balloon, Geometry, Progress};
+pub use balloon::{BalloonDriver, Geometry, Progress};
 pub use hold::Hold;
-pub use inbox::{Asked, Inbox, Intake, Stop};
+pub use inbox::{Inbox, Intake, ReceivedRequest, Stop};
 pub use pressure::{hold_floor_pages, shrinkable_pages};
-pub use requests::Requests;
-pub use seams::{CachePages, Errno, Gone, HeldBlocks, Memory, Queues};
-pub use seams::{RequestKernel, RequestQueue, Slice, Zone};
+pub use requests::RequestHandler;
+pub use traits::{CachePages, Errno, Gone, HeldBlocks, PageAllocator, Queues};
+pub use traits::{RequestKernel, RequestQueue, Slice, Zone};

@@ -6,7 +6,7 @@ use balloon_abi::pfn_array::{self, PFN_BYTES};
 use balloon_abi::{Features, Pfn, Vq, record};
 
 use crate::encoder::{Encoder, MAX_RECORD_BYTES, Run};
-use crate::seams::{Gone, Queues};
+use crate::traits::{Gone, Queues};
 
 /// Bytes that a message buffer must have at least: the longer of one record and
 /// one full array of page numbers.

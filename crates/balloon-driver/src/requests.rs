@@ -6,9 +6,9 @@ use balloon_abi::request::{ANSWER_VALUES, Caches, Command, Outcome};
 use crate::answer::Answer;
 use crate::balloon::Geometry;
 use crate::hold;
-use crate::inbox::{Asked, Stop};
-use crate::seams::{CachePages, RequestKernel, RequestQueue};
+use crate::inbox::{ReceivedRequest, Stop};
 use crate::snapshot::{self, MAX_FOUND};
+use crate::traits::{CachePages, RequestKernel, RequestQueue};
 
 /// How a request ends that was not done.
 pub(crate) enum End {
@@ -25,13 +25,13 @@ impl From<Stop> for End {
 }
 
 /// What carrying out requests needs to remember.
-pub struct Requests {
+pub struct RequestHandler {
     geometry: Geometry,
     answer: Answer,
     found: [Pfn; MAX_FOUND],
 }
 
-impl Requests {
+impl RequestHandler {
     /// Orders whose blocks the wire cannot name are not used.
     pub const fn new(geometry: Geometry) -> Self {
         let geometry = geometry.within_limits();
@@ -55,7 +55,7 @@ impl Requests {
     /// returned its answers.
     fn carry_out(
         &mut self,
-        asked: Asked,
+        asked: ReceivedRequest,
         kernel: &mut impl RequestKernel,
         queue: &mut impl RequestQueue,
     ) -> Result<(), Stop> {

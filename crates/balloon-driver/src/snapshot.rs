@@ -12,7 +12,7 @@ use balloon_abi::request::ANSWER_VALUES;
 use crate::answer::Answer;
 use crate::balloon::Geometry;
 use crate::requests::End;
-use crate::seams::{RequestKernel, RequestQueue, Slice};
+use crate::traits::{RequestKernel, RequestQueue, Slice};
 
 /// Blocks that one slice names at most.
 pub(crate) const MAX_FOUND: usize = 256;

@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 
 use balloon_abi::{Features, Pfn, Records, Vq, pfn_array};
-use balloon_driver::{Balloon, Geometry, Gone, Memory, Progress, Queues};
+use balloon_driver::{BalloonDriver, Geometry, Gone, PageAllocator, Progress, Queues};
 use proptest::prelude::*;
 
 const MAX_ORDER: u32 = 10;
@@ -61,7 +61,7 @@ impl Buddy {
     }
 }
 
-impl Memory for Buddy {
+impl PageAllocator for Buddy {
     fn allocate(&mut self, order: u32) -> Option<Pfn> {
         let from = (order..=MAX_ORDER).find(|o| !self.free[*o as usize].is_empty())?;
         let block = self.free[from as usize].pop_last()?;
@@ -176,7 +176,7 @@ impl Queues for Host {
     }
 }
 
-fn agree(balloon: &Balloon, memory: &Buddy, host: &Host) {
+fn agree(balloon: &BalloonDriver, memory: &Buddy, host: &Host) {
     assert_eq!(host.inflated, memory.held(), "host and guest disagree");
     assert_eq!(balloon.pages(), memory.held().len() as u64);
     assert_eq!(u64::from(host.actual), balloon.pages());
@@ -184,9 +184,9 @@ fn agree(balloon: &Balloon, memory: &Buddy, host: &Host) {
     assert!(memory.freed.is_disjoint(&host.inflated), "freed while the host holds it");
 }
 
-fn small_pages(negotiated: Features, blocks: u64) -> (Balloon, Buddy, Host) {
+fn small_pages(negotiated: Features, blocks: u64) -> (BalloonDriver, Buddy, Host) {
     let geometry = Geometry { page_shift: 12, max_order: MAX_ORDER };
-    (Balloon::new(negotiated, geometry), Buddy::new(12, blocks), Host::new(negotiated))
+    (BalloonDriver::new(negotiated, geometry), Buddy::new(12, blocks), Host::new(negotiated))
 }
 
 #[test]
@@ -249,7 +249,7 @@ fn what_page_numbers_cannot_name_stays_with_the_guest() {
     let mut memory = Buddy::new(12, 0);
     memory.free[0].extend([7, 1 << 32]);
     let (mut balloon, mut host) =
-        (Balloon::new(Features::NONE, geometry), Host::new(Features::NONE));
+        (BalloonDriver::new(Features::NONE, geometry), Host::new(Features::NONE));
     host.num_pages = 2;
     assert_eq!(balloon.run(&mut memory, &mut host), Ok(Progress::Starved));
     assert!(memory.free[0].contains(&(1 << 32)));
@@ -292,7 +292,7 @@ proptest! {
     ) {
         let negotiated = if bitmap { Features::PAGE_BITMAP } else { Features::NONE };
         let geometry = Geometry { page_shift, max_order: MAX_ORDER };
-        let mut balloon = Balloon::new(negotiated, geometry);
+        let mut balloon = BalloonDriver::new(negotiated, geometry);
         let mut memory = Buddy::new(page_shift, 24 >> (page_shift - 12));
         let mut host = Host::new(negotiated);
         if let Some(nth) = fragment {

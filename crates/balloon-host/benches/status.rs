@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use balloon_device::MemoryLayout;
 use balloon_host::{HostReclaim, Shared};
-use control::Balloon as _;
+use control::BalloonControl as _;
 use control::api::{PartialHuge, ReleaseMode};
 use criterion::{Criterion, criterion_group, criterion_main};
 use host_memory::MemoryMap;

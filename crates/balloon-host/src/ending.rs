@@ -21,10 +21,10 @@ const CUT_OFF: Duration = Duration::from_millis(8500);
 const ORDERLY: Duration = Duration::from_secs(7);
 
 /// How long the last word of the watchdog may take: the log may be what the process waits for.
-const LAST_WORD: Duration = Duration::from_millis(500);
+const FINAL_LOG_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// How often it is looked whether that was said.
-const LOOK: Duration = Duration::from_millis(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// What the watchdog ends the process with.
 const CUT_OFF_CODE: i32 = 1;
@@ -184,9 +184,9 @@ fn say(word: impl FnOnce() + Send + 'static) {
         diagnostics::flush_log();
     };
     let Ok(thread) = thread::Builder::new().spawn(word) else { return };
-    let until = Instant::now() + LAST_WORD;
+    let until = Instant::now() + FINAL_LOG_TIMEOUT;
     while !thread.is_finished() && Instant::now() < until {
-        thread::sleep(LOOK);
+        thread::sleep(POLL_INTERVAL);
     }
 }
 

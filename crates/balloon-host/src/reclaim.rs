@@ -161,10 +161,10 @@ impl HostReclaim {
 
     /// `None` while something is still to be released; else when the last release
     /// ended, if there was any.
-    pub fn settled_at(&self) -> Option<Option<Instant>> {
+    pub fn reached_at(&self) -> Option<Option<Instant>> {
         let done = self.reclaimer.snapshot();
-        let settled = done.pending_pages == 0 && done.in_flight_pages == 0;
-        settled.then_some(done.last_batch_at)
+        let idle = done.pending_pages == 0 && done.in_flight_pages == 0;
+        idle.then_some(done.last_batch_at)
     }
 
     /// What was done up to now.

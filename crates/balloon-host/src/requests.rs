@@ -26,13 +26,13 @@ const MAX_TIMES: usize = MAX_OUTCOMES + 1;
 /// Times around requests, of which the device knows none.
 #[derive(Debug, Default)]
 pub(crate) struct RequestTimes {
-    asked: VecDeque<(u32, Asked)>,
+    asked: VecDeque<(u32, RequestOutcomes)>,
     /// Id, duration and arrival of the newest free pages.
     newest: Option<(u32, Duration, Instant)>,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Asked {
+struct RequestOutcomes {
     at: Instant,
     timeout: Duration,
     kind: RequestKind,
@@ -68,7 +68,7 @@ impl Shared {
         if state.times.asked.len() == MAX_TIMES {
             state.times.asked.pop_front();
         }
-        state.times.asked.push_back((id, Asked { at: now, timeout, kind: ask.kind() }));
+        state.times.asked.push_back((id, RequestOutcomes { at: now, timeout, kind: ask.kind() }));
         drop(state);
         self.wake_up()?;
         Ok(id)
@@ -156,7 +156,7 @@ impl Shared {
 }
 
 impl RequestTimes {
-    fn of(&self, id: u32) -> Option<Asked> {
+    fn of(&self, id: u32) -> Option<RequestOutcomes> {
         self.asked.iter().find(|(asked, _)| *asked == id).map(|(_, asked)| *asked)
     }
 }
@@ -203,7 +203,7 @@ impl State {
     fn told(
         &self,
         id: u32,
-        asked: Option<Asked>,
+        asked: Option<RequestOutcomes>,
         elapsed: Duration,
         outcome: RequestResult,
     ) -> Result<GuestAnswer, ControlError> {

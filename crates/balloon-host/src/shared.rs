@@ -12,7 +12,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use balloon_abi::Features;
-use balloon_device::{Balloon, Change};
+use balloon_device::{BalloonDevice, Change};
 use control::api::{
     BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, CancelledRequest, Direction, Driver, Faults,
     FreePageHints, GuestStatus, ReleaseMode, ReleaseStatus, ReportsStatus, StagesMs, StatsStatus,
@@ -52,7 +52,7 @@ struct Exits {
 }
 
 pub(crate) struct State {
-    pub(crate) device: Balloon<HostReclaim>,
+    pub(crate) device: BalloonDevice<HostReclaim>,
     pub(crate) connected: bool,
     generation: u64,
     /// What was released before the present change began.
@@ -76,7 +76,7 @@ pub(crate) struct State {
 pub struct DeviceGuard<'a>(MutexGuard<'a, State>);
 
 impl std::ops::Deref for DeviceGuard<'_> {
-    type Target = Balloon<HostReclaim>;
+    type Target = BalloonDevice<HostReclaim>;
     fn deref(&self) -> &Self::Target {
         &self.0.device
     }
@@ -97,7 +97,7 @@ impl Shared {
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|e| HostError { what: "eventfd", source: e.into() })?;
         let state = State {
-            device: Balloon::new(reclaim),
+            device: BalloonDevice::new(reclaim),
             connected: false,
             generation: 0,
             baseline: Work::default(),
@@ -207,7 +207,7 @@ impl Shared {
     }
 }
 
-impl control::Balloon for Shared {
+impl control::BalloonControl for Shared {
     fn name(&self) -> String {
         self.name.clone()
     }
@@ -366,7 +366,7 @@ impl State {
         let memory_pages = self.device.layout().pages();
         BalloonStatus {
             generation: self.generation,
-            settled: self.settled_at().is_some() || self.generation == 0,
+            at_target: self.reached_at().is_some() || self.generation == 0,
             max_bytes: (memory_pages > 0).then_some(memory_pages * BALLOON_PAGE_BYTES),
             last_change: self.device.change().map(|change| self.change(change)),
             ..BalloonStatus::from_pages(config.num_pages, config.actual)
@@ -374,14 +374,14 @@ impl State {
     }
 
     /// When the guest had reached the target and the host had released all.
-    fn settled_at(&self) -> Option<Instant> {
+    fn reached_at(&self) -> Option<Instant> {
         let reached_at = self.device.change()?.reached_at()?;
-        let released_at = self.device.reclaim().settled_at()?;
+        let released_at = self.device.reclaim().reached_at()?;
         Some(released_at.map_or(reached_at, |released_at| released_at.max(reached_at)))
     }
 
     fn change(&self, change: &Change) -> BalloonChange {
-        let end = self.settled_at().unwrap_or_else(Instant::now);
+        let end = self.reached_at().unwrap_or_else(Instant::now);
         let work = self.device.reclaim().work().since(&self.baseline);
         let stages = change.stages(end, work.translate, work.release);
         let inflates = change.to_pages() >= change.from_pages();
@@ -444,7 +444,7 @@ mod tests {
 
     use balloon_abi::Vq;
     use balloon_device::MemoryLayout;
-    use control::Balloon as _;
+    use control::BalloonControl as _;
     use control::api::PartialHuge;
     use guest_ring::{Buffer, GuestRing};
     use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -452,7 +452,7 @@ mod tests {
     use super::*;
     use crate::reclaim::Measure;
 
-    const LONG: Duration = Duration::from_secs(60);
+    const TEST_TIMEOUT: Duration = Duration::from_secs(60);
     const MEMORY_BYTES: usize = 4 << 20;
 
     /// Measures when it is told to.
@@ -486,7 +486,7 @@ mod tests {
             let shared = Arc::clone(&shared);
             move || shared.status()
         });
-        asked.recv_timeout(LONG).expect("memory is measured");
+        asked.recv_timeout(TEST_TIMEOUT).expect("memory is measured");
         let (served_tx, served) = channel();
         let guest = thread::spawn({
             let shared = Arc::clone(&shared);
@@ -500,7 +500,7 @@ mod tests {
                 served_tx.send((ring.take_used(&memory).is_some(), device.held().len())).unwrap();
             }
         });
-        let served = served.recv_timeout(LONG);
+        let served = served.recv_timeout(TEST_TIMEOUT);
         go.send(12345).unwrap();
         assert_eq!(served, Ok((true, 2)), "the guest waited for a status");
         guest.join().unwrap();
@@ -516,13 +516,13 @@ mod tests {
         let shared = Arc::new(Shared::new("vm1".into(), reclaim).unwrap());
         go.send(1).unwrap();
         assert_eq!(shared.status().resident_bytes, Some(1));
-        asked.recv_timeout(LONG).unwrap();
+        asked.recv_timeout(TEST_TIMEOUT).unwrap();
 
         let slow = thread::spawn({
             let shared = Arc::clone(&shared);
             move || shared.status().resident_bytes
         });
-        asked.recv_timeout(LONG).expect("memory is measured");
+        asked.recv_timeout(TEST_TIMEOUT).expect("memory is measured");
         let (told_tx, told) = channel();
         let others = thread::spawn({
             let shared = Arc::clone(&shared);
@@ -531,7 +531,7 @@ mod tests {
                 told_tx.send([shared.status(), shared.status()]).unwrap();
             }
         });
-        let told = told.recv_timeout(LONG);
+        let told = told.recv_timeout(TEST_TIMEOUT);
         go.send(2).unwrap();
         let told = told.expect("others wait for what one has asked");
         assert!(told.iter().all(|status| status.resident_bytes == Some(1)));

@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 use balloon_abi::{Features, Pfn, Vq, record};
-use balloon_device::{Balloon, MemoryLayout};
+use balloon_device::{BalloonDevice, MemoryLayout};
 use balloon_host::HostReclaim;
 use control::api::{PartialHuge, ReleaseMode};
 use guest_ring::{Buffer, GuestRing};
@@ -35,7 +35,7 @@ struct Guest {
     memory: GuestMemoryMmap,
     map: MemoryMap,
     missing: MissingPages,
-    balloon: Balloon<HostReclaim>,
+    balloon: BalloonDevice<HostReclaim>,
 }
 
 impl Guest {
@@ -57,7 +57,7 @@ impl Guest {
         for page in (0..OWN_PAGES).chain(THERE) {
             missing.place(page, Some(&[7; 4096])).unwrap();
         }
-        let mut balloon = Balloon::new(reclaim);
+        let mut balloon = BalloonDevice::new(reclaim);
         balloon.set_layout(MemoryLayout::of(&memory).unwrap());
         balloon.reset(negotiated);
         Some(Self { memory, map, missing, balloon })
@@ -80,7 +80,7 @@ impl Guest {
 
     fn settle(&self) {
         let end = Instant::now() + Duration::from_secs(20);
-        while self.balloon.reclaim().settled_at().is_none() {
+        while self.balloon.reclaim().reached_at().is_none() {
             assert!(Instant::now() < end);
             std::thread::sleep(Duration::from_millis(1));
         }

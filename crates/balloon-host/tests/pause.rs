@@ -6,7 +6,7 @@ use std::fs;
 use std::sync::Arc;
 
 use balloon_abi::{Features, Pfn, Vq, record};
-use balloon_device::{Balloon, MemoryLayout};
+use balloon_device::{BalloonDevice, MemoryLayout};
 use balloon_host::HostReclaim;
 use control::api::{PartialHuge, ReleaseMode};
 use guest_ring::{Buffer, GuestRing};
@@ -27,14 +27,14 @@ const STATUS: u64 = 0x8000;
 
 struct Guest {
     memory: GuestMemoryMmap,
-    balloon: Balloon<HostReclaim>,
+    balloon: BalloonDevice<HostReclaim>,
 }
 
 impl Guest {
     fn new(memory: GuestMemoryMmap, map: MemoryMap) -> Self {
         let mut reclaim = HostReclaim::new(ReleaseMode::Immediate, PartialHuge::Split).unwrap();
         reclaim.set_memory(map);
-        let mut balloon = Balloon::new(reclaim);
+        let mut balloon = BalloonDevice::new(reclaim);
         balloon.set_layout(MemoryLayout::of(&memory).unwrap());
         balloon.reset(FEATURES);
         Self { memory, balloon }

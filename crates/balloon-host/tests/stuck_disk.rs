@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 
 use balloon_abi::Features;
 use balloon_host::{HostReclaim, Shared};
-use control::Balloon as _;
+use control::BalloonControl as _;
 use control::api::{PartialHuge, ReleaseMode};
 use lab::fuse::{Fuse, Has};
 
 /// Long enough for any machine; nothing waits for it but a test that fails.
-const LONG: Duration = Duration::from_secs(30);
+const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 fn balloon(state_file: &Path) -> Arc<Shared> {
     let reclaim = HostReclaim::new(ReleaseMode::Background, PartialHuge::Split).unwrap();
@@ -37,7 +37,7 @@ fn disk() -> Option<Fuse> {
 fn in_time<T: Send + 'static>(what: &str, work: impl FnOnce() -> T + Send + 'static) -> T {
     let (done, end) = channel();
     thread::spawn(move || done.send(work()));
-    end.recv_timeout(LONG).unwrap_or_else(|_| panic!("{what} waits for the disk"))
+    end.recv_timeout(TEST_TIMEOUT).unwrap_or_else(|_| panic!("{what} waits for the disk"))
 }
 
 #[test]
@@ -65,7 +65,7 @@ fn the_guest_and_the_operator_do_not_wait_for_the_disk_of_the_state_file() {
 
     disk.revive();
     shared.finish_keeping();
-    let end = Instant::now() + LONG;
+    let end = Instant::now() + TEST_TIMEOUT;
     while kept_target(&path) != 9 {
         assert!(Instant::now() < end, "the newest target is lost");
         thread::sleep(Duration::from_millis(10));

@@ -16,7 +16,7 @@ use crate::error::{BenchError, Result};
 const SERVING_THREAD: &str = "guest ";
 
 /// Between two looks for it.
-const LOOK: Duration = Duration::from_millis(1);
+const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Time for the back end to listen.
 const START_LIMIT: Duration = Duration::from_secs(10);
@@ -157,7 +157,7 @@ impl Backend {
             if Instant::now() > end {
                 return Err(host(std::io::Error::other("there is none")));
             }
-            std::thread::sleep(LOOK);
+            std::thread::sleep(POLL_INTERVAL);
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use crate::inflate::{Case, CaseReport, HostPages, Memory, Report};
+use crate::inflate::{Case, CaseReport, HostPages, MemoryState, Report};
 
 const WIDTH: f64 = 860.0;
 /// Room for the labels on the left and for the figures on the right.
@@ -20,7 +20,7 @@ pub fn svg(report: &Report, guest_mib: u64) -> String {
     let mut body = String::new();
     let mut y = 28.0;
     for backing in HostPages::ALL {
-        for memory in Memory::ALL {
+        for memory in MemoryState::ALL {
             let of_group = |case: &&CaseReport| {
                 case.backing == backing && case.memory == memory && case.guest_mib == guest_mib
             };
@@ -46,11 +46,11 @@ pub fn svg(report: &Report, guest_mib: u64) -> String {
     )
 }
 
-fn title(memory: Memory, backing: HostPages) -> String {
+fn title(memory: MemoryState, backing: HostPages) -> String {
     let memory = match memory {
-        Memory::Idle => "idle",
-        Memory::Touched => "touched",
-        Memory::Fragmented => "fragmented",
+        MemoryState::Idle => "idle",
+        MemoryState::Touched => "touched",
+        MemoryState::Fragmented => "fragmented",
     };
     let backing = match backing {
         HostPages::Small => "4 KiB host pages",

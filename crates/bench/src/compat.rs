@@ -126,7 +126,7 @@ pub struct Report {
 
 /// What to try. Empty lists mean all.
 #[derive(Clone, Debug, Default)]
-pub struct Options {
+pub struct CompatOptions {
     /// The `aerostat` program.
     pub program: PathBuf,
     /// Kernels by their names in the report.
@@ -152,7 +152,7 @@ enum Outcome {
 ///
 /// # Errors
 /// Only where this machine has no lab; what goes wrong with a guest is in the report.
-pub fn run(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<Report> {
+pub fn run(options: &CompatOptions, progress: &mut dyn FnMut(&str)) -> Result<Report> {
     let mut report = Report::default();
     for target in Target::all() {
         let wanted = chosen(&options.kernels, &target.kernel_name())
@@ -177,7 +177,11 @@ pub fn run(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<Report> 
     Ok(report)
 }
 
-fn rows_of(target: &Target, options: &Options, progress: &mut dyn FnMut(&str)) -> Result<Vec<Row>> {
+fn rows_of(
+    target: &Target,
+    options: &CompatOptions,
+    progress: &mut dyn FnMut(&str),
+) -> Result<Vec<Row>> {
     let mut subject = match Subject::start(target, &options.program) {
         Ok(Ok(subject)) => Ok(subject),
         Ok(Err(not_here)) => Err((Verdict::NotRun, not_here)),

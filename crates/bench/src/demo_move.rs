@@ -38,14 +38,14 @@ const NAME: &str = "demo";
 const LIMIT: Duration = Duration::from_secs(300);
 
 /// One answer, or the start of one process.
-const SOON: Duration = Duration::from_secs(60);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Questions before the guest leaves, and after it has come.
 const QUESTIONS: usize = 4;
 
 /// Between two questions, and between two looks how far the migration is.
 const PAUSE: Duration = Duration::from_millis(250);
-const LOOK: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// What the guest is made of: files that the machine with a KVM has under the same names.
 #[derive(Clone, Debug)]
@@ -126,8 +126,8 @@ pub fn carry_out(
     }
     first.wait()?;
     scene.tell("host", "the first process has ended");
-    second.run_within("idle", SOON)?;
-    let verified = second.run_within(&format!("verify kept {KEPT_MIB} {SEED}"), SOON)?;
+    second.run_within("idle", ANSWER_TIMEOUT)?;
+    let verified = second.run_within(&format!("verify kept {KEPT_MIB} {SEED}"), ANSWER_TIMEOUT)?;
     if verified.text != "0" {
         let (name, file) = (NAME.to_owned(), "kept".to_owned());
         let pages = verified.text.parse().unwrap_or(0);
@@ -165,16 +165,16 @@ impl Scene<'_> {
             .machine_arguments(["--name", NAME, "--control", &control])
             .boot()?;
         for module in &parts.modules {
-            guest.run_within(&format!("insmod {module}"), SOON)?;
+            guest.run_within(&format!("insmod {module}"), ANSWER_TIMEOUT)?;
         }
-        guest.run_within(&format!("fill kept {KEPT_MIB} {SEED}"), SOON)?;
+        guest.run_within(&format!("fill kept {KEPT_MIB} {SEED}"), ANSWER_TIMEOUT)?;
         let client = Client::connect(&self.control("first"))?;
-        let balloon = client.set_balloon(BALLOON_MIB << 20, SOON)?;
+        let balloon = client.set_balloon(BALLOON_MIB << 20, ANSWER_TIMEOUT)?;
         let (actual_pages, target_pages) = (balloon.actual_pages, balloon.target_pages);
         if actual_pages != target_pages {
             return Err(BenchError::NotReached { name: NAME.into(), actual_pages, target_pages });
         }
-        guest.run_within(&format!("busy {BUSY_MIB}"), SOON)?;
+        guest.run_within(&format!("busy {BUSY_MIB}"), ANSWER_TIMEOUT)?;
         self.tell(
             "first process",
             &format!(
@@ -196,7 +196,7 @@ impl Scene<'_> {
     /// Asks the guest for its own clock; when it had answered.
     fn ask(&self, guest: &mut Guest, process: &str) -> Result<Instant> {
         let asked = Instant::now();
-        let reply = guest.run_within("cat /proc/uptime", SOON)?;
+        let reply = guest.run_within("cat /proc/uptime", ANSWER_TIMEOUT)?;
         let up = reply.lines.first().and_then(|line| line.split(' ').next()).unwrap_or("?");
         let ms = asked.elapsed().as_millis();
         self.tell(process, &format!("the guest says: up for {up} s (answered in {ms} ms)"));
@@ -257,7 +257,7 @@ impl Scene<'_> {
                 self.tell("migration", &phase);
                 told = phase;
             }
-            thread::sleep(LOOK);
+            thread::sleep(POLL_INTERVAL);
         }
     }
 }

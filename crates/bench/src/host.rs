@@ -8,8 +8,8 @@ use control::{BALLOON_PAGE_BYTES, BalloonStatus, Client, Status};
 use lab::{Guest, GuestBuilder, Scratch, guest_build};
 
 use crate::backend::Backend;
-use crate::bed::Bed;
 use crate::error::{BenchError, Result};
+use crate::fixture::Fixture;
 use crate::testbed::{Driver, TestbedOptions};
 
 /// How long anything may take that has no reason to take long, on a machine
@@ -20,7 +20,7 @@ pub const LIMIT: Duration = Duration::from_secs(120);
 const WAIT: Duration = Duration::from_secs(5);
 
 /// Between two looks at what nobody announces.
-const LOOK: Duration = Duration::from_millis(1);
+const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Host memory that may be there beyond what the guest has left: where the host
 /// cannot split a huge page at once, it only clears the part.
@@ -72,10 +72,10 @@ impl Host {
         &self,
         driver: Driver,
         change: impl FnOnce(GuestBuilder) -> GuestBuilder,
-    ) -> Result<Bed<'_>> {
+    ) -> Result<Fixture<'_>> {
         // Warnings too, not errors alone.
         let builder = self.guest(driver)?.kernel_argument("ignore_loglevel");
-        Ok(Bed { host: self, guest: change(builder).boot()?, driver })
+        Ok(Fixture { host: self, guest: change(builder).boot()?, driver })
     }
 
     /// The guest's name.
@@ -132,7 +132,7 @@ impl Host {
             if Instant::now() >= end {
                 return Err(self.not_in_time(what, status));
             }
-            std::thread::sleep(LOOK);
+            std::thread::sleep(POLL_INTERVAL);
         }
     }
 
@@ -142,8 +142,8 @@ impl Host {
     ///
     /// # Errors
     /// What does not hold.
-    pub fn settle(&self) -> Result<Status> {
-        let balloon = self.wait_settled()?;
+    pub fn wait_at_target(&self) -> Result<Status> {
+        let balloon = self.wait_idle()?;
         let status = self.status()?;
         if status.balloon.actual_pages != balloon.target_pages {
             return Err(BenchError::NotReached {
@@ -164,12 +164,12 @@ impl Host {
         Ok(status)
     }
 
-    fn wait_settled(&self) -> Result<BalloonStatus> {
+    fn wait_idle(&self) -> Result<BalloonStatus> {
         let end = Instant::now() + LIMIT;
         let mut balloon = self.client.balloon()?;
-        while !balloon.settled {
+        while !balloon.at_target {
             if Instant::now() >= end {
-                return Err(self.not_in_time("settled", self.status()?));
+                return Err(self.not_in_time("at_target", self.status()?));
             }
             balloon = self.client.wait(balloon.generation, WAIT)?;
         }

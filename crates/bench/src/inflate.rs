@@ -64,7 +64,7 @@ impl Case {
 /// State of the guest's memory before it is taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Memory {
+pub enum MemoryState {
     /// Never touched.
     Idle,
     /// Five sixths written to and freed before.
@@ -73,7 +73,7 @@ pub enum Memory {
     Fragmented,
 }
 
-impl Memory {
+impl MemoryState {
     /// All states.
     pub const ALL: [Self; 3] = [Self::Idle, Self::Touched, Self::Fragmented];
 }
@@ -111,7 +111,7 @@ impl HostPages {
 
 /// What to measure.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct InflateOptions {
     /// The `aerostat` program.
     pub program: PathBuf,
     /// Rounds; every case is run once in each.
@@ -119,7 +119,7 @@ pub struct Options {
     /// Sizes of guests, in MiB.
     pub guest_mib: Vec<u64>,
     /// States of the guest's memory.
-    pub memory: Vec<Memory>,
+    pub memory: Vec<MemoryState>,
     /// Kinds of host pages.
     pub backing: Vec<HostPages>,
 }
@@ -143,7 +143,7 @@ pub struct CaseReport {
     /// Protocol and host.
     pub name: Case,
     /// State of the guest's memory.
-    pub memory: Memory,
+    pub memory: MemoryState,
     /// The host's pages.
     pub backing: HostPages,
     /// Size of the guest.
@@ -173,7 +173,7 @@ pub struct CaseReport {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FloorReport {
     /// State of the guest's memory.
-    pub memory: Memory,
+    pub memory: MemoryState,
     /// The host's pages.
     pub backing: HostPages,
     /// Size of the guest.
@@ -212,7 +212,7 @@ struct Run {
 /// One state of memory on one backing.
 #[derive(Clone, Copy)]
 struct Scenario {
-    memory: Memory,
+    memory: MemoryState,
     backing: HostPages,
     guest_mib: u64,
 }
@@ -221,7 +221,7 @@ struct Scenario {
 ///
 /// # Errors
 /// The first thing that went wrong; there is no partial report.
-pub fn run(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<Report> {
+pub fn run(options: &InflateOptions, progress: &mut dyn FnMut(&str)) -> Result<Report> {
     let mut report = Report { rounds: options.rounds, ..Report::default() };
     for &guest_mib in &options.guest_mib {
         for &backing in &options.backing {
@@ -236,7 +236,7 @@ pub fn run(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<Report> 
 
 fn measure(
     scenario: Scenario,
-    options: &Options,
+    options: &InflateOptions,
     report: &mut Report,
     progress: &mut dyn FnMut(&str),
 ) -> Result<()> {
@@ -250,7 +250,7 @@ fn measure(
     progress(&format!("booting two guests of {} MiB", scenario.guest_mib));
     let mut stock = Testbed::start("stock", Driver::Stock, &testbed)?;
     let mut own = Testbed::start("own", Driver::Own, &testbed)?;
-    if scenario.memory == Memory::Fragmented {
+    if scenario.memory == MemoryState::Fragmented {
         for guest in [&mut stock, &mut own] {
             guest.guest.run("insmod lab_memory")?;
             guest.guest.fragment(UNFRAGMENTED_MIB)?;
@@ -263,12 +263,12 @@ fn measure(
     let mut floors = Vec::new();
     for round in 1..=options.rounds {
         for (case, runs) in Case::ALL.into_iter().zip(&mut runs) {
-            let (bed, free_mib) = match case.driver() {
+            let (fixture, free_mib) = match case.driver() {
                 Driver::Stock => (&mut stock, free_mib[0]),
                 Driver::Own => (&mut own, free_mib[1]),
             };
-            prepare(scenario, free_mib, bed)?;
-            let run = run_case(case, scenario, bed)?;
+            prepare(scenario, free_mib, fixture)?;
+            let run = run_case(case, scenario, fixture)?;
             progress(&describe(case, scenario, round, &run));
             runs.push(run);
         }
@@ -283,35 +283,35 @@ fn measure(
 }
 
 /// Inflates and deflates memory that was prepared.
-fn run_case(case: Case, scenario: Scenario, bed: &mut Testbed) -> Result<Run> {
-    bed.set_release(case.release())?;
-    let guest_free_mib = bed.number("free-mib")?;
+fn run_case(case: Case, scenario: Scenario, fixture: &mut Testbed) -> Result<Run> {
+    fixture.set_release(case.release())?;
+    let guest_free_mib = fixture.number("free-mib")?;
     let asked_mib = match scenario.memory {
-        Memory::Idle | Memory::Touched => scenario.guest_mib * 3 / 4,
-        Memory::Fragmented => guest_free_mib * (100 - KEPT_PERCENT) / 100,
+        MemoryState::Idle | MemoryState::Touched => scenario.guest_mib * 3 / 4,
+        MemoryState::Fragmented => guest_free_mib * (100 - KEPT_PERCENT) / 100,
     };
     let pages = u32::try_from(asked_mib * PAGES_PER_MIB).unwrap_or(u32::MAX);
     let host_huge_mib = host_huge_mib()?;
-    let before_mib = bed.resident_mib()?;
-    let inflate = bed.inflate_to(pages)?;
-    let returned_mib = before_mib - bed.resident_mib()?;
-    let deflate = bed.inflate_to(0)?;
+    let before_mib = fixture.resident_mib()?;
+    let inflate = fixture.inflate_to(pages)?;
+    let returned_mib = before_mib - fixture.resident_mib()?;
+    let deflate = fixture.inflate_to(0)?;
     Ok(Run { inflate, deflate, returned_mib, guest_free_mib, host_huge_mib, asked_mib })
 }
 
 /// Brings the guest's memory into its state again after the last run emptied it.
-fn prepare(scenario: Scenario, free_mib: u64, bed: &mut Testbed) -> Result<()> {
+fn prepare(scenario: Scenario, free_mib: u64, fixture: &mut Testbed) -> Result<()> {
     let touch_mib = match scenario.memory {
-        Memory::Idle => return Ok(()),
-        Memory::Touched => scenario.guest_mib * 85 / 100,
+        MemoryState::Idle => return Ok(()),
+        MemoryState::Touched => scenario.guest_mib * 85 / 100,
         // The pinned pages stay where they are; all else is touched again.
-        Memory::Fragmented => free_mib * (100 - KEPT_PERCENT + 1) / 100,
+        MemoryState::Fragmented => free_mib * (100 - KEPT_PERCENT + 1) / 100,
     };
     if scenario.backing == HostPages::Huge {
         // The last case may have split huge pages, and others use this machine.
         lab::memory_dir::gather_huge_pages()?;
     }
-    bed.guest.run(&format!("touch {touch_mib}"))?;
+    fixture.guest.run(&format!("touch {touch_mib}"))?;
     Ok(())
 }
 

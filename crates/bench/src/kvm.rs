@@ -51,9 +51,9 @@ impl Place {
 #[serde(rename_all = "lowercase")]
 pub enum Task {
     /// `bench inflate --monitor kvm`.
-    Inflate(kvm_inflate::Options),
+    Inflate(kvm_inflate::KvmInflateOptions),
     /// `bench migrate`.
-    Migrate(migrate::Options),
+    Migrate(migrate::MigrateOptions),
 }
 
 /// What guests boot there, where nothing can be built.

@@ -14,7 +14,7 @@ use crate::error::{Result, host, wrong};
 const LISTEN_LIMIT: Duration = Duration::from_secs(60);
 
 /// Between two looks whether it does.
-const LOOK: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Ends what a receiver says before where it listens.
 const WAITS: &str = ": waits on ";
@@ -55,6 +55,6 @@ pub(crate) fn address_of(receiver: &Guest) -> Result<String> {
         if Instant::now() > end {
             return Err(wrong(format!("no process waits for the guest: {log}")));
         }
-        std::thread::sleep(LOOK);
+        std::thread::sleep(POLL_INTERVAL);
     }
 }

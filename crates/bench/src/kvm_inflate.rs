@@ -11,7 +11,7 @@ use lab::Guest;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{BenchError, Result};
-use crate::inflate::{Memory, StagesMs};
+use crate::inflate::{MemoryState, StagesMs};
 use crate::kvm::{self, GuestFiles, Task, command, number};
 use crate::sample::Spread;
 use crate::testbed::Driver;
@@ -59,13 +59,13 @@ impl Case {
 
 /// What to measure.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Options {
+pub struct KvmInflateOptions {
     /// Rounds; every case is run once in each.
     pub rounds: usize,
     /// Sizes of guests, in MiB.
     pub guest_mib: Vec<u64>,
     /// States of the guest's memory: idle and touched.
-    pub memory: Vec<Memory>,
+    pub memory: Vec<MemoryState>,
 }
 
 /// One case's result; spreads are over the rounds.
@@ -74,7 +74,7 @@ pub struct CaseReport {
     /// Whose driver.
     pub name: Case,
     /// State of the guest's memory.
-    pub memory: Memory,
+    pub memory: MemoryState,
     /// Size of the guest.
     pub guest_mib: u64,
     /// Memory asked for.
@@ -128,7 +128,7 @@ struct Run {
 /// # Errors
 /// As those of [`kvm::measure`].
 pub fn measure(
-    options: Options,
+    options: KvmInflateOptions,
     kernel_arguments: &[String],
     progress: &mut dyn FnMut(&str),
 ) -> Result<Report> {
@@ -147,7 +147,7 @@ pub fn measure(
 pub(crate) fn run(
     program: &Path,
     files: &GuestFiles,
-    options: &Options,
+    options: &KvmInflateOptions,
     progress: &mut dyn FnMut(&str),
 ) -> Result<Report> {
     let mut report = Report {
@@ -157,18 +157,18 @@ pub(crate) fn run(
         cases: Vec::new(),
     };
     for &guest_mib in &options.guest_mib {
-        let mut runs: Vec<(Memory, Case, Vec<Run>)> = Vec::new();
+        let mut runs: Vec<(MemoryState, Case, Vec<Run>)> = Vec::new();
         for &memory in &options.memory {
             runs.extend(Case::ALL.map(|case| (memory, case, Vec::new())));
         }
         for round in 1..=options.rounds {
             for case in Case::ALL {
-                let mut bed = Bed::start(case, guest_mib, program, files)?;
+                let mut fixture = Fixture::start(case, guest_mib, program, files)?;
                 // Idle comes first: memory that was touched never is again.
-                for memory in [Memory::Idle, Memory::Touched] {
+                for memory in [MemoryState::Idle, MemoryState::Touched] {
                     let wanted = runs.iter_mut().find(|run| (run.0, run.1) == (memory, case));
                     let Some((.., runs)) = wanted else { continue };
-                    let run = bed.run(memory, guest_mib)?;
+                    let run = fixture.run(memory, guest_mib)?;
                     progress(&describe(case, memory, round, &run));
                     runs.push(run);
                 }
@@ -182,13 +182,13 @@ pub(crate) fn run(
 }
 
 /// A guest with its driver.
-struct Bed {
+struct Fixture {
     guest: Guest,
     client: Client,
     _directory: lab::Scratch,
 }
 
-impl Bed {
+impl Fixture {
     fn start(case: Case, guest_mib: u64, program: &Path, files: &GuestFiles) -> Result<Self> {
         let directory = lab::Scratch::new("bench")?;
         let control = directory.path().join("control");
@@ -202,8 +202,8 @@ impl Bed {
         Ok(Self { guest, client, _directory: directory })
     }
 
-    fn run(&mut self, memory: Memory, guest_mib: u64) -> Result<Run> {
-        if memory == Memory::Touched {
+    fn run(&mut self, memory: MemoryState, guest_mib: u64) -> Result<Run> {
+        if memory == MemoryState::Touched {
             let free_mib = number(&mut self.guest, "free-mib")?;
             let most_mib = guest_mib * TOUCHED_PERCENT / 100;
             let touched_mib = most_mib.min(free_mib * FREE_PERCENT / 100);
@@ -235,11 +235,11 @@ impl Bed {
         let end = Instant::now() + CHANGE_LIMIT;
         let target_bytes = mib * MIB;
         let mut balloon = self.client.set_balloon(target_bytes, CHANGE_LIMIT)?;
-        while !balloon.settled && Instant::now() < end {
+        while !balloon.at_target && Instant::now() < end {
             balloon = self.client.wait(balloon.generation, CHANGE_LIMIT)?;
         }
         let reached = u64::from(balloon.actual_pages) * BALLOON_PAGE_BYTES == target_bytes;
-        balloon.last_change.filter(|_| balloon.settled && reached).ok_or(BenchError::NotReached {
+        balloon.last_change.filter(|_| balloon.at_target && reached).ok_or(BenchError::NotReached {
             name: "bench-inflate".to_owned(),
             actual_pages: balloon.actual_pages,
             target_pages: balloon.target_pages,
@@ -251,14 +251,14 @@ const fn asked_mib(guest_mib: u64) -> u64 {
     guest_mib * 3 / 4
 }
 
-fn describe(case: Case, memory: Memory, round: usize, run: &Run) -> String {
+fn describe(case: Case, memory: MemoryState, round: usize, run: &Run) -> String {
     format!(
         "round {round}, {memory:?} memory, {case:?}: {:.1} ms, {} exits, {} of them kicks, {:.0} MiB returned, back in {:.1} ms",
         run.inflate.wall_ms, run.exits, run.kicks, run.returned_mib, run.deflate.wall_ms
     )
 }
 
-fn summarise(name: Case, memory: Memory, guest_mib: u64, runs: &[Run]) -> CaseReport {
+fn summarise(name: Case, memory: MemoryState, guest_mib: u64, runs: &[Run]) -> CaseReport {
     let spread = |of: fn(&Run) -> f64| Spread::of(runs.iter().map(of));
     let middle = |of: fn(&Run) -> f64| spread(of).median;
     let most = |of: fn(&Run) -> u64| runs.iter().map(of).max().unwrap_or_default();

@@ -65,7 +65,7 @@ impl GuestState {
 
 /// What to measure.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Options {
+pub struct MigrateOptions {
     /// Rounds; every case is run once in each.
     pub rounds: usize,
     /// Sizes of guests, in MiB.
@@ -132,7 +132,7 @@ pub struct Report {
 
 /// What one move came to.
 #[derive(Clone, Debug, Default)]
-struct Moved {
+struct MigrationSample {
     total_ms: f64,
     downtime_ms: f64,
     bytes_sent: u64,
@@ -144,7 +144,7 @@ struct Moved {
 }
 
 struct Run {
-    moved: Moved,
+    moved: MigrationSample,
     floor_bytes: u64,
 }
 
@@ -156,7 +156,7 @@ struct Scenario {
 }
 
 /// Memory of guests that are there at a time, in MiB, for [`crate::kvm::measure`].
-pub fn guests_mib(options: &Options) -> u64 {
+pub fn guests_mib(options: &MigrateOptions) -> u64 {
     // At the source and, for what is sent, at the destination.
     2 * options.guest_mib.iter().copied().max().unwrap_or_default() + qemu::OWN_MEMORY_MIB
 }
@@ -168,7 +168,7 @@ pub fn guests_mib(options: &Options) -> u64 {
 pub(crate) fn run(
     program: &Path,
     files: &GuestFiles,
-    options: &Options,
+    options: &MigrateOptions,
     progress: &mut dyn FnMut(&str),
 ) -> Result<Report> {
     let mut report = Report {
@@ -207,15 +207,15 @@ pub(crate) fn run(
 fn run_once(case: Case, scenario: Scenario, program: &Path, files: &GuestFiles) -> Result<Run> {
     let (mut there, floor_bytes, moved) = match case {
         Case::Qemu | Case::QemuHint => {
-            let mut bed = qemu::Bed::start(case == Case::QemuHint, scenario, files)?;
-            let floor_bytes = scene::set(&mut bed.source, scenario, files)?;
-            let (there, moved) = bed.go()?;
+            let mut fixture = qemu::Fixture::start(case == Case::QemuHint, scenario, files)?;
+            let floor_bytes = scene::set(&mut fixture.source, scenario, files)?;
+            let (there, moved) = fixture.go()?;
             (there, floor_bytes, moved)
         }
         Case::Skip | Case::SkipDropCaches | Case::NoSkip => {
-            let mut bed = own::Bed::start(scenario, program, files)?;
-            let floor_bytes = scene::set(&mut bed.source, scenario, files)?;
-            let (there, moved) = bed.go(case)?;
+            let mut fixture = own::Fixture::start(scenario, program, files)?;
+            let floor_bytes = scene::set(&mut fixture.source, scenario, files)?;
+            let (there, moved) = fixture.go(case)?;
             (there, floor_bytes, moved)
         }
     };

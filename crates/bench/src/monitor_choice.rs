@@ -4,7 +4,7 @@ use lab::kvm;
 
 /// What was asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Asked {
+pub enum Preference {
     /// Whatever this machine can do best.
     #[default]
     Auto,
@@ -31,20 +31,20 @@ pub enum Choice {
 
 /// Chooses. Where a look shows that there can be no hardware KVM, that is all that it takes; else
 /// a guest is booted.
-pub fn choose(asked: Asked) -> Choice {
+pub fn choose(asked: Preference) -> Choice {
     let look = || kvm::look().map_err(|error| error.to_string());
     choose_by(asked, look, kvm::trouble)
 }
 
 fn choose_by<'a>(
-    asked: Asked,
+    asked: Preference,
     look: impl FnOnce() -> Result<(), String>,
     trouble: impl FnOnce() -> Option<&'a str>,
 ) -> Choice {
     match asked {
-        Asked::Kvm => return Choice::Kvm { or_uml: false },
-        Asked::Uml => return Choice::Uml { why: None },
-        Asked::Auto => {}
+        Preference::Kvm => return Choice::Kvm { or_uml: false },
+        Preference::Uml => return Choice::Uml { why: None },
+        Preference::Auto => {}
     }
     if let Err(why) = look() {
         return Choice::Uml { why: Some(why) };
@@ -78,22 +78,22 @@ mod tests {
 
     #[test]
     fn who_asks_for_a_monitor_gets_it_without_a_look() {
-        assert_eq!(choose_by(Asked::Kvm, no_look, no_boot), Choice::Kvm { or_uml: false });
-        assert_eq!(choose_by(Asked::Uml, no_look, no_boot), Choice::Uml { why: None });
+        assert_eq!(choose_by(Preference::Kvm, no_look, no_boot), Choice::Kvm { or_uml: false });
+        assert_eq!(choose_by(Preference::Uml, no_look, no_boot), Choice::Uml { why: None });
     }
 
     #[test]
     fn a_machine_without_hardware_kvm_boots_nothing_to_find_out() {
-        let choice = choose_by(Asked::Auto, || Err("no vmx".to_owned()), no_boot);
+        let choice = choose_by(Preference::Auto, || Err("no vmx".to_owned()), no_boot);
         assert_eq!(choice, Choice::Uml { why: Some("no vmx".to_owned()) });
     }
 
     #[test]
     fn our_monitor_is_shown_only_where_a_guest_boots() {
-        let found = choose_by(Asked::Auto, || Ok(()), || None);
+        let found = choose_by(Preference::Auto, || Ok(()), || None);
         assert_eq!(found, Choice::Kvm { or_uml: true });
         let ended = "the guest ended (exit status: 1) during `boot`; its last lines:\n[1 s] oops";
-        let choice = choose_by(Asked::Auto, || Ok(()), || Some(ended));
+        let choice = choose_by(Preference::Auto, || Ok(()), || Some(ended));
         let why =
             "no guest boots on this machine's KVM: the guest ended (exit status: 1) during `boot`";
         assert_eq!(choice, Choice::Uml { why: Some(why.to_owned()) });

@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::cpu_time::{CpuClock, CpuTime};
 use crate::error::{BenchError, Result};
-use crate::inflate::Memory;
-use crate::qemu_bed::{Device, QemuBed, QemuBedOptions};
+use crate::inflate::MemoryState;
+use crate::qemu_fixture::{Device, QemuBedOptions, QemuFixture};
 use crate::sample::Spread;
 use crate::testbed::Driver;
 
@@ -49,7 +49,7 @@ impl Case {
 
 /// What to measure.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct MonitorsOptions {
     /// The `aerostat` program.
     pub program: PathBuf,
     /// Rounds; every case is run once in each.
@@ -57,7 +57,7 @@ pub struct Options {
     /// Size of the guests, in MiB.
     pub guest_mib: u64,
     /// States of the guest's memory.
-    pub memory: Vec<Memory>,
+    pub memory: Vec<MemoryState>,
     /// Words for the guests' kernel.
     pub kernel_arguments: Vec<String>,
 }
@@ -68,7 +68,7 @@ pub struct CaseReport {
     /// Whose device.
     pub name: Case,
     /// State of the guest's memory.
-    pub memory: Memory,
+    pub memory: MemoryState,
     /// Memory asked for.
     pub asked_mib: u64,
     /// From asking until the guest had given and the host had released all.
@@ -122,10 +122,10 @@ struct Run {
 ///
 /// # Errors
 /// The first thing that went wrong; there is no partial report.
-pub fn run(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<Report> {
+pub fn run(options: &MonitorsOptions, progress: &mut dyn FnMut(&str)) -> Result<Report> {
     let qemu = lab::qemu::vhost_user()?;
     let qemu = qemu.map_err(|why| BenchError::NotHere { what: "QEMU with vhost-user", why })?;
-    let bed = QemuBedOptions {
+    let fixture = QemuBedOptions {
         program: options.program.clone(),
         qemu,
         kernel: lab::debian::kernel(Release::Cloud6_12)?,
@@ -136,7 +136,7 @@ pub fn run(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<Report> 
     let mut report = Report {
         rounds: options.rounds,
         guest_mib: options.guest_mib,
-        kernel: bed.kernel.release.clone(),
+        kernel: fixture.kernel.release.clone(),
         kernel_arguments: options.kernel_arguments.clone(),
         cases: Vec::new(),
     };
@@ -144,12 +144,12 @@ pub fn run(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<Report> 
         progress(&format!("booting two emulated guests of {} MiB", options.guest_mib));
         let mut beds = Vec::new();
         for case in Case::ALL {
-            beds.push(QemuBed::start("monitors", case.device(), Driver::Stock, &bed)?);
+            beds.push(QemuFixture::start("monitors", case.device(), Driver::Stock, &fixture)?);
         }
         let mut runs: [Vec<Run>; 2] = Default::default();
         for round in 1..=options.rounds {
-            for ((case, bed), runs) in Case::ALL.into_iter().zip(&mut beds).zip(&mut runs) {
-                let run = run_once(*memory, options.guest_mib, bed)?;
+            for ((case, fixture), runs) in Case::ALL.into_iter().zip(&mut beds).zip(&mut runs) {
+                let run = run_once(*memory, options.guest_mib, fixture)?;
                 progress(&describe(case, *memory, round, &run));
                 runs.push(run);
             }
@@ -159,20 +159,20 @@ pub fn run(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<Report> 
     Ok(report)
 }
 
-fn run_once(memory: Memory, guest_mib: u64, bed: &mut QemuBed) -> Result<Run> {
-    if memory != Memory::Idle {
+fn run_once(memory: MemoryState, guest_mib: u64, fixture: &mut QemuFixture) -> Result<Run> {
+    if memory != MemoryState::Idle {
         // A small guest's kernel takes a larger part.
-        let free_mib = bed.number("free-mib")?;
+        let free_mib = fixture.number("free-mib")?;
         let mib = (guest_mib * TOUCHED_PERCENT / 100).min(free_mib * FREE_PERCENT / 100);
-        bed.guest.run_within(&format!("touch {mib}"), TOUCH_LIMIT)?;
+        fixture.guest.run_within(&format!("touch {mib}"), TOUCH_LIMIT)?;
     }
-    let processes = bed.processes();
-    let resident = bed.resident_mib()?;
+    let processes = fixture.processes();
+    let resident = fixture.resident_mib()?;
     let clock = CpuClock::read(&processes)?;
-    let wall = bed.inflate_to(asked_mib(guest_mib))?;
+    let wall = fixture.inflate_to(asked_mib(guest_mib))?;
     let cpu = CpuClock::read(&processes)?.since(&clock);
-    let returned_mib = resident as f64 - bed.resident_mib()? as f64;
-    let deflate = bed.inflate_to(0)?;
+    let returned_mib = resident as f64 - fixture.resident_mib()? as f64;
+    let deflate = fixture.inflate_to(0)?;
     let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
     Ok(Run { wall_ms: ms(wall), cpu, deflate_ms: ms(deflate), returned_mib })
 }
@@ -181,14 +181,14 @@ const fn asked_mib(guest_mib: u64) -> u64 {
     guest_mib * 3 / 4
 }
 
-fn describe(case: Case, memory: Memory, round: usize, run: &Run) -> String {
+fn describe(case: Case, memory: MemoryState, round: usize, run: &Run) -> String {
     format!(
         "round {round}, {memory:?} memory, {case:?}: {:.0} ms, CPU {:.0} ms beside the guest's {:.0} ms, {:.0} MiB returned, back in {:.0} ms",
         run.wall_ms, run.cpu.other_ms, run.cpu.vcpu_ms, run.returned_mib, run.deflate_ms
     )
 }
 
-fn summarise(memory: Memory, guest_mib: u64, runs: &[Vec<Run>; 2], report: &mut Report) {
+fn summarise(memory: MemoryState, guest_mib: u64, runs: &[Vec<Run>; 2], report: &mut Report) {
     let spread = |runs: &[Run], of: fn(&Run) -> f64| Spread::of(runs.iter().map(of));
     let [qemu, vhost_user] = runs;
     let qemu_ms = spread(qemu, |run| run.wall_ms).median;

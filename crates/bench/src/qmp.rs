@@ -14,7 +14,7 @@ const LIMIT: Duration = Duration::from_secs(120);
 
 /// Between two looks at the size of the balloon. QEMU's event for it comes once a
 /// second at most, and each look costs its main thread some microseconds.
-const LOOK: Duration = Duration::from_millis(10);
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Bytes in a second that a migration may take: none that loopback reaches. QEMU's own limit of
 /// 128 MiB would hold it back.
@@ -108,7 +108,7 @@ impl Qmp {
             if Instant::now() > end {
                 return Err(refused("balloon", &json!({ "left": left, "asked": left_bytes })));
             }
-            std::thread::sleep(LOOK);
+            std::thread::sleep(POLL_INTERVAL);
         }
     }
 

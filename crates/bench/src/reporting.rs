@@ -28,7 +28,7 @@ const ENOUGH_PERCENT: u64 = 98;
 
 /// Between two looks at the file system that has the guest's memory. The back end is not
 /// asked: its answers would cost it time.
-const LOOK: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Linux reports a part of what is free every 2 s: after so long without a report there
 /// is none to come. More looks would cost the back end time.
@@ -41,7 +41,7 @@ const MIB: u64 = 1 << 20;
 
 /// What to measure.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct ReportingOptions {
     /// The `aerostat` program.
     pub program: PathBuf,
     /// Rounds.
@@ -95,7 +95,7 @@ pub struct Report {
 ///
 /// # Errors
 /// The first thing that went wrong; there is no partial report.
-pub fn run(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<Report> {
+pub fn run(options: &ReportingOptions, progress: &mut dyn FnMut(&str)) -> Result<Report> {
     let mut report = Report { rounds: options.rounds, cases: Vec::new() };
     for backing in &options.backing {
         report.cases.push(measure(*backing, options, progress)?);
@@ -113,7 +113,7 @@ struct Round {
 
 fn measure(
     backing: HostPages,
-    options: &Options,
+    options: &ReportingOptions,
     progress: &mut dyn FnMut(&str),
 ) -> Result<CaseReport> {
     let directory = GuestMemoryDir::mount(backing.backing(), options.guest_mib * GUESTS)?;
@@ -124,12 +124,12 @@ fn measure(
         memory_dir: directory.path().to_owned(),
     };
     progress(&format!("booting a guest of {} MiB", options.guest_mib));
-    let mut bed = Testbed::start_with("reporting", Driver::Stock, &testbed, &REPORTS_ALONE)?;
-    let own_cpu_ms_per_gib = untouched(&bed)?;
+    let mut fixture = Testbed::start_with("reporting", Driver::Stock, &testbed, &REPORTS_ALONE)?;
+    let own_cpu_ms_per_gib = untouched(&fixture)?;
     progress(&format!("memory never touched costs {own_cpu_ms_per_gib:.1} ms of CPU per GiB"));
     let mut rounds = Vec::new();
     for number in 1..=options.rounds {
-        let round = one_round(number, options, &directory, &mut bed)?;
+        let round = one_round(number, options, &directory, &mut fixture)?;
         progress(&format!(
             "round {number}, {backing:?} pages: {:.1} % back, {:.1} s, CPU {:.0} ms, one call {:.0} ms",
             round.back_percent,
@@ -158,14 +158,14 @@ fn measure(
 }
 
 /// CPU time for the report of all that is free when the driver comes, per GiB.
-fn untouched(bed: &Testbed) -> Result<f64> {
-    let clock = CpuClock::read(&[bed.backend_pid()])?;
-    let before = bed.status()?.reports;
+fn untouched(fixture: &Testbed) -> Result<f64> {
+    let clock = CpuClock::read(&[fixture.backend_pid()])?;
+    let before = fixture.status()?.reports;
     let mut told = before;
     let used = loop {
         std::thread::sleep(REPORTS_PAUSE);
-        let used = CpuClock::read(&[bed.backend_pid()])?.since(&clock).other_ms;
-        let now = bed.status()?.reports;
+        let used = CpuClock::read(&[fixture.backend_pid()])?.since(&clock).other_ms;
+        let now = fixture.status()?.reports;
         if now.reported_bytes == told.reported_bytes && now.messages > 0 {
             break used;
         }
@@ -180,19 +180,19 @@ fn untouched(bed: &Testbed) -> Result<f64> {
 
 fn one_round(
     number: usize,
-    options: &Options,
+    options: &ReportingOptions,
     directory: &GuestMemoryDir,
-    bed: &mut Testbed,
+    fixture: &mut Testbed,
 ) -> Result<Round> {
     let freed = options.freed_mib;
-    bed.guest.run(&format!("fill freed {freed} {number}"))?;
-    if bed.number(&format!("verify freed {freed} {number}"))? != 0 {
+    fixture.guest.run(&format!("fill freed {freed} {number}"))?;
+    if fixture.number(&format!("verify freed {freed} {number}"))? != 0 {
         return Err(BenchError::Wrong { what: "reports cost the guest its memory".to_owned() });
     }
     let before = directory.used_bytes()?;
-    let clock = CpuClock::read(&[bed.backend_pid()])?;
+    let clock = CpuClock::read(&[fixture.backend_pid()])?;
     let began = Instant::now();
-    bed.guest.run("drop freed")?;
+    fixture.guest.run("drop freed")?;
     let mut back_ms = WINDOW.as_secs_f64() * 1e3;
     let back = |now: u64| before.saturating_sub(now);
     let enough = freed * MIB * ENOUGH_PERCENT / 100;
@@ -201,9 +201,9 @@ fn one_round(
         if !reached && back(directory.used_bytes()?) >= enough {
             (reached, back_ms) = (true, began.elapsed().as_secs_f64() * 1e3);
         }
-        std::thread::sleep(LOOK);
+        std::thread::sleep(POLL_INTERVAL);
     }
-    let cpu_ms = CpuClock::read(&[bed.backend_pid()])?.since(&clock).other_ms;
+    let cpu_ms = CpuClock::read(&[fixture.backend_pid()])?.since(&clock).other_ms;
     let back_percent = back(directory.used_bytes()?) as f64 * 100.0 / (freed * MIB) as f64;
     let floor = floor::release_once(directory.path(), freed, freed)?;
     Ok(Round { back_percent, back_ms, cpu_ms, floor_ms: floor.cpu_ms })

@@ -36,7 +36,7 @@ const UNFRAGMENTED_MIB: u64 = 64;
 
 /// What to measure.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct RequestsOptions {
     /// The `aerostat` program.
     pub program: PathBuf,
     /// Rounds; everything is done once in each.
@@ -66,7 +66,7 @@ pub struct Report {
 ///
 /// # Errors
 /// The first thing that went wrong; there is no partial report.
-pub fn run(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<Report> {
+pub fn run(options: &RequestsOptions, progress: &mut dyn FnMut(&str)) -> Result<Report> {
     Ok(Report {
         rounds: options.rounds,
         drop_caches: drop_caches::measure(options, progress)?,
@@ -77,7 +77,7 @@ pub fn run(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<Report> 
 }
 
 /// A guest with our driver, ready for requests, and the directory of its memory.
-fn start(options: &Options, guest_mib: u64) -> Result<(Testbed, GuestMemoryDir)> {
+fn start(options: &RequestsOptions, guest_mib: u64) -> Result<(Testbed, GuestMemoryDir)> {
     let directory = GuestMemoryDir::mount(Backing::Small, guest_mib)?;
     let testbed = TestbedOptions {
         program: options.program.clone(),
@@ -85,14 +85,14 @@ fn start(options: &Options, guest_mib: u64) -> Result<(Testbed, GuestMemoryDir)>
         memory_mib: guest_mib,
         memory_dir: directory.path().to_owned(),
     };
-    let bed = Testbed::start("requests", Driver::Own, &testbed)?;
-    bed.wait_for_requests(LIMIT)?;
-    Ok((bed, directory))
+    let fixture = Testbed::start("requests", Driver::Own, &testbed)?;
+    fixture.wait_for_requests(LIMIT)?;
+    Ok((fixture, directory))
 }
 
 /// A value of the guest's /proc/meminfo, in bytes.
-fn meminfo_bytes(bed: &mut Testbed, name: &str) -> Result<u64> {
-    let answer = bed.guest.run("meminfo")?;
+fn meminfo_bytes(fixture: &mut Testbed, name: &str) -> Result<u64> {
+    let answer = fixture.guest.run("meminfo")?;
     let answer = answer.lines.join("\n");
     match kib(&answer, name) {
         Some(kib) => Ok(kib << 10),

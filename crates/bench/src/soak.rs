@@ -9,7 +9,7 @@ pub mod moves;
 pub mod plan;
 mod report;
 pub mod resident;
-pub mod walk;
+pub mod soak_run;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,7 +28,7 @@ use crate::logs::{backend_complaints, guest_complaints};
 use crate::testbed::{Driver, TestbedOptions};
 use plan::Plan;
 use resident::{Resident, Watch};
-use walk::Walk;
+use soak_run::SoakRun;
 
 /// The least memory of a guest, in MiB: below, its kernel needs more than the part
 /// that the plan leaves to it.
@@ -39,7 +39,7 @@ const TELL: Duration = Duration::from_secs(1);
 
 /// What to do.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct SoakOptions {
     /// The `aerostat` program.
     pub program: PathBuf,
     /// How long.
@@ -64,7 +64,11 @@ pub fn any_seed() -> u64 {
 ///
 /// # Errors
 /// The lab cannot be set up. What goes wrong later is in the report.
-pub fn run(options: &Options, stop: &AtomicBool, progress: &mut dyn FnMut(&str)) -> Result<Report> {
+pub fn run(
+    options: &SoakOptions,
+    stop: &AtomicBool,
+    progress: &mut dyn FnMut(&str),
+) -> Result<Report> {
     progress(&format!("preparing the guests, seed {}", options.seed));
     let kernel = lab::uml::kernel()?;
     guest_build::init()?;
@@ -100,7 +104,7 @@ pub fn plan_for(seed: u64, driver: Driver, backing: HostPages, memory_mib: u64) 
 }
 
 /// One line on how far all guests are.
-fn told(elapsed: Duration, options: &Options, soaks: &[Soak<'_>]) -> String {
+fn told(elapsed: Duration, options: &SoakOptions, soaks: &[Soak<'_>]) -> String {
     let minutes = |time: Duration| format!("{}:{:02}", time.as_secs() / 60, time.as_secs() % 60);
     let mut line = format!("{} of {}", minutes(elapsed), minutes(options.duration));
     let mut verified_bytes = 0;
@@ -122,7 +126,7 @@ struct SoFar {
 
 /// One guest's part.
 struct Soak<'a> {
-    options: &'a Options,
+    options: &'a SoakOptions,
     kernel: &'a UmlKernel,
     driver: Driver,
     backing: HostPages,
@@ -132,7 +136,7 @@ struct Soak<'a> {
 
 impl<'a> Soak<'a> {
     fn new(
-        options: &'a Options,
+        options: &'a SoakOptions,
         kernel: &'a UmlKernel,
         driver: Driver,
         backing: HostPages,
@@ -194,11 +198,11 @@ impl<'a> Soak<'a> {
         report: &mut GuestReport,
         stop: &AtomicBool,
     ) -> Result<()> {
-        let mut bed = host.boot(self.driver, |guest| guest.log_file(guest_log))?;
-        bed.load_ready_driver()?;
-        let Options { seed, memory_mib, .. } = *self.options;
+        let mut fixture = host.boot(self.driver, |guest| guest.log_file(guest_log))?;
+        fixture.load_ready_driver()?;
+        let SoakOptions { seed, memory_mib, .. } = *self.options;
         let plan = plan_for(seed, self.driver, self.backing, memory_mib);
-        let mut walk = Walk::new(&mut bed, plan);
+        let mut walk = SoakRun::new(&mut fixture, plan);
         let mut told = |step: &plan::Step| self.state(|so_far| so_far.step = step.name());
         let began = Instant::now();
         let mut walked = Ok(());

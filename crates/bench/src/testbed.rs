@@ -9,8 +9,8 @@ use lab::uml::UmlKernel;
 use lab::{Guest, guest_build};
 use serde::{Deserialize, Serialize};
 
-use crate::bed;
 use crate::error::{BenchError, Result};
+use crate::fixture;
 use crate::host::Host;
 
 /// Time for one change of the balloon: per page, on memory in use and on a busy
@@ -18,7 +18,7 @@ use crate::host::Host;
 const CHANGE_LIMIT: Duration = Duration::from_secs(120);
 
 /// Between two looks at what nobody announces.
-const LOOK: Duration = Duration::from_millis(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Core of the guest and of the thread that answers it. On one core an answer
 /// costs a context switch; across cores it costs waking an idle core, which in
@@ -125,7 +125,7 @@ impl Testbed {
             .client
             .set_balloon(u64::from(pages) * control::BALLOON_PAGE_BYTES, Duration::ZERO)?;
         let settled = self.wait(set.generation)?;
-        settled.last_change.filter(|_| settled.settled).ok_or(BenchError::NotReached {
+        settled.last_change.filter(|_| settled.at_target).ok_or(BenchError::NotReached {
             name: self.name().to_owned(),
             actual_pages: settled.actual_pages,
             target_pages: settled.target_pages,
@@ -146,7 +146,7 @@ impl Testbed {
 
     /// Runs a command in the guest whose answer is a number.
     pub fn number(&mut self, command: &str) -> Result<u64> {
-        bed::number(&mut self.guest, command)
+        fixture::number(&mut self.guest, command)
     }
 
     /// Process of the back end.
@@ -166,7 +166,7 @@ impl Testbed {
             if Instant::now() > end {
                 return Err(BenchError::NoRequests { name: self.name().to_owned() });
             }
-            std::thread::sleep(LOOK);
+            std::thread::sleep(POLL_INTERVAL);
         }
         Ok(())
     }

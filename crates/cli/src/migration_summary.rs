@@ -39,7 +39,7 @@ pub fn text(guest: &str, to: &str, summary: &MigrationSummary) -> String {
         down.save_ms,
         down.state_ms,
         down.load_ms,
-        down.hand_over_ms,
+        down.switchover_ms,
         down.resume_ms
     );
     if summary.throttle_percent > 0 {

@@ -17,8 +17,8 @@ use utoipa::ToSchema;
 pub use free::{FreePageHints, HintOutcome, MAX_LISTED_RUNS, PageRun, ReportsStatus};
 pub use migration::{
     MigrationDowntime, MigrationPhase, MigrationRound, MigrationSide, MigrationState,
-    MigrationStatus, MigrationSummary, SettleMigration, SettleWord, StartMigration, StartSnapshot,
-    TlsPaths,
+    MigrationStatus, MigrationSummary, ResolveAction, ResolveMigration, StartMigration,
+    StartSnapshot, TlsPaths,
 };
 pub use requests::{
     AskFreePages, BLOCK_BYTES, BlockCount, CacheSize, Caches, CancelledRequest, CoarseMap,
@@ -120,7 +120,7 @@ pub struct BalloonStatus {
     /// target, and no page it gave is still pending or in flight to the host.
     /// Pages that wait for the rest of their huge page do not hold it up. True
     /// in generation 0.
-    pub settled: bool,
+    pub at_target: bool,
     /// Pages the balloon shall hold.
     pub target_pages: u32,
     /// The same in bytes.
@@ -151,7 +151,7 @@ impl BalloonStatus {
     /// True when nobody needs to wait for change `generation` any longer: it
     /// settled, or a later one took its place.
     pub fn is_over(&self, generation: u64) -> bool {
-        self.generation > generation || (self.generation == generation && self.settled)
+        self.generation > generation || (self.generation == generation && self.at_target)
     }
 }
 

@@ -46,7 +46,7 @@ pub struct GuestAnswer {
 
 /// A balloon that can be asked and told. The server calls it from several
 /// threads at a time, never from a thread that must not block.
-pub trait Balloon: Send + Sync {
+pub trait BalloonControl: Send + Sync {
     /// The guest's name.
     fn name(&self) -> String;
 

@@ -20,8 +20,8 @@ use tokio::time::{sleep, timeout};
 use crate::api::{
     AskFreePages, BalloonStatus, Caches, CancelledRequest, DropCaches, DroppedCaches,
     FreePageHints, FreePages, MigrationStatus, Problem, ReleaseMode, ReleaseStatus, ReleasedHold,
-    SetBalloon, SetRelease, SetStats, SettleMigration, SettleWord, StartMigration, StartSnapshot,
-    StatsStatus, Status,
+    ResolveAction, ResolveMigration, SetBalloon, SetRelease, SetStats, StartMigration,
+    StartSnapshot, StatsStatus, Status,
 };
 use crate::bitmap::{FIRST_PAGE_HEADER, PAGES_HEADER, REGIONS_HEADER};
 use crate::error::ControlError;
@@ -42,7 +42,7 @@ const BULK_TIME: Duration = Duration::from_secs(50);
 const LOOK_UP_TIME: Duration = Duration::from_secs(20);
 
 /// Further time for asking the other side: to reach it, to agree on keys, and its silence.
-const SETTLE_TIME: Duration = Duration::from_secs(60);
+const RESOLVE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Pause before another try when the server's backlog is full; connecting to a
 /// Unix socket cannot wait for that by itself without blocking.
@@ -110,7 +110,7 @@ impl Client {
     }
 
     /// Sets what the balloon shall hold, waits up to `wait` for the guest, and
-    /// returns the state then. [`BalloonStatus::settled`] says whether it got
+    /// returns the state then. [`BalloonStatus::at_target`] says whether it got
     /// there, [`Client::wait`] goes on. Another target in it than `target_bytes`
     /// says that another client replaced this one during the wait.
     ///
@@ -248,9 +248,9 @@ impl Client {
     ///
     /// # Errors
     /// As [`Client::status`].
-    pub fn settle_migration(&self, word: SettleWord) -> Result<MigrationStatus, ControlError> {
-        let body = SettleMigration { word };
-        self.send_json(Method::POST, "/v1/migration/settle", &body, SETTLE_TIME)
+    pub fn resolve_migration(&self, word: ResolveAction) -> Result<MigrationStatus, ControlError> {
+        let body = ResolveMigration { word };
+        self.send_json(Method::POST, "/v1/migration/resolve", &body, RESOLVE_TIMEOUT)
     }
 
     /// Stops the request that the guest works on.

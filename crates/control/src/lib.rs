@@ -32,12 +32,12 @@ pub use api::{
     GuestStatus, HintOutcome, PartialHuge, Problem, ReleaseMode, ReleaseStatus, ReportsStatus,
     SetBalloon, SetRelease, SetStats, StagesMs, StatsStatus, Status,
 };
-pub use balloon::{Balloon, GuestAnswer, GuestAsk};
+pub use balloon::{BalloonControl, GuestAnswer, GuestAsk};
 pub use bitmap::{FIRST_PAGE_HEADER, ID_HEADER, PAGES_HEADER, REGIONS_HEADER};
 pub use client::{BitmapPlace, Client};
 pub use error::{ControlError, WhyNot};
 pub use free_map::FreePagesMap;
-pub use monitor::Monitor;
+pub use monitor::VmmControl;
 pub use name::{GuestName, MAX_NAME_BYTES};
 pub use openapi::text as openapi_text;
 pub use routes::MAX_BODY_BYTES;

@@ -59,7 +59,7 @@ fn balloon(page: &mut Page, status: &Status) {
     let balloon = &status.balloon;
     page.gauge("balloon_target_bytes", "What the balloon shall hold.", balloon.target_bytes);
     page.gauge("balloon_actual_bytes", "What the guest says it holds.", balloon.actual_bytes);
-    page.gauge("balloon_settled", "1 when the last change is over.", u8::from(balloon.settled));
+    page.gauge("balloon_at_target", "1 when the last change is over.", u8::from(balloon.at_target));
     page.counter("balloon_changes_total", "Accepted changes of the target.", balloon.generation);
     if let Some(change) = &balloon.last_change {
         page.gauge(

@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use crate::api::{MigrationStatus, SettleWord, StartMigration, StartSnapshot};
-use crate::balloon::Balloon;
+use crate::api::{MigrationStatus, ResolveAction, StartMigration, StartSnapshot};
+use crate::balloon::BalloonControl;
 use crate::error::ControlError;
 
 /// A monitor that can be asked and told. The server calls it as it calls a [`Balloon`].
-pub trait Monitor: Send + Sync {
+pub trait VmmControl: Send + Sync {
     /// The guest's balloon; `None` while there is no guest.
-    fn balloon(&self) -> Option<Arc<dyn Balloon>>;
+    fn balloon(&self) -> Option<Arc<dyn BalloonControl>>;
 
     /// Begins to move the guest, and does not wait.
     ///
@@ -38,14 +38,14 @@ pub trait Monitor: Send + Sync {
     ///
     /// # Errors
     /// [`ControlError::Refused`] where there is no doubt, or it is still there.
-    fn settle_migration(&self, word: SettleWord) -> Result<MigrationStatus, ControlError>;
+    fn resolve_migration(&self, word: ResolveAction) -> Result<MigrationStatus, ControlError>;
 }
 
 /// A balloon whose guest is some other program's, which moves it or not.
-pub(crate) struct OnlyBalloon(pub(crate) Arc<dyn Balloon>);
+pub(crate) struct OnlyBalloon(pub(crate) Arc<dyn BalloonControl>);
 
-impl Monitor for OnlyBalloon {
-    fn balloon(&self) -> Option<Arc<dyn Balloon>> {
+impl VmmControl for OnlyBalloon {
+    fn balloon(&self) -> Option<Arc<dyn BalloonControl>> {
         Some(Arc::clone(&self.0))
     }
 
@@ -65,7 +65,7 @@ impl Monitor for OnlyBalloon {
         Err(not_ours())
     }
 
-    fn settle_migration(&self, _word: SettleWord) -> Result<MigrationStatus, ControlError> {
+    fn resolve_migration(&self, _word: ResolveAction) -> Result<MigrationStatus, ControlError> {
         Err(not_ours())
     }
 }

@@ -32,7 +32,7 @@ use crate::{guest_routes, routes};
         routes::migration::get_migration,
         routes::migration::post_migration,
         routes::migration::delete_migration,
-        routes::migration::post_settle,
+        routes::migration::post_resolve,
         routes::migration::post_snapshot,
         routes::get_metrics,
         routes::get_openapi,

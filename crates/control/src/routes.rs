@@ -23,10 +23,10 @@ use utoipa::IntoParams;
 use crate::api::{
     BALLOON_PAGE_BYTES, BalloonStatus, Problem, ReleaseStatus, SetBalloon, SetRelease, Status,
 };
-use crate::balloon::Balloon;
+use crate::balloon::BalloonControl;
 use crate::error::ControlError;
 use crate::guest_routes;
-use crate::monitor::Monitor;
+use crate::monitor::VmmControl;
 use crate::server::{Connections, Limits, NoPlace, Phase, Place, Places, served};
 use crate::{metrics, openapi};
 
@@ -41,7 +41,7 @@ pub(crate) const WAIT_SLICE: Duration = Duration::from_millis(250);
 /// What all handlers share.
 #[derive(Clone)]
 pub(crate) struct App {
-    pub(crate) monitor: Arc<dyn Monitor>,
+    pub(crate) monitor: Arc<dyn VmmControl>,
     pub(crate) limits: Limits,
     waiters: Arc<Places>,
     moves: Arc<Semaphore>,
@@ -51,7 +51,7 @@ pub(crate) struct App {
 
 /// All endpoints over `monitor`.
 pub(crate) fn router(
-    monitor: Arc<dyn Monitor>,
+    monitor: Arc<dyn VmmControl>,
     limits: Limits,
     connections: Arc<Connections>,
     stopped: watch::Receiver<bool>,
@@ -80,7 +80,7 @@ pub(crate) fn router(
                 .post(migration::post_migration)
                 .delete(migration::delete_migration),
         )
-        .route("/v1/migration/settle", post(migration::post_settle))
+        .route("/v1/migration/resolve", post(migration::post_resolve))
         .route("/v1/snapshot", post(migration::post_snapshot))
         .route("/v1/metrics", get(get_metrics))
         .route("/metrics", get(get_metrics))
@@ -221,7 +221,7 @@ pub(crate) async fn get_openapi() -> Response {
 
 impl App {
     /// The guest's balloon.
-    pub(crate) fn balloon(&self) -> Result<Arc<dyn Balloon>, ControlError> {
+    pub(crate) fn balloon(&self) -> Result<Arc<dyn BalloonControl>, ControlError> {
         self.monitor.balloon().ok_or_else(|| ControlError::Refused {
             what: "there is no guest here yet".into(),
             hint: "move one here with `aerostat migrate`, or wait until it has come".into(),
@@ -231,7 +231,7 @@ impl App {
     /// Asks the balloon on a thread that may block.
     pub(crate) async fn call<T: Send + 'static>(
         &self,
-        ask: impl FnOnce(&dyn Balloon) -> T + Send + 'static,
+        ask: impl FnOnce(&dyn BalloonControl) -> T + Send + 'static,
     ) -> Result<T, ControlError> {
         let balloon = self.balloon()?;
         // It counts as one for as long as a thread works for it, whether its client stays or not.
@@ -265,11 +265,11 @@ impl App {
         })
     }
 
-    /// The right to move the guest or to settle where it is, which may wait for others.
-    pub(crate) fn mover(&self) -> Result<OwnedSemaphorePermit, ControlError> {
+    /// The right to move the guest or to resolve where it is, which may wait for others.
+    pub(crate) fn controller(&self) -> Result<OwnedSemaphorePermit, ControlError> {
         Arc::clone(&self.moves).try_acquire_owned().map_err(|_| ControlError::Busy {
             what: format!(
-                "{} requests to move this guest, or to settle where it is, are under way",
+                "{} requests to move this guest, or to resolve where it is, are under way",
                 self.limits.moves
             ),
             hint: "GET /v1/migration tells how it stands; ask again later".into(),

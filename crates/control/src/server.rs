@@ -24,11 +24,11 @@ use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
 use crate::api::MAX_TIMEOUT_MS;
-use crate::balloon::Balloon;
+use crate::balloon::BalloonControl;
 use crate::error::ControlError;
-use crate::monitor::{Monitor, OnlyBalloon};
+use crate::monitor::{OnlyBalloon, VmmControl};
 use crate::routes;
-use crate::routes::request::GRACE;
+use crate::routes::request::ANSWER_MARGIN;
 use crate::socket::{SocketAccess, SocketFile, listen_on};
 
 pub(crate) use connection::{Connections, Phase};
@@ -53,7 +53,7 @@ pub struct Limits {
     pub waiters: usize,
     /// Waiters of one process, so that one which hangs leaves places to others.
     pub waiters_each: usize,
-    /// Requests among them to move the guest or to settle where it is. Each may
+    /// Requests among them to move the guest or to resolve where it is. Each may
     /// wait for a name server or for another host.
     pub moves: usize,
     /// Large answers at a time: bitmaps and pictures. One keeps what the guest
@@ -120,7 +120,7 @@ impl Server {
     /// [`ControlError::SocketInUse`] when a live process serves it,
     /// [`ControlError::NotASocket`], [`ControlError::PathTooLong`],
     /// [`ControlError::Io`], [`ControlError::EventLoop`].
-    pub fn bind(path: &Path, balloon: Arc<dyn Balloon>) -> Result<Self, ControlError> {
+    pub fn bind(path: &Path, balloon: Arc<dyn BalloonControl>) -> Result<Self, ControlError> {
         Self::bind_with(path, balloon, Limits::default())
     }
 
@@ -130,7 +130,7 @@ impl Server {
     /// As [`Server::bind`].
     pub fn bind_with(
         path: &Path,
-        balloon: Arc<dyn Balloon>,
+        balloon: Arc<dyn BalloonControl>,
         limits: Limits,
     ) -> Result<Self, ControlError> {
         Self::start(path, Arc::new(OnlyBalloon(balloon)), limits)
@@ -140,11 +140,15 @@ impl Server {
     ///
     /// # Errors
     /// As [`Server::bind`].
-    pub fn bind_monitor(path: &Path, monitor: Arc<dyn Monitor>) -> Result<Self, ControlError> {
+    pub fn bind_monitor(path: &Path, monitor: Arc<dyn VmmControl>) -> Result<Self, ControlError> {
         Self::start(path, monitor, Limits::default())
     }
 
-    fn start(path: &Path, monitor: Arc<dyn Monitor>, limits: Limits) -> Result<Self, ControlError> {
+    fn start(
+        path: &Path,
+        monitor: Arc<dyn VmmControl>,
+        limits: Limits,
+    ) -> Result<Self, ControlError> {
         let event_loop = |source| ControlError::EventLoop { source };
         let runtime = Builder::new_current_thread()
             .enable_all()
@@ -189,7 +193,7 @@ impl Drop for Server {
 fn run(
     runtime: Runtime,
     listener: UnixListener,
-    monitor: Arc<dyn Monitor>,
+    monitor: Arc<dyn VmmControl>,
     limits: Limits,
     stopped: watch::Receiver<bool>,
 ) {
@@ -271,7 +275,7 @@ async fn serve_one(stream: UnixStream, app: Router, limits: Limits, connection: 
         .max_headers(MAX_HEADERS)
         .serve_connection(TokioIo::new(stream), answer);
     // Head, body, and what a client may take for its answer.
-    let longest = limits.max_wait.max(limits.max_request + GRACE)
+    let longest = limits.max_wait.max(limits.max_request + ANSWER_MARGIN)
         + limits.request_timeout * 2
         + limits.answer_timeout;
     tokio::select! {

@@ -16,13 +16,13 @@ use fake::{GUEST_BYTES, Guest, Setup, answered, setup};
 const GIB: u64 = 1 << 30;
 const GIB_PAGES: u32 = 1 << 18;
 /// Longer than any test takes: a wait of this length ends by its event or not.
-const LONG: Duration = Duration::from_secs(30);
+const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 #[test]
 fn status_says_what_the_balloon_says() {
     let t = setup(Guest::Obeys, Limits::default());
     let status = t.client.status().unwrap();
-    assert_eq!(status, control::Balloon::status(&*t.balloon));
+    assert_eq!(status, control::BalloonControl::status(&*t.balloon));
     assert_eq!(status.guest.driver, Driver::Aerostat);
     assert_eq!(t.client.balloon().unwrap(), status.balloon);
 }
@@ -30,13 +30,13 @@ fn status_says_what_the_balloon_says() {
 #[test]
 fn a_target_is_set_and_reached() {
     let t = setup(Guest::Obeys, Limits::default());
-    let balloon = t.client.set_balloon(3 * GIB, LONG).unwrap();
-    assert!(balloon.settled);
+    let balloon = t.client.set_balloon(3 * GIB, TEST_TIMEOUT).unwrap();
+    assert!(balloon.at_target);
     assert_eq!((balloon.generation, balloon.actual_bytes), (1, 3 * GIB));
     assert_eq!(balloon.last_change.unwrap().to_pages, 3 * GIB_PAGES);
-    let again = t.client.set_balloon(3 * GIB, LONG).unwrap();
+    let again = t.client.set_balloon(3 * GIB, TEST_TIMEOUT).unwrap();
     assert_eq!(again.generation, 1, "the same target is no new change");
-    let all = t.client.set_balloon(GUEST_BYTES, LONG).unwrap();
+    let all = t.client.set_balloon(GUEST_BYTES, TEST_TIMEOUT).unwrap();
     assert_eq!((all.generation, all.actual_bytes), (2, GUEST_BYTES));
 }
 
@@ -44,7 +44,7 @@ fn a_target_is_set_and_reached() {
 fn a_wait_ends_when_the_guest_is_there() {
     let t = setup(Guest::Waits, Limits::default());
     let started = t.client.set_balloon(GIB, Duration::ZERO).unwrap();
-    assert!(!started.settled);
+    assert!(!started.at_target);
     let start = Instant::now();
     let balloon = Arc::clone(&t.balloon);
     let guest = thread::spawn(move || {
@@ -52,9 +52,9 @@ fn a_wait_ends_when_the_guest_is_there() {
         balloon.reach(GIB_PAGES / 2);
         balloon.reach(GIB_PAGES);
     });
-    let reached = t.client.wait(started.generation, LONG).unwrap();
+    let reached = t.client.wait(started.generation, TEST_TIMEOUT).unwrap();
     guest.join().unwrap();
-    assert!(reached.settled && start.elapsed() < LONG / 2);
+    assert!(reached.at_target && start.elapsed() < TEST_TIMEOUT / 2);
     assert_eq!(reached.actual_pages, GIB_PAGES);
 }
 
@@ -63,12 +63,13 @@ fn a_wait_ends_when_a_later_target_replaces_the_change() {
     let t = setup(Guest::Waits, Limits::default());
     let first = t.client.set_balloon(GIB, Duration::ZERO).unwrap();
     thread::scope(|scope| {
-        let waiting = scope.spawn(|| Client::connect(t.server.path()).unwrap().wait(1, LONG));
+        let waiting =
+            scope.spawn(|| Client::connect(t.server.path()).unwrap().wait(1, TEST_TIMEOUT));
         t.balloon.until_waited();
         let second = t.client.set_balloon(2 * GIB, Duration::ZERO).unwrap();
         assert_eq!((first.generation, second.generation), (1, 2));
         let seen = waiting.join().unwrap().unwrap();
-        assert_eq!((seen.generation, seen.settled), (2, false));
+        assert_eq!((seen.generation, seen.at_target), (2, false));
     });
 }
 
@@ -80,41 +81,44 @@ fn a_wait_ends_after_its_time_and_says_how_far_the_guest_got() {
     let start = Instant::now();
     let balloon = t.client.set_balloon(GIB, Duration::from_millis(30)).unwrap();
     assert!(start.elapsed() >= Duration::from_millis(30));
-    assert_eq!((balloon.settled, balloon.actual_pages), (false, 7));
+    assert_eq!((balloon.at_target, balloon.actual_pages), (false, 7));
     // Asked for longer than the server allows.
     let start = Instant::now();
-    assert!(!t.client.wait(1, LONG).unwrap().settled);
-    assert!(start.elapsed() >= Duration::from_millis(80) && start.elapsed() < LONG / 2);
+    assert!(!t.client.wait(1, TEST_TIMEOUT).unwrap().at_target);
+    assert!(start.elapsed() >= Duration::from_millis(80) && start.elapsed() < TEST_TIMEOUT / 2);
 }
 
 #[test]
 fn targets_that_do_not_fit_are_refused_and_change_nothing() {
     let t = setup(Guest::Obeys, Limits::default());
-    let (status, error, hint) = answered(t.client.set_balloon(5 * GIB, LONG).unwrap_err());
+    let (status, error, hint) = answered(t.client.set_balloon(5 * GIB, TEST_TIMEOUT).unwrap_err());
     assert_eq!(status, 422);
     assert_eq!(error, "a balloon of 5 GiB does not fit into a guest of 4 GiB");
     assert!(hint.contains("4 GiB"), "{hint}");
-    let (status, error, hint) = answered(t.client.set_balloon(4097, LONG).unwrap_err());
+    let (status, error, hint) = answered(t.client.set_balloon(4097, TEST_TIMEOUT).unwrap_err());
     assert_eq!((status, hint.as_str()), (422, "ask for 4096 bytes"));
     assert!(error.contains("4097"), "{error}");
     // As QEMU counts, in MiB.
-    let (status, _, hint) = answered(t.client.set_balloon(1024, LONG).unwrap_err());
+    let (status, _, hint) = answered(t.client.set_balloon(1024, TEST_TIMEOUT).unwrap_err());
     assert_eq!(status, 422);
     assert_eq!(hint, "target_bytes counts bytes, 1073741824 of them are 1GiB");
     assert_eq!(t.client.balloon().unwrap().generation, 0);
 
     t.balloon.edit(|status| status.balloon.max_bytes = None);
-    let (status, ..) = answered(t.client.set_balloon(1 << 44, LONG).unwrap_err());
+    let (status, ..) = answered(t.client.set_balloon(1 << 44, TEST_TIMEOUT).unwrap_err());
     assert_eq!(status, 422, "2^32 pages do not fit the device's 32 bits");
-    assert_eq!(t.client.set_balloon((1 << 44) - 4096, LONG).unwrap().target_pages, u32::MAX);
-    assert_eq!(t.client.set_balloon(0, LONG).unwrap().target_pages, 0);
+    assert_eq!(
+        t.client.set_balloon((1 << 44) - 4096, TEST_TIMEOUT).unwrap().target_pages,
+        u32::MAX
+    );
+    assert_eq!(t.client.set_balloon(0, TEST_TIMEOUT).unwrap().target_pages, 0);
 }
 
 #[test]
 fn what_the_balloon_refuses_reaches_the_client() {
     let t = setup(Guest::Obeys, Limits::default());
     t.balloon.edit(|status| status.guest.connected = false);
-    let refused = answered(t.client.set_balloon(GIB, LONG).unwrap_err());
+    let refused = answered(t.client.set_balloon(GIB, TEST_TIMEOUT).unwrap_err());
     assert_eq!(refused, (409, "no guest is connected".into(), "start the guest".into()));
 }
 
@@ -124,7 +128,7 @@ fn memory_is_measured_for_who_wants_to_know_it() {
     let t = setup(Guest::Obeys, Limits::default());
     t.client.set_release(ReleaseMode::Immediate).unwrap();
     t.client.set_stats(1000).unwrap();
-    t.client.set_balloon(GIB, LONG).unwrap();
+    t.client.set_balloon(GIB, TEST_TIMEOUT).unwrap();
     t.client.balloon().unwrap();
     assert_eq!(t.balloon.measured(), 0);
     t.client.status().unwrap();
@@ -151,7 +155,7 @@ fn clients_at_the_same_time_all_get_their_answers() {
                 let client = Client::connect(path).unwrap();
                 all.wait();
                 for round in 0..5 {
-                    client.set_balloon((i * 5 + round + 1) * 4096, LONG).unwrap();
+                    client.set_balloon((i * 5 + round + 1) * 4096, TEST_TIMEOUT).unwrap();
                     assert_eq!(client.status().unwrap().name, "web-1");
                 }
             });
@@ -166,16 +170,17 @@ fn waiters_over_the_limit_are_refused_while_others_are_served() {
     let t = setup(Guest::Waits, limits);
     t.client.set_balloon(GIB, Duration::ZERO).unwrap();
     thread::scope(|scope| {
-        let waiting = scope.spawn(|| Client::connect(t.server.path()).unwrap().wait(1, LONG));
+        let waiting =
+            scope.spawn(|| Client::connect(t.server.path()).unwrap().wait(1, TEST_TIMEOUT));
         t.balloon.until_waited();
-        let refused = answered(t.client.wait(1, LONG).unwrap_err());
+        let refused = answered(t.client.wait(1, TEST_TIMEOUT).unwrap_err());
         assert_eq!(refused.0, 503);
         assert!(refused.2.contains("later"), "{refused:?}");
         // A refused target changes nothing.
-        assert_eq!(answered(t.client.set_balloon(2 * GIB, LONG).unwrap_err()).0, 503);
+        assert_eq!(answered(t.client.set_balloon(2 * GIB, TEST_TIMEOUT).unwrap_err()).0, 503);
         assert_eq!(t.client.balloon().unwrap().target_bytes, GIB);
         t.balloon.reach(GIB_PAGES);
-        assert!(waiting.join().unwrap().unwrap().settled);
+        assert!(waiting.join().unwrap().unwrap().at_target);
     });
 }
 
@@ -184,13 +189,13 @@ fn stopping_answers_the_clients_that_wait_and_removes_the_socket() {
     let Setup { balloon, server, client, dir: _dir } = setup(Guest::Waits, Limits::default());
     let path = server.path().to_owned();
     thread::scope(|scope| {
-        let waiting = scope.spawn(|| client.set_balloon(GIB, LONG));
+        let waiting = scope.spawn(|| client.set_balloon(GIB, TEST_TIMEOUT));
         balloon.until_waited();
         let start = Instant::now();
         server.stop();
-        assert!(start.elapsed() < LONG / 2);
+        assert!(start.elapsed() < TEST_TIMEOUT / 2);
         assert!(!path.exists());
-        assert!(!waiting.join().unwrap().unwrap().settled);
+        assert!(!waiting.join().unwrap().unwrap().at_target);
     });
     assert!(matches!(client.status(), Err(ControlError::NotFound { .. })));
 }
@@ -198,7 +203,7 @@ fn stopping_answers_the_clients_that_wait_and_removes_the_socket() {
 #[test]
 fn a_balloon_that_panics_costs_one_answer() {
     struct Broken;
-    impl control::Balloon for Broken {
+    impl control::BalloonControl for Broken {
         fn name(&self) -> String {
             "broken".into()
         }
@@ -256,7 +261,7 @@ fn a_balloon_that_panics_costs_one_answer() {
     let server = Server::bind(&dir.path().join("s"), Arc::new(Broken)).unwrap();
     let client = Client::connect(server.path()).unwrap();
     assert_eq!(answered(client.status().unwrap_err()).0, 500);
-    assert_eq!(answered(client.hints(LONG).unwrap_err()).0, 500);
+    assert_eq!(answered(client.hints(TEST_TIMEOUT).unwrap_err()).0, 500);
     assert_eq!(answered(client.cancel().unwrap_err()).0, 500);
     assert_eq!(client.balloon().unwrap().actual_pages, 1);
 }
@@ -278,7 +283,7 @@ fn statistics_are_asked_for_within_limits() {
 #[test]
 fn hints_are_ended_whatever_comes_of_them() {
     let answers = setup(Guest::Obeys, Limits::default());
-    let hints = answers.client.hints(LONG).unwrap();
+    let hints = answers.client.hints(TEST_TIMEOUT).unwrap();
     assert_eq!((hints.id, hints.pages, hints.bytes), (1, 256, 1 << 20));
     answers.balloon.until_hints_ended(1);
 

@@ -92,7 +92,7 @@ fn every_endpoint_that_is_described_exists() {
         "post /v1/free-pages",
         "post /v1/hints",
         "post /v1/migration",
-        "post /v1/migration/settle",
+        "post /v1/migration/resolve",
         "post /v1/snapshot",
         "put /v1/balloon",
         "put /v1/release",

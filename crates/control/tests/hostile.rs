@@ -12,9 +12,11 @@ use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use control::api::{FreeKind, MigrationStatus, Problem, SettleWord, StartMigration, StartSnapshot};
+use control::api::{
+    FreeKind, MigrationStatus, Problem, ResolveAction, StartMigration, StartSnapshot,
+};
 use control::{
-    Balloon, Client, ControlError, FreePagesMap, Limits, MAX_BODY_BYTES, Monitor, Server,
+    BalloonControl, Client, ControlError, FreePagesMap, Limits, MAX_BODY_BYTES, Server, VmmControl,
 };
 use fake::{FakeBalloon, Guest, free_pages};
 use page_set::PageRange;
@@ -24,7 +26,7 @@ use tempfile::TempDir;
 const HANG: Duration = Duration::from_secs(20);
 
 /// Everybody's answer, whatever others do.
-const SOON: Duration = Duration::from_secs(1);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Clients that hang: more than there are connections.
 const CROWD: usize = 150;
@@ -114,7 +116,7 @@ impl Crowd {
             }
         });
         let start = Instant::now();
-        while !thread.is_finished() && start.elapsed() < SOON {
+        while !thread.is_finished() && start.elapsed() < ANSWER_TIMEOUT {
             std::thread::sleep(Duration::from_millis(5));
         }
         Self { clients }
@@ -134,7 +136,7 @@ fn answers_soon(path: &Path) {
         let client = Client::connect(path).unwrap().with_answer_timeout(HANG);
         assert_eq!(client.status().unwrap().name, "web-1");
         client.metrics().unwrap();
-        assert!(start.elapsed() < SOON * 2, "{:?} for two answers", start.elapsed());
+        assert!(start.elapsed() < ANSWER_TIMEOUT * 2, "{:?} for two answers", start.elapsed());
     }
 }
 
@@ -376,8 +378,8 @@ fn one_process_that_waits_leaves_places_to_others() {
     answers_soon(server.path());
 }
 
-const SETTLE: &[u8] =
-    b"POST /v1/migration/settle HTTP/1.1\r\nHost: x\r\nContent-Length: 14\r\n\r\n\
+const RESOLVE: &[u8] =
+    b"POST /v1/migration/resolve HTTP/1.1\r\nHost: x\r\nContent-Length: 14\r\n\r\n\
     {\"word\":\"ask\"}";
 
 /// A monitor whose other side never answers.
@@ -397,8 +399,8 @@ impl Silent {
     }
 }
 
-impl Monitor for Silent {
-    fn balloon(&self) -> Option<Arc<dyn Balloon>> {
+impl VmmControl for Silent {
+    fn balloon(&self) -> Option<Arc<dyn BalloonControl>> {
         Some(Arc::clone(&self.balloon) as _)
     }
 
@@ -418,7 +420,7 @@ impl Monitor for Silent {
         Ok(MigrationStatus::default())
     }
 
-    fn settle_migration(&self, _: SettleWord) -> Result<MigrationStatus, ControlError> {
+    fn resolve_migration(&self, _: ResolveAction) -> Result<MigrationStatus, ControlError> {
         self.wait()
     }
 }
@@ -436,8 +438,8 @@ fn another_host_that_does_not_answer_keeps_nobody_else_waiting() {
     let server = Server::bind_monitor(&path, Arc::clone(&monitor) as _).unwrap();
     // Some stay and some leave, while the threads that work for them all stay.
     for _ in 0..2 {
-        drop(Crowd::come(server.path(), SETTLE));
-        let _crowd = Crowd::come(server.path(), SETTLE);
+        drop(Crowd::come(server.path(), RESOLVE));
+        let _crowd = Crowd::come(server.path(), RESOLVE);
         answers_soon(server.path());
         assert!(Client::connect(server.path()).unwrap().cancel_migration().is_ok());
     }

@@ -19,7 +19,7 @@ use control::{Client, GuestAsk, Limits, WhyNot};
 use fake::{Guest, Setup, answered, setup};
 
 const GIB: u64 = 1 << 30;
-const LONG: Duration = Duration::from_secs(30);
+const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Status and body of a request as any HTTP client makes it.
 fn http(path: &Path, method: &str, target: &str, body: &str) -> (u16, Vec<u8>) {
@@ -44,12 +44,12 @@ fn snapshot() -> AskFreePages {
 #[test]
 fn caches_are_dropped_and_only_what_was_asked_for_counts() {
     let t = setup(Guest::Obeys, Limits::default());
-    let all = t.client.drop_caches(Caches::All, LONG).unwrap();
+    let all = t.client.drop_caches(Caches::All, TEST_TIMEOUT).unwrap();
     assert_eq!((all.page_cache.before_bytes, all.page_cache.after_bytes), (GIB, GIB / 4));
     assert_eq!((all.page_cache.freed_bytes, all.slab.freed_bytes), (GIB / 4 * 3, 2 << 20));
     assert_eq!(all.freed_bytes, GIB / 4 * 3 + (2 << 20));
     assert!(all.elapsed_ms > all.guest_ms);
-    let slab = t.client.drop_caches(Caches::Slab, LONG).unwrap();
+    let slab = t.client.drop_caches(Caches::Slab, TEST_TIMEOUT).unwrap();
     assert_eq!((slab.freed_bytes, slab.page_cache.freed_bytes), (2 << 20, 0));
     // Without a body's fields all have their usual values.
     let (status, body) = http(t.server.path(), "POST", "/v1/drop-caches", "{}");
@@ -72,7 +72,7 @@ fn free_pages_are_asked_for_shown_and_released() {
     assert_eq!(t.client.free_pages().unwrap(), free);
     let hold = AskFreePages { kind: FreeKind::Hold, ..snapshot() };
     assert_eq!(t.client.ask_free_pages(&hold).unwrap().hold, Some(HoldState::Kept));
-    let ReleasedHold { released_bytes, .. } = t.client.release_free_pages(LONG).unwrap();
+    let ReleasedHold { released_bytes, .. } = t.client.release_free_pages(TEST_TIMEOUT).unwrap();
     assert_eq!(released_bytes, 2 * GIB);
 }
 
@@ -189,14 +189,14 @@ fn a_request_without_a_result_says_why() {
         (WhyNot::TimedOut, 504),
     ] {
         t.balloon.requests(|requests| requests.refuse = Some((why, "at once")));
-        let error = t.client.drop_caches(Caches::All, LONG).unwrap_err();
+        let error = t.client.drop_caches(Caches::All, TEST_TIMEOUT).unwrap_err();
         assert_eq!(answered(error), (status, "at once".into(), "do better".into()));
         let guest = Arc::clone(&t.balloon);
         let guest = thread::spawn(move || {
             guest.until_open(1);
             guest.requests(|requests| requests.fail(why, "later"));
         });
-        let error = t.client.drop_caches(Caches::All, LONG).unwrap_err();
+        let error = t.client.drop_caches(Caches::All, TEST_TIMEOUT).unwrap_err();
         assert_eq!(answered(error), (status, "later".into(), "look there".into()));
         guest.join().unwrap();
     }
@@ -209,7 +209,7 @@ fn a_request_is_stopped_by_an_operator_or_with_its_client() {
     thread::scope(|scope| {
         let path = t.server.path().to_owned();
         let asked = scope.spawn(move || {
-            Client::connect(&path).unwrap().drop_caches(Caches::All, LONG).unwrap_err()
+            Client::connect(&path).unwrap().drop_caches(Caches::All, TEST_TIMEOUT).unwrap_err()
         });
         t.balloon.until_open(1);
         let cancelled = t.client.cancel().unwrap();
@@ -236,7 +236,7 @@ fn clients_that_wait_for_the_guest_do_not_keep_others_from_their_answers() {
         let start = Instant::now();
         assert_eq!(http(path, "POST", "/v1/drop-caches", "{}").0, 503);
         assert!(t.client.status().is_ok());
-        assert!(start.elapsed() < LONG / 4);
+        assert!(start.elapsed() < TEST_TIMEOUT / 4);
         t.balloon.requests(|requests| (0..2).for_each(|_| requests.answer()));
         assert!(waiting.into_iter().all(|thread| thread.join().unwrap() == 200));
     });
@@ -246,10 +246,10 @@ fn clients_that_wait_for_the_guest_do_not_keep_others_from_their_answers() {
 fn a_server_that_stops_ends_requests_and_stops_the_guest() {
     let t = setup(Guest::Waits, Limits::default());
     let Setup { balloon, server, client, dir: _dir } = t;
-    let asked = thread::spawn(move || client.drop_caches(Caches::All, LONG));
+    let asked = thread::spawn(move || client.drop_caches(Caches::All, TEST_TIMEOUT));
     balloon.until_open(1);
     let start = Instant::now();
     server.stop();
-    assert!(start.elapsed() < LONG / 4);
+    assert!(start.elapsed() < TEST_TIMEOUT / 4);
     assert!(asked.join().unwrap().is_err());
 }

@@ -171,7 +171,7 @@ mod tests {
 
     use super::*;
 
-    const LONG: Duration = Duration::from_secs(20);
+    const TEST_TIMEOUT: Duration = Duration::from_secs(20);
 
     /// Takes a line for each word that it is given, and fails where that is an error.
     struct Reader {
@@ -209,17 +209,17 @@ mod tests {
         assert!(queue.dropped() >= 79, "{}", queue.dropped());
         let began = Instant::now();
         assert!(!queue.flush(Duration::from_millis(20)), "nobody reads");
-        assert!(began.elapsed() < LONG);
+        assert!(began.elapsed() < TEST_TIMEOUT);
         let dropped = queue.dropped();
         // From now on it reads.
         drop(lets);
-        assert!(queue.flush(LONG));
+        assert!(queue.flush(TEST_TIMEOUT));
         let lines: Vec<String> = lines.try_iter().collect();
         assert_eq!(lines.first().unwrap(), "line 0000\n");
         let told = format!("host: {dropped} log lines were dropped here");
         assert!(lines.iter().any(|line| line.starts_with(&told)), "{lines:?}");
         queue.push(b"the next\n");
-        assert!(queue.flush(LONG));
+        assert!(queue.flush(TEST_TIMEOUT));
         assert_eq!(queue.dropped(), dropped);
     }
 
@@ -230,13 +230,13 @@ mod tests {
             lets.send(Err(io::ErrorKind::BrokenPipe.into())).unwrap();
             queue.push(b"lost\n");
         }
-        assert!(queue.flush(LONG));
+        assert!(queue.flush(TEST_TIMEOUT));
         assert_eq!(queue.dropped(), 3);
         // One who comes back hears of it, once.
         drop(lets);
         queue.push(b"heard\n");
-        assert_eq!(lines.recv_timeout(LONG).unwrap(), notice(3).as_slice().to_text());
-        assert_eq!(lines.recv_timeout(LONG).unwrap(), "heard\n");
+        assert_eq!(lines.recv_timeout(TEST_TIMEOUT).unwrap(), notice(3).as_slice().to_text());
+        assert_eq!(lines.recv_timeout(TEST_TIMEOUT).unwrap(), "heard\n");
     }
 
     #[test]
@@ -244,7 +244,7 @@ mod tests {
         let (queue, lets, lines) = queue(1 << 20);
         drop(lets);
         queue.push(&[b'x'; 2 * MAX_LINE_BYTES]);
-        let line = lines.recv_timeout(LONG).unwrap();
+        let line = lines.recv_timeout(TEST_TIMEOUT).unwrap();
         assert!(line.len() < MAX_LINE_BYTES + 10 && line.ends_with("x ...\n"));
     }
 

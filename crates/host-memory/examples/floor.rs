@@ -158,7 +158,7 @@ fn background(
         }
         let given = started.elapsed();
         reclaimer.flush();
-        if !reclaimer.wait_settled(SETTLE) {
+        if !reclaimer.wait_idle(SETTLE) {
             return Err("the release did not end".into());
         }
         let Snapshot { calls, batches, release_ns, .. } = reclaimer.snapshot();

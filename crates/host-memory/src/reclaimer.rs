@@ -306,16 +306,16 @@ impl Reclaimer {
     /// True if nothing is pending or in flight. Pages that wait for the rest of
     /// their huge page do not count.
     #[must_use]
-    pub fn settled(&self) -> bool {
-        self.shared.lock().is_settled()
+    pub fn is_idle(&self) -> bool {
+        self.shared.lock().is_at_target()
     }
 
-    /// Waits until [settled](Self::settled), at most so long; returns whether it is.
+    /// Waits until [is_idle](Self::is_idle), at most so long; returns whether it is.
     #[must_use]
-    pub fn wait_settled(&self, timeout: Duration) -> bool {
+    pub fn wait_idle(&self, timeout: Duration) -> bool {
         let started = Instant::now();
         let mut inner = self.shared.lock();
-        while !inner.is_settled() {
+        while !inner.is_at_target() {
             let Some(left) = timeout.checked_sub(started.elapsed()) else { return false };
             let waited = self.shared.done.wait_timeout(inner, left);
             inner = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -498,7 +498,7 @@ impl Inner {
         self.counters.given_pages += pages.len();
     }
 
-    fn is_settled(&self) -> bool {
+    fn is_at_target(&self) -> bool {
         self.pages.pending().is_empty() && !self.pages.is_busy()
     }
 

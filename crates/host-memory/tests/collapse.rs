@@ -20,7 +20,7 @@ const CHUNKS: u64 = 32;
 const PAGES: u64 = CHUNKS * CHUNK_PAGES;
 /// Of the guest's memory, which is shifted against the host's huge pages.
 const START: u64 = 7;
-const LONG: Duration = Duration::from_secs(60);
+const TEST_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What khugepaged does, at once (Linux 6.1).
 const MADV_COLLAPSE: libc::c_int = 25;
@@ -55,7 +55,7 @@ impl Guest {
 
     fn settle(&self) {
         self.reclaimer.flush();
-        assert!(self.reclaimer.wait_settled(LONG));
+        assert!(self.reclaimer.wait_idle(TEST_TIMEOUT));
         assert_eq!(self.reclaimer.snapshot().huge_failures, 0);
     }
 

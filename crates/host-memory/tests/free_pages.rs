@@ -10,7 +10,7 @@ use host_memory::{
 };
 use page_set::{CHUNK_PAGES, PageRange, PageSet};
 
-const LONG: Duration = Duration::from_secs(60);
+const TEST_TIMEOUT: Duration = Duration::from_secs(60);
 /// The balloon's pages are below, free ones from here on.
 const FREE: u64 = 1 << 20;
 
@@ -84,7 +84,7 @@ fn stand(partial_huge: PartialHuge, panics: bool) -> Stand {
 fn free_pages_do_not_wait_for_the_balloon_and_are_counted_apart() {
     let stand = stand(PartialHuge::Split, false);
     stand.reclaimer.release(&pages(0, WAKE_PAGES));
-    stand.begun.recv_timeout(LONG).expect("the worker is busy");
+    stand.begun.recv_timeout(TEST_TIMEOUT).expect("the worker is busy");
     stand.reclaimer.release(&pages(WAKE_PAGES, 3));
     let mut free = pages(FREE, 10);
     free.union_with(&pages(FREE + 20, 5));
@@ -97,7 +97,7 @@ fn free_pages_do_not_wait_for_the_balloon_and_are_counted_apart() {
     for _ in 0..2 {
         stand.go.send(()).unwrap();
     }
-    assert!(stand.reclaimer.wait_settled(LONG));
+    assert!(stand.reclaimer.wait_idle(TEST_TIMEOUT));
     let done = stand.reclaimer.snapshot();
     assert_eq!((done.discarded_pages, done.free_pages), (WAKE_PAGES + 3, 15));
 }
@@ -123,5 +123,5 @@ fn a_panic_is_counted_and_the_guest_goes_on() {
     stand.reclaimer.release_free(&pages(FREE, 4));
     let done = stand.reclaimer.snapshot();
     assert_eq!((done.panics, done.failed_pages, done.free_pages), (1, 4, 0));
-    assert!(stand.reclaimer.settled());
+    assert!(stand.reclaimer.is_idle());
 }

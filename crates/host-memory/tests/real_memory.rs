@@ -19,7 +19,7 @@ use rustix::io::Errno;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 const MIB: u64 = 1 << 20;
-const LONG: Duration = Duration::from_secs(60);
+const TEST_TIMEOUT: Duration = Duration::from_secs(60);
 
 fn range(start: u64, pages: u64) -> PageRange {
     PageRange::new(start, pages).unwrap()
@@ -326,7 +326,7 @@ fn a_huge_page_that_came_back_for_one_page_leaves_the_host_again() {
     let given = range(0, 4 * CHUNK_PAGES);
     reclaimer.release(&given.into());
     reclaimer.flush();
-    assert!(reclaimer.wait_settled(LONG));
+    assert!(reclaimer.wait_idle(TEST_TIMEOUT));
     assert_eq!(resident_bytes(&guest.map).unwrap(), 8 * MIB);
 
     let (page, last) = (CHUNK_PAGES + 5, 3 * CHUNK_PAGES + 511);
@@ -335,7 +335,7 @@ fn a_huge_page_that_came_back_for_one_page_leaves_the_host_again() {
         guest.write(page);
     }
     assert_eq!(resident_bytes(&guest.map).unwrap(), 12 * MIB, "two huge pages for two small ones");
-    let end = Instant::now() + LONG;
+    let end = Instant::now() + TEST_TIMEOUT;
     while resident_bytes(&guest.map).unwrap() > 8 * MIB + 2 * PAGE_BYTES {
         assert!(Instant::now() < end, "they stay: {:?}", reclaimer.snapshot());
         std::thread::sleep(Duration::from_millis(10));
@@ -357,14 +357,14 @@ fn a_huge_page_that_came_back_for_a_moment_leaves_the_host_again() {
         let reclaimer = Reclaimer::new(map, options).unwrap();
         reclaimer.release(&range(0, 4 * CHUNK_PAGES).into());
         reclaimer.flush();
-        assert!(reclaimer.wait_settled(LONG));
+        assert!(reclaimer.wait_idle(TEST_TIMEOUT));
         let page = range(CHUNK_PAGES + 5, 1);
         reclaimer.retain(&page.into());
         guest.write(page.start());
         assert_eq!(resident_bytes(&guest.map).unwrap(), 10 * MIB);
         reclaimer.release(&page.into());
         reclaimer.flush();
-        let end = Instant::now() + LONG;
+        let end = Instant::now() + TEST_TIMEOUT;
         while resident_bytes(&guest.map).unwrap() > 8 * MIB {
             assert!(Instant::now() < end, "it stays: {:?}", reclaimer.snapshot());
             std::thread::sleep(Duration::from_millis(1));
@@ -444,7 +444,7 @@ fn hugetlb_pages_are_released_whole_or_wait() {
     // From the middle of host page 1 to the middle of host page 4.
     reclaimer.release(&range(start + CHUNK_PAGES + 7, 3 * CHUNK_PAGES).into());
     reclaimer.flush();
-    assert!(reclaimer.wait_settled(LONG));
+    assert!(reclaimer.wait_idle(TEST_TIMEOUT));
     let gone = PageSet::from(range(start + 2 * CHUNK_PAGES, 2 * CHUNK_PAGES));
     assert_eq!(reclaimer.snapshot().waiting_pages, CHUNK_PAGES);
     assert_eq!(before - resident_bytes(&guest.map).unwrap(), 4 * MIB);
@@ -452,7 +452,7 @@ fn hugetlb_pages_are_released_whole_or_wait() {
     // The first seven pages of host page 1 arrive, and it goes too.
     reclaimer.release(&range(start + CHUNK_PAGES, 7).into());
     reclaimer.flush();
-    assert!(reclaimer.wait_settled(LONG));
+    assert!(reclaimer.wait_idle(TEST_TIMEOUT));
     let mut gone = gone;
     gone.insert(range(start + CHUNK_PAGES, CHUNK_PAGES));
     let snapshot = reclaimer.snapshot();
@@ -486,7 +486,7 @@ fn pages_of_a_pool_are_promised_until_they_are_released_and_promised_again() {
     let reclaimer = Reclaimer::new(map, ReclaimerOptions::default()).unwrap();
     reclaimer.release(&given);
     reclaimer.flush();
-    assert!(reclaimer.wait_settled(LONG));
+    assert!(reclaimer.wait_idle(TEST_TIMEOUT));
     reserve_file(&third, 2 * 2 * MIB).unwrap();
     let error = guest.map.reserve(&given).unwrap_err().to_string();
     assert!(error.contains("2 huge pages of 2 MiB are needed, and 0 of"), "{error}");
@@ -538,7 +538,7 @@ fn what_the_guest_wrote_is_still_there() {
                 }
             }
             reclaimer.flush();
-            assert!(reclaimer.wait_settled(LONG));
+            assert!(reclaimer.wait_idle(TEST_TIMEOUT));
             let lost =
                 guest.pages().find(|page| !balloon.contains(page) && !guest.is_intact(*page));
             assert_eq!(lost, None, "{name}, {mode:?}");

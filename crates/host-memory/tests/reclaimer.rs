@@ -16,7 +16,7 @@ use host_memory::{
 };
 use page_set::{CHUNK_PAGES, PageRange, PageSet};
 
-const LONG: Duration = Duration::from_secs(60);
+const TEST_TIMEOUT: Duration = Duration::from_secs(60);
 
 fn pages(start: u64, count: u64) -> PageSet {
     PageRange::new(start, count).unwrap().into()
@@ -111,7 +111,7 @@ impl Stand {
     }
 
     fn next_batch(&self) -> PageSet {
-        self.begun.recv_timeout(LONG).expect("a batch begins")
+        self.begun.recv_timeout(TEST_TIMEOUT).expect("a batch begins")
     }
 }
 
@@ -140,7 +140,7 @@ fn retain_waits_for_the_batch_in_flight_and_only_for_it() {
         retainer.join().unwrap();
     });
     assert!(returned.load(Ordering::SeqCst));
-    assert!(stand.reclaimer.settled(), "what was retained is not released later");
+    assert!(stand.reclaimer.is_idle(), "what was retained is not released later");
     assert!(stand.begun.try_recv().is_err());
 }
 
@@ -149,7 +149,7 @@ fn what_came_back_with_a_huge_page_is_released_once_more() {
     let stand = Stand::new(true, ReleaseMode::Background).open(3);
     stand.reclaimer.release(&pages(0, 2 * CHUNK_PAGES));
     assert_eq!(stand.next_batch(), pages(0, 2 * CHUNK_PAGES));
-    assert!(stand.reclaimer.wait_settled(LONG));
+    assert!(stand.reclaimer.wait_idle(TEST_TIMEOUT));
     let before = stand.reclaimer.snapshot();
     // The guest takes a page back and touches it, and the host gives it 512.
     stand.resident.store(CHUNK_PAGES, Ordering::SeqCst);
@@ -200,7 +200,7 @@ fn small_pieces_add_up_before_the_worker_wakes() {
     for start in (0..WAKE_PAGES).step_by(step) {
         stand.reclaimer.release(&pages(start, step as u64));
     }
-    assert!(stand.reclaimer.wait_settled(LONG));
+    assert!(stand.reclaimer.wait_idle(TEST_TIMEOUT));
     let batches: Vec<PageSet> = stand.begun.try_iter().collect();
     let sum: u64 = batches.iter().map(PageSet::len).sum();
     assert_eq!(sum, WAKE_PAGES);
@@ -214,7 +214,7 @@ fn batches_are_bounded() {
     let stand = Stand::new(false, ReleaseMode::Background).open(20);
     stand.reclaimer.release(&pages(7, 10 * BATCH_PAGES));
     stand.reclaimer.flush();
-    assert!(stand.reclaimer.wait_settled(LONG));
+    assert!(stand.reclaimer.wait_idle(TEST_TIMEOUT));
     let batches: Vec<PageSet> = stand.begun.try_iter().collect();
     assert!(batches.iter().all(|batch| batch.len() <= BATCH_PAGES));
     assert_eq!(batches.iter().map(PageSet::len).sum::<u64>(), 10 * BATCH_PAGES);
@@ -283,13 +283,13 @@ fn parts_of_huge_pages_wait_if_told_and_are_released_together() {
     stand.reclaimer.set_partial_huge(PartialHuge::Wait);
     stand.reclaimer.release(&pages(0, 300));
     stand.reclaimer.flush();
-    assert!(stand.reclaimer.wait_settled(LONG));
+    assert!(stand.reclaimer.wait_idle(TEST_TIMEOUT));
     let snapshot = stand.reclaimer.snapshot();
     assert_eq!((snapshot.waiting_pages, snapshot.discarded_pages), (300, 0));
 
     stand.reclaimer.release(&pages(300, CHUNK_PAGES - 300));
     stand.reclaimer.flush();
-    assert!(stand.reclaimer.wait_settled(LONG));
+    assert!(stand.reclaimer.wait_idle(TEST_TIMEOUT));
     assert_eq!(stand.reclaimer.snapshot().waiting_pages, 0);
     assert_eq!(stand.next_batch(), pages(0, CHUNK_PAGES));
 
@@ -297,7 +297,7 @@ fn parts_of_huge_pages_wait_if_told_and_are_released_together() {
     stand.reclaimer.retain(&pages(0, CHUNK_PAGES));
     stand.reclaimer.release(&pages(0, 300));
     stand.reclaimer.flush();
-    assert!(stand.reclaimer.wait_settled(LONG));
+    assert!(stand.reclaimer.wait_idle(TEST_TIMEOUT));
     stand.reclaimer.retain(&pages(0, 100));
     assert_eq!(stand.reclaimer.snapshot().waiting_pages, 200);
     stand.reclaimer.set_partial_huge(PartialHuge::Split);
@@ -334,7 +334,7 @@ fn a_panic_or_a_refusal_is_counted_and_the_next_batch_goes_on() {
     for act in [Act::Panic, Act::Refuse, Act::Release] {
         stand.go.send(act).unwrap();
         stand.reclaimer.release(&pages(0, WAKE_PAGES));
-        assert!(stand.reclaimer.wait_settled(LONG));
+        assert!(stand.reclaimer.wait_idle(TEST_TIMEOUT));
         // In flight no more, so this must not wait for ever.
         stand.reclaimer.retain(&pages(0, WAKE_PAGES));
     }
@@ -349,7 +349,7 @@ fn retain_all_and_new_memory_forget_what_is_pending() {
     let stand = Stand::new(true, ReleaseMode::Background);
     stand.reclaimer.release(&pages(0, 3));
     stand.reclaimer.retain_all();
-    assert!(stand.reclaimer.settled());
+    assert!(stand.reclaimer.is_idle());
     stand.reclaimer.release(&pages(0, 3));
     let (begun_tx, begun) = channel();
     let (go, go_rx) = channel();
@@ -359,7 +359,7 @@ fn retain_all_and_new_memory_forget_what_is_pending() {
     stand.reclaimer.replace_memory(Arc::new(gate));
     stand.reclaimer.release(&pages(50, 1));
     stand.reclaimer.flush();
-    assert!(stand.reclaimer.wait_settled(LONG));
+    assert!(stand.reclaimer.wait_idle(TEST_TIMEOUT));
     assert_eq!(begun.try_iter().collect::<Vec<_>>(), [pages(50, 1)]);
     assert!(stand.begun.try_recv().is_err(), "the old memory is left alone");
 }
@@ -386,12 +386,12 @@ fn dropping_waits_for_the_batch_in_flight_and_forgets_the_rest() {
 }
 
 #[test]
-fn wait_settled_gives_up_in_time() {
+fn wait_idle_times_out() {
     let stand = Stand::new(false, ReleaseMode::Background);
     stand.reclaimer.release(&pages(0, WAKE_PAGES));
-    assert!(!stand.reclaimer.wait_settled(Duration::from_millis(1)));
+    assert!(!stand.reclaimer.wait_idle(Duration::from_millis(1)));
     stand.go.send(Act::Release).unwrap();
-    assert!(stand.reclaimer.wait_settled(Duration::MAX));
+    assert!(stand.reclaimer.wait_idle(Duration::MAX));
 }
 
 /// Who owns each page, as the guest sees it.
@@ -525,7 +525,7 @@ fn no_page_is_discarded_after_it_was_retained() {
         reclaimer.set_partial_huge(PartialHuge::Split);
         reclaimer.set_mode(ReleaseMode::Immediate);
         // A sweep may be under way, which is not waited for.
-        assert!(reclaimer.wait_settled(LONG));
+        assert!(reclaimer.wait_idle(TEST_TIMEOUT));
         assert_eq!(owners.broken.load(Ordering::SeqCst), 0, "discarded under the guest");
         let (snapshot, seen) = (reclaimer.snapshot(), owners.seen.load(Ordering::SeqCst));
         assert_eq!(snapshot.discarded_pages + snapshot.swept_pages, seen);

@@ -14,7 +14,7 @@ use host_memory::{
 use page_set::{CHUNK_PAGES, PageRange, PageSet};
 
 /// Long enough for any machine; nothing waits for it but a test that fails.
-const LONG: Duration = Duration::from_secs(60);
+const TEST_TIMEOUT: Duration = Duration::from_secs(60);
 
 #[derive(Debug, PartialEq, Eq)]
 enum Call {
@@ -84,7 +84,7 @@ impl Stand {
     }
 
     fn asked(&self) -> Call {
-        self.calls.recv_timeout(LONG).expect("the host is asked")
+        self.calls.recv_timeout(TEST_TIMEOUT).expect("the host is asked")
     }
 
     fn answer(&self) {
@@ -102,7 +102,7 @@ impl Stand {
             reclaimer.retain(&pages(given, 3));
             done.send(pending).unwrap();
         });
-        assert_eq!(end.recv_timeout(LONG), Ok(3), "the guest waits for a slow host");
+        assert_eq!(end.recv_timeout(TEST_TIMEOUT), Ok(3), "the guest waits for a slow host");
         guest.join().unwrap();
     }
 }
@@ -218,7 +218,7 @@ fn changing_the_mode_waits_for_no_guest_that_goes_on_giving() {
         let released = memory.released.lock().unwrap().clone();
         changed_tx.send(released).unwrap();
     });
-    let released = changed.recv_timeout(LONG).expect("the mode is changed");
+    let released = changed.recv_timeout(TEST_TIMEOUT).expect("the mode is changed");
     let mut left = given;
     left.subtract(&released);
     assert!(left.is_empty(), "{left:?} was pending before");

@@ -21,7 +21,7 @@ use tempfile::TempDir;
 use crate::cache::{self, Key};
 use crate::error::{Context, LabError, Result};
 use crate::guest_build;
-use crate::keeper::Kept;
+use crate::keeper::GuardedChild;
 use crate::tool;
 
 /// Raise it when the way the guest is built changes.
@@ -174,7 +174,7 @@ impl BareBuilder {
         let mut variables: Vec<(&str, &OsStr)> =
             vec![(RUNTIME_VARIABLE, self.directory.path().as_os_str())];
         variables.extend(self.variables.iter().map(|(name, value)| (name.as_str(), &**value)));
-        let mut process = Kept::start(&self.words, self.directory.path(), &variables)?;
+        let mut process = GuardedChild::start(&self.words, self.directory.path(), &variables)?;
         let child = process.child();
         let input = child.stdin.take();
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
@@ -213,7 +213,7 @@ impl BareBuilder {
 
 /// A process of the VMM, which ends when this is dropped.
 pub struct BareGuest {
-    process: Kept,
+    process: GuardedChild,
     input: Option<ChildStdin>,
     output: Arc<Output>,
     directory: Arc<TempDir>,

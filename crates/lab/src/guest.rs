@@ -9,7 +9,7 @@ use crate::boot::{self, Machine};
 use crate::console::{Console, Record, Reply};
 use crate::debian::DebianKernel;
 use crate::error::{Context, LabError, Result};
-use crate::keeper::Kept;
+use crate::keeper::GuardedChild;
 use crate::uml::UmlKernel;
 
 /// How long a boot may take: seconds in User Mode Linux, half a minute in emulation on a machine
@@ -179,7 +179,7 @@ impl GuestBuilder {
             .context(|| "make a temporary directory".to_owned())?;
         let launch = boot::prepare(&self, directory.path())?;
         let record = Record::new(self.log_file.as_deref())?;
-        let mut kept = Kept::start(&launch.words, directory.path(), &launch.variables())?;
+        let mut kept = GuardedChild::start(&launch.words, directory.path(), &launch.variables())?;
         let child = kept.child();
         let missing = || LabError::Unexpected {
             what: "the guest's streams".to_owned(),
@@ -208,7 +208,7 @@ impl GuestBuilder {
 /// A running guest; it ends when this is dropped.
 pub struct Guest {
     console: Box<Console>,
-    kept: Kept,
+    kept: GuardedChild,
     record: Record,
     /// Disconnects when no process holds the guest's standard error any more.
     ended: Receiver<()>,

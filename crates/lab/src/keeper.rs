@@ -1,6 +1,6 @@
 //! Processes that end with the one that started them, however that one ends.
 //!
-//! A dropped [`Kept`] kills its process group. A harness that is killed drops nothing, so a shell
+//! A dropped [`GuardedChild`] kills its process group. A harness that is killed drops nothing, so a shell
 //! in the guest's process group waits at a pipe whose other end only the harness holds: when the
 //! pipe closes, the shell kills the group, itself included. A parent death signal would not do: it
 //! goes with the thread that started the guest, and reaches the main process of the guest alone.
@@ -29,14 +29,14 @@ exec "$@"
 "#;
 
 /// A guest's processes.
-pub(crate) struct Kept {
+pub(crate) struct GuardedChild {
     child: Child,
     status: Option<ExitStatus>,
     /// Closing it ends the waiting shell, and the group with it.
     _alive: OwnedFd,
 }
 
-impl Kept {
+impl GuardedChild {
     /// Starts a program in a process group of its own, with pipes for its three streams.
     ///
     /// `directory` is where it runs; it is removed if the caller is killed.
@@ -102,7 +102,7 @@ impl Kept {
     }
 }
 
-impl Drop for Kept {
+impl Drop for GuardedChild {
     fn drop(&mut self) {
         if let Err(error) = self.end() {
             tracing::error!("a guest may still be running: {error}");

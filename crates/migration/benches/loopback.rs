@@ -24,12 +24,12 @@ use migration::guest_memory::MappedMemory;
 use migration::layout::GuestLayout;
 use migration::link::{Accept, Connect};
 use migration::observer::Silent;
-use migration::seams::{
+use migration::tcp::{Security, TcpAcceptor, TcpConnector};
+use migration::tls::{Tls, TlsFiles};
+use migration::traits::{
     Description, DestinationMachine, FreePages, MachineError, ReadPages, SourceMachine,
     StateSection, WritePages,
 };
-use migration::tcp::{Security, TcpAcceptor, TcpConnector};
-use migration::tls::{Tls, TlsFiles};
 use migration::{DestinationConfig, Downtime, SourceConfig, migrate, receive};
 use page_set::{PageRange, PageSet};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
@@ -97,13 +97,13 @@ fn stood_still(runs: &mut [Downtime]) -> String {
     let all = |run: &Downtime| run.total_us as f64 / 1000.0;
     let run = &runs[runs.len() / 2];
     format!(
-        "downtime {:.1} ms ({:.1}..{:.1}): {WRITTEN_PAGES} pages {} us, state {} us, hand-over {} us",
+        "downtime {:.1} ms ({:.1}..{:.1}): {WRITTEN_PAGES} pages {} us, state {} us, switchover {} us",
         all(run),
         all(&runs[0]),
         all(&runs[runs.len() - 1]),
         run.log_us + run.copy_us,
         run.state_us,
-        run.hand_over_us,
+        run.switchover_us,
     )
 }
 
@@ -331,7 +331,7 @@ impl SourceMachine for Source {
         Ok(())
     }
 
-    fn give_away(&mut self) {}
+    fn relinquish(&mut self) {}
 }
 
 /// Takes it.

@@ -86,7 +86,7 @@ pub struct Convergence {
     work: f64,
     /// Work for each page of the newest two rounds of written pages.
     costs: [f64; 2],
-    retreats: u32,
+    aborted_switchovers: u32,
 }
 
 impl Convergence {
@@ -102,7 +102,7 @@ impl Convergence {
             pages_per_s: None,
             work: 0.0,
             costs: [1.0; 2],
-            retreats: 0,
+            aborted_switchovers: 0,
         }
     }
 
@@ -154,11 +154,12 @@ impl Convergence {
 
     /// Whether a guest that was stopped should go on for another round: it wrote so much until it
     /// stood that the limit would be passed twice over. Not for ever.
-    pub fn retreats(&mut self, remaining_pages: u64) -> bool {
+    pub fn aborted_switchovers(&mut self, remaining_pages: u64) -> bool {
         let late = self.expected(remaining_pages) > self.downtime.saturating_mul(2);
-        let retreats = late && self.retreats < MAX_RETREATS && self.rounds < self.max_rounds;
-        self.retreats += u32::from(retreats);
-        retreats
+        let aborted_switchovers =
+            late && self.aborted_switchovers < MAX_RETREATS && self.rounds < self.max_rounds;
+        self.aborted_switchovers += u32::from(aborted_switchovers);
+        aborted_switchovers
     }
 
     /// How long the guest would stand if it was stopped now.
@@ -248,8 +249,8 @@ mod tests {
     fn a_stopped_guest_goes_on_a_few_times() {
         let mut convergence = Convergence::new(LIMIT, 60);
         assert_eq!(convergence.after_round(seen(100_000, 0, 1000, 10)), Decision::Stop);
-        assert!(!convergence.retreats(50_000), "within twice the limit");
-        let many = std::iter::repeat_with(|| convergence.retreats(70_000)).take(5);
+        assert!(!convergence.aborted_switchovers(50_000), "within twice the limit");
+        let many = std::iter::repeat_with(|| convergence.aborted_switchovers(70_000)).take(5);
         assert_eq!(many.collect::<Vec<_>>(), [true, true, true, false, false]);
     }
 

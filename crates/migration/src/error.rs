@@ -8,7 +8,7 @@ use diagnostics::visible;
 
 use crate::cpu::CpuMismatch;
 use crate::layout::LayoutError;
-use crate::seams::MachineError;
+use crate::traits::MachineError;
 use crate::wire::chunk::PAGE_BYTES;
 use crate::wire::control::VERSIONS;
 

@@ -4,7 +4,7 @@ use page_set::{PAGE_BYTES, PageRange};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use crate::seams::{MachineError, ReadPages, WritePages};
+use crate::traits::{MachineError, ReadPages, WritePages};
 
 /// Bytes that are looked at before they are cleared.
 const LOOK_BYTES: usize = 64 << 10;

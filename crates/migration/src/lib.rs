@@ -2,7 +2,7 @@
 //!
 //! docs/migration.md is the authority on the wire, the phases, and why no page is lost and no two
 //! guests run. This crate knows no KVM and no device: a monitor implements the traits of
-//! [`seams`].
+//! [`traits`].
 
 #![forbid(unsafe_code)]
 #![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]
@@ -21,19 +21,19 @@ pub mod limits;
 pub mod link;
 pub mod observer;
 pub mod raw;
-pub mod seams;
 pub mod selection;
-mod shares;
 pub mod snapshot;
 mod source;
 mod summary;
 pub mod tcp;
 pub mod tls;
+pub mod traits;
 mod wire;
+mod worker_pool;
 
 pub use destination::{
-    Asking, Custody, DestinationConfig, DestinationGuest, ReceiveFailure, Received, Settled,
-    receive,
+    Asking, DestinationConfig, DestinationGuest, DestinationOwnership, ReceiveFailure, Received,
+    Resolution, receive,
 };
 pub use error::MigrationError;
 pub use source::{Fate, SourceConfig, SourceDoubt, SourceFailure, SourceGuest, migrate};

@@ -23,7 +23,7 @@ pub enum Phase {
     /// State of processors and devices.
     State,
     /// The guest changes sides, unless it was cancelled before this was told.
-    HandOver,
+    Switchover,
 }
 
 /// How far the present phase is.

@@ -12,7 +12,7 @@ use page_set::PageSet;
 
 use crate::dirty::{DirtyBitmap, Word};
 use crate::layout::GuestLayout;
-use crate::seams::FreePages;
+use crate::traits::FreePages;
 
 /// What is left to be sent of a guest.
 #[derive(Clone, Debug)]
@@ -29,7 +29,7 @@ pub struct Selection {
 /// That the guest is going to be asked now: answers to it may take away only what is to be sent at
 /// this moment.
 #[derive(Clone, Copy, Debug)]
-pub struct Asked {
+pub struct SelectionMark {
     additions: u64,
 }
 
@@ -65,8 +65,8 @@ impl Selection {
     /// Must be called after the log was last read ([`add_written`](Self::add_written)) and before
     /// the guest is asked.
     #[must_use]
-    pub const fn asking(&self) -> Asked {
-        Asked { additions: self.additions }
+    pub const fn asking(&self) -> SelectionMark {
+        SelectionMark { additions: self.additions }
     }
 
     /// Takes away what the guest says it does not use; returns how many pages were to be sent and
@@ -74,7 +74,7 @@ impl Selection {
     ///
     /// Nothing is taken away where writes were added since the guest was asked: those among them
     /// that came after the answer could not be told from the others.
-    pub fn skip(&mut self, asked: Asked, unused: &FreePages) -> u64 {
+    pub fn skip(&mut self, asked: SelectionMark, unused: &FreePages) -> u64 {
         if asked.additions != self.additions {
             return 0;
         }

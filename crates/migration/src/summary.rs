@@ -28,7 +28,7 @@ pub struct Summary {
     /// Each round, the last one with the guest stopped.
     pub rounds: Vec<RoundSummary>,
     /// Times that the guest was stopped and went on, because more was left than expected.
-    pub retreats: u32,
+    pub aborted_switchovers: u32,
     /// How far the guest was held back at the end, in per cent.
     pub throttle: u8,
     /// From the first connection to the last word.
@@ -69,9 +69,9 @@ pub struct Downtime {
     pub state_us: u64,
     /// See `state_us`.
     pub load_us: u64,
-    /// The hand-over, of which `resume_us` was starting the guest, by the destination's word.
-    pub hand_over_us: u64,
-    /// See `hand_over_us`.
+    /// The switchover, of which `resume_us` was starting the guest, by the destination's word.
+    pub switchover_us: u64,
+    /// See `switchover_us`.
     pub resume_us: u64,
     /// From before the first to after the last, all together.
     pub total_us: u64,

@@ -1,6 +1,6 @@
 //! A network that fails at every single write, in every way, in either direction. Whatever
 //! happens: the guest runs on at most one side at any moment, all of it is somewhere, and one word
-//! settles what is in doubt.
+//! resolves what is in doubt.
 
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test")]
 
@@ -18,8 +18,8 @@ use common::fault::{Faulty, Kind, Plan};
 use common::{Destination, Incoming, Source, World, compare, quick_destination, quick_source};
 use migration::observer::Silent;
 use migration::{
-    Custody, DestinationConfig, DestinationGuest, ReceiveFailure, Received, Settled, SourceConfig,
-    SourceDoubt, SourceFailure, SourceGuest, Summary, migrate, receive,
+    DestinationConfig, DestinationGuest, DestinationOwnership, ReceiveFailure, Received,
+    Resolution, SourceConfig, SourceDoubt, SourceFailure, SourceGuest, Summary, migrate, receive,
 };
 
 /// Longer than a machine that does other things keeps a thread waiting; what stalls costs as much.
@@ -104,7 +104,7 @@ impl Setup {
         })
     }
 
-    /// What has to hold, whatever happened; settles what is in doubt.
+    /// What has to hold, whatever happened; resolves what is in doubt.
     fn check(&mut self, ended: Ended, what: &str) -> Case {
         self.world.check();
         let case = case(&ended);
@@ -113,7 +113,7 @@ impl Setup {
             (Ok(_), Err(failure)) => panic!("{what}: given away to nobody: {failure:?}"),
             (Err(failure), received) => match failure.guest {
                 SourceGuest::Runs => self.stayed(received, what),
-                SourceGuest::InDoubt(doubt) => self.settle(&doubt, received, what),
+                SourceGuest::InDoubt(doubt) => self.resolve(&doubt, received, what),
                 SourceGuest::Stuck(error) => panic!("{what}: {error}"),
             },
         }
@@ -134,46 +134,46 @@ impl Setup {
         assert!(self.source.runs(), "{what}");
         match received {
             Ok(_) => panic!("{what}: it runs there too"),
-            Err(ReceiveFailure { guest: DestinationGuest::InDoubt(mut custody), .. }) => {
+            Err(ReceiveFailure { guest: DestinationGuest::InDoubt(mut ownership), .. }) => {
                 // The source's operator says where it runs.
-                custody.discard(&mut self.destination);
-                assert_eq!(custody.settled(), Settled::Gone);
+                ownership.discard(&mut self.destination);
+                assert_eq!(ownership.resolved(), Resolution::Gone);
             }
             Err(_) => {}
         }
     }
 
-    fn settle(
+    fn resolve(
         &mut self,
         doubt: &SourceDoubt,
         received: Result<Received, ReceiveFailure>,
         what: &str,
     ) {
         assert!(!self.source.runs(), "{what}: in doubt and running");
-        let mut custody = match received {
-            Ok(received) => received.custody,
-            Err(ReceiveFailure { guest: DestinationGuest::InDoubt(custody), .. }) => {
+        let mut ownership = match received {
+            Ok(received) => received.ownership,
+            Err(ReceiveFailure { guest: DestinationGuest::InDoubt(ownership), .. }) => {
                 assert!(!self.destination.runs(), "{what}: in doubt and running");
-                custody
+                ownership
             }
-            Err(ReceiveFailure { guest: DestinationGuest::Refused(custody), .. }) => custody,
+            Err(ReceiveFailure { guest: DestinationGuest::Refused(ownership), .. }) => ownership,
             Err(ReceiveFailure { guest: DestinationGuest::Destroyed, .. }) => {
                 doubt.run_here(&mut self.source).unwrap();
                 return;
             }
         };
         // The machine may be busy, and then one asks again.
-        let settled = (0..50).any(|_| self.ask(doubt, &mut custody));
-        assert!(settled, "{what}: cannot be settled");
+        let resolved = (0..50).any(|_| self.ask(doubt, &mut ownership));
+        assert!(resolved, "{what}: cannot be resolved");
     }
 
     /// The one word, over a connection that works.
-    fn ask(&mut self, doubt: &SourceDoubt, custody: &mut Custody) -> bool {
+    fn ask(&mut self, doubt: &SourceDoubt, ownership: &mut DestinationOwnership) -> bool {
         let (mine, theirs) = UnixStream::pair().unwrap();
         let mut mine = Some(mine);
         let destination = &mut self.destination;
         thread::scope(|scope| {
-            let answered = scope.spawn(|| custody.answer(theirs, 20 * STALL, destination));
+            let answered = scope.spawn(|| ownership.answer(theirs, 20 * STALL, destination));
             let asked = doubt.ask(&mut self.source, &mut || {
                 mine.take().ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected))
             });
@@ -188,15 +188,16 @@ fn serve(
     destination: &mut Destination,
     incoming: &mut Incoming<Faulty>,
 ) -> Result<Received, ReceiveFailure> {
-    let Err(ReceiveFailure { id, error, guest: DestinationGuest::InDoubt(mut custody) }) = received
+    let Err(ReceiveFailure { id, error, guest: DestinationGuest::InDoubt(mut ownership) }) =
+        received
     else {
         return received;
     };
-    while custody.settled() == Settled::Waits {
+    while ownership.resolved() == Resolution::Waits {
         let Ok(link) = incoming.0.recv_timeout(2 * STALL) else { break };
-        let _ = custody.answer(link, STALL, destination);
+        let _ = ownership.answer(link, STALL, destination);
     }
-    Err(ReceiveFailure { id, error, guest: DestinationGuest::InDoubt(custody) })
+    Err(ReceiveFailure { id, error, guest: DestinationGuest::InDoubt(ownership) })
 }
 
 fn connector(

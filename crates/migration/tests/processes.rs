@@ -17,7 +17,7 @@ use common::{Destination, Source, World, quick_destination, quick_source};
 use migration::observer::{Observer, Phase, Silent};
 use migration::tcp::{Security, TcpAcceptor, TcpConnector};
 use migration::{
-    DestinationConfig, DestinationGuest, ReceiveFailure, Settled, SourceConfig, SourceGuest,
+    DestinationConfig, DestinationGuest, ReceiveFailure, Resolution, SourceConfig, SourceGuest,
     migrate, receive,
 };
 
@@ -144,10 +144,10 @@ fn the_source_is_killed() {
         let ReceiveFailure { guest, .. } = received.unwrap_err();
         assert!(!destination.runs());
         match guest {
-            DestinationGuest::InDoubt(mut custody) if whole => {
+            DestinationGuest::InDoubt(mut ownership) if whole => {
                 // An operator, who sees that the source is dead.
-                custody.run_here(&mut destination).unwrap();
-                assert_eq!(custody.settled(), Settled::Runs);
+                ownership.run_here(&mut destination).unwrap();
+                assert_eq!(ownership.resolved(), Resolution::Runs);
                 assert!(destination.runs() && destination.loaded);
             }
             DestinationGuest::Destroyed if !whole => assert!(destination.memory.is_none()),

@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use migration::dirty::{DirtyBitmap, Word};
 use migration::layout::GuestLayout;
-use migration::seams::FreePages;
-use migration::selection::{Asked, Plan, Selection};
+use migration::selection::{Plan, Selection, SelectionMark};
+use migration::traits::FreePages;
 use page_set::{PageRange, PageSet};
 use proptest::prelude::*;
 
@@ -94,7 +94,7 @@ struct Model {
     next_value: u64,
     layout: GuestLayout,
     selection: Selection,
-    asked: Option<Asked>,
+    asked: Option<SelectionMark>,
     free_since: BTreeSet<u64>,
     hinted: BTreeSet<u64>,
     /// What is left of the round, in any order: pages, and what they are filled with.

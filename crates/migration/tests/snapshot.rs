@@ -251,10 +251,10 @@ mod lazily {
     use std::sync::{Condvar, Mutex};
     use std::time::{Duration, Instant};
 
-    use migration::seams::{
+    use migration::snapshot::restore_lazily;
+    use migration::traits::{
         Description, DestinationMachine, MachineError, PlacePages, StateSection, WritePages,
     };
-    use migration::snapshot::restore_lazily;
 
     use super::*;
 

@@ -22,7 +22,7 @@ use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
 const STALL: Duration = Duration::from_secs(40);
 
 /// A source that is not kept away is done long before.
-const SOON: Duration = Duration::from_secs(20);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// More than are greeted at a time.
 const FLOOD: usize = 300;
@@ -39,7 +39,7 @@ fn moves(mut accept: TcpAcceptor, connect: &mut impl Connect<Link = TcpLink>, co
     let world = Arc::new(World::default());
     let mut source = Source::new(&world, 0, 0);
     let mut destination = Destination::new(&world);
-    let deadline = Some(Instant::now() + SOON * 2);
+    let deadline = Some(Instant::now() + ANSWER_TIMEOUT * 2);
     let config = DestinationConfig { stall: STALL, deadline, ..quick_destination() };
     let from = SourceConfig { connections, stall: STALL, ..quick_source() };
     let start = Instant::now();
@@ -48,7 +48,7 @@ fn moves(mut accept: TcpAcceptor, connect: &mut impl Connect<Link = TcpLink>, co
         migrate(&from, &mut source, connect, &mut Silent).unwrap();
     });
     compare(&source, &destination);
-    assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
+    assert!(start.elapsed() < ANSWER_TIMEOUT, "{:?}", start.elapsed());
 }
 
 fn connector(address: SocketAddr) -> TcpConnector {

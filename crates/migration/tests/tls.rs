@@ -45,7 +45,7 @@ fn side(name: &str, from: &Authority, believes: &Authority) -> Tls {
 }
 
 /// The destination waits for so long.
-const LONG: Duration = Duration::from_secs(20);
+const TEST_TIMEOUT: Duration = Duration::from_secs(20);
 const SHORT: Duration = Duration::from_millis(500);
 
 fn run(here: Security, there: Security, wait: Duration) -> Result<Summary, SourceFailure> {
@@ -89,12 +89,12 @@ fn run_beside(
 fn a_guest_moves_between_sides_that_believe_each_other() {
     let ours = authority();
     let tls = |name| Security::Tls(side(name, &ours, &ours));
-    run(tls("source"), tls("localhost"), LONG).unwrap();
+    run(tls("source"), tls("localhost"), TEST_TIMEOUT).unwrap();
 }
 
 #[test]
 fn a_guest_moves_in_plain_on_loopback() {
-    run(Security::PlainOnLoopback, Security::PlainOnLoopback, LONG).unwrap();
+    run(Security::PlainOnLoopback, Security::PlainOnLoopback, TEST_TIMEOUT).unwrap();
 }
 
 /// As many as are greeted at a time and more, and all before the source.
@@ -102,8 +102,8 @@ fn a_guest_moves_in_plain_on_loopback() {
 fn strangers_that_say_nothing_do_not_keep_a_source_away() {
     let ours = authority();
     let tls = |name| Security::Tls(side(name, &ours, &ours));
-    run_beside(100, tls("source"), tls("localhost"), LONG).unwrap();
-    run_beside(100, Security::PlainOnLoopback, Security::PlainOnLoopback, LONG).unwrap();
+    run_beside(100, tls("source"), tls("localhost"), TEST_TIMEOUT).unwrap();
+    run_beside(100, Security::PlainOnLoopback, Security::PlainOnLoopback, TEST_TIMEOUT).unwrap();
 }
 
 #[test]

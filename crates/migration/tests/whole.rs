@@ -17,7 +17,7 @@ use common::{
 use migration::link::Accept as _;
 use migration::observer::{Observer, Phase, Progress, Silent};
 use migration::raw::Speaker;
-use migration::seams::SourceMachine as _;
+use migration::traits::SourceMachine as _;
 use migration::{
     DestinationConfig, DestinationGuest, MigrationError, MigrationId, ReceiveFailure, Received,
     SourceConfig, SourceFailure, SourceGuest, Summary, migrate, receive,
@@ -70,7 +70,7 @@ fn a_guest_moves_without_what_it_does_not_use() {
     assert!((bytes..bytes + 20_000).contains(&summary.wire_bytes), "{}", summary.wire_bytes);
     let down = summary.downtime;
     let parts = down.pause_us + down.log_us + down.copy_us + down.save_us + down.state_us;
-    assert!(parts + down.hand_over_us <= down.total_us && down.total_us <= summary.total_us);
+    assert!(parts + down.switchover_us <= down.total_us && down.total_us <= summary.total_us);
 }
 
 #[test]
@@ -130,7 +130,7 @@ fn phases_come_in_their_order() {
         Phase::Round { number: 0 },
         Phase::LastRound,
         Phase::State,
-        Phase::HandOver,
+        Phase::Switchover,
     ];
     assert_eq!(noted.0, phases);
 }
@@ -303,14 +303,14 @@ fn a_guest_that_comes_where_one_is_hears_so() {
     let (here, there) = (quick_source(), quick_destination());
     let (sent, received) = run(&mut source, &mut destination, &here, &there, &mut Silent);
     sent.unwrap();
-    let mut custody = received.unwrap().custody;
+    let mut ownership = received.unwrap().ownership;
     let mut second = Source::new(&Arc::new(World::default()), 0, 0);
     let (mut connect, mut incoming) = network();
     let config = SourceConfig { connections: 1, ..quick_source() };
     let sent = thread::scope(|scope| {
         scope.spawn(|| {
             let link = incoming.accept(None).unwrap();
-            custody.answer(link, Duration::from_secs(10), &mut destination).unwrap_err();
+            ownership.answer(link, Duration::from_secs(10), &mut destination).unwrap_err();
         });
         migrate(&config, &mut second, &mut connect, &mut Silent)
     });

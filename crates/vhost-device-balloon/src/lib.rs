@@ -10,21 +10,21 @@
 #![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]
 
 mod busy_poll;
+mod config_write_fallback;
 mod connector;
 mod error;
-mod found;
 mod inflight;
+mod inflight_queue;
 mod limits;
 mod memory;
 mod server;
 mod service;
 mod session;
-mod silence;
-mod tracked;
 mod vring;
+mod vring_recovery;
 mod wire;
 
 pub use balloon_abi::Features;
 pub use error::{Error, SessionError, Violation};
 pub use server::{Backend, End};
-pub use service::{Options, Service};
+pub use service::{Service, ServiceOptions};

@@ -27,13 +27,13 @@ struct Region {
 
 /// A memory table, mapped.
 #[derive(Debug)]
-pub(crate) struct Memory {
+pub(crate) struct MemoryTable {
     regions: Vec<Region>,
     pub(crate) layout: MemoryLayout,
     pub(crate) map: BackedMemory,
 }
 
-impl Memory {
+impl MemoryTable {
     /// Reads and maps the payload of `SET_MEM_TABLE`, for a guest of at most `limit` bytes.
     /// User Mode Linux always sends room for two regions, so bytes beyond the table are not
     /// looked at.

@@ -107,7 +107,7 @@ impl Backend {
     }
 
     /// The balloon, for a control API.
-    pub fn balloon(&self) -> Arc<dyn control::Balloon> {
+    pub fn balloon(&self) -> Arc<dyn control::BalloonControl> {
         Arc::clone(&self.shared) as _
     }
 
@@ -289,7 +289,7 @@ fn serve(
 fn finish_release(shared: &Shared) {
     let end = Instant::now() + STOP_RELEASE_TIMEOUT;
     shared.device().reclaim_mut().flush();
-    while shared.device().reclaim().settled_at().is_none() {
+    while shared.device().reclaim().reached_at().is_none() {
         if Instant::now() >= end {
             tracing::warn!("host: the release was cancelled, the process is to end");
             return;

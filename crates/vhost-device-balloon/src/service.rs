@@ -29,7 +29,7 @@ const FILES_OF_PROCESS: u64 = 32;
 
 /// How to serve one guest.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct ServiceOptions {
     /// Where the monitor connects, or listens.
     pub socket: PathBuf,
     /// The monitor listens there.
@@ -83,7 +83,7 @@ impl Service {
     ///
     /// # Errors
     /// When a socket or a state file cannot be made.
-    pub fn start(options: &[Options]) -> Result<Self, Error> {
+    pub fn start(options: &[ServiceOptions]) -> Result<Self, Error> {
         let ending = Ending::watch();
         let ending = ending.map_err(|source| Error::Host { what: "signal handling", source })?;
         allow_files(FILES_OF_PROCESS + FILES_PER_GUEST * options.len() as u64)?;
@@ -123,7 +123,7 @@ impl Service {
 }
 
 impl Guest {
-    fn start(options: &Options) -> Result<Self, Error> {
+    fn start(options: &ServiceOptions) -> Result<Self, Error> {
         let backend = Backend::new(&options.name, options.release, options.partial_huge)?;
         backend.withhold(options.without);
         backend.want_sealed(options.sealed_only);

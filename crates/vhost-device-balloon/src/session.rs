@@ -13,13 +13,13 @@ use vhost::vhost_user::message::{BackendReq, FrontendReq};
 use vhost::vhost_user::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 
 use crate::busy_poll::BusyPoll;
+use crate::config_write_fallback::Silence;
 use crate::error::{SessionError, Violation};
-use crate::found::find;
 use crate::inflight::{self, Region};
 use crate::limits::Terms;
-use crate::memory::Memory;
-use crate::silence::Silence;
+use crate::memory::MemoryTable;
 use crate::vring::Vring;
+use crate::vring_recovery::find;
 use crate::wire::{self, Message};
 
 /// Features on top of the device's own.
@@ -47,7 +47,7 @@ pub(crate) struct Session<'a> {
     terms: Terms,
     epoll: Rc<OwnedFd>,
     vrings: Vec<Vring>,
-    memory: Option<Memory>,
+    memory: Option<MemoryTable>,
     features: Features,
     channel: Option<OwnedFd>,
     stats_clock: StatsClock,
@@ -307,7 +307,7 @@ impl<'a> Session<'a> {
     }
 
     fn set_mem_table(&mut self, message: &mut Message) -> Result<(), SessionError> {
-        let memory = Memory::from_message(message, self.terms.memory_bytes)?;
+        let memory = MemoryTable::from_message(message, self.terms.memory_bytes)?;
         if self.terms.sealed_only && !memory.is_sealed() {
             return Err(Violation::UnsealedMemory.into());
         }
@@ -469,7 +469,7 @@ impl<'a> Session<'a> {
         if let Some(memory) = memory
             && vring.runs()
         {
-            match device.give_back(vq, &memory.map, &mut vring.queue) {
+            match device.return_unused(vq, &memory.map, &mut vring.queue) {
                 Ok(true) => vring.notify_guest(),
                 Ok(false) => {}
                 Err(error) => {

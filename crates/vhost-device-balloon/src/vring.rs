@@ -10,7 +10,7 @@ use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestMemory};
 
 use crate::error::{SessionError, Violation};
-use crate::tracked::TrackedQueue;
+use crate::inflight_queue::TrackedQueue;
 
 /// Bytes of kicks that are read at once, and how often at most: together what a
 /// pipe holds.
@@ -191,7 +191,7 @@ impl Vring {
         }
     }
 
-    /// A file that the peer handed over to notify by, made not to block. Reading
+    /// A file that the peer switched over to notify by, made not to block. Reading
     /// and writing files of other types can block whatever is asked, and would
     /// fill a disk.
     fn notify_file(&self, fd: OwnedFd) -> Result<(OwnedFd, FileType), SessionError> {

@@ -16,14 +16,14 @@ use crate::mmio::{Device, Served};
 const ID: u32 = 5;
 
 /// One guest's balloon.
-pub(crate) struct Balloon {
+pub(crate) struct VirtioBalloon {
     shared: Arc<Shared>,
     stats_clock: StatsClock,
     /// It is time to ask the guest for statistics.
     asks_for_stats: bool,
 }
 
-impl Balloon {
+impl VirtioBalloon {
     pub(crate) fn new(shared: Arc<Shared>) -> Self {
         Self { shared, stats_clock: StatsClock::default(), asks_for_stats: false }
     }
@@ -37,7 +37,7 @@ impl Balloon {
     }
 }
 
-impl Device for Balloon {
+impl Device for VirtioBalloon {
     fn id(&self) -> u32 {
         ID
     }
@@ -117,12 +117,12 @@ impl Device for Balloon {
         stats.into_iter().chain(requests).collect()
     }
 
-    fn give_back(&mut self, index: usize, memory: &Ram, queue: &mut Queue) -> Served {
+    fn return_unused(&mut self, index: usize, memory: &Ram, queue: &mut Queue) -> Served {
         let mut device = self.shared.device();
         let Some(vq) = device.queues().vq(index) else {
             return Served::Done { notify: false, more: false };
         };
-        let given_back = device.give_back(vq, memory, queue);
+        let given_back = device.return_unused(vq, memory, queue);
         drop(device);
         match given_back {
             Ok(notify) => Served::Done { notify, more: false },

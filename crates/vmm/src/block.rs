@@ -250,7 +250,7 @@ impl Device for Block {
     /// However much the guest has asked for, no more is done than the piece of a request that is
     /// under way. The others are in the ring again: they are the youngest that were taken, and an
     /// honest driver writes over no entry of a chain that did not come back.
-    fn give_back(&mut self, _index: usize, memory: &Ram, queue: &mut Queue) -> Served {
+    fn return_unused(&mut self, _index: usize, memory: &Ram, queue: &mut Queue) -> Served {
         let (done, left) = self.worker.stop();
         let given = self.give(&done, memory, queue);
         // Not more than the ring has entries.

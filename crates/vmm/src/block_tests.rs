@@ -487,7 +487,7 @@ fn a_pause_leaves_in_the_ring_what_is_not_done() {
     guest.ring.send(&guest.memory, &[Buffer::readable(HEADER, 16)]);
     let served = guest.disk.serve(0, &guest.memory, &mut guest.queue);
     assert_eq!(served, Served::Done { notify: false, more: false });
-    let given = guest.disk.give_back(0, &guest.memory, &mut guest.queue);
+    let given = guest.disk.return_unused(0, &guest.memory, &mut guest.queue);
     assert_eq!(given, Served::Done { notify: false, more: false });
     assert_eq!((guest.disk.kept, guest.queue.next_avail()), (0, 2));
     assert_eq!(guest.on_disk(2, 3), before[2 * 512..]);

@@ -3,7 +3,7 @@
 use balloon_abi::Features;
 use migration::cpu::FeatureWord;
 use migration::layout::GuestLayout;
-use migration::seams::{Description, MachineError};
+use migration::traits::{Description, MachineError};
 use page_set::PageRange;
 
 use crate::block::{DiskIdentity, DiskLimits, DiskShape, GuestDisk, MAX_DISKS};
@@ -15,7 +15,7 @@ use crate::preflight::Sample;
 use crate::state;
 use crate::state::codec::{Malformed, Reader, Writer};
 
-/// Version of the form of [`Made`], and of the machine that is so made: a guest has in its memory
+/// Version of the form of [`MachineShape`], and of the machine that is so made: a guest has in its memory
 /// what it was told of its devices, and finds them wherever it goes. Since 3 it has a generation ID;
 /// since 4 it is known which disks it had.
 const VERSION: u32 = 4;
@@ -25,7 +25,7 @@ const PAGE_BYTES: u64 = 4096;
 /// How a machine was made, as far as its guest could tell the difference. What backs its memory
 /// is for each host to choose, and where its disks are; which they are is told with them.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Made {
+pub(crate) struct MachineShape {
     pub(crate) cpus: u8,
     pub(crate) memory_bytes: u64,
     pub(crate) without: Features,
@@ -34,7 +34,7 @@ pub(crate) struct Made {
     pub(crate) sample: Sample,
 }
 
-impl Made {
+impl MachineShape {
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut writer = Writer::default();
         writer
@@ -179,7 +179,7 @@ pub(crate) fn describe(
 ) -> Result<Description, MachineError> {
     let options = &machine.options;
     let sample = machine.sample()?;
-    let made = Made {
+    let made = MachineShape {
         cpus: options.cpus,
         memory_bytes: options.memory_bytes,
         without: options.without,
@@ -210,14 +210,20 @@ mod tests {
     /// Where the number of disks is.
     const COUNT_AT: usize = 4 + 4 + 1 + 8 + 8;
 
-    fn made() -> Made {
+    fn made() -> MachineShape {
         let disks = [false, true].map(|read_only| GuestDisk {
             shape: DiskShape { sectors: 9, read_only },
             limits: DiskLimits::of_file_system(4096),
             identity: DiskIdentity::default(),
         });
         let (memory_bytes, without) = (MEMORY_BYTES, Features::REPORTING);
-        Made { cpus: 2, memory_bytes, without, disks: disks.into(), sample: Sample::blank(3) }
+        MachineShape {
+            cpus: 2,
+            memory_bytes,
+            without,
+            disks: disks.into(),
+            sample: Sample::blank(3),
+        }
     }
 
     fn description(config: Vec<u8>) -> Description {
@@ -247,21 +253,21 @@ mod tests {
 
     #[test]
     fn a_machine_is_made_as_it_was_described_or_not_at_all() {
-        assert_eq!(Made::of(&description(made().encode()), 2).unwrap(), made());
+        assert_eq!(MachineShape::of(&description(made().encode()), 2).unwrap(), made());
         let refused = |config: Vec<u8>, max_cpus| {
-            let error = Made::of(&description(config), max_cpus).unwrap_err().to_string();
+            let error = MachineShape::of(&description(config), max_cpus).unwrap_err().to_string();
             assert!(error.starts_with("sender: "), "{error}");
             error
         };
-        let error = Made::of(&description(made().encode()), 1).unwrap_err().to_string();
+        let error = MachineShape::of(&description(made().encode()), 1).unwrap_err().to_string();
         assert!(
             error.starts_with("operator: the guest has 2 processors, and at most 1"),
             "{error}"
         );
-        assert!(refused(Made { cpus: 0, ..made() }.encode(), 64).contains("0 processors"));
-        refused(Made { memory_bytes: 2 << 30, ..made() }.encode(), 64);
-        refused(Made { memory_bytes: u64::MAX, ..made() }.encode(), 64);
-        refused(Made { memory_bytes: 0, ..made() }.encode(), 64);
+        assert!(refused(MachineShape { cpus: 0, ..made() }.encode(), 64).contains("0 processors"));
+        refused(MachineShape { memory_bytes: 2 << 30, ..made() }.encode(), 64);
+        refused(MachineShape { memory_bytes: u64::MAX, ..made() }.encode(), 64);
+        refused(MachineShape { memory_bytes: 0, ..made() }.encode(), 64);
         refused(made().encode()[1..].to_vec(), 64);
         refused([made().encode(), vec![0]].concat(), 64);
         let mut newer = made().encode();

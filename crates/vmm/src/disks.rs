@@ -32,7 +32,7 @@ const SHORT: Duration = Duration::from_millis(20);
 pub(crate) const SYNC_TIME: Duration = Duration::from_secs(4);
 
 /// How often it is looked whether a sync is still to be waited for.
-const LOOK: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Stack of a thread that syncs.
 const STACK_BYTES: usize = 128 << 10;
@@ -127,12 +127,12 @@ impl Machine {
     /// # Errors
     /// Another guest has one of its disks, or the other side has them; none is taken then.
     pub(crate) fn take_disks(&self) -> Result<(), Error> {
-        self.all_disks(DiskFile::take, DiskFile::offer)
+        self.all_disks(DiskFile::take, DiskFile::prepare_switchover)
     }
 
     /// The other side may run the guest from now on.
-    pub(crate) fn offer_disks(&self) {
-        self.disks.iter().for_each(|disk| disk.offer());
+    pub(crate) fn prepare_disk_switchover(&self) {
+        self.disks.iter().for_each(|disk| disk.prepare_switchover());
     }
 
     /// The guest is not here any more.
@@ -180,7 +180,7 @@ impl Machine {
         let thread = thread::Builder::new().name("sync".into()).stack_size(STACK_BYTES).spawn(sync);
         thread.map_err(Error::host("starting a thread"))?;
         loop {
-            match told.recv_timeout(LOOK) {
+            match told.recv_timeout(POLL_INTERVAL) {
                 Ok(synced) => return synced,
                 Err(RecvTimeoutError::Timeout) if goes_on(began.elapsed()) => {}
                 Err(RecvTimeoutError::Timeout) => {

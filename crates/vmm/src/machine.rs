@@ -20,11 +20,12 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::acpi::{self, MmioSlot};
-use crate::balloon::Balloon;
+use crate::balloon::VirtioBalloon;
 use crate::block::{Block, DiskFile, MAX_DISKS};
 use crate::boot::Boot;
 use crate::console::Console;
 use crate::console::output::standard_output;
+use crate::controller::{ControlApi, MigrationController};
 use crate::cpu;
 use crate::cpuid::Template;
 use crate::error::{Error, OPENING_KVM};
@@ -32,13 +33,12 @@ use crate::firmware;
 use crate::generation;
 use crate::kvm::Vm;
 use crate::layout;
-use crate::memory::Memory;
-use crate::mmio::{Device, Signals, Transport, register};
-use crate::mover::{Asked, Mover};
-use crate::options::Options;
+use crate::memory::MachineMemory;
+use crate::mmio::{Device, Interrupts, Transport, register};
+use crate::options::RunOptions;
 use crate::ports::{Ports, Request};
-use crate::reins::Reins;
-use crate::requests::Requests;
+use crate::run_control::RunControl;
+use crate::signals::Signals;
 use crate::vcpu::Processors;
 pub(crate) use stop::PAUSE_TIME;
 use stop::end_console;
@@ -64,16 +64,16 @@ pub enum End {
 /// # Errors
 /// What is wrong with the options, or with the host; and a processor of the guest that stops for
 /// good.
-pub fn run(options: &Options) -> Result<End, Error> {
-    let requests = Requests::before_guest().map_err(Error::host("signal handling"))?;
+pub fn run(options: &RunOptions) -> Result<End, Error> {
+    let requests = Signals::before_guest().map_err(Error::host("signal handling"))?;
     let machine = Machine::new(options, standard_output().map_err(Error::host("dup"))?)?;
     machine.take_new_disks()?;
     machine.load_kernel(options)?;
     let machine = Arc::new(machine);
-    let mover = Mover::new(Some(Arc::clone(&machine)));
+    let controller = MigrationController::new(Some(Arc::clone(&machine)));
     requests.take_stop();
     let _control =
-        Server::bind_monitor(&options.host.control, Arc::new(Asked(Arc::clone(&mover))))?;
+        Server::bind_monitor(&options.host.control, Arc::new(ControlApi(Arc::clone(&controller))))?;
     tracing::info!(
         name = options.host.name,
         cpus = options.cpus,
@@ -81,21 +81,21 @@ pub fn run(options: &Options) -> Result<End, Error> {
         "booting"
     );
     machine.start();
-    serve_to_end(&machine, &mover, &requests)
+    serve_to_end(&machine, &controller, &requests)
 }
 
 /// Serves a guest that runs, until it ends or has left.
 pub(crate) fn serve_to_end(
     machine: &Arc<Machine>,
-    mover: &Arc<Mover>,
-    requests: &Requests,
+    controller: &Arc<MigrationController>,
+    requests: &Signals,
 ) -> Result<End, Error> {
-    mover.ends_by(requests.stopper());
+    controller.ends_by(requests.stopper());
     // The guest runs, and goes on without what is typed.
     let console = Console::start(&machine.bus, requests.asker());
     let _console = console.inspect_err(|error| tracing::error!(%error, "nothing can be typed"));
     let end = machine.serve(requests);
-    let has_moved = mover.end(requests.ending());
+    let has_moved = controller.end(requests.ending());
     end_console(machine, requests.ending());
     if has_moved { Ok(End::Moved) } else { end }
 }
@@ -109,7 +109,7 @@ pub(crate) struct Bus {
 /// A virtio-mmio device in its window.
 pub(crate) struct Slot {
     start: u64,
-    transport: Mutex<Transport<EventSignals>>,
+    transport: Mutex<Transport<EventFdInterrupts>>,
     kicks: Vec<EventFd>,
     /// It was to come to a stop, which came to nothing when somebody else had its registers: it is
     /// to go on as soon as they can be had.
@@ -117,12 +117,12 @@ pub(crate) struct Slot {
 }
 
 /// Event files: to the guest by KVM, to the device by this process's loop.
-pub(crate) struct EventSignals {
+pub(crate) struct EventFdInterrupts {
     interrupt: EventFd,
     kicks: Vec<EventFd>,
 }
 
-impl Signals for EventSignals {
+impl Interrupts for EventFdInterrupts {
     fn raise(&self) {
         if let Err(error) = self.interrupt.write(1) {
             tracing::error!(%error, "host: cannot interrupt the guest");
@@ -152,8 +152,8 @@ impl Bus {
     }
 
     /// Serves what is to be served without a notification.
-    fn attend(&self, woken: bool) {
-        self.slots.iter().for_each(|slot| slot.transport().attend(woken));
+    fn poll_timers(&self, woken: bool) {
+        self.slots.iter().for_each(|slot| slot.transport().poll_timers(woken));
     }
 
     fn slot(&self, address: u64) -> Option<(&Slot, u64)> {
@@ -170,7 +170,7 @@ impl Slot {
         number: u32,
         mut device: Box<dyn Device>,
         vm: &VmFd,
-        memory: &Memory,
+        memory: &MachineMemory,
     ) -> Result<Self, Error> {
         let place = mmio_slot(number);
         let start = u64::from(place.start);
@@ -186,8 +186,10 @@ impl Slot {
         }
         device.set_kicks(&kicks);
         let copies = kicks.iter().map(EventFd::try_clone).collect::<Result<_, _>>();
-        let signals =
-            EventSignals { interrupt, kicks: copies.map_err(Error::host::<io::Error>("dup"))? };
+        let signals = EventFdInterrupts {
+            interrupt,
+            kicks: copies.map_err(Error::host::<io::Error>("dup"))?,
+        };
         let transport = Transport::new(device, signals, memory.guest.clone())
             .map_err(Error::memory("making queues"))?;
         Ok(Self {
@@ -200,14 +202,14 @@ impl Slot {
 
     /// A thread that panicked with the lock held has left a device that nobody can rely on: its
     /// driver has to reset it. The guest goes on, as after a ring that makes no sense.
-    pub(crate) fn transport(&self) -> MutexGuard<'_, Transport<EventSignals>> {
+    pub(crate) fn transport(&self) -> MutexGuard<'_, Transport<EventFdInterrupts>> {
         self.had(self.transport.lock())
     }
 
     fn had<'a>(
         &self,
-        lock: LockResult<MutexGuard<'a, Transport<EventSignals>>>,
-    ) -> MutexGuard<'a, Transport<EventSignals>> {
+        lock: LockResult<MutexGuard<'a, Transport<EventFdInterrupts>>>,
+    ) -> MutexGuard<'a, Transport<EventFdInterrupts>> {
         let mut transport = lock.unwrap_or_else(|poisoned| {
             self.transport.clear_poison();
             let mut transport = poisoned.into_inner();
@@ -245,16 +247,16 @@ pub struct Machine {
     /// A sync of them is under way.
     pub(crate) syncing: Arc<AtomicBool>,
     pub(crate) processors: Processors,
-    pub(crate) memory: Memory,
+    pub(crate) memory: MachineMemory,
     pub(crate) vm: Arc<Vm>,
     /// Model-specific registers that KVM knows.
     pub(crate) msrs: Vec<u32>,
     /// Interrupts the guest to tell of an event of the machine (`generation`).
     pub(crate) event: EventFd,
     /// How it was made.
-    pub(crate) options: Options,
+    pub(crate) options: RunOptions,
     /// Who may stop it.
-    pub(crate) reins: Mutex<Reins>,
+    pub(crate) run_control: Mutex<RunControl>,
     /// What each of the guest's processors answers to CPUID, from the guest's birth on. Not asked
     /// of KVM: after a state was loaded some KVMs answer with what the host's processor can do.
     pub(crate) cpuid: Mutex<Vec<CpuId>>,
@@ -265,7 +267,7 @@ impl Machine {
     ///
     /// # Errors
     /// What is wrong with the options, or with the host.
-    pub fn new(options: &Options, output: Box<dyn io::Write + Send>) -> Result<Self, Error> {
+    pub fn new(options: &RunOptions, output: Box<dyn io::Write + Send>) -> Result<Self, Error> {
         if !(1..=layout::MAX_CPUS).contains(&options.cpus) {
             let what = format!("a guest can have 1 to {} processors", layout::MAX_CPUS);
             return Err(Error::Option { what });
@@ -275,7 +277,7 @@ impl Machine {
             return Err(Error::Option { what });
         }
         let disks = crate::disks::open(&options.host.disks)?;
-        let memory = Memory::new(options.memory_bytes, options.host.memory)?;
+        let memory = MachineMemory::new(options.memory_bytes, options.host.memory)?;
         let kvm = Kvm::new().map_err(Error::kvm(OPENING_KVM))?;
         let fd = kvm.create_vm().map_err(Error::kvm("making a virtual machine"))?;
         fd.set_tss_address(layout::TSS).map_err(Error::kvm("placing the TSS"))?;
@@ -283,7 +285,7 @@ impl Machine {
         let vm = Arc::new(Vm::new(fd, &memory.guest)?);
 
         let balloon = balloon(options, &memory)?;
-        let device = Box::new(Balloon::new(Arc::clone(&balloon)));
+        let device = Box::new(VirtioBalloon::new(Arc::clone(&balloon)));
         let mut slots = vec![Slot::new(0, device, vm.fd(), &memory)?];
         for ((number, disk), slot) in disks.iter().enumerate().zip(1..) {
             let device = Box::new(Block::new(disk, number, memory.guest.clone())?);
@@ -305,7 +307,7 @@ impl Machine {
         let msrs = kvm.get_msr_index_list().map_err(Error::kvm("asking for registers"))?;
         let msrs = msrs.as_slice().to_vec();
         let cpuid = Mutex::new(cpuid);
-        let reins = Mutex::default();
+        let run_control = Mutex::default();
         let options = options.clone();
         let syncing = Arc::default();
         Ok(Self {
@@ -319,7 +321,7 @@ impl Machine {
             msrs,
             event,
             options,
-            reins,
+            run_control,
             cpuid,
         })
     }
@@ -328,7 +330,7 @@ impl Machine {
     ///
     /// # Errors
     /// The kernel cannot be booted, or does not fit.
-    pub fn load_kernel(&self, options: &Options) -> Result<(), Error> {
+    pub fn load_kernel(&self, options: &RunOptions) -> Result<(), Error> {
         let places: Vec<_> = (0..).take(self.bus.slots.len()).map(mmio_slot).collect();
         let tables = acpi::tables(self.options.cpus, &places);
         let memory = &self.memory;
@@ -359,7 +361,7 @@ impl Machine {
     ///
     /// # Errors
     /// The host fails, or a processor of the guest stops for good.
-    pub fn serve(&self, requests: &Requests) -> Result<End, Error> {
+    pub fn serve(&self, requests: &Signals) -> Result<End, Error> {
         let poll = self.watch(requests).map_err(Error::host("epoll"))?;
         self.balloon.set_connected(true);
         let end = self.serve_events(&poll, requests);
@@ -374,7 +376,7 @@ impl Machine {
         }
     }
 
-    fn watch(&self, requests: &Requests) -> io::Result<Epoll> {
+    fn watch(&self, requests: &Signals) -> io::Result<Epoll> {
         let poll = Epoll::new()?;
         let add = |file: &dyn AsRawFd, data: u64| {
             let event = EpollEvent::new(EventSet::IN, data);
@@ -394,7 +396,7 @@ impl Machine {
     }
 
     /// `None` where this process is to end.
-    fn serve_events(&self, poll: &Epoll, requests: &Requests) -> Result<Option<Request>, Error> {
+    fn serve_events(&self, poll: &Epoll, requests: &Signals) -> Result<Option<Request>, Error> {
         let mut events = vec![EpollEvent::default(); EVENTS_AT_ONCE];
         let mut panics = 0;
         loop {
@@ -417,7 +419,7 @@ impl Machine {
     fn serve_once(
         &self,
         poll: &Epoll,
-        requests: &Requests,
+        requests: &Signals,
         events: &mut [EpollEvent],
     ) -> Result<Turn, Error> {
         let due = self.bus.slots.iter().filter_map(|slot| slot.transport().until_due());
@@ -427,7 +429,7 @@ impl Machine {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             Err(error) => return Err(Error::host("epoll_wait")(error)),
         };
-        self.bus.attend(false);
+        self.bus.poll_timers(false);
         if self.processors.until_call().is_some() {
             self.processors.call();
         }
@@ -446,7 +448,7 @@ impl Machine {
                     if let Some(slot) = slot.filter(|_| self.balloon.take_config_changed()) {
                         slot.transport().config_changed();
                     }
-                    self.bus.attend(true);
+                    self.bus.poll_timers(true);
                 }
                 EVENT_PAUSE => {
                     requests.pause.clear();
@@ -478,7 +480,7 @@ impl Machine {
     /// The guest's processors come to a stop soon, and nobody lets them go on.
     pub(crate) fn halt(&self) {
         // Who has them already keeps them as long.
-        let _ = self.take_reins();
+        let _ = self.take_control();
         self.processors.halt();
     }
 
@@ -530,7 +532,7 @@ const EVENT_ENDED: u64 = EVENT_STOP + 2;
 const EVENT_PAUSE: u64 = EVENT_STOP + 3;
 const EVENT_RESUME: u64 = EVENT_STOP + 4;
 
-fn balloon(options: &Options, memory: &Memory) -> Result<Arc<Shared>, Error> {
+fn balloon(options: &RunOptions, memory: &MachineMemory) -> Result<Arc<Shared>, Error> {
     let mut reclaim = HostReclaim::new(options.host.release, options.host.partial_huge)?;
     reclaim.set_memory(memory.map.clone());
     let shared = Shared::new(options.host.name.clone(), reclaim)?.with_exits();

@@ -68,7 +68,7 @@ impl ObserveDiscards for DiscardLog {
 }
 
 /// A guest's memory and what is known of its pages.
-pub(crate) struct Memory {
+pub(crate) struct MachineMemory {
     pub(crate) guest: Ram,
     /// For who releases pages.
     pub(crate) map: MemoryMap,
@@ -77,7 +77,7 @@ pub(crate) struct Memory {
     pub(crate) ranges: Vec<(u64, u64)>,
 }
 
-impl Memory {
+impl MachineMemory {
     pub(crate) fn new(bytes: u64, kind: MemoryKind) -> Result<Self, Error> {
         let ranges = layout::ranges(bytes)?;
         // Some of it can be missing all the same: a limit of a control group, a failed module.
@@ -145,7 +145,7 @@ mod tests {
     #[test]
     fn what_is_discarded_while_writes_are_noted_counts_as_written() {
         for kind in [false, true].map(|shared| MemoryKind { shared, huge: false }) {
-            let memory = Memory::new(BYTES, kind).unwrap();
+            let memory = MachineMemory::new(BYTES, kind).unwrap();
             // As whoever releases for the balloon has it.
             let map = memory.map.clone();
             let above = layout::HOLE_END / PAGE_BYTES;
@@ -175,7 +175,7 @@ mod tests {
     fn huge_pages_that_the_pool_does_not_have_are_refused_before_they_are_touched() {
         let kind = MemoryKind { shared: true, huge: true };
         let pages = HugePool::of(2 << 20).total + 1000;
-        let error = Memory::new(pages * (2 << 20), kind).err().unwrap();
+        let error = MachineMemory::new(pages * (2 << 20), kind).err().unwrap();
         let said = std::error::Error::source(&error).unwrap().to_string();
         assert!(said.contains(&format!("{pages} huge pages of 2 MiB are needed")), "{said}");
         assert!(said.contains("vm.nr_hugepages"), "{said}");
@@ -187,7 +187,7 @@ mod tests {
     #[test]
     fn memory_of_each_kind_is_there_on_both_sides_of_the_hole() {
         for (shared, huge) in [(false, false), (false, true), (true, false)] {
-            let memory = Memory::new(BYTES, MemoryKind { shared, huge }).unwrap();
+            let memory = MachineMemory::new(BYTES, MemoryKind { shared, huge }).unwrap();
             assert_eq!(memory.map.pages(), BYTES / 4096);
             assert_eq!(memory.guest.iter().count(), 2);
             for (start, bytes) in &memory.ranges {

@@ -11,7 +11,7 @@ use crate::disks::SYNC_TIME;
 use crate::error::Error;
 use crate::machine::{Machine, PAUSE_TIME};
 use crate::memory::Ram;
-use crate::state::{Chips, MachineState, Processor, Section, transport_name};
+use crate::state::{Irqchip, MachineState, Processor, Section, transport_name};
 
 const PAGE_BYTES: u64 = 4096;
 
@@ -68,7 +68,7 @@ impl Machine {
     }
 
     /// The balloon, for a control API.
-    pub fn balloon(&self) -> Arc<dyn control::Balloon> {
+    pub fn balloon(&self) -> Arc<dyn control::BalloonControl> {
         Arc::clone(&self.balloon) as _
     }
 
@@ -132,14 +132,14 @@ impl Machine {
     /// The guest is not paused, has ended, or runs guests of its own; or KVM refuses.
     pub fn save(&self) -> Result<Vec<Section>, Error> {
         let processors = self.save_processors()?;
-        let chips = Chips::save(self.vm.fd())?;
+        let irqchip = Irqchip::save(self.vm.fd())?;
         let balloon = self.balloon.leave();
         let layout = self.balloon.device().layout().clone();
         // Whoever reads it next may do so on another host.
         self.sync_disks(|taken| taken < SYNC_TIME)?;
         let transports = self.bus.slots.iter().map(|slot| slot.transport().state()).collect();
         let ports = self.bus.ports.state();
-        Ok(MachineState { processors, chips, ports, transports, balloon }.encode(&layout))
+        Ok(MachineState { processors, irqchip, ports, transports, balloon }.encode(&layout))
     }
 
     /// Those of a guest that is paused.
@@ -174,7 +174,7 @@ impl Machine {
         })?;
         let cpuid = state.processors.iter().map(Processor::cpuid).collect::<Result<_, _>>()?;
         *self.cpuid() = cpuid;
-        state.chips.load(self.vm.fd())?;
+        state.irqchip.load(self.vm.fd())?;
         self.bus.ports.restore(&state.ports).map_err(|error| wrong("ports", error.to_string()))?;
         let restored = self.balloon.restore(state.balloon);
         restored.map_err(|error| wrong("balloon", error.to_string()))?;

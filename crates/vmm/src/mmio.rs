@@ -101,7 +101,7 @@ pub(crate) trait Device: Send {
         true
     }
     /// A queue stops: what the device keeps of it goes back into it.
-    fn give_back(&mut self, index: usize, memory: &Ram, queue: &mut Queue) -> Served;
+    fn return_unused(&mut self, index: usize, memory: &Ram, queue: &mut Queue) -> Served;
     /// Begins nothing more, and has what is under way end soon; true once nothing is. It waits no
     /// longer than a moment.
     fn comes_to_rest(&mut self) -> bool {
@@ -136,7 +136,7 @@ pub(crate) enum Served {
 }
 
 /// The two ways between the guest's processors and who serves the device.
-pub(crate) trait Signals: Send {
+pub(crate) trait Interrupts: Send {
     /// Raises the device's interrupt.
     fn raise(&self);
     /// Has a queue served soon, as a notification by the guest would.
@@ -168,7 +168,7 @@ pub(crate) struct Transport<S> {
     paused: bool,
 }
 
-impl<S: Signals> Transport<S> {
+impl<S: Interrupts> Transport<S> {
     /// A device that no driver has touched.
     pub(crate) fn new(
         device: Box<dyn Device>,
@@ -247,13 +247,13 @@ impl<S: Signals> Transport<S> {
         }
     }
 
-    /// Time until [`attend`](Self::attend) has something to do, also where the guest does nothing.
+    /// Time until [`poll_timers`](Self::poll_timers) has something to do, also where the guest does nothing.
     pub(crate) fn until_due(&self) -> Option<Duration> {
         self.device.until_due()
     }
 
     /// Serves what is to be served without a notification.
-    pub(crate) fn attend(&mut self, woken: bool) {
+    pub(crate) fn poll_timers(&mut self, woken: bool) {
         for index in self.device.due(woken) {
             if self.notified(index, 0) {
                 self.signals.kick(index);
@@ -284,7 +284,7 @@ impl<S: Signals> Transport<S> {
                 let Some(ring) = self.rings.get_mut(index).filter(|ring| ring.queue.ready()) else {
                     continue;
                 };
-                let given = self.device.give_back(index, &self.memory, &mut ring.queue);
+                let given = self.device.return_unused(index, &self.memory, &mut ring.queue);
                 self.served(given);
             }
         }

@@ -81,7 +81,7 @@ impl Device for Fake {
     fn due(&mut self, woken: bool) -> Vec<usize> {
         if woken { vec![1] } else { vec![0, 1] }
     }
-    fn give_back(&mut self, index: usize, _: &Ram, queue: &mut Queue) -> Served {
+    fn return_unused(&mut self, index: usize, _: &Ram, queue: &mut Queue) -> Served {
         assert!(queue.ready(), "a queue that is not ready is given something");
         self.log().given_back.push(index);
         Served::Done { notify: index == 0, more: false }
@@ -97,7 +97,7 @@ impl Device for Fake {
     }
 }
 
-impl Signals for Fake {
+impl Interrupts for Fake {
     fn raise(&self) {
         self.log().raised += 1;
     }
@@ -262,13 +262,13 @@ fn a_ring_that_cannot_be_asks_for_a_reset() {
 #[test]
 fn queues_are_served_without_a_notification_while_the_guest_runs() {
     let mut guest = Guest::new();
-    guest.registers.attend(false);
+    guest.registers.poll_timers(false);
     guest.start();
     assert_eq!(guest.registers.until_due(), Some(Duration::ZERO));
     // Queue 1 was never placed.
-    guest.registers.attend(true);
+    guest.registers.poll_timers(true);
     assert!(guest.fake.log().served.is_empty());
-    guest.registers.attend(false);
+    guest.registers.poll_timers(false);
     assert_eq!(guest.fake.log().served, [0]);
 }
 
@@ -311,7 +311,7 @@ fn a_pause_serves_what_was_sent_and_then_nothing() {
     assert_eq!(guest.fake.log().raised, 2, "for what was served and for what came back");
     ring.send(&guest.memory, &[Buffer::readable(0x8000, 4)]);
     guest.registers.notified(0, 1);
-    guest.registers.attend(false);
+    guest.registers.poll_timers(false);
     guest.registers.pause();
     assert!(ring.take_used(&guest.memory).is_none());
     assert_eq!(guest.fake.log().suspended, 1);
@@ -399,7 +399,7 @@ proptest! {
                     prop_assert!(after == before || (runs && index < QUEUES));
                 }
                 Access::Changed => guest.registers.config_changed(),
-                Access::Attend(woken) => guest.registers.attend(woken),
+                Access::Attend(woken) => guest.registers.poll_timers(woken),
                 Access::Pause => assert!(guest.registers.pause()),
                 Access::Resume => guest.registers.resume(),
             }

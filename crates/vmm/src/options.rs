@@ -32,7 +32,7 @@ pub struct HostOptions {
 
 /// Which guest to run.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct RunOptions {
     /// What is this host's to choose.
     pub host: HostOptions,
     /// Bytes of memory: a multiple of 2 MiB.

@@ -10,7 +10,7 @@ use migration::limits::{MAX_CONFIG_BYTES, MAX_STATE_BYTES, MAX_STATE_SECTIONS};
 use crate::error::Error;
 use crate::machine::{Machine, PAUSE_TIME};
 use crate::state::codec::{Malformed, Reader, Writer};
-use crate::state::{Chips, MachineState, Processor, Section, transport_name};
+use crate::state::{Irqchip, MachineState, Processor, Section, transport_name};
 use crate::vcpu::Processors;
 
 /// What of a guest's state another host may refuse, as it was when the guest was described.
@@ -55,17 +55,17 @@ impl Machine {
     pub(crate) fn sample(&self) -> Result<Sample, Error> {
         let stands = Stands::still(&self.processors)?;
         let processors = self.save_processors();
-        let chips = Chips::save(self.vm.fd());
+        let irqchip = Irqchip::save(self.vm.fd());
         let balloon = self.balloon.device().state();
         let transports: Vec<_> =
             self.bus.slots.iter().map(|slot| slot.transport().state()).collect();
         drop(stands);
         let agreed = transports.iter().map(|transport| transport.agreed()).collect();
-        let (processors, chips, ports) = (processors?, chips?, self.bus.ports.state());
+        let (processors, irqchip, ports) = (processors?, irqchip?, self.bus.ports.state());
         let processor = processors.first().map(Processor::encode).unwrap_or_default();
         let layout = self.balloon.device().layout().clone();
         let (cpus, devices) = (processors.len(), transports.len());
-        let state = MachineState { processors, chips, ports, transports, balloon };
+        let state = MachineState { processors, irqchip, ports, transports, balloon };
         let sections = state.encode(&layout);
         fits(&sections)?;
         MachineState::decode(&sections, cpus, devices, &layout)?;

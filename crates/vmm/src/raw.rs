@@ -9,19 +9,19 @@ use balloon_abi::Features;
 use balloon_host::{HostReclaim, Shared};
 use control::api::{PartialHuge, ReleaseMode};
 use migration::layout::GuestLayout;
-use migration::seams::Description;
+use migration::traits::Description;
 use page_set::PageRange;
 
-use crate::balloon::Balloon;
+use crate::balloon::VirtioBalloon;
 use crate::block::{DiskIdentity, DiskLimits, DiskShape, GuestDisk};
-use crate::description::Made;
+use crate::description::MachineShape;
 use crate::error::Error;
 use crate::layout;
-use crate::memory::{Memory, MemoryKind};
-use crate::mmio::{Signals, Transport};
+use crate::memory::{MachineMemory, MemoryKind};
+use crate::mmio::{Interrupts, Transport};
 use crate::ports::Ports;
 use crate::preflight::Sample;
-use crate::state::{Chips, MachineState, Processor, Section};
+use crate::state::{Irqchip, MachineState, Processor, Section};
 
 pub use disk::Disk;
 
@@ -36,7 +36,7 @@ pub fn description(cpus: u8, memory_bytes: u64) -> Result<Description, Error> {
     let (limits, identity) = (DiskLimits::of_file_system(PAGE_BYTES), DiskIdentity::default());
     let disks = vec![GuestDisk { shape, limits, identity }];
     let sample = Sample::blank(1 + disks.len());
-    let made = Made { cpus, memory_bytes, without: Features::NONE, disks, sample };
+    let made = MachineShape { cpus, memory_bytes, without: Features::NONE, disks, sample };
     let ranges = layout::ranges(memory_bytes)?;
     let pages =
         |(start, bytes): &(u64, u64)| PageRange::new(start / PAGE_BYTES, bytes / PAGE_BYTES);
@@ -55,7 +55,7 @@ pub fn description(cpus: u8, memory_bytes: u64) -> Result<Description, Error> {
 /// # Errors
 /// It is none that this monitor makes; the sender's fault.
 pub fn take_description(description: &Description, max_cpus: u8) -> Result<(u8, u64), Error> {
-    let made = Made::of(description, max_cpus)?;
+    let made = MachineShape::of(description, max_cpus)?;
     Ok((made.cpus, made.memory_bytes))
 }
 
@@ -70,7 +70,7 @@ pub struct Devices {
 /// Nobody is interrupted.
 struct Nobody;
 
-impl Signals for Nobody {
+impl Interrupts for Nobody {
     fn raise(&self) {}
     fn kick(&self, _: usize) {}
 }
@@ -81,13 +81,13 @@ impl Devices {
     /// # Errors
     /// There can be none with such memory, or the host has none.
     pub fn new(cpus: u8, memory_bytes: u64) -> Result<Self, Error> {
-        let memory = Memory::new(memory_bytes, MemoryKind { shared: false, huge: false })?;
+        let memory = MachineMemory::new(memory_bytes, MemoryKind { shared: false, huge: false })?;
         let mut reclaim = HostReclaim::new(ReleaseMode::Immediate, PartialHuge::Split)?;
         reclaim.set_memory(memory.map.clone());
         let balloon = Arc::new(Shared::new("vm1".into(), reclaim)?);
         let layout = balloon_device::MemoryLayout::new(memory.ranges.iter().copied());
         balloon.device().set_layout(layout.map_err(Error::memory("describing"))?);
-        let device = Box::new(Balloon::new(Arc::clone(&balloon)));
+        let device = Box::new(VirtioBalloon::new(Arc::clone(&balloon)));
         let transport = Transport::new(device, Nobody, memory.guest);
         let transport = transport.map_err(Error::memory("making queues"))?;
         let signal = vmm_sys_util::eventfd::EventFd::new(0).map_err(Error::host("eventfd"))?;
@@ -95,10 +95,10 @@ impl Devices {
         Ok(Self { cpus: cpus.into(), balloon, ports, transport })
     }
 
-    /// The state of a machine with these, and with processors and chips that are as good as none.
+    /// The state of a machine with these, and with processors and irqchip that are as good as none.
     pub fn state(&self) -> Vec<Section> {
         let processors = (0..self.cpus).map(|_| Processor::blank()).collect();
-        self.encode(processors, Chips::blank())
+        self.encode(processors, Irqchip::blank())
     }
 
     /// Takes a state as a machine does, lets the guest go on for a moment, and stops it again;
@@ -110,7 +110,7 @@ impl Devices {
         let wrong = |section: &str, why: String| Error::State { section: section.into(), why };
         let layout = self.balloon.device().layout().clone();
         let state = MachineState::decode(sections, self.cpus, 1, &layout)?;
-        let MachineState { processors, chips, ports, transports, balloon } = state;
+        let MachineState { processors, irqchip, ports, transports, balloon } = state;
         self.ports.restore(&ports).map_err(|error| wrong("ports", error.to_string()))?;
         let restored = self.balloon.restore(balloon);
         restored.map_err(|error| wrong("balloon", error.to_string()))?;
@@ -118,10 +118,10 @@ impl Devices {
             let restored = self.transport.restore(transport);
             restored.map_err(|error| wrong("virtio0", error.to_string()))?;
         }
-        let taken = self.encode(processors, chips);
+        let taken = self.encode(processors, irqchip);
         self.transport.config_changed();
         self.transport.resume();
-        self.transport.attend(true);
+        self.transport.poll_timers(true);
         for index in 0..balloon_abi::QueueLayout::MAX_QUEUES {
             self.transport.notified(index, 1);
         }
@@ -135,12 +135,12 @@ impl Devices {
         device.held().ranges().all(|range| device.layout().covers(range))
     }
 
-    fn encode(&self, processors: Vec<Processor>, chips: Chips) -> Vec<Section> {
+    fn encode(&self, processors: Vec<Processor>, irqchip: Irqchip) -> Vec<Section> {
         let (balloon, layout) = {
             let device = self.balloon.device();
             (device.state(), device.layout().clone())
         };
         let (ports, transports) = (self.ports.state(), vec![self.transport.state()]);
-        MachineState { processors, chips, ports, transports, balloon }.encode(&layout)
+        MachineState { processors, irqchip, ports, transports, balloon }.encode(&layout)
     }
 }

@@ -12,16 +12,16 @@ use migration::limits::STALL_PAUSED;
 use migration::link::Accept as _;
 use migration::tcp::{Security, TcpAcceptor, TcpLink};
 use migration::{
-    Asking, DestinationConfig, DestinationGuest, MigrationError, ReceiveFailure, Settled,
+    Asking, DestinationConfig, DestinationGuest, MigrationError, ReceiveFailure, Resolution,
     receive as arrive,
 };
 
+use crate::controller::{ControlApi, Kept, MigrationController, Watch, locked};
 use crate::error::Error;
 use crate::machine::{End, serve_to_end};
-use crate::mover::{Asked, Kept, Mover, Watch, locked};
 use crate::options::HostOptions;
-use crate::requests::Requests;
-use crate::seams::Arriving;
+use crate::signals::Signals;
+use crate::traits::MigrationTarget;
 
 /// How long a source that was told that its guest runs here may still ask: the word may be lost
 /// on its way.
@@ -30,8 +30,8 @@ const ANSWER_TIME: Duration = Duration::from_secs(600);
 /// Migrations that came to nothing of which that is known: their sources are in doubt at most.
 const MAX_GONE: usize = 64;
 
-/// How often it is looked whether an operator has settled a doubt.
-const LOOK: Duration = Duration::from_secs(1);
+/// How often it is looked whether an operator has resolved a doubt.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Between two guests that fail to arrive, so that whatever fails at once does not fail without end.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -62,36 +62,39 @@ pub struct ReceiveOptions {
 /// What is wrong with the options, or with the host; and no guest within the time.
 pub fn receive(options: &ReceiveOptions, listens: impl Fn(SocketAddr)) -> Result<End, Error> {
     let mut acceptor = TcpAcceptor::new(options.listen, options.security.clone())?;
-    let requests = Requests::before_guest().map_err(Error::host("signal handling"))?;
-    let mover = Mover::new(None);
+    let requests = Signals::before_guest().map_err(Error::host("signal handling"))?;
+    let controller = MigrationController::new(None);
     // Before anything comes, so that a guest which has come can be asked.
     let _control =
-        Server::bind_monitor(&options.host.control, Arc::new(Asked(Arc::clone(&mover))))?;
+        Server::bind_monitor(&options.host.control, Arc::new(ControlApi(Arc::clone(&controller))))?;
     let address = acceptor.address().map_err(Error::host("asking for the address"))?;
     listens(address);
     let mut deadline = options.wait.map(|wait| Instant::now() + wait);
     let mut gone = Vec::new();
     loop {
-        let mut guest = Arriving::new(options.host.clone(), options.max_cpus)?;
+        let mut guest = MigrationTarget::new(options.host.clone(), options.max_cpus)?;
         let config = DestinationConfig {
             max_memory_bytes: options.max_memory_bytes,
             deadline,
             gone: gone.clone(),
             ..DestinationConfig::new(&options.guest_name)
         };
-        mover.waits();
-        let arrived = arrive(&config, &mut guest, &mut acceptor, &mut Watch(Arc::clone(&mover)));
+        controller.waits();
+        let arrived =
+            arrive(&config, &mut guest, &mut acceptor, &mut Watch(Arc::clone(&controller)));
         let failure = match arrived {
             Ok(received) => {
-                tracing::info!(id = %received.custody.id(), us = received.total_us, "arrived");
-                mover.came(guest.machine().cloned());
+                tracing::info!(id = %received.ownership.id(), us = received.total_us, "arrived");
+                controller.came(guest.machine().cloned());
                 let until = received.source_knows.then(|| Instant::now() + ANSWER_TIME);
-                let kept = Kept { custody: received.custody, guest };
-                if let Err(error) = answer(&Arc::new(Mutex::new(kept)), acceptor, until, &mover) {
+                let kept = Kept { ownership: received.ownership, guest };
+                if let Err(error) =
+                    answer(&Arc::new(Mutex::new(kept)), acceptor, until, &controller)
+                {
                     // The guest runs, and goes on whoever asks.
                     tracing::error!(%error, "its source will not be answered");
                 }
-                return run(&mover, &requests);
+                return run(&controller, &requests);
             }
             Err(failure) => failure,
         };
@@ -104,9 +107,9 @@ pub fn receive(options: &ReceiveOptions, listens: impl Fn(SocketAddr)) -> Result
             DestinationGuest::Refused(_) => STALL_PAUSED * 2,
             DestinationGuest::InDoubt(_) => ANSWER_TIME,
         };
-        match failed(failure, guest, acceptor, deadline, (&mover, &requests))? {
+        match failed(failure, guest, acceptor, deadline, (&controller, &requests))? {
             Some(free) => acceptor = free,
-            None => return run(&mover, &requests),
+            None => return run(&controller, &requests),
         }
         deadline = deadline.map(|end| end.max(Instant::now() + may_be_asked));
     }
@@ -115,15 +118,15 @@ pub fn receive(options: &ReceiveOptions, listens: impl Fn(SocketAddr)) -> Result
 /// A guest did not arrive. What takes the next one, or `None` where it runs here after all.
 fn failed(
     failure: ReceiveFailure,
-    guest: Arriving,
+    guest: MigrationTarget,
     acceptor: TcpAcceptor,
     deadline: Option<Instant>,
-    (mover, requests): (&Arc<Mover>, &Requests),
+    (controller, requests): (&Arc<MigrationController>, &Signals),
 ) -> Result<Option<TcpAcceptor>, Error> {
     let ReceiveFailure { error, guest: left, .. } = failure;
     match left {
         DestinationGuest::Destroyed => {
-            mover.failed(&error);
+            controller.failed(&error);
             // Nobody came, or nobody can come.
             if deadline.is_some_and(|end| Instant::now() >= end) {
                 return Err(error.into());
@@ -134,34 +137,34 @@ fn failed(
         }
         // A source that did not hear it asks who takes the next one.
         DestinationGuest::Refused(_) => {
-            mover.failed(&error);
+            controller.failed(&error);
             tracing::warn!(error = error.chain(), "a guest could not be started");
             Ok(Some(acceptor))
         }
-        DestinationGuest::InDoubt(custody) => {
+        DestinationGuest::InDoubt(ownership) => {
             tracing::error!(error = error.chain(), "whether the guest runs here is not known");
-            mover.set_machine(guest.machine().cloned());
-            let kept = Arc::new(Mutex::new(Kept { custody, guest }));
-            mover.doubts(&kept, &error);
+            controller.set_machine(guest.machine().cloned());
+            let kept = Arc::new(Mutex::new(Kept { ownership, guest }));
+            controller.doubts(&kept, &error);
             let words = "the guest that came ends here; whether it runs at its source is not known, \
-                         where `aerostat settle` says what becomes of it";
+                         where `aerostat resolve` says what becomes of it";
             requests.ending().at_once_with(Some(words.to_owned()));
-            let answering = answer(&kept, acceptor, None, mover)?;
-            if mover.until_settled() == Settled::Runs {
+            let answering = answer(&kept, acceptor, None, controller)?;
+            if controller.until_resolved() == Resolution::Runs {
                 return Ok(None);
             }
             requests.ending().at_once_with(None);
-            mover.set_machine(None);
+            controller.set_machine(None);
             joined(answering).map(Some)
         }
     }
 }
 
 /// Serves the guest that came.
-fn run(mover: &Arc<Mover>, requests: &Requests) -> Result<End, Error> {
+fn run(controller: &Arc<MigrationController>, requests: &Signals) -> Result<End, Error> {
     requests.take_stop();
-    match mover.machine() {
-        Some(machine) => serve_to_end(&machine, mover, requests),
+    match controller.machine() {
+        Some(machine) => serve_to_end(&machine, controller, requests),
         None => Err(Error::Unsupported { what: "a guest that is not there".into() }),
     }
 }
@@ -174,21 +177,21 @@ fn answer(
     kept: &Arc<Mutex<Kept>>,
     mut acceptor: TcpAcceptor,
     mut until: Option<Instant>,
-    mover: &Arc<Mover>,
+    controller: &Arc<MigrationController>,
 ) -> Result<Answering, Error> {
-    let (kept, mover) = (Arc::clone(kept), Arc::clone(mover));
+    let (kept, controller) = (Arc::clone(kept), Arc::clone(controller));
     let answering = move || {
         let is_over = |until: Option<Instant>| until.is_some_and(|end| Instant::now() >= end);
-        // Its operator may have settled it as well, and its source be dead.
-        while !is_over(until) && locked(&kept).custody.settled() != Settled::Gone {
-            let look = Instant::now() + LOOK;
+        // Its operator may have resolved it as well, and its source be dead.
+        while !is_over(until) && locked(&kept).ownership.resolved() != Resolution::Gone {
+            let look = Instant::now() + POLL_INTERVAL;
             let link = match acceptor.accept(Some(until.map_or(look, |end| end.min(look)))) {
                 Ok(link) => link,
                 Err(error) if error.kind() == ErrorKind::TimedOut => continue,
                 Err(error) => {
                     // Nobody else answers it.
                     tracing::error!(%error, "host: no source can ask for its guest now");
-                    std::thread::sleep(LOOK);
+                    std::thread::sleep(POLL_INTERVAL);
                     continue;
                 }
             };
@@ -196,11 +199,11 @@ fn answer(
                 panic_point("answer");
                 answer_one(link, &kept)
             });
-            let settled = locked(&kept).custody.settled();
-            mover.heard(settled);
+            let resolved = locked(&kept).ownership.resolved();
+            controller.heard(resolved);
             match answered {
                 // What was sent may be lost, and then it asks again.
-                Ok(Ok(())) if settled == Settled::Runs => {
+                Ok(Ok(())) if resolved == Resolution::Runs => {
                     until = Some(Instant::now() + ANSWER_TIME);
                 }
                 Ok(Ok(())) => {}
@@ -221,8 +224,8 @@ fn answer_one(link: TcpLink, kept: &Mutex<Kept>) -> Result<(), MigrationError> {
     // Not under the lock: whoever takes long to say a word would keep the operator's away.
     let asking = Asking::hear(link, STALL_PAUSED)?;
     let mut kept = locked(kept);
-    let Kept { custody, guest } = &mut *kept;
-    custody.answer_to(asking, guest)
+    let Kept { ownership, guest } = &mut *kept;
+    ownership.answer_to(asking, guest)
 }
 
 fn joined(answering: Answering) -> Result<TcpAcceptor, Error> {

@@ -11,16 +11,16 @@ use migration::DestinationConfig;
 use migration::observer::Silent;
 use migration::snapshot::{self, Filling, SnapshotFile};
 
+use crate::controller::{ControlApi, MigrationController};
 use crate::error::Error;
 use crate::layout::{MAX_CPUS, MAX_MEMORY_BYTES};
 use crate::machine::{End, Machine, serve_to_end};
-use crate::mover::{Asked, Mover};
 use crate::options::HostOptions;
-use crate::requests::Requests;
-use crate::seams::Arriving;
+use crate::signals::Signals;
+use crate::traits::MigrationTarget;
 
 /// Between two looks whether memory still comes.
-const LOOK: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// How long a guest whose memory comes no more may take to come to a stop.
 const STOP_TIME: Duration = Duration::from_secs(2);
@@ -44,12 +44,12 @@ pub struct RestoreOptions {
 /// unless it ran lazily and the file turned out to be damaged.
 pub fn restore(options: &RestoreOptions) -> Result<End, Error> {
     // Until the guest runs nothing is lost with this process, which may wait for the file.
-    let requests = Requests::before_guest().map_err(Error::host("signal handling"))?;
+    let requests = Signals::before_guest().map_err(Error::host("signal handling"))?;
     let machine = SnapshotFile::open(&options.file)?.description().machine.clone();
-    let mover = Mover::new(None);
+    let controller = MigrationController::new(None);
     let _control =
-        Server::bind_monitor(&options.host.control, Arc::new(Asked(Arc::clone(&mover))))?;
-    let mut guest = Arriving::new(options.host.clone(), MAX_CPUS)?.copy();
+        Server::bind_monitor(&options.host.control, Arc::new(ControlApi(Arc::clone(&controller))))?;
+    let mut guest = MigrationTarget::new(options.host.clone(), MAX_CPUS)?.copy();
     let config = DestinationConfig {
         max_memory_bytes: MAX_MEMORY_BYTES,
         ..DestinationConfig::new(&machine)
@@ -60,27 +60,27 @@ pub fn restore(options: &RestoreOptions) -> Result<End, Error> {
         let filling = snapshot::restore_lazily(&config, &mut guest, file, &mut Silent)?;
         requests.take_stop();
         tracing::info!(us = began.elapsed().as_micros(), "runs; its memory is still coming");
-        return fill(guest, filling, &mover, &requests);
+        return fill(guest, filling, &controller, &requests);
     }
     let restored = snapshot::restore(&config, &mut guest, file, &mut Silent)?;
     requests.take_stop();
     tracing::info!(us = restored.total_us, pages = restored.read_pages, "restored");
-    mover.set_machine(guest.machine().cloned());
+    controller.set_machine(guest.machine().cloned());
     match guest.machine() {
-        Some(machine) => serve_to_end(machine, &mover, &requests),
+        Some(machine) => serve_to_end(machine, &controller, &requests),
         None => Err(no_machine()),
     }
 }
 
 /// Serves a guest whose memory is still coming.
 fn fill(
-    mut guest: Arriving,
+    mut guest: MigrationTarget,
     filling: Filling,
-    mover: &Arc<Mover>,
-    requests: &Requests,
+    controller: &Arc<MigrationController>,
+    requests: &Signals,
 ) -> Result<End, Error> {
     let machine = guest.machine().cloned().ok_or_else(no_machine)?;
-    mover.set_machine(Some(Arc::clone(&machine)));
+    controller.set_machine(Some(Arc::clone(&machine)));
     let stop = requests.stopper();
     let over = AtomicBool::new(false);
     let end = std::thread::scope(|scope| {
@@ -92,20 +92,20 @@ fn fill(
                 let until = Instant::now() + STOP_TIME;
                 while !over.load(Ordering::Relaxed) && Instant::now() < until {
                     machine.halt();
-                    std::thread::sleep(LOOK);
+                    std::thread::sleep(POLL_INTERVAL);
                 }
                 // One that moves or writes the guest waits for such a page as well, and would take
-                // the zeros for the guest's. None begins any more: the reins are taken.
-                mover.call_off();
+                // the zeros for the guest's. None begins any more: the run_control are taken.
+                controller.call_off();
                 guest.let_go();
             }
         });
         // Also where serving panics, which would wait for the thread for ever.
         let _over = Over(&over);
-        serve_to_end(&machine, mover, requests)
+        serve_to_end(&machine, controller, requests)
     });
     // The guest first, which may still wait for its memory.
-    mover.set_machine(None);
+    controller.set_machine(None);
     drop((machine, guest));
     filling.finish()?;
     end
@@ -129,7 +129,7 @@ fn watch(filling: &Filling, machine: &Machine, over: &AtomicBool) -> bool {
             machine.halt();
             return true;
         }
-        std::thread::sleep(LOOK);
+        std::thread::sleep(POLL_INTERVAL);
     }
     false
 }
@@ -140,7 +140,7 @@ fn watch_whatever_panics(filling: &Filling, machine: &Machine, over: &AtomicBool
         match contain(|| watch(filling, machine, over)) {
             Ok(is_lost) => return is_lost,
             Err(_) if over.load(Ordering::Relaxed) => return false,
-            Err(_) => std::thread::sleep(LOOK),
+            Err(_) => std::thread::sleep(POLL_INTERVAL),
         }
     }
 }

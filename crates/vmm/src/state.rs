@@ -4,12 +4,12 @@
 //! part, or one of another version, is a machine that this monitor cannot be.
 
 mod balloon;
-mod chips;
 pub(crate) mod codec;
+mod irqchip;
 mod processor;
 mod serial;
 
-pub(crate) use chips::Chips;
+pub(crate) use irqchip::Irqchip;
 pub(crate) use processor::Processor;
 pub(crate) use serial::PortsState;
 
@@ -32,14 +32,14 @@ pub struct Section {
 /// Version of each part's form.
 pub(crate) const VERSION: u32 = 1;
 
-const CHIPS: &str = "chips";
+const CHIPS: &str = "irqchip";
 const PORTS: &str = "ports";
 const BALLOON: &str = "balloon";
 
 /// All of it, checked as far as it can be without a machine.
 pub(crate) struct MachineState {
     pub(crate) processors: Vec<Processor>,
-    pub(crate) chips: Chips,
+    pub(crate) irqchip: Irqchip,
     pub(crate) ports: PortsState,
     /// The balloon's, and those of the disks.
     pub(crate) transports: Vec<TransportState>,
@@ -53,7 +53,7 @@ impl MachineState {
         let processors = self.processors.iter().enumerate();
         let mut parts: Vec<_> =
             processors.map(|(number, cpu)| part(cpu_name(number), cpu.encode())).collect();
-        parts.push(part(CHIPS.into(), self.chips.encode()));
+        parts.push(part(CHIPS.into(), self.irqchip.encode()));
         parts.push(part(PORTS.into(), self.ports.encode()));
         let transports = self.transports.iter().enumerate();
         parts.extend(
@@ -82,7 +82,7 @@ impl MachineState {
             (0..cpus).map(|number| take(sections, &cpu_name(number), Processor::decode));
         let state = Self {
             processors: processors.collect::<Result<_, _>>()?,
-            chips: take(sections, CHIPS, Chips::decode)?,
+            irqchip: take(sections, CHIPS, Irqchip::decode)?,
             ports: take(sections, PORTS, PortsState::decode)?,
             transports: (0..devices)
                 .map(|number| take(sections, &transport_name(number), TransportState::decode))

@@ -4,7 +4,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 /// How often it is looked whether a thread has ended; nobody announces that.
-const LOOK: Duration = Duration::from_millis(1);
+const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
 /// What became of a thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,7 +22,7 @@ pub(crate) fn join_within<T>(thread: JoinHandle<T>, limit: Duration) -> Joined {
         if began.elapsed() >= limit {
             return Joined::Not;
         }
-        thread::sleep(LOOK);
+        thread::sleep(POLL_INTERVAL);
     }
     if thread.join().is_ok() { Joined::Ended } else { Joined::Panicked }
 }
@@ -37,7 +37,7 @@ mod tests {
     fn a_thread_that_does_not_end_is_left() {
         let (ends, ended) = channel::<()>();
         let stuck = thread::spawn(move || ended.recv());
-        assert_eq!(join_within(stuck, LOOK), Joined::Not);
+        assert_eq!(join_within(stuck, POLL_INTERVAL), Joined::Not);
         drop(ends);
         assert_eq!(join_within(thread::spawn(|| ()), Duration::MAX), Joined::Ended);
     }

@@ -1,4 +1,4 @@
-//! Leaving the guest's processors a part of their time only, so that it writes less while it is
+//! MigrationSource the guest's processors a part of their time only, so that it writes less while it is
 //! moved.
 
 use std::sync::atomic::{AtomicU8, Ordering};

@@ -17,7 +17,7 @@ const CROWD: usize = 150;
 
 /// What a command may take that asks for the status, with the start of its process: an operator is
 /// answered within a second whatever others do.
-const SOON: Duration = Duration::from_secs(2);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Clients that have sent a request, or a part of one, and do nothing more until they are dropped.
 fn crowd(guest: &BareGuest, name: &str, size: usize, request: &str) -> Arc<Mutex<Vec<UnixStream>>> {
@@ -35,7 +35,7 @@ fn crowd(guest: &BareGuest, name: &str, size: usize, request: &str) -> Arc<Mutex
             clients.lock().unwrap().push(stream);
         }
     });
-    let end = Instant::now() + SOON;
+    let end = Instant::now() + ANSWER_TIMEOUT;
     while !thread.is_finished() && Instant::now() < end {
         thread::sleep(Duration::from_millis(5));
     }
@@ -62,7 +62,7 @@ fn clients_that_hang_keep_no_operator_from_a_guest() {
                 let start = Instant::now();
                 let (code, out, err) = aerostat(&guest, &["status", "busy"]);
                 assert_eq!(code, Some(0), "{request:?}: {out}{err}");
-                assert!(start.elapsed() < SOON, "{request:?}: {:?}", start.elapsed());
+                assert!(start.elapsed() < ANSWER_TIMEOUT, "{request:?}: {:?}", start.elapsed());
             }
             drop(hanging);
         }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use lab::bare::{self, BareBuilder, BareGuest};
 use lab::fuse::{Fuse, Has};
 use page_set::{PageRange, PageSet};
-use vmm::{End, HostOptions, Machine, MemoryKind, Options, Requests};
+use vmm::{End, HostOptions, Machine, MemoryKind, RunOptions, Signals};
 
 use crate::bare::{aerostat, boot, client, on_a_kvm};
 use crate::program::program;
@@ -142,8 +142,8 @@ impl Printed {
     }
 }
 
-fn options() -> Options {
-    Options {
+fn options() -> RunOptions {
+    RunOptions {
         host: HostOptions {
             name: "logged".into(),
             control: PathBuf::new(),
@@ -171,7 +171,7 @@ fn what_is_released_while_writes_are_noted_counts_as_written() {
         let (options, printed) = (options(), Printed::default());
         let machine = Machine::new(&options, Box::new(printed.clone())).unwrap();
         machine.load_kernel(&options).unwrap();
-        let requests = Requests::new().unwrap();
+        let requests = Signals::new().unwrap();
         let stop = requests.stopper();
         let written = std::thread::scope(|scope| {
             let serving = scope.spawn(|| machine.serve(&requests));

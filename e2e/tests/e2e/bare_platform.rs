@@ -31,7 +31,7 @@ const TABLES: u32 = 0xe_0000;
 const TABLES_BYTES: u32 = 8 << 10;
 
 /// For a process to end whose guest has left.
-const SOON: Duration = Duration::from_secs(20);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// What the guest's processor says of itself.
 fn cpuid(guest: &mut BareGuest) -> Vec<String> {
@@ -49,7 +49,7 @@ fn moved(mut guest: BareGuest, name: &str) -> BareGuest {
     let (there, address) = receiver(name, &[]);
     let (code, out, err) = aerostat(&guest, &["migrate", name, &address, "--plain"]);
     assert_eq!(code, Some(0), "{out}{err}\n{}\n{}", guest.errors(), there.errors());
-    assert!(guest.wait_for_end(SOON).unwrap().success(), "{}", guest.errors());
+    assert!(guest.wait_for_end(ANSWER_TIMEOUT).unwrap().success(), "{}", guest.errors());
     there
 }
 

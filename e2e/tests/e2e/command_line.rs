@@ -5,7 +5,7 @@ use control::{BalloonStatus, Direction, Status};
 use lab::Backing;
 use serde::de::DeserializeOwned;
 
-use crate::bed::Host;
+use crate::fixture::Host;
 
 /// Memory of the guest, in MiB.
 const MEMORY_MIB: u64 = 1024;
@@ -21,12 +21,12 @@ const NAME: &str = "command-line";
 #[test]
 fn a_guest_is_seen_and_steered() {
     let host = Host::start(NAME, Backing::Small, MEMORY_MIB);
-    let mut bed = host.boot(Driver::Own);
-    bed.load_driver();
-    bed.run("touch 900");
+    let mut fixture = host.boot(Driver::Own);
+    fixture.load_driver();
+    fixture.run("touch 900");
 
     let balloon: BalloonStatus = json(&host, &["balloon", NAME, "512MiB", "--json"]);
-    assert!(balloon.settled);
+    assert!(balloon.at_target);
     assert_eq!((balloon.target_bytes, balloon.actual_bytes), (BALLOON_BYTES, BALLOON_BYTES));
     let change = balloon.last_change.unwrap();
     assert_eq!((change.direction, change.from_pages), (Direction::Inflate, 0));
@@ -52,28 +52,28 @@ fn a_guest_is_seen_and_steered() {
     figures(&host);
     let said = done(&host, &["balloon", NAME, "0"]);
     assert!(said.starts_with("command-line: deflated from 512 MiB to 0 B in "), "{said}");
-    bed.fill_and_verify("data", 800, 1);
+    fixture.fill_and_verify("data", 800, 1);
 }
 
 #[test]
 fn a_guest_without_a_driver_is_waited_for_and_left_alone() {
     let host = Host::start(NAME, Backing::Small, MEMORY_MIB);
-    let mut bed = host.boot(Driver::Own);
+    let mut fixture = host.boot(Driver::Own);
     let (code, _, err) = host.aerostat(&["balloon", NAME, "512MiB", "--timeout", "100ms"]);
     assert_eq!(code, Some(4), "{err}");
     assert!(err.contains("or its driver has not started; the target stays set"), "{err}");
     done(&host, &["balloon", NAME, "0"]);
     let (code, _, err) = host.aerostat(&["balloon", NAME, "256MiB", "--timeout", "100ms"]);
     assert_eq!(code, Some(4), "{err}");
-    bed.load_driver();
-    assert_eq!(host.settle().balloon.actual_bytes, 256 << 20);
+    fixture.load_driver();
+    assert_eq!(host.wait_at_target().balloon.actual_bytes, 256 << 20);
 }
 
 #[test]
 fn what_cannot_be_is_refused() {
     let host = Host::start(NAME, Backing::Small, MEMORY_MIB);
-    let mut bed = host.boot(Driver::Own);
-    bed.load_driver();
+    let mut fixture = host.boot(Driver::Own);
+    fixture.load_driver();
     let (code, out, err) = host.aerostat(&["balloon", "other", "1GiB"]);
     assert_eq!((code, out.as_str()), (Some(3), ""), "{err}");
     assert!(err.contains("\n  hint: `aerostat status` lists the guests"), "{err}");
@@ -81,7 +81,7 @@ fn what_cannot_be_is_refused() {
     assert_eq!(code, Some(1), "{err}");
     assert!(err.starts_with("error: a balloon of 2 GiB does not fit into a guest of "), "{err}");
     // Nothing came of it.
-    let balloon = host.settle().balloon;
+    let balloon = host.wait_at_target().balloon;
     assert_eq!((balloon.generation, balloon.target_pages), (0, 0));
 }
 
@@ -93,7 +93,7 @@ fn figures(host: &Host) {
         ("guest_driver_info", ",driver=\"aerostat\"", "1"),
         ("balloon_target_bytes", "", "536870912"),
         ("balloon_actual_bytes", "", "536870912"),
-        ("balloon_settled", "", "1"),
+        ("balloon_at_target", "", "1"),
         ("released_bytes_total", "", "536870912"),
         ("release_errors_total", "", "0"),
     ] {

@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use bench::Driver;
 use bench::soak::plan::{Plan, Step};
-use bench::soak::walk::Walk;
+use bench::soak::soak_run::SoakRun;
 use lab::Backing;
 
-use crate::bed::{Bed, Host, LIMIT, pages, well};
+use crate::fixture::{Fixture, Host, LIMIT, pages, well};
 use crate::requests::random_request;
 
 /// Makes each walk last so many minutes.
@@ -77,13 +77,13 @@ fn stock_driver_that_also_reports_free_pages() {
     let seed = seed();
     println!("repeat with {SEED_VARIABLE}={seed}");
     let host = Host::start("stock-reports", Backing::Small, SMALL_MIB);
-    let mut bed = host.boot(Driver::Stock);
-    let free_mib = bed.free_mib();
-    bed.load_driver();
-    walk(&mut bed, seed, free_mib);
+    let mut fixture = host.boot(Driver::Stock);
+    let free_mib = fixture.free_mib();
+    fixture.load_driver();
+    walk(&mut fixture, seed, free_mib);
     // Linux begins 2 s after it could; a walk may be over sooner.
     host.until("reported", |status| status.reports.released_bytes > 0);
-    everything_is_usable_again(&mut bed, free_mib);
+    everything_is_usable_again(&mut fixture, free_mib);
     let status = host.status();
     assert_eq!(status.faults.total(), 0, "{:?}", status.faults);
 }
@@ -93,22 +93,22 @@ fn keeps_every_byte(name: &str, driver: Driver, backing: Backing, memory_mib: u6
     println!("{name}: repeat with {SEED_VARIABLE}={seed}");
     // What goes back by itself would hide what the balloon gave.
     let host = Host::start_with(name, backing, memory_mib, &["--without", "reporting"]);
-    let mut bed = host.boot(driver);
-    let free_mib = bed.free_mib();
-    bed.load_driver();
-    what_is_given_comes_back_to_the_host(&mut bed);
-    targets_taken_back_at_once_are_over(&bed, seed);
-    what_is_taken_back_at_once_stays(&mut bed, seed);
+    let mut fixture = host.boot(driver);
+    let free_mib = fixture.free_mib();
+    fixture.load_driver();
+    what_is_given_comes_back_to_the_host(&mut fixture);
+    targets_taken_back_at_once_are_over(&fixture, seed);
+    what_is_taken_back_at_once_stays(&mut fixture, seed);
     match driver {
-        Driver::Own => walk_beside_requests(&host, &mut bed, seed, free_mib),
-        Driver::Stock => walk(&mut bed, seed, free_mib),
+        Driver::Own => walk_beside_requests(&host, &mut fixture, seed, free_mib),
+        Driver::Stock => walk(&mut fixture, seed, free_mib),
     }
-    everything_is_usable_again(&mut bed, free_mib);
+    everything_is_usable_again(&mut fixture, free_mib);
     assert_eq!(host.status().faults.total(), 0, "{:?}", host.status().faults);
 }
 
 /// The host asks for something all the time, whether or not there is a driver.
-fn walk_beside_requests(host: &Host, bed: &mut Bed<'_>, seed: u64, free_mib: u64) {
+fn walk_beside_requests(host: &Host, fixture: &mut Fixture<'_>, seed: u64, free_mib: u64) {
     let over = AtomicBool::new(false);
     let asked = thread::scope(|scope| {
         let asking = scope.spawn(|| {
@@ -123,7 +123,7 @@ fn walk_beside_requests(host: &Host, bed: &mut Bed<'_>, seed: u64, free_mib: u64
             (asked, done)
         });
         // Told also where the walk fails: it would be waited for in vain.
-        let ended = catch_unwind(AssertUnwindSafe(|| walk(bed, seed, free_mib)));
+        let ended = catch_unwind(AssertUnwindSafe(|| walk(fixture, seed, free_mib)));
         over.store(true, Ordering::Relaxed);
         let asked = asking.join().unwrap();
         ended.map_or_else(|panic| resume_unwind(panic), |()| asked)
@@ -134,10 +134,10 @@ fn walk_beside_requests(host: &Host, bed: &mut Bed<'_>, seed: u64, free_mib: u64
     assert!(asked.1 > 0, "{:?}", host.status().requests);
 }
 
-fn walk(bed: &mut Bed<'_>, seed: u64, free_mib: u64) {
+fn walk(fixture: &mut Fixture<'_>, seed: u64, free_mib: u64) {
     let end = minutes().map(|minutes| Instant::now() + minutes);
     let plan = Plan::of_balloon(seed, free_mib);
-    let mut walk = Walk::new(bed.bench(), plan);
+    let mut walk = SoakRun::new(fixture.bench(), plan);
     let mut told = |step: &Step| println!("{step:?}");
     for step in 1.. {
         well(walk.step(&mut told));
@@ -150,59 +150,59 @@ fn walk(bed: &mut Bed<'_>, seed: u64, free_mib: u64) {
 
 /// All that is free was touched, so all that is inflated was the host's memory,
 /// and must be missing there to the last page that can be.
-fn what_is_given_comes_back_to_the_host(bed: &mut Bed<'_>) {
-    let free_mib = bed.free_mib();
-    bed.run(&format!("touch {}", free_mib - free_mib / UNFILLED_DIVISOR));
-    let before = bed.status().resident_bytes.unwrap();
+fn what_is_given_comes_back_to_the_host(fixture: &mut Fixture<'_>) {
+    let free_mib = fixture.free_mib();
+    fixture.run(&format!("touch {}", free_mib - free_mib / UNFILLED_DIVISOR));
+    let before = fixture.status().resident_bytes.unwrap();
     let given_mib = free_mib / 2;
-    bed.set_target(pages(given_mib));
-    let inflated = bed.settle();
+    fixture.set_target(pages(given_mib));
+    let inflated = fixture.wait_at_target();
     let fell_mib = (before - inflated.resident_bytes.unwrap()) >> 20;
     let touched_of_it_mib = given_mib - free_mib / UNFILLED_DIVISOR;
     assert!(fell_mib >= touched_of_it_mib, "{fell_mib} of {given_mib} MiB: {inflated:?}");
-    bed.set_target(0);
-    bed.settle();
+    fixture.set_target(0);
+    fixture.wait_at_target();
 }
 
 /// The guest sees some of these targets, and of others nothing.
-fn targets_taken_back_at_once_are_over(bed: &Bed<'_>, seed: u64) {
+fn targets_taken_back_at_once_are_over(fixture: &Fixture<'_>, seed: u64) {
     let mut rng = fastrand::Rng::with_seed(seed);
     for _ in 0..TAKEN_BACK {
-        bed.set_target(rng.u32(1..=pages(SMALL_MIB / 2)));
-        bed.set_target(0);
-        bed.settle();
+        fixture.set_target(rng.u32(1..=pages(SMALL_MIB / 2)));
+        fixture.set_target(0);
+        fixture.wait_at_target();
     }
 }
 
 /// The guest takes everything back and uses it while the host still releases.
 /// In pieces, it takes the host longest.
-fn what_is_taken_back_at_once_stays(bed: &mut Bed<'_>, seed: u64) {
+fn what_is_taken_back_at_once_stays(fixture: &mut Fixture<'_>, seed: u64) {
     let mut rng = fastrand::Rng::with_seed(seed);
-    let free_mib = bed.free_mib();
-    bed.fragment(free_mib / UNFILLED_DIVISOR);
-    let usable_mib = bed.free_mib() - 2 * free_mib / UNFILLED_DIVISOR;
+    let free_mib = fixture.free_mib();
+    fixture.fragment(free_mib / UNFILLED_DIVISOR);
+    let usable_mib = fixture.free_mib() - 2 * free_mib / UNFILLED_DIVISOR;
     let used_mib = usable_mib.min(MOST_USED_MIB);
     for round in 0..ROUNDS {
-        bed.run(&format!("touch {usable_mib}"));
-        bed.set_target(pages(usable_mib));
+        fixture.run(&format!("touch {usable_mib}"));
+        fixture.set_target(pages(usable_mib));
         let enough = rng.u32(0..=pages(usable_mib));
-        bed.until("on its way", |status| status.balloon.actual_pages >= enough);
-        bed.set_target(0);
-        bed.until("empty", |status| status.balloon.actual_pages == 0);
-        bed.fill_and_verify("used", used_mib, round);
-        bed.run("drop used");
-        bed.settle();
+        fixture.until("on its way", |status| status.balloon.actual_pages >= enough);
+        fixture.set_target(0);
+        fixture.until("empty", |status| status.balloon.actual_pages == 0);
+        fixture.fill_and_verify("used", used_mib, round);
+        fixture.run("drop used");
+        fixture.wait_at_target();
     }
-    bed.defragment();
+    fixture.defragment();
 }
 
 /// As much can be filled as before the driver came. What the guest calls free
 /// would not tell: up to an eighth of it is in lists of its processors.
-fn everything_is_usable_again(bed: &mut Bed<'_>, free_mib: u64) {
-    bed.unload_driver();
+fn everything_is_usable_again(fixture: &mut Fixture<'_>, free_mib: u64) {
+    fixture.unload_driver();
     let fill_mib = free_mib - free_mib / UNFILLED_DIVISOR;
-    bed.fill_and_verify("all", fill_mib, 1);
-    let resident_mib = bed.status().resident_bytes.unwrap() >> 20;
+    fixture.fill_and_verify("all", fill_mib, 1);
+    let resident_mib = fixture.status().resident_bytes.unwrap() >> 20;
     assert!(resident_mib >= fill_mib, "{fill_mib} MiB hold a pattern in {resident_mib}");
 }
 

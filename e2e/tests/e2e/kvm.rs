@@ -44,7 +44,7 @@ const NOISE_MIB: u64 = 8;
 
 /// A driver tells of its statistics within milliseconds, and of what came free within two seconds
 /// (Linux's `page_reporting.c`); emulation is slow.
-const SOON: Duration = Duration::from_secs(30);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 const STATS_INTERVAL_MS: u64 = 100;
 
 /// How often a change of the balloon by our driver may interrupt the guest.
@@ -227,7 +227,7 @@ fn drops_caches_and_names_its_free_pages(guest: &mut Guest) {
     run(guest, &format!("insmod {DISK} rd_nr=1 rd_size={}", CACHED_MIB << 10));
     run(guest, &format!("read-file /dev/ram0 {CACHED_MIB}"));
     let client = client(OURS);
-    let dropped = client.drop_caches(Caches::All, SOON).unwrap();
+    let dropped = client.drop_caches(Caches::All, ANSWER_TIMEOUT).unwrap();
     println!("{dropped:?}");
     assert!(dropped.page_cache.freed_bytes >= CACHED_MIB * MIB * 98 / 100, "{dropped:?}");
     assert!(dropped.slab.after_bytes > 0, "{dropped:?}");
@@ -242,7 +242,7 @@ fn drops_caches_and_names_its_free_pages(guest: &mut Guest) {
     let held_mib = held.total_bytes / MIB;
     assert!(held_mib >= free_mib - RESERVED_MIB - NOISE_MIB, "{held_mib} of {free_mib} MiB");
     assert!(number(guest, "free-mib") <= RESERVED_MIB + NOISE_MIB);
-    assert_eq!(client.release_free_pages(SOON).unwrap().released_bytes, held.total_bytes);
+    assert_eq!(client.release_free_pages(ANSWER_TIMEOUT).unwrap().released_bytes, held.total_bytes);
 
     let ended = client.status().unwrap().requests.ended;
     let done = |command: &str| ended[command]["done"];
@@ -251,7 +251,7 @@ fn drops_caches_and_names_its_free_pages(guest: &mut Guest) {
 
 fn free_pages(kind: FreeKind) -> AskFreePages {
     let reserve_bytes = (kind == FreeKind::Hold).then_some(RESERVED_MIB * MIB);
-    let timeout_ms = u64::try_from(SOON.as_millis()).unwrap();
+    let timeout_ms = u64::try_from(ANSWER_TIMEOUT.as_millis()).unwrap();
     AskFreePages { kind, min_block_bytes: None, reserve_bytes, timeout_ms }
 }
 
@@ -279,13 +279,13 @@ fn tells_statistics_and_hints(guest: &mut Guest) {
     assert!(after_mib + NOISE_MIB >= free_mib, "{after_mib} of {free_mib} MiB");
     assert!(named_mib <= after_mib + NOISE_MIB, "{named_mib} of {after_mib} MiB");
     assert!(named_mib >= free_mib * 9 / 10, "{named_mib} of {free_mib} MiB");
-    let refused = client.drop_caches(Caches::All, SOON).unwrap_err();
+    let refused = client.drop_caches(Caches::All, ANSWER_TIMEOUT).unwrap_err();
     assert!(refused.to_string().contains("no request queue"), "{refused}");
 }
 
 /// Looks until the status is as it should be some time.
 fn until(guest: &str, holds: impl Fn(&Status) -> bool) -> Status {
-    let end = Instant::now() + SOON;
+    let end = Instant::now() + ANSWER_TIMEOUT;
     loop {
         let status = status(guest);
         if holds(&status) {
@@ -326,11 +326,11 @@ fn pauses_and_goes_on(mut guest: Guest) {
     let silence = guest.run_within("free-mib", PAUSE).unwrap_err();
     assert!(matches!(silence, LabError::Timeout { .. }), "{silence}");
     assert!(status(OURS).guest.connected);
-    let refused = client(OURS).drop_caches(Caches::All, SOON).unwrap_err();
+    let refused = client(OURS).drop_caches(Caches::All, ANSWER_TIMEOUT).unwrap_err();
     assert!(refused.to_string().contains("paused"), "{refused}");
     signal(&guest, "USR2");
     assert!(number(&mut guest, "free-mib") > 0);
-    client(OURS).drop_caches(Caches::All, SOON).unwrap();
+    client(OURS).drop_caches(Caches::All, ANSWER_TIMEOUT).unwrap();
     assert!(guest.power_off().unwrap().success());
 }
 

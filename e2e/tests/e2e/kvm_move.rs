@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bench::soak::moves::proxy::{Fault, Harm, Moment, Proxy};
-use bench::soak::moves::{self, CaseReport, Kit, Traveller};
+use bench::soak::moves::{self, CaseReport, MigratingGuest, RunConfig};
 use control::Client;
 use control::api::{MigrationPhase, MigrationState, MigrationStatus, MigrationSummary};
 use lab::Guest;
@@ -50,7 +50,7 @@ const SEED: &str = "AEROSTAT_E2E_SEED";
 const PROMPT: Duration = Duration::from_secs(8);
 
 /// For another process to begin to listen.
-const SOON: Duration = Duration::from_secs(30);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 #[test]
 fn guests_move_to_another_process_and_back_while_they_run() {
@@ -74,22 +74,24 @@ fn inside() {
         moves_there_and_back(driver);
         println!("{driver} after {:.1?}", start.elapsed());
     }
-    let kit = kit();
+    let run_config = run_config();
     for (name, number) in MOVES {
         let case = moves::Case::named(name).unwrap();
-        all_well(&moves::endure(&kit, case, number..number + 1, &mut |line| println!("{line}")));
+        all_well(&moves::endure(&run_config, case, number..number + 1, &mut |line| {
+            println!("{line}")
+        }));
         println!("{name} after {:.1?}", start.elapsed());
     }
-    ends_promptly_while_its_guest_moves(&kit);
+    ends_promptly_while_its_guest_moves(&run_config);
     println!("ended after {:.1?}", start.elapsed());
-    goes_on_whatever_fails(&kit);
+    goes_on_whatever_fails(&run_config);
     println!("faults after {:.1?}", start.elapsed());
 }
 
-fn kit() -> Kit {
+fn run_config() -> RunConfig {
     let path = |variable: &str| PathBuf::from(std::env::var_os(variable).unwrap());
     let modules = std::env::var(MODULES).unwrap();
-    Kit {
+    RunConfig {
         program: program().into(),
         kernel: path(VMLINUX),
         initramfs: path(INITRAMFS),
@@ -103,7 +105,7 @@ fn all_well(report: &CaseReport) {
 }
 
 /// Some of what can fail, and not what takes as long as a peer may be silent.
-fn goes_on_whatever_fails(kit: &Kit) {
+fn goes_on_whatever_fails(run_config: &RunConfig) {
     let (name, count) = FAULTS;
     let seed = std::env::var(SEED).ok().and_then(|seed| seed.parse().ok());
     let seed = seed.unwrap_or_else(bench::soak::any_seed);
@@ -111,25 +113,30 @@ fn goes_on_whatever_fails(kit: &Kit) {
     let chosen = moves::faults(seed).into_iter().filter(|fault| fault.harm != Harm::Stall);
     let case = moves::Case::named(name).unwrap();
     let chosen = chosen.take(count).collect();
-    all_well(&moves::fail_at(kit, case, chosen, &mut |line| println!("{line}")));
+    all_well(&moves::fail_at(run_config, case, chosen, &mut |line| println!("{line}")));
 }
 
 /// SIGTERM while it waits for a destination of which nothing is heard.
-fn ends_promptly_while_its_guest_moves(kit: &Kit) {
-    let mut traveller = Traveller::boot(kit, moves::CASES[0], moves::MEMORY_MIB).unwrap();
-    let receiver = traveller.receiver(&[]).unwrap();
+fn ends_promptly_while_its_guest_moves(run_config: &RunConfig) {
+    let mut migrating_guest =
+        MigratingGuest::boot(run_config, moves::CASES[0], moves::MEMORY_MIB).unwrap();
+    let receiver = migrating_guest.receiver(&[]).unwrap();
     hostile::sources_get_nothing(&receiver);
     let fault = Fault { moment: Moment::RoundDone, later: 0, harm: Harm::Stall, seed: 0 };
     let proxy = Proxy::start(&receiver.address, Some(fault), Box::new(|_| {})).unwrap();
-    let departure = traveller.depart(&proxy.address, &[]).unwrap();
-    let end = Instant::now() + SOON;
+    let departure = migrating_guest.depart(&proxy.address, &[]).unwrap();
+    let end = Instant::now() + ANSWER_TIMEOUT;
     while !proxy.has_fired() {
         assert!(Instant::now() < end, "{:?}", departure.end());
         std::thread::sleep(Duration::from_millis(20));
     }
     let told = Instant::now();
-    signal(&traveller.guest, "TERM");
-    assert!(traveller.guest.wait().unwrap().success(), "{}", traveller.guest.console_log());
+    signal(&migrating_guest.guest, "TERM");
+    assert!(
+        migrating_guest.guest.wait().unwrap().success(),
+        "{}",
+        migrating_guest.guest.console_log()
+    );
     assert!(told.elapsed() < PROMPT, "{:?}", told.elapsed());
     // It was told so, or found that the monitor had ended.
     let said = departure.end().unwrap();
@@ -143,7 +150,7 @@ fn ends_promptly_while_its_guest_moves(kit: &Kit) {
 }
 
 /// The source hears that the destination is prepared, and nothing it says to that arrives.
-pub(crate) fn loses_the_hand_over(to: &str) -> Proxy {
+pub(crate) fn loses_the_commit(to: &str) -> Proxy {
     let fault = Fault { moment: Moment::HandOver, later: 0, harm: Harm::Cut, seed: 0 };
     Proxy::start(to, Some(fault), Box::new(|_| {})).unwrap()
 }
@@ -180,7 +187,7 @@ fn moves_there_and_back(driver: &str) {
     all_is_usable(&mut second);
 
     if driver == STOCK {
-        return settled_at_the_destination(second, &control);
+        return resolved_at_the_destination(second, &control);
     }
     let tls = certificates(directory.path());
     let tls = tls.each_ref().map(String::as_str);
@@ -190,7 +197,7 @@ fn moves_there_and_back(driver: &str) {
     assert!(second.wait().unwrap().success(), "{}", second.console_log());
     verify(&mut third, "kept", KEPT_MIB, 1);
     left_out(&summary, 0);
-    settled_at_the_source(third, driver, &control);
+    resolved_at_the_source(third, driver, &control);
 }
 
 /// Ctrl-C; the destination waits for the next.
@@ -198,7 +205,7 @@ fn goes_on_when_it_is_cancelled(guest: &str, to: &str) {
     let mut command = Command::new(program());
     command.args(["migrate", guest, to, "--plain", "--bandwidth", "1MiB"]);
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let end = Instant::now() + SOON;
+    let end = Instant::now() + ANSWER_TIMEOUT;
     while client(guest).migration().unwrap().phase != Some(MigrationPhase::Round) {
         assert!(Instant::now() < end, "{:?}", client(guest).migration());
         std::thread::sleep(Duration::from_millis(20));
@@ -211,14 +218,14 @@ fn goes_on_when_it_is_cancelled(guest: &str, to: &str) {
 }
 
 /// The offer of the guest is lost, and the source asks for it.
-fn settled_at_the_source(mut third: Guest, name: &str, control: &str) {
+fn resolved_at_the_source(mut third: Guest, name: &str, control: &str) {
     let (mut fourth, address) = receiver(name, &["--plain", "--control", control]);
-    let network = loses_the_hand_over(&address);
+    let network = loses_the_commit(&address);
     in_doubt(&third, name, control, &network.address);
     // Nobody is asked in vain.
-    let text = settle(control, &[]).unwrap_err();
+    let text = resolve(control, &[]).unwrap_err();
     assert!(text.contains("does not ask"), "{text}");
-    let text = settle(name, &[]).unwrap();
+    let text = resolve(name, &[]).unwrap();
     assert!(text.contains("runs on the other side"), "{text}");
     assert!(third.wait().unwrap().success(), "{}", third.console_log());
     goes_on(&mut fourth, control);
@@ -226,24 +233,24 @@ fn settled_at_the_source(mut third: Guest, name: &str, control: &str) {
 }
 
 /// The same, and an operator says what is true: once that the guest stays, once that it has come.
-fn settled_at_the_destination(mut second: Guest, control: &str) {
+fn resolved_at_the_destination(mut second: Guest, control: &str) {
     let (mut third, address) = receiver(STOCK, &["--plain"]);
-    let network = loses_the_hand_over(&address);
+    let network = loses_the_commit(&address);
     in_doubt(&second, control, STOCK, &network.address);
-    let text = settle(STOCK, &["--give-up"]).unwrap();
+    let text = resolve(STOCK, &["--discard"]).unwrap();
     assert!(text.contains("is given up"), "{text}");
     // Its source may be dead: whether it asks or not, the next guest can come.
     waits(STOCK);
-    let text = settle(control, &[]).unwrap();
+    let text = resolve(control, &[]).unwrap();
     assert!(text.contains("runs here"), "{text}");
     verify(&mut second, "kept", KEPT_MIB, 1);
     // Also what it had hinted.
     all_is_usable(&mut second);
 
-    let network = loses_the_hand_over(&address);
+    let network = loses_the_commit(&address);
     in_doubt(&second, control, STOCK, &network.address);
     drop(second);
-    let text = settle(STOCK, &["--run-here"]).unwrap();
+    let text = resolve(STOCK, &["--run-here"]).unwrap();
     assert!(text.contains("runs here"), "{text}");
     goes_on(&mut third, STOCK);
     assert!(third.power_off().unwrap().success());
@@ -251,7 +258,7 @@ fn settled_at_the_destination(mut second: Guest, control: &str) {
 
 /// Its monitor waits for a guest again.
 fn waits(name: &str) {
-    let end = Instant::now() + SOON;
+    let end = Instant::now() + ANSWER_TIMEOUT;
     while state(name) != MigrationState::Waiting {
         assert!(Instant::now() < end, "{:?}", client(name).migration());
         std::thread::sleep(Duration::from_millis(20));
@@ -293,9 +300,9 @@ pub(crate) fn certificates(directory: &Path) -> [String; 6] {
 /// The guest stands still on both sides, whoever says that it shall go on.
 pub(crate) fn in_doubt(guest: &Guest, from: &str, there: &str, to: &str) {
     let text = not_moved(from, to, &["--connections", "1"]);
-    assert!(text.contains("nobody knows") && text.contains("aerostat settle"), "{text}");
+    assert!(text.contains("nobody knows") && text.contains("aerostat resolve"), "{text}");
     assert_eq!(state(from), MigrationState::InDoubt);
-    let end = Instant::now() + SOON;
+    let end = Instant::now() + ANSWER_TIMEOUT;
     while state(there) != MigrationState::InDoubt {
         assert!(Instant::now() < end, "{:?}", client(there).migration());
         std::thread::sleep(Duration::from_millis(20));
@@ -322,7 +329,7 @@ pub(crate) fn receiver(name: &str, arguments: &[&str]) -> (Guest, String) {
     let words = ["--name", name, "--listen", "127.0.0.1:0"];
     let words = words.iter().chain(arguments).copied();
     let receiver = Guest::receiver(program()).machine_arguments(words).boot().unwrap();
-    let end = Instant::now() + SOON;
+    let end = Instant::now() + ANSWER_TIMEOUT;
     loop {
         let log = receiver.console_log();
         let lines = log.lines().find_map(|line| line.split_once(": waits on "));
@@ -354,9 +361,10 @@ fn not_moved(guest: &str, to: &str, arguments: &[&str]) -> String {
 }
 
 /// What is said of success, or of failure.
-pub(crate) fn settle(guest: &str, arguments: &[&str]) -> Result<String, String> {
+pub(crate) fn resolve(guest: &str, arguments: &[&str]) -> Result<String, String> {
     let mut command = Command::new(program());
-    let (code, out, err) = told(&command.args(["settle", guest]).args(arguments).output().unwrap());
+    let (code, out, err) =
+        told(&command.args(["resolve", guest]).args(arguments).output().unwrap());
     match code {
         Some(0) => Ok(out),
         Some(1) => Err(err),

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use control::GuestAsk;
 use control::api::Caches;
 use page_set::{PageRange, PageSet};
-use vmm::{End, GuestRam, HostOptions, Machine, MemoryKind, Options, Requests, Section};
+use vmm::{End, GuestRam, HostOptions, Machine, MemoryKind, RunOptions, Section, Signals};
 
 const MIB: u64 = 1 << 20;
 const PAGE: u64 = 4096;
@@ -83,7 +83,7 @@ fn used(percent: u8, machine: &Machine) -> u64 {
 /// Memory and state of a guest that stands still at the end, in a new machine and beside it.
 fn leaves(
     first: &Machine,
-    options: &Options,
+    options: &RunOptions,
     talk: &mut Talk,
     modules: &[&str],
 ) -> (Machine, Vec<Section>) {
@@ -155,7 +155,7 @@ fn goes_on(second: &Machine, talk: &mut Talk) {
 /// Runs `deed` while the machine's devices are served; the guest then ends as expected, or the
 /// serving is stopped.
 fn running<T>(machine: &Machine, end: End, deed: impl FnOnce() -> T) -> T {
-    let requests = Requests::new().unwrap();
+    let requests = Signals::new().unwrap();
     let stop = requests.stopper();
     thread::scope(|scope| {
         let serving = scope.spawn(|| machine.serve(&requests));
@@ -175,8 +175,8 @@ fn running<T>(machine: &Machine, end: End, deed: impl FnOnce() -> T) -> T {
     })
 }
 
-fn options(kernel: PathBuf, initramfs: PathBuf) -> Options {
-    Options {
+fn options(kernel: PathBuf, initramfs: PathBuf) -> RunOptions {
+    RunOptions {
         host: HostOptions {
             name: "moved".into(),
             control: PathBuf::new(),
@@ -200,7 +200,7 @@ fn set_target(machine: &Machine, pages: u64) {
     let balloon = machine.balloon();
     let generation = balloon.set_target(u32::try_from(pages).unwrap()).unwrap();
     let status = balloon.wait_change(generation, LIMIT);
-    assert!(status.settled && u64::from(status.actual_pages) == pages, "{status:?}");
+    assert!(status.at_target && u64::from(status.actual_pages) == pages, "{status:?}");
 }
 
 fn copy(from: &GuestRam, to: &GuestRam, pages: PageRange) {

@@ -14,7 +14,7 @@ use crate::kvm::{
     BLOCK, INITRAMFS, MIB, NESTED_MODULES, OURS, STOCK, VMLINUX, VMLINUZ, builder, inside_of_a_kvm,
     load, number, run, signal, verify,
 };
-use crate::kvm_move::{in_doubt, loses_the_hand_over, moved, receiver, settle};
+use crate::kvm_move::{in_doubt, loses_the_commit, moved, receiver, resolve};
 use crate::program::{lab_program, program, told};
 
 /// Memory of the guest, what its balloon has, and what a file keeps, in MiB.
@@ -48,7 +48,7 @@ const QUIET: &str = "write /proc/sys/kernel/printk 1";
 const DRAWN: usize = 4;
 
 /// For a guest to end that has to.
-const SOON: Duration = Duration::from_secs(30);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Guests that have memory at a time: one on its way, or a file of one.
 const GUESTS: u64 = 2;
@@ -129,7 +129,7 @@ fn a_guest_comes_out_of_a_file() {
             assert!(guest.power_off().unwrap().success());
         } else {
             // A reset ends it as well, and is no failure.
-            let end = guest.run_within("write /proc/sysrq-trigger b", SOON).unwrap_err();
+            let end = guest.run_within("write /proc/sysrq-trigger b", ANSWER_TIMEOUT).unwrap_err();
             assert!(matches!(end, LabError::Ended { .. }), "{end}");
             assert!(guest.wait().unwrap().success(), "{}", guest.console_log());
         }
@@ -142,7 +142,7 @@ fn a_guest_comes_out_of_a_file() {
 
 /// A copy hears that it is one.
 fn reseeds(guest: &Guest) {
-    let end = Instant::now() + SOON;
+    let end = Instant::now() + ANSWER_TIMEOUT;
     while !guest.console_log().contains(RESEEDED) {
         assert!(Instant::now() < end, "{}", guest.console_log());
         std::thread::sleep(Duration::from_millis(20));
@@ -352,14 +352,14 @@ fn is_in_use(disk: &str) {
 /// The offer of the guest is lost. Nobody else gets its disks meanwhile, and of two operators who
 /// each want it to run on their side, one does.
 fn one_side_has_the_disks(first: &Guest, control: &str, address: &str, disk: &str) {
-    let network = loses_the_hand_over(address);
+    let network = loses_the_commit(address);
     in_doubt(first, STOCK, control, &network.address);
     is_in_use(disk);
-    let text = settle(control, &["--run-here"]).unwrap();
+    let text = resolve(control, &["--run-here"]).unwrap();
     assert!(text.contains("runs here"), "{text}");
-    let text = settle(STOCK, &["--run-here"]).unwrap_err();
+    let text = resolve(STOCK, &["--run-here"]).unwrap_err();
     assert!(text.contains("is in use"), "{text}");
-    let text = settle(STOCK, &[]).unwrap();
+    let text = resolve(STOCK, &[]).unwrap();
     assert!(text.contains("runs on the other side"), "{text}");
 }
 

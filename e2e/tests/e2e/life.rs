@@ -6,7 +6,7 @@ use std::path::Path;
 use bench::Driver;
 use lab::Backing;
 
-use crate::bed::{Host, pages};
+use crate::fixture::{Host, pages};
 
 /// Memory of the guests, in MiB.
 const MEMORY_MIB: u64 = 1024;
@@ -32,29 +32,29 @@ fn back_end_outlives_guests_with_the_own_driver() {
 
 fn outlives_guests(name: &str, driver: Driver) {
     let host = Host::start(name, Backing::Small, MEMORY_MIB);
-    let mut bed = host.boot(driver);
-    bed.load_driver();
-    bed.run(&format!("touch {TOUCHED_MIB}"));
+    let mut fixture = host.boot(driver);
+    fixture.load_driver();
+    fixture.run(&format!("touch {TOUCHED_MIB}"));
     host.set_target(pages(INFLATED_MIB));
     // The stock driver is on its way then; ours is there, and the host is not.
     let dying = host.until("in the middle", |status| status.balloon.actual_pages > 0);
-    drop(bed);
+    drop(fixture);
     println!("died at {:?}, {:?}", dying.balloon, dying.release);
     nobody_is_there(&host);
 
     let mut next = host.boot(driver);
     next.load_driver();
     // Its target stayed set.
-    let status = host.settle();
+    let status = host.wait_at_target();
     assert_eq!(status.balloon.actual_pages, pages(INFLATED_MIB), "{status:?}");
     next.fill_and_verify("kept", KEPT_MIB, 1);
     host.set_target(0);
-    host.settle();
+    host.wait_at_target();
     next.fill_and_verify("more", INFLATED_MIB, 2);
     next.verify("kept", KEPT_MIB, 1);
     next.run("drop more");
     host.set_target(pages(INFLATED_MIB));
-    host.settle();
+    host.wait_at_target();
     // A change that was over is not over any more when its guest goes.
     drop(next);
     nobody_is_there(&host);
@@ -67,7 +67,7 @@ fn nobody_is_there(host: &Host) {
     assert_eq!((left.guest.driver, left.guest.memory_bytes), (control::Driver::None, 0));
     assert_eq!((left.balloon.actual_pages, left.balloon.max_bytes), (0, None));
     assert_eq!(left.balloon.target_pages, pages(INFLATED_MIB));
-    assert!(!left.balloon.settled, "{:?}", left.balloon);
+    assert!(!left.balloon.at_target, "{:?}", left.balloon);
     assert_eq!((left.release.pending_bytes, left.release.in_flight_bytes), (0, 0));
     assert_eq!((left.release.waiting_bytes, left.resident_bytes), (0, None));
     assert_eq!(left.faults.total(), 0, "{:?}", left.faults);
@@ -76,14 +76,14 @@ fn nobody_is_there(host: &Host) {
 #[test]
 fn sigterm_ends_the_back_end_in_the_middle_of_a_change() {
     let host = Host::start("stopped", Backing::Small, MEMORY_MIB);
-    let mut bed = host.boot(Driver::Stock);
-    bed.load_driver();
-    bed.run(&format!("touch {TOUCHED_MIB}"));
+    let mut fixture = host.boot(Driver::Stock);
+    fixture.load_driver();
+    fixture.run(&format!("touch {TOUCHED_MIB}"));
     host.set_target(pages(INFLATED_MIB));
     host.until("in the middle", |status| status.balloon.actual_pages > 0);
     let sockets = [host.backend.socket(), host.backend.control()].map(Path::to_owned);
     assert!(sockets.iter().all(|socket| socket.exists()));
-    let _guest = bed.into_guest();
+    let _guest = fixture.into_guest();
     let ended = host.stop();
     assert!(ended.success(), "{ended}");
     assert!(!sockets.iter().any(|socket| socket.exists()), "{sockets:?}");

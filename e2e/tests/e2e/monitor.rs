@@ -3,12 +3,12 @@
 
 use std::time::{Duration, Instant};
 
-use bench::{Device, Driver, QemuBed, QemuBedOptions};
+use bench::{Device, Driver, QemuBedOptions, QemuFixture};
 use control::{BALLOON_PAGE_BYTES, Client, Status};
 use lab::Guest;
 use lab::debian::{self, Release};
 
-use crate::bed::PAGES_PER_MIB;
+use crate::fixture::PAGES_PER_MIB;
 use crate::program::program;
 
 /// Memory of the guests, in MiB: emulation is slow.
@@ -52,10 +52,10 @@ fn balloons(name: &str, driver: Driver) {
         kernel_arguments: Vec::new(),
         disk: None,
     };
-    let mut bed = QemuBed::start(name, Device::VhostUser, driver, &options).unwrap();
-    let module = bed.driver.clone();
-    let client = bed.backend().unwrap().client().unwrap();
-    let (guest, driver) = (&mut bed.guest, driver.module_name());
+    let mut fixture = QemuFixture::start(name, Device::VhostUser, driver, &options).unwrap();
+    let module = fixture.driver.clone();
+    let client = fixture.backend().unwrap().client().unwrap();
+    let (guest, driver) = (&mut fixture.guest, driver.module_name());
     let devices = guest.run(&format!("ls /sys/bus/virtio/drivers/{driver}")).unwrap().lines;
     assert!(devices.contains(&"virtio0".to_owned()), "{devices:?}\n{}", guest.console_log());
 
@@ -86,7 +86,7 @@ fn balloons(name: &str, driver: Driver) {
     let status = client.status().unwrap();
     assert_eq!(status.faults.total(), 0, "{:?}", status.faults);
     println!("{driver}: {:?}", inflated.balloon.last_change);
-    assert!(bed.end().unwrap().success());
+    assert!(fixture.end().unwrap().success());
 }
 
 /// Sets the target and waits until it is reached and all is released.
@@ -94,7 +94,7 @@ fn settle(client: &Client, mib: u64) -> Status {
     let set = client.set_balloon(mib << 20, SETTLE).unwrap();
     let end = Instant::now() + SETTLE;
     let mut balloon = set;
-    while !balloon.settled {
+    while !balloon.at_target {
         assert!(Instant::now() < end, "{balloon:?}");
         balloon = client.wait(balloon.generation, SETTLE).unwrap();
     }

@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use control::Client;
-use control::api::{MigrationState, SettleWord, StartMigration};
+use control::api::{MigrationState, ResolveAction, StartMigration};
 use lab::bare::{BareBuilder, BareGuest, Stream};
 use rustix::fs::{MemfdFlags, OFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
@@ -19,7 +19,7 @@ use crate::bare::{aerostat, boot, builder, client, on_a_kvm};
 use crate::program::program;
 
 /// Far more than anything here takes, and less than a test is waited for.
-const LONG: Duration = Duration::from_secs(30);
+const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What has a build for tests panic (`crates/diagnostics`).
 const PANIC: &str = "AEROSTAT_TEST_PANIC";
@@ -59,7 +59,7 @@ fn receiver(name: &str, stream: Stream, panics: &str) -> (BareGuest, String) {
     let words = ["--listen", &address.to_string(), "--plain", "-vv"];
     let receiver = receiver.arguments(words).variable(PANIC, panics);
     let receiver = receiver.streams(Stream::Read, stream).start().unwrap();
-    let end = Instant::now() + LONG;
+    let end = Instant::now() + TEST_TIMEOUT;
     // One that hangs up at once is logged, too.
     while TcpStream::connect(address).is_err() {
         assert!(Instant::now() < end, "{}", receiver.errors());
@@ -72,7 +72,7 @@ fn receiver(name: &str, stream: Stream, panics: &str) -> (BareGuest, String) {
 fn until_it_waits(receiver: &BareGuest, name: &str) {
     let socket = receiver.directory().join(format!("{name}.sock"));
     let state = || Client::connect(&socket)?.migration().map(|status| status.state);
-    let end = Instant::now() + LONG;
+    let end = Instant::now() + TEST_TIMEOUT;
     while !matches!(state(), Ok(MigrationState::Waiting)) {
         assert!(Instant::now() < end, "{}", receiver.errors());
         thread::sleep(Duration::from_millis(5));
@@ -91,7 +91,7 @@ fn answers(guest: &mut BareGuest) {
 
 /// The state of the newest migration, once it is one of these.
 fn until_state(client: &Client, states: &[MigrationState]) -> MigrationState {
-    let end = Instant::now() + LONG;
+    let end = Instant::now() + TEST_TIMEOUT;
     loop {
         let status = client.migration().unwrap();
         if states.contains(&status.state) {
@@ -116,7 +116,7 @@ fn a_guest_moves_whoever_reads_the_log() {
             let (code, out, err) = aerostat(&here, &["migrate", name, &address, "--plain"]);
             assert_eq!(code, Some(0), "{stream:?}: {out}{err}");
             there.ask("check 8 8 1").unwrap();
-            assert!(here.wait_for_end(LONG).unwrap().success(), "{stream:?}");
+            assert!(here.wait_for_end(TEST_TIMEOUT).unwrap().success(), "{stream:?}");
             let host = client(&there, name).status().unwrap().faults.host;
             assert!(!host.contains_key("thread_panicked"), "{stream:?}: {host:?}");
             assert!(there.power_off().unwrap().success(), "{stream:?}");
@@ -152,7 +152,7 @@ fn a_guest_is_paused_and_resumed_whoever_reads_the_log() {
             // guest is let go on once more until it answers.
             signal(&here, Signal::USR1);
             here.send("ping 70\n").unwrap();
-            let end = Instant::now() + LONG;
+            let end = Instant::now() + TEST_TIMEOUT;
             while !here.lines().contains(&"ok 70".to_owned()) {
                 signal(&here, Signal::USR2);
                 assert!(Instant::now() < end, "{stream:?}: the guest stands still");
@@ -161,7 +161,7 @@ fn a_guest_is_paused_and_resumed_whoever_reads_the_log() {
             assert_eq!(here.status().unwrap(), None, "{stream:?}");
             let began = Instant::now();
             signal(&here, Signal::TERM);
-            assert!(here.wait_for_end(LONG).unwrap().success(), "{stream:?}");
+            assert!(here.wait_for_end(TEST_TIMEOUT).unwrap().success(), "{stream:?}");
             assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
         }
     });
@@ -233,7 +233,7 @@ impl Disk<'_> {
         // Every entry of the ring is the chain at 0.
         self.write(RING + 0x1000, number << 16);
         self.write(DISK + NOTIFY, 0);
-        let end = Instant::now() + LONG;
+        let end = Instant::now() + TEST_TIMEOUT;
         while self.0.number(&format!("read {:x}", RING + 0x2000)).unwrap() >> 16
             != u64::from(number)
         {
@@ -323,7 +323,7 @@ fn assert_called_off(at_source: &str, at_destination: &str, meanwhile: &str) {
     let (mut there, address) = receiver("stays", Stream::Read, at_destination);
     let source = client(&here, "stays");
     start_migration(&source, &address);
-    let end = Instant::now() + LONG;
+    let end = Instant::now() + TEST_TIMEOUT;
     while !(here.errors() + &there.errors()).contains("panicked at") {
         here.send(meanwhile).unwrap();
         assert!(Instant::now() < end, "{what}\n{}\n{}", here.errors(), there.errors());
@@ -339,11 +339,11 @@ fn assert_called_off(at_source: &str, at_destination: &str, meanwhile: &str) {
     let (code, out, err) = aerostat(&here, &["migrate", "stays", &address, "--plain"]);
     assert_eq!(code, Some(0), "{what}: {out}{err}\n{}\n{}", here.errors(), there.errors());
     there.ask("check 8 4 1").unwrap();
-    assert!(here.wait_for_end(LONG).unwrap().success(), "{what}");
+    assert!(here.wait_for_end(TEST_TIMEOUT).unwrap().success(), "{what}");
     assert!(there.power_off().unwrap().success(), "{what}");
 }
 
-/// A panic when the other side may have the guest leaves a doubt that can be settled, and no
+/// A panic when the other side may have the guest leaves a doubt that can be resolved, and no
 /// second guest.
 #[test]
 fn a_panic_once_the_guest_is_offered_leaves_it_on_one_side() {
@@ -351,12 +351,12 @@ fn a_panic_once_the_guest_is_offered_leaves_it_on_one_side() {
         if !panics_on_demand() {
             return;
         }
-        assert_on_one_side("handed over", "");
+        assert_on_one_side("switched over", "");
         assert_on_one_side("", "prepared");
         assert_on_one_side("", "running");
-        // Who settles it panics, at either side.
-        assert_on_one_side("settle", "running");
-        assert_on_one_side("handed over", "answer");
+        // Who resolves it panics, at either side.
+        assert_on_one_side("resolve", "running");
+        assert_on_one_side("switched over", "answer");
     });
 }
 
@@ -370,19 +370,19 @@ fn assert_on_one_side(at_source: &str, at_destination: &str) {
     let state = until_state(&source, &OVER);
     assert_eq!(state, MigrationState::InDoubt, "{what}\n{}\n{}", here.errors(), there.errors());
     // A word that fails changes nothing, and can be said again.
-    let mut settled = source.settle_migration(SettleWord::Ask);
-    if settled.is_err() {
+    let mut resolved = source.resolve_migration(ResolveAction::Ask);
+    if resolved.is_err() {
         assert_eq!(source.migration().unwrap().state, MigrationState::InDoubt, "{what}");
-        settled = source.settle_migration(SettleWord::Ask);
+        resolved = source.resolve_migration(ResolveAction::Ask);
     }
-    settled.unwrap_or_else(|error| panic!("{what}: {error}\n{}", there.errors()));
+    resolved.unwrap_or_else(|error| panic!("{what}: {error}\n{}", there.errors()));
     for (guest, point) in [(&mut here, at_source), (&mut there, at_destination)] {
         let told = format!("a test asked for it at `{point}`");
         let is_told = |text: &str| (point.is_empty() || text.contains(&told)).then_some(());
         guest.wait_for_error(&what, is_told).unwrap();
     }
     there.ask("check 8 4 1").unwrap();
-    assert!(here.wait_for_end(LONG).unwrap().success(), "{what}");
+    assert!(here.wait_for_end(TEST_TIMEOUT).unwrap().success(), "{what}");
     assert!(there.power_off().unwrap().success(), "{what}");
 }
 
@@ -394,7 +394,7 @@ fn a_source_is_answered_by_a_host_that_had_no_file_descriptor_left() {
         if !panics_on_demand() {
             return;
         }
-        let mut here = builder("asks").variable(PANIC, "handed over").boot().unwrap();
+        let mut here = builder("asks").variable(PANIC, "switched over").boot().unwrap();
         let (mut there, address) = receiver("asks", Stream::Read, "");
         let pid = Pid::from_raw(there.pid().cast_signed()).unwrap();
         let usual = getrlimit(Resource::Nofile);
@@ -422,16 +422,16 @@ fn a_source_is_answered_by_a_host_that_had_no_file_descriptor_left() {
         let said = there.errors().matches("Too many open files").count();
         limit(Some(3));
         thread::scope(|scope| {
-            let asks = scope.spawn(|| source.settle_migration(SettleWord::Ask));
+            let asks = scope.spawn(|| source.resolve_migration(ResolveAction::Ask));
             there.wait_for_error("an error", |text| refused(text, said + 1)).unwrap();
             limit(usual.current);
             // It may have waited in vain.
             if asks.join().unwrap().is_err() {
-                let settled = source.settle_migration(SettleWord::Ask);
-                settled.unwrap_or_else(|error| panic!("{error}\n{}", there.errors()));
+                let resolved = source.resolve_migration(ResolveAction::Ask);
+                resolved.unwrap_or_else(|error| panic!("{error}\n{}", there.errors()));
             }
         });
-        assert!(here.wait_for_end(LONG).unwrap().success());
+        assert!(here.wait_for_end(TEST_TIMEOUT).unwrap().success());
         answers(&mut there);
         assert!(there.power_off().unwrap().success());
     });
@@ -474,7 +474,7 @@ fn assert_goes_on(point: &str, typed: &str) {
     let faults = client(&guest, "panics").status().unwrap().faults;
     assert_eq!(faults.host["thread_panicked"], 1, "{point}: {faults:?}");
     signal(&guest, Signal::TERM);
-    assert!(guest.wait_for_end(LONG).unwrap().success(), "{point}");
+    assert!(guest.wait_for_end(TEST_TIMEOUT).unwrap().success(), "{point}");
 }
 
 /// Writing a guest to a file is called off like a migration, and the guest goes on.
@@ -484,7 +484,7 @@ fn a_snapshot_whose_threads_panic_leaves_the_guest_as_it_was() {
         if !panics_on_demand() {
             return;
         }
-        for point in ["round", "pause", "last round", "state", "offer", "handed over"] {
+        for point in ["round", "pause", "last round", "state", "offer", "switched over"] {
             let mut guest = builder("saved").variable(PANIC, point).boot().unwrap();
             guest.ask("fill 8 4 1").unwrap();
             let file = guest.directory().join("saved.aero");
@@ -522,7 +522,7 @@ fn a_lazy_restore_ends_with_what_fills_memory_and_with_nothing_else() {
         watched.ask("check 8 4 1").unwrap();
         assert!(watched.power_off().unwrap().success());
         let mut lost = restore("filling");
-        assert_eq!(lost.wait_for_end(LONG).unwrap().code(), Some(1), "{}", lost.errors());
+        assert_eq!(lost.wait_for_end(TEST_TIMEOUT).unwrap().code(), Some(1), "{}", lost.errors());
         let reason = "filling memory: it panicked";
         lost.wait_for_error("the reason", |text| text.contains(reason).then_some(())).unwrap();
         assert!(guest.power_off().unwrap().success());
@@ -558,7 +558,7 @@ fn a_loop_that_only_panics_ends_the_process_with_a_reason() {
         }
         let mut guest = boot_with("loop,times=1000000");
         let client = client(&guest, "loop");
-        let end = Instant::now() + LONG;
+        let end = Instant::now() + TEST_TIMEOUT;
         for mib in (0..16).cycle() {
             if guest.status().unwrap().is_some() {
                 break;
@@ -567,7 +567,7 @@ fn a_loop_that_only_panics_ends_the_process_with_a_reason() {
             let _ = client.set_balloon(mib << 20, Duration::ZERO);
             assert!(Instant::now() < end, "{}", guest.errors());
         }
-        assert_eq!(guest.wait_for_end(LONG).unwrap().code(), Some(1));
+        assert_eq!(guest.wait_for_end(TEST_TIMEOUT).unwrap().code(), Some(1));
         let told = "host: serving the guest's devices failed: it panicked";
         guest.wait_for_error("the reason", |text| text.contains(told).then_some(())).unwrap();
     });

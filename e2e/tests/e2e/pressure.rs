@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use bench::Driver;
 use lab::Backing;
 
-use crate::bed::{Host, LIMIT, pages};
+use crate::fixture::{Host, LIMIT, pages};
 use crate::requests::hold;
 use crate::silence::{EVERY_QUEUE, REQUEST_QUEUE, Silencer};
 
@@ -68,9 +68,9 @@ fn own_driver_yields_to_pressure() {
 
 fn gives_later_what_it_cannot_give_now(name: &str, driver: Driver) {
     let host = Host::start(name, Backing::Small, MEMORY_MIB);
-    let mut bed = host.boot(driver);
-    bed.load_driver();
-    bed.run(&format!("fill kept {KEPT_MIB} 1"));
+    let mut fixture = host.boot(driver);
+    fixture.load_driver();
+    fixture.run(&format!("fill kept {KEPT_MIB} 1"));
     let size = format!("{TOO_MUCH_MIB}MiB");
     let (code, out, err) = host.aerostat(&["balloon", name, &size, "--timeout", "2s"]);
     assert_eq!((code, out.as_str()), (Some(4), ""), "{err}");
@@ -78,122 +78,122 @@ fn gives_later_what_it_cannot_give_now(name: &str, driver: Driver) {
     assert!(err.contains(&format!(", not {TOO_MUCH_MIB} MiB, after 2s")), "{err}");
     assert!(err.contains("hint: the target stays set"), "{err}");
     let partial = host.status().balloon;
-    assert!(partial.actual_pages > 0 && !partial.settled, "{partial:?}");
+    assert!(partial.actual_pages > 0 && !partial.at_target, "{partial:?}");
     assert!(partial.actual_pages < pages(TOO_MUCH_MIB), "{partial:?}");
-    bed.verify("kept", KEPT_MIB, 1);
+    fixture.verify("kept", KEPT_MIB, 1);
     // What it needs itself it takes back, and that is not its last word.
-    let told = bed.run(&format!("pressure {SQUEEZED_MIB} 0"));
+    let told = fixture.run(&format!("pressure {SQUEEZED_MIB} 0"));
     assert_eq!(told, format!("taken_mib={SQUEEZED_MIB} end=complete"));
-    bed.run("drop kept");
-    let reached = host.settle();
+    fixture.run("drop kept");
+    let reached = host.wait_at_target();
     assert_eq!(reached.balloon.actual_pages, pages(TOO_MUCH_MIB));
     host.set_target(0);
-    host.settle();
-    bed.fill_and_verify("kept", KEPT_MIB, 2);
+    host.wait_at_target();
+    fixture.fill_and_verify("kept", KEPT_MIB, 2);
 }
 
 fn yields_to_pressure(name: &str, driver: Driver) {
     let host = Host::start(name, Backing::Small, MEMORY_MIB);
-    let mut bed = host.boot(driver);
-    bed.load_driver();
+    let mut fixture = host.boot(driver);
+    fixture.load_driver();
     host.set_target(pages(INFLATED_MIB));
-    host.settle();
-    let told = bed.run(&format!("pressure {NEEDED_MIB} 0"));
+    host.wait_at_target();
+    let told = fixture.run(&format!("pressure {NEEDED_MIB} 0"));
     assert_eq!(told, format!("taken_mib={NEEDED_MIB} end=complete"));
     let yielded = host.status();
     assert!(yielded.balloon.actual_pages < pages(INFLATED_MIB), "{yielded:?}");
-    assert!(!yielded.balloon.settled, "{yielded:?}");
+    assert!(!yielded.balloon.at_target, "{yielded:?}");
     // The memory is free again, and the balloon leaves it to the guest.
     let alone = host.client.wait(yielded.balloon.generation, ALONE).unwrap();
     assert_eq!(alone.actual_pages, yielded.balloon.actual_pages, "{alone:?}");
-    bed.fill_and_verify("data", NEEDED_MIB / 2, 1);
+    fixture.fill_and_verify("data", NEEDED_MIB / 2, 1);
     host.set_target(pages(INFLATED_MIB / 2));
-    host.settle();
+    host.wait_at_target();
     host.set_target(pages(INFLATED_MIB * 3 / 4));
-    host.settle();
-    bed.verify("data", NEEDED_MIB / 2, 1);
+    host.wait_at_target();
+    fixture.verify("data", NEEDED_MIB / 2, 1);
 }
 
 #[test]
 fn a_silent_host_does_not_stop_a_guest_that_needs_memory() {
     let host = Host::start("silent", Backing::Small, MEMORY_MIB);
     let silencer = Silencer::before(host.backend.socket());
-    let mut bed = host.boot(Driver::Own);
-    let free_mib = bed.free_mib();
-    bed.load_driver();
-    bed.run(&format!("fill kept {BESIDE_MIB} 1"));
+    let mut fixture = host.boot(Driver::Own);
+    let free_mib = fixture.free_mib();
+    fixture.load_driver();
+    fixture.run(&format!("fill kept {BESIDE_MIB} 1"));
     host.set_target(pages(INFLATED_MIB));
-    host.settle();
+    host.wait_at_target();
     silencer.silence(EVERY_QUEUE);
     // The balloon cannot come back, so what takes too much is killed; the guest goes on.
     let began = Instant::now();
     for _ in 0..2 {
-        let told = bed.run(&format!("pressure {NEEDED_MIB} 0"));
+        let told = fixture.run(&format!("pressure {NEEDED_MIB} 0"));
         assert!(told.ends_with("end=killed"), "{told}");
     }
     let took = began.elapsed();
     println!("killed twice in {took:?}");
     assert!(took < FOUND_OUT, "{took:?}");
     assert_eq!(host.status().balloon.actual_pages, pages(INFLATED_MIB));
-    bed.verify("kept", BESIDE_MIB, 1);
+    fixture.verify("kept", BESIDE_MIB, 1);
     // What was asked for comes when the host answers, and the balloon yields as ever.
     silencer.end();
     host.until("given back", |status| status.balloon.actual_pages < pages(INFLATED_MIB));
-    let told = bed.run(&format!("pressure {NEEDED_MIB} 0"));
+    let told = fixture.run(&format!("pressure {NEEDED_MIB} 0"));
     assert_eq!(told, format!("taken_mib={NEEDED_MIB} end=complete"));
     // A module can be removed while its host is silent.
     silencer.silence(EVERY_QUEUE);
-    let told = bed.run(&format!("pressure {MEMORY_MIB} 0"));
+    let told = fixture.run(&format!("pressure {MEMORY_MIB} 0"));
     assert!(told.ends_with("end=killed"), "{told}");
     let began = Instant::now();
-    bed.unload_driver();
+    fixture.unload_driver();
     println!("removed in {:?}", began.elapsed());
     assert!(began.elapsed() < FOUND_OUT, "{:?}", began.elapsed());
-    bed.verify("kept", BESIDE_MIB, 1);
-    bed.run("drop kept");
-    bed.fill_and_verify("all", free_mib - BESIDE_MIB, 2);
+    fixture.verify("kept", BESIDE_MIB, 1);
+    fixture.run("drop kept");
+    fixture.fill_and_verify("all", free_mib - BESIDE_MIB, 2);
 }
 
 #[test]
 fn a_hold_that_is_not_returned_leaves_the_balloon_to_the_guest() {
     let host = Host::start("unreturned", Backing::Small, HELD_MEMORY_MIB);
     let silencer = Silencer::before(host.backend.socket());
-    let mut bed = host.boot(Driver::Own);
-    bed.load_driver();
+    let mut fixture = host.boot(Driver::Own);
+    fixture.load_driver();
     host.until("ready for requests", |status| status.requests.possible);
     host.set_target(pages(HELD_INFLATED_MIB));
-    host.settle();
+    host.wait_at_target();
     host.client.ask_free_pages(&hold(HELD_RESERVE_MIB)).unwrap();
-    let held = bed.counter("held");
+    let held = fixture.counter("held");
     silencer.silence(REQUEST_QUEUE);
     let began = Instant::now();
-    let told = bed.run(&format!("pressure {HELD_NEEDED_MIB} 0"));
+    let told = fixture.run(&format!("pressure {HELD_NEEDED_MIB} 0"));
     println!("{told} in {:?}", began.elapsed());
     assert_eq!(told, format!("taken_mib={HELD_NEEDED_MIB} end=complete"));
     // It was the balloon's, and the hold is as it was.
     assert!(host.status().balloon.actual_pages < pages(HELD_INFLATED_MIB));
-    assert_eq!((bed.counter("held"), bed.counter("holds_lost")), (held, 0));
+    assert_eq!((fixture.counter("held"), fixture.counter("holds_lost")), (held, 0));
     silencer.end();
     host.until("lost", |status| status.requests.hold.is_none());
-    bed.fill_and_verify("data", HELD_NEEDED_MIB, 1);
-    assert_eq!((bed.counter("held"), bed.counter("holds_lost")), (0, 1));
+    fixture.fill_and_verify("data", HELD_NEEDED_MIB, 1);
+    assert_eq!((fixture.counter("held"), fixture.counter("holds_lost")), (0, 1));
 }
 
 #[test]
 fn a_hold_that_the_host_has_is_not_used_by_a_kernel_that_ends() {
     let host = Host::start("leaving", Backing::Small, HELD_MEMORY_MIB);
     let silencer = Silencer::before(host.backend.socket());
-    let mut bed = host.boot(Driver::Own);
-    bed.load_driver();
+    let mut fixture = host.boot(Driver::Own);
+    fixture.load_driver();
     host.until("ready for requests", |status| status.requests.possible);
     host.client.ask_free_pages(&hold(HELD_RESERVE_MIB)).unwrap();
-    assert!(bed.counter("held") > 0);
+    assert!(fixture.counter("held") > 0);
     silencer.silence(REQUEST_QUEUE);
     // The balloon wants what is held, and the host does not answer. The kernel ends while that is
     // waited for: the balloon's size is said just before.
     host.set_target(pages(HELD_MEMORY_MIB - HELD_RESERVE_MIB));
     host.until("all that is free is taken", |status| status.balloon.actual_pages > 0);
-    let mut guest = bed.into_guest();
+    let mut guest = fixture.into_guest();
     guest.ask("poweroff").unwrap();
     assert!(guest.wait().unwrap().success());
     let log = guest.console_log();

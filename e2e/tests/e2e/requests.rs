@@ -10,7 +10,7 @@ use control::api::{AskFreePages, Caches, FreeKind, FreePages, HoldState};
 use fastrand::Rng;
 use lab::Backing;
 
-use crate::bed::{Bed, Host};
+use crate::fixture::{Fixture, Host};
 
 /// Memory of most guests, in MiB.
 const MEMORY_MIB: u64 = 1024;
@@ -60,18 +60,18 @@ fn ask(kind: FreeKind, reserve_bytes: Option<u64>) -> AskFreePages {
     AskFreePages { kind, min_block_bytes: None, reserve_bytes, timeout_ms }
 }
 
-fn boot(host: &Host) -> Bed<'_> {
-    let mut bed = host.boot(Driver::Own);
-    bed.load_driver();
+fn boot(host: &Host) -> Fixture<'_> {
+    let mut fixture = host.boot(Driver::Own);
+    fixture.load_driver();
     host.until("ready for requests", |status| status.requests.possible);
-    bed
+    fixture
 }
 
 /// No mistake of anybody, and none that the guest's kernel saw.
-fn all_well(bed: &Bed<'_>) {
-    assert_eq!(bed.status().faults.total(), 0, "{:?}", bed.status().faults);
-    let complaints = bench::guest_complaints(&bed.log());
-    assert!(complaints.is_empty(), "{complaints:?} in\n{}", bed.log());
+fn all_well(fixture: &Fixture<'_>) {
+    assert_eq!(fixture.status().faults.total(), 0, "{:?}", fixture.status().faults);
+    let complaints = bench::guest_complaints(&fixture.log());
+    assert!(complaints.is_empty(), "{complaints:?} in\n{}", fixture.log());
 }
 
 fn near(found: u64, wanted: u64, slack: u64) -> bool {
@@ -81,59 +81,59 @@ fn near(found: u64, wanted: u64, slack: u64) -> bool {
 #[test]
 fn cached_files_are_dropped() {
     let host = Host::start("drops", Backing::Small, LARGE_MIB);
-    let mut bed = boot(&host);
+    let mut fixture = boot(&host);
     let files = tempfile::tempdir().unwrap();
     let file = File::create(files.path().join("cached")).unwrap();
     file.set_len(CACHED_MIB * MIB).unwrap();
-    bed.run(&format!("mount-host {}", files.path().display()));
-    bed.run("drop-caches");
-    let free = bed.meminfo_bytes(&["MemFree"]);
-    bed.run(&format!("read-file /host/cached {CACHED_MIB}"));
-    let left = bed.meminfo_bytes(&["MemFree"]);
+    fixture.run(&format!("mount-host {}", files.path().display()));
+    fixture.run("drop-caches");
+    let free = fixture.meminfo_bytes(&["MemFree"]);
+    fixture.run(&format!("read-file /host/cached {CACHED_MIB}"));
+    let left = fixture.meminfo_bytes(&["MemFree"]);
     assert!(left <= free - CACHED_MIB * MIB / 100 * 98, "{free} {left}");
 
-    let cache = |bed: &mut Bed<'_>| {
-        bed.meminfo_bytes(&["Cached", "Buffers"]) - bed.meminfo_bytes(&["Shmem"])
+    let cache = |fixture: &mut Fixture<'_>| {
+        fixture.meminfo_bytes(&["Cached", "Buffers"]) - fixture.meminfo_bytes(&["Shmem"])
     };
-    let (cached, slab) = (cache(&mut bed), bed.meminfo_bytes(&["Slab"]));
+    let (cached, slab) = (cache(&mut fixture), fixture.meminfo_bytes(&["Slab"]));
     let dropped = host.client.drop_caches(Caches::All, LIMIT).unwrap();
     println!("dropped: {dropped:?}");
     assert!(near(dropped.page_cache.before_bytes, cached, MIB), "{cached}, {dropped:?}");
     assert!(near(dropped.slab.before_bytes, slab, MIB), "{slab}, {dropped:?}");
-    assert!(near(dropped.page_cache.after_bytes, cache(&mut bed), MIB), "{dropped:?}");
-    assert!(near(dropped.slab.after_bytes, bed.meminfo_bytes(&["Slab"]), MIB), "{dropped:?}");
+    assert!(near(dropped.page_cache.after_bytes, cache(&mut fixture), MIB), "{dropped:?}");
+    assert!(near(dropped.slab.after_bytes, fixture.meminfo_bytes(&["Slab"]), MIB), "{dropped:?}");
     assert!(dropped.page_cache.freed_bytes >= CACHED_MIB * MIB / 100 * 98, "{dropped:?}");
-    let back = bed.meminfo_bytes(&["MemFree"]);
+    let back = fixture.meminfo_bytes(&["MemFree"]);
     assert!(back >= free - CACHED_MIB * MIB / 50, "{free} before the file, {back} after");
 
     // One kind alone leaves the other.
-    bed.run("read-file /host/cached 100");
+    fixture.run("read-file /host/cached 100");
     let slab_alone = host.client.drop_caches(Caches::Slab, LIMIT).unwrap();
     assert!(slab_alone.page_cache.after_bytes >= 99 * MIB, "{slab_alone:?}");
     let files_alone = host.client.drop_caches(Caches::PageCache, LIMIT).unwrap();
     assert!(files_alone.page_cache.freed_bytes >= 98 * MIB, "{files_alone:?}");
-    all_well(&bed);
+    all_well(&fixture);
 }
 
 #[test]
 fn a_snapshot_is_what_the_free_lists_hold() {
     let host = Host::start("snapshot", Backing::Small, LARGE_MIB);
-    let mut bed = boot(&host);
-    names_free_memory(&mut bed, "idle");
-    bed.fragment(LARGE_MIB / 16);
-    names_free_memory(&mut bed, "fragmented");
-    bed.defragment();
-    bed.run(&format!("fill kept {} 1", LARGE_MIB * 3 / 4));
-    names_free_memory(&mut bed, "nearly full");
+    let mut fixture = boot(&host);
+    names_free_memory(&mut fixture, "idle");
+    fixture.fragment(LARGE_MIB / 16);
+    names_free_memory(&mut fixture, "fragmented");
+    fixture.defragment();
+    fixture.run(&format!("fill kept {} 1", LARGE_MIB * 3 / 4));
+    names_free_memory(&mut fixture, "nearly full");
     // Larger blocks alone.
     let large = AskFreePages { min_block_bytes: Some(2 * MIB), ..snapshot() };
     let large = host.client.ask_free_pages(&large).unwrap();
     assert!(large.blocks.iter().all(|block| block.block_bytes >= 2 * MIB), "{large:?}");
-    all_well(&bed);
+    all_well(&fixture);
 }
 
-fn names_free_memory(bed: &mut Bed<'_>, state: &str) {
-    let free = bed.client.ask_free_pages(&snapshot()).unwrap();
+fn names_free_memory(fixture: &mut Fixture<'_>, state: &str) {
+    let free = fixture.client.ask_free_pages(&snapshot()).unwrap();
     println!(
         "{state}: {} of {} MiB in {:.1} ms, guest {:.1} ms, lock {} ns, {:?}",
         free.total_bytes / MIB,
@@ -143,17 +143,17 @@ fn names_free_memory(bed: &mut Bed<'_>, state: &str) {
         free.lock_ns_max,
         free.blocks
     );
-    let mem_free = bed.meminfo_bytes(&["MemFree"]);
+    let mem_free = fixture.meminfo_bytes(&["MemFree"]);
     assert!(free.total_bytes >= mem_free / 100 * 98, "{mem_free}: {free:?}");
     assert!(near(free.guest_free_bytes, mem_free, MIB), "{mem_free}: {free:?}");
-    let used = used_pages(bed);
+    let used = used_pages(fixture);
     assert!(used <= NOISE_PAGES, "{used} pages named are in use: {state}");
 }
 
 /// Pages of the newest answer that the guest's kernel does not count as free.
-fn used_pages(bed: &mut Bed<'_>) -> u64 {
+fn used_pages(fixture: &mut Fixture<'_>) -> u64 {
     let mut bitmap = Vec::new();
-    let place = bed.client.free_pages_bitmap(&mut bitmap).unwrap();
+    let place = fixture.client.free_pages_bitmap(&mut bitmap).unwrap();
     let first_page = place.regions.split('+').next().unwrap().parse::<u64>().unwrap();
     let mut ranges: Vec<(u64, u64)> = Vec::new();
     for page in (0..place.pages).filter(|page| bitmap[(page / 8) as usize] >> (page % 8) & 1 == 1) {
@@ -165,7 +165,7 @@ fn used_pages(bed: &mut Bed<'_>) -> u64 {
     let mut used = 0;
     for some in ranges.chunks(RANGES) {
         let words: Vec<_> = some.iter().map(|(first, count)| format!("{first},{count}")).collect();
-        let answer = bed.run(&format!("not-free {}", words.join(" ")));
+        let answer = fixture.run(&format!("not-free {}", words.join(" ")));
         used += answer.rsplit_once("used=").unwrap().1.parse::<u64>().unwrap();
     }
     used
@@ -174,9 +174,9 @@ fn used_pages(bed: &mut Bed<'_>) -> u64 {
 #[test]
 fn a_hold_is_kept_until_it_is_released() {
     let host = Host::start("held", Backing::Small, MEMORY_MIB);
-    let mut bed = boot(&host);
-    bed.run(&format!("fill kept {KEPT_MIB} 1"));
-    let free = bed.meminfo_bytes(&["MemFree"]);
+    let mut fixture = boot(&host);
+    fixture.run(&format!("fill kept {KEPT_MIB} 1"));
+    let free = fixture.meminfo_bytes(&["MemFree"]);
     let held = host.client.ask_free_pages(&hold(RESERVE_MIB)).unwrap();
     println!(
         "held: {} MiB in {:.1} ms, {:?}",
@@ -185,67 +185,67 @@ fn a_hold_is_kept_until_it_is_released() {
         held.blocks
     );
     assert_eq!(held.hold, Some(HoldState::Kept));
-    let left = bed.meminfo_bytes(&["MemFree"]);
+    let left = fixture.meminfo_bytes(&["MemFree"]);
     assert!(near(left, RESERVE_MIB * MIB, 4 * MIB), "{left}: {held:?}");
     assert!(near(held.total_bytes, free - left, 4 * MIB), "{free} {left}: {held:?}");
     // The guest lives with what it has, and with a balloon beside.
-    bed.fill_and_verify("more", KEPT_MIB / 2, 2);
+    fixture.fill_and_verify("more", KEPT_MIB / 2, 2);
     assert!(host.client.ask_free_pages(&hold(0)).is_err(), "a second hold");
     host.client.drop_caches(Caches::All, LIMIT).unwrap();
     let released = host.client.release_free_pages(LIMIT).unwrap();
     assert_eq!(released.released_bytes, held.total_bytes);
-    bed.run("drop more");
-    let back = bed.meminfo_bytes(&["MemFree"]);
+    fixture.run("drop more");
+    let back = fixture.meminfo_bytes(&["MemFree"]);
     assert!(near(back, free, 4 * MIB), "{free} {back}");
     assert_eq!(host.status().requests.hold, None);
     // As little as possible for the guest is not nothing.
     host.client.ask_free_pages(&hold(0)).unwrap();
-    let floor = bed.meminfo_bytes(&["MemFree"]);
+    let floor = fixture.meminfo_bytes(&["MemFree"]);
     assert!(floor >= MEMORY_MIB * MIB / 33, "{floor}");
-    bed.verify("kept", KEPT_MIB, 1);
+    fixture.verify("kept", KEPT_MIB, 1);
     assert_eq!(host.status().requests.hold, Some(HoldState::Kept));
-    all_well(&bed);
+    all_well(&fixture);
 }
 
 #[test]
 fn a_hold_is_lost_to_a_guest_that_needs_it() {
     let host = Host::start("lost", Backing::Small, MEMORY_MIB);
-    let mut bed = boot(&host);
-    bed.run(&format!("fill kept {KEPT_MIB} 1"));
+    let mut fixture = boot(&host);
+    fixture.run(&format!("fill kept {KEPT_MIB} 1"));
     for round in 0..5 {
         host.client.ask_free_pages(&hold(RESERVE_MIB)).unwrap();
-        let told = bed.run(&format!("pressure {NEEDED_MIB} 0"));
+        let told = fixture.run(&format!("pressure {NEEDED_MIB} 0"));
         assert_eq!(told, format!("taken_mib={NEEDED_MIB} end=complete"), "{round}");
         assert_eq!(host.status().requests.hold, None, "{round}");
-        bed.fill_and_verify("used", NEEDED_MIB, round);
-        bed.run("drop used");
+        fixture.fill_and_verify("used", NEEDED_MIB, round);
+        fixture.run("drop used");
     }
-    assert_eq!(bed.counter("holds_lost"), 5);
-    assert!(bed.log().contains("back from the host"), "{}", bed.log());
-    bed.verify("kept", KEPT_MIB, 1);
-    all_well(&bed);
+    assert_eq!(fixture.counter("holds_lost"), 5);
+    assert!(fixture.log().contains("back from the host"), "{}", fixture.log());
+    fixture.verify("kept", KEPT_MIB, 1);
+    all_well(&fixture);
 }
 
 #[test]
 fn a_request_can_be_cancelled() {
     let host = Host::start("cancelled", Backing::Small, MEMORY_MIB);
-    let mut bed = boot(&host);
-    bed.fragment(MEMORY_MIB / 16);
-    let free = bed.meminfo_bytes(&["MemFree"]);
+    let mut fixture = boot(&host);
+    fixture.fragment(MEMORY_MIB / 16);
+    let free = fixture.meminfo_bytes(&["MemFree"]);
     // Beside a busy process a report takes tens of milliseconds, so there is time
     // to stop it; alone, most are over before.
-    bed.run("busy 100");
+    fixture.run("busy 100");
     let stopped = (0..CANCELS).filter(|round| asked_and_cancelled(&host, *round)).count();
-    bed.run("idle");
+    fixture.run("idle");
     println!("{stopped} of {CANCELS} were stopped");
     assert!(stopped > 0, "no request was stopped");
     for round in 0..CANCELS {
         asked_and_cancelled(&host, round);
     }
-    let back = bed.meminfo_bytes(&["MemFree"]);
+    let back = fixture.meminfo_bytes(&["MemFree"]);
     assert!(near(back, free, 4 * MIB), "{free} {back}");
-    names_free_memory(&mut bed, "after cancels");
-    all_well(&bed);
+    names_free_memory(&mut fixture, "after cancels");
+    all_well(&fixture);
 }
 
 /// Asks, and cancels until there is an end. True where the request was stopped.
@@ -269,8 +269,8 @@ fn asked_and_cancelled(host: &Host, round: u64) -> bool {
 #[test]
 fn the_driver_leaves_in_the_middle_of_requests() {
     let host = Host::start("leaves", Backing::Small, MEMORY_MIB);
-    let mut bed = boot(&host);
-    let free = bed.meminfo_bytes(&["MemFree"]);
+    let mut fixture = boot(&host);
+    let free = fixture.meminfo_bytes(&["MemFree"]);
     for round in 0..12u64 {
         let over = AtomicBool::new(false);
         thread::scope(|scope| {
@@ -282,33 +282,33 @@ fn the_driver_leaves_in_the_middle_of_requests() {
             });
             thread::sleep(Duration::from_millis(5 * round));
             let began = Instant::now();
-            bed.unload_driver();
+            fixture.unload_driver();
             assert!(began.elapsed() < LIMIT / 10, "{:?}", began.elapsed());
             over.store(true, Ordering::Relaxed);
         });
-        let back = bed.meminfo_bytes(&["MemFree"]);
+        let back = fixture.meminfo_bytes(&["MemFree"]);
         assert!(near(back, free, 8 * MIB), "{round}: {free} {back}");
-        bed.load_driver();
+        fixture.load_driver();
         let ready = host.until("ready for requests", |status| status.requests.possible);
         assert_eq!(ready.requests.hold, None, "{round}");
     }
-    all_well(&bed);
+    all_well(&fixture);
 }
 
 #[test]
 fn requests_of_all_kinds_while_the_guest_allocates() {
     let host = Host::start("random", Backing::Small, MEMORY_MIB);
-    let mut bed = boot(&host);
-    bed.run(&format!("fill kept {KEPT_MIB} 1"));
-    bed.run("busy 300");
+    let mut fixture = boot(&host);
+    fixture.run(&format!("fill kept {KEPT_MIB} 1"));
+    fixture.run("busy 300");
     let mut rng = Rng::with_seed(7);
     let done = (0..RANDOM_REQUESTS).filter(|_| random_request(&host, &mut rng)).count();
-    bed.run("idle");
+    fixture.run("idle");
     println!("{done} of {RANDOM_REQUESTS} done: {:?}", host.status().requests.ended);
     assert!(done >= RANDOM_REQUESTS as usize / 3, "{:?}", host.status().requests);
-    bed.verify("kept", KEPT_MIB, 1);
-    bed.fill_and_verify("more", KEPT_MIB, 2);
-    all_well(&bed);
+    fixture.verify("kept", KEPT_MIB, 1);
+    fixture.fill_and_verify("more", KEPT_MIB, 2);
+    all_well(&fixture);
 }
 
 /// Asks for something; true where the guest did it. What is not possible now is

@@ -31,7 +31,7 @@ const QUEUE_MASK: u64 = 0xff;
 const MAX_FDS: usize = 8;
 
 /// Between two looks whether there is an end to it.
-const LOOK: Duration = Duration::from_millis(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// The queues of a balloon of which our driver negotiated all but statistics, hints and reports.
 pub(crate) const EVERY_QUEUE: u64 = u64::MAX;
@@ -112,10 +112,10 @@ fn stand_between(message: &[u8], fds: &mut [OwnedFd], state: &Arc<State>) {
 
 /// Passes a queue's notifications on as long as it is not kept silent.
 fn relay(guest: &OwnedFd, back_end: &OwnedFd, queue: u64, state: &State) {
-    let wait = Timespec::try_from(LOOK).unwrap();
+    let wait = Timespec::try_from(POLL_INTERVAL).unwrap();
     while !state.over.load(Ordering::Relaxed) {
         if state.silent.load(Ordering::Relaxed) & queue != 0 {
-            thread::sleep(LOOK);
+            thread::sleep(POLL_INTERVAL);
             continue;
         }
         let mut ready = [PollFd::new(guest, PollFlags::IN)];

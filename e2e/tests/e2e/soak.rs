@@ -13,7 +13,7 @@ use bench::inflate::HostPages;
 use bench::soak::plan::{PatternFile, Step};
 use bench::soak::plan_for;
 
-use crate::bed::{LIMIT, guest_memory};
+use crate::fixture::{LIMIT, guest_memory};
 use crate::program::{lab_program, told};
 
 /// What the guests' init writes into its files.
@@ -39,7 +39,7 @@ const PAGE_NUMBER: u64 = 3;
 const PLANTED: [u8; PAGE] = [0x5c; PAGE];
 
 /// Between two looks at the guest's memory.
-const LOOK: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 #[test]
 fn a_page_that_changes_behind_the_guests_back_is_named() {
@@ -104,7 +104,7 @@ fn plant(mut soak: Child, file: &PatternFile) -> (u32, std::process::Output) {
         let memory = children(soak.id()).into_iter().find_map(guest_memory);
         let memory = memory.filter(|file| file.metadata().unwrap().len() >= MEMORY_MIB << 20);
         planted += memory.map_or(0, |memory| overwrite(&memory, &wanted));
-        std::thread::sleep(LOOK);
+        std::thread::sleep(POLL_INTERVAL);
     }
     // One that goes on for ever fails the test as well.
     let _ = soak.kill();

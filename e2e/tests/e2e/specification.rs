@@ -13,7 +13,7 @@ use lab::{Backing, Guest, GuestMemoryDir};
 use rustix::fs::{FallocateFlags, fallocate};
 use vhost_device_balloon::Backend;
 
-use crate::bed::{Bed, Host, LIMIT, REPORTED_MIB, guest_memory, pages};
+use crate::fixture::{Fixture, Host, LIMIT, REPORTED_MIB, guest_memory, pages};
 
 /// Memory of most guests here, in MiB.
 const MEMORY_MIB: u64 = 1024;
@@ -40,7 +40,7 @@ const STATISTICS: [&str; 14] = [
 ];
 
 /// Between two looks at what is measured.
-const LOOK: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Linux begins to report 2 s after memory was freed, and reports a part of it
 /// every 2 s (mm/page_reporting.c).
@@ -69,9 +69,9 @@ fn newer(host: &Host) -> Status {
 #[test]
 fn statistics_are_those_of_the_guest() {
     let host = Host::start("statistics", Backing::Small, MEMORY_MIB);
-    let mut bed = host.boot(Driver::Stock);
+    let mut fixture = host.boot(Driver::Stock);
     assert_eq!(host.status().stats.age_ms, None);
-    bed.load_driver();
+    fixture.load_driver();
     // The driver's first buffer is its first values; nobody asks for more.
     let status = host.until("told", |status| status.stats.age_ms.is_some());
     assert!(status.stats.stale && status.stats.interval_ms == 0, "{status:?}");
@@ -80,14 +80,14 @@ fn statistics_are_those_of_the_guest() {
 
     host.client.set_stats(STATS_MS).unwrap();
     let before = fresh(&host).stats.values;
-    let free_mib = bed.free_mib();
+    let free_mib = fixture.free_mib();
     let told_mib = before["free_bytes"] >> 20;
     assert!(told_mib.abs_diff(free_mib) <= 8, "{told_mib} and {free_mib} MiB are free");
     let (total, available) = (before["total_bytes"], before["available_bytes"]);
     assert!((MEMORY_MIB * 9 / 10..=MEMORY_MIB).contains(&(total >> 20)), "{total}");
     assert!((total / 2..total).contains(&available), "{available}");
 
-    bed.run("fill some 300 1");
+    fixture.run("fill some 300 1");
     let after = fresh(&host).stats.values;
     for (name, sign) in [("free_bytes", -1), ("cached_bytes", 1)] {
         let by_mib = (after[name] as i64 - before[name] as i64) >> 20;
@@ -95,10 +95,10 @@ fn statistics_are_those_of_the_guest() {
     }
     assert_eq!(after["total_bytes"], total);
 
-    bed.unload_driver();
+    fixture.unload_driver();
     let gone = host.until("stale", |status| status.stats.stale).stats;
     assert_eq!(gone.values["total_bytes"], total);
-    bed.load_driver();
+    fixture.load_driver();
     fresh(&host);
     host.client.set_stats(0).unwrap();
     assert!(host.status().stats.stale);
@@ -109,8 +109,8 @@ fn statistics_are_those_of_the_guest() {
 fn the_command_line_shows_and_watches_statistics() {
     const NAME: &str = "watched";
     let host = Host::start(NAME, Backing::Small, MEMORY_MIB / 4);
-    let mut bed = host.boot(Driver::Stock);
-    bed.load_driver();
+    let mut fixture = host.boot(Driver::Stock);
+    fixture.load_driver();
     host.client.set_stats(STATS_MS).unwrap();
     fresh(&host);
     let (code, out, err) = host.aerostat(&["status", NAME]);
@@ -126,11 +126,11 @@ fn the_command_line_shows_and_watches_statistics() {
 fn a_stock_guest_shows_its_free_memory_and_says_what_it_cannot() {
     const NAME: &str = "shown";
     let host = Host::start(NAME, Backing::Small, MEMORY_MIB);
-    let mut bed = host.boot(Driver::Stock);
-    bed.load_driver();
+    let mut fixture = host.boot(Driver::Stock);
+    fixture.load_driver();
     host.until("there", |status| status.guest.features.iter().any(|f| f == "free-page-hint"));
-    bed.run("fill some 300 1");
-    let free_mib = bed.free_mib();
+    fixture.run("fill some 300 1");
+    let free_mib = fixture.free_mib();
     let (code, out, err) = host.aerostat(&["free-pages", NAME]);
     assert_eq!((code, err.as_str()), (Some(0), ""));
     assert!(out.contains("4 MiB") && out.contains("a character is"), "{out}");
@@ -148,10 +148,10 @@ fn a_stock_guest_shows_its_free_memory_and_says_what_it_cannot() {
         assert_eq!(code, Some(1), "{err}");
         assert!(err.contains("no request queue"), "{err}");
     }
-    bed.verify("some", 300, 1);
+    fixture.verify("some", 300, 1);
     // A driver that stops may only pause; one that starts has said nothing yet.
-    bed.unload_driver();
-    bed.load_driver();
+    fixture.unload_driver();
+    fixture.load_driver();
     host.until("there", |status| status.guest.features.iter().any(|f| f == "free-page-hint"));
     assert!(host.client.free_pages().is_err(), "another driver's word");
 }
@@ -253,7 +253,7 @@ fn until_reported(host: &Host) {
         if status.reports.messages != last {
             (last, since) = (status.reports.messages, Instant::now());
         }
-        std::thread::sleep(LOOK);
+        std::thread::sleep(POLL_INTERVAL);
         since.elapsed() >= REPORTS_PAUSE
     });
 }
@@ -263,17 +263,17 @@ fn what_the_guest_frees_is_back_at_the_host() {
     const FREED_MIB: u64 = 1024;
     // With less memory Linux reports less at a time, and needs 9 s of the 10.
     let host = Host::start("reports", Backing::Small, 3 * MEMORY_MIB);
-    let mut bed = host.boot(Driver::Stock);
-    bed.load_driver();
-    bed.fill_and_verify("kept", 400, 1);
+    let mut fixture = host.boot(Driver::Stock);
+    fixture.load_driver();
+    fixture.fill_and_verify("kept", 400, 1);
     until_reported(&host);
-    bed.fill_and_verify("freed", FREED_MIB, 2);
+    fixture.fill_and_verify("freed", FREED_MIB, 2);
     let before = host.status();
-    bed.run("drop freed");
+    fixture.run("drop freed");
     let freed_at = Instant::now();
     let enough = before.resident_bytes.unwrap() - (FREED_MIB << 20) * 98 / 100;
     let after = host.until("back", |status| {
-        std::thread::sleep(LOOK);
+        std::thread::sleep(POLL_INTERVAL);
         status.resident_bytes.unwrap() <= enough || freed_at.elapsed() > 2 * REPORTS_LIMIT
     });
     let took = freed_at.elapsed();
@@ -283,9 +283,9 @@ fn what_the_guest_frees_is_back_at_the_host() {
     assert!(after.reports.released_bytes > before.reports.released_bytes);
     assert_eq!((after.balloon.actual_pages, after.reports.poisoned_bytes), (0, 0));
     assert_eq!(after.release.released_bytes, 0, "the balloon gave nothing");
-    bed.verify("kept", 400, 1);
-    bed.fill_and_verify("again", FREED_MIB, 3);
-    bed.verify("kept", 400, 1);
+    fixture.verify("kept", 400, 1);
+    fixture.fill_and_verify("again", FREED_MIB, 3);
+    fixture.verify("kept", 400, 1);
     assert_eq!(host.status().faults.total(), 0, "{:?}", host.status().faults);
 }
 
@@ -335,31 +335,31 @@ fn guests_that_poison_what_they_free_are_served() {
 
 fn serves(poison: &Poison) {
     let host = Host::start(poison.name, Backing::Small, MEMORY_MIB);
-    let mut bed = host.boot_with(Driver::Stock, &[poison.word]);
-    bed.run("touch 700");
-    bed.load_driver();
+    let mut fixture = host.boot_with(Driver::Stock, &[poison.word]);
+    fixture.run("touch 700");
+    fixture.load_driver();
     let status = host.until("there", |status| status.stats.age_ms.is_some());
     assert_eq!(status.guest.poison_val, poison.poison_val, "{status:?}");
     assert!(status.guest.features.iter().any(|name| name == "reporting"), "{status:?}");
-    bed.fill_and_verify("kept", 200, 1);
+    fixture.fill_and_verify("kept", 200, 1);
     until_reported(&host);
     for round in 0..3 {
         host.set_target(pages(400));
-        host.settle();
+        host.wait_at_target();
         host.set_target(0);
-        host.settle();
-        bed.fill_and_verify("used", 500, round);
-        bed.run("drop used");
+        host.wait_at_target();
+        fixture.fill_and_verify("used", 500, round);
+        fixture.run("drop used");
         host.client.hints(LIMIT).unwrap();
     }
     until_reported(&host);
     let reports = host.status().reports;
     println!("{}: {reports:?}", poison.name);
     // Everything that is free is taken once, and looked at by the kernel then.
-    let free_mib = bed.free_mib();
-    bed.fill_and_verify("all", free_mib - free_mib / 20, 9);
-    bed.verify("kept", 200, 1);
-    not_corrupted(&bed);
+    let free_mib = fixture.free_mib();
+    fixture.fill_and_verify("all", free_mib - free_mib / 20, 9);
+    fixture.verify("kept", 200, 1);
+    not_corrupted(&fixture);
     assert!(reports.reported_bytes > 0);
     assert_eq!(reports.released_bytes > 0, poison.releases_reports, "{reports:?}");
     assert_eq!(reports.poisoned_bytes > 0, !poison.releases_reports, "{reports:?}");
@@ -367,8 +367,8 @@ fn serves(poison: &Poison) {
 }
 
 /// What a kernel says that finds its poison changed (mm/page_poison.c).
-fn not_corrupted(bed: &Bed<'_>) {
-    let log = bed.log();
+fn not_corrupted(fixture: &Fixture<'_>) {
+    let log = fixture.log();
     for word in ["pagealloc:", "corruption", "bit error"] {
         assert!(!log.contains(word), "{log}");
     }
@@ -379,8 +379,8 @@ fn not_corrupted(bed: &Bed<'_>) {
 fn a_guest_that_poisons_reports_nothing_where_it_cannot_say_so() {
     let host =
         Host::start_with("no-poison", Backing::Small, MEMORY_MIB / 4, &["--without", "poison"]);
-    let mut bed = host.boot_with(Driver::Stock, &["page_poison=1"]);
-    bed.load_driver();
+    let mut fixture = host.boot_with(Driver::Stock, &["page_poison=1"]);
+    fixture.load_driver();
     let status = host.until("there", |status| status.stats.age_ms.is_some());
     for absent in ["reporting", "page-poison"] {
         assert!(!status.guest.features.iter().any(|name| name == absent), "{status:?}");
@@ -400,10 +400,10 @@ fn every_set_of_queues_is_numbered_as_the_kernel_numbers_it() {
         let arguments = if without.is_empty() { &[][..] } else { &arguments[..] };
         let name = format!("queues-{subset}");
         let host = Host::start_with(&name, Backing::Small, MEMORY_MIB / 4, arguments);
-        let mut bed = host.boot(Driver::Stock);
-        bed.load_driver();
+        let mut fixture = host.boot(Driver::Stock);
+        fixture.load_driver();
         host.set_target(pages(64));
-        host.settle();
+        host.wait_at_target();
         let status = if offers(0) {
             host.client.set_stats(STATS_MS).unwrap();
             fresh(&host)
@@ -419,8 +419,8 @@ fn every_set_of_queues_is_numbered_as_the_kernel_numbers_it() {
             host.until("reported", |status| status.reports.released_bytes > 0);
         }
         host.set_target(0);
-        host.settle();
-        bed.fill_and_verify("used", 100, u64::from(subset));
+        host.wait_at_target();
+        fixture.fill_and_verify("used", 100, u64::from(subset));
         assert_eq!(host.status().reports.messages > 0, offers(2));
         assert_eq!(host.status().faults.total(), 0, "{:?}", host.status().faults);
     }

@@ -22,7 +22,7 @@ use crate::program::program;
 const END: Duration = Duration::from_secs(20);
 
 /// For what takes milliseconds on a quiet machine.
-const SOON: Duration = Duration::from_secs(20);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Prints 16 KiB, more than a pipe of the laboratory has room for that nobody reads (4 KiB).
 const FLOOD: &str = "flood 4000";
@@ -42,7 +42,7 @@ fn unread(name: &str) -> BareGuest {
 }
 
 fn is_up(guest: &BareGuest, name: &str) {
-    let end = Instant::now() + SOON;
+    let end = Instant::now() + ANSWER_TIMEOUT;
     while aerostat(guest, &["status", name]).0 != Some(0) {
         assert!(Instant::now() < end, "{}", guest.errors());
         std::thread::sleep(Duration::from_millis(20));
@@ -79,7 +79,7 @@ fn a_console_that_nobody_reads_stops_nobody() {
         // It prints there, and what it printed here is still to be had here.
         there.wait_for("a tick", |line| line.starts_with("tick ")).unwrap();
         guest.read_on();
-        assert!(guest.wait_for_end(SOON).unwrap().success());
+        assert!(guest.wait_for_end(ANSWER_TIMEOUT).unwrap().success());
         let is_never = |_: &str| false;
         guest.wait_for("the end of the pipe", is_never).unwrap_err();
         // A line may be printed in part on each side.
@@ -123,7 +123,7 @@ fn a_guest_whose_process_ends_is_not_moved_any_more() {
             refused |= err.contains("the guest ends here");
         }
         assert!(refused, "{}", guest.errors());
-        assert!(guest.wait_for_end(SOON).unwrap().success());
+        assert!(guest.wait_for_end(ANSWER_TIMEOUT).unwrap().success());
         assert!(there.lines().is_empty() && there.status().unwrap().is_none());
     });
 }
@@ -151,7 +151,7 @@ fn who_reads_a_flood_gets_all_of_it() {
     on_a_kvm("stuck::who_reads_a_flood_gets_all_of_it", || {
         let mut guest = boot("flood");
         guest.send(&format!("{FLOOD}\noff\n")).unwrap();
-        assert!(guest.wait_for_end(SOON).unwrap().success());
+        assert!(guest.wait_for_end(ANSWER_TIMEOUT).unwrap().success());
         // The pipe has ended, and all of it was read.
         guest.wait_for("what is not printed", |_| false).unwrap_err();
         let lines = guest.lines();
@@ -193,7 +193,7 @@ fn with_a_dead_disk(name: &str) -> (BareGuest, Fuse) {
 
 /// Waits until so many requests to a disk have come back since it was started.
 fn done(guest: &mut BareGuest, count: u64) {
-    let end = Instant::now() + SOON;
+    let end = Instant::now() + ANSWER_TIMEOUT;
     while guest.number("done").unwrap() != count {
         assert!(Instant::now() < end, "{}", guest.errors());
     }
@@ -310,7 +310,7 @@ fn a_disk_that_was_reset_touches_no_memory_when_it_answers_at_last() {
     let (is_reset, was_reset) = channel::<()>();
     let late = Arc::clone(&file);
     let late = std::thread::spawn(move || {
-        if was_reset.recv_timeout(SOON) == Err(RecvTimeoutError::Timeout) {
+        if was_reset.recv_timeout(ANSWER_TIMEOUT) == Err(RecvTimeoutError::Timeout) {
             late.revive();
         }
     });

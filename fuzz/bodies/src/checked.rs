@@ -1,6 +1,6 @@
 //! A [`Reclaim`] that knows what may be asked of it.
 
-use balloon_device::{Balloon, MemoryLayout, Reclaim};
+use balloon_device::{BalloonDevice, MemoryLayout, Reclaim};
 use page_set::PageSet;
 
 /// Pages that a host would still be allowed to release at any time.
@@ -50,7 +50,7 @@ impl Reclaim for Checked {
 }
 
 /// What has to hold between any two steps.
-pub(crate) fn check(balloon: &Balloon<Checked>) {
+pub(crate) fn check(balloon: &BalloonDevice<Checked>) {
     for range in balloon.held().ranges() {
         assert!(balloon.layout().covers(range), "{range:?} is held and no memory");
     }

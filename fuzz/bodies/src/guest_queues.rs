@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use balloon_abi::stats::MAX_STATS;
 use balloon_abi::{Features, Vq};
-use balloon_device::{Balloon, HintPhase, MAX_CHAINS_PER_DRAIN, MemoryLayout};
+use balloon_device::{BalloonDevice, HintPhase, MAX_CHAINS_PER_DRAIN, MemoryLayout};
 use guest_ring::{Buffer, GuestRing};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
@@ -55,7 +55,7 @@ pub fn reporting_queue(data: &[u8]) {
 struct World {
     vq: Vq,
     memory: GuestMemoryMmap,
-    balloon: Balloon<Checked>,
+    balloon: BalloonDevice<Checked>,
     ring: GuestRing,
     queue: Queue,
     strings: u64,
@@ -71,7 +71,7 @@ impl World {
         let mut world = Self {
             vq,
             memory,
-            balloon: Balloon::new(Checked::default()),
+            balloon: BalloonDevice::new(Checked::default()),
             queue: ring.queue(),
             ring,
             strings: STRINGS,

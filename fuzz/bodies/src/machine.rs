@@ -95,7 +95,7 @@ fn devices() -> Devices {
 
 fn step(script: &mut Script<'_>, sections: &mut Vec<Section>) {
     // The transport and the balloon more often than what is KVM's to judge.
-    let names = ["virtio0", "balloon", "virtio0", "balloon", "ports", "chips", "cpu0", "cpu1"];
+    let names = ["virtio0", "balloon", "virtio0", "balloon", "ports", "irqchip", "cpu0", "cpu1"];
     let name = script.pick(names);
     let at = sections.iter().position(|section| section.name == name);
     let what = script.u8() % 16;

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use balloon_abi::{Features, Vq};
-use balloon_device::{Balloon, MAX_CHAINS_PER_DRAIN, MemoryLayout};
+use balloon_device::{BalloonDevice, MAX_CHAINS_PER_DRAIN, MemoryLayout};
 use guest_ring::{Buffer, GuestRing, write_descriptor};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
@@ -45,7 +45,7 @@ pub fn deflate_queue(data: &[u8]) {
 
 struct World {
     memory: GuestMemoryMmap,
-    balloon: Balloon<Checked>,
+    balloon: BalloonDevice<Checked>,
     ring: GuestRing,
     queue: Queue,
     strings: u64,
@@ -73,7 +73,7 @@ impl World {
             (GuestAddress(start), usize::try_from(bytes).expect("a few MiB"))
         });
         let memory = GuestMemoryMmap::<()>::from_ranges(&ranges).expect("anonymous memory");
-        let mut balloon = Balloon::new(Checked::default());
+        let mut balloon = BalloonDevice::new(Checked::default());
         let layout = MemoryLayout::new(REGIONS).expect("well-formed");
         balloon.reclaim_mut().set_layout(layout.clone());
         balloon.set_layout(layout);

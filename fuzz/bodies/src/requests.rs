@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use balloon_abi::request::{ANSWER_HEADER_BYTES, REQUEST_BYTES};
 use balloon_abi::{AnswerHeader, Caches, Features, Outcome, Request, Vq};
-use balloon_device::{Ask, Balloon, MAX_CHAINS_PER_DRAIN, MAX_QUEUED_REQUESTS, MemoryLayout};
+use balloon_device::{Ask, BalloonDevice, MAX_CHAINS_PER_DRAIN, MAX_QUEUED_REQUESTS, MemoryLayout};
 use guest_ring::{Buffer, GuestRing, Used};
 use page_set::PageSet;
 use virtio_queue::desc::split::Descriptor;
@@ -53,7 +53,7 @@ pub fn request_queue(data: &[u8]) {
 
 struct World {
     memory: GuestMemoryMmap,
-    balloon: Balloon<Checked>,
+    balloon: BalloonDevice<Checked>,
     ring: GuestRing,
     queue: Queue,
     start: Instant,
@@ -72,7 +72,7 @@ impl World {
             (GuestAddress(start), usize::try_from(bytes).expect("a few MiB"))
         });
         let memory = GuestMemoryMmap::<()>::from_ranges(&ranges).expect("anonymous memory");
-        let mut balloon = Balloon::new(Checked::default());
+        let mut balloon = BalloonDevice::new(Checked::default());
         let layout = MemoryLayout::new(REGIONS).expect("well-formed");
         balloon.reclaim_mut().set_layout(layout.clone());
         balloon.set_layout(layout);
@@ -223,7 +223,7 @@ impl World {
     fn stop(&mut self, how: u8) {
         match how % 4 {
             0 => {
-                let _ = self.balloon.give_back(Vq::Request, &self.memory, &mut self.queue);
+                let _ = self.balloon.return_unused(Vq::Request, &self.memory, &mut self.queue);
                 self.balloon.suspend();
             }
             1 => self.balloon.forget_kept(Vq::Request),

@@ -116,7 +116,7 @@ struct FrontEnd {
     memory: GuestMemoryMmap,
     rings: [GuestRing; 2],
     messages: u64,
-    /// Kept so that what was sent is not hung up.
+    /// PendingChains so that what was sent is not hung up.
     fds: Vec<OwnedFd>,
     /// The back end was offered exactly the guest's part of the file.
     offer_is_true: bool,

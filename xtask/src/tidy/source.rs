@@ -12,7 +12,7 @@ const MAX_FILE_LINES: usize = 600;
 /// Functions (`path:name`) and files (`path`) that are longer, and why.
 const LONGER: &[(&str, &str)] = &[];
 
-/// The crates whose work cannot be done without `unsafe`. The guest module's glue
+/// The crates whose work cannot be done without `unsafe`. The guest module's shim
 /// is no member of the workspace.
 const MAY_BE_UNSAFE: &[&str] = &["host-memory"];
 /// Crates with one file that cannot do without it; the others of the crate may not.

@@ -8,8 +8,8 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use bench::demo_move::{self, Parts};
-use bench::inflate::{self, Case, CaseReport, HostPages, Memory, Report};
-use bench::monitor_choice::{self, Asked, Choice};
+use bench::inflate::{self, Case, CaseReport, HostPages, MemoryState, Report};
+use bench::monitor_choice::{self, Choice, Preference};
 use bench::requests::{self, Tour};
 use clap::{Args, ValueEnum};
 use control::Size;
@@ -27,10 +27,10 @@ use table::{Row, header};
 const GUEST_MIB: u64 = 4096;
 
 /// States of the guest's memory, and what is said of them.
-const MEMORY: [Memory; 2] = [Memory::Idle, Memory::Touched];
-const TITLES: [(Memory, &str); 2] = [
-    (Memory::Idle, "Memory that the guest never used"),
-    (Memory::Touched, "Memory that the guest used and freed"),
+const MEMORY: [MemoryState; 2] = [MemoryState::Idle, MemoryState::Touched];
+const TITLES: [(MemoryState, &str); 2] = [
+    (MemoryState::Idle, "MemoryState that the guest never used"),
+    (MemoryState::Touched, "MemoryState that the guest used and freed"),
 ];
 
 /// Boots a 4 GiB guest and takes 3 GiB from it, the old way and the new one
@@ -62,7 +62,7 @@ enum MonitorArg {
     Uml,
 }
 
-impl From<MonitorArg> for Asked {
+impl From<MonitorArg> for Preference {
     fn from(monitor: MonitorArg) -> Self {
         match monitor {
             MonitorArg::Auto => Self::Auto,
@@ -105,7 +105,7 @@ fn moves(kernel: &Path, initramfs: &Path, modules: &[PathBuf]) -> Result<(), Fai
     print(&format!("\n{}", migration_summary::text("the guest", "the second process", &summary)))
 }
 
-fn choose(asked: Asked) -> Result<Choice, Failure> {
+fn choose(asked: Preference) -> Result<Choice, Failure> {
     let steps = Steps::start();
     let choice = monitor_choice::choose(asked);
     steps.end();
@@ -133,7 +133,7 @@ fn balloon(
 }
 
 fn on_uml(why: Option<&str>) -> Result<(), Failure> {
-    let options = inflate::Options {
+    let options = inflate::InflateOptions {
         program: program()?,
         rounds: 1,
         guest_mib: vec![GUEST_MIB],
@@ -151,8 +151,12 @@ fn on_uml(why: Option<&str>) -> Result<(), Failure> {
     let report = inflate::run(&options, &mut |step| steps.show(step)).map_err(failure)?;
     steps.end();
     print(&picture(&report))?;
-    let options =
-        requests::Options { program: program()?, rounds: 1, guest_mib: Vec::new(), storm: 0 };
+    let options = requests::RequestsOptions {
+        program: program()?,
+        rounds: 1,
+        guest_mib: Vec::new(),
+        storm: 0,
+    };
     let steps = Steps::start();
     let tour = requests::tour(&options, &mut |step| steps.show(step)).map_err(failure)?;
     steps.end();
@@ -168,7 +172,7 @@ fn picture(report: &Report) -> String {
         for floor in report.floors.iter().filter(|floor| floor.memory == memory) {
             text += &format!("  {:.0} times faster", floor.speedup);
             text += &match memory {
-                Memory::Idle => "\n\n".to_owned(),
+                MemoryState::Idle => "\n\n".to_owned(),
                 _ => format!(
                     "; the host kernel alone needs {:.0} ms to take so much memory back\n\n",
                     floor.floor_ms

@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use bench::Driver;
-use bench::soak::{self, GuestReport, LEAST_MEMORY_MIB, Options, Report};
+use bench::soak::{self, GuestReport, LEAST_MEMORY_MIB, Report, SoakOptions};
 use clap::{Args, ValueEnum};
 use control::Size;
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -77,7 +77,7 @@ pub(crate) fn run(args: &SoakArgs) -> Result<(), Failure> {
     if args.moves.are_wanted() {
         return moves::run(&args.moves, args.seed, args.json);
     }
-    let options = Options {
+    let options = SoakOptions {
         program: program()?,
         duration: Duration::from_secs(60 * args.minutes),
         seed: args.seed.unwrap_or_else(soak::any_seed),

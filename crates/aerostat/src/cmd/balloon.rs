@@ -91,7 +91,7 @@ fn set(
     let progress = Progress::new(args, &balloon);
     // Another target than ours is another client's, whose change is not ours to
     // wait for.
-    while !balloon.settled && balloon.target_bytes == target_bytes && !left().is_zero() {
+    while !balloon.at_target && balloon.target_bytes == target_bytes && !left().is_zero() {
         balloon = client.wait(balloon.generation, left().min(progress.wait()))?;
         progress.show(&balloon);
     }
@@ -102,7 +102,7 @@ fn set(
     if balloon.target_bytes != target_bytes {
         return Err(replaced(args, &balloon));
     }
-    if !balloon.settled {
+    if !balloon.at_target {
         return Err(timed_out(args, &balloon));
     }
     if args.json {
@@ -163,7 +163,7 @@ enum Progress {
 
 impl Progress {
     fn new(args: &BalloonArgs, balloon: &BalloonStatus) -> Self {
-        if args.json || balloon.settled {
+        if args.json || balloon.at_target {
             return Self::Silent;
         }
         if !io::stderr().is_terminal() {

@@ -17,7 +17,7 @@ use cli::output::{print, print_json};
 use cli::progress::Bar;
 
 /// How often it is looked how far the migration is.
-const LOOK: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Connections unless somebody asks for more.
 const MOST_USUAL_CONNECTIONS: u8 = 4;
@@ -139,7 +139,7 @@ pub(crate) fn watch(client: &Client, interrupted: &AtomicBool) -> Result<Migrati
             };
             bar.show(&name, status.done_pages, status.of_pages, Size(status.wire_bytes));
         }
-        thread::sleep(LOOK);
+        thread::sleep(POLL_INTERVAL);
     }
 }
 
@@ -153,11 +153,11 @@ fn not_moved(args: &MigrateArgs, status: &MigrationStatus) -> Failure {
     let (what, hint) = match status.state {
         MigrationState::InDoubt => (
             "the guest is paused here, and nobody knows whether it runs there",
-            format!("`aerostat settle {}` asks the other side", args.guest),
+            format!("`aerostat resolve {}` asks the other side", args.guest),
         ),
         MigrationState::Stuck => (
             "the guest is here and could not be resumed",
-            format!("see the reason; `aerostat settle {}` tries it again", args.guest),
+            format!("see the reason; `aerostat resolve {}` tries it again", args.guest),
         ),
         _ => (
             "the guest was not moved, and runs on here",

@@ -7,9 +7,9 @@ mod drop_caches;
 mod free_pages;
 mod migrate;
 mod receive;
+mod resolve;
 mod restore;
 mod run;
-mod settle;
 mod snapshot;
 mod status;
 mod vhost_user;
@@ -31,7 +31,7 @@ pub(crate) enum Command {
     Receive(receive::ReceiveArgs),
     Restore(restore::RestoreArgs),
     Run(run::RunArgs),
-    Settle(settle::SettleArgs),
+    Resolve(resolve::ResolveArgs),
     Snapshot(snapshot::SnapshotArgs),
     Status(status::StatusArgs),
     VhostUser(vhost_user::VhostUserArgs),
@@ -48,7 +48,7 @@ impl Command {
             Self::Receive(args) => receive::run(args),
             Self::Restore(args) => restore::run(args),
             Self::Run(args) => run::run(args),
-            Self::Settle(args) => settle::run(&args),
+            Self::Resolve(args) => resolve::run(&args),
             Self::Snapshot(args) => snapshot::run(&args),
             Self::Status(args) => status::run(&args),
             Self::VhostUser(args) => vhost_user::run(&args),

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use control::{GuestName, Size};
-use vmm::{DiskOptions, End, Error, MAX_CPUS, Options};
+use vmm::{DiskOptions, End, Error, MAX_CPUS, RunOptions};
 
 use crate::balloon_arg::{Feature, features};
 use crate::disk_arg::disk;
@@ -78,7 +78,7 @@ pub(crate) fn run(args: RunArgs) -> Result<(), Failure> {
             (kernel, args.initrd.or(initrd))
         }
     };
-    let options = Options {
+    let options = RunOptions {
         host: args.host.options(&args.name, args.disks)?,
         memory_bytes: args.memory.0,
         cpus: args.cpus,

@@ -191,7 +191,7 @@ fn details(status: &Status) -> String {
     };
     lines.push(("memory", format!("{}{resident}", Size(guest.memory_bytes))));
     let (actual, target) = (Size(balloon.actual_bytes), Size(balloon.target_bytes));
-    let state = if balloon.settled { "settled" } else { "in progress" };
+    let state = if balloon.at_target { "at_target" } else { "in progress" };
     lines.push(("balloon", format!("{actual} of {target}, {state}")));
     if let Some(change) = &balloon.last_change {
         lines.push(("last change", last_change(change)));
@@ -236,7 +236,7 @@ fn migration(guest: &GuestArg, status: &MigrationStatus) -> Option<String> {
         }
         MigrationState::Failed => format!("failed, the guest runs here: {why}"),
         MigrationState::InDoubt => {
-            format!("IN DOUBT, the guest is paused; `aerostat settle {guest}` ends it: {why}")
+            format!("IN DOUBT, the guest is paused; `aerostat resolve {guest}` ends it: {why}")
         }
         MigrationState::Stuck => format!("failed, and the guest does not go on: {why}"),
         MigrationState::Moved => "the guest runs on the other side".to_owned(),

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use control::{GuestName, Size, ensure_runtime_dir, socket_path};
 use sandbox::{Network, Restricted, restrict_calls, restrict_files};
-use vhost_device_balloon::{Error, Options, Service};
+use vhost_device_balloon::{Error, Service, ServiceOptions};
 
 use crate::balloon_arg::{Feature, ReleaseArgs, features};
 use crate::guest_arg::guest_name;
@@ -122,7 +122,7 @@ pub(crate) fn run(args: &VhostUserArgs) -> Result<(), Failure> {
 
 impl VhostUserArgs {
     /// The guests that are asked for.
-    fn options(&self) -> Result<Vec<Options>, Failure> {
+    fn options(&self) -> Result<Vec<ServiceOptions>, Failure> {
         let first = self.name.clone().zip(self.socket.clone());
         let guests: Vec<_> = first.into_iter().chain(self.guests.iter().cloned()).collect();
         let sealed_only = match self.unsealed_memory {
@@ -138,7 +138,7 @@ impl VhostUserArgs {
                 Some(path) => path.clone(),
                 None => socket_path(&name)?,
             };
-            Ok(Options {
+            Ok(ServiceOptions {
                 socket,
                 connect: self.connect,
                 state: self.state_file(&name, &control),
@@ -163,7 +163,7 @@ impl VhostUserArgs {
 
 /// Restricts the process to the directories of its sockets and state files. It has
 /// one thread yet.
-fn give_up_files(guests: &[Options]) -> Result<(), Failure> {
+fn give_up_files(guests: &[ServiceOptions]) -> Result<(), Failure> {
     let paths = guests.iter().flat_map(|guest| {
         // A monitor's socket is connected to, which is not opening it.
         let made = (!guest.connect).then_some(&guest.socket);

@@ -20,7 +20,7 @@ pub(crate) fn run(
     let signals = |error: io::Error| Failure::new(&error, "check the limits of this user");
     let mut stop = stop_signal().map_err(signals)?;
     stop.set_read_timeout(Some(period)).map_err(signals)?;
-    let asked = Asked::more_often(client, period)?;
+    let asked = StatsPeriod::more_often(client, period)?;
     let mut first = true;
     loop {
         let text = show(&client.status()?)?;
@@ -38,12 +38,12 @@ pub(crate) fn run(
 }
 
 /// How often the guest was asked before, and is now.
-struct Asked {
+struct StatsPeriod {
     before_ms: u64,
     now_ms: u64,
 }
 
-impl Asked {
+impl StatsPeriod {
     fn more_often(client: &Client, period: Duration) -> Result<Self, ControlError> {
         let before_ms = client.status()?.stats.interval_ms;
         let period_ms = u64::try_from(period.as_millis()).unwrap_or(u64::MAX);

@@ -11,7 +11,7 @@ use control::ReleaseStatus;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::PROGRAM;
-use crate::support::LONG;
+use crate::support::TEST_TIMEOUT;
 use crate::support::driver::{ASKABLE, BITMAP, CLASSIC};
 use crate::support::guest::data_pages;
 use crate::support::process::Program;
@@ -119,7 +119,7 @@ fn finish(program: &mut Program, traffic: &mut Traffic) {
     traffic.vm.front.barrier();
     assert_eq!(client.balloon().unwrap().actual_pages, all.len() as u32);
     // The target was set in another life, so nobody waits for this one's release.
-    let end = Instant::now() + LONG;
+    let end = Instant::now() + TEST_TIMEOUT;
     let is_over = |release: ReleaseStatus| release.pending_bytes + release.in_flight_bytes == 0;
     while !is_over(client.status().unwrap().release) {
         assert!(Instant::now() < end, "it is not released");

@@ -10,7 +10,7 @@ use balloon_abi::Features;
 use guest_ring::Buffer;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::support::LONG;
+use crate::support::TEST_TIMEOUT;
 use crate::support::driver::{DEFLATE, INFLATE, MESSAGE, Monitor, REQUEST, Vm};
 use crate::support::front_end::{FrontEnd, OFFERED_PROTOCOL, PROTOCOL_FEATURES, eventfd, request};
 use crate::support::guest::{BASE, Guest, USER_BASE, data_pages};
@@ -224,7 +224,7 @@ impl Traffic {
 
     /// Waits until everything that is under way has come back.
     pub(crate) fn settle(&mut self) {
-        let end = Instant::now() + LONG;
+        let end = Instant::now() + TEST_TIMEOUT;
         while self.under_way.iter().any(|queue| !queue.is_empty()) {
             self.collect();
             let lost = self.under_way.iter().map(BTreeMap::len).sum::<usize>();

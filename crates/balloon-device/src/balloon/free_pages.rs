@@ -8,7 +8,7 @@ use balloon_abi::{Features, HintId, Vq};
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestMemory, Permissions};
 
-use super::{Balloon, QueueError};
+use super::{BalloonDevice, QueueError};
 use crate::answer::{Blocks, FreeKind, FreePages};
 use crate::drain::{Drained, Handled, drain};
 use crate::fault::Fault;
@@ -18,7 +18,7 @@ use crate::poison;
 use crate::reclaim::Reclaim;
 use crate::report::Reports;
 
-impl<R: Reclaim> Balloon<R> {
+impl<R: Reclaim> BalloonDevice<R> {
     /// Asks the guest what it does not use, under a new number; what was asked
     /// before is over. The caller tells the driver that the configuration changed,
     /// and has begun to watch the guest's writes **before** it calls this, where it

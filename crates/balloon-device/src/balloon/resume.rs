@@ -2,10 +2,10 @@
 
 use std::time::Instant;
 
-use super::Balloon;
+use super::BalloonDevice;
 use crate::reclaim::Reclaim;
 
-impl<R: Reclaim> Balloon<R> {
+impl<R: Reclaim> BalloonDevice<R> {
     /// The driver did not start, it goes on: its queues stand where another
     /// device left them. `actual` and `poison_val` are what it said to that one.
     ///

@@ -5,7 +5,7 @@ use std::time::Instant;
 use balloon_abi::{Features, HintCommand};
 use page_set::PageSet;
 
-use super::Balloon;
+use super::BalloonDevice;
 use crate::reclaim::Reclaim;
 
 /// A device between two hosts. Requests, hints that were under way and chains that were kept are
@@ -58,7 +58,7 @@ pub enum StateError {
     Hint(u32),
 }
 
-impl<R: Reclaim> Balloon<R> {
+impl<R: Reclaim> BalloonDevice<R> {
     /// What the device has to know where its guest goes on.
     pub fn state(&self) -> BalloonState {
         BalloonState {
@@ -151,8 +151,8 @@ mod tests {
         fn flush(&mut self) {}
     }
 
-    fn device() -> Balloon<Released> {
-        let mut device = Balloon::new(Released::default());
+    fn device() -> BalloonDevice<Released> {
+        let mut device = BalloonDevice::new(Released::default());
         device.set_layout(MemoryLayout::new([(0, 1 << 20)]).unwrap());
         device
     }

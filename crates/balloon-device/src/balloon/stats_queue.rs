@@ -7,12 +7,12 @@ use balloon_abi::stats::MAX_STATS_BYTES;
 use virtio_queue::QueueT;
 use vm_memory::GuestMemory;
 
-use super::{Balloon, QueueError};
+use super::{BalloonDevice, QueueError};
 use crate::drain::{Drained, Handled, drain};
 use crate::reclaim::Reclaim;
 use crate::stats::Stats;
 
-impl<R: Reclaim> Balloon<R> {
+impl<R: Reclaim> BalloonDevice<R> {
     /// The newest statistics of the guest.
     pub const fn stats(&self) -> &Stats {
         &self.stats

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use balloon_abi::{Features, Field, MessageStatus, Pfn, Vq, record};
-use balloon_device::{Balloon, Fault, MemoryLayout, QueueError, Reclaim};
+use balloon_device::{BalloonDevice, Fault, MemoryLayout, QueueError, Reclaim};
 use guest_ring::{Buffer, GuestRing};
 use page_set::{PageRange, PageSet};
 use virtio_queue::Queue;
@@ -91,7 +91,7 @@ impl Reclaim for Recorder {
 
 pub(crate) struct Guest {
     pub(crate) memory: GuestMemoryMmap,
-    pub(crate) balloon: Balloon<Recorder>,
+    pub(crate) balloon: BalloonDevice<Recorder>,
     pub(crate) inflate: Side,
     pub(crate) deflate: Side,
     /// The queue that a test is about, if it is neither of these.
@@ -125,7 +125,7 @@ impl Guest {
         let deflate = Side::new(DEFLATE_RING);
         let deflate_used = GuestAddress(deflate.ring.used_idx_addr());
         let recorder = Recorder { memory: memory.clone(), deflate_used, events: Vec::new() };
-        let mut balloon = Balloon::new(recorder);
+        let mut balloon = BalloonDevice::new(recorder);
         balloon.set_layout(MemoryLayout::of(&memory).unwrap());
         balloon.reset(negotiated);
         balloon.reclaim_mut().events.clear();

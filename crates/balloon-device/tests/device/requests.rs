@@ -22,7 +22,7 @@ pub(crate) const SNAPSHOT: Ask = Ask::ReportFree { min_granule_shift: 12 };
 pub(crate) const HOLD: Ask = Ask::HoldFree { reserve_pages: 7 };
 
 /// A guest with a request queue.
-pub(crate) struct Asked {
+pub(crate) struct PostedRequest {
     pub(crate) guest: Guest,
     pub(crate) queue: Side,
     pub(crate) start: Instant,
@@ -31,12 +31,12 @@ pub(crate) struct Asked {
 /// What came back on the request queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Back {
-    Asked(Request),
+    PostedRequest(Request),
     Empty,
     Status(u32),
 }
 
-impl Asked {
+impl PostedRequest {
     pub(crate) fn new() -> Self {
         let guest = Guest::new(ASKABLE);
         Self { guest, queue: Side::new(REQUEST_RING), start: Instant::now() }
@@ -80,7 +80,7 @@ impl Asked {
                 let mut bytes = [0; REQUEST_BYTES];
                 let at = GuestAddress(SLOTS + u64::from(head) * 16);
                 self.guest.memory.read_slice(&mut bytes, at).unwrap();
-                Back::Asked(Request::from_bytes(&bytes).unwrap())
+                Back::PostedRequest(Request::from_bytes(&bytes).unwrap())
             }
             other => panic!("{other} bytes"),
         })
@@ -91,7 +91,7 @@ impl Asked {
         self.post_waiting();
         self.serve();
         match self.back() {
-            Some(Back::Asked(request)) => request,
+            Some(Back::PostedRequest(request)) => request,
             other => panic!("{other:?}"),
         }
     }
@@ -117,7 +117,7 @@ pub(crate) fn answer(id: u32, outcome: Outcome, values: [u64; 4], records: &[u8]
 
 #[test]
 fn waiting_chains_stay_until_there_is_something_to_ask() {
-    let mut asked = Asked::new();
+    let mut asked = PostedRequest::new();
     for _ in 0..3 {
         asked.post_waiting();
     }
@@ -127,11 +127,11 @@ fn waiting_chains_stay_until_there_is_something_to_ask() {
     assert!(first != 0 && second != first);
     asked.serve();
     let command = Command::DropCaches(Caches::ALL);
-    assert_eq!(asked.back(), Some(Back::Asked(Request { id: first, command })));
+    assert_eq!(asked.back(), Some(Back::PostedRequest(Request { id: first, command })));
     assert_eq!(asked.back(), None, "one at a time");
     assert_eq!(asked.answer(first, Outcome::Done, [1, 2, 3, 4], &[]), 0);
     let command = Command::ReportFree { min_granule_shift: 12 };
-    assert_eq!(asked.back(), Some(Back::Asked(Request { id: second, command })));
+    assert_eq!(asked.back(), Some(Back::PostedRequest(Request { id: second, command })));
     let outcome = asked.guest.balloon.requests_mut().take_outcome(first);
     assert_eq!(outcome.unwrap().unwrap().values, [1, 2, 3, 4]);
     assert_eq!(asked.guest.balloon.requests_mut().take_outcome(first), None, "told once");
@@ -139,7 +139,7 @@ fn waiting_chains_stay_until_there_is_something_to_ask() {
 
 #[test]
 fn the_deadline_that_comes_first_is_told_and_ends_what_it_is_of() {
-    let mut asked = Asked::new();
+    let mut asked = PostedRequest::new();
     let (soon, later) = (asked.at(3), asked.at(9));
     let requests = asked.guest.balloon.requests_mut();
     assert_eq!(requests.next_deadline(), None);
@@ -160,7 +160,7 @@ fn the_deadline_that_comes_first_is_told_and_ends_what_it_is_of() {
 
 #[test]
 fn a_cancel_overtakes_what_waits_and_is_not_sent_for_what_was_never_sent() {
-    let mut asked = Asked::new();
+    let mut asked = PostedRequest::new();
     let (first, second, third) = (asked.submit(DROP), asked.submit(DROP), asked.submit(DROP));
     assert_eq!(asked.take().id, first);
     let deadline = asked.at(1);
@@ -179,7 +179,7 @@ fn a_cancel_overtakes_what_waits_and_is_not_sent_for_what_was_never_sent() {
 
 #[test]
 fn a_snapshot_under_way_shows_what_it_has_brought() {
-    let mut asked = Asked::new();
+    let mut asked = PostedRequest::new();
     let (first, second) = (asked.submit(DROP), asked.submit(SNAPSHOT));
     asked.take();
     assert_eq!(asked.guest.balloon.requests().named_so_far(first), None, "no snapshot");
@@ -187,7 +187,8 @@ fn a_snapshot_under_way_shows_what_it_has_brought() {
     asked.post_waiting();
     asked.answer(first, Outcome::Done, [0; 4], &[]);
     asked.back();
-    let named = |asked: &Asked| asked.guest.balloon.requests().named_so_far(second).cloned();
+    let named =
+        |asked: &PostedRequest| asked.guest.balloon.requests().named_so_far(second).cloned();
     assert_eq!(named(&asked), Some(PageSet::new()));
     let records = record_bytes(0x400, 12, &[0b101]);
     assert_eq!(asked.answer(second, Outcome::More, [0; 4], &records), 0);
@@ -200,9 +201,10 @@ fn a_snapshot_under_way_shows_what_it_has_brought() {
 
 #[test]
 fn what_cannot_be_asked_is_refused() {
-    let mut asked = Asked::new();
+    let mut asked = PostedRequest::new();
     let now = asked.start;
-    let submit = |asked: &mut Asked, ask| asked.guest.balloon.requests_mut().submit(ask, now);
+    let submit =
+        |asked: &mut PostedRequest, ask| asked.guest.balloon.requests_mut().submit(ask, now);
     assert_eq!(submit(&mut asked, Ask::ReleaseHold), Err(SubmitError::NoHold));
     for _ in 0..MAX_QUEUED_REQUESTS {
         submit(&mut asked, DROP).unwrap();
@@ -219,8 +221,8 @@ fn what_cannot_be_asked_is_refused() {
 
 #[test]
 fn a_hold_ends_with_its_release_its_loss_or_its_driver() {
-    let mut asked = Asked::new();
-    let hold = |asked: &mut Asked| {
+    let mut asked = PostedRequest::new();
+    let hold = |asked: &mut PostedRequest| {
         let id = asked.submit(HOLD);
         assert_eq!(asked.take().command, Command::HoldFree { reserve_pages: 7 });
         assert_eq!(asked.answer(id, Outcome::Done, [16; 4], &record_bytes(0x400, 16, &[])), 0);
@@ -229,7 +231,8 @@ fn a_hold_ends_with_its_release_its_loss_or_its_driver() {
         assert_eq!(kept.pages.pages.len(), 16);
         id
     };
-    let state = |asked: &Asked| asked.guest.balloon.requests().hold().map(|hold| hold.state);
+    let state =
+        |asked: &PostedRequest| asked.guest.balloon.requests().hold().map(|hold| hold.state);
 
     let id = hold(&mut asked);
     assert_eq!(asked.answer(id, Outcome::HoldLost, [16, 0, 0, 0], &[]), 0);
@@ -269,12 +272,12 @@ fn a_hold_ends_with_its_release_its_loss_or_its_driver() {
 
 #[test]
 fn a_hold_that_is_paused_goes_on() {
-    let mut asked = Asked::new();
+    let mut asked = PostedRequest::new();
     let id = asked.submit(HOLD);
     asked.take();
     assert_eq!(asked.answer(id, Outcome::Done, [0; 4], &[]), 0);
     asked.guest.balloon.suspend();
-    let state = |asked: &Asked| asked.guest.balloon.requests().hold().unwrap().state;
+    let state = |asked: &PostedRequest| asked.guest.balloon.requests().hold().unwrap().state;
     assert_eq!(state(&asked), HoldState::Paused);
     asked.serve();
     assert_eq!(state(&asked), HoldState::Kept);
@@ -282,13 +285,13 @@ fn a_hold_that_is_paused_goes_on() {
 
 #[test]
 fn kept_chains_come_back_before_the_queue_stops() {
-    let mut asked = Asked::new();
+    let mut asked = PostedRequest::new();
     for _ in 0..2 {
         asked.post_waiting();
     }
     asked.serve();
-    let Asked { guest, queue, .. } = &mut asked;
-    let notify = guest.balloon.give_back(Vq::Request, &guest.memory, &mut queue.queue);
+    let PostedRequest { guest, queue, .. } = &mut asked;
+    let notify = guest.balloon.return_unused(Vq::Request, &guest.memory, &mut queue.queue);
     assert!(notify.unwrap());
     assert_eq!(
         [asked.back(), asked.back(), asked.back()],
@@ -305,7 +308,7 @@ fn kept_chains_come_back_before_the_queue_stops() {
 
 #[test]
 fn more_chains_than_the_ring_has_entries_do_not_wait() {
-    let mut asked = Asked::new();
+    let mut asked = PostedRequest::new();
     for _ in 0..RING_SIZE {
         asked.post_waiting();
     }
@@ -321,12 +324,12 @@ fn more_chains_than_the_ring_has_entries_do_not_wait() {
 
 #[test]
 fn a_ring_that_breaks_ends_the_requests() {
-    let mut asked = Asked::new();
+    let mut asked = PostedRequest::new();
     let id = asked.submit(DROP);
     asked.take();
     let memory = asked.guest.memory.clone();
     asked.queue.ring.set_avail_idx(&memory, 0x8000);
-    let Asked { guest, queue, .. } = &mut asked;
+    let PostedRequest { guest, queue, .. } = &mut asked;
     assert!(guest.balloon.process_queue(Vq::Request, &guest.memory, &mut queue.queue).is_err());
     assert_eq!(asked.failure(id), RequestFailure::BadRing);
     asked.guest.still_works();
@@ -334,7 +337,7 @@ fn a_ring_that_breaks_ends_the_requests() {
 
 #[test]
 fn memory_that_moves_takes_the_newest_free_pages_with_it() {
-    let mut asked = Asked::new();
+    let mut asked = PostedRequest::new();
     let id = asked.submit(SNAPSHOT);
     asked.take();
     assert_eq!(asked.answer(id, Outcome::Done, [0; 4], &record_bytes(0x400, 12, &[])), 0);
@@ -345,7 +348,7 @@ fn memory_that_moves_takes_the_newest_free_pages_with_it() {
 
 #[test]
 fn only_the_last_outcomes_are_kept() {
-    let mut asked = Asked::new();
+    let mut asked = PostedRequest::new();
     let ids: Vec<_> = (0..MAX_OUTCOMES + 3)
         .map(|_| {
             let id = asked.submit(DROP);
@@ -361,7 +364,7 @@ fn only_the_last_outcomes_are_kept() {
 
 #[test]
 fn an_answer_without_room_for_a_status_counts_all_the_same() {
-    let mut asked = Asked::new();
+    let mut asked = PostedRequest::new();
     let id = asked.submit(DROP);
     asked.take();
     asked.guest.write(MESSAGE, &answer(id, Outcome::Done, [1; 4], &[]));

@@ -8,7 +8,7 @@ use balloon_device::{Ask, MAX_OUTCOMES, MAX_QUEUED_REQUESTS};
 use proptest::prelude::*;
 
 use crate::guest::record_bytes;
-use crate::requests::{ASKABLE, Asked, Back, DROP, HOLD, SNAPSHOT, answer};
+use crate::requests::{ASKABLE, Back, DROP, HOLD, PostedRequest, SNAPSHOT, answer};
 
 #[derive(Clone, Debug)]
 enum Step {
@@ -50,7 +50,7 @@ struct Model {
 
 impl Model {
     /// Fetches outcomes: of open requests only, each once.
-    fn collect(&mut self, asked: &mut Asked) {
+    fn collect(&mut self, asked: &mut PostedRequest) {
         let requests = asked.guest.balloon.requests_mut();
         self.open.retain(|id| match requests.take_outcome(*id) {
             Some(outcome) => {
@@ -71,7 +71,7 @@ impl Model {
         assert!(self.open.len() <= MAX_QUEUED_REQUESTS + 1 && self.open.len() < MAX_OUTCOMES);
     }
 
-    fn submit(&mut self, asked: &mut Asked, ask: Ask, deadline: Instant) {
+    fn submit(&mut self, asked: &mut PostedRequest, ask: Ask, deadline: Instant) {
         if let Ok(id) = asked.guest.balloon.requests_mut().submit(ask, deadline) {
             assert!(id > self.newest, "ids are new");
             self.newest = id;
@@ -80,16 +80,16 @@ impl Model {
     }
 
     /// The queues stop.
-    fn stop(&mut self, asked: &mut Asked) {
-        let Asked { guest, queue, .. } = asked;
-        guest.balloon.give_back(Vq::Request, &guest.memory, &mut queue.queue).unwrap();
+    fn stop(&mut self, asked: &mut PostedRequest) {
+        let PostedRequest { guest, queue, .. } = asked;
+        guest.balloon.return_unused(Vq::Request, &guest.memory, &mut queue.queue).unwrap();
         guest.balloon.suspend();
         self.collect(asked);
         assert!(self.open.is_empty());
     }
 
     /// Another driver starts.
-    fn reset(&mut self, asked: &mut Asked) {
+    fn reset(&mut self, asked: &mut PostedRequest) {
         asked.guest.balloon.reset(ASKABLE);
         asked.queue.set_up(&asked.guest.memory);
         self.collect(asked);
@@ -97,9 +97,9 @@ impl Model {
     }
 
     /// What the driver sees on its queue.
-    fn see(&mut self, asked: &mut Asked) {
+    fn see(&mut self, asked: &mut PostedRequest) {
         while let Some(back) = asked.back() {
-            let Back::Asked(request) = back else { continue };
+            let Back::PostedRequest(request) = back else { continue };
             if request.command == Command::Cancel {
                 assert!(request.id <= self.last_sent, "only what was sent is told to stop");
                 continue;
@@ -128,7 +128,7 @@ proptest! {
 
     #[test]
     fn each_request_ends_once_and_in_turn(steps in prop::collection::vec(step(), 1..80)) {
-        let mut asked = Asked::new();
+        let mut asked = PostedRequest::new();
         let mut model = Model::default();
         let mut seconds = 0;
         let mut waiting = 0;
@@ -177,7 +177,7 @@ proptest! {
             model.collect(&mut asked);
             // Chains that came back may wait again; a new ring is the simplest.
             if waiting == 6 && asked.guest.balloon.requests().running().is_none() {
-                let Asked { guest, queue, .. } = &mut asked;
+                let PostedRequest { guest, queue, .. } = &mut asked;
                 guest.balloon.forget_kept(Vq::Request);
                 queue.set_up(&guest.memory);
                 waiting = 0;

@@ -6,7 +6,8 @@ use crate::guest::*;
 use balloon_abi::limits::MAX_MESSAGE_BYTES;
 use balloon_abi::{Features, Vq};
 use balloon_device::{
-    Balloon, Drained, Fault, MAX_BYTES_PER_DRAIN, MAX_CHAINS_PER_DRAIN, MemoryLayout, QueueError,
+    BalloonDevice, Drained, Fault, MAX_BYTES_PER_DRAIN, MAX_CHAINS_PER_DRAIN, MemoryLayout,
+    QueueError,
 };
 use guest_ring::{Buffer, GuestRing};
 use virtio_queue::{Error, QueueT};
@@ -365,5 +366,5 @@ fn a_device_without_memory_refuses_everything() {
     assert_eq!(guest.balloon.faults().get(Fault::OutsideMemory), 1);
     assert_eq!(guest.balloon.layout().pages(), 0);
     assert_eq!(guest.held(), []);
-    assert!(Balloon::<Recorder>::FEATURES.contains(BITMAP));
+    assert!(BalloonDevice::<Recorder>::FEATURES.contains(BITMAP));
 }

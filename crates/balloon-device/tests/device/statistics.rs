@@ -110,7 +110,7 @@ fn a_queue_that_stops_has_its_buffer_back() {
     let mut guest = Guest::new(STATS);
     let head = post(&mut guest, &[stat(4, 1)]);
     let memory = guest.memory.clone();
-    assert!(guest.balloon.give_back(Vq::Stats, &memory, &mut guest.other.queue).unwrap());
+    assert!(guest.balloon.return_unused(Vq::Stats, &memory, &mut guest.other.queue).unwrap());
     assert_eq!(returned(&mut guest), Some(head.into()));
     assert!(!ask(&mut guest));
     // One that is gone is not written to.

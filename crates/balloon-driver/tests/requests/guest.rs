@@ -6,8 +6,8 @@ use std::rc::Rc;
 
 use balloon_abi::{Caches, Command, MessageStatus, Pfn, Request};
 use balloon_driver::{
-    Asked, CachePages, Errno, HeldBlocks, Hold, Inbox, Intake, RequestKernel, RequestQueue, Slice,
-    Stop, Zone,
+    CachePages, Errno, HeldBlocks, Hold, Inbox, Intake, ReceivedRequest, RequestKernel,
+    RequestQueue, Slice, Stop, Zone,
 };
 
 use crate::buddy::{Buddy, MAX_ORDER};
@@ -122,7 +122,7 @@ impl World {
         self.free_lost();
     }
 
-    /// As the glue does.
+    /// As the shim does.
     pub(crate) fn pressure(&mut self) {
         if self.locked {
             return;
@@ -312,14 +312,14 @@ impl HeldBlocks for Blocks {
 }
 
 impl RequestQueue for Queue {
-    fn begin_next(&mut self) -> Option<Asked> {
+    fn begin_next(&mut self) -> Option<ReceivedRequest> {
         let mut world = self.world.borrow_mut();
         world.tick();
         world.seen_free.clear();
         let asked = world.inbox.begin_next();
         world.running = asked.map_or(0, |asked| asked.id);
         // The host does not count on a hold that it gives back.
-        if let Some(Asked { command: Ok(Command::ReleaseHold { hold }), .. }) = asked
+        if let Some(ReceivedRequest { command: Ok(Command::ReleaseHold { hold }), .. }) = asked
             && world.host.counts_on == Some(hold)
         {
             world.host.counts_on = None;

@@ -11,7 +11,7 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 
 use balloon_abi::{Caches, Command, Outcome};
-use balloon_driver::{Geometry, Requests, hold_floor_pages};
+use balloon_driver::{Geometry, RequestHandler, hold_floor_pages};
 use proptest::prelude::*;
 
 use buddy::MAX_ORDER;
@@ -21,7 +21,7 @@ const ALL_FREE: Command = Command::ReportFree { min_granule_shift: 12 };
 
 fn run(world: &Rc<RefCell<World>>) -> u64 {
     let geometry = Geometry { page_shift: 12, max_order: MAX_ORDER };
-    let mut requests = Requests::new(geometry);
+    let mut requests = RequestHandler::new(geometry);
     let mut queue = Queue { world: world.clone(), buffer: Box::new([0; ANSWER_BYTES]) };
     let mut ran = 0;
     loop {

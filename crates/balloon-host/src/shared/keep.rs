@@ -136,7 +136,7 @@ impl Shared {
 
     /// A front end that has an answer relies on it that a back end which is started again knows what
     /// it wrote.
-    fn wait_before_answer(&self, kept: Option<Kept>) {
+    fn wait_before_answer(&self, kept: Option<KeptWrite>) {
         let written = kept.is_none_or(|kept| kept.writer.wait_unless_late(kept.told));
         if !written && self.may_log() {
             tracing::error!("host: the state file cannot be written in time");
@@ -154,20 +154,20 @@ impl Shared {
 
     /// Has what is to be kept written, where it is kept: not here, where a disk that does not
     /// answer would keep the device's lock.
-    pub(super) fn save(&self, state: &State) -> Option<Kept> {
+    pub(super) fn save(&self, state: &State) -> Option<KeptWrite> {
         let writer = state.writer.as_ref()?;
         let told = writer.save(state.saved);
-        Some(Kept { writer: Arc::clone(writer), told })
+        Some(KeptWrite { writer: Arc::clone(writer), told })
     }
 }
 
 /// Something that is being written.
-pub(super) struct Kept {
+pub(super) struct KeptWrite {
     writer: Arc<StateWriter>,
     told: Told,
 }
 
-impl Kept {
+impl KeptWrite {
     /// Waits until it is, for a while; to be called without a lock.
     pub(super) fn wait(&self) {
         if !self.writer.wait(self.told) {
@@ -182,7 +182,7 @@ impl Kept {
 #[cfg(test)]
 mod tests {
     use control::api::{PartialHuge, ReleaseMode};
-    use control::{Balloon as _, ControlError};
+    use control::{BalloonControl as _, ControlError};
 
     use super::*;
     use crate::HostReclaim;

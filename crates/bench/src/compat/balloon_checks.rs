@@ -74,7 +74,7 @@ pub(super) fn uses_ring(subject: &mut Subject) -> Result<Outcome> {
     let mut messages = 0;
     for step in (0..=STEPS).chain((0..STEPS).rev()) {
         let set = subject.client.set_balloon(step * STEP_MIB * MIB, LIMIT)?;
-        ensure(set.settled, || format!("it stayed at {} bytes", set.actual_bytes))?;
+        ensure(set.at_target, || format!("it stayed at {} bytes", set.actual_bytes))?;
         messages += set.last_change.map_or(0, |change| change.messages);
     }
     let verified_mib = subject.use_and_verify(TOUCHED_MIB, 4)?;
@@ -121,7 +121,7 @@ pub(super) fn sleeps(subject: &mut Subject) -> Result<Outcome> {
     subject.sleep()?;
     // Where the driver left the device meanwhile, it gives all once more.
     subject.until("as large as before", LIMIT, |status| {
-        status.balloon.settled && status.balloon.actual_bytes == INFLATED_MIB * MIB
+        status.balloon.at_target && status.balloon.actual_bytes == INFLATED_MIB * MIB
     })?;
     subject.verify_kept()?;
     subject.balloon(INFLATED_MIB / 2)?;

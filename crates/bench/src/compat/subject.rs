@@ -11,7 +11,7 @@ use super::Feature;
 use super::target::{KernelChoice, MonitorChoice, Target};
 use crate::backend::Backend;
 use crate::error::{BenchError, Result, host};
-use crate::qemu_bed::{Device, QemuBed, QemuBedOptions};
+use crate::qemu_fixture::{Device, QemuBedOptions, QemuFixture};
 
 /// Memory of the guests, in MiB: emulation is slow.
 pub(super) const MEMORY_MIB: u64 = 512;
@@ -27,7 +27,7 @@ pub(super) const CACHED_MIB: u64 = 64;
 pub(super) const LIMIT: Duration = Duration::from_secs(60);
 
 /// Between two looks at what nobody announces.
-const LOOK: Duration = Duration::from_millis(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Host memory that may be there beyond what the guest has left.
 const RESIDENT_SLACK_BYTES: u64 = 8 << 20;
@@ -55,7 +55,7 @@ pub(super) struct Subject {
 
 enum Machine {
     Uml { guest: Box<Guest>, backend: Box<Backend>, _memory: GuestMemoryDir, _directory: Scratch },
-    Qemu(Box<QemuBed>),
+    Qemu(Box<QemuFixture>),
 }
 
 /// A subject, or why there is none.
@@ -111,7 +111,7 @@ impl Subject {
     pub(super) fn guest(&mut self) -> &mut Guest {
         match &mut self.machine {
             Machine::Uml { guest, .. } => guest,
-            Machine::Qemu(bed) => &mut bed.guest,
+            Machine::Qemu(fixture) => &mut fixture.guest,
         }
     }
 
@@ -119,7 +119,7 @@ impl Subject {
     pub(super) fn second_client(&self) -> Result<Client> {
         let backend = match &self.machine {
             Machine::Uml { backend, .. } => Some(&**backend),
-            Machine::Qemu(bed) => bed.backend(),
+            Machine::Qemu(fixture) => fixture.backend(),
         };
         let backend = backend.ok_or(BenchError::Wrong { what: "no back end".to_owned() })?;
         backend.client()
@@ -129,7 +129,7 @@ impl Subject {
     pub(super) fn kill_back_end(&mut self) -> Result<()> {
         match &mut self.machine {
             Machine::Uml { backend, .. } => backend.kill(),
-            Machine::Qemu(bed) => bed.backend_mut().map_or(Ok(()), Backend::kill),
+            Machine::Qemu(fixture) => fixture.backend_mut().map_or(Ok(()), Backend::kill),
         }
     }
 
@@ -148,7 +148,7 @@ impl Subject {
     pub(super) fn sleep(&mut self) -> Result<()> {
         match &mut self.machine {
             Machine::Uml { guest, .. } => Ok(guest.sleep(Waker::Signal)?),
-            Machine::Qemu(bed) => Ok(bed.guest.sleep(Waker::SerialLine("ttyS1"))?),
+            Machine::Qemu(fixture) => Ok(fixture.guest.sleep(Waker::SerialLine("ttyS1"))?),
         }
     }
 
@@ -170,7 +170,7 @@ impl Subject {
                 return Ok(status);
             }
             ensure(Instant::now() < end, || format!("not {what} within {limit:?}"))?;
-            std::thread::sleep(LOOK);
+            std::thread::sleep(POLL_INTERVAL);
         }
     }
 
@@ -179,7 +179,7 @@ impl Subject {
     pub(super) fn balloon(&mut self, mib: u64) -> Result<BalloonChange> {
         let set = self.client.set_balloon(mib * MIB, LIMIT)?;
         let settled = self.client.wait(set.generation, LIMIT)?;
-        let reached = settled.settled && settled.actual_bytes == mib * MIB;
+        let reached = settled.at_target && settled.actual_bytes == mib * MIB;
         let change = settled.last_change.filter(|_| reached);
         let change = change.ok_or_else(|| BenchError::NotReached {
             name: self.target.kernel_name(),
@@ -297,8 +297,8 @@ fn start_qemu(target: &Target, program: &Path, files: &Path) -> Result<Booted> {
         kernel_arguments: target.poison.map(str::to_owned).into_iter().collect(),
         disk: Some(files.join("cached")),
     };
-    let bed = QemuBed::start("compat", Device::VhostUser, target.driver, &options)?;
-    let client = bed.backend().map(Backend::client).transpose()?;
+    let fixture = QemuFixture::start("compat", Device::VhostUser, target.driver, &options)?;
+    let client = fixture.backend().map(Backend::client).transpose()?;
     let client = client.ok_or(BenchError::Wrong { what: "no back end was started".to_owned() })?;
-    Ok(Ok((Machine::Qemu(Box::new(bed)), client)))
+    Ok(Ok((Machine::Qemu(Box::new(fixture)), client)))
 }

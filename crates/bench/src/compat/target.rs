@@ -2,7 +2,7 @@
 
 use lab::debian::Release;
 
-use super::{Feature, Options, Row, Verdict, chosen, driver_name};
+use super::{CompatOptions, Feature, Row, Verdict, chosen, driver_name};
 use crate::testbed::Driver;
 
 /// A kernel of the lab.
@@ -166,7 +166,7 @@ impl Target {
 
 impl Absent {
     /// An entry for each driver and feature.
-    pub(super) fn rows(&self, options: &Options) -> Vec<Row> {
+    pub(super) fn rows(&self, options: &CompatOptions) -> Vec<Row> {
         let mut rows = Vec::new();
         for driver in DRIVERS.map(driver_name).into_iter().filter(|d| chosen(&options.drivers, d)) {
             for feature in Feature::ALL.map(Feature::name) {

@@ -7,7 +7,7 @@ use control::api::{MigrationState, MigrationStatus, StartMigration};
 use control::{BALLOON_PAGE_BYTES, Client};
 use lab::Guest;
 
-use super::{Case, Moved, Scenario, SkippedPages};
+use super::{Case, MigrationSample, Scenario, SkippedPages};
 use crate::error::{Result, wrong};
 use crate::kvm::GuestFiles;
 use crate::kvm_host::address_of;
@@ -20,13 +20,13 @@ const NAME: &str = "bench-migrate";
 const MOVE_LIMIT: Duration = Duration::from_secs(1200);
 
 /// Between two looks: each costs the one processor of an emulated host some time.
-const LOOK: Duration = Duration::from_millis(250);
+const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
 /// What a guest reports by itself would be gone before it is moved.
 const WITHOUT: [&str; 2] = ["--without", "reporting"];
 
 /// A guest, and a process that waits for it.
-pub(super) struct Bed {
+pub(super) struct Fixture {
     pub(super) source: Guest,
     destination: Guest,
     address: String,
@@ -34,7 +34,7 @@ pub(super) struct Bed {
     _directory: lab::Scratch,
 }
 
-impl Bed {
+impl Fixture {
     pub(super) fn start(scenario: Scenario, program: &Path, files: &GuestFiles) -> Result<Self> {
         let directory = lab::Scratch::new("bench")?;
         let socket = |side: &str| directory.path().join(side).to_string_lossy().into_owned();
@@ -55,7 +55,7 @@ impl Bed {
     }
 
     /// Moves the guest; returns where it runs then.
-    pub(super) fn go(mut self, case: Case) -> Result<(Guest, Moved)> {
+    pub(super) fn go(mut self, case: Case) -> Result<(Guest, MigrationSample)> {
         self.client.start_migration(&StartMigration {
             to: self.address.clone(),
             connections: Some(connections()),
@@ -65,7 +65,7 @@ impl Bed {
         })?;
         let end = Instant::now() + MOVE_LIMIT;
         let status = loop {
-            std::thread::sleep(LOOK);
+            std::thread::sleep(POLL_INTERVAL);
             let status = self.client.migration()?;
             if status.state.is_over() || Instant::now() > end {
                 break status;
@@ -89,7 +89,7 @@ fn connections() -> u8 {
         .map_or(1, |count| u8::try_from(count.get()).unwrap_or(4).min(4))
 }
 
-fn moved(status: &MigrationStatus) -> Option<Moved> {
+fn moved(status: &MigrationStatus) -> Option<MigrationSample> {
     let summary = status.summary.as_ref().filter(|_| status.state == MigrationState::Moved)?;
     let down = &summary.downtime;
     let again = summary.rounds.iter().skip(1).map(|round| round.bytes).sum();
@@ -99,7 +99,7 @@ fn moved(status: &MigrationStatus) -> Option<Moved> {
         format!("{bytes:.1}/{sent:.1} MiB in {:.0} ms", round.took_ms)
     });
     let detail = format!(
-        "moving {:.0} ms, free pages named in {:.1} ms, rounds {}; stopping {:.1}, log {:.1}, last pages {:.1}, saving {:.1}, state {:.1} (loading {:.1}), hand-over {:.1} (starting {:.1})",
+        "moving {:.0} ms, free pages named in {:.1} ms, rounds {}; stopping {:.1}, log {:.1}, last pages {:.1}, saving {:.1}, state {:.1} (loading {:.1}), switchover {:.1} (starting {:.1})",
         summary.total_ms,
         summary.free_answer_ms.unwrap_or_default(),
         rounds.collect::<Vec<_>>().join(", "),
@@ -109,10 +109,10 @@ fn moved(status: &MigrationStatus) -> Option<Moved> {
         down.save_ms,
         down.state_ms,
         down.load_ms,
-        down.hand_over_ms,
+        down.switchover_ms,
         down.resume_ms,
     );
-    Some(Moved {
+    Some(MigrationSample {
         total_ms: status.elapsed_ms,
         downtime_ms: down.total_ms,
         bytes_sent: summary.wire_bytes,

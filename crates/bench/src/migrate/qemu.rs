@@ -6,7 +6,7 @@ use std::process::Command;
 
 use lab::{Guest, GuestBuilder};
 
-use super::{Moved, Scenario, SkippedPages};
+use super::{MigrationSample, Scenario, SkippedPages};
 use crate::error::{Result, host};
 use crate::kvm::{GuestFiles, command};
 use crate::qmp::{QemuMigration, Qmp};
@@ -19,7 +19,7 @@ pub(super) const OWN_MEMORY_MIB: u64 = 256;
 const DRIVER: Driver = Driver::Stock;
 
 /// A guest, and a process that waits for it.
-pub(super) struct Bed {
+pub(super) struct Fixture {
     pub(super) source: Guest,
     destination: Guest,
     address: String,
@@ -27,7 +27,7 @@ pub(super) struct Bed {
     _directory: lab::Scratch,
 }
 
-impl Bed {
+impl Fixture {
     pub(super) fn start(hint: bool, scenario: Scenario, files: &GuestFiles) -> Result<Self> {
         let directory = lab::Scratch::new("bench")?;
         let socket = directory.path().join("source");
@@ -47,7 +47,7 @@ impl Bed {
     }
 
     /// Moves the guest; returns where it runs then.
-    pub(super) fn go(mut self) -> Result<(Guest, Moved)> {
+    pub(super) fn go(mut self) -> Result<(Guest, MigrationSample)> {
         let moved = self.qmp.migrate(&self.address)?;
         drop(self.source);
         Ok((self.destination, moved.into()))
@@ -87,7 +87,7 @@ fn free_port() -> Result<u16> {
     Ok(listener.local_addr().map_err(host("listening"))?.port())
 }
 
-impl From<QemuMigration> for Moved {
+impl From<QemuMigration> for MigrationSample {
     fn from(moved: QemuMigration) -> Self {
         let QemuMigration { total_ms, downtime_ms, bytes_sent, memory_pages, .. } = moved;
         let QemuMigration { normal_pages, zero_pages, rounds, .. } = moved;

@@ -6,7 +6,7 @@ use control::api::Caches;
 use lab::Scratch;
 use serde::{Deserialize, Serialize};
 
-use super::{GUEST_MIB, LIMIT, MIB, Options, meminfo_bytes, off_percent, start};
+use super::{GUEST_MIB, LIMIT, MIB, RequestsOptions, meminfo_bytes, off_percent, start};
 use crate::error::{Result, host};
 use crate::sample::Spread;
 use crate::testbed::Testbed;
@@ -35,15 +35,15 @@ pub struct DropCachesReport {
 }
 
 pub(super) fn measure(
-    options: &Options,
+    options: &RequestsOptions,
     progress: &mut dyn FnMut(&str),
 ) -> Result<DropCachesReport> {
     progress(&format!("drop caches: booting a guest of {GUEST_MIB} MiB"));
-    let (mut bed, _directory) = start(options, GUEST_MIB)?;
-    let _files = mount_file(&mut bed)?;
+    let (mut fixture, _directory) = start(options, GUEST_MIB)?;
+    let _files = mount_file(&mut fixture)?;
     let mut rounds = Vec::new();
     for round in 1..=options.rounds {
-        let done = one_round(&mut bed)?;
+        let done = one_round(&mut fixture)?;
         progress(&format!(
             "round {round}, drop caches: {:.1} % of {FILE_MIB} MiB in {:.1} ms",
             done.freed_percent, done.wall_ms
@@ -72,11 +72,11 @@ struct Round {
 }
 
 #[expect(clippy::cast_precision_loss, reason = "percentages of bytes")]
-fn one_round(bed: &mut Testbed) -> Result<Round> {
-    read_file(bed)?;
-    let (cached, free) = (cache_bytes(bed)?, meminfo_bytes(bed, "MemFree")?);
-    let dropped = bed.client.drop_caches(Caches::All, LIMIT)?;
-    let (cached_after, free_after) = (cache_bytes(bed)?, meminfo_bytes(bed, "MemFree")?);
+fn one_round(fixture: &mut Testbed) -> Result<Round> {
+    read_file(fixture)?;
+    let (cached, free) = (cache_bytes(fixture)?, meminfo_bytes(fixture, "MemFree")?);
+    let dropped = fixture.client.drop_caches(Caches::All, LIMIT)?;
+    let (cached_after, free_after) = (cache_bytes(fixture)?, meminfo_bytes(fixture, "MemFree")?);
     let of_file = |bytes: u64| bytes as f64 * 100.0 / (FILE_MIB * MIB) as f64;
     let freed_by_meminfo = cached.saturating_sub(cached_after);
     Ok(Round {
@@ -89,22 +89,22 @@ fn one_round(bed: &mut Testbed) -> Result<Round> {
 }
 
 /// Gives the guest a large file to read; it is there as long as the result is.
-pub(super) fn mount_file(bed: &mut Testbed) -> Result<Scratch> {
+pub(super) fn mount_file(fixture: &mut Testbed) -> Result<Scratch> {
     let files = Scratch::new("files")?;
     let file = File::create(files.path().join("cached")).map_err(host("making a file"))?;
     file.set_len(FILE_MIB * MIB).map_err(host("making a file"))?;
-    bed.guest.run(&format!("mount-host {}", files.path().display()))?;
+    fixture.guest.run(&format!("mount-host {}", files.path().display()))?;
     Ok(files)
 }
 
 /// Has the guest read it.
-pub(super) fn read_file(bed: &mut Testbed) -> Result<()> {
-    bed.guest.run(&format!("read-file /host/cached {FILE_MIB}"))?;
+pub(super) fn read_file(fixture: &mut Testbed) -> Result<()> {
+    fixture.guest.run(&format!("read-file /host/cached {FILE_MIB}"))?;
     Ok(())
 }
 
 /// What the guest's kernel could drop of files.
-fn cache_bytes(bed: &mut Testbed) -> Result<u64> {
-    let files = meminfo_bytes(bed, "Cached")? + meminfo_bytes(bed, "Buffers")?;
-    Ok(files.saturating_sub(meminfo_bytes(bed, "Shmem")?))
+fn cache_bytes(fixture: &mut Testbed) -> Result<u64> {
+    let files = meminfo_bytes(fixture, "Cached")? + meminfo_bytes(fixture, "Buffers")?;
+    Ok(files.saturating_sub(meminfo_bytes(fixture, "Shmem")?))
 }

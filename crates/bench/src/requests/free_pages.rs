@@ -5,7 +5,7 @@ use control::api::{AskFreePages, FreeKind, FreePages};
 use lab::Guest;
 use serde::{Deserialize, Serialize};
 
-use super::{GUEST_MIB, LIMIT, Options, UNFRAGMENTED_MIB, meminfo_bytes, start};
+use super::{GUEST_MIB, LIMIT, RequestsOptions, UNFRAGMENTED_MIB, meminfo_bytes, start};
 use crate::error::{BenchError, Result};
 use crate::sample::Spread;
 use crate::testbed::Testbed;
@@ -48,15 +48,15 @@ pub struct FreePagesReport {
 }
 
 pub(super) fn measure(
-    options: &Options,
+    options: &RequestsOptions,
     progress: &mut dyn FnMut(&str),
 ) -> Result<Vec<FreePagesReport>> {
     let mut reports = Vec::new();
     for &guest_mib in &options.guest_mib {
         progress(&format!("free pages: booting a guest of {guest_mib} MiB"));
-        let (mut bed, _directory) = start(options, guest_mib)?;
-        let mut add = |kind, state, bed: &mut Testbed| -> Result<()> {
-            let report = of_guest(kind, state, guest_mib, options.rounds, bed)?;
+        let (mut fixture, _directory) = start(options, guest_mib)?;
+        let mut add = |kind, state, fixture: &mut Testbed| -> Result<()> {
+            let report = of_guest(kind, state, guest_mib, options.rounds, fixture)?;
             progress(&format!(
                 "{kind:?} of {state:?} {guest_mib} MiB: {:.2} % of MemFree in {:.2} ms",
                 report.mem_free_percent, report.wall_ms.median
@@ -64,14 +64,14 @@ pub(super) fn measure(
             reports.push(report);
             Ok(())
         };
-        add(FreeKind::Snapshot, State::Idle, &mut bed)?;
-        add(FreeKind::Hold, State::Idle, &mut bed)?;
+        add(FreeKind::Snapshot, State::Idle, &mut fixture)?;
+        add(FreeKind::Hold, State::Idle, &mut fixture)?;
         // It uses all of the guest's memory once, which is enough to do at one size.
         if guest_mib == GUEST_MIB {
-            bed.guest.run("insmod lab_memory")?;
-            bed.guest.fragment(UNFRAGMENTED_MIB)?;
-            add(FreeKind::Snapshot, State::Fragmented, &mut bed)?;
-            add(FreeKind::Hold, State::Fragmented, &mut bed)?;
+            fixture.guest.run("insmod lab_memory")?;
+            fixture.guest.fragment(UNFRAGMENTED_MIB)?;
+            add(FreeKind::Snapshot, State::Fragmented, &mut fixture)?;
+            add(FreeKind::Hold, State::Fragmented, &mut fixture)?;
         }
     }
     Ok(reports)
@@ -83,19 +83,19 @@ fn of_guest(
     state: State,
     guest_mib: u64,
     rounds: usize,
-    bed: &mut Testbed,
+    fixture: &mut Testbed,
 ) -> Result<FreePagesReport> {
     let (mut answers, mut percent, mut used): (Vec<FreePages>, _, _) = (Vec::new(), 100.0f64, 0);
     for _ in 0..rounds {
-        let free = meminfo_bytes(bed, "MemFree")?;
-        let answer = ask(&bed.client, kind)?;
+        let free = meminfo_bytes(fixture, "MemFree")?;
+        let answer = ask(&fixture.client, kind)?;
         // A hold leaves the guest what it was asked to.
-        let left = if kind == FreeKind::Hold { meminfo_bytes(bed, "MemFree")? } else { 0 };
+        let left = if kind == FreeKind::Hold { meminfo_bytes(fixture, "MemFree")? } else { 0 };
         let named = answer.total_bytes as f64 * 100.0 / free.saturating_sub(left).max(1) as f64;
         percent = percent.min(named);
         match kind {
-            FreeKind::Hold => drop(bed.client.release_free_pages(LIMIT)?),
-            _ => used = used.max(used_pages(&bed.host.client, &mut bed.guest)?),
+            FreeKind::Hold => drop(fixture.client.release_free_pages(LIMIT)?),
+            _ => used = used.max(used_pages(&fixture.host.client, &mut fixture.guest)?),
         }
         answers.push(answer);
     }

@@ -9,7 +9,7 @@ use control::api::FreeKind;
 use serde::{Deserialize, Serialize};
 
 use super::free_pages::ask;
-use super::{GUEST_MIB, Options, UNFRAGMENTED_MIB, start};
+use super::{GUEST_MIB, RequestsOptions, UNFRAGMENTED_MIB, start};
 use crate::error::{BenchError, Result};
 use crate::sample::Spread;
 use crate::testbed::Testbed;
@@ -36,15 +36,18 @@ pub struct StallReport {
     pub reports: u64,
 }
 
-pub(super) fn measure(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<StallReport> {
+pub(super) fn measure(
+    options: &RequestsOptions,
+    progress: &mut dyn FnMut(&str),
+) -> Result<StallReport> {
     progress(&format!("stall: booting a guest of {GUEST_MIB} MiB"));
-    let (mut bed, _directory) = start(options, GUEST_MIB)?;
-    bed.guest.run("insmod lab_memory")?;
-    bed.guest.fragment(UNFRAGMENTED_MIB)?;
+    let (mut fixture, _directory) = start(options, GUEST_MIB)?;
+    fixture.guest.run("insmod lab_memory")?;
+    fixture.guest.fragment(UNFRAGMENTED_MIB)?;
     let (mut alone, mut with, mut reports) = (Vec::new(), Vec::new(), 0);
     for round in 1..=options.rounds {
-        let longest_alone = longest_ms(&mut bed)?;
-        let (longest_with, asked) = longest_beside_reports(&mut bed)?;
+        let longest_alone = longest_ms(&mut fixture)?;
+        let (longest_with, asked) = longest_beside_reports(&mut fixture)?;
         progress(&format!(
             "round {round}, longest wait {longest_alone:.3} ms alone, {longest_with:.3} ms beside {asked} reports"
         ));
@@ -57,9 +60,9 @@ pub(super) fn measure(options: &Options, progress: &mut dyn FnMut(&str)) -> Resu
     Ok(StallReport { guest_mib: GUEST_MIB, alone_ms, with_ms, added_ms, reports })
 }
 
-fn longest_beside_reports(bed: &mut Testbed) -> Result<(f64, u64)> {
+fn longest_beside_reports(fixture: &mut Testbed) -> Result<(f64, u64)> {
     let over = AtomicBool::new(false);
-    let client = bed.second_client()?;
+    let client = fixture.second_client()?;
     thread::scope(|scope| {
         let asking = scope.spawn(|| {
             let mut asked = 0;
@@ -70,16 +73,16 @@ fn longest_beside_reports(bed: &mut Testbed) -> Result<(f64, u64)> {
             }
             Ok::<_, BenchError>(asked)
         });
-        let longest = longest_ms(bed);
+        let longest = longest_ms(fixture);
         over.store(true, Ordering::Relaxed);
         let asked = asking.join().unwrap_or(Ok(0))?;
         Ok((longest?, asked))
     })
 }
 
-fn longest_ms(bed: &mut Testbed) -> Result<f64> {
+fn longest_ms(fixture: &mut Testbed) -> Result<f64> {
     let command = format!("stall {METER_MS}");
-    let answer = bed.guest.run(&command)?.text;
+    let answer = fixture.guest.run(&command)?.text;
     let first = answer.split_whitespace().next().and_then(|word| word.strip_prefix("longest_us="));
     let us: Option<f64> = first.and_then(|us| us.parse().ok());
     us.map(|us| us / 1e3).ok_or(BenchError::GuestAnswer { command, answer })

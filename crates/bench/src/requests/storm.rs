@@ -8,7 +8,7 @@ use control::api::{AskFreePages, Caches, FreeKind};
 use control::{Client, ControlError};
 use serde::{Deserialize, Serialize};
 
-use super::{GUEST_MIB, LIMIT, MIB, Options, start};
+use super::{GUEST_MIB, LIMIT, MIB, RequestsOptions, start};
 use crate::error::Result;
 
 /// Operators at once.
@@ -42,12 +42,15 @@ pub struct StormReport {
     pub wall_s: f64,
 }
 
-pub(super) fn measure(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<StormReport> {
+pub(super) fn measure(
+    options: &RequestsOptions,
+    progress: &mut dyn FnMut(&str),
+) -> Result<StormReport> {
     progress(&format!("storm: booting a guest of {GUEST_MIB} MiB"));
-    let (mut bed, _directory) = start(options, GUEST_MIB)?;
-    bed.guest.run(&format!("fill kept {KEPT_MIB} 1"))?;
-    bed.guest.run(&format!("busy {BUSY_MIB}"))?;
-    let clients = (0..CLIENTS).map(|_| bed.second_client()).collect::<Result<Vec<_>>>()?;
+    let (mut fixture, _directory) = start(options, GUEST_MIB)?;
+    fixture.guest.run(&format!("fill kept {KEPT_MIB} 1"))?;
+    fixture.guest.run(&format!("busy {BUSY_MIB}"))?;
+    let clients = (0..CLIENTS).map(|_| fixture.second_client()).collect::<Result<Vec<_>>>()?;
     let began = Instant::now();
     let ends: Ends = thread::scope(|scope| {
         let asking = clients.iter().zip(1..).map(|(client, seed)| {
@@ -59,14 +62,14 @@ pub(super) fn measure(options: &Options, progress: &mut dyn FnMut(&str)) -> Resu
         ends.fold(Ends::default(), Ends::and)
     });
     let wall_s = began.elapsed().as_secs_f64();
-    bed.guest.run("idle")?;
-    let wrong_pages = bed.number(&format!("verify kept {KEPT_MIB} 1"))?;
+    fixture.guest.run("idle")?;
+    let wrong_pages = fixture.number(&format!("verify kept {KEPT_MIB} 1"))?;
     let report = StormReport {
         requests: ends.done + ends.refused + ends.lost,
         done: ends.done,
         refused: ends.refused,
         lost: ends.lost,
-        faults: bed.status()?.faults.total(),
+        faults: fixture.status()?.faults.total(),
         wrong_pages,
         wall_s,
     };

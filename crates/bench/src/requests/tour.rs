@@ -5,7 +5,7 @@ use control::api::{Caches, DroppedCaches, FreeKind, FreePages};
 
 use super::drop_caches::{mount_file, read_file};
 use super::free_pages::ask;
-use super::{GUEST_MIB, LIMIT, Options, start};
+use super::{GUEST_MIB, LIMIT, RequestsOptions, start};
 use crate::error::Result;
 
 /// Balloon pages in a MiB.
@@ -32,17 +32,17 @@ pub struct Tour {
 ///
 /// # Errors
 /// The first thing that went wrong.
-pub fn tour(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<Tour> {
+pub fn tour(options: &RequestsOptions, progress: &mut dyn FnMut(&str)) -> Result<Tour> {
     progress(&format!("booting a guest of {GUEST_MIB} MiB"));
-    let (mut bed, _directory) = start(options, GUEST_MIB)?;
-    let _files = mount_file(&mut bed)?;
+    let (mut fixture, _directory) = start(options, GUEST_MIB)?;
+    let _files = mount_file(&mut fixture)?;
     progress("the guest reads a file");
-    read_file(&mut bed)?;
-    let cached = ask(&bed.client, FreeKind::Snapshot)?;
-    let dropped = bed.client.drop_caches(Caches::All, LIMIT)?;
-    let after = ask(&bed.client, FreeKind::Snapshot)?;
+    read_file(&mut fixture)?;
+    let cached = ask(&fixture.client, FreeKind::Snapshot)?;
+    let dropped = fixture.client.drop_caches(Caches::All, LIMIT)?;
+    let after = ask(&fixture.client, FreeKind::Snapshot)?;
     let target_mib = u32::try_from(GUEST_MIB * 3 / 4).unwrap_or(u32::MAX);
-    let inflated = bed.inflate_to(target_mib.saturating_mul(PAGES_PER_MIB))?;
-    let end = ask(&bed.client, FreeKind::Snapshot)?;
+    let inflated = fixture.inflate_to(target_mib.saturating_mul(PAGES_PER_MIB))?;
+    let end = ask(&fixture.client, FreeKind::Snapshot)?;
     Ok(Tour { guest_mib: GUEST_MIB, cached, dropped, after, inflated, end })
 }

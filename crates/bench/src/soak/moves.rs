@@ -8,10 +8,10 @@
 mod case;
 mod endure;
 mod faults;
-mod kit;
+mod migrating_guest;
 pub mod proxy;
 mod report;
-mod traveller;
+mod run_config;
 
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader};
@@ -27,9 +27,9 @@ pub use crate::kvm_host::raise_loopback;
 pub use case::{CASES, Case};
 pub use endure::{MEMORY_MIB, endure};
 pub use faults::{fail, fail_at, faults};
-pub use kit::Kit;
+pub use migrating_guest::{Conversation, Departure, MigratingGuest, Receiver, Said};
 pub use report::{CaseReport, FaultCount, Report};
-pub use traveller::{Conversation, Departure, Receiver, Said, Traveller};
+pub use run_config::RunConfig;
 
 use crate::error::{Result, host, wrong};
 use crate::kvm_host::this_program;
@@ -43,7 +43,7 @@ const GUESTS: u64 = 2;
 
 /// What to do.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct MoveOptions {
     /// The `aerostat` program.
     pub program: PathBuf,
     /// Moves and faults of each guest.
@@ -60,14 +60,18 @@ pub type Inside<'a> = dyn Fn(&Case) -> Vec<OsString> + 'a;
 ///
 /// # Errors
 /// This machine has no room for files. All else that goes wrong, or is missing, is in the report.
-pub fn run(options: &Options, inside: &Inside<'_>, told: &mut dyn FnMut(&str)) -> Result<Report> {
+pub fn run(
+    options: &MoveOptions,
+    inside: &Inside<'_>,
+    told: &mut dyn FnMut(&str),
+) -> Result<Report> {
     let directory = Scratch::new("moves")?;
-    let mut kits: Vec<(Release, Kit)> = Vec::new();
+    let mut kits: Vec<(Release, RunConfig)> = Vec::new();
     let mut reports = Vec::new();
     for case in &options.cases {
         told(&format!("{}: {} moves", case.name, options.moves));
         let told_of = kit_of(case, options, directory.path(), &mut kits)
-            .and_then(|kit| run_case(kit, &inside(case), options.moves, told));
+            .and_then(|run_config| run_case(run_config, &inside(case), options.moves, told));
         reports.extend(told_of.unwrap_or_else(|error| {
             let mut report = CaseReport::new(case.name);
             report.failure = Some(error.to_string());
@@ -80,30 +84,30 @@ pub fn run(options: &Options, inside: &Inside<'_>, told: &mut dyn FnMut(&str)) -
 /// The files of a kind of guest, made once for each kernel.
 fn kit_of<'a>(
     case: &Case,
-    options: &Options,
+    options: &MoveOptions,
     directory: &Path,
-    kits: &'a mut Vec<(Release, Kit)>,
-) -> Result<&'a Kit> {
-    let is_there = |kit: &(Release, Kit)| kit.0 == case.release;
+    kits: &'a mut Vec<(Release, RunConfig)>,
+) -> Result<&'a RunConfig> {
+    let is_there = |run_config: &(Release, RunConfig)| run_config.0 == case.release;
     if !kits.iter().any(is_there) {
-        let kit = Kit::prepare(&options.program, case.release, directory)?;
-        kits.push((case.release, kit));
+        let run_config = RunConfig::prepare(&options.program, case.release, directory)?;
+        kits.push((case.release, run_config));
     }
-    let kit = kits.iter().find(|kit| kit.0 == case.release);
-    kit.map(|kit| &kit.1).ok_or_else(|| wrong("a kernel is missing".into()))
+    let run_config = kits.iter().find(|run_config| run_config.0 == case.release);
+    run_config.map(|run_config| &run_config.1).ok_or_else(|| wrong("a kernel is missing".into()))
 }
 
 /// Has the program do one kind where a KVM is.
 fn run_case(
-    kit: &Kit,
+    run_config: &RunConfig,
     words: &[OsString],
     moves: usize,
     told: &mut dyn FnMut(&str),
 ) -> Result<Vec<CaseReport>> {
     let moves = u32::try_from(moves).unwrap_or(u32::MAX);
     let limit = MOVE_LIMIT.saturating_mul(moves).saturating_add(BASE_LIMIT);
-    let variables = kit.variables();
-    let variables = Kit::borrowed(&variables);
+    let variables = run_config.variables();
+    let variables = RunConfig::borrowed(&variables);
     let words: Vec<&OsStr> = words.iter().map(OsString::as_os_str).collect();
     let mut lines = Vec::new();
     let mut hear = |line: &str| {
@@ -151,7 +155,7 @@ fn run_here(
 ///
 /// # Errors
 /// It was started by hand.
-pub fn given_kit(program: &Path) -> Result<Kit> {
-    Kit::given(program)
+pub fn given_kit(program: &Path) -> Result<RunConfig> {
+    RunConfig::given(program)
         .ok_or_else(|| wrong("this is started by `aerostat-lab soak --migrate`".into()))
 }

@@ -11,7 +11,7 @@ use control::ReleaseMode;
 use control::api::Caches;
 use fastrand::Rng;
 
-use crate::bed::REPORTED_MIB;
+use crate::fixture::REPORTED_MIB;
 use crate::testbed::Driver;
 
 /// Balloon pages in a MiB.

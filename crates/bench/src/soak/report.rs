@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use control::Faults;
 use serde::{Deserialize, Serialize};
 
-use super::Options;
+use super::SoakOptions;
 use super::resident::{MAX_RISE_BYTES, Resident};
-use super::walk::Tally;
+use super::soak_run::Tally;
 use crate::inflate::HostPages;
 use crate::testbed::Driver;
 
@@ -56,7 +56,7 @@ pub struct GuestReport {
 
 impl Report {
     /// Sums up what `expected` guests did, of which some may have told nothing.
-    pub(super) fn new(options: &Options, expected: usize, guests: Vec<GuestReport>) -> Self {
+    pub(super) fn new(options: &SoakOptions, expected: usize, guests: Vec<GuestReport>) -> Self {
         let mut problems: Vec<String> = guests.iter().flat_map(GuestReport::problems).collect();
         if guests.len() < expected {
             problems.push(format!("{} guests told nothing", expected - guests.len()));
@@ -116,7 +116,7 @@ impl GuestReport {
 
 #[cfg(test)]
 mod tests {
-    use super::super::walk::Count;
+    use super::super::soak_run::Count;
     use super::*;
 
     fn good() -> GuestReport {
@@ -158,7 +158,7 @@ mod tests {
 
     #[test]
     fn a_guest_that_tells_nothing_is_a_problem() {
-        let options = Options {
+        let options = SoakOptions {
             program: "aerostat".into(),
             duration: std::time::Duration::ZERO,
             seed: 7,

@@ -57,25 +57,25 @@ pub struct TlsPaths {
     pub key: String,
 }
 
-/// Body of `POST /v1/migration/settle`.
+/// Body of `POST /v1/migration/resolve`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-pub struct SettleMigration {
+pub struct ResolveMigration {
     /// What is known.
-    pub word: SettleWord,
+    pub word: ResolveAction,
 }
 
 /// What ends a doubt about where a guest runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
-pub enum SettleWord {
+pub enum ResolveAction {
     /// The source asks its destination. Always safe.
     Ask,
     /// The guest runs here. Whoever says so **knows that it does not run on the other side**,
     /// and never will: that process is dead.
     RunHere,
     /// The guest never runs here. Whoever says so knows that the other side has it.
-    GiveUp,
+    Discard,
 }
 
 /// Where a migration stands, or a snapshot, which is a migration into a file.
@@ -121,7 +121,7 @@ pub enum MigrationState {
     /// It came to nothing. A guest that was to leave runs here as before.
     Failed,
     /// The guest is paused here, and nobody knows whether it runs on the other side: see
-    /// `POST /v1/migration/settle`.
+    /// `POST /v1/migration/resolve`.
     InDoubt,
     /// The guest is here and only here, but could not be resumed.
     Stuck,
@@ -173,7 +173,7 @@ pub enum MigrationPhase {
     /// State of processors and devices goes.
     State,
     /// The guest changes sides.
-    HandOver,
+    Switchover,
 }
 
 impl MigrationPhase {
@@ -188,7 +188,7 @@ impl MigrationPhase {
             Self::Round => "round",
             Self::LastRound => "last-round",
             Self::State => "state",
-            Self::HandOver => "hand-over",
+            Self::Switchover => "switchover",
         }
     }
 }
@@ -218,7 +218,7 @@ pub struct MigrationSummary {
     /// Each round, the last one with the guest stopped.
     pub rounds: Vec<MigrationRound>,
     /// Times that the guest was stopped and went on, because more was left than expected.
-    pub retreats: u32,
+    pub aborted_switchovers: u32,
     /// How far the guest's processors were held back at the end, in per cent.
     pub throttle_percent: u8,
     /// From the first connection to the last word.
@@ -258,8 +258,8 @@ pub struct MigrationDowntime {
     /// Of `state_ms`, loading.
     pub load_ms: f64,
     /// The guest changed sides.
-    pub hand_over_ms: f64,
-    /// Of `hand_over_ms`, starting it.
+    pub switchover_ms: f64,
+    /// Of `switchover_ms`, starting it.
     pub resume_ms: f64,
     /// All together.
     pub total_ms: f64,

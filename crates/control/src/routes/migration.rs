@@ -7,9 +7,9 @@ use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use tokio::task::spawn_blocking;
 
-use crate::api::{MigrationStatus, Problem, SettleMigration, StartMigration, StartSnapshot};
+use crate::api::{MigrationStatus, Problem, ResolveMigration, StartMigration, StartSnapshot};
 use crate::error::ControlError;
-use crate::monitor::Monitor;
+use crate::monitor::VmmControl;
 use crate::routes::App;
 use crate::server::served;
 
@@ -35,8 +35,8 @@ pub(crate) async fn post_migration(
     request: Request,
 ) -> Result<(StatusCode, Json<MigrationStatus>), ControlError> {
     let ask: StartMigration = app.body(request).await?;
-    let place = app.mover()?;
-    let start = move |monitor: &dyn Monitor| {
+    let place = app.controller()?;
+    let start = move |monitor: &dyn VmmControl| {
         let _place = place;
         monitor.start_migration(&ask)
     };
@@ -56,8 +56,8 @@ pub(crate) async fn post_snapshot(
     request: Request,
 ) -> Result<(StatusCode, Json<MigrationStatus>), ControlError> {
     let ask: StartSnapshot = app.body(request).await?;
-    let place = app.mover()?;
-    let start = move |monitor: &dyn Monitor| {
+    let place = app.controller()?;
+    let start = move |monitor: &dyn VmmControl| {
         let _place = place;
         monitor.start_snapshot(&ask)
     };
@@ -79,29 +79,29 @@ pub(crate) async fn delete_migration(
 }
 
 /// Ends a doubt about where the guest runs.
-#[utoipa::path(post, tag = "migration", path = "/v1/migration/settle", request_body = SettleMigration, responses(
-    (status = 200, description = "It is settled", body = MigrationStatus),
+#[utoipa::path(post, tag = "migration", path = "/v1/migration/resolve", request_body = ResolveMigration, responses(
+    (status = 200, description = "It is resolved", body = MigrationStatus),
     (status = 409, description = "There is no doubt, or it is still there", body = Problem),
     (status = "default", description = "What was wrong, and what to do", body = Problem),
 ))]
-pub(crate) async fn post_settle(
+pub(crate) async fn post_resolve(
     State(app): State<App>,
     request: Request,
 ) -> Result<Json<MigrationStatus>, ControlError> {
-    let SettleMigration { word } = app.body(request).await?;
-    let place = app.mover()?;
-    let settle = move |monitor: &dyn Monitor| {
+    let ResolveMigration { word } = app.body(request).await?;
+    let place = app.controller()?;
+    let resolve = move |monitor: &dyn VmmControl| {
         let _place = place;
-        monitor.settle_migration(word)
+        monitor.resolve_migration(word)
     };
-    app.tell(settle).await.map(Json)
+    app.tell(resolve).await.map(Json)
 }
 
 impl App {
     /// Tells the monitor something on a thread that may block.
     async fn tell<T: Send + 'static>(
         &self,
-        tell: impl FnOnce(&dyn Monitor) -> Result<T, ControlError> + Send + 'static,
+        tell: impl FnOnce(&dyn VmmControl) -> Result<T, ControlError> + Send + 'static,
     ) -> Result<T, ControlError> {
         let (monitor, connection) = (Arc::clone(&self.monitor), served::current());
         let tell = move || {

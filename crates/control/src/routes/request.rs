@@ -18,7 +18,7 @@ use crate::api::{
     DEFAULT_RESERVE_BYTES, DEFAULT_TIMEOUT_MS, DropCaches, DroppedCaches, FreeKind, FreePages,
     Problem, ReleasedHold,
 };
-use crate::balloon::{Balloon, GuestAnswer, GuestAsk};
+use crate::balloon::{BalloonControl, GuestAnswer, GuestAsk};
 use crate::bitmap::{self, Bitmap};
 use crate::error::{ControlError, WhyNot};
 use crate::free_map::FreePagesMap;
@@ -26,7 +26,7 @@ use crate::guest_routes;
 use crate::picture;
 
 /// Time beyond a request's own after which the balloon has failed to end it.
-pub(crate) const GRACE: Duration = Duration::from_secs(5);
+pub(crate) const ANSWER_MARGIN: Duration = Duration::from_secs(5);
 
 /// How long the guest may take.
 #[derive(Debug, Deserialize, IntoParams)]
@@ -158,7 +158,7 @@ pub(crate) async fn get_bitmap(State(app): State<App>) -> Result<Response, Contr
 ))]
 pub(crate) async fn get_picture(State(app): State<App>) -> Result<Response, ControlError> {
     app.bulk().await?;
-    let draw = |balloon: &dyn Balloon| {
+    let draw = |balloon: &dyn BalloonControl| {
         let map = newest(balloon)?;
         picture::draw(&balloon.name(), &map).map_err(|error| ControlError::Failed {
             what: format!("the picture cannot be made: {error}"),
@@ -209,7 +209,7 @@ fn no_end() -> ControlError {
     }
 }
 
-fn newest(balloon: &dyn Balloon) -> Result<FreePagesMap, ControlError> {
+fn newest(balloon: &dyn BalloonControl) -> Result<FreePagesMap, ControlError> {
     balloon.free_pages().ok_or_else(|| ControlError::Guest {
         why: WhyNot::NotAsked,
         what: "nothing is known of the guest's free pages".into(),
@@ -272,7 +272,7 @@ fn guest_ask(ask: &AskFreePages) -> Result<Option<GuestAsk>, ControlError> {
 /// The client may go at any moment, also while a thread is just asking the guest.
 /// So both sides look at one state: whoever comes second stops the request.
 struct StopIfDropped {
-    balloon: Arc<dyn Balloon>,
+    balloon: Arc<dyn BalloonControl>,
     state: Arc<Mutex<Asking>>,
 }
 
@@ -286,7 +286,7 @@ enum Asking {
 }
 
 impl StopIfDropped {
-    fn new(balloon: Arc<dyn Balloon>) -> Self {
+    fn new(balloon: Arc<dyn BalloonControl>) -> Self {
         Self { balloon, state: Arc::new(Mutex::new(Asking::Begun)) }
     }
 
@@ -312,7 +312,7 @@ impl Drop for StopIfDropped {
 
 /// Asks the guest; `None` where the client has gone meanwhile.
 fn submit(
-    balloon: &dyn Balloon,
+    balloon: &dyn BalloonControl,
     state: &Mutex<Asking>,
     ask: GuestAsk,
     timeout: Duration,
@@ -348,7 +348,7 @@ impl App {
         let timeout = self.request_time(timeout_ms)?;
         // Taken before the guest is asked, so that a refusal changes nothing.
         let _waiter = self.any_waiter()?;
-        let end = Instant::now() + timeout + GRACE;
+        let end = Instant::now() + timeout + ANSWER_MARGIN;
         let stop = StopIfDropped::new(self.balloon()?);
         let state = Arc::clone(&stop.state);
         let asked = self.call(move |balloon| submit(balloon, &state, ask, timeout)).await??;

@@ -18,7 +18,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use super::Limits;
 
 /// Time that everybody has who has just come or was just answered, however many others wait.
-const GRACE: Duration = Duration::from_millis(100);
+const MIN_SERVICE_TIME: Duration = Duration::from_millis(100);
 
 /// The same for a client that reads a large answer: a bitmap of 1 TiB of memory takes some 30 ms.
 const BULK_GRACE: Duration = Duration::from_secs(1);
@@ -27,7 +27,7 @@ const BULK_GRACE: Duration = Duration::from_secs(1);
 const BULK_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Between two looks whether somebody has been here for long enough to make room.
-const LOOK: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// What a connection waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -162,8 +162,8 @@ impl Connections {
             if let Ok(slot) = Arc::clone(&self.slots).try_acquire_owned() {
                 break slot;
             }
-            self.make_room(GRACE, |state| state.phase != Phase::Working);
-            match timeout(LOOK, take()).await {
+            self.make_room(MIN_SERVICE_TIME, |state| state.phase != Phase::Working);
+            match timeout(POLL_INTERVAL, take()).await {
                 Ok(Ok(slot)) => break slot,
                 Ok(Err(_)) => return None,
                 Err(_) => {}
@@ -197,7 +197,7 @@ impl Connections {
             }
             let reads = |state: &State| state.bulk.is_some() && state.phase == Phase::Answering;
             self.make_room(BULK_GRACE, reads);
-            match timeout(LOOK, Arc::clone(&self.bulk).acquire_owned()).await {
+            match timeout(POLL_INTERVAL, Arc::clone(&self.bulk).acquire_owned()).await {
                 Ok(permit) => break permit.ok(),
                 Err(_) if Instant::now() >= end => break None,
                 Err(_) => {}

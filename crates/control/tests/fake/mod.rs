@@ -12,7 +12,7 @@ use control::api::{
     BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, CancelledRequest, Direction, Driver,
     FreePageHints, GuestStatus, HintOutcome, ReleaseMode, ReleaseStatus, StatsStatus, Status,
 };
-use control::{Balloon, ControlError, FreePagesMap, GuestAnswer, GuestAsk};
+use control::{BalloonControl, ControlError, FreePagesMap, GuestAnswer, GuestAsk};
 
 #[allow(unused_imports, reason = "every test file uses its own part")]
 pub(crate) use requests::{Requests, free_pages};
@@ -63,7 +63,7 @@ impl FakeBalloon {
                 poison_val: None,
             },
             balloon: BalloonStatus {
-                settled: true,
+                at_target: true,
                 max_bytes: Some(GUEST_BYTES),
                 ..BalloonStatus::from_pages(0, 0)
             },
@@ -96,7 +96,7 @@ impl FakeBalloon {
             let balloon = &mut status.balloon;
             balloon.actual_pages = pages;
             balloon.actual_bytes = u64::from(pages) * BALLOON_PAGE_BYTES;
-            balloon.settled = pages == balloon.target_pages;
+            balloon.at_target = pages == balloon.target_pages;
             if let Some(change) = &mut balloon.last_change {
                 change.wall_ms = 12.5;
                 change.messages = 1;
@@ -153,7 +153,7 @@ impl FakeBalloon {
     }
 }
 
-impl Balloon for FakeBalloon {
+impl BalloonControl for FakeBalloon {
     fn name(&self) -> String {
         self.lock().status.name.clone()
     }

@@ -8,7 +8,7 @@ use crate::Take;
 impl Shared {
     /// Releases everything pending in this thread, which is the one that gives pages.
     pub(super) fn drain<'a>(&'a self, mut inner: MutexGuard<'a, Inner>) -> MutexGuard<'a, Inner> {
-        while !inner.is_settled() {
+        while !inner.is_at_target() {
             inner = self.run_or_wait(inner, Take::All);
         }
         inner

@@ -93,7 +93,7 @@ fn is_time_out(error: &io::Error) -> bool {
 fn greet<L: Link>(config: &DestinationConfig, link: L) -> Option<(Hello, Stream<L>)> {
     let heard = hear(link, config.stall);
     match heard {
-        Ok((hello, mut stream)) if hello.purpose == Purpose::Settle => {
+        Ok((hello, mut stream)) if hello.purpose == Purpose::Resolve => {
             let is_gone = config.gone.contains(&hello.id);
             let status = if is_gone { PeerStatus::Gone } else { PeerStatus::Unknown };
             answer_other(&mut stream, status);

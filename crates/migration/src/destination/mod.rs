@@ -11,19 +11,19 @@ use crate::layout::GuestLayout;
 use crate::limits::{DEFAULT_MAX_MEMORY_BYTES, MAX_ROUNDS, STALL, STALL_PAUSED};
 use crate::link::{Accept, Link};
 use crate::observer::{Observer, Phase};
-use crate::seams::{Description, DestinationMachine, WritePages};
 use crate::summary::us;
+use crate::traits::{Description, DestinationMachine, WritePages};
 use crate::wire::chunk::PAGE_BYTES;
 use crate::wire::control::{CAPABILITY_ZSTD, Control, MigrationId, PeerStatus};
 use crate::wire::frame::Kind;
 use crate::wire::stream::Stream;
 
-mod custody;
 mod gather;
+mod ownership;
 mod round;
 mod state;
 
-pub use custody::{Asking, Custody, Settled};
+pub use ownership::{Asking, DestinationOwnership, Resolution};
 pub(crate) use state::StateParts;
 
 use gather::Group;
@@ -65,8 +65,8 @@ impl DestinationConfig {
 /// A guest that arrived.
 #[derive(Debug)]
 pub struct Received {
-    /// What is answered to a source that asks; see [`Custody::answer`].
-    pub custody: Custody,
+    /// What is answered to a source that asks; see [`DestinationOwnership::answer`].
+    pub ownership: DestinationOwnership,
     /// False where the source could not be told that the guest runs. It stays paused there and
     /// asks, if its operator wants it to.
     pub source_knows: bool,
@@ -95,9 +95,9 @@ pub enum DestinationGuest {
     /// Nothing.
     Destroyed,
     /// Nothing: it could not be started. The source may not have heard that, and ask.
-    Refused(Custody),
+    Refused(DestinationOwnership),
     /// All of it, paused. Its source may have given it away, or have kept it.
-    InDoubt(Custody),
+    InDoubt(DestinationOwnership),
 }
 
 /// Waits for a source, takes its guest and runs it.
@@ -131,17 +131,17 @@ pub fn receive<M: DestinationMachine, A: Accept>(
     }
     let (received_pages, rounds) = (arrival.received_pages, arrival.rounds);
     let first = streams.first_mut().ok_or(MigrationError::Closed).map_err(destroyed)?;
-    let mut custody = Custody::new(id);
+    let mut ownership = DestinationOwnership::new(id);
     let word = contained("waiting for the source's word", || {
-        observer.phase(Phase::HandOver);
+        observer.phase(Phase::Switchover);
         panic_point("prepared");
         first.receive()
     });
     match word {
-        Ok(Control::HandOver) => {}
+        Ok(Control::Commit) => {}
         Err(error @ MigrationError::GivenUp { .. }) => {
             // Its last word, and that it keeps the guest.
-            custody.discard(machine);
+            ownership.discard(machine);
             // If this does not arrive it asks.
             attempted(|| drop(first.send(&Control::Status(PeerStatus::Gone))));
             return Err(destroyed(error));
@@ -149,18 +149,18 @@ pub fn receive<M: DestinationMachine, A: Accept>(
         // The source says this or that, and nothing else: so it was not the source.
         Ok(_) => {
             let error = MigrationError::Peer { what: "a message out of its turn" };
-            return Err(failed(error, DestinationGuest::InDoubt(custody)));
+            return Err(failed(error, DestinationGuest::InDoubt(ownership)));
         }
         Err(error) => {
-            return Err(failed(error, DestinationGuest::InDoubt(custody)));
+            return Err(failed(error, DestinationGuest::InDoubt(ownership)));
         }
     }
-    let resume = match custody.run_here(machine) {
+    let resume = match ownership.run_here(machine) {
         Ok(resume) => resume,
         Err(error) => {
             // It did not run, and is gone before the source hears of it.
             attempted(|| drop(first.send(&Control::Refused)));
-            return Err(failed(error, DestinationGuest::Refused(custody)));
+            return Err(failed(error, DestinationGuest::Refused(ownership)));
         }
     };
     let told = contained("telling the source", || {
@@ -169,7 +169,7 @@ pub fn receive<M: DestinationMachine, A: Accept>(
     });
     let source_knows = told.is_ok();
     let total_us = us(started.elapsed());
-    Ok(Received { custody, source_knows, received_pages, rounds, total_us })
+    Ok(Received { ownership, source_knows, received_pages, rounds, total_us })
 }
 
 /// Tells the source why, where it can be told.

@@ -9,12 +9,12 @@ use crate::layout::GuestLayout;
 use crate::limits::MAX_ALIVES;
 use crate::link::{Closer, Link};
 use crate::observer::{Observer, Progress};
-use crate::seams::WritePages;
-use crate::shares::share_out;
+use crate::traits::WritePages;
 use crate::wire::chunk::{Chunk, Fill, PAGE_BYTES, Unpacker};
 use crate::wire::control::Control;
 use crate::wire::frame::Kind;
 use crate::wire::stream::Stream;
+use crate::worker_pool::share_out;
 
 /// Pages that are filled with a pattern at once.
 const FILL_PAGES: usize = 16;
@@ -209,7 +209,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::seams::MachineError;
+    use crate::traits::MachineError;
     use crate::wire::frame::HEAD_BYTES;
 
     struct Nowhere;

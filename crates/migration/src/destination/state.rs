@@ -2,7 +2,7 @@
 
 use crate::error::MigrationError;
 use crate::limits::{MAX_STATE_BYTES, MAX_STATE_SECTIONS};
-use crate::seams::StateSection;
+use crate::traits::StateSection;
 use crate::wire::chunk::StatePart;
 
 /// Sections so far; the last may lack some of its parts.

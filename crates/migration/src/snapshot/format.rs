@@ -10,7 +10,7 @@ use crate::layout::GuestLayout;
 use crate::limits::{
     DEFAULT_MAX_MEMORY_BYTES, MAX_BODY_BYTES, MAX_NAME_BYTES, MAX_STATE_BYTES, MAX_STATE_SECTIONS,
 };
-use crate::seams::StateSection;
+use crate::traits::StateSection;
 use crate::wire::chunk::PAGE_BYTES;
 
 /// Bytes of the head, and where memory begins.

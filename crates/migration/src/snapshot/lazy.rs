@@ -15,7 +15,7 @@ use crate::destination::{DestinationConfig, check};
 use crate::dirty::DirtyBitmap;
 use crate::error::MigrationError;
 use crate::observer::{Observer, Phase};
-use crate::seams::{DestinationMachine, PlacePages};
+use crate::traits::{DestinationMachine, PlacePages};
 use crate::wire::chunk::PAGE_BYTES;
 
 /// Pages that come in their order between two looks at what the guest waits for.

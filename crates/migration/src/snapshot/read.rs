@@ -14,8 +14,8 @@ use crate::codec::Reader;
 use crate::destination::{DestinationConfig, check};
 use crate::error::MigrationError;
 use crate::observer::{Observer, Phase, Progress};
-use crate::seams::{Description, DestinationMachine, StateSection, WritePages};
 use crate::summary::us;
+use crate::traits::{Description, DestinationMachine, StateSection, WritePages};
 use crate::wire::chunk::PAGE_BYTES;
 use crate::wire::control::decode_description;
 

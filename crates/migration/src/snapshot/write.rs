@@ -15,13 +15,13 @@ use crate::contained::contained;
 use crate::error::MigrationError;
 use crate::layout::GuestLayout;
 use crate::observer::{Observer, Progress};
-use crate::seams::{Description, SourceMachine, StateSection};
 use crate::selection::Plan;
 use crate::source::{
-    HandedOver, Job, RoundContext, Sink, SourceConfig, SourceFailure, SourceGuest, check_state,
-    describe, look_at, no_doubt,
+    Job, RoundContext, Sink, SourceConfig, SourceFailure, SourceGuest, SwitchoverResult,
+    check_state, describe, look_at, no_doubt,
 };
 use crate::summary::{RoundSummary, Summary};
+use crate::traits::{Description, SourceMachine, StateSection};
 use crate::wire::chunk::PAGE_BYTES;
 use crate::wire::control::{MigrationId, encode_description};
 
@@ -232,12 +232,12 @@ impl Sink for SnapshotSink {
         Ok(Duration::ZERO)
     }
 
-    fn hand_over(&mut self) -> HandedOver {
+    fn switch_over(&mut self) -> SwitchoverResult {
         match self.after {
-            After::Resume => HandedOver::Copied,
+            After::Resume => SwitchoverResult::Copied,
             After::Stop => match self.commit() {
-                Err(error) => HandedOver::Refused(error),
-                Ok(()) => HandedOver::Taken(Duration::ZERO),
+                Err(error) => SwitchoverResult::Refused(error),
+                Ok(()) => SwitchoverResult::Taken(Duration::ZERO),
             },
         }
     }

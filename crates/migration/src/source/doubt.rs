@@ -6,7 +6,7 @@ use super::network::hello;
 use super::{SourceConfig, undo_watch};
 use crate::error::MigrationError;
 use crate::link::{Connect, Link};
-use crate::seams::SourceMachine;
+use crate::traits::SourceMachine;
 use crate::wire::control::{Control, MigrationId, PeerStatus, Purpose};
 use crate::wire::stream::{Side, Stream};
 
@@ -20,7 +20,7 @@ pub enum Fate {
 }
 
 /// The last word of a migration was lost. The guest is paused here; the destination may run it, or
-/// may wait. One of these settles it.
+/// may wait. One of these resolves it.
 #[derive(Clone, Debug)]
 pub struct SourceDoubt {
     id: MigrationId,
@@ -50,9 +50,9 @@ impl SourceDoubt {
         machine: &mut M,
         connect: &mut C,
     ) -> Result<Fate, MigrationError> {
-        match settle(self.id, connect, self.stall, &Control::HandOver)? {
+        match resolve(self.id, connect, self.stall, &Control::Commit)? {
             PeerStatus::Runs => {
-                machine.give_away();
+                machine.relinquish();
                 Ok(Fate::RunsThere)
             }
             PeerStatus::Gone => self.run_here(machine),
@@ -74,8 +74,8 @@ impl SourceDoubt {
     }
 
     /// The guest is given away, by the word of an operator who knows that the destination has it.
-    pub fn give_away<M: SourceMachine>(&self, machine: &mut M) -> Fate {
-        machine.give_away();
+    pub fn relinquish<M: SourceMachine>(&self, machine: &mut M) -> Fate {
+        machine.relinquish();
         Fate::RunsThere
     }
 }
@@ -86,11 +86,11 @@ pub(super) fn recall<C: Connect>(
     connect: &mut C,
     config: &SourceConfig,
 ) -> Result<(), MigrationError> {
-    settle(id, connect, config.stall_paused, &Control::GiveUp).map(drop)
+    resolve(id, connect, config.stall_paused, &Control::Rollback).map(drop)
 }
 
 /// Asks a destination; `word` is for one that waits.
-fn settle<C: Connect>(
+fn resolve<C: Connect>(
     id: MigrationId,
     connect: &mut C,
     stall: Duration,
@@ -98,7 +98,7 @@ fn settle<C: Connect>(
 ) -> Result<PeerStatus, MigrationError> {
     let link = connect.connect().map_err(|source| MigrationError::Connect { source })?;
     let mut stream = Stream::new(link, stall)?;
-    let hello = hello(id, Purpose::Settle, 0, 1);
+    let hello = hello(id, Purpose::Resolve, 0, 1);
     stream.send(&Control::Hello(hello.clone()))?;
     stream.key(&hello, Side::Source);
     match status(&mut stream)? {

@@ -13,9 +13,9 @@ use crate::error::MigrationError;
 use crate::limits::{MAX_CONNECTIONS, MAX_ROUNDS, PAUSED_BEYOND, STALL, STALL_PAUSED};
 use crate::link::Connect;
 use crate::observer::{Observer, Phase};
-use crate::seams::{Description, FreePages, SourceMachine, StateSection};
 use crate::selection::{Plan, Selection};
 use crate::summary::{RoundSummary, Summary, us};
+use crate::traits::{Description, FreePages, SourceMachine, StateSection};
 use crate::wire::control::{MigrationId, check_description};
 
 mod doubt;
@@ -187,9 +187,9 @@ pub(crate) trait Sink {
     fn state(&mut self, state: &[StateSection]) -> Result<Duration, MigrationError>;
 
     /// Gives the guest away. Called once, after everything else.
-    fn hand_over(&mut self) -> HandedOver;
+    fn switch_over(&mut self) -> SwitchoverResult;
 
-    /// The guest goes on here: the copy that was [handed over](Self::hand_over) is to last.
+    /// The guest goes on here: the copy that was [switched over](Self::switch_over) is to last.
     fn keep(&mut self) -> Result<(), MigrationError> {
         Ok(())
     }
@@ -200,13 +200,13 @@ pub(crate) trait Sink {
     /// Bytes that went so far.
     fn wire_bytes(&self) -> u64;
 
-    /// Whether the guest may run elsewhere once it was [offered](Self::hand_over).
+    /// Whether the guest may run elsewhere once it was [offered](Self::switch_over).
     fn runs_elsewhere(&self) -> bool;
 }
 
 /// What came of offering the guest.
 #[derive(Debug)]
-pub(crate) enum HandedOver {
+pub(crate) enum SwitchoverResult {
     /// It is the other side's. The time that the other side took to start it.
     Taken(Duration),
     /// The other side has none of it, and never ran it.
@@ -217,7 +217,7 @@ pub(crate) enum HandedOver {
     Copied,
 }
 
-/// How a job ended that got as far as the hand-over.
+/// How a job ended that got as far as the switchover.
 pub(crate) enum Outcome {
     Moved,
     Copied,
@@ -264,7 +264,7 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
         }
     }
 
-    /// The phases, up to and with the hand-over. An error means that it was not offered, or that
+    /// The phases, up to and with the switchover. An error means that it was not offered, or that
     /// the other side refused it. A panic is an error as well, or a doubt.
     pub(crate) fn run(&mut self, description: &Description) -> Result<Outcome, MigrationError> {
         match contained("moving the guest", || self.phases(description)) {
@@ -286,7 +286,7 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
 
         self.precopy(&mut selection, description)?;
         self.state()?;
-        self.hand_over()
+        self.switch_over()
     }
 
     /// Adds what was written since the log was read last.
@@ -363,10 +363,10 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
             let at = Instant::now();
             self.read_log(selection, description)?;
             self.summary.downtime.log_us = us(at.elapsed());
-            if !convergence.retreats(selection.pending_pages()) {
+            if !convergence.aborted_switchovers(selection.pending_pages()) {
                 break;
             }
-            self.summary.retreats = self.summary.retreats.saturating_add(1);
+            self.summary.aborted_switchovers = self.summary.aborted_switchovers.saturating_add(1);
             self.go_on()?;
         }
         let round = self.round(selection, description, true)?;
@@ -441,31 +441,31 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
         Ok(())
     }
 
-    fn hand_over(&mut self) -> Result<Outcome, MigrationError> {
-        self.observer.phase(Phase::HandOver);
+    fn switch_over(&mut self) -> Result<Outcome, MigrationError> {
+        self.observer.phase(Phase::Switchover);
         // Whoever cancels before the observer was told can rely on it.
         self.not_cancelled()?;
         let at = Instant::now();
         // As late as can be, and before the other side can hear of it.
-        self.machine.offer();
+        self.machine.prepare_switchover();
         panic_point("offer");
         self.offered = self.sink.runs_elsewhere();
-        let handed_over = self.sink.hand_over();
-        panic_point("handed over");
-        let outcome = match handed_over {
-            HandedOver::Taken(resume) => {
-                self.machine.give_away();
+        let switched_over = self.sink.switch_over();
+        panic_point("switched over");
+        let outcome = match switched_over {
+            SwitchoverResult::Taken(resume) => {
+                self.machine.relinquish();
                 self.summary.downtime.resume_us = us(resume);
                 Outcome::Moved
             }
-            HandedOver::Copied => Outcome::Copied,
-            HandedOver::Unknown(error) => return Ok(Outcome::InDoubt(error)),
-            HandedOver::Refused(error) => {
+            SwitchoverResult::Copied => Outcome::Copied,
+            SwitchoverResult::Unknown(error) => return Ok(Outcome::InDoubt(error)),
+            SwitchoverResult::Refused(error) => {
                 self.offered = false;
                 return Err(error);
             }
         };
-        self.summary.downtime.hand_over_us = us(at.elapsed());
+        self.summary.downtime.switchover_us = us(at.elapsed());
         Ok(outcome)
     }
 

@@ -7,14 +7,14 @@ use page_set::PageSet;
 
 use super::pause_limit::PauseLimit;
 use super::round::{self, RoundContext};
-use super::{HandedOver, Sink, SourceConfig};
+use super::{Sink, SourceConfig, SwitchoverResult};
 use crate::bandwidth::Bandwidth;
 use crate::error::MigrationError;
 use crate::limits::{MAX_FILL_RANGES, MAX_PAYLOAD_BYTES, MAX_STATE_BYTES, MAX_STATE_SECTIONS};
 use crate::link::{Closer, Connect, Link};
-use crate::seams::{Description, StateSection};
 use crate::selection::Plan;
 use crate::summary::RoundSummary;
+use crate::traits::{Description, StateSection};
 use crate::wire::chunk::{Fill, StatePart};
 use crate::wire::control::{
     CAPABILITY_ZSTD, Control, Hello, MigrationId, PeerStatus, Purpose, VERSIONS,
@@ -230,23 +230,25 @@ impl<L: Link> Sink for Network<L> {
         loaded
     }
 
-    fn hand_over(&mut self) -> HandedOver {
-        let Some(first) = self.streams.first_mut() else { return HandedOver::Refused(NO_STREAM) };
+    fn switch_over(&mut self) -> SwitchoverResult {
+        let Some(first) = self.streams.first_mut() else {
+            return SwitchoverResult::Refused(NO_STREAM);
+        };
         // From here on it may arrive, whatever is said of sending it.
-        if let Err(error) = first.send(&Control::HandOver) {
-            return HandedOver::Unknown(error);
+        if let Err(error) = first.send(&Control::Commit) {
+            return SwitchoverResult::Unknown(error);
         }
         match first.receive() {
             Ok(Control::Running { resume_us }) => {
-                HandedOver::Taken(Duration::from_micros(resume_us))
+                SwitchoverResult::Taken(Duration::from_micros(resume_us))
             }
             Ok(Control::Refused) => {
                 self.state_was_sent = false;
                 let reason = "it could not start the guest".to_owned();
-                HandedOver::Refused(MigrationError::GivenUp { reason })
+                SwitchoverResult::Refused(MigrationError::GivenUp { reason })
             }
-            Ok(_) => HandedOver::Unknown(UNEXPECTED),
-            Err(error) => HandedOver::Unknown(error),
+            Ok(_) => SwitchoverResult::Unknown(UNEXPECTED),
+            Err(error) => SwitchoverResult::Unknown(error),
         }
     }
 

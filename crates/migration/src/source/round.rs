@@ -10,13 +10,13 @@ use crate::error::MigrationError;
 use crate::layout::GuestLayout;
 use crate::link::{Closer, Link};
 use crate::observer::{Observer, Progress};
-use crate::seams::ReadPages;
-use crate::shares::share_out;
 use crate::summary::RoundSummary;
+use crate::traits::ReadPages;
 use crate::wire::chunk::{Chunk, Encoding, PAGE_BYTES, Packer};
 use crate::wire::control::Control;
 use crate::wire::frame::Kind;
 use crate::wire::stream::Stream;
+use crate::worker_pool::share_out;
 
 use super::SourceConfig;
 
@@ -222,7 +222,7 @@ mod tests {
     use page_set::PageRange;
 
     use super::*;
-    use crate::seams::MachineError;
+    use crate::traits::MachineError;
 
     /// Every third page is zeros, the others hold their number.
     struct Numbers;

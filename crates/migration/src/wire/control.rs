@@ -11,7 +11,7 @@ use crate::layout::{GuestLayout, MAX_REGIONS};
 use crate::limits::{
     MAX_CONFIG_BYTES, MAX_CONNECTIONS, MAX_FEATURE_WORDS, MAX_NAME_BYTES, MAX_REASON_BYTES,
 };
-use crate::seams::Description;
+use crate::traits::Description;
 
 /// First bytes of a hello.
 const MAGIC: [u8; 8] = *b"AEROSTAT";
@@ -48,8 +48,8 @@ impl std::fmt::Display for MigrationId {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Purpose {
     Migrate,
-    /// To settle what became of a migration whose last word was lost.
-    Settle,
+    /// To resolve what became of a migration whose last word was lost.
+    Resolve,
 }
 
 /// The first frame of each connection. Its form is that of every version.
@@ -107,7 +107,7 @@ pub(crate) enum Control {
     Prepared {
         load_us: u64,
     },
-    HandOver,
+    Commit,
     Running {
         resume_us: u64,
     },
@@ -116,7 +116,7 @@ pub(crate) enum Control {
         reason: String,
     },
     Status(PeerStatus),
-    GiveUp,
+    Rollback,
     /// A side that has nothing to say yet is still there.
     Alive,
 }
@@ -144,7 +144,7 @@ impl Control {
                 (Kind::StateEnd, body.u32(*sections).u32(0).u64(*bytes))
             }
             Self::Prepared { load_us } => (Kind::Prepared, body.u64(*load_us)),
-            Self::HandOver => (Kind::HandOver, body),
+            Self::Commit => (Kind::Commit, body),
             Self::Running { resume_us } => (Kind::Running, body.u64(*resume_us)),
             Self::Refused => (Kind::Refused, body),
             Self::Abort { reason } => {
@@ -152,7 +152,7 @@ impl Control {
                 (Kind::Abort, body.text(&reason, MAX_REASON_BYTES))
             }
             Self::Status(status) => (Kind::Status, body.u32(status.number())),
-            Self::GiveUp => (Kind::GiveUp, body),
+            Self::Rollback => (Kind::Rollback, body),
             Self::Alive => (Kind::Alive, body),
         };
         (kind, body.0)
@@ -191,12 +191,12 @@ impl Control {
                 Self::StateEnd { sections, bytes: body.u64()? }
             }
             Kind::Prepared => Self::Prepared { load_us: body.u64()? },
-            Kind::HandOver => Self::HandOver,
+            Kind::Commit => Self::Commit,
             Kind::Running => Self::Running { resume_us: body.u64()? },
             Kind::Refused => Self::Refused,
             Kind::Abort => Self::Abort { reason: body.text(MAX_REASON_BYTES)? },
             Kind::Status => Self::Status(PeerStatus::of_number(body.u32()?)?),
-            Kind::GiveUp => Self::GiveUp,
+            Kind::Rollback => Self::Rollback,
             Kind::Alive => Self::Alive,
             Kind::Chunk | Kind::Fill | Kind::State => {
                 return Err(MigrationError::Peer { what: "contents where a message must be" });
@@ -236,7 +236,7 @@ impl Hello {
     fn encode(&self) -> Writer {
         let purpose = match self.purpose {
             Purpose::Migrate => 1,
-            Purpose::Settle => 2,
+            Purpose::Resolve => 2,
         };
         let body = Writer::default().bytes(&MAGIC).u16(self.versions.0).u16(self.versions.1);
         let body = body.u8(purpose).u8(self.index).u8(self.count).u8(0);
@@ -250,7 +250,7 @@ impl Hello {
         let versions = (body.u16()?, body.u16()?);
         let purpose = match body.u8()? {
             1 => Purpose::Migrate,
-            2 => Purpose::Settle,
+            2 => Purpose::Resolve,
             _ => return Err(MigrationError::Peer { what: "it wants something unknown" }),
         };
         let (index, count) = (body.u8()?, body.u8()?);
@@ -342,7 +342,7 @@ mod tests {
     fn messages() -> Vec<Control> {
         vec![
             Control::Hello(hello()),
-            Control::Hello(Hello { purpose: Purpose::Settle, ..hello() }),
+            Control::Hello(Hello { purpose: Purpose::Resolve, ..hello() }),
             Control::Welcome { version: 1, capabilities: 1 },
             Control::Describe(description()),
             Control::Ready,
@@ -351,7 +351,7 @@ mod tests {
             Control::RoundDone { round: 3, pages: 2 },
             Control::StateEnd { sections: 4, bytes: 5 },
             Control::Prepared { load_us: 6 },
-            Control::HandOver,
+            Control::Commit,
             Control::Running { resume_us: 7 },
             Control::Refused,
             Control::Abort { reason: "disk full".to_owned() },
@@ -359,7 +359,7 @@ mod tests {
             Control::Status(PeerStatus::Waits),
             Control::Status(PeerStatus::Gone),
             Control::Status(PeerStatus::Unknown),
-            Control::GiveUp,
+            Control::Rollback,
             Control::Alive,
         ]
     }

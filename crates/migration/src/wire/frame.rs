@@ -27,12 +27,12 @@ pub(crate) enum Kind {
     State,
     StateEnd,
     Prepared,
-    HandOver,
+    Commit,
     Running,
     Refused,
     Abort,
     Status,
-    GiveUp,
+    Rollback,
     Alive,
 }
 
@@ -49,12 +49,12 @@ const KINDS: [(u16, Kind); 19] = [
     (10, Kind::State),
     (11, Kind::StateEnd),
     (12, Kind::Prepared),
-    (13, Kind::HandOver),
+    (13, Kind::Commit),
     (14, Kind::Running),
     (15, Kind::Refused),
     (16, Kind::Abort),
     (17, Kind::Status),
-    (18, Kind::GiveUp),
+    (18, Kind::Rollback),
     (19, Kind::Alive),
 ];
 

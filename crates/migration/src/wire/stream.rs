@@ -18,8 +18,8 @@ const GATHER_BYTES: usize = 128 << 10;
 const ALONE_BYTES: usize = 32 << 10;
 
 /// How long to wait for a peer to hang up that was told a last word, and for a sign of it.
-const LINGER: Duration = Duration::from_millis(500);
-const LINGER_STEP: Duration = Duration::from_millis(200);
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
+const CLOSE_POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Who sends: a part of what check sums are keyed to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,13 +155,13 @@ impl<L: Link> Stream<L> {
 
     /// Says a last word; false where it did not go.
     pub(crate) fn say_last(&mut self, message: &Control) -> bool {
-        self.set_timeout(LINGER_STEP).and_then(|()| self.send(message)).is_ok()
+        self.set_timeout(CLOSE_POLL_INTERVAL).and_then(|()| self.send(message)).is_ok()
     }
 
     /// Waits, not for long, until the peer has hung up: a connection that is closed with bytes
     /// unread loses what was said last (TCP sends a reset).
     pub(crate) fn hang_up(&mut self) {
-        let deadline = Instant::now() + LINGER;
+        let deadline = Instant::now() + CLOSE_TIMEOUT;
         let mut rest = [0; 64 << 10];
         while Instant::now() < deadline {
             match self.link.read(&mut rest) {

@@ -15,7 +15,7 @@ use migration::cpu::{CpuFeatures, FeatureWord};
 use migration::dirty::DirtyBitmap;
 use migration::layout::GuestLayout;
 use migration::link::Accept;
-use migration::seams::{
+use migration::traits::{
     Description, DestinationMachine, FreePages, MachineError, ReadPages, SourceMachine,
     StateSection, WritePages,
 };
@@ -84,7 +84,7 @@ pub fn description() -> Description {
 
 /// Memory by page number, with its log.
 #[derive(Debug)]
-pub struct Memory {
+pub struct TestMemory {
     pub bytes: RwLock<Vec<u8>>,
     log: Mutex<BTreeSet<u64>>,
     /// Writes that the guest still does, each when somebody reads.
@@ -99,7 +99,7 @@ pub const BALLOONED: (u64, u64) = (350, 20);
 const ZEROS: (u64, u64) = (40, 30);
 pub const POISON: u32 = 0xaaaa_aaaa;
 
-impl Memory {
+impl TestMemory {
     pub fn empty(world: &Arc<World>) -> Arc<Self> {
         Arc::new(Self {
             bytes: RwLock::new(vec![0; 430 * PAGE]),
@@ -164,7 +164,7 @@ impl Memory {
     }
 }
 
-impl ReadPages for Memory {
+impl ReadPages for TestMemory {
     fn read_pages(&self, pages: PageRange, out: &mut [u8]) -> Result<(), MachineError> {
         self.guest_writes();
         let at = pages.start() as usize * PAGE;
@@ -174,7 +174,7 @@ impl ReadPages for Memory {
     }
 }
 
-impl WritePages for Memory {
+impl WritePages for TestMemory {
     fn write_pages(&self, pages: PageRange, bytes: &[u8]) -> Result<(), MachineError> {
         assert_eq!(bytes.len() as u64, pages.pages() * 4096);
         assert!(layout().holds(pages));
@@ -192,7 +192,7 @@ impl WritePages for Memory {
 #[derive(Debug)]
 pub struct Source {
     pub world: Arc<World>,
-    pub memory: Arc<Memory>,
+    pub memory: Arc<TestMemory>,
     /// Pages that were ever written since the log began.
     pub written: BTreeSet<u64>,
     pub pattern: u32,
@@ -216,7 +216,7 @@ impl Source {
         world.take_disk(SOURCE).unwrap();
         Self {
             world: Arc::clone(world),
-            memory: Memory::full(world, writes, pattern),
+            memory: TestMemory::full(world, writes, pattern),
             written: BTreeSet::new(),
             pattern,
             logging: false,
@@ -325,7 +325,7 @@ impl SourceMachine for Source {
         self.step("save").map(|()| state(self.state_bytes))
     }
 
-    fn offer(&mut self) {
+    fn prepare_switchover(&mut self) {
         assert!(!self.runs());
         self.world.let_go_of_disk(SOURCE);
         if self.thief {
@@ -344,7 +344,7 @@ impl SourceMachine for Source {
         Ok(())
     }
 
-    fn give_away(&mut self) {
+    fn relinquish(&mut self) {
         assert!(!self.runs());
         self.world.let_go_of_disk(SOURCE);
         self.world.given_away.store(true, Ordering::SeqCst);
@@ -355,7 +355,7 @@ impl SourceMachine for Source {
 #[derive(Debug)]
 pub struct Destination {
     pub world: Arc<World>,
-    pub memory: Option<Arc<Memory>>,
+    pub memory: Option<Arc<TestMemory>>,
     pub loaded: bool,
     pub features: u64,
     pub state_bytes: usize,
@@ -394,7 +394,7 @@ impl DestinationMachine for Destination {
     fn create(&mut self, description: &Description) -> Result<Arc<dyn WritePages>, MachineError> {
         self.step("create")?;
         assert_eq!(*description, self::description());
-        let memory = Memory::empty(&self.world);
+        let memory = TestMemory::empty(&self.world);
         self.memory = Some(Arc::clone(&memory));
         Ok(memory)
     }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use control::api::ReleaseMode;
 use vhost_device_balloon::End;
 
-use crate::support::LONG;
+use crate::support::TEST_TIMEOUT;
 use crate::support::driver::{BITMAP, CLASSIC, Monitor, Vm};
 use crate::support::guest::{PAGES, data_pages};
 use crate::support::server::Server;
@@ -25,15 +25,15 @@ fn a_wait_ends_when_the_guest_has_done_what_was_asked() {
     let (done, waited) = mpsc::channel();
     let balloon = Arc::clone(&server.balloon);
     let waiter = thread::spawn(move || {
-        done.send(balloon.wait_change(generation, LONG)).unwrap();
+        done.send(balloon.wait_change(generation, TEST_TIMEOUT)).unwrap();
     });
     vm.inflate(&pages);
     vm.front.write_actual(1);
     vm.front.barrier();
     assert!(waited.try_recv().is_err(), "the target is not reached");
     vm.front.write_actual(pages.len() as u32);
-    let status = waited.recv_timeout(LONG).unwrap();
-    assert!(status.settled);
+    let status = waited.recv_timeout(TEST_TIMEOUT).unwrap();
+    assert!(status.at_target);
     vm.guest.assert_gone(&pages);
     waiter.join().unwrap();
 }
@@ -44,14 +44,15 @@ fn a_wait_ends_by_another_target_and_by_its_time() {
     let first = server.balloon.set_target(5).unwrap();
     let started = Instant::now();
     let status = server.balloon.wait_change(first, Duration::from_millis(30));
-    assert!(!status.settled, "no guest is there to reach it");
+    assert!(!status.at_target, "no guest is there to reach it");
     assert!(started.elapsed() >= Duration::from_millis(30));
 
     let (done, waited) = mpsc::channel();
     let balloon = Arc::clone(&server.balloon);
-    let waiter = thread::spawn(move || done.send(balloon.wait_change(first, LONG)).unwrap());
+    let waiter =
+        thread::spawn(move || done.send(balloon.wait_change(first, TEST_TIMEOUT)).unwrap());
     let second = server.balloon.set_target(6).unwrap();
-    assert_eq!(waited.recv_timeout(LONG).unwrap().generation, second);
+    assert_eq!(waited.recv_timeout(TEST_TIMEOUT).unwrap().generation, second);
     waiter.join().unwrap();
 }
 
@@ -60,10 +61,10 @@ fn a_wait_ends_by_another_target_and_by_its_time() {
 fn a_target_that_the_guest_has_already_is_reached() {
     let server = Server::new(ReleaseMode::Background);
     let generation = server.balloon.set_target(9).unwrap();
-    assert!(!server.balloon.wait_change(generation, Duration::ZERO).settled);
+    assert!(!server.balloon.wait_change(generation, Duration::ZERO).at_target);
     let generation = server.balloon.set_target(0).unwrap();
     let status = server.balloon.wait_change(generation, Duration::from_millis(200));
-    assert!(status.settled, "{status:?}");
+    assert!(status.at_target, "{status:?}");
 }
 
 /// A guest that starts anew has an empty balloon, whatever the last one had.
@@ -76,12 +77,12 @@ fn a_target_is_reached_anew_by_each_guest() {
     let generation = server.balloon.set_target(pages.len() as u32).unwrap();
     vm.inflate(&pages);
     vm.front.write_actual(pages.len() as u32);
-    assert!(server.balloon.wait_change(generation, LONG).settled);
+    assert!(server.balloon.wait_change(generation, TEST_TIMEOUT).at_target);
     drop(vm);
     assert_eq!(served.outcome().unwrap(), End::HungUp);
     let status = server.status().balloon;
     assert_eq!(status.actual_pages, 0);
-    assert!(!status.settled, "nobody holds anything");
+    assert!(!status.at_target, "nobody holds anything");
 
     // A driver that is gone with what it held has reached a target of zero.
     let (front, served) = server.connect();
@@ -92,7 +93,7 @@ fn a_target_is_reached_anew_by_each_guest() {
     drop(vm);
     assert_eq!(served.outcome().unwrap(), End::HungUp);
     let status = server.balloon.wait_change(generation, Duration::from_millis(200));
-    assert!(status.settled, "{status:?}");
+    assert!(status.at_target, "{status:?}");
 }
 
 #[test]

@@ -27,7 +27,7 @@ use std::collections::BTreeSet;
 use balloon_abi::Features;
 use vhost_device_balloon::End;
 
-use support::LONG;
+use support::TEST_TIMEOUT;
 use support::driver::{Monitor, Vm};
 use support::guest::data_pages;
 use support::server::Server;
@@ -58,8 +58,8 @@ fn assert_balloons(server: &Server, vm: &mut Vm) {
 
     vm.inflate(&pages);
     vm.front.write_actual(count);
-    let status = server.balloon.wait_change(generation, LONG);
-    assert!(status.settled && status.generation == generation, "{status:?}");
+    let status = server.balloon.wait_change(generation, TEST_TIMEOUT);
+    assert!(status.at_target && status.generation == generation, "{status:?}");
     assert_eq!(status.actual_pages, count);
     // Before anybody reads: a read through a mapping fills the hole.
     assert_eq!(blocks - vm.guest.blocks(), u64::from(count) * 8, "in units of 512 bytes");
@@ -68,7 +68,7 @@ fn assert_balloons(server: &Server, vm: &mut Vm) {
     let generation = server.balloon.set_target(0).unwrap();
     vm.deflate(&pages);
     vm.front.write_actual(0);
-    assert!(server.balloon.wait_change(generation, LONG).settled);
+    assert!(server.balloon.wait_change(generation, TEST_TIMEOUT).at_target);
     vm.guest.write_patterns(pages);
     vm.guest.assert_gone(&BTreeSet::new());
 }

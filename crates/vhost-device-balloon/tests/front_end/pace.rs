@@ -14,7 +14,7 @@ use guest_ring::Buffer;
 use vhost_device_balloon::{End, SessionError};
 
 use crate::assert_serves;
-use crate::support::LONG;
+use crate::support::TEST_TIMEOUT;
 use crate::support::driver::{BITMAP, CLASSIC, INFLATE, MESSAGE, Monitor, RING_SIZE, Vm};
 use crate::support::front_end::{FLAGS, FrontEnd, eventfd, message, request, words};
 use crate::support::guest::data_pages;
@@ -91,7 +91,7 @@ fn calls_and_channel_that_nobody_reads() {
         vm.post(INFLATE, &message);
         vm.kick(INFLATE);
         while vm.rings[INFLATE].take_used(&vm.guest.memory).is_none() {
-            assert!(started.elapsed() < LONG, "a call blocks the back end");
+            assert!(started.elapsed() < TEST_TIMEOUT, "a call blocks the back end");
             thread::yield_now();
         }
     }
@@ -122,7 +122,7 @@ fn a_call_that_is_made_to_block_again() {
     vm.kick(INFLATE);
     let before = Instant::now();
     while vm.rings[INFLATE].take_used(&vm.guest.memory).is_none() {
-        assert!(before.elapsed() < LONG);
+        assert!(before.elapsed() < TEST_TIMEOUT);
         thread::yield_now();
     }
     vm.front.barrier();

@@ -8,7 +8,7 @@ use balloon_abi::Features;
 use control::api::ReleaseMode;
 use vhost_device_balloon::End;
 
-use crate::support::LONG;
+use crate::support::TEST_TIMEOUT;
 use crate::support::driver::{BITMAP, CLASSIC, DEFLATE, INFLATE, Monitor, Vm, is_readable};
 use crate::support::front_end::{
     CONFIG_CHANGE, FrontEnd, PROTOCOL_FEATURES, channel_message, eventfd, request,
@@ -46,8 +46,8 @@ fn a_write_of_the_whole_configuration_space_is_a_write_of_the_driver_fields() {
     assert_eq!(channel_message(vm.channel.as_ref().unwrap()), CONFIG_CHANGE);
     vm.inflate(&pages);
     write_actual_qemu(&vm.front, count);
-    let status = server.balloon.wait_change(generation, LONG);
-    assert!(status.settled, "{status:?}");
+    let status = server.balloon.wait_change(generation, TEST_TIMEOUT);
+    assert!(status.at_target, "{status:?}");
     assert_eq!((status.actual_pages, status.target_pages), (count, count));
     vm.guest.assert_gone(&pages);
     assert_eq!(vm.front.num_pages(), count, "the target is the host's");
@@ -124,7 +124,10 @@ fn calls_go_where_the_front_end_said_last() {
     let message = vm.name_pages(&page);
     let head = vm.post(INFLATE, &message);
     vm.kick(INFLATE);
-    assert!(is_readable(&vm.calls[INFLATE], LONG), "the call from before the features is lost");
+    assert!(
+        is_readable(&vm.calls[INFLATE], TEST_TIMEOUT),
+        "the call from before the features is lost"
+    );
     assert_eq!(vm.wait_used(INFLATE), u32::from(head));
     let masked = std::mem::replace(&mut vm.calls[DEFLATE], eventfd());
     vm.front.send_fd(request::SET_VRING_CALL, 1, &vm.calls[DEFLATE]);
@@ -209,8 +212,8 @@ fn the_size_is_what_was_given_where_nobody_says_it() {
     let generation = server.balloon.set_target(count).unwrap();
     vm.inflate(&pages);
     assert_eq!(server.status().balloon.actual_pages, 0, "it may say so yet");
-    let status = server.balloon.wait_change(generation, LONG);
-    assert!(status.settled && status.actual_pages == count, "{status:?}");
+    let status = server.balloon.wait_change(generation, TEST_TIMEOUT);
+    assert!(status.at_target && status.actual_pages == count, "{status:?}");
     vm.guest.assert_gone(&pages);
     drop(vm);
     assert_eq!(served.outcome().unwrap(), End::HungUp);

@@ -7,7 +7,7 @@ use balloon_abi::{Caches, Command, Outcome};
 use control::api::HoldState;
 use control::{GuestAsk, WhyNot};
 
-use crate::support::LONG;
+use crate::support::TEST_TIMEOUT;
 use crate::support::driver::{ASKABLE, BITMAP, Monitor, REQUEST, Vm};
 use crate::support::guest::{BASE, FIRST_PAGE, PAGE, PAGES, data_pages};
 use crate::support::requests::{Back, answer_bytes, ask, blocks, why};
@@ -39,7 +39,7 @@ fn askable(monitor: Monitor) -> (Server, Vm, Served) {
 
 /// Nobody announces what is looked for here.
 fn until(done: impl Fn() -> bool) {
-    let end = Instant::now() + LONG;
+    let end = Instant::now() + TEST_TIMEOUT;
     while !done() {
         assert!(Instant::now() < end, "it does not come");
         std::thread::sleep(Duration::from_micros(200));
@@ -48,7 +48,7 @@ fn until(done: impl Fn() -> bool) {
 
 /// After whatever came before, a request is still answered, and the balloon works.
 fn assert_still_asks(server: &Server, vm: &mut Vm) {
-    let operator = ask(&server.balloon, DROP, LONG);
+    let operator = ask(&server.balloon, DROP, TEST_TIMEOUT);
     let id = loop {
         vm.wait_for_requests(1);
         match vm.back() {
@@ -67,7 +67,7 @@ fn assert_still_asks(server: &Server, vm: &mut Vm) {
 fn caches_are_dropped_and_the_figures_come_back() {
     for monitor in [Monitor::Uml, Monitor::Qemu] {
         let (server, mut vm, _served) = askable(monitor);
-        let operator = ask(&server.balloon, DROP, LONG);
+        let operator = ask(&server.balloon, DROP, TEST_TIMEOUT);
         let request = vm.next_request();
         assert_eq!(request.command, Command::DropCaches(Caches::ALL));
         assert_eq!(server.status().requests.running.as_deref(), Some("drop-caches"));
@@ -85,7 +85,7 @@ fn caches_are_dropped_and_the_figures_come_back() {
 #[test]
 fn a_snapshot_comes_in_pieces_and_is_kept() {
     let (server, mut vm, _served) = askable(Monitor::Uml);
-    let operator = ask(&server.balloon, SNAPSHOT, LONG);
+    let operator = ask(&server.balloon, SNAPSHOT, TEST_TIMEOUT);
     let request = vm.next_request();
     assert_eq!(request.command, Command::ReportFree { min_granule_shift: 12 });
     let first = data_pages().start;
@@ -114,7 +114,7 @@ fn a_hold_is_kept_released_and_lost() {
     let first = data_pages().start;
     let state = || server.status().requests.hold;
     for lost in [false, true] {
-        let operator = ask(&server.balloon, HOLD, LONG);
+        let operator = ask(&server.balloon, HOLD, TEST_TIMEOUT);
         vm.wait_for_requests(1);
         let request = vm.next_request();
         assert_eq!(request.command, Command::HoldFree { reserve_pages: 16 });
@@ -122,12 +122,12 @@ fn a_hold_is_kept_released_and_lost() {
         assert_eq!(vm.answer(request.id, Outcome::Done, [128, 200, 0, 0], &named), ACCEPTED);
         let answer = operator.join().unwrap().unwrap();
         assert_eq!(answer.free.unwrap().summary.hold, Some(HoldState::Kept));
-        let again = ask(&server.balloon, HOLD, LONG).join().unwrap();
+        let again = ask(&server.balloon, HOLD, TEST_TIMEOUT).join().unwrap();
         assert_eq!(why(again), (WhyNot::NotPossible, "the guest holds free pages already".into()));
         if lost {
             assert_eq!(vm.answer(request.id, Outcome::HoldLost, [128, 0, 0, 0], &[]), ACCEPTED);
         } else {
-            let operator = ask(&server.balloon, GuestAsk::ReleaseHold, LONG);
+            let operator = ask(&server.balloon, GuestAsk::ReleaseHold, TEST_TIMEOUT);
             vm.wait_for_requests(1);
             let release = vm.next_request();
             assert_eq!(release.command, Command::ReleaseHold { hold: request.id });
@@ -138,7 +138,7 @@ fn a_hold_is_kept_released_and_lost() {
         assert_eq!(state(), None);
         assert_eq!(server.balloon.free_pages().unwrap().summary.hold, None, "over, but known");
     }
-    let nothing = ask(&server.balloon, GuestAsk::ReleaseHold, LONG).join().unwrap();
+    let nothing = ask(&server.balloon, GuestAsk::ReleaseHold, TEST_TIMEOUT).join().unwrap();
     assert_eq!(why(nothing).0, WhyNot::NotPossible);
     assert_still_asks(&server, &mut vm);
     assert_eq!(server.status().faults.total(), 0);
@@ -150,10 +150,10 @@ fn a_guest_that_cannot_be_asked_is_told_apart() {
     let refused = |what| {
         let start = Instant::now();
         assert_eq!(
-            why(ask(&server.balloon, DROP, LONG).join().unwrap()),
+            why(ask(&server.balloon, DROP, TEST_TIMEOUT).join().unwrap()),
             (WhyNot::NotPossible, String::from(what))
         );
-        assert!(start.elapsed() < LONG / 4, "it is said at once");
+        assert!(start.elapsed() < TEST_TIMEOUT / 4, "it is said at once");
     };
     refused("no guest is connected that could drop caches");
     let (front, _served) = server.connect();
@@ -203,7 +203,7 @@ fn a_driver_that_takes_no_requests_is_told_apart() {
 #[test]
 fn an_operator_stops_what_runs() {
     let (server, mut vm, _served) = askable(Monitor::Qemu);
-    let operator = ask(&server.balloon, SNAPSHOT, LONG);
+    let operator = ask(&server.balloon, SNAPSHOT, TEST_TIMEOUT);
     let request = vm.next_request();
     let cancelled = server.balloon.cancel_request(None).unwrap();
     assert_eq!((cancelled.id, cancelled.command.as_str()), (request.id, "report-free"));
@@ -212,24 +212,24 @@ fn an_operator_stops_what_runs() {
     assert_eq!(why(operator.join().unwrap()).0, WhyNot::Stopped);
     assert!(server.balloon.cancel_request(None).is_err(), "nothing runs");
     // A guest that does not listen is not waited for for long.
-    let operator = ask(&server.balloon, SNAPSHOT, LONG);
+    let operator = ask(&server.balloon, SNAPSHOT, TEST_TIMEOUT);
     vm.wait_for_requests(2);
     vm.next_request();
     let start = Instant::now();
     server.balloon.cancel_request(None).unwrap();
     assert_eq!(why(operator.join().unwrap()).0, WhyNot::Stopped);
-    assert!(start.elapsed() < LONG / 2);
+    assert!(start.elapsed() < TEST_TIMEOUT / 2);
     assert_still_asks(&server, &mut vm);
 }
 
 #[test]
 fn too_many_requests_are_refused_at_once() {
     let (server, mut vm, _served) = askable(Monitor::Uml);
-    let mut operators = vec![ask(&server.balloon, DROP, LONG)];
+    let mut operators = vec![ask(&server.balloon, DROP, TEST_TIMEOUT)];
     let mut request = vm.next_request();
-    operators.extend((0..8).map(|_| ask(&server.balloon, DROP, LONG)));
+    operators.extend((0..8).map(|_| ask(&server.balloon, DROP, TEST_TIMEOUT)));
     until(|| server.status().requests.waiting >= 8);
-    let (reason, what) = why(ask(&server.balloon, DROP, LONG).join().unwrap());
+    let (reason, what) = why(ask(&server.balloon, DROP, TEST_TIMEOUT).join().unwrap());
     assert_eq!((reason, what.as_str()), (WhyNot::TooMany, "8 requests wait for the guest already"));
     let mut last = 0;
     while !operators.is_empty() {
@@ -271,7 +271,7 @@ fn lies(id: u32) -> Vec<(&'static str, u32, Vec<u8>)> {
 fn an_answer_that_lies_ends_its_request_and_nothing_else() {
     for lie in 0..lies(1).len() {
         let (server, mut vm, _served) = askable(Monitor::Uml);
-        let operator = ask(&server.balloon, SNAPSHOT, LONG);
+        let operator = ask(&server.balloon, SNAPSHOT, TEST_TIMEOUT);
         let request = vm.next_request();
         let (fault, status, bytes) = lies(request.id).swap_remove(lie);
         assert_eq!(vm.answer_raw(&bytes), status, "{fault}");
@@ -290,14 +290,14 @@ fn pages_in_the_balloon_are_not_free() {
     let (server, mut vm, _served) = askable(Monitor::Uml);
     let page = data_pages().start;
     vm.inflate(&(page..page + 8).collect());
-    let operator = ask(&server.balloon, SNAPSHOT, LONG);
+    let operator = ask(&server.balloon, SNAPSHOT, TEST_TIMEOUT);
     let request = vm.next_request();
     let status = vm.answer(request.id, Outcome::Done, [0; 4], &blocks(page + 7, 1, &[0b11]));
     assert_eq!((status, server.guest_faults("free_in_balloon")), (OUTSIDE, 1));
     assert_eq!(why(operator.join().unwrap()).0, WhyNot::Refused);
     // A page that goes into the balloon while the guest looks was free before.
     vm.wait_for_requests(1);
-    let operator = ask(&server.balloon, SNAPSHOT, LONG);
+    let operator = ask(&server.balloon, SNAPSHOT, TEST_TIMEOUT);
     let request = vm.next_request();
     vm.inflate(&(page + 8..page + 10).collect());
     let named = blocks(page + 8, 1, &[0b111]);
@@ -312,7 +312,7 @@ fn pages_in_the_balloon_are_not_free() {
 fn chunks_for_ever_come_to_an_end() {
     for records in [Vec::new(), blocks(data_pages().start, 1, &[u64::MAX; 4])] {
         let (server, mut vm, _served) = askable(Monitor::Uml);
-        let operator = ask(&server.balloon, SNAPSHOT, LONG);
+        let operator = ask(&server.balloon, SNAPSHOT, TEST_TIMEOUT);
         let request = vm.next_request();
         let mut chunks = 0u64;
         while vm.answer(request.id, Outcome::More, [0; 4], &records) == ACCEPTED {
@@ -335,7 +335,7 @@ fn an_answer_that_nobody_asked_for_is_unwanted() {
         assert_eq!(vm.answer(id, Outcome::Done, [0; 4], &[]), UNWANTED);
     }
     assert_eq!(server.guest_faults("unknown_request"), 4);
-    let operator = ask(&server.balloon, DROP, LONG);
+    let operator = ask(&server.balloon, DROP, TEST_TIMEOUT);
     let id = vm.next_request().id;
     assert_eq!(vm.answer(id + 1, Outcome::Done, [0; 4], &[]), UNWANTED);
     assert_eq!(vm.answer(id, Outcome::Done, [0; 4], &[]), ACCEPTED);
@@ -350,7 +350,7 @@ fn a_kernel_that_refuses_is_quoted() {
     let (server, mut vm, _served) = askable(Monitor::Uml);
     for (errno, text) in [(12, "Cannot allocate memory"), (u64::MAX, "error 18446744073709551615")]
     {
-        let operator = ask(&server.balloon, DROP, LONG);
+        let operator = ask(&server.balloon, DROP, TEST_TIMEOUT);
         vm.wait_for_requests(1);
         let id = vm.next_request().id;
         assert_eq!(vm.answer(id, Outcome::Failed, [errno, 0, 0, 0], &[]), ACCEPTED);
@@ -372,7 +372,8 @@ fn a_driver_that_is_unloaded_in_the_middle_gets_its_chains_back() {
             // Features would be asked for by a driver that goes.
             vm.front.read_config(16);
         }
-        let operators = [ask(&server.balloon, DROP, LONG), ask(&server.balloon, HOLD, LONG)];
+        let operators =
+            [ask(&server.balloon, DROP, TEST_TIMEOUT), ask(&server.balloon, HOLD, TEST_TIMEOUT)];
         vm.next_request();
         until(|| server.status().requests.waiting >= 1);
         vm.remove_uml(enable);
@@ -382,7 +383,7 @@ fn a_driver_that_is_unloaded_in_the_middle_gets_its_chains_back() {
             assert!(what.contains("unloaded"), "{what}");
         }
         assert_eq!(vm.back(), Back::Empty, "the chain that waited comes back");
-        let (reason, what) = why(ask(&server.balloon, DROP, LONG).join().unwrap());
+        let (reason, what) = why(ask(&server.balloon, DROP, TEST_TIMEOUT).join().unwrap());
         assert_eq!(reason, WhyNot::NotPossible);
         assert!(what.contains("unloaded"), "{what}");
         // The next driver starts from nothing.
@@ -401,13 +402,13 @@ fn a_guest_that_pauses_keeps_its_hold_and_loses_its_request() {
     let page = data_pages().start + 100;
     vm.inflate(&(page..page + 1).collect());
     vm.deflate(&(page..page + 1).collect());
-    let operator = ask(&server.balloon, HOLD, LONG);
+    let operator = ask(&server.balloon, HOLD, TEST_TIMEOUT);
     let hold = vm.next_request().id;
     let named = blocks(data_pages().start, 64, &[1]);
     assert_eq!(vm.answer(hold, Outcome::Done, [64, 64, 0, 0], &named), ACCEPTED);
     operator.join().unwrap().unwrap();
     vm.wait_for_requests(1);
-    let operator = ask(&server.balloon, DROP, LONG);
+    let operator = ask(&server.balloon, DROP, TEST_TIMEOUT);
     let late = vm.next_request().id;
     let bases = vm.stop_qemu();
     assert_eq!(why(operator.join().unwrap()).0, WhyNot::Stopped);
@@ -424,7 +425,8 @@ fn a_guest_that_pauses_keeps_its_hold_and_loses_its_request() {
 #[test]
 fn a_monitor_that_hangs_up_ends_every_request() {
     let (server, mut vm, served) = askable(Monitor::Uml);
-    let operators = [ask(&server.balloon, SNAPSHOT, LONG), ask(&server.balloon, DROP, LONG)];
+    let operators =
+        [ask(&server.balloon, SNAPSHOT, TEST_TIMEOUT), ask(&server.balloon, DROP, TEST_TIMEOUT)];
     vm.next_request();
     until(|| server.status().requests.waiting >= 1);
     drop(vm);
@@ -455,7 +457,7 @@ fn chains_that_cannot_wait_come_back_empty() {
     vm.rings[REQUEST].send(&memory, &[guest_ring::Buffer::writable(PAGE, 16)]);
     vm.kick(REQUEST);
     for _ in 0..2 {
-        let operator = ask(&server.balloon, DROP, LONG);
+        let operator = ask(&server.balloon, DROP, TEST_TIMEOUT);
         let id = vm.next_request().id;
         assert_eq!(vm.answer(id, Outcome::Done, [0; 4], &[]), ACCEPTED);
         operator.join().unwrap().unwrap();

@@ -8,7 +8,7 @@ use control::api::ReleaseMode;
 use guest_ring::Buffer;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::support::LONG;
+use crate::support::TEST_TIMEOUT;
 use crate::support::driver::{ASKABLE, Monitor, REQUEST, RING_SIZE, Vm, is_readable, vring_addr};
 use crate::support::front_end::request;
 use crate::support::guest::{BASE, Guest, USER_BASE};
@@ -62,7 +62,7 @@ impl Driver {
     }
 
     fn wait(&self) {
-        assert!(is_readable(&self.vm.calls[REQUEST], LONG), "nothing comes back");
+        assert!(is_readable(&self.vm.calls[REQUEST], TEST_TIMEOUT), "nothing comes back");
         rustix::io::read(&self.vm.calls[REQUEST], &mut [0; 8]).unwrap();
     }
 
@@ -146,7 +146,7 @@ fn run(what: &str, way: Way, with_notes: bool) {
     for round in 0..4 {
         // The second request uses a chain between those that wait, so that they come back in
         // another order than they were lent in.
-        let operator = ask(&server.balloon, DROP, LONG);
+        let operator = ask(&server.balloon, DROP, TEST_TIMEOUT);
         assert_eq!(driver.answer_one(), 1, "{what}, notes: {with_notes}, round {round}");
         operator.join().unwrap().unwrap();
         way(&driver.vm);

@@ -9,7 +9,7 @@ use control::{HintOutcome, StatsStatus};
 use guest_ring::Buffer;
 use vhost_device_balloon::{End, SessionError, Violation};
 
-use crate::support::LONG;
+use crate::support::TEST_TIMEOUT;
 use crate::support::driver::{CLASSIC, INFLATE, MESSAGE, Monitor, Vm};
 use crate::support::front_end::{CONFIG_CHANGE, channel_message, request};
 use crate::support::guest::{PAGE, data_pages};
@@ -72,7 +72,7 @@ impl Vm {
 
 /// Waits for statistics that nobody announces.
 fn until_stats(server: &Server, done: impl Fn(&StatsStatus) -> bool) -> StatsStatus {
-    let end = Instant::now() + LONG;
+    let end = Instant::now() + TEST_TIMEOUT;
     loop {
         let stats = server.status().stats;
         if done(&stats) {
@@ -188,7 +188,7 @@ fn hints_are_asked_for_told_and_given_back() {
         let early = server.balloon.wait_hints(id, Duration::ZERO);
         assert_eq!((early.outcome, early.pages), (HintOutcome::InProgress, 104));
         vm.say(0);
-        let hints = server.balloon.wait_hints(id, LONG);
+        let hints = server.balloon.wait_hints(id, TEST_TIMEOUT);
         assert_eq!((hints.outcome, hints.pages, hints.runs), (HintOutcome::Complete, 104, 2));
         let list: Vec<_> = hints.list.iter().map(|run| (run.start, run.pages)).collect();
         assert_eq!(list, [(first, 103), (first + 200, 1)]);
@@ -217,12 +217,12 @@ fn a_guest_that_never_answers_costs_a_time_out() {
     vm.name_free(&[(data_pages().start, 1)]);
     vm.say(0);
     let next = server.balloon.start_hints().unwrap();
-    assert_eq!(server.balloon.wait_hints(id, LONG).outcome, HintOutcome::Replaced);
+    assert_eq!(server.balloon.wait_hints(id, TEST_TIMEOUT).outcome, HintOutcome::Replaced);
     server.balloon.end_hints(id).unwrap();
     assert_eq!(vm.hint_command(), next, "the end of another request ends nothing");
     vm.say(next);
     drop(vm);
-    assert_eq!(server.balloon.wait_hints(next, LONG).outcome, HintOutcome::Lost);
+    assert_eq!(server.balloon.wait_hints(next, TEST_TIMEOUT).outcome, HintOutcome::Lost);
     assert_eq!(served.outcome().unwrap(), End::HungUp);
     server.balloon.end_hints(next).unwrap();
     assert_eq!(server.status().faults.total(), 0);

@@ -6,7 +6,7 @@ use balloon_abi::Features;
 use control::api::{Driver, ReleaseMode};
 use vhost_device_balloon::End;
 
-use crate::support::LONG;
+use crate::support::TEST_TIMEOUT;
 use crate::support::driver::{BITMAP, CLASSIC, INFLATE, Monitor, UNTOLD, Vm, is_readable};
 use crate::support::front_end::{CONFIG_CHANGE, channel_message};
 use crate::support::guest::{BYTES, Guest, data_pages};
@@ -100,7 +100,7 @@ fn a_target_from_before_the_guest_is_told_when_it_comes() {
         let pages: BTreeSet<u64> = data_pages().take(77).collect();
         vm.inflate(&pages);
         vm.front.write_actual(77);
-        assert!(server.balloon.wait_change(generation, LONG).settled);
+        assert!(server.balloon.wait_change(generation, TEST_TIMEOUT).at_target);
         vm.guest.assert_gone(&pages);
         drop(vm);
         assert_eq!(served.outcome().unwrap(), End::HungUp);

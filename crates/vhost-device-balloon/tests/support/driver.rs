@@ -11,7 +11,7 @@ use guest_ring::{Buffer, GuestRing};
 use rustix::event::{PollFd, PollFlags, poll};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::LONG;
+use super::TEST_TIMEOUT;
 use super::front_end::{
     FrontEnd, OFFERED_PROTOCOL, PROTOCOL_FEATURES, eventfd, longs, request, words,
 };
@@ -140,7 +140,7 @@ impl Vm {
     }
 
     /// As `vhost_user_backend_init` and `vhost_dev_init` of QEMU: call files are
-    /// handed over long before the features.
+    /// switched over long before the features.
     fn attach_qemu(&mut self) {
         let features = self.front.ask_u64(request::GET_FEATURES);
         assert_ne!(features & PROTOCOL_FEATURES, 0);
@@ -267,7 +267,7 @@ impl Vm {
             if let Some(used) = self.rings[queue].take_used(&self.guest.memory) {
                 return used.head;
             }
-            assert!(is_readable(&self.calls[queue], LONG), "a message was not returned");
+            assert!(is_readable(&self.calls[queue], TEST_TIMEOUT), "a message was not returned");
             rustix::io::read(&self.calls[queue], &mut [0; 8]).unwrap();
         }
     }

@@ -12,7 +12,7 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
-use super::LONG;
+use super::TEST_TIMEOUT;
 
 /// Requests by number (vhost-user.rst, "Front-end message types").
 pub(crate) mod request {
@@ -58,8 +58,8 @@ pub(crate) struct FrontEnd {
 
 impl FrontEnd {
     pub(crate) fn new(socket: UnixStream) -> Self {
-        socket.set_read_timeout(Some(LONG)).unwrap();
-        socket.set_write_timeout(Some(LONG)).unwrap();
+        socket.set_read_timeout(Some(TEST_TIMEOUT)).unwrap();
+        socket.set_write_timeout(Some(TEST_TIMEOUT)).unwrap();
         Self { socket }
     }
 
@@ -200,7 +200,7 @@ fn header_words(header: [u8; 12]) -> [u32; 3] {
 
 /// The next message on the back end's channel.
 pub(crate) fn channel_message(channel: &UnixStream) -> [u32; 3] {
-    channel.set_read_timeout(Some(LONG)).unwrap();
+    channel.set_read_timeout(Some(TEST_TIMEOUT)).unwrap();
     let mut header = [0; 12];
     (&*channel).read_exact(&mut header).expect("a message of the back end");
     header_words(header)

@@ -12,4 +12,4 @@ pub(crate) mod server;
 use std::time::Duration;
 
 /// Longer than anything here may take; a wait that ends by it has failed.
-pub(crate) const LONG: Duration = Duration::from_secs(20);
+pub(crate) const TEST_TIMEOUT: Duration = Duration::from_secs(20);

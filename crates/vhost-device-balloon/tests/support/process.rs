@@ -7,7 +7,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::LONG;
+use super::TEST_TIMEOUT;
 use super::front_end::FrontEnd;
 
 /// A back end in a directory of its own.
@@ -110,7 +110,7 @@ impl Program {
     }
 
     fn until<T>(&mut self, mut attempt: impl FnMut() -> Option<T>) -> T {
-        let end = Instant::now() + LONG;
+        let end = Instant::now() + TEST_TIMEOUT;
         loop {
             if let Some(value) = attempt() {
                 return value;

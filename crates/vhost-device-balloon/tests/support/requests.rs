@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use balloon_abi::request::{ANSWER_HEADER_BYTES, REQUEST_BYTES};
 use balloon_abi::{AnswerHeader, Outcome, Pfn, Request, record};
-use control::{Balloon, ControlError, GuestAnswer, GuestAsk, WhyNot};
+use control::{BalloonControl, ControlError, GuestAnswer, GuestAsk, WhyNot};
 use guest_ring::Buffer;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::LONG;
+use super::TEST_TIMEOUT;
 use super::driver::{MESSAGE, REQUEST, Vm, is_readable};
 use super::guest::{BASE, PAGE};
 
@@ -62,7 +62,7 @@ impl Vm {
     }
 
     pub(crate) fn back(&mut self) -> Back {
-        self.back_within(LONG).expect("a chain comes back")
+        self.back_within(TEST_TIMEOUT).expect("a chain comes back")
     }
 
     fn read_back(&self, used: guest_ring::Used) -> Back {
@@ -135,11 +135,11 @@ pub(crate) fn blocks(start: u64, pages: u64, words: &[u64]) -> Vec<u8> {
 pub(crate) type Operator = JoinHandle<Result<GuestAnswer, ControlError>>;
 
 /// Asks, as the server does: in a thread of its own.
-pub(crate) fn ask(balloon: &Arc<dyn Balloon>, ask: GuestAsk, timeout: Duration) -> Operator {
+pub(crate) fn ask(balloon: &Arc<dyn BalloonControl>, ask: GuestAsk, timeout: Duration) -> Operator {
     let balloon = Arc::clone(balloon);
     thread::spawn(move || {
         let id = balloon.submit(ask, timeout)?;
-        balloon.wait_request(id, 2 * LONG).expect("a request ends in its time")
+        balloon.wait_request(id, 2 * TEST_TIMEOUT).expect("a request ends in its time")
     })
 }
 

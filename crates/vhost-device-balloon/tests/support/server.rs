@@ -7,17 +7,17 @@ use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
-use control::Balloon;
+use control::BalloonControl;
 use control::api::{PartialHuge, ReleaseMode, Status};
 use vhost_device_balloon::{Backend, End, SessionError};
 
-use super::LONG;
+use super::TEST_TIMEOUT;
 use super::front_end::FrontEnd;
 
 /// One guest's back end, for one connection after the other.
 pub(crate) struct Server {
     backend: Arc<Backend>,
-    pub(crate) balloon: Arc<dyn Balloon>,
+    pub(crate) balloon: Arc<dyn BalloonControl>,
     /// The process is asked to end by a byte in `.1`.
     stop: Arc<(UnixStream, UnixStream)>,
 }
@@ -52,7 +52,7 @@ impl Server {
             // A test that failed does not listen any more.
             let _ = send_outcome.send(backend.serve(&stream, &stop.0));
         });
-        let task = PathBuf::from("/proc").join(task.recv_timeout(LONG).unwrap());
+        let task = PathBuf::from("/proc").join(task.recv_timeout(TEST_TIMEOUT).unwrap());
         Served { thread, outcome, task }
     }
 
@@ -80,7 +80,7 @@ impl Server {
     /// Waits until everything the guest gave has been released. Nobody announces
     /// that, so it is looked for.
     pub(crate) fn settle(&self) {
-        let end = Instant::now() + LONG;
+        let end = Instant::now() + TEST_TIMEOUT;
         loop {
             let release = self.status().release;
             if release.pending_bytes == 0 && release.in_flight_bytes == 0 {
@@ -95,7 +95,7 @@ impl Server {
 impl Served {
     /// How the session ended, once it has; a back end that goes on is a failure.
     pub(crate) fn outcome(self) -> Result<End, SessionError> {
-        let outcome = self.outcome.recv_timeout(LONG);
+        let outcome = self.outcome.recv_timeout(TEST_TIMEOUT);
         if let Err(mpsc::RecvTimeoutError::Timeout) = outcome {
             panic!("the back end does not end the session");
         }

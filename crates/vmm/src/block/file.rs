@@ -199,7 +199,7 @@ impl DiskFile {
 
     /// The other side may run the guest from now on. It is still here as well, so nobody else may
     /// have the file.
-    pub(crate) fn offer(&self) {
+    pub(crate) fn prepare_switchover(&self) {
         if !self.shape.read_only {
             self.unlock(RUNS);
         }
@@ -423,7 +423,7 @@ mod tests {
         destination.expect().unwrap();
         assert!(destination.take().is_err(), "it runs at the source");
         nobody_else();
-        source.offer();
+        source.prepare_switchover();
         nobody_else();
         destination.take().unwrap();
         assert!(source.take().is_err(), "it runs at the destination");
@@ -441,7 +441,7 @@ mod tests {
         let (source, destination) = (open(&file, false), open(&file, false));
         source.take_new().unwrap();
         destination.expect().unwrap();
-        source.offer();
+        source.prepare_switchover();
         // It was refused.
         destination.release();
         assert!(open(&file, false).take_new().is_err());
@@ -458,7 +458,7 @@ mod tests {
         let (source, destination) = (open(&file, true), open(&file, true));
         source.take_new().unwrap();
         destination.expect().unwrap();
-        source.offer();
+        source.prepare_switchover();
         destination.take().unwrap();
         source.take().unwrap();
         // And not of a guest that writes.
@@ -466,7 +466,7 @@ mod tests {
         destination.release();
         let writer = open(&file, false);
         writer.take_new().unwrap();
-        writer.offer();
+        writer.prepare_switchover();
         assert!(destination.expect().is_err());
     }
 
@@ -518,7 +518,7 @@ mod tests {
         let other = open(&files[2], false);
         other.take_new().unwrap();
         assert!(check(2, 0).unwrap_err().why.contains("not by the guest's source"));
-        other.offer();
+        other.prepare_switchover();
         assert!(check(2, 0).unwrap_err().why.contains("not by the guest's source"));
         // Nobody's, which may be the same storage by a way that has no locks.
         check(3, 0).unwrap();

@@ -108,7 +108,7 @@ impl Work {
         }
     }
 
-    /// Asked before each piece. A request that ended in its middle is done anew from its
+    /// ControlApi before each piece. A request that ended in its middle is done anew from its
     /// beginning, which comes to the same: nobody was told of what was done of it.
     fn goes_on(&self) -> Result<(), Failure> {
         if self.permit.is_interrupted() { Err(Failure::Interrupted) } else { Ok(()) }

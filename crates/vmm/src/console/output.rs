@@ -276,7 +276,7 @@ mod tests {
 
     use super::*;
 
-    const SOON: Duration = Duration::from_secs(20);
+    const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 
     /// Takes a write only when it is let.
     struct Gate {
@@ -297,25 +297,25 @@ mod tests {
         }
     }
 
-    struct Bed {
+    struct Fixture {
         end: OutputEnd,
         lets: Option<Sender<io::Result<()>>>,
         seen: Receiver<Vec<u8>>,
     }
 
-    fn bed(limit_bytes: usize) -> Bed {
+    fn fixture(limit_bytes: usize) -> Fixture {
         let ((lets, let_in), (sees, seen)) = (channel(), channel());
         let gate = Gate { lets: let_in, seen: sees };
         let end = Output::with_limit(Box::new(gate), limit_bytes).unwrap();
-        Bed { end, lets: Some(lets), seen }
+        Fixture { end, lets: Some(lets), seen }
     }
 
-    impl Bed {
+    impl Fixture {
         /// Lets everything pass, and returns it.
         fn read(mut self) -> Vec<u8> {
             drop(self.lets.take());
             // As long as it fails, nobody waits for it.
-            while self.end.finish(SOON).left > 0 {
+            while self.end.finish(ANSWER_TIMEOUT).left > 0 {
                 thread::yield_now();
             }
             drop(self.end);
@@ -332,17 +332,17 @@ mod tests {
 
     #[test]
     fn nobody_waits_for_a_reader_who_does_not_read() {
-        let bed = bed(64 << 10);
-        let mut input = bed.end.input();
+        let fixture = fixture(64 << 10);
+        let mut input = fixture.end.input();
         let line = [[b'x'; 63].as_slice(), b"\n"].concat();
         input.write_all(&line).unwrap();
-        bed.is_taken();
+        fixture.is_taken();
         (1..10_000).for_each(|_| input.write_all(&line).unwrap());
-        let Lost { dropped, left } = bed.end.finish(Duration::from_millis(1));
+        let Lost { dropped, left } = fixture.end.finish(Duration::from_millis(1));
         assert_eq!(dropped + left, 640_000);
         assert!(left <= (64 << 10) + CHUNK_BYTES as u64, "{left}");
         // All of it is there when it is read, whole lines, with one word for what is not.
-        let read = String::from_utf8(bed.read()).unwrap();
+        let read = String::from_utf8(fixture.read()).unwrap();
         let word = format!("[host: {dropped} bytes of the console were dropped here");
         assert_eq!(read.matches("[host:").count(), 1);
         let (before, behind) = read.split_once(&word).unwrap();
@@ -353,28 +353,28 @@ mod tests {
 
     #[test]
     fn what_is_said_last_is_kept() {
-        let bed = bed(8 << 10);
-        let mut input = bed.end.input();
+        let fixture = fixture(8 << 10);
+        let mut input = fixture.end.input();
         input.write_all(b"first").unwrap();
-        bed.is_taken();
+        fixture.is_taken();
         input.write_all(&[b'.'; 100 << 10]).unwrap();
         input.write_all(b"last").unwrap();
-        let read = bed.read();
+        let read = fixture.read();
         assert!(read.starts_with(b"first\r\n[host: ") && read.ends_with(b"...last"));
     }
 
     #[test]
     fn a_reader_who_is_gone_delays_no_end_and_may_come_back() {
-        let bed = bed(1 << 20);
-        let lets = bed.lets.clone().unwrap();
-        bed.end.input().write_all(b"early ").unwrap();
+        let fixture = fixture(1 << 20);
+        let lets = fixture.lets.clone().unwrap();
+        fixture.end.input().write_all(b"early ").unwrap();
         lets.send(Err(io::Error::from(ErrorKind::BrokenPipe))).unwrap();
         let began = Instant::now();
-        assert_eq!(bed.end.finish(SOON).left, 6);
-        assert!(began.elapsed() < SOON);
-        bed.end.input().write_all(b"late").unwrap();
+        assert_eq!(fixture.end.finish(ANSWER_TIMEOUT).left, 6);
+        assert!(began.elapsed() < ANSWER_TIMEOUT);
+        fixture.end.input().write_all(b"late").unwrap();
         drop(lets);
-        assert_eq!(bed.read(), b"early late");
+        assert_eq!(fixture.read(), b"early late");
     }
 
     proptest! {
@@ -383,11 +383,11 @@ mod tests {
         fn who_reads_gets_everything_in_order(
             parts in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..9000), 0..8)
         ) {
-            let mut bed = bed(1 << 20);
-            drop(bed.lets.take());
-            let mut input = bed.end.input();
+            let mut fixture = fixture(1 << 20);
+            drop(fixture.lets.take());
+            let mut input = fixture.end.input();
             parts.iter().for_each(|part| input.write_all(part).unwrap());
-            prop_assert_eq!(bed.read(), parts.concat());
+            prop_assert_eq!(fixture.read(), parts.concat());
         }
     }
 }

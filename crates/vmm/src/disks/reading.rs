@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{LOOK, STACK_BYTES};
+use super::{POLL_INTERVAL, STACK_BYTES};
 use crate::error::Error;
 
 /// How long is waited.
@@ -136,7 +136,7 @@ pub(super) fn each_in_time<T: Send + 'static>(
     }
     drop(tells);
     while readings.iter().any(|reading| reading.found.is_none()) {
-        match told.recv_timeout(LOOK) {
+        match told.recv_timeout(POLL_INTERVAL) {
             Ok((number, found)) => {
                 if let Some(reading) = readings.get_mut(number) {
                     reading.found = Some(found);
@@ -161,7 +161,7 @@ mod tests {
     use super::*;
 
     /// Far longer than what is waited for takes.
-    const LONG: Duration = Duration::from_secs(60);
+    const TEST_TIMEOUT: Duration = Duration::from_secs(60);
     const SHORT: Duration = Duration::from_millis(300);
 
     #[test]
@@ -169,7 +169,7 @@ mod tests {
         let path = Path::new("/slow/disk");
         // Longer in all than for one, which is far longer than one takes.
         let one = Duration::from_secs(2);
-        let limits = Limits { one, all: LONG };
+        let limits = Limits { one, all: TEST_TIMEOUT };
         let slow = move |_: usize, step: &dyn Fn() -> io::Result<()>| {
             for _ in 0..25 {
                 thread::sleep(one / 20);
@@ -183,19 +183,19 @@ mod tests {
                 thread::sleep(SHORT / 100);
             }
         };
-        let limits = Limits { one: LONG, all: SHORT };
+        let limits = Limits { one: TEST_TIMEOUT, all: SHORT };
         assert_eq!(each_in_time(&[path], limits, || true, endless).unwrap(), [None]);
         while !under_way().iter().all(|(_, other)| other != path) {
-            thread::sleep(LOOK);
+            thread::sleep(POLL_INTERVAL);
         }
-        let limits = Limits { one: LONG, all: LONG };
+        let limits = Limits { one: TEST_TIMEOUT, all: TEST_TIMEOUT };
         assert_eq!(each_in_time(&[path], limits, || false, endless).unwrap(), [None]);
     }
 
     #[test]
     fn a_dead_disk_holds_one_thread_and_nobody_else() {
         let path = Path::new("/dead/disk");
-        let limits = Limits { one: SHORT, all: LONG };
+        let limits = Limits { one: SHORT, all: TEST_TIMEOUT };
         let (lets_go, held) = mpsc::channel::<()>();
         let held = Arc::new(Mutex::new(held));
         let begun = Arc::<AtomicU64>::default();
@@ -215,7 +215,7 @@ mod tests {
         // It answers again.
         drop(lets_go);
         while each_in_time(&[path], limits, || true, dead.clone()).is_err() {
-            thread::sleep(LOOK);
+            thread::sleep(POLL_INTERVAL);
         }
     }
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use balloon_host::Ending;
 
-use super::{EventSignals, Machine, Slot};
+use super::{EventFdInterrupts, Machine, Slot};
 use crate::console::output::Lost;
 use crate::error::Error;
 use crate::mmio::Transport;
@@ -46,7 +46,10 @@ pub(super) fn end_console(machine: &Machine, ending: &Ending) {
 
 impl Slot {
     /// The device's registers, if they can be had in time.
-    fn transport_until(&self, until: Instant) -> Option<MutexGuard<'_, Transport<EventSignals>>> {
+    fn transport_until(
+        &self,
+        until: Instant,
+    ) -> Option<MutexGuard<'_, Transport<EventFdInterrupts>>> {
         loop {
             match self.transport.try_lock() {
                 Ok(transport) => return Some(self.had(Ok(transport))),
@@ -151,7 +154,7 @@ mod tests {
         let memory = Ram::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
         let file = DiskFile::open(&options).unwrap();
         let disk = Block::new(&Arc::new(file), 0, memory.clone()).unwrap();
-        let signals = EventSignals { interrupt: event_file().unwrap(), kicks: Vec::new() };
+        let signals = EventFdInterrupts { interrupt: event_file().unwrap(), kicks: Vec::new() };
         let transport = Transport::new(Box::new(disk), signals, memory).unwrap();
         let (transport, is_to_go_on) = (Mutex::new(transport), AtomicBool::new(false));
         (Slot { start: 0, transport, kicks: Vec::new(), is_to_go_on }, path)

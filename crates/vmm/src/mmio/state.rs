@@ -2,7 +2,7 @@
 
 use virtio_queue::{Queue, QueueState, QueueT};
 
-use super::{RING_EVENT_IDX, Ring, Signals, Transport, VERSION_1, status};
+use super::{Interrupts, RING_EVENT_IDX, Ring, Transport, VERSION_1, status};
 use crate::state::codec::{Malformed, Reader, Writer};
 use balloon_host::ring::{self, MAX_QUEUE_SIZE};
 
@@ -88,7 +88,7 @@ impl TransportState {
     }
 }
 
-impl<S: Signals> Transport<S> {
+impl<S: Interrupts> Transport<S> {
     /// Of a guest that is [paused](Transport::pause).
     pub(crate) fn state(&self) -> TransportState {
         TransportState {
@@ -151,7 +151,7 @@ impl<S: Signals> Transport<S> {
     /// A queue where the state says that it is, if one can be there.
     fn ring(&self, state: &TransportState, ring: &(QueueState, [u64; 3])) -> Option<Ring> {
         let &(queue_state, places) = ring;
-        // Asked before the queue is, which would log what a peer sent.
+        // ControlApi before the queue is, which would log what a peer sent.
         let QueueState { desc_table, avail_ring, used_ring, .. } = queue_state;
         let aligned = desc_table.is_multiple_of(16)
             && avail_ring.is_multiple_of(2)

@@ -100,7 +100,7 @@ impl Disk {
 
     /// The guest stands still while the disk is at work; false where the ring makes no sense.
     pub fn pause(&mut self) -> bool {
-        let broken = self.block.give_back(0, &self.memory, &mut self.queue) == Served::Broken;
+        let broken = self.block.return_unused(0, &self.memory, &mut self.queue) == Served::Broken;
         assert!(self.block.is_idle());
         !broken
     }

@@ -20,7 +20,7 @@ const HAND_OVER: u16 = 13;
 const MOST_KIB: u64 = 48 << 10;
 
 /// For the process to hang up, and to wait again.
-const SOON: Duration = Duration::from_secs(60);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
 const ID: [u8; 16] = [9; 16];
 
@@ -51,16 +51,16 @@ pub(super) fn sources_get_nothing(receiver: &Receiver) {
     ];
     for (number, bytes) in said.iter().enumerate() {
         let mut source = TcpStream::connect(&receiver.address).unwrap();
-        source.set_read_timeout(Some(SOON)).unwrap();
+        source.set_read_timeout(Some(ANSWER_TIMEOUT)).unwrap();
         // It may have hung up before all of it was said.
         let _ = source.write_all(bytes);
         let began = Instant::now();
         let _ = source.read_to_end(&mut Vec::new());
-        assert!(began.elapsed() < SOON, "{number} is listened to");
+        assert!(began.elapsed() < ANSWER_TIMEOUT, "{number} is listened to");
         let state = receiver.state();
         assert!(state.is_some(), "{number} ended it: {}", receiver.guest.console_log());
     }
-    let end = Instant::now() + SOON;
+    let end = Instant::now() + ANSWER_TIMEOUT;
     while receiver.state() != Some(MigrationState::Waiting) {
         assert!(Instant::now() < end, "{:?}", receiver.state());
         std::thread::sleep(Duration::from_millis(20));

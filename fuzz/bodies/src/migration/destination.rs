@@ -7,7 +7,8 @@ use migration::link::Accept;
 use migration::observer::Silent;
 use migration::raw::{Speaker, content_sum};
 use migration::{
-    Custody, DestinationConfig, DestinationGuest, MigrationId, ReceiveFailure, Settled, receive,
+    DestinationConfig, DestinationGuest, DestinationOwnership, MigrationId, ReceiveFailure,
+    Resolution, receive,
 };
 
 use super::machine::{Destination, MACHINE, MAX_BYTES};
@@ -43,24 +44,24 @@ pub(super) fn run(script: &mut Script<'_>) {
     match received {
         Ok(received) => {
             assert!(machine.runs && hands_over);
-            assert_eq!(received.custody.settled(), Settled::Runs);
+            assert_eq!(received.ownership.resolved(), Resolution::Runs);
         }
-        Err(ReceiveFailure { guest: DestinationGuest::InDoubt(custody), .. }) => {
+        Err(ReceiveFailure { guest: DestinationGuest::InDoubt(ownership), .. }) => {
             assert!(machine.made && machine.loaded && !machine.runs);
-            settle(custody, &mut machine, hands_over);
+            resolve(ownership, &mut machine, hands_over);
         }
         Err(_) => assert!(!machine.made && !machine.runs),
     }
 }
 
 /// The source asks once more, and says this or that.
-fn settle(mut custody: Custody, machine: &mut Destination, hands_over: bool) {
+fn resolve(mut ownership: DestinationOwnership, machine: &mut Destination, hands_over: bool) {
     let mut bytes = Speaker::new().frame(kind::HELLO, &hello(2, 0, 1, (1, 1)), &[]);
     let word = if hands_over { kind::HAND_OVER } else { kind::GIVE_UP };
     bytes.extend(Speaker::keyed(ID, 0, true).frame(word, &[], &[]));
-    let _ = custody.answer(Scripted::bytes(bytes), Duration::from_secs(1), machine);
-    assert_eq!(machine.runs, custody.settled() == Settled::Runs);
-    assert!(hands_over || custody.settled() == Settled::Gone);
+    let _ = ownership.answer(Scripted::bytes(bytes), Duration::from_secs(1), machine);
+    assert_eq!(machine.runs, ownership.resolved() == Resolution::Runs);
+    assert!(hands_over || ownership.resolved() == Resolution::Gone);
     assert!(machine.runs || !machine.made);
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use migration::cpu::{CpuFeatures, FeatureWord};
 use migration::dirty::DirtyBitmap;
 use migration::layout::GuestLayout;
-use migration::seams::{
+use migration::traits::{
     Description, DestinationMachine, FreePages, MachineError, ReadPages, SourceMachine,
     StateSection, WritePages,
 };
@@ -152,7 +152,7 @@ impl SourceMachine for Source {
         Ok(())
     }
 
-    fn give_away(&mut self) {
+    fn relinquish(&mut self) {
         assert!(!self.runs && !self.given_away);
         self.given_away = true;
     }

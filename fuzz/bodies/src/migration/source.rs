@@ -10,7 +10,7 @@ use super::machine::Source;
 use super::{Body, Said, Scripted, kind};
 use crate::script::Script;
 
-/// Connections that a source gets; the last of them are to settle.
+/// Connections that a source gets; the last of them are to resolve.
 const MAX_LINKS: usize = 4;
 
 pub(super) fn run(script: &mut Script<'_>) {
@@ -39,8 +39,8 @@ pub(super) fn run(script: &mut Script<'_>) {
         Err(SourceFailure { guest: SourceGuest::InDoubt(doubt), .. }) => {
             assert!(!machine.runs && !machine.given_away && offered);
             // It asks whoever is there.
-            let settled = doubt.ask(&mut machine, &mut connect);
-            assert_eq!(settled.is_ok(), machine.runs || machine.given_away);
+            let resolved = doubt.ask(&mut machine, &mut connect);
+            assert_eq!(resolved.is_ok(), machine.runs || machine.given_away);
         }
         Err(SourceFailure { guest: SourceGuest::Stuck(error), .. }) => panic!("{error}"),
     }

@@ -1,11 +1,11 @@
-//! What the C glue calls.
+//! What the C shim calls.
 
 use core::ffi::{CStr, c_char, c_int};
 
 use balloon_abi::{Features, MessageStatus};
-use balloon_driver::{Balloon, Geometry, Progress, shrinkable_pages};
+use balloon_driver::{BalloonDriver, Geometry, Progress, shrinkable_pages};
 
-use crate::kernel::{Glue, seams};
+use crate::kernel::{Shim, traits};
 
 /// How long a balloon that found no memory waits before it asks the kernel
 /// again. Long enough not to fight the guest for pages that it needs, short
@@ -15,10 +15,10 @@ const STARVED_RETRY_MS: c_int = 1000;
 /// Answer of [`aerostat_run`] and [`aerostat_empty`]: the device is gone.
 const GONE: c_int = -1;
 
-/// The state of one balloon, in memory that the glue owns.
+/// The state of one balloon, in memory that the shim owns.
 pub struct Core {
     negotiated: Features,
-    balloon: Balloon,
+    balloon: BalloonDriver,
 }
 
 /// Bytes of a [`Core`]. Touches no state.
@@ -48,7 +48,7 @@ pub unsafe extern "C" fn aerostat_init(
     max_order: u32,
 ) {
     let negotiated = Features(negotiated);
-    let balloon = Balloon::new(negotiated, Geometry { page_shift, max_order });
+    let balloon = BalloonDriver::new(negotiated, Geometry { page_shift, max_order });
     // SAFETY: the caller vouches for `core`. What was there needs no drop: a
     // `Core` owns nothing.
     unsafe { core.write(Core { negotiated, balloon }) }
@@ -59,14 +59,14 @@ pub unsafe extern "C" fn aerostat_init(
 ///
 /// # Safety
 ///
-/// `core` must be a balloon from [`aerostat_init`] and `glue` its device, both
+/// `core` must be a balloon from [`aerostat_init`] and `shim` its device, both
 /// under the held balloon mutex.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn aerostat_run(core: *mut Core, glue: *mut Glue) -> c_int {
+pub unsafe extern "C" fn aerostat_run(core: *mut Core, shim: *mut Shim) -> c_int {
     // SAFETY: valid and exclusive by the caller's word.
     let core = unsafe { &mut *core };
     // SAFETY: the same.
-    let (mut memory, mut queues) = unsafe { seams(glue, core.negotiated) };
+    let (mut memory, mut queues) = unsafe { traits(shim, core.negotiated) };
     match core.balloon.run(&mut memory, &mut queues) {
         Ok(Progress::Settled | Progress::Yielded) => 0,
         Ok(Progress::Starved) => STARVED_RETRY_MS,
@@ -81,11 +81,11 @@ pub unsafe extern "C" fn aerostat_run(core: *mut Core, glue: *mut Glue) -> c_int
 ///
 /// As for [`aerostat_run`].
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn aerostat_yield(core: *mut Core, glue: *mut Glue, wanted: u64) -> u64 {
+pub unsafe extern "C" fn aerostat_yield(core: *mut Core, shim: *mut Shim, wanted: u64) -> u64 {
     // SAFETY: valid and exclusive by the caller's word.
     let core = unsafe { &mut *core };
     // SAFETY: the same.
-    let (mut memory, mut queues) = unsafe { seams(glue, core.negotiated) };
+    let (mut memory, mut queues) = unsafe { traits(shim, core.negotiated) };
     core.balloon.yield_pages(wanted, &mut memory, &mut queues).unwrap_or(0)
 }
 
@@ -95,11 +95,11 @@ pub unsafe extern "C" fn aerostat_yield(core: *mut Core, glue: *mut Glue, wanted
 ///
 /// As for [`aerostat_run`].
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn aerostat_empty(core: *mut Core, glue: *mut Glue) -> c_int {
+pub unsafe extern "C" fn aerostat_empty(core: *mut Core, shim: *mut Shim) -> c_int {
     // SAFETY: valid and exclusive by the caller's word.
     let core = unsafe { &mut *core };
     // SAFETY: the same.
-    let (mut memory, mut queues) = unsafe { seams(glue, core.negotiated) };
+    let (mut memory, mut queues) = unsafe { traits(shim, core.negotiated) };
     match core.balloon.empty(&mut memory, &mut queues) {
         Ok(()) => 0,
         Err(_) => GONE,

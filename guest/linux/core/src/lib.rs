@@ -1,10 +1,10 @@
 //! The balloon driver as the kernel module links it.
 //!
-//! [`entry`] and [`requests`] are what the C glue calls, [`kernel`] and
+//! [`entry`] and [`requests`] are what the C shim calls, [`kernel`] and
 //! [`request_kernel`] are what it provides. All is declared once more in
 //! `aerostat_core.h`, for the C compiler.
 //!
-//! Every call of [`entry`] happens with the glue's balloon mutex held, except
+//! Every call of [`entry`] happens with the shim's balloon mutex held, except
 //! where an entry point says that it touches no state.
 
 #![no_std]

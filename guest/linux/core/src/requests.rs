@@ -1,14 +1,14 @@
-//! What the C glue calls for the host's requests. Nothing here is guarded by the
+//! What the C shim calls for the host's requests. Nothing here is guarded by the
 //! balloon mutex: each entry point says what does.
 
 use core::ffi::{CStr, c_char, c_int};
 
 use balloon_abi::request::{ANSWER_HEADER_BYTES, AnswerHeader, REQUEST_BYTES};
 use balloon_abi::{Features, MessageStatus, QueueLayout, Vq};
-use balloon_driver::{Asked, Geometry, Hold, Inbox, Intake, Requests};
+use balloon_driver::{ReceivedRequest, Geometry, Hold, Inbox, Intake, RequestHandler};
 
 use crate::entry::refusal;
-use crate::kernel::Glue;
+use crate::kernel::Shim;
 use crate::request_kernel::{request_seams, stop_number};
 
 const IGNORE: c_int = 0;
@@ -19,7 +19,7 @@ const REFUSE: c_int = 3;
 /// Bytes of a [`Requests`]. Touches no state.
 #[unsafe(no_mangle)]
 pub extern "C" fn aerostat_requests_bytes() -> usize {
-    size_of::<Requests>()
+    size_of::<RequestHandler>()
 }
 
 /// Bytes of an [`Inbox`]. Touches no state.
@@ -49,13 +49,13 @@ pub extern "C" fn aerostat_request_vq(negotiated: u64) -> c_int {
 /// that nothing else uses meanwhile.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn aerostat_requests_init(
-    core: *mut Requests,
+    core: *mut RequestHandler,
     page_shift: u32,
     max_order: u32,
 ) {
     // SAFETY: the caller vouches for `core`. What was there needs no drop: a
     // `Requests` owns nothing.
-    unsafe { core.write(Requests::new(Geometry { page_shift, max_order })) }
+    unsafe { core.write(RequestHandler::new(Geometry { page_shift, max_order })) }
 }
 
 /// Carries out all requests that wait. Returns how many there were.
@@ -63,13 +63,13 @@ pub unsafe extern "C" fn aerostat_requests_init(
 /// # Safety
 ///
 /// `core` must be from [`aerostat_requests_init`] and used by this call alone;
-/// `glue` must be its device, which has requests.
+/// `shim` must be its device, which has requests.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn aerostat_requests_run(core: *mut Requests, glue: *mut Glue) -> u64 {
+pub unsafe extern "C" fn aerostat_requests_run(core: *mut RequestHandler, shim: *mut Shim) -> u64 {
     // SAFETY: valid and exclusive by the caller's word.
     let core = unsafe { &mut *core };
     // SAFETY: the same.
-    let (mut kernel, mut queue) = unsafe { request_seams(glue) };
+    let (mut kernel, mut queue) = unsafe { request_seams(shim) };
     core.run(&mut kernel, &mut queue)
 }
 
@@ -100,7 +100,7 @@ pub unsafe extern "C" fn aerostat_inbox_take(
 ) -> c_int {
     // SAFETY: valid and exclusive by the caller's word.
     let inbox = unsafe { &mut *inbox };
-    // SAFETY: readable by the caller's word; a copy in the glue's own memory, so
+    // SAFETY: readable by the caller's word; a copy in the shim's own memory, so
     // nobody writes to it meanwhile.
     let request = unsafe { &*request };
     match inbox.take(request) {
@@ -121,15 +121,15 @@ pub unsafe extern "C" fn aerostat_inbox_take(
 /// # Safety
 ///
 /// `inbox` must be from [`aerostat_inbox_init`], under the held queue lock.
-/// `asked` must be what this crate passed to the glue.
+/// `asked` must be what this crate passed to the shim.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn aerostat_inbox_begin_next(
     inbox: *mut Inbox,
-    asked: *mut Option<Asked>,
+    asked: *mut Option<ReceivedRequest>,
 ) -> bool {
     // SAFETY: valid and exclusive by the caller's word.
     let next = unsafe { &mut *inbox }.begin_next();
-    // SAFETY: the glue passes on a live local of `KernelQueue::begin_next`.
+    // SAFETY: the shim passes on a live local of `KernelQueue::begin_next`.
     unsafe { asked.write(next) }
     next.is_some()
 }

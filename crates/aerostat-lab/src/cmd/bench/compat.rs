@@ -34,7 +34,7 @@ pub(super) struct CompatArgs {
 }
 
 pub(super) fn run(args: &CompatArgs) -> Result<(), Failure> {
-    let options = compat::Options {
+    let options = compat::CompatOptions {
         program: program()?,
         kernels: args.kernel.clone(),
         monitors: args.monitor.clone(),

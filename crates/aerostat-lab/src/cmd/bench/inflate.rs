@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use bench::inflate::{self, Memory, Report};
+use bench::inflate::{self, MemoryState, Report};
 use bench::kvm_inflate;
 use clap::{Args, ValueEnum};
 use control::Size;
@@ -65,7 +65,7 @@ enum MemoryArg {
     Fragmented,
 }
 
-impl From<MemoryArg> for Memory {
+impl From<MemoryArg> for MemoryState {
     fn from(memory: MemoryArg) -> Self {
         match memory {
             MemoryArg::Idle => Self::Idle,
@@ -83,12 +83,12 @@ pub(super) fn run(args: &InflateArgs) -> Result<(), Failure> {
 }
 
 fn run_kvm(args: &InflateArgs) -> Result<(), Failure> {
-    let options = kvm_inflate::Options {
+    let options = kvm_inflate::KvmInflateOptions {
         rounds: args.rounds,
         guest_mib: args.guest.iter().map(|size| size.0 >> 20).collect(),
-        memory: chosen(&args.memory, &[Memory::Idle, Memory::Touched], Memory::from),
+        memory: chosen(&args.memory, &[MemoryState::Idle, MemoryState::Touched], MemoryState::from),
     };
-    if options.memory.contains(&Memory::Fragmented)
+    if options.memory.contains(&MemoryState::Fragmented)
         || args.svg.is_some()
         || !args.backing.is_empty()
     {
@@ -102,11 +102,11 @@ fn run_kvm(args: &InflateArgs) -> Result<(), Failure> {
 }
 
 fn run_uml(args: &InflateArgs) -> Result<(), Failure> {
-    let options = inflate::Options {
+    let options = inflate::InflateOptions {
         program: program()?,
         rounds: args.rounds,
         guest_mib: args.guest.iter().map(|size| size.0 >> 20).collect(),
-        memory: chosen(&args.memory, &Memory::ALL, Memory::from),
+        memory: chosen(&args.memory, &MemoryState::ALL, MemoryState::from),
         backing: BackingArg::chosen(&args.backing),
     };
     let report =

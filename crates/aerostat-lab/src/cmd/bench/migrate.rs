@@ -69,7 +69,7 @@ enum CaseArg {
 }
 
 pub(super) fn run(args: &MigrateArgs) -> Result<(), Failure> {
-    let options = migrate::Options {
+    let options = migrate::MigrateOptions {
         rounds: args.rounds,
         guest_mib: args.guest.iter().map(|size| size.0 >> 20).collect(),
         guests: chosen(&args.state, &GuestState::ALL, |state| match state {

@@ -1,6 +1,6 @@
 //! `aerostat-lab bench monitors`: QEMU's own balloon device against ours.
 
-use bench::inflate::Memory;
+use bench::inflate::MemoryState;
 use bench::monitors::{self, Report};
 use clap::{Args, ValueEnum};
 use control::Size;
@@ -42,13 +42,15 @@ enum MemoryArg {
 }
 
 pub(super) fn run(args: &MonitorsArgs) -> Result<(), Failure> {
-    let options = monitors::Options {
+    let options = monitors::MonitorsOptions {
         program: program()?,
         rounds: args.rounds,
         guest_mib: args.guest.0 >> 20,
-        memory: chosen(&args.memory, &[Memory::Idle, Memory::Touched], |memory| match memory {
-            MemoryArg::Idle => Memory::Idle,
-            MemoryArg::Touched => Memory::Touched,
+        memory: chosen(&args.memory, &[MemoryState::Idle, MemoryState::Touched], |memory| {
+            match memory {
+                MemoryArg::Idle => MemoryState::Idle,
+                MemoryArg::Touched => MemoryState::Touched,
+            }
         }),
         kernel_arguments: args.kernel_argument.clone(),
     };

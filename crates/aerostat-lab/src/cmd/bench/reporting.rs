@@ -33,7 +33,7 @@ pub(super) struct ReportingArgs {
 }
 
 pub(super) fn run(args: &ReportingArgs) -> Result<(), Failure> {
-    let options = reporting::Options {
+    let options = reporting::ReportingOptions {
         program: program()?,
         rounds: args.rounds,
         guest_mib: args.guest.0 >> 20,

@@ -29,7 +29,7 @@ pub(super) struct RequestsArgs {
 }
 
 pub(super) fn run(args: &RequestsArgs) -> Result<(), Failure> {
-    let options = requests::Options {
+    let options = requests::RequestsOptions {
         program: program()?,
         rounds: args.rounds,
         guest_mib: args.guest.iter().map(|size| size.0 >> 20).collect(),

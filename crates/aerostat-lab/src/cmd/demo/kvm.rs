@@ -1,7 +1,7 @@
 //! The balloon in our own monitor: a Debian guest on KVM, with the stock driver and with ours.
 
 use bench::kvm::Place;
-use bench::kvm_inflate::{self, Case, CaseReport, KERNEL_ARGUMENT, Options, Report};
+use bench::kvm_inflate::{self, Case, CaseReport, KERNEL_ARGUMENT, KvmInflateOptions, Report};
 
 use super::table::{Row, header};
 use super::{GUEST_MIB, MEMORY};
@@ -20,7 +20,8 @@ pub(super) fn show() -> Result<(), Failure> {
     let place = Place::find();
     steps.end();
     print(&format!("{}\n\n", where_it_runs(place)))?;
-    let options = Options { rounds: 1, guest_mib: vec![GUEST_MIB], memory: MEMORY.to_vec() };
+    let options =
+        KvmInflateOptions { rounds: 1, guest_mib: vec![GUEST_MIB], memory: MEMORY.to_vec() };
     let words = [KERNEL_ARGUMENT.to_owned()];
     let steps = Steps::start();
     let report = kvm_inflate::measure(options, &words, &mut |step| steps.show(step));
@@ -85,11 +86,11 @@ fn row(case: &CaseReport) -> Row {
 #[cfg(test)]
 mod tests {
     use bench::Spread;
-    use bench::inflate::{Memory, StagesMs};
+    use bench::inflate::{MemoryState, StagesMs};
 
     use super::*;
 
-    fn case(name: Case, memory: Memory, wall_ms: f64) -> CaseReport {
+    fn case(name: Case, memory: MemoryState, wall_ms: f64) -> CaseReport {
         let spread = |figure| Spread { min: figure, median: figure, max: figure };
         CaseReport {
             name,

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 
-use bench::soak::moves::{self, CASES, Case, CaseReport, Options, Report};
+use bench::soak::moves::{self, CASES, Case, CaseReport, MoveOptions, Report};
 use clap::Args;
 
 use crate::cmd::bench::{failure, program};
@@ -53,7 +53,7 @@ pub(super) fn run(args: &MovesArgs, seed: Option<u64>, json: bool) -> Result<(),
     }
     let cases = if args.guest.is_empty() { CASES.to_vec() } else { args.guest.clone() };
     let moves = number(args.migrate).saturating_add(number(args.faults));
-    let options = Options { program: program()?, moves, cases };
+    let options = MoveOptions { program: program()?, moves, cases };
     let steps = Steps::start();
     let report =
         moves::run(&options, &|case| words(args, seed, case), &mut |step| steps.show(step));
@@ -80,16 +80,16 @@ fn words(args: &MovesArgs, seed: u64, case: &Case) -> Vec<OsString> {
 
 /// One kind of guest, where a KVM is.
 fn inside(args: &MovesArgs, seed: u64) -> Result<(), Failure> {
-    let kit = moves::given_kit(&program()?).map_err(failure)?;
+    let run_config = moves::given_kit(&program()?).map_err(failure)?;
     moves::raise_loopback();
     let tell = &mut |step: &str| diagnostics::say!("{step}");
     let mut reports = Vec::new();
     for case in &args.guest {
         if args.migrate.is_some() {
-            reports.push(moves::endure(&kit, *case, 0..number(args.migrate), tell));
+            reports.push(moves::endure(&run_config, *case, 0..number(args.migrate), tell));
         }
         if args.faults.is_some() {
-            reports.push(moves::fail(&kit, *case, number(args.faults), seed, tell));
+            reports.push(moves::fail(&run_config, *case, number(args.faults), seed, tell));
         }
     }
     for report in reports {

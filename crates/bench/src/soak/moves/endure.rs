@@ -7,9 +7,9 @@ use control::Client;
 use control::api::{BalloonStatus, MigrationStatus};
 
 use super::case::{Case, Target, Turn};
-use super::kit::Kit;
+use super::migrating_guest::{LIMIT, MigratingGuest, POLL_INTERVAL};
 use super::report::CaseReport;
-use super::traveller::{LIMIT, LOOK, Traveller};
+use super::run_config::RunConfig;
 use crate::error::{BenchError, Result, wrong};
 use crate::logs::{backend_complaints, guest_complaints};
 use crate::threads;
@@ -39,14 +39,14 @@ const MIB: u64 = 1 << 20;
 /// Moves a guest there and back, with what differs from move to move as of these numbers; `told`
 /// hears of each. Every tenth time all of the guest's memory is filled.
 pub fn endure(
-    kit: &Kit,
+    run_config: &RunConfig,
     case: Case,
     moves: Range<usize>,
     told: &mut dyn FnMut(&str),
 ) -> CaseReport {
     let began = Instant::now();
     let mut report = CaseReport::new(case.name);
-    if let Err(error) = walk(kit, case, moves, &mut report, told) {
+    if let Err(error) = walk(run_config, case, moves, &mut report, told) {
         report.failure = Some(error.to_string());
     }
     report.took_s = began.elapsed().as_secs_f64();
@@ -54,21 +54,21 @@ pub fn endure(
 }
 
 fn walk(
-    kit: &Kit,
+    run_config: &RunConfig,
     case: Case,
     moves: Range<usize>,
     report: &mut CaseReport,
     told: &mut dyn FnMut(&str),
 ) -> Result<()> {
-    let mut traveller = Traveller::boot(kit, case, MEMORY_MIB)?;
-    traveller.run(&format!("fill kept {KEPT_MIB} 1"))?;
-    let mut walk = Walk { case, traveller, target_mib: 0, report };
+    let mut migrating_guest = MigratingGuest::boot(run_config, case, MEMORY_MIB)?;
+    migrating_guest.run(&format!("fill kept {KEPT_MIB} 1"))?;
+    let mut walk = SoakRun { case, migrating_guest, target_mib: 0, report };
     walk.begin(0)?;
     for number in moves {
         let turn = case.turn(number);
         let moved = walk.go(&turn);
         let status = moved.map_err(|error| {
-            let guest = &walk.traveller.guest;
+            let guest = &walk.migrating_guest.guest;
             let (threads, log) = (threads::of(guest.pid()), guest.console_log());
             wrong(format!("move {number}, {turn:?}: {error}\n{threads}{log}"))
         })?;
@@ -81,29 +81,29 @@ fn walk(
 }
 
 /// A guest on its way.
-struct Walk<'a, 'b> {
+struct SoakRun<'a, 'b> {
     case: Case,
-    traveller: Traveller<'a>,
+    migrating_guest: MigratingGuest<'a>,
     /// What the balloon was told to hold.
     target_mib: u64,
     report: &'b mut CaseReport,
 }
 
-impl Walk<'_, '_> {
+impl SoakRun<'_, '_> {
     /// What runs beside everything else.
     fn begin(&mut self, seed: u64) -> Result<()> {
-        self.traveller.run(&format!("churn {CHURN_MIB} {}", seed + 1))?;
+        self.migrating_guest.run(&format!("churn {CHURN_MIB} {}", seed + 1))?;
         if self.case.busy {
-            self.traveller.run(&format!("busy {BUSY_MIB}"))?;
+            self.migrating_guest.run(&format!("busy {BUSY_MIB}"))?;
         }
         Ok(())
     }
 
     fn calm(&mut self) -> Result<()> {
         if self.case.busy {
-            self.traveller.run("idle")?;
+            self.migrating_guest.run("idle")?;
         }
-        let reply = self.traveller.run("calm")?;
+        let reply = self.migrating_guest.run("calm")?;
         let number = |name: &str| {
             let word = reply.text.split_whitespace().find_map(|word| word.strip_prefix(name));
             word.and_then(|word| word.parse::<u64>().ok())
@@ -126,19 +126,19 @@ impl Walk<'_, '_> {
     fn go(&mut self, turn: &Turn) -> Result<MigrationStatus> {
         if let Target::Before(percent) = turn.target {
             self.set(percent)?;
-            self.settles()?;
+            self.resolves()?;
         }
-        let receiver = self.traveller.receiver(&turn.receiver)?;
-        let mut departure = self.traveller.depart(&receiver.address, &turn.sender)?;
+        let receiver = self.migrating_guest.receiver(&turn.receiver)?;
+        let mut departure = self.migrating_guest.depart(&receiver.address, &turn.sender)?;
         let mut wanted = match turn.target {
             Target::Meanwhile(percent) => Some(percent),
             _ => None,
         };
         let target_mib = &mut self.target_mib;
-        let mut talk = self.traveller.converse(&mut departure, |traveller| {
+        let mut talk = self.migrating_guest.converse(&mut departure, |migrating_guest| {
             // Refused where the guest has left just now, or is about to; it is asked there then.
             if let Some(percent) = wanted
-                && let Ok(client) = traveller.client()
+                && let Ok(client) = migrating_guest.client()
                 && client.set_balloon(mib_of(percent) * MIB, Duration::ZERO).is_ok()
             {
                 *target_mib = mib_of(percent);
@@ -148,8 +148,8 @@ impl Walk<'_, '_> {
         })?;
         let said = departure.end()?;
         let status = said.moved()?;
-        let log = self.traveller.guest.console_log();
-        self.report.unheard += u64::from(self.traveller.arrive(receiver, &mut talk)?);
+        let log = self.migrating_guest.guest.console_log();
+        self.report.unheard += u64::from(self.migrating_guest.arrive(receiver, &mut talk)?);
         self.report.answered += talk.answered;
         self.note_complaints(&log);
         self.report.add(&status);
@@ -162,7 +162,7 @@ impl Walk<'_, '_> {
 
     /// The guest came with all that it had.
     fn is_whole(&mut self) -> Result<()> {
-        let status = self.traveller.client()?.status()?;
+        let status = self.migrating_guest.client()?.status()?;
         let target_mib = status.balloon.target_bytes / MIB;
         if target_mib != self.target_mib {
             return Err(wrong(format!("its target is {target_mib}, not {} MiB", self.target_mib)));
@@ -172,11 +172,11 @@ impl Walk<'_, '_> {
             return Err(BenchError::Faults { name, faults: status.faults });
         }
         self.verify("kept", KEPT_MIB, 1)?;
-        self.settles()
+        self.resolves()
     }
 
     fn verify(&mut self, file: &str, mib: u64, seed: u64) -> Result<()> {
-        let verified = self.traveller.verify(file, mib, seed);
+        let verified = self.migrating_guest.verify(file, mib, seed);
         if let Err(BenchError::WrongPages { pages, .. }) = &verified {
             self.report.wrong_pages += pages;
         }
@@ -186,19 +186,19 @@ impl Walk<'_, '_> {
 
     fn set(&mut self, percent: u64) -> Result<()> {
         self.target_mib = mib_of(percent);
-        self.traveller.client()?.set_balloon(self.target_mib * MIB, Duration::ZERO)?;
+        self.migrating_guest.client()?.set_balloon(self.target_mib * MIB, Duration::ZERO)?;
         Ok(())
     }
 
-    fn settles(&mut self) -> Result<()> {
+    fn resolves(&mut self) -> Result<()> {
         if self.case.driver.is_none() {
             return Ok(());
         }
-        let client: Client = self.traveller.client()?;
+        let client: Client = self.migrating_guest.client()?;
         let end = Instant::now() + LIMIT;
         loop {
             let status: BalloonStatus = client.status()?.balloon;
-            if status.settled && status.actual_bytes == self.target_mib * MIB {
+            if status.at_target && status.actual_bytes == self.target_mib * MIB {
                 return Ok(());
             }
             if Instant::now() > end {
@@ -206,7 +206,7 @@ impl Walk<'_, '_> {
                 let target_pages = status.target_pages;
                 return Err(BenchError::NotReached { name, actual_pages, target_pages });
             }
-            std::thread::sleep(LOOK);
+            std::thread::sleep(POLL_INTERVAL);
         }
     }
 
@@ -215,16 +215,16 @@ impl Walk<'_, '_> {
         self.calm()?;
         if self.case.driver.is_some() {
             self.set(0)?;
-            self.settles()?;
+            self.resolves()?;
         }
-        let free_mib = self.traveller.number("free-mib")?;
+        let free_mib = self.migrating_guest.number("free-mib")?;
         let all_mib = free_mib.saturating_sub(RESERVE_MIB);
         if all_mib < MEMORY_MIB / 4 {
             return Err(wrong(format!("{free_mib} MiB are free")));
         }
-        self.traveller.run(&format!("fill all {all_mib} {seed}"))?;
+        self.migrating_guest.run(&format!("fill all {all_mib} {seed}"))?;
         self.verify("all", all_mib, seed)?;
-        self.traveller.run("drop all")?;
+        self.migrating_guest.run("drop all")?;
         self.begin(seed)
     }
 
@@ -235,9 +235,9 @@ impl Walk<'_, '_> {
 
     fn end(mut self) -> Result<()> {
         self.calm()?;
-        let log = self.traveller.guest.console_log();
+        let log = self.migrating_guest.guest.console_log();
         self.note_complaints(&log);
-        let ended = self.traveller.guest.power_off()?;
+        let ended = self.migrating_guest.guest.power_off()?;
         if ended.success() { Ok(()) } else { Err(wrong(format!("the monitor: {ended}"))) }
     }
 }

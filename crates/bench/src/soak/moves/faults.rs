@@ -8,10 +8,10 @@ use lab::LabError;
 
 use super::case::Case;
 use super::endure::{KEPT_MIB, MEMORY_MIB, complaints};
-use super::kit::Kit;
+use super::migrating_guest::{Conversation, LIMIT, MigratingGuest, POLL_INTERVAL, Receiver, state};
 use super::proxy::{Fault, Harm, Moment, Proxy, Side};
 use super::report::CaseReport;
-use super::traveller::{Conversation, LIMIT, LOOK, Receiver, Traveller, state};
+use super::run_config::RunConfig;
 use crate::error::{Result, wrong};
 use crate::proc_text::kib;
 
@@ -48,28 +48,28 @@ enum Place {
 
 /// Lets `count` migrations fail, in moments and ways chosen by `seed`; `told` hears of each.
 pub fn fail(
-    kit: &Kit,
+    run_config: &RunConfig,
     case: Case,
     count: usize,
     seed: u64,
     told: &mut dyn FnMut(&str),
 ) -> CaseReport {
     let chosen = faults(seed).into_iter().cycle().take(count).collect();
-    let mut report = fail_at(kit, case, chosen, told);
+    let mut report = fail_at(run_config, case, chosen, told);
     report.seed = Some(seed);
     report
 }
 
 /// Lets migrations fail so.
 pub fn fail_at(
-    kit: &Kit,
+    run_config: &RunConfig,
     case: Case,
     faults: Vec<Fault>,
     told: &mut dyn FnMut(&str),
 ) -> CaseReport {
     let began = Instant::now();
     let mut report = CaseReport::new(case.name);
-    if let Err(error) = fail_all(kit, case, faults.into_iter(), &mut report, told) {
+    if let Err(error) = fail_all(run_config, case, faults.into_iter(), &mut report, told) {
         report.failure = Some(error.to_string());
     }
     report.took_s = began.elapsed().as_secs_f64();
@@ -91,61 +91,61 @@ pub fn faults(seed: u64) -> Vec<Fault> {
 }
 
 fn fail_all(
-    kit: &Kit,
+    run_config: &RunConfig,
     case: Case,
     faults: impl Iterator<Item = Fault>,
     report: &mut CaseReport,
     told: &mut dyn FnMut(&str),
 ) -> Result<()> {
-    let mut guest: Option<Traveller<'_>> = None;
+    let mut guest: Option<MigratingGuest<'_>> = None;
     for (number, fault) in faults.enumerate() {
-        let mut traveller = match guest.take() {
-            Some(traveller) => traveller,
-            None => boot(kit, case)?,
+        let mut migrating_guest = match guest.take() {
+            Some(migrating_guest) => migrating_guest,
+            None => boot(run_config, case)?,
         };
         let began = Instant::now();
         let what = format!("{:?} {:?}", fault.moment, fault.harm);
-        let (came, is_whole) = match one(&mut traveller, fault, report) {
+        let (came, is_whole) = match one(&mut migrating_guest, fault, report) {
             Ok(came) => came,
             Err(error) => {
-                let log = traveller.guest.console_log();
+                let log = migrating_guest.guest.console_log();
                 return Err(wrong(format!("fault {number}, {fault:?}: {error}\n{log}")));
             }
         };
         told(&format!("fault {number} {what}: {came}, {:.1} s", began.elapsed().as_secs_f64()));
         report.count_fault(&format!("{what}: {came}"));
-        guest = is_whole.then_some(traveller);
+        guest = is_whole.then_some(migrating_guest);
     }
     Ok(())
 }
 
-fn boot(kit: &Kit, case: Case) -> Result<Traveller<'_>> {
-    let mut traveller = Traveller::boot(kit, case, MEMORY_MIB)?;
-    traveller.run(&format!("fill kept {KEPT_MIB} 1"))?;
-    traveller.run(&format!("churn {CHURN_MIB} 1"))?;
-    Ok(traveller)
+fn boot(run_config: &RunConfig, case: Case) -> Result<MigratingGuest<'_>> {
+    let mut migrating_guest = MigratingGuest::boot(run_config, case, MEMORY_MIB)?;
+    migrating_guest.run(&format!("fill kept {KEPT_MIB} 1"))?;
+    migrating_guest.run(&format!("churn {CHURN_MIB} 1"))?;
+    Ok(migrating_guest)
 }
 
 /// One fault: what came of it, and whether the guest is still there.
 fn one(
-    traveller: &mut Traveller<'_>,
+    migrating_guest: &mut MigratingGuest<'_>,
     fault: Fault,
     report: &mut CaseReport,
 ) -> Result<(&'static str, bool)> {
-    let receiver = traveller.receiver(&[])?;
-    let (source, destination) = (traveller.guest.pid(), receiver.guest.pid());
+    let receiver = migrating_guest.receiver(&[])?;
+    let (source, destination) = (migrating_guest.guest.pid(), receiver.guest.pid());
     let kill = Box::new(move |side| {
         let pid = if side == Side::Source { source } else { destination };
         // One that is dead cannot be killed.
         let _ = Command::new("kill").args(["-9", &pid.to_string()]).status();
     });
     let proxy = Proxy::start(&receiver.address, Some(fault), kill)?;
-    let mut departure = traveller.depart(&proxy.address, &SENDER)?;
-    let mut talk = traveller.converse(&mut departure, |_| Ok(()))?;
+    let mut departure = migrating_guest.depart(&proxy.address, &SENDER)?;
+    let mut talk = migrating_guest.converse(&mut departure, |_| Ok(()))?;
     let said = departure.end()?;
     report.answered += talk.answered;
     let fired = proxy.has_fired();
-    let place = settled(traveller, &receiver, fault, fired)?;
+    let place = resolved(migrating_guest, &receiver, fault, fired)?;
     drop(proxy);
     let log = receiver.guest.console_log();
     if let Some(panic) = log.lines().find(|line| line.contains("panicked at")) {
@@ -154,8 +154,8 @@ fn one(
     match place {
         Place::Lost => Ok(("killed with its guest", false)),
         Place::Here => {
-            runs_only_here(traveller, receiver, fault, &mut talk)?;
-            is_whole(traveller, report)?;
+            runs_only_here(migrating_guest, receiver, fault, &mut talk)?;
+            is_whole(migrating_guest, report)?;
             Ok((if said.code == Some(0) { "moved" } else { "stayed" }, true))
         }
         // Who may send a state may send any.
@@ -165,21 +165,21 @@ fn one(
         Place::There => {
             let killed = fired && fault.harm == Harm::KillSource;
             let unheard = if killed {
-                traveller.take(receiver);
-                traveller.catch_up(&mut talk)?
+                migrating_guest.take(receiver);
+                migrating_guest.catch_up(&mut talk)?
             } else {
-                traveller.arrive(receiver, &mut talk)?
+                migrating_guest.arrive(receiver, &mut talk)?
             };
             report.unheard += u64::from(unheard);
-            is_whole(traveller, report)?;
+            is_whole(migrating_guest, report)?;
             Ok((if fired { "went all the same" } else { "went, the moment did not come" }, true))
         }
     }
 }
 
 /// Waits until it is sure where the guest is; asks as an operator does where the sides do not know.
-fn settled(
-    traveller: &Traveller<'_>,
+fn resolved(
+    migrating_guest: &MigratingGuest<'_>,
     receiver: &Receiver,
     fault: Fault,
     fired: bool,
@@ -188,23 +188,23 @@ fn settled(
     let began = Instant::now();
     let killed = fault.harm.kills().filter(|_| fired);
     loop {
-        let (here, there) = (state(&traveller.control), receiver.state());
+        let (here, there) = (state(&migrating_guest.control), receiver.state());
         match (here, there) {
             (None | Some(Moved), Some(Arrived)) => return Ok(Place::There),
             (Some(Failed), Some(InDoubt)) if began.elapsed() > TOLD => {
-                traveller.settle(&receiver.control, &["--give-up"])?;
+                migrating_guest.resolve(&receiver.control, &["--discard"])?;
             }
             (Some(Failed), Some(InDoubt)) => {}
             (Some(Failed), Some(Arrived)) => return Err(wrong("it runs on both sides".into())),
             (Some(Failed), _) => return Ok(Place::Here),
             (Some(InDoubt), None) => {
-                traveller.settle(&traveller.control, &["--run-here"])?;
+                migrating_guest.resolve(&migrating_guest.control, &["--run-here"])?;
             }
             (Some(InDoubt), Some(_)) => {
-                traveller.settle(&traveller.control, &[])?;
+                migrating_guest.resolve(&migrating_guest.control, &[])?;
             }
             (None, Some(InDoubt)) if killed == Some(Side::Source) => {
-                traveller.settle(&receiver.control, &["--run-here"])?;
+                migrating_guest.resolve(&receiver.control, &["--run-here"])?;
             }
             (None, Some(Waiting | Failed)) if killed == Some(Side::Source) => {
                 if fault.moment.is_in_the_change() {
@@ -217,19 +217,19 @@ fn settled(
         if began.elapsed() > SURE {
             return Err(wrong(format!("here {here:?}, there {there:?}")));
         }
-        std::thread::sleep(LOOK);
+        std::thread::sleep(POLL_INTERVAL);
     }
 }
 
 /// It answers here, and there is nothing of it where it was to go.
 fn runs_only_here(
-    traveller: &mut Traveller<'_>,
+    migrating_guest: &mut MigratingGuest<'_>,
     mut receiver: Receiver,
     fault: Fault,
     talk: &mut Conversation,
 ) -> Result<()> {
     // Nothing was lost on the way: it did not go.
-    if traveller.catch_up(talk)? {
+    if migrating_guest.catch_up(talk)? {
         return Err(wrong("what was typed was not heard".into()));
     }
     if fault.harm == Harm::KillDestination {
@@ -240,7 +240,7 @@ fn runs_only_here(
         if Instant::now() > end {
             return Err(wrong(format!("the destination is left: {:?}", receiver.state())));
         }
-        std::thread::sleep(LOOK);
+        std::thread::sleep(POLL_INTERVAL);
     }
     let resident_kib = resident_kib(receiver.guest.pid());
     if resident_kib > EMPTY_KIB {
@@ -248,23 +248,23 @@ fn runs_only_here(
     }
     let question = "free-mib";
     let asked = receiver.guest.ask(question)?;
-    traveller.number(question)?;
+    migrating_guest.number(question)?;
     match receiver.guest.answer(asked, question, SILENCE) {
         Err(LabError::Timeout { .. }) => Ok(()),
         other => Err(wrong(format!("it runs on both sides: {other:?}"))),
     }
 }
 
-fn is_whole(traveller: &mut Traveller<'_>, report: &mut CaseReport) -> Result<()> {
-    traveller.verify("kept", KEPT_MIB, 1)?;
+fn is_whole(migrating_guest: &mut MigratingGuest<'_>, report: &mut CaseReport) -> Result<()> {
+    migrating_guest.verify("kept", KEPT_MIB, 1)?;
     report.verified_bytes += KEPT_MIB << 20;
-    let reply = traveller.run("calm")?;
+    let reply = migrating_guest.run("calm")?;
     if !reply.text.ends_with(" wrong=0") {
         return Err(wrong(format!("its churn: {reply:?}")));
     }
-    traveller.run(&format!("churn {CHURN_MIB} 1"))?;
+    migrating_guest.run(&format!("churn {CHURN_MIB} 1"))?;
     // Monitors complain of what was done to them, as they should.
-    report.complaints.extend(complaints(&traveller.guest.console_log()));
+    report.complaints.extend(complaints(&migrating_guest.guest.console_log()));
     Ok(())
 }
 

@@ -1,7 +1,7 @@
 //! A network between two sides of a migration that fails in one moment of it.
 //!
 //! It knows frames (docs/migration.md, "Bytes") and passes them on, one by one, until the one that
-//! was chosen comes by. What is connected later is left alone, so that a doubt can be settled.
+//! was chosen comes by. What is connected later is left alone, so that a doubt can be resolved.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -31,7 +31,7 @@ const STATE: u16 = 10;
 const HELLO: u16 = 1;
 
 /// Between two looks of a connection that stalls.
-const LOOK: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Which side a frame comes from, or which one is to be killed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -447,7 +447,7 @@ impl Pump {
     /// Nothing is heard of either side any more.
     fn wait(&self) {
         while !self.shared.over.load(Ordering::Relaxed) {
-            std::thread::sleep(LOOK);
+            std::thread::sleep(POLL_INTERVAL);
         }
     }
 }

@@ -8,8 +8,8 @@ use control::{ControlError, HintOutcome, Status};
 use serde::{Deserialize, Serialize};
 
 use super::plan::{PatternFile, Plan, Step};
-use crate::bed::Bed;
 use crate::error::{BenchError, Result};
+use crate::fixture::Fixture;
 use crate::host::LIMIT;
 use crate::testbed::Driver;
 
@@ -32,7 +32,7 @@ const BLOCK_MIB: u64 = 4;
 const LEAST_REPORTED_MIB: u64 = 64;
 
 /// Between two questions to the guest.
-const LOOK: Duration = Duration::from_millis(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Steps of a kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,8 +66,8 @@ impl Tally {
 }
 
 /// A guest with its driver loaded on its way through a plan.
-pub struct Walk<'a, 'b> {
-    bed: &'a mut Bed<'b>,
+pub struct SoakRun<'a, 'b> {
+    fixture: &'a mut Fixture<'b>,
     plan: Plan,
     /// Files that there are now.
     files: BTreeMap<String, PatternFile>,
@@ -75,10 +75,10 @@ pub struct Walk<'a, 'b> {
     tally: Tally,
 }
 
-impl<'a, 'b> Walk<'a, 'b> {
+impl<'a, 'b> SoakRun<'a, 'b> {
     /// A walk that begins with an empty balloon and no files.
-    pub fn new(bed: &'a mut Bed<'b>, plan: Plan) -> Self {
-        Self { bed, plan, files: BTreeMap::new(), churn_mib: 0, tally: Tally::default() }
+    pub fn new(fixture: &'a mut Fixture<'b>, plan: Plan) -> Self {
+        Self { fixture, plan, files: BTreeMap::new(), churn_mib: 0, tally: Tally::default() }
     }
 
     /// Does one thing; `told` hears before what.
@@ -95,7 +95,7 @@ impl<'a, 'b> Walk<'a, 'b> {
     /// # Errors
     /// As [`step`](Self::step).
     pub fn check(&mut self) -> Result<()> {
-        self.bed.host.settle()?;
+        self.fixture.host.wait_at_target()?;
         let files: Vec<_> = self.files.values().cloned().collect();
         files.iter().try_for_each(|file| self.verify(file))
     }
@@ -129,12 +129,12 @@ impl<'a, 'b> Walk<'a, 'b> {
     }
 
     fn act(&mut self, step: &Step) -> Result<()> {
-        let host = self.bed.host;
+        let host = self.fixture.host;
         match step {
             Step::Target { pages, settle } => {
                 host.set_target(*pages)?;
                 if *settle {
-                    host.settle()?;
+                    host.wait_at_target()?;
                 }
                 Ok(())
             }
@@ -144,17 +144,17 @@ impl<'a, 'b> Walk<'a, 'b> {
             Step::Fill(file) => self.fill(file),
             Step::Drop(name) => {
                 self.files.remove(name);
-                self.bed.run(&format!("drop {name}")).map(drop)
+                self.fixture.run(&format!("drop {name}")).map(drop)
             }
             Step::Verify(file) => self.verify(file),
             Step::Check => self.check(),
             Step::Mode(mode) => Ok(host.client.set_release(*mode).map(drop)?),
             Step::Reload { interlude } => self.reload(interlude),
-            Step::Fragment => self.bed.fragment(host.memory_mib() / UNFRAGMENTED_DIVISOR),
-            Step::Defragment => self.bed.defragment(),
+            Step::Fragment => self.fixture.fragment(host.memory_mib() / UNFRAGMENTED_DIVISOR),
+            Step::Defragment => self.fixture.defragment(),
             Step::Churn { mib, seed } => {
                 self.churn_mib = *mib;
-                self.bed.run(&format!("churn {mib} {seed}")).map(drop)
+                self.fixture.run(&format!("churn {mib} {seed}")).map(drop)
             }
             Step::Calm => self.calm(),
             Step::Hints => self.hints(),
@@ -177,9 +177,9 @@ impl<'a, 'b> Walk<'a, 'b> {
         [high, enough, low]: [u32; 3],
         file: Option<&PatternFile>,
     ) -> Result<()> {
-        let host = self.bed.host;
-        host.settle()?;
-        self.bed.run(&format!("touch {touch_mib}"))?;
+        let host = self.fixture.host;
+        host.wait_at_target()?;
+        self.fixture.run(&format!("touch {touch_mib}"))?;
         host.set_target(high)?;
         host.until("on its way", |status| status.balloon.actual_pages >= enough)?;
         host.set_target(low)?;
@@ -192,8 +192,8 @@ impl<'a, 'b> Walk<'a, 'b> {
     }
 
     fn reload(&mut self, interlude: &PatternFile) -> Result<()> {
-        let host = self.bed.host;
-        self.bed.unload_driver()?;
+        let host = self.fixture.host;
+        self.fixture.unload_driver()?;
         let actual_pages = host.status()?.balloon.actual_pages;
         if actual_pages != 0 {
             let name = host.name().to_owned();
@@ -202,24 +202,24 @@ impl<'a, 'b> Walk<'a, 'b> {
         self.fill(interlude)?;
         self.verify(interlude)?;
         self.files.remove(&interlude.name);
-        self.bed.run(&format!("drop {}", interlude.name))?;
-        self.bed.load_ready_driver()
+        self.fixture.run(&format!("drop {}", interlude.name))?;
+        self.fixture.load_ready_driver()
     }
 
     fn fill(&mut self, file: &PatternFile) -> Result<()> {
         let PatternFile { name, mib, seed } = file;
-        self.bed.run(&format!("fill {name} {mib} {seed}"))?;
+        self.fixture.run(&format!("fill {name} {mib} {seed}"))?;
         self.files.insert(name.clone(), file.clone());
         Ok(())
     }
 
     fn verify(&mut self, file: &PatternFile) -> Result<()> {
         self.tally.verified_mib(file.mib);
-        self.bed.verify(&file.name, file.mib, file.seed)
+        self.fixture.verify(&file.name, file.mib, file.seed)
     }
 
     fn calm(&mut self) -> Result<()> {
-        let reply = self.bed.guest.run("calm")?;
+        let reply = self.fixture.guest.run("calm")?;
         self.churn_mib = 0;
         let number = |name| {
             let word = reply.text.split_whitespace().find_map(|word| word.strip_prefix(name));
@@ -232,12 +232,12 @@ impl<'a, 'b> Walk<'a, 'b> {
         self.tally.verified_bytes += pages * control::BALLOON_PAGE_BYTES;
         match wrong {
             0 => Ok(()),
-            _ => Err(self.bed.wrong_pages("its churn", wrong, reply.lines)),
+            _ => Err(self.fixture.wrong_pages("its churn", wrong, reply.lines)),
         }
     }
 
     fn hints(&mut self) -> Result<()> {
-        let host = self.bed.host;
+        let host = self.fixture.host;
         self.driver_is_there()?;
         let before_mib = self.free_or_in_balloon_mib()?;
         let hints = host.client.hints(LIMIT)?;
@@ -253,28 +253,28 @@ impl<'a, 'b> Walk<'a, 'b> {
                 let what = format!("free of hints ({enough} of {before_mib} MiB)");
                 return Err(host.not_in_time(&what, host.status()?));
             }
-            std::thread::sleep(LOOK);
+            std::thread::sleep(POLL_INTERVAL);
         }
         Ok(())
     }
 
     /// What the guest may say too little or too much of when it is asked what is free.
     fn uncounted_mib(&self) -> u64 {
-        self.churn_mib + self.bed.host.memory_mib() / UNCOUNTED_DIVISOR
+        self.churn_mib + self.fixture.host.memory_mib() / UNCOUNTED_DIVISOR
     }
 
     /// What stays the same while the balloon is on its way to its target.
     fn free_or_in_balloon_mib(&mut self) -> Result<u64> {
-        let balloon_bytes = self.bed.host.status()?.balloon.actual_bytes;
-        Ok(self.bed.free_mib()? + (balloon_bytes >> 20))
+        let balloon_bytes = self.fixture.host.status()?.balloon.actual_bytes;
+        Ok(self.fixture.free_mib()? + (balloon_bytes >> 20))
     }
 
     fn reports(&mut self, touch_mib: u64) -> Result<()> {
-        let host = self.bed.host;
+        let host = self.fixture.host;
         self.driver_is_there()?;
         let before = host.status()?.reports.messages;
-        let (free_mib, blocks_mib) = (self.bed.free_mib()?, self.whole_blocks_mib()?);
-        self.bed.run(&format!("touch {touch_mib}"))?;
+        let (free_mib, blocks_mib) = (self.fixture.free_mib()?, self.whole_blocks_mib()?);
+        self.fixture.run(&format!("touch {touch_mib}"))?;
         // Linux reports whole blocks that were in use since the last time. What is free in
         // pieces is touched first, so it takes more than that to come to such blocks.
         let pieces_mib = free_mib.saturating_sub(blocks_mib) + self.uncounted_mib();
@@ -284,7 +284,7 @@ impl<'a, 'b> Walk<'a, 'b> {
         let reported = host.until("reported", |status| status.reports.messages > before);
         match reported {
             Err(BenchError::NotInTime { name, what, status, log }) => {
-                let free = self.bed.guest.run(FREE_BLOCKS)?.lines.join("; ");
+                let free = self.fixture.guest.run(FREE_BLOCKS)?.lines.join("; ");
                 let what = format!("{what} ({touch_mib} MiB touched, free blocks: {free})");
                 Err(BenchError::NotInTime { name, what, status, log })
             }
@@ -294,7 +294,7 @@ impl<'a, 'b> Walk<'a, 'b> {
 
     /// Free memory in the largest blocks that the guest's allocator has.
     fn whole_blocks_mib(&mut self) -> Result<u64> {
-        let reply = self.bed.guest.run(FREE_BLOCKS)?;
+        let reply = self.fixture.guest.run(FREE_BLOCKS)?;
         let of_zone = |line: &String| line.split_whitespace().next_back()?.parse::<u64>().ok();
         let blocks = reply.lines.iter().map(of_zone).sum::<Option<u64>>();
         blocks.map(|blocks| blocks * BLOCK_MIB).ok_or_else(|| BenchError::GuestAnswer {
@@ -306,7 +306,7 @@ impl<'a, 'b> Walk<'a, 'b> {
     /// Waits for statistics that were made after now: what comes next may have been on its
     /// way, so that is for what comes after it.
     fn statistics(&mut self, interval_ms: u64) -> Result<()> {
-        let host = self.bed.host;
+        let host = self.fixture.host;
         self.driver_is_there()?;
         host.client.set_stats(interval_ms)?;
         for _ in 0..2 {
@@ -323,7 +323,7 @@ impl<'a, 'b> Walk<'a, 'b> {
 
     fn drop_caches(&mut self, what: Caches) -> Result<()> {
         self.driver_is_there()?;
-        Ok(self.bed.host.client.drop_caches(what, LIMIT).map(drop)?)
+        Ok(self.fixture.host.client.drop_caches(what, LIMIT).map(drop)?)
     }
 
     fn free_pages(
@@ -335,11 +335,11 @@ impl<'a, 'b> Walk<'a, 'b> {
         self.driver_is_there()?;
         let timeout_ms = u64::try_from(LIMIT.as_millis()).unwrap_or(u64::MAX);
         let ask = AskFreePages { kind, min_block_bytes, reserve_bytes, timeout_ms };
-        Ok(self.bed.host.client.ask_free_pages(&ask).map(drop)?)
+        Ok(self.fixture.host.client.ask_free_pages(&ask).map(drop)?)
     }
 
     fn release_hold(&mut self) -> Result<()> {
-        let host = self.bed.host;
+        let host = self.fixture.host;
         match host.client.release_free_pages(LIMIT) {
             // The guest needed it, and has it back.
             Err(ControlError::Answered { .. }) if host.status()?.requests.hold.is_none() => Ok(()),
@@ -349,11 +349,11 @@ impl<'a, 'b> Walk<'a, 'b> {
 
     /// Waits until the driver, which may have been loaded just now, can be asked.
     fn driver_is_there(&self) -> Result<()> {
-        let driver = self.bed.driver;
+        let driver = self.fixture.driver;
         let is_there = |status: &Status| match driver {
             Driver::Stock => status.guest.features.iter().any(|name| name == "free-page-hint"),
             Driver::Own => status.requests.possible,
         };
-        self.bed.host.until("ready to be asked", is_there).map(drop)
+        self.fixture.host.until("ready to be asked", is_there).map(drop)
     }
 }

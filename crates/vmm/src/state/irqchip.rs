@@ -12,14 +12,14 @@ use crate::error::Error;
 const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
 
 /// Interrupt controllers and clock.
-pub(crate) struct Chips {
+pub(crate) struct Irqchip {
     controllers: [kvm_irqchip; 3],
     /// The guest's time as KVM's clock tells it, in nanoseconds since the guest began. It stands
     /// still while the guest does, and goes on where it stood, as the time stamp counters do.
     clock_ns: u64,
 }
 
-impl Chips {
+impl Irqchip {
     /// As they are before anybody has used them, as far as anybody but KVM knows.
     pub(crate) fn blank() -> Self {
         let controllers = CHIPS.map(|chip_id| kvm_irqchip { chip_id, ..Default::default() });
@@ -75,14 +75,14 @@ mod tests {
     #[test]
     fn each_controller_is_in_its_place() {
         let controllers = CHIPS.map(|chip_id| kvm_irqchip { chip_id, ..Default::default() });
-        let bytes = Chips { controllers, clock_ns: 77 }.encode();
-        let decoded = Chips::decode(&bytes).unwrap();
+        let bytes = Irqchip { controllers, clock_ns: 77 }.encode();
+        let decoded = Irqchip::decode(&bytes).unwrap();
         assert_eq!((decoded.encode(), decoded.clock_ns), (bytes.clone(), 77));
         for cut in [0, 8, bytes.len() - 1] {
-            assert!(matches!(Chips::decode(&bytes[..cut]), Err(Malformed::Short)));
+            assert!(matches!(Irqchip::decode(&bytes[..cut]), Err(Malformed::Short)));
         }
         let mut other = bytes;
         other[0] = 2;
-        assert!(matches!(Chips::decode(&other), Err(Malformed::Value { .. })));
+        assert!(matches!(Irqchip::decode(&other), Err(Malformed::Value { .. })));
     }
 }

@@ -16,7 +16,7 @@ pub(super) const fn phase(phase: Phase) -> (MigrationPhase, Option<u32>) {
         Phase::Round { number } => (MigrationPhase::Round, Some(number)),
         Phase::LastRound => (MigrationPhase::LastRound, None),
         Phase::State => (MigrationPhase::State, None),
-        Phase::HandOver => (MigrationPhase::HandOver, None),
+        Phase::Switchover => (MigrationPhase::Switchover, None),
     }
 }
 
@@ -33,7 +33,7 @@ pub(super) fn summary(summary: &Summary) -> MigrationSummary {
         filled_bytes: bytes(summary.filled_pages),
         free_answer_ms: summary.free_answer_us.map(ms),
         rounds: summary.rounds.iter().map(round).collect(),
-        retreats: summary.retreats,
+        aborted_switchovers: summary.aborted_switchovers,
         throttle_percent: summary.throttle,
         total_ms: ms(summary.total_us),
         downtime: MigrationDowntime {
@@ -43,7 +43,7 @@ pub(super) fn summary(summary: &Summary) -> MigrationSummary {
             save_ms: ms(down.save_us),
             state_ms: ms(down.state_us),
             load_ms: ms(down.load_us),
-            hand_over_ms: ms(down.hand_over_us),
+            switchover_ms: ms(down.switchover_us),
             resume_ms: ms(down.resume_us),
             total_ms: ms(down.total_us),
         },

@@ -4,7 +4,7 @@ use balloon_abi::request::Caches;
 use balloon_abi::{Pfn, Vq};
 
 use crate::hold::Hold;
-use crate::inbox::{Asked, Stop};
+use crate::inbox::{ReceivedRequest, Stop};
 
 /// The device does not answer any more: it was removed, or it broke.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,7 +14,7 @@ pub struct Gone;
 ///
 /// A block is 2^order pages of the guest's page size. The lists are the only
 /// record of which blocks the balloon holds; the driver keeps counts.
-pub trait Memory {
+pub trait PageAllocator {
     /// Takes a free block and puts it at the tail of the balloon's list for its
     /// order. Must not wait for memory above order 0, and must never invoke the
     /// OOM killer. `None`: there is no such block now.
@@ -137,7 +137,7 @@ pub trait HeldBlocks {
 /// The request queue, its inbox and a clock.
 pub trait RequestQueue {
     /// Ends the running request and takes the next one from the inbox.
-    fn begin_next(&mut self) -> Option<Asked>;
+    fn begin_next(&mut self) -> Option<ReceivedRequest>;
 
     /// Whether the running request may go on.
     fn stopped(&mut self) -> Result<(), Stop>;

@@ -57,16 +57,16 @@ impl Host {
     }
 
     /// Boots a guest that can load `driver`, and has not.
-    pub(crate) fn boot(&self, driver: Driver) -> Bed<'_> {
+    pub(crate) fn boot(&self, driver: Driver) -> Fixture<'_> {
         self.boot_with(driver, &[])
     }
 
     /// The same with more words on the kernel's command line.
-    pub(crate) fn boot_with(&self, driver: Driver, words: &[&str]) -> Bed<'_> {
-        let bed = self.host.boot(driver, |guest| {
+    pub(crate) fn boot_with(&self, driver: Driver, words: &[&str]) -> Fixture<'_> {
+        let fixture = self.host.boot(driver, |guest| {
             words.iter().fold(guest, |guest, word| guest.kernel_argument(*word))
         });
-        Bed { host: self, bed: bed.unwrap() }
+        Fixture { host: self, fixture: fixture.unwrap() }
     }
 
     /// Asks the back end to end, and returns how it did.
@@ -97,33 +97,33 @@ impl Host {
     }
 
     /// Waits until the present change is over, and checks what then holds.
-    pub(crate) fn settle(&self) -> Status {
-        well(self.host.settle())
+    pub(crate) fn wait_at_target(&self) -> Status {
+        well(self.host.wait_at_target())
     }
 }
 
 /// A booted guest on its host.
-pub(crate) struct Bed<'a> {
+pub(crate) struct Fixture<'a> {
     host: &'a Host,
-    bed: bench::Bed<'a>,
+    fixture: bench::Fixture<'a>,
 }
 
-impl<'a> Bed<'a> {
+impl<'a> Fixture<'a> {
     /// Runs a command in the guest and returns its one-line answer.
     pub(crate) fn run(&mut self, command: &str) -> String {
-        well(self.bed.run(command))
+        well(self.fixture.run(command))
     }
 
     pub(crate) fn load_driver(&mut self) {
-        well(self.bed.load_driver());
+        well(self.fixture.load_driver());
     }
 
     pub(crate) fn unload_driver(&mut self) {
-        well(self.bed.unload_driver());
+        well(self.fixture.unload_driver());
     }
 
     pub(crate) fn free_mib(&mut self) -> u64 {
-        well(self.bed.free_mib())
+        well(self.fixture.free_mib())
     }
 
     /// The sum of some values of `/proc/meminfo`, in bytes.
@@ -144,12 +144,12 @@ impl<'a> Bed<'a> {
 
     /// Runs a command in the guest and returns all but the last line of its answer.
     pub(crate) fn lines(&mut self, command: &str) -> Vec<String> {
-        self.bed.guest.run(command).unwrap().lines
+        self.fixture.guest.run(command).unwrap().lines
     }
 
     /// What the guest printed so far, its kernel and its init.
     pub(crate) fn log(&self) -> String {
-        self.bed.guest.console_log()
+        self.fixture.guest.console_log()
     }
 
     /// Fills a file and checks each of its pages.
@@ -160,30 +160,30 @@ impl<'a> Bed<'a> {
 
     /// Checks each page of a file.
     pub(crate) fn verify(&mut self, file: &str, mib: u64, seed: u64) {
-        well(self.bed.verify(file, mib, seed));
+        well(self.fixture.verify(file, mib, seed));
     }
 
     /// Fragments the guest's free memory but `leave_mib`, until [`Self::defragment`].
     pub(crate) fn fragment(&mut self, leave_mib: u64) {
-        well(self.bed.fragment(leave_mib));
+        well(self.fixture.fragment(leave_mib));
     }
 
     pub(crate) fn defragment(&mut self) {
-        well(self.bed.defragment());
+        well(self.fixture.defragment());
     }
 
     /// The guest alone.
     pub(crate) fn into_guest(self) -> Guest {
-        self.bed.guest
+        self.fixture.guest
     }
 
     /// For what walks on it.
-    pub(crate) fn bench(&mut self) -> &mut bench::Bed<'a> {
-        &mut self.bed
+    pub(crate) fn bench(&mut self) -> &mut bench::Fixture<'a> {
+        &mut self.fixture
     }
 }
 
-impl Deref for Bed<'_> {
+impl Deref for Fixture<'_> {
     type Target = Host;
     fn deref(&self) -> &Host {
         self.host

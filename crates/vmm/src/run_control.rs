@@ -7,7 +7,7 @@ use crate::machine::Machine;
 
 /// Who has them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Reins {
+pub(crate) enum RunControl {
     /// Nobody: the guest was not started here. One that came, and is in doubt, may run where it
     /// came from, so it can be neither moved on nor written to a file, which would let it go on.
     #[default]
@@ -18,7 +18,7 @@ pub(crate) enum Reins {
     Migration,
 }
 
-impl Reins {
+impl RunControl {
     fn is_operators(self) -> Result<(), Error> {
         let what = match self {
             Self::Operator { .. } => return Ok(()),
@@ -41,8 +41,8 @@ impl Reins {
 impl Machine {
     /// The operator pauses the guest, or lets it go on; refused while it is moved.
     pub(crate) fn operator_pauses(&self, pause: bool) {
-        let mut reins = self.reins();
-        if let Err(error) = reins.is_operators() {
+        let mut run_control = self.run_control();
+        if let Err(error) = run_control.is_operators() {
             tracing::warn!(%error, "the guest is not paused or resumed");
             return;
         }
@@ -52,35 +52,35 @@ impl Machine {
             tracing::error!(%error, "the guest is not paused, and goes on");
             return;
         }
-        *reins = Reins::Operator { paused: pause };
+        *run_control = RunControl::Operator { paused: pause };
         tracing::info!("{}", if pause { "paused" } else { "resumed" });
     }
 
-    /// Runs a guest that has not run here yet, and gives its reins to its operator: not before,
+    /// Runs a guest that has not run here yet, and gives its run_control to its operator: not before,
     /// since it may be known only now that it runs here. Whoever asks for them meanwhile waits:
     /// the guest may be heard of as soon as it runs.
     pub(crate) fn start(&self) {
-        let mut reins = self.reins();
+        let mut run_control = self.run_control();
         self.resume();
-        *reins = Reins::Operator { paused: false };
+        *run_control = RunControl::Operator { paused: false };
     }
 
-    /// Takes the reins for a migration.
+    /// Takes the run_control for a migration.
     ///
     /// # Errors
     /// Another one has them, or the guest is paused.
-    pub(crate) fn take_reins(&self) -> Result<(), Error> {
-        self.reins().take()
+    pub(crate) fn take_control(&self) -> Result<(), Error> {
+        self.run_control().take()
     }
 
-    /// Gives the reins of a guest that runs to its operator.
-    pub(crate) fn return_reins(&self) {
-        *self.reins() = Reins::Operator { paused: false };
+    /// Gives the run_control of a guest that runs to its operator.
+    pub(crate) fn return_control(&self) {
+        *self.run_control() = RunControl::Operator { paused: false };
     }
 
     /// One word is changed under it.
-    fn reins(&self) -> MutexGuard<'_, Reins> {
-        self.reins.lock().unwrap_or_else(PoisonError::into_inner)
+    fn run_control(&self) -> MutexGuard<'_, RunControl> {
+        self.run_control.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -92,17 +92,17 @@ mod tests {
     /// to a file, would have two.
     #[test]
     fn nobody_has_the_reins_of_a_guest_that_was_not_started() {
-        let mut reins = Reins::default();
-        assert!(reins.is_operators().is_err() && reins.take().is_err());
-        assert_eq!(reins, Reins::Nobody);
+        let mut run_control = RunControl::default();
+        assert!(run_control.is_operators().is_err() && run_control.take().is_err());
+        assert_eq!(run_control, RunControl::Nobody);
     }
 
     #[test]
     fn a_migration_has_them_alone_and_not_of_a_guest_that_is_paused() {
-        let mut reins = Reins::Operator { paused: true };
-        assert!(reins.take().is_err() && reins.is_operators().is_ok());
-        reins = Reins::Operator { paused: false };
-        reins.take().unwrap();
-        assert!(reins.take().is_err() && reins.is_operators().is_err());
+        let mut run_control = RunControl::Operator { paused: true };
+        assert!(run_control.take().is_err() && run_control.is_operators().is_ok());
+        run_control = RunControl::Operator { paused: false };
+        run_control.take().unwrap();
+        assert!(run_control.take().is_err() && run_control.is_operators().is_err());
     }
 }

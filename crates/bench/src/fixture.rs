@@ -12,7 +12,7 @@ use crate::testbed::Driver;
 pub const REPORTED_MIB: u64 = 128;
 
 /// A booted guest on its host.
-pub struct Bed<'a> {
+pub struct Fixture<'a> {
     /// The host.
     pub host: &'a Host,
     /// The guest; it ends when this is dropped.
@@ -21,7 +21,7 @@ pub struct Bed<'a> {
     pub driver: Driver,
 }
 
-impl Bed<'_> {
+impl Fixture<'_> {
     /// Runs a command in the guest and returns its one-line answer.
     ///
     /// # Errors

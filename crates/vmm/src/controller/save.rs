@@ -8,14 +8,14 @@ use std::time::Duration;
 use control::ControlError;
 use control::api::{MigrationSide, MigrationState, MigrationStatus, StartSnapshot};
 use migration::observer::{Observer as _, Phase};
-use migration::seams::SourceMachine as _;
 use migration::snapshot::{After, snapshot};
+use migration::traits::SourceMachine as _;
 use migration::{SourceConfig, SourceFailure, SourceGuest};
 
-use super::{DROP_CACHES_TIME, Doubt, Mover, Watch, nothing, told};
-use crate::seams::Leaving;
+use super::{DROP_CACHES_TIME, Doubt, MigrationController, Watch, nothing, told};
+use crate::traits::MigrationSource;
 
-impl Mover {
+impl MigrationController {
     pub(super) fn start_snapshot(
         self: &Arc<Self>,
         ask: &StartSnapshot,
@@ -36,7 +36,9 @@ impl Mover {
         let cancel = Arc::new(AtomicBool::new(false));
         let config = config(ask, Arc::clone(&cancel));
         let drops_caches = ask.drop_caches;
-        let work = move |mover: &Arc<Self>, guest| mover.save(&config, guest, &path, drops_caches);
+        let work = move |controller: &Arc<Self>, guest| {
+            controller.save(&config, guest, &path, drops_caches)
+        };
         self.begin(MigrationSide::Snapshot, "snapshot", &machine, cancel, work)
     }
 
@@ -44,7 +46,7 @@ impl Mover {
     fn save(
         self: &Arc<Self>,
         config: &SourceConfig,
-        mut guest: Leaving,
+        mut guest: MigrationSource,
         path: &Path,
         drops_caches: bool,
     ) {

@@ -8,13 +8,13 @@ use std::time::Duration;
 
 use balloon_abi::Features;
 use control::api::Caches;
-use control::{Balloon as _, GuestAsk};
+use control::{BalloonControl as _, GuestAsk};
 use host_memory::{Discard, MemoryMap, MissingPages, Placed};
 use migration::cpu::CpuFeatures;
 use migration::dirty::DirtyBitmap;
 use migration::guest_memory::MappedMemory;
 use migration::limits::STALL;
-use migration::seams::{
+use migration::traits::{
     Description, DestinationMachine, FreePages, MachineError, PlacePages, ReadPages, SourceMachine,
     StateSection, WritePages,
 };
@@ -24,12 +24,12 @@ use vm_memory::{
 };
 
 use crate::console::output::standard_output;
-use crate::description::{Made, cpu_features, describe};
+use crate::description::{MachineShape, cpu_features, describe};
 use crate::disks::Waits;
 use crate::error::Error;
 use crate::machine::Machine;
-use crate::memory::{Memory, Ram};
-use crate::options::{HostOptions, Options};
+use crate::memory::{MachineMemory, Ram};
+use crate::options::{HostOptions, RunOptions};
 use crate::state::Section;
 
 /// Smallest block that a guest names as free.
@@ -40,7 +40,7 @@ const MIN_BLOCK_BYTES: u64 = PAGE_BYTES;
 const COPY_BYTES: usize = 4096;
 
 /// Further time for an answer that ends by itself when its time is over.
-const GRACE: Duration = Duration::from_millis(500);
+const ANSWER_MARGIN: Duration = Duration::from_millis(500);
 
 /// Memory apart from its machine.
 pub(crate) struct Pages {
@@ -49,7 +49,7 @@ pub(crate) struct Pages {
 }
 
 impl Pages {
-    fn of(memory: &Memory) -> Self {
+    fn of(memory: &MachineMemory) -> Self {
         Self { guest: memory.guest.clone(), map: memory.map.clone() }
     }
 }
@@ -128,7 +128,7 @@ impl PlacePages for Missing {
 
 /// A guest that is to leave.
 #[derive(Clone)]
-pub(crate) struct Leaving {
+pub(crate) struct MigrationSource {
     machine: Arc<Machine>,
     /// The request whose pages the guest keeps to itself until it is done.
     hints: Option<u32>,
@@ -147,7 +147,7 @@ const FIRST_SYNC_LIMIT: Duration = Duration::from_secs(300);
 const SYNC_LIMIT: Duration = Duration::from_secs(15);
 const _: () = assert!(SYNC_LIMIT.as_secs() < STALL.as_secs());
 
-impl Leaving {
+impl MigrationSource {
     pub(crate) const fn new(machine: Arc<Machine>, cancel: Arc<AtomicBool>) -> Self {
         Self { machine, hints: None, offered: false, cancel }
     }
@@ -177,7 +177,7 @@ impl Leaving {
     }
 }
 
-impl SourceMachine for Leaving {
+impl SourceMachine for MigrationSource {
     fn describe(&self) -> Result<Description, MachineError> {
         describe(&self.machine, || !self.cancel.load(Ordering::Relaxed))
     }
@@ -203,7 +203,7 @@ impl SourceMachine for Leaving {
     fn drop_caches(&mut self, wait: Duration) -> Result<(), MachineError> {
         let balloon = &self.machine.balloon;
         let id = balloon.submit(GuestAsk::DropCaches(Caches::All), wait)?;
-        match balloon.wait_request(id, wait + GRACE) {
+        match balloon.wait_request(id, wait + ANSWER_MARGIN) {
             Some(outcome) => Ok(outcome.map(drop)?),
             None => Err("guest: it did not answer".into()),
         }
@@ -261,13 +261,13 @@ impl SourceMachine for Leaving {
         Ok(sections.map(section).collect())
     }
 
-    fn offer(&mut self) {
+    fn prepare_switchover(&mut self) {
         self.offered = true;
-        self.machine.offer_disks();
+        self.machine.prepare_disk_switchover();
     }
 
     /// Where somebody else took its disks meanwhile it stands still, and can be asked to go on
-    /// again (`Mover::settle_stuck`).
+    /// again (`MigrationController::resolve_stuck`).
     fn resume(&mut self) -> Result<(), MachineError> {
         if self.offered {
             self.machine.take_disks()?;
@@ -277,14 +277,14 @@ impl SourceMachine for Leaving {
         Ok(())
     }
 
-    /// The reins are never returned, so nobody resumes it; its monitor ends.
-    fn give_away(&mut self) {
+    /// The run_control are never returned, so nobody resumes it; its monitor ends.
+    fn relinquish(&mut self) {
         self.machine.release_disks();
     }
 }
 
 /// A guest that is to come.
-pub(crate) struct Arriving {
+pub(crate) struct MigrationTarget {
     /// What of the machine is this host's to choose; the rest is the peer's.
     options: HostOptions,
     max_cpus: u8,
@@ -296,7 +296,7 @@ pub(crate) struct Arriving {
     missing: Option<Arc<Missing>>,
 }
 
-impl Arriving {
+impl MigrationTarget {
     /// # Errors
     /// There is no KVM.
     pub(crate) fn new(options: HostOptions, max_cpus: u8) -> Result<Self, Error> {
@@ -323,9 +323,9 @@ impl Arriving {
 
     /// A machine with nothing in its memory.
     fn make(&mut self, description: &Description) -> Result<Arc<Machine>, MachineError> {
-        let made = Made::of(description, self.max_cpus)?;
-        let Made { cpus, memory_bytes, without, .. } = made;
-        let options = Options {
+        let made = MachineShape::of(description, self.max_cpus)?;
+        let MachineShape { cpus, memory_bytes, without, .. } = made;
+        let options = RunOptions {
             host: self.options.clone(),
             memory_bytes,
             cpus,
@@ -357,7 +357,7 @@ impl Arriving {
     }
 }
 
-impl DestinationMachine for Arriving {
+impl DestinationMachine for MigrationTarget {
     fn cpu_features(&self) -> CpuFeatures {
         self.cpu_features.clone()
     }
@@ -419,7 +419,7 @@ mod tests {
     fn pages_are_read_written_and_cleared_whatever_backs_them() {
         for (shared, huge) in [(false, false), (false, true), (true, false)] {
             // With memory on both sides of the hole.
-            let memory = Memory::new(4 << 30, MemoryKind { shared, huge }).unwrap();
+            let memory = MachineMemory::new(4 << 30, MemoryKind { shared, huge }).unwrap();
             let pages = Pages::of(&memory);
             let range = PageRange::new((4 << 30) / PAGE_BYTES + 5, 40).unwrap();
             let bytes: Vec<u8> = (0..40 * 4096u32).map(|i| (i % 251) as u8).collect();
@@ -444,7 +444,8 @@ mod tests {
     /// cleared costs nothing any more.
     #[test]
     fn reading_holes_and_clearing_cost_a_file_nothing() {
-        let memory = Memory::new(64 << 20, MemoryKind { shared: true, huge: false }).unwrap();
+        let memory =
+            MachineMemory::new(64 << 20, MemoryKind { shared: true, huge: false }).unwrap();
         let pages = Pages::of(&memory);
         let range = PageRange::new(16, 64).unwrap();
         let mut bytes = vec![0; 64 * 4096];

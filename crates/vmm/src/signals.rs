@@ -9,7 +9,7 @@ use balloon_host::Ending;
 use signal_hook::consts::{SIGUSR1, SIGUSR2};
 
 /// What is asked of this process: by signals, or by a key.
-pub struct Requests {
+pub struct Signals {
     /// SIGTERM, SIGINT, or at the terminal: the end.
     ending: Arc<Ending>,
     /// SIGUSR1: the guest pauses.
@@ -21,7 +21,7 @@ pub struct Requests {
 /// Becomes readable when a signal came.
 pub(crate) struct SignalPipe(UnixStream);
 
-impl Requests {
+impl Signals {
     /// Takes the signals from now on.
     ///
     /// # Errors
@@ -89,7 +89,7 @@ mod tests {
 
     #[test]
     fn a_pause_that_comes_before_its_guest_ends_nothing() {
-        let requests = Requests::before_guest().unwrap();
+        let requests = Signals::before_guest().unwrap();
         signal_hook::low_level::raise(SIGUSR1).unwrap();
         assert_eq!(io::Read::read(&mut &requests.pause.0, &mut [0; 8]).unwrap(), 1);
     }

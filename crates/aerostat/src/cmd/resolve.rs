@@ -1,7 +1,7 @@
-//! `aerostat settle`: ends a doubt about where a guest runs.
+//! `aerostat resolve`: ends a doubt about where a guest runs.
 
 use clap::Args;
-use control::api::{MigrationState, SettleWord};
+use control::api::{MigrationState, ResolveAction};
 
 use crate::guest_arg::GuestArg;
 use cli::failure::{Exit, Failure};
@@ -11,10 +11,10 @@ use cli::output::{print, print_json};
 ///
 /// When the connection breaks in the moment in which a guest changes sides, the
 /// side that cannot know keeps it paused. Without options the source asks its
-/// destination, which is always safe. With --run-here or --give-up nobody is
+/// destination, which is always safe. With --run-here or --discard nobody is
 /// asked: whoever says so must know what is true.
 #[derive(Debug, Args)]
-pub(crate) struct SettleArgs {
+pub(crate) struct ResolveArgs {
     /// Name of the guest, or the path of its control socket
     guest: GuestArg,
 
@@ -33,19 +33,19 @@ pub(crate) struct SettleArgs {
     json: bool,
 }
 
-pub(crate) fn run(args: &SettleArgs) -> Result<(), Failure> {
+pub(crate) fn run(args: &ResolveArgs) -> Result<(), Failure> {
     let word = match (args.run_here, args.give_up) {
-        (true, _) => SettleWord::RunHere,
-        (_, true) => SettleWord::GiveUp,
-        _ => SettleWord::Ask,
+        (true, _) => ResolveAction::RunHere,
+        (_, true) => ResolveAction::Discard,
+        _ => ResolveAction::Ask,
     };
-    let status = args.guest.connect()?.settle_migration(word)?;
+    let status = args.guest.connect()?.resolve_migration(word)?;
     if args.json {
         return print_json(&status);
     }
     let text = match status.state {
         MigrationState::Moved => "runs on the other side, and no more here",
-        MigrationState::Failed if word == SettleWord::GiveUp => "is given up here",
+        MigrationState::Failed if word == ResolveAction::Discard => "is given up here",
         MigrationState::Failed | MigrationState::None | MigrationState::Arrived => "runs here",
         _ => {
             return Err(Failure {

@@ -6,22 +6,22 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use control::api::{
-    MigrationSide, MigrationState, MigrationStatus, SettleWord, StartMigration, StartSnapshot,
+    MigrationSide, MigrationState, MigrationStatus, ResolveAction, StartMigration, StartSnapshot,
     TlsPaths,
 };
-use control::{Balloon, ControlError, Monitor};
+use control::{BalloonControl, ControlError, VmmControl};
 use diagnostics::{contain, panic_point};
 use migration::tcp::{Security, TcpConnector};
 use migration::tls::{Tls, TlsFiles};
-use migration::{MigrationError, Settled, SourceConfig};
+use migration::{MigrationError, Resolution, SourceConfig};
 
-use super::{DROP_CACHES_TIME, Doubt, Mover, failed, locked, nothing, refused};
+use super::{DROP_CACHES_TIME, Doubt, MigrationController, failed, locked, nothing, refused};
 
 /// What the control API asks; the trait is the server's, the guest this monitor's.
-pub(crate) struct Asked(pub(crate) Arc<Mover>);
+pub(crate) struct ControlApi(pub(crate) Arc<MigrationController>);
 
-impl Monitor for Asked {
-    fn balloon(&self) -> Option<Arc<dyn Balloon>> {
+impl VmmControl for ControlApi {
+    fn balloon(&self) -> Option<Arc<dyn BalloonControl>> {
         let machine = locked(&self.0.machine);
         machine.as_ref().map(|machine| Arc::clone(&machine.balloon) as _)
     }
@@ -33,7 +33,9 @@ impl Monitor for Asked {
         let config = config(ask, Arc::clone(&cancel));
         let security = security(ask.tls.as_ref()).map_err(|error| refused(&error))?;
         let to = TcpConnector::new(&ask.to, security).map_err(|error| refused(&error))?;
-        let work = move |mover: &Arc<Mover>, guest| mover.carry(&config, guest, to);
+        let work = move |controller: &Arc<MigrationController>, guest| {
+            controller.carry(&config, guest, to)
+        };
         self.0.begin(MigrationSide::Source, "migration", &machine, cancel, work)
     }
 
@@ -60,8 +62,8 @@ impl Monitor for Asked {
         Ok(state.status.clone())
     }
 
-    fn settle_migration(&self, word: SettleWord) -> Result<MigrationStatus, ControlError> {
-        // Taken, so that nobody settles it twice at a time, and put back where it is not settled.
+    fn resolve_migration(&self, word: ResolveAction) -> Result<MigrationStatus, ControlError> {
+        // Taken, so that nobody resolves it twice at a time, and put back where it is not resolved.
         let doubt = {
             let mut state = self.0.state();
             state.is_open()?;
@@ -71,30 +73,30 @@ impl Monitor for Asked {
             None => return Err(nothing("there is no doubt about where the guest runs")),
             Some(Doubt::Left { word: known, to, guest }) => {
                 let mut left = (known, to, guest);
-                let settled = contain(|| {
-                    panic_point("settle");
-                    self.0.settle_left(&mut left, word).map_err(|error| refused(&error))
+                let resolved = contain(|| {
+                    panic_point("resolve");
+                    self.0.resolve_source(&mut left, word).map_err(|error| refused(&error))
                 });
-                if let Err(error) = settled.unwrap_or_else(failed) {
+                if let Err(error) = resolved.unwrap_or_else(failed) {
                     let (known, to, guest) = left;
                     self.0.state().doubt = Some(Doubt::Left { word: known, to, guest });
                     return Err(error);
                 }
             }
             Some(Doubt::Stays(mut guest)) => {
-                let settled = contain(|| self.0.settle_stuck(&mut guest, word));
-                if let Err(error) = settled.unwrap_or_else(failed) {
+                let resolved = contain(|| self.0.resolve_stuck(&mut guest, word));
+                if let Err(error) = resolved.unwrap_or_else(failed) {
                     self.0.state().doubt = Some(Doubt::Stays(guest));
                     return Err(error);
                 }
             }
             Some(Doubt::Came(kept)) => {
-                let settled = contain(|| self.0.settle_came(&kept, word));
-                let settled = settled.unwrap_or_else(failed);
-                if locked(&kept).custody.settled() == Settled::Waits {
+                let resolved = contain(|| self.0.resolve_destination(&kept, word));
+                let resolved = resolved.unwrap_or_else(failed);
+                if locked(&kept).ownership.resolved() == Resolution::Waits {
                     self.0.state().doubt = Some(Doubt::Came(kept));
                 }
-                settled?;
+                resolved?;
             }
         }
         Ok(self.migration())

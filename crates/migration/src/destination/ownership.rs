@@ -9,22 +9,22 @@ use super::gather::hear;
 use crate::contained::{attempted, contained};
 use crate::error::MigrationError;
 use crate::link::{Accept, Link};
-use crate::seams::DestinationMachine;
 use crate::summary::us;
+use crate::traits::DestinationMachine;
 use crate::wire::control::{Control, Hello, MigrationId, PeerStatus, Purpose};
 use crate::wire::stream::Stream;
 
 /// The right to run one guest, or what became of it. All ways to run or to destroy the guest
 /// lead through here, one at a time, and each is taken once.
 #[derive(Debug)]
-pub struct Custody {
+pub struct DestinationOwnership {
     id: MigrationId,
     status: PeerStatus,
 }
 
-/// Where a guest is that was in custody.
+/// Where a guest is that was in ownership.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Settled {
+pub enum Resolution {
     /// It runs here.
     Runs,
     /// It is whole and paused here, and nobody said what is to become of it.
@@ -33,7 +33,7 @@ pub enum Settled {
     Gone,
 }
 
-/// Somebody who connected and has said what for. Apart from [`Custody`], so that nobody who takes
+/// Somebody who connected and has said what for. Apart from [`DestinationOwnership`], so that nobody who takes
 /// long to say it keeps others from the guest.
 pub struct Asking<L> {
     hello: Hello,
@@ -51,7 +51,7 @@ impl<L: Link> Asking<L> {
     }
 }
 
-impl Custody {
+impl DestinationOwnership {
     /// A guest that is whole and paused.
     pub(super) const fn new(id: MigrationId) -> Self {
         Self { id, status: PeerStatus::Waits }
@@ -65,11 +65,11 @@ impl Custody {
 
     /// Where the guest is.
     #[must_use]
-    pub const fn settled(&self) -> Settled {
+    pub const fn resolved(&self) -> Resolution {
         match self.status {
-            PeerStatus::Runs => Settled::Runs,
-            PeerStatus::Waits => Settled::Waits,
-            PeerStatus::Gone | PeerStatus::Unknown => Settled::Gone,
+            PeerStatus::Runs => Resolution::Runs,
+            PeerStatus::Waits => Resolution::Waits,
+            PeerStatus::Gone | PeerStatus::Unknown => Resolution::Gone,
         }
     }
 
@@ -123,13 +123,13 @@ impl Custody {
         stall: Duration,
         until: Option<Instant>,
         machine: &mut M,
-    ) -> Result<Settled, MigrationError> {
+    ) -> Result<Resolution, MigrationError> {
         loop {
             let link = accept.accept(until);
             let link = link.map_err(MigrationError::link("waiting for the source"))?;
             match self.answer(link, stall, machine) {
-                Ok(()) => return Ok(self.settled()),
-                Err(error) => tracing::warn!(error = error.chain(), id = %self.id, "not settled"),
+                Ok(()) => return Ok(self.resolved()),
+                Err(error) => tracing::warn!(error = error.chain(), id = %self.id, "not resolved"),
             }
         }
     }
@@ -138,7 +138,7 @@ impl Custody {
     /// is run or destroyed, as the source says.
     ///
     /// # Errors
-    /// The connection failed, or the guest could not be started. [`settled`](Self::settled) says
+    /// The connection failed, or the guest could not be started. [`resolved`](Self::resolved) says
     /// where it is.
     pub fn answer<M: DestinationMachine, L: Link>(
         &mut self,
@@ -160,11 +160,11 @@ impl Custody {
     ) -> Result<(), MigrationError> {
         let Asking { hello, mut stream } = asking;
         if hello.purpose == Purpose::Migrate {
-            let reason = "another guest came there before: it runs, or is to be settled first";
+            let reason = "another guest came there before: it runs, or is to be resolved first";
             stream.say_and_hang_up(&Control::Abort { reason: reason.to_owned() });
             return Err(MigrationError::Peer { what: "it brings a guest where one is" });
         }
-        if hello.purpose != Purpose::Settle || hello.id != self.id {
+        if hello.purpose != Purpose::Resolve || hello.id != self.id {
             answer_other(&mut stream, PeerStatus::Unknown);
             return Err(MigrationError::Peer { what: "it asks for another guest" });
         }
@@ -184,12 +184,12 @@ impl Custody {
         machine: &mut M,
     ) -> Result<(), MigrationError> {
         match stream.receive()? {
-            Control::HandOver => {
+            Control::Commit => {
                 let resume = self.run_here(machine)?;
                 tracing::info!(id = %self.id, resume_us = us(resume), "the guest runs here");
                 Ok(())
             }
-            Control::GiveUp => {
+            Control::Rollback => {
                 self.discard(machine);
                 Ok(())
             }

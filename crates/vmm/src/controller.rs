@@ -1,6 +1,6 @@
 //! Moving the guest of a monitor: what its operator may ask, and what is told.
 
-mod asked;
+mod control_api;
 mod save;
 mod told;
 
@@ -11,38 +11,38 @@ use std::time::{Duration, Instant};
 
 use balloon_host::Ending;
 use control::ControlError;
-use control::api::{MigrationPhase, MigrationSide, MigrationState, MigrationStatus, SettleWord};
+use control::api::{MigrationPhase, MigrationSide, MigrationState, MigrationStatus, ResolveAction};
 use diagnostics::{Panicked, contain};
 use migration::observer::{Observer, Phase, Progress};
-use migration::seams::{MachineError, SourceMachine as _};
 use migration::tcp::TcpConnector;
+use migration::traits::{MachineError, SourceMachine as _};
 use migration::{
-    Custody, Fate, MigrationError, Settled, SourceConfig, SourceDoubt, SourceFailure, SourceGuest,
-    migrate,
+    DestinationOwnership, Fate, MigrationError, Resolution, SourceConfig, SourceDoubt,
+    SourceFailure, SourceGuest, migrate,
 };
 
 use crate::error::hint_of;
 use crate::machine::Machine;
-use crate::seams::{Arriving, Leaving};
 use crate::threads::{Joined, join_within};
+use crate::traits::{MigrationSource, MigrationTarget};
 
-pub(crate) use self::asked::Asked;
+pub(crate) use self::control_api::ControlApi;
 
 /// How long the guest may take to drop its caches.
 const DROP_CACHES_TIME: Duration = Duration::from_secs(30);
 
 /// How long a migration that was cancelled because its monitor ends may take to say so to the other
 /// side. It may be waiting for a peer that is silent.
-const FAREWELL: Duration = Duration::from_secs(1);
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The same where the other side may have all of the guest: if it is not told, it is in doubt.
-const LAST_WORDS: Duration = Duration::from_secs(6);
+const SWITCHOVER_TIMEOUT: Duration = Duration::from_secs(6);
 
 /// How long a monitor whose guest has left waits for somebody to ask how it went.
-const LINGER: Duration = Duration::from_secs(5);
+const OUTCOME_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A monitor's guest and the newest migration of it.
-pub(crate) struct Mover {
+pub(crate) struct MigrationController {
     machine: Mutex<Option<Arc<Machine>>>,
     state: Mutex<State>,
     changed: Condvar,
@@ -58,10 +58,10 @@ struct State {
     thread: Option<JoinHandle<()>>,
     doubt: Option<Doubt>,
     /// What became of a guest that came and was in doubt.
-    came: Option<Settled>,
+    came: Option<Resolution>,
     /// Somebody knows that the guest has left.
     told: bool,
-    /// Why nothing is begun, and no doubt settled, any more.
+    /// Why nothing is begun, and no doubt resolved, any more.
     closed: Option<&'static str>,
 }
 
@@ -70,20 +70,20 @@ enum Doubt {
     Left {
         word: SourceDoubt,
         to: TcpConnector,
-        guest: Leaving,
+        guest: MigrationSource,
     },
     Came(Arc<Mutex<Kept>>),
     /// It is here and nowhere else, but something kept it from going on.
-    Stays(Leaving),
+    Stays(MigrationSource),
 }
 
 /// A guest that came, and what is said of it to its source.
 pub(crate) struct Kept {
-    pub(crate) custody: Custody,
-    pub(crate) guest: Arriving,
+    pub(crate) ownership: DestinationOwnership,
+    pub(crate) guest: MigrationTarget,
 }
 
-impl Mover {
+impl MigrationController {
     /// For a guest that is there, or is to come.
     pub(crate) fn new(machine: Option<Arc<Machine>>) -> Arc<Self> {
         Arc::new(Self {
@@ -111,11 +111,11 @@ impl Mover {
 
     /// Waits for as long as a guest that came is in doubt; what became of it, whatever was done
     /// with it since.
-    pub(crate) fn until_settled(&self) -> Settled {
+    pub(crate) fn until_resolved(&self) -> Resolution {
         let mut state = self.state();
         loop {
-            if let Some(settled) = state.came {
-                return settled;
+            if let Some(resolved) = state.came {
+                return resolved;
             }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
@@ -132,9 +132,9 @@ impl Mover {
         let patience = match state.status.phase {
             // Said, and heard or lost within its own time, or a file that is about to have its name:
             // worth waiting for, but where somebody waits for the end.
-            Some(MigrationPhase::HandOver) if !ending.was_asked() => Duration::MAX,
-            Some(MigrationPhase::HandOver | MigrationPhase::State) => LAST_WORDS,
-            _ => FAREWELL,
+            Some(MigrationPhase::Switchover) if !ending.was_asked() => Duration::MAX,
+            Some(MigrationPhase::Switchover | MigrationPhase::State) => SWITCHOVER_TIMEOUT,
+            _ => CANCEL_TIMEOUT,
         };
         let patience = ending.patience("a migration or a snapshot to come to its end", patience);
         let goes_on = |state: &mut State| state.status.state == MigrationState::Running;
@@ -145,7 +145,9 @@ impl Mover {
         } else {
             drop(state);
             // It has nothing more to do than to come back.
-            match thread.map(|thread| join_within(thread, ending.patience("a thread", FAREWELL))) {
+            match thread
+                .map(|thread| join_within(thread, ending.patience("a thread", CANCEL_TIMEOUT)))
+            {
                 None | Some(Joined::Ended) => {}
                 Some(Joined::Panicked) => tracing::error!("the migration ended in a panic"),
                 Some(Joined::Not) => tracing::error!("host: the migration's thread does not end"),
@@ -158,7 +160,7 @@ impl Mover {
         if state.status.state != MigrationState::Moved {
             return false;
         }
-        let linger = if ending.was_asked() { FAREWELL } else { LINGER };
+        let linger = if ending.was_asked() { CANCEL_TIMEOUT } else { OUTCOME_TIMEOUT };
         let linger = ending.patience("whoever asked for the migration", linger);
         drop(self.changed.wait_timeout_while(state, linger, |state| !state.told));
         true
@@ -202,18 +204,18 @@ impl Mover {
     }
 
     /// A source has said where its guest is.
-    pub(crate) fn heard(&self, settled: Settled) {
+    pub(crate) fn heard(&self, resolved: Resolution) {
         let mut state = self.state();
-        let now = match settled {
-            Settled::Runs => MigrationState::Arrived,
-            Settled::Waits => return,
-            Settled::Gone => MigrationState::Failed,
+        let now = match resolved {
+            Resolution::Runs => MigrationState::Arrived,
+            Resolution::Waits => return,
+            Resolution::Gone => MigrationState::Failed,
         };
         // By then it may be on its way to a third host, or in doubt between here and there: that is
         // another doubt.
         if state.status.state == MigrationState::InDoubt && state.came_here() {
             state.doubt = None;
-            state.came = Some(settled);
+            state.came = Some(resolved);
             let error = (now == MigrationState::Failed).then(|| "the guest stays away".to_owned());
             state.over(now, error);
         }
@@ -224,7 +226,7 @@ impl Mover {
         locked(&self.state)
     }
 
-    /// Takes the guest's reins and begins `work` with it in a thread of its own, which gives them
+    /// Takes the guest's run_control and begins `work` with it in a thread of its own, which gives them
     /// back unless the guest has left.
     fn begin(
         self: &Arc<Self>,
@@ -232,26 +234,26 @@ impl Mover {
         name: &str,
         machine: &Arc<Machine>,
         cancel: Arc<AtomicBool>,
-        work: impl FnOnce(&Arc<Self>, Leaving) + Send + 'static,
+        work: impl FnOnce(&Arc<Self>, MigrationSource) + Send + 'static,
     ) -> Result<MigrationStatus, ControlError> {
-        machine.take_reins().map_err(|error| nothing(&error.to_string()))?;
-        let guest = Leaving::new(Arc::clone(machine), Arc::clone(&cancel));
+        machine.take_control().map_err(|error| nothing(&error.to_string()))?;
+        let guest = MigrationSource::new(Arc::clone(machine), Arc::clone(&cancel));
         let mut state = self.state();
-        state.may_begin().inspect_err(|_| machine.return_reins())?;
+        state.may_begin().inspect_err(|_| machine.return_control())?;
         state.begin(side);
         state.status.state = MigrationState::Running;
         state.cancel = cancel;
-        let mover = Arc::clone(self);
+        let controller = Arc::clone(self);
         let thread = std::thread::Builder::new().name(name.to_owned());
         match thread.spawn(move || {
-            if let Err(panicked) = contain(|| work(&mover, guest)) {
-                mover.lost_track(&panicked);
+            if let Err(panicked) = contain(|| work(&controller, guest)) {
+                controller.lost_track(&panicked);
             }
         }) {
             Ok(thread) => state.thread = Some(thread),
             Err(error) => {
                 state.over(MigrationState::Failed, Some(error.to_string()));
-                machine.return_reins();
+                machine.return_control();
             }
         }
         Ok(state.status.clone())
@@ -270,27 +272,32 @@ impl Mover {
     }
 
     /// The guest goes on here, and has its operator again. Both under one lock: whoever takes the
-    /// reins then begins the next migration, and this would be said of that one.
+    /// run_control then begins the next migration, and this would be said of that one.
     fn goes_on(&self, mut state: MutexGuard<'_, State>, now: MigrationState, why: Option<String>) {
         state.over(now, why);
-        self.give_back(state);
+        self.return_unused(state);
     }
 
     /// The same after an error.
     fn goes_on_after(&self, mut state: MutexGuard<'_, State>, error: &MigrationError) {
         state.failed(error);
-        self.give_back(state);
+        self.return_unused(state);
     }
 
-    fn give_back(&self, state: MutexGuard<'_, State>) {
+    fn return_unused(&self, state: MutexGuard<'_, State>) {
         let _state = state;
         if let Some(machine) = locked(&self.machine).as_ref() {
-            machine.return_reins();
+            machine.return_control();
         }
     }
 
     /// Moves the guest; runs in a thread of its own.
-    fn carry(self: &Arc<Self>, config: &SourceConfig, mut guest: Leaving, mut to: TcpConnector) {
+    fn carry(
+        self: &Arc<Self>,
+        config: &SourceConfig,
+        mut guest: MigrationSource,
+        mut to: TcpConnector,
+    ) {
         let mut watch = Watch(Arc::clone(self));
         let moved = migrate(config, &mut guest, &mut to, &mut watch);
         match moved {
@@ -334,17 +341,17 @@ impl Mover {
         }
     }
 
-    /// Settles the doubt of a source.
-    fn settle_left(
+    /// Resolves the doubt of a source.
+    fn resolve_source(
         &self,
-        doubt: &mut (SourceDoubt, TcpConnector, Leaving),
-        word: SettleWord,
+        doubt: &mut (SourceDoubt, TcpConnector, MigrationSource),
+        word: ResolveAction,
     ) -> Result<(), MigrationError> {
         let (known, to, guest) = doubt;
         let fate = match word {
-            SettleWord::Ask => known.ask(guest, to)?,
-            SettleWord::RunHere => known.run_here(guest)?,
-            SettleWord::GiveUp => known.give_away(guest),
+            ResolveAction::Ask => known.ask(guest, to)?,
+            ResolveAction::RunHere => known.run_here(guest)?,
+            ResolveAction::Discard => known.relinquish(guest),
         };
         match fate {
             Fate::RunsThere => self.left(),
@@ -357,8 +364,12 @@ impl Mover {
     }
 
     /// Has a guest go on that stands still, and was not moved.
-    fn settle_stuck(&self, guest: &mut Leaving, word: SettleWord) -> Result<(), ControlError> {
-        if word == SettleWord::GiveUp {
+    fn resolve_stuck(
+        &self,
+        guest: &mut MigrationSource,
+        word: ResolveAction,
+    ) -> Result<(), ControlError> {
+        if word == ResolveAction::Discard {
             let what = "the guest is here and nowhere else".to_owned();
             let hint = "end its monitor if it is to end".to_owned();
             return Err(ControlError::Refused { what, hint });
@@ -369,30 +380,34 @@ impl Mover {
         Ok(())
     }
 
-    /// Settles the doubt of a destination.
-    fn settle_came(&self, kept: &Mutex<Kept>, word: SettleWord) -> Result<(), ControlError> {
+    /// Resolves the doubt of a destination.
+    fn resolve_destination(
+        &self,
+        kept: &Mutex<Kept>,
+        word: ResolveAction,
+    ) -> Result<(), ControlError> {
         let mut kept = locked(kept);
-        let Kept { custody, guest } = &mut *kept;
+        let Kept { ownership, guest } = &mut *kept;
         match word {
-            SettleWord::Ask => {
+            ResolveAction::Ask => {
                 let what = "a destination is asked, and does not ask".to_owned();
-                let hint = "settle it at the source; if that is dead, say --run-here".to_owned();
+                let hint = "resolve it at the source; if that is dead, say --run-here".to_owned();
                 Err(ControlError::Refused { what, hint })
             }
-            SettleWord::RunHere => {
-                if custody.settled() == Settled::Waits {
+            ResolveAction::RunHere => {
+                if ownership.resolved() == Resolution::Waits {
                     // A guest that cannot be started is given up, and its source may be dead. So
                     // what may go away is found out before that.
                     guest.take_disks().map_err(|error| stands_still(&error))?;
                 }
-                let ran = custody.run_here(guest);
+                let ran = ownership.run_here(guest);
                 // Also where it could not: it is gone then.
-                self.heard(custody.settled());
+                self.heard(ownership.resolved());
                 ran.map(drop).map_err(|error| refused(&error))
             }
-            SettleWord::GiveUp => {
-                custody.discard(guest);
-                self.heard(custody.settled());
+            ResolveAction::Discard => {
+                ownership.discard(guest);
+                self.heard(ownership.resolved());
                 Ok(())
             }
         }
@@ -423,7 +438,7 @@ impl State {
     fn may_begin(&self) -> Result<(), ControlError> {
         self.is_open()?;
         if self.status.state == MigrationState::InDoubt {
-            return Err(nothing("it is not known where the guest runs; settle that first"));
+            return Err(nothing("it is not known where the guest runs; resolve that first"));
         }
         Ok(())
     }
@@ -454,7 +469,7 @@ impl State {
 }
 
 /// Notes how far a migration is.
-pub(crate) struct Watch(pub(crate) Arc<Mover>);
+pub(crate) struct Watch(pub(crate) Arc<MigrationController>);
 
 impl Observer for Watch {
     fn phase(&mut self, phase: Phase) {
@@ -483,15 +498,15 @@ fn nothing(what: &str) -> ControlError {
     ControlError::Refused { what: what.to_owned(), hint }
 }
 
-/// It was not settled: the doubt is as it was.
+/// It was not resolved: the doubt is as it was.
 fn failed(panicked: Panicked) -> Result<(), ControlError> {
-    let hint = "look into the log, and settle it again".to_owned();
+    let hint = "look into the log, and resolve it again".to_owned();
     Err(ControlError::Failed { what: format!("host: {panicked}"), hint })
 }
 
 /// Nothing has changed.
 fn stands_still(error: &MachineError) -> ControlError {
-    let hint = "the guest is whole and stands still; settle it again when the disk is free, which \
+    let hint = "the guest is whole and stands still; resolve it again when the disk is free, which \
                 means that no other guest has it, here or there";
     ControlError::Refused { what: error.to_string(), hint: hint.to_owned() }
 }
@@ -506,7 +521,7 @@ fn lost(state: &State) -> &'static str {
         (Some(MigrationSide::Snapshot), _) => {
             "the snapshot is not finished and ends with this process: there is none"
         }
-        (_, Some(MigrationPhase::HandOver)) => {
+        (_, Some(MigrationPhase::Switchover)) => {
             "the guest was offered and ends here; whether it runs on the other side is not known"
         }
         _ => "the migration ends with this process; the other side was not told",
@@ -520,41 +535,41 @@ pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
-    use control::Monitor as _;
+    use control::VmmControl as _;
     use control::api::{StartMigration, TlsPaths};
 
     use super::*;
-    use crate::mover::asked::security;
+    use crate::controller::control_api::security;
 
     fn ask(to: &str) -> StartMigration {
         StartMigration { to: to.into(), ..StartMigration::default() }
     }
 
     #[test]
-    fn without_a_guest_there_is_nothing_to_move_to_end_or_to_settle() {
-        let mover = Mover::new(None);
-        let asked = Asked(Arc::clone(&mover));
+    fn without_a_guest_there_is_nothing_to_move_to_end_or_to_resolve() {
+        let controller = MigrationController::new(None);
+        let asked = ControlApi(Arc::clone(&controller));
         assert!(asked.balloon().is_none());
         let refused = [
             asked.start_migration(&ask("127.0.0.1:1")),
             asked.cancel_migration(),
-            asked.settle_migration(SettleWord::Ask),
-            asked.settle_migration(SettleWord::RunHere),
-            asked.settle_migration(SettleWord::GiveUp),
+            asked.resolve_migration(ResolveAction::Ask),
+            asked.resolve_migration(ResolveAction::RunHere),
+            asked.resolve_migration(ResolveAction::Discard),
         ];
         for refused in refused {
             assert_eq!(refused.unwrap_err().http_status(), 409);
         }
         assert_eq!(asked.migration().state, MigrationState::None);
-        assert!(!mover.end(&Ending::unwatched().unwrap()));
+        assert!(!controller.end(&Ending::unwatched().unwrap()));
     }
 
     #[test]
     fn a_destination_tells_how_far_it_is() {
-        let mover = Mover::new(None);
-        let asked = Asked(Arc::clone(&mover));
-        mover.waits();
-        let mut watch = Watch(Arc::clone(&mover));
+        let controller = MigrationController::new(None);
+        let asked = ControlApi(Arc::clone(&controller));
+        controller.waits();
+        let mut watch = Watch(Arc::clone(&controller));
         watch.phase(Phase::Connect);
         assert_eq!(asked.migration().state, MigrationState::Waiting);
         watch.phase(Phase::Round { number: 3 });
@@ -566,7 +581,7 @@ mod tests {
         assert_eq!((status.done_pages, status.of_pages, status.wire_bytes), (1, 2, 110));
         // It is its source's to end.
         assert!(asked.cancel_migration().is_err());
-        mover.failed(&MigrationError::Closed);
+        controller.failed(&MigrationError::Closed);
         let status = asked.migration();
         assert_eq!((status.state, status.phase), (MigrationState::Failed, None));
         assert!(status.state.is_over() && status.elapsed_ms > 0.0);
@@ -575,55 +590,56 @@ mod tests {
     /// A source that was in doubt for long hears that its guest runs here, while that is in doubt
     /// between here and a third host.
     #[test]
-    fn what_an_old_source_hears_settles_no_other_doubt() {
-        let mover = Mover::new(None);
-        mover.state().begin(MigrationSide::Source);
-        mover.state().over(MigrationState::InDoubt, Some("the last word was lost".into()));
-        mover.heard(Settled::Runs);
-        assert_eq!(mover.state().status.state, MigrationState::InDoubt);
+    fn what_an_old_source_is_told_resolves_no_other_doubt() {
+        let controller = MigrationController::new(None);
+        controller.state().begin(MigrationSide::Source);
+        controller.state().over(MigrationState::InDoubt, Some("the last word was lost".into()));
+        controller.heard(Resolution::Runs);
+        assert_eq!(controller.state().status.state, MigrationState::InDoubt);
     }
 
     #[test]
     fn nothing_is_begun_with_a_guest_in_doubt() {
-        let mover = Mover::new(None);
+        let controller = MigrationController::new(None);
         for side in [MigrationSide::Source, MigrationSide::Destination] {
-            mover.state().begin(side);
-            mover.state().over(MigrationState::InDoubt, None);
-            assert_eq!(mover.state().may_begin().unwrap_err().http_status(), 409);
+            controller.state().begin(side);
+            controller.state().over(MigrationState::InDoubt, None);
+            assert_eq!(controller.state().may_begin().unwrap_err().http_status(), 409);
         }
-        mover.heard(Settled::Gone);
-        assert!(mover.state().may_begin().is_ok());
+        controller.heard(Resolution::Gone);
+        assert!(controller.state().may_begin().is_ok());
     }
 
     /// Its operator may move it on at once, before whoever waits for the word has looked.
     #[test]
     fn a_guest_that_was_settled_here_is_served_whatever_is_done_with_it() {
-        let mover = Mover::new(None);
-        mover.waits();
-        mover.state().over(MigrationState::InDoubt, None);
-        mover.heard(Settled::Runs);
-        mover.state().begin(MigrationSide::Source);
-        mover.state().status.state = MigrationState::Running;
-        assert_eq!(mover.until_settled(), Settled::Runs);
+        let controller = MigrationController::new(None);
+        controller.waits();
+        controller.state().over(MigrationState::InDoubt, None);
+        controller.heard(Resolution::Runs);
+        controller.state().begin(MigrationSide::Source);
+        controller.state().status.state = MigrationState::Running;
+        assert_eq!(controller.until_resolved(), Resolution::Runs);
     }
 
     /// Also what would be begun after that: it had a word of its own to be cancelled by.
     #[test]
     fn what_is_called_off_is_cancelled_and_nothing_is_begun_any_more() {
         for why in ["memory", "about to end"] {
-            let mover = Mover::new(None);
-            let cancel = Arc::clone(&mover.state().cancel);
+            let controller = MigrationController::new(None);
+            let cancel = Arc::clone(&controller.state().cancel);
             if why == "memory" {
-                mover.call_off();
+                controller.call_off();
             } else {
-                assert!(!mover.end(&Ending::unwatched().unwrap()));
+                assert!(!controller.end(&Ending::unwatched().unwrap()));
             }
             assert!(cancel.load(Ordering::Relaxed));
-            let refused = mover.state().may_begin().unwrap_err();
+            let refused = controller.state().may_begin().unwrap_err();
             assert_eq!(refused.http_status(), 409);
             assert!(refused.to_string().contains(why), "{refused}");
-            let settled = Asked(Arc::clone(&mover)).settle_migration(SettleWord::RunHere);
-            assert!(settled.unwrap_err().to_string().contains(why));
+            let resolved =
+                ControlApi(Arc::clone(&controller)).resolve_migration(ResolveAction::RunHere);
+            assert!(resolved.unwrap_err().to_string().contains(why));
         }
     }
 
@@ -631,20 +647,20 @@ mod tests {
     /// that, and not of the migration that begins then.
     #[test]
     fn a_guest_is_found_when_it_is_said_to_have_come() {
-        let mover = Mover::new(None);
-        mover.waits();
+        let controller = MigrationController::new(None);
+        controller.waits();
         let end = Instant::now() + Duration::from_secs(20);
         std::thread::scope(|scope| {
-            let machine = locked(&mover.machine);
-            let came = scope.spawn(|| mover.came(None));
+            let machine = locked(&controller.machine);
+            let came = scope.spawn(|| controller.came(None));
             // Nobody begins anything meanwhile.
-            while mover.state.try_lock().is_ok() {
+            while controller.state.try_lock().is_ok() {
                 assert!(!came.is_finished() && Instant::now() < end);
                 std::thread::yield_now();
             }
             drop(machine);
         });
-        assert_eq!(mover.state().status.state, MigrationState::Arrived);
+        assert_eq!(controller.state().status.state, MigrationState::Arrived);
     }
 
     #[test]

@@ -129,7 +129,7 @@ pub struct FreePages {
 /// ```text
 /// describe, drop_caches, before_connect, memory, start_dirty_log, take_dirty, ballooned_pages, free_pages,
 /// (take_dirty, set_throttle)*, before_pause, pause, take_dirty, save_state, offer,
-/// then give_away; or, whenever something fails before the hand-over is offered:
+/// then relinquish; or, whenever something fails before the switchover is offered:
 /// resume (if it was paused), set_throttle(0), stop_dirty_log, free_pages_done
 /// ```
 pub trait SourceMachine {
@@ -184,7 +184,7 @@ pub trait SourceMachine {
 
     /// Nobody counts on what [`free_pages`](Self::free_pages) answered any more: a guest that
     /// keeps what it named to itself (hints) may use it again. Not called when the guest was
-    /// [given away](Self::give_away): the device tells it where it goes on.
+    /// [given away](Self::relinquish): the device tells it where it goes on.
     fn free_pages_done(&mut self);
 
     /// Pages that the guest gave and may not use before it was told that it has them back: those
@@ -235,7 +235,7 @@ pub trait SourceMachine {
 
     /// The other side may run the guest from here on. Lets go what only one side can have, such as
     /// locks on its disks; [`resume`](Self::resume) takes it again.
-    fn offer(&mut self) {}
+    fn prepare_switchover(&mut self) {}
 
     /// Lets the guest go on here. Called only where it cannot run anywhere else.
     ///
@@ -245,7 +245,7 @@ pub trait SourceMachine {
 
     /// The guest runs somewhere else, for good: it must never run here again. The monitor may end
     /// when it likes.
-    fn give_away(&mut self);
+    fn relinquish(&mut self);
 }
 
 /// A monitor that makes a guest out of what a source sends.

@@ -9,7 +9,7 @@ use control::api::{MigrationState, MigrationStatus};
 use lab::{Guest, LabError, Reply, Scratch};
 
 use super::case::Case;
-use super::kit::Kit;
+use super::run_config::RunConfig;
 use crate::error::{BenchError, Result, host, wrong};
 use crate::kvm_host::address_of;
 
@@ -17,7 +17,7 @@ use crate::kvm_host::address_of;
 pub(super) const LIMIT: Duration = Duration::from_secs(120);
 
 /// Between two looks at what nobody announces.
-pub(super) const LOOK: Duration = Duration::from_millis(20);
+pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// For an answer, between two looks at whether the guest has left.
 const SLICE: Duration = Duration::from_millis(500);
@@ -29,8 +29,8 @@ const PAUSE: Duration = Duration::from_millis(100);
 const QUESTIONS: [&str; 3] = ["free-mib", "cat /proc/meminfo", "verify asked 1 77"];
 
 /// A guest, and the process that has it.
-pub struct Traveller<'a> {
-    kit: &'a Kit,
+pub struct MigratingGuest<'a> {
+    run_config: &'a RunConfig,
     case: Case,
     directory: Scratch,
     /// Its monitor's process and its serial line.
@@ -75,21 +75,22 @@ pub struct Conversation {
     pub open: Option<(u64, String)>,
 }
 
-impl<'a> Traveller<'a> {
+impl<'a> MigratingGuest<'a> {
     /// Boots a guest and loads its driver.
     ///
     /// # Errors
     /// Why it did not come up.
-    pub fn boot(kit: &'a Kit, case: Case, memory_mib: u64) -> Result<Self> {
+    pub fn boot(run_config: &'a RunConfig, case: Case, memory_mib: u64) -> Result<Self> {
         let directory = Scratch::new("moves")?;
         let control = directory.path().join("0");
-        let guest = kit.guest(&case, memory_mib, &control).boot()?;
-        let mut traveller = Self { kit, case, directory, guest, control, processes: 1 };
-        for module in kit.modules(case.driver) {
-            traveller.run(&format!("insmod {module}"))?;
+        let guest = run_config.guest(&case, memory_mib, &control).boot()?;
+        let mut migrating_guest =
+            Self { run_config, case, directory, guest, control, processes: 1 };
+        for module in run_config.modules(case.driver) {
+            migrating_guest.run(&format!("insmod {module}"))?;
         }
-        traveller.run("fill asked 1 77")?;
-        Ok(traveller)
+        migrating_guest.run("fill asked 1 77")?;
+        Ok(migrating_guest)
     }
 
     /// Starts a process that waits for this guest.
@@ -103,7 +104,8 @@ impl<'a> Traveller<'a> {
         let words = ["--name", self.case.name, "--listen", "127.0.0.1:0", "--plain"];
         let more = ["--control", &path];
         let words = words.iter().chain(&more).chain(arguments);
-        let guest = Guest::receiver(&self.kit.program).machine_arguments(words.copied()).boot()?;
+        let guest =
+            Guest::receiver(&self.run_config.program).machine_arguments(words.copied()).boot()?;
         let address = address_of(&guest)?;
         Ok(Receiver { guest, control, address })
     }
@@ -113,7 +115,7 @@ impl<'a> Traveller<'a> {
     /// # Errors
     /// The program cannot be started.
     pub fn depart(&self, to: &str, arguments: &[&str]) -> Result<Departure> {
-        let child = Command::new(&self.kit.program)
+        let child = Command::new(&self.run_config.program)
             .arg("migrate")
             .arg(&self.control)
             .args([to, "--plain", "--json"])
@@ -260,13 +262,13 @@ impl<'a> Traveller<'a> {
         Ok(Client::connect(&self.control)?)
     }
 
-    /// Settles a doubt by the command line: `aerostat settle`.
+    /// Resolves a doubt by the command line: `aerostat resolve`.
     ///
     /// # Errors
     /// The program cannot be started.
-    pub fn settle(&self, control: &std::path::Path, arguments: &[&str]) -> Result<Said> {
-        let output = Command::new(&self.kit.program)
-            .arg("settle")
+    pub fn resolve(&self, control: &std::path::Path, arguments: &[&str]) -> Result<Said> {
+        let output = Command::new(&self.run_config.program)
+            .arg("resolve")
             .arg(control)
             .args(arguments)
             .output()

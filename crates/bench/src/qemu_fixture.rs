@@ -51,7 +51,7 @@ pub struct QemuBedOptions {
 }
 
 /// A guest whose driver is loaded.
-pub struct QemuBed {
+pub struct QemuFixture {
     /// The guest; ended before its device.
     pub guest: Guest,
     /// The driver's module file.
@@ -66,7 +66,7 @@ enum Attached {
     VhostUser(Backend, Client),
 }
 
-impl QemuBed {
+impl QemuFixture {
     /// Boots a guest with `device` and loads `driver`.
     ///
     /// # Errors
@@ -251,11 +251,11 @@ fn module(driver: Driver, kernel: &DebianKernel) -> Result<PathBuf> {
 fn settle(client: &Client, target_bytes: u64) -> Result<Duration> {
     let end = Instant::now() + CHANGE_LIMIT;
     let mut balloon = client.set_balloon(target_bytes, CHANGE_LIMIT)?;
-    while !balloon.settled && Instant::now() < end {
+    while !balloon.at_target && Instant::now() < end {
         balloon = client.wait(balloon.generation, CHANGE_LIMIT)?;
     }
     let reached = u64::from(balloon.actual_pages) * BALLOON_PAGE_BYTES == target_bytes;
-    let change = balloon.last_change.filter(|_| balloon.settled && reached);
+    let change = balloon.last_change.filter(|_| balloon.at_target && reached);
     let change = change.ok_or(BenchError::NotReached {
         name: "the emulated guest".to_owned(),
         actual_pages: balloon.actual_pages,

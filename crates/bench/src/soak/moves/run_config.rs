@@ -23,7 +23,7 @@ const KERNEL_ARGUMENT: &str = "loglevel=5";
 
 /// A kernel with all that its guests load.
 #[derive(Clone, Debug)]
-pub struct Kit {
+pub struct RunConfig {
     /// The `aerostat` program.
     pub program: PathBuf,
     /// A vmlinux.
@@ -34,7 +34,7 @@ pub struct Kit {
     pub modules: Vec<String>,
 }
 
-impl Kit {
+impl RunConfig {
     /// Puts one together in `directory`.
     ///
     /// # Errors
