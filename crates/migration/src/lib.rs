@@ -21,6 +21,7 @@ pub mod limits;
 pub mod link;
 pub mod observer;
 pub mod raw;
+mod resolution;
 pub mod selection;
 pub mod snapshot;
 mod source;
@@ -33,9 +34,10 @@ mod worker_pool;
 
 pub use destination::{
     Asking, DestinationConfig, DestinationGuest, DestinationOwnership, ReceiveFailure, Received,
-    Resolution, receive,
+    receive,
 };
 pub use error::MigrationError;
-pub use source::{Fate, SourceConfig, SourceDoubt, SourceFailure, SourceGuest, migrate};
+pub use resolution::Resolution;
+pub use source::{SourceConfig, SourceDoubt, SourceFailure, SourceGuest, migrate};
 pub use summary::{Downtime, RoundSummary, Summary};
 pub use wire::control::MigrationId;

@@ -235,7 +235,9 @@ pub trait SourceMachine {
 
     /// The other side may run the guest from here on. Lets go what only one side can have, such as
     /// locks on its disks; [`resume`](Self::resume) takes it again.
-    fn prepare_switchover(&mut self) {}
+    fn prepare_switchover(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
 
     /// Lets the guest go on here. Called only where it cannot run anywhere else.
     ///

@@ -137,7 +137,7 @@ impl Setup {
             Err(ReceiveFailure { guest: DestinationGuest::InDoubt(mut ownership), .. }) => {
                 // The source's operator says where it runs.
                 ownership.discard(&mut self.destination);
-                assert_eq!(ownership.resolved(), Resolution::Gone);
+                assert_eq!(ownership.resolution(), Resolution::NeverRan);
             }
             Err(_) => {}
         }
@@ -193,7 +193,7 @@ fn serve(
     else {
         return received;
     };
-    while ownership.resolved() == Resolution::Waits {
+    while ownership.resolution() == Resolution::InDoubt {
         let Ok(link) = incoming.0.recv_timeout(2 * STALL) else { break };
         let _ = ownership.answer(link, STALL, destination);
     }

@@ -147,7 +147,7 @@ fn the_source_is_killed() {
             DestinationGuest::InDoubt(mut ownership) if whole => {
                 // An operator, who sees that the source is dead.
                 ownership.run_here(&mut destination).unwrap();
-                assert_eq!(ownership.resolved(), Resolution::Runs);
+                assert_eq!(ownership.resolution(), Resolution::RunsAtDestination);
                 assert!(destination.runs() && destination.loaded);
             }
             DestinationGuest::Destroyed if !whole => assert!(destination.memory.is_none()),

@@ -11,6 +11,7 @@
 #![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]
 
 mod acpi;
+mod answer;
 mod balloon;
 mod block;
 mod boot;
@@ -35,7 +36,6 @@ mod preflight;
 pub mod raw;
 mod receive;
 mod restore;
-mod run_control;
 mod signals;
 mod state;
 mod threads;

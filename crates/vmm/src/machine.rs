@@ -37,7 +37,6 @@ use crate::memory::MachineMemory;
 use crate::mmio::{Device, Interrupts, Transport, register};
 use crate::options::RunOptions;
 use crate::ports::{Ports, Request};
-use crate::run_control::RunControl;
 use crate::signals::Signals;
 use crate::vcpu::Processors;
 pub(crate) use stop::PAUSE_TIME;
@@ -80,7 +79,7 @@ pub fn run(options: &RunOptions) -> Result<End, Error> {
         memory_mib = options.memory_bytes >> 20,
         "booting"
     );
-    machine.start();
+    controller.start_guest(&machine)?;
     serve_to_end(&machine, &controller, &requests)
 }
 
@@ -94,7 +93,7 @@ pub(crate) fn serve_to_end(
     // The guest runs, and goes on without what is typed.
     let console = Console::start(&machine.bus, requests.asker());
     let _console = console.inspect_err(|error| tracing::error!(%error, "nothing can be typed"));
-    let end = machine.serve(requests);
+    let end = machine.serve_with(requests, &|pause| controller.operator_pauses(machine, pause));
     let has_moved = controller.end(requests.ending());
     end_console(machine, requests.ending());
     if has_moved { Ok(End::Moved) } else { end }
@@ -255,8 +254,6 @@ pub struct Machine {
     pub(crate) event: EventFd,
     /// How it was made.
     pub(crate) options: RunOptions,
-    /// Who may stop it.
-    pub(crate) run_control: Mutex<RunControl>,
     /// What each of the guest's processors answers to CPUID, from the guest's birth on. Not asked
     /// of KVM: after a state was loaded some KVMs answer with what the host's processor can do.
     pub(crate) cpuid: Mutex<Vec<CpuId>>,
@@ -307,7 +304,6 @@ impl Machine {
         let msrs = kvm.get_msr_index_list().map_err(Error::kvm("asking for registers"))?;
         let msrs = msrs.as_slice().to_vec();
         let cpuid = Mutex::new(cpuid);
-        let run_control = Mutex::default();
         let options = options.clone();
         let syncing = Arc::default();
         Ok(Self {
@@ -321,7 +317,6 @@ impl Machine {
             msrs,
             event,
             options,
-            run_control,
             cpuid,
         })
     }
@@ -362,9 +357,20 @@ impl Machine {
     /// # Errors
     /// The host fails, or a processor of the guest stops for good.
     pub fn serve(&self, requests: &Signals) -> Result<End, Error> {
+        self.serve_with(requests, &|pause| {
+            if !pause {
+                self.resume();
+            } else if let Err(error) = self.pause() {
+                tracing::error!(%error, "the guest is not paused");
+            }
+        })
+    }
+
+    /// The same; `change` is called for an operator who pauses the guest, or resumes it.
+    pub(crate) fn serve_with(&self, requests: &Signals, change: Change<'_>) -> Result<End, Error> {
         let poll = self.watch(requests).map_err(Error::host("epoll"))?;
         self.balloon.set_connected(true);
-        let end = self.serve_events(&poll, requests);
+        let end = self.serve_events(&poll, requests, change);
         self.come_to_an_end(requests.ending());
         self.balloon.device().requests_mut().end_all(RequestFailure::HungUp);
         self.balloon.set_connected(false);
@@ -396,11 +402,16 @@ impl Machine {
     }
 
     /// `None` where this process is to end.
-    fn serve_events(&self, poll: &Epoll, requests: &Signals) -> Result<Option<Request>, Error> {
+    fn serve_events(
+        &self,
+        poll: &Epoll,
+        requests: &Signals,
+        change: Change<'_>,
+    ) -> Result<Option<Request>, Error> {
         let mut events = vec![EpollEvent::default(); EVENTS_AT_ONCE];
         let mut panics = 0;
         loop {
-            match contain(|| self.serve_once(poll, requests, &mut events)) {
+            match contain(|| self.serve_once(poll, (requests, change), &mut events)) {
                 Ok(Ok(Turn::More)) => {}
                 Ok(Ok(Turn::Stop)) => return Ok(None),
                 Ok(Ok(Turn::Ended(request))) => return Ok(Some(request)),
@@ -419,7 +430,7 @@ impl Machine {
     fn serve_once(
         &self,
         poll: &Epoll,
-        requests: &Signals,
+        (requests, change): (&Signals, Change<'_>),
         events: &mut [EpollEvent],
     ) -> Result<Turn, Error> {
         let due = self.bus.slots.iter().filter_map(|slot| slot.transport().until_due());
@@ -452,11 +463,11 @@ impl Machine {
                 }
                 EVENT_PAUSE => {
                     requests.pause.clear();
-                    self.operator_pauses(true);
+                    change(true);
                 }
                 EVENT_RESUME => {
                     requests.resume.clear();
-                    self.operator_pauses(false);
+                    change(false);
                 }
                 kick => self.kicked(kick),
             }
@@ -479,8 +490,6 @@ impl Machine {
 
     /// The guest's processors come to a stop soon, and nobody lets them go on.
     pub(crate) fn halt(&self) {
-        // Who has them already keeps them as long.
-        let _ = self.take_control();
         self.processors.halt();
     }
 
@@ -502,6 +511,9 @@ impl Machine {
         }
     }
 }
+
+/// Pauses the guest for its operator (true), or resumes it.
+type Change<'a> = &'a dyn Fn(bool);
 
 /// What came of looking once what is to be served.
 enum Turn {

@@ -1,37 +1,24 @@
 //! A guest that comes from another host.
 
-use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use control::Server;
-use diagnostics::{contain, panic_point};
 use migration::limits::STALL_PAUSED;
-use migration::link::Accept as _;
-use migration::tcp::{Security, TcpAcceptor, TcpLink};
-use migration::{
-    Asking, DestinationConfig, DestinationGuest, MigrationError, ReceiveFailure, Resolution,
-    receive as arrive,
-};
+use migration::tcp::{Security, TcpAcceptor};
+use migration::{DestinationConfig, DestinationGuest, ReceiveFailure, receive as arrive};
 
-use crate::controller::{ControlApi, Kept, MigrationController, Watch, locked};
+use crate::answer::{ANSWER_TIMEOUT, Answering};
+use crate::controller::{Arrived, ControlApi, MigrationController, Watch};
 use crate::error::Error;
 use crate::machine::{End, serve_to_end};
 use crate::options::HostOptions;
 use crate::signals::Signals;
 use crate::traits::MigrationTarget;
 
-/// How long a source that was told that its guest runs here may still ask: the word may be lost
-/// on its way.
-const ANSWER_TIME: Duration = Duration::from_secs(600);
-
 /// Migrations that came to nothing of which that is known: their sources are in doubt at most.
 const MAX_GONE: usize = 64;
-
-/// How often it is looked whether an operator has resolved a doubt.
-const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Between two guests that fail to arrive, so that whatever fails at once does not fail without end.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -72,27 +59,26 @@ pub fn receive(options: &ReceiveOptions, listens: impl Fn(SocketAddr)) -> Result
     let mut deadline = options.wait.map(|wait| Instant::now() + wait);
     let mut gone = Vec::new();
     loop {
-        let mut guest = MigrationTarget::new(options.host.clone(), options.max_cpus)?;
+        let mut guest = MigrationTarget::new(options.host.clone(), options.max_cpus, &controller)?;
         let config = DestinationConfig {
             max_memory_bytes: options.max_memory_bytes,
             deadline,
             gone: gone.clone(),
             ..DestinationConfig::new(&options.guest_name)
         };
-        controller.waits();
+        controller.wait_for_source();
         let arrived =
             arrive(&config, &mut guest, &mut acceptor, &mut Watch(Arc::clone(&controller)));
         let failure = match arrived {
             Ok(received) => {
                 tracing::info!(id = %received.ownership.id(), us = received.total_us, "arrived");
-                controller.came(guest.machine().cloned());
-                let until = received.source_knows.then(|| Instant::now() + ANSWER_TIME);
-                let kept = Kept { ownership: received.ownership, guest };
-                if let Err(error) =
-                    answer(&Arc::new(Mutex::new(kept)), acceptor, until, &controller)
+                let until = received.source_knows.then(|| Instant::now() + ANSWER_TIMEOUT);
+                let arrived = Arrived { ownership: received.ownership, guest };
+                if let Err((error, _)) =
+                    Answering::start(&Arc::new(Mutex::new(arrived)), acceptor, until)
                 {
-                    // The guest runs, and goes on whoever asks.
-                    tracing::error!(%error, "its source will not be answered");
+                    // The guest runs on all the same.
+                    tracing::error!(%error, "host: its source will not be answered");
                 }
                 return run(&controller, &requests);
             }
@@ -105,7 +91,7 @@ pub fn receive(options: &ReceiveOptions, listens: impl Fn(SocketAddr)) -> Result
             DestinationGuest::Destroyed => Duration::ZERO,
             // Its source has most likely heard it.
             DestinationGuest::Refused(_) => STALL_PAUSED * 2,
-            DestinationGuest::InDoubt(_) => ANSWER_TIME,
+            DestinationGuest::InDoubt(_) => ANSWER_TIMEOUT,
         };
         match failed(failure, guest, acceptor, deadline, (&controller, &requests))? {
             Some(free) => acceptor = free,
@@ -126,7 +112,7 @@ fn failed(
     let ReceiveFailure { error, guest: left, .. } = failure;
     match left {
         DestinationGuest::Destroyed => {
-            controller.failed(&error);
+            controller.not_arrived(&error);
             // Nobody came, or nobody can come.
             if deadline.is_some_and(|end| Instant::now() >= end) {
                 return Err(error.into());
@@ -137,27 +123,40 @@ fn failed(
         }
         // A source that did not hear it asks who takes the next one.
         DestinationGuest::Refused(_) => {
-            controller.failed(&error);
+            controller.not_arrived(&error);
             tracing::warn!(error = error.chain(), "a guest could not be started");
             Ok(Some(acceptor))
         }
         DestinationGuest::InDoubt(ownership) => {
             tracing::error!(error = error.chain(), "whether the guest runs here is not known");
-            controller.set_machine(guest.machine().cloned());
-            let kept = Arc::new(Mutex::new(Kept { ownership, guest }));
-            controller.doubts(&kept, &error);
+            let arrived = Arc::new(Mutex::new(Arrived { ownership, guest }));
+            controller.arrived_in_doubt(&arrived, &error);
             let words = "the guest that came ends here; whether it runs at its source is not known, \
                          where `aerostat resolve` says what becomes of it";
             requests.ending().at_once_with(Some(words.to_owned()));
-            let answering = answer(&kept, acceptor, None, controller)?;
-            if controller.until_resolved() == Resolution::Runs {
+            let answering = answer_if_possible(&arrived, acceptor);
+            if controller.until_resolved() {
                 return Ok(None);
             }
             requests.ending().at_once_with(None);
-            controller.set_machine(None);
-            joined(answering).map(Some)
+            match answering {
+                Ok(answering) => answering.join().map(Some),
+                Err(acceptor) => Ok(Some(acceptor)),
+            }
         }
     }
+}
+
+/// Has a source answered. A host that has no thread left must not end the guest: its operator can
+/// still resolve it.
+fn answer_if_possible(
+    arrived: &Arc<Mutex<Arrived>>,
+    acceptor: TcpAcceptor,
+) -> Result<Answering, TcpAcceptor> {
+    Answering::start(arrived, acceptor, None).map_err(|(error, acceptor)| {
+        tracing::error!(%error, "host: its source is not answered; resolve it on both hosts");
+        acceptor
+    })
 }
 
 /// Serves the guest that came.
@@ -167,71 +166,4 @@ fn run(controller: &Arc<MigrationController>, requests: &Signals) -> Result<End,
         Some(machine) => serve_to_end(&machine, controller, requests),
         None => Err(Error::Unsupported { what: "a guest that is not there".into() }),
     }
-}
-
-type Answering = JoinHandle<TcpAcceptor>;
-
-/// Answers a source that asks what became of its guest, in a thread: until that is gone, which is
-/// known later as well (`gone`), or for as long as a source may ask whether it runs.
-fn answer(
-    kept: &Arc<Mutex<Kept>>,
-    mut acceptor: TcpAcceptor,
-    mut until: Option<Instant>,
-    controller: &Arc<MigrationController>,
-) -> Result<Answering, Error> {
-    let (kept, controller) = (Arc::clone(kept), Arc::clone(controller));
-    let answering = move || {
-        let is_over = |until: Option<Instant>| until.is_some_and(|end| Instant::now() >= end);
-        // Its operator may have resolved it as well, and its source be dead.
-        while !is_over(until) && locked(&kept).ownership.resolved() != Resolution::Gone {
-            let look = Instant::now() + POLL_INTERVAL;
-            let link = match acceptor.accept(Some(until.map_or(look, |end| end.min(look)))) {
-                Ok(link) => link,
-                Err(error) if error.kind() == ErrorKind::TimedOut => continue,
-                Err(error) => {
-                    // Nobody else answers it.
-                    tracing::error!(%error, "host: no source can ask for its guest now");
-                    std::thread::sleep(POLL_INTERVAL);
-                    continue;
-                }
-            };
-            let answered = contain(|| {
-                panic_point("answer");
-                answer_one(link, &kept)
-            });
-            let resolved = locked(&kept).ownership.resolved();
-            controller.heard(resolved);
-            match answered {
-                // What was sent may be lost, and then it asks again.
-                Ok(Ok(())) if resolved == Resolution::Runs => {
-                    until = Some(Instant::now() + ANSWER_TIME);
-                }
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => {
-                    tracing::warn!(error = error.chain(), "a source was not answered");
-                }
-                // It asks again, and is answered then.
-                Err(panicked) => tracing::error!(%panicked, "a source was not answered"),
-            }
-        }
-        acceptor
-    };
-    let thread = std::thread::Builder::new().name("answer".into()).spawn(answering);
-    thread.map_err(Error::host::<std::io::Error>("starting a thread"))
-}
-
-fn answer_one(link: TcpLink, kept: &Mutex<Kept>) -> Result<(), MigrationError> {
-    // Not under the lock: whoever takes long to say a word would keep the operator's away.
-    let asking = Asking::hear(link, STALL_PAUSED)?;
-    let mut kept = locked(kept);
-    let Kept { ownership, guest } = &mut *kept;
-    ownership.answer_to(asking, guest)
-}
-
-fn joined(answering: Answering) -> Result<TcpAcceptor, Error> {
-    let panicked = |_| Error::Host {
-        what: "answering the source",
-        source: std::io::Error::other("a thread panicked"),
-    };
-    answering.join().map_err(panicked)
 }

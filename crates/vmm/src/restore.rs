@@ -49,7 +49,7 @@ pub fn restore(options: &RestoreOptions) -> Result<End, Error> {
     let controller = MigrationController::new(None);
     let _control =
         Server::bind_monitor(&options.host.control, Arc::new(ControlApi(Arc::clone(&controller))))?;
-    let mut guest = MigrationTarget::new(options.host.clone(), MAX_CPUS)?.copy();
+    let mut guest = MigrationTarget::new(options.host.clone(), MAX_CPUS, &controller)?.copy();
     let config = DestinationConfig {
         max_memory_bytes: MAX_MEMORY_BYTES,
         ..DestinationConfig::new(&machine)
@@ -65,7 +65,6 @@ pub fn restore(options: &RestoreOptions) -> Result<End, Error> {
     let restored = snapshot::restore(&config, &mut guest, file, &mut Silent)?;
     requests.take_stop();
     tracing::info!(us = restored.total_us, pages = restored.read_pages, "restored");
-    controller.set_machine(guest.machine().cloned());
     match guest.machine() {
         Some(machine) => serve_to_end(machine, &controller, &requests),
         None => Err(no_machine()),
@@ -80,7 +79,6 @@ fn fill(
     requests: &Signals,
 ) -> Result<End, Error> {
     let machine = guest.machine().cloned().ok_or_else(no_machine)?;
-    controller.set_machine(Some(Arc::clone(&machine)));
     let stop = requests.stopper();
     let over = AtomicBool::new(false);
     let end = std::thread::scope(|scope| {
@@ -95,8 +93,8 @@ fn fill(
                     std::thread::sleep(POLL_INTERVAL);
                 }
                 // One that moves or writes the guest waits for such a page as well, and would take
-                // the zeros for the guest's. None begins any more: the run_control are taken.
-                controller.call_off();
+                // the zeros for the guest's.
+                controller.close("its memory cannot be read any more");
                 guest.let_go();
             }
         });
@@ -105,7 +103,7 @@ fn fill(
         serve_to_end(&machine, controller, requests)
     });
     // The guest first, which may still wait for its memory.
-    controller.set_machine(None);
+    controller.drop_machine();
     drop((machine, guest));
     filling.finish()?;
     end

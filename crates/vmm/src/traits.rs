@@ -24,6 +24,7 @@ use vm_memory::{
 };
 
 use crate::console::output::standard_output;
+use crate::controller::MigrationController;
 use crate::description::{MachineShape, cpu_features, describe};
 use crate::disks::Waits;
 use crate::error::Error;
@@ -136,6 +137,7 @@ pub(crate) struct MigrationSource {
     offered: bool,
     /// Somebody wants that it comes to nothing.
     cancel: Arc<AtomicBool>,
+    controller: Arc<MigrationController>,
 }
 
 /// How long the first sync of a guest's disks may take: Linux lets a fifth of a host's memory wait to
@@ -148,8 +150,13 @@ const SYNC_LIMIT: Duration = Duration::from_secs(15);
 const _: () = assert!(SYNC_LIMIT.as_secs() < STALL.as_secs());
 
 impl MigrationSource {
-    pub(crate) const fn new(machine: Arc<Machine>, cancel: Arc<AtomicBool>) -> Self {
-        Self { machine, hints: None, offered: false, cancel }
+    pub(crate) fn new(
+        machine: Arc<Machine>,
+        cancel: Arc<AtomicBool>,
+        controller: &Arc<MigrationController>,
+    ) -> Self {
+        let controller = Arc::clone(controller);
+        Self { machine, hints: None, offered: false, cancel, controller }
     }
 
     fn sync_disks(&self, limit: Duration) -> Result<(), Error> {
@@ -261,13 +268,15 @@ impl SourceMachine for MigrationSource {
         Ok(sections.map(section).collect())
     }
 
-    fn prepare_switchover(&mut self) {
+    fn prepare_switchover(&mut self) -> Result<(), MachineError> {
+        self.controller.commit()?;
         self.offered = true;
         self.machine.prepare_disk_switchover();
+        Ok(())
     }
 
     /// Where somebody else took its disks meanwhile it stands still, and can be asked to go on
-    /// again (`MigrationController::resolve_stuck`).
+    /// again (`Unresolved::Stuck`).
     fn resume(&mut self) -> Result<(), MachineError> {
         if self.offered {
             self.machine.take_disks()?;
@@ -277,11 +286,13 @@ impl SourceMachine for MigrationSource {
         Ok(())
     }
 
-    /// The run_control are never returned, so nobody resumes it; its monitor ends.
+    /// Nobody resumes it, and its process ends.
     fn relinquish(&mut self) {
         self.machine.release_disks();
     }
 }
+
+const NO_MACHINE: &str = "there is no machine";
 
 /// A guest that is to come.
 pub(crate) struct MigrationTarget {
@@ -292,6 +303,7 @@ pub(crate) struct MigrationTarget {
     /// It comes out of a file, which others may come out of as well.
     is_copy: bool,
     machine: Option<Arc<Machine>>,
+    controller: Arc<MigrationController>,
     /// What a guest waits for whose memory comes later: as long as this is there.
     missing: Option<Arc<Missing>>,
 }
@@ -299,10 +311,23 @@ pub(crate) struct MigrationTarget {
 impl MigrationTarget {
     /// # Errors
     /// There is no KVM.
-    pub(crate) fn new(options: HostOptions, max_cpus: u8) -> Result<Self, Error> {
+    pub(crate) fn new(
+        options: HostOptions,
+        max_cpus: u8,
+        controller: &Arc<MigrationController>,
+    ) -> Result<Self, Error> {
+        let controller = Arc::clone(controller);
         let cpu_features = cpu_features(crate::cpuid::CpuFeatures::of_host()?);
         let is_copy = false;
-        Ok(Self { options, max_cpus, cpu_features, is_copy, machine: None, missing: None })
+        Ok(Self {
+            options,
+            max_cpus,
+            cpu_features,
+            is_copy,
+            machine: None,
+            controller,
+            missing: None,
+        })
     }
 
     /// The guest comes out of a file: it is told that it is a copy.
@@ -353,7 +378,7 @@ impl MigrationTarget {
     }
 
     fn made(&self) -> Result<&Machine, MachineError> {
-        Ok(self.machine.as_deref().ok_or("there is no machine")?)
+        Ok(self.machine.as_deref().ok_or(NO_MACHINE)?)
     }
 }
 
@@ -394,9 +419,8 @@ impl DestinationMachine for MigrationTarget {
 
     fn resume(&mut self) -> Result<(), MachineError> {
         self.take_disks()?;
-        let machine = self.made()?;
-        machine.start();
-        Ok(())
+        let machine = self.machine.as_ref().ok_or(NO_MACHINE)?;
+        Ok(self.controller.start_guest(machine)?)
     }
 
     fn destroy(&mut self) {
@@ -407,6 +431,7 @@ impl DestinationMachine for MigrationTarget {
         // A processor that waits for memory could not end.
         self.missing = None;
         self.machine = None;
+        self.controller.discarded();
     }
 }
 

@@ -141,7 +141,7 @@ impl MigrationState {
 }
 
 /// The two sides, and the file in place of the second.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum MigrationSide {
     /// Where the guest ran before.

@@ -23,7 +23,7 @@ mod ownership;
 mod round;
 mod state;
 
-pub use ownership::{Asking, DestinationOwnership, Resolution};
+pub use ownership::{Asking, DestinationOwnership};
 pub(crate) use state::StateParts;
 
 use gather::Group;

@@ -9,6 +9,7 @@ use super::gather::hear;
 use crate::contained::{attempted, contained};
 use crate::error::MigrationError;
 use crate::link::{Accept, Link};
+use crate::resolution::Resolution;
 use crate::summary::us;
 use crate::traits::DestinationMachine;
 use crate::wire::control::{Control, Hello, MigrationId, PeerStatus, Purpose};
@@ -20,17 +21,6 @@ use crate::wire::stream::Stream;
 pub struct DestinationOwnership {
     id: MigrationId,
     status: PeerStatus,
-}
-
-/// Where a guest is that was in ownership.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Resolution {
-    /// It runs here.
-    Runs,
-    /// It is whole and paused here, and nobody said what is to become of it.
-    Waits,
-    /// It was destroyed here and never ran.
-    Gone,
 }
 
 /// Somebody who connected and has said what for. Apart from [`DestinationOwnership`], so that nobody who takes
@@ -65,11 +55,11 @@ impl DestinationOwnership {
 
     /// Where the guest is.
     #[must_use]
-    pub const fn resolved(&self) -> Resolution {
+    pub const fn resolution(&self) -> Resolution {
         match self.status {
-            PeerStatus::Runs => Resolution::Runs,
-            PeerStatus::Waits => Resolution::Waits,
-            PeerStatus::Gone | PeerStatus::Unknown => Resolution::Gone,
+            PeerStatus::Runs => Resolution::RunsAtDestination,
+            PeerStatus::Waits => Resolution::InDoubt,
+            PeerStatus::Gone | PeerStatus::Unknown => Resolution::NeverRan,
         }
     }
 
@@ -128,7 +118,7 @@ impl DestinationOwnership {
             let link = accept.accept(until);
             let link = link.map_err(MigrationError::link("waiting for the source"))?;
             match self.answer(link, stall, machine) {
-                Ok(()) => return Ok(self.resolved()),
+                Ok(()) => return Ok(self.resolution()),
                 Err(error) => tracing::warn!(error = error.chain(), id = %self.id, "not resolved"),
             }
         }
@@ -138,7 +128,7 @@ impl DestinationOwnership {
     /// is run or destroyed, as the source says.
     ///
     /// # Errors
-    /// The connection failed, or the guest could not be started. [`resolved`](Self::resolved) says
+    /// The connection failed, or the guest could not be started. [`resolution`](Self::resolution) says
     /// where it is.
     pub fn answer<M: DestinationMachine, L: Link>(
         &mut self,

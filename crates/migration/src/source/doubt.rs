@@ -6,18 +6,10 @@ use super::network::hello;
 use super::{SourceConfig, undo_watch};
 use crate::error::MigrationError;
 use crate::link::{Connect, Link};
+use crate::resolution::Resolution;
 use crate::traits::SourceMachine;
 use crate::wire::control::{Control, MigrationId, PeerStatus, Purpose};
 use crate::wire::stream::{Side, Stream};
-
-/// Where a guest is, by the word of its destination.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fate {
-    /// It runs at the destination.
-    RunsThere,
-    /// It runs here; the destination never ran it and never will.
-    RunsHere,
-}
 
 /// The last word of a migration was lost. The guest is paused here; the destination may run it, or
 /// may wait. One of these resolves it.
@@ -49,11 +41,11 @@ impl SourceDoubt {
         &self,
         machine: &mut M,
         connect: &mut C,
-    ) -> Result<Fate, MigrationError> {
+    ) -> Result<Resolution, MigrationError> {
         match resolve(self.id, connect, self.stall, &Control::Commit)? {
             PeerStatus::Runs => {
                 machine.relinquish();
-                Ok(Fate::RunsThere)
+                Ok(Resolution::RunsAtDestination)
             }
             PeerStatus::Gone => self.run_here(machine),
             PeerStatus::Waits | PeerStatus::Unknown => {
@@ -67,16 +59,19 @@ impl SourceDoubt {
     ///
     /// # Errors
     /// It cannot be resumed; it is still here, and still in doubt.
-    pub fn run_here<M: SourceMachine>(&self, machine: &mut M) -> Result<Fate, MigrationError> {
+    pub fn run_here<M: SourceMachine>(
+        &self,
+        machine: &mut M,
+    ) -> Result<Resolution, MigrationError> {
         machine.resume().map_err(MigrationError::machine("resuming the guest"))?;
         undo_watch(machine, true, self.asked_free);
-        Ok(Fate::RunsHere)
+        Ok(Resolution::NeverRan)
     }
 
     /// The guest is given away, by the word of an operator who knows that the destination has it.
-    pub fn relinquish<M: SourceMachine>(&self, machine: &mut M) -> Fate {
+    pub fn relinquish<M: SourceMachine>(&self, machine: &mut M) -> Resolution {
         machine.relinquish();
-        Fate::RunsThere
+        Resolution::RunsAtDestination
     }
 }
 

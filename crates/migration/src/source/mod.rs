@@ -23,7 +23,7 @@ mod network;
 mod pause_limit;
 mod round;
 
-pub use doubt::{Fate, SourceDoubt};
+pub use doubt::SourceDoubt;
 pub(crate) use round::{RoundContext, look_at};
 
 use doubt::recall;
@@ -447,7 +447,8 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
         self.not_cancelled()?;
         let at = Instant::now();
         // As late as can be, and before the other side can hear of it.
-        self.machine.prepare_switchover();
+        let prepared = self.machine.prepare_switchover();
+        prepared.map_err(MigrationError::machine("committing the switchover"))?;
         panic_point("offer");
         self.offered = self.sink.runs_elsewhere();
         let switched_over = self.sink.switch_over();

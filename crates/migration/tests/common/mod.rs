@@ -325,12 +325,13 @@ impl SourceMachine for Source {
         self.step("save").map(|()| state(self.state_bytes))
     }
 
-    fn prepare_switchover(&mut self) {
+    fn prepare_switchover(&mut self) -> Result<(), MachineError> {
         assert!(!self.runs());
         self.world.let_go_of_disk(SOURCE);
         if self.thief {
             self.world.take_disk(SOMEBODY).unwrap();
         }
+        Ok(())
     }
 
     fn resume(&mut self) -> Result<(), MachineError> {

@@ -1,4 +1,4 @@
-//! What the control API asks of the guest and its migrations.
+//! The control API's calls to the guest and its migrations.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,33 +10,36 @@ use control::api::{
     TlsPaths,
 };
 use control::{BalloonControl, ControlError, VmmControl};
-use diagnostics::{contain, panic_point};
 use migration::tcp::{Security, TcpConnector};
 use migration::tls::{Tls, TlsFiles};
-use migration::{MigrationError, Resolution, SourceConfig};
+use migration::{MigrationError, SourceConfig};
 
-use super::{DROP_CACHES_TIME, Doubt, MigrationController, failed, locked, nothing, refused};
+use super::state::{Event, Refusal};
+use super::{MigrationController, refusal, refused};
 
-/// What the control API asks; the trait is the server's, the guest this monitor's.
+/// How long the guest may take to drop its caches.
+pub(super) const DROP_CACHES_TIME: Duration = Duration::from_secs(30);
+
+/// The control API of a guest of `aerostat run`.
 pub(crate) struct ControlApi(pub(crate) Arc<MigrationController>);
 
 impl VmmControl for ControlApi {
     fn balloon(&self) -> Option<Arc<dyn BalloonControl>> {
-        let machine = locked(&self.0.machine);
-        machine.as_ref().map(|machine| Arc::clone(&machine.balloon) as _)
+        self.0.machine().map(|machine| Arc::clone(&machine.balloon) as _)
     }
 
     fn start_migration(&self, ask: &StartMigration) -> Result<MigrationStatus, ControlError> {
-        let machine = locked(&self.0.machine).clone();
-        let machine = machine.ok_or_else(|| nothing("there is no guest here to move"))?;
+        if self.0.machine().is_none() {
+            return Err(refusal(Refusal::NoGuest));
+        }
         let cancel = Arc::new(AtomicBool::new(false));
         let config = config(ask, Arc::clone(&cancel));
         let security = security(ask.tls.as_ref()).map_err(|error| refused(&error))?;
         let to = TcpConnector::new(&ask.to, security).map_err(|error| refused(&error))?;
         let work = move |controller: &Arc<MigrationController>, guest| {
-            controller.carry(&config, guest, to)
+            controller.send(&config, guest, to);
         };
-        self.0.begin(MigrationSide::Source, "migration", &machine, cancel, work)
+        self.0.begin(MigrationSide::Source, "migration", cancel, work)
     }
 
     fn start_snapshot(&self, ask: &StartSnapshot) -> Result<MigrationStatus, ControlError> {
@@ -44,61 +47,22 @@ impl VmmControl for ControlApi {
     }
 
     fn migration(&self) -> MigrationStatus {
-        let mut state = self.0.state();
-        state.told |= state.status.state == MigrationState::Moved;
+        let mut current = self.0.current();
+        let status = current.report.status(current.state);
+        current.report.outcome_read |= status.state == MigrationState::Moved;
         self.0.changed.notify_all();
-        let elapsed_ms = state.elapsed_ms();
-        MigrationStatus { elapsed_ms, ..state.status.clone() }
+        status
     }
 
     fn cancel_migration(&self) -> Result<MigrationStatus, ControlError> {
-        let state = self.0.state();
-        let side = state.status.side;
-        let leaves = matches!(side, Some(MigrationSide::Source | MigrationSide::Snapshot));
-        if !leaves || state.status.state != MigrationState::Running {
-            return Err(nothing("no guest is leaving, or being written to a file"));
-        }
-        state.cancel.store(true, Ordering::Relaxed);
-        Ok(state.status.clone())
+        let mut current = self.0.current();
+        current.advance(Event::Cancel).map_err(refusal)?;
+        current.cancel.store(true, Ordering::Relaxed);
+        Ok(current.report.status(current.state))
     }
 
-    fn resolve_migration(&self, word: ResolveAction) -> Result<MigrationStatus, ControlError> {
-        // Taken, so that nobody resolves it twice at a time, and put back where it is not resolved.
-        let doubt = {
-            let mut state = self.0.state();
-            state.is_open()?;
-            state.doubt.take()
-        };
-        match doubt {
-            None => return Err(nothing("there is no doubt about where the guest runs")),
-            Some(Doubt::Left { word: known, to, guest }) => {
-                let mut left = (known, to, guest);
-                let resolved = contain(|| {
-                    panic_point("resolve");
-                    self.0.resolve_source(&mut left, word).map_err(|error| refused(&error))
-                });
-                if let Err(error) = resolved.unwrap_or_else(failed) {
-                    let (known, to, guest) = left;
-                    self.0.state().doubt = Some(Doubt::Left { word: known, to, guest });
-                    return Err(error);
-                }
-            }
-            Some(Doubt::Stays(mut guest)) => {
-                let resolved = contain(|| self.0.resolve_stuck(&mut guest, word));
-                if let Err(error) = resolved.unwrap_or_else(failed) {
-                    self.0.state().doubt = Some(Doubt::Stays(guest));
-                    return Err(error);
-                }
-            }
-            Some(Doubt::Came(kept)) => {
-                let resolved = contain(|| self.0.resolve_destination(&kept, word));
-                let resolved = resolved.unwrap_or_else(failed);
-                if locked(&kept).ownership.resolved() == Resolution::Waits {
-                    self.0.state().doubt = Some(Doubt::Came(kept));
-                }
-                resolved?;
-            }
-        }
+    fn resolve_migration(&self, action: ResolveAction) -> Result<MigrationStatus, ControlError> {
+        self.0.resolve(action)?;
         Ok(self.migration())
     }
 }

@@ -1,4 +1,4 @@
-//! Writing the guest to a file: a migration that ends where it began.
+//! Writing the guest to a file: a migration whose guest runs on where it is.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -6,13 +6,15 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use control::ControlError;
-use control::api::{MigrationSide, MigrationState, MigrationStatus, StartSnapshot};
+use control::api::{MigrationSide, MigrationStatus, StartSnapshot};
 use migration::observer::{Observer as _, Phase};
 use migration::snapshot::{After, snapshot};
 use migration::traits::SourceMachine as _;
 use migration::{SourceConfig, SourceFailure, SourceGuest};
 
-use super::{DROP_CACHES_TIME, Doubt, MigrationController, Watch, nothing, told};
+use super::control_api::DROP_CACHES_TIME;
+use super::state::{Event, Refusal};
+use super::{MigrationController, Watch, refusal, summary};
 use crate::traits::MigrationSource;
 
 impl MigrationController {
@@ -23,10 +25,10 @@ impl MigrationController {
         let path = PathBuf::from(&ask.path);
         if !path.is_absolute() {
             let what = format!("{} is no path from the root", path.display());
-            let hint = "the guest's monitor may be in another directory than you".to_owned();
+            let hint = "the guest's process may be in another directory than you".to_owned();
             return Err(ControlError::BadRequest { what, hint });
         }
-        let machine = self.machine().ok_or_else(|| nothing("there is no guest here to write"))?;
+        let machine = self.machine().ok_or_else(|| refusal(Refusal::NoGuest))?;
         if machine.disk_shapes().iter().any(|disk| !disk.read_only) {
             // Whoever restored it would find a disk that has gone on since.
             let what = "the guest has a disk that it writes, and a snapshot has none".to_owned();
@@ -39,7 +41,7 @@ impl MigrationController {
         let work = move |controller: &Arc<Self>, guest| {
             controller.save(&config, guest, &path, drops_caches)
         };
-        self.begin(MigrationSide::Snapshot, "snapshot", &machine, cancel, work)
+        self.begin(MigrationSide::Snapshot, "snapshot", cancel, work)
     }
 
     /// Writes the guest; runs in a thread of its own.
@@ -58,28 +60,23 @@ impl MigrationController {
                 tracing::warn!(error, "the guest did not drop its caches");
             }
         }
-        let saved = snapshot(config, &mut guest, path, After::Resume, &mut watch);
-        let mut state = self.state();
-        match saved {
-            Ok(summary) => {
-                tracing::info!(path = %path.display(), total_us = summary.total_us, "saved");
-                state.status.wire_bytes = summary.wire_bytes;
-                state.status.summary = Some(told::summary(&summary));
-                self.goes_on(state, MigrationState::Saved, None);
+        match snapshot(config, &mut guest, path, After::Resume, &mut watch) {
+            Ok(saved) => {
+                tracing::info!(path = %path.display(), total_us = saved.total_us, "saved");
+                let summary = Some(summary::summary(&saved));
+                self.note(Event::Saved, |current| {
+                    current.report.succeed(saved.wire_bytes, summary);
+                });
             }
-            Err(SourceFailure { error, guest: SourceGuest::Stuck(why) }) => {
-                let error = format!("{}; {}", error.chain(), why.chain());
-                tracing::error!(error, "the guest was not saved, and does not go on");
-                state.doubt = Some(Doubt::Stays(guest));
-                state.over(MigrationState::Stuck, Some(error));
+            Err(SourceFailure { error, guest: SourceGuest::Stuck(stuck) }) => {
+                self.stuck(guest, format!("{}; {}", error.chain(), stuck.chain()));
             }
-            // Of a file it is never in doubt whether it runs there.
+            // Of a file it is never in doubt whether the guest runs there.
             Err(SourceFailure { error, .. }) => {
                 tracing::warn!(error = error.chain(), "the guest was not saved, and runs on");
-                self.goes_on_after(state, &error);
+                self.note(Event::Failed, |current| current.report.fail(&error));
             }
         }
-        self.changed.notify_all();
     }
 }
 

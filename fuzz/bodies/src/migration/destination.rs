@@ -44,7 +44,7 @@ pub(super) fn run(script: &mut Script<'_>) {
     match received {
         Ok(received) => {
             assert!(machine.runs && hands_over);
-            assert_eq!(received.ownership.resolved(), Resolution::Runs);
+            assert_eq!(received.ownership.resolution(), Resolution::RunsAtDestination);
         }
         Err(ReceiveFailure { guest: DestinationGuest::InDoubt(ownership), .. }) => {
             assert!(machine.made && machine.loaded && !machine.runs);
@@ -60,8 +60,8 @@ fn resolve(mut ownership: DestinationOwnership, machine: &mut Destination, hands
     let word = if hands_over { kind::HAND_OVER } else { kind::GIVE_UP };
     bytes.extend(Speaker::keyed(ID, 0, true).frame(word, &[], &[]));
     let _ = ownership.answer(Scripted::bytes(bytes), Duration::from_secs(1), machine);
-    assert_eq!(machine.runs, ownership.resolved() == Resolution::Runs);
-    assert!(hands_over || ownership.resolved() == Resolution::Gone);
+    assert_eq!(machine.runs, ownership.resolution() == Resolution::RunsAtDestination);
+    assert!(hands_over || ownership.resolution() == Resolution::NeverRan);
     assert!(machine.runs || !machine.made);
 }
 

@@ -1,4 +1,4 @@
-//! A migration's words in those of the control API.
+//! A migration's phases and figures in the control API's types.
 
 use control::api::{MigrationDowntime, MigrationPhase, MigrationRound, MigrationSummary};
 use migration::observer::Phase;

@@ -1,0 +1,105 @@
+//! Answering a source that asks what became of its guest.
+
+use std::io::{self, ErrorKind};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use diagnostics::{contain, panic_point};
+use migration::limits::STALL_PAUSED;
+use migration::link::Accept as _;
+use migration::tcp::{TcpAcceptor, TcpLink};
+use migration::{Asking, MigrationError, Resolution};
+
+use crate::controller::{Arrived, locked};
+use crate::error::Error;
+
+/// How long a source that was told that its guest runs here may still ask: the answer may be lost
+/// on its way.
+pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// How often it is checked whether an operator has resolved it.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The thread that answers, until the guest is gone, or for as long as a source may ask whether it
+/// runs.
+pub(crate) struct Answering(JoinHandle<Option<TcpAcceptor>>);
+
+impl Answering {
+    /// # Errors
+    /// The host has no thread left. The acceptor is as it was.
+    pub(crate) fn start(
+        arrived: &Arc<Mutex<Arrived>>,
+        acceptor: TcpAcceptor,
+        until: Option<Instant>,
+    ) -> Result<Self, (io::Error, TcpAcceptor)> {
+        let arrived = Arc::clone(arrived);
+        // Not moved into the thread, which would take it along where it does not start.
+        let slot = Arc::new(Mutex::new(Some(acceptor)));
+        let taken = Arc::clone(&slot);
+        let answering = move || {
+            let mut acceptor = locked(&taken).take()?;
+            answer(&arrived, &mut acceptor, until);
+            Some(acceptor)
+        };
+        match thread::Builder::new().name("answer".into()).spawn(answering) {
+            Ok(thread) => Ok(Self(thread)),
+            Err(error) => match locked(&slot).take() {
+                Some(acceptor) => Err((error, acceptor)),
+                None => unreachable!("a thread that was not started has taken nothing"),
+            },
+        }
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// It panicked.
+    pub(crate) fn join(self) -> Result<TcpAcceptor, Error> {
+        let panicked = || Error::Host {
+            what: "answering the source",
+            source: io::Error::other("a thread panicked"),
+        };
+        self.0.join().ok().flatten().ok_or_else(panicked)
+    }
+}
+
+fn answer(arrived: &Mutex<Arrived>, acceptor: &mut TcpAcceptor, mut until: Option<Instant>) {
+    let is_over = |until: Option<Instant>| until.is_some_and(|end| Instant::now() >= end);
+    while !is_over(until) && locked(arrived).ownership.resolution() != Resolution::NeverRan {
+        let next = Instant::now() + POLL_INTERVAL;
+        let link = match acceptor.accept(Some(until.map_or(next, |end| end.min(next)))) {
+            Ok(link) => link,
+            Err(error) if error.kind() == ErrorKind::TimedOut => continue,
+            Err(error) => {
+                // Nobody else answers it.
+                tracing::error!(%error, "host: no source can ask for its guest now");
+                thread::sleep(POLL_INTERVAL);
+                continue;
+            }
+        };
+        let answered = contain(|| {
+            panic_point("answer");
+            answer_one(link, arrived)
+        });
+        let resolution = locked(arrived).ownership.resolution();
+        match answered {
+            // The answer may be lost, and then it asks again.
+            Ok(Ok(())) if resolution == Resolution::RunsAtDestination => {
+                until = Some(Instant::now() + ANSWER_TIMEOUT);
+            }
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(error = error.chain(), "a source was not answered"),
+            // It asks again, and is answered then.
+            Err(panicked) => tracing::error!(%panicked, "a source was not answered"),
+        }
+    }
+}
+
+fn answer_one(link: TcpLink, arrived: &Mutex<Arrived>) -> Result<(), MigrationError> {
+    // Not under the lock: a peer that takes long to say what it wants would keep the operator away.
+    let asking = Asking::hear(link, STALL_PAUSED)?;
+    let mut arrived = locked(arrived);
+    let Arrived { ownership, guest } = &mut *arrived;
+    ownership.answer_to(asking, guest)
+}
