@@ -74,7 +74,10 @@ fn inside() {
         moves_there_and_back(driver);
         println!("{driver} after {:.1?}", start.elapsed());
     }
-    let run_config = run_config();
+    let mut run_config = run_config();
+    let directory = tempfile::tempdir().unwrap();
+    run_config.boot_once(moves::MEMORY_MIB, directory.path().join("booted")).unwrap();
+    println!("booted after {:.1?}", start.elapsed());
     for (name, number) in MOVES {
         let case = moves::Case::named(name).unwrap();
         all_well(&moves::endure(&run_config, case, number..number + 1, &mut |line| {
@@ -96,6 +99,7 @@ fn run_config() -> RunConfig {
         kernel: path(VMLINUX),
         initramfs: path(INITRAMFS),
         modules: modules.split_whitespace().map(str::to_owned).collect(),
+        booted: None,
     }
 }
 

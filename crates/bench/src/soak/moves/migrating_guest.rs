@@ -83,11 +83,11 @@ impl<'a> MigratingGuest<'a> {
     pub fn boot(run_config: &'a RunConfig, case: Case, memory_mib: u64) -> Result<Self> {
         let directory = Scratch::new("moves")?;
         let control = directory.path().join("0");
-        let guest = run_config.guest(&case, memory_mib, &control).boot()?;
+        let guest = run_config.start(&case, memory_mib, &control)?;
         let mut migrating_guest =
             Self { run_config, case, directory, guest, control, processes: 1 };
-        for module in run_config.modules(case.driver) {
-            migrating_guest.run(&format!("insmod {module}"))?;
+        if let Some(driver) = case.driver {
+            migrating_guest.run(&format!("insmod {}", driver.module_name()))?;
         }
         migrating_guest.run("fill asked 1 77")?;
         Ok(migrating_guest)

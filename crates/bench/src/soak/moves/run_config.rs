@@ -2,12 +2,14 @@
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use lab::debian::{self, Release};
 use lab::{Guest, GuestBuilder, guest_build};
 
-use super::case::Case;
-use crate::error::Result;
+use super::case::{CASES, Case};
+use super::migrating_guest::LIMIT;
+use crate::error::{Result, host, wrong};
 use crate::testbed::Driver;
 
 /// What the guests need besides the balloon's driver.
@@ -32,6 +34,8 @@ pub struct RunConfig {
     pub initramfs: PathBuf,
     /// What guests load before the balloon's driver, in this order.
     pub modules: Vec<String>,
+    /// A VM snapshot of a guest that has booted; see [`boot_once`](Self::boot_once).
+    pub booted: Option<PathBuf>,
 }
 
 impl RunConfig {
@@ -50,7 +54,7 @@ impl RunConfig {
         let initramfs = directory.join(format!("{release:?}.cpio"));
         Guest::qemu(&kernel).modules(&files).write_initramfs(&initramfs)?;
         let (program, kernel) = (program.to_owned(), kernel.vmlinux()?);
-        Ok(Self { program, kernel, initramfs, modules })
+        Ok(Self { program, kernel, initramfs, modules, booted: None })
     }
 
     /// For the process that is to use it.
@@ -71,11 +75,52 @@ impl RunConfig {
             kernel: path(KERNEL)?,
             initramfs: path(INITRAMFS)?,
             modules: modules.split_whitespace().map(str::to_owned).collect(),
+            booted: None,
         })
     }
 
+    /// Boots a guest and writes it to `file`, from which every guest is restored that needs no other
+    /// kernel arguments: a boot on an emulated KVM takes many times as long.
+    ///
+    /// # Errors
+    /// The guest does not come up, or cannot be saved.
+    pub fn boot_once(&mut self, memory_mib: u64, file: PathBuf) -> Result<()> {
+        let control = file.with_extension("control");
+        let mut guest = self.guest(&CASES[0], memory_mib, &control).boot()?;
+        for module in self.modules(None) {
+            guest.run(&format!("insmod {module}"))?;
+        }
+        let saved = Command::new(&self.program).arg("snapshot").args([&control, &file]).output();
+        let saved = saved.map_err(host("starting a program"))?;
+        if !saved.status.success() {
+            let said = String::from_utf8_lossy(&saved.stderr).into_owned();
+            return Err(wrong(format!("no VM snapshot: {said}")));
+        }
+        guest.power_off()?;
+        self.booted = Some(file);
+        Ok(())
+    }
+
+    /// A guest of this case that takes commands, with all modules but the balloon's driver.
+    pub(super) fn start(&self, case: &Case, memory_mib: u64, control: &Path) -> Result<Guest> {
+        if let (Some(file), true) = (&self.booted, case.words.is_empty()) {
+            let mut guest = Guest::restored(&self.program)
+                .machine_arguments([file.to_string_lossy()])
+                .machine_arguments(["--name", case.name, "--control"])
+                .machine_arguments([control.to_string_lossy()])
+                .boot()?;
+            guest.run_within("free-mib", LIMIT)?;
+            return Ok(guest);
+        }
+        let mut guest = self.guest(case, memory_mib, control).boot()?;
+        for module in self.modules(None) {
+            guest.run_within(&format!("insmod {module}"), LIMIT)?;
+        }
+        Ok(guest)
+    }
+
     /// A guest of our monitor.
-    pub(super) fn guest(&self, case: &Case, memory_mib: u64, control: &Path) -> GuestBuilder {
+    fn guest(&self, case: &Case, memory_mib: u64, control: &Path) -> GuestBuilder {
         let builder = Guest::monitor(&self.program, &self.kernel)
             .memory_mib(memory_mib)
             .initramfs(&self.initramfs)
@@ -86,7 +131,7 @@ impl RunConfig {
     }
 
     /// Modules of a guest of this kind.
-    pub(super) fn modules(&self, driver: Option<Driver>) -> impl Iterator<Item = &str> {
+    fn modules(&self, driver: Option<Driver>) -> impl Iterator<Item = &str> {
         let driver = driver.map(Driver::module_name);
         self.modules.iter().map(String::as_str).chain(driver)
     }
