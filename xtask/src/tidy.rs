@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::process::{output, root};
 
+mod circles;
 mod graph;
 mod pages;
 mod source;
@@ -21,6 +22,7 @@ pub(crate) fn run(_args: &Args) -> Result<()> {
     let files = Files::read(&root)?;
     let packages = graph::packages(&root)?;
     let mut problems = graph::check(&packages, &files);
+    problems.extend(circles::check_circles(&files));
     problems.extend(source::check_roots(&packages, &files));
     problems.extend(source::check_unsafe_files(&files));
     problems.extend(source::check_lengths(&files));
