@@ -1,26 +1,26 @@
-// A guest without an operating system, for tests of the VMM: it needs no interrupts, no paging
-// and no clock, so a KVM runs it that runs no Linux. It boots in milliseconds.
+// A guest without an operating system, for tests of the VMM. It needs no interrupts, paging or
+// clock, so it also runs on a KVM that cannot run Linux. It boots in milliseconds.
 //
-// It reads commands from the serial line and answers each with one line, "ok ..." or "error ...".
+// It reads commands from the serial port and answers each with one line, "ok ..." or "error ...".
 // Numbers are hexadecimal without a prefix.
 //
 //   ping N              answers N
 //   fill MIB COUNT SEED writes to each page of a range of memory
-//   check MIB COUNT SEED  compares them; answers the first page that differs
+//   check MIB COUNT SEED  verifies them; answers the first page that differs
 //   zero MIB COUNT      answers how many pages of a range read as zeros
-//   balloon PAGES       inflates or deflates to so many pages, from the end of memory down
-//   target              answers what the balloon device asks for
-//   follow 0|1          does as the balloon device asks, without a command
-//   tick 0|1            prints "tick N" again and again
-//   busy MIB COUNT      writes to a page of that range again and again (0 0 ends it)
-//   flood BYTES         prints so many bytes
+//   balloon PAGES       inflates or deflates to PAGES pages, from the end of memory down
+//   target              answers the balloon device's target
+//   follow 0|1          follows the balloon device's target, without a command
+//   tick 0|1            prints "tick N" repeatedly
+//   busy MIB COUNT      writes to the pages of that range repeatedly (0 0 ends it)
+//   flood BYTES         prints BYTES bytes
 //   cpuid LEAF SUBLEAF  answers EAX EBX ECX EDX
 //   read ADDRESS        answers the 32 bits at a physical address
 //   write ADDRESS VALUE
 //   disk DEVICE KIND SECTOR  sends a request (virtio 1.2, 5.2.6; 0 reads, 1 writes, 4 flushes) of a
-//                       sector to device 1 or above, and does not wait for it
-//   done                answers how many of those have come back
-//   status              answers the status of the last (0 done, 1 failed)
+//                       sector to device 1 or above, and does not wait for its completion
+//   done                answers how many requests have completed
+//   status              answers the status of the last request (0 done, 1 failed)
 //   reset DEVICE        resets a device
 //   off                 powers off
 //
@@ -35,7 +35,7 @@ typedef unsigned long long u64;
 #define MIB (1u << 20)
 #define PAGES_PER_MIB (MIB / PAGE_BYTES)
 
-// 16550 (port numbers of the first serial line of a PC).
+// 16550 (ports of COM1).
 #define SERIAL_DATA 0x3f8
 #define SERIAL_STATUS 0x3fd
 #define STATUS_RECEIVED 1
@@ -156,7 +156,7 @@ static void balloon_start(void)
 	has_balloon = 1;
 }
 
-// Sends `count` pages from `first` on, and waits until the device has returned the message.
+// Sends `count` pages starting at `first`, and waits until the device has returned the buffer.
 static void balloon_send(int index, u32 first, u32 count)
 {
 	volatile struct queue *queue = &queues[index];
@@ -176,7 +176,7 @@ static void balloon_send(int index, u32 first, u32 count)
 		;
 }
 
-// The balloon has the last pages of memory: page `n` of it is the n-th from the end.
+// The balloon has the last pages of memory: its page `n` is the n-th from the end.
 static void balloon_set(u32 pages)
 {
 	u32 last = memory_end / PAGE_BYTES;
@@ -198,7 +198,7 @@ static void balloon_set(u32 pages)
 	}
 }
 
-// A disk, one at a time. Where it was not asked for anything yet, it is started.
+// One disk at a time. The first request starts the device.
 #define DEVICE_BYTES 0x1000u
 #define BLOCK_ID 2
 #define SECTOR_BYTES 512u
@@ -271,7 +271,7 @@ static void disk_send(u32 device, u32 kind, u32 sector)
 	print("ok\n");
 }
 
-// What a page has at three places. Never 0.
+// The value at three places of a page. Never 0.
 static u32 pattern(u32 page, u32 place, u32 seed)
 {
 	return ((page * 3 + place + 1) * 2654435761u ^ seed * 40503u) | 1;
@@ -344,8 +344,8 @@ static int is(const char *word, const char *name)
 	return *word == *name;
 }
 
-// Splits a line into words; numbers of the words behind the first.
-static void carry_out(char *line)
+// Splits a line into a command and up to three numbers, and executes it.
+static void execute(char *line)
 {
 	u32 number[3] = { 0, 0, 0 };
 	char *at = line;
@@ -461,7 +461,7 @@ void bare_main(u32 start_info)
 		if (byte == '\n' || byte == '\r') {
 			line[used] = 0;
 			if (used)
-				carry_out(line);
+				execute(line);
 			used = 0;
 		} else if (used + 1 < sizeof(line)) {
 			line[used++] = byte;

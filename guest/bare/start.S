@@ -1,7 +1,7 @@
 /* PVH entry of the bare guest (Xen's docs/misc/pvh.pandoc): 32-bit protected mode, no paging. */
 .code32
 .section .note.pvh, "a"
-.long 4, 4, 18                  /* name and value have 4 bytes; XEN_ELFNOTE_PHYS32_ENTRY */
+.long 4, 4, 18                  /* name and value are 4 bytes each; XEN_ELFNOTE_PHYS32_ENTRY */
 .asciz "Xen"
 .long _start
 .section .text.start

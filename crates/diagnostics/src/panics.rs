@@ -1,4 +1,4 @@
-//! Panics: told in the log, counted, and contained where somebody answers for the work.
+//! Panics: logged, counted, and contained where a caller handles the failure.
 
 use std::any::Any;
 use std::backtrace::{Backtrace, BacktraceStatus};
@@ -10,31 +10,31 @@ static PANICS: AtomicU64 = AtomicU64::new(0);
 
 static NO_BACKTRACES: AtomicBool = AtomicBool::new(false);
 
-/// What the standard library says of a panic that ends the process: one while another was being
-/// unwound, or where nothing may unwind.
+/// The standard library's messages for panics that abort: one during unwinding, or in a function
+/// that cannot unwind.
 const ENDS_THE_PROCESS: [&str; 2] =
     ["panic in a destructor during cleanup", "panic in a function that cannot unwind"];
 
-/// From now on a panic of any thread is told in the log, and counted. The standard library's own
-/// hook would write to standard error, and wait there for a reader.
+/// Installs a hook that logs and counts panics of all threads. The standard library's hook would
+/// block on standard error if nothing reads it.
 pub fn watch_panics() {
-    set_hook(Box::new(note));
+    set_hook(Box::new(log_panic));
 }
 
-/// No panic shows a backtrace from now on, whatever RUST_BACKTRACE says: naming its functions opens
-/// and maps files, for which a sandbox ends the process.
+/// Disables backtraces, whatever RUST_BACKTRACE says: symbolizing opens and maps files, for which a
+/// sandbox kills the process.
 pub fn hide_backtraces() {
     NO_BACKTRACES.store(true, Ordering::SeqCst);
 }
 
-/// Panics of any thread since [`watch_panics`]. What must not go on after one compares it with what
-/// it was before.
+/// The number of panics since [`watch_panics`]. Work that must not continue after a panic compares
+/// it with an earlier value.
 #[must_use]
 pub fn panics() -> u64 {
     PANICS.load(Ordering::SeqCst)
 }
 
-fn note(info: &PanicHookInfo<'_>) {
+fn log_panic(info: &PanicHookInfo<'_>) {
     PANICS.fetch_add(1, Ordering::SeqCst);
     let thread = thread::current();
     let name = thread.name().unwrap_or("without a name").to_owned();
@@ -42,7 +42,7 @@ fn note(info: &PanicHookInfo<'_>) {
     let what = message(info.payload());
     crate::say!("ERROR host: the thread `{name}` panicked at {place}: {what}");
     if !NO_BACKTRACES.load(Ordering::SeqCst) {
-        // As RUST_BACKTRACE says.
+        // Respects RUST_BACKTRACE.
         let trace = Backtrace::capture();
         if trace.status() == BacktraceStatus::Captured {
             crate::say!("{trace}");
@@ -50,7 +50,7 @@ fn note(info: &PanicHookInfo<'_>) {
     }
     if ENDS_THE_PROCESS.contains(&what.as_str()) {
         crate::flush_log();
-        // At once: what the standard library says before it does may wait for a reader.
+        // At once: the standard library would first write to standard error, and could block.
         std::process::abort();
     }
 }
@@ -58,10 +58,10 @@ fn note(info: &PanicHookInfo<'_>) {
 fn message(payload: &(dyn Any + Send)) -> String {
     let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
     let text = text.or_else(|| payload.downcast_ref::<String>().cloned());
-    text.unwrap_or_else(|| "it does not say why".to_owned())
+    text.unwrap_or_else(|| "without a message".to_owned())
 }
 
-/// Something that was [contained](contain) panicked: a fault of this program.
+/// [Contained](contain) work panicked: a bug of this program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Panicked {
     what: String,
@@ -69,17 +69,17 @@ pub struct Panicked {
 
 impl std::fmt::Display for Panicked {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "it panicked, which is a fault of this program: {}", self.what)
+        write!(f, "a thread panicked, which is a bug of this program: {}", self.what)
     }
 }
 
 impl std::error::Error for Panicked {}
 
-/// Does `work`. Where that panics, the panic ends here; whoever calls it answers for what was under
-/// way, and must not rely on what `work` changed.
+/// Calls `work` and catches a panic. The caller must handle the failure, and must not rely on data
+/// that `work` changed.
 ///
 /// # Errors
-/// It panicked.
+/// `work` panicked.
 pub fn contain<T>(work: impl FnOnce() -> T) -> Result<T, Panicked> {
     catch_unwind(AssertUnwindSafe(work)).map_err(|payload| Panicked { what: message(&*payload) })
 }
@@ -89,11 +89,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_panics_says_why_and_goes_no_further() {
+    fn contain_returns_the_panic_message() {
         assert_eq!(contain(|| 5), Ok(5));
         let panicked = contain(|| panic!("page {}", 7)).unwrap_err();
-        assert!(panicked.to_string().ends_with("a fault of this program: page 7"));
+        assert!(panicked.to_string().ends_with("a bug of this program: page 7"));
         let panicked = contain(|| std::panic::panic_any(7)).unwrap_err();
-        assert!(panicked.to_string().ends_with("it does not say why"));
+        assert!(panicked.to_string().ends_with("without a message"));
     }
 }

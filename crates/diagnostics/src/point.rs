@@ -1,9 +1,7 @@
-//! Panics on demand, for tests of what a panic comes to. Programs that are built without debug
-//! assertions have none of it.
+//! Panics on demand, to test their effects. Not compiled without debug assertions.
 
-/// A place in a thread's work. It panics where `AEROSTAT_TEST_PANIC` says so:
-/// `POINT[,after=POINT][,times=N]`, the first N times (once unless said) that POINT is passed,
-/// after the other was.
+/// A place where `AEROSTAT_TEST_PANIC` can trigger a panic: `POINT[,after=POINT][,times=N]` panics
+/// the first N times (default 1) that POINT is passed, after the other point was passed.
 #[cfg(debug_assertions)]
 pub fn panic_point(name: &str) {
     use std::sync::OnceLock;
@@ -11,11 +9,11 @@ pub fn panic_point(name: &str) {
     static PLAN: OnceLock<Option<debug::Plan>> = OnceLock::new();
     let plan = PLAN.get_or_init(|| debug::Plan::parse(&std::env::var(debug::VARIABLE).ok()?));
     if plan.as_ref().is_some_and(|plan| plan.passes(name)) {
-        panic!("a test asked for it at `{name}`");
+        panic!("requested by a test at `{name}`");
     }
 }
 
-/// A place in a thread's work, where a program for tests can be told to panic.
+/// A place where a test program can trigger a panic.
 #[cfg(not(debug_assertions))]
 #[inline]
 pub const fn panic_point(_name: &str) {}
@@ -49,7 +47,7 @@ mod debug {
             Some(Self { point, after, armed, left: AtomicU64::new(times) })
         }
 
-        /// Whether this is the moment.
+        /// Records that a point is passed; returns whether it must panic.
         pub(super) fn passes(&self, name: &str) -> bool {
             if self.after.as_deref() == Some(name) {
                 self.armed.store(true, Ordering::SeqCst);
@@ -65,7 +63,7 @@ mod debug {
         use super::*;
 
         #[test]
-        fn a_plan_says_where_when_and_how_often() {
+        fn a_plan_has_a_point_a_condition_and_a_count() {
             let plan = Plan::parse("cpu,after=round,times=2").unwrap();
             let passed = ["cpu", "round", "cpu", "disk", "cpu", "cpu"].map(|it| plan.passes(it));
             assert_eq!(passed, [false, false, true, false, true, false]);

@@ -1,9 +1,9 @@
-//! Text of others in a log, an answer or a terminal.
+//! Makes untrusted text safe for a log, an answer or a terminal.
 
-/// `text` with nothing in it that a reader does not see, or that changes how the rest of a line is
-/// shown: control characters, line and paragraph separators, marks of direction (U+202E has what
-/// follows read from right to left) and other formats, and what Unicode has not assigned, as
-/// `\u{202e}`. What is shown so stays as it is when it is shown again.
+/// Escapes all characters that are invisible or change how a line is displayed, such as `\u{202e}`:
+/// control characters, line and paragraph separators, directional marks (U+202E reverses the text
+/// after it) and other format characters, and unassigned code points. Applying it twice changes
+/// nothing more.
 #[must_use]
 pub fn visible(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
@@ -16,14 +16,14 @@ pub fn visible(text: &str) -> String {
     shown
 }
 
-/// `text` in at most `max` bytes: where it is longer, its beginning, which says what is wrong, and its
-/// end, which says what to do about it or has the name of a file.
+/// Shortens `text` to at most `max` bytes. Keeps its beginning, which in an error is the cause, and
+/// its end, which is the remedy or a file name.
 #[must_use]
 pub fn shortened(text: &str, max: usize) -> String {
     if text.len() <= max {
         return text.to_owned();
     }
-    let half = max.saturating_sub(LEFT_OUT.len()) / 2;
+    let half = max.saturating_sub(ELLIPSIS.len()) / 2;
     let (mut start, mut end) = (text.chars(), text.chars());
     while start.as_str().len() > half {
         start.next_back();
@@ -31,11 +31,11 @@ pub fn shortened(text: &str, max: usize) -> String {
     while end.as_str().len() > half {
         end.next();
     }
-    format!("{}{LEFT_OUT}{}", start.as_str(), end.as_str())
+    format!("{}{ELLIPSIS}{}", start.as_str(), end.as_str())
 }
 
-/// Stands for what was left out.
-const LEFT_OUT: &str = "...";
+/// Replaces the omitted part.
+const ELLIPSIS: &str = "...";
 
 #[cfg(test)]
 mod tests {
@@ -54,7 +54,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_sees_is_shown_and_what_is_shown_stays() {
+    fn invisible_characters_are_escaped_and_escaping_is_idempotent() {
         assert_eq!(visible("/mnt/Käse \"1\" \\ 磁盘.img"), "/mnt/Käse \"1\" \\ 磁盘.img");
         for hidden in [
             '\0',

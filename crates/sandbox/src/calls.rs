@@ -1,4 +1,4 @@
-//! seccomp: which system calls are left. Any other ends the process at once.
+//! seccomp: the allowed system calls. Any other kills the process.
 
 use std::collections::BTreeMap;
 
@@ -9,18 +9,18 @@ use seccompiler::{
 
 use crate::SandboxError;
 
-mod monitor;
+mod vmm;
 
-/// Whether the process still makes connections.
+/// Which connections the process may make.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Network {
-    /// It accepts them alone.
+    /// It only accepts connections.
     Accepts,
-    /// It connects to Unix sockets too.
+    /// It also connects to Unix sockets.
     Connects,
 }
 
-/// Calls that are allowed whatever their arguments.
+/// Calls that are allowed with any arguments.
 const ALLOWED: &[i64] = &[
     // Messages, kicks, interrupts, the control API.
     libc::SYS_read,
@@ -46,7 +46,7 @@ const ALLOWED: &[i64] = &[
     libc::SYS_ppoll,
     libc::SYS_eventfd2,
     libc::SYS_close,
-    // Releasing and measuring memory, and the notes in the front end's memory.
+    // Releasing and measuring memory, and the inflight region in the front end's memory.
     libc::SYS_fallocate,
     libc::SYS_madvise,
     libc::SYS_process_madvise,
@@ -59,7 +59,7 @@ const ALLOWED: &[i64] = &[
     libc::SYS_lseek,
     libc::SYS_memfd_create,
     libc::SYS_ftruncate,
-    // Opening is for Landlock to refuse; sockets are removed at the end.
+    // Landlock restricts opening; sockets are removed at the end.
     libc::SYS_openat,
     libc::SYS_unlink,
     libc::SYS_unlinkat,
@@ -82,41 +82,42 @@ const ALLOWED: &[i64] = &[
     libc::SYS_restart_syscall,
     libc::SYS_getrandom,
     libc::SYS_membarrier,
-    // Signals: to end by one, and to say why on a panic.
+    // Ending by a signal, and reporting a panic.
     libc::SYS_rt_sigaction,
     libc::SYS_rt_sigprocmask,
     libc::SYS_rt_sigreturn,
     libc::SYS_sigaltstack,
     libc::SYS_tgkill,
     libc::SYS_getcwd,
-    // Answered with an error, so that threads are made by `clone`; see below.
+    // Fails with an error, so that the C library uses `clone`; see below.
     libc::SYS_clone3,
 ];
 
-/// From now on no thread of the process makes any other system call than serving balloons needs.
+/// Restricts all threads of the process to the system calls that serving balloons needs.
 ///
 /// # Errors
-/// The kernel has no seccomp, or there is no list for this architecture.
+/// The kernel has no seccomp, or no filter exists for this architecture.
 pub fn restrict_calls(network: Network) -> Result<(), SandboxError> {
     restrict(|| rules(network), BTreeMap::new())
 }
 
-/// The same for a process that runs a guest: with KVM, disks, connections of migrations.
+/// Restricts a process that runs a guest: also allows KVM, disks, and migration connections.
 ///
 /// # Errors
 /// As [`restrict_calls`].
 pub fn restrict_calls_of_monitor() -> Result<(), SandboxError> {
     let failed = |error: seccompiler::BackendError| SandboxError::Calls(error.into());
-    let refused = monitor::refused().map_err(failed)?;
+    let refused = vmm::refused().map_err(failed)?;
     let allowed = || {
         let mut rules = rules(Network::Connects)?;
-        monitor::add(&mut rules)?;
+        vmm::add(&mut rules)?;
         Ok(rules)
     };
     restrict(allowed, refused)
 }
 
-/// What is `refused` is answered with an error, and what is not allowed ends the process.
+/// Applies the filters: calls in `refused` fail with EACCES, calls not in `allowed` kill the
+/// process.
 fn restrict(
     allowed: impl FnOnce() -> Result<Rules, seccompiler::BackendError>,
     refused: Rules,
@@ -126,13 +127,13 @@ fn restrict(
     if arch != TargetArch::x86_64 {
         return Err(SandboxError::Architecture);
     }
-    // Also where seccomp alone is used: no program that is started gets more.
+    // Needed for seccomp without privileges.
     rustix::thread::set_no_new_privs(true).map_err(|error| SandboxError::Calls(error.into()))?;
     let failed = |error: Box<dyn std::error::Error + Send + Sync>| SandboxError::Calls(error);
     let kill = SeccompAction::KillProcess;
     let allowed = allowed().map_err(|error| failed(error.into()))?;
-    // The flags of clone3 lie in memory, where no filter sees them. The C library
-    // makes threads by `clone` where there is no clone3.
+    // The flags of clone3 are in memory, which a filter cannot read. Without clone3 the C library
+    // uses `clone` for threads.
     let no_clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
     let unknown = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
     let denied = SeccompAction::Errno(libc::EACCES.cast_unsigned());
@@ -150,7 +151,7 @@ fn restrict(
 
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
-/// What 32 bits of an argument have to be.
+/// A condition on the lower 32 bits of an argument.
 type Condition = (SeccompCmpOp, u64);
 
 fn is(value: i32) -> Condition {
@@ -162,7 +163,7 @@ fn within(mask: i32, value: i32) -> Condition {
     (SeccompCmpOp::MaskedEq(mask), u64::from(value.cast_unsigned()))
 }
 
-/// Allows a call where an argument is one of these, beside what is allowed of it already.
+/// Also allows a call if an argument matches one of these.
 fn call_with(
     rules: &mut Rules,
     call: i64,
@@ -184,14 +185,14 @@ fn rules(network: Network) -> Result<Rules, seccompiler::BackendError> {
     let mut only = |call: i64, argument: u8, values: &[Condition]| {
         call_with(&mut rules, call, argument, values)
     };
-    // No memory that can be run.
+    // No executable memory.
     only(libc::SYS_mmap, 2, &[within(libc::PROT_EXEC, 0)])?;
     only(libc::SYS_mprotect, 2, &[within(libc::PROT_EXEC, 0)])?;
-    // Threads, no processes.
+    // Threads, but no processes.
     only(libc::SYS_clone, 0, &[within(libc::CLONE_THREAD, libc::CLONE_THREAD)])?;
     only(libc::SYS_prctl, 0, &[is(libc::PR_SET_NAME)])?;
     only(libc::SYS_ioctl, 1, &[(SeccompCmpOp::Eq, libc::FIONBIO)])?;
-    // The limit of open files is read, by the standard library.
+    // The standard library reads the limit of open files.
     only(libc::SYS_prlimit64, 0, &[is(0)])?;
     let fcntl = [
         libc::F_GETFD,

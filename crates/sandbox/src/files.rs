@@ -1,4 +1,4 @@
-//! Landlock: which files may still be opened, made and removed.
+//! Landlock: which files may be opened, created and removed.
 
 use std::path::Path;
 
@@ -9,37 +9,35 @@ use landlock::{
 
 use crate::SandboxError;
 
-/// Rules that are asked for; a kernel that knows fewer enforces those it knows.
-const WANTED: ABI = ABI::V6;
+/// The requested rules; an older kernel enforces those that it supports.
+const REQUESTED_ABI: ABI = ABI::V6;
 
-/// How much of it the kernel enforces.
+/// How many of the rules the kernel enforces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Restricted {
-    /// All that was asked for.
+    /// All rules.
     Fully,
-    /// What this kernel knows of it.
+    /// The rules that this kernel supports.
     Partly,
-    /// Nothing: the kernel has no Landlock, or it is switched off.
+    /// None: the kernel has no Landlock, or it is disabled.
     Not,
 }
 
-/// From now on this thread, and all that it starts, may only make, open and
-/// remove files, sockets and nothing else in `directories`, and read nothing else
-/// anywhere. Neither may they use TCP, abstract sockets of others, or signal other
-/// processes. What is open stays open.
+/// Restricts this thread, and all threads that it starts, to creating, opening and removing files
+/// and sockets in `directories`. They cannot read other files, use TCP, connect to abstract sockets
+/// of other processes, or signal other processes. Open files stay open.
 ///
-/// To be called while the process has one thread, since threads that run already
-/// are not restricted.
+/// Call this while the process has one thread: threads that already run are not restricted.
 ///
 /// # Errors
-/// A directory cannot be opened, or the kernel refuses a rule that it knows.
+/// A directory cannot be opened, or the kernel refuses a rule that it supports.
 pub fn restrict_files(directories: &[impl AsRef<Path>]) -> Result<Restricted, SandboxError> {
     let failed = |error: Box<dyn std::error::Error + Send + Sync>| SandboxError::Files(error);
     let ruleset = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
-        .handle_access(AccessFs::from_all(WANTED))
-        .and_then(|ruleset| ruleset.handle_access(AccessNet::from_all(WANTED)))
-        .and_then(|ruleset| ruleset.scope(Scope::from_all(WANTED)))
+        .handle_access(AccessFs::from_all(REQUESTED_ABI))
+        .and_then(|ruleset| ruleset.handle_access(AccessNet::from_all(REQUESTED_ABI)))
+        .and_then(|ruleset| ruleset.scope(Scope::from_all(REQUESTED_ABI)))
         .and_then(Ruleset::create);
     let mut ruleset = ruleset.map_err(|error| failed(error.into()))?;
     for directory in directories {
@@ -48,10 +46,10 @@ pub fn restrict_files(directories: &[impl AsRef<Path>]) -> Result<Restricted, Sa
         ruleset = ruleset.add_rule(rule).map_err(|error| failed(error.into()))?;
     }
     let status = ruleset.restrict_self().map_err(|error| failed(error.into()))?;
-    Ok(how_much(&status))
+    Ok(enforcement(&status))
 }
 
-/// Sockets and state files are made and removed; a directory is opened to be locked.
+/// Sockets and state files are created and removed; a directory is opened to lock it.
 fn in_directories() -> BitFlags<AccessFs> {
     AccessFs::MakeSock
         | AccessFs::MakeReg
@@ -62,7 +60,7 @@ fn in_directories() -> BitFlags<AccessFs> {
         | AccessFs::Truncate
 }
 
-fn how_much(status: &RestrictionStatus) -> Restricted {
+fn enforcement(status: &RestrictionStatus) -> Restricted {
     match status.ruleset {
         RulesetStatus::FullyEnforced => Restricted::Fully,
         RulesetStatus::PartiallyEnforced => Restricted::Partly,

@@ -1,9 +1,8 @@
-//! What a process that serves guests gives up before it does: the file system
-//! but for a few directories (Landlock), and every system call that serving a
-//! balloon, or running a guest, does not need (seccomp).
+//! Sandbox of a process that serves guests: Landlock limits file access to a few directories, and
+//! seccomp allows only the system calls that serving a balloon or running a guest needs.
 //!
-//! A guest or a monitor that gets hold of the process finds there its own memory
-//! and nothing else. No privilege is needed to give privileges up.
+//! A guest or front end that takes over the process gains access to its own memory and nothing
+//! else. Restricting a process needs no privilege.
 
 #![forbid(unsafe_code)]
 
@@ -13,16 +12,16 @@ mod files;
 pub use calls::{Network, restrict_calls, restrict_calls_of_monitor};
 pub use files::{Restricted, restrict_files};
 
-/// The process could not give something up.
+/// The process could not be restricted.
 #[derive(Debug, thiserror::Error)]
 pub enum SandboxError {
     /// The kernel refused a rule for files.
-    #[error("host: file system access cannot be given up (Landlock)")]
+    #[error("host: cannot restrict file system access (Landlock)")]
     Files(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The kernel refused the filter for system calls.
-    #[error("host: system calls cannot be given up (seccomp)")]
+    #[error("host: cannot restrict system calls (seccomp)")]
     Calls(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// No list of system calls exists for this machine.
-    #[error("host: there is no list of system calls for this architecture")]
+    /// There is no filter for this architecture.
+    #[error("host: no system call filter exists for this architecture")]
     Architecture,
 }

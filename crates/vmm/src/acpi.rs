@@ -1,7 +1,7 @@
-//! The tables by which a guest finds its processors and devices (ACPI 6.5, chapter 5).
+//! The ACPI tables with the guest's vCPUs and devices (ACPI 6.5, chapter 5).
 //!
-//! The machine is one of "reduced hardware": no PC timer, no PC interrupt controller, and power
-//! registers of our own choosing (`ports`).
+//! The machine is "hardware-reduced": no PC timer, no PC interrupt controller, and Aerostat's own
+//! power registers (`ports`).
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -24,26 +24,26 @@ const OEM: [u8; 6] = *b"AEROST";
 const OEM_TABLE: [u8; 8] = *b"AEROSTAT";
 const OEM_REVISION: u32 = 1;
 
-/// Bytes before the contents of a description table (ACPI 6.5, table 5.4).
+/// Bytes of a description table's header (ACPI 6.5, table 5.4).
 const HEADER_BYTES: u32 = 36;
 
-/// What the machine has not (ACPI 6.5, table 5.11): a guest that looks for the clock anyway waits
-/// for it for seconds.
+/// Boot flags for missing hardware (ACPI 6.5, table 5.11): without them a guest waits seconds for
+/// the RTC.
 const NO_VGA: u16 = 1 << 2;
 const NO_MSI: u16 = 1 << 3;
 const NO_CMOS_RTC: u16 = 1 << 5;
 
-/// Revision of a DSDT whose integers have 64 bits.
+/// Revision of a DSDT with 64-bit integers.
 const DSDT_REVISION: u8 = 2;
 
-/// Tables begin at multiples of this.
+/// Alignment of tables.
 const ALIGNMENT: u64 = 16;
 
-/// The device with the generation ID, and the value by which it notifies of a change.
+/// The device with the generation ID, and its notification value for a change.
 const GENERATION_DEVICE: &str = "VGEN";
 const CHANGED: u8 = 0x80;
 
-/// A virtio-mmio device as the guest is to find it.
+/// The resources of a virtio-mmio device.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct MmioSlot {
     /// First address of its window.
@@ -52,19 +52,19 @@ pub(crate) struct MmioSlot {
     pub(crate) gsi: u32,
 }
 
-/// All tables, as they lie from [`layout::ACPI_TABLES`] on; the first is the RSDP.
+/// All tables, to be placed at [`layout::ACPI_TABLES`]; the first is the RSDP.
 pub(crate) fn tables(cpus: u8, slots: &[MmioSlot]) -> Vec<u8> {
-    let mut place = Placer { bytes: vec![0; Rsdp::len()] };
-    let dsdt = place.put(&dsdt(slots));
-    let fadt = place.put(&fadt(dsdt));
-    let madt = place.put(&madt(cpus));
+    let mut placer = Placer { bytes: vec![0; Rsdp::len()] };
+    let dsdt = placer.put(&dsdt(slots));
+    let fadt = placer.put(&fadt(dsdt));
+    let madt = placer.put(&madt(cpus));
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
-    let xsdt = place.put(&xsdt);
+    let xsdt = placer.put(&xsdt);
     let mut rsdp = Vec::new();
     Rsdp::new(OEM, xsdt).to_aml_bytes(&mut rsdp);
-    let mut bytes = place.bytes;
+    let mut bytes = placer.bytes;
     bytes[..rsdp.len()].copy_from_slice(&rsdp);
     bytes
 }
@@ -74,7 +74,7 @@ struct Placer {
 }
 
 impl Placer {
-    /// Returns the address where the table will be.
+    /// Appends a table and returns its guest address.
     fn put(&mut self, table: &dyn Aml) -> u64 {
         let at = (self.bytes.len() as u64).next_multiple_of(ALIGNMENT);
         self.bytes.resize(usize::try_from(at).unwrap_or(usize::MAX), 0);
@@ -83,8 +83,8 @@ impl Placer {
     }
 }
 
-/// What is there and cannot be found otherwise: the serial line, the panic event, the generation ID,
-/// the virtio-mmio devices; and how to switch off.
+/// The devices that cannot be discovered otherwise: serial port, panic device, generation ID,
+/// virtio-mmio devices; and the power-off state.
 fn dsdt(slots: &[MmioSlot]) -> Sdt {
     let mut table = Sdt::new(*b"DSDT", HEADER_BYTES, DSDT_REVISION, OEM, OEM_TABLE, OEM_REVISION);
     let mut devices = vec![serial(), panic_event(), generation(), events()];
@@ -98,22 +98,22 @@ fn dsdt(slots: &[MmioSlot]) -> Sdt {
     table
 }
 
-/// AML that is finished already.
-struct Raw(Vec<u8>);
+/// Encoded AML.
+struct EncodedAml(Vec<u8>);
 
-impl Aml for Raw {
+impl Aml for EncodedAml {
     fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
         sink.vec(&self.0);
     }
 }
 
-fn device(name: &str, children: Vec<&dyn Aml>) -> Raw {
+fn device(name: &str, children: Vec<&dyn Aml>) -> EncodedAml {
     let mut bytes = Vec::new();
     Device::new(Path::new(name), children).to_aml_bytes(&mut bytes);
-    Raw(bytes)
+    EncodedAml(bytes)
 }
 
-fn serial() -> Raw {
+fn serial() -> EncodedAml {
     let ports = IO::new(ports::SERIAL, ports::SERIAL, 1, ports::SERIAL_PORTS);
     let interrupt = Interrupt::new(true, true, false, false, layout::SERIAL_GSI);
     device(
@@ -126,8 +126,8 @@ fn serial() -> Raw {
     )
 }
 
-/// The device by which a Linux kernel says that it has panicked (QEMU, `docs/specs/pvpanic.rst`).
-fn panic_event() -> Raw {
+/// pvpanic: a Linux kernel reports a panic through it (QEMU, `docs/specs/pvpanic.rst`).
+fn panic_event() -> EncodedAml {
     let port = IO::new(ports::PANIC, ports::PANIC, 1, 1);
     device(
         "PEVT",
@@ -139,8 +139,8 @@ fn panic_event() -> Raw {
     )
 }
 
-/// The VM generation ID, which systems know by its compatible ID; its own is of no meaning.
-fn generation() -> Raw {
+/// The VM generation ID. Guests match its compatible ID (`_CID`); the `_HID` is arbitrary.
+fn generation() -> EncodedAml {
     let low = u32::try_from(layout::GENERATION_ID).unwrap_or(u32::MAX);
     let high = 0u8;
     device(
@@ -154,28 +154,28 @@ fn generation() -> Raw {
     )
 }
 
-/// What tells of events on a machine of reduced hardware (ACPI 6.5, 5.6.9): the one interrupt says
-/// that the generation ID has changed.
-fn events() -> Raw {
+/// The generic event device of a hardware-reduced machine (ACPI 6.5, 5.6.9). Its only interrupt
+/// reports a change of the generation ID.
+fn events() -> EncodedAml {
     let interrupt = Interrupt::new(true, true, false, false, layout::EVENT_GSI);
     let device_path = Path::new(GENERATION_DEVICE);
     let changed = Notify::new(&device_path, &CHANGED);
     let is_ours = Equal::new(&Arg(0), &layout::EVENT_GSI);
-    let tell = If::new(&is_ours, vec![&changed]);
+    let notify = If::new(&is_ours, vec![&changed]);
     device(
         "GED_",
         vec![
             &Name::new(Path::new("_HID"), &"ACPI0013"),
             &Name::new(Path::new("_UID"), &0u8),
             &Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&interrupt])),
-            &Method::new(Path::new("_EVT"), 1, true, vec![&tell]),
+            &Method::new(Path::new("_EVT"), 1, true, vec![&notify]),
         ],
     )
 }
 
-/// A virtio-mmio device (virtio 1.3, 4.2.1; the name is that of Linux's driver). Its interrupt is
-/// an edge: what it means is in the device's own register.
-fn virtio(number: u8, slot: MmioSlot) -> Raw {
+/// A virtio-mmio device (virtio 1.3, 4.2.1; the `_HID` is the one of Linux's driver). Its interrupt
+/// is edge-triggered; the interrupt status register has its cause.
+fn virtio(number: u8, slot: MmioSlot) -> EncodedAml {
     let bytes = u32::try_from(layout::MMIO_BYTES).unwrap_or(u32::MAX);
     let window = Memory32Fixed::new(true, slot.start, bytes);
     let interrupt = Interrupt::new(true, true, false, false, slot.gsi);
@@ -232,7 +232,7 @@ mod tests {
         u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
     }
 
-    /// The table at an address of the guest.
+    /// The table at a guest address.
     fn table(all: &[u8], address: u64) -> &[u8] {
         let at = usize::try_from(address - layout::ACPI_TABLES).unwrap();
         let len = u32::from_le_bytes(all[at + 4..at + 8].try_into().unwrap()) as usize;
@@ -243,7 +243,7 @@ mod tests {
         bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
     }
 
-    /// All tables by their signature, found as a guest finds them.
+    /// All tables with their signatures, found from the RSDP like by a guest.
     fn found(all: &[u8]) -> Vec<(String, Vec<u8>)> {
         assert_eq!(&all[..8], b"RSD PTR ");
         assert_eq!(sum(&all[..20]), 0);
@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn tables_lead_to_each_other_and_fit() {
+    fn tables_are_reachable_and_fit() {
         let most = vec![SLOTS[0]; 1 + crate::block::MAX_DISKS];
         for (cpus, slots) in [(1, &SLOTS[..]), (layout::MAX_CPUS, &most)] {
             let all = tables(cpus, slots);
@@ -274,9 +274,9 @@ mod tests {
         }
     }
 
-    /// The compiler of the ACPI project reads them back, and compiles what it read.
+    /// ACPICA's `iasl` disassembles the tables, and compiles the DSDT again.
     #[test]
-    fn the_acpi_compiler_takes_them() {
+    fn iasl_accepts_the_tables() {
         let directory = tempfile::tempdir().unwrap();
         let run = |words: &[&str]| {
             let _alone = crate::block::no_process_starts();

@@ -1,4 +1,4 @@
-//! Answering a source that asks what became of its guest.
+//! Answers a source that asks whether its guest runs here.
 
 use std::io::{self, ErrorKind};
 use std::sync::{Arc, Mutex};
@@ -14,27 +14,26 @@ use migration::{Asking, MigrationError, Resolution};
 use crate::controller::{Arrived, locked};
 use crate::error::Error;
 
-/// How long a source that was told that its guest runs here may still ask: the answer may be lost
-/// on its way.
+/// How long a source may ask again after it was sent that its guest runs here: that answer may be
+/// lost.
 pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// How often it is checked whether an operator has resolved it.
+/// How often the thread checks whether the operator has resolved the guest.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The thread that answers, until the guest is gone, or for as long as a source may ask whether it
-/// runs.
+/// The thread that answers, until the guest is discarded or [`ANSWER_TIMEOUT`] is over.
 pub(crate) struct Answering(JoinHandle<Option<TcpAcceptor>>);
 
 impl Answering {
     /// # Errors
-    /// The host has no thread left. The acceptor is as it was.
+    /// The thread cannot be started; returns the acceptor.
     pub(crate) fn start(
         arrived: &Arc<Mutex<Arrived>>,
         acceptor: TcpAcceptor,
         until: Option<Instant>,
     ) -> Result<Self, (io::Error, TcpAcceptor)> {
         let arrived = Arc::clone(arrived);
-        // Not moved into the thread, which would take it along where it does not start.
+        // In a slot: a closure whose thread does not start would drop the acceptor.
         let slot = Arc::new(Mutex::new(Some(acceptor)));
         let taken = Arc::clone(&slot);
         let answering = move || {
@@ -46,15 +45,15 @@ impl Answering {
             Ok(thread) => Ok(Self(thread)),
             Err(error) => match locked(&slot).take() {
                 Some(acceptor) => Err((error, acceptor)),
-                None => unreachable!("a thread that was not started has taken nothing"),
+                None => unreachable!("a thread that did not start has not taken the acceptor"),
             },
         }
     }
 
-    /// Waits for its end.
+    /// Waits for the thread's end.
     ///
     /// # Errors
-    /// It panicked.
+    /// The thread panicked.
     pub(crate) fn join(self) -> Result<TcpAcceptor, Error> {
         let panicked = || Error::Host {
             what: "answering the source",
@@ -72,8 +71,8 @@ fn answer(arrived: &Mutex<Arrived>, acceptor: &mut TcpAcceptor, mut until: Optio
             Ok(link) => link,
             Err(error) if error.kind() == ErrorKind::TimedOut => continue,
             Err(error) => {
-                // Nobody else answers it.
-                tracing::error!(%error, "host: no source can ask for its guest now");
+                // Retried: no other thread answers.
+                tracing::error!(%error, "host: cannot accept a connection of a source");
                 thread::sleep(POLL_INTERVAL);
                 continue;
             }
@@ -84,20 +83,20 @@ fn answer(arrived: &Mutex<Arrived>, acceptor: &mut TcpAcceptor, mut until: Optio
         });
         let resolution = locked(arrived).ownership.resolution();
         match answered {
-            // The answer may be lost, and then it asks again.
+            // The answer may be lost; the source then asks again.
             Ok(Ok(())) if resolution == Resolution::RunsAtDestination => {
                 until = Some(Instant::now() + ANSWER_TIMEOUT);
             }
             Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(error = error.chain(), "a source was not answered"),
-            // It asks again, and is answered then.
-            Err(panicked) => tracing::error!(%panicked, "a source was not answered"),
+            Ok(Err(error)) => tracing::warn!(error = error.chain(), "cannot answer the source"),
+            // The source asks again.
+            Err(panicked) => tracing::error!(%panicked, "cannot answer the source"),
         }
     }
 }
 
 fn answer_one(link: TcpLink, arrived: &Mutex<Arrived>) -> Result<(), MigrationError> {
-    // Not under the lock: a peer that takes long to say what it wants would keep the operator away.
+    // Not under the lock: a slow peer would block the operator.
     let asking = Asking::hear(link, STALL_PAUSED)?;
     let mut arrived = locked(arrived);
     let Arrived { ownership, guest } = &mut *arrived;

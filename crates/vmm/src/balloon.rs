@@ -1,4 +1,4 @@
-//! The balloon on a virtio-mmio transport. Its rules are `balloon-device`'s.
+//! The balloon on a virtio-mmio transport. The device itself is in `balloon-device`.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,19 +19,19 @@ const ID: u32 = 5;
 pub(crate) struct VirtioBalloon {
     shared: Arc<Shared>,
     stats_clock: StatsClock,
-    /// It is time to ask the guest for statistics.
-    asks_for_stats: bool,
+    /// Statistics are due.
+    stats_due: bool,
 }
 
 impl VirtioBalloon {
     pub(crate) fn new(shared: Arc<Shared>) -> Self {
-        Self { shared, stats_clock: StatsClock::default(), asks_for_stats: false }
+        Self { shared, stats_clock: StatsClock::default(), stats_due: false }
     }
 
     fn broken(&self, vq: Vq, error: &QueueError) -> Served {
         self.shared.device().forget_kept(vq);
         if self.shared.may_log() {
-            tracing::warn!(%error, "queue stopped");
+            tracing::warn!(%error, "virtqueue stopped");
         }
         Served::Broken
     }
@@ -76,7 +76,7 @@ impl Device for VirtioBalloon {
         self.shared.count_exits(count);
     }
 
-    fn count_kicks(&mut self, count: u64) {
+    fn count_notifications(&mut self, count: u64) {
         self.shared.count_kicks(count);
     }
 
@@ -85,8 +85,8 @@ impl Device for VirtioBalloon {
         let Some(vq) = device.queues().vq(index) else {
             return Served::Done { notify: false, more: false };
         };
-        let asks = vq == Vq::Stats && std::mem::take(&mut self.asks_for_stats);
-        let outcome = if asks {
+        let requests_stats = vq == Vq::Stats && std::mem::take(&mut self.stats_due);
+        let outcome = if requests_stats {
             device.request_stats(memory, queue).map(|notify| (notify, false))
         } else {
             device.process_queue(vq, memory, queue).map(|drained| (drained.notify, drained.more))
@@ -106,14 +106,14 @@ impl Device for VirtioBalloon {
 
     fn due(&mut self, woken: bool) -> Vec<usize> {
         let interval = self.shared.stats_interval();
-        self.asks_for_stats |= self.stats_clock.is_due(interval, Instant::now());
+        self.stats_due |= self.stats_clock.is_due(interval, Instant::now());
         let expired = self.shared.expire_requests();
         let device = self.shared.device();
         let queues = device.queues();
-        let stats = queues.index(Vq::Stats).filter(|_| self.asks_for_stats);
-        // A queue that was given back is looked at again once its driver says so.
-        let asks = (woken || expired) && !device.requests().is_stopped();
-        let requests = queues.index(Vq::Request).filter(|_| asks);
+        let stats = queues.index(Vq::Stats).filter(|_| self.stats_due);
+        // A stopped request queue is served again only after a notification.
+        let serves_requests = (woken || expired) && !device.requests().is_stopped();
+        let requests = queues.index(Vq::Request).filter(|_| serves_requests);
         stats.into_iter().chain(requests).collect()
     }
 
@@ -122,15 +122,15 @@ impl Device for VirtioBalloon {
         let Some(vq) = device.queues().vq(index) else {
             return Served::Done { notify: false, more: false };
         };
-        let given_back = device.return_unused(vq, memory, queue);
+        let returned = device.return_unused(vq, memory, queue);
         drop(device);
-        match given_back {
+        match returned {
             Ok(notify) => Served::Done { notify, more: false },
             Err(error) => self.broken(vq, &error),
         }
     }
 
-    fn forget(&mut self, index: usize) {
+    fn drop_queue(&mut self, index: usize) {
         let mut device = self.shared.device();
         if let Some(vq) = device.queues().vq(index) {
             device.forget_kept(vq);

@@ -1,7 +1,7 @@
-//! A disk: a virtio block device (virtio 1.3, section 5.2) over a raw file.
+//! A disk: a virtio block device (virtio 1.3, section 5.2) on a raw file.
 //!
-//! Requests are read from the ring where the queue is served, carried out in a thread of the
-//! disk's own, and returned when the queue is served next, which that thread asks for.
+//! The device loop takes requests from the vring. The disk's I/O thread executes them and notifies
+//! the loop, which then returns their chains.
 
 mod file;
 mod identity;
@@ -15,7 +15,7 @@ mod worker;
 pub use file::DiskOptions;
 #[cfg(test)]
 pub(crate) use file::no_process_starts;
-pub(crate) use file::{DiskFile, DiskShape, GuestDisk, NotThis};
+pub(crate) use file::{DiskFile, DiskMismatch, DiskShape, GuestDisk};
 pub(crate) use identity::DiskIdentity;
 pub(crate) use limits::DiskLimits;
 
@@ -37,11 +37,10 @@ use crate::error::Error;
 use crate::memory::Ram;
 use crate::mmio::{Device, Served};
 use request::{Request, SEG_MAX, SIZE_MAX};
-use work::{DISCARD, ID_BYTES, WRITE_ZEROES, Work};
+use work::{DISCARD, Executor, ID_BYTES, WRITE_ZEROES};
 use worker::{Done, Job, Worker};
 
-/// Disks that a guest may have: with its balloon they are as many devices as there are interrupts
-/// behind the PC's own.
+/// Maximum number of disks: with the balloon they use all interrupts above the PC's own.
 pub const MAX_DISKS: usize = 7;
 
 /// Bytes of the configuration space up to the last field that is offered.
@@ -70,27 +69,27 @@ mod field {
 pub(crate) struct Block {
     file: Arc<DiskFile>,
     worker: Worker,
-    /// Chains that are with the worker. No honest driver has more than its ring has entries.
-    kept: usize,
+    /// Chains that the worker has. With an honest driver at most the number of vring entries.
+    in_flight: usize,
 }
 
 impl Block {
     /// # Errors
-    /// The host has no thread left.
+    /// The host cannot start a thread.
     pub(crate) fn new(file: &Arc<DiskFile>, number: usize, memory: Ram) -> Result<Self, Error> {
         let name = format!("disk{number}");
         let mut id = [0; ID_BYTES];
         id.iter_mut().zip(format!("aerostat-{name}").bytes()).for_each(|(to, from)| *to = from);
-        let worker = Worker::start(Work::new(memory, id), Arc::clone(file), &name)?;
-        Ok(Self { file: Arc::clone(file), worker, kept: 0 })
+        let worker = Worker::start(Executor::new(memory, id), Arc::clone(file), &name)?;
+        Ok(Self { file: Arc::clone(file), worker, in_flight: 0 })
     }
 
-    /// Nothing of the ring is with the device.
+    /// No chain is in flight.
     pub(crate) const fn is_idle(&self) -> bool {
-        self.kept == 0
+        self.in_flight == 0
     }
 
-    /// A request is being carried out.
+    /// A request is being executed.
     pub(crate) fn is_busy(&self) -> bool {
         self.worker.is_busy()
     }
@@ -123,34 +122,39 @@ impl Block {
         space
     }
 
-    /// Returns chains that were carried out.
-    fn give(&mut self, done: &[Done], memory: &Ram, queue: &mut Queue) -> Result<(), QueueError> {
+    /// Adds completed chains to the used ring.
+    fn complete(
+        &mut self,
+        done: &[Done],
+        memory: &Ram,
+        queue: &mut Queue,
+    ) -> Result<(), QueueError> {
         for Done { head, written_bytes } in done {
             queue.add_used(memory, *head, *written_bytes)?;
         }
-        self.kept = self.kept.saturating_sub(done.len());
+        self.in_flight = self.in_flight.saturating_sub(done.len());
         Ok(())
     }
 
-    /// Returns what is done, and takes what is new.
-    fn pass(&mut self, memory: &Ram, queue: &mut Queue) -> Result<Drained, QueueError> {
+    /// Returns completed chains and takes new ones.
+    fn serve_queue(&mut self, memory: &Ram, queue: &mut Queue) -> Result<Drained, QueueError> {
         let done = self.worker.take_done();
-        self.give(&done, memory, queue)?;
+        self.complete(&done, memory, queue)?;
         let most = usize::from(queue.size());
         let mut too_many = false;
         let drained = drain(queue, memory, |chain| {
-            too_many |= self.kept >= most;
+            too_many |= self.in_flight >= most;
             if too_many {
                 return Handled { read_bytes: 0, written_bytes: Some(0) };
             }
-            self.kept += 1;
-            // What is no request goes the same way: chains come back in the order of the ring.
+            self.in_flight += 1;
+            // Invalid requests also go to the worker: chains return in the order of the vring.
             let head = chain.head_index();
             self.worker.push(Job { head, request: Request::of(chain, memory) });
             Handled { read_bytes: 0, written_bytes: None }
         })?;
         if too_many {
-            // A chain was made available that the device has.
+            // The driver made a chain available that the device already has.
             return Err(QueueError::InvalidAvailRingIndex);
         }
         let notify = drained.notify || (!done.is_empty() && queue.needs_notification(memory)?);
@@ -158,8 +162,8 @@ impl Block {
     }
 
     fn broken(&mut self, error: &QueueError) -> Served {
-        self.forget(0);
-        tracing::debug!(%error, "guest: the queue of a disk makes no sense");
+        self.drop_queue(0);
+        tracing::debug!(%error, "guest: the virtqueue of a disk is invalid");
         Served::Broken
     }
 }
@@ -198,30 +202,31 @@ impl Device for Block {
         data.fill_with(|| bytes.next().copied().unwrap_or(0));
     }
 
-    /// Nothing of it can be written: the cache mode is not offered.
+    /// Read-only: the writeback field needs a feature that is not offered.
     fn write_config(&mut self, _offset: u32, _data: &[u8]) {}
 
     fn reset(&mut self, features: u64) {
-        self.forget(0);
-        self.accepted(features);
+        self.drop_queue(0);
+        self.restore_features(features);
     }
 
-    fn accepted(&mut self, features: u64) {
-        // virtio 1.3, 5.2.6.2: a driver that knows no flush cannot ask for one.
+    fn restore_features(&mut self, features: u64) {
+        // virtio 1.3, 5.2.6.2: without the flush feature, writes must be durable before they
+        // complete.
         self.worker.set_writes_through(features & 1 << VIRTIO_BLK_F_FLUSH == 0);
     }
 
-    fn set_kicks(&mut self, kicks: &[EventFd]) {
-        match kicks.first().map(EventFd::try_clone) {
-            Some(Ok(bell)) => self.worker.rings(bell),
-            _ => tracing::error!("host: a disk cannot tell when it is done"),
+    fn set_notify_fds(&mut self, fds: &[EventFd]) {
+        match fds.first().map(EventFd::try_clone) {
+            Some(Ok(notify_fd)) => self.worker.set_notify_fd(notify_fd),
+            _ => tracing::error!("host: a disk cannot report completed requests"),
         }
     }
 
     fn count_exits(&mut self, _count: u64) {}
 
     fn serve(&mut self, _index: usize, memory: &Ram, queue: &mut Queue) -> Served {
-        match self.pass(memory, queue) {
+        match self.serve_queue(memory, queue) {
             Ok(Drained { notify, more, .. }) => Served::Done { notify, more },
             Err(error) => self.broken(&error),
         }
@@ -235,44 +240,45 @@ impl Device for Block {
         Vec::new()
     }
 
-    fn comes_to_rest(&mut self) -> bool {
-        self.worker.rests()
+    fn quiesce(&mut self) -> bool {
+        self.worker.quiesce()
     }
 
-    fn goes_on(&mut self) -> bool {
-        self.worker.goes_on()
+    fn cancel_quiesce(&mut self) -> bool {
+        self.worker.cancel_quiesce()
     }
 
     fn unfinished(&self) -> usize {
-        self.kept + usize::from(self.worker.is_left_behind())
+        self.in_flight + usize::from(self.worker.has_abandoned())
     }
 
-    /// However much the guest has asked for, no more is done than the piece of a request that is
-    /// under way. The others are in the ring again: they are the youngest that were taken, and an
-    /// honest driver writes over no entry of a chain that did not come back.
+    /// Finishes only the current piece of the request in progress. The other chains become
+    /// available again: they are the last that were taken, and an honest driver does not overwrite
+    /// the entries of a chain that was not returned.
     fn return_unused(&mut self, _index: usize, memory: &Ram, queue: &mut Queue) -> Served {
         let (done, left) = self.worker.stop();
-        let given = self.give(&done, memory, queue);
-        // Not more than the ring has entries.
+        let completed = self.complete(&done, memory, queue);
+        // At most the number of vring entries.
         let left = u16::try_from(left).unwrap_or(u16::MAX);
         queue.set_next_avail(queue.next_avail().wrapping_sub(left));
-        self.kept = 0;
-        let notify = given.and_then(|()| Ok(!done.is_empty() && queue.needs_notification(memory)?));
+        self.in_flight = 0;
+        let notify =
+            completed.and_then(|()| Ok(!done.is_empty() && queue.needs_notification(memory)?));
         match notify {
             Ok(notify) => Served::Done { notify, more: false },
             Err(error) => self.broken(&error),
         }
     }
 
-    /// Whoever lets the guest go on takes it from the ring.
+    /// Available chains stay in the vring.
     fn serves_before_pause(&self) -> bool {
         false
     }
 
-    /// On a thread that has more to do than to wait for a disk: a processor's, or the loop's.
-    fn forget(&mut self, _index: usize) {
-        self.worker.forget();
-        self.kept = 0;
+    /// Does not wait for the disk: called by a vCPU thread or the device loop.
+    fn drop_queue(&mut self, _index: usize) {
+        self.worker.abandon();
+        self.in_flight = 0;
     }
 
     fn suspend(&mut self) {}

@@ -1,4 +1,4 @@
-//! Tests of the disk, by a driver's side of its ring.
+//! Tests of the disk, from the driver's side of its virtqueue.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -19,14 +19,14 @@ const HEADER: u64 = 0x8000;
 const STATUS: u64 = 0x8100;
 const DATA: u64 = 0x1_0000;
 
-/// Sectors of the disks here.
+/// Sectors of a disk.
 const SECTORS: u64 = 64;
 
-/// A status that no device writes.
+/// A status that the device never writes.
 const UNTOUCHED: u8 = 0xee;
 
-/// For a request on a busy machine.
-const LIMIT: Duration = Duration::from_secs(20);
+/// Timeout of a request, long enough for a busy host.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(20);
 
 struct Guest {
     memory: Ram,
@@ -34,7 +34,7 @@ struct Guest {
     file: File,
     ring: GuestRing,
     queue: Queue,
-    bell: EventFd,
+    notify_fd: EventFd,
     path: NamedTempFile,
 }
 
@@ -50,16 +50,17 @@ impl Guest {
     fn with(disk: DiskFile, file: File, path: NamedTempFile) -> Self {
         let memory = Ram::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap();
         let mut disk = Block::new(&Arc::new(disk), 0, memory.clone()).unwrap();
-        let bell = EventFd::new(0).unwrap();
-        disk.set_kicks(&[bell.try_clone().unwrap()]);
+        let notify_fd = EventFd::new(0).unwrap();
+        disk.set_notify_fds(&[notify_fd.try_clone().unwrap()]);
         disk.reset(disk.features());
         let ring = GuestRing::new(RING, 16);
         let queue = ring.queue();
-        Self { memory, disk, file, ring, queue, bell, path }
+        Self { memory, disk, file, ring, queue, notify_fd, path }
     }
 
-    /// Serves the ring until a chain came back: what is in its status, and the bytes written.
-    fn ask(&mut self, kind: u32, sector: u64, data: &[Buffer]) -> (u8, u32) {
+    /// Sends a request and serves the virtqueue until it completes. Returns its status and the
+    /// number of bytes written.
+    fn request(&mut self, kind: u32, sector: u64, data: &[Buffer]) -> (u8, u32) {
         let header = [u64::from(kind).to_le_bytes(), sector.to_le_bytes()].concat();
         self.memory.write_slice(&header, GuestAddress(HEADER)).unwrap();
         self.memory.write_obj(UNTOUCHED, GuestAddress(STATUS)).unwrap();
@@ -70,9 +71,9 @@ impl Guest {
         (self.memory.read_obj(GuestAddress(STATUS)).unwrap(), written)
     }
 
-    /// As the monitor's loop does: at once, and whenever the bell rings.
+    /// Serves the virtqueue like the device loop: at once, and at each notification.
     fn serve(&mut self) -> u32 {
-        let end = Instant::now() + LIMIT;
+        let end = Instant::now() + REQUEST_TIMEOUT;
         loop {
             let served = self.disk.serve(0, &self.memory, &mut self.queue);
             let done = self.ring.take_used(&self.memory);
@@ -82,13 +83,13 @@ impl Guest {
             }
             assert_eq!(served, Served::Done { notify: false, more: false });
             assert!(Instant::now() < end);
-            self.bell.read().unwrap();
+            self.notify_fd.read().unwrap();
         }
     }
 
-    /// Serves the ring until so many chains came back: the bytes written to each.
+    /// Serves the virtqueue until `count` chains have returned. Returns the bytes written to each.
     fn serve_all(&mut self, count: usize) -> Vec<u32> {
-        let end = Instant::now() + LIMIT;
+        let end = Instant::now() + REQUEST_TIMEOUT;
         let mut written = Vec::new();
         loop {
             let served = self.disk.serve(0, &self.memory, &mut self.queue);
@@ -98,7 +99,7 @@ impl Guest {
                 return written.iter().map(|used| used.written_bytes).collect();
             }
             assert!(Instant::now() < end);
-            self.bell.read().unwrap();
+            self.notify_fd.read().unwrap();
         }
     }
 
@@ -125,7 +126,7 @@ impl Guest {
     }
 }
 
-/// Bytes of which no two sectors are the same.
+/// Bytes without two equal sectors.
 fn pattern(bytes: u64, seed: u64) -> Vec<u8> {
     let word = |at: u64| (at * 0x9e37_79b9 + seed).to_le_bytes();
     (0..bytes / 8).flat_map(word).collect()
@@ -141,27 +142,27 @@ const IOERR: u8 = 1;
 const UNSUPP: u8 = 2;
 
 #[test]
-fn what_is_written_is_in_the_file_and_what_is_read_was_there() {
+fn writes_reach_the_file_and_reads_return_its_contents() {
     let mut guest = Guest::new(false);
     let data = pattern(3 * 512, 7);
     guest.put(DATA, &data);
-    // Cut where it likes.
+    // Split at any place.
     let out = [Buffer::readable(DATA, 100), Buffer::readable(DATA + 100, 3 * 512 - 100)];
-    assert_eq!(guest.ask(VIRTIO_BLK_T_OUT, 5, &out), (OK, 1));
+    assert_eq!(guest.request(VIRTIO_BLK_T_OUT, 5, &out), (OK, 1));
     assert_eq!(guest.on_disk(5, 3), data);
     assert_eq!(guest.on_disk(4, 1), pattern(SECTORS * 512, 1)[4 * 512..5 * 512]);
 
     let into = [Buffer::writable(DATA + 0x4000, 4 * 512)];
-    assert_eq!(guest.ask(VIRTIO_BLK_T_IN, 4, &into), (OK, 4 * 512 + 1));
+    assert_eq!(guest.request(VIRTIO_BLK_T_IN, 4, &into), (OK, 4 * 512 + 1));
     assert_eq!(guest.get(DATA + 0x4000, 4 * 512), guest.on_disk(4, 4));
-    assert_eq!(guest.ask(VIRTIO_BLK_T_FLUSH, 0, &[]), (OK, 1));
+    assert_eq!(guest.request(VIRTIO_BLK_T_FLUSH, 0, &[]), (OK, 1));
     let id = [Buffer::writable(DATA, 20)];
-    assert_eq!(guest.ask(VIRTIO_BLK_T_GET_ID, 0, &id), (OK, 21));
+    assert_eq!(guest.request(VIRTIO_BLK_T_GET_ID, 0, &id), (OK, 21));
     assert_eq!(guest.get(DATA, 15), b"aerostat-disk0\0");
 }
 
 #[test]
-fn header_and_status_may_be_cut_as_well_and_lie_in_a_table_of_their_own() {
+fn header_and_status_may_be_split_and_in_an_indirect_table() {
     let mut guest = Guest::new(false);
     let header = [u64::from(VIRTIO_BLK_T_IN).to_le_bytes(), 9u64.to_le_bytes()].concat();
     guest.put(HEADER, &header);
@@ -183,30 +184,30 @@ fn header_and_status_may_be_cut_as_well_and_lie_in_a_table_of_their_own() {
 }
 
 #[test]
-fn what_the_disk_does_not_have_is_an_error() {
+fn invalid_requests_are_errors() {
     let mut guest = Guest::new(false);
     let before = guest.on_disk(0, SECTORS);
     let read = |len| [Buffer::writable(DATA, len)];
     let write = |len| [Buffer::readable(DATA, len)];
     for sector in [SECTORS, SECTORS - 1, u64::MAX, u64::MAX / 512] {
-        assert_eq!(guest.ask(VIRTIO_BLK_T_IN, sector, &read(1024)), (IOERR, 0), "{sector}");
-        assert_eq!(guest.ask(VIRTIO_BLK_T_OUT, sector, &write(1024)), (IOERR, 0), "{sector}");
+        assert_eq!(guest.request(VIRTIO_BLK_T_IN, sector, &read(1024)), (IOERR, 0), "{sector}");
+        assert_eq!(guest.request(VIRTIO_BLK_T_OUT, sector, &write(1024)), (IOERR, 0), "{sector}");
     }
-    assert_eq!(guest.ask(VIRTIO_BLK_T_IN, 0, &read(100)), (IOERR, 0));
-    assert_eq!(guest.ask(VIRTIO_BLK_T_OUT, 0, &write(513)), (IOERR, 0));
+    assert_eq!(guest.request(VIRTIO_BLK_T_IN, 0, &read(100)), (IOERR, 0));
+    assert_eq!(guest.request(VIRTIO_BLK_T_OUT, 0, &write(513)), (IOERR, 0));
     let beyond = MEMORY_BYTES as u64 - 256;
-    assert_eq!(guest.ask(VIRTIO_BLK_T_IN, 0, &[Buffer::writable(beyond, 512)]), (IOERR, 0));
-    assert_eq!(guest.ask(VIRTIO_BLK_T_OUT, 0, &[Buffer::readable(!0, 512)]), (IOERR, 0));
-    assert_eq!(guest.ask(VIRTIO_BLK_T_GET_ID, 0, &read(19)), (IOERR, 0));
-    assert_eq!(guest.ask(VIRTIO_BLK_T_SCSI_CMD, 0, &read(512)), (UNSUPP, 0));
-    assert_eq!(guest.ask(0xffff_ffff, 0, &[]), (UNSUPP, 0));
+    assert_eq!(guest.request(VIRTIO_BLK_T_IN, 0, &[Buffer::writable(beyond, 512)]), (IOERR, 0));
+    assert_eq!(guest.request(VIRTIO_BLK_T_OUT, 0, &[Buffer::readable(!0, 512)]), (IOERR, 0));
+    assert_eq!(guest.request(VIRTIO_BLK_T_GET_ID, 0, &read(19)), (IOERR, 0));
+    assert_eq!(guest.request(VIRTIO_BLK_T_SCSI_CMD, 0, &read(512)), (UNSUPP, 0));
+    assert_eq!(guest.request(0xffff_ffff, 0, &[]), (UNSUPP, 0));
     assert_eq!(guest.on_disk(0, SECTORS), before);
-    // And the disk goes on.
-    assert_eq!(guest.ask(VIRTIO_BLK_T_IN, SECTORS - 1, &read(512)), (OK, 513));
+    // The disk still works.
+    assert_eq!(guest.request(VIRTIO_BLK_T_IN, SECTORS - 1, &read(512)), (OK, 513));
 
-    // A file that was cut is the host's fault, and the guest's error.
+    // A truncated file is the host's fault, and an I/O error in the guest.
     guest.file.set_len(512).unwrap();
-    assert_eq!(guest.ask(VIRTIO_BLK_T_IN, 1, &read(512)), (IOERR, 0));
+    assert_eq!(guest.request(VIRTIO_BLK_T_IN, 1, &read(512)), (IOERR, 0));
 }
 
 #[test]
@@ -219,25 +220,25 @@ fn a_read_only_disk_is_not_written() {
     for (kind, bytes) in
         [(VIRTIO_BLK_T_OUT, 512), (VIRTIO_BLK_T_DISCARD, 16), (VIRTIO_BLK_T_WRITE_ZEROES, 16)]
     {
-        let asked = guest.ask(kind, 0, &[Buffer::readable(DATA, bytes)]);
-        assert_eq!(asked, (IOERR, 0), "{kind}");
+        let answer = guest.request(kind, 0, &[Buffer::readable(DATA, bytes)]);
+        assert_eq!(answer, (IOERR, 0), "{kind}");
     }
-    assert_eq!(guest.ask(VIRTIO_BLK_T_IN, 0, &[Buffer::writable(DATA, 512)]), (OK, 513));
-    assert_eq!(guest.ask(VIRTIO_BLK_T_FLUSH, 0, &[]), (OK, 1));
+    assert_eq!(guest.request(VIRTIO_BLK_T_IN, 0, &[Buffer::writable(DATA, 512)]), (OK, 513));
+    assert_eq!(guest.request(VIRTIO_BLK_T_FLUSH, 0, &[]), (OK, 1));
     assert_eq!(guest.on_disk(0, SECTORS), before);
 }
 
 #[test]
-fn a_write_of_a_driver_that_cannot_flush_is_on_the_disk_before_it_is_answered() {
+fn without_the_flush_feature_writes_are_synced_before_they_complete() {
     let path = NamedTempFile::new().unwrap();
     let file = path.as_file().try_clone().unwrap();
     let mut guest = Guest::with(DiskFile::that_cannot_sync(SECTORS), file, path);
     let data = [Buffer::readable(DATA, 512)];
-    assert_eq!(guest.ask(VIRTIO_BLK_T_OUT, 0, &data), (OK, 1));
-    assert_eq!(guest.ask(VIRTIO_BLK_T_FLUSH, 0, &[]), (IOERR, 0));
+    assert_eq!(guest.request(VIRTIO_BLK_T_OUT, 0, &data), (OK, 1));
+    assert_eq!(guest.request(VIRTIO_BLK_T_FLUSH, 0, &[]), (IOERR, 0));
     let without = guest.disk.features() & !(1 << VIRTIO_BLK_F_FLUSH);
-    guest.disk.accepted(without);
-    assert_eq!(guest.ask(VIRTIO_BLK_T_OUT, 0, &data), (IOERR, 0));
+    guest.disk.restore_features(without);
+    assert_eq!(guest.request(VIRTIO_BLK_T_OUT, 0, &data), (IOERR, 0));
 }
 
 #[test]
@@ -246,7 +247,7 @@ fn discarded_sectors_are_holes_and_zeros() {
     let blocks = guest.file.metadata().unwrap().blocks();
     guest.put(DATA, &[range(8, 8, 0), range(24, 8, 0)].concat());
     let two = [Buffer::readable(DATA, 32)];
-    assert_eq!(guest.ask(VIRTIO_BLK_T_DISCARD, 0, &two), (OK, 1));
+    assert_eq!(guest.request(VIRTIO_BLK_T_DISCARD, 0, &two), (OK, 1));
     let zeros = vec![0; 8 * 512];
     assert_eq!([guest.on_disk(8, 8), guest.on_disk(24, 8)], [zeros.clone(), zeros.clone()]);
     assert!(guest.file.metadata().unwrap().blocks() < blocks);
@@ -254,7 +255,7 @@ fn discarded_sectors_are_holes_and_zeros() {
         guest.file.write_all_at(&pattern(SECTORS * 512, 1), 0).unwrap();
         guest.put(DATA, &range(40, 8, flags));
         let one = [Buffer::readable(DATA, 16)];
-        assert_eq!(guest.ask(VIRTIO_BLK_T_WRITE_ZEROES, 0, &one), (OK, 1));
+        assert_eq!(guest.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, &one), (OK, 1));
         assert_eq!(guest.on_disk(40, 8), zeros);
         assert_eq!(guest.on_disk(48, 1), pattern(SECTORS * 512, 1)[48 * 512..49 * 512]);
     }
@@ -267,27 +268,27 @@ fn discarded_sectors_are_holes_and_zeros() {
         (range(0, DISCARD.sectors + 1, 0), IOERR),
         (range(0, 1, 1), UNSUPP),
         (range(0, 1, 2), UNSUPP),
-        // Nothing is done where a part cannot be.
+        // One invalid range: nothing is done.
         ([range(0, 1, 0), range(SECTORS, 1, 0)].concat(), IOERR),
         (range(0, 1, 0)[..15].to_vec(), IOERR),
     ] {
         guest.put(DATA, &bytes);
         let buffer = [Buffer::readable(DATA, u32::try_from(bytes.len()).unwrap())];
-        assert_eq!(guest.ask(VIRTIO_BLK_T_DISCARD, 0, &buffer), (status, 0), "{bytes:?}");
+        assert_eq!(guest.request(VIRTIO_BLK_T_DISCARD, 0, &buffer), (status, 0), "{bytes:?}");
     }
     let many = [Buffer::readable(DATA, (DISCARD.ranges + 1) * 16)];
-    assert_eq!(guest.ask(VIRTIO_BLK_T_DISCARD, 0, &many), (IOERR, 0));
-    assert_eq!(guest.ask(VIRTIO_BLK_T_WRITE_ZEROES, 0, &two), (IOERR, 0));
+    assert_eq!(guest.request(VIRTIO_BLK_T_DISCARD, 0, &many), (IOERR, 0));
+    assert_eq!(guest.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, &two), (IOERR, 0));
     assert_eq!(guest.on_disk(0, SECTORS), before);
 }
 
 #[test]
-fn the_configuration_says_what_the_disk_has() {
+fn configuration_space_has_the_disks_size_and_limits() {
     let mut guest = Guest::new(false);
     assert_eq!(u64::from_le_bytes(guest.config(0)), SECTORS);
     assert_eq!(u32::from_le_bytes(guest.config(12)), SEG_MAX);
     assert_eq!(u32::from_le_bytes(guest.config(20)), 512);
-    // Of a file system of 4 KiB blocks: 8 sectors a physical block, no offset, 8 the least.
+    // On a file system with 4 KiB blocks: 2^3 blocks per physical block, no offset, min I/O 8.
     assert_eq!(guest.config::<4>(24), [3, 0, 8, 0]);
     assert_eq!(u32::from_le_bytes(guest.config(28)), 0);
     assert_eq!(u32::from_le_bytes(guest.config(36)), DISCARD.sectors);
@@ -299,12 +300,12 @@ fn the_configuration_says_what_the_disk_has() {
     assert_eq!(u64::from_le_bytes(guest.config(0)), SECTORS);
 }
 
-/// Of the first byte of a sector.
+/// Byte offset of a sector.
 fn index(sector: u64) -> usize {
     usize::try_from(sector * 512).unwrap()
 }
 
-/// Checks what a request of ranges does to blocks that are given back and cleared only whole.
+/// Checks discard and write-zeroes on a host with a unit of 4 KiB.
 fn check_ranges_on_whole_blocks(guest: &mut Guest) {
     let before = pattern(SECTORS * 512, 1);
     let cases = [(8, 8), (16, 24), (1, 1), (7, 2), (9, 30), (0, 64), (63, 1)];
@@ -313,8 +314,8 @@ fn check_ranges_on_whole_blocks(guest: &mut Guest) {
             guest.file.write_all_at(&before, 0).unwrap();
             guest.put(DATA, &range(sector, sectors, flags));
             let one = [Buffer::readable(DATA, 16)];
-            let asked = guest.ask(VIRTIO_BLK_T_WRITE_ZEROES, 0, &one);
-            assert_eq!(asked, (OK, 1), "zeros at {sector}, {sectors}");
+            let answer = guest.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, &one);
+            assert_eq!(answer, (OK, 1), "zeros at {sector}, {sectors}");
             let (from, to) = (index(sector), index(sector + u64::from(sectors)));
             let mut expected = before.clone();
             expected[from..to].fill(0);
@@ -322,32 +323,32 @@ fn check_ranges_on_whole_blocks(guest: &mut Guest) {
         }
         guest.file.write_all_at(&before, 0).unwrap();
         guest.put(DATA, &range(sector, sectors, 0));
-        let asked = guest.ask(VIRTIO_BLK_T_DISCARD, 0, &[Buffer::readable(DATA, 16)]);
-        assert_eq!(asked, (OK, 1), "discard at {sector}, {sectors}");
+        let answer = guest.request(VIRTIO_BLK_T_DISCARD, 0, &[Buffer::readable(DATA, 16)]);
+        assert_eq!(answer, (OK, 1), "discard at {sector}, {sectors}");
         let (from, to) = (sector.next_multiple_of(8), (sector + u64::from(sectors)) / 8 * 8);
         let now = guest.on_disk(0, SECTORS);
         for at in 0..SECTORS {
             let bytes = index(at)..index(at + 1);
-            let given = (from..to).contains(&at);
+            let discarded = (from..to).contains(&at);
             let is_zeros = now[bytes.clone()].iter().all(|byte| *byte == 0);
             let stays = now[bytes.clone()] == before[bytes];
             assert!(
-                stays || (given && is_zeros),
+                stays || (discarded && is_zeros),
                 "sector {at} after discarding {sector}, {sectors}"
             );
         }
     }
-    // Sectors that are no blocks are read and written all the same.
+    // Partial blocks can be read and written.
     guest.put(DATA, &pattern(3 * 512, 7));
-    assert_eq!(guest.ask(VIRTIO_BLK_T_OUT, 5, &[Buffer::readable(DATA, 3 * 512)]), (OK, 1));
+    assert_eq!(guest.request(VIRTIO_BLK_T_OUT, 5, &[Buffer::readable(DATA, 3 * 512)]), (OK, 1));
     let into = [Buffer::writable(DATA + 0x4000, 512)];
-    assert_eq!(guest.ask(VIRTIO_BLK_T_IN, 6, &into), (OK, 513));
+    assert_eq!(guest.request(VIRTIO_BLK_T_IN, 6, &into), (OK, 513));
     assert_eq!(guest.get(DATA + 0x4000, 512), pattern(3 * 512, 7)[512..1024]);
-    assert_eq!(guest.ask(VIRTIO_BLK_T_FLUSH, 0, &[]), (OK, 1));
+    assert_eq!(guest.request(VIRTIO_BLK_T_FLUSH, 0, &[]), (OK, 1));
 }
 
 #[test]
-fn what_is_no_whole_block_of_the_host_is_cleared_and_need_not_be_discarded() {
+fn partial_host_blocks_are_zeroed_but_need_not_be_discarded() {
     let path = NamedTempFile::new().unwrap();
     let file = path.as_file().try_clone().unwrap();
     file.write_all_at(&pattern(SECTORS * 512, 1), 0).unwrap();
@@ -356,7 +357,7 @@ fn what_is_no_whole_block_of_the_host_is_cleared_and_need_not_be_discarded() {
     check_ranges_on_whole_blocks(&mut Guest::with(disk, file, path));
 }
 
-/// A loop device of 4,096-byte sectors, which goes away with the value.
+/// A loop device with 4,096-byte sectors; detached on drop.
 struct LoopDevice(std::path::PathBuf);
 
 impl LoopDevice {
@@ -377,7 +378,7 @@ impl Drop for LoopDevice {
 }
 
 #[test]
-fn a_block_device_of_large_sectors_says_so_and_serves_small_ones() {
+fn a_block_device_with_large_sectors_reports_them_and_serves_small_requests() {
     let path = NamedTempFile::new().unwrap();
     path.as_file().set_len(SECTORS * 512).unwrap();
     let Some(device) = LoopDevice::new(path.path()) else {
@@ -389,7 +390,7 @@ fn a_block_device_of_large_sectors_says_so_and_serves_small_ones() {
     };
     let options = DiskOptions { path: device.0.clone(), read_only: false };
     let disk = DiskFile::open(&options).unwrap();
-    // Through the same cache as the disk.
+    // Through the same page cache as the disk.
     let file = File::options().read(true).write(true).open(&device.0).unwrap();
     let mut guest = Guest::with(disk, file, path);
     assert_eq!(u64::from_le_bytes(guest.config(0)), SECTORS);
@@ -400,18 +401,18 @@ fn a_block_device_of_large_sectors_says_so_and_serves_small_ones() {
     check_ranges_on_whole_blocks(&mut guest);
 }
 
-/// A driver reads it once: where the guest goes on, it has to stay.
+/// A driver reads the limits only once, so a migration must keep them.
 #[test]
-fn what_the_guest_was_told_stays_where_it_goes_on() {
+fn limits_of_the_source_are_kept_at_the_destination() {
     let mut guest = Guest::new(false);
-    let told = DiskLimits { block_bytes: 4096, ..guest.disk.file.limits() };
-    guest.disk.file.keep_limits(told);
+    let source_limits = DiskLimits { block_bytes: 4096, ..guest.disk.file.limits() };
+    guest.disk.file.keep_limits(source_limits);
     assert_eq!(u32::from_le_bytes(guest.config(20)), 4096);
-    assert_eq!(guest.disk.file.describe(&|| Ok(())).unwrap().limits, told);
+    assert_eq!(guest.disk.file.describe(&|| Ok(())).unwrap().limits, source_limits);
 }
 
 #[test]
-fn chains_that_nobody_can_be_told_of_come_back_and_a_broken_ring_stops() {
+fn chains_without_a_status_are_returned_and_an_invalid_vring_stops() {
     let mut guest = Guest::new(false);
     guest.put(HEADER, &[0; 16]);
     let header = Buffer::readable(HEADER, 16);
@@ -423,9 +424,9 @@ fn chains_that_nobody_can_be_told_of_come_back_and_a_broken_ring_stops() {
         vec![status],
         vec![Buffer::readable(HEADER, 15), status],
         vec![Buffer::readable(u64::MAX - 3, 16), status],
-        // What is read behind what is written.
+        // A readable buffer after a writable one.
         vec![header, data, Buffer::readable(DATA, 512), status],
-        // More than a request may have.
+        // More data than allowed.
         vec![header, Buffer::writable(DATA, 1 << 30), status],
     ] {
         guest.put(STATUS, &[UNTOUCHED]);
@@ -433,20 +434,20 @@ fn chains_that_nobody_can_be_told_of_come_back_and_a_broken_ring_stops() {
         assert_eq!(guest.serve(), 0, "{chain:?}");
         assert_eq!(guest.get(STATUS, 1), [UNTOUCHED], "{chain:?}");
     }
-    // Without an end: it goes on where no descriptor is, and all before that is in order.
+    // Without an end: the last descriptor links to one outside the table.
     guest.put(STATUS, &[UNTOUCHED]);
     let head = guest.ring.send(&guest.memory, &[header, data, status]);
     let last = Descriptor::new(STATUS, 1, WRITE | NEXT, 16);
     guest.ring.write_descriptor(&guest.memory, (head + 2) % 16, last);
     assert_eq!((guest.serve(), guest.get(STATUS, 1)), (0, vec![UNTOUCHED]));
 
-    // One that is available more often than the ring has entries.
+    // Made available more often than the vring has entries.
     let head = guest.ring.send(&guest.memory, &[header, data, status]);
     let mut served = Served::Done { notify: false, more: false };
     for _ in 0..64 {
         guest.ring.publish(&guest.memory, head);
-        if guest.disk.kept < 16 {
-            guest.disk.kept = 16;
+        if guest.disk.in_flight < 16 {
+            guest.disk.in_flight = 16;
         }
         served = guest.disk.serve(0, &guest.memory, &mut guest.queue);
         if served == Served::Broken {
@@ -454,7 +455,7 @@ fn chains_that_nobody_can_be_told_of_come_back_and_a_broken_ring_stops() {
         }
     }
     assert_eq!(served, Served::Broken);
-    assert_eq!(guest.disk.kept, 0);
+    assert_eq!(guest.disk.in_flight, 0);
 }
 
 /// Makes `count` writes available, each to its own sector.
@@ -473,30 +474,30 @@ fn many_writes(guest: &mut Guest, count: u64) {
     }
 }
 
-/// What a guest has asked for does not lengthen its pause: it is found in the ring by whoever lets
-/// it go on, on this host or on another.
+/// Requests in flight do not delay a pause: they stay in the vring until the guest is resumed, here
+/// or on another host.
 #[test]
-fn a_pause_leaves_in_the_ring_what_is_not_done() {
+fn a_pause_leaves_unfinished_requests_in_the_vring() {
     let mut guest = Guest::new(false);
     let before = guest.on_disk(0, 5);
     many_writes(&mut guest, 2);
     assert_eq!(guest.serve_all(2), [1, 1]);
-    guest.disk.worker.stand_still();
+    guest.disk.worker.interrupt();
     many_writes(&mut guest, 3);
-    // One that is no request has its turn as well.
+    // An invalid request keeps its place in the order.
     guest.ring.send(&guest.memory, &[Buffer::readable(HEADER, 16)]);
     let served = guest.disk.serve(0, &guest.memory, &mut guest.queue);
     assert_eq!(served, Served::Done { notify: false, more: false });
-    let given = guest.disk.return_unused(0, &guest.memory, &mut guest.queue);
-    assert_eq!(given, Served::Done { notify: false, more: false });
-    assert_eq!((guest.disk.kept, guest.queue.next_avail()), (0, 2));
+    let returned = guest.disk.return_unused(0, &guest.memory, &mut guest.queue);
+    assert_eq!(returned, Served::Done { notify: false, more: false });
+    assert_eq!((guest.disk.in_flight, guest.queue.next_avail()), (0, 2));
     assert_eq!(guest.on_disk(2, 3), before[2 * 512..]);
 
-    // Another machine has the ring, and nothing else of it.
+    // Another machine continues with only the vring.
     let options = DiskOptions { path: guest.path.path().into(), read_only: false };
     let file = Arc::new(DiskFile::open(&options).unwrap());
     guest.disk = Block::new(&file, 0, guest.memory.clone()).unwrap();
-    guest.disk.set_kicks(&[guest.bell.try_clone().unwrap()]);
+    guest.disk.set_notify_fds(&[guest.notify_fd.try_clone().unwrap()]);
     assert_eq!(guest.serve_all(4), [1, 1, 1, 0]);
     for sector in 0..3 {
         assert_eq!(guest.on_disk(sector, 1), pattern(512, 100 + sector));
@@ -505,17 +506,17 @@ fn a_pause_leaves_in_the_ring_what_is_not_done() {
 }
 
 #[test]
-fn a_reset_forgets_what_is_under_way() {
+fn a_reset_drops_requests_in_flight() {
     let mut guest = Guest::new(false);
     many_writes(&mut guest, 5);
     guest.disk.serve(0, &guest.memory, &mut guest.queue);
     guest.disk.reset(0);
-    assert_eq!(guest.disk.kept, 0);
+    assert_eq!(guest.disk.in_flight, 0);
     assert!(guest.disk.worker.take_done().is_empty());
 }
 
 #[test]
-fn files_that_are_no_disks_are_refused() {
+fn files_that_are_not_disks_are_refused() {
     let directory = TempDir::new().unwrap();
     let open = |name: &str, read_only| {
         let path = directory.path().join(name);
@@ -531,10 +532,9 @@ fn files_that_are_no_disks_are_refused() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Whatever chains a guest makes, each comes back, or the ring is one that makes no sense;
-    /// and the file keeps its size.
+    /// Any chain is returned, or the vring is invalid; and the file keeps its size.
     #[test]
-    fn any_chain_comes_back_once(
+    fn any_chain_is_returned_once(
         chains in prop::collection::vec(
             (
                 prop::sample::select(vec![0u32, 1, 4, 8, 11, 13, 99]),
@@ -550,7 +550,7 @@ proptest! {
     ) {
         let mut guest = Guest::new(read_only);
         for (kind, sector, buffers) in chains {
-            // Its own words and the ring are not among what it may write over here.
+            // The buffers do not overlap the request's header, status or vring.
             let buffers: Vec<_> = buffers
                 .into_iter()
                 .map(|(at, len, writable)| {
@@ -558,7 +558,7 @@ proptest! {
                     Buffer { addr: at, len, writable }
                 })
                 .collect();
-            let (status, written) = guest.ask(kind, sector, &buffers);
+            let (status, written) = guest.request(kind, sector, &buffers);
             prop_assert!([OK, IOERR, UNSUPP, UNTOUCHED].contains(&status), "{status}");
             prop_assert_eq!(written > 0, status == OK);
             prop_assert_eq!(guest.file.metadata().unwrap().len(), SECTORS * 512);

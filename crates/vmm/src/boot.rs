@@ -1,4 +1,4 @@
-//! Puts a kernel, an initial RAM disk and a command line into the guest's memory.
+//! Loads a kernel, an initrd and a command line into the guest's memory.
 
 use std::fs::File;
 use std::io::{Read, Seek};
@@ -21,41 +21,40 @@ use crate::error::Error;
 use crate::layout;
 use crate::memory::Ram;
 
-/// Begins an ELF file.
+/// The first bytes of an ELF file.
 const ELF_MAGIC: &[u8; 4] = b"\x7fELF";
 
 /// `XEN_HVM_START_MAGIC_VALUE`, and the version with a memory map.
 const PVH_MAGIC: u32 = 0x336e_c578;
 const PVH_VERSION: u32 = 1;
 
-/// "Some other loader" for a Linux kernel.
+/// `type_of_loader` of an unregistered boot loader.
 const LOADER_UNKNOWN: u8 = 0xff;
 
-/// Where 64-bit code begins in a loaded kernel, and the bit that says that there is some
-/// (`XLF_KERNEL_64`).
+/// Offset of the 64-bit entry in a loaded kernel, and the flag that it exists (`XLF_KERNEL_64`).
 const LINUX_64_OFFSET: u64 = 0x200;
 const HAS_64_ENTRY: u16 = 1;
 
-/// Where a PVH kernel's RAM disk may end: below 4 GiB, since the kernel maps no more at first.
+/// Highest end of a PVH kernel's initrd: below 4 GiB, because the kernel initially maps no more.
 const INITRD_MAX: u64 = 1 << 31;
 
-/// A kernel may be loaded from there on.
+/// Lowest load address of a kernel.
 const HIGH: Option<GuestAddress> = Some(GuestAddress(layout::HIGH_START));
 
 const PAGE_BYTES: u64 = 4096;
 
-/// What is to be booted, and where.
+/// What to boot.
 pub(crate) struct Boot<'a> {
     pub(crate) kernel: &'a Path,
     pub(crate) initrd: Option<&'a Path>,
     pub(crate) command_line: &'a str,
     pub(crate) memory: &'a Ram,
-    /// Start and bytes of each range of it.
+    /// Start and bytes of each range of the memory.
     pub(crate) ranges: &'a [(u64, u64)],
 }
 
 impl Boot<'_> {
-    /// Loads all of it; the ACPI tables are there already.
+    /// Loads the kernel, initrd and command line. The ACPI tables must already be in place.
     pub(crate) fn load(&self) -> Result<Entry, Error> {
         write_command_line(self.command_line, self.memory)?;
         let mut kernel = open(self.kernel)?;
@@ -138,7 +137,7 @@ impl Boot<'_> {
         Ok(Entry::Linux(loaded.kernel_load.raw_value() + LINUX_64_OFFSET))
     }
 
-    /// Loads the RAM disk as high as it may be; returns its address and size.
+    /// Loads the initrd as high as possible; returns its address and size.
     fn load_initrd(&self, kernel_end: u64, max: u64) -> Result<Option<(u64, u64)>, Error> {
         let low_end = self.ranges.first().map_or(0, |(start, bytes)| start + bytes);
         let too_small = |what, bytes| Error::TooSmall { what, bytes };
@@ -152,8 +151,8 @@ impl Boot<'_> {
         let end = low_end.min(max.saturating_add(1));
         let start = end.checked_sub(bytes).map(|start| start & !(PAGE_BYTES - 1));
         let start = start.filter(|start| *start >= kernel_end);
-        let start = start.ok_or_else(|| too_small("an initial RAM disk", bytes))?;
-        let size = usize::try_from(bytes).map_err(|_| too_small("an initial RAM disk", bytes))?;
+        let start = start.ok_or_else(|| too_small("an initrd", bytes))?;
+        let size = usize::try_from(bytes).map_err(|_| too_small("an initrd", bytes))?;
         self.memory
             .read_exact_volatile_from(GuestAddress(start), &mut file, size)
             .map_err(|error| failed(std::io::Error::other(error)))?;
@@ -165,7 +164,7 @@ impl Boot<'_> {
     }
 }
 
-/// Where the kernel ends once it has unpacked itself.
+/// The end of the kernel after it has decompressed itself.
 fn unpacked_end(header: &setup_header, loaded: &KernelLoaderResult) -> u64 {
     let unpacked = header.pref_address.saturating_add(header.init_size.into());
     unpacked.max(loaded.kernel_end)
@@ -175,7 +174,7 @@ fn write_command_line(text: &str, memory: &Ram) -> Result<(), Error> {
     let printable = text.bytes().all(|byte| (b' '..=b'~').contains(&byte));
     if text.len() >= layout::MAX_COMMAND_LINE_BYTES || !printable {
         let what = format!(
-            "the kernel command line has {} bytes: up to {} printable ones are possible",
+            "the kernel command line has {} bytes: at most {} printable characters are possible",
             text.len(),
             layout::MAX_COMMAND_LINE_BYTES - 1
         );

@@ -1,4 +1,4 @@
-//! Standard input and output, as the guest's serial line.
+//! Connects standard input and output to the guest's serial port.
 
 pub(crate) mod output;
 
@@ -13,42 +13,43 @@ use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use crate::error::Error;
 use crate::machine::Bus;
 
-/// Bytes read at once.
+/// Bytes per read.
 const CHUNK_BYTES: usize = 256;
 
-/// How long keys wait for a guest that takes none. As long as they do, the way out is not seen.
-const KEY_TIME: Duration = Duration::from_secs(1);
+/// How long keys wait for a guest that takes no input. Meanwhile the escape sequence is not
+/// detected.
+const KEY_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// A terminal's way out of the guest: Ctrl-A, then x, as other monitors have it.
+/// The escape sequence that stops the guest: Ctrl-A, then x, as in QEMU.
 const ESCAPE: u8 = 1;
 const QUIT: u8 = b'x';
 
-/// Puts the terminal back into its old mode at the end.
+/// Restores the terminal's mode on drop.
 pub(crate) struct Console {
     before: Option<Termios>,
 }
 
 impl Console {
-    /// Passes standard input on to the guest from now on. `quit` is called when somebody at a
-    /// terminal asks for the end.
+    /// Starts forwarding standard input to the guest. Calls `quit` on the terminal's escape
+    /// sequence.
     pub(crate) fn start(bus: &Arc<Bus>, quit: impl Fn() + Send + 'static) -> Result<Self, Error> {
         let is_terminal = io::stdin().is_terminal();
-        // Keys go to the guest as they are, Ctrl-C included, and the guest echoes them.
+        // Keys go to the guest unchanged, Ctrl-C included, and the guest echoes them.
         let before = if is_terminal { tcgetattr(io::stdin()).ok() } else { None };
         let console = Self { before };
         if let Some(before) = &console.before {
             let mut raw = before.clone();
             raw.make_raw();
-            // A terminal that cannot be raw still works, line by line.
+            // Without raw mode the terminal still works, line by line.
             let _ = tcsetattr(io::stdin(), OptionalActions::Now, &raw);
         }
         let bus = Arc::clone(bus);
-        // Not joined: it waits in a read that nothing ends but the end of the process.
+        // Not joined: its read returns only at the end of the process.
         thread::Builder::new()
             .name("stdin".into())
             .spawn(move || {
-                // A panic costs the keys that it was about.
-                while contain(|| pass_on(&bus, is_terminal, &quit)).is_err() {}
+                // After a panic only the current keys are lost.
+                while contain(|| forward(&bus, is_terminal, &quit)).is_err() {}
             })
             .map_err(Error::host::<io::Error>("starting a thread"))?;
         Ok(console)
@@ -63,11 +64,11 @@ impl Drop for Console {
     }
 }
 
-fn pass_on(bus: &Bus, is_terminal: bool, quit: &impl Fn()) {
+fn forward(bus: &Bus, is_terminal: bool, quit: &impl Fn()) {
     let mut escape = Escape::default();
     let mut chunk = [0; CHUNK_BYTES];
-    // A pipe waits for as long as the guest does, and nothing of it is lost.
-    let patience = is_terminal.then_some(KEY_TIME);
+    // A pipe waits without a timeout, so that no input is lost.
+    let timeout = is_terminal.then_some(KEY_TIMEOUT);
     loop {
         let count = match io::stdin().read(&mut chunk) {
             Ok(0) => return,
@@ -78,40 +79,40 @@ fn pass_on(bus: &Bus, is_terminal: bool, quit: &impl Fn()) {
         panic_point("stdin");
         let mut bytes = chunk[..count].to_vec();
         if is_terminal {
-            let (kept, quits) = escape.filter(&bytes);
-            bytes = kept;
+            let (forwarded, quits) = escape.filter(&bytes);
+            bytes = forwarded;
             if quits {
                 return quit();
             }
         }
-        if let Err(error) = bus.ports.type_in(&bytes, patience) {
-            return tracing::warn!(%error, "host: the serial line takes no more input");
+        if let Err(error) = bus.ports.type_in(&bytes, timeout) {
+            return tracing::warn!(%error, "host: the serial port takes no more input");
         }
     }
 }
 
-/// Finds the way out among the keys.
+/// Detects the escape sequence.
 #[derive(Default)]
 struct Escape {
     armed: bool,
 }
 
 impl Escape {
-    /// What goes to the guest, and whether the way out was taken. The escape twice is the key
-    /// itself.
+    /// Returns the keys for the guest, and whether the escape sequence was completed. Ctrl-A twice
+    /// sends Ctrl-A.
     fn filter(&mut self, keys: &[u8]) -> (Vec<u8>, bool) {
-        let mut kept = Vec::with_capacity(keys.len());
+        let mut forwarded = Vec::with_capacity(keys.len());
         for &key in keys {
             match (self.armed, key) {
                 (false, ESCAPE) => self.armed = true,
-                (true, QUIT) => return (kept, true),
+                (true, QUIT) => return (forwarded, true),
                 _ => {
                     self.armed = false;
-                    kept.push(key);
+                    forwarded.push(key);
                 }
             }
         }
-        (kept, false)
+        (forwarded, false)
     }
 }
 
@@ -120,7 +121,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_way_out_is_found_across_reads_and_nothing_else_is_lost() {
+    fn the_escape_sequence_is_detected_across_reads_and_other_keys_pass() {
         let mut escape = Escape::default();
         assert_eq!(escape.filter(b"ls x\r"), (b"ls x\r".to_vec(), false));
         assert_eq!(escape.filter(b"\x01\x01x"), (b"\x01x".to_vec(), false));

@@ -1,5 +1,5 @@
-//! The guest of this process, and the newest migration or snapshot of it. [`state`] decides what may
-//! happen; here are the lock, the threads and the guest.
+//! The guest of this process and its latest migration or snapshot. [`state`] decides which events
+//! are allowed; this module has the lock, the threads and the guest.
 
 mod control_api;
 mod ending;
@@ -30,7 +30,7 @@ use crate::traits::MigrationSource;
 pub(crate) use self::control_api::ControlApi;
 pub(crate) use self::unresolved::Arrived;
 
-/// See the [module](self).
+/// The guest and its latest migration, behind one lock.
 pub(crate) struct MigrationController {
     current: Mutex<Current>,
     /// Notified at each change of the state.
@@ -44,40 +44,40 @@ struct Current {
     state: State,
     machine: Option<Arc<Machine>>,
     report: Report,
-    /// Ends the migration that is under way, up to its commit.
+    /// Cancels the current migration, until it commits.
     cancel: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
-    /// There while the state is in doubt or stuck, and nobody is resolving it.
+    /// Set while the state is in-doubt or stuck and no thread is resolving it.
     unresolved: Option<Unresolved>,
 }
 
 impl MigrationController {
-    /// For a guest that is there and not started yet, or is to come.
+    /// `machine`: a guest that has not started yet; `None` at a destination that waits for one.
     pub(crate) fn new(machine: Option<Arc<Machine>>) -> Arc<Self> {
         let current = Mutex::new(Current { machine, ..Current::default() });
         Arc::new(Self { current, changed: Condvar::new(), stop: Mutex::default() })
     }
 
-    /// What ends this process once its guest has left.
-    pub(crate) fn ends_by(&self, stop: impl Fn() + Send + 'static) {
+    /// Sets the callback that ends this process once its guest has moved.
+    pub(crate) fn set_stop(&self, stop: impl Fn() + Send + 'static) {
         *locked(&self.stop) = Some(Box::new(stop));
     }
 
-    /// The guest, if it is here.
+    /// The guest, if this process has one.
     pub(crate) fn machine(&self) -> Option<Arc<Machine>> {
         self.current().machine.clone()
     }
 
-    /// The guest has ended: nobody asks for its balloon any more.
+    /// Drops the guest after its end, so that the control API no longer reaches its balloon.
     pub(crate) fn drop_machine(&self) {
         self.current().machine = None;
     }
 
-    /// Runs a guest that has not run here yet, and gives it to its operator, in one step: the guest
-    /// may be heard of as soon as it runs, and be moved on at once.
+    /// Starts a guest that has not run here yet and hands control of it to the operator, under one
+    /// lock: a client may see the guest, and migrate it again, as soon as it runs.
     ///
     /// # Errors
-    /// This process ends, or it is not known that the guest may run here.
+    /// This process is ending, or the guest may not run here in the current state.
     pub(crate) fn start_guest(&self, machine: &Arc<Machine>) -> Result<(), Error> {
         let mut current = self.current();
         current.advance(Event::Start).map_err(refused_here)?;
@@ -90,10 +90,11 @@ impl MigrationController {
         Ok(())
     }
 
-    /// The operator pauses the guest, or resumes it. Not under the lock: a disk may not let it pause.
-    pub(crate) fn operator_pauses(&self, machine: &Machine, pause: bool) {
+    /// Pauses or resumes the guest for the operator. Does not hold the lock: a stuck disk can delay
+    /// the pause.
+    pub(crate) fn pause_or_resume(&self, machine: &Machine, pause: bool) {
         if let Err(error) = self.current().advance(Event::Change) {
-            tracing::warn!(%error, "the guest is not paused or resumed");
+            tracing::warn!(%error, "cannot pause or resume the guest");
             return;
         }
         let paused = match pause.then(|| machine.pause()) {
@@ -107,47 +108,47 @@ impl MigrationController {
                 true
             }
             Some(Err(error)) => {
-                tracing::error!(%error, "the guest is not paused, and runs on");
+                tracing::error!(%error, "cannot pause the guest; it continues to run");
                 false
             }
         };
-        self.note(Event::Changed { paused }, |_| {});
+        self.record(Event::Changed { paused }, |_| {});
     }
 
-    /// What is under way is cancelled, and nothing is begun, committed or resolved any more.
+    /// Cancels a running migration and refuses to begin, commit or resolve one from now on.
     pub(crate) fn close(&self, why: &'static str) {
         let mut current = self.current();
         current.cancel.store(true, Ordering::Relaxed);
-        // Never refused.
+        // `Close` is never refused.
         let _ = current.advance(Event::Close(why));
     }
 
-    /// A destination begins to wait for a source.
+    /// Records that this destination waits for a source.
     pub(crate) fn wait_for_source(&self) {
-        self.note(Event::Wait, |current| {
+        self.record(Event::Wait, |current| {
             current.report = Report::begin(MigrationSide::Destination)
         });
     }
 
-    /// The guest that was waited for did not come.
+    /// Records that the incoming migration failed.
     pub(crate) fn not_arrived(&self, error: &MigrationError) {
-        self.note(Event::Failed, |current| current.report.fail(error));
+        self.record(Event::Failed, |current| current.report.fail(error));
     }
 
-    /// A guest has come, and it is not known whether it may run here.
+    /// Records that a guest has arrived and is in-doubt.
     pub(crate) fn arrived_in_doubt(&self, arrived: &Arc<Mutex<Arrived>>, error: &MigrationError) {
         let machine = locked(arrived).guest.machine().cloned();
-        self.note(Event::Uncertain, |current| {
+        self.record(Event::Uncertain, |current| {
             current.machine = machine;
             current.unresolved = Some(Unresolved::Destination(Arc::clone(arrived)));
             current.report.end(Some(error.chain()));
         });
     }
 
-    /// The guest of a destination was destroyed before it ran.
+    /// Records that the destination destroyed its guest before it ran.
     pub(crate) fn discarded(&self) {
         let mut current = self.current();
-        // Refused where it is destroyed before it was whole, which fails by another way.
+        // Refused if the guest was destroyed before it was complete; `not_arrived` reports that.
         if current.advance(Event::Discarded).is_ok() {
             current.machine = None;
             current.unresolved = None;
@@ -157,20 +158,20 @@ impl MigrationController {
         self.changed.notify_all();
     }
 
-    /// Waits while a guest that came is in doubt. True where it runs here, or has run here and was
-    /// moved on since; false where it was discarded.
+    /// Waits until a guest that arrived in-doubt is resolved. Returns true if it runs here, or ran
+    /// here and has moved on since; false if it was discarded.
     pub(crate) fn until_resolved(&self) -> bool {
         let mut current = self.current();
-        while current.state.came_in_doubt() {
+        while current.state.arrived_in_doubt() {
             current = self.changed.wait(current).unwrap_or_else(PoisonError::into_inner);
         }
-        !current.state.has_not_come()
+        !current.state.arrival_failed()
     }
 
-    /// The source is about to commit: from here on it cannot be cancelled.
+    /// Marks the source as committing. From here on the migration cannot be cancelled.
     ///
     /// # Errors
-    /// It was cancelled, or this process ends.
+    /// The migration was cancelled, or this process is ending.
     pub(crate) fn commit(&self) -> Result<(), Error> {
         let mut current = self.current();
         if current.cancel.load(Ordering::Relaxed) {
@@ -179,7 +180,7 @@ impl MigrationController {
         current.advance(Event::Commit).map_err(refused_here)
     }
 
-    /// Takes the guest from its operator and begins `work` with it in a thread of its own.
+    /// Takes control of the guest from the operator and runs `work` on it in a new thread.
     fn begin(
         self: &Arc<Self>,
         side: MigrationSide,
@@ -197,45 +198,46 @@ impl MigrationController {
         let thread = std::thread::Builder::new().name(name.to_owned());
         match thread.spawn(move || {
             if let Err(panicked) = contain(|| work(&controller, guest)) {
-                controller.lost(&panicked);
+                controller.thread_panicked(&panicked);
             }
         }) {
             Ok(thread) => current.thread = Some(thread),
             Err(error) => {
-                current.report.end(Some(format!("host: no thread can be started: {error}")));
+                current.report.end(Some(format!("host: cannot start a thread: {error}")));
                 current.advance(Event::Failed).map_err(refusal)?;
             }
         }
         Ok(current.report.status(current.state))
     }
 
-    /// The thread of a migration panicked where nothing is known of the guest: nobody waits for it
-    /// any more, and nobody moves or resumes the guest.
-    fn lost(&self, panicked: &Panicked) {
+    /// Handles a panic of the migration thread after which the guest's state is unknown: stops
+    /// waiting for the thread and refuses to migrate or resume the guest.
+    fn thread_panicked(&self, panicked: &Panicked) {
         let mut current = self.current();
         if current.advance(Event::Lost).is_ok() {
-            tracing::error!(%panicked, "what became of the guest's migration is not known");
+            tracing::error!(%panicked, "the migration thread panicked: guest state unknown");
             current.report.end(Some(panicked.to_string()));
         }
         drop(current);
         self.changed.notify_all();
     }
 
-    /// Notes what has happened to the guest.
-    fn note(&self, event: Event, report: impl FnOnce(&mut Current)) {
+    /// Applies an event that has happened, and updates the report.
+    fn record(&self, event: Event, report: impl FnOnce(&mut Current)) {
         let mut current = self.current();
         match current.advance(event) {
             Ok(()) => report(&mut current),
-            // Cannot happen: who notes it has the guest. Nothing is done with it from here on.
-            Err(error) => tracing::error!(%error, "a fault of the migration's states"),
+            // Cannot happen: only the owner of the guest records events. The guest is left alone
+            // from here on.
+            Err(error) => tracing::error!(%error, "bug: invalid migration state transition"),
         }
         drop(current);
         self.changed.notify_all();
     }
 
-    /// The guest runs at the destination: this process ends.
+    /// Records that the guest runs at the destination, and ends this process.
     fn moved(&self, report: impl FnOnce(&mut Current)) {
-        self.note(Event::Moved, report);
+        self.record(Event::Moved, report);
         if let Some(stop) = locked(&self.stop).as_ref() {
             stop();
         }
@@ -253,13 +255,13 @@ impl Current {
     }
 }
 
-/// Reports how far a migration is.
+/// Copies a migration's progress to its [`Report`].
 pub(crate) struct Watch(pub(crate) Arc<MigrationController>);
 
 impl Observer for Watch {
     fn phase(&mut self, phase: Phase) {
         let mut current = self.0.current();
-        // A destination that waits for connections has no source yet. Refused at a source.
+        // A destination that waits for connections has no source yet. A source refuses the event.
         if phase != Phase::Connect {
             let _ = current.advance(Event::Connected);
         }
@@ -284,7 +286,7 @@ fn refused(error: &MigrationError) -> ControlError {
     ControlError::Refused { what: error.chain(), hint: hint_of(error) }
 }
 
-/// A panic leaves what is behind these locks whole.
+/// Ignores poisoning: a panic leaves the data behind these locks consistent.
 pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -10,7 +10,7 @@ fn ask(to: &str) -> StartMigration {
 }
 
 #[test]
-fn without_a_guest_there_is_nothing_to_move_to_cancel_or_to_resolve() {
+fn without_a_guest_migrate_cancel_and_resolve_are_refused() {
     let controller = MigrationController::new(None);
     let api = ControlApi(Arc::clone(&controller));
     assert!(api.balloon().is_none());
@@ -29,7 +29,7 @@ fn without_a_guest_there_is_nothing_to_move_to_cancel_or_to_resolve() {
 }
 
 #[test]
-fn a_destination_reports_how_far_it_is() {
+fn a_destination_reports_its_progress() {
     let controller = MigrationController::new(None);
     let api = ControlApi(Arc::clone(&controller));
     controller.wait_for_source();
@@ -43,22 +43,22 @@ fn a_destination_reports_how_far_it_is() {
     let status = api.migration();
     assert_eq!((status.state, status.round), (MigrationState::Running, 3));
     assert_eq!((status.done_pages, status.of_pages, status.wire_bytes), (1, 2, 110));
-    // It is its source's to cancel.
+    // Only the source can cancel.
     assert!(api.cancel_migration().is_err());
     controller.not_arrived(&MigrationError::Closed);
     let status = api.migration();
     assert_eq!((status.state, status.phase), (MigrationState::Failed, None));
     assert!(status.state.is_over() && status.elapsed_ms > 0.0);
-    // It waits for the next one.
+    // It waits for the next source.
     controller.wait_for_source();
     assert_eq!(api.migration().state, MigrationState::Waiting);
 }
 
-/// Its operator may move it on at once, before the thread that waits for the outcome has looked.
+/// The operator may migrate it again before the waiting thread wakes up.
 #[test]
-fn a_guest_that_was_resolved_here_is_served_whatever_is_done_with_it() {
+fn until_resolved_returns_true_even_if_the_guest_is_migrated_again_at_once() {
     let controller = MigrationController::new(None);
-    let came = |events: &[Event]| {
+    let replay = |events: &[Event]| {
         let mut current = controller.current();
         current.state = State::default();
         for event in events {
@@ -66,17 +66,17 @@ fn a_guest_that_was_resolved_here_is_served_whatever_is_done_with_it() {
         }
     };
     let doubt = [Event::Wait, Event::Connected, Event::Uncertain];
-    came(&[&doubt[..], &[Event::Start]].concat());
+    replay(&[&doubt[..], &[Event::Start]].concat());
     assert!(controller.until_resolved());
-    came(&[&doubt[..], &[Event::Start, Event::Begin(MigrationSide::Source)]].concat());
+    replay(&[&doubt[..], &[Event::Start, Event::Begin(MigrationSide::Source)]].concat());
     assert!(controller.until_resolved());
-    came(&doubt);
+    replay(&doubt);
     controller.discarded();
     assert!(!controller.until_resolved());
 }
 
 #[test]
-fn what_is_closed_is_cancelled_and_commits_nothing() {
+fn close_cancels_and_refuses_to_commit() {
     let controller = MigrationController::new(None);
     let cancel = Arc::clone(&controller.current().cancel);
     controller.close("it ends");
@@ -85,7 +85,7 @@ fn what_is_closed_is_cancelled_and_commits_nothing() {
 }
 
 #[test]
-fn only_one_host_needs_no_certificates_and_files_must_be_there() {
+fn plaintext_is_only_for_loopback_and_certificate_files_must_exist() {
     let plain = security(None).unwrap();
     assert!(TcpConnector::new("192.0.2.1:7000", plain).is_err());
     let paths = TlsPaths { authority: "/nowhere".into(), ..TlsPaths::default() };

@@ -1,4 +1,4 @@
-//! The state in which the first processor enters a kernel.
+//! The state in which vCPU 0 enters a kernel.
 
 use kvm_bindings::{Msrs, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
@@ -8,13 +8,13 @@ use crate::error::Error;
 use crate::layout;
 use crate::memory::Ram;
 
-/// How a kernel wants to be entered.
+/// A kernel's entry point and boot protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Entry {
-    /// At this address in 32-bit mode without paging (Xen's `docs/misc/pvh.pandoc`).
+    /// Enter at this address in 32-bit mode without paging (Xen's `docs/misc/pvh.pandoc`).
     Pvh(u64),
-    /// At this address in 64-bit mode (Linux's `Documentation/arch/x86/boot.rst`, "64-bit Boot
-    /// Protocol").
+    /// Enter at this address in 64-bit mode (Linux's `Documentation/arch/x86/boot.rst`, "64-bit
+    /// Boot Protocol").
     Linux(u64),
 }
 
@@ -25,10 +25,10 @@ const PAGING: u64 = 1 << 31;
 const PHYSICAL_ADDRESS_EXTENSION: u64 = 1 << 5;
 const LONG_MODE: u64 = 1 << 8 | 1 << 10;
 
-/// The one bit of the flags that is always set.
+/// The bit of RFLAGS that is always set.
 const FLAGS: u64 = 2;
 
-/// Selectors as Linux has them at boot (`__BOOT_CS`, `__BOOT_DS`), and one for the task.
+/// Linux's boot selectors (`__BOOT_CS`, `__BOOT_DS`), and one for the task state segment.
 const CODE: u16 = 0x10;
 const DATA: u16 = 0x18;
 const TASK: u16 = 0x20;
@@ -37,20 +37,20 @@ const TASK: u16 = 0x20;
 const PAGE: u64 = 0b11;
 const HUGE_PAGE: u64 = 1 << 7 | PAGE;
 
-/// Bytes of a table, and what an entry of the lowest one covers.
+/// Bytes of a page table, and of the page that an entry of the lowest one maps.
 const TABLE_BYTES: u64 = 4096;
 const HUGE_PAGE_BYTES: u64 = 2 << 20;
-/// GiB that are mapped one to one, each by a table: all that a loader puts things in.
+/// GiB that are identity-mapped, one page directory each: all addresses used for loading.
 const MAPPED_GIB: u64 = 4;
 
-/// MTRRs on, and all memory cached as usual unless they say otherwise (Intel SDM 3A, 12.11.2.1):
-/// firmware would have set it so.
+/// MTRRs enabled, with write-back as the default type (Intel SDM 3A, 12.11.2.1), as firmware sets
+/// them.
 const MTRR_DEFAULT_TYPE: u32 = 0x2ff;
 const WRITE_BACK: u64 = 1 << 11 | 6;
 
-/// Prepares processor 0 to enter a kernel, with what it starts with in the guest's memory.
+/// Prepares vCPU 0 to enter a kernel, and writes its GDT and page tables to the guest's memory.
 pub(crate) fn enter(vcpu: &VcpuFd, entry: Entry, memory: &Ram) -> Result<(), Error> {
-    let mut sregs = vcpu.get_sregs().map_err(Error::kvm("reading a processor"))?;
+    let mut sregs = vcpu.get_sregs().map_err(Error::kvm("reading a vCPU"))?;
     let (code, bits) = match entry {
         Entry::Pvh(_) => (segment(CODE, 0xb, false), 32),
         Entry::Linux(_) => (segment(CODE, 0xb, true), 64),
@@ -73,25 +73,25 @@ pub(crate) fn enter(vcpu: &VcpuFd, entry: Entry, memory: &Ram) -> Result<(), Err
         sregs.cr0 |= PAGING;
         sregs.efer |= LONG_MODE;
     }
-    vcpu.set_sregs(&sregs).map_err(Error::kvm("setting up a processor"))?;
+    vcpu.set_sregs(&sregs).map_err(Error::kvm("setting up a vCPU"))?;
     let regs = match entry {
         Entry::Pvh(rip) => kvm_regs { rip, rbx: layout::PVH_START_INFO, ..Default::default() },
         Entry::Linux(rip) => kvm_regs { rip, rsi: layout::ZERO_PAGE, ..Default::default() },
     };
     let stack = layout::BOOT_STACK;
     vcpu.set_regs(&kvm_regs { rflags: FLAGS, rsp: stack, rbp: stack, ..regs })
-        .map_err(Error::kvm("setting up a processor"))
+        .map_err(Error::kvm("setting up a vCPU"))
 }
 
-/// What every processor starts with, the first one and those that it wakes.
+/// Sets the MSRs that firmware would set on every vCPU.
 pub(crate) fn set_msrs(vcpu: &VcpuFd) -> Result<(), Error> {
     let entry = kvm_msr_entry { index: MTRR_DEFAULT_TYPE, data: WRITE_BACK, ..Default::default() };
     let msrs = Msrs::from_entries(&[entry])
         .map_err(|error| Error::Host { what: "memory", source: std::io::Error::other(error) })?;
-    vcpu.set_msrs(&msrs).map_err(Error::kvm("setting up a processor")).map(drop)
+    vcpu.set_msrs(&msrs).map_err(Error::kvm("setting up a vCPU")).map(drop)
 }
 
-/// A flat segment; code of 64 bits where `long`.
+/// A flat segment; 64-bit code if `long`.
 fn segment(selector: u16, kind: u8, long: bool) -> kvm_segment {
     kvm_segment {
         base: 0,
@@ -108,7 +108,7 @@ fn segment(selector: u16, kind: u8, long: bool) -> kvm_segment {
     }
 }
 
-/// A segment as an entry of a descriptor table (Intel SDM 3A, 3.4.5).
+/// A segment descriptor (Intel SDM 3A, 3.4.5).
 fn descriptor(segment: &kvm_segment) -> u64 {
     let limit = if segment.g == 1 { segment.limit >> 12 } else { segment.limit };
     let (limit, base) = (u64::from(limit), segment.base);
@@ -134,7 +134,7 @@ fn write_gdt(memory: &Ram, segments: &[kvm_segment]) -> Result<(), Error> {
     Ok(())
 }
 
-/// Maps the first GiB one to one with huge pages.
+/// Identity-maps the first [`MAPPED_GIB`] GiB with huge pages.
 fn write_page_tables(memory: &Ram) -> Result<(), Error> {
     let pointers = layout::PAGE_TABLES + TABLE_BYTES;
     write(memory, pointers | PAGE, layout::PAGE_TABLES)?;
@@ -159,8 +159,8 @@ mod tests {
     use crate::layout::{COMMAND_LINE, PAGE_TABLES};
 
     #[test]
-    fn descriptors_are_those_that_linux_boots_with() {
-        // `GDT_ENTRY_INIT` of Linux's arch/x86/boot/pm.c and its 64-bit sister.
+    fn descriptors_equal_those_of_linuxs_boot_code() {
+        // `GDT_ENTRY_INIT` in Linux's arch/x86/boot/pm.c and the 64-bit variant.
         assert_eq!(descriptor(&segment(CODE, 0xb, false)), 0x00cf_9b00_0000_ffff);
         assert_eq!(descriptor(&segment(CODE, 0xb, true)), 0x00af_9b00_0000_ffff);
         assert_eq!(descriptor(&segment(DATA, 3, false)), 0x00cf_9300_0000_ffff);

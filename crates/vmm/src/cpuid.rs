@@ -1,36 +1,36 @@
-//! What a processor says of itself.
+//! The guest's CPUID leaves and CPU features.
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
 use crate::error::{Error, OPENING_KVM};
 
-/// Bits of leaf 1: the guest runs on a hypervisor, and the local APIC's timer may follow the time
-/// stamp counter, which KVM supports without saying so there.
+/// Bits of leaf 1: hypervisor present, and TSC deadline timer, which KVM supports without setting
+/// the bit.
 const HYPERVISOR: u32 = 1 << 31;
 const TSC_DEADLINE: u32 = 1 << 24;
-/// Leaf 1: several processors share a package.
+/// Leaf 1: several logical processors share a package.
 const HYPER_THREADING: u32 = 1 << 28;
 
-/// What lets a guest run guests of its own: Intel's bit of leaf 1, AMD's of leaf 0x8000_0001 (and
-/// the one that begins such a guest safely), and AMD's leaf with the details.
+/// Nested virtualization: Intel's bit of leaf 1, AMD's bits of leaf 0x8000_0001 (SVM, and SKINIT
+/// for a secure launch), and AMD's SVM leaf.
 const VMX: u32 = 1 << 5;
 const SVM: u32 = 1 << 2;
 const SKINIT: u32 = 1 << 12;
 const SVM_DETAILS: u32 = 0x8000_000a;
 
-/// Where the number of a processor and of all of them are in leaf 1, register EBX.
+/// Shifts of the APIC ID and the number of logical processors in leaf 1, EBX.
 const APIC_ID_SHIFT: u32 = 24;
 const COUNT_SHIFT: u32 = 16;
 
-/// Leaves with the topology: level 0 counts threads of a core (one), level 1 those of a package.
+/// Topology leaves: level 0 has the threads of a core (one), level 1 those of the package.
 const TOPOLOGY: [u32; 2] = [0xb, 0x1f];
 const THREAD_LEVEL: u32 = 1 << 8;
 const CORE_LEVEL: u32 = 2 << 8;
 
-/// Registers of leaves that hold features, of which more is better: leaf, sub-leaf, register (EAX
-/// to EDX by number), and bits of it that are something else: what the guest has switched on
-/// (OSXSAVE, OSPKE), and what [`Template`] sets as it likes.
+/// Registers with feature bits, of which a host may have more than the guest: leaf, sub-leaf,
+/// register (EAX to EDX by number), and bits to ignore: state that the guest has enabled (OSXSAVE,
+/// OSPKE) and bits that [`Template`] sets.
 const FEATURE_WORDS: [(u32, u32, u8, u32); 18] = [
     (1, 0, 2, 1 << 27 | HYPERVISOR),
     (1, 0, 3, HYPER_THREADING),
@@ -52,29 +52,29 @@ const FEATURE_WORDS: [(u32, u32, u8, u32); 18] = [
     (0x8000_0021, 0, 0, 0),
 ];
 
-/// What processors can do, as far as a guest may come to rely on it.
+/// CPU features that a guest may depend on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CpuFeatures {
-    /// Who made them.
+    /// The vendor string.
     pub vendor: String,
-    /// Words of features: a number that is the same on every host, and the bits. Words without
-    /// any are left out.
+    /// Feature words: an identifier that is the same on every host, and the bits. Words of 0 are
+    /// left out.
     pub words: Vec<(u64, u64)>,
 }
 
 impl CpuFeatures {
-    /// What this host's processors and its KVM can give a guest.
+    /// The features that this host's CPUs and KVM support for a guest.
     ///
     /// # Errors
-    /// There is no KVM.
+    /// KVM is not available.
     pub fn of_host() -> Result<Self, Error> {
         let kvm = Kvm::new().map_err(Error::kvm(OPENING_KVM))?;
-        let vm = kvm.create_vm().map_err(Error::kvm("making a virtual machine"))?;
+        let vm = kvm.create_vm().map_err(Error::kvm("creating a virtual machine"))?;
         let template = Template::of_host(&kvm, &vm)?;
-        Ok(Self::of(template.of_processor(0, 1).as_slice()))
+        Ok(Self::of(template.for_vcpu(0, 1).as_slice()))
     }
 
-    /// What a processor with these leaves says.
+    /// Extracts the features from CPUID leaves.
     pub(crate) fn of(leaves: &[kvm_cpuid_entry2]) -> Self {
         let leaf = |function, index| {
             leaves.iter().find(|leaf| leaf.function == function && leaf.index == index)
@@ -99,22 +99,22 @@ impl CpuFeatures {
     }
 }
 
-/// What all processors of a guest have in common.
+/// The CPUID leaves that all vCPUs of a guest share.
 pub(crate) struct Template {
     leaves: CpuId,
     tsc_deadline: bool,
 }
 
 impl Template {
-    /// For a guest that may run guests of its own (`nested`), or not.
+    /// Creates the template; with `nested`, the guest may use virtualization.
     ///
     /// # Errors
-    /// It may, and this host lets no guest do so.
+    /// `nested` is set, and this host does not support it.
     pub(crate) fn new(kvm: &Kvm, vm: &VmFd, nested: bool) -> Result<Self, Error> {
         let mut template = Self::of_host(kvm, vm)?;
-        if nested && !template.runs_guests() {
-            let what = "--nested needs a KVM that lets guests run guests of their own: load \
-                        kvm_amd or kvm_intel with nested=1";
+        if nested && !template.has_virtualization() {
+            let what = "--nested needs a host with nested virtualization: load kvm_amd or \
+                        kvm_intel with nested=1";
             return Err(Error::Option { what: what.into() });
         }
         if !nested {
@@ -123,14 +123,14 @@ impl Template {
         Ok(template)
     }
 
-    /// All that this host can give.
+    /// All features of this host.
     fn of_host(kvm: &Kvm, vm: &VmFd) -> Result<Self, Error> {
         let leaves = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
-        let leaves = leaves.map_err(Error::kvm("asking for the processor's features"))?;
+        let leaves = leaves.map_err(Error::kvm("reading the supported CPUID leaves"))?;
         Ok(Self { leaves, tsc_deadline: vm.check_extension(Cap::TscDeadlineTimer) })
     }
 
-    fn runs_guests(&self) -> bool {
+    fn has_virtualization(&self) -> bool {
         self.leaves.as_slice().iter().any(|leaf| match leaf.function {
             1 => leaf.ecx & VMX != 0,
             0x8000_0001 => leaf.ecx & SVM != 0,
@@ -138,8 +138,8 @@ impl Template {
         })
     }
 
-    /// A kernel switches virtualization on as soon as it has loaded its KVM, whether it runs guests
-    /// or not, and then its state is more than this monitor saves.
+    /// Hides virtualization: a guest kernel enables it as soon as its KVM module is loaded, even if
+    /// it runs no VMs, and the nested state cannot be saved.
     fn hide_virtualization(&mut self) {
         for leaf in self.leaves.as_mut_slice() {
             match leaf.function {
@@ -151,8 +151,8 @@ impl Template {
         }
     }
 
-    /// The leaves of processor `cpu` of `count`. Each is a core of its own in one package.
-    pub(crate) fn of_processor(&self, cpu: u8, count: u8) -> CpuId {
+    /// The leaves of vCPU `cpu` of `count`. Each vCPU is a core; all share one package.
+    pub(crate) fn for_vcpu(&self, cpu: u8, count: u8) -> CpuId {
         let mut leaves = self.leaves.clone();
         for leaf in leaves.as_mut_slice() {
             match leaf.function {
@@ -177,7 +177,7 @@ impl Template {
                     };
                     leaf.edx = cpu.into();
                 }
-                // AMD's number of the processor, and how many there are in the package.
+                // AMD's APIC ID and core ID.
                 0x8000_001e => {
                     leaf.eax = cpu.into();
                     leaf.ebx = cpu.into();
@@ -198,7 +198,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn features_are_what_all_processors_of_a_guest_share() {
+    fn features_are_the_same_for_all_vcpus() {
         let leaf = |function, [eax, ebx, ecx, edx]: [u32; 4]| kvm_cpuid_entry2 {
             function,
             eax,
@@ -214,8 +214,7 @@ mod tests {
         ];
         let template =
             Template { leaves: CpuId::from_entries(&leaves).unwrap(), tsc_deadline: true };
-        let [one, other] =
-            [0, 3].map(|cpu| CpuFeatures::of(template.of_processor(cpu, 4).as_slice()));
+        let [one, other] = [0, 3].map(|cpu| CpuFeatures::of(template.for_vcpu(cpu, 4).as_slice()));
         assert_eq!(one, other);
         assert_eq!(one.vendor, "AuthenticAMD");
         let words = [
@@ -227,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_runs_guests_of_its_own_only_where_it_is_asked_for() {
+    fn hide_virtualization_clears_only_virtualization_bits() {
         let all = |function| kvm_cpuid_entry2 {
             function,
             eax: !0,
@@ -239,11 +238,11 @@ mod tests {
         let leaves = [1, 0x8000_0001, SVM_DETAILS].map(all);
         let mut template =
             Template { leaves: CpuId::from_entries(&leaves).unwrap(), tsc_deadline: true };
-        let host = CpuFeatures::of(template.of_processor(0, 1).as_slice());
-        assert!(template.runs_guests());
+        let host = CpuFeatures::of(template.for_vcpu(0, 1).as_slice());
+        assert!(template.has_virtualization());
         template.hide_virtualization();
-        assert!(!template.runs_guests());
-        let guest = CpuFeatures::of(template.of_processor(0, 1).as_slice());
+        assert!(!template.has_virtualization());
+        let guest = CpuFeatures::of(template.for_vcpu(0, 1).as_slice());
         let bits = |features: &CpuFeatures, id| {
             features.words.iter().find(|word| word.0 == id).map_or(0, |word| word.1)
         };
@@ -252,7 +251,7 @@ mod tests {
         {
             assert_eq!(bits(&host, id) & !bits(&guest, id), u64::from(hidden), "{id:#x}");
         }
-        // Nothing else is hidden, and the host has all of it.
+        // Nothing else is hidden, and the guest has no feature that the host lacks.
         assert_eq!(guest.words.len(), host.words.len() - 1);
         assert!(guest.words.iter().all(|(id, word)| word & !bits(&host, *id) == 0));
     }

@@ -1,4 +1,4 @@
-//! What a destination must know of a machine before it can make one like it.
+//! The description from which a destination creates the same machine.
 
 use balloon_abi::Features;
 use migration::cpu::FeatureWord;
@@ -15,22 +15,22 @@ use crate::preflight::Sample;
 use crate::state;
 use crate::state::codec::{Malformed, Reader, Writer};
 
-/// Version of the form of [`MachineShape`], and of the machine that is so made: a guest has in its memory
-/// what it was told of its devices, and finds them wherever it goes. Since 3 it has a generation ID;
-/// since 4 it is known which disks it had.
+/// Version of the encoding of [`MachineShape`], and of the machine itself: a guest keeps in its
+/// memory what it has read of its devices, so they must not change. Version 3 added the generation
+/// ID, version 4 the disks' identities.
 const VERSION: u32 = 4;
 
 const PAGE_BYTES: u64 = 4096;
 
-/// How a machine was made, as far as its guest could tell the difference. What backs its memory
-/// is for each host to choose, and where its disks are; which they are is told with them.
+/// The parts of a machine that its guest can see. Each host chooses the memory's backing and the
+/// disks' paths; the disks' identities are included.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct MachineShape {
     pub(crate) cpus: u8,
     pub(crate) memory_bytes: u64,
     pub(crate) without: Features,
     pub(crate) disks: Vec<GuestDisk>,
-    /// What of its state this host may refuse.
+    /// The parts of the state that this host may refuse.
     pub(crate) sample: Sample,
 }
 
@@ -51,19 +51,18 @@ impl MachineShape {
         writer.finish()
     }
 
-    /// The same, as far as a destination takes it: what it refuses is found out here, before
-    /// anybody is spoken to.
+    /// Encodes the shape and checks that a destination accepts it, before the source connects.
     ///
     /// # Errors
-    /// No destination would take it; this program's fault.
+    /// No destination would accept it; a bug of this program.
     fn encode_for_others(&self) -> Result<Vec<u8>, Error> {
         let bytes = self.encode();
         let why = match Self::decode(&bytes) {
             Ok(read) if read == *self => return Ok(bytes),
-            Ok(_) => "it reads otherwise than it was written".to_owned(),
+            Ok(_) => "it decodes to another machine".to_owned(),
             Err(error) => error.to_string(),
         };
-        Err(Error::Unsupported { what: format!("the machine as it is described: {why}") })
+        Err(Error::Unsupported { what: format!("a machine with this description: {why}") })
     }
 
     fn decode(bytes: &[u8]) -> Result<Self, Error> {
@@ -90,42 +89,44 @@ impl MachineShape {
         for _ in 0..count {
             disks.push(decode_disk(&mut reader)?);
         }
-        // The balloon is a device as well.
+        // One more device: the balloon.
         let sample = Sample::decode(&mut reader, 1 + disks.len())?;
         reader.finish()?;
         Ok(Self { cpus, memory_bytes, without, disks, sample })
     }
 
-    /// How a peer's machine was made, which is none with more than `max_cpus` processors.
+    /// Decodes and validates a peer's description.
     ///
     /// # Errors
-    /// No machine is made so, or not one with the memory that was described; the sender's fault.
+    /// It is invalid or does not match the described memory, the sender's fault; or it has more
+    /// than `max_cpus` vCPUs.
     pub(crate) fn of(description: &Description, max_cpus: u8) -> Result<Self, Error> {
-        let made = Self::decode(&description.config)?;
-        if !(1..=MAX_CPUS).contains(&made.cpus) {
-            return Err(wrong(format!("{} processors; 1 to {MAX_CPUS} may be", made.cpus)));
+        let shape = Self::decode(&description.config)?;
+        if !(1..=MAX_CPUS).contains(&shape.cpus) {
+            return Err(wrong(format!("{} vCPUs; 1 to {MAX_CPUS} are possible", shape.cpus)));
         }
-        if made.cpus > max_cpus {
+        if shape.cpus > max_cpus {
             let what = format!(
-                "the guest has {} processors, and at most {max_cpus} may come here: `receive \
-                 --max-cpus` allows more",
-                made.cpus
+                "the guest has {} vCPUs, but at most {max_cpus} are allowed here: allow more with \
+                 `receive --max-cpus`",
+                shape.cpus
             );
             return Err(Error::Option { what });
         }
-        let ranges = layout::ranges(made.memory_bytes).map_err(|error| wrong(error.to_string()))?;
+        let ranges =
+            layout::ranges(shape.memory_bytes).map_err(|error| wrong(error.to_string()))?;
         let pages = ranges.iter().map(|(start, bytes)| (start / PAGE_BYTES, bytes / PAGE_BYTES));
         let described = description.layout.regions().iter().map(|r| (r.start(), r.pages()));
         if !pages.eq(described) {
-            return Err(wrong("its memory is not where this monitor has it".into()));
+            return Err(wrong("its memory has another layout than this VMM's".into()));
         }
-        Ok(made)
+        Ok(shape)
     }
 
-    /// Whether a machine here has as many disks as the guest had, of the same shapes.
+    /// Checks that the machine here has as many disks as the guest had, of the same shapes.
     ///
     /// # Errors
-    /// It has others; the operator's fault, who names them.
+    /// It has others; the operator's fault.
     pub(crate) fn check_disks(&self, here: &[DiskShape]) -> Result<(), Error> {
         let had: Vec<_> = self.disks.iter().map(|disk| disk.shape).collect();
         if had == here {
@@ -139,7 +140,7 @@ impl MachineShape {
             format!("[{}]", disks.iter().map(word).collect::<Vec<_>>().join(", "))
         };
         let (had, has) = (list(&had), list(here));
-        Err(Error::Option { what: format!("the guest had the disks {had}, and has {has} here") })
+        Err(Error::Option { what: format!("the guest had the disks {had}, but has {has} here") })
     }
 }
 
@@ -161,7 +162,7 @@ fn decode_disk(reader: &mut Reader<'_>) -> Result<GuestDisk, Malformed> {
         opt_io_blocks: reader.u32()?,
         discard_sectors: reader.u32()?,
     };
-    if !limits.are_possible() {
+    if !limits.are_valid() {
         let value = limits.block_bytes.into();
         return Err(Malformed::Value { what: "the limits of a disk with blocks", value });
     }
@@ -172,18 +173,18 @@ fn wrong(why: String) -> Error {
     Error::State { section: "the machine".into(), why }
 }
 
-/// Describes a machine to a destination, unless `goes_on` becomes false.
+/// Describes a machine to a destination, unless `keep_going` becomes false.
 pub(crate) fn describe(
     machine: &Machine,
-    goes_on: impl Fn() -> bool,
+    keep_going: impl Fn() -> bool,
 ) -> Result<Description, MachineError> {
     let options = &machine.options;
     let sample = machine.sample()?;
-    let made = MachineShape {
+    let shape = MachineShape {
         cpus: options.cpus,
         memory_bytes: options.memory_bytes,
         without: options.without,
-        disks: machine.describe_disks(goes_on)?,
+        disks: machine.describe_disks(keep_going)?,
         sample,
     };
     let regions: Vec<PageRange> = machine.regions();
@@ -191,11 +192,11 @@ pub(crate) fn describe(
         layout: GuestLayout::new(regions)?,
         cpu: cpu_features(machine.cpu_features()),
         machine: options.host.name.clone(),
-        config: made.encode_for_others()?,
+        config: shape.encode_for_others()?,
     })
 }
 
-/// In the migration's words.
+/// Converts to the migration crate's type.
 pub(crate) fn cpu_features(features: CpuFeatures) -> migration::cpu::CpuFeatures {
     let words = features.words.into_iter().map(|(id, bits)| FeatureWord { id, bits });
     migration::cpu::CpuFeatures { vendor: features.vendor, words: words.collect() }
@@ -207,10 +208,10 @@ mod tests {
 
     const MEMORY_BYTES: u64 = 4 << 30;
 
-    /// Where the number of disks is.
+    /// Offset of the number of disks.
     const COUNT_AT: usize = 4 + 4 + 1 + 8 + 8;
 
-    fn made() -> MachineShape {
+    fn shape() -> MachineShape {
         let disks = [false, true].map(|read_only| GuestDisk {
             shape: DiskShape { sectors: 9, read_only },
             limits: DiskLimits::of_file_system(4096),
@@ -238,53 +239,50 @@ mod tests {
         }
     }
 
-    /// Such as a name that is longer than a destination takes.
+    /// For example a name that is longer than a destination accepts.
     #[test]
-    fn what_no_destination_takes_is_found_out_by_its_source() {
-        assert_eq!(made().encode_for_others().unwrap(), made().encode());
+    fn a_source_refuses_a_description_that_no_destination_accepts() {
+        assert_eq!(shape().encode_for_others().unwrap(), shape().encode());
         for name in ["x".repeat(129), "\u{202e}".into()] {
-            let mut odd = made();
+            let mut odd = shape();
             odd.disks[0].identity = DiskIdentity::named(&name);
             let read = odd.encode_for_others().map(|bytes| bytes.len());
             let error = read.unwrap_err().to_string();
-            assert!(error.contains("the machine as it is described"), "{error}");
+            assert!(error.contains("a machine with this description"), "{error}");
         }
     }
 
     #[test]
-    fn a_machine_is_made_as_it_was_described_or_not_at_all() {
-        assert_eq!(MachineShape::of(&description(made().encode()), 2).unwrap(), made());
+    fn a_description_round_trips_and_an_invalid_one_is_refused() {
+        assert_eq!(MachineShape::of(&description(shape().encode()), 2).unwrap(), shape());
         let refused = |config: Vec<u8>, max_cpus| {
             let error = MachineShape::of(&description(config), max_cpus).unwrap_err().to_string();
             assert!(error.starts_with("sender: "), "{error}");
             error
         };
-        let error = MachineShape::of(&description(made().encode()), 1).unwrap_err().to_string();
-        assert!(
-            error.starts_with("operator: the guest has 2 processors, and at most 1"),
-            "{error}"
-        );
-        assert!(refused(MachineShape { cpus: 0, ..made() }.encode(), 64).contains("0 processors"));
-        refused(MachineShape { memory_bytes: 2 << 30, ..made() }.encode(), 64);
-        refused(MachineShape { memory_bytes: u64::MAX, ..made() }.encode(), 64);
-        refused(MachineShape { memory_bytes: 0, ..made() }.encode(), 64);
-        refused(made().encode()[1..].to_vec(), 64);
-        refused([made().encode(), vec![0]].concat(), 64);
-        let mut newer = made().encode();
+        let error = MachineShape::of(&description(shape().encode()), 1).unwrap_err().to_string();
+        assert!(error.starts_with("operator: the guest has 2 vCPUs, but at most 1"), "{error}");
+        assert!(refused(MachineShape { cpus: 0, ..shape() }.encode(), 64).contains("0 vCPUs"));
+        refused(MachineShape { memory_bytes: 2 << 30, ..shape() }.encode(), 64);
+        refused(MachineShape { memory_bytes: u64::MAX, ..shape() }.encode(), 64);
+        refused(MachineShape { memory_bytes: 0, ..shape() }.encode(), 64);
+        refused(shape().encode()[1..].to_vec(), 64);
+        refused([shape().encode(), vec![0]].concat(), 64);
+        let mut newer = shape().encode();
         newer[0] = 9;
-        assert!(refused(newer, 64).contains("machine is of version 9"));
-        let mut newer = made().encode();
+        assert!(refused(newer, 64).contains("machine has version 9"));
+        let mut newer = shape().encode();
         newer[4] = 9;
-        assert!(refused(newer, 64).contains("state is of version 9"));
-        let mut more = made().encode();
+        assert!(refused(newer, 64).contains("state has version 9"));
+        let mut more = shape().encode();
         more[COUNT_AT] = 8;
         assert!(refused(more, 64).contains("8 disks"));
-        let mut odd = made();
+        let mut odd = shape();
         odd.disks[1].limits.block_bytes = 1000;
         assert!(refused(odd.encode(), 64).contains("limits of a disk"));
-        let shapes: Vec<_> = made().disks.iter().map(|disk| disk.shape).collect();
-        assert!(made().check_disks(&shapes).is_ok());
-        let error = made().check_disks(&shapes[..1]).unwrap_err().to_string();
+        let shapes: Vec<_> = shape().disks.iter().map(|disk| disk.shape).collect();
+        assert!(shape().check_disks(&shapes).is_ok());
+        let error = shape().check_disks(&shapes[..1]).unwrap_err().to_string();
         assert!(
             error.starts_with("operator: ") && error.contains("9 sectors read-only"),
             "{error}"

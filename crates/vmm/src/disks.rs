@@ -1,7 +1,7 @@
-//! The files of a machine's disks: what is in them, and whose they are.
+//! The disks of a machine: opening, locking, syncing and comparing them.
 //!
-//! A guest that runs here has them. One that changes sides has them on neither for a moment, and
-//! nobody else can begin with them meanwhile; see docs/migration.md, "Disks".
+//! A running guest has its disks locked. During a switchover neither side has the run lock for a
+//! moment; the guest lock then keeps other guests out. See docs/migration.md, "Disks".
 
 mod reading;
 
@@ -17,42 +17,42 @@ use diagnostics::{shortened, visible};
 use migration::limits::STALL;
 
 use self::reading::{Limits, each_in_time};
-use crate::block::{DiskFile, DiskOptions, DiskShape, GuestDisk, NotThis};
+use crate::block::{DiskFile, DiskMismatch, DiskOptions, DiskShape, GuestDisk};
 use crate::error::Error;
 use crate::machine::Machine;
 
-/// How often, at most, what was written to the disks is brought there while the guest still runs.
+/// Maximum number of syncs while the guest still runs.
 const MAX_SYNCS: usize = 4;
 
-/// A sync as short as the guest may wait for.
-const SHORT: Duration = Duration::from_millis(20);
+/// A sync that is short enough to repeat during the downtime.
+const SHORT_SYNC: Duration = Duration::from_millis(20);
 
-/// How long a sync may take while the guest stands still: less than the other side of a migration
-/// waits for a sign of life then.
-pub(crate) const SYNC_TIME: Duration = Duration::from_secs(4);
+/// How long a sync may take during the downtime: less than the peer of a migration waits for a
+/// keepalive then.
+pub(crate) const PAUSED_SYNC_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// How often it is looked whether a sync is still to be waited for.
+/// How often a wait checks its conditions.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Stack of a thread that syncs.
+/// Stack of a thread that syncs or reads a disk.
 const STACK_BYTES: usize = 128 << 10;
 
-/// What is read of disks to know them again is some 200 pieces of each, which a disk with much else to
-/// do answers in some seconds. Nobody waits at the other side meanwhile.
-const DESCRIBE: Limits = Limits { one: READ_TIME, all: Duration::from_secs(60) };
+/// To describe a disk, some 200 samples are read, which takes a busy disk a few seconds. No peer
+/// waits meanwhile.
+const DESCRIBE: Limits = Limits { one: READ_TIMEOUT, all: Duration::from_secs(60) };
 
-/// The same where the source waits for the answer, and the disks have to be opened before.
-const COMPARE: Limits = Limits { one: READ_TIME, all: Duration::from_secs(12) };
-const OPEN: Limits = Limits { one: READ_TIME, all: READ_TIME };
+/// To compare disks while the source waits, after they were opened.
+const COMPARE: Limits = Limits { one: READ_TIMEOUT, all: Duration::from_secs(12) };
+const OPEN: Limits = Limits { one: READ_TIMEOUT, all: READ_TIMEOUT };
 const _: () = assert!(OPEN.all.as_secs() + COMPARE.all.as_secs() < STALL.as_secs());
 
-/// How long one such piece may take: as long as a disk has to stop for its guest.
-const READ_TIME: Duration = Duration::from_secs(4);
+/// How long one read may take: as long as a disk may take to pause.
+const READ_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// Who has the guest's disks compared.
+/// Who waits while disks are compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Waits {
-    /// The guest's source, for no longer than a peer may be silent.
+pub(crate) enum Waiter {
+    /// The source, which expects keepalives.
     Source,
     /// The operator, who restores the guest from a file.
     Operator,
@@ -61,12 +61,12 @@ pub(crate) enum Waits {
 /// Opens the disks of a machine.
 ///
 /// # Errors
-/// One cannot be opened or is none, or it does not answer.
+/// A disk cannot be opened, has an invalid size, or does not answer.
 pub(crate) fn open(options: &[DiskOptions]) -> Result<Vec<Arc<DiskFile>>, Error> {
     let paths: Vec<_> = options.iter().map(|disk| disk.path.as_path()).collect();
-    let theirs: Arc<[DiskOptions]> = options.into();
+    let owned: Arc<[DiskOptions]> = options.into();
     let open = move |index: usize, _: &dyn Fn() -> io::Result<()>| {
-        theirs.get(index).map(|disk| DiskFile::open(disk).map(Arc::new))
+        owned.get(index).map(|disk| DiskFile::open(disk).map(Arc::new))
     };
     let opened = each_in_time(&paths, OPEN, || true, open)?.into_iter().zip(&paths);
     let late = |path: &Path| {
@@ -76,9 +76,9 @@ pub(crate) fn open(options: &[DiskOptions]) -> Result<Vec<Arc<DiskFile>>, Error>
     opened.map(|(found, path)| found.flatten().unwrap_or_else(|| Err(late(path)))).collect()
 }
 
-/// A path in a message, which has other things to say as well.
-fn shown(path: &str) -> String {
-    /// Bytes of it.
+/// A path for a message, shortened.
+fn for_message(path: &str) -> String {
+    /// Maximum bytes.
     const MAX_SHOWN: usize = 80;
     shortened(&visible(path), MAX_SHOWN)
 }
@@ -88,33 +88,33 @@ fn sync_one(disk: &DiskFile) -> Result<(), Error> {
     disk.sync().map_err(lost)
 }
 
-/// A thread that may be stuck is at work, of which there is one; until this is dropped.
-struct Busy(Arc<AtomicBool>);
+/// Marks the single thread that may be stuck as active, until dropped.
+struct SyncInProgress(Arc<AtomicBool>);
 
-impl Busy {
-    /// `None` where there is one.
+impl SyncInProgress {
+    /// `None` if one is active already.
     fn begin(flag: &Arc<AtomicBool>) -> Option<Self> {
         let was = flag.swap(true, Ordering::SeqCst);
         (!was).then(|| Self(Arc::clone(flag)))
     }
 }
 
-impl Drop for Busy {
+impl Drop for SyncInProgress {
     fn drop(&mut self) {
         self.0.store(false, Ordering::SeqCst);
     }
 }
 
 impl Machine {
-    /// The guest begins here.
+    /// Takes the disks for a guest that boots here.
     ///
     /// # Errors
-    /// Another guest has one of its disks; none is taken then.
+    /// Another guest uses one of them; none is taken then.
     pub(crate) fn take_new_disks(&self) -> Result<(), Error> {
         self.all_disks(DiskFile::take_new, DiskFile::release)
     }
 
-    /// The guest is to come, and is at its source still.
+    /// Reserves the disks for an incoming guest.
     ///
     /// # Errors
     /// As [`take_new_disks`](Self::take_new_disks).
@@ -122,20 +122,20 @@ impl Machine {
         self.all_disks(DiskFile::expect, DiskFile::release)
     }
 
-    /// The guest is about to run.
+    /// Takes the disks for a guest that is about to run.
     ///
     /// # Errors
-    /// Another guest has one of its disks, or the other side has them; none is taken then.
+    /// Another guest or the peer uses one of them; none is taken then.
     pub(crate) fn take_disks(&self) -> Result<(), Error> {
         self.all_disks(DiskFile::take, DiskFile::prepare_switchover)
     }
 
-    /// The other side may run the guest from now on.
+    /// Lets the peer take the disks.
     pub(crate) fn prepare_disk_switchover(&self) {
         self.disks.iter().for_each(|disk| disk.prepare_switchover());
     }
 
-    /// The guest is not here any more.
+    /// Releases the disks.
     pub(crate) fn release_disks(&self) {
         self.disks.iter().for_each(|disk| disk.release());
     }
@@ -149,14 +149,14 @@ impl Machine {
         taken.inspect_err(|_| self.disks.iter().for_each(|disk| undo(disk)))
     }
 
-    /// All that was written to its disks is there for other hosts. It is waited for as long as
-    /// `goes_on` says of the time that it has taken: a file system that does not answer holds
-    /// whoever calls it for ever.
+    /// Syncs the writable disks, so that other hosts read what was written. Waits while
+    /// `keep_going` returns true for the time taken: a file system that does not answer would block
+    /// without end.
     ///
     /// # Errors
-    /// A disk lost what the guest wrote, of which the guest hears at its next flush
-    /// ([`Error::Lost`]); or it takes too long ([`Error::Stuck`]), and goes on its way.
-    pub(crate) fn sync_disks(&self, goes_on: impl Fn(Duration) -> bool) -> Result<(), Error> {
+    /// A disk lost a write, which the guest's next flush reports ([`Error::Lost`]); or the sync
+    /// takes too long ([`Error::Stuck`]) and continues in the background.
+    pub(crate) fn sync_disks(&self, keep_going: impl Fn(Duration) -> bool) -> Result<(), Error> {
         let disks: Vec<_> = self.disks.iter().filter(|disk| !disk.shape().read_only).collect();
         if disks.is_empty() {
             return Ok(());
@@ -164,28 +164,28 @@ impl Machine {
         let names = disks.iter().map(|disk| disk.path().display().to_string());
         let names = names.collect::<Vec<_>>().join(", ");
         let late = |what: &str| Error::Stuck { what: format!("{names}: {what}") };
-        let Some(busy) = Busy::begin(&self.syncing) else {
-            return Err(late("an earlier sync has not come back yet"));
+        let Some(in_progress) = SyncInProgress::begin(&self.syncing) else {
+            return Err(late("an earlier sync has not returned yet"));
         };
-        let (tells, told) = mpsc::channel();
+        let (sender, receiver) = mpsc::channel();
         let disks: Vec<_> = disks.into_iter().map(Arc::clone).collect();
         let sync = move || {
-            // Each, whatever the others say: an error that is not asked for is not kept.
+            // Syncs all disks, even after an error: only a sync detects and keeps a disk's error.
             let synced: Vec<_> = disks.iter().map(|disk| sync_one(disk)).collect();
-            drop(busy);
-            // Nobody waits any more.
-            let _ = tells.send(synced.into_iter().collect());
+            drop(in_progress);
+            // Fails if the caller no longer waits.
+            let _ = sender.send(synced.into_iter().collect());
         };
         let began = Instant::now();
         let thread = thread::Builder::new().name("sync".into()).stack_size(STACK_BYTES).spawn(sync);
         thread.map_err(Error::host("starting a thread"))?;
         loop {
-            match told.recv_timeout(POLL_INTERVAL) {
+            match receiver.recv_timeout(POLL_INTERVAL) {
                 Ok(synced) => return synced,
-                Err(RecvTimeoutError::Timeout) if goes_on(began.elapsed()) => {}
+                Err(RecvTimeoutError::Timeout) if keep_going(began.elapsed()) => {}
                 Err(RecvTimeoutError::Timeout) => {
                     let ms = began.elapsed().as_millis();
-                    return Err(late(&format!("not all is written that was, after {ms} ms")));
+                    return Err(late(&format!("the sync did not finish in {ms} ms")));
                 }
                 Err(RecvTimeoutError::Disconnected) => {
                     let source = io::Error::other("a thread panicked");
@@ -195,25 +195,25 @@ impl Machine {
         }
     }
 
-    /// The same while the guest runs and writes, until little is left for when it stands still.
+    /// Syncs repeatedly while the guest runs, until a sync is short enough for the downtime.
     ///
     /// # Errors
     /// As [`sync_disks`](Self::sync_disks).
     pub(crate) fn sync_disks_before_pause(
         &self,
-        goes_on: impl Fn(Duration) -> bool,
+        keep_going: impl Fn(Duration) -> bool,
     ) -> Result<(), Error> {
         for _ in 0..MAX_SYNCS {
             let began = Instant::now();
-            self.sync_disks(&goes_on)?;
-            if began.elapsed() <= SHORT {
+            self.sync_disks(&keep_going)?;
+            if began.elapsed() <= SHORT_SYNC {
                 break;
             }
         }
         Ok(())
     }
 
-    /// What the guest sees of its disks.
+    /// The shapes of the disks.
     pub(crate) fn disk_shapes(&self) -> Vec<DiskShape> {
         self.disks.iter().map(|disk| disk.shape()).collect()
     }
@@ -222,7 +222,7 @@ impl Machine {
     fn read_each<T: Send + 'static>(
         &self,
         limits: Limits,
-        goes_on: impl Fn() -> bool,
+        keep_going: impl Fn() -> bool,
         read: impl Fn(&DiskFile, usize, &dyn Fn() -> io::Result<()>) -> T + Clone + Send + 'static,
     ) -> Result<Vec<Option<T>>, Error> {
         let paths: Vec<_> = self.disks.iter().map(|disk| disk.path()).collect();
@@ -230,71 +230,74 @@ impl Machine {
         let read = move |index: usize, step: &dyn Fn() -> io::Result<()>| {
             disks.get(index).map(|disk| read(disk, index, step))
         };
-        let found = each_in_time(&paths, limits, goes_on, read)?;
+        let found = each_in_time(&paths, limits, keep_going, read)?;
         Ok(found.into_iter().map(Option::flatten).collect())
     }
 
-    /// Its disks as another host may have to know them again, unless `goes_on` becomes false.
+    /// Describes the disks, unless `keep_going` becomes false.
     ///
     /// # Errors
-    /// One cannot be read, or not in time.
+    /// A disk cannot be read, or not in time.
     pub(crate) fn describe_disks(
         &self,
-        goes_on: impl Fn() -> bool,
+        keep_going: impl Fn() -> bool,
     ) -> Result<Vec<GuestDisk>, Error> {
         let describe = |disk: &DiskFile, _: usize, step: &dyn Fn() -> io::Result<()>| {
             let wrong = |source| Error::File { path: disk.path().to_path_buf(), source };
             disk.describe(step).map_err(wrong)
         };
-        let described = self.read_each(DESCRIBE, goes_on, describe)?;
+        let described = self.read_each(DESCRIBE, keep_going, describe)?;
         let late = |disk: &DiskFile| {
             let (path, s) = (disk.path().display(), DESCRIBE.all.as_secs());
             Error::Stuck {
-                what: format!("{path}: not all that tells which disk it is was read in {s} s"),
+                what: format!("{path}: the samples that identify the disk were not read in {s} s"),
             }
         };
         let described = self.disks.iter().zip(described);
         described.map(|(disk, found)| found.unwrap_or_else(|| Err(late(disk)))).collect()
     }
 
-    /// Has the disks that a guest had elsewhere, as many as these and of the same shapes, which it
-    /// knows by what it was told there. Others are taken where its operator `accepts` them.
+    /// Compares the disks with those that the guest had at the source, of the same number and
+    /// shapes, and keeps the limits reported there. Other disks are taken only if the operator
+    /// `accepts` them.
     ///
     /// # Errors
-    /// One is not the guest's, the operator's fault, who names them; or it does not answer.
+    /// A disk is not the guest's, the operator's fault; or it does not answer.
     pub(crate) fn adopt_disks(
         &self,
-        had: &[GuestDisk],
+        guest_disks: &[GuestDisk],
         accepts: bool,
-        waits: Waits,
+        waiter: Waiter,
     ) -> Result<(), Error> {
-        let limits = if waits == Waits::Source { COMPARE } else { DESCRIBE };
-        let theirs: Arc<[GuestDisk]> = had.into();
+        let limits = if waiter == Waiter::Source { COMPARE } else { DESCRIBE };
+        let owned: Arc<[GuestDisk]> = guest_disks.into();
         let check = move |disk: &DiskFile, index: usize, step: &dyn Fn() -> io::Result<()>| {
-            disk.check(&theirs, index, step)
+            disk.check(&owned, index, step)
         };
         let checked = self.read_each(limits, || true, check)?;
         let late = || {
-            let why = format!("was not compared in {} s, which it had", limits.all.as_secs());
-            Err(NotThis { why, index: None })
+            let why = format!("was not compared within {} s", limits.all.as_secs());
+            Err(DiskMismatch { why, index: None })
         };
-        for (number, ((disk, was), checked)) in (1..).zip(self.disks.iter().zip(had).zip(checked)) {
+        for (number, ((disk, was), checked)) in
+            (1..).zip(self.disks.iter().zip(guest_disks).zip(checked))
+        {
             disk.keep_limits(was.limits);
-            let Err(NotThis { why, index }) = checked.unwrap_or_else(late) else { continue };
-            let path = shown(&disk.path().to_string_lossy());
-            let old = shown(was.identity.path());
+            let Err(DiskMismatch { why, index }) = checked.unwrap_or_else(late) else { continue };
+            let path = for_message(&disk.path().to_string_lossy());
+            let old = for_message(was.identity.path());
             if accepts {
                 tracing::warn!(disk = path, had = old, why, "operator: another disk is accepted");
                 continue;
             }
-            // Which may be what the operator meant.
+            // The operator may have named the right disks in another order.
             let order = index.map_or_else(String::new, |index| {
                 let place = index + 1;
-                format!(". It is the guest's disk {place}: they were named in another order")
+                format!(". It is the guest's disk {place}: the order is wrong")
             });
             let what = format!(
-                "{path} is not disk {number} of the guest, which had {old}: it {why}{order}. Name the \
-                 guest's disks in its order, or say --accept-disks if these are what it is to have"
+                "{path} is not disk {number} of the guest, which was {old}: it {why}{order}. Name \
+                 the guest's disks in their order, or give --accept-disks to use these instead"
             );
             return Err(Error::Option { what });
         }

@@ -1,15 +1,15 @@
-//! What ends a guest otherwise than by its own wish, and whose fault it was.
+//! Errors that keep a guest from starting or end it, and whose fault each is.
 
 use std::io;
 use std::path::PathBuf;
 
 use migration::MigrationError;
 
-/// The first call to KVM, which fails for other reasons than the others do.
+/// The first call to KVM, which fails for other reasons than later calls.
 pub(crate) const OPENING_KVM: &str = "opening /dev/kvm";
 
-/// What an operator can do about a migration, a snapshot or a restore that failed: where the
-/// machine failed in it, what the machine knows.
+/// The hint for a migration, snapshot or restore that failed: the machine's hint, if the machine
+/// failed.
 pub(crate) fn hint_of(error: &MigrationError) -> String {
     if let MigrationError::Machine { source, .. } = error
         && let Some(error) = source.downcast_ref::<Error>()
@@ -19,10 +19,10 @@ pub(crate) fn hint_of(error: &MigrationError) -> String {
     error.hint().to_owned()
 }
 
-/// The monitor cannot start or go on.
+/// The VMM cannot start or continue.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// An option that no guest can have.
+    /// An invalid option.
     #[error("operator: {what}")]
     Option {
         /// What is wrong with it.
@@ -33,39 +33,37 @@ pub enum Error {
     File {
         /// The file.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
-    /// A disk that another guest has.
+    /// Another guest uses this disk.
     #[error("operator: {path} is in use: another guest has this disk")]
     InUse {
-        /// Its file.
+        /// The disk's file.
         path: PathBuf,
     },
-    /// A disk to which not all could be written that the guest wrote.
-    #[error(
-        "host: not all that the guest wrote to {path} is there; it is told so when it flushes next"
-    )]
+    /// A disk lost some of the guest's writes.
+    #[error("host: {path} lost writes of the guest, whose next flush will fail")]
     Lost {
-        /// Its file.
+        /// The disk's file.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
-    /// A file that is no kernel which this monitor can boot.
-    #[error("operator: {path} is no kernel that can be booted: {why}")]
+    /// A file that is not a bootable kernel.
+    #[error("operator: {path} is not a bootable kernel: {why}")]
     Kernel {
         /// The file.
         path: PathBuf,
         /// What is wrong with it.
         why: String,
     },
-    /// What is to be loaded does not fit into the guest's memory.
+    /// The kernel or initrd does not fit into the guest's memory.
     #[error("operator: {what} of {bytes} bytes does not fit into the guest's memory")]
     TooSmall {
-        /// What is to be loaded.
+        /// The kernel or initrd.
         what: &'static str,
         /// Its size.
         bytes: u64,
@@ -75,20 +73,20 @@ pub enum Error {
     Kvm {
         /// The call.
         what: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
-    /// Something that every process has was refused.
+    /// The kernel refuses a system call.
     #[error("host: {what} failed")]
     Host {
         /// The call.
         what: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
-    /// The guest's memory cannot be had.
+    /// The guest's memory cannot be allocated or accessed.
     #[error("host: {what} of the guest's memory failed")]
     Memory {
         /// The step.
@@ -97,74 +95,74 @@ pub enum Error {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// The balloon could not be made.
+    /// The balloon could not be created.
     #[error(transparent)]
     Balloon(#[from] balloon_host::HostError),
     /// The control socket could not be served.
     #[error(transparent)]
     Control(#[from] control::ControlError),
-    /// A guest could not come here.
+    /// A migration or restore failed.
     #[error(transparent)]
     Migration(#[from] migration::MigrationError),
-    /// Something that the guest has to wait for does not come.
+    /// An operation did not finish in time.
     #[error("host: {what}")]
     Stuck {
-        /// What, and for how long it was waited for.
+        /// The operation and the time waited.
         what: String,
     },
-    /// Something that this monitor cannot do with this host or guest.
-    #[error("host: this monitor cannot save or restore {what}")]
+    /// A guest or state that this host cannot save or restore.
+    #[error("host: cannot save or restore {what}")]
     Unsupported {
-        /// What it cannot.
+        /// The guest or the part of its state.
         what: String,
     },
-    /// A guest that is ready to run guests of its own, whose state is more than is saved.
+    /// A guest with nested virtualization enabled, whose nested state is not saved.
     #[error(
-        "guest: processor {cpu} has virtualization switched on ({register} is {value:#x}), which \
-         can be neither moved nor written to a file: remove kvm_amd or kvm_intel in the guest \
-         (rmmod), or boot it without --nested"
+        "guest: vCPU {cpu} has virtualization enabled ({register} is {value:#x}) and cannot be \
+         migrated or saved: remove kvm_amd or kvm_intel in the guest (rmmod), or boot it without \
+         --nested"
     )]
     Nested {
-        /// Its number.
+        /// The vCPU's number.
         cpu: usize,
-        /// Where that is.
+        /// The register that enables it.
         register: &'static str,
-        /// What is there.
+        /// The register's value.
         value: u64,
     },
-    /// A state that no machine of this monitor can have: the fault of who sent it.
-    #[error("sender: the state of {section} makes no sense: {why}")]
+    /// An invalid state; the sender's fault.
+    #[error("sender: the state of {section} is invalid: {why}")]
     State {
-        /// The part of it.
+        /// The name of the section.
         section: String,
         /// What is wrong with it.
         why: String,
     },
-    /// A guest whose machine was made by another version of this monitor.
+    /// A guest whose machine or state has another version.
     #[error(
-        "sender: the guest's {what} is of version {theirs}, and this program has version {ours}: \
-         use the program that the guest was booted with, or boot the guest anew"
+        "sender: the guest's {what} has version {theirs}, but this program has version {ours}: \
+         use the program that booted the guest, or reboot the guest"
     )]
     Version {
-        /// Its machine, or its state.
+        /// The machine or the state.
         what: &'static str,
-        /// The guest's.
+        /// The guest's version.
         theirs: u32,
-        /// The one that this monitor makes and takes.
+        /// The version that this program supports.
         ours: u32,
     },
-    /// A processor of the guest stopped in a way from which it cannot go on.
-    #[error("guest: processor {cpu} stopped: {why}")]
-    Processor {
-        /// Its number.
+    /// A vCPU stopped and cannot continue.
+    #[error("guest: vCPU {cpu} stopped: {why}")]
+    Vcpu {
+        /// The vCPU's number.
         cpu: u8,
-        /// What KVM said.
+        /// The exit reason.
         why: String,
     },
 }
 
 impl Error {
-    /// What its operator can do about it.
+    /// What the operator can do about it.
     #[must_use]
     pub fn hint(&self) -> String {
         let hint = match self {
@@ -172,29 +170,29 @@ impl Error {
             Self::Migration(error) => return hint_of(error),
             Self::Option { .. } => "see --help of the command, and docs/operations.md",
             Self::File { .. } => "check the path and who may read it",
-            Self::InUse { .. } => "end that guest first, or give this one a copy of the file",
+            Self::InUse { .. } => "end that guest first, or give this guest a copy of the file",
             Self::Lost { .. } => {
-                "check the host's disk and the kernel's log; once the guest has flushed (`sync` in \
-                 it) and knows of the error, it can be moved"
+                "check the host's disk and the kernel's log; run `sync` in the guest, which \
+                 reports the error there, then migrate it again"
             }
             Self::Kernel { .. } => "give a vmlinuz, or a vmlinux built with CONFIG_PVH",
             Self::TooSmall { .. } => "give the guest more --memory",
             Self::Kvm { what, .. } if *what == OPENING_KVM => {
                 "check that /dev/kvm exists and that this user may use it"
             }
-            Self::Kvm { .. } => "see the kernel's log; another release of it may be needed",
-            Self::Memory { .. } => "check how much memory, and how many huge pages, the host has",
-            Self::Processor { .. } => "see what the guest printed",
+            Self::Kvm { .. } => "see the kernel's log; another kernel release may be needed",
+            Self::Memory { .. } => "check how much memory and how many huge pages are free",
+            Self::Vcpu { .. } => "see the guest's console output",
             Self::Version { .. } | Self::State { .. } => {
-                "have the same release of Aerostat on both sides, or that which wrote the file"
+                "use the same release of Aerostat on both hosts, or the one that wrote the file"
             }
             Self::Nested { .. } => {
                 "remove kvm_amd or kvm_intel in the guest (rmmod), or boot it without --nested"
             }
-            Self::Stuck { .. } => "find out what the host's disk or process waits for",
-            Self::Unsupported { .. } => "run the guest on another host, or without what is named",
+            Self::Stuck { .. } => "check what the disk or process on the host waits for",
+            Self::Unsupported { .. } => "use another host, or a guest without the named feature",
             Self::Balloon(_) | Self::Host { .. } => {
-                "check the limits of this user (ulimit -a), and the kernel's log"
+                "check this user's limits (ulimit -a) and the kernel's log"
             }
         };
         hint.to_owned()
@@ -223,7 +221,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_hint_is_that_of_what_kept_a_guest_from_coming() {
+    fn a_failed_migration_has_the_hint_of_the_machine_error() {
         let of = |source| Error::from(MigrationError::Machine { what: "making the guest", source });
         let option = || Error::Option { what: "the guest had another disk".to_owned() };
         assert_eq!(of(Box::new(option())).hint(), option().hint());

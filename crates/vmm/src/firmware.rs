@@ -1,7 +1,7 @@
-//! The one thing that a kernel does with a PC's firmware: start it to reset the machine.
+//! The firmware's reset vector, the only part of a PC's firmware that a kernel uses.
 //!
-//! Linux does so on a machine of reduced hardware without EFI, where its first choice is EFI and
-//! its second the firmware (`arch/x86/kernel/reboot.c`), and never asks the reset register.
+//! On a hardware-reduced machine without EFI, Linux reboots through EFI first and the firmware
+//! second (`arch/x86/kernel/reboot.c`), and never uses the ACPI reset register.
 
 use vm_memory::{Bytes, GuestAddress};
 
@@ -9,18 +9,18 @@ use crate::error::Error;
 use crate::memory::Ram;
 use crate::ports;
 
-/// Where a processor starts, as real mode sees it: f000:fff0.
+/// The reset vector in real mode: f000:fff0.
 pub(crate) const START: u64 = 0xf_fff0;
 
 /// Bytes up to the end of the first MiB.
 const BYTES: usize = 16;
 
-/// Writes the few instructions that ask for a reset.
+/// Writes code that requests a reset.
 pub(crate) fn write(memory: &Ram) -> Result<(), Error> {
     memory.write_slice(&code(), GuestAddress(START)).map_err(Error::memory("writing"))
 }
 
-/// Machine code of 16 bits.
+/// 16-bit machine code.
 fn code() -> [u8; BYTES] {
     let [low, high] = ports::RESET.to_le_bytes();
     let mut code = [0x90; BYTES];

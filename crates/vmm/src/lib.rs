@@ -1,11 +1,11 @@
-//! A small KVM monitor for x86-64 Linux guests, with the balloon in its process.
+//! A small KVM VMM for x86-64 Linux guests, with the balloon in its process.
 //!
-//! [`run`] boots a kernel and serves the guest to its end. The guest finds its processors and
-//! virtio-mmio devices through ACPI, so kernels as distributions ship them run unchanged; its
-//! console is a serial line on standard input and output.
+//! [`run`] boots a kernel and serves the guest until it ends. The guest finds its vCPUs and
+//! virtio-mmio devices through ACPI, so distribution kernels run unchanged. Its console is a serial
+//! port on standard input and output.
 //!
-//! The balloon's rules are not here: the device is `balloon-device`, held by a
-//! `balloon_host::Shared` as the vhost-user back end holds it.
+//! The balloon device itself is in `balloon-device`, shared through `balloon_host::Shared`, as in
+//! the vhost-user back end.
 
 #![deny(unsafe_code)]
 #![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]

@@ -1,4 +1,4 @@
-//! A guest from its first instruction to its last.
+//! The virtual machine: creates it, boots it, and serves its devices until the guest ends.
 
 mod stop;
 
@@ -38,31 +38,30 @@ use crate::mmio::{Device, Interrupts, Transport, register};
 use crate::options::RunOptions;
 use crate::ports::{Ports, Request};
 use crate::signals::Signals;
-use crate::vcpu::Processors;
-pub(crate) use stop::PAUSE_TIME;
+use crate::vcpu::Vcpus;
+pub(crate) use stop::PAUSE_TIMEOUT;
 use stop::end_console;
 
-/// How a guest ended without anybody's fault.
+/// How a guest ended without an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// It switched itself off.
+    /// The guest powered itself off.
     PoweredOff,
-    /// It asked for a reset, which this monitor leaves to whoever started it.
+    /// The guest requested a reset. The VMM exits instead; its caller may start it again.
     Reset,
-    /// Its kernel panicked, said so, and then asked for either.
+    /// The guest's kernel reported a panic, then requested a power-off or reset.
     Panicked,
-    /// It was moved, and runs on another host.
+    /// The guest was migrated and runs on another host.
     Moved,
-    /// This process was asked to end (SIGTERM, SIGINT, or at the terminal).
+    /// This process was stopped (SIGTERM, SIGINT, or the terminal's escape sequence).
     Stopped,
 }
 
-/// Runs the guest to its end. SIGUSR1 pauses it, SIGUSR2 lets it go on; its balloon can be asked
-/// meanwhile.
+/// Boots a guest and serves it until it ends. SIGUSR1 pauses the guest, SIGUSR2 resumes it. The
+/// control API is available meanwhile.
 ///
 /// # Errors
-/// What is wrong with the options, or with the host; and a processor of the guest that stops for
-/// good.
+/// The options are invalid, the host fails, or a vCPU stops with an error.
 pub fn run(options: &RunOptions) -> Result<End, Error> {
     let requests = Signals::before_guest().map_err(Error::host("signal handling"))?;
     let machine = Machine::new(options, standard_output().map_err(Error::host("dup"))?)?;
@@ -83,42 +82,43 @@ pub fn run(options: &RunOptions) -> Result<End, Error> {
     serve_to_end(&machine, &controller, &requests)
 }
 
-/// Serves a guest that runs, until it ends or has left.
+/// Serves a running guest until it ends or has moved.
 pub(crate) fn serve_to_end(
     machine: &Arc<Machine>,
     controller: &Arc<MigrationController>,
     requests: &Signals,
 ) -> Result<End, Error> {
-    controller.ends_by(requests.stopper());
-    // The guest runs, and goes on without what is typed.
-    let console = Console::start(&machine.bus, requests.asker());
-    let _console = console.inspect_err(|error| tracing::error!(%error, "nothing can be typed"));
-    let end = machine.serve_with(requests, &|pause| controller.operator_pauses(machine, pause));
+    controller.set_stop(requests.stopper());
+    // Without a console the guest still runs, only without input.
+    let console = Console::start(&machine.bus, requests.operator_stopper());
+    let _console =
+        console.inspect_err(|error| tracing::error!(%error, "the console takes no input"));
+    let end = machine.serve_with(requests, &|pause| controller.pause_or_resume(machine, pause));
     let has_moved = controller.end(requests.ending());
     end_console(machine, requests.ending());
     if has_moved { Ok(End::Moved) } else { end }
 }
 
-/// Everything that the guest's processors can reach besides memory.
+/// Everything that the vCPUs can access besides memory.
 pub(crate) struct Bus {
     pub(crate) ports: Ports,
     pub(crate) slots: Vec<Slot>,
 }
 
-/// A virtio-mmio device in its window.
+/// A virtio-mmio device and its MMIO window.
 pub(crate) struct Slot {
     start: u64,
     transport: Mutex<Transport<EventFdInterrupts>>,
-    kicks: Vec<EventFd>,
-    /// It was to come to a stop, which came to nothing when somebody else had its registers: it is
-    /// to go on as soon as they can be had.
-    is_to_go_on: AtomicBool,
+    notify_fds: Vec<EventFd>,
+    /// A pause was aborted while another thread held the transport's lock: the next thread to take
+    /// the lock resumes the device.
+    resume_pending: AtomicBool,
 }
 
-/// Event files: to the guest by KVM, to the device by this process's loop.
+/// Eventfds: an irqfd to the guest, and ioeventfds that the device loop polls.
 pub(crate) struct EventFdInterrupts {
     interrupt: EventFd,
-    kicks: Vec<EventFd>,
+    notify_fds: Vec<EventFd>,
 }
 
 impl Interrupts for EventFdInterrupts {
@@ -128,14 +128,14 @@ impl Interrupts for EventFdInterrupts {
         }
     }
 
-    fn kick(&self, index: usize) {
-        // A file that is full is readable, and that is all there is to say.
-        let _ = self.kicks.get(index).map(|kick| kick.write(1));
+    fn notify_device(&self, index: usize) {
+        // A full eventfd is readable, which is all that is needed.
+        let _ = self.notify_fds.get(index).map(|notify_fd| notify_fd.write(1));
     }
 }
 
 impl Bus {
-    /// The guest reads where no memory is; where nobody is either, it reads ones.
+    /// Serves an MMIO read. An address without a device reads as all ones.
     pub(crate) fn read(&self, address: u64, data: &mut [u8]) {
         match self.slot(address) {
             Some((slot, offset)) => slot.transport().read(offset, data),
@@ -143,14 +143,14 @@ impl Bus {
         }
     }
 
-    /// The guest writes where no memory is.
+    /// Serves an MMIO write.
     pub(crate) fn write(&self, address: u64, data: &[u8]) {
         if let Some((slot, offset)) = self.slot(address) {
             slot.transport().write(offset, data);
         }
     }
 
-    /// Serves what is to be served without a notification.
+    /// Serves the queues whose timers are due.
     fn poll_timers(&self, woken: bool) {
         self.slots.iter().for_each(|slot| slot.transport().poll_timers(woken));
     }
@@ -164,7 +164,7 @@ impl Bus {
 }
 
 impl Slot {
-    /// Places a device; KVM turns notifications and interrupts into event files by itself.
+    /// Places a device in its window; KVM turns notifications and interrupts into eventfd events.
     fn new(
         number: u32,
         mut device: Box<dyn Device>,
@@ -173,39 +173,39 @@ impl Slot {
     ) -> Result<Self, Error> {
         let place = mmio_slot(number);
         let start = u64::from(place.start);
-        let interrupt = event_file()?;
-        vm.register_irqfd(&interrupt, place.gsi).map_err(Error::kvm("making an interrupt"))?;
-        let mut kicks = Vec::new();
+        let interrupt = new_eventfd()?;
+        vm.register_irqfd(&interrupt, place.gsi).map_err(Error::kvm("registering an irqfd"))?;
+        let mut notify_fds = Vec::new();
         for index in (0u32..).take(device.queues()) {
-            let kick = event_file()?;
+            let notify_fd = new_eventfd()?;
             let notify = IoEventAddress::Mmio(start + register::QUEUE_NOTIFY);
-            vm.register_ioevent(&kick, &notify, index)
-                .map_err(Error::kvm("making a notification"))?;
-            kicks.push(kick);
+            vm.register_ioevent(&notify_fd, &notify, index)
+                .map_err(Error::kvm("registering an ioeventfd"))?;
+            notify_fds.push(notify_fd);
         }
-        device.set_kicks(&kicks);
-        let copies = kicks.iter().map(EventFd::try_clone).collect::<Result<_, _>>();
+        device.set_notify_fds(&notify_fds);
+        let copies = notify_fds.iter().map(EventFd::try_clone).collect::<Result<_, _>>();
         let signals = EventFdInterrupts {
             interrupt,
-            kicks: copies.map_err(Error::host::<io::Error>("dup"))?,
+            notify_fds: copies.map_err(Error::host::<io::Error>("dup"))?,
         };
         let transport = Transport::new(device, signals, memory.guest.clone())
-            .map_err(Error::memory("making queues"))?;
+            .map_err(Error::memory("creating virtqueues"))?;
         Ok(Self {
             start,
             transport: Mutex::new(transport),
-            kicks,
-            is_to_go_on: AtomicBool::new(false),
+            notify_fds,
+            resume_pending: AtomicBool::new(false),
         })
     }
 
-    /// A thread that panicked with the lock held has left a device that nobody can rely on: its
-    /// driver has to reset it. The guest goes on, as after a ring that makes no sense.
+    /// Locks the transport. If a thread panicked with the lock held, the device's state is
+    /// unreliable: it sets DEVICE_NEEDS_RESET, as after an invalid vring, and the guest continues.
     pub(crate) fn transport(&self) -> MutexGuard<'_, Transport<EventFdInterrupts>> {
-        self.had(self.transport.lock())
+        self.locked(self.transport.lock())
     }
 
-    fn had<'a>(
+    fn locked<'a>(
         &self,
         lock: LockResult<MutexGuard<'a, Transport<EventFdInterrupts>>>,
     ) -> MutexGuard<'a, Transport<EventFdInterrupts>> {
@@ -213,72 +213,72 @@ impl Slot {
             self.transport.clear_poison();
             let mut transport = poisoned.into_inner();
             transport.fail();
-            tracing::error!(start = self.start, "host: a device failed, and waits for a reset");
+            tracing::error!(start = self.start, "host: a device failed and needs a reset");
             transport
         });
-        if self.is_to_go_on.swap(false, Ordering::AcqRel) {
+        if self.resume_pending.swap(false, Ordering::AcqRel) {
             transport.resume();
         }
         transport
     }
 }
 
-/// Where device `number` is.
+/// The MMIO window and interrupt of device `number`.
 fn mmio_slot(number: u32) -> MmioSlot {
     let start = layout::MMIO_START + u64::from(number) * layout::MMIO_BYTES;
     MmioSlot {
-        // Cannot fail: the hole is below 4 GiB and has room for more devices than interrupts.
+        // Cannot fail: the hole is below 4 GiB and fits more devices than there are interrupts.
         start: u32::try_from(start).unwrap_or(u32::MAX),
         gsi: layout::FIRST_DEVICE_GSI + number,
     }
 }
 
-fn event_file() -> Result<EventFd, Error> {
+fn new_eventfd() -> Result<EventFd, Error> {
     let flags = EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC;
     EventFd::new(flags.bits().cast_signed()).map_err(Error::host::<io::Error>("eventfd"))
 }
 
-/// A guest, which stands still until it is [resumed](Self::resume).
+/// A virtual machine. It is paused until it is [resumed](Self::resume).
 pub struct Machine {
     pub(crate) bus: Arc<Bus>,
     pub(crate) balloon: Arc<Shared>,
     pub(crate) disks: Vec<Arc<DiskFile>>,
-    /// A sync of them is under way.
+    /// A sync of the disks is in progress.
     pub(crate) syncing: Arc<AtomicBool>,
-    pub(crate) processors: Processors,
+    pub(crate) vcpus: Vcpus,
     pub(crate) memory: MachineMemory,
     pub(crate) vm: Arc<Vm>,
-    /// Model-specific registers that KVM knows.
+    /// Model-specific registers that KVM supports.
     pub(crate) msrs: Vec<u32>,
-    /// Interrupts the guest to tell of an event of the machine (`generation`).
+    /// Interrupts the guest to report a change of the VM generation ID (`generation`).
     pub(crate) event: EventFd,
-    /// How it was made.
+    /// The options that created the machine.
     pub(crate) options: RunOptions,
-    /// What each of the guest's processors answers to CPUID, from the guest's birth on. Not asked
-    /// of KVM: after a state was loaded some KVMs answer with what the host's processor can do.
+    /// The CPUID leaves of each vCPU, fixed when the guest boots. Not read back from KVM: after a
+    /// state was loaded, some KVM versions return the features of the host's CPU.
     pub(crate) cpuid: Mutex<Vec<CpuId>>,
 }
 
 impl Machine {
-    /// A machine with nothing in its memory. Its serial line writes to `output`.
+    /// Creates a machine with empty memory. Its serial port writes to `output`.
     ///
     /// # Errors
-    /// What is wrong with the options, or with the host.
+    /// The options are invalid, or the host fails.
     pub fn new(options: &RunOptions, output: Box<dyn io::Write + Send>) -> Result<Self, Error> {
         if !(1..=layout::MAX_CPUS).contains(&options.cpus) {
-            let what = format!("a guest can have 1 to {} processors", layout::MAX_CPUS);
+            let what = format!("a guest can have 1 to {} vCPUs", layout::MAX_CPUS);
             return Err(Error::Option { what });
         }
         if options.host.disks.len() > MAX_DISKS {
-            let what = format!("a guest can have {MAX_DISKS} disks");
+            let what = format!("a guest can have at most {MAX_DISKS} disks");
             return Err(Error::Option { what });
         }
         let disks = crate::disks::open(&options.host.disks)?;
         let memory = MachineMemory::new(options.memory_bytes, options.host.memory)?;
         let kvm = Kvm::new().map_err(Error::kvm(OPENING_KVM))?;
-        let fd = kvm.create_vm().map_err(Error::kvm("making a virtual machine"))?;
+        let fd = kvm.create_vm().map_err(Error::kvm("creating a virtual machine"))?;
         fd.set_tss_address(layout::TSS).map_err(Error::kvm("placing the TSS"))?;
-        fd.create_irq_chip().map_err(Error::kvm("making interrupt controllers"))?;
+        fd.create_irq_chip().map_err(Error::kvm("creating the interrupt controllers"))?;
         let vm = Arc::new(Vm::new(fd, &memory.guest)?);
 
         let balloon = balloon(options, &memory)?;
@@ -289,45 +289,34 @@ impl Machine {
             slots.push(Slot::new(slot, device, vm.fd(), &memory)?);
         }
         let [serial, event] = [layout::SERIAL_GSI, layout::EVENT_GSI].map(|gsi| {
-            let file = event_file()?;
-            let made = vm.fd().register_irqfd(&file, gsi);
-            made.map_err(Error::kvm("making an interrupt")).map(|()| file)
+            let file = new_eventfd()?;
+            let registered = vm.fd().register_irqfd(&file, gsi);
+            registered.map_err(Error::kvm("registering an irqfd")).map(|()| file)
         });
         let (serial, event) = (serial?, event?);
         let ports = Ports::new(serial, output).map_err(Error::host("dup"))?;
         let bus = Arc::new(Bus { ports, slots });
         let template = Template::new(&kvm, vm.fd(), options.nested)?;
         let cpuid: Vec<_> =
-            (0..options.cpus).map(|cpu| template.of_processor(cpu, options.cpus)).collect();
-        let processors = make_processors(&cpuid, vm.fd())?;
-        let processors = Processors::new(processors, &bus, &vm)?;
-        let msrs = kvm.get_msr_index_list().map_err(Error::kvm("asking for registers"))?;
+            (0..options.cpus).map(|cpu| template.for_vcpu(cpu, options.cpus)).collect();
+        let vcpus = create_vcpus(&cpuid, vm.fd())?;
+        let vcpus = Vcpus::new(vcpus, &bus, &vm)?;
+        let msrs = kvm.get_msr_index_list().map_err(Error::kvm("listing the MSRs"))?;
         let msrs = msrs.as_slice().to_vec();
         let cpuid = Mutex::new(cpuid);
         let options = options.clone();
         let syncing = Arc::default();
-        Ok(Self {
-            bus,
-            balloon,
-            disks,
-            syncing,
-            processors,
-            memory,
-            vm,
-            msrs,
-            event,
-            options,
-            cpuid,
-        })
+        Ok(Self { bus, balloon, disks, syncing, vcpus, memory, vm, msrs, event, options, cpuid })
     }
 
-    /// Puts a kernel, and what firmware would have left, into the memory of a new machine.
+    /// Loads a kernel, and the tables that firmware would have left, into the memory of a new
+    /// machine.
     ///
     /// # Errors
     /// The kernel cannot be booted, or does not fit.
     pub fn load_kernel(&self, options: &RunOptions) -> Result<(), Error> {
-        let places: Vec<_> = (0..).take(self.bus.slots.len()).map(mmio_slot).collect();
-        let tables = acpi::tables(self.options.cpus, &places);
+        let slots: Vec<_> = (0..).take(self.bus.slots.len()).map(mmio_slot).collect();
+        let tables = acpi::tables(self.options.cpus, &slots);
         let memory = &self.memory;
         memory
             .guest
@@ -343,35 +332,35 @@ impl Machine {
             ranges: &memory.ranges,
         };
         let entry = boot.load()?;
-        self.processors.pause(PAUSE_TIME)?;
+        self.vcpus.pause(PAUSE_TIMEOUT)?;
         let enter = |number, fd: &VcpuFd| match number {
             0 => cpu::enter(fd, entry, &memory.guest),
             _ => Ok(()),
         };
-        self.processors.each(enter).map(drop)
+        self.vcpus.each(enter).map(drop)
     }
 
-    /// Serves the guest's devices until it ends, or is to end. Others may pause and resume the
-    /// guest meanwhile.
+    /// Serves the guest's devices until the guest ends or this process is stopped. Other threads
+    /// may pause and resume the guest meanwhile.
     ///
     /// # Errors
-    /// The host fails, or a processor of the guest stops for good.
+    /// The host fails, or a vCPU stops with an error.
     pub fn serve(&self, requests: &Signals) -> Result<End, Error> {
         self.serve_with(requests, &|pause| {
             if !pause {
                 self.resume();
             } else if let Err(error) = self.pause() {
-                tracing::error!(%error, "the guest is not paused");
+                tracing::error!(%error, "cannot pause the guest");
             }
         })
     }
 
-    /// The same; `change` is called for an operator who pauses the guest, or resumes it.
+    /// As [`serve`](Self::serve), but calls `change` when the operator pauses or resumes the guest.
     pub(crate) fn serve_with(&self, requests: &Signals, change: Change<'_>) -> Result<End, Error> {
         let poll = self.watch(requests).map_err(Error::host("epoll"))?;
         self.balloon.set_connected(true);
         let end = self.serve_events(&poll, requests, change);
-        self.come_to_an_end(requests.ending());
+        self.stop(requests.ending());
         self.balloon.device().requests_mut().end_all(RequestFailure::HungUp);
         self.balloon.set_connected(false);
         match end? {
@@ -392,23 +381,23 @@ impl Machine {
         add(&requests.pause, EVENT_PAUSE)?;
         add(&requests.resume, EVENT_RESUME)?;
         add(self.balloon.wake(), EVENT_WAKE)?;
-        add(self.processors.ended(), EVENT_ENDED)?;
-        for (slot, place) in (0u64..).zip(&self.bus.slots) {
-            for (index, kick) in (0u64..).zip(&place.kicks) {
-                add(kick, slot << SLOT_SHIFT | index)?;
+        add(self.vcpus.ended(), EVENT_ENDED)?;
+        for (number, slot) in (0u64..).zip(&self.bus.slots) {
+            for (index, notify_fd) in (0u64..).zip(&slot.notify_fds) {
+                add(notify_fd, number << SLOT_SHIFT | index)?;
             }
         }
         Ok(poll)
     }
 
-    /// `None` where this process is to end.
+    /// Serves events; `None` if this process must stop.
     fn serve_events(
         &self,
         poll: &Epoll,
         requests: &Signals,
         change: Change<'_>,
     ) -> Result<Option<Request>, Error> {
-        let mut events = vec![EpollEvent::default(); EVENTS_AT_ONCE];
+        let mut events = vec![EpollEvent::default(); MAX_EVENTS];
         let mut panics = 0;
         loop {
             match contain(|| self.serve_once(poll, (requests, change), &mut events)) {
@@ -416,7 +405,7 @@ impl Machine {
                 Ok(Ok(Turn::Stop)) => return Ok(None),
                 Ok(Ok(Turn::Ended(request))) => return Ok(Some(request)),
                 Ok(Err(error)) => return Err(error),
-                // The device that it was about waits for a reset, and the others go on.
+                // The affected device needs a reset; the others continue.
                 Err(_) if panics < MAX_PANICS => panics += 1,
                 Err(panicked) => {
                     let source = io::Error::other(panicked);
@@ -426,7 +415,7 @@ impl Machine {
         }
     }
 
-    /// Waits for what is to be served, and serves it.
+    /// Waits for events once, and serves them.
     fn serve_once(
         &self,
         poll: &Epoll,
@@ -434,21 +423,21 @@ impl Machine {
         events: &mut [EpollEvent],
     ) -> Result<Turn, Error> {
         let due = self.bus.slots.iter().filter_map(|slot| slot.transport().until_due());
-        let timeout = due.chain(self.processors.until_call()).min();
-        let count = match poll.wait(timeout.map_or(-1, whole_ms), events) {
+        let timeout = due.chain(self.vcpus.until_kick()).min();
+        let count = match poll.wait(timeout.map_or(-1, ceil_ms), events) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             Err(error) => return Err(Error::host("epoll_wait")(error)),
         };
         self.bus.poll_timers(false);
-        if self.processors.until_call().is_some() {
-            self.processors.call();
+        if self.vcpus.until_kick().is_some() {
+            self.vcpus.kick();
         }
         for event in events.iter().take(count) {
             match event.data() {
                 EVENT_STOP => return Ok(Turn::Stop),
                 EVENT_ENDED => {
-                    if let Some(end) = self.processors.take_end() {
+                    if let Some(end) = self.vcpus.take_end() {
                         return end.map(Turn::Ended);
                     }
                 }
@@ -469,74 +458,74 @@ impl Machine {
                     requests.resume.clear();
                     change(false);
                 }
-                kick => self.kicked(kick),
+                queue => self.queue_notified(queue),
             }
         }
         Ok(Turn::More)
     }
 
-    /// Has the loop look what is to be served.
+    /// Wakes the device loop, so that it polls all timers.
     pub(crate) fn wake_loop(&self) {
-        // A file that is full is readable.
+        // A full eventfd is readable.
         let _ = rustix::io::write(self.balloon.wake(), &1u64.to_ne_bytes());
     }
 
-    /// The guest runs.
+    /// Resumes the devices, then the vCPUs.
     pub fn resume(&self) {
         self.balloon.stay();
         self.bus.slots.iter().for_each(|slot| slot.transport().resume());
-        self.processors.resume();
+        self.vcpus.resume();
     }
 
-    /// The guest's processors come to a stop soon, and nobody lets them go on.
+    /// Pauses the vCPUs permanently, without waiting until they are paused.
     pub(crate) fn halt(&self) {
-        self.processors.halt();
+        self.vcpus.halt();
     }
 
-    /// A processor has ended the guest.
+    /// A vCPU has ended the guest.
     pub(crate) fn has_ended(&self) -> bool {
-        self.processors.have_ended()
+        self.vcpus.has_ended()
     }
 
-    fn kicked(&self, data: u64) {
+    fn queue_notified(&self, data: u64) {
         let number = |value: u64| usize::try_from(value).unwrap_or(usize::MAX);
         let (slot, index) = (number(data >> SLOT_SHIFT), number(data & ((1 << SLOT_SHIFT) - 1)));
         let Some(slot) = self.bus.slots.get(slot) else { return };
-        let Some(kick) = slot.kicks.get(index) else { return };
-        // Several notifications come as one, with their number.
-        let count = kick.read().unwrap_or(0);
+        let Some(notify_fd) = slot.notify_fds.get(index) else { return };
+        // The eventfd counts the notifications since the last read.
+        let count = notify_fd.read().unwrap_or(0);
         if slot.transport().notified(index, count) {
-            // The others first.
-            let _ = kick.write(1);
+            // More is left; serve the other devices first.
+            let _ = notify_fd.write(1);
         }
     }
 }
 
-/// Pauses the guest for its operator (true), or resumes it.
+/// Pauses (true) or resumes the guest for the operator.
 type Change<'a> = &'a dyn Fn(bool);
 
-/// What came of looking once what is to be served.
+/// The outcome of one turn of the device loop.
 enum Turn {
     More,
-    /// This process is to end.
+    /// This process must stop.
     Stop,
     /// The guest has ended.
     Ended(Request),
 }
 
-/// Panics of the loop after which it is given up: a fault that comes again at each turn would keep
-/// a processor busy and serve nobody.
+/// Panics of the loop after which it fails: a panic at every turn would use up a CPU and serve
+/// nothing.
 const MAX_PANICS: u32 = 16;
 
-/// A millisecond more than nothing, so that what is due then is due when the wait is over.
-fn whole_ms(timeout: Duration) -> i32 {
+/// Rounds up, so that a timer is due when the wait is over.
+fn ceil_ms(timeout: Duration) -> i32 {
     i32::try_from(timeout.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
 }
 
-/// Events taken from the kernel at once; those beyond come next time.
-const EVENTS_AT_ONCE: usize = 16;
+/// Events per `epoll_wait`; the next call returns the rest.
+const MAX_EVENTS: usize = 16;
 
-/// Events other than notifications, whose data is the slot's and the queue's number.
+/// A notification's epoll data is the numbers of its slot and queue; the other events follow.
 const SLOT_SHIFT: u32 = 16;
 const EVENT_STOP: u64 = 1 << 48;
 const EVENT_WAKE: u64 = EVENT_STOP + 1;
@@ -555,14 +544,14 @@ fn balloon(options: &RunOptions, memory: &MachineMemory) -> Result<Arc<Shared>, 
     Ok(Arc::new(shared))
 }
 
-/// As many as there are answers to CPUID.
-fn make_processors(cpuid: &[CpuId], vm: &VmFd) -> Result<Vec<VcpuFd>, Error> {
-    let mut processors = Vec::new();
+/// Creates one vCPU for each set of CPUID leaves.
+fn create_vcpus(cpuid: &[CpuId], vm: &VmFd) -> Result<Vec<VcpuFd>, Error> {
+    let mut vcpus = Vec::new();
     for (number, leaves) in (0..).zip(cpuid) {
-        let fd = vm.create_vcpu(number).map_err(Error::kvm("making a processor"))?;
-        fd.set_cpuid2(leaves).map_err(Error::kvm("describing a processor"))?;
+        let fd = vm.create_vcpu(number).map_err(Error::kvm("creating a vCPU"))?;
+        fd.set_cpuid2(leaves).map_err(Error::kvm("setting a vCPU's CPUID"))?;
         cpu::set_msrs(&fd)?;
-        processors.push(fd);
+        vcpus.push(fd);
     }
-    Ok(processors)
+    Ok(vcpus)
 }

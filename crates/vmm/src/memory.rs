@@ -1,4 +1,4 @@
-//! The guest's memory in this process.
+//! The guest's memory.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -22,23 +22,22 @@ use crate::layout;
 /// What backs a guest's memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryKind {
-    /// A file in memory, which another process can be given, instead of memory of this process
-    /// alone.
+    /// A memfd, which can be shared with another process, instead of private memory.
     pub shared: bool,
-    /// Huge pages: of the pool (hugetlbfs) where it is shared, else transparent ones.
+    /// Huge pages: from the pool (hugetlbfs) if shared, else transparent ones.
     pub huge: bool,
 }
 
-/// Guest memory that notes which pages this process writes: the devices, since the guest's
-/// processors write without it.
+/// Guest memory with a bitmap of the pages that devices in this process write. It does not see
+/// writes by vCPUs.
 pub(crate) type Ram = GuestMemoryMmap<AtomicBitmap>;
 
-/// One region of it.
+/// One region of guest memory.
 type RamRegion = GuestRegionMmap<AtomicBitmap>;
 
-/// Notes pages that are discarded as written, while writes are noted. They read as zeros from then
-/// on, and a copy that was made of them before would keep its memory where it is: nobody gives a
-/// page to the balloon or reports it a second time.
+/// Marks discarded pages as dirty while the dirty log is on. They read as zeros afterwards; a copy
+/// at a destination that was sent before would keep using memory, because the guest does not
+/// inflate or report a page a second time.
 pub(crate) struct DiscardLog {
     guest: Ram,
     on: AtomicBool,
@@ -51,7 +50,8 @@ impl DiscardLog {
 }
 
 impl ObserveDiscards for DiscardLog {
-    /// After the discard: whoever read the page before it finds the note later.
+    /// Called after the discard, so that a migration that read the page before it finds it dirty
+    /// later.
     fn after(&self, pages: &PageSet) {
         if !self.on.load(Ordering::SeqCst) {
             return;
@@ -67,12 +67,12 @@ impl ObserveDiscards for DiscardLog {
     }
 }
 
-/// A guest's memory and what is known of its pages.
+/// A guest's memory and the data on its pages.
 pub(crate) struct MachineMemory {
     pub(crate) guest: Ram,
-    /// For who releases pages.
+    /// The map for discarding pages.
     pub(crate) map: MemoryMap,
-    /// Hears of all that is released.
+    /// Observes all discards.
     pub(crate) discards: Arc<DiscardLog>,
     pub(crate) ranges: Vec<(u64, u64)>,
 }
@@ -80,7 +80,7 @@ pub(crate) struct MachineMemory {
 impl MachineMemory {
     pub(crate) fn new(bytes: u64, kind: MemoryKind) -> Result<Self, Error> {
         let ranges = layout::ranges(bytes)?;
-        // Some of it can be missing all the same: a limit of a control group, a failed module.
+        // Memory can still be missing: a cgroup limit, a failed memory module.
         say_missing_memory().map_err(Error::host::<std::io::Error>("a signal handler"))?;
         let file = kind.shared.then(|| memory_file(bytes, kind.huge)).transpose()?;
         let mut offset = 0;
@@ -103,21 +103,21 @@ impl MachineMemory {
     }
 }
 
-/// A region with the pages that the host has behind it.
+/// A region with the kind of its host pages.
 fn host_region(region: &RamRegion, kind: MemoryKind) -> Result<Region, Error> {
     let known = Region::of_mapping(region).map_err(Error::memory("mapping"))?;
     match kind {
         MemoryKind { shared: true, .. } => Ok(known),
         MemoryKind { huge: true, .. } => {
             let advised = advise_huge(region, Huge::May);
-            advised.map_err(Error::memory("asking for huge pages"))?;
+            advised.map_err(Error::memory("enabling huge pages"))?;
             Ok(known.with_host_pages(HostPages::Transparent))
         }
-        // The host gives huge pages to everybody.
+        // The host uses huge pages for all processes.
         _ if huge_by_default() => Ok(known.with_host_pages(HostPages::Transparent)),
         _ => {
-            // Also where it comes to do so later: it would take what the balloon has. A kernel that
-            // knows no huge pages refuses, and makes none.
+            // Also keeps the host from using huge pages later, which would take back ballooned
+            // memory. A kernel without huge pages returns an error, which does not matter.
             let _ = advise_huge(region, Huge::Never);
             Ok(known)
         }
@@ -127,10 +127,10 @@ fn host_region(region: &RamRegion, kind: MemoryKind) -> Result<Region, Error> {
 fn memory_file(bytes: u64, huge: bool) -> Result<Arc<File>, Error> {
     let flags = if huge { MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB } else { MemfdFlags::empty() };
     let fd = memfd_create("guest-memory", MemfdFlags::CLOEXEC | flags)
-        .map_err(Error::memory("making the file"))?;
-    ftruncate(&fd, bytes).map_err(Error::memory("growing the file"))?;
+        .map_err(Error::memory("memfd_create"))?;
+    ftruncate(&fd, bytes).map_err(Error::memory("ftruncate"))?;
     let file = File::from(fd);
-    // Else who touches what the host does not have is ended, in the middle of anything.
+    // Without the reservation, touching a page that the host does not have raises SIGBUS.
     reserve_file(&file, bytes).map_err(Error::memory("reserving"))?;
     Ok(Arc::new(file))
 }
@@ -143,10 +143,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_discarded_while_writes_are_noted_counts_as_written() {
+    fn discarded_pages_are_dirty_while_the_dirty_log_is_on() {
         for kind in [false, true].map(|shared| MemoryKind { shared, huge: false }) {
             let memory = MachineMemory::new(BYTES, kind).unwrap();
-            // As whoever releases for the balloon has it.
+            // A clone, as the balloon has it.
             let map = memory.map.clone();
             let above = layout::HOLE_END / PAGE_BYTES;
             let mut pages = PageSet::from(PageRange::new(100, 70).unwrap());
@@ -169,23 +169,23 @@ mod tests {
         }
     }
 
-    /// A guest that would be ended when it touches memory is not begun, however it comes here: all
-    /// of `run`, `receive` and `restore` make their memory so.
+    /// A guest that would get SIGBUS later must not start: `run`, `receive` and `restore` all
+    /// allocate memory this way.
     #[test]
-    fn huge_pages_that_the_pool_does_not_have_are_refused_before_they_are_touched() {
+    fn missing_huge_pages_are_an_error_before_they_are_touched() {
         let kind = MemoryKind { shared: true, huge: true };
         let pages = HugePool::of(2 << 20).total + 1000;
         let error = MachineMemory::new(pages * (2 << 20), kind).err().unwrap();
-        let said = std::error::Error::source(&error).unwrap().to_string();
-        assert!(said.contains(&format!("{pages} huge pages of 2 MiB are needed")), "{said}");
-        assert!(said.contains("vm.nr_hugepages"), "{said}");
+        let message = std::error::Error::source(&error).unwrap().to_string();
+        assert!(message.contains(&format!("{pages} huge pages of 2 MiB are needed")), "{message}");
+        assert!(message.contains("vm.nr_hugepages"), "{message}");
     }
 
-    /// Above the hole, untouched and so free of cost.
+    /// Reaches above the hole; untouched pages cost nothing.
     const BYTES: u64 = 4 << 30;
 
     #[test]
-    fn memory_of_each_kind_is_there_on_both_sides_of_the_hole() {
+    fn each_kind_of_memory_works_on_both_sides_of_the_hole() {
         for (shared, huge) in [(false, false), (false, true), (true, false)] {
             let memory = MachineMemory::new(BYTES, MemoryKind { shared, huge }).unwrap();
             assert_eq!(memory.map.pages(), BYTES / 4096);

@@ -1,4 +1,4 @@
-//! What a migration needs of a machine: its memory, what was written to it, and its state.
+//! The machine's memory, dirty log and state, for a migration.
 
 use std::sync::{Arc, MutexGuard, PoisonError};
 
@@ -7,21 +7,21 @@ use page_set::{PageRange, PageSet};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::cpuid::CpuFeatures;
-use crate::disks::SYNC_TIME;
+use crate::disks::PAUSED_SYNC_TIMEOUT;
 use crate::error::Error;
-use crate::machine::{Machine, PAUSE_TIME};
+use crate::machine::{Machine, PAUSE_TIMEOUT};
 use crate::memory::Ram;
-use crate::state::{Irqchip, MachineState, Processor, Section, transport_name};
+use crate::state::{Irqchip, MachineState, Section, VcpuState, transport_name};
 
 const PAGE_BYTES: u64 = 4096;
 
-/// A guest's memory, to be read and written by many threads, and apart from its machine.
+/// A guest's memory, detached from its machine. Several threads may read and write it.
 #[derive(Clone)]
 pub struct GuestRam(Ram);
 
 impl GuestRam {
-    /// Copies `pages` to `out`, which has 4096 bytes for each. A guest that runs may write
-    /// meanwhile, so that the copy is torn; it is noted as written then.
+    /// Copies `pages` to `out`, 4096 bytes each. A running guest may write meanwhile: the copy is
+    /// torn then, and the dirty log has the page.
     ///
     /// # Errors
     /// The guest does not have these pages, or `out` has another size.
@@ -31,7 +31,7 @@ impl GuestRam {
         self.0.read_slice(out, at).map_err(Error::memory("reading"))
     }
 
-    /// Copies `bytes` to `pages`, 4096 for each.
+    /// Copies `bytes` to `pages`, 4096 bytes each.
     ///
     /// # Errors
     /// As [`read`](Self::read).
@@ -56,12 +56,12 @@ impl Machine {
         GuestRam(self.memory.guest.clone())
     }
 
-    /// Regions of the guest's memory in pages, by address. The dirty log numbers them so.
+    /// Regions of the guest's memory in pages, by address. The dirty log uses the same numbering.
     pub fn regions(&self) -> Vec<PageRange> {
         self.balloon.device().layout().ranges().to_vec()
     }
 
-    /// What the guest was told that its processors can do.
+    /// The CPU features exposed to the guest.
     pub fn cpu_features(&self) -> CpuFeatures {
         let cpuid = self.cpuid();
         cpuid.first().map(|leaves| CpuFeatures::of(leaves.as_slice())).unwrap_or_default()
@@ -72,16 +72,16 @@ impl Machine {
         Arc::clone(&self.balloon) as _
     }
 
-    /// Types on the guest's serial line; waits while it has no room.
+    /// Types on the guest's serial port; waits while its buffer is full.
     ///
     /// # Errors
-    /// The line takes no more.
+    /// The port takes no more input.
     pub fn type_in(&self, bytes: &[u8]) -> std::io::Result<()> {
         self.bus.ports.type_in(bytes, None)
     }
 
-    /// Has every write to the guest's memory noted from now on, of its processors and of its
-    /// devices in this process, and what is released of it. What they wrote before is not told.
+    /// Starts the dirty log: from now on it records all writes to the guest's memory by vCPUs and
+    /// by devices in this process, and all discards. Earlier writes are not reported.
     ///
     /// # Errors
     /// KVM refuses.
@@ -91,88 +91,88 @@ impl Machine {
         self.vm.take_dirty(|_, _| {})
     }
 
-    /// Tells which pages were written since the last call: calls `each` with the number of a
-    /// region and a bit for each of its pages, twice for each region. Bits of both count.
+    /// Reports the pages written since the last call: calls `each` twice for each region, with the
+    /// region's number and one bit per page. Both bitmaps count.
     ///
     /// # Errors
-    /// KVM refuses; what was written is not known then.
+    /// KVM refuses; the written pages are unknown then.
     pub fn take_dirty(&self, each: impl FnMut(usize, &[u64])) -> Result<(), Error> {
         self.vm.take_dirty(each)
     }
 
-    /// Ends the log.
+    /// Stops the dirty log.
     ///
     /// # Errors
-    /// KVM refuses; the guest goes on, slower.
+    /// KVM refuses; the guest continues, slower.
     pub fn stop_dirty_log(&self) -> Result<(), Error> {
         self.memory.discards.switch(false);
         self.vm.log_dirty(false)
     }
 
-    /// Leaves the guest's processors only `100 - percent` per cent of their time; 0 to 99, 0 for
-    /// all of it. Their devices have to be [served](Self::serve) meanwhile.
+    /// Throttles the vCPUs by `percent` of their time, 0 to 99. Needs the device loop
+    /// ([`serve`](Self::serve)) to run.
     pub fn set_throttle(&self, percent: u8) {
-        self.processors.set_throttle(percent);
-        // The loop may wait for longer than the processors may run.
+        self.vcpus.set_throttle(percent);
+        // The loop's current wait may be longer than the vCPUs' run time.
         self.wake_loop();
     }
 
-    /// Pages whose contents do not matter: those in the balloon, of a driver that tells before it
-    /// uses one. Of any other driver none.
+    /// Balloon pages, whose contents need not be sent. Empty unless the driver negotiated
+    /// `MUST_TELL_HOST`, so that it deflates a page before it uses it.
     pub fn ballooned_pages(&self) -> PageSet {
         let device = self.balloon.device();
-        let tells = device.negotiated().contains(balloon_abi::Features::MUST_TELL_HOST);
-        if tells && !device.inherits() { device.held().clone() } else { PageSet::new() }
+        let must_tell = device.negotiated().contains(balloon_abi::Features::MUST_TELL_HOST);
+        if must_tell && !device.inherits() { device.held().clone() } else { PageSet::new() }
     }
 
-    /// The state of a guest that is [paused](Self::pause): everything but its memory, none of
-    /// which is written.
+    /// Saves the state of a [paused](Self::pause) guest: everything except its memory. Writes none
+    /// of its memory.
     ///
     /// # Errors
-    /// The guest is not paused, has ended, or runs guests of its own; or KVM refuses.
+    /// The guest is not paused, has ended, or has nested virtualization enabled; or KVM refuses.
     pub fn save(&self) -> Result<Vec<Section>, Error> {
-        let processors = self.save_processors()?;
+        let vcpus = self.save_vcpus()?;
         let irqchip = Irqchip::save(self.vm.fd())?;
         let balloon = self.balloon.leave();
         let layout = self.balloon.device().layout().clone();
-        // Whoever reads it next may do so on another host.
-        self.sync_disks(|taken| taken < SYNC_TIME)?;
+        // Another host may read the disks next.
+        self.sync_disks(|taken| taken < PAUSED_SYNC_TIMEOUT)?;
         let transports = self.bus.slots.iter().map(|slot| slot.transport().state()).collect();
         let ports = self.bus.ports.state();
-        Ok(MachineState { processors, irqchip, ports, transports, balloon }.encode(&layout))
+        Ok(MachineState { vcpus, irqchip, ports, transports, balloon }.encode(&layout))
     }
 
-    /// Those of a guest that is paused.
-    pub(crate) fn save_processors(&self) -> Result<Vec<Processor>, Error> {
+    /// The vCPU states of a paused guest.
+    pub(crate) fn save_vcpus(&self) -> Result<Vec<VcpuState>, Error> {
         let cpuid = self.cpuid().clone();
-        self.processors.each(|number, fd| {
+        self.vcpus.each(|number, fd| {
             let leaves = cpuid.get(number).map(|leaves| leaves.as_slice()).unwrap_or_default();
-            Processor::save((number, fd), &self.vm, &self.msrs, leaves)
+            VcpuState::save((number, fd), &self.vm, &self.msrs, leaves)
         })
     }
 
-    /// What the processors answer to CPUID; a whole list is put in its place.
+    /// The vCPUs' CPUID leaves. Ignores poisoning: the list is only replaced as a whole.
     fn cpuid(&self) -> MutexGuard<'_, Vec<CpuId>> {
         self.cpuid.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives a new machine, whose memory is there already, the state of another. It stands still
+    /// Loads a saved state into a new machine that already has its memory. The machine stays paused
     /// until it is [resumed](Self::resume).
     ///
     /// # Errors
-    /// The state is none of such a machine (the sender's fault), or this host cannot have it. The
-    /// machine is of no use then.
+    /// The state does not fit the machine (the sender's fault), or this host cannot run it. The
+    /// machine is unusable then.
     pub fn load(&self, sections: &[Section]) -> Result<(), Error> {
-        self.processors.pause(PAUSE_TIME)?;
+        self.vcpus.pause(PAUSE_TIMEOUT)?;
         let layout = self.balloon.device().layout().clone();
-        let (cpus, devices) = (self.processors.len(), self.bus.slots.len());
+        let (cpus, devices) = (self.vcpus.len(), self.bus.slots.len());
         let state = MachineState::decode(sections, cpus, devices, &layout)?;
         let wrong = |section: &str, why: String| Error::State { section: section.into(), why };
-        self.processors.each(|number, fd| match state.processors.get(number) {
-            Some(processor) => processor.load(fd, &self.vm),
+        self.vcpus.each(|number, fd| match state.vcpus.get(number) {
+            Some(vcpu) => vcpu.load(fd, &self.vm),
             None => Ok(()),
         })?;
-        let cpuid = state.processors.iter().map(Processor::cpuid).collect::<Result<_, _>>()?;
+        let cpuid = state.vcpus.iter().map(VcpuState::cpuid).collect::<Result<_, _>>()?;
         *self.cpuid() = cpuid;
         state.irqchip.load(self.vm.fd())?;
         self.bus.ports.restore(&state.ports).map_err(|error| wrong("ports", error.to_string()))?;
@@ -184,7 +184,8 @@ impl Machine {
             restored.map_err(|error| wrong(&transport_name(number), error.to_string()))?;
         }
         if let Some(balloon) = self.bus.slots.first() {
-            // The driver looks whether it may use what it hinted, and what is asked of it.
+            // The driver reads whether it may use the pages that it hinted, and which request is
+            // pending.
             balloon.transport().config_changed();
         }
         Ok(())

@@ -1,7 +1,7 @@
 //! The registers of a virtio-mmio device (virtio 1.3, section 4.2.2).
 //!
-//! The guest reads and writes them as it likes. What the specification does not allow is not
-//! done; a driver that cannot be served is told so by the bit `DEVICE_NEEDS_RESET`.
+//! Invalid accesses are ignored. A driver that cannot be served gets the status bit
+//! `DEVICE_NEEDS_RESET`.
 
 mod state;
 
@@ -17,7 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::Ram;
 
-/// "virt", version 2, and a vendor of our own.
+/// "virt", version 2, and Aerostat's own vendor ID.
 const MAGIC: u32 = 0x7472_6976;
 const VERSION: u32 = 2;
 const VENDOR: u32 = u32::from_le_bytes(*b"Aero");
@@ -56,99 +56,100 @@ pub(crate) mod status {
     pub(crate) const NEEDS_RESET: u32 = 64;
 }
 
-/// Times that a ring is served before the guest stands still: each takes a chain at least, and no ring
-/// has more.
+/// Passes over a vring before a pause: each takes at least one chain, and no vring has more.
 const MAX_PASSES: u16 = MAX_QUEUE_SIZE;
 
 /// Bits of the interrupt status.
-pub(crate) const INTERRUPT_RING: u32 = 1;
+pub(crate) const INTERRUPT_VRING: u32 = 1;
 pub(crate) const INTERRUPT_CONFIG: u32 = 2;
 
 /// A virtio device without its transport.
 pub(crate) trait Device: Send {
-    /// Its kind (virtio 1.3, chapter 5).
+    /// The virtio device ID (virtio 1.3, chapter 5).
     fn id(&self) -> u32;
-    /// What it offers.
+    /// The offered features.
     fn features(&self) -> u64;
-    /// How many queues it may have.
+    /// The number of virtqueues.
     fn queues(&self) -> usize;
-    /// Reads configuration space; what is beyond its end reads as zeros.
+    /// Reads configuration space; bytes beyond its end read as zeros.
     fn read_config(&mut self, offset: u32, data: &mut [u8]);
     /// Writes configuration space.
     fn write_config(&mut self, offset: u32, data: &[u8]);
-    /// A driver starts with these features, or goes with none.
+    /// Resets the device for a driver with these features; 0 for no driver.
     fn reset(&mut self, features: u64);
-    /// A driver that these features were agreed on with came from another host.
-    fn accepted(&mut self, _features: u64) {}
-    /// What has each of its queues served, as a notification by the guest would.
-    fn set_kicks(&mut self, _kicks: &[EventFd]) {}
-    /// The guest left its processor so many times because of this device.
+    /// Restores the negotiated features after a migration.
+    fn restore_features(&mut self, _features: u64) {}
+    /// Sets the eventfds that make the device loop serve each queue, as a guest's notification
+    /// does.
+    fn set_notify_fds(&mut self, _fds: &[EventFd]) {}
+    /// Counts VM exits caused by this device.
     fn count_exits(&mut self, count: u64);
-    /// The same, to notify it.
-    fn count_kicks(&mut self, count: u64) {
+    /// Counts VM exits caused by queue notifications.
+    fn count_notifications(&mut self, count: u64) {
         self.count_exits(count);
     }
     /// Serves a queue.
     fn serve(&mut self, index: usize, memory: &Ram, queue: &mut Queue) -> Served;
-    /// Time until a queue is to be served whatever the guest does, if it is.
+    /// Time until a queue must be served without a notification, if any.
     fn until_due(&self) -> Option<Duration>;
-    /// Queues to be served now whatever the guest does. Those that wait for this host's operator
-    /// are among them where he was heard (`woken`).
+    /// Queues to serve now without a notification. With `woken`, includes queues that wait for a
+    /// request of the operator.
     fn due(&mut self, woken: bool) -> Vec<usize>;
-    /// Whether all that the guest has sent is served before it stands still. What is not waits in
-    /// the ring for whoever lets the guest go on, here or on another host.
+    /// Whether a pause serves all available chains first. If not, they stay in the vring until the
+    /// guest is resumed, here or on another host.
     fn serves_before_pause(&self) -> bool {
         true
     }
-    /// A queue stops: what the device keeps of it goes back into it.
+    /// Returns the chains of a queue that the device has taken and not used, when the guest pauses.
     fn return_unused(&mut self, index: usize, memory: &Ram, queue: &mut Queue) -> Served;
-    /// Begins nothing more, and has what is under way end soon; true once nothing is. It waits no
-    /// longer than a moment.
-    fn comes_to_rest(&mut self) -> bool {
+    /// Starts no more requests and interrupts the one in progress. Returns true once none is in
+    /// progress; waits a millisecond at most.
+    fn quiesce(&mut self) -> bool {
         true
     }
-    /// Goes on after it was to come to rest; false where it has since, and no queue was told.
-    fn goes_on(&mut self) -> bool {
+    /// Continues after [`quiesce`](Self::quiesce). Returns false if a request was interrupted
+    /// meanwhile: then the device must be paused and resumed.
+    fn cancel_quiesce(&mut self) -> bool {
         true
     }
-    /// Chains that are with the device and neither answered nor kept for later.
+    /// Chains that the device has taken and not returned; a pending chain does not count.
     fn unfinished(&self) -> usize {
         0
     }
-    /// A queue is gone, with whatever the device keeps of it.
-    fn forget(&mut self, index: usize);
-    /// All queues stand still for a while.
+    /// Drops all state of a queue that was reset or disabled.
+    fn drop_queue(&mut self, index: usize);
+    /// Pauses all queues.
     fn suspend(&mut self);
 }
 
-/// What came of serving a queue.
+/// The outcome of serving a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Served {
-    /// All is done up to a limit.
+    /// Served up to a limit.
     Done {
-        /// The driver wants to hear of it.
+        /// The driver needs an interrupt.
         notify: bool,
-        /// There is more: serve again.
+        /// More chains are available: serve again.
         more: bool,
     },
-    /// The ring makes no sense.
+    /// The vring is invalid.
     Broken,
 }
 
-/// The two ways between the guest's processors and who serves the device.
+/// Signals to the driver and to the device loop.
 pub(crate) trait Interrupts: Send {
     /// Raises the device's interrupt.
     fn raise(&self);
-    /// Has a queue served soon, as a notification by the guest would.
-    fn kick(&self, index: usize);
+    /// Makes the device loop serve a queue, as a guest's notification does.
+    fn notify_device(&self, index: usize);
 }
 
-/// A queue as the driver describes it, until it says that it is ready.
+/// A virtqueue and the addresses that the driver has set for it.
 #[derive(Debug)]
-struct Ring {
+struct Vring {
     queue: Queue,
     /// Descriptor table, used and available ring.
-    places: [u64; 3],
+    addresses: [u64; 3],
 }
 
 /// The registers of one device.
@@ -156,7 +157,7 @@ pub(crate) struct Transport<S> {
     device: Box<dyn Device>,
     signals: S,
     memory: Ram,
-    rings: Vec<Ring>,
+    vrings: Vec<Vring>,
     device_features_sel: u32,
     driver_features_sel: u32,
     driver_features: u64,
@@ -164,20 +165,20 @@ pub(crate) struct Transport<S> {
     status: u32,
     interrupt_status: u32,
     config_generation: u32,
-    /// The guest's processors stand still, and so do the queues.
+    /// The vCPUs and the queues are paused.
     paused: bool,
 }
 
 impl<S: Interrupts> Transport<S> {
-    /// A device that no driver has touched.
+    /// Creates the registers of a device without a driver.
     pub(crate) fn new(
         device: Box<dyn Device>,
         signals: S,
         memory: Ram,
     ) -> Result<Self, virtio_queue::Error> {
-        let ring = |_| Ok(Ring { queue: Queue::new(MAX_QUEUE_SIZE)?, places: [0; 3] });
+        let vring = |_| Ok(Vring { queue: Queue::new(MAX_QUEUE_SIZE)?, addresses: [0; 3] });
         Ok(Self {
-            rings: (0..device.queues()).map(ring).collect::<Result<_, _>>()?,
+            vrings: (0..device.queues()).map(vring).collect::<Result<_, _>>()?,
             device,
             signals,
             memory,
@@ -192,7 +193,7 @@ impl<S: Interrupts> Transport<S> {
         })
     }
 
-    /// The guest reads.
+    /// Serves a read by the guest.
     pub(crate) fn read(&mut self, offset: u64, data: &mut [u8]) {
         self.device.count_exits(1);
         if let Some(offset) = offset.checked_sub(CONFIG) {
@@ -206,7 +207,7 @@ impl<S: Interrupts> Transport<S> {
         }
     }
 
-    /// The guest writes.
+    /// Serves a write by the guest.
     pub(crate) fn write(&mut self, offset: u64, data: &[u8]) {
         self.device.count_exits(1);
         if let Some(offset) = offset.checked_sub(CONFIG) {
@@ -216,27 +217,27 @@ impl<S: Interrupts> Transport<S> {
         }
     }
 
-    /// Serves a queue after so many notifications that the guest left its processor for; true
-    /// where there is more to serve.
+    /// Serves a queue after `count` notifications that caused VM exits. Returns true if more is
+    /// available.
     pub(crate) fn notified(&mut self, index: usize, count: u64) -> bool {
-        self.device.count_kicks(count);
+        self.device.count_notifications(count);
         if !self.runs() || self.paused {
             return false;
         }
-        let Some(ring) = self.rings.get_mut(index).filter(|ring| ring.queue.ready()) else {
+        let Some(vring) = self.vrings.get_mut(index).filter(|vring| vring.queue.ready()) else {
             return false;
         };
         panic_point("device");
-        let served = self.device.serve(index, &self.memory, &mut ring.queue);
+        let served = self.device.serve(index, &self.memory, &mut vring.queue);
         self.served(served)
     }
 
-    /// True where there is more to serve.
+    /// Acts on the outcome. Returns true if more is available.
     fn served(&mut self, served: Served) -> bool {
         match served {
             Served::Done { notify, more } => {
                 if notify {
-                    self.raise(INTERRUPT_RING);
+                    self.raise(INTERRUPT_VRING);
                 }
                 more
             }
@@ -247,45 +248,46 @@ impl<S: Interrupts> Transport<S> {
         }
     }
 
-    /// Time until [`poll_timers`](Self::poll_timers) has something to do, also where the guest does nothing.
+    /// Time until [`poll_timers`](Self::poll_timers) must be called, if at all.
     pub(crate) fn until_due(&self) -> Option<Duration> {
         self.device.until_due()
     }
 
-    /// Serves what is to be served without a notification.
+    /// Serves the queues that are due without a notification.
     pub(crate) fn poll_timers(&mut self, woken: bool) {
         for index in self.device.due(woken) {
             if self.notified(index, 0) {
-                self.signals.kick(index);
+                self.signals.notify_device(index);
             }
         }
     }
 
-    /// The guest's processors stand still: all that the guest has sent is served, unless the device
-    /// leaves it in the ring, and what the device keeps goes back there. False where the device
-    /// has not come to rest yet: ask again, or let it go on.
+    /// Pauses the device after the vCPUs. Serves all available chains, unless the device leaves
+    /// them in the vring, and returns unused ones. Returns false if a request is still in progress:
+    /// call again, or [resume](Self::resume).
     pub(crate) fn pause(&mut self) -> bool {
         if self.paused {
             return true;
         }
-        if !self.device.comes_to_rest() {
+        if !self.device.quiesce() {
             return false;
         }
         if self.device.serves_before_pause() {
-            for index in 0..self.rings.len() {
-                // Nobody adds to the ring meanwhile but the device, by what it writes to it where a
-                // hostile guest has laid one part upon another. The rest waits in the ring.
+            for index in 0..self.vrings.len() {
+                // Only the device's own writes can add chains meanwhile, if a hostile guest lets
+                // parts of the vring overlap. The rest stays in the vring.
                 let mut passes = 0..MAX_PASSES;
                 while passes.next().is_some() && self.notified(index, 0) {}
             }
         }
         if self.runs() {
-            for index in 0..self.rings.len() {
-                let Some(ring) = self.rings.get_mut(index).filter(|ring| ring.queue.ready()) else {
+            for index in 0..self.vrings.len() {
+                let Some(vring) = self.vrings.get_mut(index).filter(|vring| vring.queue.ready())
+                else {
                     continue;
                 };
-                let given = self.device.return_unused(index, &self.memory, &mut ring.queue);
-                self.served(given);
+                let returned = self.device.return_unused(index, &self.memory, &mut vring.queue);
+                self.served(returned);
             }
         }
         self.device.suspend();
@@ -293,30 +295,29 @@ impl<S: Interrupts> Transport<S> {
         true
     }
 
-    /// Queues stand still.
     #[cfg(test)]
     pub(crate) const fn is_paused(&self) -> bool {
         self.paused
     }
 
-    /// Requests of the guest that are not answered.
+    /// Requests of the guest that the device has not answered.
     pub(crate) fn unfinished(&self) -> usize {
         self.device.unfinished()
     }
 
-    /// The guest's processors are about to run.
+    /// Resumes the device before the vCPUs.
     pub(crate) fn resume(&mut self) {
-        if !self.device.goes_on() {
-            // It has come to rest after nobody waited for that any more.
+        if !self.device.cancel_quiesce() {
+            // A request was interrupted after the pause was aborted.
             self.pause();
         }
         if std::mem::take(&mut self.paused) && self.runs() {
-            // Whatever came meanwhile was not served.
-            (0..self.rings.len()).for_each(|index| self.signals.kick(index));
+            // Notifications during the pause were not served.
+            (0..self.vrings.len()).for_each(|index| self.signals.notify_device(index));
         }
     }
 
-    /// The device has changed its configuration space.
+    /// Reports a change of the configuration space to the driver.
     pub(crate) fn config_changed(&mut self) {
         self.config_generation = self.config_generation.wrapping_add(1);
         if self.runs() {
@@ -338,7 +339,7 @@ impl<S: Interrupts> Transport<S> {
         self.signals.raise();
     }
 
-    /// Nothing is served any more until the driver starts anew.
+    /// Serves nothing more until the driver resets the device.
     pub(crate) fn fail(&mut self) {
         self.status |= status::NEEDS_RESET;
         if self.status & status::DRIVER_OK != 0 {
@@ -347,18 +348,18 @@ impl<S: Interrupts> Transport<S> {
     }
 
     fn register(&self, offset: u64) -> u32 {
-        let ring = self.rings.get(self.queue_sel as usize);
+        let vring = self.vrings.get(self.queue_sel as usize);
         match offset {
             register::MAGIC => MAGIC,
             register::VERSION => VERSION,
             register::DEVICE_ID => self.device.id(),
             register::VENDOR_ID => VENDOR,
             register::DEVICE_FEATURES => half(self.device.features(), self.device_features_sel),
-            register::QUEUE_SIZE_MAX => ring.map_or(0, |ring| ring.queue.max_size().into()),
-            register::QUEUE_READY => ring.map_or(0, |ring| ring.queue.ready().into()),
+            register::QUEUE_SIZE_MAX => vring.map_or(0, |vring| vring.queue.max_size().into()),
+            register::QUEUE_READY => vring.map_or(0, |vring| vring.queue.ready().into()),
             register::INTERRUPT_STATUS => self.interrupt_status,
             register::STATUS => self.status,
-            // There is no shared memory: a length of all ones says so.
+            // No shared memory regions: the length reads as all ones.
             register::SHM_LEN..=0xb4 => u32::MAX,
             register::CONFIG_GENERATION => self.config_generation,
             _ => 0,
@@ -369,15 +370,14 @@ impl<S: Interrupts> Transport<S> {
         match offset {
             register::DEVICE_FEATURES_SEL => self.device_features_sel = value,
             register::DRIVER_FEATURES_SEL => self.driver_features_sel = value,
-            // Features are settled once the device has agreed to them.
+            // Features cannot change once they are negotiated.
             register::DRIVER_FEATURES if self.status & status::FEATURES_OK == 0 => {
                 set_half(&mut self.driver_features, self.driver_features_sel, value);
             }
             register::QUEUE_SEL => self.queue_sel = value,
-            // KVM turns a write of a queue's number into a notification by itself; this is for
-            // machines where it cannot.
-            register::QUEUE_NOTIFY if (value as usize) < self.rings.len() => {
-                self.signals.kick(value as usize);
+            // With an ioeventfd KVM handles this write; this is the path without one.
+            register::QUEUE_NOTIFY if (value as usize) < self.vrings.len() => {
+                self.signals.notify_device(value as usize);
             }
             register::INTERRUPT_ACK => self.interrupt_status &= !value,
             register::STATUS => self.set_status(value),
@@ -385,22 +385,22 @@ impl<S: Interrupts> Transport<S> {
         }
     }
 
-    /// The registers of the chosen queue, which stay as they are while it is ready.
+    /// Writes a register of the selected queue. Ignored while the queue is ready.
     fn set_queue_register(&mut self, offset: u64, value: u32) {
-        let Some(ring) = self.rings.get_mut(self.queue_sel as usize) else { return };
+        let Some(vring) = self.vrings.get_mut(self.queue_sel as usize) else { return };
         if offset == register::QUEUE_READY {
             let ready = value & 1 != 0;
             return self.set_queue_ready(ready);
         }
-        if ring.queue.ready() {
+        if vring.queue.ready() {
             return;
         }
-        let [descriptors, used, available] = &mut ring.places;
+        let [descriptors, used, available] = &mut vring.addresses;
         match offset {
             register::QUEUE_SIZE => {
-                // A size that no ring has is found out by its driver, which keeps the old one.
+                // The queue keeps its old size.
                 let size = u16::try_from(value).unwrap_or(0);
-                if ring.queue.try_set_size(size).is_err() {
+                if vring.queue.try_set_size(size).is_err() {
                     self.fail();
                 }
             }
@@ -414,20 +414,20 @@ impl<S: Interrupts> Transport<S> {
         }
     }
 
-    /// A ring may be placed once features are settled.
+    /// Enables or disables the selected queue. Enabling needs negotiated features.
     fn set_queue_ready(&mut self, ready: bool) {
-        let settled = self.status & status::FEATURES_OK != 0;
+        let negotiated = self.status & status::FEATURES_OK != 0;
         let event_idx = self.driver_features & RING_EVENT_IDX != 0;
-        let Some(ring) = self.rings.get_mut(self.queue_sel as usize) else { return };
+        let Some(vring) = self.vrings.get_mut(self.queue_sel as usize) else { return };
         if !ready {
-            ring.queue.set_ready(false);
-            self.device.forget(self.queue_sel as usize);
-        } else if settled && !ring.queue.ready() {
-            let places = ring.places.map(GuestAddress);
-            ring.queue.set_next_avail(0);
-            ring.queue.set_next_used(0);
-            if !ring::place(&mut ring.queue, places, event_idx, &self.memory) {
-                ring.queue.set_ready(false);
+            vring.queue.set_ready(false);
+            self.device.drop_queue(self.queue_sel as usize);
+        } else if negotiated && !vring.queue.ready() {
+            let addresses = vring.addresses.map(GuestAddress);
+            vring.queue.set_next_avail(0);
+            vring.queue.set_next_used(0);
+            if !ring::place(&mut vring.queue, addresses, event_idx, &self.memory) {
+                vring.queue.set_ready(false);
                 self.fail();
             }
         }
@@ -437,35 +437,37 @@ impl<S: Interrupts> Transport<S> {
         if value == 0 {
             return self.reset();
         }
-        // The driver adds bits. It cannot take any away, nor set the device's own.
+        // The driver can only add bits, and cannot set the device's own bit.
         let new = value & !self.status & !status::NEEDS_RESET;
-        if new & status::FEATURES_OK != 0 && !self.agree() {
+        if new & status::FEATURES_OK != 0 && !self.negotiate() {
             self.status |= new & !status::FEATURES_OK & !status::DRIVER_OK;
             return;
         }
         let may_run = (self.status | new) & status::FEATURES_OK != 0;
         self.status |= if may_run { new } else { new & !status::DRIVER_OK };
         if may_run && new & status::DRIVER_OK != 0 {
-            // A notification that came before this was not served.
-            (0..self.rings.len()).for_each(|index| self.signals.kick(index));
+            // Notifications before DRIVER_OK were not served.
+            (0..self.vrings.len()).for_each(|index| self.signals.notify_device(index));
         }
     }
 
-    /// Whether the device takes the driver's features. It serves no drivers from before virtio 1.
-    fn agree(&mut self) -> bool {
+    /// Negotiates the driver's features; false if they are not acceptable. Legacy drivers are not
+    /// supported.
+    fn negotiate(&mut self) -> bool {
         let offered = self.device.features();
-        let agreed = self.driver_features & !offered == 0 && self.driver_features & VERSION_1 != 0;
-        if agreed {
+        let negotiated =
+            self.driver_features & !offered == 0 && self.driver_features & VERSION_1 != 0;
+        if negotiated {
             self.device.reset(self.driver_features);
         }
-        agreed
+        negotiated
     }
 
     fn reset(&mut self) {
-        // First the queues, so that nothing is served while the device forgets its driver.
-        for ring in &mut self.rings {
-            ring.queue.reset();
-            ring.places = [0; 3];
+        // The queues first, so that none is served during the device's reset.
+        for vring in &mut self.vrings {
+            vring.queue.reset();
+            vring.addresses = [0; 3];
         }
         self.device.reset(0);
         self.device_features_sel = 0;
@@ -477,11 +479,11 @@ impl<S: Interrupts> Transport<S> {
     }
 }
 
-/// Feature bits of the transport's own concern (virtio 1.3, chapter 6).
+/// Transport feature bits (virtio 1.3, chapter 6).
 const RING_EVENT_IDX: u64 = 1 << 29;
 const VERSION_1: u64 = 1 << 32;
 
-/// The lower or upper half of 64 bits; there is no other.
+/// The lower (0) or upper (1) half of 64 bits; 0 for other selectors.
 fn half(value: u64, which: u32) -> u32 {
     let bytes = value.to_le_bytes();
     let [a, b, c, d, e, f, g, h] = bytes;

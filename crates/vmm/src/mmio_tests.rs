@@ -1,4 +1,4 @@
-//! Tests of the registers, as a driver and as a hostile guest use them.
+//! Tests of the registers, from the side of a driver and of a hostile guest.
 
 use std::sync::{Arc, Mutex};
 
@@ -9,27 +9,27 @@ use vm_memory::{Bytes, GuestMemoryBackend};
 
 use super::*;
 
-/// Memory of the guests here.
+/// Guest memory.
 const MEMORY_BYTES: usize = 1 << 20;
 
-/// What the device offers: one feature of its own in each half.
+/// Offered features: one device feature in each half.
 const OFFERED: u64 = 1 << 1 | VERSION_1 | 1 << 60;
 
 const QUEUES: usize = 2;
 
-/// What happened behind the registers.
+/// Calls that the transport made.
 #[derive(Debug, Default, PartialEq)]
 struct Log {
     resets: Vec<u64>,
     served: Vec<usize>,
     raised: usize,
-    kicks: Vec<usize>,
-    given_back: Vec<usize>,
-    forgotten: Vec<usize>,
+    notified: Vec<usize>,
+    returned: Vec<usize>,
+    dropped: Vec<usize>,
     suspended: usize,
-    /// What the guest has sent may wait in the ring.
+    /// A pause leaves available chains in the vring.
     leaves: bool,
-    /// Its ring is never served to its end.
+    /// `serve` always reports more.
     endless: bool,
 }
 
@@ -82,15 +82,15 @@ impl Device for Fake {
         if woken { vec![1] } else { vec![0, 1] }
     }
     fn return_unused(&mut self, index: usize, _: &Ram, queue: &mut Queue) -> Served {
-        assert!(queue.ready(), "a queue that is not ready is given something");
-        self.log().given_back.push(index);
+        assert!(queue.ready(), "chains are returned to a queue that is not ready");
+        self.log().returned.push(index);
         Served::Done { notify: index == 0, more: false }
     }
     fn serves_before_pause(&self) -> bool {
         !self.log().leaves
     }
-    fn forget(&mut self, index: usize) {
-        self.log().forgotten.push(index);
+    fn drop_queue(&mut self, index: usize) {
+        self.log().dropped.push(index);
     }
     fn suspend(&mut self) {
         self.log().suspended += 1;
@@ -101,8 +101,8 @@ impl Interrupts for Fake {
     fn raise(&self) {
         self.log().raised += 1;
     }
-    fn kick(&self, index: usize) {
-        self.log().kicks.push(index);
+    fn notify_device(&self, index: usize) {
+        self.log().notified.push(index);
     }
 }
 
@@ -170,17 +170,17 @@ fn a_driver_finds_the_device_and_is_served() {
     assert_eq!((guest.read(register::VERSION), guest.read(register::DEVICE_ID)), (2, 5));
     assert_eq!(guest.read(CONFIG + 4), 0x0706_0504);
     let mut ring = guest.start();
-    // Notifications from before are not lost.
-    assert_eq!(guest.fake.log().kicks, [0, 1]);
+    // Earlier notifications are not lost.
+    assert_eq!(guest.fake.log().notified, [0, 1]);
     ring.send(&guest.memory, &[Buffer::readable(0x8000, 4)]);
     assert!(!guest.registers.notified(0, 1));
     assert_eq!(guest.fake.log().served, [0]);
     assert_eq!(guest.fake.log().raised, 1);
-    assert_eq!(guest.read(register::INTERRUPT_STATUS), INTERRUPT_RING);
+    assert_eq!(guest.read(register::INTERRUPT_STATUS), INTERRUPT_VRING);
     guest.registers.config_changed();
-    assert_eq!(guest.read(register::INTERRUPT_STATUS), INTERRUPT_RING | INTERRUPT_CONFIG);
+    assert_eq!(guest.read(register::INTERRUPT_STATUS), INTERRUPT_VRING | INTERRUPT_CONFIG);
     assert_eq!(guest.read(register::CONFIG_GENERATION), 1);
-    guest.write(register::INTERRUPT_ACK, INTERRUPT_RING);
+    guest.write(register::INTERRUPT_ACK, INTERRUPT_VRING);
     assert_eq!(guest.read(register::INTERRUPT_STATUS), INTERRUPT_CONFIG);
     // Queue 1 was never placed.
     assert!(!guest.registers.notified(1, 1));
@@ -188,7 +188,7 @@ fn a_driver_finds_the_device_and_is_served() {
 }
 
 #[test]
-fn features_are_agreed_to_once_and_only_those_that_were_offered() {
+fn only_offered_features_are_negotiated_and_only_once() {
     for (features, agreed) in [
         (VERSION_1, true),
         (OFFERED, true),
@@ -210,12 +210,12 @@ fn features_are_agreed_to_once_and_only_those_that_were_offered() {
 }
 
 #[test]
-fn nothing_is_served_before_the_driver_is_ready_nor_after_a_reset() {
+fn queues_are_not_served_before_driver_ok_or_after_a_reset() {
     let mut guest = Guest::new();
     guest.write(register::STATUS, 1 | 2 | status::DRIVER_OK);
     assert_eq!(guest.read(register::STATUS) & status::DRIVER_OK, 0);
     guest.place(0, 16, [0x1000, 0x2000, 0x3000]);
-    assert_eq!(guest.read(register::QUEUE_READY), 0, "features are not settled");
+    assert_eq!(guest.read(register::QUEUE_READY), 0, "features are not negotiated");
     let mut ring = guest.start();
     guest.write(register::STATUS, 0);
     assert_eq!(guest.read(register::STATUS), 0);
@@ -229,7 +229,7 @@ fn nothing_is_served_before_the_driver_is_ready_nor_after_a_reset() {
 }
 
 #[test]
-fn a_ring_that_cannot_be_asks_for_a_reset() {
+fn an_invalid_vring_sets_needs_reset() {
     let end = MEMORY_BYTES as u64;
     for (size, places) in [
         (16, [0x1001, 0x2000, 0x3000]),
@@ -251,7 +251,7 @@ fn a_ring_that_cannot_be_asks_for_a_reset() {
         guest.write(register::STATUS, status | status::DRIVER_OK);
         guest.registers.notified(0, 1);
         assert!(guest.fake.log().served.is_empty());
-        // And a driver that starts anew is served.
+        // After a reset the driver is served.
         guest.write(register::STATUS, 0);
         guest.start();
         guest.registers.notified(0, 1);
@@ -272,24 +272,24 @@ fn queues_are_served_without_a_notification_while_the_guest_runs() {
     assert_eq!(guest.fake.log().served, [0]);
 }
 
-/// As a disk does, whose requests may take long.
+/// As for a disk, whose requests may take long.
 #[test]
-fn a_pause_takes_nothing_that_may_wait_in_the_ring() {
+fn a_pause_leaves_available_chains_in_the_vring_if_the_device_asks_for_it() {
     let mut guest = Guest::new();
     guest.fake.log().leaves = true;
     let mut ring = guest.start();
     ring.send(&guest.memory, &[Buffer::readable(0x8000, 4)]);
     guest.registers.pause();
     assert!(ring.take_used(&guest.memory).is_none());
-    assert_eq!(guest.fake.log().given_back, [0]);
+    assert_eq!(guest.fake.log().returned, [0]);
     guest.registers.resume();
     guest.registers.notified(0, 0);
     assert!(ring.take_used(&guest.memory).is_some());
 }
 
-/// Where the device's own writes add to the ring, as a hostile guest or host may have it.
+/// A hostile guest or peer may let the device's own writes add chains.
 #[test]
-fn a_pause_does_not_serve_a_ring_without_end() {
+fn a_pause_serves_an_endless_vring_a_limited_number_of_times() {
     let mut guest = Guest::new();
     guest.start();
     guest.fake.log().endless = true;
@@ -299,16 +299,16 @@ fn a_pause_does_not_serve_a_ring_without_end() {
 }
 
 #[test]
-fn a_pause_serves_what_was_sent_and_then_nothing() {
+fn a_pause_serves_available_chains_and_then_nothing_until_resume() {
     let mut guest = Guest::new();
     let mut ring = guest.start();
-    guest.fake.log().kicks.clear();
+    guest.fake.log().notified.clear();
     ring.send(&guest.memory, &[Buffer::readable(0x8000, 4)]);
     guest.registers.pause();
     assert!(ring.take_used(&guest.memory).is_some());
-    assert_eq!(guest.fake.log().given_back, [0]);
+    assert_eq!(guest.fake.log().returned, [0]);
     assert_eq!(guest.fake.log().suspended, 1);
-    assert_eq!(guest.fake.log().raised, 2, "for what was served and for what came back");
+    assert_eq!(guest.fake.log().raised, 2, "one for the served chain, one for returned chains");
     ring.send(&guest.memory, &[Buffer::readable(0x8000, 4)]);
     guest.registers.notified(0, 1);
     guest.registers.poll_timers(false);
@@ -316,23 +316,23 @@ fn a_pause_serves_what_was_sent_and_then_nothing() {
     assert!(ring.take_used(&guest.memory).is_none());
     assert_eq!(guest.fake.log().suspended, 1);
     guest.registers.resume();
-    assert_eq!(guest.fake.log().kicks, [0, 1]);
+    assert_eq!(guest.fake.log().notified, [0, 1]);
     guest.registers.notified(0, 0);
     assert!(ring.take_used(&guest.memory).is_some());
     guest.registers.resume();
-    assert_eq!(guest.fake.log().kicks, [0, 1], "it goes on once");
+    assert_eq!(guest.fake.log().notified, [0, 1], "a second resume has no effect");
 }
 
 #[test]
-fn what_is_kept_of_a_queue_goes_with_it() {
+fn disabling_a_queue_drops_its_state() {
     let mut guest = Guest::new();
     guest.start();
     guest.write(register::QUEUE_SEL, 0);
     guest.write(register::QUEUE_READY, 0);
-    assert_eq!(guest.fake.log().forgotten, [0]);
+    assert_eq!(guest.fake.log().dropped, [0]);
 }
 
-/// What a guest may do.
+/// An access by the guest, or a call by the VMM.
 #[derive(Debug, Clone)]
 enum Access {
     Read(u64, usize),
@@ -340,7 +340,7 @@ enum Access {
     Register(u64, u32),
     Notified(usize),
     Changed,
-    Attend(bool),
+    PollTimers(bool),
     Pause,
     Resume,
 }
@@ -374,17 +374,17 @@ fn access() -> impl Strategy<Value = Access> {
         8 => (offsets, values).prop_map(|(at, value)| Access::Register(at, value)),
         2 => (0usize..4).prop_map(Access::Notified),
         1 => Just(Access::Changed),
-        1 => any::<bool>().prop_map(Access::Attend),
+        1 => any::<bool>().prop_map(Access::PollTimers),
         1 => Just(Access::Pause),
         2 => Just(Access::Resume),
     ]
 }
 
 proptest! {
-    /// Whatever it does: nothing panics, nothing is served that was not set up, the guest never
-    /// gets features that were not offered, and after a reset it can start as if it were new.
+    /// Whatever the guest does: nothing panics, only queues that were set up are served, only
+    /// offered features are negotiated, and after a reset the device works as new.
     #[test]
-    fn a_hostile_guest_gains_nothing(accesses in prop::collection::vec(access(), 0..200)) {
+    fn any_accesses_are_harmless(accesses in prop::collection::vec(access(), 0..200)) {
         let mut guest = Guest::new();
         for access in accesses {
             match access {
@@ -399,7 +399,7 @@ proptest! {
                     prop_assert!(after == before || (runs && index < QUEUES));
                 }
                 Access::Changed => guest.registers.config_changed(),
-                Access::Attend(woken) => guest.registers.poll_timers(woken),
+                Access::PollTimers(woken) => guest.registers.poll_timers(woken),
                 Access::Pause => assert!(guest.registers.pause()),
                 Access::Resume => guest.registers.resume(),
             }
@@ -414,19 +414,19 @@ proptest! {
         guest.registers.resume();
         guest.write(register::STATUS, 0);
         let mut ring = guest.start();
-        // What the guest wrote into the ring's place before counts for nothing.
+        // Clears what the guest wrote to the vring's memory before.
         ring.reset(&guest.memory);
         ring.send(&guest.memory, &[Buffer::readable(0x8000, 4)]);
         let before = guest.fake.log().served.len();
         guest.registers.notified(0, 1);
         prop_assert_eq!(guest.fake.log().served.len(), before + 1);
-        prop_assert_ne!(guest.read(register::INTERRUPT_STATUS) & INTERRUPT_RING, 0);
+        prop_assert_ne!(guest.read(register::INTERRUPT_STATUS) & INTERRUPT_VRING, 0);
     }
 }
 
-/// What one machine saves, another takes, and the driver does not notice.
+/// One machine saves the state, another restores it; the driver is served as before.
 #[test]
-fn a_device_goes_on_in_another_machine() {
+fn a_device_continues_in_another_machine() {
     let mut guest = Guest::new();
     let mut ring = guest.start();
     ring.send(&guest.memory, &[Buffer::readable(0x8000, 4)]);
@@ -435,7 +435,7 @@ fn a_device_goes_on_in_another_machine() {
     guest.registers.pause();
     let bytes = guest.registers.state().encode();
     let state = TransportState::decode(&bytes).unwrap();
-    assert_eq!(state.agreed(), VERSION_1);
+    assert_eq!(state.negotiated(), VERSION_1);
 
     let mut other = Guest::new();
     let mut all = vec![0; MEMORY_BYTES];
@@ -443,20 +443,20 @@ fn a_device_goes_on_in_another_machine() {
     other.memory.write_slice(&all, GuestAddress(0)).unwrap();
     other.registers.restore(&state).unwrap();
     assert_eq!(other.registers.state(), state);
-    assert_eq!(other.fake.log().raised, 1, "what was not acknowledged is raised again");
-    assert_eq!(other.read(register::INTERRUPT_STATUS), INTERRUPT_RING);
+    assert_eq!(other.fake.log().raised, 1, "an unacknowledged interrupt is raised again");
+    assert_eq!(other.read(register::INTERRUPT_STATUS), INTERRUPT_VRING);
     ring.send(&other.memory, &[Buffer::readable(0x8000, 4)]);
     other.registers.notified(0, 1);
-    assert!(ring.take_used(&other.memory).is_none(), "it stands still");
+    assert!(ring.take_used(&other.memory).is_none(), "it is paused");
     other.registers.resume();
-    assert_eq!(other.fake.log().kicks, [0, 1]);
+    assert_eq!(other.fake.log().notified, [0, 1]);
     other.registers.notified(0, 0);
     assert!(ring.take_used(&other.memory).is_some());
 }
 
-/// Pages that the device writes are noted as the processors' are.
+/// The dirty log records the device's writes like the vCPUs'.
 #[test]
-fn what_the_device_writes_is_dirty() {
+fn the_devices_writes_are_dirty() {
     let mut guest = Guest::new();
     let mut ring = guest.start();
     ring.send(&guest.memory, &[Buffer::readable(0x8000, 4)]);
@@ -469,9 +469,9 @@ fn what_the_device_writes_is_dirty() {
     assert_eq!(words[usize::try_from(used / 64).unwrap()] >> (used % 64) & 1, 1);
 }
 
-/// A state that was changed on its way: field offsets are those of `TransportState::encode`.
+/// Corrupts single fields; the offsets are those of `TransportState::encode`.
 #[test]
-fn states_that_cannot_be_are_refused() {
+fn invalid_states_are_refused() {
     let mut guest = Guest::new();
     guest.start();
     guest.registers.pause();
@@ -485,22 +485,22 @@ fn states_that_cannot_be_are_refused() {
     assert_eq!(changed(0, &[0]), Ok(()));
     for (what, at, bytes) in [
         ("a feature that is not offered", 8, &[0xff][..]),
-        ("no feature of a device since virtio 1", 12, &[0]),
-        ("a bit that no status has", 20, &[0x1f]),
+        ("no VERSION_1 feature", 12, &[0]),
+        ("an undefined status bit", 20, &[0x1f]),
         ("a driver that runs without features", 20, &[4]),
-        ("an interrupt that there is not", 24, &[4]),
+        ("an undefined interrupt bit", 24, &[4]),
         ("another number of queues", 32, &[1, 0]),
         ("more queues than any device has", 32, &[0xff, 0xff]),
-        ("another limit of entries", ring, &[16, 0]),
-        ("more chains that came back than were taken", ring + 4, &[1, 0]),
-        ("more chains that are kept than there are", ring + 2, &[17, 0]),
-        ("an event index that was not agreed to", ring + 6, &[1]),
-        ("a flag that is none", ring + 6, &[2]),
-        ("a size that no ring has", ring + 7, &[3, 0]),
-        ("a ring larger than may be", ring + 7, &[0, 8]),
-        ("a table that is not aligned", ring + 10, &[1]),
-        ("an available ring that is not", ring + 18, &[1]),
-        ("a used ring that is not", ring + 26, &[2]),
+        ("another maximum size", ring, &[16, 0]),
+        ("more chains returned than taken", ring + 4, &[1, 0]),
+        ("more chains taken than entries", ring + 2, &[17, 0]),
+        ("an event index that was not negotiated", ring + 6, &[1]),
+        ("an invalid flag", ring + 6, &[2]),
+        ("a size that is no power of two", ring + 7, &[3, 0]),
+        ("a size above the maximum", ring + 7, &[0, 8]),
+        ("an unaligned table", ring + 10, &[1]),
+        ("an unaligned available ring", ring + 18, &[1]),
+        ("an unaligned used ring", ring + 26, &[2]),
         ("a table outside of memory", ring + 10, &[0, 0, 0, 1]),
         ("a used ring outside of memory", ring + 26, &[0, 0, 0x10, 0]),
     ] {
@@ -512,7 +512,7 @@ fn states_that_cannot_be_are_refused() {
 }
 
 proptest! {
-    /// Whatever a state says: it is refused, or the guest is served as any other.
+    /// Any state is refused, or the guest is served as any other.
     #[test]
     fn any_state_is_refused_or_harmless(
         changes in prop::collection::vec((any::<usize>(), any::<u8>()), 0..6),
@@ -533,7 +533,7 @@ proptest! {
             for index in accesses {
                 guest.registers.notified(index, 1);
             }
-            prop_assert_eq!(state.agreed() & !OFFERED, 0);
+            prop_assert_eq!(state.negotiated() & !OFFERED, 0);
         }
     }
 }

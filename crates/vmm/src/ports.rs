@@ -1,4 +1,4 @@
-//! Port I/O: the serial line, the power registers of the ACPI tables, the panic event.
+//! Port I/O: the serial port, the ACPI power registers, the panic device.
 
 use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -8,48 +8,48 @@ use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::console::output::{Lost, Output, OutputEnd};
+use crate::console::output::{LostOutput, Output, OutputEnd};
 use crate::state::PortsState;
 
-/// First port of the PC's first serial line, and how many it has.
+/// First port of COM1, and the number of its ports.
 pub(crate) const SERIAL: u16 = 0x3f8;
 pub(crate) const SERIAL_PORTS: u8 = 8;
 
-/// Registers of the ACPI tables (ACPI 6.5, 4.8.3.7 and 4.8.3.6).
+/// ACPI power registers (ACPI 6.5, 4.8.3.7 and 4.8.3.6).
 pub(crate) const SLEEP_CONTROL: u16 = 0x600;
 pub(crate) const SLEEP_STATUS: u16 = 0x601;
 pub(crate) const RESET: u16 = 0x602;
 
-/// What the guest writes there.
+/// Values that the guest writes there.
 pub(crate) const RESET_VALUE: u8 = 1;
 pub(crate) const SLEEP_TYPE_OFF: u8 = 5;
 const SLEEP_TYPE_SHIFT: u8 = 2;
 const SLEEP_TYPE_MASK: u8 = 7;
 const SLEEP_ENABLE: u8 = 1 << 5;
 
-/// Where a Linux kernel says that it has panicked, and how (QEMU, `docs/specs/pvpanic.rst`).
+/// pvpanic's port and bit (QEMU, `docs/specs/pvpanic.rst`).
 pub(crate) const PANIC: u16 = 0x505;
 const PANICKED: u8 = 1;
 
-/// The PC's keyboard controller, which a kernel without ACPI asks for a reset.
+/// The PC's keyboard controller, through which a kernel without ACPI requests a reset.
 const KEYBOARD_COMMAND: u16 = 0x64;
 const KEYBOARD_RESET: u8 = 0xfe;
 
-/// How often it is looked whether the serial line takes something again: the end of a test of its
-/// driver's is not announced.
-const ROOM_LOOK: Duration = Duration::from_millis(10);
+/// How often to check whether the serial port accepts input again: the end of the driver's loopback
+/// test raises no event.
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// What nobody answers reads as.
-const NOBODY: u8 = 0xff;
+/// The value of a port without a device.
+const NO_DEVICE: u8 = 0xff;
 
-/// What the guest asks for by a port.
+/// A power request of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Request {
     PowerOff,
     Reset,
 }
 
-/// The interrupt of the serial line.
+/// The interrupt of the serial port.
 pub(crate) struct SerialInterrupt(pub(crate) EventFd);
 
 impl Trigger for SerialInterrupt {
@@ -60,10 +60,10 @@ impl Trigger for SerialInterrupt {
     }
 }
 
-/// Wakes who waits for room in the serial line's buffer.
-pub(crate) struct RoomEvents(Arc<Condvar>);
+/// Wakes threads that wait for space in the serial port's buffer.
+pub(crate) struct SpaceEvents(Arc<Condvar>);
 
-impl SerialEvents for RoomEvents {
+impl SerialEvents for SpaceEvents {
     fn buffer_read(&self) {
         self.0.notify_all();
     }
@@ -74,40 +74,40 @@ impl SerialEvents for RoomEvents {
     }
 }
 
-type SerialLine = Serial<SerialInterrupt, RoomEvents, Output>;
+type SerialLine = Serial<SerialInterrupt, SpaceEvents, Output>;
 
 /// All ports of a guest.
 pub(crate) struct Ports {
     serial: Mutex<SerialLine>,
     output: OutputEnd,
     interrupt: EventFd,
-    room: Arc<Condvar>,
+    space: Arc<Condvar>,
     panicked: Mutex<bool>,
 }
 
 impl Ports {
-    /// The serial line writes to `output`.
+    /// The serial port writes to `output`.
     pub(crate) fn new(interrupt: EventFd, output: Box<dyn Write + Send>) -> io::Result<Self> {
         let interrupt_copy = interrupt.try_clone()?;
         let output = Output::start(output)?;
-        let room = Arc::new(Condvar::new());
-        let events = RoomEvents(Arc::clone(&room));
+        let space = Arc::new(Condvar::new());
+        let events = SpaceEvents(Arc::clone(&space));
         let serial = Serial::with_events(SerialInterrupt(interrupt), events, output.input());
         Ok(Self {
             serial: Mutex::new(serial),
             output,
             interrupt: interrupt_copy,
-            room,
+            space,
             panicked: Mutex::new(false),
         })
     }
 
-    /// The guest writes; whatever it writes wherever, it harms only itself.
+    /// Serves a write by the guest. Unknown ports and values are ignored.
     pub(crate) fn write(&self, port: u16, data: &[u8]) -> Option<Request> {
         let [value] = *data else { return None };
         if let Some(offset) = serial_offset(port) {
             if let Err(error) = self.serial().write(offset, value) {
-                tracing::debug!(%error, "serial line");
+                tracing::debug!(%error, "serial port");
             }
             return None;
         }
@@ -126,9 +126,9 @@ impl Ports {
         }
     }
 
-    /// The guest reads.
+    /// Serves a read by the guest.
     pub(crate) fn read(&self, port: u16, data: &mut [u8]) {
-        data.fill(NOBODY);
+        data.fill(NO_DEVICE);
         let [value] = data else { return };
         if let Some(offset) = serial_offset(port) {
             *value = self.serial().read(offset);
@@ -141,53 +141,52 @@ impl Ports {
         }
     }
 
-    /// True once the guest's kernel has said that it panicked.
+    /// True once the guest's kernel has reported a panic.
     pub(crate) fn panicked(&self) -> bool {
         *self.panicked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Of a guest that stands still.
+    /// The ports' state, for a paused guest.
     pub(crate) fn state(&self) -> PortsState {
         PortsState { serial: self.serial().state(), panicked: self.panicked() }
     }
 
-    /// Goes on with the ports of another host's guest, and interrupts the guest where it has to
-    /// hear of what was going on.
+    /// Restores the ports' state, and raises a pending interrupt again.
     pub(crate) fn restore(&self, state: &PortsState) -> io::Result<()> {
         let mut serial = self.serial();
         let interrupt = SerialInterrupt(self.interrupt.try_clone()?);
-        let events = RoomEvents(Arc::clone(&self.room));
+        let events = SpaceEvents(Arc::clone(&self.space));
         *serial = Serial::from_state(&state.serial, interrupt, events, self.output.input())
             .map_err(|error| io::Error::other(error.to_string()))?;
         *self.panicked.lock().unwrap_or_else(PoisonError::into_inner) = state.panicked;
         Ok(())
     }
 
-    /// Waits until what the guest has written is with its reader, at most so long.
-    pub(crate) fn finish_output(&self, limit: Duration) -> Lost {
+    /// Waits until the reader has received the guest's output, at most `limit`.
+    pub(crate) fn finish_output(&self, limit: Duration) -> LostOutput {
         self.output.finish(limit)
     }
 
-    /// Sends bytes to the guest by the serial line, and waits while it has no room for them. Where
-    /// the guest takes none for `patience`, if there is one, the rest is dropped.
-    pub(crate) fn type_in(&self, mut bytes: &[u8], patience: Option<Duration>) -> io::Result<()> {
+    /// Sends bytes to the guest through the serial port; waits while its buffer is full. If the
+    /// guest takes none for `timeout`, drops the rest.
+    pub(crate) fn type_in(&self, mut bytes: &[u8], timeout: Option<Duration>) -> io::Result<()> {
         let mut serial = self.serial();
         let mut took = Instant::now();
         while !bytes.is_empty() {
-            let room = serial.fifo_capacity().min(bytes.len());
-            // The line takes nothing either while its driver tests it with its output as input.
-            let taken = match room {
+            let space = serial.fifo_capacity().min(bytes.len());
+            // The port also accepts no input while its driver tests it in loopback mode.
+            let taken = match space {
                 0 => 0,
-                _ => serial.enqueue_raw_bytes(&bytes[..room]).map_err(io::Error::other)?,
+                _ => serial.enqueue_raw_bytes(&bytes[..space]).map_err(io::Error::other)?,
             };
             bytes = &bytes[taken..];
             if taken > 0 {
                 took = Instant::now();
-            } else if patience.is_some_and(|patience| took.elapsed() >= patience) {
-                tracing::debug!(bytes = bytes.len(), "guest: it takes no input, which is dropped");
+            } else if timeout.is_some_and(|timeout| took.elapsed() >= timeout) {
+                tracing::debug!(bytes = bytes.len(), "guest: it takes no input; dropped");
                 return Ok(());
             } else {
-                let waited = self.room.wait_timeout(serial, ROOM_LOOK);
+                let waited = self.space.wait_timeout(serial, POLL_INTERVAL);
                 serial = waited.unwrap_or_else(PoisonError::into_inner).0;
             }
         }
@@ -215,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_ends_by_the_registers_of_its_tables_and_by_nothing_near_them() {
+    fn only_exact_values_in_the_power_registers_end_the_guest() {
         let ports = ports();
         let off = SLEEP_ENABLE | SLEEP_TYPE_OFF << SLEEP_TYPE_SHIFT;
         assert_eq!(ports.write(SLEEP_CONTROL, &[off]), Some(Request::PowerOff));
@@ -227,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_is_noted() {
+    fn a_panic_is_recorded() {
         let ports = ports();
         assert_eq!(ports.write(PANIC, &[2]), None);
         assert!(!ports.panicked());
@@ -239,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn more_than_the_line_has_room_for_waits_for_the_guest() {
+    fn input_that_exceeds_the_buffer_waits_for_the_guest() {
         let ports = ports();
         let text = [b'x'; 200];
         std::thread::scope(|scope| {
@@ -259,10 +258,10 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_takes_no_input_keeps_nobody_for_longer_than_he_waits() {
+    fn type_in_drops_input_after_the_timeout() {
         let ports = ports();
-        ports.type_in(&[b'x'; 200], Some(ROOM_LOOK)).unwrap();
-        // The line is free meanwhile, and has what there was room for.
+        ports.type_in(&[b'x'; 200], Some(POLL_INTERVAL)).unwrap();
+        // The lock is free, and the buffer has the first bytes.
         let mut value = [0];
         ports.read(SERIAL, &mut value);
         assert_eq!(value, [b'x']);

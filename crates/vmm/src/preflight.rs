@@ -8,113 +8,115 @@ use kvm_ioctls::VcpuFd;
 use migration::limits::{MAX_CONFIG_BYTES, MAX_STATE_BYTES, MAX_STATE_SECTIONS};
 
 use crate::error::Error;
-use crate::machine::{Machine, PAUSE_TIME};
+use crate::machine::{Machine, PAUSE_TIMEOUT};
 use crate::state::codec::{Malformed, Reader, Writer};
-use crate::state::{Irqchip, MachineState, Processor, Section, transport_name};
-use crate::vcpu::Processors;
+use crate::state::{Irqchip, MachineState, Section, VcpuState, transport_name};
+use crate::vcpu::Vcpus;
 
-/// What of a guest's state another host may refuse, as it was when the guest was described.
+/// The parts of a guest's state that another host may refuse, sampled before a migration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Sample {
-    /// Features that driver and device have agreed on, for each device.
-    agreed: Vec<u64>,
-    /// The state of the first processor. The others have the same features and registers.
-    processor: Vec<u8>,
+    /// Negotiated features of each device.
+    negotiated: Vec<u64>,
+    /// The state of the first vCPU. The others have the same features and registers.
+    vcpu: Vec<u8>,
 }
 
 impl Sample {
-    /// Of a guest without drivers, of whose processors nothing is known.
+    /// A sample without drivers and with an empty vCPU state.
     pub(crate) fn blank(devices: usize) -> Self {
-        Self { agreed: vec![0; devices], processor: Processor::blank().encode() }
+        Self { negotiated: vec![0; devices], vcpu: VcpuState::blank().encode() }
     }
 
     pub(crate) fn encode(&self, writer: &mut Writer) {
-        writer.list(&self.agreed.iter().map(|word| word.to_le_bytes()).collect::<Vec<_>>());
-        writer.list(&self.processor);
+        writer.list(&self.negotiated.iter().map(|word| word.to_le_bytes()).collect::<Vec<_>>());
+        writer.list(&self.vcpu);
     }
 
-    /// For a guest with so many devices.
+    /// Decodes the sample of a guest with `devices` devices.
     pub(crate) fn decode(reader: &mut Reader<'_>, devices: usize) -> Result<Self, Malformed> {
-        let agreed = reader.list::<[u8; 8]>("devices with features", devices)?;
-        if agreed.len() != devices {
-            let value = agreed.len() as u64;
+        let negotiated = reader.list::<[u8; 8]>("devices with features", devices)?;
+        if negotiated.len() != devices {
+            let value = negotiated.len() as u64;
             return Err(Malformed::Value { what: "the number of devices with features", value });
         }
-        let processor = reader.list::<u8>("bytes of a processor", MAX_CONFIG_BYTES)?;
-        Processor::decode(&processor)?;
-        Ok(Self { agreed: agreed.into_iter().map(u64::from_le_bytes).collect(), processor })
+        let vcpu = reader.list::<u8>("bytes of a vCPU", MAX_CONFIG_BYTES)?;
+        VcpuState::decode(&vcpu)?;
+        Ok(Self { negotiated: negotiated.into_iter().map(u64::from_le_bytes).collect(), vcpu })
     }
 }
 
 impl Machine {
-    /// Saves all but memory and disks of a guest that runs, as if it were to leave, and checks it as
-    /// whoever takes it would. The guest stands still for a moment.
+    /// Saves the state of a running guest, without memory and disks, and checks it as a destination
+    /// would. Pauses the vCPUs briefly.
     ///
     /// # Errors
-    /// It could not leave as it is now.
+    /// The guest cannot be migrated or saved now.
     pub(crate) fn sample(&self) -> Result<Sample, Error> {
-        let stands = Stands::still(&self.processors)?;
-        let processors = self.save_processors();
+        let paused = PausedVcpus::pause(&self.vcpus)?;
+        let vcpus = self.save_vcpus();
         let irqchip = Irqchip::save(self.vm.fd());
         let balloon = self.balloon.device().state();
         let transports: Vec<_> =
             self.bus.slots.iter().map(|slot| slot.transport().state()).collect();
-        drop(stands);
-        let agreed = transports.iter().map(|transport| transport.agreed()).collect();
-        let (processors, irqchip, ports) = (processors?, irqchip?, self.bus.ports.state());
-        let processor = processors.first().map(Processor::encode).unwrap_or_default();
+        drop(paused);
+        let negotiated = transports.iter().map(|transport| transport.negotiated()).collect();
+        let (vcpus, irqchip, ports) = (vcpus?, irqchip?, self.bus.ports.state());
+        let vcpu = vcpus.first().map(VcpuState::encode).unwrap_or_default();
         let layout = self.balloon.device().layout().clone();
-        let (cpus, devices) = (processors.len(), transports.len());
-        let state = MachineState { processors, irqchip, ports, transports, balloon };
+        let (cpus, devices) = (vcpus.len(), transports.len());
+        let state = MachineState { vcpus, irqchip, ports, transports, balloon };
         let sections = state.encode(&layout);
         fits(&sections)?;
         MachineState::decode(&sections, cpus, devices, &layout)?;
-        Ok(Sample { agreed, processor })
+        Ok(Sample { negotiated, vcpu })
     }
 
-    /// Whether this machine, which is new and has no memory yet, could be that of the guest.
+    /// Checks that this new machine, without memory yet, can run the guest.
     ///
     /// # Errors
-    /// This host cannot have a part of it.
-    pub(crate) fn try_out(&self, sample: &Sample) -> Result<(), Error> {
-        for (number, (slot, agreed)) in self.bus.slots.iter().zip(&sample.agreed).enumerate() {
+    /// This host does not support a part of the state.
+    pub(crate) fn check_supported(&self, sample: &Sample) -> Result<(), Error> {
+        for (number, (slot, negotiated)) in
+            self.bus.slots.iter().zip(&sample.negotiated).enumerate()
+        {
             let offered = slot.transport().offered();
-            if agreed & !offered != 0 {
+            if negotiated & !offered != 0 {
                 let what = format!(
-                    "{} with the features {agreed:#x}: here it has {offered:#x}",
+                    "{} with the features {negotiated:#x}: here it has {offered:#x}",
                     transport_name(number)
                 );
                 return Err(Error::Unsupported { what });
             }
         }
         let wrong = |why: Malformed| Error::State { section: "cpu0".into(), why: why.to_string() };
-        let processor = Processor::decode(&sample.processor).map_err(wrong)?;
-        self.processors.pause(PAUSE_TIME)?;
-        let try_first = |number, fd: &VcpuFd| match number {
-            0 => processor.try_out(fd, &self.vm),
+        let vcpu = VcpuState::decode(&sample.vcpu).map_err(wrong)?;
+        self.vcpus.pause(PAUSE_TIMEOUT)?;
+        let check_first = |number, fd: &VcpuFd| match number {
+            0 => vcpu.check_supported(fd, &self.vm),
             _ => Ok(()),
         };
-        self.processors.each(try_first).map(drop)
+        self.vcpus.each(check_first).map(drop)
     }
 }
 
-/// Processors that stand still for as long as it is there, also where the thread panics.
-struct Stands<'a>(&'a Processors);
+/// Paused vCPUs; dropping it, also by a panic, resumes them.
+struct PausedVcpus<'a>(&'a Vcpus);
 
-impl<'a> Stands<'a> {
-    fn still(processors: &'a Processors) -> Result<Self, Error> {
-        processors.pause(PAUSE_TIME)?;
-        Ok(Self(processors))
+impl<'a> PausedVcpus<'a> {
+    fn pause(vcpus: &'a Vcpus) -> Result<Self, Error> {
+        vcpus.pause(PAUSE_TIMEOUT)?;
+        Ok(Self(vcpus))
     }
 }
 
-impl Drop for Stands<'_> {
+impl Drop for PausedVcpus<'_> {
     fn drop(&mut self) {
         self.0.resume();
     }
 }
 
-/// Whether so much state is taken.
+/// Checks that the state is within a destination's limits.
 fn fits(sections: &[Section]) -> Result<(), Error> {
     let bytes: u64 = sections.iter().map(|section| section.bytes.len() as u64).sum();
     let parts = sections.len();
@@ -122,8 +124,8 @@ fn fits(sections: &[Section]) -> Result<(), Error> {
         return Ok(());
     }
     let what = format!(
-        "a guest with {bytes} bytes of state in {parts} parts: {MAX_STATE_BYTES} in \
-         {MAX_STATE_SECTIONS} are taken; most of it is its balloon, so set that to 0 first"
+        "a guest with {bytes} bytes of state in {parts} sections: at most {MAX_STATE_BYTES} in \
+         {MAX_STATE_SECTIONS} are possible; most of it is the balloon, so set that to 0 first"
     );
     Err(Error::Unsupported { what })
 }
@@ -146,18 +148,18 @@ mod tests {
     }
 
     #[test]
-    fn a_sample_goes_there_and_back_and_not_one_of_another_machine() {
-        let sample = Sample { agreed: vec![1 << 32, 7], ..Sample::blank(2) };
+    fn a_sample_round_trips_and_one_of_another_machine_is_refused() {
+        let sample = Sample { negotiated: vec![1 << 32, 7], ..Sample::blank(2) };
         let bytes = encoded(&sample);
         assert_eq!(decoded(&bytes, 2), Ok(sample));
         assert!(decoded(&bytes, 1).is_err() && decoded(&bytes, 3).is_err());
         assert!(decoded(&bytes[..bytes.len() - 1], 2).is_err());
-        let none = Sample { processor: Vec::new(), ..Sample::blank(2) };
+        let none = Sample { vcpu: Vec::new(), ..Sample::blank(2) };
         assert!(decoded(&encoded(&none), 2).is_err());
     }
 
     #[test]
-    fn more_state_than_is_taken_is_found_before_it_is_sent() {
+    fn too_much_state_is_refused_before_it_is_sent() {
         let section = |bytes: u64| Section {
             name: "balloon".into(),
             version: 1,
@@ -165,8 +167,8 @@ mod tests {
         };
         assert!(fits(&[section(MAX_STATE_BYTES)]).is_ok());
         let error = fits(&[section(MAX_STATE_BYTES), section(1)]).unwrap_err().to_string();
-        let said = [MAX_STATE_BYTES + 1, MAX_STATE_BYTES].map(|bytes| bytes.to_string());
-        assert!(said.iter().all(|number| error.contains(number)), "{error}");
+        let numbers = [MAX_STATE_BYTES + 1, MAX_STATE_BYTES].map(|bytes| bytes.to_string());
+        assert!(numbers.iter().all(|number| error.contains(number)), "{error}");
         assert!(fits(&vec![section(0); MAX_STATE_SECTIONS + 1]).is_err());
     }
 }

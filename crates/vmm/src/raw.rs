@@ -1,5 +1,5 @@
-//! What a peer says of a machine, as bytes, for whoever plays a hostile one: tests and fuzz targets.
-//! It is taken as a machine takes it, but for what only KVM can say.
+//! Decodes a peer's description and state without KVM, for tests and fuzz targets that act as a
+//! hostile peer.
 
 mod disk;
 
@@ -21,22 +21,22 @@ use crate::memory::{MachineMemory, MemoryKind};
 use crate::mmio::{Interrupts, Transport};
 use crate::ports::Ports;
 use crate::preflight::Sample;
-use crate::state::{Irqchip, MachineState, Processor, Section};
+use crate::state::{Irqchip, MachineState, Section, VcpuState};
 
 pub use disk::Disk;
 
 const PAGE_BYTES: u64 = 4096;
 
-/// The description of a machine with a disk that there could be.
+/// A valid description of a machine with one disk.
 ///
 /// # Errors
-/// There can be none with such memory.
+/// The memory size is invalid.
 pub fn description(cpus: u8, memory_bytes: u64) -> Result<Description, Error> {
     let shape = DiskShape { sectors: 8, read_only: true };
     let (limits, identity) = (DiskLimits::of_file_system(PAGE_BYTES), DiskIdentity::default());
     let disks = vec![GuestDisk { shape, limits, identity }];
     let sample = Sample::blank(1 + disks.len());
-    let made = MachineShape { cpus, memory_bytes, without: Features::NONE, disks, sample };
+    let shape = MachineShape { cpus, memory_bytes, without: Features::NONE, disks, sample };
     let ranges = layout::ranges(memory_bytes)?;
     let pages =
         |(start, bytes): &(u64, u64)| PageRange::new(start / PAGE_BYTES, bytes / PAGE_BYTES);
@@ -46,40 +46,40 @@ pub fn description(cpus: u8, memory_bytes: u64) -> Result<Description, Error> {
         layout: layout.map_err(Error::memory("describing"))?,
         cpu: migration::cpu::CpuFeatures::default(),
         machine: "vm1".into(),
-        config: made.encode(),
+        config: shape.encode(),
     })
 }
 
-/// Processors and memory of the machine that a peer describes.
+/// Decodes a peer's description; returns the number of vCPUs and the bytes of memory.
 ///
 /// # Errors
-/// It is none that this monitor makes; the sender's fault.
+/// The description is invalid or not supported; the sender's fault.
 pub fn take_description(description: &Description, max_cpus: u8) -> Result<(u8, u64), Error> {
-    let made = MachineShape::of(description, max_cpus)?;
-    Ok((made.cpus, made.memory_bytes))
+    let shape = MachineShape::of(description, max_cpus)?;
+    Ok((shape.cpus, shape.memory_bytes))
 }
 
-/// What of a machine needs no KVM.
+/// The parts of a machine that need no KVM.
 pub struct Devices {
     cpus: usize,
     balloon: Arc<Shared>,
     ports: Ports,
-    transport: Transport<Nobody>,
+    transport: Transport<NoSignals>,
 }
 
-/// Nobody is interrupted.
-struct Nobody;
+/// Ignores interrupts and notifications.
+struct NoSignals;
 
-impl Interrupts for Nobody {
+impl Interrupts for NoSignals {
     fn raise(&self) {}
-    fn kick(&self, _: usize) {}
+    fn notify_device(&self, _: usize) {}
 }
 
 impl Devices {
-    /// Those of a new machine.
+    /// Creates the devices of a new machine.
     ///
     /// # Errors
-    /// There can be none with such memory, or the host has none.
+    /// The memory size is invalid, or the host does not have the memory.
     pub fn new(cpus: u8, memory_bytes: u64) -> Result<Self, Error> {
         let memory = MachineMemory::new(memory_bytes, MemoryKind { shared: false, huge: false })?;
         let mut reclaim = HostReclaim::new(ReleaseMode::Immediate, PartialHuge::Split)?;
@@ -88,29 +88,29 @@ impl Devices {
         let layout = balloon_device::MemoryLayout::new(memory.ranges.iter().copied());
         balloon.device().set_layout(layout.map_err(Error::memory("describing"))?);
         let device = Box::new(VirtioBalloon::new(Arc::clone(&balloon)));
-        let transport = Transport::new(device, Nobody, memory.guest);
+        let transport = Transport::new(device, NoSignals, memory.guest);
         let transport = transport.map_err(Error::memory("making queues"))?;
         let signal = vmm_sys_util::eventfd::EventFd::new(0).map_err(Error::host("eventfd"))?;
         let ports = Ports::new(signal, Box::new(std::io::sink())).map_err(Error::host("dup"))?;
         Ok(Self { cpus: cpus.into(), balloon, ports, transport })
     }
 
-    /// The state of a machine with these, and with processors and irqchip that are as good as none.
+    /// The state of a machine with these devices, and with empty vCPUs and irqchip.
     pub fn state(&self) -> Vec<Section> {
-        let processors = (0..self.cpus).map(|_| Processor::blank()).collect();
-        self.encode(processors, Irqchip::blank())
+        let vcpus = (0..self.cpus).map(|_| VcpuState::blank()).collect();
+        self.encode(vcpus, Irqchip::blank())
     }
 
-    /// Takes a state as a machine does, lets the guest go on for a moment, and stops it again;
-    /// what the state was then understood to be, before that.
+    /// Loads a state as a machine does and encodes it again. Then resumes the devices, serves all
+    /// queues once, and pauses the devices.
     ///
     /// # Errors
-    /// It is none of such a machine; the sender's fault.
+    /// The state is invalid for such a machine; the sender's fault.
     pub fn take(&mut self, sections: &[Section]) -> Result<Vec<Section>, Error> {
         let wrong = |section: &str, why: String| Error::State { section: section.into(), why };
         let layout = self.balloon.device().layout().clone();
         let state = MachineState::decode(sections, self.cpus, 1, &layout)?;
-        let MachineState { processors, irqchip, ports, transports, balloon } = state;
+        let MachineState { vcpus, irqchip, ports, transports, balloon } = state;
         self.ports.restore(&ports).map_err(|error| wrong("ports", error.to_string()))?;
         let restored = self.balloon.restore(balloon);
         restored.map_err(|error| wrong("balloon", error.to_string()))?;
@@ -118,7 +118,7 @@ impl Devices {
             let restored = self.transport.restore(transport);
             restored.map_err(|error| wrong("virtio0", error.to_string()))?;
         }
-        let taken = self.encode(processors, irqchip);
+        let taken = self.encode(vcpus, irqchip);
         self.transport.config_changed();
         self.transport.resume();
         self.transport.poll_timers(true);
@@ -129,18 +129,18 @@ impl Devices {
         Ok(taken)
     }
 
-    /// What the guest holds lies in its memory, whatever was said.
+    /// Whether all balloon pages lie in the guest's memory.
     pub fn holds_only_memory(&self) -> bool {
         let device = self.balloon.device();
         device.held().ranges().all(|range| device.layout().covers(range))
     }
 
-    fn encode(&self, processors: Vec<Processor>, irqchip: Irqchip) -> Vec<Section> {
+    fn encode(&self, vcpus: Vec<VcpuState>, irqchip: Irqchip) -> Vec<Section> {
         let (balloon, layout) = {
             let device = self.balloon.device();
             (device.state(), device.layout().clone())
         };
         let (ports, transports) = (self.ports.state(), vec![self.transport.state()]);
-        MachineState { processors, irqchip, ports, transports, balloon }.encode(&layout)
+        MachineState { vcpus, irqchip, ports, transports, balloon }.encode(&layout)
     }
 }

@@ -1,4 +1,4 @@
-//! A guest that comes from another host.
+//! `aerostat receive`: waits for a migrating guest and runs it.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -17,44 +17,45 @@ use crate::options::HostOptions;
 use crate::signals::Signals;
 use crate::traits::MigrationTarget;
 
-/// Migrations that came to nothing of which that is known: their sources are in doubt at most.
+/// Failed migrations that are remembered, to answer sources that are in-doubt about them.
 const MAX_GONE: usize = 64;
 
-/// Between two guests that fail to arrive, so that whatever fails at once does not fail without end.
-const PAUSE: Duration = Duration::from_millis(100);
+/// Delay after a failed migration, so that a failure that repeats at once does not loop without a
+/// pause.
+const RETRY_DELAY: Duration = Duration::from_millis(100);
 
-/// Which guest is taken, and how.
+/// Which guest to receive, and how.
 #[derive(Clone, Debug)]
 pub struct ReceiveOptions {
-    /// What is this host's to choose, the guest's name among it.
+    /// The options that this host chooses, with the guest's name here.
     pub host: HostOptions,
-    /// What the guest is called where it comes from.
+    /// The guest's name at the source.
     pub guest_name: String,
-    /// Where sources connect to.
+    /// The address to listen on.
     pub listen: SocketAddr,
-    /// Who may connect.
+    /// Which sources may connect.
     pub security: Security,
-    /// Memory that the guest may have, in bytes.
+    /// Maximum guest memory, in bytes.
     pub max_memory_bytes: u64,
-    /// Processors that it may have.
+    /// Maximum number of vCPUs.
     pub max_cpus: u8,
-    /// How long to wait for a guest; for ever where there is none.
+    /// How long to wait for a guest; without a timeout if `None`.
     pub wait: Option<Duration>,
 }
 
-/// Waits for a guest and runs it to its end. What comes before the guest that arrives, and fails,
-/// is logged. `listens` is told where sources can connect to.
+/// Waits for a guest and runs it until it ends. Logs migrations that fail before one succeeds.
+/// Calls `listens` with the address that sources can connect to.
 ///
 /// # Errors
-/// What is wrong with the options, or with the host; and no guest within the time.
+/// The options are invalid, the host fails, or no guest arrives in time.
 pub fn receive(options: &ReceiveOptions, listens: impl Fn(SocketAddr)) -> Result<End, Error> {
     let mut acceptor = TcpAcceptor::new(options.listen, options.security.clone())?;
     let requests = Signals::before_guest().map_err(Error::host("signal handling"))?;
     let controller = MigrationController::new(None);
-    // Before anything comes, so that a guest which has come can be asked.
+    // Before the guest arrives, so that the control API is available as soon as it runs.
     let _control =
         Server::bind_monitor(&options.host.control, Arc::new(ControlApi(Arc::clone(&controller))))?;
-    let address = acceptor.address().map_err(Error::host("asking for the address"))?;
+    let address = acceptor.address().map_err(Error::host("getsockname"))?;
     listens(address);
     let mut deadline = options.wait.map(|wait| Instant::now() + wait);
     let mut gone = Vec::new();
@@ -77,19 +78,19 @@ pub fn receive(options: &ReceiveOptions, listens: impl Fn(SocketAddr)) -> Result
                 if let Err((error, _)) =
                     Answering::start(&Arc::new(Mutex::new(arrived)), acceptor, until)
                 {
-                    // The guest runs on all the same.
-                    tracing::error!(%error, "host: its source will not be answered");
+                    // The guest runs anyway.
+                    tracing::error!(%error, "host: cannot answer the source if it asks");
                 }
                 return run(&controller, &requests);
             }
             Err(failure) => failure,
         };
-        // What is known of a guest that did not come, unless it came after all.
+        // Remembers a guest that did not arrive. Not used if it is resolved to run here after all.
         gone.extend(failure.id);
         gone.drain(..gone.len().saturating_sub(MAX_GONE));
-        let may_be_asked = match failure.guest {
+        let may_ask = match failure.guest {
             DestinationGuest::Destroyed => Duration::ZERO,
-            // Its source has most likely heard it.
+            // The source has most likely received the refusal.
             DestinationGuest::Refused(_) => STALL_PAUSED * 2,
             DestinationGuest::InDoubt(_) => ANSWER_TIMEOUT,
         };
@@ -97,11 +98,12 @@ pub fn receive(options: &ReceiveOptions, listens: impl Fn(SocketAddr)) -> Result
             Some(free) => acceptor = free,
             None => return run(&controller, &requests),
         }
-        deadline = deadline.map(|end| end.max(Instant::now() + may_be_asked));
+        deadline = deadline.map(|end| end.max(Instant::now() + may_ask));
     }
 }
 
-/// A guest did not arrive. What takes the next one, or `None` where it runs here after all.
+/// Handles a failed migration. Returns the acceptor for the next one, or `None` if the guest was
+/// resolved to run here.
 fn failed(
     failure: ReceiveFailure,
     guest: MigrationTarget,
@@ -113,27 +115,30 @@ fn failed(
     match left {
         DestinationGuest::Destroyed => {
             controller.not_arrived(&error);
-            // Nobody came, or nobody can come.
+            // No source connected in time.
             if deadline.is_some_and(|end| Instant::now() >= end) {
                 return Err(error.into());
             }
             tracing::warn!(error = error.chain(), "a guest did not arrive");
-            std::thread::sleep(PAUSE);
+            std::thread::sleep(RETRY_DELAY);
             Ok(Some(acceptor))
         }
-        // A source that did not hear it asks who takes the next one.
+        // A source that did not receive the refusal asks again on the next connection.
         DestinationGuest::Refused(_) => {
             controller.not_arrived(&error);
             tracing::warn!(error = error.chain(), "a guest could not be started");
             Ok(Some(acceptor))
         }
         DestinationGuest::InDoubt(ownership) => {
-            tracing::error!(error = error.chain(), "whether the guest runs here is not known");
+            tracing::error!(
+                error = error.chain(),
+                "in-doubt: whether the guest runs here is unknown"
+            );
             let arrived = Arc::new(Mutex::new(Arrived { ownership, guest }));
             controller.arrived_in_doubt(&arrived, &error);
-            let words = "the guest that came ends here; whether it runs at its source is not known, \
-                         where `aerostat resolve` says what becomes of it";
-            requests.ending().at_once_with(Some(words.to_owned()));
+            let message = "the in-doubt guest ends here; whether it runs at its source is unknown: \
+                         resolve it there with `aerostat resolve`";
+            requests.ending().at_once_with(Some(message.to_owned()));
             let answering = answer_if_possible(&arrived, acceptor);
             if controller.until_resolved() {
                 return Ok(None);
@@ -147,23 +152,23 @@ fn failed(
     }
 }
 
-/// Has a source answered. A host that has no thread left must not end the guest: its operator can
+/// Starts answering the source. Without a thread for that the guest must not end: the operator can
 /// still resolve it.
 fn answer_if_possible(
     arrived: &Arc<Mutex<Arrived>>,
     acceptor: TcpAcceptor,
 ) -> Result<Answering, TcpAcceptor> {
     Answering::start(arrived, acceptor, None).map_err(|(error, acceptor)| {
-        tracing::error!(%error, "host: its source is not answered; resolve it on both hosts");
+        tracing::error!(%error, "host: cannot answer the source; resolve the guest on both hosts");
         acceptor
     })
 }
 
-/// Serves the guest that came.
+/// Serves the guest that arrived.
 fn run(controller: &Arc<MigrationController>, requests: &Signals) -> Result<End, Error> {
     requests.take_stop();
     match controller.machine() {
         Some(machine) => serve_to_end(&machine, controller, requests),
-        None => Err(Error::Unsupported { what: "a guest that is not there".into() }),
+        None => Err(Error::Unsupported { what: "a guest that was not created".into() }),
     }
 }

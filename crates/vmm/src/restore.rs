@@ -1,4 +1,4 @@
-//! A guest that comes out of a file.
+//! `aerostat restore`: runs a guest from a VM snapshot.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -19,31 +19,31 @@ use crate::options::HostOptions;
 use crate::signals::Signals;
 use crate::traits::MigrationTarget;
 
-/// Between two looks whether memory still comes.
+/// How often to check whether reading the memory has failed.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// How long a guest whose memory comes no more may take to come to a stop.
-const STOP_TIME: Duration = Duration::from_secs(2);
+/// How long a guest whose memory cannot be read may take to stop.
+const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Which guest, and how.
+/// Which guest to restore, and how.
 #[derive(Clone, Debug)]
 pub struct RestoreOptions {
-    /// What is this host's to choose; the name may be another than the guest had.
+    /// The options that this host chooses; the name may differ from the saved guest's.
     pub host: HostOptions,
-    /// What it was written to.
+    /// The snapshot file.
     pub file: PathBuf,
-    /// Runs it at once; its memory comes when it is touched, and meanwhile in its order. The file
-    /// must stay.
+    /// Runs the guest at once and reads its memory on access, and in the background by address. The
+    /// file must stay in place until all of it is read.
     pub lazy: bool,
 }
 
-/// Runs the guest to its end, from where it was when it was written.
+/// Restores the guest and runs it until it ends.
 ///
 /// # Errors
-/// What is wrong with the file, the options, or the host; nothing of the guest was run then,
-/// unless it ran lazily and the file turned out to be damaged.
+/// The file or the options are invalid, or the host fails. The guest has not run then, unless the
+/// restore is lazy and the file is damaged.
 pub fn restore(options: &RestoreOptions) -> Result<End, Error> {
-    // Until the guest runs nothing is lost with this process, which may wait for the file.
+    // Until the guest runs, a signal may end this process, which may wait for the file.
     let requests = Signals::before_guest().map_err(Error::host("signal handling"))?;
     let machine = SnapshotFile::open(&options.file)?.description().machine.clone();
     let controller = MigrationController::new(None);
@@ -59,7 +59,10 @@ pub fn restore(options: &RestoreOptions) -> Result<End, Error> {
     if options.lazy {
         let filling = snapshot::restore_lazily(&config, &mut guest, file, &mut Silent)?;
         requests.take_stop();
-        tracing::info!(us = began.elapsed().as_micros(), "runs; its memory is still coming");
+        tracing::info!(
+            us = began.elapsed().as_micros(),
+            "runs; reading its memory in the background"
+        );
         return fill(guest, filling, &controller, &requests);
     }
     let restored = snapshot::restore(&config, &mut guest, file, &mut Silent)?;
@@ -71,7 +74,7 @@ pub fn restore(options: &RestoreOptions) -> Result<End, Error> {
     }
 }
 
-/// Serves a guest whose memory is still coming.
+/// Serves a guest while its memory is read.
 fn fill(
     mut guest: MigrationTarget,
     filling: Filling,
@@ -83,47 +86,48 @@ fn fill(
     let over = AtomicBool::new(false);
     let end = std::thread::scope(|scope| {
         scope.spawn(|| {
-            if watch_whatever_panics(&filling, &machine, &over) {
+            if watch_across_panics(&filling, &machine, &over) {
                 stop();
-                // Whoever waits for a page that never comes is let go, and finds zeros: no
-                // processor runs any more that could.
-                let until = Instant::now() + STOP_TIME;
+                // Halt the vCPUs, then release the threads that wait for a page: they read zeros,
+                // which no vCPU may see.
+                let until = Instant::now() + STOP_TIMEOUT;
                 while !over.load(Ordering::Relaxed) && Instant::now() < until {
                     machine.halt();
                     std::thread::sleep(POLL_INTERVAL);
                 }
-                // One that moves or writes the guest waits for such a page as well, and would take
-                // the zeros for the guest's.
-                controller.close("its memory cannot be read any more");
-                guest.let_go();
+                // A migration or snapshot also waits for such a page, and must not take the zeros
+                // for the guest's memory.
+                controller.close("its memory cannot be read");
+                guest.drop_missing();
             }
         });
-        // Also where serving panics, which would wait for the thread for ever.
-        let _over = Over(&over);
+        // Also if serving panics: the scope would wait for the thread without end.
+        let _set_on_drop = SetOnDrop(&over);
         serve_to_end(&machine, controller, requests)
     });
-    // The guest first, which may still wait for its memory.
+    // The guest first: it may still wait for its memory.
     controller.drop_machine();
     drop((machine, guest));
     filling.finish()?;
     end
 }
 
-/// Says that a guest is not served any more, when it is dropped.
-struct Over<'a>(&'a AtomicBool);
+/// Sets the flag on drop: the guest is no longer served.
+struct SetOnDrop<'a>(&'a AtomicBool);
 
-impl Drop for Over<'_> {
+impl Drop for SetOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
 }
 
-/// Waits for the end; true where memory comes no more before that. The guest is halted then.
+/// Waits for the guest's end. Returns true, with the guest halted, if reading its memory fails
+/// before.
 fn watch(filling: &Filling, machine: &Machine, over: &AtomicBool) -> bool {
     while !over.load(Ordering::Relaxed) {
         panic_point("watch");
         if filling.has_failed() {
-            tracing::error!("the guest's memory cannot be read any more: it ends");
+            tracing::error!("the guest's memory cannot be read; the guest ends");
             machine.halt();
             return true;
         }
@@ -132,8 +136,8 @@ fn watch(filling: &Filling, machine: &Machine, over: &AtomicBool) -> bool {
     false
 }
 
-/// The same, looked at anew after a panic.
-fn watch_whatever_panics(filling: &Filling, machine: &Machine, over: &AtomicBool) -> bool {
+/// As [`watch`], but starts again after a panic.
+fn watch_across_panics(filling: &Filling, machine: &Machine, over: &AtomicBool) -> bool {
     loop {
         match contain(|| watch(filling, machine, over)) {
             Ok(is_lost) => return is_lost,
@@ -144,5 +148,5 @@ fn watch_whatever_panics(filling: &Filling, machine: &Machine, over: &AtomicBool
 }
 
 fn no_machine() -> Error {
-    Error::Unsupported { what: "a guest that is not there".into() }
+    Error::Unsupported { what: "a guest that was not created".into() }
 }

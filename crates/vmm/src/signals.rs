@@ -1,4 +1,4 @@
-//! What is asked of this process: by signals, or by a key.
+//! Requests to this process: by signals or the terminal.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -8,55 +8,55 @@ use std::sync::Arc;
 use balloon_host::Ending;
 use signal_hook::consts::{SIGUSR1, SIGUSR2};
 
-/// What is asked of this process: by signals, or by a key.
+/// Requests to this process: by signals or the terminal.
 pub struct Signals {
-    /// SIGTERM, SIGINT, or at the terminal: the end.
+    /// SIGTERM, SIGINT, or the terminal's escape sequence: stop.
     ending: Arc<Ending>,
-    /// SIGUSR1: the guest pauses.
+    /// SIGUSR1: pause the guest.
     pub(crate) pause: SignalPipe,
-    /// SIGUSR2: it goes on.
+    /// SIGUSR2: resume the guest.
     pub(crate) resume: SignalPipe,
 }
 
-/// Becomes readable when a signal came.
+/// Becomes readable when a signal arrives.
 pub(crate) struct SignalPipe(UnixStream);
 
 impl Signals {
-    /// Takes the signals from now on.
+    /// Starts handling all signals.
     ///
     /// # Errors
-    /// The host has no file descriptor or no thread left.
+    /// The host has no file descriptors or threads left.
     pub fn new() -> io::Result<Self> {
         let requests = Self::before_guest()?;
         requests.take_stop();
         Ok(requests)
     }
 
-    /// Takes those that are for a guest, before there is one: whoever sees that it has come may
-    /// send one at once, which would end a process that does not take it, and the guest with it.
-    /// What asks for the end ends the process, as long as it is not [taken](Self::take_stop) too.
+    /// Starts handling the signals for a guest, before there is one: an operator may send one as
+    /// soon as the guest exists, and an unhandled signal would kill the process. Stop signals still
+    /// end the process at once, until [`take_stop`](Self::take_stop).
     pub(crate) fn before_guest() -> io::Result<Self> {
         let (pause, resume) = (SignalPipe::of(SIGUSR1)?, SignalPipe::of(SIGUSR2)?);
         Ok(Self { ending: Ending::watch()?, pause, resume })
     }
 
-    /// There is a guest, which ends in order from now on.
+    /// From now on stop signals end the guest cleanly.
     pub(crate) fn take_stop(&self) {
         self.ending.in_order();
     }
 
-    /// How this process ends.
+    /// The stop request and its timeouts.
     pub(crate) fn ending(&self) -> &Ending {
         &self.ending
     }
 
-    /// Asks for the end, as an operator does.
-    pub(crate) fn asker(&self) -> impl Fn() + Send + Sync + use<> {
+    /// Returns a function that stops this process like the operator.
+    pub(crate) fn operator_stopper(&self) -> impl Fn() + Send + Sync + use<> {
         let ending = Arc::clone(&self.ending);
         move || ending.ask()
     }
 
-    /// Has the process end, for which nobody waits.
+    /// Returns a function that stops this process without a request of the operator.
     pub fn stopper(&self) -> impl Fn() + Send + Sync + use<> {
         let ending = Arc::clone(&self.ending);
         move || ending.end()
@@ -71,7 +71,7 @@ impl SignalPipe {
         Ok(Self(read))
     }
 
-    /// Takes all signals that came.
+    /// Consumes all signals that have arrived.
     pub(crate) fn clear(&self) {
         while matches!(io::Read::read(&mut &self.0, &mut [0; 64]), Ok(1..)) {}
     }
@@ -88,7 +88,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pause_that_comes_before_its_guest_ends_nothing() {
+    fn a_pause_signal_before_the_guest_starts_does_not_end_the_process() {
         let requests = Signals::before_guest().unwrap();
         signal_hook::low_level::raise(SIGUSR1).unwrap();
         assert_eq!(io::Read::read(&mut &requests.pause.0, &mut [0; 8]).unwrap(), 1);

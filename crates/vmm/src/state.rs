@@ -1,72 +1,74 @@
-//! A machine's state: everything of a guest that stands still but its memory, in parts as bytes.
+//! A machine's state: everything of a paused guest except its memory, encoded in sections.
 //!
-//! Each part has a name and a version. Whoever takes a state takes all parts or none: an unknown
-//! part, or one of another version, is a machine that this monitor cannot be.
+//! Each section has a name and a version. A state is loaded completely or not at all: an unknown
+//! section or version means a machine that this VMM does not support.
 
 mod balloon;
 pub(crate) mod codec;
 mod irqchip;
-mod processor;
 mod serial;
+mod vcpu;
 
 pub(crate) use irqchip::Irqchip;
-pub(crate) use processor::Processor;
 pub(crate) use serial::PortsState;
+pub(crate) use vcpu::VcpuState;
 
 use balloon_device::{BalloonState, MemoryLayout};
 
 use crate::error::Error;
 use crate::mmio::TransportState;
 
-/// A part of a machine's state.
+/// A section of a machine's state.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Section {
-    /// What it is the state of, as `cpu0` or `balloon`.
+    /// For example `cpu0` or `balloon`.
     pub name: String,
-    /// Version of the form of its bytes.
+    /// Version of the encoding.
     pub version: u32,
-    /// In a form of this monitor's own.
+    /// The encoded state, in Aerostat's own format.
     pub bytes: Vec<u8>,
 }
 
-/// Version of each part's form.
+/// Version of each section's encoding.
 pub(crate) const VERSION: u32 = 1;
 
 const CHIPS: &str = "irqchip";
 const PORTS: &str = "ports";
 const BALLOON: &str = "balloon";
 
-/// All of it, checked as far as it can be without a machine.
+/// The decoded state, validated as far as possible without a machine.
 pub(crate) struct MachineState {
-    pub(crate) processors: Vec<Processor>,
+    pub(crate) vcpus: Vec<VcpuState>,
     pub(crate) irqchip: Irqchip,
     pub(crate) ports: PortsState,
-    /// The balloon's, and those of the disks.
+    /// First the balloon's, then the disks'.
     pub(crate) transports: Vec<TransportState>,
     pub(crate) balloon: BalloonState,
 }
 
 impl MachineState {
-    /// In parts.
+    /// Encodes the state in sections.
     pub(crate) fn encode(&self, layout: &MemoryLayout) -> Vec<Section> {
-        let part = |name: String, bytes| Section { name, version: VERSION, bytes };
-        let processors = self.processors.iter().enumerate();
-        let mut parts: Vec<_> =
-            processors.map(|(number, cpu)| part(cpu_name(number), cpu.encode())).collect();
-        parts.push(part(CHIPS.into(), self.irqchip.encode()));
-        parts.push(part(PORTS.into(), self.ports.encode()));
+        let section = |name: String, bytes| Section { name, version: VERSION, bytes };
+        let vcpus = self.vcpus.iter().enumerate();
+        let mut sections: Vec<_> =
+            vcpus.map(|(number, cpu)| section(cpu_name(number), cpu.encode())).collect();
+        sections.push(section(CHIPS.into(), self.irqchip.encode()));
+        sections.push(section(PORTS.into(), self.ports.encode()));
         let transports = self.transports.iter().enumerate();
-        parts.extend(
-            transports.map(|(number, transport)| part(transport_name(number), transport.encode())),
+        sections.extend(
+            transports
+                .map(|(number, transport)| section(transport_name(number), transport.encode())),
         );
-        parts.push(part(BALLOON.into(), balloon::encode(&self.balloon, layout)));
-        parts
+        sections.push(section(BALLOON.into(), balloon::encode(&self.balloon, layout)));
+        sections
     }
 
-    /// The state of a machine with so many processors and devices and such memory.
+    /// Decodes the state of a machine with `cpus` vCPUs, `devices` devices and memory of this
+    /// layout.
     ///
     /// # Errors
-    /// It is not, or not in a form that is known; the sender's fault.
+    /// It is the state of another machine, or invalid; the sender's fault.
     pub(crate) fn decode(
         sections: &[Section],
         cpus: usize,
@@ -75,13 +77,12 @@ impl MachineState {
     ) -> Result<Self, Error> {
         let count = cpus + devices + 3;
         if sections.len() != count {
-            let why = format!("it has {} parts, and should have {count}", sections.len());
+            let why = format!("it has {} sections instead of {count}", sections.len());
             return Err(Error::State { section: "the machine".into(), why });
         }
-        let processors =
-            (0..cpus).map(|number| take(sections, &cpu_name(number), Processor::decode));
+        let vcpus = (0..cpus).map(|number| take(sections, &cpu_name(number), VcpuState::decode));
         let state = Self {
-            processors: processors.collect::<Result<_, _>>()?,
+            vcpus: vcpus.collect::<Result<_, _>>()?,
             irqchip: take(sections, CHIPS, Irqchip::decode)?,
             ports: take(sections, PORTS, PortsState::decode)?,
             transports: (0..devices)
@@ -89,18 +90,18 @@ impl MachineState {
                 .collect::<Result<_, _>>()?,
             balloon: take(sections, BALLOON, |bytes| balloon::decode(bytes, layout))?,
         };
-        // The device knows its own features only, all of which are among the driver's.
-        let agreed = state.transports.first().map_or(0, TransportState::agreed);
+        // The balloon device and its transport must have negotiated the same features.
+        let in_transport = state.transports.first().map_or(0, TransportState::negotiated);
         let negotiated = state.balloon.negotiated.0;
-        if agreed != negotiated {
-            let why = format!("features {negotiated:#x}, and {agreed:#x} in its transport");
+        if in_transport != negotiated {
+            let why = format!("features {negotiated:#x}, but {in_transport:#x} in its transport");
             return Err(Error::State { section: BALLOON.into(), why });
         }
         Ok(state)
     }
 }
 
-/// The balloon's is the first.
+/// The section name of a device's transport; number 0 is the balloon.
 pub(crate) fn transport_name(number: usize) -> String {
     format!("virtio{number}")
 }
@@ -109,7 +110,7 @@ fn cpu_name(number: usize) -> String {
     format!("cpu{number}")
 }
 
-/// Reads the part of this name.
+/// Decodes the section with this name.
 fn take<T>(
     sections: &[Section],
     name: &str,
@@ -119,10 +120,10 @@ fn take<T>(
     let mut named = sections.iter().filter(|section| section.name == name);
     let section = named.next().ok_or_else(|| wrong("it is missing".into()))?;
     if named.next().is_some() {
-        return Err(wrong("it is there twice".into()));
+        return Err(wrong("it occurs twice".into()));
     }
     if section.version != VERSION {
-        return Err(wrong(format!("version {}; {VERSION} is known", section.version)));
+        return Err(wrong(format!("version {} instead of {VERSION}", section.version)));
     }
     decode(&section.bytes).map_err(|error| wrong(error.to_string()))
 }

@@ -1,26 +1,26 @@
-//! Threads that may be stuck in a call that nobody can interrupt.
+//! Joining threads that may be stuck in an uninterruptible system call.
 
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-/// How often it is looked whether a thread has ended; nobody announces that.
+/// How often to check whether a thread has ended; there is no event for it.
 const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
-/// What became of a thread.
+/// The outcome of joining a thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Joined {
     Ended,
     Panicked,
-    /// It is left to the end of the process.
-    Not,
+    /// The thread still runs; it ends with the process.
+    TimedOut,
 }
 
-/// Waits for the end of a thread, at most so long.
+/// Waits for the end of a thread, at most `limit`.
 pub(crate) fn join_within<T>(thread: JoinHandle<T>, limit: Duration) -> Joined {
     let began = Instant::now();
     while !thread.is_finished() {
         if began.elapsed() >= limit {
-            return Joined::Not;
+            return Joined::TimedOut;
         }
         thread::sleep(POLL_INTERVAL);
     }
@@ -34,11 +34,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_thread_that_does_not_end_is_left() {
-        let (ends, ended) = channel::<()>();
+    fn join_within_gives_up_after_the_limit() {
+        let (end, ended) = channel::<()>();
         let stuck = thread::spawn(move || ended.recv());
-        assert_eq!(join_within(stuck, POLL_INTERVAL), Joined::Not);
-        drop(ends);
+        assert_eq!(join_within(stuck, POLL_INTERVAL), Joined::TimedOut);
+        drop(end);
         assert_eq!(join_within(thread::spawn(|| ()), Duration::MAX), Joined::Ended);
     }
 }

@@ -1,27 +1,26 @@
-//! MigrationSource the guest's processors a part of their time only, so that it writes less while it is
-//! moved.
+//! Throttles the vCPUs, so that the guest writes less during a migration.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
-/// Time of which a processor runs a part and rests the other: short enough that the guest's own
-/// timers, which tick every few milliseconds, do not take it for a lock-up.
+/// A vCPU runs for one part of each period and sleeps for the rest. Short enough that the guest's
+/// timers, which tick every few milliseconds, do not detect a lock-up.
 const PERIOD: Duration = Duration::from_millis(20);
 
-/// What can be taken at most: some of a guest has to run, or it would be paused.
+/// Maximum throttle: at 100 the guest would be paused.
 pub(crate) const MAX_PERCENT: u8 = 99;
 
-/// How much of their time the processors rest, in per cent.
+/// The part of the time for which vCPUs sleep, in per cent.
 #[derive(Debug, Default)]
 pub(crate) struct Throttle(AtomicU8);
 
 impl Throttle {
-    /// More than [`MAX_PERCENT`] is that.
+    /// Sets the throttle, limited to [`MAX_PERCENT`].
     pub(crate) fn set(&self, percent: u8) {
         self.0.store(percent.min(MAX_PERCENT), Ordering::Relaxed);
     }
 
-    /// Time that a processor may run without a rest, if it is to rest.
+    /// Time for which a vCPU runs in each period; `None` without a throttle.
     pub(crate) fn run_time(&self) -> Option<Duration> {
         match self.0.load(Ordering::Relaxed) {
             0 => None,
@@ -29,7 +28,7 @@ impl Throttle {
         }
     }
 
-    /// How long a processor rests now that has run since `since`.
+    /// How long a vCPU must sleep now, if it has run since `since`.
     pub(crate) fn rest(&self, since: Instant, now: Instant) -> Option<Duration> {
         let run_time = self.run_time()?;
         let ran = now.saturating_duration_since(since);
@@ -42,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_processor_rests_its_share_once_it_has_run_the_other() {
+    fn a_vcpu_sleeps_after_its_run_time() {
         let (throttle, start) = (Throttle::default(), Instant::now());
         assert_eq!((throttle.run_time(), throttle.rest(start, start + PERIOD)), (None, None));
         throttle.set(75);

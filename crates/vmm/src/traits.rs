@@ -1,4 +1,4 @@
-//! The machine as a migration sees it, at either side.
+//! Implements the migration's machine traits, source and destination, for [`Machine`].
 
 use std::io;
 use std::path::PathBuf;
@@ -26,24 +26,24 @@ use vm_memory::{
 use crate::console::output::standard_output;
 use crate::controller::MigrationController;
 use crate::description::{MachineShape, cpu_features, describe};
-use crate::disks::Waits;
+use crate::disks::Waiter;
 use crate::error::Error;
 use crate::machine::Machine;
 use crate::memory::{MachineMemory, Ram};
 use crate::options::{HostOptions, RunOptions};
 use crate::state::Section;
 
-/// Smallest block that a guest names as free.
+/// Smallest block in a free-page report.
 const MIN_BLOCK_BYTES: u64 = PAGE_BYTES;
 
-/// What is copied at once. The C library copies more by an instruction (`rep movsb`) that takes ten
-/// times as long where the processor is emulated, and no less where it is not.
+/// Bytes per copy. For larger copies the C library uses `rep movsb`, which is ten times slower on
+/// an emulated CPU and no faster on a real one.
 const COPY_BYTES: usize = 4096;
 
-/// Further time for an answer that ends by itself when its time is over.
+/// Time to wait for a request's answer beyond the request's own timeout.
 const ANSWER_MARGIN: Duration = Duration::from_millis(500);
 
-/// Memory apart from its machine.
+/// Guest memory, detached from its machine.
 pub(crate) struct Pages {
     guest: Ram,
     map: MemoryMap,
@@ -56,11 +56,11 @@ impl Pages {
 }
 
 impl ReadPages for Pages {
-    /// Files are read by calls: reading a hole where it is mapped would fill it.
+    /// Reads memory in a file with `pread`: reading a hole through the mapping would allocate it.
     fn read_pages(&self, pages: PageRange, out: &mut [u8]) -> Result<(), MachineError> {
         // Cannot overflow: page numbers are below 2^52.
         let at = GuestAddress(pages.start() * PAGE_BYTES);
-        let region = self.guest.find_region(at).ok_or("no memory is there")?;
+        let region = self.guest.find_region(at).ok_or("no guest memory at this address")?;
         let offset = at.unchecked_offset_from(region.start_addr());
         let Some(place) = region.file_offset() else {
             for (out, offset) in out.chunks_mut(COPY_BYTES).zip((offset..).step_by(COPY_BYTES)) {
@@ -86,7 +86,7 @@ impl ReadPages for Pages {
 impl WritePages for Pages {
     fn write_pages(&self, pages: PageRange, bytes: &[u8]) -> Result<(), MachineError> {
         let at = GuestAddress(pages.start() * PAGE_BYTES);
-        let region = self.guest.find_region(at).ok_or("no memory is there")?;
+        let region = self.guest.find_region(at).ok_or("no guest memory at this address")?;
         let offset = at.unchecked_offset_from(region.start_addr());
         for (bytes, offset) in bytes.chunks(COPY_BYTES).zip((offset..).step_by(COPY_BYTES)) {
             region.write_slice(bytes, MemoryRegionAddress(offset))?;
@@ -95,7 +95,7 @@ impl WritePages for Pages {
     }
 
     fn zero_pages(&self, pages: PageRange) -> Result<(), MachineError> {
-        // Parts of huge pages cannot be released, or not without splitting them.
+        // Part of a huge page cannot be discarded, or only by splitting it.
         if self.map.largest_host_page() == 1 {
             let report = self.map.discard(&PageSet::from(pages));
             if report.failed_pages == 0 && report.outside_pages == 0 {
@@ -106,7 +106,7 @@ impl WritePages for Pages {
     }
 }
 
-/// Memory that is missing until it is placed.
+/// Memory whose pages are missing until they are placed.
 struct Missing(MissingPages);
 
 impl PlacePages for Missing {
@@ -127,27 +127,28 @@ impl PlacePages for Missing {
     }
 }
 
-/// A guest that is to leave.
+/// A guest at the source of a migration.
 #[derive(Clone)]
 pub(crate) struct MigrationSource {
     machine: Arc<Machine>,
-    /// The request whose pages the guest keeps to itself until it is done.
+    /// The hint request whose pages the guest holds until the request ends.
     hints: Option<u32>,
-    /// The other side may have its disks.
-    offered: bool,
-    /// Somebody wants that it comes to nothing.
+    /// The destination may have taken the disks.
+    committed: bool,
+    /// The migration is cancelled.
     cancel: Arc<AtomicBool>,
     controller: Arc<MigrationController>,
 }
 
-/// How long the first sync of a guest's disks may take: Linux lets a fifth of a host's memory wait to
-/// be written, which is some 30 GB at the 100 MB/s of a slow disk. One that takes longer would keep
-/// its guest from being saved as well.
-const FIRST_SYNC_LIMIT: Duration = Duration::from_secs(300);
+/// How long the first sync of a guest's disks may take. Linux lets dirty pages grow to a fifth of
+/// the host's memory; in this time a slow disk writes some 30 GB, at 100 MB/s. A sync that takes
+/// longer would make saving the guest's state fail as well.
+const FIRST_SYNC_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// How long a later one may, while it still runs: less than a destination waits for a sign of life.
-const SYNC_LIMIT: Duration = Duration::from_secs(15);
-const _: () = assert!(SYNC_LIMIT.as_secs() < STALL.as_secs());
+/// How long a later sync may take while the guest runs: less than the destination waits for a
+/// keepalive.
+const SYNC_TIMEOUT: Duration = Duration::from_secs(15);
+const _: () = assert!(SYNC_TIMEOUT.as_secs() < STALL.as_secs());
 
 impl MigrationSource {
     pub(crate) fn new(
@@ -156,29 +157,31 @@ impl MigrationSource {
         controller: &Arc<MigrationController>,
     ) -> Self {
         let controller = Arc::clone(controller);
-        Self { machine, hints: None, offered: false, cancel, controller }
+        Self { machine, hints: None, committed: false, cancel, controller }
     }
 
     fn sync_disks(&self, limit: Duration) -> Result<(), Error> {
-        let goes_on = |taken| taken < limit && !self.cancel.load(Ordering::Relaxed);
-        self.machine.sync_disks_before_pause(goes_on)
+        let keep_waiting = |taken| taken < limit && !self.cancel.load(Ordering::Relaxed);
+        self.machine.sync_disks_before_pause(keep_waiting)
     }
 
-    fn snapshot(&self, wait: Duration) -> Result<Option<FreePages>, MachineError> {
+    /// Requests a free-page report on the request queue.
+    fn report_free_pages(&self, wait: Duration) -> Result<Option<FreePages>, MachineError> {
         let balloon = &self.machine.balloon;
         let Some(pages) = balloon.free_snapshot(MIN_BLOCK_BYTES, wait)? else { return Ok(None) };
-        // The pages stay in the guest's free lists.
+        // The pages stay in the guest's free lists, where page poisoning fills them.
         let device = balloon.device();
         let poisons = device.negotiated().contains(Features::PAGE_POISON);
         let pattern = if poisons { device.config().poison_val } else { 0 };
         Ok(Some(FreePages { pages, pattern }))
     }
 
-    fn hinted(&mut self, wait: Duration) -> Result<Option<FreePages>, MachineError> {
+    /// Collects free page hints.
+    fn hint_free_pages(&mut self, wait: Duration) -> Result<Option<FreePages>, MachineError> {
         let balloon = &self.machine.balloon;
         let id = balloon.start_hints()?;
         self.hints = Some(id);
-        // The guest allocated them, and writes its pattern when it frees them.
+        // The guest has allocated them, and writes its poison pattern when it frees them.
         let hinted = balloon.hinted_within(id, wait);
         Ok(hinted.map(|pages| FreePages { pages, pattern: 0 }))
     }
@@ -203,7 +206,7 @@ impl SourceMachine for MigrationSource {
 
     fn stop_dirty_log(&mut self) {
         if let Err(error) = self.machine.stop_dirty_log() {
-            tracing::warn!(%error, "the guest goes on, but slower");
+            tracing::warn!(%error, "cannot stop the dirty log; the guest runs slower");
         }
     }
 
@@ -212,16 +215,16 @@ impl SourceMachine for MigrationSource {
         let id = balloon.submit(GuestAsk::DropCaches(Caches::All), wait)?;
         match balloon.wait_request(id, wait + ANSWER_MARGIN) {
             Some(outcome) => Ok(outcome.map(drop)?),
-            None => Err("guest: it did not answer".into()),
+            None => Err("guest: it did not answer in time".into()),
         }
     }
 
     fn free_pages(&mut self, wait: Duration) -> Result<Option<FreePages>, MachineError> {
         let negotiated = self.machine.balloon.device().negotiated();
         if negotiated.contains(Features::REQUEST_VQ) {
-            self.snapshot(wait)
+            self.report_free_pages(wait)
         } else if negotiated.contains(Features::FREE_PAGE_HINT) {
-            self.hinted(wait)
+            self.hint_free_pages(wait)
         } else {
             Ok(None)
         }
@@ -231,7 +234,7 @@ impl SourceMachine for MigrationSource {
         if let Some(id) = self.hints.take()
             && let Err(error) = self.machine.balloon.end_hints(id)
         {
-            tracing::warn!(%error, "the guest keeps what it hinted");
+            tracing::warn!(%error, "the guest cannot free the pages that it hinted");
         }
     }
 
@@ -244,12 +247,12 @@ impl SourceMachine for MigrationSource {
     }
 
     fn before_connect(&mut self) -> Result<(), MachineError> {
-        Ok(self.sync_disks(FIRST_SYNC_LIMIT)?)
+        Ok(self.sync_disks(FIRST_SYNC_TIMEOUT)?)
     }
 
     fn before_pause(&mut self) -> Result<(), MachineError> {
-        match self.sync_disks(SYNC_LIMIT) {
-            // It may still come in time, which is asked when the guest stands still.
+        match self.sync_disks(SYNC_TIMEOUT) {
+            // The sync may still end in time; saving the paused guest waits for it.
             Err(Error::Stuck { .. }) => Ok(()),
             synced => Ok(synced?),
         }
@@ -270,47 +273,47 @@ impl SourceMachine for MigrationSource {
 
     fn prepare_switchover(&mut self) -> Result<(), MachineError> {
         self.controller.commit()?;
-        self.offered = true;
+        self.committed = true;
         self.machine.prepare_disk_switchover();
         Ok(())
     }
 
-    /// Where somebody else took its disks meanwhile it stands still, and can be asked to go on
-    /// again (`Unresolved::Stuck`).
+    /// Fails if another process has taken a disk meanwhile. The guest then stays paused, and the
+    /// operator can retry (`Unresolved::Stuck`).
     fn resume(&mut self) -> Result<(), MachineError> {
-        if self.offered {
+        if self.committed {
             self.machine.take_disks()?;
-            self.offered = false;
+            self.committed = false;
         }
         self.machine.resume();
         Ok(())
     }
 
-    /// Nobody resumes it, and its process ends.
+    /// The guest stays paused until this process ends.
     fn relinquish(&mut self) {
         self.machine.release_disks();
     }
 }
 
-const NO_MACHINE: &str = "there is no machine";
+const NO_MACHINE: &str = "no machine was created";
 
-/// A guest that is to come.
+/// A guest at the destination of a migration or a restore.
 pub(crate) struct MigrationTarget {
-    /// What of the machine is this host's to choose; the rest is the peer's.
+    /// The options that this host chooses; the peer's description has the rest.
     options: HostOptions,
     max_cpus: u8,
     cpu_features: CpuFeatures,
-    /// It comes out of a file, which others may come out of as well.
+    /// The guest is restored from a file, from which more copies may be restored.
     is_copy: bool,
     machine: Option<Arc<Machine>>,
     controller: Arc<MigrationController>,
-    /// What a guest waits for whose memory comes later: as long as this is there.
+    /// While set, an access to a missing page waits until the page is placed.
     missing: Option<Arc<Missing>>,
 }
 
 impl MigrationTarget {
     /// # Errors
-    /// There is no KVM.
+    /// KVM is not available.
     pub(crate) fn new(
         options: HostOptions,
         max_cpus: u8,
@@ -330,54 +333,54 @@ impl MigrationTarget {
         })
     }
 
-    /// The guest comes out of a file: it is told that it is a copy.
+    /// Marks the guest as a copy: it is notified by a new VM generation ID.
     pub(crate) fn copy(self) -> Self {
         Self { is_copy: true, ..self }
     }
 
-    /// The guest's machine, once there is one.
+    /// The guest's machine, once it was created.
     pub(crate) fn machine(&self) -> Option<&Arc<Machine>> {
         self.machine.as_ref()
     }
 
-    /// Nobody waits for missing memory any more, which reads as zeros from now on. No guest may
-    /// run that would see them.
-    pub(crate) fn let_go(&mut self) {
+    /// Stops handling missing pages: they read as zeros from now on. The guest must not run any
+    /// more.
+    pub(crate) fn drop_missing(&mut self) {
         self.missing = None;
     }
 
-    /// A machine with nothing in its memory.
+    /// Creates the described machine, with empty memory.
     fn make(&mut self, description: &Description) -> Result<Arc<Machine>, MachineError> {
-        let made = MachineShape::of(description, self.max_cpus)?;
-        let MachineShape { cpus, memory_bytes, without, .. } = made;
+        let shape = MachineShape::of(description, self.max_cpus)?;
+        let MachineShape { cpus, memory_bytes, without, .. } = shape;
         let options = RunOptions {
             host: self.options.clone(),
             memory_bytes,
             cpus,
             without,
-            // What its processors are comes with its state.
+            // The CPUID leaves are part of the state.
             nested: false,
-            // Nothing is booted: what runs in it comes with its memory.
+            // Nothing is booted: the kernel is in the migrated memory.
             kernel: PathBuf::new(),
             initrd: None,
             command_line: String::new(),
         };
         let machine = Arc::new(Machine::new(&options, standard_output()?)?);
-        made.check_disks(&machine.disk_shapes())?;
-        let waits = if self.is_copy { Waits::Operator } else { Waits::Source };
-        machine.adopt_disks(&made.disks, self.options.accept_disks, waits)?;
-        machine.try_out(&made.sample)?;
+        shape.check_disks(&machine.disk_shapes())?;
+        let waiter = if self.is_copy { Waiter::Operator } else { Waiter::Source };
+        machine.adopt_disks(&shape.disks, self.options.accept_disks, waiter)?;
+        machine.check_supported(&shape.sample)?;
         machine.expect_disks()?;
         self.machine = Some(Arc::clone(&machine));
         Ok(machine)
     }
 
-    /// Has the disks of a guest that may run here now, and does not run it yet.
+    /// Takes the disks of a guest that may run here now, without running it.
     pub(crate) fn take_disks(&self) -> Result<(), MachineError> {
-        Ok(self.made()?.take_disks()?)
+        Ok(self.created()?.take_disks()?)
     }
 
-    fn made(&self) -> Result<&Machine, MachineError> {
+    fn created(&self) -> Result<&Machine, MachineError> {
         Ok(self.machine.as_deref().ok_or(NO_MACHINE)?)
     }
 }
@@ -397,7 +400,7 @@ impl DestinationMachine for MigrationTarget {
         description: &Description,
     ) -> Result<Arc<dyn PlacePages>, MachineError> {
         if self.options.memory.shared {
-            return Err("operator: memory in a file (--shared) cannot come lazily".into());
+            return Err("operator: --shared memory cannot be restored lazily".into());
         }
         let machine = self.make(description)?;
         let missing = Arc::new(Missing(MissingPages::watch(&machine.memory.map)?));
@@ -408,11 +411,11 @@ impl DestinationMachine for MigrationTarget {
     fn load_state(&mut self, state: Vec<StateSection>) -> Result<(), MachineError> {
         let section = |StateSection { name, version, bytes }| Section { name, version, bytes };
         let sections: Vec<_> = state.into_iter().map(section).collect();
-        let machine = self.made()?;
+        let machine = self.created()?;
         machine.load(&sections)?;
         if self.is_copy {
-            // Last, since the interrupt would be lost with the controllers that it came to.
-            machine.is_a_copy()?;
+            // Last: loading the interrupt controllers would lose the interrupt.
+            machine.renew_generation_id()?;
         }
         Ok(())
     }
@@ -424,11 +427,11 @@ impl DestinationMachine for MigrationTarget {
     }
 
     fn destroy(&mut self) {
-        // Before the source hears of it. Others may have the machine for a moment longer.
+        // Before the source is notified. Other threads may keep the machine a moment longer.
         if let Some(machine) = &self.machine {
             machine.release_disks();
         }
-        // A processor that waits for memory could not end.
+        // A vCPU that waits for a missing page could not stop.
         self.missing = None;
         self.machine = None;
         self.controller.discarded();
@@ -441,9 +444,9 @@ mod tests {
     use crate::memory::MemoryKind;
 
     #[test]
-    fn pages_are_read_written_and_cleared_whatever_backs_them() {
+    fn pages_are_read_written_and_zeroed_in_each_kind_of_memory() {
         for (shared, huge) in [(false, false), (false, true), (true, false)] {
-            // With memory on both sides of the hole.
+            // Large enough for memory on both sides of the PCI hole.
             let memory = MachineMemory::new(4 << 30, MemoryKind { shared, huge }).unwrap();
             let pages = Pages::of(&memory);
             let range = PageRange::new((4 << 30) / PAGE_BYTES + 5, 40).unwrap();
@@ -465,10 +468,10 @@ mod tests {
         }
     }
 
-    /// What is read of a guest that never wrote it must not cost the host its memory; what is
-    /// cleared costs nothing any more.
+    /// Reading pages that the guest never wrote must not allocate host memory; zeroing pages must
+    /// free it.
     #[test]
-    fn reading_holes_and_clearing_cost_a_file_nothing() {
+    fn reading_a_hole_allocates_nothing_and_zeroing_frees() {
         let memory =
             MachineMemory::new(64 << 20, MemoryKind { shared: true, huge: false }).unwrap();
         let pages = Pages::of(&memory);

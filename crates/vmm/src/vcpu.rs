@@ -1,4 +1,4 @@
-//! The guest's processors: a thread each, which run, pause and end together.
+//! The vCPUs: one thread each. They run, pause and stop together.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,20 +19,20 @@ use crate::machine::Bus;
 use crate::ports::Request;
 use crate::throttle::Throttle;
 
-/// How often a processor that does not come out of the guest is called again: a signal that comes
-/// just before it enters the guest is lost.
-const CALL_AGAIN: Duration = Duration::from_millis(1);
+/// A vCPU that does not leave the guest is kicked again after this time: a signal that arrives just
+/// before `KVM_RUN` is lost.
+const KICK_INTERVAL: Duration = Duration::from_millis(1);
 
-/// How long the end of a guest waits for its processors. Each comes out within microseconds, but
-/// where it waits for a device or a page that does not come.
-const END_TIME: Duration = Duration::from_secs(1);
+/// How long the end of a guest waits for its vCPU threads. A vCPU leaves the guest within
+/// microseconds unless it waits for a device or for a page that does not arrive.
+const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Stack of a processor's thread. The usual 2 MiB are a huge page where the system gives those to
-/// everybody, which it clears when a guest is made.
+/// Stack of a vCPU thread. The default of 2 MiB would be a huge page on a host with transparent
+/// huge pages set to `always`, which the kernel clears when it creates the thread.
 const STACK_BYTES: usize = 512 << 10;
 
-/// All processors of a guest. Dropping them stops them.
-pub(crate) struct Processors {
+/// All vCPUs of a guest. Dropping them stops them.
+pub(crate) struct Vcpus {
     group: Arc<Group>,
     threads: Vec<JoinHandle<()>>,
     fds: Vec<Arc<Mutex<VcpuFd>>>,
@@ -44,82 +44,77 @@ struct Group {
     changed: Condvar,
     ended: EventFd,
     throttle: Throttle,
-    /// Where each processor is, as the words of [`Place`] have it: for whoever waits for one.
+    /// Where each vCPU is, encoded as [`Place`], for the error of a pause that times out.
     places: Vec<AtomicU64>,
 }
 
 #[derive(Default)]
 struct State {
-    wanted: Wanted,
-    /// Nobody lets them run any more, whatever is asked.
+    requested: RunState,
+    /// The vCPUs stay paused, whatever is requested.
     halted: bool,
-    /// Threads that are out of the guest and wait, and those that have ended.
+    /// Threads that have left the guest and wait, and threads that have ended.
     parked: usize,
-    gone: usize,
+    exited: usize,
     end: Option<Result<Request, Error>>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Wanted {
+enum RunState {
     Run,
     #[default]
     Pause,
     Stop,
 }
 
-/// One processor.
-struct Processor {
+struct Vcpu {
     /// Locked by the thread while it is not parked.
     fd: Arc<Mutex<VcpuFd>>,
     number: u8,
     bus: Arc<Bus>,
     group: Arc<Group>,
-    /// When it rested last, if it has to.
+    /// When it was last throttled, or began to run.
     ran_since: Instant,
-    /// Keeps the guest's memory where KVM knows it.
+    /// Keeps the guest's memory mapped where KVM expects it.
     _vm: Arc<Vm>,
 }
 
-/// What came of entering the guest once.
+/// The outcome of one `KVM_RUN`.
 enum Step {
-    /// It needed something, and has it.
+    /// The exit was served.
     Served,
-    /// It was called out, or waits to be woken for the first time.
+    /// A kick interrupted it, or it waits for its startup IPI.
     Interrupted,
-    /// It has ended.
+    /// The guest has ended.
     Ended(Result<Request, Error>),
 }
 
-/// What a processor is to do.
-enum Stand {
-    Runs,
-    /// Nobody wants it any more.
-    Over,
-    /// What it was doing ends the guest.
+/// What a vCPU does next.
+enum RunDecision {
+    Run,
+    /// It must stop.
+    Stop,
+    /// The exit that it completed ends the guest.
     Ended(Result<Request, Error>),
 }
 
-/// What came of one turn of its loop.
+/// The outcome of one turn of a vCPU's loop.
 enum Turn {
     More,
-    /// Nobody wants it any more.
-    Over,
+    /// It must stop.
+    Stop,
     Ended(Result<Request, Error>),
 }
 
-/// Panics after which a processor is given up, and the guest with it: one that comes again at each
-/// access leaves no guest that anybody could use.
+/// Panics after which a vCPU, and so the guest, fails: a guest whose every device access panics is
+/// of no use.
 const MAX_PANICS: u32 = 16;
 
-impl Processors {
-    /// Makes threads for `processors`, which wait until they are [told to run](Self::resume).
-    pub(crate) fn new(
-        processors: Vec<VcpuFd>,
-        bus: &Arc<Bus>,
-        vm: &Arc<Vm>,
-    ) -> Result<Self, Error> {
-        // What matters of the signal is that it ends the system call which runs the guest.
-        register_signal_handler(SIGRTMIN(), on_call)
+impl Vcpus {
+    /// Starts a thread for each vCPU; they wait until [`resume`](Self::resume).
+    pub(crate) fn new(vcpus: Vec<VcpuFd>, bus: &Arc<Bus>, vm: &Arc<Vm>) -> Result<Self, Error> {
+        // The handler does nothing: the signal only has to interrupt `KVM_RUN`.
+        register_signal_handler(SIGRTMIN(), on_kick)
             .map_err(|error| Error::host("signal handling")(std::io::Error::from(error)))?;
         let state = State::default();
         let ended = EventFd::new(rustix::event::EventfdFlags::NONBLOCK.bits().cast_signed())
@@ -129,146 +124,146 @@ impl Processors {
             changed: Condvar::new(),
             ended,
             throttle: Throttle::default(),
-            places: processors.iter().map(|_| AtomicU64::new(Place::PARKED)).collect(),
+            places: vcpus.iter().map(|_| AtomicU64::new(Place::PARKED)).collect(),
         });
         let mut all = Self { group, threads: Vec::new(), fds: Vec::new() };
-        for (number, fd) in (0..).zip(processors) {
+        for (number, fd) in (0..).zip(vcpus) {
             let (bus, vm, group) = (Arc::clone(bus), Arc::clone(vm), Arc::clone(&all.group));
             let fd = Arc::new(Mutex::new(fd));
             all.fds.push(Arc::clone(&fd));
             let ran_since = Instant::now();
-            let processor = Processor { fd, number, bus, group, ran_since, _vm: vm };
+            let vcpu = Vcpu { fd, number, bus, group, ran_since, _vm: vm };
             let thread = thread::Builder::new()
                 .name(format!("cpu{number}"))
                 .stack_size(STACK_BYTES)
-                .spawn(move || processor.run())
+                .spawn(move || vcpu.run())
                 .map_err(Error::host::<std::io::Error>("starting a thread"))?;
             all.threads.push(thread);
         }
         Ok(all)
     }
 
-    /// Becomes readable when a processor has ended the guest.
+    /// Becomes readable when a vCPU has ended the guest.
     pub(crate) fn ended(&self) -> &EventFd {
         &self.group.ended
     }
 
-    /// How the guest ended, if it did.
+    /// Takes the guest's outcome, if it has ended.
     pub(crate) fn take_end(&self) -> Option<Result<Request, Error>> {
         self.group.state().end.take()
     }
 
-    /// True where one will never run again.
-    pub(crate) fn have_ended(&self) -> bool {
-        self.group.state().gone > 0
+    /// True if a vCPU thread has ended.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.group.state().exited > 0
     }
 
-    /// Lets all processors run, unless they were [halted](Self::halt).
+    /// Runs all vCPUs, unless they were [halted](Self::halt).
     pub(crate) fn resume(&self) {
         self.group.state().resume();
         self.group.changed.notify_all();
     }
 
-    /// Returns when no processor is in the guest any more, and what each was doing is complete.
+    /// Pauses all vCPUs: waits until each has left the guest and its last exit is complete.
     ///
     /// # Errors
-    /// One is not within the time; all go on then as before.
+    /// A vCPU does not pause in time; all vCPUs are resumed then, if they ran before.
     pub(crate) fn pause(&self, limit: Duration) -> Result<(), Error> {
-        self.want(Wanted::Pause, limit)
+        self.request(RunState::Pause, limit)
     }
 
-    /// Has the processors pause for good, and does not wait until they do. A migration that is under
-    /// way may not know of it: it lets nobody run.
+    /// Pauses the vCPUs permanently, without waiting. A later [`resume`](Self::resume), for example
+    /// by a migration, has no effect.
     pub(crate) fn halt(&self) {
         self.group.state().halt();
         self.group.changed.notify_all();
-        self.call();
+        self.kick();
     }
 
-    /// Has each processor rest for `percent` of its time, 0 to 99.
+    /// Throttles each vCPU by `percent` of its time, 0 to 99.
     pub(crate) fn set_throttle(&self, percent: u8) {
         self.group.throttle.set(percent);
     }
 
-    /// Time after which a processor that does not come out of the guest by itself has to be
-    /// [called](Self::call), if any is to rest.
-    pub(crate) fn until_call(&self) -> Option<Duration> {
-        // Fewer milliseconds than one would be none to whoever waits.
-        self.group.throttle.run_time().map(|run_time| run_time.max(CALL_AGAIN))
+    /// Time after which a vCPU that has not left the guest must be [kicked](Self::kick), if vCPUs
+    /// are throttled.
+    pub(crate) fn until_kick(&self) -> Option<Duration> {
+        // Callers wait in whole milliseconds; less than one would be zero.
+        self.group.throttle.run_time().map(|run_time| run_time.max(KICK_INTERVAL))
     }
 
-    /// Has each processor come out of the guest, and look whether it is to rest.
-    pub(crate) fn call(&self) {
+    /// Forces each vCPU to leave the guest and check whether it must pause or is throttled.
+    pub(crate) fn kick(&self) {
         for thread in &self.threads {
-            // A thread that has ended needs no call.
+            // Fails for a thread that has ended, which needs no kick.
             let _ = thread.kill(SIGRTMIN());
         }
     }
 
-    /// How many there are.
+    /// The number of vCPUs.
     pub(crate) const fn len(&self) -> usize {
         self.threads.len()
     }
 
-    /// Looks at each processor, none of which can run meanwhile.
+    /// Calls `read` for each vCPU; none can run meanwhile.
     ///
     /// # Errors
-    /// One has ended, or they are not [paused](Self::pause); and what `look` says.
+    /// A vCPU has ended, they are not [paused](Self::pause), or `read` fails.
     pub(crate) fn each<T>(
         &self,
-        mut look: impl FnMut(usize, &VcpuFd) -> Result<T, Error>,
+        mut read: impl FnMut(usize, &VcpuFd) -> Result<T, Error>,
     ) -> Result<Vec<T>, Error> {
         let state = self.group.state();
-        if state.wanted != Wanted::Pause || state.parked != self.threads.len() {
+        if state.requested != RunState::Pause || state.parked != self.threads.len() {
             let what = "a guest that is not paused, or has ended".to_owned();
             return Err(Error::Unsupported { what });
         }
-        self.fds.iter().enumerate().map(|(number, fd)| look(number, &locked(fd))).collect()
+        self.fds.iter().enumerate().map(|(number, fd)| read(number, &locked(fd))).collect()
     }
 
-    fn want(&self, wanted: Wanted, limit: Duration) -> Result<(), Error> {
+    fn request(&self, requested: RunState, limit: Duration) -> Result<(), Error> {
         let began = Instant::now();
         let mut state = self.group.state();
-        let before = std::mem::replace(&mut state.wanted, wanted);
+        let before = std::mem::replace(&mut state.requested, requested);
         self.group.changed.notify_all();
-        let is_done = |state: &State| match wanted {
-            Wanted::Run => true,
-            Wanted::Pause => state.parked + state.gone == self.threads.len(),
-            Wanted::Stop => state.gone == self.threads.len(),
+        let is_done = |state: &State| match requested {
+            RunState::Run => true,
+            RunState::Pause => state.parked + state.exited == self.threads.len(),
+            RunState::Stop => state.exited == self.threads.len(),
         };
         while !is_done(&state) {
             if began.elapsed() >= limit {
-                // Nobody shall wait for a guest of which a part stands still.
-                if before == Wanted::Run {
+                // A guest must not run with some of its vCPUs paused.
+                if before == RunState::Run {
                     state.resume();
                 }
                 self.group.changed.notify_all();
                 drop(state);
                 return Err(Error::Stuck { what: self.stuck(began.elapsed()) });
             }
-            // Who failed to move the guest may have let it go on since, when all had come to a stop
-            // and this thread had not looked yet.
-            state.wanted = wanted;
-            self.call();
-            let waited = self.group.changed.wait_timeout(state, CALL_AGAIN);
+            // A failed migration may have resumed the guest after all vCPUs had paused and before
+            // this thread woke up.
+            state.requested = requested;
+            self.kick();
+            let waited = self.group.changed.wait_timeout(state, KICK_INTERVAL);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
         Ok(())
     }
 
-    /// Which processors do not come to a stop, and where they are.
+    /// The error text for vCPUs that do not pause: which, and where they are.
     fn stuck(&self, time: Duration) -> String {
         let places = self.group.places.iter().enumerate();
         let places = places.filter_map(|(number, place)| {
             let place = Place::of(place.load(Ordering::Relaxed))?;
-            Some(format!("processor {number} is {place}"))
+            Some(format!("vCPU {number} is {place}"))
         });
         let places = places.collect::<Vec<_>>().join(", ");
-        format!("the guest did not come to a stop within {} ms: {places}", time.as_millis())
+        format!("the guest did not pause within {} ms: {places}", time.as_millis())
     }
 }
 
-/// Where a processor is that is not parked.
+/// Where a vCPU is that is not parked.
 enum Place {
     Guest,
     Port,
@@ -280,7 +275,7 @@ impl Place {
     const GUEST: u64 = 1;
     const PORT: u64 = 2;
 
-    /// A register of a device by its address, which is none of the above.
+    /// Any other word is the address of a device register.
     const fn of(word: u64) -> Option<Self> {
         match word {
             Self::PARKED => None,
@@ -294,25 +289,28 @@ impl Place {
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Guest => f.write_str("in the guest, or waits for a page of its memory"),
-            Self::Port => f.write_str("at an I/O port"),
+            Self::Guest => f.write_str("in the guest or waiting for a page of its memory"),
+            Self::Port => f.write_str("accessing an I/O port"),
             Self::Register(address) => {
                 let device = address.saturating_sub(layout::MMIO_START) / layout::MMIO_BYTES;
-                write!(f, "at a register of device {device} (0 is the balloon, 1 the first disk)")
+                write!(
+                    f,
+                    "accessing a register of device {device} (0 is the balloon, 1 the first disk)"
+                )
             }
         }
     }
 }
 
-impl Drop for Processors {
+impl Drop for Vcpus {
     fn drop(&mut self) {
-        if let Err(error) = self.want(Wanted::Stop, END_TIME) {
-            tracing::error!(%error, "its threads are left to the end of the process");
-            self.group.state().wanted = Wanted::Stop;
+        if let Err(error) = self.request(RunState::Stop, STOP_TIMEOUT) {
+            tracing::error!(%error, "vCPU threads do not stop; they end with the process");
+            self.group.state().requested = RunState::Stop;
             return;
         }
         for thread in self.threads.drain(..) {
-            // A panic has been printed by the hook, and there is nothing left to do.
+            // The panic hook has logged a panic; nothing is left to do.
             let _ = thread.join();
         }
     }
@@ -321,15 +319,15 @@ impl Drop for Processors {
 impl State {
     fn resume(&mut self) {
         if !self.halted {
-            self.wanted = Wanted::Run;
+            self.requested = RunState::Run;
         }
     }
 
     fn halt(&mut self) {
         self.halted = true;
-        // Its threads end.
-        if self.wanted != Wanted::Stop {
-            self.wanted = Wanted::Pause;
+        // `Stop` also ends the vCPUs.
+        if self.requested != RunState::Stop {
+            self.requested = RunState::Pause;
         }
     }
 }
@@ -340,10 +338,10 @@ impl Group {
     }
 }
 
-impl Processor {
+impl Vcpu {
     fn run(mut self) {
-        // Also told when this panics: who waits for it must not wait for ever.
-        let _gone = Gone(Arc::clone(&self.group));
+        // Also counts a thread that panics, so that no other thread waits for it without end.
+        let _count_ended = CountEnded(Arc::clone(&self.group));
         let mut panics = 0;
         loop {
             let turn = contain(|| self.turn());
@@ -353,7 +351,7 @@ impl Processor {
             });
             let end = match turn {
                 Ok(Turn::More) => continue,
-                Ok(Turn::Over) => break,
+                Ok(Turn::Stop) => break,
                 Ok(Turn::Ended(end)) => end,
                 Err(panicked) => {
                     let source = std::io::Error::other(panicked);
@@ -361,7 +359,7 @@ impl Processor {
                 }
             };
             let mut state = self.group.state();
-            // The first end is the one that counts.
+            // The first outcome counts.
             state.end.get_or_insert(end);
             drop(state);
             let _ = self.group.ended.write(1);
@@ -369,13 +367,13 @@ impl Processor {
         }
     }
 
-    /// Waits while the guest is paused, else runs it until it needs something.
+    /// Waits while the guest is paused; else runs it until its next exit.
     fn turn(&mut self) -> Turn {
-        match self.may_run() {
-            Stand::Over => Turn::Over,
-            Stand::Ended(end) => Turn::Ended(end),
-            Stand::Runs => {
-                self.rest();
+        match self.wait_to_run() {
+            RunDecision::Stop => Turn::Stop,
+            RunDecision::Ended(end) => Turn::Ended(end),
+            RunDecision::Run => {
+                self.throttle();
                 match self.step() {
                     Step::Ended(end) => Turn::Ended(end),
                     Step::Served | Step::Interrupted => Turn::More,
@@ -384,8 +382,8 @@ impl Processor {
         }
     }
 
-    /// What panics is a device, which waits for a reset then. The processor itself is KVM's, and
-    /// whole: its access counts as served.
+    /// Continues after a panic, up to a limit. Only device code panics, and the device then needs a
+    /// reset. The vCPU's state is in KVM and consistent: its access counts as served.
     fn survives(&self, panicked: Panicked, panics: u32) -> Result<Turn, Panicked> {
         if panics > MAX_PANICS {
             return Err(panicked);
@@ -394,13 +392,13 @@ impl Processor {
         Ok(Turn::More)
     }
 
-    /// Rests where it has to, and no longer than the guest runs.
-    fn rest(&mut self) {
+    /// Sleeps if the vCPU is throttled, at most until the guest is paused.
+    fn throttle(&mut self) {
         let now = Instant::now();
         let Some(time) = self.group.throttle.rest(self.ran_since, now) else { return };
         let end = now + time;
         let mut state = self.group.state();
-        while state.wanted == Wanted::Run {
+        while state.requested == RunState::Run {
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 break;
@@ -412,44 +410,45 @@ impl Processor {
         self.ran_since = Instant::now();
     }
 
-    /// Waits while the guest is paused.
-    fn may_run(&mut self) -> Stand {
+    /// Completes the last exit and waits while the guest is paused.
+    fn wait_to_run(&mut self) -> RunDecision {
         let group = Arc::clone(&self.group);
         let mut state = group.state();
-        if state.wanted == Wanted::Run {
-            return Stand::Runs;
+        if state.requested == RunState::Run {
+            return RunDecision::Run;
         }
         drop(state);
         if let Some(end) = self.complete() {
-            return Stand::Ended(end);
+            return RunDecision::Ended(end);
         }
         state = group.state();
         state.parked += 1;
-        self.is_at(Place::PARKED);
+        self.set_place(Place::PARKED);
         group.changed.notify_all();
-        while state.wanted == Wanted::Pause {
+        while state.requested == RunState::Pause {
             state = group.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.parked -= 1;
-        self.is_at(Place::GUEST);
-        let runs = state.wanted == Wanted::Run;
+        self.set_place(Place::GUEST);
+        let runs = state.requested == RunState::Run;
         drop(state);
         if runs {
-            // The guest shall not take the pause for a lock-up. It may have no such clock.
+            // Keeps the guest's watchdog from taking the pause for a lock-up. Fails for a guest
+            // that does not use kvmclock.
             let _ = locked(&self.fd).kvmclock_ctrl();
         }
-        if runs { Stand::Runs } else { Stand::Over }
+        if runs { RunDecision::Run } else { RunDecision::Stop }
     }
 
-    fn is_at(&self, place: u64) {
+    fn set_place(&self, place: u64) {
         if let Some(at) = self.group.places.get(usize::from(self.number)) {
             at.store(place, Ordering::Relaxed);
         }
     }
 
-    /// KVM finishes an access to a device only on the next entry; with this there is one that
-    /// runs nothing of the guest (KVM's `api.rst`, `KVM_RUN`). An instruction that makes several
-    /// accesses comes out for each, and the next entry takes each for served.
+    /// Completes the last exit. KVM finishes a device access only on the next entry;
+    /// `immediate_exit` makes one that runs no guest code (KVM's `api.rst`, `KVM_RUN`). An
+    /// instruction with several accesses exits for each of them, and each next entry completes one.
     fn complete(&mut self) -> Option<Result<Request, Error>> {
         locked(&self.fd).set_kvm_immediate_exit(1);
         let end = loop {
@@ -463,34 +462,34 @@ impl Processor {
         end
     }
 
-    /// Runs the guest until it needs something, and gives it that.
+    /// Runs the guest until its next exit, and serves that.
     fn step(&mut self) -> Step {
-        self.is_at(Place::GUEST);
+        self.set_place(Place::GUEST);
         let mut fd = locked(&self.fd);
         let why = match fd.run() {
             Ok(VcpuExit::MmioRead(address, data)) => {
-                self.is_at(address);
+                self.set_place(address);
                 self.bus.read(address, data);
                 return Step::Served;
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
-                self.is_at(address);
+                self.set_place(address);
                 panic_point("processor");
                 self.bus.write(address, data);
                 return Step::Served;
             }
             Ok(VcpuExit::IoIn(port, data)) => {
-                self.is_at(Place::PORT);
+                self.set_place(Place::PORT);
                 self.bus.ports.read(port, data);
                 return Step::Served;
             }
             Ok(VcpuExit::IoOut(port, data)) => {
-                self.is_at(Place::PORT);
+                self.set_place(Place::PORT);
                 let ends = self.bus.ports.write(port, data);
                 return ends.map_or(Step::Served, |request| Step::Ended(Ok(request)));
             }
             Ok(VcpuExit::Intr) => return Step::Interrupted,
-            Ok(VcpuExit::Shutdown) => "a fault while it handled a fault (triple fault)".to_owned(),
+            Ok(VcpuExit::Shutdown) => "triple fault".to_owned(),
             Ok(exit) => format!("{exit:?}"),
             Err(error) if is_interruption(error) => return Step::Interrupted,
             Err(error) => {
@@ -499,24 +498,24 @@ impl Processor {
         };
         let at = fd.get_regs().map_or(0, |regs| regs.rip);
         let why = format!("{why}, at {at:#x}");
-        Step::Ended(Err(Error::Processor { cpu: self.number, why }))
+        Step::Ended(Err(Error::Vcpu { cpu: self.number, why }))
     }
 }
 
-/// A thread that panicked with a processor locked has ended the guest.
+/// Ignores poisoning: a thread that panics with a vCPU locked ends the guest.
 fn locked(fd: &Mutex<VcpuFd>) -> MutexGuard<'_, VcpuFd> {
     fd.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Counts a thread out, whatever ends it.
-struct Gone(Arc<Group>);
+/// Counts a thread as ended, whatever ends it.
+struct CountEnded(Arc<Group>);
 
-impl Drop for Gone {
+impl Drop for CountEnded {
     fn drop(&mut self) {
         let mut state = self.0.state();
-        state.gone += 1;
+        state.exited += 1;
         if thread::panicking() {
-            let source = std::io::Error::other("a processor's thread panicked");
+            let source = std::io::Error::other("a vCPU thread panicked");
             state.end.get_or_insert(Err(Error::Host { what: "running the guest", source }));
             let _ = self.0.ended.write(1);
         }
@@ -525,22 +524,22 @@ impl Drop for Gone {
     }
 }
 
-/// A signal came, or the processor waits to be woken for the first time.
+/// A signal arrived, or the vCPU waits for its startup IPI.
 fn is_interruption(error: kvm_ioctls::Error) -> bool {
     let errno = Errno::from_raw_os_error(error.errno());
     errno == Errno::INTR || errno == Errno::AGAIN
 }
 
-/// Does nothing: see [`Processors::new`].
-extern "C" fn on_call(_number: i32, _info: *mut libc::siginfo_t, _context: *mut std::ffi::c_void) {}
+/// Does nothing: see [`Vcpus::new`].
+extern "C" fn on_kick(_number: i32, _info: *mut libc::siginfo_t, _context: *mut std::ffi::c_void) {}
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// No processor, which is all that is known of one that is in the guest or waits.
-    fn processors() -> Processors {
-        register_signal_handler(SIGRTMIN(), on_call).unwrap();
+    /// A group without vCPUs: to it, a vCPU in the guest or parked is only a counter.
+    fn vcpus() -> Vcpus {
+        register_signal_handler(SIGRTMIN(), on_kick).unwrap();
         let group = Group {
             state: Mutex::default(),
             changed: Condvar::new(),
@@ -548,44 +547,44 @@ mod tests {
             throttle: Throttle::default(),
             places: Vec::new(),
         };
-        Processors { group: Arc::new(group), threads: Vec::new(), fds: Vec::new() }
+        Vcpus { group: Arc::new(group), threads: Vec::new(), fds: Vec::new() }
     }
 
-    /// Who paused them for a moment may let them go on when the guest has ended meanwhile, or its
-    /// memory cannot be read any more.
+    /// The thread that paused the vCPUs may resume them after the guest has ended or its memory has
+    /// become unreadable.
     #[test]
-    fn nobody_lets_processors_run_that_are_halted() {
-        let processors = processors();
-        processors.resume();
-        assert_eq!(processors.group.state().wanted, Wanted::Run);
-        processors.pause(Duration::ZERO).unwrap();
-        processors.halt();
-        processors.resume();
-        assert_eq!(processors.group.state().wanted, Wanted::Pause);
+    fn resume_has_no_effect_on_halted_vcpus() {
+        let vcpus = vcpus();
+        vcpus.resume();
+        assert_eq!(vcpus.group.state().requested, RunState::Run);
+        vcpus.pause(Duration::ZERO).unwrap();
+        vcpus.halt();
+        vcpus.resume();
+        assert_eq!(vcpus.group.state().requested, RunState::Pause);
     }
 
-    /// One that does not come to a stop in time goes on as before, but not if it was halted since.
+    /// A pause that times out resumes the vCPUs, unless they were halted meanwhile.
     #[test]
-    fn who_waits_in_vain_lets_nobody_run_that_is_halted() {
-        let mut processors = processors();
-        // It runs for as long as there is somebody to end it, and never parks.
-        let (ends, ended) = std::sync::mpsc::channel::<()>();
-        processors.threads.push(thread::spawn(move || ended.recv().unwrap_or_default()));
-        let limit = CALL_AGAIN * 20;
-        processors.resume();
-        processors.pause(limit).unwrap_err();
-        assert_eq!(processors.group.state().wanted, Wanted::Run);
+    fn a_pause_that_times_out_does_not_resume_halted_vcpus() {
+        let mut vcpus = vcpus();
+        // Runs until `end` is dropped, and never parks.
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        vcpus.threads.push(thread::spawn(move || ended.recv().unwrap_or_default()));
+        let limit = KICK_INTERVAL * 20;
+        vcpus.resume();
+        vcpus.pause(limit).unwrap_err();
+        assert_eq!(vcpus.group.state().requested, RunState::Run);
         thread::scope(|scope| {
-            let waits = scope.spawn(|| processors.pause(limit));
-            while processors.group.state().wanted == Wanted::Run {
+            let pause = scope.spawn(|| vcpus.pause(limit));
+            while vcpus.group.state().requested == RunState::Run {
                 thread::yield_now();
             }
-            processors.group.state().halt();
-            waits.join().unwrap().unwrap_err();
+            vcpus.group.state().halt();
+            pause.join().unwrap().unwrap_err();
         });
-        assert_eq!(processors.group.state().wanted, Wanted::Pause);
-        drop(ends);
-        // It has ended, and nobody has counted it.
-        processors.group.state().gone = 1;
+        assert_eq!(vcpus.group.state().requested, RunState::Pause);
+        drop(end);
+        // The thread has ended without counting itself.
+        vcpus.group.state().exited = 1;
     }
 }

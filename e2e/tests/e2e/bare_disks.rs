@@ -56,7 +56,7 @@ fn a_guest_moves_to_its_own_disks_in_their_order() {
 
         let said = migrate(&guest, &words(&[&second, &first])).err().unwrap();
         assert!(said.contains("is not disk 1 of the guest"), "{said}");
-        assert!(said.contains("named in another order") && said.contains("disk 2"), "{said}");
+        assert!(said.contains("the order is wrong") && said.contains("disk 2"), "{said}");
         let said = migrate(&guest, &words(&[&first, &other])).err().unwrap();
         assert!(said.contains("is not disk 2 of the guest"), "{said}");
         assert!(said.contains("inode ") && said.contains("--accept-disks"), "{said}");
@@ -71,7 +71,7 @@ fn a_guest_moves_to_its_own_disks_in_their_order() {
         assert!(guest.wait_for_end(LIMIT).unwrap().success());
         // And from there on.
         let said = migrate(&there, &words(&[&second, &first])).err().unwrap();
-        assert!(said.contains("named in another order"), "{said}");
+        assert!(said.contains("the order is wrong"), "{said}");
         let mut last = migrate(&there, &words(&[&first, &second])).unwrap();
         last.ask("check 8 8 1").unwrap();
         last.power_off().unwrap();
@@ -118,7 +118,7 @@ fn a_guest_hears_what_its_disk_lost_and_is_not_moved_before() {
             let (code, out, err) = aerostat(&guest, &migrate);
             assert_eq!(code, Some(1), "{out}{err}");
             assert!(err.contains(path.to_str().unwrap()), "{out}{err}");
-            assert!(err.contains("not all that the guest wrote"), "{out}{err}");
+            assert!(err.contains("lost writes of the guest"), "{out}{err}");
             assert!(err.contains("hint: check the host's disk"), "{out}{err}");
         }
         assert_eq!(request(&mut guest, FLUSHES, 0), 1, "it was not told");
@@ -228,10 +228,7 @@ fn a_refusal_says_what_to_do_and_hides_nothing() {
             let said = said.lines().find(|line| line.contains("is not disk 1")).unwrap();
             assert!(said.contains("oo/other is not disk 1 of the guest"), "{said}");
             assert!(said.contains("oo/a: it"), "{said}");
-            assert!(
-                said.contains("or say --accept-disks if these are what it is to have"),
-                "{said}"
-            );
+            assert!(said.contains("or give --accept-disks to use these instead"), "{said}");
             assert!(!said.contains(['\u{202e}', '\u{2028}']), "{said}");
         }
     });
@@ -266,7 +263,7 @@ fn a_destination_whose_disk_is_dead_says_so_and_waits_again() {
         let (there, to) = receiver("disks", &["--disk", &word]);
         let migrate = ["migrate", "disks", &to, "--plain"];
         fuse.die();
-        for says in ["did not finish a request in", "an earlier read has not come back"] {
+        for says in ["did not finish a request in", "an earlier read has not returned"] {
             let (code, out, err) = aerostat(&guest, &migrate);
             assert_eq!(code, Some(1), "{out}{err}");
             assert!(err.contains(path.to_str().unwrap()) && err.contains(says), "{out}{err}");
@@ -315,7 +312,7 @@ fn a_guest_is_restored_with_its_own_disks_or_copies_of_them() {
         assert_eq!(code, Some(0), "{out}{err}");
 
         let said = restore(&file, &[&second, &first], &[]).err().unwrap();
-        assert!(said.contains("named in another order"), "{said}");
+        assert!(said.contains("the order is wrong"), "{said}");
         let said = restore(&file, &[&first, &other], &[]).err().unwrap();
         assert!(said.contains("samples differ") && said.contains("--accept-disks"), "{said}");
         restore(&file, &[&first, &other], &["--accept-disks"]).unwrap().power_off().unwrap();

@@ -68,7 +68,7 @@ fn a_migration_that_cannot_be_says_why() {
         let guest = builder("a").argument("--cpus").argument("2").boot().unwrap();
         let limits: [(&[&str], &[&str]); 2] = [
             (&["--max-memory", "16MiB"], &["32 MiB", "at most 16", "--max-memory"]),
-            (&["--max-cpus", "1"], &["2 processors", "at most 1", "--max-cpus"]),
+            (&["--max-cpus", "1"], &["2 vCPUs", "at most 1", "--max-cpus"]),
         ];
         for (words, says) in limits {
             not_moved(&guest, "a", &mut receiver("a", words), says);

@@ -171,7 +171,7 @@ fn a_guest_with_a_kvm_of_its_own_is_refused_before_it_is_sent() {
         for command in [&["snapshot", name, path][..], &["migrate", name, "127.0.0.1:1", "--plain"]]
         {
             let (code, text) = aerostat(command);
-            let said = text.contains("virtualization switched on") && text.contains("rmmod");
+            let said = text.contains("virtualization enabled") && text.contains("rmmod");
             assert!(code == Some(1) && said && text.contains("runs on"), "{command:?} {text}");
         }
         assert!(fs::read_dir(directory.path()).unwrap().next().is_none());
@@ -294,7 +294,7 @@ fn disks_are_read_written_and_moved_with() {
     run(&mut first, "copy /dev/vda /dev/vdb 4");
     assert_eq!(fs::read(&to).unwrap()[..4 << 20], contents[..4 << 20]);
     let (code, text) = aerostat(&["snapshot", STOCK, &path("snapshot")]);
-    assert!(code == Some(1) && text.contains("a disk that it writes"), "{text}");
+    assert!(code == Some(1) && text.contains("a writable disk"), "{text}");
     is_in_use(&to);
 
     let control = path("control");

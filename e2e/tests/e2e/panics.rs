@@ -377,7 +377,7 @@ fn assert_on_one_side(at_source: &str, at_destination: &str) {
     }
     resolved.unwrap_or_else(|error| panic!("{what}: {error}\n{}", there.errors()));
     for (guest, point) in [(&mut here, at_source), (&mut there, at_destination)] {
-        let told = format!("a test asked for it at `{point}`");
+        let told = format!("requested by a test at `{point}`");
         let is_told = |text: &str| (point.is_empty() || text.contains(&told)).then_some(());
         guest.wait_for_error(&what, is_told).unwrap();
     }
@@ -466,7 +466,7 @@ fn assert_goes_on(point: &str, typed: &str) {
     guest.send(typed).unwrap();
     // Logged.
     signal(&guest, Signal::USR2);
-    let told = format!("a test asked for it at `{}`", point.split(',').next().unwrap());
+    let told = format!("requested by a test at `{}`", point.split(',').next().unwrap());
     let told = |text: &str| text.contains(&told).then_some(());
     guest.send("\n").unwrap();
     guest.wait_for_error(point, told).unwrap();

@@ -99,7 +99,7 @@ fn a_process_whose_console_nobody_reads_ends_when_told() {
         let mut guest = unread("deaf");
         let (status, took) = terminate(&mut guest);
         assert!(status.success() && took < END, "{status} {took:?}");
-        let said = |text: &str| text.contains("nobody read the console in time").then_some(());
+        let said = |text: &str| text.contains("the console was not read in time").then_some(());
         guest.wait_for_error("what is lost", said).unwrap();
         guest.read_on();
         assert!(guest.wait_for("the first line", |line| line.starts_with("ready ")).is_ok());
@@ -230,7 +230,8 @@ fn a_process_whose_disk_is_dead_ends_when_told_and_says_what_is_lost() {
         let (mut guest, _disk) = with_a_dead_disk("lost");
         let (status, took) = terminate(&mut guest);
         assert!(status.success() && took < END, "{status} {took:?} {}", guest.errors());
-        let said = |text: &str| text.contains("had asked of it is not done").then_some(());
+        let said =
+            |text: &str| text.contains("requests of the guest to this disk are lost").then_some(());
         guest.wait_for_error("what is lost", said).unwrap();
     });
 }
@@ -376,7 +377,7 @@ fn a_snapshot_to_a_dead_disk_keeps_nobody() {
         assert_eq!(guest.ask("ping 5").unwrap(), "5");
         let (status, took) = terminate(&mut guest);
         assert!(status.success() && took < END, "{status} {took:?} {}", guest.errors());
-        let said = |text: &str| text.contains("the snapshot is not finished").then_some(());
+        let said = |text: &str| text.contains("before the snapshot is complete").then_some(());
         guest.wait_for_error("what is lost", said).unwrap();
         assert!(!snapshot.wait().unwrap().success());
     });

@@ -107,6 +107,6 @@ fn what_a_process_has_for_all_guests_survives_a_panic() {
         }
         let (status, log) = program.end(Signal::TERM);
         assert_eq!(status.code(), Some(0), "{log}");
-        assert!(log.contains(&format!("a test asked for it at `{point}`")), "{log}");
+        assert!(log.contains(&format!("requested by a test at `{point}`")), "{log}");
     }
 }

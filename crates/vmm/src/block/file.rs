@@ -1,4 +1,4 @@
-//! The file behind a disk.
+//! A disk's backing file.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -11,50 +11,50 @@ use rustix::io::Errno;
 
 use super::identity::{Candidate, DiskIdentity, Locks, new_token};
 use super::limits::DiskLimits;
-use super::lock::{self, Hold, KEEPS, RUNS};
+use super::lock::{self, GUEST_LOCK, LockMode, RUN_LOCK};
 use crate::error::Error;
 
-/// Bytes of the unit that requests count in.
+/// The virtio sector size in bytes.
 pub(crate) const SECTOR_BYTES: u64 = 512;
 
-/// Zeros that are written at once where a file system cannot make holes.
+/// Zeros to write where the file system cannot deallocate.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
-/// A disk, as its operator names it.
+/// A disk on the command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskOptions {
-    /// A file of whole sectors of 512 bytes, or a block device.
+    /// A block device, or a file whose size is a multiple of 512 bytes.
     pub path: PathBuf,
     /// The guest cannot write to it.
     pub read_only: bool,
 }
 
-/// What of a disk its guest can see, which must be the same on every host.
+/// The properties of a disk that must be the same on every host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct DiskShape {
     pub(crate) sectors: u64,
     pub(crate) read_only: bool,
 }
 
-/// The open file.
+/// An open disk.
 #[derive(Debug)]
 pub(crate) struct DiskFile {
     file: File,
     path: PathBuf,
     shape: DiskShape,
-    /// As the host has it.
+    /// The limits on this host.
     limits: DiskLimits,
-    /// As the guest was told on another host.
-    told: OnceLock<DiskLimits>,
-    /// What is given back or cleared by the host only whole, in bytes.
+    /// The limits that the guest got on the source host, which take precedence.
+    source_limits: OnceLock<DiskLimits>,
+    /// The host's unit of discard and write-zeroes, in bytes.
     unit_bytes: u64,
-    /// Where a lock says that it is this disk.
+    /// Identifies this disk by the byte range of a lock.
     token: u64,
-    /// An error of writing what the guest wrote, of which the guest has not heard (its number).
-    unheard: Mutex<Option<i32>>,
+    /// The errno of a failed write-back that was not reported to the guest yet.
+    unreported: Mutex<Option<i32>>,
 }
 
-/// A disk as a guest had it on another host.
+/// A disk as the source describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct GuestDisk {
     pub(crate) shape: DiskShape,
@@ -62,179 +62,183 @@ pub(crate) struct GuestDisk {
     pub(crate) identity: DiskIdentity,
 }
 
-/// A disk that is not the one it was to be.
+/// A disk that is not, or may not be, the guest's.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct NotThis {
-    /// What was compared, or why it cannot be known.
+pub(crate) struct DiskMismatch {
+    /// What differs, or why it is unknown.
     pub(crate) why: String,
-    /// The index of the guest's disk that it is.
+    /// The index of the guest's disk that it is instead, if any.
     pub(crate) index: Option<usize>,
 }
 
 impl DiskFile {
     /// # Errors
-    /// It cannot be opened, or is of no size that a disk can have.
+    /// It cannot be opened, or has an invalid size.
     pub(crate) fn open(options: &DiskOptions) -> Result<Self, Error> {
         let DiskOptions { path, read_only } = options.clone();
         let wrong = |source| Error::File { path: path.clone(), source };
         let file = OpenOptions::new().read(true).write(!read_only).open(&path).map_err(wrong)?;
-        // Also the size of a block device, which metadata do not have.
+        // Works for a block device too, whose metadata has no size.
         let bytes = seek(&file, SeekFrom::End(0)).map_err(|error| wrong(error.into()))?;
         if bytes == 0 || !bytes.is_multiple_of(SECTOR_BYTES) {
             let what = format!(
-                "{} has {bytes} bytes: a disk has sectors of {SECTOR_BYTES}",
+                "{} has {bytes} bytes: not a positive multiple of {SECTOR_BYTES}",
                 path.display()
             );
             return Err(Error::Option { what });
         }
         let (limits, unit_bytes) = DiskLimits::of(&file.metadata().map_err(wrong)?);
         let shape = DiskShape { sectors: bytes / SECTOR_BYTES, read_only };
-        let (told, token, unheard) = (OnceLock::new(), new_token(), Mutex::default());
-        Ok(Self { file, path, shape, limits, told, unit_bytes, token, unheard })
+        let (source_limits, token, unreported) = (OnceLock::new(), new_token(), Mutex::default());
+        Ok(Self { file, path, shape, limits, source_limits, unit_bytes, token, unreported })
     }
 
-    /// A file that gives back and clears only whole units, as a block device does.
+    /// Sets the unit of discard and write-zeroes, as for a block device.
     pub(crate) const fn in_units(mut self, unit_bytes: u64) -> Self {
         self.unit_bytes = unit_bytes;
         self
     }
 
-    /// What the guest is told of how to use it.
+    /// The limits reported to the guest.
     pub(crate) fn limits(&self) -> DiskLimits {
-        *self.told.get().unwrap_or(&self.limits)
+        *self.source_limits.get().unwrap_or(&self.limits)
     }
 
-    /// The guest was told so on another host. Whatever it asks for is carried out here as well.
-    pub(crate) fn keep_limits(&self, told: DiskLimits) {
+    /// Keeps the limits that the guest got on the source host. All requests that they allow work
+    /// here.
+    pub(crate) fn keep_limits(&self, source_limits: DiskLimits) {
         let here = self.limits;
-        if told.block_bytes < here.block_bytes {
+        if source_limits.block_bytes < here.block_bytes {
             let disk = self.path.display();
-            let (told, here) = (told.block_bytes, here.block_bytes);
-            tracing::warn!(%disk, told, here, "host: larger blocks than the guest knows of");
+            let (reported, here) = (source_limits.block_bytes, here.block_bytes);
+            tracing::warn!(%disk, reported, here, "host: the guest expects smaller disk blocks");
         }
-        // Once: a guest arrives once.
-        let _ = self.told.set(told);
+        // Set once: a guest arrives once.
+        let _ = self.source_limits.set(source_limits);
     }
 
-    /// The disk as another host may have to know it again. Calls `step` after each read, which may
-    /// end it.
+    /// Describes the disk, for another host to recognize it. Calls `step` after each read; an error
+    /// of `step` ends it.
     ///
     /// # Errors
     /// It cannot be read.
     pub(crate) fn describe(&self, step: &dyn Fn() -> io::Result<()>) -> io::Result<GuestDisk> {
-        let locked = lock::hold(&self.file, lock::token_part(self.token), Hold::Shared);
+        let locked = lock::set(&self.file, lock::token_range(self.token), LockMode::Shared);
         let token = Some(self.token).filter(|_| matches!(locked, Ok(true)));
         let identity = DiskIdentity::of(&self.path, &self.file, self.shape.sectors, token, step)?;
         Ok(GuestDisk { shape: self.shape, limits: self.limits(), identity })
     }
 
-    /// Whether it is the disk of this index of those that a guest had. Calls `step` after each read,
-    /// which may end it.
+    /// Checks that it is the guest's disk number `index`. Calls `step` after each read; an error of
+    /// `step` ends it.
     ///
     /// # Errors
-    /// It is not, or it cannot be known.
+    /// It is another disk, or that is unknown.
     pub(crate) fn check(
         &self,
-        had: &[GuestDisk],
+        guest_disks: &[GuestDisk],
         index: usize,
         step: &dyn Fn() -> io::Result<()>,
-    ) -> Result<(), NotThis> {
+    ) -> Result<(), DiskMismatch> {
         let DiskShape { sectors, read_only } = self.shape;
         let here = Candidate::new(&self.file, read_only, sectors, step);
         let is = |index: usize, disk: &GuestDisk| {
-            let locks = self.locks(had, index);
+            let locks = self.locks(guest_disks, index);
             let _ = step();
             disk.identity.check(&here, locks)
         };
-        let this = had.get(index).ok_or_else(|| "is one more than it had".to_owned());
+        let this =
+            guest_disks.get(index).ok_or_else(|| "is one more disk than the guest had".to_owned());
         let Err(why) = this.and_then(|disk| is(index, disk)) else { return Ok(()) };
-        let mut others = had.iter().enumerate();
+        let mut others = guest_disks.iter().enumerate();
         let other = others.find(|(at, disk)| disk.shape == self.shape && is(*at, disk).is_ok());
-        Err(NotThis { why, index: other.map(|(at, _)| at) })
+        Err(DiskMismatch { why, index: other.map(|(at, _)| at) })
     }
 
-    /// What locks of others say. Where they cannot be asked for there are none.
-    fn locks(&self, had: &[GuestDisk], index: usize) -> Locks {
+    /// What other processes' locks show. Without lock support there are none.
+    fn locks(&self, guest_disks: &[GuestDisk], index: usize) -> Locks {
         let is_locked_as = |disk: &GuestDisk| {
-            let part = disk.identity.token.map(lock::token_part);
-            part.is_some_and(|part| lock::is_shared(&self.file, part).unwrap_or(false))
+            let range = disk.identity.token.map(lock::token_range);
+            range.is_some_and(|range| lock::is_shared(&self.file, range).unwrap_or(false))
         };
-        if had.get(index).is_some_and(is_locked_as) {
+        if guest_disks.get(index).is_some_and(is_locked_as) {
             return Locks::ThisDisk;
         }
-        if let Some((number, _)) = (1..).zip(had).find(|(_, disk)| is_locked_as(disk)) {
+        if let Some((number, _)) = (1..).zip(guest_disks).find(|(_, disk)| is_locked_as(disk)) {
             return Locks::OtherDisk(number);
         }
-        let is_free = |part| lock::is_free(&self.file, part).unwrap_or(true);
-        if is_free(RUNS) && is_free(KEEPS) { Locks::Unseen } else { Locks::OtherGuest }
+        let is_free = |range| lock::is_free(&self.file, range).unwrap_or(true);
+        if is_free(RUN_LOCK) && is_free(GUEST_LOCK) { Locks::Unseen } else { Locks::OtherGuest }
     }
 
-    /// The file is for a guest that begins here.
+    /// Takes the file for a guest that boots here.
     ///
     /// # Errors
-    /// Another guest has it, be it on its way.
+    /// Another guest uses it, possibly one that is migrating.
     pub(crate) fn take_new(&self) -> Result<(), Error> {
         self.take()?;
-        let begun = self.allowed(lock::is_free(&self.file, KEEPS)).and_then(|()| self.keep());
-        begun.inspect_err(|_| self.release())
+        let taken =
+            self.allowed(lock::is_free(&self.file, GUEST_LOCK)).and_then(|()| self.lock_guest());
+        taken.inspect_err(|_| self.release())
     }
 
-    /// The file is for a guest that is to come: what can be had of it while its source still has
-    /// it, which is all where both only read.
+    /// Reserves the file for an incoming guest, as far as its source's locks allow: completely if
+    /// the disk is read-only.
     ///
     /// # Errors
-    /// A guest has it that is not the one to come.
+    /// A guest other than the incoming one uses it.
     pub(crate) fn expect(&self) -> Result<(), Error> {
-        if self.shape.read_only { self.take_new() } else { self.keep() }
+        if self.shape.read_only { self.take_new() } else { self.lock_guest() }
     }
 
-    /// The guest is about to run.
+    /// Takes the file for a guest that is about to run.
     ///
     /// # Errors
-    /// It runs on the other side, or another guest has the file.
+    /// The guest runs on the peer, or another guest uses the file.
     pub(crate) fn take(&self) -> Result<(), Error> {
-        let hold = if self.shape.read_only { Hold::Shared } else { Hold::Alone };
-        self.allowed(lock::hold(&self.file, RUNS, hold))
+        let mode = if self.shape.read_only { LockMode::Shared } else { LockMode::Exclusive };
+        self.allowed(lock::set(&self.file, RUN_LOCK, mode))
     }
 
-    /// The other side may run the guest from now on. It is still here as well, so nobody else may
-    /// have the file.
+    /// Lets the peer take the file. Still excludes other guests, because the guest is still here
+    /// too.
     pub(crate) fn prepare_switchover(&self) {
         if !self.shape.read_only {
-            self.unlock(RUNS);
+            self.unlock(RUN_LOCK);
         }
     }
 
-    /// The guest is not here any more.
+    /// Releases the file.
     pub(crate) fn release(&self) {
-        self.unlock(RUNS);
-        self.unlock(KEEPS);
-        self.unlock(lock::token_part(self.token));
+        self.unlock(RUN_LOCK);
+        self.unlock(GUEST_LOCK);
+        self.unlock(lock::token_range(self.token));
     }
 
-    fn keep(&self) -> Result<(), Error> {
+    fn lock_guest(&self) -> Result<(), Error> {
         if self.shape.read_only {
             return Ok(());
         }
-        self.allowed(lock::hold(&self.file, KEEPS, Hold::Shared))
+        self.allowed(lock::set(&self.file, GUEST_LOCK, LockMode::Shared))
     }
 
-    /// Where a file system knows no locks, a guest goes without: it would be worse to have none.
+    /// Accepts a file system without lock support with a warning: refusing the guest would be
+    /// worse.
     fn allowed(&self, locked: io::Result<bool>) -> Result<(), Error> {
         match locked {
             Ok(true) => return Ok(()),
             Ok(false) => return Err(Error::InUse { path: self.path.clone() }),
             Err(error) => {
                 let disk = self.path.display();
-                tracing::warn!(%disk, %error, "host: no lock; take care that no two guests use it");
+                tracing::warn!(%disk, %error, "host: cannot lock the disk; use it for one guest");
             }
         }
         Ok(())
     }
 
-    fn unlock(&self, part: lock::Part) {
-        // Where it cannot be, nothing was locked.
-        let _ = lock::hold(&self.file, part, Hold::Not);
+    fn unlock(&self, range: lock::LockRange) {
+        // If it fails, nothing was locked.
+        let _ = lock::set(&self.file, range, LockMode::Unlock);
     }
 
     pub(crate) const fn shape(&self) -> DiskShape {
@@ -253,52 +257,50 @@ impl DiskFile {
         self.file.write_all_at(bytes, at)
     }
 
-    /// All that was written is on the disk behind it, as its guest wants to know.
+    /// Flushes the file for the guest.
     ///
     /// # Errors
-    /// Some of it is not, be it that [`sync`](Self::sync) heard so.
+    /// A write was lost, possibly found by an earlier [`sync`](Self::sync).
     pub(crate) fn flush(&self) -> io::Result<()> {
         if self.shape.read_only {
             return Ok(());
         }
-        let mut unheard = self.unheard();
+        let mut unreported = self.unreported();
         let synced = self.file.sync_data();
         let earlier =
-            unheard.take().map_or(Ok(()), |error| Err(io::Error::from_raw_os_error(error)));
+            unreported.take().map_or(Ok(()), |error| Err(io::Error::from_raw_os_error(error)));
         synced.and(earlier)
     }
 
-    /// The same for this process, which keeps an error for the guest's next [flush](Self::flush):
-    /// the kernel tells each to the first who asks, and to nobody else who has the file by this
-    /// descriptor.
+    /// Flushes the file for this process, and keeps an error for the guest's next
+    /// [flush](Self::flush): the kernel reports each error once per open file description.
     ///
     /// # Errors
-    /// Some of it is not, also where that was found out before and the guest has not heard of it.
+    /// A write was lost, now or earlier, and the guest was not notified of it yet.
     pub(crate) fn sync(&self) -> io::Result<()> {
         if self.shape.read_only {
             return Ok(());
         }
-        let mut unheard = self.unheard();
+        let mut unreported = self.unreported();
         if let Err(error) = self.file.sync_data() {
-            *unheard = Some(error.raw_os_error().unwrap_or(libc::EIO));
+            *unreported = Some(error.raw_os_error().unwrap_or(libc::EIO));
         }
-        unheard.map_or(Ok(()), |error| Err(io::Error::from_raw_os_error(error)))
+        unreported.map_or(Ok(()), |error| Err(io::Error::from_raw_os_error(error)))
     }
 
-    /// The guest was not told of this error of its [flush](Self::flush), and is told by the next.
+    /// Keeps the error of a [flush](Self::flush) that did not reach the guest, for its next one.
     pub(crate) fn keep_error(&self, error: i32) {
-        self.unheard().get_or_insert(error);
+        self.unreported().get_or_insert(error);
     }
 
-    /// Held while the kernel is asked, so that no flush succeeds because a sync beside it was told
-    /// of the error. Only these two take it, and each would wait for the same data as the other.
-    fn unheard(&self) -> MutexGuard<'_, Option<i32>> {
-        self.unheard.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Locked during `fdatasync`, so that no flush succeeds because a concurrent sync consumed the
+    /// error. Only these two lock it for long, and both wait for the same data anyway.
+    fn unreported(&self) -> MutexGuard<'_, Option<i32>> {
+        self.unreported.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives blocks back, which read as zeros then. What the host does not give back stays as it is,
-    /// which a guest that discards has to expect (virtio 1.3, 5.2.6.2): parts of its blocks, and all
-    /// where it can have no holes.
+    /// Deallocates blocks, which then read as zeros. Partial blocks, and all blocks on a file
+    /// system without holes, keep their contents, which virtio 1.3, 5.2.6.2 allows.
     pub(crate) fn discard(&self, at: u64, bytes: u64) -> io::Result<()> {
         let (start, end) = self.whole_units(at, bytes);
         if start == end {
@@ -310,11 +312,11 @@ impl DiskFile {
         }
     }
 
-    /// Makes it zeros, of which the file need not keep any where it `may_unmap`.
+    /// Zeroes a range; with `may_unmap` the file may deallocate it.
     pub(crate) fn write_zeroes(&self, at: u64, bytes: u64, may_unmap: bool) -> io::Result<()> {
         let how = if may_unmap { FallocateFlags::PUNCH_HOLE } else { FallocateFlags::ZERO_RANGE };
         let (start, end) = self.whole_units(at, bytes);
-        // Whatever is the reason that it cannot be told so: writing shows whether it can be done.
+        // Whatever the reason of a failure, writing zeros is the fallback.
         if start == end || self.allocate(how, start, end - start).is_err() {
             return self.write_zeros(at, at + bytes);
         }
@@ -322,7 +324,7 @@ impl DiskFile {
         self.write_zeros(end, at + bytes)
     }
 
-    /// The part that has whole units of the host; an empty one at its beginning where there is none.
+    /// The part of the range in whole units, as start and end; empty at `at` if there is none.
     const fn whole_units(&self, at: u64, bytes: u64) -> (u64, u64) {
         let unit = self.unit_bytes;
         let (start, end) = (at.next_multiple_of(unit), (at + bytes) / unit * unit);
@@ -344,27 +346,27 @@ impl DiskFile {
     }
 }
 
-/// Makes a call once more that a signal cut short: a pause of the guest or another thread's
-/// profiler is no error of its disk. The calls here do the same when they are made twice.
+/// Repeats a system call that a signal interrupted: a pause or a profiler must not cause a disk
+/// error. Only for calls that may be repeated.
 fn uninterrupted(call: impl FnMut() -> rustix::io::Result<()>) -> rustix::io::Result<()> {
     rustix::io::retry_on_intr(call)
 }
 
 #[cfg(test)]
 impl DiskFile {
-    /// A disk that takes everything and can be sure of nothing: `fdatasync` fails there.
+    /// A disk that accepts all writes, but on which `fdatasync` fails.
     pub(super) fn that_cannot_sync(sectors: u64) -> Self {
         let path = PathBuf::from("/dev/null");
         let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
         let shape = DiskShape { sectors, read_only: false };
         let limits = DiskLimits::of_file_system(SECTOR_BYTES);
-        let (told, unheard) = (OnceLock::new(), Mutex::default());
-        Self { file, path, shape, limits, told, unit_bytes: 1, token: 0, unheard }
+        let (source_limits, unreported) = (OnceLock::new(), Mutex::default());
+        Self { file, path, shape, limits, source_limits, unit_bytes: 1, token: 0, unreported }
     }
 }
 
-/// Held where locks of files are tried, and where a process is started: until it runs its program
-/// it has a copy of every open file, and with it the locks.
+/// Serializes tests of file locks with the start of child processes: until a child executes its
+/// program it shares all open files, and so their locks.
 #[cfg(test)]
 pub(crate) fn no_process_starts() -> std::sync::MutexGuard<'static, ()> {
     static STARTS: std::sync::Mutex<()> = std::sync::Mutex::new(());
@@ -390,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_is_one_writers_or_many_readers() {
+    fn a_disk_has_one_writer_or_many_readers() {
         let _alone = no_process_starts();
         let file = image();
         let writer = open(&file, false);
@@ -408,12 +410,12 @@ mod tests {
         open(&file, false).take_new().unwrap();
     }
 
-    /// Nobody else begins with it from the first moment to the last.
+    /// During the whole migration no other guest can take it.
     #[test]
-    fn a_disk_goes_with_its_guest() {
+    fn disk_locks_move_with_the_guest() {
         let _alone = no_process_starts();
         let file = image();
-        let nobody_else = || {
+        let assert_no_other_guest = || {
             for read_only in [false, true] {
                 assert!(open(&file, read_only).take_new().is_err());
             }
@@ -422,27 +424,27 @@ mod tests {
         source.take_new().unwrap();
         destination.expect().unwrap();
         assert!(destination.take().is_err(), "it runs at the source");
-        nobody_else();
+        assert_no_other_guest();
         source.prepare_switchover();
-        nobody_else();
+        assert_no_other_guest();
         destination.take().unwrap();
         assert!(source.take().is_err(), "it runs at the destination");
-        nobody_else();
+        assert_no_other_guest();
         source.release();
-        nobody_else();
+        assert_no_other_guest();
         destination.release();
         open(&file, false).take_new().unwrap();
     }
 
     #[test]
-    fn a_disk_comes_back_with_its_guest() {
+    fn disk_locks_return_after_an_aborted_switchover() {
         let _alone = no_process_starts();
         let file = image();
         let (source, destination) = (open(&file, false), open(&file, false));
         source.take_new().unwrap();
         destination.expect().unwrap();
         source.prepare_switchover();
-        // It was refused.
+        // The destination refused the guest.
         destination.release();
         assert!(open(&file, false).take_new().is_err());
         source.take().unwrap();
@@ -452,7 +454,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_only_read_is_had_by_both_sides_at_once() {
+    fn both_sides_can_have_a_read_only_disk_at_once() {
         let _alone = no_process_starts();
         let file = image();
         let (source, destination) = (open(&file, true), open(&file, true));
@@ -461,7 +463,7 @@ mod tests {
         source.prepare_switchover();
         destination.take().unwrap();
         source.take().unwrap();
-        // And not of a guest that writes.
+        // But not while another guest writes to it.
         source.release();
         destination.release();
         let writer = open(&file, false);
@@ -470,24 +472,24 @@ mod tests {
         assert!(destination.expect().is_err());
     }
 
-    /// By a lock, which says so for a file of another host too.
+    /// The lock identifies the disk on other hosts too.
     #[test]
-    fn a_disk_is_known_by_the_lock_of_its_guest() {
+    fn a_disk_is_recognized_by_the_lock_of_its_guest() {
         let _alone = no_process_starts();
         let (file, other) = (image(), image());
         let source = open(&file, false);
-        let had = source.describe(&|| Ok(())).unwrap();
-        assert_eq!((had.shape, had.limits), (source.shape(), source.limits()));
-        let token = had.identity.token;
+        let guest_disks = source.describe(&|| Ok(())).unwrap();
+        assert_eq!((guest_disks.shape, guest_disks.limits), (source.shape(), source.limits()));
+        let token = guest_disks.identity.token;
         let sees = |file: &NamedTempFile| {
-            let part = lock::token_part(token.unwrap());
-            lock::is_shared(&open(file, false).file, part).unwrap()
+            let range = lock::token_range(token.unwrap());
+            lock::is_shared(&open(file, false).file, range).unwrap()
         };
         assert!(sees(&file) && !sees(&other));
-        let had = [had];
-        open(&file, false).check(&had, 0, &|| Ok(())).unwrap();
-        open(&other, false).check(&had, 0, &|| Ok(())).unwrap_err();
-        // Also to who has the file already, and not when its guest is gone.
+        let guest_disks = [guest_disks];
+        open(&file, false).check(&guest_disks, 0, &|| Ok(())).unwrap();
+        open(&other, false).check(&guest_disks, 0, &|| Ok(())).unwrap_err();
+        // Also with the file open and locked here, but not after the source has released it.
         let destination = open(&file, false);
         destination.describe(&|| Ok(())).unwrap();
         assert!(sees(&file));
@@ -495,44 +497,45 @@ mod tests {
         assert!(!sees(&file));
     }
 
-    /// Between two hosts, whose locks both see: disks that have the same in them, as those of a
-    /// mirror and copies of one image do.
+    /// Between two hosts that see each other's locks: disks with the same contents, such as mirrors
+    /// and copies of one image.
     #[test]
     fn disks_with_the_same_contents_are_told_apart_by_their_locks() {
         let _alone = no_process_starts();
         let files = [image(), image(), image(), image()];
         let sources = [open(&files[0], false), open(&files[1], false)];
-        let had = sources.each_ref().map(|source| {
+        let guest_disks = sources.each_ref().map(|source| {
             source.take_new().unwrap();
             let disk = source.describe(&|| Ok(())).unwrap();
             GuestDisk { identity: disk.identity.elsewhere(), ..disk }
         });
-        let check = |file: usize, index| open(&files[file], false).check(&had, index, &|| Ok(()));
+        let check =
+            |file: usize, index| open(&files[file], false).check(&guest_disks, index, &|| Ok(()));
         assert_eq!((check(0, 0), check(1, 1)), (Ok(()), Ok(())));
         for (file, index) in [(1, 0), (0, 1)] {
-            let NotThis { why, index } = check(file, index).unwrap_err();
+            let DiskMismatch { why, index } = check(file, index).unwrap_err();
             assert_eq!(why, format!("is locked as disk {} of the guest", file + 1));
             assert_eq!(index, Some(file));
         }
-        // Another guest's, be it on its way or by another VMM.
+        // Another guest's disk, running, migrating or of another VMM.
         let other = open(&files[2], false);
         other.take_new().unwrap();
         assert!(check(2, 0).unwrap_err().why.contains("not by the guest's source"));
         other.prepare_switchover();
         assert!(check(2, 0).unwrap_err().why.contains("not by the guest's source"));
-        // Nobody's, which may be the same storage by a way that has no locks.
+        // An unlocked disk may be the same storage through a path without locks.
         check(3, 0).unwrap();
     }
 
     #[test]
-    fn a_signal_is_no_error_of_the_disk() {
+    fn a_system_call_that_a_signal_interrupts_is_repeated() {
         let mut answers = [Err(Errno::INTR), Err(Errno::INTR), Err(Errno::NOSPC)].into_iter();
         assert_eq!(uninterrupted(|| answers.next().unwrap()), Err(Errno::NOSPC));
         assert_eq!(answers.next(), None);
     }
 
     #[test]
-    fn where_there_are_no_locks_a_guest_goes_without() {
+    fn a_file_system_without_locks_is_accepted() {
         let disk = open(&image(), false);
         for error in [Errno::NOLCK, Errno::OPNOTSUPP, Errno::INVAL] {
             disk.allowed(Err(error.into())).unwrap();

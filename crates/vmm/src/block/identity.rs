@@ -1,8 +1,8 @@
-//! A disk's identity: described at the source, compared at the destination.
+//! A disk's identity: the source describes it, the destination compares it.
 //!
-//! A file of the same size is not the same disk. These tell disks apart, in this order: a lock of
-//! the source that the destination sees; device and inode, on one host; a block device's WWID or UUID;
-//! its contents. docs/migration.md, "Which disk it is", says when each decides.
+//! A file of the same size is not the same disk. These identify a disk, in this order: a lock of
+//! the source that the destination sees; device and inode, on one host; a block device's WWID or
+//! UUID; its contents. docs/migration.md, "Which disk it is", says when each decides.
 
 use std::cell::OnceCell;
 use std::fs::{self, File, Metadata};
@@ -18,66 +18,66 @@ use rustix::fs::{Advice, fadvise};
 use super::limits::device_directory;
 use crate::state::codec::{Malformed, Reader, Writer};
 
-/// Bytes of what is compared at once.
+/// Bytes of a sample.
 const SAMPLE_BYTES: usize = 4096;
 
-/// Samples of a disk: its first 128 KiB and last 64 KiB, where file systems and partition tables say
-/// what they are, and as many from between.
+/// Number of samples of a disk: its first 128 KiB and last 64 KiB, which have the superblocks and
+/// partition tables, and `MIDDLE_SAMPLES` in between.
 const FIRST_SAMPLES: u32 = 32;
 const LAST_SAMPLES: u32 = 16;
 const MIDDLE_SAMPLES: u32 = 144;
 const MAX_SAMPLES: u32 = FIRST_SAMPLES + LAST_SAMPLES + MIDDLE_SAMPLES;
 
-/// Of a disk that the guest writes meanwhile, one in so many samples may differ.
+/// If the guest writes to the disk meanwhile, one in this many samples may differ.
 const DIFFERING_PART: usize = 4;
 
-/// Bytes of a path and of a device's name that are told.
+/// Maximum bytes of a path and of a device name in the description.
 const MAX_PATH_BYTES: usize = 256;
 const MAX_NAME_BYTES: usize = 128;
 
-/// Bytes of a device's name in a message.
+/// Maximum bytes of a device name in a message.
 const MAX_SHOWN_BYTES: usize = 48;
 
-/// Where a host says which boot of which machine it is.
+/// Identifies the host and its boot.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
-/// Where a file is on a host, by its numbers.
+/// A file's device and inode numbers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Place {
-    /// A block device, which has no inode that counts.
+struct FileId {
+    /// A block device; its inode is not compared.
     is_device: bool,
     device: u64,
     inode: u64,
 }
 
-/// Which disk a guest had.
+/// The identity of a guest's disk.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct DiskIdentity {
-    /// Where it was found, for people.
+    /// The path at the source, for messages only.
     path: String,
-    /// The boot of the host; empty where it is not known.
+    /// The host's boot ID; empty if unknown.
     boot: String,
-    place: Place,
-    /// A block device's own name; empty where it has none.
+    file_id: FileId,
+    /// A block device's WWID or UUID; empty if it has none.
     name: String,
-    /// Where a lock is held on it; `None` where it cannot be locked.
+    /// The source's lock token; `None` if the file system does not support locks.
     pub(super) token: Option<u64>,
-    /// A sum of each sample, 0 where it is zeros.
+    /// A hash of each sample; 0 for zeros.
     samples: Vec<u64>,
 }
 
-/// A disk here, which may be one that a guest had.
+/// A local disk to compare with a guest's disk.
 pub(super) struct Candidate<'a> {
     file: &'a File,
     read_only: bool,
     sectors: u64,
     step: &'a dyn Fn() -> io::Result<()>,
-    /// Read once, where they are asked for.
+    /// Read on first use.
     samples: OnceCell<io::Result<Vec<u64>>>,
 }
 
 impl<'a> Candidate<'a> {
-    /// `step` is called after each read, and may end it.
+    /// `step` is called after each read; its error ends the reading.
     pub(super) const fn new(
         file: &'a File,
         read_only: bool,
@@ -90,25 +90,25 @@ impl<'a> Candidate<'a> {
     fn samples(&self) -> Result<&[u64], String> {
         let samples = self.samples.get_or_init(|| samples(self.file, self.sectors, self.step));
         let samples = samples.as_ref().map(Vec::as_slice);
-        samples.map_err(|error| format!("cannot be read to be compared: {error}"))
+        samples.map_err(|error| format!("cannot be read to compare it: {error}"))
     }
 }
 
-/// What others' locks on a disk say of it.
+/// What other processes' locks on a disk show.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Locks {
-    /// The guest's source has it as this disk.
+    /// The guest's source has locked it as this disk.
     ThisDisk,
-    /// The guest's source has it as another of the guest's disks, numbered from 1.
+    /// The guest's source has locked it as another of the guest's disks, numbered from 1.
     OtherDisk(usize),
-    /// Somebody has it, and not the guest's source.
+    /// A process other than the guest's source has locked it.
     OtherGuest,
-    /// There are none, or they are not seen here.
+    /// No locks, or they are not visible here.
     Unseen,
 }
 
 impl DiskIdentity {
-    /// Of a file with so many bytes, on which the lock `token` is held.
+    /// Describes a file on which the lock `token` is held.
     pub(super) fn of(
         path: &Path,
         file: &File,
@@ -119,20 +119,20 @@ impl DiskIdentity {
         let metadata = file.metadata()?;
         Ok(Self {
             path: end_of(&visible(&path.to_string_lossy())),
-            boot: told_name(&boot()),
-            place: Place::of(&metadata),
-            name: told_name(&name(&metadata)),
+            boot: short_name(&boot()),
+            file_id: FileId::of(&metadata),
+            name: short_name(&name(&metadata)),
             token,
             samples: samples(file, sectors, step)?,
         })
     }
 
-    /// Whether the disk here is this one.
+    /// Checks that the local disk is this one.
     ///
     /// # Errors
-    /// It is not, or it cannot be known: what was compared.
+    /// It is not, or that is unknown; the error says what was compared.
     pub(super) fn check(&self, here: &Candidate<'_>, locks: Locks) -> Result<(), String> {
-        // What nobody writes has to have the same in it, and then it is as good.
+        // A read-only disk only needs the same contents.
         if here.read_only {
             return self.check_contents(here, 0);
         }
@@ -141,38 +141,39 @@ impl DiskIdentity {
             Locks::OtherDisk(number) => {
                 return Err(format!("is locked as disk {number} of the guest"));
             }
-            // Whose guest's cannot be told where the source could not lock it.
+            // If the source could not lock it, the lock's owner is unknown.
             Locks::OtherGuest if self.token.is_some() => {
-                return Err("is locked, and not by the guest's source: another has it".into());
+                return Err("is locked by another process, not by the guest's source".into());
             }
             Locks::OtherGuest | Locks::Unseen => {}
         }
-        let metadata = here.file.metadata().map_err(|error| format!("cannot be asked: {error}"))?;
-        let is_same_host = !self.boot.is_empty() && self.boot == told_name(&boot());
-        let place = Place::of(&metadata);
-        // Hosts that are copies of one another say that they are the same, and have the same numbers:
-        // so these count only where no lock could be had, which is seen on one host.
-        if is_same_host && self.place == place && self.token.is_none() {
+        let metadata =
+            here.file.metadata().map_err(|error| format!("has unreadable metadata: {error}"))?;
+        let is_same_host = !self.boot.is_empty() && self.boot == short_name(&boot());
+        let file_id = FileId::of(&metadata);
+        // Hosts that are copies of each other have the same boot ID and numbers. So these count
+        // only if the source could not lock the disk; a lock would be visible on the same host.
+        if is_same_host && self.file_id == file_id && self.token.is_none() {
             return Ok(());
         }
-        let name = told_name(&name(&metadata));
+        let name = short_name(&name(&metadata));
         if !self.name.is_empty() && !name.is_empty() {
             if self.name == name {
                 return Ok(());
             }
             let [has, had] = [&name, &self.name].map(|name| shortened(name, MAX_SHOWN_BYTES));
-            return Err(format!("is the device {has}, and the guest had {had}"));
+            return Err(format!("is the device {has}, but the guest had {had}"));
         }
         if is_same_host && self.token.is_some() {
-            let (had, has) = (self.place.words(), place.words());
+            let (had, has) = (self.file_id.describe(), file_id.describe());
             return Err(format!(
-                "is {has} and not locked by the guest's source, which has {had} locked on this host"
+                "is {has} and not locked by the guest's source, which has locked {had} on this host"
             ));
         }
         self.check_contents(here, DIFFERING_PART)
     }
 
-    /// One in `part` of the samples in which anything is may differ; none where it is 0.
+    /// Compares samples. One in `part` of those that are not zeros may differ; none if `part` is 0.
     fn check_contents(&self, here: &Candidate<'_>, part: usize) -> Result<(), String> {
         let found = here.samples()?;
         let pairs = self.samples.iter().zip(found);
@@ -184,31 +185,31 @@ impl DiskIdentity {
         }
         let (had, has) = (sum(&self.samples), sum(found));
         Err(format!(
-            "has other contents: {differ} of {with_contents} samples differ (sum {has:016x}, and \
-             {had:016x} where the guest was)"
+            "has other contents: {differ} of {with_contents} samples differ (hash {has:016x} here, \
+             {had:016x} at the source)"
         ))
     }
 
-    /// A device of that name, on another host.
+    /// A device with this name, of another host.
     #[cfg(test)]
     pub(crate) fn named(name: &str) -> Self {
         Self { name: name.into(), ..Self::default() }
     }
 
-    /// As one of another host.
+    /// The same disk, described by another host.
     #[cfg(test)]
     pub(super) fn elsewhere(self) -> Self {
         Self { boot: "another".into(), ..self }
     }
 
-    /// Where it was found.
+    /// Its path at the source.
     pub(crate) fn path(&self) -> &str {
         &self.path
     }
 
     pub(crate) fn encode(&self, writer: &mut Writer) {
         writer.list(self.path.as_bytes()).list(self.boot.as_bytes());
-        writer.flag(self.place.is_device).u64(self.place.device).u64(self.place.inode);
+        writer.flag(self.file_id.is_device).u64(self.file_id.device).u64(self.file_id.inode);
         writer.list(self.name.as_bytes());
         writer.flag(self.token.is_some()).u64(self.token.unwrap_or(0)).list(&self.samples);
     }
@@ -217,49 +218,49 @@ impl DiskIdentity {
         let path = text(reader, "bytes of a path", MAX_PATH_BYTES)?;
         let boot = text(reader, "bytes of a boot", MAX_NAME_BYTES)?;
         let is_device = reader.flag("a device")?;
-        let place = Place { is_device, device: reader.u64()?, inode: reader.u64()? };
+        let file_id = FileId { is_device, device: reader.u64()?, inode: reader.u64()? };
         let name = text(reader, "bytes of a device's name", MAX_NAME_BYTES)?;
         let has_token = reader.flag("a lock")?;
         let token = Some(reader.u64()?).filter(|_| has_token);
         let samples = reader.list("samples of a disk", MAX_SAMPLES as usize)?;
-        Ok(Self { path, boot, place, name, token, samples })
+        Ok(Self { path, boot, file_id, name, token, samples })
     }
 }
 
-/// Only what a person can read: it goes into messages.
+/// Reads a text, with unprintable characters escaped: it is used in messages.
 fn text(reader: &mut Reader<'_>, what: &'static str, max: usize) -> Result<String, Malformed> {
     let bytes = reader.list::<u8>(what, max)?;
     Ok(visible(&String::from_utf8_lossy(&bytes)))
 }
 
-/// A name as it is told and compared, the same on every host: a longer one than can be told (NVMe has
-/// some of 200 bytes) with a sum in place of its end.
-fn told_name(name: &str) -> String {
-    let mut told = visible(name);
-    if told.len() > MAX_NAME_BYTES {
-        let sum = format!("~{:016x}", sum_of(told.as_bytes()));
-        while told.len() > MAX_NAME_BYTES - sum.len() {
-            told.pop();
+/// A device name as described and compared. If it is too long (some NVMe names have 200 bytes), a
+/// hash replaces its end.
+fn short_name(name: &str) -> String {
+    let mut short = visible(name);
+    if short.len() > MAX_NAME_BYTES {
+        let sum = format!("~{:016x}", hash_of(short.as_bytes()));
+        while short.len() > MAX_NAME_BYTES - sum.len() {
+            short.pop();
         }
-        told += &sum;
+        short += &sum;
     }
-    told
+    short
 }
 
-/// The end of a path, where its file's name is.
+/// The end of a path, with its file name.
 fn end_of(path: &str) -> String {
-    const LEFT_OUT: &str = "...";
+    const ELLIPSIS: &str = "...";
     if path.len() <= MAX_PATH_BYTES {
         return path.to_owned();
     }
     let mut end = path.chars();
-    while LEFT_OUT.len() + end.as_str().len() > MAX_PATH_BYTES {
+    while ELLIPSIS.len() + end.as_str().len() > MAX_PATH_BYTES {
         end.next();
     }
-    format!("{LEFT_OUT}{}", end.as_str())
+    format!("{ELLIPSIS}{}", end.as_str())
 }
 
-impl Place {
+impl FileId {
     fn of(metadata: &Metadata) -> Self {
         if metadata.file_type().is_block_device() {
             return Self { is_device: true, device: metadata.rdev(), inode: 0 };
@@ -267,7 +268,7 @@ impl Place {
         Self { is_device: false, device: metadata.dev(), inode: metadata.ino() }
     }
 
-    fn words(self) -> String {
+    fn describe(self) -> String {
         let Self { is_device, device, inode } = self;
         let device = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
         if is_device {
@@ -278,7 +279,7 @@ impl Place {
     }
 }
 
-/// A number that no other disk has.
+/// A random token.
 pub(super) fn new_token() -> u64 {
     RandomState::new().hash_one(std::process::id())
 }
@@ -287,8 +288,8 @@ fn boot() -> String {
     fs::read_to_string(BOOT_ID).map(|text| text.trim().to_owned()).unwrap_or_default()
 }
 
-/// The name that a block device has on every host: of the storage behind it (`wwid`), or as the
-/// device mapper has it, with the part of it that a partition is.
+/// A block device's name, the same on every host: the WWID of its storage or the device mapper's
+/// UUID, with a partition's number and start.
 fn name(metadata: &Metadata) -> String {
     if !metadata.file_type().is_block_device() {
         return String::new();
@@ -306,7 +307,7 @@ fn name(metadata: &Metadata) -> String {
     names("../").map_or(String::new(), |disk| format!("{disk}, partition {part} from {start}"))
 }
 
-/// Where samples of a disk are taken; the same for all disks of a size.
+/// Offsets of the samples; the same for all disks of a size.
 fn sample_places(bytes: u64) -> Vec<u64> {
     let sample_bytes = SAMPLE_BYTES as u64;
     let blocks = bytes.div_ceil(sample_bytes);
@@ -314,7 +315,7 @@ fn sample_places(bytes: u64) -> Vec<u64> {
         return (0..blocks).map(|block| block * sample_bytes).collect();
     }
     let (first, last) = (u64::from(FIRST_SAMPLES), blocks - u64::from(LAST_SAMPLES));
-    // Somewhere in each of as many stretches, not in step with anything.
+    // One at a pseudo-random place in each of MIDDLE_SAMPLES stretches.
     let middle = (0..MIDDLE_SAMPLES.into()).map(|number| {
         let (start, end) = (stretch(last - first, number), stretch(last - first, number + 1));
         let anywhere = (number + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 8;
@@ -323,19 +324,19 @@ fn sample_places(bytes: u64) -> Vec<u64> {
     (0..first).chain(middle).chain(last..blocks).map(|block| block * sample_bytes).collect()
 }
 
-/// Where stretch `number` of `blocks` begins.
+/// The first block of stretch `number`.
 const fn stretch(blocks: u64, number: u64) -> u64 {
     let stretches = MIDDLE_SAMPLES as u64;
     blocks / stretches * number + blocks % stretches * number / stretches
 }
 
-/// Reads samples, and leaves nothing of them in this host's memory: another host may write to the
-/// disk before a guest reads it here.
+/// Hashes the samples, and drops them from the page cache: another host may write to the disk
+/// before a guest reads it here.
 fn samples(file: &File, sectors: u64, step: &dyn Fn() -> io::Result<()>) -> io::Result<Vec<u64>> {
     let bytes = sectors * super::file::SECTOR_BYTES;
     let mut sums = Vec::new();
     let mut buffer = [0; SAMPLE_BYTES];
-    // Advice: what is not taken costs nothing.
+    // Only advice: errors do not matter.
     let _ = fadvise(file, 0, None, Advice::Random);
     let mut outcome = Ok(());
     for at in sample_places(bytes) {
@@ -345,27 +346,27 @@ fn samples(file: &File, sectors: u64, step: &dyn Fn() -> io::Result<()>) -> io::
         if outcome.is_err() {
             break;
         }
-        sums.push(if sample.iter().all(|byte| *byte == 0) { 0 } else { sum_of(sample).max(1) });
+        sums.push(if sample.iter().all(|byte| *byte == 0) { 0 } else { hash_of(sample).max(1) });
         let _ = fadvise(file, at, NonZeroU64::new(len as u64), Advice::DontNeed);
     }
     let _ = fadvise(file, 0, None, Advice::Normal);
     outcome.map(|()| sums)
 }
 
-/// One sum of all.
+/// One hash of all samples.
 fn sum(samples: &[u64]) -> u64 {
     let bytes: Vec<u8> = samples.iter().flat_map(|sample| sample.to_le_bytes()).collect();
-    sum_of(&bytes)
+    hash_of(&bytes)
 }
 
-/// FNV-1a, by words: both sides need the same sum, and no more.
-fn sum_of(bytes: &[u8]) -> u64 {
+/// FNV-1a by 64-bit words. It only has to be the same on both sides.
+fn hash_of(bytes: &[u8]) -> u64 {
     const START: u64 = 0xcbf2_9ce4_8422_2325;
     const PRIME: u64 = 0x0000_0100_0000_01b3;
     let (words, rest) = bytes.as_chunks::<8>();
     let words = words.iter().map(|word| u64::from_le_bytes(*word));
     let rest = rest.iter().map(|byte| u64::from(*byte));
-    // Turned, so that the upper half of a word counts for the lower half of the sum.
+    // Rotated, so that the upper half of a word affects the lower half of the hash.
     words.chain(rest).fold(START, |sum, word| (sum ^ word).wrapping_mul(PRIME).rotate_left(29))
 }
 

@@ -1,4 +1,4 @@
-//! Which of two files is the disk that a guest had.
+//! Tests of comparing disks.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -10,7 +10,7 @@ use super::*;
 
 const SECTORS: u64 = 4 << 11;
 
-const GOES_ON: &dyn Fn() -> io::Result<()> = &|| Ok(());
+const CONTINUE: &dyn Fn() -> io::Result<()> = &|| Ok(());
 
 fn image(seed: u64) -> NamedTempFile {
     let file = NamedTempFile::new().unwrap();
@@ -20,11 +20,11 @@ fn image(seed: u64) -> NamedTempFile {
 }
 
 fn identity(file: &NamedTempFile, token: Option<u64>) -> DiskIdentity {
-    DiskIdentity::of(file.path(), file.as_file(), SECTORS, token, GOES_ON).unwrap()
+    DiskIdentity::of(file.path(), file.as_file(), SECTORS, token, CONTINUE).unwrap()
 }
 
 fn candidate(file: &File, read_only: bool) -> Candidate<'_> {
-    Candidate::new(file, read_only, SECTORS, GOES_ON)
+    Candidate::new(file, read_only, SECTORS, CONTINUE)
 }
 
 fn copy_of(file: &NamedTempFile) -> NamedTempFile {
@@ -34,54 +34,54 @@ fn copy_of(file: &NamedTempFile) -> NamedTempFile {
 }
 
 #[test]
-fn on_one_host_a_disk_that_is_written_is_locked() {
+fn on_one_host_a_writable_disk_needs_the_sources_lock() {
     let (file, other) = (image(1), image(2));
-    let had = identity(&file, Some(7));
-    had.check(&candidate(file.as_file(), false), Locks::ThisDisk).unwrap();
-    // Also not by its numbers: a copy of the host, as one out of a VM snapshot, has the same.
+    let described = identity(&file, Some(7));
+    described.check(&candidate(file.as_file(), false), Locks::ThisDisk).unwrap();
+    // Device and inode do not count: a copy of the host, as from a VM snapshot, has the same.
     for wrong in [other.as_file(), copy_of(&file).as_file(), file.as_file()] {
-        let why = had.check(&candidate(wrong, false), Locks::Unseen).unwrap_err();
+        let why = described.check(&candidate(wrong, false), Locks::Unseen).unwrap_err();
         let inode = file.as_file().metadata().unwrap().ino();
-        assert!(why.contains(&format!("has inode {inode} of ")), "{why}");
+        assert!(why.contains(&format!("has locked inode {inode} of ")), "{why}");
         assert!(why.contains("not locked by the guest's source"), "{why}");
     }
 }
 
 #[test]
-fn where_it_could_not_be_locked_its_numbers_say_which_it_is() {
+fn without_lock_support_device_and_inode_identify_a_disk() {
     let file = image(1);
-    let had = identity(&file, None);
+    let described = identity(&file, None);
     file.as_file().write_all_at(&[0x55; 1 << 20], 0).unwrap();
-    // By another name, and whatever is in it by now.
+    // By another name, and with other contents.
     let link = file.path().with_extension("link");
     fs::hard_link(file.path(), &link).unwrap();
-    had.check(&candidate(&File::open(&link).unwrap(), false), Locks::Unseen).unwrap();
+    described.check(&candidate(&File::open(&link).unwrap(), false), Locks::Unseen).unwrap();
     fs::remove_file(link).unwrap();
-    assert!(had.check(&candidate(copy_of(&file).as_file(), false), Locks::Unseen).is_err());
+    assert!(described.check(&candidate(copy_of(&file).as_file(), false), Locks::Unseen).is_err());
 }
 
 #[test]
-fn a_lock_that_is_seen_says_that_it_is_the_same() {
+fn the_sources_lock_identifies_a_disk() {
     let (file, other) = (image(1), image(2));
-    let had = identity(&file, Some(7));
-    had.check(&candidate(other.as_file(), false), Locks::ThisDisk).unwrap();
-    // But what is only read has to have the same in it.
-    assert!(had.check(&candidate(other.as_file(), true), Locks::ThisDisk).is_err());
+    let described = identity(&file, Some(7));
+    described.check(&candidate(other.as_file(), false), Locks::ThisDisk).unwrap();
+    // But a read-only disk must have the same contents.
+    assert!(described.check(&candidate(other.as_file(), true), Locks::ThisDisk).is_err());
 }
 
 #[test]
-fn between_hosts_contents_decide_where_nothing_else_does() {
+fn between_hosts_contents_identify_a_disk_without_lock_or_name() {
     let file = image(1);
     let elsewhere = identity(&file, Some(7)).elsewhere();
     let there = copy_of(&file);
     elsewhere.check(&candidate(there.as_file(), false), Locks::Unseen).unwrap();
-    // The guest writes on.
+    // The guest writes meanwhile.
     there.as_file().write_all_at(&[0x55; 64 << 10], 8192).unwrap();
     elsewhere.check(&candidate(there.as_file(), false), Locks::Unseen).unwrap();
     let other = image(2);
     let why = elsewhere.check(&candidate(other.as_file(), false), Locks::Unseen).unwrap_err();
     assert!(why.contains("192 of 192 samples differ"), "{why}");
-    // An empty disk is not one with anything on it, nor the other way round.
+    // An empty disk differs from one with contents, in both directions.
     let empty = NamedTempFile::new().unwrap();
     empty.as_file().set_len(SECTORS * 512).unwrap();
     assert!(elsewhere.check(&candidate(empty.as_file(), false), Locks::Unseen).is_err());
@@ -91,25 +91,26 @@ fn between_hosts_contents_decide_where_nothing_else_does() {
 }
 
 #[test]
-fn a_disk_that_is_only_read_may_be_a_copy_and_nothing_else() {
+fn a_read_only_disk_may_be_a_copy_with_the_same_contents() {
     let file = image(1);
-    let had = identity(&file, None);
+    let described = identity(&file, None);
     let copy = copy_of(&file);
-    had.check(&candidate(copy.as_file(), true), Locks::Unseen).unwrap();
-    // Changed since, be it the same file.
+    described.check(&candidate(copy.as_file(), true), Locks::Unseen).unwrap();
+    // Changed since, even if it is the same file.
     for changed in [&copy, &file] {
         changed.as_file().write_all_at(&[1], 1080).unwrap();
-        let why = had.check(&candidate(changed.as_file(), true), Locks::Unseen).unwrap_err();
-        assert!(why.contains("1 of 192 samples differ (sum "), "{why}");
+        let why = described.check(&candidate(changed.as_file(), true), Locks::Unseen).unwrap_err();
+        assert!(why.contains("1 of 192 samples differ (hash "), "{why}");
     }
     assert!(
-        had.check(&candidate(File::open("/proc/self/mem").as_ref().unwrap(), true), Locks::Unseen)
+        described
+            .check(&candidate(File::open("/proc/self/mem").as_ref().unwrap(), true), Locks::Unseen)
             .is_err()
     );
 }
 
 #[test]
-fn samples_are_of_the_whole_disk_and_within_it() {
+fn samples_span_the_disk_and_lie_within_it() {
     for bytes in [512, 4096, 4608, 192 * 4096, 192 * 4096 + 512, 1 << 30, (1 << 50) + 512, !511] {
         let places = sample_places(bytes);
         assert!(places.len() <= MAX_SAMPLES as usize && places.is_sorted(), "{bytes}");
@@ -121,7 +122,7 @@ fn samples_are_of_the_whole_disk_and_within_it() {
 }
 
 #[test]
-fn an_identity_is_read_as_it_was_written_or_refused() {
+fn an_identity_round_trips_and_a_truncated_one_is_refused() {
     let file = image(1);
     for token in [None, Some(u64::MAX)] {
         let identity = identity(&file, token);
@@ -137,28 +138,28 @@ fn an_identity_is_read_as_it_was_written_or_refused() {
     }
 }
 
-/// On both sides alike: what one tells is what the other has, whatever the host's names are.
+/// Both sides shorten names in the same way.
 #[test]
-fn names_of_any_length_are_told_and_told_apart() {
+fn names_of_any_length_stay_distinct() {
     let (long, file) = (format!("nvme.1344-{}", "e".repeat(300)), image(1));
     let names = [long.clone(), format!("{long}2"), "é".repeat(200), "a\u{202e}\n".repeat(30)];
-    let told = names.each_ref().map(|name| told_name(name));
-    for (at, name) in told.iter().enumerate() {
-        assert!(name.len() <= MAX_NAME_BYTES && !told[..at].contains(name), "{told:?}");
+    let short = names.each_ref().map(|name| short_name(name));
+    for (at, name) in short.iter().enumerate() {
+        assert!(name.len() <= MAX_NAME_BYTES && !short[..at].contains(name), "{short:?}");
         let identity = DiskIdentity { name: name.clone(), ..identity(&file, None) };
-        assert_eq!(there_and_back(&identity).unwrap(), identity);
+        assert_eq!(round_trip(&identity).unwrap(), identity);
     }
-    assert_eq!(told_name("wwid"), "wwid");
+    assert_eq!(short_name("wwid"), "wwid");
     let path = format!("/{}/disk", "é\u{2028}".repeat(200));
-    let long = DiskIdentity::of(Path::new(&path), file.as_file(), SECTORS, None, GOES_ON).unwrap();
+    let long = DiskIdentity::of(Path::new(&path), file.as_file(), SECTORS, None, CONTINUE).unwrap();
     assert!(long.path.starts_with("...") && long.path.ends_with("/disk"), "{long:?}");
     assert!(long.path.contains("\\u{2028}"), "{long:?}");
-    assert_eq!(there_and_back(&long).unwrap(), long);
+    assert_eq!(round_trip(&long).unwrap(), long);
 }
 
-/// What a hostile source says reaches the log and the operator.
+/// A hostile source's text reaches the log and the operator.
 #[test]
-fn nothing_hides_in_what_a_peer_says() {
+fn unprintable_characters_of_a_peer_are_escaped() {
     let hostile = "/mnt/\u{202e}gmi\u{2066}.\u{200b}a\u{2028}\x1b[31m\u{9b}";
     let identity = DiskIdentity {
         path: hostile.into(),
@@ -166,14 +167,14 @@ fn nothing_hides_in_what_a_peer_says() {
         name: hostile.into(),
         ..DiskIdentity::default()
     };
-    let read = there_and_back(&identity).unwrap();
+    let read = round_trip(&identity).unwrap();
     for text in [read.path, read.boot, read.name] {
         assert!(text.is_ascii() && !text.contains(|c: char| c.is_control()), "{text}");
         assert!(text.starts_with("/mnt/\\u{202e}gmi\\u{2066}."), "{text}");
     }
 }
 
-fn there_and_back(identity: &DiskIdentity) -> Result<DiskIdentity, Malformed> {
+fn round_trip(identity: &DiskIdentity) -> Result<DiskIdentity, Malformed> {
     let mut writer = Writer::default();
     identity.encode(&mut writer);
     let bytes = writer.finish();

@@ -1,4 +1,4 @@
-//! How a disk likes to be used, which its guest is told: blocks, and what can be discarded.
+//! Block limits: the block sizes and discard granularity that a disk reports to its guest.
 
 use std::fs::{self, Metadata};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -9,40 +9,40 @@ use rustix::fs::{major, minor};
 use super::file::SECTOR_BYTES;
 use super::work::DISCARD;
 
-/// Where the kernel tells of block devices by their numbers (`Documentation/ABI/stable/sysfs-block`).
+/// Block devices by their numbers in sysfs (`Documentation/ABI/stable/sysfs-block`).
 const DEVICES: &str = "/sys/dev/block";
 
-/// Largest block that is told: a driver takes none that is larger than its page. Requests of any
-/// number of sectors are carried out all the same.
+/// Largest block size that is reported: drivers refuse a block larger than a page. Requests of any
+/// number of sectors work anyway.
 const MAX_BLOCK_BYTES: u64 = 4096;
 
-/// The unit of a file system that says none that could be one, or a device that says nothing.
-const USUAL_BLOCK_BYTES: u64 = 4096;
+/// The default for a file system with an invalid unit and a device that reports nothing.
+const DEFAULT_BLOCK_BYTES: u64 = 4096;
 
-/// Largest unit of a file system that is told; a network file system says how much it likes to send.
+/// Largest file system unit that is reported; a network file system reports its transfer size.
 const MAX_UNIT_BYTES: u64 = 64 << 10;
 
-/// Powers of two of blocks that a physical block may have: 128 MiB of 4 KiB.
+/// Largest log2 of blocks per physical block: 128 MiB for blocks of 4 KiB.
 const MAX_PHYSICAL_EXP: u8 = 15;
 
-/// What a guest is told (virtio 1.3, 5.2.4). It goes with the guest, and stays as it is where
-/// the guest goes on with a disk on another host: its driver reads it once.
+/// The limits reported to the guest (virtio 1.3, 5.2.4). A migration keeps them, because the driver
+/// reads them only once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct DiskLimits {
-    /// Bytes of a block, the least that is written at once.
+    /// The logical block size.
     pub(crate) block_bytes: u32,
-    /// Blocks of a physical block, as a power of two.
+    /// log2 of blocks per physical block.
     pub(crate) physical_exp: u8,
-    /// Blocks before the first that begins a physical one.
+    /// Blocks before the first aligned one.
     pub(crate) alignment_offset: u8,
-    /// Blocks of the least that is written well, and of the best; 0 where nothing is known.
+    /// Minimum and optimal I/O size in blocks; 0 if unknown.
     pub(crate) min_io_blocks: u16,
     pub(crate) opt_io_blocks: u32,
-    /// Sectors that are discarded together.
+    /// Discard granularity in sectors.
     pub(crate) discard_sectors: u32,
 }
 
-/// In bytes, as the kernel has them.
+/// Limits in bytes, as in sysfs.
 struct Sizes {
     logical: u64,
     physical: u64,
@@ -53,7 +53,8 @@ struct Sizes {
 }
 
 impl DiskLimits {
-    /// Of an open file, and the bytes that the host gives back or clears only whole.
+    /// Returns the limits of an open file, and the unit in bytes of discard and write-zeroes on the
+    /// host.
     pub(super) fn of(metadata: &Metadata) -> (Self, u64) {
         if metadata.file_type().is_block_device() {
             let sizes = Sizes::of_device(&device_directory(metadata.rdev()));
@@ -62,11 +63,11 @@ impl DiskLimits {
         (Self::of_file_system(metadata.blksize()), 1)
     }
 
-    /// A file system gives whole blocks back, clears what is beside them, and takes any byte.
+    /// A file system discards whole blocks, zeroes partial ones, and allows writes of single bytes.
     pub(crate) fn of_file_system(unit_bytes: u64) -> Self {
         let is_unit =
             unit_bytes.is_power_of_two() && (SECTOR_BYTES..=MAX_UNIT_BYTES).contains(&unit_bytes);
-        let unit = if is_unit { unit_bytes } else { USUAL_BLOCK_BYTES };
+        let unit = if is_unit { unit_bytes } else { DEFAULT_BLOCK_BYTES };
         let (logical, physical, min_io, discard) = (SECTOR_BYTES, unit, unit, unit);
         Self::from_sizes(&Sizes { logical, physical, offset: 0, min_io, opt_io: 0, discard })
     }
@@ -76,7 +77,7 @@ impl DiskLimits {
         let physical = (sizes.physical / block).max(1).ilog2();
         let discard = sizes.discard.max(sizes.logical) / SECTOR_BYTES;
         Self {
-            // Below 2^32, as is what is limited below.
+            // All values are limited to below 2^32.
             block_bytes: u32::try_from(block).unwrap_or_default(),
             physical_exp: u8::try_from(physical).unwrap_or(u8::MAX).min(MAX_PHYSICAL_EXP),
             alignment_offset: u8::try_from(sizes.offset / block).unwrap_or(0),
@@ -86,13 +87,13 @@ impl DiskLimits {
         }
     }
 
-    /// Sectors that one discard may have: whole units.
+    /// Maximum sectors of a discard, in whole units.
     pub(super) const fn max_discard_sectors(self) -> u32 {
         DISCARD.sectors - DISCARD.sectors % self.discard_sectors
     }
 
-    /// Whether a disk of this monitor can have these.
-    pub(crate) fn are_possible(self) -> bool {
+    /// Whether the limits are valid for a disk of this VMM.
+    pub(crate) fn are_valid(self) -> bool {
         let block = u64::from(self.block_bytes);
         block.is_power_of_two()
             && (SECTOR_BYTES..=MAX_BLOCK_BYTES).contains(&block)
@@ -102,14 +103,14 @@ impl DiskLimits {
 }
 
 impl Sizes {
-    /// What the kernel says of a device, which has a directory of its own.
+    /// Reads a device's limits from its sysfs directory.
     fn of_device(directory: &Path) -> Self {
         let read = |path: PathBuf| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
-        // A partition's queue is that of its disk.
+        // A partition uses its disk's queue directory.
         let queues = [directory.join("queue"), directory.join("../queue")];
         let queue = |what: &str| queues.iter().find_map(|queue| read(queue.join(what)));
         let is_block = |bytes: &u64| bytes.is_power_of_two() && *bytes >= SECTOR_BYTES;
-        let logical = queue("logical_block_size").filter(is_block).unwrap_or(USUAL_BLOCK_BYTES);
+        let logical = queue("logical_block_size").filter(is_block).unwrap_or(DEFAULT_BLOCK_BYTES);
         let physical = queue("physical_block_size").filter(is_block).unwrap_or(logical);
         Self {
             logical,
@@ -117,7 +118,7 @@ impl Sizes {
             offset: read(directory.join("alignment_offset")).unwrap_or(0),
             min_io: queue("minimum_io_size").unwrap_or(0),
             opt_io: queue("optimal_io_size").unwrap_or(0),
-            // 0 where it discards nothing.
+            // 0 if it does not support discard.
             discard: queue("discard_granularity").unwrap_or(0),
         }
     }
@@ -132,7 +133,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_device_says_is_told_in_its_blocks() {
+    fn limits_of_a_device_are_in_its_logical_blocks() {
         let directory = tempfile::tempdir().unwrap();
         fs::create_dir_all(directory.path().join("disk/queue")).unwrap();
         fs::create_dir_all(directory.path().join("disk/part")).unwrap();
@@ -157,15 +158,15 @@ mod tests {
             discard_sectors: 64,
         };
         assert_eq!((limits, sizes.logical), (expected, 4096));
-        assert!(limits.are_possible());
+        assert!(limits.are_valid());
         assert_eq!(limits.max_discard_sectors() % 64, 0);
-        // One of which nothing is known takes what suits all.
+        // Without any sysfs file the defaults apply.
         let nothing = Sizes::of_device(directory.path());
         assert_eq!((nothing.logical, DiskLimits::from_sizes(&nothing).block_bytes), (4096, 4096));
     }
 
     #[test]
-    fn whatever_is_said_makes_limits_that_can_be() {
+    fn any_sizes_give_valid_limits() {
         for logical in [512, 4096, 65536] {
             for large in [0, 1, 511, 513, 1 << 20, 1 << 40, u64::MAX] {
                 let sizes = Sizes {
@@ -176,11 +177,11 @@ mod tests {
                     opt_io: large,
                     discard: large,
                 };
-                assert!(DiskLimits::from_sizes(&sizes).are_possible(), "{logical} {large}");
+                assert!(DiskLimits::from_sizes(&sizes).are_valid(), "{logical} {large}");
             }
-            assert!(DiskLimits::of_file_system(logical).are_possible());
+            assert!(DiskLimits::of_file_system(logical).are_valid());
         }
         assert_eq!(DiskLimits::of_file_system(1 << 20), DiskLimits::of_file_system(4096));
-        assert!(!DiskLimits { block_bytes: 0, ..DiskLimits::of_file_system(512) }.are_possible());
+        assert!(!DiskLimits { block_bytes: 0, ..DiskLimits::of_file_system(512) }.are_valid());
     }
 }

@@ -1,8 +1,8 @@
-//! Locks on a disk's file, so that no two guests are given it by mistake.
+//! File locks that keep two guests from using one disk by mistake.
 //!
-//! They belong to the open file (`F_OFD_SETLK`, fcntl(2)): the kernel ends them with it, however a
-//! process ends, and network file systems pass them on. They are advice: whoever does not ask is
-//! kept from nothing.
+//! They are open file description locks (`F_OFD_SETLK`, fcntl(2)): the kernel releases them however
+//! the process ends, and network file systems forward them. They are advisory: a process that does
+//! not check them is not kept out.
 
 use std::fs::File;
 use std::io;
@@ -10,97 +10,94 @@ use std::io;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 
-/// A part of the file, which need not have it.
+/// A range of byte offsets to lock. The file need not be that long.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Part {
+pub(super) struct LockRange {
     start: i64,
     bytes: i64,
 }
 
-/// Where no file has bytes.
-const FAR: i64 = 1 << 62;
+/// An offset beyond the end of any file.
+const LOCK_BASE: i64 = 1 << 62;
 
-/// Locked by whose guest runs, alone where it writes. Other monitors lock bytes in it (QEMU those
-/// from 100 to 299), and are kept off as well.
-pub(super) const RUNS: Part = Part { start: 0, bytes: FAR };
+/// Locked while the guest runs: exclusively if it writes. Other VMMs lock bytes in this range
+/// (QEMU: 100 to 299), and so conflict with it too.
+pub(super) const RUN_LOCK: LockRange = LockRange { start: 0, bytes: LOCK_BASE };
 
-/// Locked, beside others, by who has a guest that writes, whether it runs or not. While one changes
-/// sides nobody has the other part, and this says that nobody may begin with the file.
-pub(super) const KEEPS: Part = Part { start: FAR, bytes: 1 };
+/// Locked, shared, by each process that has a writing guest, whether the guest runs or not. During
+/// a switchover no process has [`RUN_LOCK`]; this lock then keeps new guests from taking the file.
+pub(super) const GUEST_LOCK: LockRange = LockRange { start: LOCK_BASE, bytes: 1 };
 
-/// Locked by who tells another host which disk its guest has: a byte that no other disk's guest has
-/// locked. Who sees this lock has the same file.
-pub(super) const fn token_part(token: u64) -> Part {
-    // Behind the others, and below where an offset ends.
-    Part { start: FAR + 1 + (token >> 8).cast_signed(), bytes: 1 }
+/// Locked by a source that describes its disk: a byte that no other disk's guest locks. A host that
+/// sees this lock has the same file.
+pub(super) const fn token_range(token: u64) -> LockRange {
+    // Behind the other ranges, and below the maximum offset.
+    LockRange { start: LOCK_BASE + 1 + (token >> 8).cast_signed(), bytes: 1 }
 }
 
-/// How a part is locked.
+/// How to lock a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Hold {
-    /// Beside others who do the same.
+pub(super) enum LockMode {
     Shared,
-    /// Beside nobody.
-    Alone,
-    /// Not any more.
-    Not,
+    Exclusive,
+    Unlock,
 }
 
-/// Locks, or unlocks; false where somebody else's lock is in the way.
+/// Locks or unlocks a range; false if another lock conflicts.
 ///
 /// # Errors
-/// Such a file cannot be locked.
-pub(super) fn hold(file: &File, part: Part, hold: Hold) -> io::Result<bool> {
+/// The file system does not support locks.
+pub(super) fn set(file: &File, range: LockRange, mode: LockMode) -> io::Result<bool> {
     loop {
-        match fcntl(file, FcntlArg::F_OFD_SETLK(&words(part, hold))) {
+        match fcntl(file, FcntlArg::F_OFD_SETLK(&flock(range, mode))) {
             Ok(_) => return Ok(true),
             Err(Errno::EAGAIN | Errno::EACCES) => return Ok(false),
-            // A signal came while a network file system was asked.
+            // A signal interrupted a request to a network file system.
             Err(Errno::EINTR) => {}
             Err(error) => return Err(error.into()),
         }
     }
 }
 
-/// Whether nobody else has any lock there.
+/// Returns whether no other lock overlaps the range.
 ///
 /// # Errors
-/// Such a file cannot be locked.
-pub(super) fn is_free(file: &File, part: Part) -> io::Result<bool> {
+/// The file system does not support locks.
+pub(super) fn is_free(file: &File, range: LockRange) -> io::Result<bool> {
     loop {
-        let mut words = words(part, Hold::Alone);
-        match fcntl(file, FcntlArg::F_OFD_GETLK(&mut words)) {
-            Ok(_) => return Ok(i32::from(words.l_type) == libc::F_UNLCK),
+        let mut flock = flock(range, LockMode::Exclusive);
+        match fcntl(file, FcntlArg::F_OFD_GETLK(&mut flock)) {
+            Ok(_) => return Ok(i32::from(flock.l_type) == libc::F_UNLCK),
             Err(Errno::EINTR) => {}
             Err(error) => return Err(error.into()),
         }
     }
 }
 
-/// Whether somebody else has locked just this part, beside others.
+/// Returns whether another process has a shared lock on exactly this range.
 ///
 /// # Errors
-/// Such a file cannot be locked.
-pub(super) fn is_shared(file: &File, part: Part) -> io::Result<bool> {
-    let mut words = words(part, Hold::Alone);
-    fcntl(file, FcntlArg::F_OFD_GETLK(&mut words))?;
-    let found = (i32::from(words.l_type), words.l_start, words.l_len);
-    Ok(found == (libc::F_RDLCK, part.start, part.bytes))
+/// The file system does not support locks.
+pub(super) fn is_shared(file: &File, range: LockRange) -> io::Result<bool> {
+    let mut flock = flock(range, LockMode::Exclusive);
+    fcntl(file, FcntlArg::F_OFD_GETLK(&mut flock))?;
+    let found = (i32::from(flock.l_type), flock.l_start, flock.l_len);
+    Ok(found == (libc::F_RDLCK, range.start, range.bytes))
 }
 
-fn words(part: Part, hold: Hold) -> libc::flock {
-    let kind = match hold {
-        Hold::Shared => libc::F_RDLCK,
-        Hold::Alone => libc::F_WRLCK,
-        Hold::Not => libc::F_UNLCK,
+fn flock(range: LockRange, mode: LockMode) -> libc::flock {
+    let kind = match mode {
+        LockMode::Shared => libc::F_RDLCK,
+        LockMode::Exclusive => libc::F_WRLCK,
+        LockMode::Unlock => libc::F_UNLCK,
     };
     libc::flock {
-        // Small numbers, both.
+        // Both are small numbers.
         l_type: i16::try_from(kind).unwrap_or_default(),
         l_whence: i16::try_from(libc::SEEK_SET).unwrap_or_default(),
-        l_start: part.start,
-        l_len: part.bytes,
-        // Must be 0: these locks are no process's.
+        l_start: range.start,
+        l_len: range.bytes,
+        // Must be 0 for open file description locks.
         l_pid: 0,
     }
 }

@@ -1,46 +1,46 @@
-//! What a request that is under way may still do.
+//! Limits what a request in progress may still do.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// What the request that is under way may still do.
+/// Shared by the I/O thread and the device: what the request in progress may still do.
 #[derive(Debug, Default)]
 pub(crate) struct Permit {
-    /// It is to end at the next of its pieces, whether it is done or not.
+    /// The request must end before its next piece.
     interrupted: AtomicBool,
-    /// Its driver has reset the device: it touches the guest's memory no more. Locked while it
-    /// does, which is for one piece: whoever resets the device waits for no longer.
+    /// The driver has reset the device: the request must not access the guest's memory. Locked
+    /// during each access, so a reset waits for one piece at most.
     revoked: Mutex<bool>,
 }
 
 impl Permit {
-    /// True has the request end soon, as good as not begun.
+    /// If true, the request ends before its next piece, and will be executed again.
     pub(crate) fn interrupt(&self, interrupted: bool) {
         self.interrupted.store(interrupted, Ordering::Relaxed);
     }
 
-    /// Whether it is to end soon.
+    /// Whether the request must end before its next piece.
     pub(crate) fn is_interrupted(&self) -> bool {
         self.interrupted.load(Ordering::Relaxed)
     }
 
-    /// The request is not touching the guest's memory when this returns, and does not any more.
+    /// Stops the request's access to the guest's memory. No access is in progress on return.
     pub(crate) fn revoke(&self) {
         *self.lock() = true;
     }
 
-    /// The next request may touch it.
+    /// Allows the next request to access the guest's memory.
     pub(crate) fn renew(&self) {
         *self.lock() = false;
     }
 
-    /// Does something with the guest's memory; `None` where the request may not.
+    /// Calls `touch`, which accesses the guest's memory; `None` if the permit is revoked.
     pub(crate) fn touch<T>(&self, touch: impl FnOnce() -> T) -> Option<T> {
         let revoked = self.lock();
         (!*revoked).then(touch)
     }
 
-    /// One word is changed under it.
+    /// Ignores poisoning: the lock protects a single flag.
     fn lock(&self) -> MutexGuard<'_, bool> {
         self.revoked.lock().unwrap_or_else(PoisonError::into_inner)
     }

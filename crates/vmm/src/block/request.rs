@@ -1,7 +1,7 @@
-//! A request to a block device, read from its chain (virtio 1.3, section 5.2.6).
+//! Parses a block request from its descriptor chain (virtio 1.3, section 5.2.6).
 //!
-//! Header, data and status may be cut into buffers in any way; the buffers that the device reads
-//! come before those that it writes.
+//! Header, data and status may be split into buffers in any way. Device-readable buffers precede
+//! device-writable ones.
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
@@ -12,22 +12,22 @@ use vm_memory::{Address, Bytes, GuestAddress};
 
 use crate::memory::Ram;
 
-/// Buffers of data in a request: what Linux makes of a request of half a MiB in single pages.
+/// Maximum data segments in a request: Linux uses this many for half a MiB in single pages.
 pub(crate) const SEG_MAX: u32 = 126;
 
-/// Bytes of one of them.
+/// Maximum bytes of a segment.
 pub(crate) const SIZE_MAX: u32 = 64 << 10;
 
-/// Bytes of data in a request, so that none keeps the others waiting for long.
+/// Maximum data bytes in a request, so that one request does not delay others for long.
 const MAX_DATA_BYTES: u64 = SEG_MAX as u64 * SIZE_MAX as u64;
 
-/// Bytes of a header: kind u32, reserved u32, sector u64.
+/// Bytes of a header: type u32, reserved u32, sector u64.
 const HEADER_BYTES: usize = 16;
 
-/// Buffers of a chain: a header may be cut as small as it likes.
+/// Maximum buffers of a chain: the header may be split into single bytes.
 const MAX_BUFFERS: usize = SEG_MAX as usize + HEADER_BYTES + 1;
 
-/// What is asked.
+/// The request type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Read,
@@ -53,35 +53,34 @@ impl Kind {
     }
 }
 
-/// A buffer of the guest's, or a part of one. It may lie outside of memory.
+/// A guest buffer or part of one. It may lie outside guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Segment {
     pub(crate) at: GuestAddress,
     pub(crate) len: u32,
 }
 
-/// One request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Request {
     pub(crate) kind: Kind,
-    /// Of 512 bytes, whatever the disk's block is.
+    /// In units of 512 bytes, whatever the disk's block size.
     pub(crate) sector: u64,
-    /// What the device is to read.
+    /// Device-readable data.
     pub(crate) out: Vec<Segment>,
-    /// What it is to write, but for the status.
+    /// Device-writable data, without the status.
     pub(crate) into: Vec<Segment>,
-    /// Where the status goes.
+    /// The address of the status byte.
     pub(crate) status: GuestAddress,
 }
 
 impl Request {
-    /// Reads a chain. `None` where there is no header, no room for a status, no end, or more than
-    /// a request may have: then nobody can be told anything.
+    /// Parses a chain. `None` if it has no header, no status byte, no end, or more data than
+    /// allowed: then no status can be returned.
     pub(crate) fn of(chain: DescriptorChain<&Ram>, memory: &Ram) -> Option<Self> {
         let (mut out, mut into) = (Vec::new(), Vec::new());
         let mut is_whole = false;
         for (number, buffer) in chain.enumerate() {
-            // A chain that goes in circles, or to where no descriptor is, just stops.
+            // The iterator stops at a loop or an invalid descriptor.
             is_whole = !buffer.has_next();
             if number >= MAX_BUFFERS || (!buffer.is_write_only() && !into.is_empty()) {
                 return None;
@@ -106,12 +105,12 @@ impl Request {
     }
 }
 
-/// Bytes of all segments.
+/// Total bytes of the segments.
 pub(crate) fn bytes(segments: &[Segment]) -> u64 {
     segments.iter().map(|segment| u64::from(segment.len)).sum()
 }
 
-/// Reads the header, and leaves what is behind it.
+/// Reads the header and removes it from the segments.
 fn take_header(out: &mut Vec<Segment>, memory: &Ram) -> Option<[u8; HEADER_BYTES]> {
     let mut header = [0; HEADER_BYTES];
     let mut rest = header.as_mut_slice();
@@ -121,7 +120,7 @@ fn take_header(out: &mut Vec<Segment>, memory: &Ram) -> Option<[u8; HEADER_BYTES
         let (now, later) = std::mem::take(&mut rest).split_at_mut(len);
         memory.read_slice(now, first.at).ok()?;
         rest = later;
-        // Not more than 16, and not more than there is.
+        // At most 16, and at most the segment's length.
         let taken = u32::try_from(len).ok()?;
         *first = Segment { at: first.at.checked_add(taken.into())?, len: first.len - taken };
         if first.len == 0 {
@@ -131,7 +130,7 @@ fn take_header(out: &mut Vec<Segment>, memory: &Ram) -> Option<[u8; HEADER_BYTES
     Some(header)
 }
 
-/// The last byte, which is the status.
+/// Removes the last byte, the status, and returns its address.
 fn take_last(into: &mut Vec<Segment>) -> Option<GuestAddress> {
     let last = into.last_mut()?;
     last.len -= 1;

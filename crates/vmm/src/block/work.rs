@@ -1,4 +1,4 @@
-//! What is done with a request: from memory to file and back.
+//! Executes a request: copies between guest memory and the file.
 
 use std::io;
 use std::sync::Arc;
@@ -16,17 +16,17 @@ use super::permit::Permit;
 use super::request::{Kind, Request, Segment, bytes};
 use crate::memory::Ram;
 
-/// What is copied at once.
+/// Bytes per copy.
 const BUFFER_BYTES: usize = 64 << 10;
 
-/// Bytes of an identifier (virtio 1.3, 5.2.6), which is padded with zeros.
+/// Bytes of the device ID string (virtio 1.3, 5.2.6), padded with zeros.
 pub(crate) const ID_BYTES: usize = 20;
 
-/// A range of a discard or of zeros: sector u64, sectors u32, flags u32.
+/// A range of a discard or write-zeroes request: sector u64, sectors u32, flags u32.
 const RANGE_BYTES: usize = 16;
 
-/// Ranges and their sectors of one such request: a file system gives 1 GiB back in one go, but
-/// zeros may have to be written, and a pause waits for that.
+/// Maximum ranges of such a request, and sectors of a range. A file system discards 1 GiB at once,
+/// but zeros may have to be written, and a pause waits for that.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RangeLimits {
     pub(crate) ranges: u32,
@@ -36,52 +36,52 @@ pub(crate) struct RangeLimits {
 pub(crate) const DISCARD: RangeLimits = RangeLimits { ranges: 16, sectors: 1 << 21 };
 pub(crate) const WRITE_ZEROES: RangeLimits = RangeLimits { ranges: 1, sectors: 16 << 11 };
 
-/// Whose fault it is that a request fails.
+/// Why a request fails, and whose fault it is.
 #[derive(Debug)]
 enum Failure {
-    /// The guest's: it asks for what the disk does not have.
+    /// The guest's: an invalid request.
     Guest(&'static str),
-    /// The guest's, or nobody's: the disk does not know such a thing.
+    /// An unsupported request.
     Unsupported,
-    /// The host's.
+    /// The host's: an I/O error.
     Host(io::Error),
-    /// Nobody's: it was interrupted, and is as good as not begun. Or its driver has reset the device,
-    /// and nobody asks for what became of it.
+    /// None: a pause interrupted the request, which counts as not started, or the driver has reset
+    /// the device and gets no answer.
     Interrupted,
 }
 
-/// One who does it, with a buffer.
-pub(crate) struct Work {
+/// Executes requests, one at a time.
+pub(crate) struct Executor {
     memory: Ram,
     buffer: Vec<u8>,
     id: [u8; ID_BYTES],
     log: LogLimit,
-    /// What the request under way may still do.
+    /// What the request in progress may still do.
     permit: Arc<Permit>,
 }
 
-impl Work {
+impl Executor {
     pub(crate) fn new(memory: Ram, id: [u8; ID_BYTES]) -> Self {
         let (buffer, log) = (vec![0; BUFFER_BYTES], LogLimit::default());
         Self { memory, buffer, id, log, permit: Arc::default() }
     }
 
-    /// What the request under way may still do.
+    /// What the request in progress may still do.
     pub(crate) fn permit(&self) -> Arc<Permit> {
         Arc::clone(&self.permit)
     }
 
-    /// Does what is asked, writes the status, and tells how many bytes of the chain were written;
-    /// `None` where it was interrupted or its permit revoked. Where a driver knows no flush, what was
-    /// `written_through` is on the disk first.
-    pub(crate) fn carry_out(
+    /// Executes the request and writes its status. Returns the number of bytes written to the
+    /// chain; `None` if the request was interrupted or its permit revoked. With `writes_through`,
+    /// for a driver without flush, a write is on the disk before it completes.
+    pub(crate) fn execute(
         &mut self,
         request: &Request,
         file: &DiskFile,
         writes_through: bool,
     ) -> Option<u32> {
-        let done = contain(|| self.attempt_to_the_disk(request, file, writes_through));
-        // The guest hears of a panic as it does of a disk that fails, and the next one is served.
+        let done = contain(|| self.attempt_through(request, file, writes_through));
+        // A panic is an I/O error to the guest; the next request is served.
         let failed = |panicked| Err(Failure::Host(io::Error::other(panicked)));
         let done = done.unwrap_or_else(failed);
         let is_flush = request.kind == Kind::Flush || writes_through;
@@ -92,42 +92,44 @@ impl Work {
         let (status, written) = match done {
             Ok(written) => (VIRTIO_BLK_S_OK, written),
             Err(Failure::Interrupted) => return None,
-            Err(failure) => (self.tell(&failure, file), 0),
+            Err(failure) => (self.status_of(&failure, file), 0),
         };
         let status = u8::try_from(status).unwrap_or(u8::MAX);
-        let told = self.permit.touch(|| self.memory.write_obj(status, request.status));
-        if let (None, Some(error)) = (&told, lost) {
-            // Whoever has reset the device flushes again, and the kernel tells it once.
+        let written_status = self.permit.touch(|| self.memory.write_obj(status, request.status));
+        if let (None, Some(error)) = (&written_status, lost) {
+            // The kernel reports the error only once; the driver's next flush after the reset must
+            // report it.
             file.keep_error(error);
         }
-        match told? {
-            // At most the request's limit, which is far below 4 GiB.
+        match written_status? {
+            // The request's limit is far below 4 GiB.
             Ok(()) if status == 0 => Some(u32::try_from(written + 1).unwrap_or(u32::MAX)),
-            // Behind data that were not all written: nothing is promised of the beginning.
+            // The status lies behind data that were not all written, so no prefix is valid.
             _ => Some(0),
         }
     }
 
-    /// ControlApi before each piece. A request that ended in its middle is done anew from its
-    /// beginning, which comes to the same: nobody was told of what was done of it.
-    fn goes_on(&self) -> Result<(), Failure> {
+    /// Checked before each piece. An interrupted request is executed again from its beginning, with
+    /// the same effect: the guest has not seen any result of it.
+    fn check_interrupt(&self) -> Result<(), Failure> {
         if self.permit.is_interrupted() { Err(Failure::Interrupted) } else { Ok(()) }
     }
 
-    /// From the guest's memory into the first bytes of the buffer.
+    /// Copies from guest memory to the start of the buffer.
     fn fetch(&mut self, from: GuestAddress, len: usize) -> Result<(), Failure> {
         let buffer = self.buffer.get_mut(..len).unwrap_or_default();
         let fetched = self.permit.touch(|| self.memory.read_slice(buffer, from));
-        fetched.ok_or(Failure::Interrupted)?.map_err(|_| OUTSIDE)
+        fetched.ok_or(Failure::Interrupted)?.map_err(|_| OUTSIDE_MEMORY)
     }
 
-    /// Into the guest's memory.
+    /// Copies to guest memory.
     fn store(&self, bytes: &[u8], to: GuestAddress) -> Result<(), Failure> {
         let stored = self.permit.touch(|| self.memory.write_slice(bytes, to));
-        stored.ok_or(Failure::Interrupted)?.map_err(|_| OUTSIDE)
+        stored.ok_or(Failure::Interrupted)?.map_err(|_| OUTSIDE_MEMORY)
     }
 
-    fn attempt_to_the_disk(
+    /// Executes the request, and flushes a write if `writes_through`.
+    fn attempt_through(
         &mut self,
         request: &Request,
         file: &DiskFile,
@@ -143,7 +145,7 @@ impl Work {
         Ok(done)
     }
 
-    /// Bytes that were written to the guest.
+    /// Returns the number of bytes written to guest memory.
     fn attempt(&mut self, request: &Request, file: &DiskFile) -> Result<u64, Failure> {
         let writes = !matches!(request.kind, Kind::Read | Kind::Flush | Kind::GetId);
         if writes && file.shape().read_only && request.kind != Kind::Unknown {
@@ -153,7 +155,7 @@ impl Work {
             Kind::Read => self.read(request, file),
             Kind::Write => self.write(request, file).map(|()| 0),
             Kind::Flush => file.flush().map_err(Failure::Host).map(|()| 0),
-            Kind::GetId => self.tell_id(request),
+            Kind::GetId => self.get_id(request),
             Kind::Discard | Kind::WriteZeroes => self.each_range(request, file).map(|()| 0),
             Kind::Unknown => Err(Failure::Unsupported),
         }
@@ -161,9 +163,9 @@ impl Work {
 
     fn read(&mut self, request: &Request, file: &DiskFile) -> Result<u64, Failure> {
         let total = bytes(&request.into);
-        let mut at = place(file, request.sector, total)?;
+        let mut at = file_offset(file, request.sector, total)?;
         for (start, len) in request.into.iter().flat_map(pieces) {
-            self.goes_on()?;
+            self.check_interrupt()?;
             let buffer = self.buffer.get_mut(..len).unwrap_or_default();
             file.read(buffer, at).map_err(Failure::Host)?;
             self.store(self.buffer.get(..len).unwrap_or_default(), start)?;
@@ -173,9 +175,9 @@ impl Work {
     }
 
     fn write(&mut self, request: &Request, file: &DiskFile) -> Result<(), Failure> {
-        let mut at = place(file, request.sector, bytes(&request.out))?;
+        let mut at = file_offset(file, request.sector, bytes(&request.out))?;
         for (start, len) in request.out.iter().flat_map(pieces) {
-            self.goes_on()?;
+            self.check_interrupt()?;
             self.fetch(start, len)?;
             file.write(self.buffer.get(..len).unwrap_or_default(), at).map_err(Failure::Host)?;
             at += len as u64;
@@ -183,7 +185,7 @@ impl Work {
         Ok(())
     }
 
-    fn tell_id(&mut self, request: &Request) -> Result<u64, Failure> {
+    fn get_id(&mut self, request: &Request) -> Result<u64, Failure> {
         let mut rest = self.id.as_slice();
         for segment in &request.into {
             let len = rest.len().min(segment.len as usize);
@@ -192,7 +194,7 @@ impl Work {
             rest = later;
         }
         if !rest.is_empty() {
-            return Err(Failure::Guest("no room for an identifier"));
+            return Err(Failure::Guest("no space for the device ID"));
         }
         Ok(ID_BYTES as u64)
     }
@@ -202,9 +204,9 @@ impl Work {
         let limits = if request.kind == Kind::Discard { DISCARD } else { WRITE_ZEROES };
         let most = u64::from(limits.ranges) * RANGE_BYTES as u64;
         if total == 0 || total > most || !total.is_multiple_of(RANGE_BYTES as u64) {
-            return Err(Failure::Guest("no list of ranges"));
+            return Err(Failure::Guest("an invalid list of ranges"));
         }
-        // Read once, before anything is done.
+        // Read once, and validate all, before executing any.
         let mut list = Vec::new();
         for (start, len) in request.out.iter().flat_map(pieces) {
             self.fetch(start, len)?;
@@ -213,7 +215,7 @@ impl Work {
         let ranges = list.as_chunks::<RANGE_BYTES>().0;
         let ranges = ranges.iter().map(|range| range_of(request.kind, range, limits, file));
         for (at, bytes, may_unmap) in ranges.collect::<Result<Vec<_>, _>>()? {
-            self.goes_on()?;
+            self.check_interrupt()?;
             let done = match request.kind {
                 Kind::Discard => file.discard(at, bytes),
                 _ => file.write_zeroes(at, bytes, may_unmap),
@@ -223,8 +225,8 @@ impl Work {
         Ok(())
     }
 
-    /// The status for a failure; the host's are logged.
-    fn tell(&mut self, failure: &Failure, file: &DiskFile) -> u32 {
+    /// Returns the status for a failure, and logs it.
+    fn status_of(&mut self, failure: &Failure, file: &DiskFile) -> u32 {
         let path = file.path().display();
         match failure {
             Failure::Guest(what) => tracing::debug!(disk = %path, what, "guest: request refused"),
@@ -240,19 +242,19 @@ impl Work {
     }
 }
 
-const OUTSIDE: Failure = Failure::Guest("a buffer outside of memory");
+const OUTSIDE_MEMORY: Failure = Failure::Guest("a buffer outside guest memory");
 
-/// Where `bytes` from `sector` on are in the file.
-fn place(file: &DiskFile, sector: u64, bytes: u64) -> Result<u64, Failure> {
+/// The file offset of `bytes` bytes at `sector`.
+fn file_offset(file: &DiskFile, sector: u64, bytes: u64) -> Result<u64, Failure> {
     let end = sector.checked_add(bytes / SECTOR_BYTES);
     if !bytes.is_multiple_of(SECTOR_BYTES) || end.is_none_or(|end| end > file.shape().sectors) {
-        return Err(Failure::Guest("sectors that the disk does not have"));
+        return Err(Failure::Guest("sectors beyond the end of the disk"));
     }
-    // Below the file's length.
+    // Cannot overflow: it is below the file's length.
     Ok(sector * SECTOR_BYTES)
 }
 
-/// Offset and bytes of a range, and whether it may become a hole.
+/// Offset and bytes of a range, and whether it may be deallocated.
 fn range_of(
     kind: Kind,
     range: &[u8; RANGE_BYTES],
@@ -264,22 +266,22 @@ fn range_of(
     let sectors = u32::from_le_bytes([n0, n1, n2, n3]);
     let flags = u32::from_le_bytes(flags);
     let may_unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
-    // virtio 1.3, 5.2.6.2: reserved flags, and this one for a discard, are not supported.
+    // virtio 1.3, 5.2.6.2: reserved flags, and unmap for a discard, are unsupported.
     if flags & !VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0 || (kind == Kind::Discard && may_unmap) {
         return Err(Failure::Unsupported);
     }
     if sectors == 0 || sectors > limits.sectors {
-        return Err(Failure::Guest("a range of a size that it may not have"));
+        return Err(Failure::Guest("a range with an invalid size"));
     }
     let bytes = u64::from(sectors) * SECTOR_BYTES;
-    Ok((place(file, sector, bytes)?, bytes, may_unmap))
+    Ok((file_offset(file, sector, bytes)?, bytes, may_unmap))
 }
 
-/// A segment in parts that fit the buffer.
+/// Splits a segment into pieces that fit the buffer.
 fn pieces(segment: &Segment) -> impl Iterator<Item = (GuestAddress, usize)> + use<> {
     let Segment { at, len } = *segment;
     (0..len).step_by(BUFFER_BYTES).map(move |offset| {
-        // One that wraps around is outside of memory as well.
+        // An address that wraps around is outside guest memory too.
         let start = GuestAddress(at.raw_value().wrapping_add(offset.into()));
         (start, BUFFER_BYTES.min((len - offset) as usize))
     })

@@ -1,5 +1,4 @@
-//! The thread that does a disk's work, so that neither the guest's processors nor its other
-//! devices wait for it.
+//! A disk's I/O thread, so that neither vCPUs nor other devices wait for the disk.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -11,62 +10,63 @@ use vmm_sys_util::eventfd::EventFd;
 use super::file::DiskFile;
 use super::permit::Permit;
 use super::request::Request;
-use super::work::Work;
+use super::work::Executor;
 use crate::error::Error;
 use crate::threads::{Joined, join_within};
 
-/// For how long it is waited for a job at a time, with the desk but nothing else locked.
-const MOMENT: Duration = Duration::from_millis(1);
+/// How long [`quiesce`](Worker::quiesce) waits for the request in progress.
+const QUIESCE_TIMEOUT: Duration = Duration::from_millis(1);
 
-/// How long the end waits for the thread, which may be in a call that nothing interrupts.
-const END_TIME: Duration = Duration::from_secs(1);
+/// How long dropping the worker waits for the thread, which may be in an uninterruptible system
+/// call.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What is to be done, what is being done, and what is done.
+/// Requests: pending, in progress, and done.
 #[derive(Default)]
-struct Desk {
-    todo: VecDeque<Job>,
-    /// A request is being carried out.
+struct State {
+    pending: VecDeque<Job>,
+    /// A request is in progress.
     busy: bool,
-    /// Nothing more is begun.
+    /// No more requests are started.
     halted: bool,
-    /// What is being done is begun anew if it was interrupted: it is not to stop any more.
-    again: bool,
-    /// What is being done is nobody's any more: its driver has reset the device. What is to be done
-    /// next waits for it, since it may write to the disk as long as its call to the host does.
-    forgotten: bool,
-    /// As many were interrupted, and are as good as not begun.
+    /// The request in progress is executed again if it was interrupted: the pause was aborted.
+    restart: bool,
+    /// The driver has reset the device during the request in progress. The next request waits for
+    /// it, because its system call may still write to the disk.
+    abandoned: bool,
+    /// Requests that were interrupted, which count as not started.
     interrupted: usize,
     done: Vec<Done>,
     writes_through: bool,
-    /// Whom to tell that something is done.
-    bell: Option<EventFd>,
+    /// Notifies the device loop of a completed request.
+    notify_fd: Option<EventFd>,
     end: bool,
 }
 
 /// A chain, in the order of the ring.
 #[derive(Debug)]
 pub(crate) struct Job {
-    /// By its first descriptor.
+    /// The index of its first descriptor.
     pub(crate) head: u16,
-    /// `None` where it is no request: it comes back in its turn, with nothing done.
+    /// `None` if the chain is no valid request: it is returned in its turn.
     pub(crate) request: Option<Request>,
 }
 
-/// A request that was carried out.
+/// A completed request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Done {
-    /// The chain, by its first descriptor.
+    /// The index of the chain's first descriptor.
     pub(crate) head: u16,
     pub(crate) written_bytes: u32,
 }
 
 #[derive(Default)]
 struct Shared {
-    desk: Mutex<Desk>,
+    state: Mutex<State>,
     changed: Condvar,
 }
 
-/// One thread, which ends when this is dropped.
+/// The I/O thread. Dropping it ends the thread.
 pub(crate) struct Worker {
     shared: Arc<Shared>,
     permit: Arc<Permit>,
@@ -74,189 +74,195 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    pub(crate) fn start(mut work: Work, file: Arc<DiskFile>, name: &str) -> Result<Self, Error> {
+    pub(crate) fn start(
+        mut executor: Executor,
+        file: Arc<DiskFile>,
+        name: &str,
+    ) -> Result<Self, Error> {
         let shared = Arc::new(Shared::default());
-        let theirs = Arc::clone(&shared);
-        let permit = work.permit();
+        let of_thread = Arc::clone(&shared);
+        let permit = executor.permit();
         let thread = thread::Builder::new()
             .name(name.to_owned())
-            .spawn(move || theirs.work_on(&mut work, &file))
+            .spawn(move || of_thread.run(&mut executor, &file))
             .map_err(Error::host::<std::io::Error>("starting a thread"))?;
         Ok(Self { shared, permit, thread: Some(thread) })
     }
 
-    /// Whom to tell when something is done.
-    pub(crate) fn rings(&self, bell: EventFd) {
-        self.shared.desk().bell = Some(bell);
+    /// Sets the eventfd that is written when a request is done.
+    pub(crate) fn set_notify_fd(&self, notify_fd: EventFd) {
+        self.shared.state().notify_fd = Some(notify_fd);
     }
 
-    /// Whether what is written is on the disk before it is done.
+    /// Sets whether a write is flushed to the disk before it completes.
     pub(crate) fn set_writes_through(&self, writes_through: bool) {
-        self.shared.desk().writes_through = writes_through;
+        self.shared.state().writes_through = writes_through;
     }
 
     pub(crate) fn push(&self, job: Job) {
-        self.shared.desk().todo.push_back(job);
+        self.shared.state().pending.push_back(job);
         self.shared.changed.notify_all();
     }
 
-    /// What is done, once.
+    /// Takes the completed requests.
     pub(crate) fn take_done(&self) -> Vec<Done> {
-        std::mem::take(&mut self.shared.desk().done)
+        std::mem::take(&mut self.shared.state().done)
     }
 
-    /// Begins nothing more, and has what is under way end soon; true once nothing is, for which it
-    /// waits for no longer than a moment.
-    pub(crate) fn rests(&self) -> bool {
-        let mut desk = self.shared.desk();
-        desk.halted = true;
-        desk.again = false;
+    /// Starts no more requests and interrupts the one in progress. Returns true once none is in
+    /// progress; waits [`QUIESCE_TIMEOUT`] at most.
+    pub(crate) fn quiesce(&self) -> bool {
+        let mut state = self.shared.state();
+        state.halted = true;
+        state.restart = false;
         self.permit.interrupt(true);
-        let works = |desk: &mut Desk| !desk.end && desk.busy;
-        let waited = self.shared.changed.wait_timeout_while(desk, MOMENT, works);
-        !works(&mut waited.unwrap_or_else(PoisonError::into_inner).0)
+        let is_working = |state: &mut State| !state.end && state.busy;
+        let waited = self.shared.changed.wait_timeout_while(state, QUIESCE_TIMEOUT, is_working);
+        !is_working(&mut waited.unwrap_or_else(PoisonError::into_inner).0)
     }
 
-    /// Goes on after it was to rest; false where a job was interrupted since: it has to be
-    /// [stopped](Self::stop) first.
-    pub(crate) fn goes_on(&self) -> bool {
-        let mut desk = self.shared.desk();
-        if desk.interrupted > 0 {
+    /// Continues after [`quiesce`](Self::quiesce). Returns false if a request was interrupted
+    /// meanwhile: then the worker must be [stopped](Self::stop) first.
+    pub(crate) fn cancel_quiesce(&self) -> bool {
+        let mut state = self.shared.state();
+        if state.interrupted > 0 {
             return false;
         }
-        desk.halted = false;
-        desk.again = desk.busy && !desk.forgotten;
-        self.permit.interrupt(desk.forgotten);
-        drop(desk);
+        state.halted = false;
+        state.restart = state.busy && !state.abandoned;
+        self.permit.interrupt(state.abandoned);
+        drop(state);
         self.shared.changed.notify_all();
         true
     }
 
-    /// Begins nothing more, and has what is under way end soon. What is done, and how many jobs
-    /// are not: the youngest. The guest's memory is not touched any more when this returns. It waits
-    /// for what is under way, so only where that has come to [rest](Self::rests).
+    /// Drops the pending jobs and interrupts the request in progress. Returns the completed
+    /// requests and the number of jobs, the last ones, that were not executed. On return no request
+    /// accesses the guest's memory. Waits for the request in progress, so call it after
+    /// [`quiesce`](Self::quiesce) has returned true.
     pub(crate) fn stop(&self) -> (Vec<Done>, usize) {
-        let mut desk = self.shared.desk();
-        let begun_none = std::mem::take(&mut desk.todo).len();
+        let mut state = self.shared.state();
+        let pending = std::mem::take(&mut state.pending).len();
         self.permit.interrupt(true);
-        let mut desk = self.shared.idle(desk);
+        let mut state = self.shared.idle(state);
         self.permit.interrupt(false);
-        desk.halted = false;
-        let interrupted = std::mem::take(&mut desk.interrupted);
-        (std::mem::take(&mut desk.done), begun_none + interrupted)
+        state.halted = false;
+        let interrupted = std::mem::take(&mut state.interrupted);
+        (std::mem::take(&mut state.done), pending + interrupted)
     }
 
-    /// Forgets whatever it was to do, and what is done. The guest's memory is not touched any more
-    /// when this returns, which does not wait for the disk: a call to the host that is under way is
-    /// left to it, and its file may be written until that comes back.
-    pub(crate) fn forget(&self) {
-        let mut desk = self.shared.desk();
-        desk.todo.clear();
-        desk.done.clear();
-        (desk.again, desk.interrupted) = (false, 0);
-        if desk.busy {
-            desk.forgotten = true;
+    /// Drops all jobs and completed requests. On return no request accesses the guest's memory.
+    /// Does not wait for the disk: a system call in progress continues, and may write to the file
+    /// until it returns.
+    pub(crate) fn abandon(&self) {
+        let mut state = self.shared.state();
+        state.pending.clear();
+        state.done.clear();
+        (state.restart, state.interrupted) = (false, 0);
+        if state.busy {
+            state.abandoned = true;
             self.permit.interrupt(true);
             self.permit.revoke();
         }
     }
 
-    /// Something is being done.
+    /// A request is in progress.
     pub(crate) fn is_busy(&self) -> bool {
-        self.shared.desk().busy
+        self.shared.state().busy
     }
 
-    /// Whether something is under way of a driver that has reset the device since.
-    pub(crate) fn is_left_behind(&self) -> bool {
-        self.shared.desk().forgotten
+    /// A request is in progress whose driver has reset the device since.
+    pub(crate) fn has_abandoned(&self) -> bool {
+        self.shared.state().abandoned
     }
 }
 
 #[cfg(test)]
 impl Worker {
-    /// From now on nothing that takes any time is done until it is stopped.
-    pub(crate) fn stand_still(&self) {
+    /// Interrupts all requests until [`stop`](Self::stop).
+    pub(crate) fn interrupt(&self) {
         self.permit.interrupt(true);
     }
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        self.shared.desk().end = true;
+        self.shared.state().end = true;
         self.shared.changed.notify_all();
-        // A panic has been printed by the hook, and there is nothing left to do.
-        let joined = self.thread.take().map(|thread| join_within(thread, END_TIME));
-        if joined == Some(Joined::Not) {
-            tracing::error!("host: a disk does not answer; what is under way there is left to it");
+        // The panic hook has logged a panic; nothing is left to do.
+        let joined = self.thread.take().map(|thread| join_within(thread, JOIN_TIMEOUT));
+        if joined == Some(Joined::TimedOut) {
+            tracing::error!("host: a disk does not answer; its I/O thread does not end");
         }
     }
 }
 
 impl Shared {
-    /// What is behind it is whole at any moment.
-    fn desk(&self) -> MutexGuard<'_, Desk> {
-        self.desk.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Ignores poisoning: the state is consistent at any time.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn idle<'a>(&self, desk: MutexGuard<'a, Desk>) -> MutexGuard<'a, Desk> {
-        let works = |desk: &mut Desk| !desk.end && (desk.busy || !desk.todo.is_empty());
-        self.changed.wait_while(desk, works).unwrap_or_else(PoisonError::into_inner)
+    fn idle<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        let is_working =
+            |state: &mut State| !state.end && (state.busy || !state.pending.is_empty());
+        self.changed.wait_while(state, is_working).unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn work_on(&self, work: &mut Work, file: &DiskFile) {
-        // Also told when this panics: who waits for it must not wait for ever.
-        let _end = End(self);
-        let permit = work.permit();
-        let mut desk = self.desk();
+    fn run(&self, executor: &mut Executor, file: &DiskFile) {
+        // Also set on a panic, so that no other thread waits without end.
+        let _end_on_drop = EndOnDrop(self);
+        let permit = executor.permit();
+        let mut state = self.state();
         loop {
-            if desk.end {
+            if state.end {
                 return;
             }
-            let next = if desk.halted { None } else { desk.todo.pop_front() };
+            let next = if state.halted { None } else { state.pending.pop_front() };
             let Some(Job { head, request }) = next else {
-                desk = self.changed.wait(desk).unwrap_or_else(PoisonError::into_inner);
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
-            desk.busy = true;
-            let writes_through = desk.writes_through;
-            drop(desk);
-            let mut carry_out = || match &request {
-                Some(request) => work.carry_out(request, file, writes_through),
+            state.busy = true;
+            let writes_through = state.writes_through;
+            drop(state);
+            let mut execute = || match &request {
+                Some(request) => executor.execute(request, file, writes_through),
                 None => Some(0),
             };
-            let mut written = carry_out();
-            desk = self.desk();
-            while written.is_none() && std::mem::take(&mut desk.again) {
-                drop(desk);
-                written = carry_out();
-                desk = self.desk();
+            let mut written = execute();
+            state = self.state();
+            while written.is_none() && std::mem::take(&mut state.restart) {
+                drop(state);
+                written = execute();
+                state = self.state();
             }
-            (desk.busy, desk.again) = (false, false);
-            if std::mem::take(&mut desk.forgotten) {
+            (state.busy, state.restart) = (false, false);
+            if std::mem::take(&mut state.abandoned) {
                 permit.renew();
-                permit.interrupt(desk.halted);
+                permit.interrupt(state.halted);
                 self.changed.notify_all();
                 continue;
             }
-            // Nothing is done that is younger than what is not.
-            match written.filter(|_| desk.interrupted == 0) {
-                Some(written_bytes) => desk.done.push(Done { head, written_bytes }),
-                None => desk.interrupted += 1,
+            // Requests complete in order: after an interrupted one, none completes.
+            match written.filter(|_| state.interrupted == 0) {
+                Some(written_bytes) => state.done.push(Done { head, written_bytes }),
+                None => state.interrupted += 1,
             }
-            if let Some(bell) = &desk.bell {
-                // A file that is full is readable, and that is all there is to say.
-                let _ = bell.write(1);
+            if let Some(notify_fd) = &state.notify_fd {
+                // A full eventfd is readable, which is all that is needed.
+                let _ = notify_fd.write(1);
             }
             self.changed.notify_all();
         }
     }
 }
 
-struct End<'a>(&'a Shared);
+struct EndOnDrop<'a>(&'a Shared);
 
-impl Drop for End<'_> {
+impl Drop for EndOnDrop<'_> {
     fn drop(&mut self) {
-        self.0.desk().end = true;
+        self.0.state().end = true;
         self.0.changed.notify_all();
     }
 }

@@ -1,9 +1,9 @@
 //! Console output: a buffer between the serial port and the process's standard output.
 //!
 //! A vCPU must not wait for a reader of the console: it would hold the port's lock, and a pause or
-//! SIGTERM would wait for it. So bytes go into a buffer, and a thread writes them. When nobody reads,
-//! the oldest bytes are dropped, since an operator needs the last output before a hang or a panic. A
-//! notice in their place has their number.
+//! SIGTERM would wait for it. So bytes go into a buffer, and a thread writes them. If the buffer
+//! fills, the oldest bytes are dropped, since an operator needs the last output before a hang or a
+//! panic. A notice in their place has their number.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -13,37 +13,37 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Bytes that wait for a reader, at most: some 15,000 lines. A guest that prints as fast as it
-/// comes out to its VMM fills it in some seconds, so a reader that is merely slow to be scheduled
-/// loses nothing.
+/// Maximum buffered bytes: some 15,000 lines. At one exit per byte, a guest needs some seconds to
+/// fill it, so a reader that is only scheduled late loses nothing.
 const BUFFER_BYTES: usize = 1 << 20;
 
-/// Bytes dropped at once, and how many more to the end of their line, if it has one there.
+/// Bytes dropped at once, and how many more at most to reach the end of a line.
 const DROP_BYTES: usize = 4096;
 const LINE_BYTES: usize = 512;
 
-/// Bytes written at once: what a pipe takes whole where it has room (`PIPE_BUF`).
+/// Bytes per write: a pipe takes this many atomically (`PIPE_BUF`).
 const CHUNK_BYTES: usize = 4096;
 
-/// Capacity that a buffer keeps when it is empty again.
+/// Capacity that an empty buffer keeps.
 const KEPT_BYTES: usize = 16 << 10;
 
-/// A guest prints byte by byte: bytes that come within this time of the first are written with it.
-const GATHER: Duration = Duration::from_millis(1);
+/// A guest prints byte by byte: bytes that arrive within this time of the first are written with
+/// it.
+const GATHER_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Between two attempts to write where the last one failed: a terminal may come back, a disk have
-/// room again, a FIFO have a reader again.
-const RETRY: Duration = Duration::from_millis(100);
+/// Delay before a failed write is repeated: a terminal may return, a disk may have space again, a
+/// FIFO may have a reader again.
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Stack of the thread, which calls nothing deep.
+/// Stack of the thread; its calls are shallow.
 const STACK_BYTES: usize = 128 << 10;
 
-/// This process's standard output, apart from the standard library's buffer and lock.
+/// This process's standard output, without the standard library's buffer and lock.
 pub(crate) fn standard_output() -> io::Result<Box<dyn Write + Send>> {
     Ok(Box::new(File::from(io::stdout().as_fd().try_clone_to_owned()?)))
 }
 
-/// The way in. Writing to it never waits and never fails.
+/// The buffer's input. Writing to it never blocks and never fails.
 #[derive(Clone, Debug)]
 pub(crate) struct Output {
     shared: Arc<Shared>,
@@ -59,48 +59,48 @@ struct Shared {
 #[derive(Debug, Default)]
 struct State {
     bytes: VecDeque<u8>,
-    /// Of what the thread has taken, what is not written yet.
+    /// Bytes that the thread has taken and not written yet.
     taken: usize,
-    /// That is no output, but tells of what was dropped.
-    tells: bool,
-    /// Bytes dropped before the first in `bytes` of which the reader was not told.
-    untold: u64,
+    /// Those bytes are a notice of dropped output.
+    is_notice: bool,
+    /// Bytes dropped before the first in `bytes`, without a notice yet.
+    unreported: u64,
     dropped: u64,
-    /// Writing failed; it is tried again.
-    fails: bool,
-    /// Nothing more comes.
+    /// The last write failed and will be repeated.
+    failing: bool,
+    /// No more output will arrive.
     over: bool,
 }
 
-/// What came of a console's end.
+/// Console output that was lost.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Lost {
-    /// Bytes dropped because nobody took them in time.
+pub(crate) struct LostOutput {
+    /// Bytes dropped because the reader was too slow.
     pub(crate) dropped: u64,
-    /// Bytes that were still waiting at the end.
+    /// Bytes that were still buffered at the end.
     pub(crate) left: u64,
 }
 
-/// Ends its thread once that has written what is left, when the last machine that has it is gone.
+/// Owned by the machine. On drop, the thread writes the rest and ends.
 pub(crate) struct OutputEnd(Output);
 
 impl Output {
-    /// Writes to `out` from now on, in a thread.
+    /// Starts a thread that writes to `out`.
     ///
     /// # Errors
-    /// The host has no thread left.
+    /// The thread cannot be started.
     pub(crate) fn start(out: Box<dyn Write + Send>) -> io::Result<OutputEnd> {
         Self::with_limit(out, BUFFER_BYTES)
     }
 
     fn with_limit(out: Box<dyn Write + Send>, limit_bytes: usize) -> io::Result<OutputEnd> {
         let shared = Arc::new(Shared::default());
-        let theirs = Arc::clone(&shared);
-        // Never joined: it may wait for a reader for ever.
+        let of_thread = Arc::clone(&shared);
+        // Never joined: it may wait for a reader without end.
         thread::Builder::new()
             .name("console".into())
             .stack_size(STACK_BYTES)
-            .spawn(move || theirs.write_on(out))?;
+            .spawn(move || of_thread.run(out))?;
         Ok(OutputEnd(Self { shared, limit_bytes }))
     }
 
@@ -129,21 +129,21 @@ impl Write for Output {
 }
 
 impl OutputEnd {
-    /// Where the guest's bytes go.
+    /// A handle to write the guest's output to.
     pub(crate) fn input(&self) -> Output {
         self.0.clone()
     }
 
-    /// Waits until all is written, but for a reader that does not read no longer than `limit`, and
-    /// for one that is gone not at all.
-    pub(crate) fn finish(&self, limit: Duration) -> Lost {
+    /// Waits until all output is written: at most `limit` for a reader that does not read, and not
+    /// at all if writing fails.
+    pub(crate) fn finish(&self, limit: Duration) -> LostOutput {
         let Output { shared, .. } = &self.0;
-        let is_left = |state: &mut State| !state.fails && state.has_more();
+        let is_left = |state: &mut State| !state.failing && state.has_more();
         let waited = shared.changed.wait_timeout_while(shared.state(), limit, is_left);
         let state = waited.unwrap_or_else(PoisonError::into_inner).0;
-        let taken = if state.tells { 0 } else { state.taken };
+        let taken = if state.is_notice { 0 } else { state.taken };
         let left = state.bytes.len().saturating_add(taken) as u64;
-        Lost { dropped: state.dropped, left }
+        LostOutput { dropped: state.dropped, left }
     }
 }
 
@@ -156,25 +156,25 @@ impl Drop for OutputEnd {
 
 impl State {
     fn has_more(&self) -> bool {
-        self.taken > 0 || self.untold > 0 || !self.bytes.is_empty()
+        self.taken > 0 || self.unreported > 0 || !self.bytes.is_empty()
     }
 
-    /// Makes room. The rest begins with a line where it can.
+    /// Drops the oldest bytes, if possible up to the end of a line.
     fn drop_oldest(&mut self) {
         let least = DROP_BYTES.min(self.bytes.len());
         let line_end = self.bytes.iter().skip(least).take(LINE_BYTES).position(|at| *at == b'\n');
         let count = line_end.map_or(least, |at| least + at + 1);
         self.bytes.drain(..count);
-        self.untold = self.untold.saturating_add(count as u64);
+        self.unreported = self.unreported.saturating_add(count as u64);
         self.dropped = self.dropped.saturating_add(count as u64);
     }
 
-    /// What is to be written next: how much is missing, or what there is.
+    /// Takes the next bytes to write: a notice of dropped output, or output.
     fn take(&mut self) -> Vec<u8> {
-        let untold = std::mem::take(&mut self.untold);
-        self.tells = untold > 0;
-        if self.tells {
-            return notice(untold);
+        let unreported = std::mem::take(&mut self.unreported);
+        self.is_notice = unreported > 0;
+        if self.is_notice {
+            return notice(unreported);
         }
         let count = CHUNK_BYTES.min(self.bytes.len());
         let chunk = self.bytes.drain(..count).collect();
@@ -185,20 +185,20 @@ impl State {
     }
 }
 
-/// Also for a terminal that moves to the first column for no line feed.
+/// With carriage returns, for a terminal in raw mode.
 fn notice(bytes: u64) -> Vec<u8> {
-    let what = "of the console were dropped here: nobody read them in time";
+    let what = "of console output were dropped here: they were not read in time";
     format!("\r\n[host: {bytes} bytes {what}]\r\n").into_bytes()
 }
 
 impl Shared {
-    /// What is behind it is whole at any moment.
+    /// Ignores poisoning: the state is consistent at any time.
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The thread's work, until nothing more comes.
-    fn write_on(&self, mut out: Box<dyn Write + Send>) {
+    /// The thread: writes until no more output will arrive.
+    fn run(&self, mut out: Box<dyn Write + Send>) {
         let mut state = self.state();
         loop {
             if !state.has_more() {
@@ -208,9 +208,9 @@ impl Shared {
                 state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
             }
-            if !state.over && state.bytes.len() < CHUNK_BYTES && state.untold == 0 {
+            if !state.over && state.bytes.len() < CHUNK_BYTES && state.unreported == 0 {
                 drop(state);
-                thread::sleep(GATHER);
+                thread::sleep(GATHER_INTERVAL);
                 state = self.state();
             }
             let chunk = state.take();
@@ -224,7 +224,8 @@ impl Shared {
         }
     }
 
-    /// Writes a chunk however often that fails; `None` where it fails and nothing more comes.
+    /// Writes a chunk, and repeats failed writes; `None` if a write fails and no more output will
+    /// arrive.
     fn write_whole(&self, out: &mut dyn Write, chunk: &[u8]) -> Option<MutexGuard<'_, State>> {
         let mut rest = chunk;
         loop {
@@ -233,8 +234,8 @@ impl Shared {
             let error = match written {
                 Ok(0) => io::Error::from(ErrorKind::WriteZero),
                 Ok(count) => {
-                    if std::mem::take(&mut state.fails) {
-                        tracing::info!("the console is written again");
+                    if std::mem::take(&mut state.failing) {
+                        tracing::info!("console output works again");
                     }
                     rest = rest.get(count..).unwrap_or_default();
                     state.taken = rest.len();
@@ -246,25 +247,28 @@ impl Shared {
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
                 Err(error) => error,
             };
-            // Whoever shares the file may have said that it is not to block: that is no failure.
-            if error.kind() != ErrorKind::WouldBlock && !std::mem::replace(&mut state.fails, true) {
-                let kept =
-                    "what the guest prints is kept up to a limit, then the oldest is dropped";
-                tracing::warn!(%error, "host: cannot write the console; {kept}");
+            // Another process that shares the file may have set O_NONBLOCK: that is no failure.
+            if error.kind() != ErrorKind::WouldBlock && !std::mem::replace(&mut state.failing, true)
+            {
+                tracing::warn!(
+                    %error,
+                    "host: cannot write console output; the newest {} KiB are kept",
+                    BUFFER_BYTES >> 10
+                );
             }
-            if state.over && state.fails {
+            if state.over && state.failing {
                 return None;
             }
             self.changed.notify_all();
-            self.wait(state, RETRY);
+            self.wait(state, RETRY_INTERVAL);
         }
     }
 
-    /// Waits for so long, or until nothing more comes.
+    /// Waits for `time`, or until no more output will arrive.
     fn wait(&self, state: MutexGuard<'_, State>, time: Duration) {
         let until = Instant::now() + time;
-        let goes_on = |state: &mut State| !state.over && Instant::now() < until;
-        drop(self.changed.wait_timeout_while(state, time, goes_on));
+        let keep_going = |state: &mut State| !state.over && Instant::now() < until;
+        drop(self.changed.wait_timeout_while(state, time, keep_going));
     }
 }
 
@@ -278,16 +282,16 @@ mod tests {
 
     const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 
-    /// Takes a write only when it is let.
+    /// Accepts a write only with a permission from the test.
     struct Gate {
-        lets: Receiver<io::Result<()>>,
+        permits: Receiver<io::Result<()>>,
         seen: Sender<Vec<u8>>,
     }
 
     impl Write for Gate {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            // A test that has ended lets everything pass.
-            self.lets.recv().unwrap_or(Ok(()))?;
+            // After the test's end all writes pass.
+            self.permits.recv().unwrap_or(Ok(()))?;
             let _ = self.seen.send(bytes.to_vec());
             Ok(bytes.len())
         }
@@ -299,22 +303,22 @@ mod tests {
 
     struct Fixture {
         end: OutputEnd,
-        lets: Option<Sender<io::Result<()>>>,
+        permits: Option<Sender<io::Result<()>>>,
         seen: Receiver<Vec<u8>>,
     }
 
     fn fixture(limit_bytes: usize) -> Fixture {
-        let ((lets, let_in), (sees, seen)) = (channel(), channel());
-        let gate = Gate { lets: let_in, seen: sees };
+        let ((permits, permitted), (send_seen, seen)) = (channel(), channel());
+        let gate = Gate { permits: permitted, seen: send_seen };
         let end = Output::with_limit(Box::new(gate), limit_bytes).unwrap();
-        Fixture { end, lets: Some(lets), seen }
+        Fixture { end, permits: Some(permits), seen }
     }
 
     impl Fixture {
-        /// Lets everything pass, and returns it.
+        /// Lets all writes pass, and returns the output.
         fn read(mut self) -> Vec<u8> {
-            drop(self.lets.take());
-            // As long as it fails, nobody waits for it.
+            drop(self.permits.take());
+            // `finish` does not wait while writing fails.
             while self.end.finish(ANSWER_TIMEOUT).left > 0 {
                 thread::yield_now();
             }
@@ -322,8 +326,8 @@ mod tests {
             self.seen.iter().flatten().collect()
         }
 
-        /// The thread has taken something, and waits for its reader.
-        fn is_taken(&self) {
+        /// Waits until the thread has taken bytes and is blocked in the write.
+        fn wait_until_taken(&self) {
             while self.end.0.shared.state().taken == 0 {
                 thread::yield_now();
             }
@@ -331,32 +335,32 @@ mod tests {
     }
 
     #[test]
-    fn nobody_waits_for_a_reader_who_does_not_read() {
+    fn a_reader_that_does_not_read_blocks_no_writer() {
         let fixture = fixture(64 << 10);
         let mut input = fixture.end.input();
         let line = [[b'x'; 63].as_slice(), b"\n"].concat();
         input.write_all(&line).unwrap();
-        fixture.is_taken();
+        fixture.wait_until_taken();
         (1..10_000).for_each(|_| input.write_all(&line).unwrap());
-        let Lost { dropped, left } = fixture.end.finish(Duration::from_millis(1));
+        let LostOutput { dropped, left } = fixture.end.finish(Duration::from_millis(1));
         assert_eq!(dropped + left, 640_000);
         assert!(left <= (64 << 10) + CHUNK_BYTES as u64, "{left}");
-        // All of it is there when it is read, whole lines, with one word for what is not.
+        // The reader gets whole lines, and one notice of the dropped ones.
         let read = String::from_utf8(fixture.read()).unwrap();
-        let word = format!("[host: {dropped} bytes of the console were dropped here");
+        let notice = format!("[host: {dropped} bytes of console output were dropped here");
         assert_eq!(read.matches("[host:").count(), 1);
-        let (before, behind) = read.split_once(&word).unwrap();
+        let (before, behind) = read.split_once(&notice).unwrap();
         let behind = behind.split_once("]\r\n").unwrap().1;
         assert_eq!((before.trim_end().len() + behind.len()) as u64 / 64, (left - 1) / 64);
         assert!(behind.lines().all(|line| line.len() == 63));
     }
 
     #[test]
-    fn what_is_said_last_is_kept() {
+    fn the_last_output_is_kept() {
         let fixture = fixture(8 << 10);
         let mut input = fixture.end.input();
         input.write_all(b"first").unwrap();
-        fixture.is_taken();
+        fixture.wait_until_taken();
         input.write_all(&[b'.'; 100 << 10]).unwrap();
         input.write_all(b"last").unwrap();
         let read = fixture.read();
@@ -364,27 +368,27 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_who_is_gone_delays_no_end_and_may_come_back() {
+    fn a_reader_that_has_gone_does_not_delay_the_end_and_may_return() {
         let fixture = fixture(1 << 20);
-        let lets = fixture.lets.clone().unwrap();
+        let permits = fixture.permits.clone().unwrap();
         fixture.end.input().write_all(b"early ").unwrap();
-        lets.send(Err(io::Error::from(ErrorKind::BrokenPipe))).unwrap();
+        permits.send(Err(io::Error::from(ErrorKind::BrokenPipe))).unwrap();
         let began = Instant::now();
         assert_eq!(fixture.end.finish(ANSWER_TIMEOUT).left, 6);
         assert!(began.elapsed() < ANSWER_TIMEOUT);
         fixture.end.input().write_all(b"late").unwrap();
-        drop(lets);
+        drop(permits);
         assert_eq!(fixture.read(), b"early late");
     }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(32))]
         #[test]
-        fn who_reads_gets_everything_in_order(
+        fn a_reader_gets_all_output_in_order(
             parts in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..9000), 0..8)
         ) {
             let mut fixture = fixture(1 << 20);
-            drop(fixture.lets.take());
+            drop(fixture.permits.take());
             let mut input = fixture.end.input();
             parts.iter().for_each(|part| input.write_all(part).unwrap());
             prop_assert_eq!(fixture.read(), parts.concat());

@@ -1,4 +1,4 @@
-//! The control API's calls to the guest and its migrations.
+//! The control API of the guest and its migrations.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use super::state::{Event, Refusal};
 use super::{MigrationController, refusal, refused};
 
 /// How long the guest may take to drop its caches.
-pub(super) const DROP_CACHES_TIME: Duration = Duration::from_secs(30);
+pub(super) const DROP_CACHES_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The control API of a guest of `aerostat run`.
 pub(crate) struct ControlApi(pub(crate) Arc<MigrationController>);
@@ -75,14 +75,14 @@ fn config(ask: &StartMigration, cancel: Arc<AtomicBool>) -> SourceConfig {
         max_rounds: ask.max_rounds.unwrap_or(usual.max_rounds),
         bandwidth: ask.bandwidth_bytes_per_s,
         compression: ask.compression.map(i32::from),
-        drop_caches: ask.drop_caches.then_some(DROP_CACHES_TIME),
+        drop_caches: ask.drop_caches.then_some(DROP_CACHES_TIMEOUT),
         free_pages_wait: if ask.send_free_pages { Duration::ZERO } else { usual.free_pages_wait },
         cancel,
         ..usual
     }
 }
 
-/// Reads the certificates, if there are any.
+/// Reads the certificates; without any, TLS is off and only loopback addresses are allowed.
 pub(super) fn security(tls: Option<&TlsPaths>) -> Result<Security, MigrationError> {
     let Some(paths) = tls else { return Ok(Security::PlainOnLoopback) };
     let files = TlsFiles {

@@ -1,4 +1,4 @@
-//! What the control API reports of the newest migration.
+//! The control API's report on the latest migration.
 
 use std::time::Instant;
 
@@ -10,12 +10,12 @@ use super::state::State;
 use super::summary;
 use crate::error::hint_of;
 
-/// Everything but where it is, which is the [`State`]'s to say.
+/// All fields of the status except `state`, which [`State`] provides.
 #[derive(Default)]
 pub(super) struct Report {
     details: MigrationStatus,
     began: Option<Instant>,
-    /// Somebody has read that the guest has left.
+    /// A client has read that the guest has moved.
     pub(super) outcome_read: bool,
 }
 
@@ -50,7 +50,7 @@ impl Report {
         self.details.wire_bytes = progress.wire_bytes;
     }
 
-    /// It is over, or waits for its operator.
+    /// The migration is over, or waits for the operator.
     pub(super) fn end(&mut self, error: Option<String>) {
         self.details.elapsed_ms = self.elapsed_ms();
         self.began = None;

@@ -1,4 +1,4 @@
-//! Writing the guest to a file: a migration whose guest runs on where it is.
+//! Writing the guest to a file: a migration after which the guest continues here.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use migration::snapshot::{After, snapshot};
 use migration::traits::SourceMachine as _;
 use migration::{SourceConfig, SourceFailure, SourceGuest};
 
-use super::control_api::DROP_CACHES_TIME;
+use super::control_api::DROP_CACHES_TIMEOUT;
 use super::state::{Event, Refusal};
 use super::{MigrationController, Watch, refusal, summary};
 use crate::traits::MigrationSource;
@@ -24,15 +24,17 @@ impl MigrationController {
     ) -> Result<MigrationStatus, ControlError> {
         let path = PathBuf::from(&ask.path);
         if !path.is_absolute() {
-            let what = format!("{} is no path from the root", path.display());
-            let hint = "the guest's process may be in another directory than you".to_owned();
+            let what = format!("{} is not an absolute path", path.display());
+            let hint =
+                "give an absolute path: the VMM may have another working directory".to_owned();
             return Err(ControlError::BadRequest { what, hint });
         }
         let machine = self.machine().ok_or_else(|| refusal(Refusal::NoGuest))?;
         if machine.disk_shapes().iter().any(|disk| !disk.read_only) {
-            // Whoever restored it would find a disk that has gone on since.
-            let what = "the guest has a disk that it writes, and a snapshot has none".to_owned();
-            let hint = "snapshots are for guests whose disks are all read-only".to_owned();
+            // A restored guest would find a disk that has changed since.
+            let what =
+                "the guest has a writable disk; a snapshot does not contain disks".to_owned();
+            let hint = "take snapshots only of guests whose disks are all read-only".to_owned();
             return Err(ControlError::Refused { what, hint });
         }
         let cancel = Arc::new(AtomicBool::new(false));
@@ -44,7 +46,7 @@ impl MigrationController {
         self.begin(MigrationSide::Snapshot, "snapshot", cancel, work)
     }
 
-    /// Writes the guest; runs in a thread of its own.
+    /// Writes the guest; runs in its own thread.
     fn save(
         self: &Arc<Self>,
         config: &SourceConfig,
@@ -53,10 +55,10 @@ impl MigrationController {
         drops_caches: bool,
     ) {
         let mut watch = Watch(Arc::clone(self));
-        // One that cannot be saved is refused below.
+        // `snapshot` below refuses a guest that cannot be saved.
         if drops_caches && guest.describe().is_ok() {
             watch.phase(Phase::DropCaches);
-            if let Err(error) = guest.drop_caches(DROP_CACHES_TIME) {
+            if let Err(error) = guest.drop_caches(DROP_CACHES_TIMEOUT) {
                 tracing::warn!(error, "the guest did not drop its caches");
             }
         }
@@ -64,17 +66,17 @@ impl MigrationController {
             Ok(saved) => {
                 tracing::info!(path = %path.display(), total_us = saved.total_us, "saved");
                 let summary = Some(summary::summary(&saved));
-                self.note(Event::Saved, |current| {
+                self.record(Event::Saved, |current| {
                     current.report.succeed(saved.wire_bytes, summary);
                 });
             }
             Err(SourceFailure { error, guest: SourceGuest::Stuck(stuck) }) => {
                 self.stuck(guest, format!("{}; {}", error.chain(), stuck.chain()));
             }
-            // Of a file it is never in doubt whether the guest runs there.
+            // A snapshot has no peer, so the guest is never in-doubt.
             Err(SourceFailure { error, .. }) => {
-                tracing::warn!(error = error.chain(), "the guest was not saved, and runs on");
-                self.note(Event::Failed, |current| current.report.fail(&error));
+                tracing::warn!(error = error.chain(), "the snapshot failed; the guest runs");
+                self.record(Event::Failed, |current| current.report.fail(&error));
             }
         }
     }

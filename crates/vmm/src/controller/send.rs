@@ -12,7 +12,7 @@ use super::{MigrationController, Watch, summary};
 use crate::traits::MigrationSource;
 
 impl MigrationController {
-    /// Moves the guest; runs in a thread of its own.
+    /// Migrates the guest; runs in its own thread.
     pub(super) fn send(
         self: &Arc<Self>,
         config: &SourceConfig,
@@ -27,15 +27,18 @@ impl MigrationController {
                 self.moved(|current| current.report.succeed(moved.wire_bytes, summary));
             }
             Err(SourceFailure { error, guest: SourceGuest::Runs }) => {
-                tracing::warn!(error = error.chain(), "the guest was not moved, and runs on");
-                self.note(Event::Failed, |current| current.report.fail(&error));
+                tracing::warn!(error = error.chain(), "the migration failed; the guest runs here");
+                self.record(Event::Failed, |current| current.report.fail(&error));
             }
             Err(SourceFailure { error, guest: SourceGuest::Stuck(stuck) }) => {
                 self.stuck(guest, format!("{}; {}", error.chain(), stuck.chain()));
             }
             Err(SourceFailure { error, guest: SourceGuest::InDoubt(doubt) }) => {
-                tracing::error!(error = error.chain(), "where the guest runs is not known");
-                self.note(Event::Uncertain, |current| {
+                tracing::error!(
+                    error = error.chain(),
+                    "in-doubt: on which host the guest runs is unknown"
+                );
+                self.record(Event::Uncertain, |current| {
                     current.unresolved = Some(Unresolved::Source { doubt, to, guest });
                     current.report.end(Some(error.chain()));
                 });
@@ -43,10 +46,10 @@ impl MigrationController {
         }
     }
 
-    /// The guest is here, was not moved or saved, and cannot be resumed.
+    /// Records that the migration or snapshot failed and the guest cannot be resumed here.
     pub(super) fn stuck(&self, guest: MigrationSource, error: String) {
-        tracing::error!(error, "the guest was not moved or saved, and cannot be resumed");
-        self.note(Event::Unresumable, |current| {
+        tracing::error!(error, "the migration or snapshot failed, and the guest cannot be resumed");
+        self.record(Event::Unresumable, |current| {
             current.unresolved = Some(Unresolved::Stuck(guest));
             current.report.end(Some(error));
         });

@@ -1,5 +1,5 @@
-//! Who may run and stop the guest of this process, and where a migration of it is. Every change is
-//! one pure function, [`State::next`]; threads, locks and the guest itself are outside.
+//! The state of this process's guest and its migration: who may run and pause the guest. Every
+//! transition is one pure function, [`State::next`]; threads, locks and the guest are outside.
 //!
 //! ```text
 //!            Begin (source, snapshot)
@@ -18,33 +18,33 @@
 //!                                      Moved, Resumed, Arrived or Discarded
 //! ```
 //!
-//! A migration is a two-phase commit. The destination is prepared when it has the whole guest. The
-//! source decides: from [`Event::Commit`] on its guest stays paused until it is known that the
-//! destination did not run it. A participant that has not heard the other's answer is in doubt.
+//! A migration is a two-phase commit. The destination is prepared once it has the whole guest. The
+//! source decides: from [`Event::Commit`] on its guest stays paused until the source knows that the
+//! destination did not run it. A side that has not received the other's answer is in-doubt.
 
 use control::api::{MigrationSide, MigrationState};
 
-/// Where the migration is, and what the guest does.
+/// The phase of the migration, and the state of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct State {
     pub(crate) phase: Phase,
     pub(crate) guest: Guest,
-    /// Why nothing is begun, committed or resolved any more: this process ends.
+    /// This process is ending, for this reason: nothing is begun, committed or resolved any more.
     pub(crate) closed: Option<&'static str>,
 }
 
-/// The newest migration or snapshot.
+/// The latest migration or snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Phase {
-    /// There was none.
+    /// None yet.
     Idle,
     /// A destination waits for a source to connect.
     Waiting,
-    /// It is under way. `committing`: the destination may have been told to run the guest.
+    /// In progress. `committing`: the destination may have been sent the commit.
     Running { side: MigrationSide, committing: bool },
-    /// The other side's answer was lost. `resolving`: somebody is finding it out.
+    /// The peer's answer was lost. `resolving`: a thread is resolving it.
     InDoubt { side: MigrationSide, resolving: bool },
-    /// The guest is here and nowhere else, and could not be resumed.
+    /// Only this host has the guest, and it could not be resumed.
     Stuck { side: MigrationSide, resolving: bool },
     /// It is over.
     Done { side: MigrationSide, outcome: Outcome },
@@ -59,88 +59,88 @@ pub(crate) enum Outcome {
     Arrived,
     /// The guest is in a file, and runs here.
     Saved,
-    /// Nothing has changed: the guest runs where it ran.
+    /// Nothing has changed: the guest runs where it ran before.
     Failed,
 }
 
 /// The guest in this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Guest {
-    /// There is none: not yet, or not any more.
+    /// None yet, or no longer.
     Absent,
-    /// Its operator has it, and it runs.
+    /// Runs, under the operator's control.
     Runs,
-    /// Its operator has paused it.
+    /// Paused by the operator.
     Paused,
-    /// Its operator is pausing or resuming it.
+    /// The operator is pausing or resuming it.
     Changing,
-    /// A migration has it, and alone may pause and resume it; or it is in doubt and paused.
+    /// A migration controls it, and only that may pause and resume it; or it is paused in-doubt.
     Held,
 }
 
-/// What happens to a guest or its migration.
+/// A transition of a guest or its migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Event {
     /// The guest is about to run here: booted, restored or arrived.
     Start,
-    /// The operator pauses or resumes it.
+    /// The operator begins to pause or resume it.
     Change,
-    /// That is done.
+    /// The pause or resume is complete.
     Changed { paused: bool },
-    /// The operator moves it, or writes it to a file.
+    /// The operator migrates it, or writes it to a file.
     Begin(MigrationSide),
-    /// The operator ends that.
+    /// The operator cancels the migration or snapshot.
     Cancel,
-    /// The operator, or a source that asks, resolves what is in doubt or stuck.
+    /// The operator, or a source that asks, begins to resolve an in-doubt or stuck guest.
     ResolveBegin,
-    /// It is as it was.
+    /// It is still in-doubt or stuck.
     ResolveFailed,
     /// A destination waits for a source.
     Wait,
     /// A source has connected.
     Connected,
-    /// The source is about to tell the destination to run the guest.
+    /// The source is about to send the commit: the destination will run the guest.
     Commit,
-    /// The other side's answer is lost.
+    /// The peer's answer is lost.
     Uncertain,
     /// The destination runs the guest.
     Moved,
     /// The guest is in the file and runs again.
     Saved,
-    /// The source's guest runs on; or no guest came.
+    /// The guest continues at the source; or no guest arrived.
     Failed,
-    /// The source's guest, which was in doubt or stuck, runs again.
+    /// The source's guest, which was in-doubt or stuck, runs again.
     Resumed,
-    /// It cannot be resumed.
+    /// The guest cannot be resumed.
     Unresumable,
     /// The destination's guest was destroyed before it ran.
     Discarded,
-    /// Its thread panicked where nothing is known of the guest.
+    /// The migration thread panicked, and the guest's state is unknown.
     Lost,
-    /// This process ends.
+    /// This process is ending.
     Close(&'static str),
 }
 
-/// Why an event cannot happen now.
+/// Why an event is not allowed now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Refusal {
-    #[error("there is no guest here")]
+    #[error("this process has no guest")]
     NoGuest,
     #[error("the guest is paused; resume it first")]
     Paused,
-    #[error("a migration or a snapshot of the guest is under way")]
+    #[error("a migration or snapshot of the guest is in progress")]
     Busy,
     #[error("the guest is being paused or resumed")]
     Changing,
-    #[error("it is not known on which host the guest runs; resolve that first")]
+    #[error("the guest is in-doubt: on which host it runs is unknown; resolve that first")]
     InDoubt,
     #[error("the guest could not be resumed; resolve that first")]
     Stuck,
-    #[error("no migration or snapshot of the guest is under way that could be cancelled")]
+    #[error("no migration or snapshot is in progress that can still be cancelled")]
     NotCancellable,
-    #[error("nothing is in doubt about where the guest runs")]
+    #[error("the guest is neither in-doubt nor stuck")]
     NotInDoubt,
-    #[error("somebody is resolving it already")]
+    #[error("another request is already resolving it")]
     Resolving,
     #[error("the guest ends here: {0}")]
     Closed(&'static str),
@@ -155,10 +155,10 @@ impl Default for State {
 }
 
 impl State {
-    /// The state after `event`.
+    /// Returns the state after `event`.
     ///
     /// # Errors
-    /// It cannot happen now, and the state stays as it is.
+    /// The event is not allowed now; the state is unchanged.
     pub(crate) fn next(self, event: Event) -> Result<Self, Refusal> {
         match event {
             Event::Start => self.start(),
@@ -178,7 +178,7 @@ impl State {
         }
     }
 
-    /// In the control API's words.
+    /// The control API's state.
     pub(crate) const fn reported(self) -> MigrationState {
         match self.phase {
             Phase::Idle => MigrationState::None,
@@ -195,13 +195,13 @@ impl State {
         }
     }
 
-    /// The guest that was waited for did not come, and never ran here.
-    pub(crate) fn has_not_come(self) -> bool {
+    /// The incoming guest did not arrive and never ran here.
+    pub(crate) fn arrival_failed(self) -> bool {
         self.phase == done(MigrationSide::Destination, Outcome::Failed)
     }
 
-    /// A guest that came is in doubt.
-    pub(crate) const fn came_in_doubt(self) -> bool {
+    /// A guest that arrived is in-doubt.
+    pub(crate) const fn arrived_in_doubt(self) -> bool {
         matches!(self.phase, Phase::InDoubt { side: MigrationSide::Destination, .. })
     }
 
@@ -209,7 +209,7 @@ impl State {
         self.closed.map_or(Ok(self), |reason| Err(Refusal::Closed(reason)))
     }
 
-    /// The operator has the guest, and no migration.
+    /// Checks that the operator controls the guest, and no migration does.
     fn free(self) -> Result<Self, Refusal> {
         match self.phase {
             Phase::InDoubt { .. } => return Err(Refusal::InDoubt),
@@ -275,7 +275,7 @@ impl State {
         Ok(Self { phase, ..state })
     }
 
-    /// What happens before a guest has come.
+    /// Transitions before a guest has arrived.
     fn destination(self, event: Event) -> Result<Self, Refusal> {
         const SIDE: MigrationSide = MigrationSide::Destination;
         let (phase, guest) = match (event, self.phase) {
@@ -296,7 +296,7 @@ impl State {
         Ok(Self { phase, guest, ..self })
     }
 
-    /// What becomes of a migration that is under way, in doubt or stuck.
+    /// Transitions of a migration that is running, in-doubt or stuck.
     fn source(self, event: Event) -> Result<Self, Refusal> {
         use MigrationSide::{Destination, Snapshot, Source};
         let (phase, guest) = match (event, self.phase) {

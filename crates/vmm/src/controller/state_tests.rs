@@ -1,24 +1,24 @@
-//! Both sides of a migration as one system, in every order of what operators do, what the network
-//! loses and which process dies.
+//! Both sides of a migration as one system: explores every order of operator actions, lost messages
+//! and process deaths.
 
 use std::collections::{HashMap, VecDeque};
 
 use super::*;
 
-/// What the source and the destination say to each other about the switchover.
+/// Switchover messages between source and destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Message {
     /// To the destination: run the guest.
     Commit,
     /// To the destination: the source keeps the guest.
     Rollback,
-    /// To the source: it runs here.
+    /// To the source: the guest runs at the destination.
     Running,
-    /// To the source: it was destroyed and never ran.
+    /// To the source: the guest was destroyed and never ran.
     Gone,
 }
 
-/// Two processes and what is on its way between them. One migration, one connection at a time.
+/// Two processes and the message in flight. One migration, one connection at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct World {
     source: Process,
@@ -39,7 +39,7 @@ struct Process {
 impl Process {
     /// Whether the guest's vCPUs may run in it.
     fn runs(self) -> bool {
-        // While a migration is under way, until its commit, which pauses the guest itself.
+        // During a migration the guest runs until the commit.
         let running = Phase::Running { side: MigrationSide::Source, committing: false };
         self.alive
             && (matches!(self.state.guest, Guest::Runs | Guest::Changing)
@@ -50,7 +50,7 @@ impl Process {
         matches!(self.state.phase, Phase::InDoubt { .. })
     }
 
-    /// The event, where the process lives and takes it.
+    /// The process after the event, if it is alive and its state allows the event.
     fn after(self, event: Event) -> Option<Self> {
         let state = self.state.next(event).ok().filter(|_| self.alive)?;
         Some(Self { state, ..self })
@@ -73,11 +73,11 @@ impl World {
         self.destination.after(event).map(|destination| Self { destination, ..self })
     }
 
-    fn says(self, message: Message) -> Self {
+    fn send(self, message: Message) -> Self {
         Self { message: Some(message), ..self }
     }
 
-    fn heard(self) -> Self {
+    fn received(self) -> Self {
         Self { message: None, ..self }
     }
 
@@ -93,7 +93,7 @@ impl World {
         let (source, destination) = (dead(self.source), dead(self.destination));
         add("the source dies", Some(Self { source, ..self }));
         add("the destination dies", Some(Self { destination, ..self }));
-        add("a message is lost", self.message.map(|_| self.heard()));
+        add("a message is lost", self.message.map(|_| self.received()));
         next
     }
 
@@ -110,56 +110,56 @@ impl World {
             "prepared",
             (prepared && self.destination.alive).then_some(Self { prepared: true, ..self }),
         );
-        // Before the commit: the guest runs on, and a destination that has all of it is told.
+        // Before the commit: the guest continues, and a prepared destination is notified.
         let failed = self.source(Event::Failed).filter(|_| running);
-        add("the source gives up", failed.map(|world| world.says(Message::Rollback)));
-        add("the source gives up unheard", failed);
+        add("the source gives up", failed.map(|world| world.send(Message::Rollback)));
+        add("the source gives up, message lost", failed);
         let stuck = self.source(Event::Unresumable).filter(|_| running);
         add("the guest cannot be resumed", stuck);
-        // One that has not all of it, and hears nothing more.
+        // A destination that is not prepared, and receives nothing more.
         let fails = self.destination(Event::Failed).filter(|_| !self.prepared);
         add("the destination gives up", fails);
     }
 
     fn switchover(self, add: &mut impl FnMut(&'static str, Option<Self>)) {
         let commit = self.source(Event::Commit).filter(|_| self.prepared && self.message.is_none());
-        add("commit", commit.map(|world| world.says(Message::Commit)));
+        add("commit", commit.map(|world| world.send(Message::Commit)));
         let ready = self.prepared && self.destination.state.guest != Guest::Runs;
         match self.message {
             Some(Message::Commit) if ready => {
-                let starts = self.heard().destination(Event::Start);
-                let ran = starts.map(|world| Self { ran: true, ..world }.says(Message::Running));
+                let starts = self.received().destination(Event::Start);
+                let ran = starts.map(|world| Self { ran: true, ..world }.send(Message::Running));
                 add("the destination runs it", ran);
                 let event =
                     if self.destination.in_doubt() { Event::Discarded } else { Event::Failed };
-                let gone = self.heard().destination(event);
+                let gone = self.received().destination(event);
                 let gone = gone.map(|world| Self { prepared: false, ..world });
-                add("the destination cannot run it", gone.map(|world| world.says(Message::Gone)));
+                add("the destination cannot run it", gone.map(|world| world.send(Message::Gone)));
             }
             Some(Message::Rollback) if ready => {
                 let event =
                     if self.destination.in_doubt() { Event::Discarded } else { Event::Failed };
-                let gone = self.heard().destination(event);
+                let gone = self.received().destination(event);
                 add("rolled back", gone.map(|world| Self { prepared: false, ..world }));
             }
             Some(Message::Running) => {
-                add("the source hears: runs", self.heard().source(Event::Moved));
+                add("the source receives: running", self.received().source(Event::Moved));
             }
             Some(Message::Gone) => {
                 let event = if self.source.in_doubt() { Event::Resumed } else { Event::Failed };
-                add("the source hears: gone", self.heard().source(event));
+                add("the source receives: gone", self.received().source(event));
             }
             _ => {}
         }
-        add("the source hears nothing", self.source(Event::Uncertain));
+        add("the source gets no answer", self.source(Event::Uncertain));
         let unheard = self.prepared && !matches!(self.message, Some(Message::Commit));
         add(
-            "the destination hears nothing",
+            "the destination gets no message",
             self.destination(Event::Uncertain).filter(|_| unheard),
         );
     }
 
-    /// The source asks, and a destination answers as it is (`DestinationOwnership::answer`).
+    /// The source asks, and a destination answers by its state (`DestinationOwnership::answer`).
     fn resolution(self, add: &mut impl FnMut(&'static str, Option<Self>)) {
         add("resolving", self.source(Event::ResolveBegin));
         let asks = matches!(
@@ -173,25 +173,25 @@ impl World {
                 Phase::Done { .. } | Phase::Waiting => Some(Message::Gone),
                 _ => None,
             };
-            add("asked", answer.map(|message| self.says(message)));
+            add("the source asks", answer.map(|message| self.send(message)));
         }
         add("not answered", self.source(Event::ResolveFailed));
         let stuck = matches!(self.source.state.phase, Phase::Stuck { .. });
         add("resumed", self.source(Event::Resumed).filter(|_| stuck));
     }
 
-    /// Operators, who know what they say: `--run-here` where the other process is dead or has
-    /// discarded the guest, `--discard` where it runs on the other side.
+    /// Operators act correctly: `--run-here` if the peer is dead or has discarded the guest,
+    /// `--discard` if the guest runs on the peer.
     fn operators(self, add: &mut impl FnMut(&'static str, Option<Self>)) {
         let resolving = self.source.in_doubt() && self.message.is_none();
         let gone = !self.destination.alive || (!self.prepared && !self.ran);
         add("source: run here", self.source(Event::Resumed).filter(|_| resolving && gone));
         add("source: discard", self.source(Event::Moved).filter(|_| resolving && self.ran));
-        let kept = self.source.runs();
+        let runs_at_source = self.source.runs();
         let left = !self.source.alive;
         let here = self.destination(Event::Start).filter(|_| self.destination.in_doubt() && left);
         add("destination: run here", here.map(|world| Self { ran: true, ..world }));
-        let discard = self.destination(Event::Discarded).filter(|_| kept);
+        let discard = self.destination(Event::Discarded).filter(|_| runs_at_source);
         add("destination: discard", discard.map(|world| Self { prepared: false, ..world }));
         for (name, event) in [
             ("source: pause", Event::Change),
@@ -209,7 +209,7 @@ impl World {
         }
     }
 
-    /// Nothing is under way, and the guest may be paused by its operator.
+    /// No migration is in progress; the operator may have paused the guest.
     fn is_quiet(self) -> bool {
         let quiet =
             |state: State| matches!(state.phase, Phase::Idle | Phase::Waiting | Phase::Done { .. });
@@ -223,7 +223,7 @@ impl World {
     }
 }
 
-/// Every world that can come of the first one, and what it came of.
+/// Every world reachable from the first one, with its predecessor.
 fn explored() -> HashMap<World, Option<(&'static str, World)>> {
     let first = World::begin();
     let mut seen = HashMap::from([(first, None)]);
@@ -239,7 +239,7 @@ fn explored() -> HashMap<World, Option<(&'static str, World)>> {
     seen
 }
 
-/// How a world came to be, for the message of a failure.
+/// The events that led to a world, for the failure message.
 fn history(
     seen: &HashMap<World, Option<(&'static str, World)>>,
     mut world: World,
@@ -254,9 +254,9 @@ fn history(
 }
 
 #[test]
-fn no_order_of_events_has_two_guests_run_or_none() {
+fn no_order_of_events_runs_two_guests_or_loses_the_guest() {
     let seen = explored();
-    // A model in which little can happen would hold whatever the states are.
+    // A model with few transitions would pass with any state machine.
     assert!(seen.len() > 1000, "{} worlds", seen.len());
     for outcome in [Outcome::Moved, Outcome::Failed] {
         assert!(
@@ -273,11 +273,11 @@ fn no_order_of_events_has_two_guests_run_or_none() {
     }
 }
 
-/// Who asks finds out: with both processes alive, a source in doubt comes to an end.
+/// While both processes are alive, a source in-doubt that asks gets a resolution.
 #[test]
 fn a_source_in_doubt_that_asks_is_answered() {
     let seen = explored();
-    let mut asked = 0;
+    let mut in_doubt_worlds = 0;
     for world in seen.keys() {
         let World { source, destination, .. } = *world;
         let open = source.state.closed.is_none() && destination.alive && source.alive;
@@ -285,7 +285,7 @@ fn a_source_in_doubt_that_asks_is_answered() {
         if !source.in_doubt() || !open || !settled || world.message.is_some() {
             continue;
         }
-        asked += 1;
+        in_doubt_worlds += 1;
         let mut open = VecDeque::from([*world]);
         let mut tried = vec![*world];
         let found = loop {
@@ -293,16 +293,16 @@ fn a_source_in_doubt_that_asks_is_answered() {
             if world.is_quiet() && world.has_guest() {
                 break true;
             }
-            let goes_on = [
+            let resolving = [
                 "resolving",
-                "asked",
+                "the source asks",
                 "the destination runs it",
-                "the source hears: runs",
-                "the source hears: gone",
+                "the source receives: running",
+                "the source receives: gone",
                 "destination: resumed",
             ];
             for (name, next) in world.successors() {
-                if goes_on.contains(&name) && !tried.contains(&next) {
+                if resolving.contains(&name) && !tried.contains(&next) {
                     tried.push(next);
                     open.push_back(next);
                 }
@@ -310,11 +310,11 @@ fn a_source_in_doubt_that_asks_is_answered() {
         };
         assert!(found, "{world:?} after {:?}", history(&seen, *world));
     }
-    assert!(asked >= 10, "{asked} worlds in doubt");
+    assert!(in_doubt_worlds >= 10, "{in_doubt_worlds} worlds in doubt");
 }
 
 #[test]
-fn nothing_is_begun_with_a_guest_that_is_not_the_operators() {
+fn begin_is_refused_unless_the_operator_controls_the_guest() {
     let here = State { guest: Guest::Runs, ..State::default() };
     let begin = Event::Begin(MigrationSide::Source);
     let running = here.next(begin).unwrap();
@@ -339,7 +339,7 @@ fn nothing_is_begun_with_a_guest_that_is_not_the_operators() {
 }
 
 #[test]
-fn a_process_that_ends_commits_and_resolves_nothing() {
+fn a_closed_process_refuses_to_commit_and_resolve() {
     let here = State { guest: Guest::Runs, ..State::default() };
     let running = here.next(Event::Begin(MigrationSide::Source)).unwrap();
     let closed = running.next(Event::Close("it ends")).unwrap();

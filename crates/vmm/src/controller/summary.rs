@@ -1,11 +1,11 @@
-//! A migration's phases and figures in the control API's types.
+//! Converts a migration's phases and figures to the control API's types.
 
 use control::api::{MigrationDowntime, MigrationPhase, MigrationRound, MigrationSummary};
 use migration::observer::Phase;
 use migration::{RoundSummary, Summary};
 use page_set::PAGE_BYTES;
 
-/// With the number of the round where it has one.
+/// The phase, and the round's number if it is a round.
 pub(super) const fn phase(phase: Phase) -> (MigrationPhase, Option<u32>) {
     match phase {
         Phase::DropCaches => (MigrationPhase::DropCaches, None),

@@ -1,7 +1,7 @@
-//! Reading the files of disks for no longer than somebody may wait.
+//! Reads disks in separate threads, with time limits.
 //!
-//! A file system that does not answer holds whoever asks it, for ever if need be: so each disk is read
-//! in a thread of its own, which is left where it does not come back, and of which there is one.
+//! A file system that does not answer blocks its caller without end. So each disk is read in its
+//! own thread, one at a time, which is abandoned if it does not return.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -15,51 +15,51 @@ use std::time::{Duration, Instant};
 use super::{POLL_INTERVAL, STACK_BYTES};
 use crate::error::Error;
 
-/// How long is waited.
+/// Time limits.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
-    /// For one read: a disk that does not answer for so long did not finish a request of its guest
-    /// either.
+    /// For one read. A disk that does not answer for this long would not finish a request of the
+    /// guest either.
     pub(super) one: Duration,
-    /// For all disks, each of which may answer slowly.
+    /// For all disks together.
     pub(super) all: Duration,
 }
 
-/// Disks that are being read, by number and path. Those of a guest that did not arrive are still
-/// among them when the next one is awaited with the same.
-static UNDER_WAY: Mutex<BTreeSet<(usize, PathBuf)>> = Mutex::new(BTreeSet::new());
+/// Disks that are being read, by number and path. They may include those of an earlier migration
+/// that failed, which the next one uses again.
+static ACTIVE_READS: Mutex<BTreeSet<(usize, PathBuf)>> = Mutex::new(BTreeSet::new());
 
-fn under_way() -> MutexGuard<'static, BTreeSet<(usize, PathBuf)>> {
-    UNDER_WAY.lock().unwrap_or_else(PoisonError::into_inner)
+fn active_reads() -> MutexGuard<'static, BTreeSet<(usize, PathBuf)>> {
+    ACTIVE_READS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// One of them, until this is dropped.
-struct Place((usize, PathBuf));
+/// Marks a disk as being read, until dropped.
+struct ActiveRead((usize, PathBuf));
 
-impl Place {
+impl ActiveRead {
     /// # Errors
-    /// It is being read.
+    /// It is being read already.
     fn take(number: usize, path: &Path) -> Result<Self, Error> {
-        let place = (number, path.to_path_buf());
-        if under_way().insert(place.clone()) {
-            return Ok(Self(place));
+        let key = (number, path.to_path_buf());
+        if active_reads().insert(key.clone()) {
+            return Ok(Self(key));
         }
-        let what = format!("{}: an earlier read has not come back yet", path.display());
+        let what = format!("{}: an earlier read has not returned yet", path.display());
         Err(Error::Stuck { what })
     }
 }
 
-impl Drop for Place {
+impl Drop for ActiveRead {
     fn drop(&mut self) {
-        under_way().remove(&self.0);
+        active_reads().remove(&self.0);
     }
 }
 
-/// How far the reading of a disk is.
+/// The progress of reading a disk.
 struct Reading<T> {
     path: PathBuf,
     reads: Arc<AtomicU64>,
-    /// The last number that was seen, and since when.
+    /// The number of reads at the last poll, and when it changed.
     seen: (u64, Instant),
     found: Option<T>,
 }
@@ -68,10 +68,10 @@ impl<T: Send + 'static> Reading<T> {
     fn begin(
         (number, path): (usize, &Path),
         over: &Arc<AtomicBool>,
-        tells: Sender<(usize, T)>,
+        sender: Sender<(usize, T)>,
         work: impl FnOnce(usize, &dyn Fn() -> io::Result<()>) -> T + Send + 'static,
     ) -> Result<Self, Error> {
-        let place = Place::take(number, path)?;
+        let active = ActiveRead::take(number, path)?;
         let reads = Arc::<AtomicU64>::default();
         let (counted, over) = (Arc::clone(&reads), Arc::clone(over));
         let read = move || {
@@ -81,9 +81,9 @@ impl<T: Send + 'static> Reading<T> {
                 if is_over { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
             };
             let found = work(number, &step);
-            drop(place);
-            // Nobody waits any more where it cannot be told.
-            let _ = tells.send((number, found));
+            drop(active);
+            // Fails if the caller no longer waits.
+            let _ = sender.send((number, found));
         };
         let thread = thread::Builder::new().name("read".into()).stack_size(STACK_BYTES).spawn(read);
         thread.map_err(Error::host("starting a thread"))?;
@@ -92,8 +92,8 @@ impl<T: Send + 'static> Reading<T> {
     }
 
     /// # Errors
-    /// It does not answer.
-    fn look(&mut self, limits: Limits) -> Result<(), Error> {
+    /// The disk does not answer.
+    fn poll(&mut self, limits: Limits) -> Result<(), Error> {
         let reads = self.reads.load(Ordering::Relaxed);
         if reads != self.seen.0 {
             self.seen = (reads, Instant::now());
@@ -106,37 +106,37 @@ impl<T: Send + 'static> Reading<T> {
     }
 }
 
-/// Says that nobody waits any more, when it is dropped.
-struct Over(Arc<AtomicBool>);
+/// On drop, signals the threads that the caller no longer waits.
+struct SetOnDrop(Arc<AtomicBool>);
 
-impl Drop for Over {
+impl Drop for SetOnDrop {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
 }
 
-/// Does `work` for each of the disks at `paths` with its number from 0, all at once. It calls what it
-/// is given after each read, and ends where that fails. What was not found in time is `None`; so is
-/// what was not found when `goes_on` was false.
+/// Calls `work` for each of the disks at `paths`, with its index, in parallel. `work` must call its
+/// second argument after each read and end if that fails. The result is `None` for a disk that took
+/// too long, or was not done when `keep_going` returned false.
 ///
 /// # Errors
-/// A disk does not answer, is still being read from before, or the reading panicked.
+/// A disk does not answer, an earlier read of it has not returned, or `work` panicked.
 pub(super) fn each_in_time<T: Send + 'static>(
     paths: &[&Path],
     limits: Limits,
-    goes_on: impl Fn() -> bool,
+    keep_going: impl Fn() -> bool,
     work: impl FnOnce(usize, &dyn Fn() -> io::Result<()>) -> T + Clone + Send + 'static,
 ) -> Result<Vec<Option<T>>, Error> {
     let began = Instant::now();
-    let (tells, told) = mpsc::channel();
-    let over = Over(Arc::default());
+    let (sender, receiver) = mpsc::channel();
+    let over = SetOnDrop(Arc::default());
     let mut readings = Vec::new();
     for (number, path) in paths.iter().enumerate() {
-        readings.push(Reading::begin((number, path), &over.0, tells.clone(), work.clone())?);
+        readings.push(Reading::begin((number, path), &over.0, sender.clone(), work.clone())?);
     }
-    drop(tells);
+    drop(sender);
     while readings.iter().any(|reading| reading.found.is_none()) {
-        match told.recv_timeout(POLL_INTERVAL) {
+        match receiver.recv_timeout(POLL_INTERVAL) {
             Ok((number, found)) => {
                 if let Some(reading) = readings.get_mut(number) {
                     reading.found = Some(found);
@@ -148,8 +148,8 @@ pub(super) fn each_in_time<T: Send + 'static>(
                 return Err(Error::Host { what: "reading a disk", source });
             }
         }
-        readings.iter_mut().try_for_each(|reading| reading.look(limits))?;
-        if began.elapsed() >= limits.all || !goes_on() {
+        readings.iter_mut().try_for_each(|reading| reading.poll(limits))?;
+        if began.elapsed() >= limits.all || !keep_going() {
             break;
         }
     }
@@ -160,14 +160,13 @@ pub(super) fn each_in_time<T: Send + 'static>(
 mod tests {
     use super::*;
 
-    /// Far longer than what is waited for takes.
     const TEST_TIMEOUT: Duration = Duration::from_secs(60);
     const SHORT: Duration = Duration::from_millis(300);
 
     #[test]
     fn a_slow_disk_is_read_for_as_long_as_it_answers() {
         let path = Path::new("/slow/disk");
-        // Longer in all than for one, which is far longer than one takes.
+        // All reads take longer than the limit for one; each takes far less.
         let one = Duration::from_secs(2);
         let limits = Limits { one, all: TEST_TIMEOUT };
         let slow = move |_: usize, step: &dyn Fn() -> io::Result<()>| {
@@ -177,7 +176,7 @@ mod tests {
             }
         };
         assert_eq!(each_in_time(&[path], limits, || true, slow).unwrap(), [Some(())]);
-        // But not for ever, or when nobody wants it any more.
+        // But not without end, and not after `keep_going` returns false.
         let endless = |_: usize, step: &dyn Fn() -> io::Result<()>| {
             while step().is_ok() {
                 thread::sleep(SHORT / 100);
@@ -185,7 +184,7 @@ mod tests {
         };
         let limits = Limits { one: TEST_TIMEOUT, all: SHORT };
         assert_eq!(each_in_time(&[path], limits, || true, endless).unwrap(), [None]);
-        while !under_way().iter().all(|(_, other)| other != path) {
+        while !active_reads().iter().all(|(_, other)| other != path) {
             thread::sleep(POLL_INTERVAL);
         }
         let limits = Limits { one: TEST_TIMEOUT, all: TEST_TIMEOUT };
@@ -193,16 +192,16 @@ mod tests {
     }
 
     #[test]
-    fn a_dead_disk_holds_one_thread_and_nobody_else() {
+    fn a_dead_disk_blocks_one_thread_and_no_caller() {
         let path = Path::new("/dead/disk");
         let limits = Limits { one: SHORT, all: TEST_TIMEOUT };
-        let (lets_go, held) = mpsc::channel::<()>();
+        let (release, held) = mpsc::channel::<()>();
         let held = Arc::new(Mutex::new(held));
-        let begun = Arc::<AtomicU64>::default();
+        let started = Arc::<AtomicU64>::default();
         let dead = {
-            let begun = Arc::clone(&begun);
+            let started = Arc::clone(&started);
             move |_: usize, _: &dyn Fn() -> io::Result<()>| {
-                begun.fetch_add(1, Ordering::SeqCst);
+                started.fetch_add(1, Ordering::SeqCst);
                 held.lock().unwrap().recv().unwrap_err();
             }
         };
@@ -211,9 +210,9 @@ mod tests {
         assert!(error.contains(name) && error.contains("did not finish a request"), "{error}");
         let error = each_in_time(&[path], limits, || true, dead.clone()).unwrap_err().to_string();
         assert!(error.contains(name) && error.contains("an earlier read"), "{error}");
-        assert_eq!(begun.load(Ordering::SeqCst), 1);
+        assert_eq!(started.load(Ordering::SeqCst), 1);
         // It answers again.
-        drop(lets_go);
+        drop(release);
         while each_in_time(&[path], limits, || true, dead.clone()).is_err() {
             thread::sleep(POLL_INTERVAL);
         }

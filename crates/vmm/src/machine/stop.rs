@@ -1,4 +1,4 @@
-//! A guest comes to a stop, for a while or for good: how long is waited for what.
+//! Pausing and stopping a guest, and how long each step may take.
 
 use std::sync::atomic::Ordering;
 use std::sync::{MutexGuard, TryLockError};
@@ -8,127 +8,124 @@ use std::time::{Duration, Instant};
 use balloon_host::Ending;
 
 use super::{EventFdInterrupts, Machine, Slot};
-use crate::console::output::Lost;
+use crate::console::output::LostOutput;
 use crate::error::Error;
 use crate::mmio::Transport;
 
-/// How long the guest's processors and devices may take to come to a stop, while it stands still for
-/// that already. Less than the other side of a migration waits for a sign of life then.
-pub(crate) const PAUSE_TIME: Duration = Duration::from_secs(4);
+/// How long vCPUs and devices may take to pause. It is part of the downtime, and shorter than the
+/// time for which the peer of a migration waits for a keepalive during it.
+pub(crate) const PAUSE_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// How long it may take to have the registers of a device that goes on as it was. Who has them is
-/// done with them within microseconds, or is stuck himself. After that they go on by themselves.
-const UNDO_TIME: Duration = Duration::from_millis(100);
+/// How long an aborted pause waits for the lock of a device that it resumes. The thread that holds
+/// the lock releases it within microseconds, or is stuck itself. After this time the device is
+/// marked `resume_pending`.
+const RESUME_DEVICE_TIMEOUT: Duration = Duration::from_millis(100);
 
-/// Between two looks whether a device has come to a stop.
-const PAUSE_LOOK: Duration = Duration::from_micros(100);
+/// Polls whether a device has paused this often.
+const POLL_INTERVAL: Duration = Duration::from_micros(100);
 
-/// How long a process whose guest has ended waits for whoever reads its console.
-const READER_TIME: Duration = Duration::from_secs(10);
+/// How long a process whose guest has ended waits for the console's reader.
+const CONSOLE_DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The same where somebody waits for the end of the process.
-const ASKED_TIME: Duration = Duration::from_secs(2);
+/// The same if the process was asked to stop.
+const CONSOLE_STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The guest prints nothing more: what it has printed is to reach its reader.
+/// Waits until the console's reader has received all output of a guest that has ended.
 pub(super) fn end_console(machine: &Machine, ending: &Ending) {
-    let usual = if ending.was_asked() { ASKED_TIME } else { READER_TIME };
-    let limit = ending.patience("whoever reads the console", usual);
-    let Lost { dropped, left } = machine.bus.ports.finish_output(limit);
+    let usual = if ending.was_asked() { CONSOLE_STOP_TIMEOUT } else { CONSOLE_DRAIN_TIMEOUT };
+    let limit = ending.patience("the console's reader", usual);
+    let LostOutput { dropped, left } = machine.bus.ports.finish_output(limit);
     if dropped > 0 || left > 0 {
-        tracing::warn!(
-            dropped,
-            left,
-            "host: nobody read the console in time; bytes of it are lost"
-        );
+        tracing::warn!(dropped, left, "host: the console was not read in time; output is lost");
     }
     ending.patience("the control socket, and the threads of the guest", Duration::MAX);
 }
 
 impl Slot {
-    /// The device's registers, if they can be had in time.
-    fn transport_until(
+    /// Locks the transport; `None` if that fails until `until`.
+    fn try_transport(
         &self,
         until: Instant,
     ) -> Option<MutexGuard<'_, Transport<EventFdInterrupts>>> {
         loop {
             match self.transport.try_lock() {
-                Ok(transport) => return Some(self.had(Ok(transport))),
-                Err(TryLockError::Poisoned(poisoned)) => return Some(self.had(Err(poisoned))),
+                Ok(transport) => return Some(self.locked(Ok(transport))),
+                Err(TryLockError::Poisoned(poisoned)) => return Some(self.locked(Err(poisoned))),
                 Err(TryLockError::WouldBlock) if Instant::now() >= until => return None,
-                Err(TryLockError::WouldBlock) => thread::sleep(PAUSE_LOOK),
+                Err(TryLockError::WouldBlock) => thread::sleep(POLL_INTERVAL),
             }
         }
     }
 
-    /// Has the device come to a stop; false where it does not in time. Nobody waits for it with its
-    /// registers locked meanwhile.
+    /// Pauses the device; false if that fails until `until`. The transport is not locked between
+    /// two attempts.
     fn pause(&self, until: Instant) -> bool {
         loop {
-            if self.transport_until(until).is_some_and(|mut transport| transport.pause()) {
+            if self.try_transport(until).is_some_and(|mut transport| transport.pause()) {
                 return true;
             }
             if Instant::now() >= until {
                 return false;
             }
-            thread::sleep(PAUSE_LOOK);
+            thread::sleep(POLL_INTERVAL);
         }
     }
 
-    /// Has the device go on that was to come to a stop; false where that is left to whoever has its
-    /// registers next. No device stands still while the guest runs.
-    fn goes_on(&self, until: Instant) -> bool {
-        if let Some(mut transport) = self.transport_until(until) {
+    /// Resumes the device after an aborted pause; false if its lock is taken: then the next thread
+    /// that locks it resumes it. So no device stays paused while the guest runs.
+    fn resume(&self, until: Instant) -> bool {
+        if let Some(mut transport) = self.try_transport(until) {
             transport.resume();
             return true;
         }
-        self.is_to_go_on.store(true, Ordering::Release);
+        self.resume_pending.store(true, Ordering::Release);
         false
     }
 }
 
 impl Machine {
-    /// The guest stands still, and its devices with it, when this returns.
+    /// Pauses the vCPUs, then the devices.
     ///
     /// # Errors
-    /// A processor or a disk does not come to a stop in time. All go on then as before.
+    /// A vCPU or a device does not pause in time. All vCPUs and devices are resumed then.
     pub fn pause(&self) -> Result<(), Error> {
-        let until = Instant::now() + PAUSE_TIME;
-        self.processors.pause(PAUSE_TIME)?;
+        let until = Instant::now() + PAUSE_TIMEOUT;
+        self.vcpus.pause(PAUSE_TIMEOUT)?;
         let stuck = self.bus.slots.iter().position(|slot| !slot.pause(until));
         let Some(stuck) = stuck else { return Ok(()) };
         self.balloon.stay();
-        // Those behind it were not told to stop.
-        let told = self.bus.slots.iter().take(stuck + 1);
-        let until = Instant::now() + UNDO_TIME;
-        if told.filter(|slot| !slot.goes_on(until)).count() > 0 {
-            // Nobody else may ask for their registers for long.
+        // The slots behind it were not asked to pause.
+        let paused = self.bus.slots.iter().take(stuck + 1);
+        let until = Instant::now() + RESUME_DEVICE_TIMEOUT;
+        if paused.filter(|slot| !slot.resume(until)).count() > 0 {
+            // No other thread may lock them for a long time, so the loop does.
             self.wake_loop();
         }
-        self.processors.resume();
-        let ms = PAUSE_TIME.as_millis();
+        self.vcpus.resume();
+        let ms = PAUSE_TIMEOUT.as_millis();
         let disk = stuck.checked_sub(1).and_then(|number| self.disks.get(number));
         let what = match disk {
             Some(disk) => format!("{} did not finish a request in {ms} ms", disk.path().display()),
-            None => format!("the balloon was not done with what the guest sent it in {ms} ms"),
+            None => format!("the balloon did not finish the guest's requests in {ms} ms"),
         };
         Err(Error::Stuck { what })
     }
 
-    /// The guest is over: nothing of it runs any more, if it can be had so.
-    pub(super) fn come_to_an_end(&self, ending: &Ending) {
-        // Nobody serves its devices from here on: a migration that comes to nothing now, or only
-        // looks at the processors, does not let it run on.
-        self.processors.halt();
-        let limit = ending.patience("the guest's processors", PAUSE_TIME);
-        if let Err(error) = self.processors.pause(limit) {
-            tracing::error!(%error, "the guest ends all the same");
+    /// Stops the vCPUs of a guest that ends, and logs disk requests that are lost.
+    pub(super) fn stop(&self, ending: &Ending) {
+        // The devices are not served from here on: a migration that fails now, or only reads the
+        // vCPUs' state, must not resume the guest.
+        self.vcpus.halt();
+        let limit = ending.patience("the guest's vCPUs", PAUSE_TIMEOUT);
+        if let Err(error) = self.vcpus.pause(limit) {
+            tracing::error!(%error, "a vCPU did not stop; the guest ends anyway");
         }
         for (disk, slot) in self.disks.iter().zip(self.bus.slots.iter().skip(1)) {
-            let transport = slot.transport_until(Instant::now());
+            let transport = slot.try_transport(Instant::now());
             let requests = transport.map(|transport| transport.unfinished());
             if requests != Some(0) {
                 let disk = disk.path().display();
-                tracing::warn!(%disk, requests, "what the guest had asked of it is not done");
+                tracing::warn!(%disk, requests, "requests of the guest to this disk are lost");
             }
         }
     }
@@ -143,10 +140,10 @@ mod tests {
 
     use super::*;
     use crate::block::{Block, DiskFile, DiskOptions};
-    use crate::machine::event_file;
+    use crate::machine::new_eventfd;
     use crate::memory::Ram;
 
-    /// A disk in its window, which nobody has started.
+    /// A disk that no driver has started.
     fn slot() -> (Slot, tempfile::NamedTempFile) {
         let path = tempfile::NamedTempFile::new().unwrap();
         path.as_file().set_len(4096).unwrap();
@@ -154,37 +151,37 @@ mod tests {
         let memory = Ram::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
         let file = DiskFile::open(&options).unwrap();
         let disk = Block::new(&Arc::new(file), 0, memory.clone()).unwrap();
-        let signals = EventFdInterrupts { interrupt: event_file().unwrap(), kicks: Vec::new() };
+        let signals =
+            EventFdInterrupts { interrupt: new_eventfd().unwrap(), notify_fds: Vec::new() };
         let transport = Transport::new(Box::new(disk), signals, memory).unwrap();
-        let (transport, is_to_go_on) = (Mutex::new(transport), AtomicBool::new(false));
-        (Slot { start: 0, transport, kicks: Vec::new(), is_to_go_on }, path)
+        let (transport, resume_pending) = (Mutex::new(transport), AtomicBool::new(false));
+        (Slot { start: 0, transport, notify_fds: Vec::new(), resume_pending }, path)
     }
 
-    /// A device whose registers somebody else has for long goes on all the same, after a pause that
-    /// came to nothing.
+    /// After an aborted pause a device resumes even if another thread holds its lock for long.
     #[test]
-    fn a_device_that_was_stopped_goes_on_when_its_registers_can_be_had() {
+    fn a_device_whose_lock_is_held_resumes_at_the_next_lock() {
         let (slot, _path) = slot();
-        let soon = || Instant::now() + PAUSE_LOOK;
+        let soon = || Instant::now() + POLL_INTERVAL;
         assert!(slot.pause(soon()));
-        let (has, had) = mpsc::channel();
-        let (gives_back, given_back) = mpsc::channel::<()>();
+        let (send_locked, locked) = mpsc::channel();
+        let (send_release, release) = mpsc::channel::<()>();
         thread::scope(|scope| {
             let slot = &slot;
             scope.spawn(move || {
                 let transport = slot.transport();
-                has.send(()).unwrap();
-                given_back.recv().unwrap();
+                send_locked.send(()).unwrap();
+                release.recv().unwrap();
                 assert!(transport.is_paused());
             });
-            had.recv().unwrap();
-            assert!(!slot.goes_on(soon()));
-            gives_back.send(()).unwrap();
+            locked.recv().unwrap();
+            assert!(!slot.resume(soon()));
+            send_release.send(()).unwrap();
         });
         assert!(!slot.transport().is_paused());
-        // Once: it stops when it is told to the next time.
+        // Only once: the next pause works.
         assert!(slot.pause(soon()));
-        assert!(slot.transport().is_paused() && slot.goes_on(soon()));
+        assert!(slot.transport().is_paused() && slot.resume(soon()));
         assert!(!slot.transport().is_paused());
     }
 }

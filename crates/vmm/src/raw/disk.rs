@@ -1,4 +1,4 @@
-//! A disk without a machine, for whoever plays a hostile driver.
+//! A disk without a machine, for tests and fuzz targets that act as a hostile driver.
 
 use std::sync::Arc;
 
@@ -11,24 +11,24 @@ use crate::error::Error;
 use crate::memory::Ram;
 use crate::mmio::{Device, Served};
 
-/// How often a ring is served before it counts as one that adds to itself: the device may write
-/// what it then takes for the driver's words. A machine looks at its other devices in between.
+/// Passes after which a vring counts as endless: the device's own writes may add chains to it. A
+/// machine serves its other devices between two passes.
 const MAX_PASSES: usize = 100;
 
-/// A disk, its ring, and the memory that both lie in.
+/// A disk, its virtqueue, and the guest memory.
 pub struct Disk {
     block: Block,
     memory: Ram,
     queue: Queue,
-    bell: EventFd,
+    notify_fd: EventFd,
 }
 
 impl Disk {
-    /// A disk in memory at these addresses, of so many bytes each. The host gives back and clears
-    /// only whole units of its file.
+    /// A disk with guest memory at these addresses, of this many bytes each. `unit_bytes` is the
+    /// host's unit of discard and write-zeroes.
     ///
     /// # Errors
-    /// There is no such file, or the host has no such memory or no thread.
+    /// The file does not exist, or the host cannot allocate the memory or start a thread.
     pub fn new(
         options: &DiskOptions,
         ranges: &[(u64, usize)],
@@ -39,9 +39,9 @@ impl Disk {
         let memory = Ram::from_ranges(&ranges).map_err(Error::memory("mapping"))?;
         let file = Arc::new(DiskFile::open(options)?.in_units(unit_bytes));
         let mut block = Block::new(&file, 0, memory.clone())?;
-        let bell = EventFd::new(0).map_err(Error::host("eventfd"))?;
-        block.set_kicks(&[bell.try_clone().map_err(Error::host("dup"))?]);
-        Ok(Self { block, memory, queue, bell })
+        let notify_fd = EventFd::new(0).map_err(Error::host("eventfd"))?;
+        block.set_notify_fds(&[notify_fd.try_clone().map_err(Error::host("dup"))?]);
+        Ok(Self { block, memory, queue, notify_fd })
     }
 
     /// The guest's memory.
@@ -49,56 +49,56 @@ impl Disk {
         &self.memory
     }
 
-    /// What the device offers.
+    /// The offered features.
     pub fn features(&self) -> u64 {
         self.block.features()
     }
 
-    /// A driver starts anew, with another ring.
+    /// Resets the device for a driver with another virtqueue.
     pub fn start(&mut self, features: u64, queue: Queue) {
         self.block.reset(features);
         self.queue = queue;
     }
 
-    /// The ring as the device sees it.
+    /// The virtqueue as the device sees it.
     pub const fn queue(&mut self) -> &mut Queue {
         &mut self.queue
     }
 
-    /// Serves the ring once, as after a notification; false where it makes no sense.
+    /// Serves the virtqueue once, as after a notification; false if the vring is invalid.
     pub fn serve_once(&mut self) -> bool {
         self.block.serve(0, &self.memory, &mut self.queue) != Served::Broken
     }
 
-    /// Serves the ring until nothing of it is left to do; false where it makes no sense.
+    /// Serves the virtqueue until it is empty; false if the vring is invalid or endless.
     pub fn serve(&mut self) -> bool {
         for _ in 0..MAX_PASSES {
             match self.block.serve(0, &self.memory, &mut self.queue) {
                 Served::Broken => return false,
                 Served::Done { more: true, .. } => {}
                 Served::Done { .. } if self.block.is_idle() => return true,
-                // Rung when something is done.
-                Served::Done { .. } => drop(self.bell.read()),
+                // Written when a request is done.
+                Served::Done { .. } => drop(self.notify_fd.read()),
             }
         }
         false
     }
 
-    /// Waits until a request is being carried out.
+    /// Waits until a request is in progress.
     pub fn until_busy(&self) {
         while !self.block.is_busy() {
             std::thread::yield_now();
         }
     }
 
-    /// Waits until none is, also none of before the newest [start](Self::start).
+    /// Waits until no request is in progress, including those before the last [start](Self::start).
     pub fn until_idle(&self) {
         while self.block.is_busy() {
             std::thread::yield_now();
         }
     }
 
-    /// The guest stands still while the disk is at work; false where the ring makes no sense.
+    /// Pauses the disk while requests are in progress; false if the vring is invalid.
     pub fn pause(&mut self) -> bool {
         let broken = self.block.return_unused(0, &self.memory, &mut self.queue) == Served::Broken;
         assert!(self.block.is_idle());

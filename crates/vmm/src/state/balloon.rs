@@ -1,7 +1,7 @@
-//! The balloon's state as bytes.
+//! Encoding of the balloon's state.
 //!
-//! Pages in the balloon go as runs, or where those take more room as one bit for each page of the
-//! guest's memory, so that a peer can make us hold no more than that.
+//! Balloon pages are encoded as runs or, if that takes more bytes, as a bitmap of the guest's
+//! memory. So a peer cannot make this process allocate more than the bitmap.
 
 use balloon_abi::Features;
 use balloon_device::{BalloonState, MemoryLayout};
@@ -12,7 +12,7 @@ use super::codec::{Malformed, Reader, Writer};
 const RUNS: u8 = 0;
 const BITS: u8 = 1;
 
-/// Pages of a word of bits, and bytes of a run.
+/// Pages of a bitmap word, and bytes of a run.
 const WORD_PAGES: u64 = 64;
 const RUN_BYTES: u64 = 16;
 
@@ -38,7 +38,7 @@ pub(crate) fn encode(state: &BalloonState, layout: &MemoryLayout) -> Vec<u8> {
     writer.finish()
 }
 
-/// Whether the state makes sense for the device is asked of the device.
+/// Decodes the state. The device validates the values itself.
 pub(crate) fn decode(bytes: &[u8], layout: &MemoryLayout) -> Result<BalloonState, Malformed> {
     let mut reader = Reader::new(bytes);
     let mut state = BalloonState {
@@ -61,7 +61,7 @@ pub(crate) fn decode(bytes: &[u8], layout: &MemoryLayout) -> Result<BalloonState
                 let (start, pages) = (u64::from_le(start), u64::from_le(pages));
                 let bad = |_| Malformed::Value { what: "a run of pages", value: start };
                 let run = PageRange::new(start, pages).map_err(bad)?;
-                // Each behind the one before, so that none is named twice.
+                // Runs must be in order, so that none occurs twice.
                 if run.is_empty() || start < end || !layout.covers(run) {
                     return Err(Malformed::Value { what: "a run of pages", value: start });
                 }
@@ -77,12 +77,12 @@ pub(crate) fn decode(bytes: &[u8], layout: &MemoryLayout) -> Result<BalloonState
                 let mut held = PageSet::new();
                 let value = region.start();
                 held.insert_bitmap(value, 1, words)
-                    .map_err(|_| Malformed::Value { what: "bits of a region", value })?;
+                    .map_err(|_| Malformed::Value { what: "the bitmap of a region", value })?;
                 state.held.union_with(&held);
             }
         }
         value => {
-            return Err(Malformed::Value { what: "the form of pages", value: value.into() });
+            return Err(Malformed::Value { what: "the encoding of pages", value: value.into() });
         }
     }
     reader.finish()?;
@@ -140,16 +140,16 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_balloon_goes_there_and_back(pages in prop::collection::btree_set(0u64..600, 0..300)) {
+        fn any_balloon_round_trips(pages in prop::collection::btree_set(0u64..600, 0..300)) {
             let state = state(in_memory(pages));
             let bytes = encode(&state, &layout());
-            // Never more than a bit a page and what stands before them.
+            // Never more than one bit per page and the header.
             prop_assert!(bytes.len() <= 34 + 8 + 7 * 8 + 16);
             prop_assert_eq!(decode(&bytes, &layout()), Ok(state));
         }
 
         #[test]
-        fn any_bytes_make_a_balloon_in_memory_or_none(
+        fn any_bytes_decode_to_a_balloon_in_memory_or_fail(
             mut bytes in prop::collection::vec(any::<u8>(), 0..200), form in 0u8..3, few in 0u64..9,
         ) {
             if bytes.len() > 42 {
@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn runs_that_lie_elsewhere_or_come_twice_are_refused() {
+    fn runs_outside_memory_or_out_of_order_are_refused() {
         let mut bytes = encode(&state(in_memory(3..9)), &layout());
         let at = bytes.len() - 16;
         for (start, pages) in [(3u64, 0u64), (95, 10), (120, 2), (u64::MAX, 2), (3, u64::MAX)] {

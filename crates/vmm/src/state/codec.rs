@@ -1,5 +1,4 @@
-//! Bytes of a state, written in order and read with care: `migration::codec`, and structures of KVM's
-//! interface, which are as the kernel's headers have them.
+//! Encoding of states: `migration::codec`, extended by KVM's structures in the kernel's layout.
 
 use std::ops::{Deref, DerefMut};
 
@@ -37,7 +36,7 @@ impl Writer {
         self.plain(&value.to_le_bytes())
     }
 
-    /// Their number, then each.
+    /// Writes the number of values, then each value.
     pub(crate) fn list<T: IntoBytes + Immutable>(&mut self, values: &[T]) -> &mut Self {
         self.u64(values.len() as u64);
         values.iter().for_each(|value| {
@@ -51,7 +50,7 @@ impl Writer {
     }
 }
 
-/// What is left to read.
+/// The remaining bytes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Reader<'a>(codec::Reader<'a>);
 
@@ -78,7 +77,7 @@ impl<'a> Reader<'a> {
         T::read_from_bytes(bytes).map_err(|_| Malformed::Short)
     }
 
-    /// A list of at most `max`, which is asked before room is made for it.
+    /// Reads a list of at most `max` values; the limit is checked before memory is allocated.
     pub(crate) fn list<T: FromBytes>(
         &mut self,
         what: &'static str,
@@ -94,7 +93,7 @@ impl<'a> Reader<'a> {
         (0..len).map(|_| self.plain()).collect()
     }
 
-    /// Nothing may be left.
+    /// Checks that no bytes are left.
     pub(crate) const fn finish(self) -> Result<(), Malformed> {
         self.0.finish()
     }
@@ -105,7 +104,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_written_is_read() {
+    fn values_round_trip() {
         let mut writer = Writer::default();
         writer.u8(1).flag(true).u16(2).u32(3).u64(4).list(&[5u64, 6]);
         let bytes = writer.finish();
@@ -117,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_list_is_refused_before_there_is_room_for_it() {
+    fn a_list_that_is_too_long_is_refused_before_memory_is_allocated() {
         let list = |bytes: &[u8], max| Reader::new(bytes).list::<u64>("numbers", max);
         let count = u64::MAX.to_le_bytes();
         let too_many = Malformed::TooMany { what: "numbers", count: u64::MAX, max: 9 };

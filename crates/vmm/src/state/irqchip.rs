@@ -1,4 +1,4 @@
-//! The state of what all processors share: interrupt controllers and the clock.
+//! The state that all vCPUs share: interrupt controllers and kvmclock.
 
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
@@ -8,19 +8,19 @@ use kvm_ioctls::VmFd;
 use super::codec::{Malformed, Reader, Writer};
 use crate::error::Error;
 
-/// The PC's two controllers, and the one for many processors. There is no timer chip.
+/// The PC's two PICs and the I/O APIC. There is no PIT.
 const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
 
 /// Interrupt controllers and clock.
 pub(crate) struct Irqchip {
     controllers: [kvm_irqchip; 3],
-    /// The guest's time as KVM's clock tells it, in nanoseconds since the guest began. It stands
-    /// still while the guest does, and goes on where it stood, as the time stamp counters do.
+    /// kvmclock: nanoseconds since the guest's boot. It stops while the guest is paused and
+    /// continues from the same value, like the TSCs.
     clock_ns: u64,
 }
 
 impl Irqchip {
-    /// As they are before anybody has used them, as far as anybody but KVM knows.
+    /// Zeroed controllers, for tests and fuzzing.
     pub(crate) fn blank() -> Self {
         let controllers = CHIPS.map(|chip_id| kvm_irqchip { chip_id, ..Default::default() });
         Self { controllers, clock_ns: 0 }
@@ -73,7 +73,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_controller_is_in_its_place() {
+    fn controllers_round_trip_in_order() {
         let controllers = CHIPS.map(|chip_id| kvm_irqchip { chip_id, ..Default::default() });
         let bytes = Irqchip { controllers, clock_ns: 77 }.encode();
         let decoded = Irqchip::decode(&bytes).unwrap();

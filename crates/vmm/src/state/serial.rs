@@ -1,13 +1,13 @@
-//! The state of the ports: the serial line, and whether the kernel said that it panicked.
+//! The state of the ports: the serial port, and whether the kernel has reported a panic.
 
 use vm_superio::serial::SerialState;
 
 use super::codec::{Malformed, Reader, Writer};
 
-/// Bytes that the line keeps for the guest at most (a 16550A's, times four: `vm-superio`).
+/// Maximum bytes in the receive buffer (four times a 16550A's, as in `vm-superio`).
 const MAX_BUFFER_BYTES: usize = 64;
 
-/// The ports of a guest that stands still.
+/// The ports of a paused guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct PortsState {
     pub(crate) serial: SerialState,
@@ -37,7 +37,7 @@ impl PortsState {
             modem_control: reader.u8()?,
             modem_status: reader.u8()?,
             scratch: reader.u8()?,
-            in_buffer: reader.list("bytes on the serial line", MAX_BUFFER_BYTES)?,
+            in_buffer: reader.list("bytes of the serial port", MAX_BUFFER_BYTES)?,
         };
         let panicked = reader.flag("a panic")?;
         reader.finish()?;
@@ -50,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_goes_there_and_back_and_no_longer_one() {
+    fn a_serial_port_round_trips_and_a_longer_buffer_is_refused() {
         let serial = SerialState { scratch: 7, in_buffer: vec![b'x'; 64], ..Default::default() };
         let state = PortsState { serial, panicked: true };
         let bytes = state.encode();

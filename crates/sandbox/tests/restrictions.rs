@@ -1,5 +1,5 @@
-//! What was given up is gone. Each attempt is made in a process of its own, which
-//! is this test program once more.
+//! Tests that restrictions work. Each attempt runs in its own process, another instance of this
+//! test program.
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use std::io::{ErrorKind, Read, Write};
@@ -11,21 +11,21 @@ use std::process::{Command, Output};
 use rustix::net::{AddressFamily, SocketType};
 use sandbox::{Network, Restricted, restrict_calls, restrict_calls_of_monitor, restrict_files};
 
-/// Names the attempt that the process is to make.
+/// The attempt that the process must make.
 const ATTEMPT: &str = "AEROSTAT_SANDBOX_ATTEMPT";
-/// The directory with the one that it may use, and with another.
+/// The parent of a directory that it may use, and of one that it may not.
 const DIRECTORY: &str = "AEROSTAT_SANDBOX_DIRECTORY";
 const INSIDE: &str = "inside";
 const OUTSIDE: &str = "outside";
 
-/// Begins the names of attempts under the rules for a monitor.
-const MONITOR: &str = "monitor:";
+/// Prefix of attempts under the rules for a VMM.
+const VMM: &str = "vmm:";
 
-/// What the kernel ends a process with that makes a forbidden call.
+/// The signal for a forbidden system call.
 const SIGSYS: i32 = 31;
 
 fn attempt(name: &str) -> (Output, tempfile::TempDir) {
-    // Made here: a process that is killed leaves what it made.
+    // Created here: a killed process cannot clean up.
     let dir = tempfile::tempdir().unwrap();
     for name in [INSIDE, OUTSIDE] {
         std::fs::create_dir(dir.path().join(name)).unwrap();
@@ -50,46 +50,47 @@ fn assert_killed(name: &str) {
 }
 
 #[test]
-fn what_serving_needs_is_left() {
+fn serving_is_possible() {
     for name in ["serve", "thread", "files-inside", "connect"] {
         assert_possible(name);
     }
 }
 
 #[test]
-fn forbidden_calls_end_the_process() {
+fn forbidden_calls_kill_the_process() {
     for name in ["tcp", "unix-socket", "exec", "chmod", "lock", "in-a-thread"] {
         assert_killed(name);
     }
 }
 
 #[test]
-fn a_monitor_makes_connections_and_asks_kvm_and_starts_no_programs() {
-    for name in ["serve", "thread", "files-inside", "tcp", "look-up", "ask-kvm", "lock", "terminal"]
+fn a_vmm_can_connect_and_use_kvm_but_not_start_programs() {
+    for name in
+        ["serve", "thread", "files-inside", "tcp", "resolve-host", "use-kvm", "lock", "terminal"]
     {
-        assert_possible(&format!("{MONITOR}{name}"));
+        assert_possible(&format!("{VMM}{name}"));
     }
     for name in ["exec", "chmod", "in-a-thread", "raw-socket", "window"] {
-        assert_killed(&format!("{MONITOR}{name}"));
+        assert_killed(&format!("{VMM}{name}"));
     }
 }
 
 #[test]
-fn files_elsewhere_cannot_be_opened_made_or_removed() {
+fn files_outside_the_directories_cannot_be_opened_created_or_removed() {
     let (output, _dir) = attempt("files-outside");
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{output:?}");
     assert!(text.contains("refused") || text.contains("no Landlock here"), "{text}");
-    // Where the kernel has Landlock it must have bitten.
+    // A kernel with Landlock must have refused.
     let has = Path::new("/sys/kernel/security/lsm");
     if std::fs::read_to_string(has).is_ok_and(|list| list.contains("landlock")) {
         assert!(text.contains("refused"), "{text}");
     }
 }
 
-/// What is attempted, under the rules that it is attempted under.
+/// Applies the restrictions for the attempt, and returns its name without the prefix.
 fn restrict<'a>(name: &'a str, dir: &Path) -> (&'a str, Restricted) {
-    if let Some(name) = name.strip_prefix(MONITOR) {
+    if let Some(name) = name.strip_prefix(VMM) {
         restrict_calls_of_monitor().unwrap();
         return (name, Restricted::Not);
     }
@@ -99,14 +100,14 @@ fn restrict<'a>(name: &'a str, dir: &Path) -> (&'a str, Restricted) {
     (name, restricted)
 }
 
-/// As a monitor locks a disk.
+/// Locks a file like a disk.
 fn lock(path: &Path) {
     let file = std::fs::File::create(path).unwrap();
     let lock = nix::libc::flock { l_type: 1, l_whence: 0, l_start: 0, l_len: 1, l_pid: 0 };
     nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_OFD_SETLK(&lock)).unwrap();
 }
 
-/// Not a test of its own: the body of the processes above.
+/// Not a test: the body of the processes above.
 #[test]
 fn attempts() {
     let Ok(name) = std::env::var(ATTEMPT) else { return };
@@ -116,7 +117,7 @@ fn attempts() {
     let listener = UnixListener::bind(dir.join("a.sock")).unwrap();
     let (mut one, mut other) = UnixStream::pair().unwrap();
     let (start, started) = std::sync::mpsc::channel::<()>();
-    // Runs before the filter is there, and is under it all the same.
+    // Starts before the filter, which must apply to it too.
     let early = std::thread::spawn(move || {
         started.recv().unwrap();
         let _ = std::process::Command::new("/bin/true").status();
@@ -146,15 +147,15 @@ fn attempts() {
         }
         "tcp" => drop(std::net::TcpStream::connect("127.0.0.1:1")),
         "unix-socket" => drop(UnixStream::connect("/a.sock")),
-        "look-up" => {
+        "resolve-host" => {
             let found = std::net::ToSocketAddrs::to_socket_addrs(&("localhost", 1));
             assert!(found.unwrap().next().is_some());
-            // Asks name servers, if there are any: none of them knows it.
+            // Queries the name servers, if any: none resolves it.
             assert!(std::net::ToSocketAddrs::to_socket_addrs(&("no.invalid", 1)).is_err());
         }
         "lock" => lock(&dir.join("disk")),
-        // Where there is no KVM nothing is asked.
-        "ask-kvm" => drop(kvm_ioctls::Kvm::new().map(|kvm| kvm.get_api_version())),
+        // Without KVM nothing is called.
+        "use-kvm" => drop(kvm_ioctls::Kvm::new().map(|kvm| kvm.get_api_version())),
         "terminal" => {
             assert!(!std::io::IsTerminal::is_terminal(&std::fs::File::open("/").unwrap()))
         }
@@ -171,7 +172,7 @@ fn attempts() {
         }
         other => panic!("no attempt is called {other}"),
     }
-    // The test program would go on with more than a server does.
+    // The test harness would make other system calls.
     let _ = std::io::stdout().flush();
     std::process::exit(0);
 }

@@ -1,9 +1,9 @@
-//! The state of one processor: all that KVM tells of it.
+//! The state of one vCPU, as far as KVM exposes it.
 //!
-//! The orders of reading and of writing matter, and are KVM's (`Documentation/virt/kvm/api.rst`
-//! and what its x86 half does with each): reading `MP_STATE` first settles what is under way, a
-//! local APIC needs its base and so the special registers, its deadline needs the time stamp
-//! counter, and events come last, since registers take some back.
+//! The order of reading and writing matters to KVM (`Documentation/virt/kvm/api.rst` and the x86
+//! code): reading `MP_STATE` first completes pending events; the local APIC needs its base, so it
+//! follows the special registers; its deadline needs the TSC; events are set last, because setting
+//! registers clears some of them.
 
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state,
@@ -15,27 +15,26 @@ use super::codec::{Malformed, Reader, Writer};
 use crate::error::Error;
 use crate::kvm::Vm;
 
-/// Model-specific registers that a state may have: KVM knows some 150, and takes so many in one
-/// call.
+/// Maximum MSRs of a state, of which KVM supports some 150; and MSRs per ioctl.
 const MAX_MSRS: usize = 1024;
 const MSRS_AT_ONCE: usize = 256;
 
-/// The deadline of the local APIC's timer (Intel SDM 3A, 11.5.4.1), which is set once the counter
-/// that it is compared with is.
+/// The deadline of the local APIC's timer (Intel SDM 3A, 11.5.4.1). It is set after the TSC, to
+/// which it is compared.
 const TSC_DEADLINE: u32 = 0x6e0;
 
-/// Set while the processor is ready to run guests: AMD's EFER.SVME, Intel's CR4.VMXE.
+/// Set while the guest has virtualization enabled: AMD's EFER.SVME, Intel's CR4.VMXE.
 const EFER_SVME: u64 = 1 << 12;
 const CR4_VMXE: u64 = 1 << 13;
 
-const SAVING: &str = "reading a processor's state";
-const LOADING: &str = "setting a processor's state";
+const SAVING: &str = "reading a vCPU's state";
+const LOADING: &str = "setting a vCPU's state";
 
-/// A processor as it was when it stood still.
+/// The state of a paused vCPU.
 #[derive(Debug)]
-pub(crate) struct Processor {
+pub(crate) struct VcpuState {
     cpuid: Vec<kvm_cpuid_entry2>,
-    /// Of its time stamp counter; 0 where the host does not know.
+    /// TSC frequency; 0 if the host does not report it.
     tsc_khz: u32,
     mp_state: kvm_mp_state,
     regs: kvm_regs,
@@ -48,9 +47,9 @@ pub(crate) struct Processor {
     events: kvm_vcpu_events,
 }
 
-impl Processor {
-    /// Reads it from KVM, with those of `msrs` that it has. What it answers to CPUID is what it was
-    /// given: what KVM says of that may be something else after a state was loaded.
+impl VcpuState {
+    /// Reads the state from KVM, with those of `msrs` that the vCPU has. `cpuid` is what was set:
+    /// after a state was loaded, KVM may return other leaves.
     pub(crate) fn save(
         (number, vcpu): (usize, &VcpuFd),
         vm: &Vm,
@@ -80,7 +79,7 @@ impl Processor {
         })
     }
 
-    /// Gives it to a processor that has not run yet.
+    /// Loads the state into a vCPU that has not run yet.
     pub(crate) fn load(&self, vcpu: &VcpuFd, vm: &Vm) -> Result<(), Error> {
         let failed = Error::kvm(LOADING);
         vcpu.set_cpuid2(&self.cpuid()?).map_err(&failed)?;
@@ -99,16 +98,15 @@ impl Processor {
         vcpu.set_vcpu_events(&self.events).map_err(&failed)
     }
 
-    /// Whether this host can have such a processor, as far as it can be found out before the guest's
-    /// memory is there: gives `vcpu`, which is to be [loaded](Self::load) later, what a host may
-    /// refuse.
-    pub(crate) fn try_out(&self, vcpu: &VcpuFd, vm: &Vm) -> Result<(), Error> {
+    /// Checks whether this host supports the vCPU, as far as possible before the guest's memory has
+    /// arrived: sets the parts that a host may refuse. `vcpu` is [loaded](Self::load) later.
+    pub(crate) fn check_supported(&self, vcpu: &VcpuFd, vm: &Vm) -> Result<(), Error> {
         let failed = Error::kvm(LOADING);
         vcpu.set_cpuid2(&self.cpuid()?).map_err(&failed)?;
         self.set_tsc_khz(vcpu)?;
         vm.set_xsave(vcpu, &self.xsave)?;
         vcpu.set_xcrs(&self.xcrs).map_err(&failed)?;
-        let msrs = self.msrs.iter().copied().filter(|entry| is_tried(entry.index));
+        let msrs = self.msrs.iter().copied().filter(|entry| is_checked(entry.index));
         write_msrs(vcpu, &msrs.collect::<Vec<_>>())
     }
 
@@ -120,7 +118,7 @@ impl Processor {
         Ok(())
     }
 
-    /// One of which nothing is known.
+    /// An empty state, for tests and fuzzing.
     pub(crate) fn blank() -> Self {
         Self {
             cpuid: Vec::new(),
@@ -137,7 +135,7 @@ impl Processor {
         }
     }
 
-    /// What it answers to CPUID.
+    /// The CPUID leaves.
     pub(crate) fn cpuid(&self) -> Result<CpuId, Error> {
         CpuId::from_entries(&self.cpuid).map_err(no_memory)
     }
@@ -150,11 +148,11 @@ impl Processor {
         writer.finish()
     }
 
-    /// What KVM would refuse by itself is left to it.
+    /// Decodes the state. KVM itself refuses other invalid values.
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
         let mut reader = Reader::new(bytes);
         let state = Self {
-            cpuid: reader.list("leaves of CPUID", KVM_MAX_CPUID_ENTRIES)?,
+            cpuid: reader.list("CPUID leaves", KVM_MAX_CPUID_ENTRIES)?,
             tsc_khz: reader.u32()?,
             mp_state: reader.plain()?,
             regs: reader.plain()?,
@@ -174,7 +172,7 @@ impl Processor {
     }
 }
 
-/// Where virtualization is switched on, if it is.
+/// The register that enables virtualization, if any does, and its value.
 const fn virtualizes(sregs: &kvm_sregs) -> Option<(&'static str, u64)> {
     if sregs.efer & EFER_SVME != 0 {
         Some(("EFER", sregs.efer))
@@ -185,10 +183,10 @@ const fn virtualizes(sregs: &kvm_sregs) -> Option<(&'static str, u64)> {
     }
 }
 
-/// Registers that a [trial](Processor::try_out) leaves alone: those of time, whose second write KVM
-/// may take for one on another processor, and KVM's own, which point to memory that is not there
-/// yet. Whether a host has them is said by the features.
-const fn is_tried(msr: u32) -> bool {
+/// Whether [`check_supported`](VcpuState::check_supported) writes this MSR. It skips the time MSRs,
+/// because KVM may take a second write for a TSC synchronization of another vCPU, and KVM's own
+/// MSRs, which point to memory that has not arrived yet. The CPU features cover both.
+const fn is_checked(msr: u32) -> bool {
     const TIME_STAMP_COUNTER: u32 = 0x10;
     const TSC_ADJUST: u32 = 0x3b;
     const OLD_KVM_CLOCKS: [u32; 2] = [0x11, 0x12];
@@ -203,38 +201,38 @@ const fn is_tried(msr: u32) -> bool {
         || (KVM_FIRST <= msr && msr <= KVM_LAST))
 }
 
-/// KVM stops at the first register that this processor does not have.
+/// Reads the MSRs that the vCPU has. KVM stops at the first one that it does not have.
 fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, Error> {
     let mut found = Vec::with_capacity(indices.len());
     let mut rest = indices;
     while !rest.is_empty() {
-        let asked = &rest[..rest.len().min(MSRS_AT_ONCE)];
-        let entries = asked.iter().map(|&index| kvm_msr_entry { index, ..Default::default() });
+        let chunk = &rest[..rest.len().min(MSRS_AT_ONCE)];
+        let entries = chunk.iter().map(|&index| kvm_msr_entry { index, ..Default::default() });
         let mut msrs = Msrs::from_entries(&entries.collect::<Vec<_>>()).map_err(no_memory)?;
-        let count = vcpu.get_msrs(&mut msrs).map_err(Error::kvm(SAVING))?.min(asked.len());
+        let count = vcpu.get_msrs(&mut msrs).map_err(Error::kvm(SAVING))?.min(chunk.len());
         found.extend_from_slice(msrs.as_slice().get(..count).unwrap_or_default());
-        // The one that stopped it is left out.
-        let done = if count < asked.len() { count + 1 } else { count };
+        // Skip the one that stopped it.
+        let done = if count < chunk.len() { count + 1 } else { count };
         rest = &rest[done..];
     }
     Ok(found)
 }
 
-/// A register that cannot be written is no loss where it reads as it should already, or where its
-/// value is 0, which one that does not exist is as good as.
+/// Writes MSRs. An MSR that KVM refuses is accepted if it already has the value, or if the value is
+/// 0 and the MSR does not exist.
 fn write_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), Error> {
     let mut rest = entries;
     while !rest.is_empty() {
-        let asked = &rest[..rest.len().min(MSRS_AT_ONCE)];
-        let msrs = Msrs::from_entries(asked).map_err(no_memory)?;
-        let count = vcpu.set_msrs(&msrs).map_err(Error::kvm(LOADING))?.min(asked.len());
+        let chunk = &rest[..rest.len().min(MSRS_AT_ONCE)];
+        let msrs = Msrs::from_entries(chunk).map_err(no_memory)?;
+        let count = vcpu.set_msrs(&msrs).map_err(Error::kvm(LOADING))?.min(chunk.len());
         let mut done = count;
-        if let Some(refused) = asked.get(count) {
+        if let Some(refused) = chunk.get(count) {
             let own = read_msrs(vcpu, &[refused.index])?;
             let has = own.first().map_or(0, |entry| entry.data);
             if has != refused.data {
                 let kvm_msr_entry { index, data, .. } = *refused;
-                let what = format!("register {index:#x} with {data:#x}: here it has {has:#x}");
+                let what = format!("MSR {index:#x} with {data:#x}: this host has {has:#x}");
                 return Err(Error::Unsupported { what });
             }
             done += 1;
@@ -254,10 +252,10 @@ pub(crate) mod tests {
 
     use super::*;
 
-    pub(crate) fn some() -> Processor {
+    pub(crate) fn some() -> VcpuState {
         let entry =
             |index| kvm_msr_entry { index, data: u64::from(index) << 32, ..Default::default() };
-        let mut processor = Processor {
+        let mut vcpu = VcpuState {
             cpuid: vec![kvm_cpuid_entry2 { function: 1, eax: 7, ..Default::default() }; 3],
             tsc_khz: 2_000_000,
             mp_state: kvm_mp_state { mp_state: 3 },
@@ -270,31 +268,31 @@ pub(crate) mod tests {
             msrs: [TSC_DEADLINE, 0x10].map(entry).to_vec(),
             events: kvm_vcpu_events::default(),
         };
-        processor.xsave.region[700] = 9;
-        processor
+        vcpu.xsave.region[700] = 9;
+        vcpu
     }
 
     #[test]
-    fn what_was_encoded_is_decoded() {
+    fn a_vcpu_state_round_trips() {
         let bytes = some().encode();
-        let decoded = Processor::decode(&bytes).unwrap();
+        let decoded = VcpuState::decode(&bytes).unwrap();
         assert_eq!(decoded.encode(), bytes);
         assert_eq!((decoded.regs.rip, decoded.msrs.len(), decoded.cpuid.len()), (0x1234, 2, 3));
         assert_eq!(decoded.xsave.region[700], 9);
     }
 
     #[test]
-    fn a_processor_that_runs_guests_is_refused() {
+    fn a_vcpu_with_virtualization_enabled_is_refused() {
         for (efer, cr4) in [(EFER_SVME, 0), (0, CR4_VMXE)] {
-            let mut processor = some();
-            (processor.sregs.efer, processor.sregs.cr4) = (efer, cr4);
-            assert!(Processor::decode(&processor.encode()).is_err());
+            let mut vcpu = some();
+            (vcpu.sregs.efer, vcpu.sregs.cr4) = (efer, cr4);
+            assert!(VcpuState::decode(&vcpu.encode()).is_err());
         }
     }
 
     proptest! {
         #[test]
-        fn bytes_that_are_cut_or_changed_do_no_harm(
+        fn truncated_or_corrupted_bytes_do_not_panic(
             cut in 0usize..7000, changes in prop::collection::vec((0usize..7000, any::<u8>()), 0..4),
         ) {
             let mut bytes = some().encode();
@@ -302,8 +300,8 @@ pub(crate) mod tests {
                 let at = at % bytes.len();
                 bytes[at] = byte;
             }
-            let _ = Processor::decode(&bytes);
-            prop_assert!(Processor::decode(&bytes[..cut % bytes.len()]).is_err());
+            let _ = VcpuState::decode(&bytes);
+            prop_assert!(VcpuState::decode(&bytes[..cut % bytes.len()]).is_err());
         }
     }
 }
