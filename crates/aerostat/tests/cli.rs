@@ -191,11 +191,11 @@ fn guests_that_are_not_there_are_exit_code_3() {
     let (code, out, err) = host.run(&["balloon", "nobody", "1GiB"]);
     assert_eq!((code, out.as_str()), (3, ""));
     assert!(err.starts_with("error: there is no control socket at "), "{err}");
-    assert!(err.contains("\n  hint: `aerostat status` lists"), "{err}");
+    assert!(err.contains("\n  hint: check the name and the user; `aerostat status` lists"), "{err}");
     drop(UnixListener::bind(host.socket("dead")).unwrap());
     let (code, _, err) = host.run(&["status", "dead"]);
     assert_eq!(code, 3);
-    assert!(err.contains("the process that served it is gone"), "{err}");
+    assert!(err.contains("the one that did has exited"), "{err}");
 }
 
 #[test]
@@ -205,8 +205,8 @@ fn wrong_usage_is_exit_code_2_and_says_what_is_accepted() {
         (&[], "Usage: aerostat"),
         (&["balon"], "balloon"),
         (&["balloon"], "<GUEST>"),
-        (&["balloon", "web-1", "3GB"], "write it like 3GiB, 512MiB, 1.5G or 1048576"),
-        (&["balloon", "web-1", "much"], "write it like 3GiB"),
+        (&["balloon", "web-1", "3GB"], "use a form like 3GiB, 512MiB, 1.5G or 1048576"),
+        (&["balloon", "web-1", "much"], "use a form like 3GiB"),
         (&["balloon", "web 1", "3GiB"], "use up to 64 letters"),
         (&["balloon", ".."], "use up to 64 letters"),
         (&["balloon", "web-1", "3GiB", "--timeout", "30"], "time unit needed"),
@@ -300,7 +300,7 @@ fn status_lists_all_guests_and_says_which_are_dead() {
     assert_eq!(rows[1]["name"], "old");
     assert_eq!(rows[1]["state"], "dead");
     assert_eq!(rows[1]["status"], Value::Null);
-    assert!(rows[1]["error"].as_str().unwrap().contains("is gone"));
+    assert!(rows[1]["error"].as_str().unwrap().contains("has exited"));
     assert_eq!(rows[2]["status"]["guest"]["driver"], "aerostat");
 }
 

@@ -1,8 +1,8 @@
-//! The JSON of the API: what the server answers and what it accepts.
+//! The API's JSON types: request and response bodies.
 //!
-//! Every size is in bytes unless its name says `_pages`; a page here is a
-//! balloon page of 4 KiB, whatever the pages of host and guest are. Every time
-//! is in milliseconds; a measured one may have a fraction.
+//! Sizes are in bytes unless the name ends in `_pages`. A page is a balloon page of 4 KiB,
+//! regardless of the page size of host and guest. Times are in milliseconds; measured times may
+//! have a fraction.
 
 mod free;
 mod migration;
@@ -27,45 +27,43 @@ pub use requests::{
 };
 pub use stats::{MAX_STATS_INTERVAL_MS, MIN_STATS_INTERVAL_MS, SetStats, StatsStatus};
 
-/// Bytes of one balloon page, the unit of the virtio balloon (virtio 1.3,
-/// section 5.5.6).
+/// Size of a balloon page, the unit of the virtio balloon (virtio 1.3, section 5.5.6).
 pub const BALLOON_PAGE_BYTES: u64 = 4096;
 
-/// Everything known about one guest's balloon.
+/// Full status of one guest's balloon.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Status {
     /// The guest's name, as given when its balloon was started.
     pub name: String,
-    /// Process that serves the balloon.
+    /// Process ID of the balloon's server.
     pub pid: u32,
-    /// Time since that process began to serve it.
+    /// Time since that process began to serve the balloon.
     pub uptime_ms: u64,
     /// The guest and its driver.
     pub guest: GuestStatus,
-    /// What the balloon shall hold and holds.
+    /// Target and actual size of the balloon.
     pub balloon: BalloonStatus,
-    /// How memory goes back to the host.
+    /// How memory is released to the host.
     pub release: ReleaseStatus,
-    /// Guest memory that the host really keeps in RAM, measured on the host.
-    /// Absent when it cannot be measured.
+    /// Guest memory resident in the host's RAM, measured on the host. Absent when it cannot be
+    /// measured.
     pub resident_bytes: Option<u64>,
-    /// Times the guest left its processor because of the balloon: accesses to
-    /// its registers, and notifications. Absent where another process is the
-    /// monitor, which alone could count them.
+    /// VM exits caused by the balloon: register accesses and notifications. Absent in a vhost-user
+    /// back end, because only the VMM can count them.
     #[serde(default)]
     pub exits: Option<u64>,
-    /// Notifications among them; absent where those are.
+    /// How many of `exits` were notifications. Absent when `exits` is.
     #[serde(default)]
     pub kicks: Option<u64>,
-    /// What the guest's kernel says about its memory.
+    /// Memory statistics reported by the guest's kernel.
     #[serde(default)]
     pub stats: StatsStatus,
-    /// Free memory that the guest reported by itself.
+    /// Free page reporting.
     #[serde(default)]
     pub reports: ReportsStatus,
-    /// What went wrong so far.
+    /// Fault counters.
     pub faults: Faults,
-    /// What was asked of the guest's kernel.
+    /// Requests sent to the guest's kernel.
     #[serde(default)]
     pub requests: RequestStatus,
 }
@@ -73,21 +71,21 @@ pub struct Status {
 /// The guest and its driver.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct GuestStatus {
-    /// True while a monitor is attached to the balloon.
+    /// True while a VMM is attached to the balloon.
     pub connected: bool,
-    /// Which kind of driver runs in the guest.
+    /// Kind of driver in the guest.
     pub driver: Driver,
-    /// Names of the features that were negotiated, such as `must-tell-host`.
+    /// Names of the negotiated features, such as `must-tell-host`.
     pub features: Vec<String>,
-    /// What the guest fills free pages with. Absent where its driver does not say;
-    /// 0 where it clears them.
+    /// Value with which the guest poisons free pages, 0 if it clears them. Absent if its driver
+    /// does not report it.
     #[serde(default)]
     pub poison_val: Option<u32>,
-    /// Memory the monitor has shared with the balloon; 0 before it has.
+    /// Memory that the VMM shares with the balloon; 0 until it does.
     pub memory_bytes: u64,
 }
 
-/// The driver in the guest, told by the features it accepted.
+/// The driver in the guest, derived from the features it accepted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Driver {
@@ -101,7 +99,7 @@ pub enum Driver {
 }
 
 impl Driver {
-    /// The word used in JSON and in metrics.
+    /// The name used in JSON and in metrics.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::None => "none",
@@ -111,33 +109,32 @@ impl Driver {
     }
 }
 
-/// What the balloon shall hold and holds.
+/// Target and actual size of the balloon.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct BalloonStatus {
-    /// Counts accepted changes of the target: 0 before the first one.
+    /// Number of accepted target changes: 0 before the first.
     pub generation: u64,
-    /// True when the change of this generation is over: the guest reached the
-    /// target, and no page it gave is still pending or in flight to the host.
-    /// Pages that wait for the rest of their huge page do not hold it up. True
-    /// in generation 0.
+    /// True when the change of this generation is complete: the guest has reached the target, and
+    /// no page it gave up is pending or in flight to the host. Pages that wait for the rest of
+    /// their huge page do not delay it. True in generation 0.
     pub at_target: bool,
-    /// Pages the balloon shall hold.
+    /// Target size in pages.
     pub target_pages: u32,
-    /// The same in bytes.
+    /// Target size in bytes.
     pub target_bytes: u64,
-    /// Pages the guest says it holds.
+    /// Size reported by the guest, in pages.
     pub actual_pages: u32,
-    /// The same in bytes.
+    /// Size reported by the guest, in bytes.
     pub actual_bytes: u64,
-    /// The largest target that is accepted, which is the guest's memory. Absent
-    /// while no guest is connected; any target is accepted then.
+    /// Largest accepted target: the guest's memory size. Absent while no guest is connected; every
+    /// target is accepted then.
     pub max_bytes: Option<u64>,
-    /// The change of this generation, in progress unless `settled`.
+    /// The change of this generation, in progress unless `at_target`.
     pub last_change: Option<BalloonChange>,
 }
 
 impl BalloonStatus {
-    /// Builds the status from page counts, so that bytes cannot disagree.
+    /// Builds the status from page counts, so that pages and bytes agree.
     pub fn from_pages(target_pages: u32, actual_pages: u32) -> Self {
         Self {
             target_pages,
@@ -148,31 +145,30 @@ impl BalloonStatus {
         }
     }
 
-    /// True when nobody needs to wait for change `generation` any longer: it
-    /// settled, or a later one took its place.
+    /// Returns whether change `generation` is complete or a later one has replaced it.
     pub fn is_over(&self, generation: u64) -> bool {
         self.generation > generation || (self.generation == generation && self.at_target)
     }
 }
 
-/// One way from an old target to a new one.
+/// One change of the target.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct BalloonChange {
     /// Whether the balloon grows or shrinks.
     pub direction: Direction,
-    /// Pages held when the target was set.
+    /// Pages in the balloon when the target was set.
     pub from_pages: u32,
-    /// The target.
+    /// Target in pages.
     pub to_pages: u32,
-    /// From the acceptance of the target until it settled, or until now.
+    /// From acceptance of the target until the change was complete, or until now.
     pub wall_ms: f64,
-    /// Where that time went.
+    /// How that time is divided.
     pub stages_ms: StagesMs,
-    /// Buffers the guest sent on the inflate and deflate queues.
+    /// Buffers received on the inflate and deflate queues.
     pub messages: u64,
-    /// System calls that gave memory back.
+    /// System calls that released memory.
     pub release_calls: u64,
-    /// Bytes those calls covered.
+    /// Bytes released by those calls.
     pub released_bytes: u64,
 }
 
@@ -180,44 +176,44 @@ pub struct BalloonChange {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Direction {
-    /// The guest gives pages.
+    /// The guest gives up pages.
     #[default]
     Inflate,
     /// The guest takes pages back.
     Deflate,
 }
 
-/// Time of the four stages of a change.
+/// Times of the four stages of a change.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct StagesMs {
-    /// The guest takes pages from its allocator.
+    /// The guest allocates pages.
     pub allocate: f64,
-    /// Messages travel between guest and host.
+    /// Messages are in transit between guest and host.
     pub send: f64,
-    /// The host turns page numbers into its own addresses.
+    /// The host translates page numbers into host addresses.
     pub translate: f64,
-    /// The host kernel takes the memory back.
+    /// The host kernel frees the memory.
     pub release: f64,
 }
 
-/// How memory goes back to the host, and how much of it is on its way.
+/// How memory is released to the host, and how much is not released yet.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ReleaseStatus {
     /// When pages are released.
     pub mode: ReleaseMode,
-    /// What happens to pieces of a huge page.
+    /// What happens to part of a huge page.
     pub partial_huge: PartialHuge,
     /// Acknowledged to the guest, not released yet.
     pub pending_bytes: u64,
-    /// In a release call right now.
+    /// In a release call at this moment.
     pub in_flight_bytes: u64,
     /// Waiting for the rest of their huge page.
     pub waiting_bytes: u64,
     /// Released since the start.
     pub released_bytes: u64,
-    /// System calls made to release them.
+    /// System calls that released them.
     pub release_calls: u64,
-    /// Calls among them that the host kernel refused.
+    /// How many of those calls failed.
     pub release_errors: u64,
 }
 
@@ -225,17 +221,17 @@ pub struct ReleaseStatus {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum ReleaseMode {
-    /// After the guest was answered, merged over many messages.
+    /// After the reply to the guest, merged across messages.
     #[default]
     Background,
-    /// Before the guest is answered, merged within one message.
+    /// Before the reply to the guest, merged within a message.
     Immediate,
-    /// Before the guest is answered, page by page. For comparison only.
+    /// Before the reply to the guest, page by page. For comparison only.
     PerPage,
 }
 
 impl ReleaseMode {
-    /// The word used in JSON, on the command line and in metrics.
+    /// The name used in JSON, on the command line and in metrics.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Background => "background",
@@ -245,20 +241,19 @@ impl ReleaseMode {
     }
 }
 
-/// What happens to a piece of a host huge page.
+/// What happens to part of a host huge page.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum PartialHuge {
-    /// It waits until the whole huge page is in the balloon.
+    /// It is released once the whole huge page is in the balloon.
     Wait,
-    /// It waits until the guest has reached its target or pauses, and is then
-    /// released; the host splits the huge page.
+    /// It is released when the guest reaches its target or pauses; the host splits the huge page.
     #[default]
     Split,
 }
 
 impl PartialHuge {
-    /// The word used in JSON and on the command line.
+    /// The name used in JSON and on the command line.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Wait => "wait",
@@ -267,26 +262,26 @@ impl PartialHuge {
     }
 }
 
-/// Counts of what went wrong, by whose fault it was, then by kind.
+/// Fault counters, by the side at fault, then by kind.
 ///
 /// A kind is lower case with underscores, such as `page_outside_memory`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Faults {
-    /// The guest's driver broke the protocol.
+    /// The guest's driver violated the protocol.
     pub guest: BTreeMap<String, u64>,
-    /// The monitor broke the vhost-user protocol.
+    /// The front end violated the vhost-user protocol.
     pub front_end: BTreeMap<String, u64>,
-    /// The host refused what it should have done.
+    /// An operation failed on the host.
     pub host: BTreeMap<String, u64>,
 }
 
 impl Faults {
-    /// The three sides with the word used for each in JSON and in metrics.
+    /// Returns the three sides, each with its name in JSON and in metrics.
     pub fn sides(&self) -> [(&'static str, &BTreeMap<String, u64>); 3] {
         [("guest", &self.guest), ("front_end", &self.front_end), ("host", &self.host)]
     }
 
-    /// All faults together.
+    /// Returns the number of all faults.
     pub fn total(&self) -> u64 {
         let counts = self.sides().into_iter().flat_map(|(_, kinds)| kinds.values());
         counts.fold(0, |sum, count| sum.saturating_add(*count))
@@ -297,7 +292,7 @@ impl Faults {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SetBalloon {
-    /// What the balloon shall hold: a multiple of 4096, at most `max_bytes`.
+    /// Target size of the balloon: a multiple of 4096, at most `max_bytes`.
     pub target_bytes: u64,
 }
 
@@ -309,7 +304,7 @@ pub struct SetRelease {
     pub mode: ReleaseMode,
 }
 
-/// Body of every answer that is not a success.
+/// Body of every error response.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Problem {
     /// What was wrong.

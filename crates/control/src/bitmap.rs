@@ -1,4 +1,4 @@
-//! The free pages as a bitmap, made while it is sent.
+//! Free pages as a bitmap, generated while it is sent.
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -8,25 +8,24 @@ use std::task::{Context, Poll};
 use hyper::body::{Body, Bytes, Frame, SizeHint};
 use page_set::{PageRange, PageSet};
 
-/// Bytes made at once: the bits of 2 GiB. A whole number of the set's slabs, as
-/// far as the regions are.
+/// Bytes generated at once: the bits of 2 GiB. A whole number of the set's slabs, unless a region
+/// boundary falls between.
 const CHUNK_BYTES: usize = 64 * 1024;
 
 /// Header: number of the first page of guest memory.
 pub const FIRST_PAGE_HEADER: &str = "aerostat-first-page";
-/// Header: pages of guest memory, which are the bits of the bitmap.
+/// Header: number of pages of guest memory, that is, bits in the bitmap.
 pub const PAGES_HEADER: &str = "aerostat-pages";
-/// Header: the regions of guest memory, `first+pages` in decimal, by commas.
+/// Header: the regions of guest memory as decimal `first+pages`, separated by commas.
 pub const REGIONS_HEADER: &str = "aerostat-regions";
-/// Header: id of the request.
+/// Header: ID of the request.
 pub const ID_HEADER: &str = "aerostat-request-id";
 
-/// One bit for each page of guest memory, low to high, bit 0 of byte 0 first. The
-/// regions follow one another without a gap: memory that does not exist has no
-/// bit.
+/// One bit for each page of guest memory, in ascending order, from bit 0 of byte 0. Holes between
+/// regions have no bits.
 pub(crate) struct Bitmap {
     free: Arc<PageSet>,
-    /// What was not sent yet.
+    /// Regions not sent yet, in reverse order.
     rest: Vec<PageRange>,
     left_bytes: u64,
 }
@@ -37,7 +36,7 @@ impl Bitmap {
         Self { free, rest, left_bytes: pages(regions).div_ceil(8) }
     }
 
-    /// The next bytes, at most [`CHUNK_BYTES`].
+    /// Returns the next bytes, at most [`CHUNK_BYTES`].
     fn next_chunk(&mut self) -> Option<Bytes> {
         let len = usize::try_from(self.left_bytes).unwrap_or(usize::MAX).min(CHUNK_BYTES);
         if len == 0 {
@@ -62,12 +61,12 @@ impl Bitmap {
     }
 }
 
-/// Pages of all regions.
+/// Returns the number of pages in all regions.
 pub(crate) fn pages(regions: &[PageRange]) -> u64 {
     regions.iter().fold(0, |sum, range| sum.saturating_add(range.pages()))
 }
 
-/// The value of [`REGIONS_HEADER`].
+/// Formats the value of [`REGIONS_HEADER`].
 pub(crate) fn regions_text(regions: &[PageRange]) -> String {
     let all: Vec<_> =
         regions.iter().map(|range| format!("{}+{}", range.start(), range.pages())).collect();
@@ -145,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn a_large_guest_comes_in_bounded_pieces() {
+    fn the_bitmap_of_a_large_guest_is_sent_in_bounded_chunks() {
         let pages = 3 * CHUNK_BYTES as u64 * 8 + 5;
         let regions = [PageRange::new(7, pages).unwrap()];
         let last = PageRange::new(7 + pages - 1, 1).unwrap();

@@ -1,4 +1,4 @@
-//! A blocking client, for command lines and tests.
+//! Blocking client for command lines and tests.
 
 use std::error::Error;
 use std::io::{self, Write};
@@ -26,41 +26,41 @@ use crate::api::{
 use crate::bitmap::{FIRST_PAGE_HEADER, PAGES_HEADER, REGIONS_HEADER};
 use crate::error::ControlError;
 
-/// Time for an answer that has nothing to wait for. A status may measure a
-/// guest's memory, which takes some milliseconds per GiB.
+/// Timeout for a response that does not wait for the guest. A status may measure guest memory,
+/// which takes some milliseconds per GiB.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Longest answer that is read. The largest, the API's description, has some
-/// 20 KiB; a status grows with its kinds of faults.
+/// Largest JSON response accepted. The API description, the largest, has some 20 KiB; a status
+/// grows with the number of fault kinds.
 const MAX_ANSWER_BYTES: usize = 1024 * 1024;
 
-/// Further time for an answer that has to be made and carried: a picture, or the
-/// bitmap of a large guest, 32 MiB for each TiB.
-const BULK_TIME: Duration = Duration::from_secs(50);
+/// Additional timeout for generating and transferring a picture or a bitmap, which has 32 MiB per
+/// TiB of guest memory.
+const BULK_TIMEOUT: Duration = Duration::from_secs(50);
 
-/// Further time for looking up a destination's name.
-const LOOK_UP_TIME: Duration = Duration::from_secs(20);
+/// Additional timeout for resolving the destination's host name.
+const NAME_LOOKUP_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Further time for asking the other side: to reach it, to agree on keys, and its silence.
+/// Additional timeout for querying the peer: connecting, the TLS handshake, and its response.
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Pause before another try when the server's backlog is full; connecting to a
-/// Unix socket cannot wait for that by itself without blocking.
+/// Pause before the next connection attempt when the server's backlog is full: a non-blocking
+/// connect to a Unix socket cannot wait for it.
 const CONNECT_RETRY: Duration = Duration::from_millis(20);
 
-/// What the bits of a bitmap stand for.
+/// Location of a bitmap's bits in guest memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BitmapPlace {
-    /// Number of the page of the first bit.
+    /// Page number of the first bit.
     pub first_page: u64,
-    /// Bits.
+    /// Number of bits.
     pub pages: u64,
-    /// The regions of guest memory, `first+pages` by commas.
+    /// The regions of guest memory as `first+pages`, separated by commas.
     pub regions: String,
 }
 
-/// A client of one balloon. It opens a connection per call, as the server
-/// serves one request on each.
+/// Client of one balloon. It opens a connection per call, since the server serves one request per
+/// connection.
 #[derive(Debug)]
 pub struct Client {
     path: PathBuf,
@@ -69,12 +69,11 @@ pub struct Client {
 }
 
 impl Client {
-    /// A client of the server at `path`; finds out whether one is there.
+    /// Connects to the server at `path` to check that it exists.
     ///
     /// # Errors
-    /// [`ControlError::NotFound`] without a socket, [`ControlError::Dead`] when
-    /// its process is gone, [`ControlError::NoAnswer`], [`ControlError::Io`],
-    /// [`ControlError::EventLoop`].
+    /// [`ControlError::NotFound`] without a socket, [`ControlError::Dead`] if its process has
+    /// exited, [`ControlError::NoAnswer`], [`ControlError::Io`], [`ControlError::EventLoop`].
     pub fn connect(path: &Path) -> Result<Self, ControlError> {
         let runtime = Builder::new_current_thread().enable_all().build();
         let runtime = runtime.map_err(|source| ControlError::EventLoop { source })?;
@@ -83,25 +82,24 @@ impl Client {
         Ok(client)
     }
 
-    /// The same client with another time to wait for an answer.
+    /// Sets the response timeout.
     #[must_use]
     pub fn with_answer_timeout(mut self, answer_timeout: Duration) -> Self {
         self.answer_timeout = answer_timeout;
         self
     }
 
-    /// Everything known about the balloon and its guest.
+    /// Returns the full status of the balloon and its guest.
     ///
     /// # Errors
-    /// [`ControlError::Answered`] when the server refuses, else what stood in
-    /// the way: [`ControlError::NotFound`], [`ControlError::Dead`],
-    /// [`ControlError::NoAnswer`], [`ControlError::Broken`],
-    /// [`ControlError::BadAnswer`], [`ControlError::Io`].
+    /// [`ControlError::Answered`] if the server returns an error; otherwise
+    /// [`ControlError::NotFound`], [`ControlError::Dead`], [`ControlError::NoAnswer`],
+    /// [`ControlError::Broken`], [`ControlError::BadAnswer`], [`ControlError::Io`].
     pub fn status(&self) -> Result<Status, ControlError> {
         self.get("/v1/status")
     }
 
-    /// What the balloon shall hold and holds.
+    /// Returns the target and actual size of the balloon.
     ///
     /// # Errors
     /// As [`Client::status`].
@@ -109,10 +107,10 @@ impl Client {
         self.get("/v1/balloon")
     }
 
-    /// Sets what the balloon shall hold, waits up to `wait` for the guest, and
-    /// returns the state then. [`BalloonStatus::at_target`] says whether it got
-    /// there, [`Client::wait`] goes on. Another target in it than `target_bytes`
-    /// says that another client replaced this one during the wait.
+    /// Sets the target, waits up to `wait` for the guest, and returns the state then.
+    /// [`BalloonStatus::at_target`] tells whether the guest reached it; [`Client::wait`] continues
+    /// the wait. If the returned `target_bytes` differs, another client replaced the target during
+    /// the wait.
     ///
     /// # Errors
     /// As [`Client::status`].
@@ -125,8 +123,8 @@ impl Client {
         self.put(&path, &SetBalloon { target_bytes }, wait)
     }
 
-    /// Waits up to `wait` until change `generation` is over. The server cuts
-    /// long waits, so this may return earlier.
+    /// Waits up to `wait` until change `generation` is over. The server limits long waits, so this
+    /// may return earlier.
     ///
     /// # Errors
     /// As [`Client::status`].
@@ -143,7 +141,7 @@ impl Client {
         self.put("/v1/release", &SetRelease { mode }, Duration::ZERO)
     }
 
-    /// Sets how often the guest is asked for statistics; 0 is never.
+    /// Sets the polling interval of guest statistics; 0 stops polling.
     ///
     /// # Errors
     /// As [`Client::status`].
@@ -151,7 +149,7 @@ impl Client {
         self.put("/v1/stats", &SetStats { interval_ms }, Duration::ZERO)
     }
 
-    /// Asks the guest which pages it does not use, for up to `wait`.
+    /// Requests free page hints and waits up to `wait` for them.
     ///
     /// # Errors
     /// As [`Client::status`].
@@ -160,7 +158,7 @@ impl Client {
         self.json(Method::POST, &path, Bytes::new(), wait)
     }
 
-    /// The figures as Prometheus text.
+    /// Returns the metrics as Prometheus text.
     ///
     /// # Errors
     /// As [`Client::status`].
@@ -169,8 +167,7 @@ impl Client {
         String::from_utf8(text.into()).map_err(|error| self.bad_answer(error))
     }
 
-    /// Has the guest's kernel drop caches. The server ends the request within
-    /// `guest_timeout`.
+    /// Drops the caches of the guest's kernel. The server ends the request within `guest_timeout`.
     ///
     /// # Errors
     /// As [`Client::status`].
@@ -183,7 +180,7 @@ impl Client {
         self.send_json(Method::POST, "/v1/drop-caches", &ask, guest_timeout)
     }
 
-    /// Asks the guest for its free pages.
+    /// Requests the guest's free pages.
     ///
     /// # Errors
     /// As [`Client::status`].
@@ -192,7 +189,7 @@ impl Client {
         self.send_json(Method::POST, "/v1/free-pages", ask, wait)
     }
 
-    /// The newest free pages that the guest named.
+    /// Returns the newest free pages that the guest reported.
     ///
     /// # Errors
     /// As [`Client::status`].
@@ -200,7 +197,7 @@ impl Client {
         self.get("/v1/free-pages")
     }
 
-    /// Gives a hold back to the guest.
+    /// Releases the hold.
     ///
     /// # Errors
     /// As [`Client::status`].
@@ -212,23 +209,23 @@ impl Client {
         self.json(Method::DELETE, &path, Bytes::new(), guest_timeout)
     }
 
-    /// Begins to move the guest.
+    /// Starts a migration.
     ///
     /// # Errors
     /// As [`Client::status`].
     pub fn start_migration(&self, ask: &StartMigration) -> Result<MigrationStatus, ControlError> {
-        self.send_json(Method::POST, "/v1/migration", ask, LOOK_UP_TIME)
+        self.send_json(Method::POST, "/v1/migration", ask, NAME_LOOKUP_TIMEOUT)
     }
 
-    /// Begins to write the guest to a file.
+    /// Starts a VM snapshot.
     ///
     /// # Errors
     /// As [`Client::status`].
     pub fn start_snapshot(&self, ask: &StartSnapshot) -> Result<MigrationStatus, ControlError> {
-        self.send_json(Method::POST, "/v1/snapshot", ask, LOOK_UP_TIME)
+        self.send_json(Method::POST, "/v1/snapshot", ask, NAME_LOOKUP_TIMEOUT)
     }
 
-    /// Where the newest migration stands.
+    /// Returns the status of the newest migration or VM snapshot.
     ///
     /// # Errors
     /// As [`Client::status`].
@@ -236,7 +233,7 @@ impl Client {
         self.get("/v1/migration")
     }
 
-    /// Ends a migration.
+    /// Cancels the migration or VM snapshot.
     ///
     /// # Errors
     /// As [`Client::status`].
@@ -244,16 +241,19 @@ impl Client {
         self.json(Method::DELETE, "/v1/migration", Bytes::new(), Duration::ZERO)
     }
 
-    /// Ends a doubt about where the guest runs.
+    /// Resolves an in-doubt migration.
     ///
     /// # Errors
     /// As [`Client::status`].
-    pub fn resolve_migration(&self, word: ResolveAction) -> Result<MigrationStatus, ControlError> {
-        let body = ResolveMigration { word };
+    pub fn resolve_migration(
+        &self,
+        action: ResolveAction,
+    ) -> Result<MigrationStatus, ControlError> {
+        let body = ResolveMigration { action };
         self.send_json(Method::POST, "/v1/migration/resolve", &body, RESOLVE_TIMEOUT)
     }
 
-    /// Stops the request that the guest works on.
+    /// Cancels the request that the guest is processing.
     ///
     /// # Errors
     /// As [`Client::status`].
@@ -261,22 +261,22 @@ impl Client {
         self.json(Method::POST, "/v1/cancel", Bytes::new(), Duration::ZERO)
     }
 
-    /// The newest free pages as a picture in PNG form.
+    /// Returns the newest free pages as a PNG picture.
     ///
     /// # Errors
     /// As [`Client::status`].
     pub fn free_pages_picture(&self) -> Result<Vec<u8>, ControlError> {
-        self.send(Method::GET, "/v1/free-pages/picture", Bytes::new(), BULK_TIME).map(Vec::from)
+        self.send(Method::GET, "/v1/free-pages/picture", Bytes::new(), BULK_TIMEOUT).map(Vec::from)
     }
 
-    /// Writes the newest free pages to `out`, one bit for each page of guest
-    /// memory; says where that is.
+    /// Writes the newest free pages to `out`, one bit for each page of guest memory, and returns
+    /// where they are.
     ///
     /// # Errors
-    /// As [`Client::status`], and [`ControlError::Broken`] where `out` fails.
+    /// As [`Client::status`], and [`ControlError::Broken`] if writing to `out` fails.
     pub fn free_pages_bitmap(&self, out: &mut dyn Write) -> Result<BitmapPlace, ControlError> {
         let request = self.request(Method::GET, "/v1/free-pages/bitmap", Bytes::new())?;
-        let limit = self.answer_timeout.saturating_add(BULK_TIME);
+        let limit = self.answer_timeout.saturating_add(BULK_TIMEOUT);
         self.within(limit, async {
             let (pump, answer) = self.begin(request).await?;
             let (head, mut body) = answer.into_parts();
@@ -298,7 +298,7 @@ impl Client {
     fn place(&self, headers: &HeaderMap) -> Result<BitmapPlace, ControlError> {
         let text = |name: &str| {
             let value = headers.get(name).and_then(|value| value.to_str().ok());
-            value.ok_or_else(|| self.bad_answer(format!("there is no header {name}")))
+            value.ok_or_else(|| self.bad_answer(format!("header {name} is missing")))
         };
         let number = |name| text(name)?.parse().map_err(|error| self.bad_answer(error));
         Ok(BitmapPlace {
@@ -343,7 +343,7 @@ impl Client {
         serde_json::from_slice(&answer).map_err(|error| self.bad_answer(error))
     }
 
-    /// One request, one answer. `wait` is what the server was asked to wait.
+    /// Sends one request. `wait` is how long the server may wait before it responds.
     fn send(
         &self,
         method: Method,
@@ -375,7 +375,7 @@ impl Client {
             .map_err(|error| self.bad_answer(error))
     }
 
-    /// What the server says of a request that failed.
+    /// Converts an error response.
     fn problem(&self, status: StatusCode, answer: &[u8]) -> ControlError {
         match serde_json::from_slice(answer) {
             Ok(Problem { error, hint }) => {
@@ -396,14 +396,14 @@ impl Client {
         body.map(|body| (status, body.to_bytes())).map_err(|e| self.broken(e))
     }
 
-    /// Sends a request; the answer's body comes as long as the task runs.
+    /// Sends a request. The response body arrives only while the returned task runs.
     async fn begin(
         &self,
         request: Request<Full<Bytes>>,
     ) -> Result<(AbortHandle, Response<Incoming>), ControlError> {
         let stream = TokioIo::new(self.open().await?);
         let (mut sender, connection) = handshake(stream).await.map_err(|e| self.broken(e))?;
-        // Ends with the answer; its error is the sender's error as well.
+        // Ends with the response; its error is also the sender's error.
         let pump = tokio::spawn(connection).abort_handle();
         match sender.send_request(request).await {
             Ok(answer) => Ok((pump, answer)),
@@ -434,7 +434,7 @@ impl Client {
         limit: Duration,
         work: impl Future<Output = Result<T, ControlError>>,
     ) -> Result<T, ControlError> {
-        // The timer belongs to the runtime, so it is made inside of it.
+        // The timer must be created inside the runtime.
         let done = self.runtime.block_on(async { timeout(limit, work).await });
         let limit_ms = limit.as_millis();
         done.unwrap_or_else(|_| Err(ControlError::NoAnswer { path: self.path.clone(), limit_ms }))
@@ -449,7 +449,7 @@ impl Client {
     }
 }
 
-/// Milliseconds as the API counts them.
+/// Converts to the API's milliseconds, saturating.
 fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }

@@ -1,4 +1,4 @@
-//! What can go wrong, whose fault it is, and what to do about it.
+//! Errors: what happened, whose fault it is, and how to fix it.
 
 use std::error::Error;
 use std::io;
@@ -6,20 +6,20 @@ use std::path::{Path, PathBuf};
 
 use crate::size::Size;
 
-/// Why what was asked of the guest has no result.
+/// Why a request to the guest failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WhyNot {
-    /// The present state does not allow it: no driver, no request queue, no hold.
+    /// The current state does not allow it: no driver, no request queue, no hold.
     NotPossible,
-    /// It was never asked.
+    /// The guest has not been asked yet.
     NotAsked,
-    /// Too many requests wait.
+    /// Too many requests are queued.
     TooMany,
-    /// The guest did not answer in time.
+    /// The guest did not respond in time.
     TimedOut,
-    /// It was stopped, or the guest went.
+    /// The request was cancelled, or the guest disconnected.
     Stopped,
-    /// The guest refused, or broke the protocol.
+    /// The guest refused, or violated the protocol.
     Refused,
 }
 
@@ -35,80 +35,80 @@ impl WhyNot {
     }
 }
 
-/// Everything that can go wrong between a client and a balloon.
+/// An error between a client and a balloon.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ControlError {
-    // The caller's fault, seen by the server.
-    /// The target is more than the guest has.
+    // The caller's fault, detected by the server.
+    /// The target is larger than the guest's memory.
     #[error(
         "a balloon of {} does not fit into a guest of {}",
         Size(*target_bytes), Size(*max_bytes)
     )]
     TargetTooLarge {
-        /// What was asked for.
+        /// Requested target.
         target_bytes: u64,
-        /// The largest target.
+        /// Largest valid target.
         max_bytes: u64,
     },
     /// The target is not a whole number of balloon pages.
     #[error("a balloon of {target_bytes} bytes is not a whole number of 4096-byte pages")]
     TargetUnaligned {
-        /// What was asked for.
+        /// Requested target.
         target_bytes: u64,
     },
-    /// The guest would be asked for statistics too often, or hardly ever.
-    #[error("statistics every {interval_ms} ms are not possible")]
+    /// The polling interval of statistics is out of range.
+    #[error("a statistics interval of {interval_ms} ms is out of range")]
     StatsInterval {
-        /// What was asked for.
+        /// Requested interval.
         interval_ms: u64,
     },
-    /// The guest would be given more time than it may have.
-    #[error("a guest gets at most {limit_ms} ms for a request, and not {timeout_ms}")]
+    /// The timeout is over the limit.
+    #[error("timeout_ms is {timeout_ms}; it can be at most {limit_ms} ms")]
     TooLong {
-        /// What was asked for.
+        /// Requested timeout.
         timeout_ms: u64,
         /// The limit.
         limit_ms: u128,
     },
-    /// The request cannot be granted in the present state.
+    /// The current state does not allow the request.
     #[error("{what}")]
     Refused {
-        /// What was wrong.
+        /// What happened.
         what: String,
-        /// What to do about it.
+        /// How to fix it.
         hint: String,
     },
-    /// A size that cannot be.
+    /// A size is invalid.
     #[error("{what}")]
     BadSize {
-        /// What was wrong.
+        /// What happened.
         what: String,
-        /// What to do about it.
+        /// How to fix it.
         hint: String,
     },
-    /// What was asked of the guest has no result.
+    /// A request to the guest failed.
     #[error("{what}")]
     Guest {
-        /// The kind of reason.
+        /// Kind of failure.
         why: WhyNot,
-        /// What was wrong, and whose fault it was.
+        /// What happened, and whose fault it is.
         what: String,
-        /// What to do about it.
+        /// How to fix it.
         hint: String,
     },
-    /// The request makes no sense.
+    /// The request is malformed.
     #[error("{what}")]
     BadRequest {
-        /// What was wrong.
+        /// What happened.
         what: String,
-        /// What to do about it.
+        /// How to fix it.
         hint: String,
     },
-    /// No such path, or no such method on it.
+    /// The path, or its method, does not exist.
     #[error("{what}")]
     NoSuchEndpoint {
-        /// What was asked for.
+        /// Method and path.
         what: String,
         /// True when the path exists and only the method does not.
         method_only: bool,
@@ -126,105 +126,105 @@ pub enum ControlError {
         limit_ms: u128,
     },
     /// Too many clients wait for changes.
-    #[error("{limit} clients wait for a change already")]
+    #[error("{limit} clients already wait for a change")]
     TooManyWaiters {
         /// The limit.
         limit: usize,
     },
 
-    /// Others are served first.
+    /// The server is at a limit that other clients use up.
     #[error("{what}")]
     Busy {
-        /// What there is too much of.
+        /// Which limit was reached.
         what: String,
-        /// What to do about it.
+        /// How to fix it.
         hint: String,
     },
 
     // The guest's fault.
-    /// The guest did not answer in time.
+    /// The guest did not respond in time.
     #[error("the guest did not answer within {limit_ms} ms")]
     GuestSilent {
-        /// The time it had.
+        /// The timeout.
         limit_ms: u128,
     },
 
     // The server's fault.
-    /// The balloon could not do it although it should have.
+    /// An operation failed on the host.
     #[error("{what}")]
     Failed {
-        /// What was wrong.
+        /// What happened.
         what: String,
-        /// What to do about it.
+        /// How to fix it.
         hint: String,
     },
 
     // Names and sockets.
-    /// A guest's name has a form that is not accepted.
-    #[error("{name:?} is not a name for a guest: {why}")]
+    /// A guest name is invalid.
+    #[error("{name:?} is not a valid guest name: {why}")]
     BadName {
         /// The name.
         name: String,
         /// The rule it breaks.
         why: &'static str,
     },
-    /// A socket's path is longer than the system can bind.
-    #[error("the socket path {} has {} bytes, {limit_bytes} are possible", path.display(), path.as_os_str().len())]
+    /// A socket path is too long to bind.
+    #[error("the socket path {} has {} bytes, the limit is {limit_bytes}", path.display(), path.as_os_str().len())]
     PathTooLong {
         /// The path.
         path: PathBuf,
         /// The limit.
         limit_bytes: usize,
     },
-    /// There is no place for the sockets of guests.
-    #[error("there is no directory for the sockets of guests: {why}")]
+    /// There is no usable directory for control sockets.
+    #[error("there is no directory for control sockets: {why}")]
     NoRuntimeDir {
-        /// What is missing.
+        /// Why.
         why: String,
     },
     /// Another process serves this socket.
-    #[error("another process serves {} already", path.display())]
+    #[error("another process already serves {}", path.display())]
     SocketInUse {
         /// The socket.
         path: PathBuf,
     },
-    /// Something that is not a socket is where the socket should be.
+    /// The path exists and is not a socket.
     #[error("{} exists and is not a socket", path.display())]
     NotASocket {
         /// The path.
         path: PathBuf,
     },
-    /// The operating system refused.
+    /// A system call failed.
     #[error("cannot {action} {}", path.display())]
     Io {
-        /// What was tried, as a verb.
+        /// The operation, as a verb.
         action: &'static str,
-        /// With what.
+        /// Its object.
         path: PathBuf,
-        /// Why it failed.
+        /// Cause.
         source: io::Error,
     },
-    /// A thread or its event loop could not be started.
+    /// The server's or client's thread or event loop could not be started.
     #[error("cannot start the event loop of the control socket")]
     EventLoop {
-        /// Why.
+        /// Cause.
         source: io::Error,
     },
 
-    // Seen by the client.
+    // Detected by the client.
     /// There is no socket.
     #[error("there is no control socket at {}", path.display())]
     NotFound {
-        /// Where it should be.
+        /// Expected path.
         path: PathBuf,
     },
-    /// The socket is there, its process is not.
-    #[error("nothing answers at {}: the process that served it is gone", path.display())]
+    /// The socket exists, but its process has exited.
+    #[error("no process serves {}: the one that did has exited", path.display())]
     Dead {
         /// The socket.
         path: PathBuf,
     },
-    /// The server did not answer in time.
+    /// The server did not respond in time.
     #[error("no answer from {} within {limit_ms} ms", path.display())]
     NoAnswer {
         /// The socket.
@@ -232,46 +232,46 @@ pub enum ControlError {
         /// The limit.
         limit_ms: u128,
     },
-    /// The connection ended before the answer did.
-    #[error("the connection to {} broke", path.display())]
+    /// The connection ended before the response was complete.
+    #[error("the connection to {} was lost", path.display())]
     Broken {
         /// The socket.
         path: PathBuf,
-        /// How.
+        /// Cause.
         source: Box<dyn Error + Send + Sync>,
     },
-    /// The server's answer makes no sense.
-    #[error("the answer from {} is not what this API says", path.display())]
+    /// The server's response is invalid.
+    #[error("the server at {} sent an invalid response", path.display())]
     BadAnswer {
         /// The socket.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Cause.
         source: Box<dyn Error + Send + Sync>,
     },
-    /// The server answered that it cannot or will not.
+    /// The server returned an error.
     #[error("{error}")]
     Answered {
-        /// HTTP status of the answer.
+        /// HTTP status.
         status: u16,
-        /// What the server says was wrong.
+        /// What happened, according to the server.
         error: String,
-        /// What the server says to do.
+        /// How to fix it, according to the server.
         hint: String,
     },
 }
 
 impl ControlError {
-    /// Adds to an error of the operating system what was tried, and with what.
+    /// Adds the operation and its object to a system error.
     pub(crate) fn io<E: Into<io::Error>>(action: &'static str, path: &Path) -> impl Fn(E) -> Self {
         move |source| Self::Io { action, path: path.to_owned(), source: source.into() }
     }
 
-    /// What to do about it, as one sentence without a full stop.
+    /// Returns how to fix the error, as one sentence without a full stop.
     pub fn hint(&self) -> String {
         match self {
             Self::TargetTooLarge { max_bytes, .. } => {
                 format!(
-                    "ask for less than {}; the guest needs some memory itself",
+                    "ask for less than {}; the guest needs some memory for itself",
                     Size(*max_bytes)
                 )
             }
@@ -290,46 +290,50 @@ impl ControlError {
             | Self::Busy { hint, .. }
             | Self::Failed { hint, .. }
             | Self::Answered { hint, .. } => hint.clone(),
-            Self::NoSuchEndpoint { .. } => "see /v1/openapi.json for what exists".into(),
-            Self::StatsInterval { .. } => "choose 100 to 86400000 ms, or 0 to ask no more".into(),
-            Self::GuestSilent { .. } => {
-                "check whether the guest runs, or give it more time by wait_ms".into()
-            }
-            Self::BodyTooLarge { .. } => "send only the fields that /v1/openapi.json names".into(),
+            Self::NoSuchEndpoint { .. } => "see /v1/openapi.json for the endpoints".into(),
+            Self::StatsInterval { .. } => "choose 100 to 86400000 ms, or 0 to stop polling".into(),
+            Self::GuestSilent { .. } => "check whether the guest runs, or increase wait_ms".into(),
+            Self::BodyTooLarge { .. } => "send only the fields listed in /v1/openapi.json".into(),
             Self::RequestTooSlow { .. } => "send the whole request at once".into(),
-            Self::TooManyWaiters { .. } => "ask without wait_ms, or again later".into(),
+            Self::TooManyWaiters { .. } => "omit wait_ms, or try again later".into(),
             Self::BadName { .. } => {
-                "use up to 64 letters, digits, '.', '_' and '-', a letter or digit first".into()
+                "use up to 64 letters, digits, '.', '_' and '-', beginning with a letter or \
+ digit"
+                    .into()
             }
             Self::PathTooLong { .. } => {
                 "choose a shorter path, or set AEROSTAT_RUNTIME_DIR to a shorter directory".into()
             }
             Self::NoRuntimeDir { .. } => {
-                "set AEROSTAT_RUNTIME_DIR to a directory of your own, as an absolute path".into()
+                "set AEROSTAT_RUNTIME_DIR to the absolute path of a directory that only you can \
+ write"
+                    .into()
             }
             Self::SocketInUse { .. } => "stop that process, or choose another name".into(),
             Self::NotASocket { .. } => "remove it, or choose another path".into(),
-            Self::Io { .. } => "check that the directory exists and that you may use it".into(),
-            Self::EventLoop { .. } => "check the limits on threads and open files".into(),
+            Self::Io { .. } => "check that the directory exists and that you have access".into(),
+            Self::EventLoop { .. } => "raise the limits on threads and open files".into(),
             Self::NotFound { .. } => {
-                "`aerostat status` lists the guests that run; check the name and the user".into()
+                "check the name and the user; `aerostat status` lists the running guests".into()
             }
             Self::Dead { path } => {
-                format!("start the guest's balloon again, or remove {}", path.display())
+                format!("restart the guest's balloon, or remove {}", path.display())
             }
-            Self::NoAnswer { .. } => "check whether that process is stopped or overloaded".into(),
+            Self::NoAnswer { .. } => {
+                "check whether the server's process is stopped or overloaded".into()
+            }
             Self::Broken { .. } => {
-                "check whether that process still runs; where it does, ask again, since a client \
-                 that is slow loses its connection when others need it"
+                "check whether that process still runs; if so, try again: a slow client loses its \
+                connection when others need it"
                     .into()
             }
             Self::BadAnswer { .. } => {
-                "check that client and server are of the same version of aerostat".into()
+                "use the same version of aerostat for client and server".into()
             }
         }
     }
 
-    /// The HTTP status that tells a client of this error.
+    /// Returns the HTTP status for this error.
     pub fn http_status(&self) -> u16 {
         match self {
             Self::TargetTooLarge { .. }

@@ -1,4 +1,4 @@
-//! Which pages of a guest are free: exact, and in coarse steps.
+//! Free pages of a guest: exact, and as a coarse map.
 
 use std::sync::Arc;
 
@@ -6,17 +6,17 @@ use page_set::{PageRange, PageSet};
 
 use crate::api::{CoarseMap, CoarseRegion, FreePages};
 
-/// Cells of a coarse map: some lines of a terminal. Regions that do not fill
-/// their last cell add at most one each.
+/// Cells in a coarse map: a few lines of a terminal. A region that does not fill its last cell
+/// adds at most one more.
 const MAX_CELLS: u64 = 512;
 
-/// The newest free pages with the memory that they lie in. Made once, then
-/// read by threads of the server without holding up the balloon.
+/// The newest free pages and the guest memory around them. Immutable, so that server threads read
+/// it without blocking the balloon.
 #[derive(Clone, Debug, Default)]
 pub struct FreePagesMap {
-    /// All but the coarse map.
+    /// The summary, without the coarse map.
     pub summary: FreePages,
-    /// Guest memory, lowest first, no two regions neighbours.
+    /// Guest memory, lowest first; no two regions are adjacent.
     pub regions: Vec<PageRange>,
     /// The free pages.
     pub free: Arc<PageSet>,
@@ -25,7 +25,7 @@ pub struct FreePagesMap {
 }
 
 impl FreePagesMap {
-    /// The summary with its coarse map. Cost: the runs of both sets.
+    /// Returns the summary with its coarse map. Linear in the runs of both sets.
     pub fn summarize(mut self) -> FreePages {
         let cell_pages = cell_pages(&self.regions, MAX_CELLS);
         let region = |range: &PageRange| CoarseRegion {
@@ -40,14 +40,14 @@ impl FreePagesMap {
     }
 }
 
-/// The smallest power of two so that `regions` have about `max_cells` cells of
-/// so many pages, or fewer.
+/// Returns the smallest power of two of pages per cell with which `regions` have about
+/// `max_cells` cells or fewer.
 pub(crate) fn cell_pages(regions: &[PageRange], max_cells: u64) -> u64 {
     let pages = regions.iter().fold(0u64, |sum, range| sum.saturating_add(range.pages()));
     pages.div_ceil(max_cells).max(1).checked_next_power_of_two().unwrap_or(1 << 63)
 }
 
-/// Pages of `set` in each cell of `range`.
+/// Counts the pages of `set` in each cell of `range`.
 pub(crate) fn counts(set: &PageSet, range: PageRange, cell_pages: u64) -> Vec<u64> {
     let cells = usize::try_from(range.pages().div_ceil(cell_pages)).unwrap_or(0);
     let mut counts = vec![0; cells];
@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn runs_are_counted_in_every_cell_that_they_touch() {
+    fn a_run_is_counted_in_every_cell_it_overlaps() {
         let set = PageSet::from_iter([range(0, 5), range(102, 7), range(120, 100)]);
         assert_eq!(counts(&set, range(100, 25), 8), [6, 1, 4, 1]);
         assert_eq!(counts(&set, range(300, 8), 8), [0]);

@@ -1,4 +1,4 @@
-//! The endpoints about what the guest says of its memory.
+//! Endpoints for guest statistics and free page hints.
 
 use std::time::{Duration, Instant};
 
@@ -21,33 +21,33 @@ use crate::server::served;
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct HintWait {
-    /// Give up after this time. Longer than 60000 is cut to that.
+    /// Timeout; values above 60000 are reduced to 60000.
     #[serde(default = "default_hint_wait_ms")]
     wait_ms: u64,
-    /// Whether to list the pages too.
+    /// Whether to list the pages.
     #[serde(default)]
     list: bool,
 }
 
-/// Linux names all of 4 GiB within 0.1 s; one that swaps or is paused does not.
+/// Linux reports all of 4 GiB within 0.1 s, unless it swaps or is paused.
 const fn default_hint_wait_ms() -> u64 {
     5000
 }
 
-/// What the guest's kernel says about its memory.
+/// Returns the memory statistics reported by the guest's kernel.
 #[utoipa::path(get, tag = "guest", path = "/v1/stats", responses(
     (status = 200, description = "The newest values", body = StatsStatus),
-    (status = "default", description = "What was wrong, and what to do", body = Problem),
+    (status = "default", description = "What happened, and how to fix it", body = Problem),
 ))]
 pub(crate) async fn get_stats(State(app): State<App>) -> Result<Json<StatsStatus>, ControlError> {
     app.call(|balloon| balloon.stats()).await.map(Json)
 }
 
-/// Sets how often the guest is asked about its memory.
+/// Sets the polling interval of guest statistics.
 #[utoipa::path(put, tag = "guest", path = "/v1/stats", request_body = SetStats, responses(
     (status = 200, description = "The newest values", body = StatsStatus),
-    (status = 422, description = "An interval that is too short or too long", body = Problem),
-    (status = "default", description = "What was wrong, and what to do", body = Problem),
+    (status = 422, description = "The interval is out of range", body = Problem),
+    (status = "default", description = "What happened, and how to fix it", body = Problem),
 ))]
 pub(crate) async fn put_stats(
     State(app): State<App>,
@@ -63,14 +63,14 @@ pub(crate) async fn put_stats(
     get_stats(State(app)).await
 }
 
-/// Asks the guest which pages it does not use, and gives them back to it.
+/// Requests free page hints, then lets the guest use the pages again.
 ///
-/// The answer is a snapshot: any page may be in use by the time it is read.
+/// The pages may be in use again when the client reads the response.
 #[utoipa::path(post, tag = "guest", path = "/v1/hints", params(HintWait), responses(
-    (status = 200, description = "What the guest named", body = FreePageHints),
-    (status = 409, description = "The driver cannot, is gone, or is being asked", body = Problem),
-    (status = 504, description = "The guest did not answer in time", body = Problem),
-    (status = "default", description = "What was wrong, and what to do", body = Problem),
+    (status = 200, description = "The pages that the guest hinted", body = FreePageHints),
+    (status = 409, description = "The driver does not support hints, was reset, or is busy", body = Problem),
+    (status = 504, description = "The guest did not respond in time", body = Problem),
+    (status = "default", description = "What happened, and how to fix it", body = Problem),
 ))]
 pub(crate) async fn post_hints(
     State(app): State<App>,
@@ -85,24 +85,24 @@ pub(crate) async fn post_hints(
     Ok(Json(hints))
 }
 
-/// What the guest names within `wait`; it has its pages back then.
+/// Collects the guest's hints for up to `wait`, then lets the guest use the pages again.
 pub(crate) async fn hints(app: App, wait: Duration) -> Result<FreePageHints, ControlError> {
-    // On its own, so that a client which hangs up leaves no guest without its pages.
+    // In its own task, so that the guest gets its pages back even if the client disconnects.
     let asked = tokio::spawn(served::serving(served::current(), async move {
         let _waiter = app.waiter(!wait.is_zero())?;
         ask_for_hints(&app, wait).await
     }));
     let lost = |_| ControlError::Failed {
-        what: "the balloon failed while it was asked".into(),
-        hint: "look into the log of the process that serves it".into(),
+        what: "host: the call to the balloon failed".into(),
+        hint: "see the log of the balloon's process".into(),
     };
     let hints = asked.await.map_err(lost)??;
     match hints.outcome {
         HintOutcome::Complete => Ok(hints),
         HintOutcome::InProgress => Err(ControlError::GuestSilent { limit_ms: wait.as_millis() }),
         HintOutcome::Lost | HintOutcome::Replaced => Err(ControlError::Refused {
-            what: "the guest's driver went away, or somebody else asked it".into(),
-            hint: "ask again".into(),
+            what: "the guest's driver was reset, or another request replaced this one".into(),
+            hint: "try again".into(),
         }),
     }
 }

@@ -1,10 +1,10 @@
 //! The control API of a balloon: HTTP and JSON on a Unix socket.
 //!
-//! [`api`] holds the JSON as types. Whatever runs a balloon implements
-//! [`Balloon`] and hands it to a [`Server`]; whoever steers one uses a
-//! [`Client`]. `docs/openapi.json` describes the same for other languages.
+//! [`api`] has the JSON types. A process that serves a balloon implements [`BalloonControl`] and
+//! passes it to a [`Server`]; a program that controls a balloon uses a [`Client`].
+//! `docs/openapi.json` describes the API for other languages.
 //!
-//! This crate knows nothing of devices: no queues, no guest addresses.
+//! This crate is independent of devices, virtqueues and guest addresses.
 
 #![forbid(unsafe_code)]
 #![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]
@@ -17,7 +17,6 @@ mod error;
 mod free_map;
 mod guest_routes;
 mod metrics;
-mod monitor;
 mod name;
 mod openapi;
 mod picture;
@@ -26,6 +25,7 @@ mod runtime_dir;
 mod server;
 mod size;
 mod socket;
+mod vmm;
 
 pub use api::{
     BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, Direction, Driver, Faults, FreePageHints,
@@ -37,7 +37,6 @@ pub use bitmap::{FIRST_PAGE_HEADER, ID_HEADER, PAGES_HEADER, REGIONS_HEADER};
 pub use client::{BitmapPlace, Client};
 pub use error::{ControlError, WhyNot};
 pub use free_map::FreePagesMap;
-pub use monitor::VmmControl;
 pub use name::{GuestName, MAX_NAME_BYTES};
 pub use openapi::text as openapi_text;
 pub use routes::MAX_BODY_BYTES;
@@ -47,3 +46,4 @@ pub use runtime_dir::{
 pub use server::{Limits, Server};
 pub use size::{ParseSizeError, Size};
 pub use socket::{MAX_SOCKET_PATH_BYTES, SocketAccess, SocketFile, listen_on};
+pub use vmm::VmmControl;

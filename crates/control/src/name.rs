@@ -9,13 +9,13 @@ use crate::error::ControlError;
 /// to leave 40 of the 108 bytes of a socket address to the directory.
 pub const MAX_NAME_BYTES: usize = 64;
 
-/// A guest's name. It becomes a file name, so it can hold nothing that means
-/// something to a path or a shell.
+/// A guest's name. It is used as a file name, so it has no character that is special to a path or
+/// a shell.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct GuestName(String);
 
 impl GuestName {
-    /// The name as text.
+    /// Returns the name as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -31,7 +31,7 @@ impl FromStr for GuestName {
         } else if name.len() > MAX_NAME_BYTES {
             "it is too long"
         } else if !name.chars().all(allowed) {
-            "it has a character that is not allowed"
+            "it has an invalid character"
         } else if !name.starts_with(|c: char| c.is_ascii_alphanumeric()) {
             "it does not begin with a letter or a digit"
         } else {
@@ -52,7 +52,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_that_are_file_names_are_accepted() {
+    fn names_that_are_valid_file_names_are_accepted() {
         for name in ["a", "0", "web-1", "db.prod_2", &"x".repeat(MAX_NAME_BYTES)] {
             assert_eq!(name.parse::<GuestName>().unwrap().as_str(), name);
         }

@@ -1,4 +1,4 @@
-//! The description of the API for other languages.
+//! OpenAPI description of the API.
 
 use std::sync::LazyLock;
 
@@ -6,12 +6,12 @@ use utoipa::OpenApi;
 
 use crate::{guest_routes, routes};
 
-/// Gathers the descriptions that stand at the handlers and the types.
+/// Collects the descriptions of the handlers and types.
 #[derive(OpenApi)]
 #[openapi(
     info(
         title = "Aerostat balloon control",
-        description = "Steers the memory balloon of one guest, over a Unix socket.",
+        description = "Controls the memory balloon of one guest over a Unix socket.",
     ),
     paths(
         routes::get_status,
@@ -40,11 +40,11 @@ use crate::{guest_routes, routes};
 )]
 struct Description;
 
-/// The OpenAPI file as JSON, ending in a line feed. Made once: it takes milliseconds, in which the
-/// server's thread answers nobody.
+/// Returns the OpenAPI file as JSON, ending in a line feed. Generated once: it takes milliseconds,
+/// during which the server's thread serves no request.
 pub fn text() -> &'static str {
     static TEXT: LazyLock<String> = LazyLock::new(|| {
-        // Fails only for maps with keys that are no strings; there are none.
+        // Fails only for maps with non-string keys; there are none.
         Description::openapi().to_pretty_json().map(|text| text + "\n").unwrap_or_default()
     });
     &TEXT

@@ -1,4 +1,4 @@
-//! A guest's memory as a picture: what is free, in use, and in the balloon.
+//! Picture of a guest's memory: free, in use, and in the balloon.
 
 mod font;
 
@@ -9,27 +9,27 @@ use crate::api::BALLOON_PAGE_BYTES;
 use crate::free_map::{FreePagesMap, cell_pages, counts};
 use crate::size::Size;
 
-/// Squares in a row. With the addresses beside them a picture is 912 dots wide.
+/// Squares per row. With the address labels a picture is 912 pixels wide.
 const COLUMNS: usize = 256;
-/// Dots of a square, each way.
+/// Side length of a square in pixels.
 const SIDE: usize = 3;
-/// Squares in all, not counting rows that a region does not fill: 192 rows.
+/// Limit of squares, not counting partly filled rows: 192 rows.
 const MAX_SQUARES: u64 = 192 * COLUMNS as u64;
-/// Regions that are drawn; the memory table of a monitor has fewer.
+/// Limit of regions drawn; a VMM's memory table has fewer.
 const MAX_REGIONS: usize = 64;
 
-/// Dots of a letter's dot.
+/// Pixels per glyph pixel.
 const TEXT_SCALE: usize = 2;
 const LETTER_WIDTH: usize = (font::WIDTH + 1) * TEXT_SCALE;
 const LINE_HEIGHT: usize = (font::HEIGHT + 4) * TEXT_SCALE;
 const MARGIN: usize = 16;
-/// Room for the addresses: 8 letters and a tick.
+/// Width of the address labels: 8 letters and a tick.
 const LABELS: usize = 8 * LETTER_WIDTH + 16;
-/// Dots between the addresses that are written, at least.
+/// Minimum pixels between two address labels.
 const LABEL_DISTANCE: usize = 48;
-/// Dots between two regions.
+/// Pixels between two regions.
 const REGION_GAP: usize = 12;
-/// Title, scale, legend.
+/// Height of title, scale and legend.
 const HEAD: usize = MARGIN + 3 * LINE_HEIGHT + 10;
 
 type Color = [u8; 3];
@@ -39,7 +39,7 @@ const FREE: Color = [184, 225, 190];
 const USED: Color = [46, 88, 140];
 const BALLOON: Color = [244, 160, 60];
 
-/// Draws the picture as a PNG file.
+/// Draws the picture and returns it as PNG.
 pub(crate) fn draw(name: &str, map: &FreePagesMap) -> Result<Vec<u8>, EncodingError> {
     let regions = &map.regions[..map.regions.len().min(MAX_REGIONS)];
     let square_pages = cell_pages(regions, MAX_SQUARES);
@@ -58,19 +58,19 @@ pub(crate) fn draw(name: &str, map: &FreePagesMap) -> Result<Vec<u8>, EncodingEr
     canvas.encode()
 }
 
-/// Dots, row by row from the top.
+/// RGB pixels, row by row from the top.
 struct Canvas {
     width: usize,
     height: usize,
-    dots: Vec<u8>,
+    pixels: Vec<u8>,
 }
 
 impl Canvas {
     fn new(width: usize, height: usize) -> Self {
-        Self { width, height, dots: PAPER.repeat(width * height) }
+        Self { width, height, pixels: PAPER.repeat(width * height) }
     }
 
-    /// What it is a picture of, its scale, and what the colours mean.
+    /// Draws title, scale and legend.
     fn head(&mut self, name: &str, map: &FreePagesMap, square_pages: u64) {
         let size = |pages: u64| Size(pages.saturating_mul(BALLOON_PAGE_BYTES));
         let summary = &map.summary;
@@ -90,11 +90,11 @@ impl Canvas {
         ];
         let (mut left, top) = (MARGIN, MARGIN + 2 * LINE_HEIGHT);
         let side = font::HEIGHT * TEXT_SCALE;
-        for (color, word, pages) in legend {
+        for (color, label, pages) in legend {
             self.fill(left, top, side, side, INK);
             self.fill(left + 1, top + 1, side - 2, side - 2, color);
             let percent = pages.saturating_mul(100) / memory.max(1);
-            let text = format!("{word} {} ({percent} %)", size(pages));
+            let text = format!("{label} {} ({percent} %)", size(pages));
             left = self.text(left + side + 8, top, &text) + 28;
         }
     }
@@ -111,7 +111,7 @@ impl Canvas {
         }
     }
 
-    /// Addresses beside rows, at the region's start and then at equal distances.
+    /// Draws address labels at the region's start and then at equal distances.
     fn labels(&mut self, region: PageRange, row_pages: u64, rows: usize, top: usize) {
         let step = (LABEL_DISTANCE / SIDE).next_power_of_two();
         for row in (0..rows).step_by(step) {
@@ -126,7 +126,7 @@ impl Canvas {
         }
     }
 
-    /// Writes a line; returns where it ends.
+    /// Draws a line of text and returns the x coordinate of its end.
     fn text(&mut self, left: usize, top: usize, text: &str) -> usize {
         let mut left = left;
         for letter in text.chars() {
@@ -143,35 +143,35 @@ impl Canvas {
         left
     }
 
-    /// Fills a rectangle, as far as it lies in the picture.
+    /// Fills a rectangle, clipped to the canvas.
     fn fill(&mut self, left: usize, top: usize, width: usize, height: usize, color: Color) {
         let right = (left + width).min(self.width);
         for y in top..(top + height).min(self.height) {
             let row = y * self.width;
-            if let Some(dots) = self.dots.get_mut((row + left) * 3..(row + right) * 3) {
-                dots.as_chunks_mut::<3>().0.fill(color);
+            if let Some(pixels) = self.pixels.get_mut((row + left) * 3..(row + right) * 3) {
+                pixels.as_chunks_mut::<3>().0.fill(color);
             }
         }
     }
 
     fn encode(&self) -> Result<Vec<u8>, EncodingError> {
-        let side = |dots: usize| u32::try_from(dots).map_err(std::io::Error::other);
+        let side = |pixels: usize| u32::try_from(pixels).map_err(std::io::Error::other);
         let mut file = Vec::new();
         let mut encoder = Encoder::new(&mut file, side(self.width)?, side(self.height)?);
         encoder.set_color(ColorType::Rgb);
         encoder.set_depth(BitDepth::Eight);
         let mut writer = encoder.write_header()?;
-        writer.write_image_data(&self.dots)?;
+        writer.write_image_data(&self.pixels)?;
         writer.finish()?;
         Ok(file)
     }
 }
 
-/// The colour of a square by what its pages are.
+/// Returns the colour of a square: the average over its pages.
 fn mix(pages: u64, free: u64, balloon: u64) -> Color {
     let pages = pages.max(1);
     let balloon = balloon.min(pages);
-    // A page that was free may have gone into the balloon since.
+    // A page reported free may be in the balloon by now.
     let free = free.min(pages - balloon);
     let used = pages - balloon - free;
     std::array::from_fn(|i| {
@@ -182,7 +182,7 @@ fn mix(pages: u64, free: u64, balloon: u64) -> Color {
 }
 
 fn gib(bytes: u64) -> f64 {
-    // Two decimals are written of it.
+    // Two decimals are printed.
     (bytes >> 20) as f64 / 1024.0
 }
 
@@ -199,8 +199,8 @@ mod tests {
         PageRange::new(start, pages).unwrap()
     }
 
-    /// A guest of 4 GiB as PCs have it, with a hole below 4 GiB, in which free
-    /// memory lies in pieces of all sizes and 1 GiB is in the balloon.
+    /// A guest of 4 GiB with the PC's hole below 4 GiB, free blocks of all sizes, and 1 GiB in the
+    /// balloon.
     fn guest() -> FreePagesMap {
         let regions = vec![range(0, 3 << 18), range(4 << 18, 1 << 18)];
         let mut free = PageSet::from_iter([range(1 << 17, 1 << 17), range(4 << 18, 3 << 16)]);
@@ -217,25 +217,25 @@ mod tests {
 
     fn decode(png: &[u8]) -> (usize, usize, Vec<u8>) {
         let mut reader = png::Decoder::new(std::io::Cursor::new(png)).read_info().unwrap();
-        let mut dots = vec![0; reader.output_buffer_size().unwrap()];
-        let info = reader.next_frame(&mut dots).unwrap();
-        (info.width as usize, info.height as usize, dots)
+        let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
+        let info = reader.next_frame(&mut pixels).unwrap();
+        (info.width as usize, info.height as usize, pixels)
     }
 
     #[test]
-    fn squares_have_the_colours_of_their_pages() {
+    fn squares_have_the_colour_of_their_pages() {
         let map = guest();
         let png = draw("web-1", &map).unwrap();
         if let Some(path) = std::env::var_os("AEROSTAT_PICTURE") {
             std::fs::write(path, &png).unwrap();
         }
-        let (width, height, dots) = decode(&png);
+        let (width, height, pixels) = decode(&png);
         assert!(width <= 1024 && height <= 768, "{width} x {height}");
-        // 32 pages a square, so 8192 a row.
+        // 32 pages per square, so 8192 per row.
         let at = |page: usize| {
             let (row, column) = (page / 8192, page % 8192 / 32);
-            let dot = ((HEAD + row * SIDE + 1) * width + MARGIN + LABELS + column * SIDE + 1) * 3;
-            [dots[dot], dots[dot + 1], dots[dot + 2]]
+            let pixel = ((HEAD + row * SIDE + 1) * width + MARGIN + LABELS + column * SIDE + 1) * 3;
+            [pixels[pixel], pixels[pixel + 1], pixels[pixel + 2]]
         };
         assert_eq!(at(1 << 17), FREE);
         assert_eq!(at((1 << 18) - 1), FREE);
@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_of_any_size_has_a_picture_of_bounded_size() {
+    fn the_picture_has_bounded_size_for_any_guest() {
         let one = |start, pages| FreePagesMap {
             regions: vec![range(start, pages)],
             ..FreePagesMap::default()

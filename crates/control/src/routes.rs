@@ -1,4 +1,4 @@
-//! The endpoints.
+//! Routing and the endpoints of balloon, release, metrics and OpenAPI.
 
 pub(crate) mod migration;
 pub(crate) mod request;
@@ -26,38 +26,37 @@ use crate::api::{
 use crate::balloon::BalloonControl;
 use crate::error::ControlError;
 use crate::guest_routes;
-use crate::monitor::VmmControl;
-use crate::server::{Connections, Limits, NoPlace, Phase, Place, Places, served};
+use crate::server::{Connections, Limits, NoWaiterSlot, Phase, WaiterSlot, WaiterSlots, served};
+use crate::vmm::VmmControl;
 use crate::{metrics, openapi};
 
-/// Longest body of a request. The largest valid one has some 40 bytes; the rest
-/// is for white space and for what people send by mistake.
+/// Longest request body. The three TLS paths of a migration fit, each of `PATH_MAX` bytes.
 pub const MAX_BODY_BYTES: usize = 16 * 1024;
 
-/// Longest single call into the balloon while a client waits. Between two calls
-/// the server looks whether it shall stop and whether the client is still there.
+/// Longest single call into the balloon while a client waits. Between calls the server checks
+/// whether it must stop and whether the client is still connected.
 pub(crate) const WAIT_SLICE: Duration = Duration::from_millis(250);
 
-/// What all handlers share.
+/// State shared by all handlers.
 #[derive(Clone)]
 pub(crate) struct App {
-    pub(crate) monitor: Arc<dyn VmmControl>,
+    pub(crate) vmm: Arc<dyn VmmControl>,
     pub(crate) limits: Limits,
-    waiters: Arc<Places>,
-    moves: Arc<Semaphore>,
+    waiters: Arc<WaiterSlots>,
+    migrations: Arc<Semaphore>,
     connections: Arc<Connections>,
     pub(crate) stopped: watch::Receiver<bool>,
 }
 
-/// All endpoints over `monitor`.
+/// Builds the router for `vmm`.
 pub(crate) fn router(
-    monitor: Arc<dyn VmmControl>,
+    vmm: Arc<dyn VmmControl>,
     limits: Limits,
     connections: Arc<Connections>,
     stopped: watch::Receiver<bool>,
 ) -> Router {
-    let waiters = Places::new(limits.waiters, limits.waiters_each);
-    let moves = Arc::new(Semaphore::new(limits.moves));
+    let waiters = WaiterSlots::new(limits.waiters, limits.waiters_each);
+    let migrations = Arc::new(Semaphore::new(limits.migrations));
     Router::new()
         .route("/v1/status", get(get_status))
         .route("/v1/balloon", get(get_balloon).put(put_balloon))
@@ -89,7 +88,7 @@ pub(crate) fn router(
         .method_not_allowed_fallback(async |method: Method, uri: Uri| {
             no_endpoint(&method, &uri, true)
         })
-        .with_state(App { monitor, limits, waiters, moves, connections, stopped })
+        .with_state(App { vmm, limits, waiters, migrations, connections, stopped })
 }
 
 fn no_endpoint(method: &Method, uri: &Uri, method_only: bool) -> ControlError {
@@ -97,13 +96,13 @@ fn no_endpoint(method: &Method, uri: &Uri, method_only: bool) -> ControlError {
     ControlError::NoSuchEndpoint { what, method_only }
 }
 
-/// How long to wait for the change that a request makes.
+/// How long to wait for the change that the request makes.
 #[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct Wait {
-    /// Answer when the change is over or after this time, whichever comes
-    /// first. Longer than 60000 is cut to that. Without it, answer at once.
+    /// Respond when the change is over or after this time, whichever is first. Values above 60000
+    /// are reduced to 60000. Default: respond immediately.
     #[serde(default)]
     wait_ms: u64,
 }
@@ -113,27 +112,27 @@ pub(crate) struct Wait {
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct WaitFor {
-    /// Answer when the change is over or after this time, whichever comes
-    /// first. Longer than 60000 is cut to that. Without it, answer at once.
+    /// Respond when the change is over or after this time, whichever is first. Values above 60000
+    /// are reduced to 60000. Default: respond immediately.
     #[serde(default)]
     wait_ms: u64,
-    /// The change to wait for. The latest one if it is not given.
+    /// The change to wait for; default the latest.
     generation: Option<u64>,
 }
 
-/// Everything known about the balloon and its guest.
+/// Returns the full status of the balloon and its guest.
 #[utoipa::path(get, tag = "balloon", path = "/v1/status", responses(
-    (status = 200, description = "What is known", body = Status),
-    (status = "default", description = "What was wrong, and what to do", body = Problem),
+    (status = 200, description = "The status", body = Status),
+    (status = "default", description = "What happened, and how to fix it", body = Problem),
 ))]
 pub(crate) async fn get_status(State(app): State<App>) -> Result<Json<Status>, ControlError> {
     app.call(|balloon| balloon.status()).await.map(Json)
 }
 
-/// What the balloon shall hold and holds. With `wait_ms`, after the change.
+/// Returns the target and actual size of the balloon; with `wait_ms`, after the change.
 #[utoipa::path(get, tag = "balloon", path = "/v1/balloon", params(WaitFor), responses(
     (status = 200, description = "The state now, or after the wait", body = BalloonStatus),
-    (status = "default", description = "What was wrong, and what to do", body = Problem),
+    (status = "default", description = "What happened, and how to fix it", body = Problem),
 ))]
 pub(crate) async fn get_balloon(
     State(app): State<App>,
@@ -148,15 +147,15 @@ pub(crate) async fn get_balloon(
     app.wait(waiter, generation, wait.wait_ms).await.map(Json)
 }
 
-/// Sets what the balloon shall hold. The guest then works towards it.
+/// Sets the target size of the balloon. The guest then inflates or deflates towards it.
 ///
-/// An answer with another `target_bytes` says that another client replaced the
-/// target during the wait.
+/// If the response has a different `target_bytes`, another client replaced the target during the
+/// wait.
 #[utoipa::path(put, tag = "balloon", path = "/v1/balloon", params(Wait), request_body = SetBalloon, responses(
-    (status = 200, description = "The change is over", body = BalloonStatus),
+    (status = 200, description = "The change is complete", body = BalloonStatus),
     (status = 202, description = "The change is in progress", body = BalloonStatus),
-    (status = 422, description = "More than the guest has, or no multiple of 4096", body = Problem),
-    (status = "default", description = "What was wrong, and what to do", body = Problem),
+    (status = 422, description = "Larger than the guest's memory, or not a multiple of 4096", body = Problem),
+    (status = "default", description = "What happened, and how to fix it", body = Problem),
 ))]
 pub(crate) async fn put_balloon(
     State(app): State<App>,
@@ -165,7 +164,7 @@ pub(crate) async fn put_balloon(
 ) -> Result<(StatusCode, Json<BalloonStatus>), ControlError> {
     let wait = query(wait)?;
     let set: SetBalloon = app.body(request).await?;
-    // Taken before the target is set, so that a refusal changes nothing.
+    // Taken before the target is set, so that a refusal has no effect.
     let waiter = app.waiter(wait.wait_ms != 0)?;
     let pages = pages_of(set.target_bytes, app.balloon_now().await?.max_bytes)?;
     let generation = app.call(move |balloon| balloon.set_target(pages)).await??;
@@ -174,10 +173,10 @@ pub(crate) async fn put_balloon(
     Ok((if over { StatusCode::OK } else { StatusCode::ACCEPTED }, Json(balloon)))
 }
 
-/// How memory goes back to the host, and how much of it is on its way.
+/// Returns how memory is released to the host, and how much is not released yet.
 #[utoipa::path(get, tag = "balloon", path = "/v1/release", responses(
     (status = 200, description = "The state now", body = ReleaseStatus),
-    (status = "default", description = "What was wrong, and what to do", body = Problem),
+    (status = "default", description = "What happened, and how to fix it", body = Problem),
 ))]
 pub(crate) async fn get_release(
     State(app): State<App>,
@@ -185,10 +184,10 @@ pub(crate) async fn get_release(
     app.call(|balloon| balloon.release()).await.map(Json)
 }
 
-/// Sets when pages are released, from the guest's next message on.
+/// Sets when pages are released, starting with the guest's next message.
 #[utoipa::path(put, tag = "balloon", path = "/v1/release", request_body = SetRelease, responses(
     (status = 200, description = "The state now", body = ReleaseStatus),
-    (status = "default", description = "What was wrong, and what to do", body = Problem),
+    (status = "default", description = "What happened, and how to fix it", body = Problem),
 ))]
 pub(crate) async fn put_release(
     State(app): State<App>,
@@ -199,10 +198,10 @@ pub(crate) async fn put_release(
     get_release(State(app)).await
 }
 
-/// The figures of the status as Prometheus text. The same at `/metrics`.
+/// Returns the metrics as Prometheus text. Also available as `/metrics`.
 #[utoipa::path(get, tag = "balloon", path = "/v1/metrics", responses(
     (status = 200, description = "Prometheus text", body = String, content_type = "text/plain; version=0.0.4"),
-    (status = "default", description = "What was wrong, and what to do", body = Problem),
+    (status = "default", description = "What happened, and how to fix it", body = Problem),
 ))]
 pub(crate) async fn get_metrics(State(app): State<App>) -> Result<Response, ControlError> {
     let text = app.call(|balloon| metrics::render(&balloon.status())).await?;
@@ -210,7 +209,7 @@ pub(crate) async fn get_metrics(State(app): State<App>) -> Result<Response, Cont
     Ok(([(header::CONTENT_TYPE, kind)], text).into_response())
 }
 
-/// This description of the API.
+/// Returns this description of the API.
 #[utoipa::path(get, tag = "balloon", path = "/v1/openapi.json", responses(
     (status = 200, description = "OpenAPI 3.1", body = Object),
 ))]
@@ -220,29 +219,30 @@ pub(crate) async fn get_openapi() -> Response {
 }
 
 impl App {
-    /// The guest's balloon.
+    /// Returns the guest's balloon.
     pub(crate) fn balloon(&self) -> Result<Arc<dyn BalloonControl>, ControlError> {
-        self.monitor.balloon().ok_or_else(|| ControlError::Refused {
-            what: "there is no guest here yet".into(),
-            hint: "move one here with `aerostat migrate`, or wait until it has come".into(),
+        self.vmm.balloon().ok_or_else(|| ControlError::Refused {
+            what: "no guest has arrived here yet".into(),
+            hint: "migrate one here with `aerostat migrate`, or wait until it arrives".into(),
         })
     }
 
-    /// Asks the balloon on a thread that may block.
+    /// Calls the balloon on a thread that may block.
     pub(crate) async fn call<T: Send + 'static>(
         &self,
         ask: impl FnOnce(&dyn BalloonControl) -> T + Send + 'static,
     ) -> Result<T, ControlError> {
         let balloon = self.balloon()?;
-        // It counts as one for as long as a thread works for it, whether its client stays or not.
+        // The connection counts against the limit until the thread returns, even if its client
+        // disconnects.
         let connection = served::current();
         let ask = move || {
             let _connection = connection;
             ask(&*balloon)
         };
         spawn_blocking(ask).await.map_err(|_| ControlError::Failed {
-            what: "the balloon failed while it was asked".into(),
-            hint: "look into the log of the process that serves it".into(),
+            what: "host: the call to the balloon failed".into(),
+            hint: "see the log of the balloon's process".into(),
         })
     }
 
@@ -250,47 +250,47 @@ impl App {
         self.call(|balloon| balloon.wait_change(0, Duration::ZERO)).await
     }
 
-    /// The right to wait; none is needed to wait for no time.
-    pub(crate) fn waiter(&self, waits: bool) -> Result<Option<Place>, ControlError> {
+    /// Returns a waiter slot if `waits`.
+    pub(crate) fn waiter(&self, waits: bool) -> Result<Option<WaiterSlot>, ControlError> {
         if waits { self.any_waiter().map(Some) } else { Ok(None) }
     }
 
-    fn any_waiter(&self) -> Result<Place, ControlError> {
-        self.waiters.take(served::process()).map_err(|no_place| match no_place {
-            NoPlace::All { limit } => ControlError::TooManyWaiters { limit },
-            NoPlace::Share { limit, process } => ControlError::Busy {
-                what: format!("process {process} has {limit} requests here that wait already"),
-                hint: "end some of them, ask without wait_ms, or again later".into(),
+    fn any_waiter(&self) -> Result<WaiterSlot, ControlError> {
+        self.waiters.take(served::process()).map_err(|no_slot| match no_slot {
+            NoWaiterSlot::All { limit } => ControlError::TooManyWaiters { limit },
+            NoWaiterSlot::Share { limit, process } => ControlError::Busy {
+                what: format!("process {process} already has {limit} requests that wait"),
+                hint: "end some of them, omit wait_ms, or try again later".into(),
             },
         })
     }
 
-    /// The right to move the guest or to resolve where it is, which may wait for others.
-    pub(crate) fn controller(&self) -> Result<OwnedSemaphorePermit, ControlError> {
-        Arc::clone(&self.moves).try_acquire_owned().map_err(|_| ControlError::Busy {
+    /// Returns a permit for a migration request, which may wait for another host.
+    pub(crate) fn migration_permit(&self) -> Result<OwnedSemaphorePermit, ControlError> {
+        Arc::clone(&self.migrations).try_acquire_owned().map_err(|_| ControlError::Busy {
             what: format!(
-                "{} requests to move this guest, or to resolve where it is, are under way",
-                self.limits.moves
+                "{} requests to migrate, save or resolve this guest are already in progress",
+                self.limits.migrations
             ),
-            hint: "GET /v1/migration tells how it stands; ask again later".into(),
+            hint: "see GET /v1/migration for the status, or try again later".into(),
         })
     }
 
-    /// Has the right to a large answer for as long as its client reads it.
+    /// Reserves a large response for as long as the client reads it.
     pub(crate) async fn bulk(&self) -> Result<(), ControlError> {
         if self.connections.take_bulk().await {
             return Ok(());
         }
         Err(ControlError::Busy {
-            what: format!("{} large answers are being read already", self.limits.bulk),
-            hint: "ask again later".into(),
+            what: format!("{} large responses are already being read", self.limits.bulk),
+            hint: "try again later".into(),
         })
     }
 
     /// Waits until the change is over, the time has passed or the server stops.
     async fn wait(
         &self,
-        _waiter: Option<Place>,
+        _waiter: Option<WaiterSlot>,
         generation: u64,
         wait_ms: u64,
     ) -> Result<BalloonStatus, ControlError> {
@@ -305,8 +305,7 @@ impl App {
         }
     }
 
-    /// The JSON of a request's body, whatever content type it claims: `curl -d`
-    /// claims a form.
+    /// Parses the request body as JSON regardless of its content type: `curl -d` sends a form type.
     pub(crate) async fn body<T: DeserializeOwned>(
         &self,
         request: Request,
@@ -322,10 +321,10 @@ impl App {
         served::enter(Phase::Working);
         let limit_ms = self.limits.request_timeout.as_millis();
         let bytes = bytes.map_err(|_| ControlError::RequestTooSlow { limit_ms })?;
-        // A body that broke off has nobody left to read this answer.
+        // If the body ended early, no client reads this response.
         let bytes = bytes.map_err(|_| too_large)?;
         serde_json::from_slice(&bytes).map_err(|error| ControlError::BadRequest {
-            what: format!("the request body is not what is expected here: {error}"),
+            what: format!("the request body is invalid: {error}"),
             hint: "see /v1/openapi.json for the fields".into(),
         })
     }
@@ -333,14 +332,14 @@ impl App {
 
 pub(crate) fn query<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, ControlError> {
     query.map(|Query(query)| query).map_err(|error| ControlError::BadRequest {
-        what: format!("the query is not what is expected here: {}", error.body_text()),
+        what: format!("the query is invalid: {}", error.body_text()),
         hint: "see /v1/openapi.json for the parameters".into(),
     })
 }
 
-/// The pages of a target that the guest can hold.
+/// Converts a target to pages and checks it against the guest's memory.
 fn pages_of(target_bytes: u64, max_bytes: Option<u64>) -> Result<u32, ControlError> {
-    // `num_pages` of the device has 32 bits.
+    // The device's `num_pages` has 32 bits.
     let wire_max = u64::from(u32::MAX) * BALLOON_PAGE_BYTES;
     let max_bytes = max_bytes.map_or(wire_max, |max| max.min(wire_max));
     if target_bytes > max_bytes {

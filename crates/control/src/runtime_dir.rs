@@ -1,4 +1,4 @@
-//! Where the control sockets of named guests live.
+//! Directory of the control sockets of named guests.
 
 use std::env;
 use std::ffi::OsString;
@@ -10,20 +10,20 @@ use std::path::{Path, PathBuf};
 use crate::error::ControlError;
 use crate::name::GuestName;
 
-/// The variable that names the directory.
+/// Environment variable with the directory.
 pub const RUNTIME_DIR_VAR: &str = "AEROSTAT_RUNTIME_DIR";
 
-/// What a control socket's file name ends with.
+/// File name suffix of a control socket.
 const SOCKET_SUFFIX: &str = ".sock";
 
-/// Permission bits that let others than the owner write into a directory.
+/// Permission bits that let users other than the owner write to a directory.
 const OTHERS_WRITE: u32 = 0o022;
 
-/// The directory of the control sockets: `$AEROSTAT_RUNTIME_DIR`, else
+/// Returns the directory of the control sockets: `$AEROSTAT_RUNTIME_DIR`, else
 /// `$XDG_RUNTIME_DIR/aerostat`, else `/run/aerostat` for root. It need not exist.
 ///
 /// # Errors
-/// [`ControlError::NoRuntimeDir`] when none of the three applies.
+/// [`ControlError::NoRuntimeDir`] if none of the three applies.
 pub fn runtime_dir() -> Result<PathBuf, ControlError> {
     let is_root = rustix::process::geteuid().is_root();
     choose(env::var_os(RUNTIME_DIR_VAR), env::var_os("XDG_RUNTIME_DIR"), is_root)
@@ -52,12 +52,12 @@ fn choose(
     Err(ControlError::NoRuntimeDir { why })
 }
 
-/// [`runtime_dir`], made with mode 0700 if it is missing. One that exists must
-/// belong to this user or to root and be closed to the writes of others, since
-/// whoever writes there can put a socket of their own under a guest's name.
+/// Returns [`runtime_dir`], creating it with mode 0700 if it is missing. An existing one must
+/// belong to this user or to root and not be writable by others, since a user who can write there
+/// can impersonate a guest's control socket.
 ///
 /// # Errors
-/// [`ControlError::NoRuntimeDir`], or [`ControlError::Io`] when it cannot be made.
+/// [`ControlError::NoRuntimeDir`], or [`ControlError::Io`] if it cannot be created.
 pub fn ensure_runtime_dir() -> Result<PathBuf, ControlError> {
     let dir = runtime_dir()?;
     make_private(&dir)?;
@@ -79,12 +79,12 @@ fn make_private(dir: &Path) -> Result<(), ControlError> {
         return refuse("belongs to another user");
     }
     if found.mode() & OTHERS_WRITE != 0 {
-        return refuse("can be written by other users");
+        return refuse("is writable by other users");
     }
     Ok(())
 }
 
-/// Where the control socket of a guest is, or would be.
+/// Returns the path of a guest's control socket, whether or not it exists.
 ///
 /// # Errors
 /// [`ControlError::NoRuntimeDir`].
@@ -92,11 +92,11 @@ pub fn socket_path(name: &GuestName) -> Result<PathBuf, ControlError> {
     Ok(runtime_dir()?.join(format!("{name}{SOCKET_SUFFIX}")))
 }
 
-/// Every control socket in the runtime directory, dead or alive, sorted by
-/// name. Empty when the directory does not exist.
+/// Lists the control sockets in the runtime directory, sorted by name, including those of exited
+/// processes. Empty if the directory does not exist.
 ///
 /// # Errors
-/// [`ControlError::NoRuntimeDir`], or [`ControlError::Io`] when it cannot be read.
+/// [`ControlError::NoRuntimeDir`], or [`ControlError::Io`] if it cannot be read.
 pub fn list_sockets() -> Result<Vec<(GuestName, PathBuf)>, ControlError> {
     list_in(&runtime_dir()?)
 }
@@ -113,7 +113,7 @@ fn list_in(dir: &Path) -> Result<Vec<(GuestName, PathBuf)>, ControlError> {
         let file_name = entry.file_name();
         let name = file_name.to_str().and_then(|name| name.strip_suffix(SOCKET_SUFFIX));
         let name = name.and_then(|name| name.parse::<GuestName>().ok());
-        // A file that vanished since it was listed is no guest.
+        // The file may have been removed since it was listed.
         let is_socket = entry.file_type().is_ok_and(|kind| kind.is_socket());
         if let (Some(name), true) = (name, is_socket) {
             sockets.push((name, entry.path()));
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn the_directory_is_made_private_and_a_public_one_is_refused() {
+    fn the_directory_is_created_private_and_a_writable_one_is_refused() {
         let base = tempfile::tempdir().unwrap();
         let dir = base.path().join("a/b");
         make_private(&dir).unwrap();
@@ -149,11 +149,11 @@ mod tests {
         make_private(&dir).unwrap();
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o777)).unwrap();
         let error = make_private(&dir).unwrap_err();
-        assert!(error.to_string().contains("written by other users"), "{error}");
+        assert!(error.to_string().contains("writable by other users"), "{error}");
     }
 
     #[test]
-    fn only_sockets_with_names_are_listed() {
+    fn only_sockets_with_valid_names_are_listed() {
         let base = tempfile::tempdir().unwrap();
         let _b = UnixListener::bind(base.path().join("b.sock")).unwrap();
         let _a = UnixListener::bind(base.path().join("a.sock")).unwrap();

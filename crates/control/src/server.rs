@@ -1,11 +1,10 @@
-//! The server: accepts connections on its own thread, one request each.
+//! The server: accepts connections on its own thread and serves one request on each.
 //!
-//! Whoever can connect is the owner of the socket, so these limits are there
-//! for clients that hang or err, and so that no client can wear out the process
-//! that serves a guest.
+//! Only the socket's owner can connect, so the limits protect against faulty and hanging clients:
+//! no client can exhaust the process that serves a guest.
 
 mod connection;
-mod places;
+mod waiter_slots;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -26,51 +25,50 @@ use tracing::{debug, warn};
 use crate::api::MAX_TIMEOUT_MS;
 use crate::balloon::BalloonControl;
 use crate::error::ControlError;
-use crate::monitor::{OnlyBalloon, VmmControl};
 use crate::routes;
 use crate::routes::request::ANSWER_MARGIN;
 use crate::socket::{SocketAccess, SocketFile, listen_on};
+use crate::vmm::{BalloonOnly, VmmControl};
 
 pub(crate) use connection::{Connections, Phase};
-pub(crate) use places::{NoPlace, Place, Places};
+pub(crate) use waiter_slots::{NoWaiterSlot, WaiterSlot, WaiterSlots};
 
 use connection::{Connection, Watched};
 
-/// What is known of the connection that is served.
+/// The connection of the current task.
 pub(crate) mod served {
     pub(crate) use super::connection::{current, enter, process, serving};
 }
 
-/// Bounds on what clients can hold. [`Limits::default`] is meant for use.
+/// Limits on the resources that clients can use. Production uses [`Limits::default`].
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Connections served at a time. Where more come, those go whose clients
-    /// have been slowest to send a request or to take its answer. One costs a
-    /// buffer of 16 KiB, and a thread while it asks the balloon.
+    /// Concurrent connections. For a new one beyond the limit, the server closes the connection
+    /// whose client has been slowest to send its request or read its response. A connection costs
+    /// a buffer of 16 KiB, and a thread while it calls the balloon.
     pub connections: usize,
-    /// Clients among them that may wait for a change at a time; fewer than
-    /// `connections`, so that the others still get their answers.
+    /// Connections that may wait for a change; fewer than `connections`, so that other clients
+    /// are still served.
     pub waiters: usize,
-    /// Waiters of one process, so that one which hangs leaves places to others.
+    /// Waiters per client process, so that a process that hangs cannot use up all slots.
     pub waiters_each: usize,
-    /// Requests among them to move the guest or to resolve where it is. Each may
-    /// wait for a name server or for another host.
-    pub moves: usize,
-    /// Large answers at a time: bitmaps and pictures. One keeps what the guest
-    /// named for as long as it is read.
+    /// Concurrent requests to migrate, save or resolve the guest. Each may wait for a name server
+    /// or for another host.
+    pub migrations: usize,
+    /// Concurrent large responses: bitmaps and pictures. Each keeps a report of free pages alive
+    /// while it is read.
     pub bulk: usize,
-    /// Time for the head of a request, and as much again for its body. Both
-    /// come from the same machine.
+    /// Timeout for the head of a request, and again for its body. The client is on the same host.
     pub request_timeout: Duration,
-    /// Time for which a client may take no byte of its answer.
+    /// Longest time in which a client may read no byte of its response.
     pub stall_timeout: Duration,
-    /// Time in which a client must have taken all of its answer.
+    /// Time in which a client must read its whole response.
     pub answer_timeout: Duration,
-    /// Longest wait for a change; a longer `wait_ms` is cut to this.
+    /// Longest wait for a change; a longer `wait_ms` is reduced to this.
     pub max_wait: Duration,
-    /// Longest time for a request to the guest; a longer `timeout_ms` is refused.
+    /// Longest timeout of a request to the guest; a longer `timeout_ms` is refused.
     pub max_request: Duration,
-    /// Time for requests in progress when the server stops.
+    /// Time for requests in progress to finish when the server stops.
     pub stop_timeout: Duration,
 }
 
@@ -80,7 +78,7 @@ impl Default for Limits {
             connections: 64,
             waiters: 32,
             waiters_each: 16,
-            moves: 4,
+            migrations: 4,
             bulk: 4,
             request_timeout: Duration::from_secs(5),
             stall_timeout: Duration::from_secs(5),
@@ -92,32 +90,30 @@ impl Default for Limits {
     }
 }
 
-/// Bytes buffered of a request's head. A head of this API has some 200.
+/// Buffer for a request head. A typical one has some 200 bytes.
 const HEAD_BUFFER_BYTES: usize = 16 * 1024;
 
-/// Header fields in a request's head. curl sends 4.
+/// Limit of header fields in a request. curl sends 4.
 const MAX_HEADERS: usize = 32;
 
-/// Pause after a failed `accept`, which mostly means no free file descriptor.
+/// Pause after a failed `accept`, usually for lack of file descriptors.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 
 /// A running server. Dropping it stops it and removes its socket.
 #[derive(Debug)]
 pub struct Server {
-    // In this order: the socket's name goes first, so that no client finds a
-    // socket whose server is about to go.
+    // Dropped first, so that no client finds a socket whose server is about to stop.
     file: Option<SocketFile>,
     stop: watch::Sender<bool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Server {
-    /// Serves `balloon` on a Unix socket at `path`, from a thread of its own.
-    /// The socket has mode 0600 from the start. One that a dead process left
-    /// behind is replaced.
+    /// Serves `balloon` on a Unix socket at `path` from a new thread. The socket has mode 0600 from
+    /// its creation. The socket of an exited process is replaced.
     ///
     /// # Errors
-    /// [`ControlError::SocketInUse`] when a live process serves it,
+    /// [`ControlError::SocketInUse`] if a live process serves it,
     /// [`ControlError::NotASocket`], [`ControlError::PathTooLong`],
     /// [`ControlError::Io`], [`ControlError::EventLoop`].
     pub fn bind(path: &Path, balloon: Arc<dyn BalloonControl>) -> Result<Self, ControlError> {
@@ -133,26 +129,22 @@ impl Server {
         balloon: Arc<dyn BalloonControl>,
         limits: Limits,
     ) -> Result<Self, ControlError> {
-        Self::start(path, Arc::new(OnlyBalloon(balloon)), limits)
+        Self::start(path, Arc::new(BalloonOnly(balloon)), limits)
     }
 
-    /// [`Server::bind`] for a whole monitor.
+    /// [`Server::bind`] for a VMM.
     ///
     /// # Errors
     /// As [`Server::bind`].
-    pub fn bind_monitor(path: &Path, monitor: Arc<dyn VmmControl>) -> Result<Self, ControlError> {
-        Self::start(path, monitor, Limits::default())
+    pub fn bind_monitor(path: &Path, vmm: Arc<dyn VmmControl>) -> Result<Self, ControlError> {
+        Self::start(path, vmm, Limits::default())
     }
 
-    fn start(
-        path: &Path,
-        monitor: Arc<dyn VmmControl>,
-        limits: Limits,
-    ) -> Result<Self, ControlError> {
+    fn start(path: &Path, vmm: Arc<dyn VmmControl>, limits: Limits) -> Result<Self, ControlError> {
         let event_loop = |source| ControlError::EventLoop { source };
         let runtime = Builder::new_current_thread()
             .enable_all()
-            // One call for each connection, and those that stop what was asked of the guest.
+            // One call for each connection, and one cancellation for each waiter.
             .max_blocking_threads(limits.connections + limits.waiters)
             .thread_name("control-call")
             .build()
@@ -165,18 +157,18 @@ impl Server {
         let (stop, stopped) = watch::channel(false);
         let thread = thread::Builder::new()
             .name("control".into())
-            .spawn(move || run(runtime, listener, monitor, limits, stopped))
+            .spawn(move || run(runtime, listener, vmm, limits, stopped))
             .map_err(event_loop)?;
         Ok(Self { file: Some(file), stop, thread: Some(thread) })
     }
 
-    /// Where the socket is, as an absolute path.
+    /// Returns the absolute path of the socket.
     pub fn path(&self) -> &Path {
         self.file.as_ref().map_or(Path::new(""), SocketFile::path)
     }
 
-    /// Removes the socket, answers the requests in progress and ends the
-    /// thread. The same as dropping the server.
+    /// Removes the socket, completes the requests in progress and ends the thread, as dropping the
+    /// server does.
     pub fn stop(self) {}
 }
 
@@ -185,7 +177,7 @@ impl Drop for Server {
         self.file = None;
         self.stop.send_replace(true);
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
-            warn!("the control server ended in a panic");
+            warn!("host: the control server's thread panicked");
         }
     }
 }
@@ -193,13 +185,13 @@ impl Drop for Server {
 fn run(
     runtime: Runtime,
     listener: UnixListener,
-    monitor: Arc<dyn VmmControl>,
+    vmm: Arc<dyn VmmControl>,
     limits: Limits,
     stopped: watch::Receiver<bool>,
 ) {
     let connections = Connections::new(&limits);
-    let app = routes::router(monitor, limits, Arc::clone(&connections), stopped.clone());
-    // A panic of who accepts costs the connection that it was about, and no operator the guest.
+    let app = routes::router(vmm, limits, Arc::clone(&connections), stopped.clone());
+    // A panic in the accept loop costs the connection being accepted, not the control of the guest.
     while diagnostics::contain(|| {
         let stopped = stopped.clone();
         runtime.block_on(accept_until_stopped(&listener, &app, limits, &connections, stopped));
@@ -209,15 +201,15 @@ fn run(
         thread::sleep(ACCEPT_BACKOFF);
     }
     drop(listener);
-    // The requests in progress have their time.
+    // Gives the requests in progress time to finish.
     runtime.block_on(async {
         let _ = timeout(limits.stop_timeout, connections.idle(&limits)).await;
     });
-    // A balloon that hangs in a call must not hang the process on its way out.
+    // A balloon call that hangs must not block the exit of the process.
     runtime.shutdown_timeout(limits.stop_timeout);
 }
 
-/// Accepts until told to stop.
+/// Accepts connections until `stopped`.
 async fn accept_until_stopped(
     listener: &UnixListener,
     app: &Router,
@@ -236,7 +228,7 @@ async fn accept_until_stopped(
                     tokio::spawn(serve_one(stream, app.clone(), limits, connection));
                 }
                 Err(error) => {
-                    warn!(%error, "cannot accept a control connection");
+                    warn!(%error, "host: cannot accept a control connection");
                     sleep(ACCEPT_BACKOFF).await;
                 }
             }
@@ -248,13 +240,13 @@ async fn accept_until_stopped(
     }
 }
 
-/// The process that connected; 0 where it is none that this one could know of.
+/// Returns the PID of the client; 0 if it is not visible in this process's PID namespace.
 fn process_of(stream: &UnixStream) -> i32 {
     stream.peer_cred().ok().and_then(|peer| peer.pid()).unwrap_or(0)
 }
 
-/// Serves the one request of a connection. One only, so that a connection has
-/// an end: the sum of the times for its parts.
+/// Serves the one request of a connection. With one request only, the lifetime of a connection is
+/// bounded by the sum of the timeouts of its parts.
 async fn serve_one(stream: UnixStream, app: Router, limits: Limits, connection: Arc<Connection>) {
     let app = TowerToHyperService::new(app);
     let answer = service_fn(|request| {
@@ -274,7 +266,7 @@ async fn serve_one(stream: UnixStream, app: Router, limits: Limits, connection: 
         .max_buf_size(HEAD_BUFFER_BYTES)
         .max_headers(MAX_HEADERS)
         .serve_connection(TokioIo::new(stream), answer);
-    // Head, body, and what a client may take for its answer.
+    // Head, body, call and response.
     let longest = limits.max_wait.max(limits.max_request + ANSWER_MARGIN)
         + limits.request_timeout * 2
         + limits.answer_timeout;
@@ -282,8 +274,8 @@ async fn serve_one(stream: UnixStream, app: Router, limits: Limits, connection: 
         served = timeout(longest, served) => match served {
             Ok(Ok(())) => {}
             Ok(Err(error)) => debug!(%error, "a control connection failed"),
-            Err(_) => debug!("a control connection took too long"),
+            Err(_) => debug!("a control connection timed out"),
         },
-        why = connection.overstays(&limits) => debug!(why, "a control connection is closed"),
+        why = connection.until_expired(&limits) => debug!(why, "closing a control connection"),
     }
 }

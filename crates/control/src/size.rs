@@ -1,39 +1,39 @@
-//! Sizes as people read and write them: binary units.
+//! Sizes in binary units.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// A number of bytes that is read and printed in binary units.
+/// A number of bytes, parsed and printed in binary units.
 ///
-/// Read: `3GiB`, `3G` (the same), `512 MiB`, `1.5g`, `1048576`, `4096B`. A number without a unit
-/// is bytes; a small one is refused, since whoever writes `1024` means MiB, as QEMU does.
-/// Printed: the largest unit that leaves a whole number, as `3 GiB` or
-/// `1536 MiB`, and two decimals where that number would be long. With `{:#}`
-/// without the space, which is a form that can be read again.
+/// Parsed: `3GiB`, `3G` (the same), `512 MiB`, `1.5g`, `1048576`, `4096B`. A number without a unit
+/// is in bytes; a small one is refused, since a user who types `1024` probably means MiB, as in
+/// QEMU. Printed: the largest unit that gives a whole number, as `3 GiB` or `1536 MiB`, or two
+/// decimals if that number would be long. `{:#}` omits the space, which gives a form that can be
+/// parsed again.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Size(pub u64);
 
-/// Units from large to small, with the power of two each stands for.
+/// Units in descending order, with their powers of two.
 const UNITS: [(&str, u32); 6] =
     [("EiB", 60), ("PiB", 50), ("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)];
 
-/// Digits after the point that are read. More say nothing about whole bytes,
-/// and 10^9 times a `u64` fits into the `u128` of the calculation.
+/// Digits accepted after the point: 10^9 times a `u64` fits into the `u128` of the calculation.
 const FRACTION_DIGITS: usize = 9;
 
-/// Numbers without a unit from here on are bytes; nobody means fewer, but for 0.
+/// Smallest number accepted without a unit, except 0: fewer bytes are hardly meant.
 const LEAST_BARE_BYTES: u64 = 1 << 20;
 
-/// Bytes of a page.
 const PAGE_BYTES: u64 = 4096;
 
-/// Whole numbers above this are printed with two decimals of a larger unit,
-/// because nobody reads `3145727 KiB`.
+/// Whole numbers above this are printed with two decimals of a larger unit: `3145727 KiB` is hard
+/// to read.
 const LONGEST_WHOLE: u64 = 9999;
 
-/// A text that is no size.
+/// A text that is not a valid size.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{text:?} is not a size: {why}; write it like 3GiB, 512MiB, 1.5G or 1048576 (bytes)")]
+#[error(
+    "{text:?} is not a valid size: {why}; use a form like 3GiB, 512MiB, 1.5G or 1048576 (bytes)"
+)]
 pub struct ParseSizeError {
     text: String,
     why: String,
@@ -53,10 +53,7 @@ impl FromStr for Size {
             let (number, unit) = parts(text);
             let bytes = parse(number, unit)?;
             if unit.is_empty() && bytes != 0 && bytes < LEAST_BARE_BYTES {
-                return Err(format!(
-                    "without a unit it is so few bytes that something else must be meant; did you \
-                     mean {number}MiB?"
-                ));
+                return Err(format!("a number this small needs a unit; did you mean {number}MiB?"));
             }
             Ok(bytes)
         };
@@ -65,32 +62,32 @@ impl FromStr for Size {
 }
 
 impl Size {
-    /// Reads whole pages of 4 KiB: a fraction of a unit is rounded down to them, anything else that
-    /// is none is refused. 0 is none of them.
+    /// Parses a size in whole 4 KiB pages. A decimal fraction is rounded down to pages; any other
+    /// size that is not a multiple of 4 KiB is refused. 0 is accepted.
     ///
     /// # Errors
-    /// The text is no such size.
+    /// The text is not such a size.
     pub fn of_pages(text: &str) -> Result<Self, ParseSizeError> {
         let Self(bytes) = text.parse()?;
         let whole = bytes - bytes % PAGE_BYTES;
         let refuse = |why: String| Err(ParseSizeError::of(text)(why));
         if bytes != 0 && whole == 0 {
             let (number, _) = parts(text);
-            return refuse(format!("it is less than a page of 4KiB; did you mean {number}MiB?"));
+            return refuse(format!("it is less than a 4 KiB page; did you mean {number}MiB?"));
         }
         if bytes != whole && !text.contains('.') {
             let short = format!("{:#}", Self(whole));
             let is_exact = parse(parts(&short).0, parts(&short).1) == Ok(whole);
             let near = if is_exact { short } else { format!("{whole}B") };
-            return refuse(format!("it is no whole number of 4 KiB pages; did you mean {near}?"));
+            return refuse(format!("it is not a multiple of 4 KiB; did you mean {near}?"));
         }
         Ok(Self(whole))
     }
 
-    /// Reads the size of a block of memory, which may be as small as a page: `4096` is bytes here.
+    /// Parses the size of a memory block, which may be as small as a page: here `4096` is bytes.
     ///
     /// # Errors
-    /// The text is no size.
+    /// The text is not a size.
     pub fn of_block(text: &str) -> Result<Self, ParseSizeError> {
         let (number, unit) = parts(text);
         let read = parse(number, unit).map(Self);
@@ -98,7 +95,7 @@ impl Size {
     }
 }
 
-/// Number and unit.
+/// Splits into number and unit.
 fn parts(text: &str) -> (&str, &str) {
     let text = text.trim();
     let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
@@ -113,20 +110,20 @@ fn parse(number: &str, unit: &str) -> Result<u64, &'static str> {
         return Err("it does not begin with a number");
     }
     if fraction.len() > FRACTION_DIGITS || fraction.contains('.') {
-        return Err("its fraction is not one of up to 9 digits");
+        return Err("its fraction does not have 1 to 9 digits");
     }
     let whole: u64 = whole.parse().map_err(|_| "it is too large")?;
     let bytes = (u128::from(whole) << shift) + fraction_bytes(fraction, shift)?;
     u64::try_from(bytes).map_err(|_| "it is too large")
 }
 
-/// The bytes of `0.fraction` units, rounded down.
+/// Converts `0.fraction` units to bytes, rounded down.
 fn fraction_bytes(fraction: &str, shift: u32) -> Result<u128, &'static str> {
     if fraction.is_empty() {
         return Ok(0);
     }
     if shift == 0 {
-        return Err("there is no fraction of a byte");
+        return Err("a byte has no fraction");
     }
     let digits: u128 = fraction.parse().map_err(|_| "its fraction is not a number")?;
     let scale = fraction.bytes().fold(1_u128, |scale, _| scale * 10);
@@ -144,7 +141,7 @@ fn shift_of(unit: &str) -> Result<u32, &'static str> {
         return Ok(*shift);
     }
     match unit.as_bytes() {
-        [_, b'B' | b'b'] => Err("decimal units are not used here, only binary ones"),
+        [_, b'B' | b'b'] => Err("decimal units are not accepted, only binary ones"),
         _ => Err("its unit is unknown"),
     }
 }
@@ -178,7 +175,7 @@ mod tests {
     const GIB: u64 = 1 << 30;
 
     #[test]
-    fn all_accepted_forms_are_read() {
+    fn all_accepted_forms_are_parsed() {
         let forms = [
             ("0", 0),
             ("1048576", MIB),
@@ -203,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_means_is_refused_with_what_may_be_meant() {
+    fn implausibly_small_sizes_are_refused_with_a_suggestion() {
         for (text, meant) in [
             ("1024", "1024MiB"),
             ("4095", "4095MiB"),
@@ -230,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn whole_pages_are_read_and_fractions_rounded_to_them() {
+    fn whole_pages_are_parsed_and_fractions_rounded_to_them() {
         let sizes = [
             ("0", 0),
             ("0MiB", 0),
@@ -249,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_else_is_refused_with_the_accepted_forms() {
+    fn other_texts_are_refused_and_the_error_lists_the_accepted_forms() {
         let wrong = [
             "",
             " ",
@@ -282,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_are_printed_short() {
+    fn sizes_are_printed_in_short_form() {
         let texts = [
             (0, "0 B"),
             (1023, "1023 B"),
@@ -304,7 +301,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_is_read_or_refused(text in "[0-9.]{0,25} ?[a-zA-Z]{0,4}") {
+        fn any_text_is_parsed_or_refused(text in "[0-9.]{0,25} ?[a-zA-Z]{0,4}") {
             let read = text.parse::<Size>();
             let pages = Size::of_pages(&text);
             prop_assert!(pages.is_err() || read.is_ok_and(|read| read >= pages.clone().unwrap()));
@@ -312,7 +309,7 @@ mod tests {
         }
 
         #[test]
-        fn what_is_printed_reads_as_nearly_the_same(bytes: u64) {
+        fn a_printed_size_parses_to_nearly_the_same_value(bytes: u64) {
             let again = format!("{:#}", Size(bytes)).parse::<Size>().unwrap().0;
             prop_assert!(again <= bytes && bytes - again <= bytes / 100, "{again}");
         }

@@ -1,10 +1,9 @@
-//! The server's end of a Unix socket, as a file: who may use it, what it may replace,
-//! and whose it is when it is to be removed.
+//! A listening Unix socket as a file: its permissions, what it may replace, and when it is removed.
 //!
-//! A socket for its owner alone has mode 0600 from its first moment: Linux takes the
-//! mode of a new socket file from the mode of the socket itself, less the umask, so
-//! setting that mode before `bind` leaves no window, and no umask has to be changed for
-//! all threads of the process (net/unix/af_unix.c, `unix_bind_bsd`).
+//! A socket restricted to its owner has mode 0600 from its creation: Linux derives the mode of a
+//! new socket file from the mode of the socket itself, less the umask. So setting that mode before
+//! `bind` leaves no window and needs no change of the process-wide umask (net/unix/af_unix.c,
+//! `unix_bind_bsd`).
 
 use std::fs::{self, File, TryLockError};
 use std::io;
@@ -21,33 +20,32 @@ use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::error::ControlError;
 
-/// Longest path of a socket, in bytes: `sun_path` has 108, one is the final NUL.
+/// Longest socket path in bytes: `sun_path` has 108, including the final NUL.
 pub const MAX_SOCKET_PATH_BYTES: usize = 107;
 
-/// Connections the kernel keeps before they are accepted.
+/// Connections queued by the kernel until they are accepted.
 const BACKLOG: i32 = 64;
 
-/// Time to wait for another process that starts in the same directory. It needs
-/// microseconds; whoever holds the lock longer is no starting server.
+/// Longest wait for another process that starts in the same directory. A starting server holds the
+/// lock for microseconds; a process that holds it longer is not one.
 const DIRECTORY_LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Time between two looks at that lock; `flock` cannot wait with a time-out.
+/// Polling interval for that lock; `flock` has no timeout.
 const DIRECTORY_LOCK_RETRY: Duration = Duration::from_millis(10);
 
-/// Permission bits by which others than the owner can open a directory, and so lock it.
+/// Permission bits with which users other than the owner can open, and so lock, a directory.
 const OTHERS_OPEN: u32 = 0o044;
 
-/// Who may connect to a socket.
+/// Which users may connect to a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SocketAccess {
-    /// Its owner alone (mode 0600).
+    /// The owner only (mode 0600).
     Owner,
-    /// Whoever the umask of this process leaves it to.
+    /// As the umask of this process allows.
     Umask,
 }
 
-/// A socket file, removed on drop if it is still ours: who came later may have put another
-/// in its place.
+/// A socket file, removed on drop unless another process has replaced it.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
@@ -56,7 +54,7 @@ pub struct SocketFile {
 }
 
 impl SocketFile {
-    /// Where it is.
+    /// Returns the absolute path.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -66,20 +64,19 @@ impl Drop for SocketFile {
     fn drop(&mut self) {
         let ours = |found: &fs::Metadata| (found.dev(), found.ino()) == (self.device, self.inode);
         if fs::symlink_metadata(&self.path).as_ref().is_ok_and(ours) {
-            // Nobody is left to be told; the next server replaces a stale file.
+            // On an error the file stays; the next server replaces it.
             let _ = fs::remove_file(&self.path);
         }
     }
 }
 
-/// Binds and listens, replacing what a dead process left behind. The listener
-/// does not block.
+/// Binds and listens, replacing the socket of an exited process. The listener is non-blocking.
 ///
-/// The file comes first, as it has to be dropped: a listener that is closed while the file is
-/// there leaves a socket to which nobody can connect, and which a successor replaces.
+/// The returned file must be dropped before the listener: a listener closed while the file exists
+/// leaves a socket that refuses connections and that a successor replaces.
 ///
 /// # Errors
-/// Another process listens there, something else is there, or the host refuses.
+/// Another process listens there, the path is not a socket, or a system call fails.
 pub fn listen_on(
     path: &Path,
     access: SocketAccess,
@@ -90,8 +87,8 @@ pub fn listen_on(
         return Err(ControlError::PathTooLong { path: path.clone(), limit_bytes });
     }
     let address = SocketAddrUnix::new(path).map_err(ControlError::io("bind", path))?;
-    // Held until the socket listens, so that nobody takes it for a stale one
-    // in between, nor replaces it.
+    // Held until the socket listens, so that no other process takes it for a stale one and replaces
+    // it in between.
     let _lock = lock_directory(path.parent().unwrap_or(Path::new("/")), DIRECTORY_LOCK_TIMEOUT)?;
     remove_stale(path, &address)?;
 
@@ -103,7 +100,7 @@ pub fn listen_on(
     let found = fs::symlink_metadata(path).map_err(ControlError::io("read", path))?;
     let file = SocketFile { path: path.clone(), device: found.dev(), inode: found.ino() };
     if access == SocketAccess::Owner && found.mode() & 0o777 & !0o600 != 0 {
-        // Only a kernel that ignores the mode of the socket can bring us here.
+        // Reached only on a kernel that ignores the mode of the socket.
         return Err(ControlError::io("protect", path)(io::Error::other(
             "its mode is wider than 0600",
         )));
@@ -117,7 +114,7 @@ fn new_socket() -> Result<OwnedFd, Errno> {
     net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
 }
 
-/// Removes the socket file of a dead process; refuses anything else.
+/// Removes the socket file of an exited process; returns an error for anything else.
 fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), ControlError> {
     match fs::symlink_metadata(path) {
         Err(gone) if gone.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -131,7 +128,7 @@ fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), ControlErro
     match net::connect(&probe, address) {
         Err(Errno::CONNREFUSED) => fs::remove_file(path).map_err(ControlError::io("replace", path)),
         Err(Errno::NOENT) => Ok(()),
-        // A full backlog, or a socket of another type: somebody lives there.
+        // A full backlog, or a socket of another type: it is in use.
         Ok(()) | Err(Errno::AGAIN | Errno::PROTOTYPE) => {
             Err(ControlError::SocketInUse { path: path.to_owned() })
         }
@@ -139,18 +136,18 @@ fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), ControlErro
     }
 }
 
-/// Keeps other servers that start in `directory` waiting, as long as the file is open.
+/// Locks `directory` against other servers that start there, until the file is closed.
 ///
-/// Whoever can open a directory can lock it, for as long as they like. So where others can,
-/// a lock that is not to be had is no reason not to start: it only keeps two servers apart
-/// that begin with the same socket in the same moment.
+/// A user who can open a directory can lock it indefinitely. So if other users can, failing to get
+/// the lock is not an error: it only separates two servers that start with the same socket at the
+/// same moment.
 fn lock_directory(directory: &Path, timeout: Duration) -> Result<Option<File>, ControlError> {
     let file = File::open(directory).map_err(ControlError::io("open", directory))?;
     let start = Instant::now();
     loop {
         match file.try_lock() {
             Ok(()) => return Ok(Some(file)),
-            // The call does not wait, so a signal is all that can have come between.
+            // The call does not block, so only a signal can interrupt it.
             Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(TryLockError::Error(source)) => {
                 return Err(ControlError::io("lock", directory)(source));
@@ -169,8 +166,8 @@ fn lock_directory(directory: &Path, timeout: Duration) -> Result<Option<File>, C
     tracing::warn!(
         directory = %directory.display(),
         waited_ms = timeout.as_millis(),
-        "another process holds a lock on the directory of the socket, which other users can \
-         open; going on without it: `lslocks` says who that is"
+        "operator: another process holds a lock on the socket's directory, which other users can \
+        open; continuing without the lock: `lslocks` shows that process"
     );
     Ok(None)
 }
@@ -180,11 +177,11 @@ mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
 
-    /// Short, so that a test need not wait; nobody releases the lock meanwhile.
+    /// Short: no other thread releases the lock.
     const SHORT: Duration = Duration::from_millis(20);
 
     #[test]
-    fn a_lock_that_others_can_take_keeps_nobody_from_starting() {
+    fn a_lock_that_other_users_can_take_does_not_block_startup() {
         let dir = tempfile::tempdir().unwrap();
         let other = File::open(dir.path()).unwrap();
         other.lock().unwrap();

@@ -1,4 +1,4 @@
-//! Server and client together, against a balloon without a guest.
+//! Server and client together, with a fake balloon.
 
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
@@ -15,11 +15,11 @@ use fake::{GUEST_BYTES, Guest, Setup, answered, setup};
 
 const GIB: u64 = 1 << 30;
 const GIB_PAGES: u32 = 1 << 18;
-/// Longer than any test takes: a wait of this length ends by its event or not.
+/// Longer than any test takes: such a wait ends by its event, not by its timeout.
 const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 #[test]
-fn status_says_what_the_balloon_says() {
+fn status_is_the_status_of_the_balloon() {
     let t = setup(Guest::Obeys, Limits::default());
     let status = t.client.status().unwrap();
     assert_eq!(status, control::BalloonControl::status(&*t.balloon));
@@ -35,13 +35,13 @@ fn a_target_is_set_and_reached() {
     assert_eq!((balloon.generation, balloon.actual_bytes), (1, 3 * GIB));
     assert_eq!(balloon.last_change.unwrap().to_pages, 3 * GIB_PAGES);
     let again = t.client.set_balloon(3 * GIB, TEST_TIMEOUT).unwrap();
-    assert_eq!(again.generation, 1, "the same target is no new change");
+    assert_eq!(again.generation, 1, "the same target is not a new change");
     let all = t.client.set_balloon(GUEST_BYTES, TEST_TIMEOUT).unwrap();
     assert_eq!((all.generation, all.actual_bytes), (2, GUEST_BYTES));
 }
 
 #[test]
-fn a_wait_ends_when_the_guest_is_there() {
+fn a_wait_ends_when_the_guest_reaches_the_target() {
     let t = setup(Guest::Waits, Limits::default());
     let started = t.client.set_balloon(GIB, Duration::ZERO).unwrap();
     assert!(!started.at_target);
@@ -74,7 +74,7 @@ fn a_wait_ends_when_a_later_target_replaces_the_change() {
 }
 
 #[test]
-fn a_wait_ends_after_its_time_and_says_how_far_the_guest_got() {
+fn a_wait_ends_at_its_timeout_and_returns_the_progress() {
     let limits = Limits { max_wait: Duration::from_millis(80), ..Limits::default() };
     let t = setup(Guest::Waits, limits);
     t.balloon.reach(7);
@@ -82,14 +82,14 @@ fn a_wait_ends_after_its_time_and_says_how_far_the_guest_got() {
     let balloon = t.client.set_balloon(GIB, Duration::from_millis(30)).unwrap();
     assert!(start.elapsed() >= Duration::from_millis(30));
     assert_eq!((balloon.at_target, balloon.actual_pages), (false, 7));
-    // Asked for longer than the server allows.
+    // A longer wait than the server allows.
     let start = Instant::now();
     assert!(!t.client.wait(1, TEST_TIMEOUT).unwrap().at_target);
     assert!(start.elapsed() >= Duration::from_millis(80) && start.elapsed() < TEST_TIMEOUT / 2);
 }
 
 #[test]
-fn targets_that_do_not_fit_are_refused_and_change_nothing() {
+fn invalid_targets_are_refused_without_effect() {
     let t = setup(Guest::Obeys, Limits::default());
     let (status, error, hint) = answered(t.client.set_balloon(5 * GIB, TEST_TIMEOUT).unwrap_err());
     assert_eq!(status, 422);
@@ -98,7 +98,7 @@ fn targets_that_do_not_fit_are_refused_and_change_nothing() {
     let (status, error, hint) = answered(t.client.set_balloon(4097, TEST_TIMEOUT).unwrap_err());
     assert_eq!((status, hint.as_str()), (422, "ask for 4096 bytes"));
     assert!(error.contains("4097"), "{error}");
-    // As QEMU counts, in MiB.
+    // A number of MiB, as QEMU uses it.
     let (status, _, hint) = answered(t.client.set_balloon(1024, TEST_TIMEOUT).unwrap_err());
     assert_eq!(status, 422);
     assert_eq!(hint, "target_bytes counts bytes, 1073741824 of them are 1GiB");
@@ -115,16 +115,16 @@ fn targets_that_do_not_fit_are_refused_and_change_nothing() {
 }
 
 #[test]
-fn what_the_balloon_refuses_reaches_the_client() {
+fn an_error_of_the_balloon_reaches_the_client() {
     let t = setup(Guest::Obeys, Limits::default());
     t.balloon.edit(|status| status.guest.connected = false);
     let refused = answered(t.client.set_balloon(GIB, TEST_TIMEOUT).unwrap_err());
     assert_eq!(refused, (409, "no guest is connected".into(), "start the guest".into()));
 }
 
-/// It takes milliseconds for each GiB, or hangs with a file system.
+/// Measuring takes milliseconds per GiB, or blocks on a file system.
 #[test]
-fn memory_is_measured_for_who_wants_to_know_it() {
+fn only_the_full_status_measures_memory() {
     let t = setup(Guest::Obeys, Limits::default());
     t.client.set_release(ReleaseMode::Immediate).unwrap();
     t.client.set_stats(1000).unwrap();
@@ -145,7 +145,7 @@ fn the_release_mode_is_set() {
 }
 
 #[test]
-fn clients_at_the_same_time_all_get_their_answers() {
+fn concurrent_clients_are_all_served() {
     let t = setup(Guest::Obeys, Limits { connections: 4, ..Limits::default() });
     let all = Barrier::new(24);
     thread::scope(|scope| {
@@ -185,7 +185,7 @@ fn waiters_over_the_limit_are_refused_while_others_are_served() {
 }
 
 #[test]
-fn stopping_answers_the_clients_that_wait_and_removes_the_socket() {
+fn stopping_completes_waiting_requests_and_removes_the_socket() {
     let Setup { balloon, server, client, dir: _dir } = setup(Guest::Waits, Limits::default());
     let path = server.path().to_owned();
     thread::scope(|scope| {
@@ -201,7 +201,7 @@ fn stopping_answers_the_clients_that_wait_and_removes_the_socket() {
 }
 
 #[test]
-fn a_balloon_that_panics_costs_one_answer() {
+fn a_panic_of_the_balloon_fails_only_that_request() {
     struct Broken;
     impl control::BalloonControl for Broken {
         fn name(&self) -> String {
@@ -267,7 +267,7 @@ fn a_balloon_that_panics_costs_one_answer() {
 }
 
 #[test]
-fn statistics_are_asked_for_within_limits() {
+fn the_statistics_interval_has_limits() {
     let setup = setup(Guest::Obeys, Limits::default());
     for interval_ms in [100, 86_400_000, 0, 1000] {
         assert_eq!(setup.client.set_stats(interval_ms).unwrap().interval_ms, interval_ms);
@@ -277,11 +277,11 @@ fn statistics_are_asked_for_within_limits() {
         assert_eq!(status, 422);
         assert!(hint.contains("100 to 86400000"), "{hint}");
     }
-    assert_eq!(setup.client.status().unwrap().stats.interval_ms, 1000, "a refusal changes nothing");
+    assert_eq!(setup.client.status().unwrap().stats.interval_ms, 1000, "a refusal has no effect");
 }
 
 #[test]
-fn hints_are_ended_whatever_comes_of_them() {
+fn hints_are_ended_on_success_timeout_and_disconnect() {
     let answers = setup(Guest::Obeys, Limits::default());
     let hints = answers.client.hints(TEST_TIMEOUT).unwrap();
     assert_eq!((hints.id, hints.pages, hints.bytes), (1, 256, 1 << 20));
@@ -291,7 +291,7 @@ fn hints_are_ended_whatever_comes_of_them() {
     let (status, error, _) = answered(silent.client.hints(Duration::from_millis(30)).unwrap_err());
     assert_eq!((status, error.as_str()), (504, "the guest did not answer within 30 ms"));
     silent.balloon.until_hints_ended(1);
-    // A client that does not wait for its answer.
+    // A client that disconnects before its response.
     let path = silent.server.path();
     let mut stream = std::os::unix::net::UnixStream::connect(path).unwrap();
     let request = "POST /v1/hints?wait_ms=300 HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n";

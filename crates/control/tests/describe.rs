@@ -1,4 +1,4 @@
-//! What the server says about itself: the OpenAPI file and the metrics.
+//! The OpenAPI file and the metrics.
 
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
@@ -41,12 +41,12 @@ fn the_openapi_file_is_what_the_server_serves() {
     assert!(
         file == served,
         "docs/openapi.json is out of date; run \
-         `UPDATE_OPENAPI=1 cargo test -p control --test describe` and look at the change"
+         `UPDATE_OPENAPI=1 cargo test -p control --test describe` and review the change"
     );
 }
 
 #[test]
-fn every_endpoint_that_is_described_exists() {
+fn every_described_endpoint_exists() {
     let dir = tempfile::tempdir().unwrap();
     let balloon = Arc::new(FakeBalloon::new("a", Guest::Obeys));
     let free = fake::free_pages(1, control::api::FreeKind::Snapshot);
@@ -58,8 +58,8 @@ fn every_endpoint_that_is_described_exists() {
         for method in methods.as_object().unwrap().keys() {
             let answer = ask(server.path(), &method.to_uppercase(), path);
             let status: u16 = answer[9..12].parse().unwrap();
-            // An empty body is no target, so a PUT that exists says 400; and there
-            // is nothing to stop. Hints are asked for without one.
+            // An empty body is invalid, so an existing PUT returns 400. There is nothing to
+            // cancel. Hints need no body.
             let expected = match (method.as_str(), path.as_str()) {
                 (_, "/v1/cancel") | ("delete", "/v1/migration") => 409,
                 (_, "/v1/hints") => 200,
@@ -69,8 +69,11 @@ fn every_endpoint_that_is_described_exists() {
             assert_eq!(status, expected, "{method} {path}");
             described.insert(format!("{method} {path}"));
             for (code, response) in api["paths"][path][method]["responses"].as_object().unwrap() {
-                let said = response["description"].as_str().unwrap_or_default();
-                assert!(!said.is_empty(), "{method} {path} {code}: OpenAPI asks for a description");
+                let description = response["description"].as_str().unwrap_or_default();
+                assert!(
+                    !description.is_empty(),
+                    "{method} {path} {code}: OpenAPI requires a description"
+                );
             }
         }
     }
@@ -102,7 +105,7 @@ fn every_endpoint_that_is_described_exists() {
 }
 
 #[test]
-fn every_reference_in_the_description_leads_somewhere() {
+fn every_reference_in_the_description_resolves() {
     let api: Value = serde_json::from_str(control::openapi_text()).unwrap();
     let mut found = 0;
     let mut rest = vec![&api];
@@ -120,8 +123,8 @@ fn every_reference_in_the_description_leads_somewhere() {
     assert!(found > 10, "only {found} references");
 }
 
-/// Reads Prometheus text strictly: every family has HELP, then TYPE, then its
-/// samples in one run. Returns the kinds, and the samples by name and labels.
+/// Parses Prometheus text strictly: every family has HELP, then TYPE, then its samples
+/// together. Returns the types, and the samples by name and labels.
 fn parse(text: &str) -> (BTreeMap<String, String>, BTreeMap<(String, String), f64>) {
     let (mut kinds, mut samples) = (BTreeMap::new(), BTreeMap::new());
     let (mut helped, mut current) = (String::new(), String::new());
@@ -149,7 +152,7 @@ fn parse(text: &str) -> (BTreeMap<String, String>, BTreeMap<(String, String), f6
 }
 
 #[test]
-fn the_metrics_are_prometheus_text_with_the_figures_of_the_status() {
+fn the_metrics_are_prometheus_text_with_the_values_of_the_status() {
     let dir = tempfile::tempdir().unwrap();
     let balloon = Arc::new(FakeBalloon::new("a\"b\\c\nd", Guest::Obeys));
     balloon.edit(|status| {

@@ -1,4 +1,4 @@
-//! Clients that err, hang or mean harm. After each, the server still serves.
+//! Faulty, hanging and hostile clients. After each, the server must still serve others.
 
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
@@ -22,16 +22,16 @@ use fake::{FakeBalloon, Guest, free_pages};
 use page_set::PageRange;
 use tempfile::TempDir;
 
-/// A hung test ends by this; none needs a tenth of it.
+/// Fails a hanging test; no test needs a tenth of it.
 const HANG: Duration = Duration::from_secs(20);
 
-/// Everybody's answer, whatever others do.
+/// Longest time until a response, regardless of other clients.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Clients that hang: more than there are connections.
+/// Number of hanging clients: more than the connection limit.
 const CROWD: usize = 150;
 
-/// Pages of a guest of 256 GiB: its bitmap has 8 MiB, a socket takes some hundred KiB unread.
+/// Pages of a guest of 256 GiB. Its bitmap has 8 MiB; a socket buffers some hundred KiB.
 const LARGE_PAGES: u64 = 1 << 26;
 
 fn server(limits: Limits) -> (Server, TempDir) {
@@ -56,10 +56,10 @@ fn connect(path: &Path) -> UnixStream {
     stream
 }
 
-/// Sends bytes and returns all that comes back until the server closes.
+/// Sends bytes and returns everything received until the server closes the connection.
 fn raw(path: &Path, bytes: &[u8]) -> String {
     let mut stream = connect(path);
-    // The server may close before it has read all of it.
+    // The server may close the connection before it has read all.
     let _ = stream.write_all(bytes);
     until_closed(&mut stream)
 }
@@ -67,7 +67,7 @@ fn raw(path: &Path, bytes: &[u8]) -> String {
 fn until_closed(stream: &mut UnixStream) -> String {
     let mut answer = Vec::new();
     match stream.read_to_end(&mut answer) {
-        // A reset is how a close with unread input looks from here.
+        // Closing with unread input appears as a reset.
         Ok(_) => {}
         Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
         Err(error) => panic!("the server did not close the connection: {error}"),
@@ -96,22 +96,22 @@ fn still_serves(server: &Server) {
     assert_eq!(Client::connect(server.path()).unwrap().status().unwrap().name, "web-1");
 }
 
-/// Clients that have sent this and do nothing more, until they are dropped.
+/// Clients that send a request and then do nothing until they are dropped.
 struct Crowd {
     clients: Arc<Mutex<Vec<UnixStream>>>,
 }
 
 impl Crowd {
-    /// Waits until all of them have come, or for as long as anybody may have to wait.
-    fn come(path: &Path, request: &'static [u8]) -> Self {
+    /// Waits until all are connected, or for `ANSWER_TIMEOUT`.
+    fn connect(path: &Path, request: &'static [u8]) -> Self {
         let clients = Arc::new(Mutex::new(Vec::new()));
-        let (come, path) = (Arc::downgrade(&clients), path.to_owned());
+        let (weak, path) = (Arc::downgrade(&clients), path.to_owned());
         let thread = std::thread::spawn(move || {
             for _ in 0..CROWD {
-                // Blocks where the server accepts nobody.
+                // Blocks while the server accepts no connection.
                 let mut stream = connect(&path);
                 stream.write_all(request).unwrap();
-                let Some(clients) = come.upgrade() else { return };
+                let Some(clients) = weak.upgrade() else { return };
                 clients.lock().unwrap().push(stream);
             }
         });
@@ -130,7 +130,7 @@ impl Drop for Crowd {
 }
 
 #[track_caller]
-fn answers_soon(path: &Path) {
+fn responds_quickly(path: &Path) {
     for _ in 0..5 {
         let start = Instant::now();
         let client = Client::connect(path).unwrap().with_answer_timeout(HANG);
@@ -143,7 +143,7 @@ fn answers_soon(path: &Path) {
 const BITMAP: &[u8] = b"GET /v1/free-pages/bitmap HTTP/1.1\r\nHost: x\r\n\r\n";
 
 #[test]
-fn bad_requests_get_a_problem_that_says_what_to_do() {
+fn bad_requests_get_a_problem_with_a_hint() {
     let (server, _dir) = server(Limits::default());
     let get = |path: &str| format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").into_bytes();
     let cases: &[(Vec<u8>, u16, &str)] = &[
@@ -180,11 +180,11 @@ fn bad_requests_get_a_problem_that_says_what_to_do() {
 fn a_body_over_the_limit_is_refused_before_it_is_read() {
     let (server, _dir) = server(Limits::default());
     let huge = b"PUT /v1/balloon HTTP/1.1\r\nHost: x\r\nContent-Length: 1099511627776\r\n\r\n";
-    let (status, problem_said) = problem(&raw(server.path(), huge));
+    let (status, refused) = problem(&raw(server.path(), huge));
     assert_eq!(status, 413);
-    assert!(problem_said.error.contains("16384"), "{problem_said:?}");
+    assert!(refused.error.contains("16384"), "{refused:?}");
 
-    // A chunked body does not say its length; it is cut when it is over.
+    // A chunked body has no length; it is cut off at the limit.
     let mut stream = connect(server.path());
     let head = b"PUT /v1/balloon HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n";
     stream.write_all(head).unwrap();
@@ -195,7 +195,7 @@ fn a_body_over_the_limit_is_refused_before_it_is_read() {
         }
     }
     let answer = until_closed(&mut stream);
-    // The answer is lost if the close overtakes it; that it closes is what counts.
+    // The response is lost if the close overtakes it; only the close matters.
     assert!(answer.is_empty() || status_of(&answer) == 413, "{answer:?}");
     still_serves(&server);
 }
@@ -236,7 +236,7 @@ fn garbage_is_closed_or_refused() {
 fn a_request_that_never_ends_is_cut_off() {
     let (server, _dir) = server(quick());
     let start = Instant::now();
-    // No byte, half a head, and a head that comes in drops.
+    // No byte, half a head, and a head sent byte by byte.
     assert_eq!(raw(server.path(), b""), "");
     let answer = raw(server.path(), b"GET /v1/status HTTP/1.1\r\nHost:");
     assert!(answer.is_empty() || status_of(&answer) == 408, "{answer}");
@@ -251,15 +251,15 @@ fn a_request_that_never_ends_is_cut_off() {
     }
     // Half a body.
     let half = b"PUT /v1/balloon HTTP/1.1\r\nHost: x\r\nContent-Length: 20\r\n\r\n{\"target";
-    let (status, said) = problem(&raw(server.path(), half));
+    let (status, problem) = problem(&raw(server.path(), half));
     assert_eq!(status, 408);
-    assert!(said.error.contains("100 ms"), "{said:?}");
-    assert!(start.elapsed() < HANG / 2, "each of them ends by its time-out");
+    assert!(problem.error.contains("100 ms"), "{problem:?}");
+    assert!(start.elapsed() < HANG / 2, "each of them ends by its timeout");
     still_serves(&server);
 }
 
 #[test]
-fn clients_that_hold_all_connections_lose_them() {
+fn idle_clients_lose_their_connections_to_others() {
     let (server, _dir) = server(Limits { connections: 2, ..quick() });
     let mut idle: Vec<_> = (0..6).map(|_| connect(server.path())).collect();
     still_serves(&server);
@@ -269,14 +269,14 @@ fn clients_that_hold_all_connections_lose_them() {
 }
 
 #[test]
-fn clients_that_leave_cost_nothing() {
+fn clients_that_disconnect_leave_nothing_behind() {
     let (server, _dir) = server(Limits { connections: 2, ..Limits::default() });
     for request in [&b""[..], b"GET /v1", b"GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n"] {
         for _ in 0..20 {
             let mut stream = connect(server.path());
             stream.write_all(request).unwrap();
         }
-        // Half-closed: no more to come, but ready to read.
+        // Half-closed: the client sends no more but reads.
         let mut stream = connect(server.path());
         stream.write_all(request).unwrap();
         stream.shutdown(Shutdown::Write).unwrap();
@@ -295,11 +295,11 @@ fn one_connection_carries_one_request() {
 }
 
 #[test]
-fn clients_that_do_not_read_their_answers_keep_nobody_waiting() {
+fn clients_that_do_not_read_do_not_delay_others() {
     let (server, _dir) = server(Limits::default());
-    let _crowd = Crowd::come(server.path(), BITMAP);
-    answers_soon(server.path());
-    // An answer of their own kind as well: those that had their time make room.
+    let _crowd = Crowd::connect(server.path(), BITMAP);
+    responds_quickly(server.path());
+    // Another large response is served too: clients past their minimum time are closed.
     let client = Client::connect(server.path()).unwrap().with_answer_timeout(HANG);
     let start = Instant::now();
     let mut bitmap = Vec::new();
@@ -312,24 +312,24 @@ fn clients_that_do_not_read_their_answers_keep_nobody_waiting() {
 }
 
 #[test]
-fn clients_that_send_little_or_nothing_keep_nobody_waiting() {
+fn clients_that_send_little_or_nothing_do_not_delay_others() {
     let (server, _dir) = server(Limits::default());
     let half_body = b"PUT /v1/balloon HTTP/1.1\r\nHost: x\r\nContent-Length: 20\r\n\r\n{\"target";
     for request in [&b""[..], b"G", b"GET /v1/status HTTP/1.1\r\nHost:", half_body] {
-        let _crowd = Crowd::come(server.path(), request);
-        answers_soon(server.path());
+        let _crowd = Crowd::connect(server.path(), request);
+        responds_quickly(server.path());
     }
 }
 
 #[test]
-fn a_client_has_bounded_time_for_its_answer() {
+fn a_client_has_bounded_time_to_read_its_response() {
     let limits = Limits {
         stall_timeout: Duration::from_millis(200),
         answer_timeout: Duration::from_millis(600),
         ..Limits::default()
     };
     let (server, _dir) = server(limits);
-    // One that takes nothing at all, and one that takes a little again and again.
+    // One client reads nothing, the other reads a little repeatedly.
     for (bytes, why) in [(0, "silent"), (4096, "slow")] {
         let mut stream = connect(server.path());
         stream.write_all(BITMAP).unwrap();
@@ -347,7 +347,7 @@ fn a_client_has_bounded_time_for_its_answer() {
 }
 
 #[test]
-fn ten_thousand_requests_on_one_connection_are_one() {
+fn only_the_first_of_ten_thousand_pipelined_requests_is_served() {
     let (server, _dir) = server(Limits::default());
     let many = b"GET /v1/release HTTP/1.1\r\nHost: x\r\n\r\n".repeat(10_000);
     let answer = raw(server.path(), &many);
@@ -356,7 +356,7 @@ fn ten_thousand_requests_on_one_connection_are_one() {
 }
 
 #[test]
-fn one_process_that_waits_leaves_places_to_others() {
+fn one_process_cannot_use_all_waiter_slots() {
     let dir = tempfile::tempdir().unwrap();
     let balloon = Arc::new(FakeBalloon::new("web-1", Guest::Waits));
     let limits = Limits { waiters: 4, waiters_each: 2, ..Limits::default() };
@@ -373,24 +373,24 @@ fn one_process_that_waits_leaves_places_to_others() {
     balloon.until_waits(2);
     let (status, problem) = problem(&raw(server.path(), wait));
     assert_eq!(status, 503);
-    let expected = format!("process {} has 2 requests here that wait", std::process::id());
+    let expected = format!("process {} already has 2 requests that wait", std::process::id());
     assert!(problem.error.contains(&expected), "{problem:?}");
-    answers_soon(server.path());
+    responds_quickly(server.path());
 }
 
 const RESOLVE: &[u8] =
-    b"POST /v1/migration/resolve HTTP/1.1\r\nHost: x\r\nContent-Length: 14\r\n\r\n\
-    {\"word\":\"ask\"}";
+    b"POST /v1/migration/resolve HTTP/1.1\r\nHost: x\r\nContent-Length: 16\r\n\r\n\
+    {\"action\":\"ask\"}";
 
-/// A monitor whose other side never answers.
-struct Silent {
+/// A VMM whose peer never responds.
+struct SilentVmm {
     balloon: Arc<FakeBalloon>,
     asked: Mutex<usize>,
     over: Mutex<bool>,
     ended: Condvar,
 }
 
-impl Silent {
+impl SilentVmm {
     fn wait(&self) -> Result<MigrationStatus, ControlError> {
         *self.asked.lock().unwrap() += 1;
         let over = self.ended.wait_while(self.over.lock().unwrap(), |over| !*over);
@@ -399,7 +399,7 @@ impl Silent {
     }
 }
 
-impl VmmControl for Silent {
+impl VmmControl for SilentVmm {
     fn balloon(&self) -> Option<Arc<dyn BalloonControl>> {
         Some(Arc::clone(&self.balloon) as _)
     }
@@ -426,24 +426,24 @@ impl VmmControl for Silent {
 }
 
 #[test]
-fn another_host_that_does_not_answer_keeps_nobody_else_waiting() {
+fn a_peer_that_does_not_respond_does_not_delay_other_clients() {
     let dir = tempfile::tempdir().unwrap();
-    let monitor = Arc::new(Silent {
+    let vmm = Arc::new(SilentVmm {
         balloon: Arc::new(FakeBalloon::new("web-1", Guest::Obeys)),
         asked: Mutex::new(0),
         over: Mutex::new(false),
         ended: Condvar::new(),
     });
     let path = dir.path().join("s");
-    let server = Server::bind_monitor(&path, Arc::clone(&monitor) as _).unwrap();
-    // Some stay and some leave, while the threads that work for them all stay.
+    let server = Server::bind_monitor(&path, Arc::clone(&vmm) as _).unwrap();
+    // Some clients stay and some disconnect; the threads that work for them all stay.
     for _ in 0..2 {
-        drop(Crowd::come(server.path(), RESOLVE));
-        let _crowd = Crowd::come(server.path(), RESOLVE);
-        answers_soon(server.path());
+        drop(Crowd::connect(server.path(), RESOLVE));
+        let _crowd = Crowd::connect(server.path(), RESOLVE);
+        responds_quickly(server.path());
         assert!(Client::connect(server.path()).unwrap().cancel_migration().is_ok());
     }
-    assert_eq!(*monitor.asked.lock().unwrap(), Limits::default().moves);
-    *monitor.over.lock().unwrap() = true;
-    monitor.ended.notify_all();
+    assert_eq!(*vmm.asked.lock().unwrap(), Limits::default().migrations);
+    *vmm.over.lock().unwrap() = true;
+    vmm.ended.notify_all();
 }

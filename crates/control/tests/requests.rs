@@ -1,4 +1,4 @@
-//! What is asked of the guest, over the socket.
+//! Requests to the guest, over the socket.
 
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
@@ -21,7 +21,7 @@ use fake::{Guest, Setup, answered, setup};
 const GIB: u64 = 1 << 30;
 const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Status and body of a request as any HTTP client makes it.
+/// Sends an HTTP request; returns status and body.
 fn http(path: &Path, method: &str, target: &str, body: &str) -> (u16, Vec<u8>) {
     let mut stream = UnixStream::connect(path).unwrap();
     let head = format!("{method} {target} HTTP/1.1\r\nHost: x\r\nContent-Length: {}", body.len());
@@ -42,7 +42,7 @@ fn snapshot() -> AskFreePages {
 }
 
 #[test]
-fn caches_are_dropped_and_only_what_was_asked_for_counts() {
+fn only_the_requested_caches_count_as_freed() {
     let t = setup(Guest::Obeys, Limits::default());
     let all = t.client.drop_caches(Caches::All, TEST_TIMEOUT).unwrap();
     assert_eq!((all.page_cache.before_bytes, all.page_cache.after_bytes), (GIB, GIB / 4));
@@ -51,16 +51,16 @@ fn caches_are_dropped_and_only_what_was_asked_for_counts() {
     assert!(all.elapsed_ms > all.guest_ms);
     let slab = t.client.drop_caches(Caches::Slab, TEST_TIMEOUT).unwrap();
     assert_eq!((slab.freed_bytes, slab.page_cache.freed_bytes), (2 << 20, 0));
-    // Without a body's fields all have their usual values.
+    // All fields have defaults.
     let (status, body) = http(t.server.path(), "POST", "/v1/drop-caches", "{}");
     assert_eq!(status, 200, "{}", String::from_utf8_lossy(&body));
 }
 
 #[test]
-fn free_pages_are_asked_for_shown_and_released() {
+fn free_pages_are_requested_shown_and_released() {
     let t = setup(Guest::Obeys, Limits::default());
     let (status, error, hint) = answered(t.client.free_pages().unwrap_err());
-    assert_eq!((status, error.as_str()), (404, "nothing is known of the guest's free pages"));
+    assert_eq!((status, error.as_str()), (404, "the guest has not reported its free pages yet"));
     assert!(hint.contains("aerostat free-pages"), "{hint}");
     let free = t.client.ask_free_pages(&snapshot()).unwrap();
     assert_eq!((free.total_bytes, free.memory_bytes), (9 * GIB / 4, 4 * GIB));
@@ -77,7 +77,7 @@ fn free_pages_are_asked_for_shown_and_released() {
 }
 
 #[test]
-fn free_pages_come_by_hints_from_drivers_that_give_no_others() {
+fn free_pages_are_requested_by_hints() {
     let hint = AskFreePages { kind: FreeKind::Hint, ..snapshot() };
     let t = setup(Guest::Obeys, Limits::default());
     let free = t.client.ask_free_pages(&hint).unwrap();
@@ -93,7 +93,7 @@ fn free_pages_come_by_hints_from_drivers_that_give_no_others() {
 }
 
 #[test]
-fn the_bitmap_has_a_bit_for_each_page_and_the_picture_is_one() {
+fn the_bitmap_has_a_bit_per_page_and_the_picture_is_a_png() {
     let t = setup(Guest::Obeys, Limits::default());
     let mut bits = Vec::new();
     assert_eq!(answered(t.client.free_pages_bitmap(&mut bits).unwrap_err()).0, 404);
@@ -112,7 +112,7 @@ fn the_bitmap_has_a_bit_for_each_page_and_the_picture_is_one() {
 }
 
 #[test]
-fn sizes_that_cannot_be_are_refused_before_the_guest_is_asked() {
+fn invalid_sizes_are_refused_before_the_guest_is_asked() {
     let t = setup(Guest::Waits, Limits::default());
     for (kind, min_block_bytes, reserve_bytes) in [
         (FreeKind::Snapshot, Some(2048), None),
@@ -135,26 +135,26 @@ fn sizes_that_cannot_be_are_refused_before_the_guest_is_asked() {
 }
 
 #[test]
-fn more_time_than_a_guest_may_have_is_refused_before_it_is_asked() {
+fn a_timeout_over_the_limit_is_refused_before_the_guest_is_asked() {
     let t = setup(Guest::Waits, Limits::default());
     let path = t.server.path();
-    for (method, at, body) in [
+    for (method, at, sent) in [
         ("POST", "/v1/drop-caches", r#"{"timeout_ms":600001}"#),
         ("POST", "/v1/free-pages", r#"{"kind":"snapshot","timeout_ms":600001}"#),
         ("POST", "/v1/free-pages", r#"{"kind":"hold","timeout_ms":18446744073709551615}"#),
         ("POST", "/v1/free-pages", r#"{"kind":"hint","timeout_ms":600001}"#),
         ("DELETE", "/v1/free-pages?timeout_ms=600001", ""),
     ] {
-        let (status, said) = http(path, method, at, body);
-        let said = String::from_utf8_lossy(&said);
-        assert_eq!(status, 422, "{method} {at}: {said}");
-        assert!(said.contains("at most 600000 ms"), "{said}");
+        let (status, body) = http(path, method, at, sent);
+        let answer = String::from_utf8_lossy(&body);
+        assert_eq!(status, 422, "{method} {at}: {answer}");
+        assert!(answer.contains("at most 600000 ms"), "{answer}");
     }
     t.balloon.until_open(0);
 }
 
 #[test]
-fn what_is_asked_reaches_the_guest_with_its_time() {
+fn a_request_reaches_the_guest_with_its_timeout() {
     let t = setup(Guest::Waits, Limits::default());
     let asks = [
         (r#"{"kind":"snapshot","min_block_bytes":2097152,"timeout_ms":20000}"#, 20_000),
@@ -179,7 +179,7 @@ fn what_is_asked_reaches_the_guest_with_its_time() {
 }
 
 #[test]
-fn a_request_without_a_result_says_why() {
+fn a_failed_request_returns_the_reason() {
     let t = setup(Guest::Waits, Limits::default());
     for (why, status) in [
         (WhyNot::NotPossible, 409),
@@ -203,7 +203,7 @@ fn a_request_without_a_result_says_why() {
 }
 
 #[test]
-fn a_request_is_stopped_by_an_operator_or_with_its_client() {
+fn a_request_is_cancelled_by_an_operator_or_a_disconnect() {
     let t = setup(Guest::Waits, Limits::default());
     assert_eq!(answered(t.client.cancel().unwrap_err()).0, 409);
     thread::scope(|scope| {
@@ -216,7 +216,7 @@ fn a_request_is_stopped_by_an_operator_or_with_its_client() {
         assert_eq!((cancelled.id, cancelled.command.as_str()), (1, "drop-caches"));
         assert_eq!(answered(asked.join().unwrap()).0, 409);
     });
-    // A client that hangs up leaves nothing behind that the guest works on.
+    // A request is cancelled when its client disconnects.
     let mut stream = UnixStream::connect(t.server.path()).unwrap();
     let head = "POST /v1/free-pages HTTP/1.1\r\nHost: x\r\nContent-Length: 15\r\n\r\n";
     stream.write_all(format!("{head}{{\"kind\":\"hold\"}}").as_bytes()).unwrap();
@@ -226,7 +226,7 @@ fn a_request_is_stopped_by_an_operator_or_with_its_client() {
 }
 
 #[test]
-fn clients_that_wait_for_the_guest_do_not_keep_others_from_their_answers() {
+fn clients_that_wait_for_the_guest_do_not_delay_others() {
     let t = setup(Guest::Waits, Limits { waiters: 2, ..Limits::default() });
     thread::scope(|scope| {
         let path = t.server.path();
@@ -243,7 +243,7 @@ fn clients_that_wait_for_the_guest_do_not_keep_others_from_their_answers() {
 }
 
 #[test]
-fn a_server_that_stops_ends_requests_and_stops_the_guest() {
+fn stopping_the_server_ends_requests() {
     let t = setup(Guest::Waits, Limits::default());
     let Setup { balloon, server, client, dir: _dir } = t;
     let asked = thread::spawn(move || client.drop_caches(Caches::All, TEST_TIMEOUT));

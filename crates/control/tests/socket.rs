@@ -1,4 +1,4 @@
-//! The socket as a file: who may use it, and what may be replaced by it.
+//! The socket as a file: its permissions, and what it may replace.
 
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
@@ -21,20 +21,20 @@ fn bind(path: &Path) -> Result<Server, ControlError> {
 }
 
 #[test]
-fn the_socket_is_for_its_owner_alone_and_goes_with_the_server() {
+fn the_socket_is_private_and_removed_with_the_server() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
     let server = bind(&path).unwrap();
     assert_eq!(server.path(), path);
-    // No call changes the mode after the bind, so it was this from the start.
+    // No call changes the mode after the bind, so it had this mode from its creation.
     assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o600);
     drop(server);
     assert!(!path.exists());
-    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "nothing else is left");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "no other file is left");
 }
 
 #[test]
-fn the_socket_of_a_dead_process_is_replaced() {
+fn the_socket_of_an_exited_process_is_replaced() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
     // Dropping std's listener leaves the file, as a killed process does.
@@ -55,14 +55,14 @@ fn the_socket_of_a_live_process_is_left_alone() {
     assert!(matches!(&error, ControlError::SocketInUse { .. }), "{error:?}");
     assert!(error.hint().contains("another name"), "{}", error.hint());
     assert_eq!(Client::connect(server.path()).unwrap().status().unwrap().name, "a");
-    // A live socket of another type, and one whose backlog is full.
+    // A live socket of another type.
     let other = dir.path().join("d");
     let _datagram = UnixDatagram::bind(&other).unwrap();
     assert!(matches!(bind(&other), Err(ControlError::SocketInUse { .. })));
 }
 
 #[test]
-fn of_many_that_start_at_once_over_a_stale_socket_one_wins() {
+fn of_many_servers_starting_over_a_stale_socket_one_wins() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
     for _ in 0..20 {
@@ -78,7 +78,7 @@ fn of_many_that_start_at_once_over_a_stale_socket_one_wins() {
 }
 
 #[test]
-fn what_is_no_socket_is_left_alone() {
+fn a_file_that_is_not_a_socket_is_left_alone() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
     fs::write(&path, "precious").unwrap();
@@ -101,7 +101,7 @@ fn a_server_removes_only_its_own_socket() {
 }
 
 #[test]
-fn paths_that_cannot_be_bound_are_named() {
+fn paths_that_cannot_be_bound_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let missing = dir.path().join("no/s");
     let error = bind(&missing).unwrap_err();
@@ -115,7 +115,7 @@ fn paths_that_cannot_be_bound_are_named() {
 }
 
 #[test]
-fn a_server_that_never_answers_is_given_up() {
+fn a_client_of_a_server_that_never_responds_times_out() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
     let _listener = UnixListener::bind(&path).unwrap();
@@ -126,7 +126,7 @@ fn a_server_that_never_answers_is_given_up() {
 }
 
 #[test]
-fn a_server_that_speaks_something_else_is_told_apart() {
+fn a_server_of_another_protocol_is_detected() {
     use std::io::{Read, Write};
     let dir = tempfile::tempdir().unwrap();
     let answers: [&[u8]; 5] = [
@@ -146,8 +146,9 @@ fn a_server_that_speaks_something_else_is_told_apart() {
             let _ = stream.write_all(answer);
         });
         let error = Client::connect(&path).unwrap().status().unwrap_err();
-        let told = matches!(error, ControlError::Broken { .. } | ControlError::BadAnswer { .. });
-        assert!(told, "{error:?}");
+        let detected =
+            matches!(error, ControlError::Broken { .. } | ControlError::BadAnswer { .. });
+        assert!(detected, "{error:?}");
         server.join().unwrap();
     }
 }

@@ -1,70 +1,70 @@
-//! Free memory that the guest tells of: reports and hints.
+//! Free page reporting and free page hints.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// Free memory that the guest reported by itself, which is released at once.
+/// Counters of free page reporting. Reported memory is released immediately.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ReportsStatus {
-    /// Reports of the guest.
+    /// Reports received.
     pub messages: u64,
-    /// Memory that they named. A page counts each time that it is reported.
+    /// Memory reported. A page counts each time it is reported.
     pub reported_bytes: u64,
-    /// Memory that was released because of them. It is not in the balloon, and not
-    /// among what the balloon released.
+    /// Memory released because it was reported. It is not in the balloon and not counted in the
+    /// balloon's `released_bytes`.
     pub released_bytes: u64,
-    /// System calls made to release it.
+    /// System calls that released it.
     pub release_calls: u64,
-    /// Memory that was not released because the guest expects its poison there.
+    /// Memory not released because the guest expects its poison value there.
     pub poisoned_bytes: u64,
-    /// Memory that was not released because it is part of a larger host page.
+    /// Memory not released because it is part of a larger host page.
     pub partial_bytes: u64,
 }
 
-/// Runs that an answer lists at most: some 0.5 MiB of JSON, and all that a guest of
-/// 64 GiB can name in blocks of 4 MiB.
+/// Most runs listed in a response: about 0.5 MiB of JSON, and all runs that a guest of 64 GiB can
+/// report in blocks of 4 MiB.
 pub const MAX_LISTED_RUNS: usize = 16384;
 
-/// What the guest does not use, as it said when it was asked.
+/// The guest's answer to a request for free page hints.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct FreePageHints {
-    /// Number of this request, which the guest repeated.
+    /// ID of this request, echoed by the guest.
     pub id: u32,
-    /// How it went.
+    /// Outcome of the request.
     pub outcome: HintOutcome,
-    /// Pages that the guest named.
+    /// Pages that the guest hinted.
     pub pages: u64,
     /// The same in bytes.
     pub bytes: u64,
-    /// Runs of neighbouring pages among them.
+    /// Runs of adjacent pages among them.
     pub runs: u64,
-    /// Time since the guest was asked.
+    /// Time since the request.
     pub elapsed_ms: u64,
-    /// The lowest 16384 runs, where they were asked for.
+    /// The 16384 runs at the lowest addresses, if requested.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub list: Vec<PageRun>,
 }
 
-/// Neighbouring pages of the guest.
+/// A run of adjacent guest pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PageRun {
-    /// Guest physical address of the first one divided by 4096.
+    /// Guest physical address of the first page divided by 4096.
     pub start: u64,
-    /// How many.
+    /// Number of pages.
     pub pages: u64,
 }
 
-/// How a request for hints went.
+/// Outcome of a request for hints.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum HintOutcome {
-    /// The guest is still naming pages, or has not begun.
+    /// The guest is still sending hints, or has not begun.
     #[default]
     InProgress,
-    /// The guest named all that it could.
+    /// The guest has sent all hints.
     Complete,
-    /// Somebody else asked or stopped it in between.
+    /// Another request replaced or stopped it.
     Replaced,
-    /// The guest's driver went away.
+    /// The guest's driver was reset or disconnected.
     Lost,
 }

@@ -1,4 +1,4 @@
-//! Moving a guest to another host.
+//! Live migration and VM snapshots.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -7,25 +7,25 @@ use utoipa::ToSchema;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct StartMigration {
-    /// Where the destination listens, as `HOST:PORT`.
+    /// The destination's address, as `HOST:PORT`.
     pub to: String,
-    /// Certificates, by files that the guest's monitor can read. Without them nothing is
-    /// encrypted, which is possible on a loopback address only.
+    /// TLS files, readable by the VMM. Without them the connection is not encrypted, which is
+    /// accepted only on a loopback address.
     pub tls: Option<TlsPaths>,
-    /// TCP connections, 1 to 16; 4 if it is not given.
+    /// TCP connections, 1 to 16; default 4.
     pub connections: Option<u8>,
-    /// How long the guest may stand still; 300 if it is not given.
+    /// Longest downtime; default 300.
     pub max_downtime_ms: Option<u64>,
-    /// Bytes in a second, at most; at least 1 MiB. No limit if it is not given.
+    /// Bandwidth limit in bytes per second, at least 1 MiB; default none.
     pub bandwidth_bytes_per_s: Option<u64>,
-    /// zstd's level, 1 to 19. Pages are not compressed if it is not given.
+    /// zstd level, 1 to 19; default no compression.
     pub compression: Option<u8>,
-    /// Rounds before it is given up, 1 to 1000; 100 if it is not given.
+    /// Rounds before the migration fails, 1 to 1000; default 100.
     pub max_rounds: Option<u32>,
-    /// Has the guest drop its caches first.
+    /// Drop the guest's caches first.
     #[serde(default)]
     pub drop_caches: bool,
-    /// Does not ask the guest which of its pages are free.
+    /// Do not request a free-page report; send free pages too.
     #[serde(default)]
     pub send_free_pages: bool,
 }
@@ -34,26 +34,25 @@ pub struct StartMigration {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct StartSnapshot {
-    /// The file, by a path from the root; the guest's monitor makes it, and it must not be there
-    /// yet.
+    /// Absolute path of the file. The VMM creates it; it must not exist.
     pub path: String,
-    /// Has the guest drop its caches first.
+    /// Drop the guest's caches first.
     #[serde(default)]
     pub drop_caches: bool,
-    /// Does not ask the guest which of its pages are free.
+    /// Do not request a free-page report; send free pages too.
     #[serde(default)]
     pub write_free_pages: bool,
 }
 
-/// Files in PEM.
+/// Paths of PEM files.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TlsPaths {
-    /// Whom the other side's certificate must come from.
+    /// CA certificate that must have issued the peer's certificate.
     pub authority: String,
     /// This side's certificate.
     pub certificate: String,
-    /// Its key.
+    /// This side's private key.
     pub key: String,
 }
 
@@ -61,123 +60,123 @@ pub struct TlsPaths {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ResolveMigration {
-    /// What is known.
-    pub word: ResolveAction,
+    /// How to resolve the in-doubt migration.
+    pub action: ResolveAction,
 }
 
-/// What ends a doubt about where a guest runs.
+/// How to resolve an in-doubt migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum ResolveAction {
-    /// The source asks its destination. Always safe.
+    /// The source queries its destination. Always safe.
     Ask,
-    /// The guest runs here. Whoever says so **knows that it does not run on the other side**,
-    /// and never will: that process is dead.
+    /// Resume the guest here. The caller **guarantees that the guest does not run on the other
+    /// side** and never will: that process is dead.
     RunHere,
-    /// The guest never runs here. Whoever says so knows that the other side has it.
+    /// Never run the guest here. The caller guarantees that the other side has it.
     Discard,
 }
 
-/// Where a migration stands, or a snapshot, which is a migration into a file.
+/// Status of a migration, or of a VM snapshot, which is a migration to a file.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct MigrationStatus {
-    /// What is going on.
+    /// Overall state.
     pub state: MigrationState,
-    /// Whether the guest leaves, comes, or is written to a file; absent where there was no
+    /// Whether this is the source, the destination or a VM snapshot; absent before the first
     /// migration.
     pub side: Option<MigrationSide>,
-    /// What is being done, as `round`; absent where nothing is.
+    /// Current phase; absent unless a migration runs.
     pub phase: Option<MigrationPhase>,
-    /// Number of the round, from 0.
+    /// Current round, from 0.
     pub round: u32,
-    /// Pages of 4 KiB that were looked at in this phase, sent or not.
+    /// 4 KiB pages processed in this phase, whether sent or skipped.
     pub done_pages: u64,
-    /// Of so many; 0 where it is not known.
+    /// Total for `done_pages`; 0 if unknown.
     pub of_pages: u64,
-    /// Bytes on the network so far, of everything that is said, or written to the file.
+    /// Bytes sent on the network so far, protocol overhead included, or written to the file.
     pub wire_bytes: u64,
-    /// Since it began.
+    /// Time since the migration began.
     pub elapsed_ms: f64,
-    /// Why it failed, or what is not known.
+    /// Why the migration failed or is in doubt.
     pub error: Option<String>,
-    /// What can be done about a failure.
+    /// How to fix the failure.
     #[serde(default)]
     pub hint: Option<String>,
-    /// What it came to, at the source.
+    /// Outcome; source only.
     pub summary: Option<MigrationSummary>,
 }
 
-/// What is going on.
+/// State of the newest migration or VM snapshot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum MigrationState {
-    /// Nothing; the guest runs here.
+    /// No migration yet; the guest runs here.
     #[default]
     None,
-    /// A destination waits for a guest.
+    /// This destination waits for a source.
     Waiting,
-    /// A guest is on its way.
+    /// A migration is in progress.
     Running,
-    /// It came to nothing. A guest that was to leave runs here as before.
+    /// The migration failed. On the source, the guest still runs here.
     Failed,
-    /// The guest is paused here, and nobody knows whether it runs on the other side: see
+    /// The guest is paused here, and this side cannot know whether it runs on the other side: see
     /// `POST /v1/migration/resolve`.
     InDoubt,
-    /// The guest is here and only here, but could not be resumed.
+    /// This side owns the guest, but could not resume it.
     Stuck,
-    /// The guest runs on the other side, and never again here.
+    /// The guest runs on the other side and never again here.
     Moved,
-    /// The guest came, and runs here.
+    /// The guest arrived and runs here.
     Arrived,
-    /// The guest is in a file as well, and runs here.
+    /// The VM snapshot is written; the guest still runs here.
     Saved,
 }
 
 impl MigrationState {
-    /// True where nothing will change by itself.
+    /// Returns whether the state is final without operator action.
     pub const fn is_over(self) -> bool {
         !matches!(self, Self::Waiting | Self::Running)
     }
 }
 
-/// The two sides, and the file in place of the second.
+/// Role of this process in the migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum MigrationSide {
-    /// Where the guest ran before.
+    /// The guest leaves.
     Source,
-    /// Where it is to run.
+    /// The guest arrives.
     Destination,
-    /// It is written to a file, and runs on.
+    /// The guest is written to a file and continues to run here.
     Snapshot,
 }
 
-/// What is being done.
+/// Phase of a running migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum MigrationPhase {
     /// The guest drops its caches.
     DropCaches,
-    /// What the guest wrote to its disks is brought there.
+    /// The guest's disks are flushed.
     SyncDisks,
     /// The two sides connect.
     Connect,
-    /// They find out whether they fit.
+    /// The two sides check that they are compatible.
     Negotiate,
-    /// The guest is asked which of its pages are free.
+    /// The guest reports its free pages.
     FreePages,
-    /// Pages go while the guest runs.
+    /// Pages are sent while the guest runs.
     Round,
-    /// The guest stands, and the last pages go.
+    /// The guest is paused and the last pages are sent.
     LastRound,
-    /// State of processors and devices goes.
+    /// vCPU and device state is sent.
     State,
-    /// The guest changes sides.
+    /// The source commits, and the destination resumes the guest.
     Switchover,
 }
 
 impl MigrationPhase {
-    /// The word used in JSON and on the command line.
+    /// The name used in JSON and on the command line.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::DropCaches => "drop-caches",
@@ -193,35 +192,35 @@ impl MigrationPhase {
     }
 }
 
-/// What a migration came to. Sizes are bytes of the guest's memory, counted each time that they
-/// were to be sent, except `wire_bytes`.
+/// Outcome of a migration. Except for `wire_bytes`, sizes are bytes of guest memory, counted once
+/// per round.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct MigrationSummary {
-    /// Names the migration on both sides.
+    /// ID of the migration, the same on both sides.
     pub id: String,
-    /// The guest's memory.
+    /// Size of the guest's memory.
     pub memory_bytes: u64,
-    /// Contents that were sent.
+    /// Pages sent with their contents.
     pub sent_bytes: u64,
-    /// Bytes on the network, with everything.
+    /// Bytes on the network, protocol overhead included.
     pub wire_bytes: u64,
-    /// Skipped because the guest said that it does not use them.
+    /// Pages skipped because the guest reported them free.
     pub free_bytes: u64,
-    /// Skipped because they are in the balloon.
+    /// Pages skipped because they are in the balloon.
     pub balloon_bytes: u64,
-    /// Zeros.
+    /// Pages of zeros, sent without contents.
     pub zero_bytes: u64,
-    /// Filled with a pattern at the destination.
+    /// Pages that the destination filled with a pattern.
     pub filled_bytes: u64,
-    /// How long the guest took to say what is free; absent where it did not.
+    /// Time the guest took to report its free pages; absent if it did not.
     pub free_answer_ms: Option<f64>,
-    /// Each round, the last one with the guest stopped.
+    /// All rounds; the guest is paused in the last.
     pub rounds: Vec<MigrationRound>,
-    /// Times that the guest was stopped and went on, because more was left than expected.
+    /// Aborted switchovers: the guest was paused and resumed because more was dirty than expected.
     pub aborted_switchovers: u32,
-    /// How far the guest's processors were held back at the end, in per cent.
+    /// vCPU throttling at the end, in per cent.
     pub throttle_percent: u8,
-    /// From the first connection to the last word.
+    /// From the first connection to the last message.
     pub total_ms: f64,
     /// Downtime.
     pub downtime: MigrationDowntime,
@@ -230,37 +229,37 @@ pub struct MigrationSummary {
 /// One round.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct MigrationRound {
-    /// To be sent.
+    /// Memory to send in this round.
     pub bytes: u64,
-    /// Of them, contents that went.
+    /// How much of it was sent with contents.
     pub sent_bytes: u64,
-    /// Of them, zeros.
+    /// How much of it was zeros.
     pub zero_bytes: u64,
     /// Bytes on the network.
     pub wire_bytes: u64,
-    /// How long it took.
+    /// Duration of the round.
     pub took_ms: f64,
 }
 
-/// Parts of the downtime, in their order.
+/// Parts of the downtime, in order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct MigrationDowntime {
-    /// Processors and devices came to a stop.
+    /// Pausing vCPUs and devices.
     pub pause_ms: f64,
-    /// It was found out what was written last.
+    /// Reading the dirty log.
     pub log_ms: f64,
-    /// The last pages were sent.
+    /// Sending the last pages.
     pub copy_ms: f64,
-    /// State was saved.
+    /// Saving state.
     pub save_ms: f64,
-    /// State was sent and loaded.
+    /// Sending and loading state.
     pub state_ms: f64,
-    /// Of `state_ms`, loading.
+    /// Part of `state_ms`: loading.
     pub load_ms: f64,
-    /// The guest changed sides.
+    /// Switchover.
     pub switchover_ms: f64,
-    /// Of `switchover_ms`, starting it.
+    /// Part of `switchover_ms`: resuming the guest.
     pub resume_ms: f64,
-    /// All together.
+    /// Sum of the parts.
     pub total_ms: f64,
 }

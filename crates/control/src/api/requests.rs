@@ -1,21 +1,21 @@
-//! What the guest's kernel is asked for, and what it answers.
+//! Requests to the guest's kernel, and its responses.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// Time for a request that names none.
+/// Default timeout of a request.
 pub const DEFAULT_TIMEOUT_MS: u64 = 30_000;
 
-/// Longest time for a request: a guest may have a hundred GiB of caches to drop.
+/// Longest timeout of a request: a guest may have a hundred GiB of caches to drop.
 pub const MAX_TIMEOUT_MS: u64 = 600_000;
 
-/// Smallest and largest block of free memory that can be asked for.
+/// Valid values of `min_block_bytes`; it must also be a power of two.
 pub const BLOCK_BYTES: std::ops::RangeInclusive<u64> = 4096..=1 << 30;
 
-/// What a hold leaves to the guest unless it is said: enough for a small guest
-/// to go on for a while, little of a large one.
+/// Default reserve of a hold: enough for a small guest to run for a while, and little of a large
+/// one.
 pub const DEFAULT_RESERVE_BYTES: u64 = 128 << 20;
 
 const fn default_timeout_ms() -> u64 {
@@ -26,21 +26,21 @@ const fn default_timeout_ms() -> u64 {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DropCaches {
-    /// Which caches; all if it is not said.
+    /// Which caches; default all.
     #[serde(default)]
     pub what: Caches,
-    /// Time for the guest to answer, 30000 if it is not said, 600000 at most.
+    /// Timeout for the guest's response; default 30000, at most 600000.
     #[serde(default = "default_timeout_ms")]
     pub timeout_ms: u64,
 }
 
-/// Caches of a guest's kernel.
+/// Caches of the guest's kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Caches {
-    /// Contents of files that need not be written back.
+    /// Clean page cache.
     PageCache,
-    /// Reclaimable objects of the kernel: inodes and directory entries.
+    /// Reclaimable slab objects: inodes and dentries.
     Slab,
     /// Both.
     #[default]
@@ -48,7 +48,7 @@ pub enum Caches {
 }
 
 impl Caches {
-    /// The word used in JSON and on the command line.
+    /// The name used in JSON and on the command line.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::PageCache => "page-cache",
@@ -58,36 +58,36 @@ impl Caches {
     }
 }
 
-/// What dropping caches did, by the guest's word.
+/// Result of dropping caches, according to the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct DroppedCaches {
-    /// Id of the request.
+    /// ID of the request.
     pub id: u32,
-    /// Contents of files.
+    /// Page cache.
     pub page_cache: CacheSize,
-    /// Reclaimable objects.
+    /// Reclaimable slab.
     pub slab: CacheSize,
-    /// What both lost together.
+    /// Sum of both `freed_bytes`.
     pub freed_bytes: u64,
-    /// From the request until its answer, seen from the host.
+    /// From request to response, measured on the host.
     pub elapsed_ms: f64,
-    /// Time the guest says it took.
+    /// Duration according to the guest.
     pub guest_ms: f64,
 }
 
-/// A cache before and after.
+/// Size of a cache before and after.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct CacheSize {
-    /// Before it was dropped.
+    /// Before the drop.
     pub before_bytes: u64,
-    /// After it was dropped.
+    /// After the drop.
     pub after_bytes: u64,
-    /// What it lost; 0 where it grew.
+    /// The difference; 0 if the cache grew.
     pub freed_bytes: u64,
 }
 
 impl CacheSize {
-    /// From a size before and one after.
+    /// Computes `freed_bytes` from the two sizes.
     pub const fn new(before_bytes: u64, after_bytes: u64) -> Self {
         let freed_bytes = before_bytes.saturating_sub(after_bytes);
         Self { before_bytes, after_bytes, freed_bytes }
@@ -98,36 +98,35 @@ impl CacheSize {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AskFreePages {
-    /// A snapshot if it is not said.
+    /// Kind of request; default `snapshot`.
     #[serde(default)]
     pub kind: FreeKind,
-    /// Snapshot: smallest block to name, a power of two from 4096, which it is if
-    /// it is not said, to 1073741824.
+    /// Snapshot only: smallest block to report, a power of two from 4096 to 1073741824; default
+    /// 4096.
     pub min_block_bytes: Option<u64>,
-    /// Hold: what the guest keeps free for itself, a multiple of 4096; 134217728
-    /// if it is not said.
+    /// Hold only: memory that the guest keeps for its own use, a multiple of 4096; default
+    /// 134217728.
     pub reserve_bytes: Option<u64>,
-    /// Time for the guest to answer, 30000 if it is not said, 600000 at most.
+    /// Timeout for the guest's response; default 30000, at most 600000.
     #[serde(default = "default_timeout_ms")]
     pub timeout_ms: u64,
 }
 
-/// What is promised of free pages, and who names them.
+/// How free pages are reported and whether they stay free.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum FreeKind {
-    /// What was free while the guest looked. It may be in use again.
+    /// A free-page report. The pages may be in use again when it arrives.
     #[default]
     Snapshot,
-    /// What the guest keeps free until it is told otherwise, or needs it.
+    /// The guest holds the pages until they are released or it needs them.
     Hold,
-    /// A snapshot by the specification's free page hints, for drivers that have no
-    /// request queue.
+    /// The same as `snapshot`, by virtio free page hints, for drivers without a request queue.
     Hint,
 }
 
 impl FreeKind {
-    /// The word used in JSON and on the command line.
+    /// The name used in JSON and on the command line.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Snapshot => "snapshot",
@@ -137,63 +136,63 @@ impl FreeKind {
     }
 }
 
-/// Free memory as the guest named it.
+/// Free memory according to the guest.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct FreePages {
-    /// Id of the request.
+    /// ID of the request.
     pub id: u32,
-    /// What is promised of the pages.
+    /// Kind of request.
     pub kind: FreeKind,
-    /// How a hold stands; absent for a snapshot, and for a hold that is over.
+    /// State of the hold; absent for the other kinds and for a hold that has ended.
     pub hold: Option<HoldState>,
-    /// Memory named, each page once.
+    /// Memory reported; each page counts once.
     pub total_bytes: u64,
-    /// Free memory of the guest when it began, by its word; 0 with hints, which do
-    /// not say.
+    /// The guest's free memory when it began, according to the guest; 0 with hints, which do not
+    /// report it.
     pub guest_free_bytes: u64,
-    /// Memory of the guest.
+    /// Size of the guest's memory.
     pub memory_bytes: u64,
-    /// Memory of it that is in the balloon now.
+    /// Memory now in the balloon.
     pub balloon_bytes: u64,
-    /// Blocks named, largest first. One that was met twice counts twice.
+    /// Blocks reported, largest first. A block reported twice counts twice.
     pub blocks: Vec<BlockCount>,
-    /// From the request until its answer, seen from the host.
+    /// From request to response, measured on the host.
     pub elapsed_ms: f64,
-    /// Time the guest says it took.
+    /// Duration according to the guest.
     pub guest_ms: f64,
-    /// Longest time for which the guest says it held a lock.
+    /// Longest time the guest held a lock, according to the guest.
     pub lock_ns_max: u64,
-    /// Time since the answer.
+    /// Time since the response.
     pub age_ms: u64,
-    /// The same in coarse steps, for a picture of a few lines.
+    /// The same as a coarse map, for a few lines of text.
     pub map: CoarseMap,
 }
 
-/// Blocks of one size.
+/// Number of blocks of one size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct BlockCount {
-    /// Size of each.
+    /// Block size.
     pub block_bytes: u64,
-    /// How many.
+    /// Number of blocks.
     pub count: u64,
 }
 
-/// How a hold stands.
+/// State of a hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum HoldState {
-    /// The guest keeps it.
+    /// The guest holds the pages.
     Kept,
-    /// The guest's queues stand still; it keeps it if it is only paused.
+    /// The guest's virtqueues are stopped. The guest still holds the pages if it is only paused.
     Paused,
-    /// The guest was told to give it back and has not said that it did.
+    /// The guest was asked to release the pages and has not confirmed it.
     Releasing,
 }
 
-/// Guest memory in cells of equal size.
+/// Guest memory divided into cells of equal size.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct CoarseMap {
-    /// Pages of a cell, a power of two.
+    /// Pages per cell, a power of two.
     pub cell_pages: u64,
     /// The regions of guest memory, lowest first.
     pub regions: Vec<CoarseRegion>,
@@ -202,51 +201,50 @@ pub struct CoarseMap {
 /// A region of guest memory. Its last cell may be shorter than the others.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct CoarseRegion {
-    /// Number of its first page: guest physical address / 4096.
+    /// Guest physical address of the first page divided by 4096.
     pub first_page: u64,
-    /// Its pages.
+    /// Number of pages.
     pub pages: u64,
-    /// Free pages of each cell.
+    /// Free pages in each cell.
     pub free_pages: Vec<u64>,
-    /// Pages of each cell that are in the balloon.
+    /// Pages in each cell that are in the balloon.
     pub balloon_pages: Vec<u64>,
 }
 
-/// What releasing a hold brought.
+/// Result of releasing a hold.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ReleasedHold {
-    /// Id of the request.
+    /// ID of the request.
     pub id: u32,
-    /// Memory that the guest says it gave back to itself.
+    /// Memory freed, according to the guest.
     pub released_bytes: u64,
-    /// From the request until its answer, seen from the host.
+    /// From request to response, measured on the host.
     pub elapsed_ms: f64,
 }
 
-/// A request that was told to stop.
+/// A cancelled request.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct CancelledRequest {
-    /// Its id.
+    /// ID of the request.
     pub id: u32,
-    /// What it asked for, such as `drop-caches`.
+    /// Command of the request, such as `drop-caches`.
     pub command: String,
 }
 
-/// Requests to the guest so far.
+/// Status and counters of requests to the guest.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct RequestStatus {
-    /// True when the guest's driver has a request queue, and it is not stopped: by a
-    /// pause, or because the driver starts only now.
+    /// True if the guest's driver has a request queue and the queue is running, that is neither
+    /// paused nor still starting.
     pub possible: bool,
-    /// What the guest works on, such as `drop-caches`.
+    /// Command that the guest is processing, such as `drop-caches`.
     pub running: Option<String>,
-    /// Requests that wait for it to end.
+    /// Requests queued behind it.
     pub waiting: u64,
-    /// How a hold stands; absent without one.
+    /// State of the hold; absent without one.
     pub hold: Option<HoldState>,
-    /// Answers that came after their time.
+    /// Responses that arrived after the timeout.
     pub late_answers: u64,
-    /// Ended requests by command, then by how they ended, such as `done` or
-    /// `timed_out`.
+    /// Completed requests by command, then by outcome, such as `done` or `timed_out`.
     pub ended: BTreeMap<String, BTreeMap<String, u64>>,
 }

@@ -1,11 +1,11 @@
-//! Letters of 5 by 7 dots, for the few words in a picture.
+//! A font of 5 by 7 pixels.
 
-/// Dots of a letter across, and down.
+/// Size of a glyph in pixels.
 pub(super) const WIDTH: usize = 5;
 pub(super) const HEIGHT: usize = 7;
 
-/// The rows of a letter, top first; the highest of five bits is the left dot. A
-/// letter that is not here is drawn as a box.
+/// Returns the rows of a glyph, top first; the highest of five bits is the leftmost pixel. An
+/// unknown letter is drawn as a box.
 pub(super) fn rows(letter: char) -> [u8; HEIGHT] {
     let glyph = GLYPHS.iter().find(|(known, _)| *known == letter);
     glyph.map_or([0x1f, 0x11, 0x11, 0x11, 0x11, 0x11, 0x1f], |(_, rows)| *rows)

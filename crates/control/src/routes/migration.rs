@@ -1,4 +1,4 @@
-//! The endpoints that move a guest.
+//! Endpoints for migration and VM snapshots.
 
 use std::sync::Arc;
 
@@ -9,108 +9,108 @@ use tokio::task::spawn_blocking;
 
 use crate::api::{MigrationStatus, Problem, ResolveMigration, StartMigration, StartSnapshot};
 use crate::error::ControlError;
-use crate::monitor::VmmControl;
 use crate::routes::App;
 use crate::server::served;
+use crate::vmm::VmmControl;
 
-/// Where the newest migration stands, or the newest snapshot.
+/// Returns the status of the newest migration or VM snapshot.
 #[utoipa::path(get, tag = "migration", path = "/v1/migration", responses(
-    (status = 200, description = "What is known", body = MigrationStatus),
-    (status = "default", description = "What was wrong, and what to do", body = Problem),
+    (status = 200, description = "The status", body = MigrationStatus),
+    (status = "default", description = "What happened, and how to fix it", body = Problem),
 ))]
 pub(crate) async fn get_migration(
     State(app): State<App>,
 ) -> Result<Json<MigrationStatus>, ControlError> {
-    app.tell(|monitor| Ok(monitor.migration())).await.map(Json)
+    app.call_vmm(|vmm| Ok(vmm.migration())).await.map(Json)
 }
 
-/// Begins to move the guest to another host. It runs on meanwhile.
+/// Starts to migrate the guest to another host. The guest keeps running.
 #[utoipa::path(post, tag = "migration", path = "/v1/migration", request_body = StartMigration, responses(
-    (status = 202, description = "It has begun", body = MigrationStatus),
-    (status = 409, description = "It cannot be moved now", body = Problem),
-    (status = "default", description = "What was wrong, and what to do", body = Problem),
+    (status = 202, description = "It has started", body = MigrationStatus),
+    (status = 409, description = "The guest cannot be migrated now", body = Problem),
+    (status = "default", description = "What happened, and how to fix it", body = Problem),
 ))]
 pub(crate) async fn post_migration(
     State(app): State<App>,
     request: Request,
 ) -> Result<(StatusCode, Json<MigrationStatus>), ControlError> {
     let ask: StartMigration = app.body(request).await?;
-    let place = app.controller()?;
-    let start = move |monitor: &dyn VmmControl| {
-        let _place = place;
-        monitor.start_migration(&ask)
+    let permit = app.migration_permit()?;
+    let start = move |vmm: &dyn VmmControl| {
+        let _permit = permit;
+        vmm.start_migration(&ask)
     };
-    let status = app.tell(start).await?;
+    let status = app.call_vmm(start).await?;
     Ok((StatusCode::ACCEPTED, Json(status)))
 }
 
-/// Begins to write the guest to a file. It runs on meanwhile, and afterwards; `GET
-/// /v1/migration` tells how far it is.
+/// Starts to write a VM snapshot to a file. The guest keeps running during and after it; `GET
+/// /v1/migration` returns the progress.
 #[utoipa::path(post, tag = "migration", path = "/v1/snapshot", request_body = StartSnapshot, responses(
-    (status = 202, description = "It has begun", body = MigrationStatus),
-    (status = 409, description = "It cannot be written now", body = Problem),
-    (status = "default", description = "What was wrong, and what to do", body = Problem),
+    (status = 202, description = "It has started", body = MigrationStatus),
+    (status = 409, description = "The guest cannot be saved now", body = Problem),
+    (status = "default", description = "What happened, and how to fix it", body = Problem),
 ))]
 pub(crate) async fn post_snapshot(
     State(app): State<App>,
     request: Request,
 ) -> Result<(StatusCode, Json<MigrationStatus>), ControlError> {
     let ask: StartSnapshot = app.body(request).await?;
-    let place = app.controller()?;
-    let start = move |monitor: &dyn VmmControl| {
-        let _place = place;
-        monitor.start_snapshot(&ask)
+    let permit = app.migration_permit()?;
+    let start = move |vmm: &dyn VmmControl| {
+        let _permit = permit;
+        vmm.start_snapshot(&ask)
     };
-    let status = app.tell(start).await?;
+    let status = app.call_vmm(start).await?;
     Ok((StatusCode::ACCEPTED, Json(status)))
 }
 
-/// Ends the migration or the snapshot; the guest goes on where it is. It may be too late.
+/// Cancels the migration or VM snapshot; the guest stays here. After the commit it has no effect.
 #[utoipa::path(delete, tag = "migration", path = "/v1/migration", responses(
-    (status = 202, description = "It is about to end", body = MigrationStatus),
-    (status = 409, description = "There is none", body = Problem),
-    (status = "default", description = "What was wrong, and what to do", body = Problem),
+    (status = 202, description = "It is being cancelled", body = MigrationStatus),
+    (status = 409, description = "There is none to cancel", body = Problem),
+    (status = "default", description = "What happened, and how to fix it", body = Problem),
 ))]
 pub(crate) async fn delete_migration(
     State(app): State<App>,
 ) -> Result<(StatusCode, Json<MigrationStatus>), ControlError> {
-    let status = app.tell(|monitor| monitor.cancel_migration()).await?;
+    let status = app.call_vmm(|vmm| vmm.cancel_migration()).await?;
     Ok((StatusCode::ACCEPTED, Json(status)))
 }
 
-/// Ends a doubt about where the guest runs.
+/// Resolves an in-doubt migration.
 #[utoipa::path(post, tag = "migration", path = "/v1/migration/resolve", request_body = ResolveMigration, responses(
     (status = 200, description = "It is resolved", body = MigrationStatus),
-    (status = 409, description = "There is no doubt, or it is still there", body = Problem),
-    (status = "default", description = "What was wrong, and what to do", body = Problem),
+    (status = 409, description = "No migration is in doubt, or it is still in doubt", body = Problem),
+    (status = "default", description = "What happened, and how to fix it", body = Problem),
 ))]
 pub(crate) async fn post_resolve(
     State(app): State<App>,
     request: Request,
 ) -> Result<Json<MigrationStatus>, ControlError> {
-    let ResolveMigration { word } = app.body(request).await?;
-    let place = app.controller()?;
-    let resolve = move |monitor: &dyn VmmControl| {
-        let _place = place;
-        monitor.resolve_migration(word)
+    let ResolveMigration { action } = app.body(request).await?;
+    let permit = app.migration_permit()?;
+    let resolve = move |vmm: &dyn VmmControl| {
+        let _permit = permit;
+        vmm.resolve_migration(action)
     };
-    app.tell(resolve).await.map(Json)
+    app.call_vmm(resolve).await.map(Json)
 }
 
 impl App {
-    /// Tells the monitor something on a thread that may block.
-    async fn tell<T: Send + 'static>(
+    /// Calls the VMM on a thread that may block.
+    async fn call_vmm<T: Send + 'static>(
         &self,
-        tell: impl FnOnce(&dyn VmmControl) -> Result<T, ControlError> + Send + 'static,
+        ask: impl FnOnce(&dyn VmmControl) -> Result<T, ControlError> + Send + 'static,
     ) -> Result<T, ControlError> {
-        let (monitor, connection) = (Arc::clone(&self.monitor), served::current());
-        let tell = move || {
+        let (vmm, connection) = (Arc::clone(&self.vmm), served::current());
+        let call = move || {
             let _connection = connection;
-            tell(&*monitor)
+            ask(&*vmm)
         };
-        spawn_blocking(tell).await.map_err(|_| ControlError::Failed {
-            what: "the monitor failed while it was asked".into(),
-            hint: "look into the log of the process that serves it".into(),
+        spawn_blocking(call).await.map_err(|_| ControlError::Failed {
+            what: "host: the call to the VMM failed".into(),
+            hint: "see the VMM's log".into(),
         })?
     }
 }

@@ -1,4 +1,4 @@
-//! Endpoints that ask the guest's kernel for something.
+//! Endpoints that send requests to the guest's kernel.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -25,26 +25,26 @@ use crate::free_map::FreePagesMap;
 use crate::guest_routes;
 use crate::picture;
 
-/// Time beyond a request's own after which the balloon has failed to end it.
+/// Time after a request's timeout at which the balloon should have ended it.
 pub(crate) const ANSWER_MARGIN: Duration = Duration::from_secs(5);
 
-/// How long the guest may take.
+/// Timeout of a request.
 #[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct TimeoutParam {
-    /// Time for the guest to answer, 30000 if it is not said, 600000 at most.
+    /// Timeout for the guest's response; default 30000, at most 600000.
     timeout_ms: Option<u64>,
 }
 
-/// Has the guest's kernel drop caches, and says what that freed.
+/// Drops the caches of the guest's kernel and returns what that freed.
 #[utoipa::path(post, tag = "guest", path = "/v1/drop-caches", request_body = DropCaches, responses(
-    (status = 200, description = "They are dropped", body = DroppedCaches),
-    (status = 409, description = "The guest's driver cannot, or the request was stopped", body = Problem),
-    (status = 502, description = "The guest refused or broke the protocol", body = Problem),
-    (status = 503, description = "Too many requests wait", body = Problem),
-    (status = 504, description = "The guest did not answer in time", body = Problem),
-    (status = "default", description = "What was wrong, and what to do", body = Problem),
+    (status = 200, description = "The caches are dropped", body = DroppedCaches),
+    (status = 409, description = "The guest's driver does not support it, or the request was cancelled", body = Problem),
+    (status = 502, description = "The guest refused, or violated the protocol", body = Problem),
+    (status = 503, description = "Too many requests are queued", body = Problem),
+    (status = 504, description = "The guest did not respond in time", body = Problem),
+    (status = "default", description = "What happened, and how to fix it", body = Problem),
 ))]
 pub(crate) async fn post_drop_caches(
     State(app): State<App>,
@@ -54,7 +54,7 @@ pub(crate) async fn post_drop_caches(
     let answer = app.ask(GuestAsk::DropCaches(ask.what), ask.timeout_ms).await?;
     let [page_before, page_after, slab_before, slab_after] =
         answer.values.map(|pages| pages.saturating_mul(BALLOON_PAGE_BYTES));
-    // A cache that was not asked for changes as well meanwhile; not by us.
+    // A cache that was not requested may change too, but not because of this request.
     let size = |asked: bool, before, after| {
         let size = CacheSize::new(before, after);
         if asked { size } else { CacheSize { freed_bytes: 0, ..size } }
@@ -71,16 +71,16 @@ pub(crate) async fn post_drop_caches(
     }))
 }
 
-/// Asks the guest which of its memory is free, once or for as long as it can
-/// keep it so.
+/// Requests the guest's free pages: a report, or a hold that lasts until the guest needs the
+/// memory.
 #[utoipa::path(post, tag = "guest", path = "/v1/free-pages", request_body = AskFreePages, responses(
-    (status = 200, description = "What the guest named", body = FreePages),
-    (status = 409, description = "The guest's driver cannot, or the request was stopped", body = Problem),
-    (status = 422, description = "A size that cannot be", body = Problem),
-    (status = 502, description = "The guest refused or broke the protocol", body = Problem),
-    (status = 503, description = "Too many requests wait", body = Problem),
-    (status = 504, description = "The guest did not answer in time", body = Problem),
-    (status = "default", description = "What was wrong, and what to do", body = Problem),
+    (status = 200, description = "The free pages", body = FreePages),
+    (status = 409, description = "The guest's driver does not support it, or the request was cancelled", body = Problem),
+    (status = 422, description = "A size or timeout is invalid", body = Problem),
+    (status = 502, description = "The guest refused, or violated the protocol", body = Problem),
+    (status = 503, description = "Too many requests are queued", body = Problem),
+    (status = 504, description = "The guest did not respond in time", body = Problem),
+    (status = "default", description = "What happened, and how to fix it", body = Problem),
 ))]
 pub(crate) async fn post_free_pages(
     State(app): State<App>,
@@ -90,31 +90,31 @@ pub(crate) async fn post_free_pages(
     let Some(asked) = guest_ask(&ask)? else { return hinted(app, ask.timeout_ms).await };
     let answer = app.ask(asked, ask.timeout_ms).await?;
     let map = answer.free.ok_or_else(|| ControlError::Failed {
-        what: "the balloon has no free pages where it should".into(),
-        hint: "look into the log of the process that serves it".into(),
+        what: "host: the guest answered, but the balloon has no free pages".into(),
+        hint: "see the log of the balloon's process".into(),
     })?;
     app.call(move |_| map.summarize()).await.map(Json)
 }
 
-/// The same, by the specification's hints.
+/// Requests free pages by free page hints.
 async fn hinted(app: App, timeout_ms: u64) -> Result<Json<FreePages>, ControlError> {
     let time = app.request_time(timeout_ms)?;
     let id = guest_routes::hints(app.clone(), time).await?.id;
     let map = app.call(newest).await??;
     if map.summary.id != id {
         return Err(ControlError::Refused {
-            what: "the guest was asked by somebody else meanwhile, or its driver went".into(),
-            hint: "ask again".into(),
+            what: "another request replaced this one, or the guest's driver was reset".into(),
+            hint: "try again".into(),
         });
     }
     app.call(move |_| map.summarize()).await.map(Json)
 }
 
-/// The newest free pages that the guest named.
+/// Returns the newest free pages that the guest reported.
 #[utoipa::path(get, tag = "guest", path = "/v1/free-pages", responses(
-    (status = 200, description = "What the guest named", body = FreePages),
-    (status = 404, description = "The guest was not asked yet", body = Problem),
-    (status = "default", description = "What was wrong, and what to do", body = Problem),
+    (status = 200, description = "The free pages", body = FreePages),
+    (status = 404, description = "The guest has not been asked yet", body = Problem),
+    (status = "default", description = "What happened, and how to fix it", body = Problem),
 ))]
 pub(crate) async fn get_free_pages(
     State(app): State<App>,
@@ -122,18 +122,18 @@ pub(crate) async fn get_free_pages(
     app.call(|balloon| newest(balloon).map(FreePagesMap::summarize)).await?.map(Json)
 }
 
-/// The newest free pages as a bitmap: one bit for each 4 KiB page of guest
-/// memory, low to high, bit 0 of byte 0 first. Memory that does not exist has no
-/// bit: where one region ends, the next one goes on.
+/// Returns the newest free pages as a bitmap: one bit for each 4 KiB page of guest memory, in
+/// ascending order, from bit 0 of byte 0. Holes between regions have no bits: each region follows
+/// the previous one directly.
 #[utoipa::path(get, tag = "guest", path = "/v1/free-pages/bitmap", responses(
     (status = 200, description = "The bits", content_type = "application/octet-stream", body = Vec<u8>, headers(
-        ("aerostat-first-page" = u64, description = "Number of the page of the first bit"),
-        ("aerostat-pages" = u64, description = "Bits"),
-        ("aerostat-regions" = String, description = "Regions of guest memory as `first+pages`, by commas"),
-        ("aerostat-request-id" = u32, description = "Id of the request"),
+        ("aerostat-first-page" = u64, description = "Page number of the first bit"),
+        ("aerostat-pages" = u64, description = "Number of bits"),
+        ("aerostat-regions" = String, description = "Regions of guest memory as `first+pages`, separated by commas"),
+        ("aerostat-request-id" = u32, description = "ID of the request"),
     )),
-    (status = 404, description = "The guest was not asked yet", body = Problem),
-    (status = "default", description = "What was wrong, and what to do", body = Problem),
+    (status = 404, description = "The guest has not been asked yet", body = Problem),
+    (status = "default", description = "What happened, and how to fix it", body = Problem),
 ))]
 pub(crate) async fn get_bitmap(State(app): State<App>) -> Result<Response, ControlError> {
     app.bulk().await?;
@@ -150,32 +150,32 @@ pub(crate) async fn get_bitmap(State(app): State<App>) -> Result<Response, Contr
     Ok((headers, Body::new(Bitmap::new(&map.regions, map.free))).into_response())
 }
 
-/// The newest free pages as a picture of guest memory.
+/// Returns the newest free pages as a picture of guest memory.
 #[utoipa::path(get, tag = "guest", path = "/v1/free-pages/picture", responses(
     (status = 200, description = "The picture", content_type = "image/png", body = Vec<u8>),
-    (status = 404, description = "The guest was not asked yet", body = Problem),
-    (status = "default", description = "What was wrong, and what to do", body = Problem),
+    (status = 404, description = "The guest has not been asked yet", body = Problem),
+    (status = "default", description = "What happened, and how to fix it", body = Problem),
 ))]
 pub(crate) async fn get_picture(State(app): State<App>) -> Result<Response, ControlError> {
     app.bulk().await?;
     let draw = |balloon: &dyn BalloonControl| {
         let map = newest(balloon)?;
         picture::draw(&balloon.name(), &map).map_err(|error| ControlError::Failed {
-            what: format!("the picture cannot be made: {error}"),
-            hint: "please report this as a fault of aerostat".into(),
+            what: format!("the picture cannot be encoded: {error}"),
+            hint: "please report this as a bug in aerostat".into(),
         })
     };
     let png = app.call(draw).await??;
     Ok(([(header::CONTENT_TYPE, HeaderValue::from_static("image/png"))], png).into_response())
 }
 
-/// Gives a hold back to the guest.
+/// Releases the hold.
 #[utoipa::path(delete, tag = "guest", path = "/v1/free-pages", params(TimeoutParam), responses(
-    (status = 200, description = "The guest has it back", body = ReleasedHold),
-    (status = 409, description = "There is no hold, or the guest's driver cannot", body = Problem),
-    (status = 502, description = "The guest refused or broke the protocol", body = Problem),
-    (status = 504, description = "The guest did not answer in time", body = Problem),
-    (status = "default", description = "What was wrong, and what to do", body = Problem),
+    (status = 200, description = "The hold is released", body = ReleasedHold),
+    (status = 409, description = "There is no hold, or the guest's driver does not support it", body = Problem),
+    (status = 502, description = "The guest refused, or violated the protocol", body = Problem),
+    (status = 504, description = "The guest did not respond in time", body = Problem),
+    (status = "default", description = "What happened, and how to fix it", body = Problem),
 ))]
 pub(crate) async fn delete_free_pages(
     State(app): State<App>,
@@ -190,11 +190,11 @@ pub(crate) async fn delete_free_pages(
     }))
 }
 
-/// Stops the request that the guest works on. Whoever made it is told so.
+/// Cancels the request that the guest is processing. The client that made it gets an error.
 #[utoipa::path(post, tag = "guest", path = "/v1/cancel", responses(
-    (status = 200, description = "It was told to stop", body = CancelledRequest),
+    (status = 200, description = "The guest was asked to stop", body = CancelledRequest),
     (status = 409, description = "There is no request", body = Problem),
-    (status = "default", description = "What was wrong, and what to do", body = Problem),
+    (status = "default", description = "What happened, and how to fix it", body = Problem),
 ))]
 pub(crate) async fn post_cancel(
     State(app): State<App>,
@@ -202,38 +202,38 @@ pub(crate) async fn post_cancel(
     app.call(|balloon| balloon.cancel_request(None)).await?.map(Json)
 }
 
-fn no_end() -> ControlError {
+fn balloon_stopped() -> ControlError {
     ControlError::Failed {
-        what: "the balloon stopped before the guest had answered".into(),
-        hint: "look into the log of the process that serves it".into(),
+        what: "host: the balloon stopped before the guest answered".into(),
+        hint: "see the log of the balloon's process".into(),
     }
 }
 
 fn newest(balloon: &dyn BalloonControl) -> Result<FreePagesMap, ControlError> {
     balloon.free_pages().ok_or_else(|| ControlError::Guest {
         why: WhyNot::NotAsked,
-        what: "nothing is known of the guest's free pages".into(),
-        hint: "ask the guest first: POST /v1/free-pages, or `aerostat free-pages NAME`".into(),
+        what: "the guest has not reported its free pages yet".into(),
+        hint: "request them with POST /v1/free-pages or `aerostat free-pages NAME`".into(),
     })
 }
 
-/// Checks the sizes of a request for free pages; `None` for one by hints, which
-/// goes another way.
+/// Checks the sizes of a request for free pages; `None` for one by hints, which does not use the
+/// request queue.
 fn guest_ask(ask: &AskFreePages) -> Result<Option<GuestAsk>, ControlError> {
     let refused = |what: String, hint: &str| ControlError::BadSize { what, hint: hint.into() };
     match ask.kind {
         FreeKind::Snapshot => {
             if ask.reserve_bytes.is_some() {
                 return Err(refused(
-                    "a snapshot reserves nothing".into(),
-                    "leave reserve_bytes out, or ask for a hold",
+                    "a snapshot has no reserve".into(),
+                    "omit reserve_bytes, or request a hold",
                 ));
             }
             let bytes = ask.min_block_bytes.unwrap_or(*BLOCK_BYTES.start());
             if !bytes.is_power_of_two() || !BLOCK_BYTES.contains(&bytes) {
                 return Err(refused(
-                    format!("there are no blocks of {bytes} bytes"),
-                    "ask for a power of two from 4096 to 1073741824",
+                    format!("{bytes} bytes is not a valid block size"),
+                    "use a power of two from 4096 to 1073741824",
                 ));
             }
             Ok(Some(GuestAsk::Snapshot { min_block_bytes: bytes }))
@@ -241,8 +241,8 @@ fn guest_ask(ask: &AskFreePages) -> Result<Option<GuestAsk>, ControlError> {
         FreeKind::Hint => {
             if ask.min_block_bytes.is_some() || ask.reserve_bytes.is_some() {
                 return Err(refused(
-                    "a driver's hints have the sizes that it chooses".into(),
-                    "leave min_block_bytes and reserve_bytes out",
+                    "the driver chooses the block sizes of free page hints".into(),
+                    "omit min_block_bytes and reserve_bytes",
                 ));
             }
             Ok(None)
@@ -250,15 +250,15 @@ fn guest_ask(ask: &AskFreePages) -> Result<Option<GuestAsk>, ControlError> {
         FreeKind::Hold => {
             if ask.min_block_bytes.is_some() {
                 return Err(refused(
-                    "a hold has blocks of all sizes".into(),
-                    "leave min_block_bytes out, or ask for a snapshot",
+                    "a hold includes blocks of all sizes".into(),
+                    "omit min_block_bytes, or request a snapshot",
                 ));
             }
             let bytes = ask.reserve_bytes.unwrap_or(DEFAULT_RESERVE_BYTES);
             if !bytes.is_multiple_of(BALLOON_PAGE_BYTES) {
                 return Err(refused(
                     format!("a reserve of {bytes} bytes is not a whole number of 4096-byte pages"),
-                    "ask for a multiple of 4096",
+                    "use a multiple of 4096",
                 ));
             }
             Ok(Some(GuestAsk::Hold { reserve_bytes: bytes }))
@@ -266,75 +266,77 @@ fn guest_ask(ask: &AskFreePages) -> Result<Option<GuestAsk>, ControlError> {
     }
 }
 
-/// Stops a request whose client is gone: nobody waits for its answer, and a
-/// hold that nobody knows of would stay.
+/// Cancels a request whose client has disconnected: no client waits for its response, and a hold
+/// that no client has seen would remain.
 ///
-/// The client may go at any moment, also while a thread is just asking the guest.
-/// So both sides look at one state: whoever comes second stops the request.
-struct StopIfDropped {
+/// The client may disconnect while a thread is submitting the request. So both sides use one
+/// state, and the second of them cancels the request.
+struct CancelOnDrop {
     balloon: Arc<dyn BalloonControl>,
-    state: Arc<Mutex<Asking>>,
+    state: Arc<Mutex<Submission>>,
 }
 
-enum Asking {
-    /// Not asked yet.
-    Begun,
-    /// The guest works on it.
-    Asked(u32),
-    /// It has ended, or nobody is left who waits for it.
+enum Submission {
+    /// Not submitted yet.
+    New,
+    /// Submitted with this ID.
+    Submitted(u32),
+    /// It has ended, or its client has disconnected.
     Over,
 }
 
-impl StopIfDropped {
+impl CancelOnDrop {
     fn new(balloon: Arc<dyn BalloonControl>) -> Self {
-        Self { balloon, state: Arc::new(Mutex::new(Asking::Begun)) }
+        Self { balloon, state: Arc::new(Mutex::new(Submission::New)) }
     }
 
-    /// The request has ended.
+    /// Records that the request has ended.
     fn ended(&self) {
-        *lock(&self.state) = Asking::Over;
+        *lock(&self.state) = Submission::Over;
     }
 }
 
-impl Drop for StopIfDropped {
+impl Drop for CancelOnDrop {
     fn drop(&mut self) {
-        let Asking::Asked(id) = std::mem::replace(&mut *lock(&self.state), Asking::Over) else {
+        let Submission::Submitted(id) =
+            std::mem::replace(&mut *lock(&self.state), Submission::Over)
+        else {
             return;
         };
         let balloon = Arc::clone(&self.balloon);
-        // It has ended meanwhile, or it is told to stop: both are well. Without a
-        // runtime the server has stopped, and the process is about to.
+        // An error means that the request has ended by itself. Without a runtime the server has
+        // stopped, and the process is about to exit.
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
             runtime.spawn_blocking(move || balloon.cancel_request(Some(id)));
         }
     }
 }
 
-/// Asks the guest; `None` where the client has gone meanwhile.
+/// Submits the request; `None` if the client has disconnected in the meantime.
 fn submit(
     balloon: &dyn BalloonControl,
-    state: &Mutex<Asking>,
+    state: &Mutex<Submission>,
     ask: GuestAsk,
     timeout: Duration,
 ) -> Result<Option<u32>, ControlError> {
     let id = balloon.submit(ask, timeout)?;
     let mut state = lock(state);
-    if matches!(*state, Asking::Over) {
+    if matches!(*state, Submission::Over) {
         drop(state);
         balloon.cancel_request(Some(id))?;
         return Ok(None);
     }
-    *state = Asking::Asked(id);
+    *state = Submission::Submitted(id);
     Ok(Some(id))
 }
 
-fn lock(state: &Mutex<Asking>) -> MutexGuard<'_, Asking> {
-    // One word is changed under it.
+fn lock(state: &Mutex<Submission>) -> MutexGuard<'_, Submission> {
+    // The guarded data is a single value, so it is consistent after a panic.
     state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl App {
-    /// The time that a client gives the guest.
+    /// Converts and checks a client's timeout.
     fn request_time(&self, timeout_ms: u64) -> Result<Duration, ControlError> {
         let (time, limit) = (Duration::from_millis(timeout_ms), self.limits.max_request);
         if time > limit {
@@ -343,24 +345,24 @@ impl App {
         Ok(time)
     }
 
-    /// Asks the guest and waits for the answer.
+    /// Sends a request to the guest and waits for the response.
     async fn ask(&self, ask: GuestAsk, timeout_ms: u64) -> Result<GuestAnswer, ControlError> {
         let timeout = self.request_time(timeout_ms)?;
-        // Taken before the guest is asked, so that a refusal changes nothing.
+        // Taken before the request is submitted, so that a refusal has no effect.
         let _waiter = self.any_waiter()?;
         let end = Instant::now() + timeout + ANSWER_MARGIN;
-        let stop = StopIfDropped::new(self.balloon()?);
-        let state = Arc::clone(&stop.state);
+        let cancel = CancelOnDrop::new(self.balloon()?);
+        let state = Arc::clone(&cancel.state);
         let asked = self.call(move |balloon| submit(balloon, &state, ask, timeout)).await??;
-        let Some(id) = asked else { return Err(no_end()) };
+        let Some(id) = asked else { return Err(balloon_stopped()) };
         loop {
             let ended = self.call(move |balloon| balloon.wait_request(id, WAIT_SLICE)).await?;
             if let Some(outcome) = ended {
-                stop.ended();
+                cancel.ended();
                 return outcome;
             }
             if *self.stopped.borrow() || Instant::now() > end {
-                return Err(no_end());
+                return Err(balloon_stopped());
             }
         }
     }

@@ -1,8 +1,9 @@
-//! The server's connections: what each waits for, and which is closed when another needs its place.
+//! The server's connections: the phase of each, and which one to close when the limit is reached.
 //!
-//! Clients are on the same host, so an honest one sends its request and reads its answer within
-//! milliseconds. A slow client has deadlines; when all connections are taken, the slowest is closed
-//! before its deadline. A connection whose request is being served is never closed for another.
+//! Clients are on the same host, so a working one sends its request and reads its response within
+//! milliseconds. A slow client has deadlines; when all connections are in use, the slowest is
+//! closed before its deadline. A connection whose request is being processed is never closed in
+//! favour of another.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -17,28 +18,28 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use super::Limits;
 
-/// Time that everybody has who has just come or was just answered, however many others wait.
+/// Minimum time for a client to send its request or read its response, even if others wait.
 const MIN_SERVICE_TIME: Duration = Duration::from_millis(100);
 
-/// The same for a client that reads a large answer: a bitmap of 1 TiB of memory takes some 30 ms.
-const BULK_GRACE: Duration = Duration::from_secs(1);
+/// The same for reading a large response: a bitmap of 1 TiB of memory takes some 30 ms.
+const MIN_BULK_TIME: Duration = Duration::from_secs(1);
 
-/// How long one waits for another to have its turn with a large answer.
-const BULK_PATIENCE: Duration = Duration::from_secs(2);
+/// Longest wait for a turn to send a large response.
+const BULK_WAIT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Between two looks whether somebody has been here for long enough to make room.
+/// How often to check whether a connection can be closed in favour of another.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// What a connection waits for.
+/// Phase of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
-    /// Its client sends a request.
+    /// The client sends a request.
     Reading,
-    /// The server works on the answer.
+    /// The server processes it.
     Working,
-    /// Its turn to have a large answer.
+    /// The connection waits for its turn to send a large response.
     Queued,
-    /// Its client reads the answer.
+    /// The client reads the response.
     Answering,
 }
 
@@ -46,15 +47,15 @@ pub(crate) enum Phase {
 struct State {
     phase: Phase,
     since: Instant,
-    /// When the client took bytes of its answer last.
-    taken: Instant,
-    /// The right to a large answer.
+    /// When the client last read bytes of its response.
+    last_read: Instant,
+    /// Permit for a large response.
     bulk: Option<OwnedSemaphorePermit>,
-    /// Another one needs its room.
+    /// Being closed in favour of another connection.
     closing: bool,
 }
 
-/// One connection, for as long as anything works for it.
+/// A connection. It lives as long as any task or thread works for it.
 #[derive(Debug)]
 pub(crate) struct Connection {
     process: i32,
@@ -67,12 +68,12 @@ tokio::task_local! {
     static CURRENT: Arc<Connection>;
 }
 
-/// The connection whose request is being served, if any.
+/// Returns the connection of the current task, if any.
 pub(crate) fn current() -> Option<Arc<Connection>> {
     CURRENT.try_with(Arc::clone).ok()
 }
 
-/// Runs a part of the work for a connection.
+/// Runs `work` as a task of `connection`.
 pub(crate) async fn serving<T>(
     connection: Option<Arc<Connection>>,
     work: impl Future<Output = T>,
@@ -83,14 +84,14 @@ pub(crate) async fn serving<T>(
     }
 }
 
-/// Notes what the connection that is served waits for.
+/// Sets the phase of the current connection.
 pub(crate) fn enter(phase: Phase) {
     if let Some(connection) = current() {
         connection.enter(phase);
     }
 }
 
-/// The process at the other end of the connection that is served.
+/// Returns the client's PID for the current connection; 0 if unknown.
 pub(crate) fn process() -> i32 {
     current().map_or(0, |connection| connection.process)
 }
@@ -99,28 +100,29 @@ impl Connection {
     pub(crate) fn enter(&self, phase: Phase) {
         let now = Instant::now();
         let mut state = self.state();
-        (state.phase, state.since, state.taken) = (phase, now, now);
+        (state.phase, state.since, state.last_read) = (phase, now, now);
         drop(state);
         self.changed.notify_one();
     }
 
-    /// Returns once the connection has to be closed, with the reason.
-    pub(crate) async fn overstays(&self, limits: &Limits) -> &'static str {
+    /// Returns, with the reason, when the connection must be closed.
+    pub(crate) async fn until_expired(&self, limits: &Limits) -> &'static str {
         loop {
             let (end, why) = {
                 let state = self.state();
                 if state.closing {
-                    return "another client needs its room";
+                    return "the connection limit is reached";
                 }
-                let stalled = (state.taken + limits.stall_timeout, "its client reads no more");
-                let slow = (state.since + limits.answer_timeout, "its client reads too slowly");
+                let stalled =
+                    (state.last_read + limits.stall_timeout, "the client has stopped reading");
+                let slow = (state.since + limits.answer_timeout, "the client reads too slowly");
                 let end = if stalled.0 <= slow.0 { stalled } else { slow };
                 if state.phase == Phase::Answering { (Some(end.0), end.1) } else { (None, "") }
             };
             match end {
                 Some(end) if Instant::now() >= end => return why,
                 Some(end) => {
-                    // Either way it is looked at once more.
+                    // Recomputed in both cases.
                     tokio::select! {
                         () = sleep_until(end) => {}
                         () = self.changed.notified() => {}
@@ -132,7 +134,7 @@ impl Connection {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // Times and a phase; no half-made structure.
+        // Independent fields, so the state is consistent after a panic.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -154,15 +156,15 @@ impl Connections {
         })
     }
 
-    /// Takes one more, for which another one goes where there is no room. Waits where the server
-    /// works for all of them.
+    /// Admits a connection. At the limit it closes the slowest one, or waits if all are being
+    /// processed.
     pub(crate) async fn admit(&self, process: i32) -> Option<Arc<Connection>> {
         let take = || Arc::clone(&self.slots).acquire_owned();
         let slot = loop {
             if let Ok(slot) = Arc::clone(&self.slots).try_acquire_owned() {
                 break slot;
             }
-            self.make_room(MIN_SERVICE_TIME, |state| state.phase != Phase::Working);
+            self.close_slowest(MIN_SERVICE_TIME, |state| state.phase != Phase::Working);
             match timeout(POLL_INTERVAL, take()).await {
                 Ok(Ok(slot)) => break slot,
                 Ok(Err(_)) => return None,
@@ -171,7 +173,7 @@ impl Connections {
         };
         let now = Instant::now();
         let (phase, bulk, closing) = (Phase::Reading, None, false);
-        let state = State { phase, since: now, taken: now, bulk, closing };
+        let state = State { phase, since: now, last_read: now, bulk, closing };
         let connection = Arc::new(Connection {
             process,
             state: Mutex::new(state),
@@ -185,18 +187,18 @@ impl Connections {
         Some(connection)
     }
 
-    /// Gives the connection that is served the right to a large answer, for which another one goes
-    /// that has had its time. False where there is no room for it.
+    /// Takes a permit for a large response for the current connection. At the limit it closes a
+    /// connection that has had its minimum time. Returns false if none becomes free.
     pub(crate) async fn take_bulk(&self) -> bool {
         let Some(connection) = current() else { return true };
-        let end = Instant::now() + BULK_PATIENCE;
+        let end = Instant::now() + BULK_WAIT_TIMEOUT;
         connection.enter(Phase::Queued);
         let permit = loop {
             if let Ok(permit) = Arc::clone(&self.bulk).try_acquire_owned() {
                 break Some(permit);
             }
             let reads = |state: &State| state.bulk.is_some() && state.phase == Phase::Answering;
-            self.make_room(BULK_GRACE, reads);
+            self.close_slowest(MIN_BULK_TIME, reads);
             match timeout(POLL_INTERVAL, Arc::clone(&self.bulk).acquire_owned()).await {
                 Ok(permit) => break permit.ok(),
                 Err(_) if Instant::now() >= end => break None,
@@ -204,49 +206,49 @@ impl Connections {
             }
         };
         connection.enter(Phase::Working);
-        let is_there = permit.is_some();
+        let granted = permit.is_some();
         connection.state().bulk = permit;
-        is_there
+        granted
     }
 
-    /// Returns when nothing works for any connection.
+    /// Returns when no task or thread works for any connection.
     pub(crate) async fn idle(&self, limits: &Limits) {
         let all = u32::try_from(limits.connections).unwrap_or(u32::MAX);
         let _ = self.slots.acquire_many(all).await;
     }
 
-    /// Closes one of those that `may_go` and that have stood there for `grace`: of the process that
-    /// has most of them, the one that has stood there longest.
-    fn make_room(&self, grace: Duration, may_go: impl Fn(&State) -> bool) {
+    /// Closes one connection that is `closable` and has been in its phase for `min_time`. Chooses
+    /// the process with the most such connections, and of those the one longest in its phase.
+    fn close_slowest(&self, min_time: Duration, closable: impl Fn(&State) -> bool) {
         let now = Instant::now();
         let all: Vec<_> = self.all().iter().filter_map(Weak::upgrade).collect();
         let mut old = Vec::new();
         for connection in &all {
             let state = connection.state();
-            // One that is closed already makes the room that is needed.
-            if may_go(&state) && state.closing {
+            // A connection that is already closing frees the slot.
+            if closable(&state) && state.closing {
                 return;
             }
-            if may_go(&state) && now.duration_since(state.since) >= grace {
+            if closable(&state) && now.duration_since(state.since) >= min_time {
                 old.push((connection, state.since));
             }
         }
         let of_process = |process| old.iter().filter(|(other, _)| other.process == process).count();
         let age = |since: Instant| now.duration_since(since);
-        let goes = old.iter().max_by_key(|(one, since)| (of_process(one.process), age(*since)));
-        if let Some((connection, _)) = goes {
+        let slowest = old.iter().max_by_key(|(one, since)| (of_process(one.process), age(*since)));
+        if let Some((connection, _)) = slowest {
             connection.state().closing = true;
             connection.changed.notify_one();
         }
     }
 
     fn all(&self) -> MutexGuard<'_, Vec<Weak<Connection>>> {
-        // Every change of it is one call.
+        // Each change is a single call, so the list is consistent after a panic.
         self.all.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The socket of a connection, which notes when its client takes bytes.
+/// The socket of a connection. Records when the client reads bytes.
 pub(crate) struct Watched {
     stream: UnixStream,
     connection: Arc<Connection>,
@@ -257,9 +259,9 @@ impl Watched {
         Self { stream, connection }
     }
 
-    fn note(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+    fn record(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         if matches!(written, Poll::Ready(Ok(1..))) {
-            self.connection.state().taken = Instant::now();
+            self.connection.state().last_read = Instant::now();
         }
         written
     }
@@ -282,7 +284,7 @@ impl AsyncWrite for Watched {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(context, bytes);
-        self.note(written)
+        self.record(written)
     }
 
     fn poll_write_vectored(
@@ -291,7 +293,7 @@ impl AsyncWrite for Watched {
         parts: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write_vectored(context, parts);
-        self.note(written)
+        self.record(written)
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -1,4 +1,4 @@
-//! A balloon without a guest: the test plays the guest.
+//! A fake balloon: the test acts as the guest.
 
 #![allow(dead_code, reason = "every test file uses its own part")]
 
@@ -19,13 +19,13 @@ pub(crate) use requests::{Requests, free_pages};
 #[allow(unused_imports, reason = "every test file uses its own part")]
 pub(crate) use setup::{Setup, answered, setup};
 
-/// Memory of the guest that is not there.
+/// Memory of the fake guest.
 pub(crate) const GUEST_BYTES: u64 = 4 << 30;
 
 /// What the fake guest does with a new target.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Guest {
-    /// Reaches it at once.
+    /// Reaches it immediately.
     Obeys,
     /// Nothing; the test calls [`FakeBalloon::reach`].
     Waits,
@@ -39,11 +39,11 @@ pub(crate) struct FakeBalloon {
 
 struct State {
     status: Status,
-    /// Calls for which the guest's memory would be measured.
+    /// Calls that would measure the guest's memory.
     measured: u32,
-    /// Calls that may block and have begun.
+    /// Blocking calls started.
     waits: u32,
-    /// Requests for hints so far, and whether the last one has ended.
+    /// Number of requests for hints, and whether the last one has ended.
     hints: u32,
     hints_ended: bool,
     requests: Requests,
@@ -84,13 +84,13 @@ impl FakeBalloon {
         Self { guest, state, changed: Condvar::new() }
     }
 
-    /// Lets the test put the balloon into any state.
+    /// Changes the balloon's status.
     pub(crate) fn edit(&self, edit: impl FnOnce(&mut Status)) {
         edit(&mut self.lock().status);
         self.changed.notify_all();
     }
 
-    /// The guest holds so many pages from now on.
+    /// Sets the actual size.
     pub(crate) fn reach(&self, pages: u32) {
         self.edit(|status| {
             let balloon = &mut status.balloon;
@@ -105,40 +105,40 @@ impl FakeBalloon {
         });
     }
 
-    /// Returns when somebody waits for a change, or did.
+    /// Waits until a client has waited for a change.
     pub(crate) fn until_waited(&self) {
         self.until(|state| state.waits > 0);
     }
 
-    /// Returns when `count` more waits have begun.
+    /// Waits until `count` more waits have started.
     pub(crate) fn until_waits(&self, count: u32) {
         let before = self.lock().waits;
         self.until(|state| state.waits >= before + count);
     }
 
-    /// Returns when so many requests for hints were made and the last has ended.
+    /// Waits until `count` requests for hints were made and the last has ended.
     pub(crate) fn until_hints_ended(&self, count: u32) {
         self.until(|state| state.hints == count && state.hints_ended);
     }
 
-    /// Returns when the target is `pages`.
+    /// Waits until the target is `pages`.
     pub(crate) fn until_target(&self, pages: u32) {
         self.until(|state| state.status.balloon.target_pages == pages);
     }
 
-    /// Lets the test play the guest that is asked.
+    /// Lets the test act on the guest's requests.
     pub(crate) fn requests<T>(&self, play: impl FnOnce(&mut Requests) -> T) -> T {
         let played = play(&mut self.lock().requests);
         self.changed.notify_all();
         played
     }
 
-    /// How often the guest's memory would have been measured.
+    /// Returns how many calls would have measured memory.
     pub(crate) fn measured(&self) -> u32 {
         self.lock().measured
     }
 
-    /// Returns when so many requests are open.
+    /// Waits until `count` requests are open.
     pub(crate) fn until_open(&self, count: usize) {
         self.until(|state| state.requests.open.len() == count);
     }
@@ -255,7 +255,7 @@ impl BalloonControl for FakeBalloon {
         Ok(state.hints)
     }
 
-    /// A guest that obeys has a free MiB.
+    /// A guest that obeys has 1 MiB free.
     fn wait_hints(&self, id: u32, timeout: Duration) -> FreePageHints {
         let (outcome, pages) = match self.guest {
             Guest::Obeys => (HintOutcome::Complete, 256),

@@ -1,4 +1,4 @@
-//! The requests of a guest that is not there.
+//! Requests to the fake guest.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -18,11 +18,11 @@ const FIRST_PAGE: u64 = 0x100;
 #[derive(Default)]
 pub(crate) struct Requests {
     last_id: u32,
-    /// What was asked and not answered yet, with the time for it.
+    /// Open requests with their timeouts.
     pub(crate) open: BTreeMap<u32, (GuestAsk, Duration)>,
     pub(crate) ended: BTreeMap<u32, Result<GuestAnswer, ControlError>>,
     pub(crate) newest: Option<FreePagesMap>,
-    /// How the next request is refused.
+    /// Error for the next request.
     pub(crate) refuse: Option<(WhyNot, &'static str)>,
 }
 
@@ -44,7 +44,7 @@ impl Requests {
         Ok(self.last_id)
     }
 
-    /// Answers the oldest open request well.
+    /// Completes the oldest open request.
     pub(crate) fn answer(&mut self) {
         let (id, (ask, _)) = self.open.pop_first().expect("an open request");
         let mut answer =
@@ -61,7 +61,7 @@ impl Requests {
         self.ended.insert(id, Ok(answer));
     }
 
-    /// Ends the oldest open request without a result.
+    /// Fails the oldest open request.
     pub(crate) fn fail(&mut self, why: WhyNot, what: &str) {
         let (id, _) = self.open.pop_first().expect("an open request");
         let error = ControlError::Guest { why, what: what.into(), hint: "look there".into() };
@@ -90,8 +90,8 @@ impl Requests {
     }
 }
 
-/// 4 GiB of memory: 1 GiB in use, 2 GiB free, half a GiB of every second 2 MiB
-/// free, half a GiB in the balloon.
+/// 4 GiB of memory: 1 GiB in use, 2 GiB free, half a GiB with every second 2 MiB block free,
+/// half a GiB in the balloon.
 pub(crate) fn free_pages(id: u32, kind: FreeKind) -> FreePagesMap {
     let range =
         |start: u64, pages: u64| PageRange::new(FIRST_PAGE + start, pages).expect("a small number");

@@ -1,4 +1,4 @@
-//! Server and client together, and what the one says to the other.
+//! A server with a fake balloon, and its client.
 
 use std::sync::Arc;
 
