@@ -1,17 +1,17 @@
-//! How a guest's balloon is served, whoever runs the guest.
+//! Balloon options shared by `run`, `receive`, `restore` and `vhost-user`.
 
 use clap::{Args, ValueEnum};
 use control::{PartialHuge, ReleaseMode};
 use vhost_device_balloon::Features;
 
-/// When and how memory goes back to the host.
+/// When and how memory is released to the host.
 #[derive(Debug, Args)]
 pub(crate) struct ReleaseArgs {
-    /// When pages that the guest gave are released
+    /// When to release the pages that the guest inflates
     #[arg(long, value_enum, default_value_t = Release::Background)]
     release: Release,
 
-    /// What becomes of parts of the host's huge pages
+    /// What to do with part of a host huge page
     #[arg(long, value_enum, default_value_t = Partial::Split)]
     partial_huge: Partial,
 }
@@ -35,41 +35,41 @@ impl ReleaseArgs {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Release {
-    /// After the guest was answered, many messages together
+    /// After replying to the guest, merged across messages
     Background,
-    /// Before the guest is answered, a message at a time
+    /// Before replying to the guest, merged within a message
     Immediate,
-    /// Before the guest is answered, page by page; for comparison only
+    /// Before replying to the guest, page by page; for comparison only
     PerPage,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Partial {
-    /// Released once nothing more adds up; the host splits the huge page
+    /// Release it when the guest reaches its target or pauses; the host splits the huge page
     Split,
-    /// Kept until the huge page is complete
+    /// Keep it until the whole huge page is in the balloon
     Wait,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum Feature {
-    /// Statistics of the guest's memory
+    /// Memory statistics
     Stats,
-    /// Free page hints, which the host asks for
+    /// Free page hints, on request of the host
     Hint,
-    /// Free page reports, which the guest sends by itself
+    /// Free page reporting
     Reporting,
-    /// What the guest fills free pages with; a guest that does so reports none then
+    /// Page poison; without it, a guest that poisons free pages does not report them
     Poison,
-    /// Taking pages back when the guest is out of memory
+    /// Deflating when the guest is out of memory
     DeflateOnOom,
-    /// Messages of Aerostat's own driver
+    /// Page-bitmap messages (Aerostat's driver)
     PageBitmap,
-    /// Requests to Aerostat's own driver
+    /// Request queue (Aerostat's driver)
     Request,
 }
 
-/// All of them.
+/// Combines the features.
 pub(crate) fn features(features: &[Feature]) -> Features {
     let features = features.iter().map(|feature| Features::from(*feature));
     features.fold(Features::NONE, Features::union)

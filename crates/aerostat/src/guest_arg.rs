@@ -1,4 +1,4 @@
-//! Which guest is meant: a name, or the path of its control socket.
+//! Guest argument: a name, or the path of a control socket.
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -15,7 +15,7 @@ use humantime::format_duration;
 pub(crate) enum GuestArg {
     /// A guest whose socket is in the runtime directory.
     Name(GuestName),
-    /// A socket anywhere, told from a name by its slash.
+    /// A socket anywhere; recognised by a slash.
     Socket(PathBuf),
 }
 
@@ -30,23 +30,23 @@ impl FromStr for GuestArg {
     }
 }
 
-/// Reads a guest's name.
+/// Parses a guest name.
 pub(crate) fn guest_name(text: &str) -> Result<GuestName, String> {
     text.parse().map_err(|error: ControlError| format!("{error}; {}", error.hint()))
 }
 
-/// Reads the time that a guest may take for a request.
-pub(crate) fn guest_time(text: &str) -> Result<Duration, String> {
+/// Parses the timeout of a request to the guest.
+pub(crate) fn guest_timeout(text: &str) -> Result<Duration, String> {
     let time = humantime::parse_duration(text).map_err(|error| error.to_string())?;
     let limit = Duration::from_millis(MAX_TIMEOUT_MS);
     if time > limit {
-        return Err(format!("a guest gets at most {}", format_duration(limit)));
+        return Err(format!("the timeout can be at most {}", format_duration(limit)));
     }
     Ok(time)
 }
 
 impl GuestArg {
-    /// A client of the guest's balloon.
+    /// Connects to the guest's control socket.
     pub(crate) fn connect(&self) -> Result<Client, Failure> {
         let path = match self {
             Self::Name(name) => socket_path(name)?,

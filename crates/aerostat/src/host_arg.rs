@@ -1,4 +1,4 @@
-//! What a host decides of a guest that it runs, wherever the guest comes from.
+//! Host options shared by `run`, `receive` and `restore`.
 
 use std::path::PathBuf;
 
@@ -9,33 +9,33 @@ use vmm::{DiskOptions, HostOptions, MemoryKind};
 use crate::balloon_arg::ReleaseArgs;
 use cli::failure::Failure;
 
-/// Of the guest's memory, its control socket, and the process that runs it.
+/// Options for the guest's memory, its control socket and the VMM process.
 #[derive(Debug, Args)]
 pub(crate) struct HostArgs {
-    /// Keep the guest's memory in a file that other processes can be given
+    /// Keep the guest's memory in a memfd that can be shared with other processes
     #[arg(long)]
     shared: bool,
 
     /// Use huge pages for the guest's memory: transparent ones, or with --shared
-    /// those that the host has set aside
+    /// 2 MiB pages of the host's hugetlbfs pool
     #[arg(long)]
     huge: bool,
 
     #[command(flatten)]
     release: ReleaseArgs,
 
-    /// Control socket; by the name, in the runtime directory, if it is not given
+    /// Control socket [default: NAME.sock in the runtime directory]
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
 
-    /// Leave the process all system calls (no seccomp)
+    /// Do not restrict the process's system calls (no seccomp)
     #[arg(long)]
     no_seccomp: bool,
 }
 
 impl HostArgs {
-    /// The options, for the guest `name` with these disks. Makes the directory of its control
-    /// socket, if it is the runtime directory.
+    /// Builds the options for the guest `name` with these disks. Creates the runtime directory if
+    /// the control socket is there.
     pub(crate) fn options(
         &self,
         name: &GuestName,
@@ -59,15 +59,16 @@ impl HostArgs {
         })
     }
 
-    /// Restricts the process to what running a guest needs. Before anything is made, so that no
-    /// thread escapes it; then the log has its own.
-    pub(crate) fn give_up_calls(&self) -> Result<(), Failure> {
+    /// Restricts the process to the system calls that running a guest needs, then starts the log
+    /// thread. Called before any thread exists, so that none escapes the restriction.
+    pub(crate) fn restrict_calls(&self) -> Result<(), Failure> {
         if self.no_seccomp {
             tracing::warn!("system calls are not restricted: --no-seccomp");
         } else {
             diagnostics::hide_backtraces();
-            sandbox::restrict_calls_of_monitor()
-                .map_err(|error| Failure::new(&error, "--no-seccomp goes on without"))?;
+            sandbox::restrict_calls_of_monitor().map_err(|error| {
+                Failure::new(&error, "run without the restriction with --no-seccomp")
+            })?;
         }
         diagnostics::start_log();
         Ok(())

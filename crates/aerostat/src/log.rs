@@ -1,4 +1,4 @@
-//! Log lines on standard error.
+//! Logging to standard error.
 
 use std::env;
 use std::io::{self, IsTerminal};
@@ -11,40 +11,40 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::log_limit::LineLimit;
 
-/// How much is logged.
+/// Logging options.
 #[derive(Debug, Args)]
 pub(crate) struct LogArgs {
     /// Log more: -v, -vv, -vvv
     #[arg(short, long, global = true, action = ArgAction::Count)]
     verbose: u8,
 
-    /// What to log, in the form of RUST_LOG, which it overrides
+    /// Log filter in the syntax of RUST_LOG, which it overrides
     #[arg(long, global = true, value_name = "FILTER", value_parser = filter)]
     log: Option<String>,
 }
 
-/// Levels from few to many lines.
+/// Levels in ascending verbosity.
 const LEVELS: [&str; 4] = ["warn", "info", "debug", "trace"];
 
-/// The place in the levels from which `-v` counts.
+/// The level without `-v`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum LogLevel {
-    /// A command that prints its own results.
+    /// For commands that print their results.
     Warn = 0,
-    /// A server, whose log is all that is seen of it.
+    /// For servers, whose log is their only output.
     Info = 1,
 }
 
 impl LogArgs {
-    /// Starts to log: `--log`, else `RUST_LOG`, else by `-v` from `level` on.
+    /// Starts logging with the filter of `--log`, else `RUST_LOG`, else `level` raised by `-v`.
     pub(crate) fn start(&self, level: LogLevel) {
         let place = (level as usize + usize::from(self.verbose)).min(LEVELS.len() - 1);
         let variable = env::var("RUST_LOG").ok().filter(|filter| !filter.is_empty());
         let filter = match (&self.log, variable) {
             (Some(filter), _) => EnvFilter::new(filter),
-            // Not `new`, which says on standard error what it does not know.
+            // Not `new`, which prints parse errors to standard error.
             (None, Some(filter)) => EnvFilter::try_new(filter).unwrap_or_else(|error| {
-                diagnostics::say!("operator: RUST_LOG: {error}; it is not looked at");
+                diagnostics::say!("operator: RUST_LOG: {error}; ignoring it");
                 EnvFilter::new(LEVELS[place])
             }),
             (None, None) => EnvFilter::new(LEVELS[place]),
@@ -52,7 +52,7 @@ impl LogArgs {
         tracing_subscriber::fmt()
             .with_env_filter(filter)
             .with_writer(|| LogWriter)
-            // It would say on standard error that it cannot write there.
+            // It would report to standard error that it cannot write to standard error.
             .log_internal_errors(false)
             .with_ansi(io::stderr().is_terminal())
             .finish()

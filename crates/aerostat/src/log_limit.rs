@@ -1,9 +1,10 @@
-//! Bounds what guests, front ends, peers and clients can make the log say.
+//! Rate limit on log lines that guests, front ends, peers and clients can cause.
 //!
-//! A peer that can cause a line can repeat it without end. So each kind of line has a limit for each
-//! period; at its end one line says how many more there were. A kind is one place in the code, in
-//! threads of one name and for the guest that the line names: a guest of a process that serves
-//! several has a thread of its name, and so a limit of its own. Debug and trace lines have no limit.
+//! A peer that can cause a line can repeat it indefinitely. So each kind of line has a limit per
+//! period; at the end of the period one line reports how many were suppressed. A kind is a
+//! callsite, together with the thread name and the guest named in the line: a process that serves
+//! several guests has a thread named after each, so each guest has its own limit. Debug and trace
+//! lines are not limited.
 
 use std::collections::HashMap;
 use std::collections::hash_map::DefaultHasher;
@@ -19,25 +20,25 @@ use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::layer::{Context, Layer};
 
-/// Lines of one kind in one period: enough to see what happens.
+/// Lines per kind and period.
 const LINES: u32 = 20;
 
-/// Length of a period: at 20 lines a minute a kind fills some 5 MiB a day.
+/// Length of a period: at 20 lines a minute a kind produces some 5 MiB a day.
 const PERIOD: Duration = Duration::from_secs(60);
 
-/// Kinds that are known at a time. There are some hundred places in the code.
+/// Limit of tracked kinds. The code has some hundred callsites.
 const MAX_KINDS: usize = 4096;
 
-/// Bytes of a line's text that are kept to say what was left out.
+/// Bytes kept of the text of a suppressed line.
 const MAX_TEXT_BYTES: usize = 120;
 
-/// Lines under this target say what was left out, and are not bounded.
+/// Target of the lines that report suppressed lines; they are not limited.
 const TARGET: &str = "aerostat::log";
 
-/// One kind of line: where it is in the code, and a hash of the names of thread and guest.
+/// Kind of line: the callsite, and a hash of the thread's and the guest's name.
 type Kind = (Identifier, u64);
 
-/// Leaves lines out.
+/// Suppresses lines over the limit.
 pub(crate) struct LineLimit {
     lines: u32,
     period: Duration,
@@ -48,15 +49,15 @@ pub(crate) struct LineLimit {
 #[derive(Default)]
 struct Counts {
     kinds: HashMap<Kind, Count>,
-    /// A thread waits to tell what was left out.
-    teller: bool,
+    /// A thread is waiting to report suppressed lines.
+    reporter: bool,
 }
 
 struct Count {
     start: Instant,
     lines: u32,
-    left_out: u64,
-    /// Of the first line that was left out.
+    suppressed: u64,
+    /// Text of the first suppressed line.
     text: String,
 }
 
@@ -69,7 +70,7 @@ impl LineLimit {
         Self { lines, period, counts: Arc::default(), log: OnceLock::new() }
     }
 
-    /// True where this line may go to the log.
+    /// Returns whether to log this line.
     fn take(&self, event: &Event<'_>, now: Instant) -> bool {
         let mut line = Line::default();
         event.record(&mut line);
@@ -84,7 +85,7 @@ impl LineLimit {
         if counts.kinds.len() >= MAX_KINDS && !counts.kinds.contains_key(&kind) {
             return false;
         }
-        let new = || Count { start: now, lines: 0, left_out: 0, text: String::new() };
+        let new = || Count { start: now, lines: 0, suppressed: 0, text: String::new() };
         let count = counts.kinds.entry(kind).or_insert_with(new);
         if now.duration_since(count.start) >= self.period {
             (count.start, count.lines) = (now, 0);
@@ -93,41 +94,41 @@ impl LineLimit {
             count.lines += 1;
             return true;
         }
-        if count.left_out == 0 {
+        if count.suppressed == 0 {
             count.text = line.text;
         }
-        count.left_out = count.left_out.saturating_add(1);
-        let has_teller = std::mem::replace(&mut counts.teller, true);
+        count.suppressed = count.suppressed.saturating_add(1);
+        let has_reporter = std::mem::replace(&mut counts.reporter, true);
         drop(counts);
-        if !has_teller {
-            self.tell_later();
+        if !has_reporter {
+            self.start_reporter();
         }
         false
     }
 
-    /// Says at the end of each period what was left out in it, in a thread that ends when nothing
-    /// was. Without one it is said by the next that can be started.
-    fn tell_later(&self) {
+    /// Starts a thread that reports the suppressed lines at the end of each period and ends when
+    /// there are none. If it cannot be started, the next suppressed line tries again.
+    fn start_reporter(&self) {
         let (counts, period) = (Arc::clone(&self.counts), self.period);
         let log = self.log.get().cloned();
-        let tell = move || {
+        let report = move || {
             loop {
                 thread::sleep(period);
-                let left_out = take_left_out(&counts);
-                // The log is gone with the process.
+                let suppressed = take_suppressed(&counts);
+                // The process is exiting.
                 let Some(log) = log.as_ref().and_then(WeakDispatch::upgrade) else { return };
-                if left_out.is_empty() {
+                if suppressed.is_empty() {
                     return;
                 }
                 dispatcher::with_default(&log, || {
-                    for (lines, text) in left_out {
-                        tracing::warn!(target: TARGET, lines, text, "more such lines were left out");
+                    for (lines, text) in suppressed {
+                        tracing::warn!(target: TARGET, lines, text, "suppressed more lines like this");
                     }
                 });
             }
         };
-        if thread::Builder::new().name("log-limit".into()).spawn(tell).is_err() {
-            self.counts().teller = false;
+        if thread::Builder::new().name("log-limit".into()).spawn(report).is_err() {
+            self.counts().reporter = false;
         }
     }
 
@@ -136,19 +137,20 @@ impl LineLimit {
     }
 }
 
-/// How many lines of each kind were left out; none ends the thread that asks.
-fn take_left_out(counts: &Mutex<Counts>) -> Vec<(u64, String)> {
+/// Takes the number of suppressed lines of each kind; if empty, the reporting thread ends.
+fn take_suppressed(counts: &Mutex<Counts>) -> Vec<(u64, String)> {
     let mut counts = locked(counts);
-    let kinds = counts.kinds.values_mut().filter(|count| count.left_out > 0);
-    let take =
-        |count: &mut Count| (std::mem::take(&mut count.left_out), std::mem::take(&mut count.text));
-    let left_out: Vec<_> = kinds.map(take).collect();
-    counts.teller = !left_out.is_empty();
-    left_out
+    let kinds = counts.kinds.values_mut().filter(|count| count.suppressed > 0);
+    let take = |count: &mut Count| {
+        (std::mem::take(&mut count.suppressed), std::mem::take(&mut count.text))
+    };
+    let suppressed: Vec<_> = kinds.map(take).collect();
+    counts.reporter = !suppressed.is_empty();
+    suppressed
 }
 
 fn locked(counts: &Mutex<Counts>) -> MutexGuard<'_, Counts> {
-    // Numbers; no half-made structure.
+    // Independent numbers, so the counts are consistent after a panic.
     counts.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -159,16 +161,16 @@ impl<S: Subscriber> Layer<S> for LineLimit {
 
     fn event_enabled(&self, event: &Event<'_>, _: Context<'_, S>) -> bool {
         let metadata = event.metadata();
-        // More talkative levels are greater.
+        // More verbose levels are greater.
         let is_bounded = *metadata.level() <= Level::INFO && metadata.target() != TARGET;
         !is_bounded || self.take(event, Instant::now())
     }
 }
 
-/// What of a line matters here.
+/// The fields of a line that matter here.
 #[derive(Default)]
 struct Line {
-    /// Of the guest, where one is named.
+    /// Hash of the guest's name, if the line has one.
     names: DefaultHasher,
     text: String,
 }
@@ -177,7 +179,7 @@ impl Visit for Line {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
         match field.name() {
             "message" => {
-                // Writing to a text does not fail.
+                // Writing to a string cannot fail.
                 let _ = write!(self.text, "{value:?}");
                 let end = (0..=MAX_TEXT_BYTES).rev().find(|end| self.text.is_char_boundary(*end));
                 self.text.truncate(end.unwrap_or(0));
@@ -230,26 +232,26 @@ mod tests {
     }
 
     #[test]
-    fn each_kind_has_its_lines_and_what_is_left_out_is_told() {
+    fn each_kind_has_a_limit_and_suppressed_lines_are_reported() {
         let period = Duration::from_millis(300);
         let (log, text) = log(3, period);
         dispatcher::with_default(&log, || {
             for round in 0..100 {
-                tracing::warn!(from = round, "sent away");
-                tracing::debug!(round, "looked at");
+                tracing::warn!(from = round, "refused");
+                tracing::debug!(round, "polled");
                 if round < 3 {
                     tracing::error!(round, "something else");
                 }
             }
         });
-        let lines = ["sent away", "something else", "looked at"].map(|what| text.count(what));
+        let lines = ["refused", "something else", "polled"].map(|what| text.count(what));
         assert_eq!(lines, [3, 3, 100]);
         let end = Instant::now() + Duration::from_secs(20);
-        while text.count("lines=97 text=\"sent away\"") == 0 {
+        while text.count("lines=97 text=\"refused\"") == 0 {
             assert!(Instant::now() < end, "{text:?}", text = text.0.lock().unwrap());
             thread::sleep(Duration::from_millis(10));
         }
-        // The next period has its lines again, and what is left out then is told as well.
+        // The next period has its own limit and report.
         thread::sleep(period);
         let before = text.count("WARN test");
         dispatcher::with_default(&log, || {
@@ -263,11 +265,11 @@ mod tests {
     }
 
     #[test]
-    fn guests_have_lines_of_their_own() {
+    fn each_guest_has_its_own_limit() {
         let (log, text) = log(2, Duration::from_secs(600));
         dispatcher::with_default(&log, || {
             for round in 0..50 {
-                tracing::info!(name = format!("vm{}", round % 5), "waiting for a monitor");
+                tracing::info!(name = format!("vm{}", round % 5), "waiting for a front end");
             }
         });
         assert_eq!(text.count("waiting"), 10);
@@ -285,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_text_is_cut() {
+    fn a_long_text_is_truncated() {
         let line = "é".repeat(MAX_TEXT_BYTES);
         let (log, text) = log(0, Duration::from_millis(20));
         dispatcher::with_default(&log, || tracing::warn!("{line}"));

@@ -1,5 +1,5 @@
-//! The `aerostat` command line. It reads arguments, calls the rooms that do the
-//! work, and prints what they say.
+//! The `aerostat` command line: parses arguments, calls the crates that do the work, and prints
+//! their results.
 
 #![forbid(unsafe_code)]
 #![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]
@@ -22,7 +22,7 @@ use diagnostics::{FlushAtEnd, contain};
 
 use crate::cmd::Command;
 
-/// Gives memory back from running Linux guests, fast.
+/// Memory ballooning and live migration for Linux VMs.
 #[derive(Debug, Parser)]
 #[command(version, after_help = EXIT_CODES)]
 struct Cli {
@@ -35,18 +35,18 @@ struct Cli {
 
 const EXIT_CODES: &str = "\
 Exit codes:
-  0  done
+  0  success
   1  failed
   2  wrong usage
-  3  the guest was not found or could not be reached
-  4  not done within the time-out
+  3  the guest does not exist or cannot be reached
+  4  timed out
 
 Sizes are binary: 3GiB and 3G are the same, 1.5GiB, 512MiB, 1048576 (bytes).
-Small numbers need a unit: 1024 is refused, 1024MiB and 1024B are not.
-Control sockets live in $AEROSTAT_RUNTIME_DIR, else $XDG_RUNTIME_DIR/aerostat,
+Small numbers need a unit: 1024 is refused; use 1024MiB or 1024B.
+Control sockets are in $AEROSTAT_RUNTIME_DIR, else $XDG_RUNTIME_DIR/aerostat,
 else /run/aerostat.";
 
-/// What a shell is told of a panic, as Rust has it.
+/// Exit code after a panic, as in Rust.
 const PANICKED: u8 = 101;
 
 fn main() -> ExitCode {
@@ -54,7 +54,7 @@ fn main() -> ExitCode {
     diagnostics::watch_panics();
     let _flush = FlushAtEnd;
     cli.log.start(cli.command.log_level());
-    if !cli.command.gives_up() {
+    if !cli.command.restricts_itself() {
         diagnostics::start_log();
     }
     match contain(|| cli.command.run()) {

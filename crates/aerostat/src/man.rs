@@ -1,5 +1,5 @@
-//! Man pages, made from what `--help` is made from. `cargo xtask man` writes them to
-//! docs/man; a test fails where they are old.
+//! Man pages, generated from the definitions of `--help`. `cargo xtask man` writes them to
+//! docs/man; a test fails if they are out of date.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -9,14 +9,14 @@ use clap_mangen::Man;
 
 use crate::Cli;
 
-/// Makes the test write the pages instead of comparing them.
+/// If set, the test writes the pages instead of comparing them.
 const WRITE: &str = "AEROSTAT_WRITE_MAN";
 
 fn directory() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/man")
 }
 
-/// The pages by their file names.
+/// Generates the pages, by file name.
 fn pages() -> BTreeMap<String, String> {
     let mut program = Cli::command().disable_help_subcommand(true);
     program.build();
@@ -31,7 +31,7 @@ fn add(command: &clap::Command, name: &str, pages: &mut BTreeMap<String, String>
     let mut page = Vec::new();
     Man::new(titled).date("").source("Aerostat").manual("Aerostat").render(&mut page).unwrap();
     let text = String::from_utf8(page).unwrap();
-    // Nothing hangs on blanks at the ends of lines, and the repository has none.
+    // The repository has no trailing blanks.
     let lines: Vec<&str> = text.lines().map(str::trim_end).collect();
     pages.insert(format!("{name}.1"), lines.join("\n") + "\n");
     for sub in command.get_subcommands().filter(|sub| !sub.is_hide_set()) {
@@ -40,7 +40,7 @@ fn add(command: &clap::Command, name: &str, pages: &mut BTreeMap<String, String>
 }
 
 #[test]
-fn pages_are_current() {
+fn man_pages_are_up_to_date() {
     let pages = pages();
     if std::env::var_os(WRITE).is_some() {
         let _ = std::fs::remove_dir_all(directory());
@@ -61,6 +61,6 @@ fn pages_are_current() {
     let names = |pages: &BTreeMap<String, String>| pages.keys().cloned().collect::<Vec<_>>();
     assert_eq!(names(&found), names(&pages), "run `cargo xtask man`");
     for (name, page) in &pages {
-        assert!(found[name] == *page, "docs/man/{name} is old; run `cargo xtask man`");
+        assert!(found[name] == *page, "docs/man/{name} is out of date; run `cargo xtask man`");
     }
 }

@@ -1,4 +1,4 @@
-//! How a migration's connections are secured.
+//! TLS options of a migration.
 
 use std::path::{Path, PathBuf};
 
@@ -8,29 +8,29 @@ use vmm::{Security, Tls, TlsFiles};
 
 use cli::failure::Failure;
 
-/// Certificates on both sides, or one host.
+/// Certificates for mutual TLS, or no TLS within one host.
 #[derive(Debug, Args)]
 pub(crate) struct SecurityArgs {
-    /// Certificate of this side, as PEM
+    /// This side's certificate (PEM)
     #[arg(long, value_name = "FILE", required_unless_present = "plain",
           requires_all = ["tls_key", "tls_ca"])]
     tls_cert: Option<PathBuf>,
 
-    /// Key of that certificate, as PEM
+    /// Private key of that certificate (PEM)
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     tls_key: Option<PathBuf>,
 
-    /// Certificate of the authority that the other side's must come from, as PEM
+    /// CA certificate that must have issued the other side's certificate (PEM)
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     tls_ca: Option<PathBuf>,
 
-    /// Without TLS, which is possible between processes of one host only
+    /// Do not use TLS; only between processes of one host
     #[arg(long, conflicts_with = "tls_cert")]
     plain: bool,
 }
 
 impl SecurityArgs {
-    /// The files, for the process that will read them, which may be in another directory.
+    /// Returns absolute paths of the files, for the VMM, which may have another working directory.
     pub(crate) fn paths(&self) -> Result<Option<TlsPaths>, Failure> {
         let (Some(authority), Some(certificate), Some(key)) =
             (&self.tls_ca, &self.tls_cert, &self.tls_key)
@@ -57,17 +57,17 @@ impl SecurityArgs {
             key: key.clone(),
         };
         let tls = Tls::from_files(&files);
-        let hint = "give a certificate, its key and the authority's certificate as PEM files";
+        let hint = "give a certificate, its key and the CA certificate as PEM files";
         tls.map(Security::Tls).map_err(|error| Failure::new(&error, hint))
     }
 }
 
-/// From the root, for a process that may be in another directory.
+/// Makes a path absolute, for a process that may have another working directory.
 pub(crate) fn absolute(path: &Path) -> Result<String, Failure> {
-    let hint = "give a path in UTF-8";
+    let hint = "use a path in UTF-8";
     let path = std::path::absolute(path).map_err(|error| Failure::new(&error, hint))?;
     path.into_os_string().into_string().map_err(|path| Failure {
-        what: format!("{} is not in UTF-8", path.display()),
+        what: format!("{} is not UTF-8", path.display()),
         hint: hint.into(),
         exit: cli::failure::Exit::Failed,
     })

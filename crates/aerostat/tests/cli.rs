@@ -1,4 +1,4 @@
-//! The command line as a shell sees it, against balloons without a guest.
+//! The command line as seen from a shell, with fake balloons.
 
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
@@ -21,7 +21,7 @@ use fake::{FakeBalloon, Guest};
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// A runtime directory with guests in it.
+/// A runtime directory with fake guests.
 struct Host {
     dir: TempDir,
     servers: Vec<Server>,
@@ -50,13 +50,13 @@ impl Host {
         command
     }
 
-    /// Exit code, standard output, standard error.
+    /// Returns exit code, standard output and standard error.
     fn run(&self, args: &[&str]) -> (i32, String, String) {
-        told(&self.command(args).output().unwrap())
+        result_of(&self.command(args).output().unwrap())
     }
 }
 
-fn told(output: &Output) -> (i32, String, String) {
+fn result_of(output: &Output) -> (i32, String, String) {
     let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
     (output.status.code().unwrap(), text(&output.stdout), text(&output.stderr))
 }
@@ -66,7 +66,7 @@ fn json(text: &str) -> Value {
 }
 
 #[test]
-fn a_size_that_nobody_means_leaves_the_balloon_as_it_is() {
+fn an_implausibly_small_size_does_not_change_the_balloon() {
     let mut host = Host::new();
     let balloon = host.start("web-1", Guest::Obeys);
     assert_eq!(host.run(&["balloon", "web-1", "2GiB"]).0, 0);
@@ -84,7 +84,7 @@ fn a_size_that_nobody_means_leaves_the_balloon_as_it_is() {
 }
 
 #[test]
-fn balloon_sets_shows_and_takes_back() {
+fn balloon_inflates_shows_and_deflates() {
     let mut host = Host::new();
     host.start("web-1", Guest::Obeys);
     let (code, out, err) = host.run(&["balloon", "web-1", "3GiB"]);
@@ -95,7 +95,7 @@ fn balloon_sets_shows_and_takes_back() {
     assert_eq!(out, "web-1: the balloon holds 3 GiB of a guest of 4 GiB, its target is 3 GiB\n");
     let (_, out, _) = host.run(&["balloon", "web-1", "1.5G"]);
     assert!(out.starts_with("web-1: deflated from 3 GiB to 1536 MiB in"), "{out}");
-    // Whole pages only, and the path of a socket instead of a name.
+    // Rounded to whole pages, and the path of a socket instead of a name.
     let socket = host.socket("web-1");
     let (code, out, err) = host.run(&["balloon", socket.to_str().unwrap(), "9.8KiB", "--json"]);
     assert_eq!((code, err.as_str()), (0, ""));
@@ -108,7 +108,7 @@ fn balloon_sets_shows_and_takes_back() {
 }
 
 #[test]
-fn a_guest_that_is_slow_is_waited_for_with_lines_of_progress() {
+fn waiting_for_a_slow_guest_prints_progress_lines() {
     let mut host = Host::new();
     let balloon = host.start("web-1", Guest::Waits);
     let guest = thread::spawn(move || {
@@ -125,7 +125,7 @@ fn a_guest_that_is_slow_is_waited_for_with_lines_of_progress() {
 }
 
 #[test]
-fn a_guest_that_cannot_be_is_refused_before_anything_is_made() {
+fn an_invalid_guest_is_refused_before_its_socket_is_created() {
     let host = Host::new();
     let run = ["run", "--name", "web-1", "--kernel", "/none", "--memory"];
     let (code, out, err) = host.run(&[&run[..], &["1GB"]].concat());
@@ -139,7 +139,7 @@ fn a_guest_that_cannot_be_is_refused_before_anything_is_made() {
 }
 
 #[test]
-fn a_time_out_says_how_far_the_guest_got() {
+fn a_timeout_reports_the_progress() {
     let mut host = Host::new();
     let balloon = host.start("web-1", Guest::Waits);
     balloon.reach(1 << 17);
@@ -170,13 +170,13 @@ fn a_target_that_another_client_replaced_is_a_failure() {
     let start = Instant::now();
     let (code, out, err) = host.run(&["balloon", "web-1", "1GiB", "--timeout", "60s"]);
     other.join().unwrap();
-    assert!(start.elapsed() < Duration::from_secs(30), "the other change is not waited for");
+    assert!(start.elapsed() < Duration::from_secs(30), "it does not wait for the other change");
     assert_eq!((code, out.as_str()), (1, ""));
-    assert!(err.contains("someone else set the balloon of web-1 to 2 GiB"), "{err}");
+    assert!(err.contains("another client set the balloon of web-1 to 2 GiB"), "{err}");
 }
 
 #[test]
-fn what_the_server_refuses_is_said_with_its_hint() {
+fn a_server_error_is_printed_with_its_hint() {
     let mut host = Host::new();
     host.start("web-1", Guest::Obeys);
     let (code, out, err) = host.run(&["balloon", "web-1", "5GiB"]);
@@ -186,12 +186,15 @@ fn what_the_server_refuses_is_said_with_its_hint() {
 }
 
 #[test]
-fn guests_that_are_not_there_are_exit_code_3() {
+fn a_missing_guest_is_exit_code_3() {
     let host = Host::new();
     let (code, out, err) = host.run(&["balloon", "nobody", "1GiB"]);
     assert_eq!((code, out.as_str()), (3, ""));
     assert!(err.starts_with("error: there is no control socket at "), "{err}");
-    assert!(err.contains("\n  hint: check the name and the user; `aerostat status` lists"), "{err}");
+    assert!(
+        err.contains("\n  hint: check the name and the user; `aerostat status` lists"),
+        "{err}"
+    );
     drop(UnixListener::bind(host.socket("dead")).unwrap());
     let (code, _, err) = host.run(&["status", "dead"]);
     assert_eq!(code, 3);
@@ -199,7 +202,7 @@ fn guests_that_are_not_there_are_exit_code_3() {
 }
 
 #[test]
-fn wrong_usage_is_exit_code_2_and_says_what_is_accepted() {
+fn wrong_usage_is_exit_code_2_and_names_the_valid_forms() {
     let host = Host::new();
     let cases: &[(&[&str], &str)] = &[
         (&[], "Usage: aerostat"),
@@ -218,8 +221,8 @@ fn wrong_usage_is_exit_code_2_and_says_what_is_accepted() {
         (&["free-pages", "web-1", "--hold", "--reserve", "128"], "did you mean 128MiB?"),
         (&["migrate", "web-1", "localhost:1", "--plain", "--bandwidth", "100"], "mean 100MiB?"),
         (&["receive", "--name", "a", "--listen", "localhost:1", "--max-memory", "64"], "64MiB?"),
-        (&["drop-caches", "web-1", "--timeout", "11min"], "a guest gets at most 10m"),
-        (&["free-pages", "web-1", "--timeout", "601s"], "a guest gets at most 10m"),
+        (&["drop-caches", "web-1", "--timeout", "11min"], "can be at most 10m"),
+        (&["free-pages", "web-1", "--timeout", "601s"], "can be at most 10m"),
         (&["vhost-user", "--name", "a"], "--socket <PATH>"),
         (&["vhost-user", "--socket", "s", "--name", "a/b"], "use up to 64 letters"),
         (&["vhost-user", "--socket", "s", "--name", "a", "--release", "x"], "per-page"),
@@ -233,10 +236,10 @@ fn wrong_usage_is_exit_code_2_and_says_what_is_accepted() {
 }
 
 #[test]
-fn help_tells_the_exit_codes() {
+fn help_lists_the_exit_codes() {
     let (code, out, _) = Host::new().run(&["--help"]);
     assert_eq!(code, 0);
-    assert!(out.contains("4  not done within the time-out"), "{out}");
+    assert!(out.contains("4  timed out"), "{out}");
     let (code, out, _) = Host::new().run(&["--version"]);
     assert_eq!((code, out.as_str()), (0, concat!("aerostat ", env!("CARGO_PKG_VERSION"), "\n")));
 }
@@ -260,7 +263,7 @@ fn status_shows_one_guest() {
         "last change  0 B to 3 GiB in 12.5 ms (allocate 0.0, send 0.0, translate 0.0, release 0.0), \
          1 message, 2 release calls",
         "release      background, parts of huge pages: split",
-        "on the way   0 B pending, 0 B in flight, 0 B waiting",
+        "unreleased   0 B pending, 0 B in flight, 0 B waiting",
         "released     8 KiB in 0 calls, 0 errors",
         "faults       guest page_outside_memory 3, host discard_failed 1",
     ] {
@@ -273,7 +276,7 @@ fn status_shows_one_guest() {
 }
 
 #[test]
-fn status_lists_all_guests_and_says_which_are_dead() {
+fn status_lists_all_guests_and_marks_dead_ones() {
     let mut host = Host::new();
     let (code, out, _) = host.run(&["status"]);
     assert_eq!((code, out), (0, format!("no guests in {}\n", host.dir.path().display())));
@@ -305,7 +308,7 @@ fn status_lists_all_guests_and_says_which_are_dead() {
 }
 
 #[test]
-fn guests_that_hang_hide_no_others_for_long() {
+fn hanging_guests_do_not_delay_the_table_for_long() {
     let mut host = Host::new();
     host.start("web-1", Guest::Obeys);
     let hangs = |number: u32| UnixListener::bind(host.socket(&format!("hangs-{number}"))).unwrap();
@@ -317,26 +320,26 @@ fn guests_that_hang_hide_no_others_for_long() {
     let states: Vec<_> = rows.as_array().unwrap().iter().map(|row| &row["state"]).collect();
     assert_eq!(states.iter().filter(|state| **state == "unreachable").count(), 20);
     assert_eq!((rows[20]["name"].as_str(), states[20].as_str()), (Some("web-1"), Some("running")));
-    // One after the other they took 40 s.
+    // In sequence they would take 40 s.
     assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
 }
 
 #[test]
-fn a_reader_that_leaves_is_no_failure() {
+fn a_closed_pipe_is_not_a_failure() {
     let mut host = Host::new();
     host.start("web-1", Guest::Obeys);
     let mut child = host.command(&["status", "web-1"]);
     let mut child = child.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     drop(child.stdout.take());
-    let (code, _, err) = told(&child.wait_with_output().unwrap());
+    let (code, _, err) = result_of(&child.wait_with_output().unwrap());
     assert_eq!((code, err.as_str()), (0, ""));
 }
 
 #[test]
-fn without_a_place_for_sockets_the_variable_is_named() {
+fn without_a_runtime_directory_the_hint_names_the_variable() {
     let host = Host::new();
     let run = |dir: &Path| {
-        told(&host.command(&["status"]).env("AEROSTAT_RUNTIME_DIR", dir).output().unwrap())
+        result_of(&host.command(&["status"]).env("AEROSTAT_RUNTIME_DIR", dir).output().unwrap())
     };
     let (code, _, err) = run(Path::new("relative"));
     assert_eq!(code, 1);
@@ -347,13 +350,13 @@ fn without_a_place_for_sockets_the_variable_is_named() {
 }
 
 #[test]
-fn a_back_end_is_reached_by_its_name_until_it_is_told_to_end() {
+fn a_back_end_is_reached_by_its_name_until_sigterm() {
     let host = Host::new();
-    let monitor = host.dir.path().join("monitor");
-    let args = ["vhost-user", "--socket", monitor.to_str().unwrap(), "--name", "web-1"];
+    let socket = host.dir.path().join("monitor");
+    let args = ["vhost-user", "--socket", socket.to_str().unwrap(), "--name", "web-1"];
     let mut command = host.command(&[&args[..], &["--release", "immediate"]].concat());
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    // Its first line says that the sockets are there.
+    // It logs its first line when the sockets exist.
     let mut log = BufReader::new(child.stderr.take().unwrap());
     let mut line = String::new();
     log.read_line(&mut line).unwrap();
@@ -364,10 +367,10 @@ fn a_back_end_is_reached_by_its_name_until_it_is_told_to_end() {
     assert_eq!(status.pid, child.id());
     assert_eq!((status.guest.connected, status.release.mode.as_str()), (false, "immediate"));
     let (code, _, err) = host.run(&args);
-    assert_eq!(code, 1, "a second one of the same name is refused: {err}");
+    assert_eq!(code, 1, "a second one with the same name is refused: {err}");
     let pid = child.id().to_string();
     assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
-    // Its end closes its log; a wait with a time-out is for the case that it hangs.
+    // Its exit closes its log; the timeout is for a process that hangs.
     let (ended, end) = mpsc::channel();
     thread::spawn(move || ended.send(io::read_to_string(log)));
     if end.recv_timeout(Duration::from_secs(20)).is_err() {
@@ -375,11 +378,11 @@ fn a_back_end_is_reached_by_its_name_until_it_is_told_to_end() {
         panic!("the back end does not end on SIGTERM");
     }
     assert!(child.wait().unwrap().success());
-    assert!(!host.socket("web-1").exists() && !monitor.exists());
+    assert!(!host.socket("web-1").exists() && !socket.exists());
 }
 
 #[test]
-fn caches_are_dropped_and_the_figures_shown() {
+fn caches_are_dropped_and_their_sizes_shown() {
     let mut host = Host::new();
     host.start("web-1", Guest::Obeys);
     let (code, out, err) = host.run(&["drop-caches", "web-1"]);
@@ -401,7 +404,7 @@ fn caches_are_dropped_and_the_figures_shown() {
 }
 
 #[test]
-fn a_guest_that_does_not_do_what_it_is_asked_is_told_with_its_exit_code() {
+fn a_failed_request_prints_the_reason_and_sets_the_exit_code() {
     let mut host = Host::new();
     let balloon = host.start("web-1", Guest::Waits);
     let reasons = [
@@ -418,7 +421,7 @@ fn a_guest_that_does_not_do_what_it_is_asked_is_told_with_its_exit_code() {
             assert_eq!(err, format!("error: {what}\n  hint: do better\n"));
         }
     }
-    // The target is as it was: what should come first did not.
+    // The target is unchanged, because the caches were not dropped.
     assert_eq!(control::BalloonControl::status(&*balloon).balloon.target_pages, 0);
     let (code, _, err) = host.run(&["cancel", "web-1"]);
     assert_eq!(code, 1);
@@ -426,20 +429,20 @@ fn a_guest_that_does_not_do_what_it_is_asked_is_told_with_its_exit_code() {
 }
 
 #[test]
-fn a_request_is_stopped_from_another_terminal() {
+fn a_request_is_cancelled_from_another_terminal() {
     let mut host = Host::new();
     let balloon = host.start("web-1", Guest::Waits);
     let waiting = host.command(&["drop-caches", "web-1"]).stderr(Stdio::piped()).spawn().unwrap();
     balloon.until_open(1);
     let (code, out, _) = host.run(&["cancel", "web-1"]);
-    assert_eq!((code, out.as_str()), (0, "web-1: told to stop drop-caches (request 1)\n"));
-    let (code, _, err) = told(&waiting.wait_with_output().unwrap());
+    assert_eq!((code, out.as_str()), (0, "web-1: cancelled drop-caches (request 1)\n"));
+    let (code, _, err) = result_of(&waiting.wait_with_output().unwrap());
     assert_eq!(code, 1);
     assert!(err.contains("the request was stopped"), "{err}");
 }
 
 #[test]
-fn free_pages_are_counted_by_size_and_drawn() {
+fn free_pages_are_counted_by_block_size_and_drawn() {
     let mut host = Host::new();
     host.start("web-1", Guest::Obeys);
     let (code, out, err) = host.run(&["free-pages", "web-1"]);
@@ -447,10 +450,10 @@ fn free_pages_are_counted_by_size_and_drawn() {
     let lines: Vec<_> = out.lines().collect();
     assert_eq!(lines[0], "web-1: 2304 MiB of 4 GiB free, in 12.5 ms");
     assert_eq!(lines[1], "  snapshot 1");
-    assert_eq!(lines[2], "  the guest counts 2312 MiB free, 512 MiB are in the balloon");
+    assert_eq!(lines[2], "  2312 MiB free according to the guest, 512 MiB in the balloon");
     assert_eq!(lines[3], "     4 MiB        512 blocks  2GiB");
     assert_eq!(lines[4], "     2 MiB        128 blocks  256MiB");
-    assert!(out.is_ascii(), "no terminal, no shades");
+    assert!(out.is_ascii(), "no Unicode without a terminal");
     let map: Vec<_> = lines[7..].iter().map(|line| &line[15..]).collect();
     let row = |mark: &str| mark.repeat(64);
     let expected = [row("#"), row("#"), row("."), row("."), row("."), row("."), row("+"), row("o")];
@@ -473,7 +476,7 @@ fn free_pages_are_held_released_and_written_to_files() {
     assert_eq!(&fs::read(&png).unwrap()[..4], b"\x89PNG");
     assert_eq!(fs::read(&bits).unwrap().len(), (1 << 20) / 8);
     let (code, out, _) = host.run(&["free-pages", "web-1", "--release"]);
-    assert_eq!((code, out.as_str()), (0, "web-1: took 2 GiB back in 12.5 ms\n"));
+    assert_eq!((code, out.as_str()), (0, "web-1: released 2 GiB in 12.5 ms\n"));
     let nowhere = host.dir.path().join("no/a.png");
     let (code, _, err) = host.run(&["free-pages", "web-1", "--png", nowhere.to_str().unwrap()]);
     assert_eq!(code, 1);
@@ -488,7 +491,7 @@ fn free_pages_are_held_released_and_written_to_files() {
 }
 
 #[test]
-fn a_hold_leaves_the_guest_what_was_said() {
+fn a_hold_request_has_the_given_reserve() {
     let mut host = Host::new();
     let balloon = host.start("web-1", Guest::Waits);
     for (args, reserve_bytes) in
@@ -506,7 +509,7 @@ fn a_hold_leaves_the_guest_what_was_said() {
 }
 
 #[test]
-fn only_guests_of_our_own_monitor_are_moved() {
+fn only_guests_of_aerostat_run_are_migrated() {
     let mut host = Host::new();
     host.start("web-1", Guest::Obeys);
     let (code, _, err) = host.run(&["migrate", "web-1", "127.0.0.1:7000", "--plain"]);
@@ -515,7 +518,7 @@ fn only_guests_of_our_own_monitor_are_moved() {
     let (code, _, err) = host.run(&["resolve", "web-1"]);
     assert_eq!(code, 1);
     assert!(err.contains("only the guest's balloon"), "{err}");
-    // How it is secured must be said, and all of it.
+    // TLS options are required, and must be complete.
     for wrong in [&[][..], &["--tls-cert", "a"], &["--plain", "--tls-cert", "a"]] {
         let words = ["migrate", "web-1", "127.0.0.1:7000"].iter().chain(wrong);
         let (code, _, err) = host.run(&words.copied().collect::<Vec<_>>());

@@ -1,4 +1,4 @@
-//! The units in contrib/systemd, as systemd reads them.
+//! The unit in contrib/systemd, checked by systemd.
 
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
@@ -6,8 +6,8 @@
 use std::path::Path;
 use std::process::{Command, Output};
 
-/// Worst exposure that `systemd-analyze security` may find, in tenths: 0 is none,
-/// 100 is a service that gives nothing up.
+/// Highest exposure level accepted from `systemd-analyze security`, in tenths: 0 is fully
+/// sandboxed, 100 is not sandboxed.
 const EXPOSURE: &str = "15";
 
 const UNIT: &str = "aerostat-vhost-user@.service";
@@ -16,7 +16,8 @@ fn contrib() -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../contrib/systemd")
 }
 
-/// The unit with the program that was just built, since `verify` looks for it.
+/// Returns the unit with the path of the program just built, since `verify` requires that it
+/// exists.
 fn unit() -> (tempfile::TempDir, std::path::PathBuf) {
     let text = std::fs::read_to_string(contrib().join(UNIT)).unwrap();
     assert!(text.contains("ExecStart=/usr/bin/aerostat "));
@@ -31,26 +32,26 @@ fn unit() -> (tempfile::TempDir, std::path::PathBuf) {
 fn analyze(arguments: &[&str], path: &Path) -> (Output, String) {
     let mut command = Command::new("systemd-analyze");
     let output = command.args(arguments).arg(path).output();
-    let output = output.expect("systemd-analyze; apt-get install systemd");
+    let output = output.expect("systemd-analyze is missing; apt-get install systemd");
     let text = [&output.stdout[..], &output.stderr[..]].concat();
     let text = String::from_utf8_lossy(&text).into_owned();
     (output, text)
 }
 
 #[test]
-fn the_unit_is_understood() {
+fn systemd_accepts_the_unit() {
     let (_dir, path) = unit();
     let (output, text) = analyze(&["verify", "--man=no"], &path);
     assert!(output.status.success(), "{text}");
-    // A word that it does not know is a warning to systemd, and no error.
+    // systemd only warns about an unknown directive.
     let name = path.file_name().unwrap().to_str().unwrap();
     let ours: Vec<&str> = text.lines().filter(|line| line.contains(name)).collect();
     assert!(ours.is_empty(), "{ours:?}");
 }
 
-/// Guests are worth more than their balloons: monitors have an OOM score of 0.
+/// The OOM killer must choose the back end before a VMM, whose score is 0.
 #[test]
-fn the_unit_is_bounded_and_ends_before_guests_do() {
+fn the_unit_limits_memory_and_has_an_oom_score() {
     let text = std::fs::read_to_string(contrib().join(UNIT)).unwrap();
     let value = |key: &str| text.lines().find_map(|line| line.strip_prefix(key)).unwrap();
     assert!(value("OOMScoreAdjust=").parse::<i32>().unwrap() > 0);
@@ -66,9 +67,9 @@ fn the_unit_is_hardened() {
     assert!(output.status.success(), "{text}");
 }
 
-/// The options of the command line in the unit exist.
+/// The options in the unit's command line exist.
 #[test]
-fn the_command_of_the_unit_is_one() {
+fn the_command_line_of_the_unit_is_valid() {
     let text = std::fs::read_to_string(contrib().join(UNIT)).unwrap();
     let start = text.lines().find_map(|line| line.strip_prefix("ExecStart=/usr/bin/aerostat "));
     let dir = tempfile::tempdir().unwrap();
@@ -81,6 +82,6 @@ fn the_command_of_the_unit_is_one() {
     });
     let mut program = Command::new(env!("CARGO_BIN_EXE_aerostat"));
     let output = program.args(words).env("AEROSTAT_RUNTIME_DIR", dir.path()).output().unwrap();
-    // Not wrong usage: only the directory is missing.
+    // Not the exit code of wrong usage: only the directory is missing.
     assert_eq!(output.status.code(), Some(1), "{output:?}");
 }

@@ -1,4 +1,4 @@
-//! `aerostat status NAME --watch`, against a balloon without a guest.
+//! `aerostat status NAME --watch`, with a fake balloon.
 
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
@@ -43,7 +43,7 @@ impl Host {
         self.balloon.status().stats.interval_ms
     }
 
-    /// Watches until the guest was shown three times.
+    /// Watches until the guest has been shown three times.
     fn watch(&self, args: &[&str]) -> (Child, BufReader<std::process::ChildStdout>) {
         let mut child = self.aerostat(args).spawn().unwrap();
         let mut out = BufReader::new(child.stdout.take().unwrap());
@@ -71,12 +71,12 @@ fn interrupt(mut child: Child, signal: &str) -> ExitStatus {
 #[test]
 fn statistics_are_shown_with_their_age() {
     let host = Host::new();
-    let told = |host: &Host| {
+    let shown = |host: &Host| {
         let output = host.aerostat(&["status", NAME]).output().unwrap();
         String::from_utf8(output.stdout).unwrap()
     };
-    assert!(told(&host).contains("statistics   none\n"), "{}", told(&host));
-    assert!(!told(&host).contains("reported"), "{}", told(&host));
+    assert!(shown(&host).contains("statistics   none\n"), "{}", shown(&host));
+    assert!(!shown(&host).contains("reported"), "{}", shown(&host));
     host.balloon.edit(|status| {
         status.stats.age_ms = Some(1500);
         status.stats.stale = true;
@@ -88,16 +88,16 @@ fn statistics_are_shown_with_their_age() {
         status.reports.release_calls = 1;
         status.reports.poisoned_bytes = 4 << 20;
     });
-    let text = told(&host);
+    let text = shown(&host);
     let line = "statistics   free 3 GiB, major faults 7, tag 20 1 (1.5 s old, stale)\n";
     assert!(text.contains(line), "{text}");
     let line = "reported     8 MiB free, 4 MiB of it released in 1 call, \
-                4 MiB kept for the guest's poison\n";
+                4 MiB not released because of the guest's poison value\n";
     assert!(text.contains(line), "{text}");
 }
 
 #[test]
-fn watching_asks_the_guest_and_stops_when_it_ends() {
+fn watching_polls_statistics_until_it_ends() {
     for signal in ["-INT", "-TERM"] {
         let host = Host::new();
         let (child, _out) = host.watch(&["status", NAME, "--watch", "0.1"]);
@@ -108,11 +108,11 @@ fn watching_asks_the_guest_and_stops_when_it_ends() {
 }
 
 #[test]
-fn watching_leaves_alone_what_others_have_set() {
+fn watching_keeps_an_interval_set_by_another_client() {
     let host = Host::new();
     host.balloon.edit(|status| status.stats.interval_ms = 100);
     let (child, _out) = host.watch(&["status", NAME, "--watch", "0.2"]);
-    assert_eq!(host.interval_ms(), 100, "it is asked more often already");
+    assert_eq!(host.interval_ms(), 100, "it is polled more often already");
     assert!(interrupt(child, "-INT").success());
     assert_eq!(host.interval_ms(), 100);
 
@@ -121,12 +121,12 @@ fn watching_leaves_alone_what_others_have_set() {
     assert_eq!(host.interval_ms(), 100);
     host.balloon.edit(|status| status.stats.interval_ms = 777);
     assert!(interrupt(child, "-INT").success());
-    assert_eq!(host.interval_ms(), 777, "somebody has set it in between");
+    assert_eq!(host.interval_ms(), 777, "another client has set it in the meantime");
 }
 
 /// As with `| head`.
 #[test]
-fn watching_ends_when_nobody_reads() {
+fn watching_ends_when_the_pipe_is_closed() {
     let host = Host::new();
     let (mut child, out) = host.watch(&["status", NAME, "--watch", "0.1"]);
     drop(out);
@@ -135,7 +135,7 @@ fn watching_ends_when_nobody_reads() {
 }
 
 #[test]
-fn periods_that_make_no_sense_are_refused() {
+fn invalid_periods_are_refused() {
     let host = Host::new();
     for period in ["0", "0.05", "-1", "NaN", "inf", "86401", "soon"] {
         let watch = format!("--watch={period}");

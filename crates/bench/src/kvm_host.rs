@@ -17,7 +17,7 @@ const LISTEN_LIMIT: Duration = Duration::from_secs(60);
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Ends what a receiver says before where it listens.
-const WAITS: &str = ": waits on ";
+const WAITS: &str = ": listening on ";
 
 /// Connections between two processes need the loopback interface, and a machine that was just
 /// booted does not have it yet.

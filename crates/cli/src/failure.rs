@@ -1,4 +1,4 @@
-//! How a command fails: what was wrong, what to do, and the exit code.
+//! Command failures: what happened, how to fix it, and the exit code.
 
 use std::error::Error;
 use std::fmt;
@@ -6,30 +6,30 @@ use std::process::ExitCode;
 
 use control::ControlError;
 
-/// The end of a command that did not do what it was asked.
+/// Why a command failed.
 #[derive(Debug)]
 pub struct Failure {
-    /// What was wrong, with its causes.
+    /// What happened, with its causes.
     pub what: String,
-    /// What to do about it.
+    /// How to fix it.
     pub hint: String,
-    /// What a shell is told.
+    /// Exit code.
     pub exit: Exit,
 }
 
-/// Exit codes but 0, and 2, which is given by the argument parser.
+/// Exit codes other than 0 and 2, which the argument parser returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
-    /// It was tried and went wrong.
+    /// The command failed.
     Failed = 1,
-    /// There is no such guest, or it cannot be reached.
+    /// The guest does not exist or cannot be reached.
     Unreachable = 3,
-    /// It was not done in time.
+    /// The command timed out.
     Timeout = 4,
 }
 
 impl Failure {
-    /// A plain failure that keeps the causes of `error`.
+    /// Creates a failure of kind [`Exit::Failed`] with the causes of `error`.
     pub fn new(error: &dyn Error, hint: impl Into<String>) -> Self {
         let mut what = error.to_string();
         let mut cause = error.source();
@@ -40,7 +40,7 @@ impl Failure {
         Self { what, hint: hint.into(), exit: Exit::Failed }
     }
 
-    /// For the process.
+    /// Returns the exit code of the process.
     pub fn exit_code(&self) -> ExitCode {
         ExitCode::from(self.exit as u8)
     }
@@ -53,7 +53,7 @@ impl From<ControlError> for Failure {
             | ControlError::Dead { .. }
             | ControlError::NoAnswer { .. }
             | ControlError::Broken { .. } => Exit::Unreachable,
-            // The server says so of a guest that did not answer in time.
+            // The guest did not respond in time.
             ControlError::Answered { status: 504, .. } => Exit::Timeout,
             _ => Exit::Failed,
         };

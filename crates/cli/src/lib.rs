@@ -1,4 +1,4 @@
-//! What the command lines share: how a command fails, prints and shows its progress.
+//! Shared by the command-line programs: failures, output and progress.
 
 #![forbid(unsafe_code)]
 #![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]

@@ -1,4 +1,4 @@
-//! A guest's memory in a few lines of text.
+//! Text map of a guest's memory.
 
 use std::fmt::Write;
 use std::io::IsTerminal;
@@ -6,25 +6,25 @@ use std::io::IsTerminal;
 use control::Size;
 use control::api::{BALLOON_PAGE_BYTES, CoarseMap, CoarseRegion};
 
-/// Cells in a line: with the address before them, fewer than 80 columns.
+/// Cells per line: less than 80 columns with the address.
 const LINE_CELLS: usize = 64;
 
-/// How cells are drawn.
+/// How to draw cells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Style {
-    /// Unicode block elements: the darker, the more is in use.
+    /// Unicode block elements: darker means more in use.
     Shades,
-    /// ASCII, for what is no terminal.
+    /// ASCII, for output that is not a terminal.
     Letters,
 }
 
 impl Style {
-    /// What suits standard output.
+    /// Returns the style for standard output.
     pub fn of_output() -> Self {
         if std::io::stdout().is_terminal() { Self::Shades } else { Self::Letters }
     }
 
-    /// Marks from all free to nothing free, and the mark of the balloon.
+    /// Returns the marks from all free to none free, and the mark of the balloon.
     const fn marks(self) -> ([char; 5], char) {
         match self {
             Self::Shades => (['·', '░', '▒', '▓', '█'], 'o'),
@@ -33,7 +33,7 @@ impl Style {
     }
 }
 
-/// The map with its legend.
+/// Draws the map with its legend.
 pub fn draw(map: &CoarseMap, style: Style) -> String {
     let (marks, balloon) = style.marks();
     let cell_bytes = map.cell_pages.saturating_mul(BALLOON_PAGE_BYTES);
@@ -65,7 +65,7 @@ pub fn draw(map: &CoarseMap, style: Style) -> String {
     text
 }
 
-/// Pages of a cell: the last one of a region may have fewer.
+/// Returns the pages in a cell: the last one of a region may have fewer.
 fn pages_of(region: &CoarseRegion, cell_pages: u64, cell: usize) -> u64 {
     let before = (cell as u64).saturating_mul(cell_pages);
     region.pages.saturating_sub(before).min(cell_pages)
@@ -76,14 +76,14 @@ fn mark(style: Style, pages: u64, free: u64, balloon: u64) -> char {
     if balloon.saturating_mul(2) > pages {
         return balloon_mark;
     }
-    // What is in the balloon is not the guest's to use; the rest is free or not.
+    // Pages not in the balloon are free or in use.
     let own = pages.saturating_sub(balloon).max(1);
     let used = own.saturating_sub(free);
     let steps = marks.len() as u64 - 1;
     let step = match used {
         0 => 0,
         used if used >= own => steps,
-        // Only a cell without any use is drawn as free, and so for the other end.
+        // The extreme marks are only for cells that are entirely free or entirely in use.
         used => used.saturating_mul(steps).div_ceil(own).clamp(1, steps - 1),
     };
     marks[usize::try_from(step).unwrap_or(0)]
@@ -94,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_cell_is_free_or_in_use_only_where_all_of_it_is() {
+    fn only_uniform_cells_get_the_extreme_marks() {
         let letters = |free, balloon| mark(Style::Letters, 8, free, balloon);
         let marks: String = (0..=8).rev().map(|free| letters(free, 0)).collect();
         assert_eq!(marks, ".--++***#");

@@ -1,4 +1,4 @@
-//! A migration that is done, in a few lines of text.
+//! Text summary of a completed migration.
 
 use std::fmt::Write as _;
 
@@ -7,7 +7,7 @@ use control::api::MigrationSummary;
 
 use crate::output::plural;
 
-/// What was sent, what was skipped, and the downtime.
+/// Formats what was sent, what was skipped, and the downtime.
 pub fn text(guest: &str, to: &str, summary: &MigrationSummary) -> String {
     let down = &summary.downtime;
     let mut text = format!(
@@ -19,15 +19,16 @@ pub fn text(guest: &str, to: &str, summary: &MigrationSummary) -> String {
         let _ = writeln!(text, "  {:>12}  {what}", Size(size).to_string());
     };
     let rounds = plural(summary.rounds.len() as u64, "round");
-    line(summary.memory_bytes, "memory of the guest");
+    line(summary.memory_bytes, "guest memory");
     line(summary.sent_bytes, &format!("sent in {rounds}"));
     line(summary.wire_bytes, "on the network");
-    let answered = summary.free_answer_ms.map(|ms| format!(", which it named in {ms:.1} ms"));
+    let answered =
+        summary.free_answer_ms.map(|ms| format!(", reported by the guest in {ms:.1} ms"));
     line(summary.free_bytes, &format!("skipped: free{}", answered.unwrap_or_default()));
     line(summary.balloon_bytes, "skipped: in the balloon");
-    line(summary.zero_bytes, "not sent: zeros");
+    line(summary.zero_bytes, "sent without contents: zeros");
     if summary.filled_bytes > 0 {
-        line(summary.filled_bytes, "filled at the destination");
+        line(summary.filled_bytes, "filled with a pattern at the destination");
     }
     let _ = writeln!(
         text,

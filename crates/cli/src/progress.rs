@@ -1,4 +1,4 @@
-//! What is going on: one line that changes on a terminal, lines elsewhere.
+//! Progress of long commands: one updated line on a terminal, separate lines elsewhere.
 
 use std::cell::{Cell, RefCell};
 use std::io::IsTerminal;
@@ -7,28 +7,29 @@ use std::time::{Duration, Instant};
 use control::Size;
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// Between two pictures of the spinner.
+/// Spinner interval.
 const TICK: Duration = Duration::from_millis(100);
 
-/// Shows on standard error how far a long command is.
+/// Shows the steps of a long command on standard error.
 pub struct Steps {
     bar: Option<ProgressBar>,
-    /// The least time between two lines.
+    /// Minimum time between two lines.
     pause: Duration,
     last: Cell<Option<Instant>>,
 }
 
 impl Steps {
-    /// Shows each step.
+    /// Starts to show every step.
     pub fn start() -> Self {
         Self::sparse(Duration::ZERO)
     }
 
-    /// Where there is no terminal, a line at most every `pause`.
+    /// Starts to show steps; without a terminal, a line at most every `pause`.
     pub fn sparse(pause: Duration) -> Self {
         let bar = std::io::stderr().is_terminal().then(ProgressBar::new_spinner);
         if let Some(bar) = &bar {
-            // Cut where the terminal ends; one that does not parse leaves the default style.
+            // Truncated at the terminal's width. A template that does not parse leaves the default
+            // style.
             if let Ok(style) = ProgressStyle::with_template("{spinner} {wide_msg}") {
                 bar.set_style(style);
             }
@@ -48,7 +49,7 @@ impl Steps {
         }
     }
 
-    /// Removes the line from a terminal.
+    /// Clears the line on a terminal.
     pub fn end(&self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
@@ -56,18 +57,18 @@ impl Steps {
     }
 }
 
-/// A bar that begins anew with each phase; a line for each phase where there is no terminal.
+/// A bar that restarts with each phase; without a terminal, a line per phase.
 pub struct Bar {
     bar: Option<ProgressBar>,
     phase: RefCell<String>,
 }
 
 impl Bar {
-    /// Shows the bar on a terminal.
+    /// Starts to show progress.
     pub fn start() -> Self {
         let bar = std::io::stderr().is_terminal().then(|| ProgressBar::new(0));
         if let Some(bar) = &bar {
-            // One that does not parse leaves the default style.
+            // A template that does not parse leaves the default style.
             let template = "{prefix:12} [{wide_bar}] {percent:>3} %  {msg}";
             if let Ok(style) = ProgressStyle::with_template(template) {
                 bar.set_style(style);
@@ -76,7 +77,7 @@ impl Bar {
         Self { bar, phase: RefCell::default() }
     }
 
-    /// Shows how far the phase is, and how much was sent in all.
+    /// Shows the progress of the phase and the bytes sent so far.
     pub fn show(&self, phase: &str, done: u64, of: u64, sent: Size) {
         let is_new = *self.phase.borrow() != phase;
         phase.clone_into(&mut self.phase.borrow_mut());
@@ -90,7 +91,7 @@ impl Bar {
         }
     }
 
-    /// Removes the line from a terminal.
+    /// Clears the line on a terminal.
     pub fn end(&self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();

@@ -46,7 +46,7 @@ fn a_guest_is_seen_and_steered() {
     assert_eq!((row[0], row[1], row[2]), (NAME, "running", "aerostat"), "{table}");
     assert_eq!((row[4], row[5], row[7]), ("512 MiB", "512 MiB", "0"), "{table}");
     let details = done(&host, &["status", NAME]);
-    assert!(details.contains("512 MiB of 512 MiB, settled"), "{details}");
+    assert!(details.contains("512 MiB of 512 MiB, at target"), "{details}");
     assert!(details.contains("driver aerostat (must-tell-host"), "{details}");
 
     figures(&host);

@@ -1,4 +1,4 @@
-//! `aerostat balloon`: shows or sets what a guest's balloon holds.
+//! `aerostat balloon`: shows or sets the size of a guest's balloon.
 
 use std::io::{self, IsTerminal};
 use std::time::{Duration, Instant};
@@ -14,16 +14,16 @@ use crate::guest_arg::GuestArg;
 use cli::failure::{Exit, Failure};
 use cli::output::{plural, print, print_json};
 
-/// Shows or sets what a guest's balloon holds
+/// Show or set the size of a guest's balloon
 ///
-/// With a size, sets it and waits until the guest has given or got its memory.
-/// If the time-out ends the wait, the target stays set and the guest goes on.
+/// With a size, sets the target and waits until the guest has reached it and the
+/// host has released the memory. After a timeout the target stays set.
 #[derive(Debug, Args)]
 pub(crate) struct BalloonArgs {
     /// Name of the guest, or the path of its control socket
     guest: GuestArg,
 
-    /// What the balloon shall hold, such as 3GiB; whole pages of 4 KiB
+    /// Target size of the balloon, such as 3GiB; a multiple of 4 KiB
     #[arg(value_parser = Size::of_pages)]
     size: Option<Size>,
 
@@ -31,7 +31,7 @@ pub(crate) struct BalloonArgs {
     #[arg(long)]
     json: bool,
 
-    /// Have the guest drop its caches first, so that it gives what they held
+    /// Drop the guest's caches first, so that the memory they use can be inflated
     #[arg(long, requires = "size")]
     drop_caches: bool,
 
@@ -40,10 +40,10 @@ pub(crate) struct BalloonArgs {
     timeout: Duration,
 }
 
-/// One wait for the guest between two movements of the progress bar.
+/// Update interval of the progress bar.
 const BAR_WAIT: Duration = Duration::from_millis(100);
 
-/// One wait between two lines of progress where there is no terminal.
+/// Interval of progress lines without a terminal.
 const LINE_WAIT: Duration = Duration::from_secs(1);
 
 pub(crate) fn run(args: &BalloonArgs) -> Result<(), Failure> {
@@ -55,7 +55,7 @@ pub(crate) fn run(args: &BalloonArgs) -> Result<(), Failure> {
             if args.drop_caches {
                 let time = args.timeout.min(Duration::from_millis(MAX_TIMEOUT_MS));
                 let dropped = client.drop_caches(Caches::All, time)?;
-                // JSON is of the balloon alone.
+                // JSON output has only the balloon.
                 if !args.json {
                     print(&summary(&args.guest, &dropped))?;
                 }
@@ -86,11 +86,10 @@ fn set(
 ) -> Result<(), Failure> {
     let start = Instant::now();
     let left = || timeout.saturating_sub(start.elapsed());
-    // A first wait that is mostly the last one: then no progress is shown.
+    // Usually the first wait suffices; then no progress is shown.
     let mut balloon = client.set_balloon(target_bytes, left().min(BAR_WAIT))?;
     let progress = Progress::new(args, &balloon);
-    // Another target than ours is another client's, whose change is not ours to
-    // wait for.
+    // A different target was set by another client; do not wait for its change.
     while !balloon.at_target && balloon.target_bytes == target_bytes && !left().is_zero() {
         balloon = client.wait(balloon.generation, left().min(progress.wait()))?;
         progress.show(&balloon);
@@ -111,7 +110,7 @@ fn set(
     print(&format!("{}: {}\n", args.guest, outcome(&balloon)))
 }
 
-/// What a settled change did, in one line.
+/// Describes a completed change in one line.
 fn outcome(balloon: &BalloonStatus) -> String {
     let now = Size(balloon.actual_bytes);
     let Some(change) = &balloon.last_change else {
@@ -130,8 +129,12 @@ fn outcome(balloon: &BalloonStatus) -> String {
 fn replaced(args: &BalloonArgs, balloon: &BalloonStatus) -> Failure {
     let other = Size(balloon.target_bytes);
     Failure {
-        what: format!("someone else set the balloon of {} to {other} meanwhile", args.guest),
-        hint: "agree on who steers this guest, then set it again".into(),
+        what: format!(
+            "operator: another client set the balloon of {} to {other} in the \
+ meantime",
+            args.guest
+        ),
+        hint: "let only one client control this guest, then set the target again".into(),
         exit: Exit::Failed,
     }
 }
@@ -144,17 +147,17 @@ fn timed_out(args: &BalloonArgs, balloon: &BalloonStatus) -> Failure {
         format_duration(args.timeout)
     );
     let hint = if balloon.max_bytes.is_none() {
-        "no guest is connected, or its driver has not started; the target stays set for then".into()
+        "no guest is connected, or its driver has not started; the target stays set".into()
     } else if balloon.actual_bytes == balloon.target_bytes {
-        "the guest is done, the host still releases; `aerostat status` shows how much".into()
+        "the host is still releasing memory; see `aerostat status`".into()
     } else {
-        "the target stays set; see whether the guest has the driver loaded and memory free".into()
+        "the target stays set; check that the guest has the driver and free memory".into()
     };
     Failure { what, hint, exit: Exit::Timeout }
 }
 
-/// How far the guest is: a bar on a terminal, else a line a second, both on
-/// standard error; nothing where JSON is wanted.
+/// Progress of the guest on standard error: a bar on a terminal, else a line a second; nothing
+/// with `--json`.
 enum Progress {
     Bar { bar: ProgressBar, from_bytes: u64 },
     Lines,

@@ -1,4 +1,4 @@
-//! `aerostat cancel`: stops what a guest was asked to do.
+//! `aerostat cancel`: cancels a request to the guest.
 
 use clap::Args;
 
@@ -6,7 +6,7 @@ use crate::guest_arg::GuestArg;
 use cli::failure::Failure;
 use cli::output::{print, print_json};
 
-/// Stops the request that a guest works on
+/// Cancel the request that a guest is processing
 #[derive(Debug, Args)]
 pub(crate) struct CancelArgs {
     /// Name of the guest, or the path of its control socket
@@ -23,5 +23,5 @@ pub(crate) fn run(args: &CancelArgs) -> Result<(), Failure> {
         return print_json(&cancelled);
     }
     let (id, command) = (cancelled.id, &cancelled.command);
-    print(&format!("{}: told to stop {command} (request {id})\n", args.guest))
+    print(&format!("{}: cancelled {command} (request {id})\n", args.guest))
 }

@@ -1,4 +1,4 @@
-//! `aerostat drop-caches`: has a guest's kernel drop what it can read again.
+//! `aerostat drop-caches`: drops the caches of a guest's kernel.
 
 use std::time::Duration;
 
@@ -6,17 +6,17 @@ use clap::{Args, ValueEnum};
 use control::Size;
 use control::api::{CacheSize, Caches, DroppedCaches};
 
-use crate::guest_arg::{GuestArg, guest_time};
+use crate::guest_arg::{GuestArg, guest_timeout};
 use cli::failure::Failure;
 use cli::output::{print, print_json};
 
-/// Has a guest drop its caches, and shows what that freed
+/// Drop a guest's caches, and show how much that freed
 #[derive(Debug, Args)]
 pub(crate) struct DropCachesArgs {
     /// Name of the guest, or the path of its control socket
     guest: GuestArg,
 
-    /// Which caches
+    /// Which caches to drop
     #[arg(long, value_enum, default_value_t = What::All)]
     what: What,
 
@@ -24,16 +24,16 @@ pub(crate) struct DropCachesArgs {
     #[arg(long)]
     json: bool,
 
-    /// How long the guest may take, such as 500ms, 30s or 5min; 10min at most
-    #[arg(long, default_value = "30s", value_parser = guest_time)]
+    /// Timeout for the guest, such as 500ms, 30s or 5min; at most 10min
+    #[arg(long, default_value = "30s", value_parser = guest_timeout)]
     timeout: Duration,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum What {
-    /// Contents of files that need not be written back
+    /// Clean page cache
     PageCache,
-    /// The kernel's reclaimable objects: inodes and directory entries
+    /// Reclaimable slab: inodes and dentries
     Slab,
     /// Both
     All,
@@ -61,7 +61,7 @@ pub(crate) fn run(args: &DropCachesArgs) -> Result<(), Failure> {
     print(&text)
 }
 
-/// What was freed, in one line.
+/// Formats what was freed in one line.
 pub(crate) fn summary(guest: &GuestArg, dropped: &DroppedCaches) -> String {
     format!("{guest}: freed {} in {:.1} ms\n", Size(dropped.freed_bytes), dropped.elapsed_ms)
 }

@@ -1,4 +1,4 @@
-//! `aerostat free-pages`: which memory of a guest is free.
+//! `aerostat free-pages`: shows which memory of a guest is free.
 
 use std::fmt::Write as _;
 use std::fs::File;
@@ -10,34 +10,34 @@ use clap::Args;
 use control::api::{AskFreePages, FreeKind, FreePages, HoldState};
 use control::{Client, Size};
 
-use crate::guest_arg::{GuestArg, guest_time};
+use crate::guest_arg::{GuestArg, guest_timeout};
 use cli::failure::{Exit, Failure};
 use cli::memory_map;
 use cli::output::{plural, print, print_json};
 
-/// Asks a guest which of its memory is free, and shows where
+/// Show which memory of a guest is free
 ///
-/// Without --hold the answer is a snapshot: what was free while the guest
-/// looked. With --hold the guest keeps what it names until --release, or until
-/// it needs the memory itself.
+/// Without --hold the guest reports its free pages once; they may be in use again
+/// a moment later. With --hold the guest allocates them and keeps them until
+/// --release, or until it needs the memory.
 #[derive(Debug, Args)]
 pub(crate) struct FreePagesArgs {
     /// Name of the guest, or the path of its control socket
     guest: GuestArg,
 
-    /// Have the guest keep its free memory free
+    /// Hold the free pages in the guest
     #[arg(long, conflicts_with = "release")]
     hold: bool,
 
-    /// Give the guest back what it holds
+    /// Release the hold
     #[arg(long, conflicts_with_all = ["png", "bitmap"])]
     release: bool,
 
-    /// What the guest keeps for itself in a hold; 128MiB if it is not given
+    /// Memory that a hold leaves to the guest [default: 128MiB]
     #[arg(long, value_name = "SIZE", requires = "hold", value_parser = Size::of_pages)]
     reserve: Option<Size>,
 
-    /// Smallest block in a snapshot, 4KiB to 1GiB; 4KiB if it is not given
+    /// Smallest block to report, 4KiB to 1GiB [default: 4KiB]
     #[arg(long, value_name = "SIZE", value_parser = Size::of_block,
           conflicts_with_all = ["hold", "release"])]
     min_block: Option<Size>,
@@ -46,16 +46,16 @@ pub(crate) struct FreePagesArgs {
     #[arg(long)]
     json: bool,
 
-    /// Write a picture of the guest's memory
+    /// Write a picture of the guest's memory as PNG
     #[arg(long, value_name = "FILE")]
     png: Option<PathBuf>,
 
-    /// Write one bit for each 4 KiB page of the guest's memory
+    /// Write a bitmap with one bit for each 4 KiB page of the guest's memory
     #[arg(long, value_name = "FILE")]
     bitmap: Option<PathBuf>,
 
-    /// How long the guest may take, such as 500ms, 30s or 5min; 10min at most
-    #[arg(long, default_value = "30s", value_parser = guest_time)]
+    /// Timeout for the guest, such as 500ms, 30s or 5min; at most 10min
+    #[arg(long, default_value = "30s", value_parser = guest_timeout)]
     timeout: Duration,
 }
 
@@ -80,8 +80,8 @@ pub(crate) fn run(args: &FreePagesArgs) -> Result<(), Failure> {
     if args.json { print_json(&free) } else { print(&text(&args.guest, &free)) }
 }
 
-/// A driver without a request queue may still give hints; one that can do neither
-/// is asked all the same, so that the answer says what is missing.
+/// Chooses the kind of request. A driver without a request queue may support hints; for one that
+/// supports neither, a snapshot request returns an error that says what is missing.
 fn kind(args: &FreePagesArgs, client: &Client) -> Result<FreeKind, Failure> {
     if args.hold {
         return Ok(FreeKind::Hold);
@@ -98,7 +98,7 @@ fn release(args: &FreePagesArgs, client: &Client) -> Result<(), Failure> {
         return print_json(&released);
     }
     let size = Size(released.released_bytes);
-    print(&format!("{}: took {size} back in {:.1} ms\n", args.guest, released.elapsed_ms))
+    print(&format!("{}: released {size} in {:.1} ms\n", args.guest, released.elapsed_ms))
 }
 
 fn write_bitmap(client: &Client, path: &Path) -> Result<(), Failure> {
@@ -111,12 +111,12 @@ fn write_bitmap(client: &Client, path: &Path) -> Result<(), Failure> {
 fn not_written(path: &Path, error: &io::Error) -> Failure {
     Failure {
         what: format!("cannot write {}: {error}", path.display()),
-        hint: "check that the directory exists, that you may write there, and its space".into(),
+        hint: "check that the directory exists, is writable and has space".into(),
         exit: Exit::Failed,
     }
 }
 
-/// Totals, blocks and a small map.
+/// Formats totals, blocks and a coarse map.
 fn text(guest: &GuestArg, free: &FreePages) -> String {
     let mut text = String::new();
     let (total, memory) = (Size(free.total_bytes), Size(free.memory_bytes));
@@ -129,14 +129,14 @@ fn text(guest: &GuestArg, free: &FreePages) -> String {
     let state = match free.hold {
         Some(HoldState::Kept) => " until --release, or until the guest needs it",
         Some(HoldState::Paused) => ", and the guest is paused",
-        Some(HoldState::Releasing) => ", and being given back",
+        Some(HoldState::Releasing) => ", and being released",
         None => "",
     };
     let _ = writeln!(text, "  {} {}{state}", free.kind.as_str(), free.id);
     let (own, balloon) = (Size(free.guest_free_bytes), Size(free.balloon_bytes));
     let _ = match free.kind {
-        FreeKind::Hint => writeln!(text, "  {balloon} are in the balloon"),
-        _ => writeln!(text, "  the guest counts {own} free, {balloon} are in the balloon"),
+        FreeKind::Hint => writeln!(text, "  {balloon} in the balloon"),
+        _ => writeln!(text, "  {own} free according to the guest, {balloon} in the balloon"),
     };
     for block in &free.blocks {
         let all = Size(block.block_bytes.saturating_mul(block.count));

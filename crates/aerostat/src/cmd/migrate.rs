@@ -1,4 +1,4 @@
-//! `aerostat migrate`: moves a guest to another host.
+//! `aerostat migrate`: migrates a guest to another host.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,30 +16,30 @@ use cli::failure::{Exit, Failure};
 use cli::output::{print, print_json};
 use cli::progress::Bar;
 
-/// How often it is looked how far the migration is.
+/// How often to poll the migration's progress.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Connections unless somebody asks for more.
-const MOST_USUAL_CONNECTIONS: u8 = 4;
+/// Largest default number of connections.
+const MAX_DEFAULT_CONNECTIONS: u8 = 4;
 
-/// Moves a guest of `aerostat run` to another host while it runs
+/// Migrate a guest of `aerostat run` to another host while it runs
 ///
-/// On the other host `aerostat receive` waits for it. Free memory, memory in the
-/// balloon and zeros are not sent. Ctrl-C ends the migration, and the guest goes
-/// on where it is.
+/// `aerostat receive` must be running on the other host. Free memory, memory in
+/// the balloon and zeros are not sent. Ctrl-C cancels the migration; the guest
+/// then continues to run here.
 #[derive(Debug, Args)]
 pub(crate) struct MigrateArgs {
     /// Name of the guest, or the path of its control socket
     guest: GuestArg,
 
-    /// Where `aerostat receive` waits
+    /// Address on which `aerostat receive` listens
     #[arg(value_name = "HOST:PORT")]
     to: String,
 
     #[command(flatten)]
     security: SecurityArgs,
 
-    /// Have the guest drop its caches first, which are not sent then
+    /// Drop the guest's caches first, so that they are not sent
     #[arg(long)]
     drop_caches: bool,
 
@@ -47,20 +47,20 @@ pub(crate) struct MigrateArgs {
     #[arg(long)]
     send_free: bool,
 
-    /// How long the guest may stand still
+    /// Longest downtime of the guest
     #[arg(long, value_name = "TIME", default_value = "300ms",
           value_parser = humantime::parse_duration)]
     max_downtime: Duration,
 
-    /// TCP connections, 1 to 16 [default: one for each processor of this host, up to 4]
+    /// TCP connections, 1 to 16 [default: one per CPU of this host, up to 4]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
     connections: Option<u8>,
 
-    /// Bytes in a second, at most, such as 100MiB
+    /// Bandwidth limit in bytes per second, such as 100MiB
     #[arg(long, value_name = "SIZE")]
     bandwidth: Option<Size>,
 
-    /// Compress pages, with this level of zstd
+    /// Compress pages with zstd at this level
     #[arg(long, value_name = "LEVEL", value_parser = clap::value_parser!(u8).range(1..=19))]
     compress: Option<u8>,
 
@@ -75,7 +75,7 @@ pub(crate) fn run(args: &MigrateArgs) -> Result<(), Failure> {
     client.start_migration(&StartMigration {
         to: args.to.clone(),
         tls: args.security.paths()?,
-        connections: Some(args.connections.unwrap_or_else(usual_connections)),
+        connections: Some(args.connections.unwrap_or_else(default_connections)),
         max_downtime_ms: Some(u64::try_from(args.max_downtime.as_millis()).unwrap_or(u64::MAX)),
         bandwidth_bytes_per_s: args.bandwidth.map(|size| size.0),
         compression: args.compress,
@@ -91,12 +91,12 @@ pub(crate) fn run(args: &MigrateArgs) -> Result<(), Failure> {
         (MigrationState::Moved, Some(summary)) => {
             print(&migration_summary::text(&args.guest.to_string(), &args.to, summary))
         }
-        (MigrationState::Moved, None) => print(&format!("{}: moved\n", args.guest)),
+        (MigrationState::Moved, None) => print(&format!("{}: migrated\n", args.guest)),
         _ => Err(not_moved(args, &status)),
     }
 }
 
-/// Becomes true with Ctrl-C, which does not end this process any more.
+/// Returns a flag that Ctrl-C sets instead of ending the process.
 pub(crate) fn interruption() -> Result<Arc<AtomicBool>, Failure> {
     let interrupted = Arc::new(AtomicBool::new(false));
     signal_hook::flag::register(signal_hook::consts::SIGINT, Arc::clone(&interrupted))
@@ -104,13 +104,13 @@ pub(crate) fn interruption() -> Result<Arc<AtomicBool>, Failure> {
     Ok(interrupted)
 }
 
-/// More connections than processors that serve them only switch between themselves.
-fn usual_connections() -> u8 {
-    let processors = thread::available_parallelism().map_or(1, usize::from);
-    u8::try_from(processors).unwrap_or(u8::MAX).min(MOST_USUAL_CONNECTIONS)
+/// Returns the default number of connections: more than CPUs only adds context switches.
+fn default_connections() -> u8 {
+    let cpus = thread::available_parallelism().map_or(1, usize::from);
+    u8::try_from(cpus).unwrap_or(u8::MAX).min(MAX_DEFAULT_CONNECTIONS)
 }
 
-/// Shows how far it is until it is over.
+/// Shows the progress until the migration has ended.
 pub(crate) fn watch(client: &Client, interrupted: &AtomicBool) -> Result<MigrationStatus, Failure> {
     let bar = Bar::start();
     let mut cancelled = false;
@@ -128,7 +128,7 @@ pub(crate) fn watch(client: &Client, interrupted: &AtomicBool) -> Result<Migrati
             return Ok(status);
         }
         if interrupted.load(Ordering::Relaxed) && !cancelled {
-            // It may be over just now, which the next look tells.
+            // If the migration has ended in the meantime, the next poll returns that.
             let _ = client.cancel_migration();
             cancelled = true;
         }
@@ -144,24 +144,24 @@ pub(crate) fn watch(client: &Client, interrupted: &AtomicBool) -> Result<Migrati
 }
 
 fn lost(error: ControlError) -> Failure {
-    let hint = "the guest's monitor has ended; look at its log, and where the guest was to go";
+    let hint = "the guest's VMM has exited; see its log and the destination";
     Failure { hint: hint.into(), ..Failure::from(error) }
 }
 
 fn not_moved(args: &MigrateArgs, status: &MigrationStatus) -> Failure {
-    let why = status.error.as_deref().unwrap_or("nobody knows why");
+    let why = status.error.as_deref().unwrap_or("unknown reason");
     let (what, hint) = match status.state {
         MigrationState::InDoubt => (
-            "the guest is paused here, and nobody knows whether it runs there",
-            format!("`aerostat resolve {}` asks the other side", args.guest),
+            "the migration is in doubt; the guest is paused here and may run at the destination",
+            format!("run `aerostat resolve {}` to query the destination", args.guest),
         ),
         MigrationState::Stuck => (
-            "the guest is here and could not be resumed",
-            format!("see the reason; `aerostat resolve {}` tries it again", args.guest),
+            "the guest is here but could not be resumed",
+            format!("fix the cause, then run `aerostat resolve {}` to retry", args.guest),
         ),
         _ => (
-            "the guest was not moved, and runs on here",
-            status.hint.clone().unwrap_or_else(|| "see the reason, and try again".into()),
+            "the migration failed, the guest still runs here",
+            status.hint.clone().unwrap_or_else(|| "fix the cause, then try again".into()),
         ),
     };
     Failure { what: format!("{}: {what}: {why}", args.guest), hint, exit: Exit::Failed }

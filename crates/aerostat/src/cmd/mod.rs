@@ -1,5 +1,4 @@
-//! The commands, one file each: its arguments, and `run`, which calls the room
-//! that does the work and prints what it says.
+//! The commands, one file each, with its arguments and a `run` function.
 
 mod balloon;
 mod cancel;
@@ -20,7 +19,7 @@ use clap::Subcommand;
 use crate::log::LogLevel;
 use cli::failure::Failure;
 
-/// What to do.
+/// The subcommands.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     Balloon(balloon::BalloonArgs),
@@ -55,13 +54,13 @@ impl Command {
         }
     }
 
-    /// Whether it gives up files or system calls, before which it has no thread beside its own, and
-    /// starts the log itself.
-    pub(crate) fn gives_up(&self) -> bool {
+    /// Returns whether the command restricts its files or system calls. It must be single-threaded
+    /// until then, so it starts the log thread itself.
+    pub(crate) fn restricts_itself(&self) -> bool {
         matches!(self, Self::Receive(_) | Self::Restore(_) | Self::Run(_) | Self::VhostUser(_))
     }
 
-    /// What is logged without `-v`.
+    /// Returns the log level without `-v`.
     pub(crate) fn log_level(&self) -> LogLevel {
         match self {
             Self::VhostUser(_) => LogLevel::Info,

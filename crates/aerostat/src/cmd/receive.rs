@@ -1,4 +1,4 @@
-//! `aerostat receive`: takes a guest that comes from another host.
+//! `aerostat receive`: receives a guest from another host.
 
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::time::Duration;
@@ -14,51 +14,50 @@ use crate::host_arg::HostArgs;
 use crate::security_arg::SecurityArgs;
 use cli::failure::Failure;
 
-/// Waits for a guest from another host, and then runs it
+/// Receive a guest from another host, and then run it
 ///
-/// The guest is moved here by `aerostat migrate NAME HOST:PORT` where it runs.
-/// From then on this is what `aerostat run` is: the guest's serial line is
-/// standard input and output, and it can be moved on. Where a guest fails to
-/// arrive, the next one is waited for.
+/// The source is `aerostat migrate NAME HOST:PORT`. After the guest's arrival the
+/// command behaves like `aerostat run`: the guest's serial line is standard input
+/// and output, and the guest can be migrated again. If a migration fails, the
+/// command waits for the next.
 #[derive(Debug, Args)]
 pub(crate) struct ReceiveArgs {
-    /// Name of the guest, the same as where it comes from, or with --guest-name
-    /// any other
+    /// Name of the guest on this host; the same as at the source, unless --guest-name
+    /// is given
     #[arg(long, value_parser = guest_name)]
     name: GuestName,
 
-    /// Name of the guest where it comes from, if it is to have another here:
-    /// control socket, status and log have that of --name from its arrival on
+    /// Name of the guest at the source, if different: from its arrival on, control
+    /// socket, status and log use the name of --name
     #[arg(long, value_name = "NAME", value_parser = guest_name)]
     guest_name: Option<GuestName>,
 
-    /// Where to wait; port 0 is any that is free, which is told
+    /// Address to listen on; with port 0 a free port is chosen and printed
     #[arg(long, value_name = "HOST:PORT", value_parser = address)]
     listen: SocketAddr,
 
     #[command(flatten)]
     security: SecurityArgs,
 
-    /// Memory that the guest may have
+    /// Largest guest memory to accept
     #[arg(long, value_name = "SIZE", default_value_t = Size(MAX_MEMORY_BYTES))]
     max_memory: Size,
 
-    /// Processors that the guest may have
+    /// Largest number of vCPUs to accept
     #[arg(long, value_name = "N", default_value_t = MAX_CPUS,
           value_parser = clap::value_parser!(u8).range(1..=i64::from(MAX_CPUS)))]
     max_cpus: u8,
 
-    /// How long to wait, such as 30s or 5min; for ever if it is not given
+    /// How long to wait, such as 30s or 5min [default: no limit]
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     wait: Option<Duration>,
 
-    /// A disk of the guest, which both hosts can reach; as many as it had, in
-    /// the same order
+    /// A disk of the guest, on storage shared by both hosts; as many as at the source,
+    /// in the same order
     #[arg(long = "disk", value_name = "FILE[,readonly]", value_parser = disk)]
     disks: Vec<DiskOptions>,
 
-    /// Take these disks though they are not those that the guest has where it comes
-    /// from: they need only be of the same sizes
+    /// Accept disks that differ from those at the source, if their sizes match
     #[arg(long, requires = "disks")]
     accept_disks: bool,
 
@@ -80,14 +79,14 @@ pub(crate) fn run(args: ReceiveArgs) -> Result<(), Failure> {
         max_cpus: args.max_cpus,
         wait: args.wait,
     };
-    // Standard output is the guest's.
-    let listens = |address| diagnostics::say!("{}: waits on {address}", options.host.name);
-    args.host.give_up_calls()?;
-    ended(&options.host.name, vmm::receive(&options, listens))
+    // Standard output is the guest's console.
+    let on_listening = |address| diagnostics::say!("{}: listening on {address}", options.host.name);
+    args.host.restrict_calls()?;
+    ended(&options.host.name, vmm::receive(&options, on_listening))
 }
 
 fn address(text: &str) -> Result<SocketAddr, String> {
     let found = text.to_socket_addrs();
-    let mut addresses = found.map_err(|error| format!("{error}: say HOST:PORT of this host"))?;
-    addresses.next().ok_or_else(|| format!("there is no address for {text}"))
+    let mut addresses = found.map_err(|error| format!("{error}: use HOST:PORT of this host"))?;
+    addresses.next().ok_or_else(|| format!("{text} has no address"))
 }

@@ -1,4 +1,4 @@
-//! `aerostat resolve`: ends a doubt about where a guest runs.
+//! `aerostat resolve`: resolves an in-doubt migration.
 
 use clap::Args;
 use control::api::{MigrationState, ResolveAction};
@@ -7,26 +7,26 @@ use crate::guest_arg::GuestArg;
 use cli::failure::{Exit, Failure};
 use cli::output::{print, print_json};
 
-/// Ends a doubt about where a guest runs
+/// Resolve an in-doubt migration
 ///
-/// When the connection breaks in the moment in which a guest changes sides, the
-/// side that cannot know keeps it paused. Without options the source asks its
-/// destination, which is always safe. With --run-here or --discard nobody is
-/// asked: whoever says so must know what is true.
+/// If the connection breaks during the switchover, the side that cannot know where
+/// the guest runs keeps it paused. Without options the source queries its
+/// destination, which is always safe. --run-here and --discard query no peer: the
+/// operator must know the state of the other side.
 #[derive(Debug, Args)]
 pub(crate) struct ResolveArgs {
     /// Name of the guest, or the path of its control socket
     guest: GuestArg,
 
-    /// Run the guest here. First make sure that it does not run on the other side:
-    /// that that process is dead. Else two guests run
+    /// Run the guest here. First make sure that the process on the other side is dead;
+    /// otherwise the guest may run twice
     #[arg(long)]
     run_here: bool,
 
-    /// Never run the guest here. First make sure that it runs on the other side, or
-    /// is to end
+    /// Never run the guest here. First make sure that it runs on the other side or is
+    /// no longer needed
     #[arg(long, conflicts_with = "run_here")]
-    give_up: bool,
+    discard: bool,
 
     /// Print JSON
     #[arg(long)]
@@ -34,23 +34,23 @@ pub(crate) struct ResolveArgs {
 }
 
 pub(crate) fn run(args: &ResolveArgs) -> Result<(), Failure> {
-    let word = match (args.run_here, args.give_up) {
+    let action = match (args.run_here, args.discard) {
         (true, _) => ResolveAction::RunHere,
         (_, true) => ResolveAction::Discard,
         _ => ResolveAction::Ask,
     };
-    let status = args.guest.connect()?.resolve_migration(word)?;
+    let status = args.guest.connect()?.resolve_migration(action)?;
     if args.json {
         return print_json(&status);
     }
     let text = match status.state {
-        MigrationState::Moved => "runs on the other side, and no more here",
-        MigrationState::Failed if word == ResolveAction::Discard => "is given up here",
+        MigrationState::Moved => "runs on the other side",
+        MigrationState::Failed if action == ResolveAction::Discard => "is discarded here",
         MigrationState::Failed | MigrationState::None | MigrationState::Arrived => "runs here",
         _ => {
             return Err(Failure {
-                what: format!("{}: it is still not known where the guest runs", args.guest),
-                hint: "ask again when the other side can be reached".into(),
+                what: format!("{}: the migration is still in doubt", args.guest),
+                hint: "try again when the other side can be reached".into(),
                 exit: Exit::Failed,
             });
         }

@@ -1,4 +1,4 @@
-//! `aerostat restore`: runs a guest from where it was when it was written to a file.
+//! `aerostat restore`: runs a guest from a VM snapshot.
 
 use std::path::PathBuf;
 
@@ -12,35 +12,34 @@ use crate::guest_arg::guest_name;
 use crate::host_arg::HostArgs;
 use cli::failure::Failure;
 
-/// Runs a guest that `aerostat snapshot` has written to a file
+/// Run a guest from a VM snapshot
 ///
-/// From then on this is what `aerostat run` is: the guest's serial line is
-/// standard input and output. The file stays as it is, and may be restored as
-/// often as is liked. One that is damaged, cut short, or of another version is
+/// The command then behaves like `aerostat run`: the guest's serial line is
+/// standard input and output. The file is not modified and can be restored any
+/// number of times. A damaged or truncated file, or one of another version, is
 /// refused.
 #[derive(Debug, Args)]
 pub(crate) struct RestoreArgs {
-    /// The file
+    /// The snapshot file
     #[arg(value_name = "FILE")]
     file: PathBuf,
 
-    /// Name of the guest, which may be another than it had
+    /// Name of the guest; it can differ from the name in the snapshot
     #[arg(long, value_parser = guest_name)]
     name: GuestName,
 
-    /// Run it at once, and read its memory when it touches it, and meanwhile in
-    /// order. The file must stay until the guest has ended. Needs root, or
+    /// Run the guest immediately and load its memory on demand and in the background.
+    /// The file must remain until the guest has ended. Needs root, or
     /// vm.unprivileged_userfaultfd=1
     #[arg(long, conflicts_with = "shared")]
     lazy: bool,
 
-    /// A disk of the guest, the same file as before or a copy; as many as it had, in
+    /// A disk of the guest, the same file or a copy; as many as in the snapshot, in
     /// the same order
     #[arg(long = "disk", value_name = "FILE[,readonly]", value_parser = disk)]
     disks: Vec<DiskOptions>,
 
-    /// Take these disks though they are not those that the guest had: they need only
-    /// be of the same sizes
+    /// Accept disks that differ from those in the snapshot, if their sizes match
     #[arg(long, requires = "disks")]
     accept_disks: bool,
 
@@ -57,6 +56,6 @@ pub(crate) fn run(args: RestoreArgs) -> Result<(), Failure> {
         file: args.file,
         lazy: args.lazy,
     };
-    args.host.give_up_calls()?;
+    args.host.restrict_calls()?;
     ended(&options.host.name, vmm::restore(&options))
 }

@@ -1,4 +1,4 @@
-//! `aerostat run`: boots a guest with its balloon in the same process.
+//! `aerostat run`: the VMM. Boots a guest with its balloon in the same process.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,51 +13,51 @@ use crate::guest_arg::guest_name;
 use crate::host_arg::HostArgs;
 use cli::failure::{Exit, Failure};
 
-/// Boots a Linux guest on KVM, with its balloon, and serves it to its end
+/// Boot and run a Linux guest on KVM, with its balloon
 ///
-/// The guest's serial line is standard input and output; at a terminal, Ctrl-A x
-/// ends the guest. Ends with 0 when the guest switched itself off or asked for a
-/// reset, when it was moved to another host, or when this process was asked to
-/// end; with 1 when the guest's kernel panicked.
+/// The guest's serial line is standard input and output; on a terminal, Ctrl-A x
+/// ends the guest. Exits with 0 after the guest has powered off, requested a reset
+/// or been migrated, and on SIGTERM or SIGINT; with 1 if the guest's kernel
+/// panicked.
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
-    /// Name of the guest, for the other commands
+    /// Name of the guest, used by the other commands
     #[arg(long, value_parser = guest_name)]
     name: GuestName,
 
-    /// Memory of the guest, such as 1GiB; a multiple of 2 MiB
+    /// Guest memory, such as 1GiB; a multiple of 2 MiB
     #[arg(long, value_name = "SIZE")]
     memory: Size,
 
-    /// Processors of the guest
+    /// Number of vCPUs
     #[arg(long, value_name = "N", default_value_t = 1,
           value_parser = clap::value_parser!(u8).range(1..=i64::from(MAX_CPUS)))]
     cpus: u8,
 
-    /// Kernel: a bzImage (vmlinuz), or a vmlinux with a PVH entry; the newest in
-    /// /boot, with its initial RAM disk, if it is not given
+    /// Kernel: a bzImage (vmlinuz), or a vmlinux with a PVH entry [default: the newest
+    /// in /boot, with its initrd]
     #[arg(long, value_name = "PATH")]
     kernel: Option<PathBuf>,
 
-    /// Initial RAM disk
+    /// Initrd
     #[arg(long, value_name = "PATH")]
     initrd: Option<PathBuf>,
 
-    /// Command line of the kernel
+    /// Kernel command line
     #[arg(long, value_name = "TEXT", default_value = "console=ttyS0 panic=-1")]
     cmdline: String,
 
-    /// A disk: a raw file of whole sectors of 512 bytes, or a block device; may be
-    /// given up to seven times
+    /// A disk: a raw file whose size is a multiple of 512 bytes, or a block device; up
+    /// to seven times
     #[arg(long = "disk", value_name = "FILE[,readonly]", value_parser = disk)]
     disks: Vec<DiskOptions>,
 
-    /// Features that the guest is not offered, separated by commas
+    /// Balloon features not to offer to the guest, separated by commas
     #[arg(long, value_name = "FEATURE", value_enum, value_delimiter = ',')]
     without: Vec<Feature>,
 
-    /// Let the guest run guests of its own (SVM, VMX); while its kernel has KVM
-    /// loaded it can be neither moved nor written to a file
+    /// Offer nested virtualisation (SVM, VMX) to the guest. While its kernel has KVM
+    /// loaded, the guest can be neither migrated nor saved
     #[arg(long)]
     nested: bool,
 
@@ -65,7 +65,7 @@ pub(crate) struct RunArgs {
     host: HostArgs,
 }
 
-/// Where distributions install kernels, and how Debian names them.
+/// Directory of installed kernels, and Debian's file names.
 const BOOT: &str = "/boot";
 const KERNEL_PREFIX: &str = "vmlinuz-";
 const INITRD_PREFIX: &str = "initrd.img-";
@@ -88,21 +88,21 @@ pub(crate) fn run(args: RunArgs) -> Result<(), Failure> {
         without: features(&args.without),
         nested: args.nested,
     };
-    args.host.give_up_calls()?;
+    args.host.restrict_calls()?;
     ended(&options.host.name, vmm::run(&options))
 }
 
-/// What a guest's end says of this process.
+/// Converts the end of a guest into the result of the command.
 pub(crate) fn ended(name: &str, end: Result<End, Error>) -> Result<(), Failure> {
     match end.map_err(failure)? {
         End::PoweredOff | End::Reset | End::Stopped => Ok(()),
         End::Moved => {
-            diagnostics::say!("{name}: runs on another host now");
+            diagnostics::say!("{name}: migrated to another host");
             Ok(())
         }
         End::Panicked => Err(Failure {
             what: format!("guest: the kernel of {name} panicked"),
-            hint: "see what it printed".into(),
+            hint: "see the guest's console".into(),
             exit: Exit::Failed,
         }),
     }
@@ -115,10 +115,10 @@ fn failure(error: Error) -> Failure {
     }
 }
 
-/// The newest kernel in a directory, and its initial RAM disk if it has one.
+/// Returns the newest kernel in a directory, and its initrd if it has one.
 fn installed(directory: &Path) -> Result<(PathBuf, Option<PathBuf>), Failure> {
     let missing = || Failure {
-        what: format!("there is no {KERNEL_PREFIX}* in {}", directory.display()),
+        what: format!("no {KERNEL_PREFIX}* in {}", directory.display()),
         hint: "give one with --kernel, or install linux-image-cloud-amd64".into(),
         exit: Exit::Failed,
     };
@@ -131,7 +131,7 @@ fn installed(directory: &Path) -> Result<(PathBuf, Option<PathBuf>), Failure> {
     Ok((kernel, initrd.exists().then_some(initrd)))
 }
 
-/// The numbers in a version, by which versions are ordered.
+/// Returns the numbers in a version, for comparison.
 fn numbers(version: &str) -> Vec<u64> {
     let digits = version.split(|c: char| !c.is_ascii_digit()).filter(|word| !word.is_empty());
     digits.map(|word| word.parse().unwrap_or(u64::MAX)).collect()
@@ -142,7 +142,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_newest_kernel_is_found_with_its_ram_disk() {
+    fn the_newest_kernel_is_found_with_its_initrd() {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
         assert!(installed(directory.path()).unwrap_err().what.contains("vmlinuz-"));

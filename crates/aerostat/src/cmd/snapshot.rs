@@ -1,4 +1,4 @@
-//! `aerostat snapshot`: writes a guest to a file while it runs.
+//! `aerostat snapshot`: writes a VM snapshot while the guest runs.
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -13,22 +13,23 @@ use crate::security_arg::absolute;
 use cli::failure::{Exit, Failure};
 use cli::output::{print, print_json};
 
-/// Writes a guest of `aerostat run` to a file, and lets it go on
+/// Write a snapshot of a guest of `aerostat run` to a file
 ///
-/// The guest runs while most of its memory is written, and stands still for what
-/// it wrote meanwhile and until all of it is on disk. Free memory, memory in the
-/// balloon and zeros are holes in the file. Its disks are not in it. `aerostat
-/// restore` runs what is in the file. Ctrl-C ends the snapshot, and leaves no file.
+/// The guest runs while most of its memory is written. It is paused for the pages
+/// it dirtied since, and until the file is on disk; then it continues. Free memory,
+/// memory in the balloon and zeros are holes in the file. Disks are not included.
+/// `aerostat restore` runs the snapshot. Ctrl-C cancels the snapshot and leaves no
+/// file.
 #[derive(Debug, Args)]
 pub(crate) struct SnapshotArgs {
     /// Name of the guest, or the path of its control socket
     guest: GuestArg,
 
-    /// The file, which its monitor makes and which must not be there yet
+    /// The file; it must not exist. The VMM creates it
     #[arg(value_name = "FILE")]
     file: PathBuf,
 
-    /// Have the guest drop its caches first, which are not written then
+    /// Drop the guest's caches first, so that they are not written
     #[arg(long)]
     drop_caches: bool,
 
@@ -53,30 +54,32 @@ pub(crate) fn run(args: &SnapshotArgs) -> Result<(), Failure> {
     match (status.state, &status.summary) {
         (MigrationState::Saved, _) if args.json => print_json(&status),
         (MigrationState::Saved, Some(summary)) => print(&text(args, summary)),
-        (MigrationState::Saved, None) => print(&format!("{}: written\n", args.guest)),
+        (MigrationState::Saved, None) => print(&format!("{}: saved\n", args.guest)),
         _ => Err(not_saved(args, &status)),
     }
 }
 
 fn not_saved(args: &SnapshotArgs, status: &MigrationStatus) -> Failure {
-    let why = status.error.as_deref().unwrap_or("nobody knows why");
+    let why = status.error.as_deref().unwrap_or("unknown reason");
     let (what, hint) = match status.state {
-        MigrationState::Stuck => ("the guest could not be resumed", Some("see its log".to_owned())),
-        _ => ("there is no snapshot, and the guest runs on", status.hint.clone()),
+        MigrationState::Stuck => {
+            ("the guest could not be resumed", Some("see the VMM's log".to_owned()))
+        }
+        _ => ("the snapshot failed, the guest still runs", status.hint.clone()),
     };
     let what = format!("{}: {what}: {why}", args.guest);
-    let hint = hint.unwrap_or_else(|| "see the reason, and try again".into());
+    let hint = hint.unwrap_or_else(|| "fix the cause, then try again".into());
     Failure { what, hint, exit: Exit::Failed }
 }
 
 fn text(args: &SnapshotArgs, summary: &MigrationSummary) -> String {
     let (guest, file) = (&args.guest, args.file.display());
     let mut text = format!(
-        "{guest}: written to {file} in {:.0} ms, downtime {:.1} ms\n",
+        "{guest}: saved to {file} in {:.0} ms, downtime {:.1} ms\n",
         summary.total_ms, summary.downtime.total_ms
     );
     for (size, what) in [
-        (summary.memory_bytes, "memory of the guest"),
+        (summary.memory_bytes, "guest memory"),
         (summary.wire_bytes, "written"),
         (summary.free_bytes, "holes: free"),
         (summary.balloon_bytes, "holes: in the balloon"),

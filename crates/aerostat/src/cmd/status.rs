@@ -1,4 +1,4 @@
-//! `aerostat status`: one guest, or all of them in a table.
+//! `aerostat status`: shows one guest, or all guests in a table.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -20,17 +20,17 @@ use crate::guest_arg::GuestArg;
 use cli::failure::Failure;
 use cli::output::{json, plural, print, print_json};
 
-/// Shows one guest, or all guests in a table
+/// Show one guest, or all guests in a table
 #[derive(Debug, Args)]
 pub(crate) struct StatusArgs {
-    /// Name of the guest, or the path of its control socket; all without it
+    /// Name of the guest, or the path of its control socket [default: all guests]
     guest: Option<GuestArg>,
 
     /// Print JSON
     #[arg(long)]
     json: bool,
 
-    /// Show it again every so many seconds, with fresh statistics of the guest
+    /// Repeat every SECONDS, with fresh guest statistics
     #[arg(
         long, value_name = "SECONDS", requires = "guest", num_args = 0..=1,
         default_missing_value = "2", value_parser = period
@@ -38,23 +38,21 @@ pub(crate) struct StatusArgs {
     watch: Option<Duration>,
 }
 
-/// Seconds, with a fraction if need be, that the guest can be asked at.
+/// Parses a polling interval in seconds, which may have a fraction.
 fn period(text: &str) -> Result<Duration, String> {
     let limits =
         Duration::from_millis(MIN_STATS_INTERVAL_MS)..=Duration::from_millis(MAX_STATS_INTERVAL_MS);
     let seconds = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
     seconds
         .filter(|period| limits.contains(period))
-        .ok_or_else(|| "give seconds from 0.1 to 86400".into())
+        .ok_or_else(|| "use seconds from 0.1 to 86400".into())
 }
 
-/// Guests of the table that are asked at a time, so that those that hang do not
-/// add up.
-const ASKED_AT_A_TIME: usize = 32;
+/// Guests queried concurrently for the table, so that the timeouts of hanging ones do not add up.
+const CONCURRENT_QUERIES: usize = 32;
 
-/// Time for each guest of the table, so that one that hangs does not hide the
-/// others for long.
-const TABLE_ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+/// Timeout for each guest in the table, so that one that hangs does not delay the table for long.
+const ROW_TIMEOUT: Duration = Duration::from_secs(2);
 
 pub(crate) fn run(args: &StatusArgs) -> Result<(), Failure> {
     match &args.guest {
@@ -69,9 +67,10 @@ pub(crate) fn run(args: &StatusArgs) -> Result<(), Failure> {
                 None if args.json => print(&show(&client.status()?)?),
                 None => {
                     let status = client.status()?;
-                    // A server of an older version has none.
-                    let moves = client.migration().ok().and_then(|moves| migration(guest, &moves));
-                    print(&(details(&status) + &moves.unwrap_or_default()))
+                    // A server of an older version has no such endpoint.
+                    let newest =
+                        client.migration().ok().and_then(|status| migration(guest, &status));
+                    print(&(details(&status) + &newest.unwrap_or_default()))
                 }
             }
         }
@@ -82,27 +81,27 @@ pub(crate) fn run(args: &StatusArgs) -> Result<(), Failure> {
     }
 }
 
-/// One guest of the table.
+/// A row of the table.
 #[derive(Debug, Serialize)]
 struct Row {
     name: String,
     socket: PathBuf,
-    /// `running`, `waiting` (for a guest from another host), `dead`, `unreachable`.
+    /// `running`, `waiting` (for a migrating guest), `dead`, `unreachable`.
     state: &'static str,
-    /// What it says, if it answers.
+    /// Its status, if it responds.
     status: Option<Status>,
-    /// Why it does not.
+    /// Why it does not respond.
     error: Option<String>,
 }
 
 fn all() -> Result<Vec<Row>, Failure> {
     let sockets = list_sockets()?;
     let mut rows = Vec::new();
-    for some in sockets.chunks(ASKED_AT_A_TIME) {
+    for some in sockets.chunks(CONCURRENT_QUERIES) {
         thread::scope(|scope| {
             let asked = some.iter().map(|(name, socket)| {
                 let ask = move || row(name.to_string(), socket.clone());
-                // Where no thread can be had they are asked one after the other.
+                // If no thread can be started, they are queried in sequence.
                 thread::Builder::new().spawn_scoped(scope, ask).map_err(|_| Box::new(ask()))
             });
             let asked: Vec<_> = asked.collect();
@@ -130,7 +129,7 @@ fn row(name: String, socket: PathBuf) -> Row {
 }
 
 fn ask(socket: &Path) -> Result<Status, ControlError> {
-    Client::connect(socket)?.with_answer_timeout(TABLE_ANSWER_TIMEOUT).status()
+    Client::connect(socket)?.with_answer_timeout(ROW_TIMEOUT).status()
 }
 
 const HEAD: [&str; 8] =
@@ -173,7 +172,7 @@ fn driver(status: &Status) -> &'static str {
     if status.guest.connected { status.guest.driver.as_str() } else { "-" }
 }
 
-/// One guest, in lines of a name and a text.
+/// Formats one guest as lines of a name and a value.
 fn details(status: &Status) -> String {
     let (guest, balloon, release) = (&status.guest, &status.balloon, &status.release);
     let mut lines = vec![("name", status.name.clone())];
@@ -191,7 +190,7 @@ fn details(status: &Status) -> String {
     };
     lines.push(("memory", format!("{}{resident}", Size(guest.memory_bytes))));
     let (actual, target) = (Size(balloon.actual_bytes), Size(balloon.target_bytes));
-    let state = if balloon.at_target { "at_target" } else { "in progress" };
+    let state = if balloon.at_target { "at target" } else { "in progress" };
     lines.push(("balloon", format!("{actual} of {target}, {state}")));
     if let Some(change) = &balloon.last_change {
         lines.push(("last change", last_change(change)));
@@ -201,7 +200,7 @@ fn details(status: &Status) -> String {
     let (pending, in_flight) = (Size(release.pending_bytes), Size(release.in_flight_bytes));
     let waiting = Size(release.waiting_bytes);
     lines.push((
-        "on the way",
+        "unreleased",
         format!("{pending} pending, {in_flight} in flight, {waiting} waiting"),
     ));
     let (calls, errors) =
@@ -209,7 +208,10 @@ fn details(status: &Status) -> String {
     lines.push(("released", format!("{} in {calls}, {errors}", Size(release.released_bytes))));
     if let Some(exits) = status.exits {
         let kicks = status.kicks.unwrap_or_default();
-        lines.push(("exits", format!("{exits} because of the balloon, {kicks} of them kicks")));
+        lines.push((
+            "exits",
+            format!("{exits} caused by the balloon, {kicks} of them notifications"),
+        ));
     }
     if status.reports.messages > 0 {
         lines.push(("reported", reports(&status.reports)));
@@ -224,24 +226,24 @@ fn details(status: &Status) -> String {
     })
 }
 
-/// The newest migration, in one line.
+/// Formats the newest migration in one line.
 fn migration(guest: &GuestArg, status: &MigrationStatus) -> Option<String> {
     let phase = status.phase.map_or("", MigrationPhase::as_str);
     let why = status.error.as_deref().unwrap_or("unknown");
     let text = match status.state {
         MigrationState::None => return None,
-        MigrationState::Waiting => "waits for the guest".to_owned(),
+        MigrationState::Waiting => "waiting for the guest".to_owned(),
         MigrationState::Running => {
-            format!("under way: {phase}, {} sent", Size(status.wire_bytes))
+            format!("in progress: {phase}, {} sent", Size(status.wire_bytes))
         }
-        MigrationState::Failed => format!("failed, the guest runs here: {why}"),
+        MigrationState::Failed => format!("failed, the guest still runs here: {why}"),
         MigrationState::InDoubt => {
-            format!("IN DOUBT, the guest is paused; `aerostat resolve {guest}` ends it: {why}")
+            format!("IN DOUBT, the guest is paused; run `aerostat resolve {guest}`: {why}")
         }
-        MigrationState::Stuck => format!("failed, and the guest does not go on: {why}"),
+        MigrationState::Stuck => format!("failed, the guest could not be resumed: {why}"),
         MigrationState::Moved => "the guest runs on the other side".to_owned(),
-        MigrationState::Arrived => format!("the guest came, in {:.0} ms", status.elapsed_ms),
-        MigrationState::Saved => format!("written, in {:.0} ms", status.elapsed_ms),
+        MigrationState::Arrived => format!("the guest arrived, in {:.0} ms", status.elapsed_ms),
+        MigrationState::Saved => format!("saved, in {:.0} ms", status.elapsed_ms),
     };
     let is_snapshot = status.side == Some(MigrationSide::Snapshot);
     let what = if is_snapshot { "snapshot" } else { "migration" };
@@ -273,8 +275,8 @@ fn reports(reports: &ReportsStatus) -> String {
         plural(reports.release_calls, "call"),
     );
     for (bytes, why) in [
-        (reports.poisoned_bytes, "kept for the guest's poison"),
-        (reports.partial_bytes, "kept as parts of huge pages"),
+        (reports.poisoned_bytes, "not released because of the guest's poison value"),
+        (reports.partial_bytes, "not released as part of huge pages"),
     ] {
         if bytes > 0 {
             text += &format!(", {} {why}", Size(bytes));
@@ -283,7 +285,7 @@ fn reports(reports: &ReportsStatus) -> String {
     text
 }
 
-/// Bytes as sizes, all else as numbers.
+/// Formats bytes as sizes, other values as numbers.
 fn stats(stats: &StatsStatus) -> String {
     let Some(age_ms) = stats.age_ms else { return "none".into() };
     let values = stats.values.iter().map(|(name, value)| match name.strip_suffix("_bytes") {
@@ -295,20 +297,20 @@ fn stats(stats: &StatsStatus) -> String {
     format!("{} ({:.1} s old{stale})", values.join(", "), age_ms as f64 / 1000.0)
 }
 
-/// What was asked of the guest, in one line.
+/// Formats the requests in one line.
 fn requests(requests: &RequestStatus) -> String {
     if !requests.possible {
-        return "the driver takes none now".into();
+        return "not available".into();
     }
     let running = requests.running.as_deref().unwrap_or("none");
     let mut text = format!("{running} running, {} waiting", requests.waiting);
     if let Some(hold) = requests.hold {
         let state = match hold {
-            HoldState::Kept => "kept",
+            HoldState::Kept => "held",
             HoldState::Paused => "paused",
             HoldState::Releasing => "being released",
         };
-        text += &format!(", a hold {state}");
+        text += &format!(", hold {state}");
     }
     for (command, outcomes) in &requests.ended {
         for (outcome, count) in outcomes {

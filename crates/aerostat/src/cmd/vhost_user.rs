@@ -1,4 +1,4 @@
-//! `aerostat vhost-user`: serves a balloon to any monitor.
+//! `aerostat vhost-user`: the vhost-user back end.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -12,84 +12,83 @@ use crate::balloon_arg::{Feature, ReleaseArgs, features};
 use crate::guest_arg::guest_name;
 use cli::failure::Failure;
 
-/// Longest time to look for a message, in microseconds: more is no latency that anybody
-/// could notice.
+/// Longest busy polling, in microseconds: a longer wait gains nothing over sleeping.
 const MAX_BUSY_POLL_US: u64 = 10_000;
 
-/// Serves a balloon to a monitor over vhost-user, until SIGTERM or SIGINT
+/// Serve a balloon to a VMM over vhost-user, until SIGTERM or SIGINT
 #[derive(Debug, Args)]
 pub(crate) struct VhostUserArgs {
-    /// Socket the monitor connects to; it is made here
+    /// Socket for the VMM, created by this process unless --connect is given
     #[arg(long, value_name = "PATH", required_unless_present = "guests", requires = "name")]
     socket: Option<PathBuf>,
 
-    /// Name of the guest, for the other commands
+    /// Name of the guest, used by the other commands
     #[arg(long, value_parser = guest_name, requires = "socket")]
     name: Option<GuestName>,
 
-    /// A further guest: its name, and the socket that its monitor connects to
+    /// Another guest: its name, and the socket for its VMM
     #[arg(long = "guest", value_name = "NAME=SOCKET", value_parser = guest_and_socket)]
     guests: Vec<(GuestName, PathBuf)>,
 
-    /// The monitor listens on the socket, and the back end connects to it
+    /// Connect to the socket instead of listening on it
     #[arg(long)]
     connect: bool,
 
     #[command(flatten)]
     release: ReleaseArgs,
 
-    /// Features that the guest is not offered, separated by commas
+    /// Balloon features not to offer to the guest, separated by commas
     #[arg(long, value_name = "FEATURE", value_enum, value_delimiter = ',')]
     without: Vec<Feature>,
 
-    /// Control socket; by the name, in the runtime directory, if it is not given
+    /// Control socket [default: NAME.sock in the runtime directory]
     #[arg(long, value_name = "PATH", conflicts_with = "guests")]
     control: Option<PathBuf>,
 
-    /// Directory of the files that outlive the process, NAME.state; that of the
-    /// control socket if it is not given
+    /// Directory of the state files, NAME.state, which survive a restart [default: that
+    /// of the control socket]
     #[arg(long, value_name = "DIRECTORY")]
     state: Option<PathBuf>,
 
-    /// Keep nothing: after a restart the target is 0, and so is what a guest is
-    /// believed to hold until it says more
+    /// Use no state file: after a restart, the target and the size reported by the
+    /// guest are 0 until they are set again
     #[arg(long, conflicts_with = "state")]
     no_state: bool,
 
-    /// Whether memory is taken that its monitor can shrink, which ends this guest's session
+    /// Whether to accept guest memory that the VMM can shrink, which would end the guest's session
     #[arg(long, value_enum, value_name = "WHAT")]
     unsealed_memory: Option<Unsealed>,
 
-    /// Most memory that a guest may have, such as 2TiB; four times the host's memory unless
-    /// given. What is kept of a guest grows with it, by at most 70 MiB for each TiB
+    /// Largest guest memory, such as 2TiB [default: four times the host's memory]. The
+    /// back end needs up to 70 MiB of its own per TiB of guest memory
     #[arg(long, value_name = "SIZE")]
     max_guest_memory: Option<Size>,
 
-    /// How long to look for a guest's next message, in microseconds, before sleeping
-    /// until it comes; not at all unless given
+    /// How long to poll for the guest's next message before sleeping, in microseconds; 0
+    /// does not poll
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 0,
         value_parser = clap::value_parser!(u64).range(..=MAX_BUSY_POLL_US))]
     busy_poll: u64,
 
-    /// Leave the process all files that its user may use (no Landlock)
+    /// Do not restrict the process's file access (no Landlock)
     #[arg(long)]
     no_landlock: bool,
 
-    /// Leave the process all system calls (no seccomp)
+    /// Do not restrict the process's system calls (no seccomp)
     #[arg(long)]
     no_seccomp: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Unsealed {
-    /// Taken; the default for one guest, who is alone in the process
+    /// Accept it; default if the process serves one guest
     Accept,
-    /// Refused; the default for several, who share a process
+    /// Refuse it; default if the process serves several guests
     Refuse,
 }
 
 fn guest_and_socket(text: &str) -> Result<(GuestName, PathBuf), String> {
-    let (name, socket) = text.split_once('=').ok_or("it has the form NAME=SOCKET")?;
+    let (name, socket) = text.split_once('=').ok_or("use the form NAME=SOCKET")?;
     if socket.is_empty() {
         return Err("the socket has no path".into());
     }
@@ -101,27 +100,31 @@ pub(crate) fn run(args: &VhostUserArgs) -> Result<(), Failure> {
     if args.no_landlock {
         tracing::warn!("file system access is not restricted: --no-landlock");
     } else {
-        give_up_files(&guests)?;
+        restrict_to_directories(&guests)?;
     }
-    // Its thread has given up the files too, and gives up the system calls with the others.
+    // Its thread inherits the file restriction, and gets the system call restriction with the
+    // others.
     diagnostics::start_log();
     let service = Service::start(&guests).map_err(|error| match error {
         Error::Control(error) => error.into(),
-        other => Failure::new(&other, "check the paths of the sockets, and this user's limits"),
+        other => {
+            Failure::new(&other, "check the paths of the sockets, and the limits of this user")
+        }
     })?;
     if args.no_seccomp {
         tracing::warn!("system calls are not restricted: --no-seccomp");
     } else {
         let network = if args.connect { Network::Connects } else { Network::Accepts };
         diagnostics::hide_backtraces();
-        restrict_calls(network)
-            .map_err(|error| Failure::new(&error, "--no-seccomp goes on without"))?;
+        restrict_calls(network).map_err(|error| {
+            Failure::new(&error, "run without the restriction with --no-seccomp")
+        })?;
     }
     service.serve().map_err(|error| Failure::new(&error, "see the log for each guest"))
 }
 
 impl VhostUserArgs {
-    /// The guests that are asked for.
+    /// Builds the options of all guests.
     fn options(&self) -> Result<Vec<ServiceOptions>, Failure> {
         let first = self.name.clone().zip(self.socket.clone());
         let guests: Vec<_> = first.into_iter().chain(self.guests.iter().cloned()).collect();
@@ -161,11 +164,11 @@ impl VhostUserArgs {
     }
 }
 
-/// Restricts the process to the directories of its sockets and state files. It has
-/// one thread yet.
-fn give_up_files(guests: &[ServiceOptions]) -> Result<(), Failure> {
+/// Restricts the process to the directories of its sockets and state files. The process is still
+/// single-threaded.
+fn restrict_to_directories(guests: &[ServiceOptions]) -> Result<(), Failure> {
     let paths = guests.iter().flat_map(|guest| {
-        // A monitor's socket is connected to, which is not opening it.
+        // Connecting to a front end's socket does not open a file.
         let made = (!guest.connect).then_some(&guest.socket);
         made.into_iter().chain([&guest.control]).chain(&guest.state)
     });
@@ -175,7 +178,9 @@ fn give_up_files(guests: &[ServiceOptions]) -> Result<(), Failure> {
     match restrict_files(&directories) {
         Ok(Restricted::Fully) => Ok(()),
         Ok(Restricted::Partly) => {
-            tracing::warn!("this kernel's Landlock is old: it restricts files, but not all uses");
+            tracing::warn!(
+                "file system access is only partly restricted: this kernel's Landlock is too old"
+            );
             Ok(())
         }
         Ok(Restricted::Not) => {
@@ -183,13 +188,16 @@ fn give_up_files(guests: &[ServiceOptions]) -> Result<(), Failure> {
             Ok(())
         }
         Err(error) => {
-            let hint = "see whether the directories of the sockets exist";
-            Err(Failure::new(&error, format!("{hint}; --no-landlock goes on without")))
+            let hint = "check that the directories of the sockets exist";
+            Err(Failure::new(
+                &error,
+                format!("{hint}, or run without the restriction with --no-landlock"),
+            ))
         }
     }
 }
 
-/// The directory that a file is in.
+/// Returns the directory of a file.
 fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,

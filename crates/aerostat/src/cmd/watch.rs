@@ -1,4 +1,4 @@
-//! `aerostat status NAME --watch`: the same again and again, with fresh statistics.
+//! `aerostat status NAME --watch`: shows the status repeatedly, with fresh guest statistics.
 
 use std::io::{self, ErrorKind, Read};
 use std::os::unix::net::UnixStream;
@@ -9,9 +9,9 @@ use control::{Client, ControlError, Status};
 use cli::failure::Failure;
 use cli::output::print_more;
 
-/// Shows the guest every `period`, until SIGINT or SIGTERM, or until nobody reads.
+/// Shows the guest every `period`, until SIGINT, SIGTERM or a closed pipe.
 ///
-/// The guest is asked for statistics as often meanwhile, and as before afterwards.
+/// Polls guest statistics at least as often, and restores the previous interval at the end.
 pub(crate) fn run(
     client: &Client,
     period: Duration,
@@ -20,7 +20,7 @@ pub(crate) fn run(
     let signals = |error: io::Error| Failure::new(&error, "check the limits of this user");
     let mut stop = stop_signal().map_err(signals)?;
     stop.set_read_timeout(Some(period)).map_err(signals)?;
-    let asked = StatsPeriod::more_often(client, period)?;
+    let interval = StatsInterval::shorten(client, period)?;
     let mut first = true;
     loop {
         let text = show(&client.status()?)?;
@@ -34,17 +34,17 @@ pub(crate) fn run(
             _ => break,
         }
     }
-    Ok(asked.as_before(client)?)
+    Ok(interval.restore(client)?)
 }
 
-/// How often the guest was asked before, and is now.
-struct StatsPeriod {
+/// Polling intervals of guest statistics before and during the command.
+struct StatsInterval {
     before_ms: u64,
     now_ms: u64,
 }
 
-impl StatsPeriod {
-    fn more_often(client: &Client, period: Duration) -> Result<Self, ControlError> {
+impl StatsInterval {
+    fn shorten(client: &Client, period: Duration) -> Result<Self, ControlError> {
         let before_ms = client.status()?.stats.interval_ms;
         let period_ms = u64::try_from(period.as_millis()).unwrap_or(u64::MAX);
         if (1..=period_ms).contains(&before_ms) {
@@ -54,8 +54,8 @@ impl StatsPeriod {
         Ok(Self { before_ms, now_ms: period_ms })
     }
 
-    /// Unless somebody else has changed it in between.
-    fn as_before(&self, client: &Client) -> Result<(), ControlError> {
+    /// Restores the interval, unless another client has changed it.
+    fn restore(&self, client: &Client) -> Result<(), ControlError> {
         if self.now_ms != self.before_ms && client.status()?.stats.interval_ms == self.now_ms {
             client.set_stats(self.before_ms)?;
         }
@@ -63,7 +63,7 @@ impl StatsPeriod {
     }
 }
 
-/// A stream that becomes readable on SIGINT or SIGTERM.
+/// Returns a stream that becomes readable on SIGINT or SIGTERM.
 fn stop_signal() -> io::Result<UnixStream> {
     let (read, write) = UnixStream::pair()?;
     signal_hook::low_level::pipe::register(signal_hook::consts::SIGINT, write.try_clone()?)?;

@@ -1,5 +1,5 @@
-//! The back end is killed in the middle of what it does, and started again. The
-//! monitor connects anew and the guest notices nothing.
+//! The back end is killed at random moments and restarted. The front end reconnects, and the guest
+//! must not notice.
 
 use std::collections::BTreeSet;
 use std::sync::mpsc;
@@ -17,14 +17,14 @@ use crate::support::guest::data_pages;
 use crate::support::process::Program;
 use crate::traffic::{Random, Traffic};
 
-/// How often the back end is killed in each test, unless the variable says so.
+/// Kills per test, unless the variable is set.
 const KILLS: usize = 100;
 const KILLS_VARIABLE: &str = "AEROSTAT_KILLS";
 
-/// Target of the balloon, in pages.
+/// Target of the balloon in pages.
 const TARGET: u32 = 400;
 
-/// Longest time from a connection to the kill, in microseconds.
+/// Longest time from connection to kill, in microseconds.
 const LIFE_US: u64 = 6000;
 
 fn kills() -> usize {
@@ -32,26 +32,26 @@ fn kills() -> usize {
 }
 
 #[test]
-fn the_classic_driver_with_tracking() {
-    killed(CLASSIC, true, 1);
+fn the_stock_driver_with_inflight_tracking() {
+    survives_kills(CLASSIC, true, 1);
 }
 
 #[test]
-fn the_classic_driver_without_tracking() {
-    killed(CLASSIC | Features::RING_EVENT_IDX, false, 2);
+fn the_stock_driver_without_inflight_tracking() {
+    survives_kills(CLASSIC | Features::RING_EVENT_IDX, false, 2);
 }
 
 #[test]
-fn our_driver_with_tracking() {
-    killed(ASKABLE, true, 3);
+fn aerostats_driver_with_inflight_tracking() {
+    survives_kills(ASKABLE, true, 3);
 }
 
 #[test]
-fn our_driver_without_tracking() {
-    killed(BITMAP, false, 4);
+fn aerostats_driver_without_inflight_tracking() {
+    survives_kills(BITMAP, false, 4);
 }
 
-fn killed(features: Features, tracks: bool, seed: u64) {
+fn survives_kills(features: Features, tracks: bool, seed: u64) {
     let mut program = Program::one_guest(PROGRAM, &[]);
     program.start();
     let client = program.client("vm");
@@ -73,7 +73,7 @@ fn killed(features: Features, tracks: bool, seed: u64) {
         }
         killer.join().unwrap();
         program.kill();
-        // What a guest still does while nobody serves it.
+        // The guest continues while no back end serves it.
         for _ in 0..random.below(4) {
             traffic.step();
         }
@@ -81,19 +81,19 @@ fn killed(features: Features, tracks: bool, seed: u64) {
         traffic.reconnect(program.connect("vm.vhost"));
         let status = program.client("vm").status().unwrap();
         assert_eq!(status.balloon.target_pages, TARGET, "after kill {kill}");
-        // Writes that nobody answered may have been lost with the process.
-        let (actual, said) = (status.balloon.actual_pages, &traffic.said);
-        assert!(said.contains(&actual), "{actual}, not one of {said:?} after kill {kill}");
-        traffic.said = BTreeSet::from([actual]);
+        // Writes without a reply may have been lost with the process.
+        let (actual, reported) = (status.balloon.actual_pages, &traffic.reported);
+        assert!(reported.contains(&actual), "{actual}, not one of {reported:?} after kill {kill}");
+        traffic.reported = BTreeSet::from([actual]);
         traffic.verify();
     }
     finish(&mut program, &mut traffic);
 }
 
-/// Everything has come back, the sizes are right, and what is inflated anew is
-/// released.
+/// Checks that all buffers have been returned, that the sizes are right, and that newly inflated
+/// pages are released.
 fn finish(program: &mut Program, traffic: &mut Traffic) {
-    traffic.settle();
+    traffic.wait_returned();
     traffic.verify();
     let client = program.client("vm");
     let held = traffic.balloon.clone();
@@ -105,9 +105,9 @@ fn finish(program: &mut Program, traffic: &mut Traffic) {
     assert!(status.guest.connected);
     let resume = |traffic: &mut Traffic, queue, pages: &BTreeSet<u64>| {
         traffic.send(queue, pages.clone());
-        traffic.settle();
+        traffic.wait_returned();
     };
-    // Pages from before and after the kills go back, and all of them come anew.
+    // Deflates all pages from before and after the kills, then inflates them again.
     traffic.balloon.clear();
     resume(traffic, 1, &held);
     traffic.verify();
@@ -118,11 +118,11 @@ fn finish(program: &mut Program, traffic: &mut Traffic) {
     traffic.vm.front.write_actual(all.len() as u32);
     traffic.vm.front.barrier();
     assert_eq!(client.balloon().unwrap().actual_pages, all.len() as u32);
-    // The target was set in another life, so nobody waits for this one's release.
+    // The target was set before a restart, so no client waits for the release.
     let end = Instant::now() + TEST_TIMEOUT;
     let is_over = |release: ReleaseStatus| release.pending_bytes + release.in_flight_bytes == 0;
     while !is_over(client.status().unwrap().release) {
-        assert!(Instant::now() < end, "it is not released");
+        assert!(Instant::now() < end, "the pages are not released");
         thread::sleep(Duration::from_millis(1));
     }
     let status = client.status().unwrap();

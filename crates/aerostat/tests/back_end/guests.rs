@@ -32,7 +32,7 @@ fn sealed_vm(program: &mut Program, socket: &str) -> Vm {
     vm
 }
 
-/// Serves a guest as long as another one's front end does what it should not.
+/// Checks that guest two is served while guest one's front end misbehaves.
 fn assert_two_is_served(program: &mut Program, vm: &mut Vm) {
     let pages = data_pages().take(200).collect();
     let started = Instant::now();
@@ -46,32 +46,32 @@ fn assert_two_is_served(program: &mut Program, vm: &mut Vm) {
 }
 
 #[test]
-fn a_front_end_that_hangs_or_lies_disturbs_nobody_else() {
+fn a_hanging_or_faulty_front_end_does_not_affect_other_guests() {
     let mut program = two_guests(&[]);
     let mut vm = sealed_vm(&mut program, "two.vhost");
     assert_two_is_served(&mut program, &mut vm);
-    // Half a message, and then nothing.
+    // Half a message.
     let mut hanging = UnixStream::connect(program.path("one.vhost")).unwrap();
     hanging.write_all(&[1, 0, 0, 0, 1, 0]).unwrap();
     assert_two_is_served(&mut program, &mut vm);
     drop(hanging);
     for _ in 0..50 {
-        let lying = program.connect("one.vhost");
-        lying.try_send(1000, &[0; 100], &[]);
-        lying.wait_closed();
+        let faulty = program.connect("one.vhost");
+        faulty.try_send(1000, &[0; 100], &[]);
+        faulty.wait_closed();
     }
     assert_two_is_served(&mut program, &mut vm);
     // Memory that could end the process for both.
-    let lying = program.connect("one.vhost");
+    let faulty = program.connect("one.vhost");
     let file = memfd_create("shrinks", MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&file, FILE_OFFSET + BYTES).unwrap();
     let table = mem_table(&[[BASE, BYTES, BASE, FILE_OFFSET]]);
-    lying.try_send(request::SET_MEM_TABLE, &table, &[file.as_fd()]);
-    lying.wait_closed();
+    faulty.try_send(request::SET_MEM_TABLE, &table, &[file.as_fd()]);
+    faulty.wait_closed();
     assert_two_is_served(&mut program, &mut vm);
     let one = program.client("one").status().unwrap();
     assert_eq!(one.faults.front_end.get("protocol_violation"), Some(&51), "{:?}", one.faults);
-    // The guest whose front end lied can be served as well.
+    // The guest of the faulty front end can be served again.
     let mut vm = sealed_vm(&mut program, "one.vhost");
     vm.inflate(&data_pages().take(5).collect());
     let (status, log) = program.end(Signal::TERM);
@@ -82,19 +82,19 @@ fn a_front_end_that_hangs_or_lies_disturbs_nobody_else() {
 }
 
 #[test]
-fn what_one_front_end_makes_the_log_say_is_bounded() {
+fn the_log_lines_of_one_front_end_are_limited() {
     let mut program = two_guests(&[]);
     for _ in 0..200 {
-        let lying = program.connect("one.vhost");
-        lying.try_send(1000, &[0; 100], &[]);
-        lying.wait_closed();
+        let faulty = program.connect("one.vhost");
+        faulty.try_send(1000, &[0; 100], &[]);
+        faulty.wait_closed();
     }
     let (_, log) = program.end(Signal::TERM);
     assert!(log.lines().count() < 40, "{} lines\n{log}", log.lines().count());
 }
 
 #[test]
-fn unsealed_memory_is_taken_where_that_is_said() {
+fn unsealed_memory_is_accepted_with_the_option() {
     let mut program = two_guests(&["--unsealed-memory", "accept"]);
     let front = program.connect("one.vhost");
     let mut vm = Vm::boot(Monitor::Qemu, front, CLASSIC);
@@ -104,10 +104,10 @@ fn unsealed_memory_is_taken_where_that_is_said() {
     assert!(fcntl_add_seals(&vm.guest.file, seals).is_err(), "it was not sealable");
 }
 
-/// The documented bound, where one page of every 2 MiB is in the balloon, and what the process
-/// may take for other reasons.
+/// Checks the documented bound, which applies if one page of every 2 MiB is in the balloon, plus
+/// slack for other allocations.
 #[test]
-fn what_is_kept_of_a_guest_follows_from_its_memory() {
+fn the_back_ends_memory_is_bounded_by_the_guests_memory() {
     const CLAIMED: u64 = 512 << 30;
     const START: u64 = 1 << 40;
     const KEPT_MIB_PER_TIB: u64 = 70;
@@ -133,7 +133,7 @@ fn what_is_kept_of_a_guest_follows_from_its_memory() {
     assert!(grown <= bound, "{grown} MiB, and at most {bound} are documented");
     assert!(grown >= bound / 4, "{grown} MiB: nothing was kept");
     assert_eq!(program.client("vm").status().unwrap().faults.total(), 0);
-    // A front end that claims more is told both numbers.
+    // The error for a front end that claims more has both numbers.
     let more = program.connect("vm.vhost");
     drop(vm);
     more.send_u64(request::SET_FEATURES, CLASSIC.0 | PROTOCOL_FEATURES);
@@ -153,10 +153,10 @@ fn resident_mib(program: &Program) -> u64 {
 }
 
 const HUGE: u64 = 2 << 20;
-/// Regions of the size of what one front end here shares.
+/// Size of the memory that a front end shares in these tests.
 const SHARED: u64 = 4 * HUGE;
 
-/// Huge pages that can be sealed, as QEMU makes them for a guest.
+/// Creates a sealable file of huge pages, as QEMU does for a guest.
 fn huge_memfd(pages: u64) -> Option<OwnedFd> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let file = memfd_create("huge", flags | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB).ok()?;
@@ -164,15 +164,15 @@ fn huge_memfd(pages: u64) -> Option<OwnedFd> {
     Some(file)
 }
 
-/// Shares memory and has a queue in it run. Nothing of it is touched here.
-fn run_in(front: &FrontEnd, file: impl AsFd) -> OwnedFd {
+/// Shares memory and starts a virtqueue in it. The test itself does not touch the memory.
+fn start_queue(front: &FrontEnd, file: impl AsFd) -> OwnedFd {
     front.send_u64(request::SET_FEATURES, CLASSIC.0 | PROTOCOL_FEATURES);
     let table = mem_table(&[[BASE, SHARED, BASE, 0]]);
     front.send(request::SET_MEM_TABLE, &table, &[file.as_fd()]);
     let queue = INFLATE as u32;
     front.send_state(request::SET_VRING_NUM, queue, u32::from(RING_SIZE));
     front.send_state(request::SET_VRING_BASE, queue, 0);
-    // Each part in a huge page of its own.
+    // Each part in its own huge page.
     let places = [BASE, BASE + 2 * HUGE, BASE + HUGE];
     front.send(request::SET_VRING_ADDR, &vring_addr(queue, places), &[]);
     let kick = eventfd();
@@ -181,15 +181,15 @@ fn run_in(front: &FrontEnd, file: impl AsFd) -> OwnedFd {
     kick
 }
 
-/// Its own session ends, and says why; the other guest is served.
-fn assert_only_one_is_ended(program: &mut Program, vm: &mut Vm, front: &FrontEnd) {
+/// Checks that only the faulty session ends, with the reason, and that the other guest is served.
+fn assert_only_session_one_ended(program: &mut Program, vm: &mut Vm, front: &FrontEnd) {
     front.wait_closed();
     assert_two_is_served(program, vm);
     let one = program.client("one").status().unwrap();
     assert!(!one.guest.connected);
     assert_eq!(one.faults.front_end.get("unbacked_memory"), Some(&1), "{:?}", one.faults);
     assert_eq!(one.faults.total(), 1, "{:?}", one.faults);
-    // And whose memory is there can come after it.
+    // A front end with valid memory can connect afterwards.
     sealed_vm(program, "one.vhost").inflate(&data_pages().take(5).collect());
     let (status, log) = program.end(Signal::TERM);
     assert_eq!(status.code(), Some(0), "{log}");
@@ -198,13 +198,13 @@ fn assert_only_one_is_ended(program: &mut Program, vm: &mut Vm, front: &FrontEnd
 }
 
 #[test]
-fn huge_pages_that_the_host_does_not_have_end_their_session_alone() {
+fn missing_huge_pages_end_only_their_session() {
     let free = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
     let free = std::fs::read_to_string(free).ok().and_then(|text| text.trim().parse().ok());
     let (Some(free), Some(file)) = (free, huge_memfd(SHARED / HUGE)) else {
         return eprintln!("SKIPPED: no huge pages here");
     };
-    // Whatever the pool has is taken.
+    // Allocates all free pages of the pool.
     let pool = huge_memfd(free).unwrap();
     if free > 0 {
         fallocate(&pool, FallocateFlags::empty(), 0, free * HUGE).unwrap();
@@ -213,20 +213,20 @@ fn huge_pages_that_the_host_does_not_have_end_their_session_alone() {
     let mut program = two_guests(&[]);
     let mut vm = sealed_vm(&mut program, "two.vhost");
     let front = program.connect("one.vhost");
-    let _kick = run_in(&front, &file);
-    assert_only_one_is_ended(&mut program, &mut vm, &front);
+    let _kick = start_queue(&front, &file);
+    assert_only_session_one_ended(&mut program, &mut vm, &front);
 }
 
 #[test]
-fn a_file_that_shrinks_ends_its_session_alone() {
+fn a_file_that_shrinks_ends_only_its_session() {
     let file = memfd_create("shrinks", MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&file, SHARED).unwrap();
     let mut program = two_guests(&["--unsealed-memory", "accept"]);
     let mut vm = sealed_vm(&mut program, "two.vhost");
     let front = program.connect("one.vhost");
-    let kick = run_in(&front, &file);
+    let kick = start_queue(&front, &file);
     front.barrier();
     rustix::fs::ftruncate(&file, HUGE).unwrap();
     rustix::io::write(&kick, &1u64.to_ne_bytes()).unwrap();
-    assert_only_one_is_ended(&mut program, &mut vm, &front);
+    assert_only_session_one_ended(&mut program, &mut vm, &front);
 }

@@ -1,4 +1,4 @@
-//! Start, stop, and a monitor that listens.
+//! Start, stop, state file, and a front end that listens.
 
 use std::os::unix::net::{UnixListener, UnixStream};
 
@@ -23,13 +23,13 @@ fn a_stop_finishes_the_release_and_removes_the_sockets() {
         assert_eq!(status.code(), Some(0), "{log}");
         vm.guest.assert_gone(&pages);
         for name in ["vm.vhost", "vm.sock"] {
-            assert!(!program.path(name).exists(), "{name} is still there");
+            assert!(!program.path(name).exists(), "{name} still exists");
         }
-        assert!(program.path("vm.state").exists(), "it is for the next one");
+        assert!(program.path("vm.state").exists(), "the next process reads it");
     }
 }
 
-/// The socket's path belongs to who bound it last.
+/// Only the process that bound the socket last removes it.
 #[test]
 fn a_stop_leaves_the_socket_of_a_successor() {
     let mut program = Program::one_guest(PROGRAM, &[]);
@@ -42,16 +42,16 @@ fn a_stop_leaves_the_socket_of_a_successor() {
     assert_eq!(status.code(), Some(0), "{log}");
     UnixStream::connect(&path).expect("the successor can still be connected to");
     drop(successor);
-    // What a dead one left behind is replaced, and removed at the end.
+    // A stale socket is replaced, and removed at the end.
     program.start();
     drop(program.connect("vm.vhost"));
     program.end(Signal::TERM);
     assert!(!path.exists());
 }
 
-/// The monitor listens, is there later than the back end, and comes again.
+/// The front end listens, starts after the back end, and restarts.
 #[test]
-fn a_monitor_that_listens() {
+fn a_front_end_that_listens() {
     let mut program = Program::one_guest(PROGRAM, &["--connect"]);
     program.start();
     for _ in 0..2 {
@@ -69,9 +69,9 @@ fn a_monitor_that_listens() {
     assert_eq!(program.end(Signal::TERM).0.code(), Some(0));
 }
 
-/// As a cleaner of old files does it, in the sandbox.
+/// As by systemd-tmpfiles; the back end is sandboxed.
 #[test]
-fn a_state_file_that_was_removed_is_made_again() {
+fn a_removed_state_file_is_created_again() {
     let mut program = Program::one_guest(PROGRAM, &[]);
     program.start();
     let front = program.connect("vm.vhost");
@@ -92,7 +92,7 @@ fn a_state_file_that_was_removed_is_made_again() {
 }
 
 #[test]
-fn a_state_file_that_makes_no_sense_is_as_good_as_none() {
+fn an_invalid_state_file_is_ignored() {
     let mut program = Program::one_guest(PROGRAM, &[]);
     std::fs::write(program.path("vm.state"), [0xa5; 4096]).unwrap();
     program.start();
@@ -101,9 +101,9 @@ fn a_state_file_that_makes_no_sense_is_as_good_as_none() {
     assert_eq!(program.end(Signal::TERM).0.code(), Some(0));
 }
 
-/// The target outlives a clean stop, and a driver that starts holds nothing.
+/// The target survives a clean stop; a driver that starts has an empty balloon.
 #[test]
-fn a_target_outlives_the_process_and_a_balloon_only_its_driver() {
+fn the_target_survives_a_restart_and_the_balloon_its_driver_only() {
     let mut program = Program::one_guest(PROGRAM, &[]);
     program.start();
     let front = program.connect("vm.vhost");
@@ -120,6 +120,6 @@ fn a_target_outlives_the_process_and_a_balloon_only_its_driver() {
     assert_eq!(vm.front.num_pages(), 300);
     let status = program.client("vm").status().unwrap();
     assert_eq!((status.balloon.target_pages, status.balloon.actual_pages), (300, 0));
-    // So whoever asks for the same once more waits for it.
+    // So a client that sets the same target again waits for it.
     assert!(!status.balloon.at_target, "{:?}", status.balloon);
 }

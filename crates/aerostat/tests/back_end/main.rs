@@ -1,5 +1,4 @@
-//! `aerostat vhost-user` as a process: it is killed, stopped, sandboxed, and serves
-//! several guests.
+//! `aerostat vhost-user` as a process: kills, stops, sandbox, and several guests.
 
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]

@@ -1,4 +1,4 @@
-//! Whoever reads the log goes away, or a session panics: no other guest loses its device.
+//! A closed log or a panic in one session does not affect other guests.
 
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -18,7 +18,7 @@ fn two_guests(panics: &str) -> Program {
         program.argument(format!("{name}={}", socket.display()));
     }
     program.variable("AEROSTAT_TEST_PANIC", panics);
-    // A backtrace would open files, for which the sandbox ends the process.
+    // A backtrace would open files, for which the sandbox kills the process.
     program.variable("RUST_BACKTRACE", "1");
     program.start();
     program
@@ -37,9 +37,9 @@ fn assert_served(vm: &mut Vm) {
     vm.deflate(&pages);
 }
 
-/// A monitor that hangs up is logged by the thread that serves its guest.
+/// The thread that serves a guest logs when its front end disconnects.
 #[test]
-fn without_a_reader_of_the_log_every_guest_keeps_its_device() {
+fn a_closed_log_does_not_affect_guests() {
     let mut program = two_guests("");
     let mut two = vm(&mut program, "two.vhost");
     assert_served(&mut two);
@@ -57,14 +57,14 @@ fn without_a_reader_of_the_log_every_guest_keeps_its_device() {
 }
 
 #[test]
-fn a_session_that_panics_is_over_and_no_other_is() {
+fn a_panic_ends_only_its_session() {
     let mut program = two_guests("kick");
     let mut two = vm(&mut program, "two.vhost");
     let one = vm(&mut program, "one.vhost");
     one.kick(0);
     let end = Instant::now() + Duration::from_secs(20);
     while program.client("one").status().unwrap().guest.connected {
-        assert!(Instant::now() < end, "the session goes on");
+        assert!(Instant::now() < end, "the session continues");
     }
     let faults = program.client("one").status().unwrap().faults;
     assert_eq!(faults.front_end["session_panicked"], 1, "{faults:?}");
@@ -74,13 +74,13 @@ fn a_session_that_panics_is_over_and_no_other_is() {
     assert_served(&mut two);
     let (status, log) = program.end(Signal::TERM);
     assert_eq!(status.code(), Some(0), "{log}");
-    let told = "the thread `guest one` panicked at";
-    assert!(log.contains(told) && log.contains("the monitor's connection was ended"), "{log}");
+    let panicked = "the thread `guest one` panicked at";
+    assert!(log.contains(panicked) && log.contains("the monitor's connection was ended"), "{log}");
 }
 
-/// Between two sessions, where nobody but the thread's own loop is left to catch it.
+/// A panic between two sessions, which only the thread's own loop can catch.
 #[test]
-fn who_accepts_monitors_goes_on_after_a_panic() {
+fn accepting_front_ends_continues_after_a_panic() {
     let mut program = two_guests("accept,times=3");
     for _ in 0..3 {
         drop(program.connect("one.vhost"));
@@ -92,9 +92,9 @@ fn who_accepts_monitors_goes_on_after_a_panic() {
     assert!(log.contains("the guest is served anew"), "{log}");
 }
 
-/// The thread that releases memory, and the one that writes the log.
+/// The thread that releases memory, and the log thread.
 #[test]
-fn what_a_process_has_for_all_guests_survives_a_panic() {
+fn shared_threads_survive_a_panic() {
     for point in ["reclaimer", "log"] {
         let mut program = two_guests(point);
         let mut one = vm(&mut program, "one.vhost");

@@ -1,4 +1,4 @@
-//! Every thread of the back end has given up what it does not need.
+//! Every thread of the back end is sandboxed.
 
 use crate::PROGRAM;
 use crate::support::driver::{ASKABLE, Monitor, Vm};
@@ -18,17 +18,17 @@ fn threads_of(arguments: &[&str], name: &str) -> Vec<String> {
 }
 
 #[test]
-fn every_thread_is_filtered_and_gains_no_privileges() {
+fn every_thread_has_seccomp_and_no_new_privileges() {
     let filtered = threads_of(&[], "Seccomp");
     assert!(filtered.iter().all(|mode| mode == "2"), "{filtered:?}");
     let no_new = threads_of(&["--no-seccomp"], "NoNewPrivs");
-    assert!(no_new.iter().all(|set| set == "1"), "Landlock alone needs it: {no_new:?}");
+    assert!(no_new.iter().all(|set| set == "1"), "Landlock alone requires it: {no_new:?}");
     let no_new = threads_of(&["--no-landlock"], "NoNewPrivs");
     assert!(no_new.iter().all(|set| set == "1"), "{no_new:?}");
 }
 
 #[test]
-fn the_sandbox_can_be_left_out() {
+fn the_sandbox_can_be_disabled() {
     let filtered = threads_of(&["--no-seccomp", "--no-landlock"], "Seccomp");
     assert!(filtered.iter().all(|mode| mode == "0"), "{filtered:?}");
 }

@@ -1,5 +1,5 @@
-//! A guest that inflates and deflates at random, with several messages under way,
-//! and knows at any time what it may hold the back end to.
+//! A guest that inflates and deflates at random with several messages in flight, and tracks what
+//! the back end must guarantee.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -15,52 +15,52 @@ use crate::support::driver::{DEFLATE, INFLATE, MESSAGE, Monitor, REQUEST, Vm};
 use crate::support::front_end::{FrontEnd, OFFERED_PROTOCOL, PROTOCOL_FEATURES, eventfd, request};
 use crate::support::guest::{BASE, Guest, USER_BASE, data_pages};
 
-/// Bytes of a message's slot, and how many there are.
+/// Size of a message slot, and number of slots.
 const SLOT_BYTES: u64 = 1024;
 const SLOTS: u64 = 48;
-/// Where statuses are written, and requests.
+/// Addresses of statuses and requests.
 const STATUSES: u64 = BASE + 0x3f000;
 const REQUESTS: u64 = BASE + 0x3d000;
 
-/// A message that is under way.
+/// A message in flight.
 struct Message {
     slot: u64,
     pages: BTreeSet<u64>,
 }
 
-/// What a driver without mistakes knows.
+/// The state of a correct driver.
 pub(crate) struct Traffic {
     pub(crate) vm: Vm,
     features: Features,
-    /// Pages whose inflate came back and whose deflate was not sent.
+    /// Pages whose inflate message was returned and whose deflate message was not sent.
     pub(crate) balloon: BTreeSet<u64>,
-    under_way: [BTreeMap<u32, Message>; 2],
-    /// Waiting chains on the request queue.
+    in_flight: [BTreeMap<u32, Message>; 2],
+    /// Pending chains on the request queue.
     waiting: BTreeSet<u32>,
     inflight: Option<(Vec<u8>, File)>,
     random: Random,
-    /// Sizes that were said since one that the back end heard for certain, with it.
-    pub(crate) said: BTreeSet<u32>,
+    /// The last size that the back end certainly received, and all sizes reported since.
+    pub(crate) reported: BTreeSet<u32>,
     pub(crate) messages: u64,
 }
 
 impl Traffic {
-    /// A guest behind `front`, whose monitor tracks what is under way if `tracks`.
+    /// Boots a guest behind `front`, with inflight tracking if `tracks`.
     pub(crate) fn boot(front: FrontEnd, features: Features, tracks: bool, seed: u64) -> Self {
         let mut traffic = Self {
             vm: Vm::new(Monitor::Qemu, front, Guest::new()),
             features,
             balloon: BTreeSet::new(),
-            under_way: [BTreeMap::new(), BTreeMap::new()],
+            in_flight: [BTreeMap::new(), BTreeMap::new()],
             waiting: BTreeSet::new(),
             inflight: None,
             random: Random(seed | 1),
-            said: BTreeSet::from([0]),
+            reported: BTreeSet::from([0]),
             messages: 0,
         };
         traffic.vm.features = features;
         traffic.vm.reset_rings();
-        traffic.hello();
+        traffic.negotiate();
         if tracks {
             traffic.ask_for_inflight();
         }
@@ -68,15 +68,15 @@ impl Traffic {
         traffic
     }
 
-    /// The monitor has another connection, to a back end that knows nothing.
+    /// Reconnects to a restarted back end.
     pub(crate) fn reconnect(&mut self, front: FrontEnd) {
         self.vm.front = front;
-        self.hello();
+        self.negotiate();
         self.start();
         self.vm.front.barrier();
     }
 
-    fn hello(&mut self) {
+    fn negotiate(&mut self) {
         let front = &self.vm.front;
         front.send(request::SET_OWNER, &[], &[]);
         assert_ne!(front.ask_u64(request::GET_FEATURES) & PROTOCOL_FEATURES, 0);
@@ -92,7 +92,7 @@ impl Traffic {
         self.inflight = Some((answer, File::from(fd)));
     }
 
-    /// As a monitor whose back end was lost: it believes the used rings.
+    /// Starts the virtqueues at their used indices, as a front end does after its back end exited.
     fn start(&mut self) {
         let vm = &mut self.vm;
         vm.front.send_u64(request::SET_FEATURES, self.features.0 | PROTOCOL_FEATURES);
@@ -120,12 +120,12 @@ impl Traffic {
         if self.features.contains(Features::REQUEST_VQ) { 3 } else { 2 }
     }
 
-    /// One thing that a driver does. The back end may be dead.
+    /// Does one random driver operation. The back end may be dead.
     pub(crate) fn step(&mut self) {
         match self.random.below(8) {
             0..=2 => self.inflate_some(),
             3..=4 => self.deflate_some(),
-            5 => self.say(),
+            5 => self.report_size(),
             6 if self.queues() > REQUEST => self.wait_for_requests(),
             _ => {}
         }
@@ -135,7 +135,7 @@ impl Traffic {
     fn inflate_some(&mut self) {
         let busy = |page: &u64| {
             self.balloon.contains(page)
-                || self.under_way.iter().any(|queue| queue.values().any(|m| m.pages.contains(page)))
+                || self.in_flight.iter().any(|queue| queue.values().any(|m| m.pages.contains(page)))
         };
         let free: BTreeSet<u64> = data_pages().filter(|page| !busy(page)).collect();
         let pages = self.random.some_of(&free);
@@ -149,7 +149,7 @@ impl Traffic {
     }
 
     pub(crate) fn send(&mut self, queue: usize, pages: BTreeSet<u64>) {
-        let used = |slot: &u64| self.under_way.iter().any(|q| q.values().any(|m| m.slot == *slot));
+        let used = |slot: &u64| self.in_flight.iter().any(|q| q.values().any(|m| m.slot == *slot));
         let slot = (0..SLOTS).find(|slot| !used(slot));
         let Some(slot) = slot.filter(|_| !pages.is_empty()) else {
             self.balloon.extend(if queue == DEFLATE { pages } else { BTreeSet::new() });
@@ -164,7 +164,7 @@ impl Traffic {
             buffers.push(Buffer::writable(status, 4));
         }
         let head = self.vm.rings[queue].send(&self.vm.guest.memory, &buffers);
-        let before = self.under_way[queue].insert(u32::from(head), Message { slot, pages });
+        let before = self.in_flight[queue].insert(u32::from(head), Message { slot, pages });
         assert!(before.is_none(), "the ring is too small for this test");
         self.messages += 1;
         self.vm.kick(queue);
@@ -180,27 +180,27 @@ impl Traffic {
         }
     }
 
-    /// The guest says how many pages it holds, and sometimes knows that it was heard.
-    fn say(&mut self) {
+    /// Reports the balloon size, and sometimes waits until the back end has received it.
+    fn report_size(&mut self) {
         let actual = self.balloon.len() as u32;
         let data = [[4u32, 4, 0].map(u32::to_ne_bytes).concat(), actual.to_le_bytes().to_vec()];
         if self.vm.front.try_send(request::SET_CONFIG, &data.concat(), &[]) {
-            self.said.insert(actual);
+            self.reported.insert(actual);
             if self.random.below(2) == 0
                 && self.vm.front.try_send(request::GET_FEATURES, &[], &[])
                 && self.vm.front.try_reply(request::GET_FEATURES).is_ok()
             {
-                self.said = BTreeSet::from([actual]);
+                self.reported = BTreeSet::from([actual]);
             }
         }
     }
 
-    /// Takes what came back. Whatever did was under way, once.
+    /// Takes returned buffers and checks that each was in flight exactly once.
     pub(crate) fn collect(&mut self) {
         for queue in [INFLATE, DEFLATE] {
             while let Some(used) = self.vm.rings[queue].take_used(&self.vm.guest.memory) {
-                let message = self.under_way[queue].remove(&used.head);
-                let message = message.expect("a message came back twice, or was never sent");
+                let message = self.in_flight[queue].remove(&used.head);
+                let message = message.expect("a message was returned twice, or was never sent");
                 if self.features.contains(Features::PAGE_BITMAP) {
                     let at = GuestAddress(STATUSES + message.slot * 4);
                     let status: u32 = self.vm.guest.memory.read_obj(at).unwrap();
@@ -209,51 +209,51 @@ impl Traffic {
                 if queue == INFLATE {
                     self.balloon.extend(message.pages);
                 } else {
-                    // The guest's own again, which uses them at once.
+                    // The guest owns the pages again and uses them immediately.
                     self.vm.guest.write_patterns(message.pages);
                 }
             }
         }
         if self.queues() > REQUEST {
             while let Some(used) = self.vm.rings[REQUEST].take_used(&self.vm.guest.memory) {
-                assert!(self.waiting.remove(&used.head), "a waiting chain came back twice");
-                assert_eq!(used.written_bytes, 0, "nobody asked");
+                assert!(self.waiting.remove(&used.head), "a pending chain was returned twice");
+                assert_eq!(used.written_bytes, 0, "no request was made");
             }
         }
     }
 
-    /// Waits until everything that is under way has come back.
-    pub(crate) fn settle(&mut self) {
+    /// Waits until all messages in flight are returned.
+    pub(crate) fn wait_returned(&mut self) {
         let end = Instant::now() + TEST_TIMEOUT;
-        while self.under_way.iter().any(|queue| !queue.is_empty()) {
+        while self.in_flight.iter().any(|queue| !queue.is_empty()) {
             self.collect();
-            let lost = self.under_way.iter().map(BTreeMap::len).sum::<usize>();
+            let lost = self.in_flight.iter().map(BTreeMap::len).sum::<usize>();
             assert!(Instant::now() < end, "{lost} messages were lost");
             std::thread::sleep(Duration::from_micros(100));
         }
     }
 
-    /// Stops the queues; every waiting chain comes back then.
+    /// Stops the virtqueues and checks that every pending chain is returned.
     pub(crate) fn stop(&mut self) {
         for index in (0..self.queues() as u32).rev() {
             self.vm.front.send_state(request::SET_VRING_ENABLE, index, 0);
         }
         self.vm.front.barrier();
         self.collect();
-        assert!(self.waiting.is_empty(), "waiting chains were lost: {:?}", self.waiting);
+        assert!(self.waiting.is_empty(), "pending chains were lost: {:?}", self.waiting);
     }
 
-    /// No page that is the guest's has lost what it holds.
+    /// Checks that no page owned by the guest lost its contents.
     pub(crate) fn verify(&self) {
-        let given: BTreeSet<u64> = self
-            .under_way
+        let unowned: BTreeSet<u64> = self
+            .in_flight
             .iter()
             .flat_map(|queue| queue.values().flat_map(|message| &message.pages))
             .chain(&self.balloon)
             .copied()
             .collect();
-        for page in data_pages().filter(|page| !given.contains(page)) {
-            assert!(self.vm.guest.has_pattern(page), "page {page:#x} has lost its contents");
+        for page in data_pages().filter(|page| !unowned.contains(page)) {
+            assert!(self.vm.guest.has_pattern(page), "page {page:#x} lost its contents");
         }
     }
 }
@@ -273,7 +273,7 @@ impl Random {
         self.next() % limit
     }
 
-    /// A run of `from` and some single ones of it.
+    /// Returns a run of `from` and some single elements.
     fn some_of(&mut self, from: &BTreeSet<u64>) -> BTreeSet<u64> {
         let skip = self.below(from.len() as u64 + 1) as usize;
         let run = from.iter().skip(skip).take(self.below(60) as usize);
