@@ -11,7 +11,7 @@ use crate::output::plural;
 pub fn text(guest: &str, to: &str, summary: &MigrationSummary) -> String {
     let down = &summary.downtime;
     let mut text = format!(
-        "{guest}: moved to {to} in {:.0} ms, downtime {:.1} ms\n",
+        "{guest}: migrated to {to} in {:.0} ms, downtime {:.1} ms\n",
         summary.total_ms, down.total_ms
     );
     let mut line = |size: u64, what: &str| {

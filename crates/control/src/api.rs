@@ -179,7 +179,7 @@ pub enum Direction {
     /// The guest gives up pages.
     #[default]
     Inflate,
-    /// The guest takes pages back.
+    /// The guest takes pages back from the balloon.
     Deflate,
 }
 
@@ -307,8 +307,8 @@ pub struct SetRelease {
 /// Body of every error response.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Problem {
-    /// What was wrong.
+    /// What happened.
     pub error: String,
-    /// What to do about it.
+    /// How to fix it.
     pub hint: String,
 }

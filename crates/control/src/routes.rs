@@ -339,7 +339,7 @@ pub(crate) fn query<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, Con
 
 /// Converts a target to pages and checks it against the guest's memory.
 fn pages_of(target_bytes: u64, max_bytes: Option<u64>) -> Result<u32, ControlError> {
-    // The device's `num_pages` has 32 bits.
+    // The device's `num_pages` field has 32 bits.
     let wire_max = u64::from(u32::MAX) * BALLOON_PAGE_BYTES;
     let max_bytes = max_bytes.map_or(wire_max, |max| max.min(wire_max));
     if target_bytes > max_bytes {

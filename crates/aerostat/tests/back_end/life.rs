@@ -34,7 +34,7 @@ fn a_stop_finishes_the_release_and_removes_the_sockets() {
 fn a_stop_leaves_the_socket_of_a_successor() {
     let mut program = Program::one_guest(PROGRAM, &[]);
     program.start();
-    drop(program.connect("vm.vhost"));
+    program.connect("vm.vhost").barrier();
     let path = program.path("vm.vhost");
     std::fs::remove_file(&path).unwrap();
     let successor = UnixListener::bind(&path).unwrap();
@@ -44,7 +44,7 @@ fn a_stop_leaves_the_socket_of_a_successor() {
     drop(successor);
     // A stale socket is replaced, and removed at the end.
     program.start();
-    drop(program.connect("vm.vhost"));
+    program.connect("vm.vhost").barrier();
     program.end(Signal::TERM);
     assert!(!path.exists());
 }

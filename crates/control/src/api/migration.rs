@@ -222,7 +222,7 @@ pub struct MigrationSummary {
     pub throttle_percent: u8,
     /// From the first connection to the last message.
     pub total_ms: f64,
-    /// Downtime.
+    /// Downtime and its parts.
     pub downtime: MigrationDowntime,
 }
 
