@@ -466,21 +466,21 @@ fn free_pages_are_counted_by_block_size_and_drawn() {
 fn free_pages_are_held_released_and_written_to_files() {
     let mut host = Host::new();
     host.start("web-1", Guest::Obeys);
-    let (png, bits) = (host.dir.path().join("a.png"), host.dir.path().join("a.bits"));
-    let (png_text, bits_text) = (png.to_str().unwrap(), bits.to_str().unwrap());
-    let command = ["free-pages", "web-1", "--hold", "--png", png_text, "--bitmap", bits_text];
+    let (svg, bits) = (host.dir.path().join("a.svg"), host.dir.path().join("a.bits"));
+    let (svg_text, bits_text) = (svg.to_str().unwrap(), bits.to_str().unwrap());
+    let command = ["free-pages", "web-1", "--hold", "--svg", svg_text, "--bitmap", bits_text];
     let (code, out, err) = host.run(&command);
     assert_eq!((code, err.as_str()), (0, ""));
     assert!(out.starts_with("web-1: 2304 MiB of 4 GiB held free, in 12.5 ms\n"), "{out}");
     assert!(out.contains("hold 1 until --release, or until the guest needs it"), "{out}");
-    assert_eq!(&fs::read(&png).unwrap()[..4], b"\x89PNG");
+    assert!(fs::read_to_string(&svg).unwrap().starts_with("<svg "));
     assert_eq!(fs::read(&bits).unwrap().len(), (1 << 20) / 8);
     let (code, out, _) = host.run(&["free-pages", "web-1", "--release"]);
     assert_eq!((code, out.as_str()), (0, "web-1: released 2 GiB in 12.5 ms\n"));
-    let nowhere = host.dir.path().join("no/a.png");
-    let (code, _, err) = host.run(&["free-pages", "web-1", "--png", nowhere.to_str().unwrap()]);
+    let nowhere = host.dir.path().join("no/a.svg");
+    let (code, _, err) = host.run(&["free-pages", "web-1", "--svg", nowhere.to_str().unwrap()]);
     assert_eq!(code, 1);
-    assert!(err.contains("cannot write") && err.contains("no/a.png"), "{err}");
+    assert!(err.contains("cannot write") && err.contains("no/a.svg"), "{err}");
     // Wrong usage.
     for args in
         [&["--hold", "--release"][..], &["--reserve", "1G"], &["--hold", "--min-block", "4K"]]

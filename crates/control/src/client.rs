@@ -261,7 +261,7 @@ impl Client {
         self.json(Method::POST, "/v1/cancel", Bytes::new(), Duration::ZERO)
     }
 
-    /// Returns the newest free pages as a PNG picture.
+    /// Returns the newest free pages as an SVG picture.
     ///
     /// # Errors
     /// As [`Client::status`].

@@ -93,7 +93,7 @@ fn free_pages_are_requested_by_hints() {
 }
 
 #[test]
-fn the_bitmap_has_a_bit_per_page_and_the_picture_is_a_png() {
+fn the_bitmap_has_a_bit_per_page_and_the_picture_is_an_svg() {
     let t = setup(Guest::Obeys, Limits::default());
     let mut bits = Vec::new();
     assert_eq!(answered(t.client.free_pages_bitmap(&mut bits).unwrap_err()).0, 404);
@@ -107,8 +107,8 @@ fn the_bitmap_has_a_bit_per_page_and_the_picture_is_a_png() {
     let (used, free) = bits.split_at((1 << 18) / 8);
     assert!(used.iter().all(|byte| *byte == 0));
     assert!(free[..(2 << 18) / 8].iter().all(|byte| *byte == 0xff));
-    let png = t.client.free_pages_picture().unwrap();
-    assert_eq!(&png[..8], b"\x89PNG\r\n\x1a\n");
+    let svg = String::from_utf8(t.client.free_pages_picture().unwrap()).unwrap();
+    assert!(svg.starts_with("<svg ") && svg.ends_with("</svg>\n"), "{svg}");
 }
 
 #[test]

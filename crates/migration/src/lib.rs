@@ -20,6 +20,7 @@ pub mod layout;
 pub mod limits;
 pub mod link;
 pub mod observer;
+#[cfg(feature = "raw")]
 pub mod raw;
 mod resolution;
 pub mod selection;

@@ -85,11 +85,13 @@ impl Block {
     }
 
     /// No chain is in flight.
+    #[cfg(feature = "raw")]
     pub(crate) const fn is_idle(&self) -> bool {
         self.in_flight == 0
     }
 
     /// A request is being executed.
+    #[cfg(feature = "raw")]
     pub(crate) fn is_busy(&self) -> bool {
         self.worker.is_busy()
     }

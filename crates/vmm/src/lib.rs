@@ -33,6 +33,7 @@ mod mmio;
 mod options;
 mod ports;
 mod preflight;
+#[cfg(feature = "raw")]
 pub mod raw;
 mod receive;
 mod restore;

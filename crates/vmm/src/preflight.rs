@@ -24,6 +24,7 @@ pub(crate) struct Sample {
 
 impl Sample {
     /// A sample without drivers and with an empty vCPU state.
+    #[cfg(any(test, feature = "raw"))]
     pub(crate) fn blank(devices: usize) -> Self {
         Self { negotiated: vec![0; devices], vcpu: VcpuState::blank().encode() }
     }

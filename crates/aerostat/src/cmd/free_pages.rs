@@ -30,7 +30,7 @@ pub(crate) struct FreePagesArgs {
     hold: bool,
 
     /// Release the hold
-    #[arg(long, conflicts_with_all = ["png", "bitmap"])]
+    #[arg(long, conflicts_with_all = ["svg", "bitmap"])]
     release: bool,
 
     /// Memory that a hold leaves to the guest [default: 128MiB]
@@ -46,9 +46,9 @@ pub(crate) struct FreePagesArgs {
     #[arg(long)]
     json: bool,
 
-    /// Write a picture of the guest's memory as PNG
+    /// Write a picture of the guest's memory as SVG
     #[arg(long, value_name = "FILE")]
-    png: Option<PathBuf>,
+    svg: Option<PathBuf>,
 
     /// Write a bitmap with one bit for each 4 KiB page of the guest's memory
     #[arg(long, value_name = "FILE")]
@@ -70,9 +70,9 @@ pub(crate) fn run(args: &FreePagesArgs) -> Result<(), Failure> {
         reserve_bytes: args.reserve.map(|size| size.0),
         timeout_ms: u64::try_from(args.timeout.as_millis()).unwrap_or(u64::MAX),
     })?;
-    if let Some(path) = &args.png {
-        let png = client.free_pages_picture()?;
-        std::fs::write(path, png).map_err(|error| not_written(path, &error))?;
+    if let Some(path) = &args.svg {
+        let svg = client.free_pages_picture()?;
+        std::fs::write(path, svg).map_err(|error| not_written(path, &error))?;
     }
     if let Some(path) = &args.bitmap {
         write_bitmap(&client, path)?;

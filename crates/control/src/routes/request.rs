@@ -152,7 +152,7 @@ pub(crate) async fn get_bitmap(State(app): State<App>) -> Result<Response, Contr
 
 /// Returns the newest free pages as a picture of guest memory.
 #[utoipa::path(get, tag = "guest", path = "/v1/free-pages/picture", responses(
-    (status = 200, description = "The picture", content_type = "image/png", body = Vec<u8>),
+    (status = 200, description = "The picture", content_type = "image/svg+xml", body = String),
     (status = 404, description = "The guest has not been asked yet", body = Problem),
     (status = "default", description = "What happened, and how to fix it", body = Problem),
 ))]
@@ -160,13 +160,10 @@ pub(crate) async fn get_picture(State(app): State<App>) -> Result<Response, Cont
     app.bulk().await?;
     let draw = |balloon: &dyn BalloonControl| {
         let map = newest(balloon)?;
-        picture::draw(&balloon.name(), &map).map_err(|error| ControlError::Failed {
-            what: format!("the picture cannot be encoded: {error}"),
-            hint: "please report this as a bug in aerostat".into(),
-        })
+        Ok::<_, ControlError>(picture::draw(&balloon.name(), &map))
     };
-    let png = app.call(draw).await??;
-    Ok(([(header::CONTENT_TYPE, HeaderValue::from_static("image/png"))], png).into_response())
+    let svg = app.call(draw).await??;
+    Ok(([(header::CONTENT_TYPE, HeaderValue::from_static("image/svg+xml"))], svg).into_response())
 }
 
 /// Releases the hold.

@@ -115,6 +115,7 @@ impl Head {
 
 /// Makes the check sums of a snapshot right again after somebody changed it, as far as its head
 /// still says where things are.
+#[cfg(feature = "raw")]
 pub(crate) fn seal(bytes: &mut [u8]) {
     let number = |bytes: &[u8], at: usize| {
         let word = bytes.get(at..at + 8).and_then(|word| word.first_chunk());

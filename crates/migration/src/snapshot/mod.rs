@@ -17,6 +17,7 @@ mod part;
 mod read;
 mod write;
 
+#[cfg(feature = "raw")]
 pub(crate) use format::seal;
 pub use lazy::{Filling, restore_lazily};
 pub use read::{Restored, SnapshotFile, restore};

@@ -94,6 +94,7 @@ impl DiskFile {
     }
 
     /// Sets the unit of discard and write-zeroes, as for a block device.
+    #[cfg(any(test, feature = "raw"))]
     pub(crate) const fn in_units(mut self, unit_bytes: u64) -> Self {
         self.unit_bytes = unit_bytes;
         self

@@ -167,6 +167,7 @@ impl Worker {
     }
 
     /// A request is in progress.
+    #[cfg(feature = "raw")]
     pub(crate) fn is_busy(&self) -> bool {
         self.shared.state().busy
     }

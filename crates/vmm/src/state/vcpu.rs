@@ -119,6 +119,7 @@ impl VcpuState {
     }
 
     /// An empty state, for tests and fuzzing.
+    #[cfg(any(test, feature = "raw"))]
     pub(crate) fn blank() -> Self {
         Self {
             cpuid: Vec::new(),
