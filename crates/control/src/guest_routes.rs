@@ -12,9 +12,10 @@ use crate::api::{
     FreePageHints, HintOutcome, MAX_STATS_INTERVAL_MS, MIN_STATS_INTERVAL_MS, Problem, SetStats,
     StatsStatus,
 };
+use crate::app::{App, query};
+use crate::connection as served;
 use crate::error::ControlError;
-use crate::routes::{App, WAIT_SLICE, query};
-use crate::server::served;
+use crate::limits::WAIT_SLICE;
 
 /// How long to wait for the guest.
 #[derive(Debug, Deserialize, IntoParams)]

@@ -10,22 +10,27 @@
 #![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]
 
 pub mod api;
+mod app;
 mod balloon;
 mod bitmap;
 mod client;
+mod connection;
 mod error;
 mod free_map;
 mod guest_routes;
+mod limits;
 mod metrics;
 mod name;
 mod openapi;
 mod picture;
+mod router;
 mod routes;
 mod runtime_dir;
 mod server;
 mod size;
 mod socket;
 mod vmm;
+mod waiter_slots;
 
 pub use api::{
     BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, Direction, Driver, Faults, FreePageHints,
@@ -37,13 +42,13 @@ pub use bitmap::{FIRST_PAGE_HEADER, ID_HEADER, PAGES_HEADER, REGIONS_HEADER};
 pub use client::{BitmapPlace, Client};
 pub use error::{ControlError, WhyNot};
 pub use free_map::FreePagesMap;
+pub use limits::{Limits, MAX_BODY_BYTES};
 pub use name::{GuestName, MAX_NAME_BYTES};
 pub use openapi::text as openapi_text;
-pub use routes::MAX_BODY_BYTES;
 pub use runtime_dir::{
     RUNTIME_DIR_VAR, ensure_runtime_dir, list_sockets, runtime_dir, socket_path,
 };
-pub use server::{Limits, Server};
+pub use server::Server;
 pub use size::{ParseSizeError, Size};
 pub use socket::{MAX_SOCKET_PATH_BYTES, SocketAccess, SocketFile, listen_on};
 pub use vmm::VmmControl;

@@ -2,6 +2,8 @@
 
 use std::sync::LazyLock;
 
+use axum::http::{HeaderValue, header};
+use axum::response::{IntoResponse, Response};
 use utoipa::OpenApi;
 
 use crate::{guest_routes, routes};
@@ -35,7 +37,7 @@ use crate::{guest_routes, routes};
         routes::migration::post_resolve,
         routes::migration::post_snapshot,
         routes::get_metrics,
-        routes::get_openapi,
+        get_openapi,
     )
 )]
 struct Description;
@@ -48,4 +50,13 @@ pub fn text() -> &'static str {
         Description::openapi().to_pretty_json().map(|text| text + "\n").unwrap_or_default()
     });
     &TEXT
+}
+
+/// Returns this description of the API.
+#[utoipa::path(get, tag = "balloon", path = "/v1/openapi.json", responses(
+    (status = 200, description = "OpenAPI 3.1", body = Object),
+))]
+pub(crate) async fn get_openapi() -> Response {
+    let kind = HeaderValue::from_static("application/json");
+    ([(header::CONTENT_TYPE, kind)], text()).into_response()
 }

@@ -3,9 +3,6 @@
 //! Only the socket's owner can connect, so the limits protect against faulty and hanging clients:
 //! no client can exhaust the process that serves a guest.
 
-mod connection;
-mod waiter_slots;
-
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -22,73 +19,13 @@ use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
-use crate::api::MAX_TIMEOUT_MS;
 use crate::balloon::BalloonControl;
+use crate::connection::{Connection, Connections, Phase, Watched, serving};
 use crate::error::ControlError;
-use crate::routes;
-use crate::routes::request::ANSWER_MARGIN;
+use crate::limits::{ANSWER_MARGIN, Limits};
+use crate::router::router;
 use crate::socket::{SocketAccess, SocketFile, listen_on};
 use crate::vmm::{BalloonOnly, VmmControl};
-
-pub(crate) use connection::{Connections, Phase};
-pub(crate) use waiter_slots::{NoWaiterSlot, WaiterSlot, WaiterSlots};
-
-use connection::{Connection, Watched};
-
-/// The connection of the current task.
-pub(crate) mod served {
-    pub(crate) use super::connection::{current, enter, process, serving};
-}
-
-/// Limits on the resources that clients can use. Production uses [`Limits::default`].
-#[derive(Clone, Copy, Debug)]
-pub struct Limits {
-    /// Concurrent connections. For a new one beyond the limit, the server closes the connection
-    /// whose client has been slowest to send its request or read its response. A connection costs
-    /// a buffer of 16 KiB, and a thread while it calls the balloon.
-    pub connections: usize,
-    /// Connections that may wait for a change; fewer than `connections`, so that other clients
-    /// are still served.
-    pub waiters: usize,
-    /// Waiters per client process, so that a process that hangs cannot use up all slots.
-    pub waiters_each: usize,
-    /// Concurrent requests to migrate, save or resolve the guest. Each may wait for a name server
-    /// or for another host.
-    pub migrations: usize,
-    /// Concurrent large responses: bitmaps and pictures. Each keeps a report of free pages alive
-    /// while it is read.
-    pub bulk: usize,
-    /// Timeout for the head of a request, and again for its body. The client is on the same host.
-    pub request_timeout: Duration,
-    /// Longest time in which a client may read no byte of its response.
-    pub stall_timeout: Duration,
-    /// Time in which a client must read its whole response.
-    pub answer_timeout: Duration,
-    /// Longest wait for a change; a longer `wait_ms` is reduced to this.
-    pub max_wait: Duration,
-    /// Longest timeout of a request to the guest; a longer `timeout_ms` is refused.
-    pub max_request: Duration,
-    /// Time for requests in progress to finish when the server stops.
-    pub stop_timeout: Duration,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            connections: 64,
-            waiters: 32,
-            waiters_each: 16,
-            migrations: 4,
-            bulk: 4,
-            request_timeout: Duration::from_secs(5),
-            stall_timeout: Duration::from_secs(5),
-            answer_timeout: Duration::from_secs(60),
-            max_wait: Duration::from_secs(60),
-            max_request: Duration::from_millis(MAX_TIMEOUT_MS),
-            stop_timeout: Duration::from_secs(1),
-        }
-    }
-}
 
 /// Buffer for a request head. A typical one has some 200 bytes.
 const HEAD_BUFFER_BYTES: usize = 16 * 1024;
@@ -190,7 +127,7 @@ fn run(
     stopped: watch::Receiver<bool>,
 ) {
     let connections = Connections::new(&limits);
-    let app = routes::router(vmm, limits, Arc::clone(&connections), stopped.clone());
+    let app = router(vmm, limits, Arc::clone(&connections), stopped.clone());
     // A panic in the accept loop costs the connection being accepted, not the control of the guest.
     while diagnostics::contain(|| {
         let stopped = stopped.clone();
@@ -253,7 +190,7 @@ async fn serve_one(stream: UnixStream, app: Router, limits: Limits, connection: 
         let (connection, answer) = (Arc::clone(&connection), app.call(request));
         async move {
             connection.enter(Phase::Working);
-            let answer = served::serving(Some(Arc::clone(&connection)), answer).await;
+            let answer = serving(Some(Arc::clone(&connection)), answer).await;
             connection.enter(Phase::Answering);
             answer
         }

@@ -1,7 +1,5 @@
 //! Connects standard input and output to the guest's serial port.
 
-pub(crate) mod output;
-
 use std::io::{self, IsTerminal, Read};
 use std::sync::Arc;
 use std::thread;
@@ -10,8 +8,8 @@ use std::time::Duration;
 use diagnostics::{contain, panic_point};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
+use crate::bus::Bus;
 use crate::error::Error;
-use crate::machine::Bus;
 
 /// Bytes per read.
 const CHUNK_BYTES: usize = 256;

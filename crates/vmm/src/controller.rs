@@ -3,6 +3,7 @@
 
 mod control_api;
 mod ending;
+mod participant;
 mod report;
 mod save;
 mod send;
@@ -20,14 +21,15 @@ use diagnostics::{Panicked, contain};
 use migration::MigrationError;
 use migration::observer::{Observer, Phase, Progress};
 
+use self::participant::MigrationSource;
 use self::report::Report;
 use self::state::{Event, Refusal, State};
 use self::unresolved::Unresolved;
 use crate::error::{Error, hint_of};
 use crate::machine::Machine;
-use crate::traits::MigrationSource;
 
 pub(crate) use self::control_api::ControlApi;
+pub(crate) use self::participant::MigrationTarget;
 pub(crate) use self::unresolved::Arrived;
 
 /// The guest and its latest migration, behind one lock.

@@ -7,13 +7,13 @@ use migration::traits::{Description, MachineError};
 use page_set::PageRange;
 
 use crate::block::{DiskIdentity, DiskLimits, DiskShape, GuestDisk, MAX_DISKS};
+use crate::codec::{Malformed, Reader, Writer};
 use crate::cpuid::CpuFeatures;
 use crate::error::Error;
 use crate::layout::{self, MAX_CPUS};
 use crate::machine::Machine;
 use crate::preflight::Sample;
 use crate::state;
-use crate::state::codec::{Malformed, Reader, Writer};
 
 /// Version of the encoding of [`MachineShape`], and of the machine itself: a guest keeps in its
 /// memory what it has read of its devices, so they must not change. Version 3 added the generation

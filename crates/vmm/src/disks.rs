@@ -1,12 +1,9 @@
-//! The disks of a machine: opening, locking, syncing and comparing them.
+//! The disks of a machine: locking, syncing and comparing them.
 //!
 //! A running guest has its disks locked. During a switchover neither side has the run lock for a
 //! moment; the guest lock then keeps other guests out. See docs/migration.md, "Disks".
 
-mod reading;
-
 use std::io;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -16,8 +13,8 @@ use std::time::{Duration, Instant};
 use diagnostics::{shortened, visible};
 use migration::limits::STALL;
 
-use self::reading::{Limits, each_in_time};
-use crate::block::{DiskFile, DiskMismatch, DiskOptions, DiskShape, GuestDisk};
+use crate::block::{DiskFile, DiskMismatch, DiskShape, GuestDisk};
+use crate::disk_reads::{Limits, OPEN, POLL_INTERVAL, READ_TIMEOUT, STACK_BYTES, each_in_time};
 use crate::error::Error;
 use crate::machine::Machine;
 
@@ -31,23 +28,13 @@ const SHORT_SYNC: Duration = Duration::from_millis(20);
 /// keepalive then.
 pub(crate) const PAUSED_SYNC_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// How often a wait checks its conditions.
-const POLL_INTERVAL: Duration = Duration::from_millis(50);
-
-/// Stack of a thread that syncs or reads a disk.
-const STACK_BYTES: usize = 128 << 10;
-
 /// To describe a disk, some 200 samples are read, which takes a busy disk a few seconds. No peer
 /// waits meanwhile.
 const DESCRIBE: Limits = Limits { one: READ_TIMEOUT, all: Duration::from_secs(60) };
 
 /// To compare disks while the source waits, after they were opened.
 const COMPARE: Limits = Limits { one: READ_TIMEOUT, all: Duration::from_secs(12) };
-const OPEN: Limits = Limits { one: READ_TIMEOUT, all: READ_TIMEOUT };
 const _: () = assert!(OPEN.all.as_secs() + COMPARE.all.as_secs() < STALL.as_secs());
-
-/// How long one read may take: as long as a disk may take to pause.
-const READ_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// Who waits while disks are compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,24 +43,6 @@ pub(crate) enum Waiter {
     Source,
     /// The operator, who restores the guest from a file.
     Operator,
-}
-
-/// Opens the disks of a machine.
-///
-/// # Errors
-/// A disk cannot be opened, has an invalid size, or does not answer.
-pub(crate) fn open(options: &[DiskOptions]) -> Result<Vec<Arc<DiskFile>>, Error> {
-    let paths: Vec<_> = options.iter().map(|disk| disk.path.as_path()).collect();
-    let owned: Arc<[DiskOptions]> = options.into();
-    let open = move |index: usize, _: &dyn Fn() -> io::Result<()>| {
-        owned.get(index).map(|disk| DiskFile::open(disk).map(Arc::new))
-    };
-    let opened = each_in_time(&paths, OPEN, || true, open)?.into_iter().zip(&paths);
-    let late = |path: &Path| {
-        let (path, ms) = (path.display(), OPEN.all.as_millis());
-        Error::Stuck { what: format!("{path} was not opened in {ms} ms") }
-    };
-    opened.map(|(found, path)| found.flatten().unwrap_or_else(|| Err(late(path)))).collect()
 }
 
 /// A path for a message, shortened.

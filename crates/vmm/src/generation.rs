@@ -10,10 +10,10 @@
 
 use rustix::rand::{GetRandomFlags, getrandom};
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::error::Error;
 use crate::layout;
-use crate::machine::Machine;
 use crate::memory::Ram;
 
 /// Bytes of an ID.
@@ -29,13 +29,11 @@ pub(crate) fn write(memory: &Ram) -> Result<(), Error> {
     memory.write_slice(&id, at).map_err(Error::memory("writing the generation"))
 }
 
-impl Machine {
-    /// Gives the paused guest a new ID, because it is a copy. It is notified when it runs.
-    ///
-    /// # Errors
-    /// A system call fails.
-    pub(crate) fn renew_generation_id(&self) -> Result<(), Error> {
-        write(&self.memory.guest)?;
-        self.event.write(1).map_err(Error::host::<std::io::Error>("interrupting the guest"))
-    }
+/// Writes a new ID for a paused guest, because it is a copy. `event` notifies it when it runs.
+///
+/// # Errors
+/// A system call fails.
+pub(crate) fn renew(memory: &Ram, event: &EventFd) -> Result<(), Error> {
+    write(memory)?;
+    event.write(1).map_err(Error::host::<std::io::Error>("interrupting the guest"))
 }

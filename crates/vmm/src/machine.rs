@@ -4,28 +4,24 @@ mod stop;
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, LockResult, Mutex, MutexGuard};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use balloon_device::RequestFailure;
 use balloon_host::{HostReclaim, Shared};
-use control::Server;
 use diagnostics::{contain, panic_point};
 use kvm_bindings::CpuId;
-use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
-use rustix::event::EventfdFlags;
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::acpi::{self, MmioSlot};
+use crate::acpi::{self};
 use crate::balloon::VirtioBalloon;
 use crate::block::{Block, DiskFile, MAX_DISKS};
 use crate::boot::Boot;
-use crate::console::Console;
-use crate::console::output::standard_output;
-use crate::controller::{ControlApi, MigrationController};
+use crate::bus::{Bus, Slot, mmio_slot, new_eventfd};
 use crate::cpu;
 use crate::cpuid::Template;
 use crate::error::{Error, OPENING_KVM};
@@ -34,13 +30,11 @@ use crate::generation;
 use crate::kvm::Vm;
 use crate::layout;
 use crate::memory::MachineMemory;
-use crate::mmio::{Device, Interrupts, Transport, register};
 use crate::options::RunOptions;
 use crate::ports::{Ports, Request};
 use crate::signals::Signals;
 use crate::vcpu::Vcpus;
 pub(crate) use stop::PAUSE_TIMEOUT;
-use stop::end_console;
 
 /// How a guest ended without an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,187 +49,6 @@ pub enum End {
     Moved,
     /// This process was stopped (SIGTERM, SIGINT, or the terminal's escape sequence).
     Stopped,
-}
-
-/// Boots a guest and serves it until it ends. SIGUSR1 pauses the guest, SIGUSR2 resumes it. The
-/// control API is available meanwhile.
-///
-/// # Errors
-/// The options are invalid, the host fails, or a vCPU stops with an error.
-pub fn run(options: &RunOptions) -> Result<End, Error> {
-    let requests = Signals::before_guest().map_err(Error::host("signal handling"))?;
-    let machine = Machine::new(options, standard_output().map_err(Error::host("dup"))?)?;
-    machine.take_new_disks()?;
-    machine.load_kernel(options)?;
-    let machine = Arc::new(machine);
-    let controller = MigrationController::new(Some(Arc::clone(&machine)));
-    requests.take_stop();
-    let _control =
-        Server::bind_monitor(&options.host.control, Arc::new(ControlApi(Arc::clone(&controller))))?;
-    tracing::info!(
-        name = options.host.name,
-        cpus = options.cpus,
-        memory_mib = options.memory_bytes >> 20,
-        "booting"
-    );
-    controller.start_guest(&machine)?;
-    serve_to_end(&machine, &controller, &requests)
-}
-
-/// Serves a running guest until it ends or has moved.
-pub(crate) fn serve_to_end(
-    machine: &Arc<Machine>,
-    controller: &Arc<MigrationController>,
-    requests: &Signals,
-) -> Result<End, Error> {
-    controller.set_stop(requests.stopper());
-    // Without a console the guest still runs, only without input.
-    let console = Console::start(&machine.bus, requests.operator_stopper());
-    let _console =
-        console.inspect_err(|error| tracing::error!(%error, "the console takes no input"));
-    let end = machine.serve_with(requests, &|pause| controller.pause_or_resume(machine, pause));
-    let has_moved = controller.end(requests.ending());
-    end_console(machine, requests.ending());
-    if has_moved { Ok(End::Moved) } else { end }
-}
-
-/// Everything that the vCPUs can access besides memory.
-pub(crate) struct Bus {
-    pub(crate) ports: Ports,
-    pub(crate) slots: Vec<Slot>,
-}
-
-/// A virtio-mmio device and its MMIO window.
-pub(crate) struct Slot {
-    start: u64,
-    transport: Mutex<Transport<EventFdInterrupts>>,
-    notify_fds: Vec<EventFd>,
-    /// A pause was aborted while another thread held the transport's lock: the next thread to take
-    /// the lock resumes the device.
-    resume_pending: AtomicBool,
-}
-
-/// Eventfds: an irqfd to the guest, and ioeventfds that the device loop polls.
-pub(crate) struct EventFdInterrupts {
-    interrupt: EventFd,
-    notify_fds: Vec<EventFd>,
-}
-
-impl Interrupts for EventFdInterrupts {
-    fn raise(&self) {
-        if let Err(error) = self.interrupt.write(1) {
-            tracing::error!(%error, "host: cannot interrupt the guest");
-        }
-    }
-
-    fn notify_device(&self, index: usize) {
-        // A full eventfd is readable, which is all that is needed.
-        let _ = self.notify_fds.get(index).map(|notify_fd| notify_fd.write(1));
-    }
-}
-
-impl Bus {
-    /// Serves an MMIO read. An address without a device reads as all ones.
-    pub(crate) fn read(&self, address: u64, data: &mut [u8]) {
-        match self.slot(address) {
-            Some((slot, offset)) => slot.transport().read(offset, data),
-            None => data.fill(0xff),
-        }
-    }
-
-    /// Serves an MMIO write.
-    pub(crate) fn write(&self, address: u64, data: &[u8]) {
-        if let Some((slot, offset)) = self.slot(address) {
-            slot.transport().write(offset, data);
-        }
-    }
-
-    /// Serves the queues whose timers are due.
-    fn poll_timers(&self, woken: bool) {
-        self.slots.iter().for_each(|slot| slot.transport().poll_timers(woken));
-    }
-
-    fn slot(&self, address: u64) -> Option<(&Slot, u64)> {
-        let offset = |slot: &Slot| {
-            address.checked_sub(slot.start).filter(|offset| *offset < layout::MMIO_BYTES)
-        };
-        self.slots.iter().find_map(|slot| Some((slot, offset(slot)?)))
-    }
-}
-
-impl Slot {
-    /// Places a device in its window; KVM turns notifications and interrupts into eventfd events.
-    fn new(
-        number: u32,
-        mut device: Box<dyn Device>,
-        vm: &VmFd,
-        memory: &MachineMemory,
-    ) -> Result<Self, Error> {
-        let place = mmio_slot(number);
-        let start = u64::from(place.start);
-        let interrupt = new_eventfd()?;
-        vm.register_irqfd(&interrupt, place.gsi).map_err(Error::kvm("registering an irqfd"))?;
-        let mut notify_fds = Vec::new();
-        for index in (0u32..).take(device.queues()) {
-            let notify_fd = new_eventfd()?;
-            let notify = IoEventAddress::Mmio(start + register::QUEUE_NOTIFY);
-            vm.register_ioevent(&notify_fd, &notify, index)
-                .map_err(Error::kvm("registering an ioeventfd"))?;
-            notify_fds.push(notify_fd);
-        }
-        device.set_notify_fds(&notify_fds);
-        let copies = notify_fds.iter().map(EventFd::try_clone).collect::<Result<_, _>>();
-        let signals = EventFdInterrupts {
-            interrupt,
-            notify_fds: copies.map_err(Error::host::<io::Error>("dup"))?,
-        };
-        let transport = Transport::new(device, signals, memory.guest.clone())
-            .map_err(Error::memory("creating virtqueues"))?;
-        Ok(Self {
-            start,
-            transport: Mutex::new(transport),
-            notify_fds,
-            resume_pending: AtomicBool::new(false),
-        })
-    }
-
-    /// Locks the transport. If a thread panicked with the lock held, the device's state is
-    /// unreliable: it sets DEVICE_NEEDS_RESET, as after an invalid vring, and the guest continues.
-    pub(crate) fn transport(&self) -> MutexGuard<'_, Transport<EventFdInterrupts>> {
-        self.locked(self.transport.lock())
-    }
-
-    fn locked<'a>(
-        &self,
-        lock: LockResult<MutexGuard<'a, Transport<EventFdInterrupts>>>,
-    ) -> MutexGuard<'a, Transport<EventFdInterrupts>> {
-        let mut transport = lock.unwrap_or_else(|poisoned| {
-            self.transport.clear_poison();
-            let mut transport = poisoned.into_inner();
-            transport.fail();
-            tracing::error!(start = self.start, "host: a device failed and needs a reset");
-            transport
-        });
-        if self.resume_pending.swap(false, Ordering::AcqRel) {
-            transport.resume();
-        }
-        transport
-    }
-}
-
-/// The MMIO window and interrupt of device `number`.
-fn mmio_slot(number: u32) -> MmioSlot {
-    let start = layout::MMIO_START + u64::from(number) * layout::MMIO_BYTES;
-    MmioSlot {
-        // Cannot fail: the hole is below 4 GiB and fits more devices than there are interrupts.
-        start: u32::try_from(start).unwrap_or(u32::MAX),
-        gsi: layout::FIRST_DEVICE_GSI + number,
-    }
-}
-
-fn new_eventfd() -> Result<EventFd, Error> {
-    let flags = EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC;
-    EventFd::new(flags.bits().cast_signed()).map_err(Error::host::<io::Error>("eventfd"))
 }
 
 /// A virtual machine. It is paused until it is [resumed](Self::resume).
@@ -273,7 +86,7 @@ impl Machine {
             let what = format!("a guest can have at most {MAX_DISKS} disks");
             return Err(Error::Option { what });
         }
-        let disks = crate::disks::open(&options.host.disks)?;
+        let disks = crate::disk_reads::open(&options.host.disks)?;
         let memory = MachineMemory::new(options.memory_bytes, options.host.memory)?;
         let kvm = Kvm::new().map_err(Error::kvm(OPENING_KVM))?;
         let fd = kvm.create_vm().map_err(Error::kvm("creating a virtual machine"))?;

@@ -8,7 +8,7 @@ use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::console::output::{LostOutput, Output, OutputEnd};
+use crate::output::{LostOutput, Output, OutputEnd};
 use crate::state::PortsState;
 
 /// First port of COM1, and the number of its ports.

@@ -7,9 +7,9 @@
 use kvm_ioctls::VcpuFd;
 use migration::limits::{MAX_CONFIG_BYTES, MAX_STATE_BYTES, MAX_STATE_SECTIONS};
 
+use crate::codec::{Malformed, Reader, Writer};
 use crate::error::Error;
 use crate::machine::{Machine, PAUSE_TIMEOUT};
-use crate::state::codec::{Malformed, Reader, Writer};
 use crate::state::{Irqchip, MachineState, Section, VcpuState, transport_name};
 use crate::vcpu::Vcpus;
 

@@ -10,12 +10,12 @@ use migration::tcp::{Security, TcpAcceptor};
 use migration::{DestinationConfig, DestinationGuest, ReceiveFailure, receive as arrive};
 
 use crate::answer::{ANSWER_TIMEOUT, Answering};
-use crate::controller::{Arrived, ControlApi, MigrationController, Watch};
+use crate::controller::{Arrived, ControlApi, MigrationController, MigrationTarget, Watch};
 use crate::error::Error;
-use crate::machine::{End, serve_to_end};
+use crate::machine::End;
 use crate::options::HostOptions;
+use crate::run::serve_to_end;
 use crate::signals::Signals;
-use crate::traits::MigrationTarget;
 
 /// Failed migrations that are remembered, to answer sources that are in-doubt about them.
 const MAX_GONE: usize = 64;

@@ -11,13 +11,13 @@ use migration::DestinationConfig;
 use migration::observer::Silent;
 use migration::snapshot::{self, Filling, SnapshotFile};
 
-use crate::controller::{ControlApi, MigrationController};
+use crate::controller::{ControlApi, MigrationController, MigrationTarget};
 use crate::error::Error;
 use crate::layout::{MAX_CPUS, MAX_MEMORY_BYTES};
-use crate::machine::{End, Machine, serve_to_end};
+use crate::machine::{End, Machine};
 use crate::options::HostOptions;
+use crate::run::serve_to_end;
 use crate::signals::Signals;
-use crate::traits::MigrationTarget;
 
 /// How often to check whether reading the memory has failed.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);

@@ -4,7 +4,6 @@
 //! section or version means a machine that this VMM does not support.
 
 mod balloon;
-pub(crate) mod codec;
 mod irqchip;
 mod serial;
 mod vcpu;
@@ -15,6 +14,7 @@ pub(crate) use vcpu::VcpuState;
 
 use balloon_device::{BalloonState, MemoryLayout};
 
+use crate::codec;
 use crate::error::Error;
 use crate::mmio::TransportState;
 

@@ -12,10 +12,10 @@ use rustix::io::Errno;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
+use crate::bus::Bus;
 use crate::error::Error;
 use crate::kvm::Vm;
 use crate::layout;
-use crate::machine::Bus;
 use crate::ports::Request;
 use crate::throttle::Throttle;
 

@@ -8,9 +8,9 @@ use axum::http::StatusCode;
 use tokio::task::spawn_blocking;
 
 use crate::api::{MigrationStatus, Problem, ResolveMigration, StartMigration, StartSnapshot};
+use crate::app::App;
+use crate::connection as served;
 use crate::error::ControlError;
-use crate::routes::App;
-use crate::server::served;
 use crate::vmm::VmmControl;
 
 /// Returns the status of the newest migration or VM snapshot.

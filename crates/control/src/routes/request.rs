@@ -12,21 +12,19 @@ use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use utoipa::IntoParams;
 
-use super::{App, WAIT_SLICE, query};
 use crate::api::{
     AskFreePages, BALLOON_PAGE_BYTES, BLOCK_BYTES, CacheSize, Caches, CancelledRequest,
     DEFAULT_RESERVE_BYTES, DEFAULT_TIMEOUT_MS, DropCaches, DroppedCaches, FreeKind, FreePages,
     Problem, ReleasedHold,
 };
+use crate::app::{App, query};
 use crate::balloon::{BalloonControl, GuestAnswer, GuestAsk};
 use crate::bitmap::{self, Bitmap};
 use crate::error::{ControlError, WhyNot};
 use crate::free_map::FreePagesMap;
 use crate::guest_routes;
+use crate::limits::{ANSWER_MARGIN, WAIT_SLICE};
 use crate::picture;
-
-/// Time after a request's timeout at which the balloon should have ended it.
-pub(crate) const ANSWER_MARGIN: Duration = Duration::from_secs(5);
 
 /// Timeout of a request.
 #[derive(Debug, Deserialize, IntoParams)]

@@ -16,7 +16,7 @@ use diagnostics::{shortened, visible};
 use rustix::fs::{Advice, fadvise};
 
 use super::limits::device_directory;
-use crate::state::codec::{Malformed, Reader, Writer};
+use crate::codec::{Malformed, Reader, Writer};
 
 /// Bytes of a sample.
 const SAMPLE_BYTES: usize = 4096;

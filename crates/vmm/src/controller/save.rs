@@ -13,9 +13,9 @@ use migration::traits::SourceMachine as _;
 use migration::{SourceConfig, SourceFailure, SourceGuest};
 
 use super::control_api::DROP_CACHES_TIMEOUT;
+use super::participant::MigrationSource;
 use super::state::{Event, Refusal};
 use super::{MigrationController, Watch, refusal, summary};
-use crate::traits::MigrationSource;
 
 impl MigrationController {
     pub(super) fn start_snapshot(

@@ -6,10 +6,10 @@ use diagnostics::contain;
 use migration::tcp::TcpConnector;
 use migration::{SourceConfig, SourceFailure, SourceGuest, migrate};
 
+use super::participant::MigrationSource;
 use super::state::Event;
 use super::unresolved::Unresolved;
 use super::{MigrationController, Watch, summary};
-use crate::traits::MigrationSource;
 
 impl MigrationController {
     /// Migrates the guest; runs in its own thread.

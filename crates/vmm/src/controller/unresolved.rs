@@ -9,9 +9,9 @@ use migration::tcp::TcpConnector;
 use migration::traits::{MachineError, SourceMachine as _};
 use migration::{DestinationOwnership, Resolution, SourceDoubt};
 
+use super::participant::{MigrationSource, MigrationTarget};
 use super::state::Event;
 use super::{MigrationController, locked, refusal, refused};
-use crate::traits::{MigrationSource, MigrationTarget};
 
 /// What resolving it requires.
 pub(super) enum Unresolved {

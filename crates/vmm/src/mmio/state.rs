@@ -3,7 +3,7 @@
 use virtio_queue::{Queue, QueueState, QueueT};
 
 use super::{Interrupts, RING_EVENT_IDX, Transport, VERSION_1, Vring, status};
-use crate::state::codec::{Malformed, Reader, Writer};
+use crate::codec::{Malformed, Reader, Writer};
 use balloon_host::ring::{self, MAX_QUEUE_SIZE};
 
 /// Maximum number of queues in a state; no device here has more.

@@ -7,7 +7,7 @@ use balloon_abi::Features;
 use balloon_device::{BalloonState, MemoryLayout};
 use page_set::{PageRange, PageSet};
 
-use super::codec::{Malformed, Reader, Writer};
+use crate::codec::{Malformed, Reader, Writer};
 
 const RUNS: u8 = 0;
 const BITS: u8 = 1;

@@ -5,7 +5,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 
-use super::codec::{Malformed, Reader, Writer};
+use crate::codec::{Malformed, Reader, Writer};
 use crate::error::Error;
 
 /// The PC's two PICs and the I/O APIC. There is no PIT.

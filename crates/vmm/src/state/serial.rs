@@ -2,7 +2,7 @@
 
 use vm_superio::serial::SerialState;
 
-use super::codec::{Malformed, Reader, Writer};
+use crate::codec::{Malformed, Reader, Writer};
 
 /// Maximum bytes in the receive buffer (four times a 16550A's, as in `vm-superio`).
 const MAX_BUFFER_BYTES: usize = 64;

@@ -23,14 +23,15 @@ use vm_memory::{
     Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress,
 };
 
-use crate::console::output::standard_output;
-use crate::controller::MigrationController;
+use super::MigrationController;
 use crate::description::{MachineShape, cpu_features, describe};
 use crate::disks::Waiter;
 use crate::error::Error;
+use crate::generation;
 use crate::machine::Machine;
 use crate::memory::{MachineMemory, Ram};
 use crate::options::{HostOptions, RunOptions};
+use crate::output::standard_output;
 use crate::state::Section;
 
 /// Smallest block in a free-page report.
@@ -415,7 +416,7 @@ impl DestinationMachine for MigrationTarget {
         machine.load(&sections)?;
         if self.is_copy {
             // Last: loading the interrupt controllers would lose the interrupt.
-            machine.renew_generation_id()?;
+            generation::renew(&machine.memory.guest, &machine.event)?;
         }
         Ok(())
     }

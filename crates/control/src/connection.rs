@@ -16,7 +16,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep_until, timeout};
 
-use super::Limits;
+use crate::limits::Limits;
 
 /// Minimum time for a client to send its request or read its response, even if others wait.
 const MIN_SERVICE_TIME: Duration = Duration::from_millis(100);

@@ -12,17 +12,47 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{POLL_INTERVAL, STACK_BYTES};
+use crate::block::{DiskFile, DiskOptions};
 use crate::error::Error;
+
+/// How often a wait checks its conditions.
+pub(crate) const POLL_INTERVAL: Duration = Duration::from_millis(50);
+
+/// Stack of a thread that syncs or reads a disk.
+pub(crate) const STACK_BYTES: usize = 128 << 10;
+
+/// How long one read may take: as long as a disk may take to pause.
+pub(crate) const READ_TIMEOUT: Duration = Duration::from_secs(4);
+
+/// To open the disks.
+pub(crate) const OPEN: Limits = Limits { one: READ_TIMEOUT, all: READ_TIMEOUT };
 
 /// Time limits.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Limits {
+pub(crate) struct Limits {
     /// For one read. A disk that does not answer for this long would not finish a request of the
     /// guest either.
-    pub(super) one: Duration,
+    pub(crate) one: Duration,
     /// For all disks together.
-    pub(super) all: Duration,
+    pub(crate) all: Duration,
+}
+
+/// Opens the disks of a machine.
+///
+/// # Errors
+/// A disk cannot be opened, has an invalid size, or does not answer.
+pub(crate) fn open(options: &[DiskOptions]) -> Result<Vec<Arc<DiskFile>>, Error> {
+    let paths: Vec<_> = options.iter().map(|disk| disk.path.as_path()).collect();
+    let owned: Arc<[DiskOptions]> = options.into();
+    let open = move |index: usize, _: &dyn Fn() -> io::Result<()>| {
+        owned.get(index).map(|disk| DiskFile::open(disk).map(Arc::new))
+    };
+    let opened = each_in_time(&paths, OPEN, || true, open)?.into_iter().zip(&paths);
+    let late = |path: &Path| {
+        let (path, ms) = (path.display(), OPEN.all.as_millis());
+        Error::Stuck { what: format!("{path} was not opened in {ms} ms") }
+    };
+    opened.map(|(found, path)| found.flatten().unwrap_or_else(|| Err(late(path)))).collect()
 }
 
 /// Disks that are being read, by number and path. They may include those of an earlier migration
@@ -121,7 +151,7 @@ impl Drop for SetOnDrop {
 ///
 /// # Errors
 /// A disk does not answer, an earlier read of it has not returned, or `work` panicked.
-pub(super) fn each_in_time<T: Send + 'static>(
+pub(crate) fn each_in_time<T: Send + 'static>(
     paths: &[&Path],
     limits: Limits,
     keep_going: impl Fn() -> bool,
