@@ -11,12 +11,12 @@ const ASSUMED_PAGES_PER_S: f64 = 10_000.0;
 
 /// The first step of holding the guest back, the following ones, and the last, in per cent.
 const FIRST_THROTTLE: u8 = 20;
-const MORE_THROTTLE: u8 = 10;
-const MOST_THROTTLE: u8 = 99;
+const THROTTLE_STEP: u8 = 10;
+const MAX_THROTTLE: u8 = 99;
 
 /// Rounds, one after the other, in which the guest writes more than half of what was sent, before it
 /// is held back (further).
-const BAD_ROUNDS: u32 = 2;
+const MAX_DIVERGING_ROUNDS: u32 = 2;
 
 /// What a page of zeros costs of what contents do: it is looked at and not sent. Over a fast
 /// network, 10 Gbit/s, an eighth; over any other less, so that zeros count for too much and not for
@@ -24,7 +24,7 @@ const BAD_ROUNDS: u32 = 2;
 const ZERO_COST: f64 = 1.0 / 8.0;
 
 /// Times that a guest which was stopped goes on because more was left than expected.
-const MAX_RETREATS: u32 = 3;
+const MAX_ABORTED_SWITCHOVERS: u32 = 3;
 
 /// What to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,7 +42,7 @@ pub enum Decision {
 
 /// What was seen of one round.
 #[derive(Clone, Copy, Debug)]
-pub struct Seen {
+pub struct RoundStats {
     /// Pages whose contents were sent.
     pub sent_pages: u64,
     /// Pages that were to be sent and were zeros.
@@ -54,7 +54,7 @@ pub struct Seen {
     pub remaining_pages: u64,
 }
 
-impl Seen {
+impl RoundStats {
     /// What was done, in pages with contents.
     fn work(&self) -> f64 {
         as_f64(self.sent_pages) + as_f64(self.zero_pages) * ZERO_COST
@@ -78,7 +78,7 @@ pub struct Convergence {
     downtime: Duration,
     max_rounds: u32,
     rounds: u32,
-    bad_rounds: u32,
+    diverging_rounds: u32,
     throttle: u8,
     /// Pages with contents.
     pages_per_s: Option<f64>,
@@ -97,7 +97,7 @@ impl Convergence {
             downtime,
             max_rounds,
             rounds: 0,
-            bad_rounds: 0,
+            diverging_rounds: 0,
             throttle: 0,
             pages_per_s: None,
             work: 0.0,
@@ -107,9 +107,9 @@ impl Convergence {
     }
 
     /// Decides after a round.
-    pub fn after_round(&mut self, seen: Seen) -> Decision {
+    pub fn after_round(&mut self, seen: RoundStats) -> Decision {
         self.rounds += 1;
-        self.learn(&seen);
+        self.update(&seen);
         if self.fits(seen.remaining_pages) {
             return Decision::Stop;
         }
@@ -117,19 +117,20 @@ impl Convergence {
             return Decision::GiveUp;
         }
         let remaining = as_f64(seen.remaining_pages) * self.cost();
-        self.bad_rounds = if remaining > self.work / 2.0 { self.bad_rounds + 1 } else { 0 };
-        if self.bad_rounds >= BAD_ROUNDS {
-            self.bad_rounds = 0;
+        self.diverging_rounds =
+            if remaining > self.work / 2.0 { self.diverging_rounds + 1 } else { 0 };
+        if self.diverging_rounds >= MAX_DIVERGING_ROUNDS {
+            self.diverging_rounds = 0;
             self.throttle = match self.throttle {
                 0 => FIRST_THROTTLE,
-                more => more.saturating_add(MORE_THROTTLE).min(MOST_THROTTLE),
+                more => more.saturating_add(THROTTLE_STEP).min(MAX_THROTTLE),
             };
         }
         Decision::Again { throttle: self.throttle }
     }
 
     /// What a round tells of the network, and of what the guest had written in the round before.
-    fn learn(&mut self, seen: &Seen) {
+    fn update(&mut self, seen: &RoundStats) {
         if seen.sent_pages > 0 && !seen.took.is_zero() {
             let rate = as_f64(seen.sent_pages) / seen.took.as_secs_f64();
             // A round of zeros took longer than its contents needed: so many at least.
@@ -141,7 +142,7 @@ impl Convergence {
         if self.rounds > 1 {
             self.costs = [self.costs[1], seen.cost()];
             if work <= self.work / 2.0 {
-                self.bad_rounds = 0;
+                self.diverging_rounds = 0;
             }
         }
         self.work = work;
@@ -154,12 +155,13 @@ impl Convergence {
 
     /// Whether a guest that was stopped should go on for another round: it wrote so much until it
     /// stood that the limit would be passed twice over. Not for ever.
-    pub fn aborted_switchovers(&mut self, remaining_pages: u64) -> bool {
+    pub fn abort_switchover(&mut self, remaining_pages: u64) -> bool {
         let late = self.expected(remaining_pages) > self.downtime.saturating_mul(2);
-        let aborted_switchovers =
-            late && self.aborted_switchovers < MAX_RETREATS && self.rounds < self.max_rounds;
-        self.aborted_switchovers += u32::from(aborted_switchovers);
-        aborted_switchovers
+        let abort = late
+            && self.aborted_switchovers < MAX_ABORTED_SWITCHOVERS
+            && self.rounds < self.max_rounds;
+        self.aborted_switchovers += u32::from(abort);
+        abort
     }
 
     /// How long the guest would stand if it was stopped now.
@@ -213,7 +215,7 @@ mod tests {
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a test")]
             let remaining_pages = (written as u64).min(memory);
             let took = Duration::from_secs_f64(took);
-            let seen = Seen { sent_pages: sent, zero_pages: 0, took, remaining_pages };
+            let seen = RoundStats { sent_pages: sent, zero_pages: 0, took, remaining_pages };
             match convergence.after_round(seen) {
                 Decision::Again { throttle: next } => {
                     assert!(next >= throttle && next <= 99);
@@ -249,13 +251,13 @@ mod tests {
     fn a_stopped_guest_goes_on_a_few_times() {
         let mut convergence = Convergence::new(LIMIT, 60);
         assert_eq!(convergence.after_round(seen(100_000, 0, 1000, 10)), Decision::Stop);
-        assert!(!convergence.aborted_switchovers(50_000), "within twice the limit");
-        let many = std::iter::repeat_with(|| convergence.aborted_switchovers(70_000)).take(5);
+        assert!(!convergence.abort_switchover(50_000), "within twice the limit");
+        let many = std::iter::repeat_with(|| convergence.abort_switchover(70_000)).take(5);
         assert_eq!(many.collect::<Vec<_>>(), [true, true, true, false, false]);
     }
 
-    fn seen(sent_pages: u64, zero_pages: u64, ms: u64, remaining_pages: u64) -> Seen {
-        Seen { sent_pages, zero_pages, took: Duration::from_millis(ms), remaining_pages }
+    fn seen(sent_pages: u64, zero_pages: u64, ms: u64, remaining_pages: u64) -> RoundStats {
+        RoundStats { sent_pages, zero_pages, took: Duration::from_millis(ms), remaining_pages }
     }
 
     /// Free page hints of a kernel that clears what it allocates: all that was named was written, is

@@ -7,7 +7,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use crate::traits::{MachineError, ReadPages, WritePages};
 
 /// Bytes that are looked at before they are cleared.
-const LOOK_BYTES: usize = 64 << 10;
+const ZERO_CHECK_BYTES: usize = 64 << 10;
 
 /// Memory of a guest, for both sides. It writes where the dirty log of `vm-memory` does not see
 /// it only in guests that do not run yet.
@@ -32,11 +32,11 @@ impl<B: Bitmap + Send + Sync> WritePages for MappedMemory<B> {
 
     /// Pages that are zeros already are only read, so that they cost the host nothing.
     fn zero_pages(&self, pages: PageRange) -> Result<(), MachineError> {
-        let zeros = vec![0; LOOK_BYTES];
-        let mut found = vec![0; LOOK_BYTES];
+        let zeros = vec![0; ZERO_CHECK_BYTES];
+        let mut found = vec![0; ZERO_CHECK_BYTES];
         let mut rest = pages;
         while !rest.is_empty() {
-            let (now, later) = rest.split_at(rest.start() + LOOK_BYTES as u64 / PAGE_BYTES);
+            let (now, later) = rest.split_at(rest.start() + ZERO_CHECK_BYTES as u64 / PAGE_BYTES);
             let len = usize::try_from(now.pages() * PAGE_BYTES)?;
             let (Some(zeros), Some(found)) = (zeros.get(..len), found.get_mut(..len)) else {
                 break;

@@ -1,7 +1,7 @@
 //! Live migration and snapshots of guests.
 //!
-//! docs/migration.md is the authority on the wire, the phases, and why no page is lost and no two
-//! guests run. This crate knows no KVM and no device: a monitor implements the traits of
+//! docs/migration.md is the authority on the wire format, the phases, and why no page is lost and no
+//! two guests run. This crate depends on neither KVM nor any device: a VMM implements the traits of
 //! [`traits`].
 
 #![forbid(unsafe_code)]

@@ -54,7 +54,7 @@ pub const PAUSED_BEYOND: Duration = Duration::from_secs(30);
 
 /// Time that a frame may take from its first byte to its last, so that a peer which sends a byte
 /// now and then does not hold us for ever.
-pub const FRAME_TIME: Duration = Duration::from_secs(60);
+pub const FRAME_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Signs of life on one connection in one round: they come some times a second, so this is hours.
-pub const MAX_ALIVES: u32 = 100_000;
+pub const MAX_KEEPALIVES: u32 = 100_000;

@@ -47,7 +47,7 @@ pub struct Plan {
 impl Selection {
     /// Every page of a guest is to be sent, to a destination whose memory reads as zeros.
     #[must_use]
-    pub fn everything(layout: &GuestLayout) -> Self {
+    pub fn all(layout: &GuestLayout) -> Self {
         Self {
             pending: DirtyBitmap::all(layout),
             sent: DirtyBitmap::none(layout),
@@ -65,7 +65,7 @@ impl Selection {
     /// Must be called after the log was last read ([`add_written`](Self::add_written)) and before
     /// the guest is asked.
     #[must_use]
-    pub const fn asking(&self) -> SelectionMark {
+    pub const fn mark(&self) -> SelectionMark {
         SelectionMark { additions: self.additions }
     }
 
@@ -143,8 +143,8 @@ mod tests {
 
     #[test]
     fn free_pages_cost_nothing_before_the_first_round() {
-        let mut selection = Selection::everything(&layout());
-        let asked = selection.asking();
+        let mut selection = Selection::all(&layout());
+        let asked = selection.mark();
         assert_eq!(selection.skip(asked, &free(100, 1000, 0)), 100);
         let plan = selection.take_round();
         assert_eq!((plan.pages, plan.fills.len()), (100, 0));
@@ -153,11 +153,11 @@ mod tests {
 
     #[test]
     fn writes_are_sent_whatever_is_free() {
-        let mut selection = Selection::everything(&layout());
-        let asked = selection.asking();
+        let mut selection = Selection::all(&layout());
+        let asked = selection.mark();
         selection.add_written(&written(150, 1));
         assert_eq!(selection.skip(asked, &free(100, 100, 0)), 0, "the log was read after asking");
-        let asked = selection.asking();
+        let asked = selection.mark();
         assert_eq!(selection.skip(asked, &free(100, 100, 0)), 100);
         selection.add_written(&written(150, 1));
         assert_eq!(selection.take_round().pages, 101);
@@ -165,10 +165,10 @@ mod tests {
 
     #[test]
     fn what_is_free_later_is_made_zero() {
-        let mut selection = Selection::everything(&layout());
+        let mut selection = Selection::all(&layout());
         selection.take_round();
         selection.add_written(&written(10, 20));
-        let asked = selection.asking();
+        let asked = selection.mark();
         assert_eq!(selection.skip(asked, &free(15, 100, 0)), 15);
         selection.add_written(&written(16, 1));
         let plan = selection.take_round();
@@ -179,8 +179,8 @@ mod tests {
 
     #[test]
     fn poisoned_pages_are_filled_with_poison() {
-        let mut selection = Selection::everything(&layout());
-        let asked = selection.asking();
+        let mut selection = Selection::all(&layout());
+        let asked = selection.mark();
         selection.skip(asked, &free(0, 10, 0xaaaa_aaaa));
         selection.skip(asked, &free(5, 10, 0));
         let plan = selection.take_round();

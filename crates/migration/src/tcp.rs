@@ -20,7 +20,7 @@ use crate::tls::Tls;
 use crate::wire::frame::{HEAD_BYTES, Head};
 
 /// How long a peer may take to be reached, and to agree on keys and say hello.
-const HANDSHAKE: Duration = Duration::from_secs(10);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Pause after a connection that the host cannot take. It is found again at once.
 const BACKOFF: Duration = Duration::from_millis(100);
@@ -42,7 +42,7 @@ pub enum Security {
 pub struct TcpLink {
     end: End,
     /// What was read of it before it was handed on.
-    ahead: Cursor<Vec<u8>>,
+    read_ahead: Cursor<Vec<u8>>,
 }
 
 #[derive(Debug)]
@@ -75,12 +75,12 @@ impl End {
 
 impl TcpLink {
     const fn new(end: End) -> Self {
-        Self { end, ahead: Cursor::new(Vec::new()) }
+        Self { end, read_ahead: Cursor::new(Vec::new()) }
     }
 
-    /// Reads the peer's first message ahead, whatever it says, so that nobody has to wait for it
+    /// Reads the peer's first message read_ahead, whatever it says, so that nobody has to wait for it
     /// later.
-    fn hear_first(&mut self, deadline: Instant) -> io::Result<()> {
+    fn read_hello(&mut self, deadline: Instant) -> io::Result<()> {
         let no_hello = || io::Error::new(io::ErrorKind::InvalidData, "it says no hello");
         let mut head = [0; HEAD_BYTES];
         self.fill(&mut head, deadline)?;
@@ -90,7 +90,7 @@ impl TcpLink {
         }
         let mut body = vec![0; lengths.body_bytes];
         self.fill(&mut body, deadline)?;
-        self.ahead = Cursor::new([&head[..], &body].concat());
+        self.read_ahead = Cursor::new([&head[..], &body].concat());
         Ok(())
     }
 
@@ -116,7 +116,7 @@ fn left(deadline: Instant) -> io::Result<Duration> {
 
 impl Read for TcpLink {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        match self.ahead.read(buffer)? {
+        match self.read_ahead.read(buffer)? {
             0 => self.end.read(buffer),
             count => Ok(count),
         }
@@ -200,7 +200,7 @@ impl TcpConnector {
             Security::PlainOnLoopback => plain(socket),
             Security::Tls(tls) => {
                 let client = tls.client(&self.host).map_err(io::Error::other)?;
-                let agreed = agree(client, socket, Instant::now() + HANDSHAKE)?;
+                let agreed = handshake_tls(client, socket, Instant::now() + HANDSHAKE_TIMEOUT)?;
                 Ok(TcpLink::new(End::Client(Box::new(agreed))))
             }
         }
@@ -214,7 +214,7 @@ impl Connect for TcpConnector {
         let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
         for address in &self.addresses {
             let at = |error: io::Error| io::Error::new(error.kind(), format!("{address}: {error}"));
-            match TcpStream::connect_timeout(address, HANDSHAKE) {
+            match TcpStream::connect_timeout(address, HANDSHAKE_TIMEOUT) {
                 Ok(socket) => return self.secured(socket).map_err(at),
                 Err(error) => last = at(error),
             }
@@ -223,41 +223,41 @@ impl Connect for TcpConnector {
     }
 }
 
-/// Takes connections of sources. Each is greeted by a thread of its own until it has said hello, so
+/// Takes connections of sources. Each is results by a thread of its own until it has said hello, so
 /// that a stranger who connects and says nothing, or half of something, keeps nobody waiting.
 #[derive(Debug)]
 pub struct TcpAcceptor {
     listener: TcpListener,
     security: Security,
     /// Whoever comes has to say hello.
-    hears: bool,
-    /// Those that are being greeted, oldest first.
-    greeting: VecDeque<Newcomer>,
+    requires_hello: bool,
+    /// Those that are being results, oldest first.
+    handshakes: VecDeque<Handshake>,
     newest: u64,
-    greeted: Receiver<Greeted>,
-    greets: Sender<Greeted>,
-    /// Readable when somebody was greeted.
-    bell: UnixStream,
-    rings: Arc<UnixStream>,
+    results: Receiver<HandshakeResult>,
+    result_sender: Sender<HandshakeResult>,
+    /// Readable when somebody was results.
+    wake_receiver: UnixStream,
+    wake_sender: Arc<UnixStream>,
 }
 
-/// One that is being greeted.
+/// One that is being results.
 #[derive(Debug)]
-struct Newcomer {
+struct Handshake {
     number: u64,
     host: IpAddr,
     socket: TcpStream,
 }
 
-/// What came of greeting one.
-type Greeted = (u64, SocketAddr, io::Result<TcpLink>);
+/// What came of handshakes one.
+type HandshakeResult = (u64, SocketAddr, io::Result<TcpLink>);
 
-/// Connections that are greeted at a time. An honest source has said its part within milliseconds,
+/// Connections that are results at a time. An honest source has said its part within milliseconds,
 /// so where there are more one goes: of the host that has most of them, the oldest. So a host that
 /// floods this one keeps no other host away.
-const MAX_GREETINGS: usize = 4 * MAX_CONNECTIONS;
+const MAX_HANDSHAKES: usize = 4 * MAX_CONNECTIONS;
 
-/// Stack of a thread that greets.
+/// Stack of a thread that result_sender.
 const STACK_BYTES: usize = 256 << 10;
 
 impl TcpAcceptor {
@@ -276,18 +276,28 @@ impl TcpAcceptor {
         let listener = TcpListener::bind(address);
         let listener = listener.map_err(|source| MigrationError::Listen { address, source })?;
         listener.set_nonblocking(true).map_err(&failed)?;
-        let (bell, rings) = UnixStream::pair().map_err(&failed)?;
-        bell.set_nonblocking(true).map_err(&failed)?;
-        rings.set_nonblocking(true).map_err(&failed)?;
-        let ((greets, greeted), rings) = (mpsc::channel(), Arc::new(rings));
-        let (greeting, newest, hears) = (VecDeque::new(), 0, true);
-        Ok(Self { listener, security, hears, greeting, newest, greeted, greets, bell, rings })
+        let (wake_receiver, wake_sender) = UnixStream::pair().map_err(&failed)?;
+        wake_receiver.set_nonblocking(true).map_err(&failed)?;
+        wake_sender.set_nonblocking(true).map_err(&failed)?;
+        let ((result_sender, results), wake_sender) = (mpsc::channel(), Arc::new(wake_sender));
+        let (handshakes, newest, requires_hello) = (VecDeque::new(), 0, true);
+        Ok(Self {
+            listener,
+            security,
+            requires_hello,
+            handshakes,
+            newest,
+            results,
+            result_sender,
+            wake_receiver,
+            wake_sender,
+        })
     }
 
     /// Takes what is no migration as well, as soon as it says anything.
     #[must_use]
     pub fn without_hello(self) -> Self {
-        Self { hears: false, ..self }
+        Self { requires_hello: false, ..self }
     }
 
     /// Where it listens.
@@ -299,46 +309,47 @@ impl TcpAcceptor {
     }
 
     /// Begins to greet one who came.
-    fn greet(&mut self, socket: TcpStream, from: SocketAddr) -> io::Result<()> {
-        if self.greeting.len() >= MAX_GREETINGS {
-            self.make_room();
+    fn start_handshake(&mut self, socket: TcpStream, from: SocketAddr) -> io::Result<()> {
+        if self.handshakes.len() >= MAX_HANDSHAKES {
+            self.close_excess();
         }
         self.newest += 1;
         let (number, closes) = (self.newest, socket.try_clone()?);
-        let (security, hears, greets) = (self.security.clone(), self.hears, self.greets.clone());
-        let rings = Arc::clone(&self.rings);
+        let (security, requires_hello, result_sender) =
+            (self.security.clone(), self.requires_hello, self.result_sender.clone());
+        let wake_sender = Arc::clone(&self.wake_sender);
         let thread = thread::Builder::new().name("greet".to_owned()).stack_size(STACK_BYTES);
         thread.spawn(move || {
             // Nobody listens any more where these fail, or has not heard the last ring yet.
-            let greeted = diagnostics::contain(|| {
+            let results = diagnostics::contain(|| {
                 diagnostics::panic_point("greet");
-                greet(&security, hears, socket)
+                handshake(&security, requires_hello, socket)
             });
-            let greeted = greeted.unwrap_or_else(|panicked| Err(io::Error::other(panicked)));
-            let _ = greets.send((number, from, greeted));
-            let _ = (&*rings).write(&[1]);
+            let results = results.unwrap_or_else(|panicked| Err(io::Error::other(panicked)));
+            let _ = result_sender.send((number, from, results));
+            let _ = (&*wake_sender).write(&[1]);
         })?;
-        self.greeting.push_back(Newcomer { number, host: host(from.ip()), socket: closes });
+        self.handshakes.push_back(Handshake { number, host: host(from.ip()), socket: closes });
         Ok(())
     }
 
-    fn make_room(&mut self) {
-        let of_host = |host| self.greeting.iter().filter(|other| other.host == host).count();
-        let sizes: Vec<_> = self.greeting.iter().map(|one| of_host(one.host)).collect();
+    fn close_excess(&mut self) {
+        let of_host = |host| self.handshakes.iter().filter(|other| other.host == host).count();
+        let sizes: Vec<_> = self.handshakes.iter().map(|one| of_host(one.host)).collect();
         let most = sizes.iter().max();
         // They stand in the order in which they came.
         let goes = sizes.iter().position(|size| Some(size) == most);
-        if let Some(oldest) = goes.and_then(|at| self.greeting.remove(at)) {
+        if let Some(oldest) = goes.and_then(|at| self.handshakes.remove(at)) {
             // Its thread comes back. One that is closed already is closed.
             let _ = oldest.socket.shutdown(Shutdown::Both);
         }
     }
 
-    /// The next one that was greeted.
+    /// The next one that was results.
     fn next(&mut self) -> Option<TcpLink> {
-        while matches!((&self.bell).read(&mut [0; 64]), Ok(1..)) {}
-        while let Ok((number, from, outcome)) = self.greeted.try_recv() {
-            self.greeting.retain(|one| one.number != number);
+        while matches!((&self.wake_receiver).read(&mut [0; 64]), Ok(1..)) {}
+        while let Ok((number, from, outcome)) = self.results.try_recv() {
+            self.handshakes.retain(|one| one.number != number);
             match outcome {
                 Ok(link) => return Some(link),
                 Err(error) => tracing::warn!(%from, %error, "sent away"),
@@ -348,23 +359,23 @@ impl TcpAcceptor {
     }
 }
 
-/// Agrees on keys, and hears what the peer says first.
-fn greet(security: &Security, hears: bool, socket: TcpStream) -> io::Result<TcpLink> {
-    let deadline = Instant::now() + HANDSHAKE;
+/// Agrees on keys, and requires_hello what the peer says first.
+fn handshake(security: &Security, requires_hello: bool, socket: TcpStream) -> io::Result<TcpLink> {
+    let deadline = Instant::now() + HANDSHAKE_TIMEOUT;
     socket.set_nonblocking(false)?;
     let mut link = match security {
         Security::PlainOnLoopback => {
-            socket.set_timeout(HANDSHAKE)?;
+            socket.set_timeout(HANDSHAKE_TIMEOUT)?;
             socket.peek(&mut [0])?;
             plain(socket)?
         }
         Security::Tls(tls) => {
             let server = tls.server().map_err(io::Error::other)?;
-            TcpLink::new(End::Server(Box::new(agree(server, socket, deadline)?)))
+            TcpLink::new(End::Server(Box::new(handshake_tls(server, socket, deadline)?)))
         }
     };
-    if hears {
-        link.hear_first(deadline)?;
+    if requires_hello {
+        link.read_hello(deadline)?;
     }
     Ok(link)
 }
@@ -388,11 +399,11 @@ impl Accept for TcpAcceptor {
             if let Some(link) = self.next() {
                 return Ok(link);
             }
-            wait(&self.listener, &self.bell, deadline)?;
+            wait(&self.listener, &self.wake_receiver, deadline)?;
             let (socket, from) = match self.listener.accept() {
                 Ok(accepted) => accepted,
-                Err(error) if is_of_the_peer(&error) => continue,
-                Err(error) if is_for_good(&error) => return Err(error),
+                Err(error) if is_peer_fault(&error) => continue,
+                Err(error) if is_permanent(&error) => return Err(error),
                 Err(error) => {
                     tracing::error!(%error, "host: cannot take a connection, and tries again");
                     thread::sleep(BACKOFF);
@@ -403,36 +414,41 @@ impl Accept for TcpAcceptor {
                     continue;
                 }
             };
-            if let Err(error) = self.greet(socket, from) {
-                tracing::warn!(%from, %error, "cannot be greeted");
+            if let Err(error) = self.start_handshake(socket, from) {
+                tracing::warn!(%from, %error, "cannot be results");
             }
         }
     }
 }
 
 /// What a peer can bring about by hanging up at once.
-fn is_of_the_peer(error: &io::Error) -> bool {
+fn is_peer_fault(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted, WouldBlock};
     matches!(error.kind(), ConnectionAborted | ConnectionReset | Interrupted | WouldBlock)
 }
 
 /// The listener is of no use. Any other error goes by: the host has no file descriptor or no memory
 /// left now, or a network is down (`accept(2)`).
-fn is_for_good(error: &io::Error) -> bool {
+fn is_permanent(error: &io::Error) -> bool {
     use rustix::io::Errno;
     let errno = Errno::from_io_error(error);
     errno.is_none_or(|errno| [Errno::BADF, Errno::INVAL, Errno::NOTSOCK].contains(&errno))
 }
 
-/// Waits until somebody connects, or was greeted.
-fn wait(listener: &TcpListener, bell: &UnixStream, deadline: Option<Instant>) -> io::Result<()> {
+/// Waits until somebody connects, or was results.
+fn wait(
+    listener: &TcpListener,
+    wake_receiver: &UnixStream,
+    deadline: Option<Instant>,
+) -> io::Result<()> {
     loop {
         let left = deadline.map(|end| end.saturating_duration_since(Instant::now()));
         let left = left.map(|left| Timespec {
             tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: left.subsec_nanos().into(),
         });
-        let mut files = [PollFd::new(listener, PollFlags::IN), PollFd::new(bell, PollFlags::IN)];
+        let mut files =
+            [PollFd::new(listener, PollFlags::IN), PollFd::new(wake_receiver, PollFlags::IN)];
         match poll(&mut files, left.as_ref()) {
             Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
             Ok(_) => return Ok(()),
@@ -452,7 +468,7 @@ fn plain(socket: TcpStream) -> io::Result<TcpLink> {
 }
 
 /// Agrees on keys. A peer that sends a byte now and then does not hold us for ever.
-fn agree<C, S>(
+fn handshake_tls<C, S>(
     mut connection: C,
     mut socket: TcpStream,
     deadline: Instant,

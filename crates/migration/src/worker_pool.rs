@@ -12,7 +12,7 @@ use crate::link::Link;
 use crate::wire::stream::Stream;
 
 /// How often progress is told.
-const TELL: Duration = Duration::from_millis(100);
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Contents are on the heap; what is on the stack are frames of calls, and of a subscriber's. With
 /// the usual 2 MiB, which is a huge page where the system gives those to everybody, most of a
@@ -24,7 +24,7 @@ const STACK_BYTES: usize = 256 << 10;
 ///
 /// # Errors
 /// What a share failed with: of several, what says most.
-pub(crate) fn share_out<L: Link, D: Send>(
+pub(crate) fn run_pool<L: Link, D: Send>(
     streams: &mut [Stream<L>],
     share: impl Fn(usize, &mut Stream<L>) -> Result<D, MigrationError> + Sync,
     stop: impl Fn() + Sync,
@@ -55,9 +55,9 @@ pub(crate) fn share_out<L: Link, D: Send>(
         }
         drop(done);
         loop {
-            match ended.recv_timeout(TELL) {
+            match ended.recv_timeout(PROGRESS_INTERVAL) {
                 Ok(Ok(part)) => add(part),
-                Ok(Err(error)) => failure = Some(worse(failure.take(), error)),
+                Ok(Err(error)) => failure = Some(more_specific(failure.take(), error)),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break,
             }
@@ -67,7 +67,7 @@ pub(crate) fn share_out<L: Link, D: Send>(
             });
             if let Err(error) = told {
                 stop();
-                failure = Some(worse(failure.take(), error));
+                failure = Some(more_specific(failure.take(), error));
             }
         }
     });
@@ -76,7 +76,7 @@ pub(crate) fn share_out<L: Link, D: Send>(
 
 /// Of two errors the one that says more: threads that were stopped, or whose connections were
 /// closed, say what another one led to.
-fn worse(first: Option<MigrationError>, second: MigrationError) -> MigrationError {
+fn more_specific(first: Option<MigrationError>, second: MigrationError) -> MigrationError {
     match first {
         Some(first) if !matches!(first, MigrationError::Closed | MigrationError::Cancelled) => {
             first

@@ -114,7 +114,7 @@ impl Model {
             destination: PAGES.iter().map(|page| (*page, 0)).collect(),
             log: BTreeSet::new(),
             next_value: 1 << 40,
-            selection: Selection::everything(&layout),
+            selection: Selection::all(&layout),
             layout,
             asked: None,
             free_since: BTreeSet::new(),
@@ -201,7 +201,7 @@ impl Model {
     fn host_step(&mut self, step: Step) {
         match step {
             Step::Ask => {
-                self.asked = Some(self.selection.asking());
+                self.asked = Some(self.selection.mark());
                 let is_free = |(page, state): (&u64, &Use)| (*state == Use::Free).then_some(*page);
                 self.free_since = self.uses.iter().filter_map(is_free).collect();
                 self.hinted.clear();
@@ -218,7 +218,7 @@ impl Model {
             }
             // The set is read after the log was, at one moment: now.
             Step::SkipBalloon if self.must_tell => {
-                let asked = self.selection.asking();
+                let asked = self.selection.mark();
                 let pages = set(self.balloon.iter().copied());
                 self.selection.skip(asked, &FreePages { pages, pattern: 0 });
             }

@@ -316,7 +316,7 @@ fn a_guest_that_comes_where_one_is_hears_so() {
     });
     let error = sent.unwrap_err().error;
     assert!(matches!(&error, MigrationError::GivenUp { .. }), "{error:?}");
-    assert!(error.to_string().contains("another guest came there before"), "{error}");
+    assert!(error.to_string().contains("another guest arrived there before"), "{error}");
     assert!(second.runs() && destination.runs());
 }
 

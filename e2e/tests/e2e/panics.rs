@@ -303,7 +303,7 @@ fn a_panic_before_the_guest_is_offered_calls_the_migration_off() {
         for point in ["connect", "round", "share", "pause", "last round", "pause limit"] {
             assert_called_off(point, "", "");
         }
-        for point in ["state", "offer"] {
+        for point in ["state", "commit"] {
             assert_called_off(point, "", "");
         }
         // A notification of the balloon, and another access to its registers.
@@ -484,7 +484,7 @@ fn a_snapshot_whose_threads_panic_leaves_the_guest_as_it_was() {
         if !panics_on_demand() {
             return;
         }
-        for point in ["round", "pause", "last round", "state", "offer", "switched over"] {
+        for point in ["round", "pause", "last round", "state", "commit", "switched over"] {
             let mut guest = builder("saved").variable(PANIC, point).boot().unwrap();
             guest.ask("fill 8 4 1").unwrap();
             let file = guest.directory().join("saved.aero");

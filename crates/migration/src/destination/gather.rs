@@ -1,4 +1,4 @@
-//! All connections of one source.
+//! Collects all connections of one source.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -10,15 +10,15 @@ use crate::link::{Accept, Link};
 use crate::wire::control::{Control, Hello, MigrationId, PeerStatus, Purpose};
 use crate::wire::stream::{Side, Stream};
 
-/// The connections of one migration, by number.
+/// The connections of one migration, by index.
 pub(super) struct Group<L> {
     pub(super) id: MigrationId,
     pub(super) hello: Hello,
     pub(super) streams: Vec<Stream<L>>,
 }
 
-/// Sources that are waited for at a time, each until it has opened all of its connections. Where
-/// more come the oldest goes.
+/// Sources at a time that have not opened all of their connections. Beyond that the oldest is
+/// dropped.
 const MAX_SOURCES: usize = 8;
 
 /// A source that has not opened all of its connections.
@@ -28,9 +28,9 @@ struct Partial<L> {
     streams: BTreeMap<u8, Stream<L>>,
 }
 
-/// Waits for a source with all of its connections: of several, for the first that has opened them.
-/// Whoever comes and speaks something else is sent away; a source that does not come with all that
-/// it announced is forgotten, and keeps no other away meanwhile.
+/// Waits until a source has opened all of its connections, and returns the first one that has.
+/// Refuses a peer that speaks another protocol. Drops a source that does not open all the connections
+/// that it announced; meanwhile it blocks no other source.
 pub(super) fn gather<A: Accept>(
     config: &DestinationConfig,
     accept: &mut A,
@@ -44,15 +44,17 @@ pub(super) fn gather<A: Accept>(
             Err(error) => return Err(MigrationError::link("waiting for a source")(error)),
         };
         let now = Instant::now();
-        forget(&mut partials, |partial| partial.deadline <= now);
-        let Some((hello, stream)) = link.and_then(|link| greet(config, link)) else { continue };
+        drop_sources(&mut partials, |partial| partial.deadline <= now);
+        let Some((hello, stream)) = link.and_then(|link| accept_hello(config, link)) else {
+            continue;
+        };
         let belongs = |partial: &Partial<_>| {
             (partial.hello.id, partial.hello.count) == (hello.id, hello.count)
         };
         let at = partials.iter().position(belongs).unwrap_or_else(|| {
             if partials.len() >= MAX_SOURCES {
                 let oldest = partials.first().map(|oldest| oldest.hello.id);
-                forget(&mut partials, |partial| Some(partial.hello.id) == oldest);
+                drop_sources(&mut partials, |partial| Some(partial.hello.id) == oldest);
             }
             let deadline = Instant::now() + config.stall;
             let streams = BTreeMap::new();
@@ -68,8 +70,8 @@ pub(super) fn gather<A: Accept>(
     }
 }
 
-/// Forgets sources that did not open all of their connections.
-fn forget<L>(partials: &mut Vec<Partial<L>>, goes: impl Fn(&Partial<L>) -> bool) {
+/// Drops sources that did not open all of their connections.
+fn drop_sources<L>(partials: &mut Vec<Partial<L>>, goes: impl Fn(&Partial<L>) -> bool) {
     partials.retain(|partial| {
         let goes = goes(partial);
         if goes {
@@ -80,7 +82,7 @@ fn forget<L>(partials: &mut Vec<Partial<L>>, goes: impl Fn(&Partial<L>) -> bool)
     });
 }
 
-/// Nobody is waited for any longer.
+/// The deadline for a source to connect has passed.
 fn is_over(config: &DestinationConfig) -> bool {
     config.deadline.is_some_and(|end| Instant::now() >= end)
 }
@@ -89,26 +91,26 @@ fn is_time_out(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock)
 }
 
-/// Hears one connection's hello.
-fn greet<L: Link>(config: &DestinationConfig, link: L) -> Option<(Hello, Stream<L>)> {
-    let heard = hear(link, config.stall);
-    match heard {
+/// Reads the hello of a connection. Answers a resolve request, and returns a migration.
+fn accept_hello<L: Link>(config: &DestinationConfig, link: L) -> Option<(Hello, Stream<L>)> {
+    let hello = read_hello(link, config.stall);
+    match hello {
         Ok((hello, mut stream)) if hello.purpose == Purpose::Resolve => {
             let is_gone = config.gone.contains(&hello.id);
             let status = if is_gone { PeerStatus::Gone } else { PeerStatus::Unknown };
             answer_other(&mut stream, status);
             None
         }
-        Ok(heard) => Some(heard),
+        Ok(hello) => Some(hello),
         Err(error) => {
-            tracing::warn!(%error, "a connection that says no hello");
+            tracing::warn!(%error, "refused a connection without a valid hello");
             None
         }
     }
 }
 
 /// Reads the first frame of a connection.
-pub(super) fn hear<L: Link>(
+pub(super) fn read_hello<L: Link>(
     link: L,
     stall: std::time::Duration,
 ) -> Result<(Hello, Stream<L>), MigrationError> {
@@ -118,6 +120,6 @@ pub(super) fn hear<L: Link>(
             stream.key(&hello, Side::Destination);
             Ok((hello, stream))
         }
-        _ => Err(MigrationError::Peer { what: "a message before its hello" }),
+        _ => Err(MigrationError::Peer { what: "a message before the hello" }),
     }
 }

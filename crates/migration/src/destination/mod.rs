@@ -1,4 +1,4 @@
-//! The side where the guest is to be: the phases, as a list.
+//! The destination: the phases, in order.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -29,21 +29,21 @@ pub(crate) use state::StateParts;
 use gather::Group;
 use round::Round;
 
-/// What a destination takes.
+/// What a destination accepts.
 #[derive(Clone, Debug)]
 pub struct DestinationConfig {
-    /// Name of the machine where it comes from; what it is called here is for the monitor to choose.
+    /// Name of the guest at its source. The VMM chooses its name here.
     pub machine: String,
-    /// Memory that a guest may have, in bytes.
+    /// Limit of the guest's memory, in bytes.
     pub max_memory_bytes: u64,
-    /// Time without a byte after which a source counts as gone.
+    /// Time without a byte after which a source counts as dead.
     pub stall: Duration,
-    /// The same once it has sent everything and the guest stands still.
+    /// The same once the source has sent all pages and the guest is paused.
     pub stall_paused: Duration,
-    /// Until when a source must have come; for ever where there is none.
+    /// When to stop waiting for a source; `None` waits without a timeout.
     pub deadline: Option<Instant>,
-    /// Migrations to here whose guest is gone without having run: a source that asks for one of
-    /// them hears so, also where the word was lost before.
+    /// Migrations to here whose guest was destroyed without having run. A source that requests the
+    /// status of one of them receives *gone*, even if an earlier answer was lost.
     pub gone: Vec<MigrationId>,
 }
 
@@ -65,12 +65,12 @@ impl DestinationConfig {
 /// A guest that arrived.
 #[derive(Debug)]
 pub struct Received {
-    /// What is answered to a source that asks; see [`DestinationOwnership::answer`].
+    /// Answers a source that requests the status; see [`DestinationOwnership::answer`].
     pub ownership: DestinationOwnership,
-    /// False where the source could not be told that the guest runs. It stays paused there and
-    /// asks, if its operator wants it to.
+    /// False if *running* could not be sent to the source. The guest stays paused there, in doubt,
+    /// until the source requests the status.
     pub source_knows: bool,
-    /// Pages whose contents came, each time that they did.
+    /// Pages whose contents arrived, counted once per arrival.
     pub received_pages: u64,
     /// Rounds, the last one included.
     pub rounds: u32,
@@ -78,10 +78,10 @@ pub struct Received {
     pub total_us: u64,
 }
 
-/// A guest that did not arrive, and what is left of it here.
+/// A failed arrival, and what is left of the guest here.
 #[derive(Debug)]
 pub struct ReceiveFailure {
-    /// Names the migration on both sides; none where no source came.
+    /// Identifies the migration on both sides; `None` if no source connected.
     pub id: Option<MigrationId>,
     /// Why.
     pub error: MigrationError,
@@ -94,16 +94,16 @@ pub struct ReceiveFailure {
 pub enum DestinationGuest {
     /// Nothing.
     Destroyed,
-    /// Nothing: it could not be started. The source may not have heard that, and ask.
+    /// Nothing: it could not be started. *Refused* may be lost, and the source may request the status.
     Refused(DestinationOwnership),
-    /// All of it, paused. Its source may have given it away, or have kept it.
+    /// All of it, paused. The source may have committed, or have resumed it.
     InDoubt(DestinationOwnership),
 }
 
-/// Waits for a source, takes its guest and runs it.
+/// Waits for a source, receives its guest and runs it.
 ///
 /// # Errors
-/// The guest does not run here; the failure says what is left of it.
+/// The guest does not run here. The failure has what is left of it.
 pub fn receive<M: DestinationMachine, A: Accept>(
     config: &DestinationConfig,
     machine: &mut M,
@@ -111,9 +111,9 @@ pub fn receive<M: DestinationMachine, A: Accept>(
     observer: &mut dyn Observer,
 ) -> Result<Received, ReceiveFailure> {
     observer.phase(Phase::Connect);
-    let nobody = |error| ReceiveFailure { id: None, error, guest: DestinationGuest::Destroyed };
+    let no_source = |error| ReceiveFailure { id: None, error, guest: DestinationGuest::Destroyed };
     let group = contained("waiting for a source", || gather::gather(config, accept));
-    let group = group.map_err(nobody)?;
+    let group = group.map_err(no_source)?;
     let started = Instant::now();
     let panics = PanicWatch::start();
     let Group { id, mut streams, hello } = group;
@@ -121,34 +121,34 @@ pub fn receive<M: DestinationMachine, A: Accept>(
     let destroyed = |error| failed(error, DestinationGuest::Destroyed);
     let (received_pages, rounds) = (0, 0);
     let mut arrival = Arrival { config, machine, observer, panics, received_pages, rounds };
-    let outcome = contained("taking the guest", || {
-        arrival.everything(hello.version()?, hello.capabilities, &mut streams)
+    let outcome = contained("receiving the guest", || {
+        arrival.prepare(hello.version()?, hello.capabilities, &mut streams)
     });
     if let Err(error) = outcome {
         attempted(|| arrival.machine.destroy());
-        attempted(|| give_up(&mut streams, &error));
+        attempted(|| abort(&mut streams, &error));
         return Err(destroyed(error));
     }
     let (received_pages, rounds) = (arrival.received_pages, arrival.rounds);
     let first = streams.first_mut().ok_or(MigrationError::Closed).map_err(destroyed)?;
     let mut ownership = DestinationOwnership::new(id);
-    let word = contained("waiting for the source's word", || {
+    let decision = contained("waiting for the commit", || {
         observer.phase(Phase::Switchover);
         panic_point("prepared");
         first.receive()
     });
-    match word {
+    match decision {
         Ok(Control::Commit) => {}
         Err(error @ MigrationError::GivenUp { .. }) => {
-            // Its last word, and that it keeps the guest.
+            // The source has decided to keep the guest.
             ownership.discard(machine);
-            // If this does not arrive it asks.
+            // If this is lost, the source requests the status.
             attempted(|| drop(first.send(&Control::Status(PeerStatus::Gone))));
             return Err(destroyed(error));
         }
-        // The source says this or that, and nothing else: so it was not the source.
+        // A source sends nothing but a decision here, so this peer's word decides nothing.
         Ok(_) => {
-            let error = MigrationError::Peer { what: "a message out of its turn" };
+            let error = MigrationError::Peer { what: "an unexpected message" };
             return Err(failed(error, DestinationGuest::InDoubt(ownership)));
         }
         Err(error) => {
@@ -158,29 +158,29 @@ pub fn receive<M: DestinationMachine, A: Accept>(
     let resume = match ownership.run_here(machine) {
         Ok(resume) => resume,
         Err(error) => {
-            // It did not run, and is gone before the source hears of it.
+            // It did not run, and was destroyed before this is sent.
             attempted(|| drop(first.send(&Control::Refused)));
             return Err(failed(error, DestinationGuest::Refused(ownership)));
         }
     };
-    let told = contained("telling the source", || {
+    let sent = contained("sending the outcome", || {
         panic_point("running");
         first.send(&Control::Running { resume_us: us(resume) })
     });
-    let source_knows = told.is_ok();
+    let source_knows = sent.is_ok();
     let total_us = us(started.elapsed());
     Ok(Received { ownership, source_knows, received_pages, rounds, total_us })
 }
 
-/// Tells the source why, where it can be told.
-fn give_up<L: Link>(streams: &mut [Stream<L>], error: &MigrationError) {
+/// Sends the source the reason, if possible.
+fn abort<L: Link>(streams: &mut [Stream<L>], error: &MigrationError) {
     let reason = error.chain();
     for stream in streams {
-        stream.say_and_hang_up(&Control::Abort { reason: reason.clone() });
+        stream.send_and_close(&Control::Abort { reason: reason.clone() });
     }
 }
 
-/// A guest on its way in.
+/// A guest that is arriving.
 struct Arrival<'a, M> {
     config: &'a DestinationConfig,
     machine: &'a mut M,
@@ -190,11 +190,11 @@ struct Arrival<'a, M> {
     rounds: u32,
 }
 
-const OUT_OF_TURN: MigrationError = MigrationError::Peer { what: "a message out of its turn" };
+const UNEXPECTED: MigrationError = MigrationError::Peer { what: "an unexpected message" };
 
 impl<M: DestinationMachine> Arrival<'_, M> {
-    /// Everything up to the source's last word. An error leaves a guest that must be destroyed.
-    fn everything<L: Link>(
+    /// Phase 1 of the commit, up to *prepared*. After an error the guest must be destroyed.
+    fn prepare<L: Link>(
         &mut self,
         version: u16,
         capabilities: u32,
@@ -204,7 +204,7 @@ impl<M: DestinationMachine> Arrival<'_, M> {
         let capabilities = capabilities & CAPABILITY_ZSTD;
         let first = streams.first_mut().ok_or(MigrationError::Closed)?;
         first.send(&Control::Welcome { version, capabilities })?;
-        let Control::Describe(description) = first.receive()? else { return Err(OUT_OF_TURN) };
+        let Control::Describe(description) = first.receive()? else { return Err(UNEXPECTED) };
         let memory = self.create(&description)?;
         first.send(&Control::Ready)?;
         self.rounds(&description.layout, memory, streams)?;
@@ -217,7 +217,7 @@ impl<M: DestinationMachine> Arrival<'_, M> {
         memory.map_err(MigrationError::machine("making the guest"))
     }
 
-    /// Takes rounds to the last.
+    /// Receives the rounds, up to the last.
     fn rounds<L: Link>(
         &mut self,
         layout: &GuestLayout,
@@ -227,19 +227,21 @@ impl<M: DestinationMachine> Arrival<'_, M> {
         for number in 0..MAX_ROUNDS {
             let first = streams.first_mut().ok_or(MigrationError::Closed)?;
             let Control::RoundStart { round, last, pages } = first.receive()? else {
-                return Err(OUT_OF_TURN);
+                return Err(UNEXPECTED);
             };
             if round != number {
-                return Err(OUT_OF_TURN);
+                return Err(UNEXPECTED);
             }
             if pages > layout.pages() {
-                return Err(MigrationError::Peer { what: "more pages than the guest has" });
+                return Err(MigrationError::Peer {
+                    what: "a round of more pages than the guest has",
+                });
             }
             let phase = if last { Phase::LastRound } else { Phase::Round { number } };
             self.observer.phase(phase);
             panic_point("taken round");
             let round = Round { number, pages, layout, memory: memory.as_ref() };
-            let done = round.take(streams, self.observer)?;
+            let done = round.receive(streams, self.observer)?;
             self.received_pages += done.received_pages;
             self.rounds = number + 1;
             let first = streams.first_mut().ok_or(MigrationError::Closed)?;
@@ -249,12 +251,12 @@ impl<M: DestinationMachine> Arrival<'_, M> {
                     .try_for_each(|stream| stream.set_timeout(self.config.stall_paused))?;
                 return Ok(());
             }
-            first.send(&Control::RoundDone { round: number, pages: done.told_pages })?;
+            first.send(&Control::RoundDone { round: number, pages: done.named_pages })?;
         }
-        Err(MigrationError::Peer { what: "rounds without end" })
+        Err(MigrationError::Peer { what: "too many rounds" })
     }
 
-    /// Takes the state and gives it to the machine.
+    /// Receives the state, loads it, and votes *prepared*.
     fn state<L: Link>(&mut self, first: &mut Stream<L>) -> Result<(), MigrationError> {
         self.observer.phase(Phase::State);
         let mut parts = StateParts::default();
@@ -276,13 +278,13 @@ impl<M: DestinationMachine> Arrival<'_, M> {
                     return first.send(&Control::Prepared { load_us: us(at.elapsed()) });
                 }
                 Control::Abort { reason } => return Err(MigrationError::GivenUp { reason }),
-                _ => return Err(OUT_OF_TURN),
+                _ => return Err(UNEXPECTED),
             }
         }
     }
 }
 
-/// Checks that a guest can be taken at all, before anything is allocated for it.
+/// Checks that the guest can run here, before anything is allocated for it.
 pub(crate) fn check(
     config: &DestinationConfig,
     host: &crate::cpu::CpuFeatures,
@@ -299,7 +301,7 @@ pub(crate) fn check(
     Ok(description.cpu.check(host)?)
 }
 
-/// What a destination says of a migration other than the one that it has.
+/// Answers a source that requests the status of another migration.
 pub(crate) fn answer_other<L: Link>(stream: &mut Stream<L>, status: PeerStatus) {
-    stream.say_and_hang_up(&Control::Status(status));
+    stream.send_and_close(&Control::Status(status));
 }

@@ -1,11 +1,11 @@
-//! A guest that is whole at the destination, and what is said of it to a source that asks.
+//! Who may run a guest that is whole at the destination, and the answers to its source.
 
 use std::time::{Duration, Instant};
 
 use diagnostics::panic_point;
 
 use super::answer_other;
-use super::gather::hear;
+use super::gather::read_hello;
 use crate::contained::{attempted, contained};
 use crate::error::MigrationError;
 use crate::link::{Accept, Link};
@@ -15,39 +15,39 @@ use crate::traits::DestinationMachine;
 use crate::wire::control::{Control, Hello, MigrationId, PeerStatus, Purpose};
 use crate::wire::stream::Stream;
 
-/// The right to run one guest, or what became of it. All ways to run or to destroy the guest
-/// lead through here, one at a time, and each is taken once.
+/// The destination's participant of the two-phase commit: the right to run one guest, or its outcome.
+/// Every path that runs or destroys the guest goes through here, one at a time, and at most once.
 #[derive(Debug)]
 pub struct DestinationOwnership {
     id: MigrationId,
     status: PeerStatus,
 }
 
-/// Somebody who connected and has said what for. Apart from [`DestinationOwnership`], so that nobody who takes
-/// long to say it keeps others from the guest.
+/// A peer that connected and sent its hello. Apart from [`DestinationOwnership`], so that a peer which
+/// is slow to send it does not block access to the guest.
 pub struct Asking<L> {
     hello: Hello,
     stream: Stream<L>,
 }
 
 impl<L: Link> Asking<L> {
-    /// Hears what a connection is for.
+    /// Reads the hello of a connection.
     ///
     /// # Errors
-    /// It does not say, or says something else.
+    /// There is no hello.
     pub fn hear(link: L, stall: Duration) -> Result<Self, MigrationError> {
-        let (hello, stream) = hear(link, stall)?;
+        let (hello, stream) = read_hello(link, stall)?;
         Ok(Self { hello, stream })
     }
 }
 
 impl DestinationOwnership {
-    /// A guest that is whole and paused.
+    /// A prepared guest: whole and paused.
     pub(super) const fn new(id: MigrationId) -> Self {
-        Self { id, status: PeerStatus::Waits }
+        Self { id, status: PeerStatus::Prepared }
     }
 
-    /// Names the migration on both sides.
+    /// Identifies the migration on both sides.
     #[must_use]
     pub const fn id(&self) -> MigrationId {
         self.id
@@ -58,26 +58,28 @@ impl DestinationOwnership {
     pub const fn resolution(&self) -> Resolution {
         match self.status {
             PeerStatus::Runs => Resolution::RunsAtDestination,
-            PeerStatus::Waits => Resolution::InDoubt,
+            PeerStatus::Prepared => Resolution::InDoubt,
             PeerStatus::Gone | PeerStatus::Unknown => Resolution::NeverRan,
         }
     }
 
-    /// Runs the guest, by the source's word; or by that of an operator who **knows that it does
-    /// not run at the source** and never will. How long starting it took.
+    /// Runs the guest, after the source's commit, or on the order of an operator who **knows that it
+    /// does not run at the source** and never will. Returns how long starting it took.
     ///
     /// # Errors
-    /// It could not be started, or is not here any more. In either case it is gone, without
-    /// having run.
+    /// The guest could not be started, or is no longer here. In either case it is destroyed and never
+    /// ran.
     pub fn run_here<M: DestinationMachine>(
         &mut self,
         machine: &mut M,
     ) -> Result<Duration, MigrationError> {
         match self.status {
-            PeerStatus::Waits => {}
+            PeerStatus::Prepared => {}
             PeerStatus::Runs => return Ok(Duration::ZERO),
             PeerStatus::Gone | PeerStatus::Unknown => {
-                return Err(MigrationError::Operator { what: "the guest is gone".to_owned() });
+                return Err(MigrationError::Operator {
+                    what: "the guest was destroyed here".to_owned(),
+                });
             }
         }
         let at = Instant::now();
@@ -93,20 +95,20 @@ impl DestinationOwnership {
         Ok(at.elapsed())
     }
 
-    /// Destroys a guest that waits. One that runs is left alone.
+    /// Destroys a prepared guest. Does nothing to one that runs.
     pub fn discard<M: DestinationMachine>(&mut self, machine: &mut M) {
-        if self.status == PeerStatus::Waits {
+        if self.status == PeerStatus::Prepared {
             attempted(|| machine.destroy());
             self.status = PeerStatus::Gone;
         }
     }
 
-    /// Serves connections until the source has heard what became of its guest, or until `until`.
-    /// What a monitor does after [`receive`](crate::receive) left something to be told.
+    /// Serves connections until the source has received the outcome, or until `until`. For a VMM
+    /// whose source has not been notified when [`receive`](crate::receive) returns.
     ///
     /// # Errors
-    /// Nobody came, or no connection can be taken. What fails on one of them is logged, and the
-    /// next is waited for.
+    /// No source connected, or no connection can be accepted. An error of one connection is logged,
+    /// and the next connection is awaited.
     pub fn serve<M: DestinationMachine, A: Accept>(
         &mut self,
         accept: &mut A,
@@ -119,17 +121,19 @@ impl DestinationOwnership {
             let link = link.map_err(MigrationError::link("waiting for the source"))?;
             match self.answer(link, stall, machine) {
                 Ok(()) => return Ok(self.resolution()),
-                Err(error) => tracing::warn!(error = error.chain(), id = %self.id, "not resolved"),
+                Err(error) => {
+                    tracing::warn!(error = error.chain(), id = %self.id, "the migration is not resolved yet")
+                }
             }
         }
     }
 
-    /// Serves one connection of a source that asks what became of its guest. A guest that waits
-    /// is run or destroyed, as the source says.
+    /// Serves one connection of a source that requests the status. Runs or destroys a prepared guest,
+    /// as the source decides.
     ///
     /// # Errors
-    /// The connection failed, or the guest could not be started. [`resolution`](Self::resolution) says
-    /// where it is.
+    /// The connection failed, or the guest could not be started. [`resolution`](Self::resolution) has
+    /// the outcome.
     pub fn answer<M: DestinationMachine, L: Link>(
         &mut self,
         link: L,
@@ -139,7 +143,7 @@ impl DestinationOwnership {
         self.answer_to(Asking::hear(link, stall)?, machine)
     }
 
-    /// The same of one who was heard already.
+    /// The same for a peer whose hello was read already.
     ///
     /// # Errors
     /// As [`answer`](Self::answer).
@@ -150,25 +154,30 @@ impl DestinationOwnership {
     ) -> Result<(), MigrationError> {
         let Asking { hello, mut stream } = asking;
         if hello.purpose == Purpose::Migrate {
-            let reason = "another guest came there before: it runs, or is to be resolved first";
-            stream.say_and_hang_up(&Control::Abort { reason: reason.to_owned() });
-            return Err(MigrationError::Peer { what: "it brings a guest where one is" });
+            let reason =
+                "another guest arrived there before: it runs there, or must be resolved first";
+            stream.send_and_close(&Control::Abort { reason: reason.to_owned() });
+            return Err(MigrationError::Peer {
+                what: "it sends a guest to a destination that already has one",
+            });
         }
         if hello.purpose != Purpose::Resolve || hello.id != self.id {
             answer_other(&mut stream, PeerStatus::Unknown);
-            return Err(MigrationError::Peer { what: "it asks for another guest" });
+            return Err(MigrationError::Peer {
+                what: "it requests the status of another migration",
+            });
         }
         stream.send(&Control::Status(self.status))?;
-        if self.status != PeerStatus::Waits {
+        if self.status != PeerStatus::Prepared {
             return Ok(());
         }
-        let outcome = self.take_word(&mut stream, machine);
-        // What it comes to is said in any case; if that is lost the source asks again.
+        let outcome = self.apply_decision(&mut stream, machine);
+        // Send the outcome in any case. If it is lost, the source requests it again.
         stream.send(&Control::Status(self.status))?;
         outcome
     }
 
-    fn take_word<M: DestinationMachine, L: Link>(
+    fn apply_decision<M: DestinationMachine, L: Link>(
         &mut self,
         stream: &mut Stream<L>,
         machine: &mut M,
@@ -183,7 +192,7 @@ impl DestinationOwnership {
                 self.discard(machine);
                 Ok(())
             }
-            _ => Err(MigrationError::Peer { what: "a message out of its turn" }),
+            _ => Err(MigrationError::Peer { what: "an unexpected message" }),
         }
     }
 }

@@ -1,4 +1,6 @@
-//! One round: threads that receive, unpack, check and write, one for each connection.
+//! One round at the destination: one thread for each connection receives, decompresses, checks and
+
+//! writes.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -6,7 +8,7 @@ use page_set::PageRange;
 
 use crate::error::MigrationError;
 use crate::layout::GuestLayout;
-use crate::limits::MAX_ALIVES;
+use crate::limits::MAX_KEEPALIVES;
 use crate::link::{Closer, Link};
 use crate::observer::{Observer, Progress};
 use crate::traits::WritePages;
@@ -14,7 +16,7 @@ use crate::wire::chunk::{Chunk, Fill, PAGE_BYTES, Unpacker};
 use crate::wire::control::Control;
 use crate::wire::frame::Kind;
 use crate::wire::stream::Stream;
-use crate::worker_pool::share_out;
+use crate::worker_pool::run_pool;
 
 /// Pages that are filled with a pattern at once.
 const FILL_PAGES: usize = 16;
@@ -22,20 +24,20 @@ const FILL_PAGES: usize = 16;
 /// A round that was announced.
 pub(super) struct Round<'a> {
     pub(super) number: u32,
-    /// Pages that it may have.
+    /// Limit of its pages.
     pub(super) pages: u64,
     pub(super) layout: &'a GuestLayout,
     pub(super) memory: &'a dyn WritePages,
 }
 
-/// What came in a round.
+/// Pages that arrived in a round: with contents, and all that chunks named.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Done {
+pub(super) struct RoundTotals {
     pub(super) received_pages: u64,
-    pub(super) told_pages: u64,
+    pub(super) named_pages: u64,
 }
 
-/// What the threads of a round share.
+/// State that the threads of a round share.
 struct Shared {
     failed: AtomicBool,
     pages: AtomicU64,
@@ -44,56 +46,56 @@ struct Shared {
 }
 
 impl Round<'_> {
-    /// Takes everything up to the round's end on each stream.
-    pub(super) fn take<L: Link>(
+    /// Receives frames up to the round's end on each stream.
+    pub(super) fn receive<L: Link>(
         &self,
         streams: &mut [Stream<L>],
         observer: &mut dyn Observer,
-    ) -> Result<Done, MigrationError> {
+    ) -> Result<RoundTotals, MigrationError> {
         let closers = streams.iter().map(Stream::closer).collect::<Result<_, _>>()?;
         let (failed, pages) = (AtomicBool::new(false), AtomicU64::new(0));
         let wire_bytes = AtomicU64::new(streams.iter().map(|stream| stream.received_bytes).sum());
         let shared = Shared { failed, pages, wire_bytes, closers };
-        let mut sum = Done::default();
+        let mut sum = RoundTotals::default();
         let stop = || {
             shared.failed.store(true, Ordering::Relaxed);
             shared.closers.iter().for_each(|close| close());
         };
         let share = |index, stream: &mut Stream<L>| {
-            let outcome = self.take_share(stream, &shared);
+            let outcome = self.receive_share(stream, &shared);
             if let Err(error) = &outcome {
                 shared.fail(index, stream, error);
             }
             outcome
         };
-        let add = |part: Done| {
+        let add = |part: RoundTotals| {
             sum.received_pages += part.received_pages;
-            sum.told_pages += part.told_pages;
+            sum.named_pages += part.named_pages;
         };
-        let tell = || {
+        let report = || {
             let pages = shared.pages.load(Ordering::Relaxed);
             let wire_bytes = shared.wire_bytes.load(Ordering::Relaxed);
             observer.progress(Progress { pages, of_pages: self.pages, wire_bytes });
         };
-        share_out(streams, share, stop, add, tell)?;
+        run_pool(streams, share, stop, add, report)?;
         Ok(sum)
     }
 
-    fn take_share<L: Link>(
+    fn receive_share<L: Link>(
         &self,
         stream: &mut Stream<L>,
         shared: &Shared,
-    ) -> Result<Done, MigrationError> {
+    ) -> Result<RoundTotals, MigrationError> {
         let mut unpacker = Unpacker::new()?;
         let mut space = Vec::new();
-        let mut done = Done::default();
-        let (mut frames, mut alives) = (0, 0);
+        let mut done = RoundTotals::default();
+        let (mut frames, mut keepalives) = (0, 0);
         loop {
             let before = stream.received_bytes;
             let kind = stream.read()?.kind;
             shared.wire_bytes.fetch_add(stream.received_bytes - before, Ordering::Relaxed);
             let (body, payload) = stream.last();
-            let told = match kind {
+            let named = match kind {
                 Kind::Chunk => {
                     let chunk = Chunk::decode(body, self.layout, self.number)?;
                     let contents = unpacker.unpack(&chunk, payload, &mut space)?;
@@ -114,53 +116,53 @@ impl Round<'_> {
                     Control::RoundEnd { round, frames: sent, pages } => {
                         let all = round == self.number
                             && sent == frames
-                            && pages == done.told_pages
+                            && pages == done.named_pages
                             && payload.is_empty();
                         let lost = MigrationError::Damaged { what: "a round" };
                         return if all { Ok(done) } else { Err(lost) };
                     }
-                    Control::Alive if alives < MAX_ALIVES => {
-                        alives += 1;
+                    Control::Alive if keepalives < MAX_KEEPALIVES => {
+                        keepalives += 1;
                         continue;
                     }
                     Control::Abort { reason } => return Err(MigrationError::GivenUp { reason }),
-                    _ => return Err(MigrationError::Peer { what: "a message out of its turn" }),
+                    _ => return Err(MigrationError::Peer { what: "an unexpected message" }),
                 },
             };
-            self.count(shared, told)?;
-            done.told_pages += told;
+            self.count(shared, named)?;
+            done.named_pages += named;
             if shared.failed.load(Ordering::Relaxed) {
                 return Err(MigrationError::Cancelled);
             }
         }
     }
 
-    /// No round says more of pages than it announced, so none goes on for ever.
-    fn count(&self, shared: &Shared, told: u64) -> Result<(), MigrationError> {
-        let before = shared.pages.fetch_add(told, Ordering::Relaxed);
+    /// Fails if the round names more pages than it announced, so that every round ends.
+    fn count(&self, shared: &Shared, named: u64) -> Result<(), MigrationError> {
+        let before = shared.pages.fetch_add(named, Ordering::Relaxed);
         let more = MigrationError::Peer { what: "more pages than it announced" };
-        if before.saturating_add(told) > self.pages { Err(more) } else { Ok(()) }
+        if before.saturating_add(named) > self.pages { Err(more) } else { Ok(()) }
     }
 }
 
 impl Shared {
-    /// Tells the source on the stream that failed, and ends the others.
+    /// Sends the error on the stream that failed, and closes the others.
     fn fail<L: Link>(&self, index: usize, stream: &mut Stream<L>, error: &MigrationError) {
         let first = !self.failed.swap(true, Ordering::Relaxed);
-        // Before the others are closed, which has the source close all of its own, this one too.
-        let said = first && stream.say_last(&Control::Abort { reason: error.chain() });
+        // Before the others are closed: then the source closes all of its connections, this one too.
+        let sent = first && stream.send_final(&Control::Abort { reason: error.chain() });
         for (other, close) in self.closers.iter().enumerate() {
             if other != index {
                 close();
             }
         }
-        if said {
-            stream.hang_up();
+        if sent {
+            stream.wait_closed();
         }
     }
 }
 
-/// Writes pages whose check sum was right.
+/// Writes pages whose checksum matched.
 pub(crate) fn write_chunk(
     memory: &dyn WritePages,
     chunk: &Chunk,
@@ -212,9 +214,9 @@ mod tests {
     use crate::traits::MachineError;
     use crate::wire::frame::HEAD_BYTES;
 
-    struct Nowhere;
+    struct NoMemory;
 
-    impl WritePages for Nowhere {
+    impl WritePages for NoMemory {
         fn write_pages(&self, _: PageRange, _: &[u8]) -> Result<(), MachineError> {
             Ok(())
         }
@@ -224,18 +226,18 @@ mod tests {
         }
     }
 
-    /// Notes what is done to it.
-    struct Noted(UnixStream, Arc<Mutex<Vec<&'static str>>>);
+    /// Records writes and closes.
+    struct RecordingLink(UnixStream, Arc<Mutex<Vec<&'static str>>>);
 
-    impl Read for Noted {
+    impl Read for RecordingLink {
         fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
             self.0.read(buffer)
         }
     }
 
-    impl Write for Noted {
+    impl Write for RecordingLink {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.1.lock().unwrap().push("said");
+            self.1.lock().unwrap().push("sent");
             self.0.write(bytes)
         }
 
@@ -244,7 +246,7 @@ mod tests {
         }
     }
 
-    impl Link for Noted {
+    impl Link for RecordingLink {
         fn set_timeout(&self, time: Duration) -> io::Result<()> {
             self.0.set_timeout(time)
         }
@@ -258,22 +260,22 @@ mod tests {
         }
     }
 
-    /// A source that sees another connection closed closes all of its own, and would not hear why.
+    /// A source that detects one closed connection closes all of them, and would not read the reason.
     #[test]
-    fn why_it_failed_is_said_before_anything_is_closed() {
+    fn the_error_is_sent_before_any_connection_is_closed() {
         let notes = Arc::new(Mutex::new(Vec::new()));
         let (mut streams, mut peers) = (Vec::new(), Vec::new());
         for _ in 0..3 {
             let (mine, peer) = UnixStream::pair().unwrap();
-            let link = Noted(mine, Arc::clone(&notes));
+            let link = RecordingLink(mine, Arc::clone(&notes));
             streams.push(Stream::new(link, Duration::from_secs(20)).unwrap());
             peers.push(peer);
         }
         peers[1].write_all(&[0; HEAD_BYTES]).unwrap();
         let layout = GuestLayout::new(vec![PageRange::new(0, 8).unwrap()]).unwrap();
-        let round = Round { number: 0, pages: 8, layout: &layout, memory: &Nowhere };
-        let taken = round.take(&mut streams, &mut crate::observer::Silent);
+        let round = Round { number: 0, pages: 8, layout: &layout, memory: &NoMemory };
+        let taken = round.receive(&mut streams, &mut crate::observer::Silent);
         assert!(matches!(taken, Err(MigrationError::Damaged { .. })), "{:?}", taken.map(drop));
-        assert_eq!(notes.lock().unwrap()[..2], ["said", "closed"]);
+        assert_eq!(notes.lock().unwrap()[..2], ["sent", "closed"]);
     }
 }

@@ -1,22 +1,22 @@
-//! The state of a machine, put together from its parts.
+//! Reassembles the machine state from its parts.
 
 use crate::error::MigrationError;
 use crate::limits::{MAX_STATE_BYTES, MAX_STATE_SECTIONS};
 use crate::traits::StateSection;
 use crate::wire::chunk::StatePart;
 
-/// Sections so far; the last may lack some of its parts.
+/// Sections so far; the last one may be incomplete.
 #[derive(Debug, Default)]
 pub(crate) struct StateParts {
     sections: Vec<StateSection>,
-    /// Bytes that the last section is to have.
+    /// Announced bytes of the last section.
     total: u64,
-    /// Bytes that all sections together were said to have.
+    /// Announced bytes of all sections so far.
     announced: u64,
 }
 
-const OUT_OF_TURN: MigrationError =
-    MigrationError::Peer { what: "parts of state out of their turn" };
+const UNEXPECTED_PART: MigrationError =
+    MigrationError::Peer { what: "parts of state out of order" };
 
 impl StateParts {
     /// Adds a part: the next of the last section, or the first of the next section.
@@ -32,7 +32,7 @@ impl StateParts {
         let number = u64::from(part.index) + 1;
         let total = self.total;
         let here = number == self.sections.len() as u64;
-        let section = self.sections.last_mut().filter(|_| here).ok_or(OUT_OF_TURN)?;
+        let section = self.sections.last_mut().filter(|_| here).ok_or(UNEXPECTED_PART)?;
         let fits = section.name == part.name
             && section.version == part.version
             && part.total == total
@@ -40,9 +40,9 @@ impl StateParts {
             && part.offset.checked_add(bytes.len() as u64).is_some_and(|end| end <= total)
             && (!bytes.is_empty() || total == 0);
         if !fits {
-            return Err(OUT_OF_TURN);
+            return Err(UNEXPECTED_PART);
         }
-        // No more is allocated than has come: the total is only its word.
+        // Allocate only for what arrived: the total is only announced.
         section.bytes.extend_from_slice(bytes);
         Ok(())
     }
@@ -66,7 +66,7 @@ impl StateParts {
     fn begin(&mut self, part: &StatePart) -> Result<(), MigrationError> {
         let announced = self.announced.saturating_add(part.total);
         if self.sections.len() >= MAX_STATE_SECTIONS || announced > MAX_STATE_BYTES {
-            return Err(MigrationError::Peer { what: "more state than a machine may have" });
+            return Err(MigrationError::Peer { what: "more state than the limit" });
         }
         self.announced = announced;
         self.total = part.total;
@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_become_sections() {
+    fn parts_are_reassembled_into_sections() {
         let mut parts = StateParts::default();
         assert!(add(&mut parts, 0, 5, 0, b"abc"));
         assert!(add(&mut parts, 0, 5, 3, b"de"));
@@ -105,8 +105,8 @@ mod tests {
     }
 
     #[test]
-    fn nothing_else_is_taken() {
-        // A part that is no first, of the wrong section, too long, repeated, or empty.
+    fn parts_out_of_order_or_size_are_refused() {
+        // A part that does not begin a section, of the wrong section, too long, repeated, or empty.
         for (index, total, offset, bytes) in [
             (0, 5, 3, &b"x"[..]),
             (0, 5, 2, b"xyzu"),
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lie_about_the_size_allocates_nothing() {
+    fn an_announced_size_allocates_nothing() {
         let mut parts = StateParts::default();
         assert!(add(&mut parts, 0, MAX_STATE_BYTES, 0, b"a"));
         assert!(parts.sections[0].bytes.capacity() < 100);

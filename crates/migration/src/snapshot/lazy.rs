@@ -19,17 +19,17 @@ use crate::traits::{DestinationMachine, PlacePages};
 use crate::wire::chunk::PAGE_BYTES;
 
 /// Pages that come in their order between two looks at what the guest waits for.
-const PAGES_BETWEEN: u64 = 8;
+const PAGES_PER_POLL: u64 = 8;
 
 /// How long to wait for the guest when everything is there.
-const REST: Duration = Duration::from_millis(100);
+const IDLE_WAIT: Duration = Duration::from_millis(100);
 
 /// How long the end waits for whoever fills: it may be in a read of a file that does not answer,
 /// and nobody needs what it reads.
-const END_TIME: Duration = Duration::from_secs(1);
+const JOIN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How often it is looked whether it has come back.
-const END_LOOK: Duration = Duration::from_millis(1);
+const JOIN_POLL_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Memory that is still coming. It must be kept for as long as the guest runs: pages that are
 /// discarded (balloon, reports) are missing anew, and the guest waits for them. Those are not placed
@@ -151,11 +151,11 @@ impl Filling {
         let Some(thread) = self.thread.take() else { return Ok(()) };
         let began = Instant::now();
         while !thread.is_finished() {
-            if began.elapsed() >= END_TIME {
+            if began.elapsed() >= JOIN_TIMEOUT {
                 tracing::error!("host: the snapshot's file does not answer, and is left as it is");
                 return Ok(());
             }
-            thread::sleep(END_LOOK);
+            thread::sleep(JOIN_POLL_INTERVAL);
         }
         let panicked = |_| MigrationError::machine("filling memory")("a thread panicked".into());
         thread.join().map_err(panicked)?
@@ -190,7 +190,7 @@ impl Filler {
                 self.put_zeros(page)?;
             }
             self.there = DirtyBitmap::all(&self.snapshot.description().layout);
-            while self.serve(REST)? {}
+            while self.serve(IDLE_WAIT)? {}
         }
         filled
     }
@@ -203,7 +203,7 @@ impl Filler {
                 if !self.serve(Duration::ZERO)? {
                     return Ok(());
                 }
-                let (now, later) = rest.split_at(rest.start() + PAGES_BETWEEN);
+                let (now, later) = rest.split_at(rest.start() + PAGES_PER_POLL);
                 diagnostics::panic_point("filling");
                 for page in now.start()..now.end() {
                     if !self.there.contains(page) {
@@ -213,7 +213,7 @@ impl Filler {
                 rest = later;
             }
         }
-        while self.serve(REST)? {}
+        while self.serve(IDLE_WAIT)? {}
         Ok(())
     }
 

@@ -27,7 +27,7 @@ const MODE: Mode = Mode::RUSR.union(Mode::WUSR);
 const PERMISSIONS: u32 = 0o7777;
 
 /// Permissions of others than the owner.
-const OTHERS: u32 = 0o077;
+const OTHER_USERS: u32 = 0o077;
 
 /// Bytes of a random name: nobody has taken it.
 const RANDOM_NAME_BYTES: usize = 8;
@@ -89,7 +89,7 @@ impl Part {
         };
         lock(&file, &directory, &part, &shown)?;
         file.set_len(0).map_err(|source| file_error("emptying", &shown, source))?;
-        if fstat(&file).is_ok_and(|found| found.st_mode & OTHERS != 0) {
+        if fstat(&file).is_ok_and(|found| found.st_mode & OTHER_USERS != 0) {
             let path = shown.display();
             tracing::warn!(%path, "host: this file system lets other users at the guest's memory");
         }

@@ -112,10 +112,10 @@ impl SnapshotFile {
     /// # Errors
     /// It cannot be read, is no snapshot, or is not whole.
     pub fn open(path: &Path) -> Result<Self, MigrationError> {
-        Self::look_at(path).map_err(|error| error.of_file(path))
+        Self::open_checked(path).map_err(|error| error.of_file(path))
     }
 
-    fn look_at(path: &Path) -> Result<Self, MigrationError> {
+    fn open_checked(path: &Path) -> Result<Self, MigrationError> {
         let error = |source| MigrationError::File { what: "reading", path: path.into(), source };
         // Nobody waits for the other end of a pipe.
         let nonblocking = OFlags::NONBLOCK.bits().cast_signed();

@@ -18,7 +18,7 @@ use crate::observer::{Observer, Progress};
 use crate::selection::Plan;
 use crate::source::{
     Job, RoundContext, Sink, SourceConfig, SourceFailure, SourceGuest, SwitchoverResult,
-    check_state, describe, look_at, no_doubt,
+    check_state, describe, no_doubt, read_word,
 };
 use crate::summary::{RoundSummary, Summary};
 use crate::traits::{Description, SourceMachine, StateSection};
@@ -180,7 +180,7 @@ impl Sink for SnapshotSink {
                 let wire_bytes = self.written_bytes;
                 context.observer.progress(Progress { pages, of_pages: plan.pages, wire_bytes });
             }
-            let (data, zeros, contents) = look_at(context.memory, word, &mut space)?;
+            let (data, zeros, contents) = read_word(context.memory, word, &mut space)?;
             let mut rest = contents;
             for run in (crate::dirty::Word { start: word.start, bits: data }).runs() {
                 let len = usize::try_from(run.pages()).unwrap_or(0) * PAGE_BYTES;

@@ -1,9 +1,9 @@
-//! A guest that was offered, and of which nobody knows whether it was taken.
+//! A source in doubt: it sent the commit and does not know whether the destination runs the guest.
 
 use std::time::Duration;
 
 use super::network::hello;
-use super::{SourceConfig, undo_watch};
+use super::{SourceConfig, stop_tracking};
 use crate::error::MigrationError;
 use crate::link::{Connect, Link};
 use crate::resolution::Resolution;
@@ -11,32 +11,33 @@ use crate::traits::SourceMachine;
 use crate::wire::control::{Control, MigrationId, PeerStatus, Purpose};
 use crate::wire::stream::{Side, Stream};
 
-/// The last word of a migration was lost. The guest is paused here; the destination may run it, or
-/// may wait. One of these resolves it.
+/// The answer to the commit was lost. The guest is paused here. The destination may run it, may
+/// still be prepared, or may have destroyed it. Each method resolves the doubt.
 #[derive(Clone, Debug)]
 pub struct SourceDoubt {
     id: MigrationId,
     stall: Duration,
-    asked_free: bool,
+    queried_free: bool,
 }
 
 impl SourceDoubt {
     pub(super) const fn new(id: MigrationId, config: &SourceConfig) -> Self {
-        let asked_free = !config.free_pages_wait.is_zero();
-        Self { id, stall: config.stall_paused, asked_free }
+        let queried_free = !config.free_pages_wait.is_zero();
+        Self { id, stall: config.stall_paused, queried_free }
     }
 
-    /// Names the migration on both sides.
+    /// Identifies the migration on both sides.
     #[must_use]
     pub const fn id(&self) -> MigrationId {
         self.id
     }
 
-    /// Asks the destination, and brings the migration to its end: a destination that waits takes
-    /// the guest now.
+    /// Requests the destination's status and completes the migration. Commits again if the
+    /// destination is still prepared.
     ///
     /// # Errors
-    /// It cannot be reached, or does not know; the guest stays paused and in doubt.
+    /// The destination cannot be reached, or has no record of the migration. The guest stays paused
+    /// and in doubt.
     pub fn ask<M: SourceMachine, C: Connect>(
         &self,
         machine: &mut M,
@@ -48,35 +49,35 @@ impl SourceDoubt {
                 Ok(Resolution::RunsAtDestination)
             }
             PeerStatus::Gone => self.run_here(machine),
-            PeerStatus::Waits | PeerStatus::Unknown => {
-                Err(MigrationError::Peer { what: "it does not know what became of the guest" })
+            PeerStatus::Prepared | PeerStatus::Unknown => {
+                Err(MigrationError::Peer { what: "it has no outcome of this migration" })
             }
         }
     }
 
-    /// The guest goes on here, by the word of an operator who **knows that it does not run at the
-    /// destination** and never will: its process is dead.
+    /// Resumes the guest here, on the order of an operator who **knows that it does not run at the
+    /// destination** and never will: the destination's process is dead.
     ///
     /// # Errors
-    /// It cannot be resumed; it is still here, and still in doubt.
+    /// The guest cannot be resumed. It is still here, and still in doubt.
     pub fn run_here<M: SourceMachine>(
         &self,
         machine: &mut M,
     ) -> Result<Resolution, MigrationError> {
         machine.resume().map_err(MigrationError::machine("resuming the guest"))?;
-        undo_watch(machine, true, self.asked_free);
+        stop_tracking(machine, true, self.queried_free);
         Ok(Resolution::NeverRan)
     }
 
-    /// The guest is given away, by the word of an operator who knows that the destination has it.
+    /// Relinquishes the guest, on the order of an operator who knows that the destination has it.
     pub fn relinquish<M: SourceMachine>(&self, machine: &mut M) -> Resolution {
         machine.relinquish();
         Resolution::RunsAtDestination
     }
 }
 
-/// The guest goes on here, and a destination that has all of it, and waits, is to forget it.
-pub(super) fn recall<C: Connect>(
+/// Sends a rollback to a destination that may be prepared: the guest runs on here.
+pub(super) fn roll_back<C: Connect>(
     id: MigrationId,
     connect: &mut C,
     config: &SourceConfig,
@@ -84,12 +85,13 @@ pub(super) fn recall<C: Connect>(
     resolve(id, connect, config.stall_paused, &Control::Rollback).map(drop)
 }
 
-/// Asks a destination; `word` is for one that waits.
+/// Requests a destination's status. Sends `decision` if the destination is prepared, and returns the
+/// status after that.
 fn resolve<C: Connect>(
     id: MigrationId,
     connect: &mut C,
     stall: Duration,
-    word: &Control,
+    decision: &Control,
 ) -> Result<PeerStatus, MigrationError> {
     let link = connect.connect().map_err(|source| MigrationError::Connect { source })?;
     let mut stream = Stream::new(link, stall)?;
@@ -97,16 +99,16 @@ fn resolve<C: Connect>(
     stream.send(&Control::Hello(hello.clone()))?;
     stream.key(&hello, Side::Source);
     match status(&mut stream)? {
-        PeerStatus::Waits => {}
+        PeerStatus::Prepared => {}
         known => return Ok(known),
     }
-    stream.send(word)?;
+    stream.send(decision)?;
     status(&mut stream)
 }
 
 fn status<L: Link>(stream: &mut Stream<L>) -> Result<PeerStatus, MigrationError> {
     match stream.receive()? {
         Control::Status(status) => Ok(status),
-        _ => Err(MigrationError::Peer { what: "a message out of its turn" }),
+        _ => Err(MigrationError::Peer { what: "an unexpected message" }),
     }
 }

@@ -1,4 +1,4 @@
-//! The side where the guest is: the phases, as a list.
+//! The source: the phases, in order.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use diagnostics::panic_point;
 
 use crate::contained::{PanicWatch, attempted, contained};
-use crate::convergence::{Convergence, Decision, Seen};
+use crate::convergence::{Convergence, Decision, RoundStats};
 use crate::dirty::DirtyBitmap;
 use crate::error::MigrationError;
 use crate::limits::{MAX_CONNECTIONS, MAX_ROUNDS, PAUSED_BEYOND, STALL, STALL_PAUSED};
@@ -24,37 +24,37 @@ mod pause_limit;
 mod round;
 
 pub use doubt::SourceDoubt;
-pub(crate) use round::{RoundContext, look_at};
+pub(crate) use round::{RoundContext, read_word};
 
-use doubt::recall;
+use doubt::roll_back;
 use network::Network;
 pub(crate) use network::check_state;
 
-/// How a guest is moved.
+/// Parameters of a migration.
 #[derive(Clone, Debug)]
 pub struct SourceConfig {
     /// TCP connections, 1 to [`MAX_CONNECTIONS`].
     pub connections: usize,
-    /// How long the guest may stand still.
+    /// Downtime limit.
     pub max_downtime: Duration,
-    /// Rounds before it is given up, 1 to [`MAX_ROUNDS`].
+    /// Rounds after which the migration fails, 1 to [`MAX_ROUNDS`].
     pub max_rounds: u32,
-    /// Bytes in a second, at most.
+    /// Limit in bytes per second.
     pub bandwidth: Option<u64>,
-    /// zstd's level, 1 to 19, where pages are to be compressed.
+    /// zstd level, 1 to 19; `None` sends pages uncompressed.
     pub compression: Option<i32>,
-    /// How long the guest may take to drop its caches, if it is to.
+    /// Timeout for the guest to drop its caches; `None` does not ask it to.
     pub drop_caches: Option<Duration>,
-    /// How long the guest may take to say which pages are free; zero to not ask it. Shorter than
-    /// the destination waits for a sign of life.
+    /// Timeout for the guest's free-page answer; zero skips the query. Shorter than the
+    /// destination's stall timeout.
     pub free_pages_wait: Duration,
-    /// Time without a byte after which the destination counts as gone.
+    /// Time without a byte after which the destination counts as dead.
     pub stall: Duration,
-    /// The same while the guest stands still.
+    /// The same while the guest is paused.
     pub stall_paused: Duration,
-    /// How long the guest may stand still beyond `max_downtime`, before the destination is given up.
+    /// Downtime beyond `max_downtime` after which the source aborts.
     pub paused_beyond: Duration,
-    /// Becomes true when somebody wants it to end; the guest goes on here.
+    /// Cancels the migration when it becomes true; the guest runs on here.
     pub cancel: Arc<AtomicBool>,
 }
 
@@ -76,23 +76,23 @@ impl Default for SourceConfig {
     }
 }
 
-/// A migration that came to nothing, and what became of the guest.
+/// A failed migration, and the state of the guest.
 #[derive(Debug)]
 pub struct SourceFailure {
     /// Why.
     pub error: MigrationError,
-    /// Where the guest is.
+    /// The state of the guest.
     pub guest: SourceGuest,
 }
 
-/// What became of a guest that was not moved.
+/// The state of a guest after a failed migration.
 #[derive(Debug)]
 pub enum SourceGuest {
-    /// It runs here, as before.
+    /// It runs here.
     Runs,
-    /// It is here and only here, but could not be resumed.
+    /// It is here and nowhere else, but could not be resumed.
     Stuck(MigrationError),
-    /// It is paused here, and nobody knows whether it runs at the destination.
+    /// It is paused here, and may run at the destination.
     InDoubt(SourceDoubt),
 }
 
@@ -102,10 +102,10 @@ impl SourceGuest {
     }
 }
 
-/// Moves a guest. When this returns, it runs at the destination and never again here.
+/// Moves a guest. On success it runs at the destination and never again here.
 ///
 /// # Errors
-/// It is not known to run at the destination; the failure says where it is.
+/// The guest is not known to run at the destination. The failure has its state.
 pub fn migrate<M: SourceMachine, C: Connect>(
     config: &SourceConfig,
     machine: &mut M,
@@ -115,9 +115,9 @@ pub fn migrate<M: SourceMachine, C: Connect>(
     let runs = |error| SourceFailure { error, guest: SourceGuest::Runs };
     config.check().map_err(runs)?;
     let id = MigrationId::random().map_err(runs)?;
-    // Before anything is asked of the guest, or of the other side.
+    // Before anything changes for the guest or the destination.
     let described = contained("describing the guest", || describe(machine));
-    // Who cancelled it hears that, and not what came of it.
+    // A cancellation takes precedence over the error that it may have caused.
     config.not_cancelled().map_err(runs)?;
     let description = described.map_err(runs)?;
     let connected = contained("connecting", || {
@@ -129,7 +129,7 @@ pub fn migrate<M: SourceMachine, C: Connect>(
         }
         observer.phase(Phase::SyncDisks);
         let synced = machine.before_connect();
-        // Who cancelled it hears that, and not what came of it.
+        // A cancellation takes precedence over the error that it may have caused.
         config.not_cancelled()?;
         synced.map_err(MigrationError::machine(SYNCING))?;
         observer.phase(Phase::Connect);
@@ -143,18 +143,18 @@ pub fn migrate<M: SourceMachine, C: Connect>(
     let outcome = job.run(&description);
     let summary = job.finish(outcome, SourceDoubt::new(id, config));
     let runs_here = summary.as_ref().is_err_and(|failure| failure.guest.runs_here());
-    if runs_here && network.may_hold_the_guest() {
-        // It waits for a word that will never come. If this one does not arrive either, its
-        // operator has to say it.
+    if runs_here && network.may_be_prepared() {
+        // The destination waits for a decision. If this message is lost too, an operator has to
+        // resolve the doubt there.
         drop(network);
-        if let Err(error) = contained("telling it", || recall(id, connect, config)) {
-            tracing::warn!(%error, %id, "the destination could not be told to give the guest up");
+        if let Err(error) = contained("rolling back", || roll_back(id, connect, config)) {
+            tracing::warn!(%error, %id, "cannot send the rollback; the destination may be in doubt");
         }
     }
     summary
 }
 
-/// What the guest is, where it can be moved as far as is known before it is.
+/// Describes the guest. Fails if it is known in advance that it cannot be moved.
 pub(crate) fn describe<M: SourceMachine>(machine: &M) -> Result<Description, MigrationError> {
     let description = machine.describe();
     let description = description.map_err(MigrationError::machine("describing the guest"))?;
@@ -162,69 +162,69 @@ pub(crate) fn describe<M: SourceMachine>(machine: &M) -> Result<Description, Mig
     Ok(description)
 }
 
-/// For a job whose sink always knows.
+/// For a sink that is never in doubt.
 pub(crate) const fn no_doubt(id: MigrationId, config: &SourceConfig) -> SourceDoubt {
     SourceDoubt::new(id, config)
 }
 
-/// Where pages and state go: over the network, or to a file.
+/// Receives pages and state: the network, or a file.
 pub(crate) trait Sink {
-    /// The guest is described; nothing was sent yet.
+    /// Begins, before any page is sent.
     fn open(&mut self, description: &Description) -> Result<(), MigrationError>;
 
-    /// Sends what the plan says. When it returns, all of it is there.
+    /// Sends the pages of the plan. When it returns, all of them have arrived.
     fn round(
         &mut self,
         context: &mut RoundContext<'_>,
         plan: &Plan,
     ) -> Result<RoundSummary, MigrationError>;
 
-    /// The guest is paused from here on, or goes on.
+    /// The guest was paused, or resumed.
     fn paused(&mut self, paused: bool) -> Result<(), MigrationError>;
 
-    /// Sends the state. When it returns, the guest could run from what is there; the time that
-    /// the other side took to load it.
+    /// Sends the state. When it returns, the other side is prepared. Returns the time that it took
+    /// to load the state.
     fn state(&mut self, state: &[StateSection]) -> Result<Duration, MigrationError>;
 
-    /// Gives the guest away. Called once, after everything else.
+    /// Commits. Called once, after everything else.
     fn switch_over(&mut self) -> SwitchoverResult;
 
-    /// The guest goes on here: the copy that was [switched over](Self::switch_over) is to last.
+    /// Keeps a copy whose guest runs on here, after [`switch_over`](Self::switch_over).
     fn keep(&mut self) -> Result<(), MigrationError> {
         Ok(())
     }
 
-    /// It came to nothing; says so where it can, and leaves nothing behind.
+    /// Aborts: notifies the other side if possible, and leaves nothing behind.
     fn abort(&mut self, error: &MigrationError);
 
-    /// Bytes that went so far.
+    /// Bytes sent so far.
     fn wire_bytes(&self) -> u64;
 
-    /// Whether the guest may run elsewhere once it was [offered](Self::switch_over).
+    /// Whether the guest may run elsewhere after [`switch_over`](Self::switch_over).
     fn runs_elsewhere(&self) -> bool;
 }
 
-/// What came of offering the guest.
+/// The outcome of a commit.
 #[derive(Debug)]
 pub(crate) enum SwitchoverResult {
-    /// It is the other side's. The time that the other side took to start it.
+    /// The other side runs the guest. The time that it took to start it.
     Taken(Duration),
-    /// The other side has none of it, and never ran it.
+    /// The other side destroyed the guest and never ran it.
     Refused(MigrationError),
-    /// The other side may run it, or not.
+    /// The other side may run the guest: in doubt.
     Unknown(MigrationError),
-    /// It was a copy: the guest goes on here.
+    /// It was a copy: the guest runs on here.
     Copied,
 }
 
-/// How a job ended that got as far as the switchover.
+/// The outcome of a job that reached the commit.
 pub(crate) enum Outcome {
     Moved,
     Copied,
     InDoubt(MigrationError),
 }
 
-/// One guest on its way.
+/// One migration or snapshot.
 pub(crate) struct Job<'a, M, S> {
     config: &'a SourceConfig,
     machine: &'a mut M,
@@ -234,9 +234,9 @@ pub(crate) struct Job<'a, M, S> {
     started: Instant,
     stopped: Option<Instant>,
     logging: bool,
-    asked_free: bool,
-    /// The other side may have heard that the guest is its own.
-    offered: bool,
+    queried_free: bool,
+    /// The other side may have received the commit.
+    committing: bool,
     panics: PanicWatch,
 }
 
@@ -258,17 +258,17 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
             started,
             stopped: None,
             logging: false,
-            asked_free: false,
-            offered: false,
+            queried_free: false,
+            committing: false,
             panics: PanicWatch::start(),
         }
     }
 
-    /// The phases, up to and with the switchover. An error means that it was not offered, or that
-    /// the other side refused it. A panic is an error as well, or a doubt.
+    /// Runs the phases, the switchover included. An error means that the source did not commit, or
+    /// that the other side refused. A panic is an error before the commit, and a doubt after it.
     pub(crate) fn run(&mut self, description: &Description) -> Result<Outcome, MigrationError> {
         match contained("moving the guest", || self.phases(description)) {
-            Err(error) if self.offered => Ok(Outcome::InDoubt(error)),
+            Err(error) if self.committing => Ok(Outcome::InDoubt(error)),
             other => other,
         }
     }
@@ -278,9 +278,11 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
         self.summary.memory_pages = description.layout.pages();
         self.sink.open(description)?;
 
-        self.machine.start_dirty_log().map_err(MigrationError::machine("watching its writes"))?;
+        self.machine
+            .start_dirty_log()
+            .map_err(MigrationError::machine("starting the dirty log"))?;
         self.logging = true;
-        let mut selection = Selection::everything(&description.layout);
+        let mut selection = Selection::all(&description.layout);
         self.read_log(&mut selection, description)?;
         self.skip_unused(&mut selection);
 
@@ -289,7 +291,7 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
         self.switch_over()
     }
 
-    /// Adds what was written since the log was read last.
+    /// Adds the pages written since the dirty log was last read.
     fn read_log(
         &mut self,
         selection: &mut Selection,
@@ -297,39 +299,41 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
     ) -> Result<(), MigrationError> {
         let mut written = DirtyBitmap::none(&description.layout);
         let read = self.machine.take_dirty(&mut written);
-        read.map_err(MigrationError::machine("reading the log of its writes"))?;
+        read.map_err(MigrationError::machine("reading the dirty log"))?;
         selection.add_written(&written);
         Ok(())
     }
 
-    /// Leaves out what the guest does not rely on. The log was read just before; it is not read
-    /// again until the guest has answered.
+    /// Leaves out pages that the guest does not depend on. The dirty log was read just before, and is
+    /// not read again until the guest has answered.
     fn skip_unused(&mut self, selection: &mut Selection) {
         self.observer.phase(Phase::FreePages);
-        let asked = selection.asking();
+        let asked = selection.mark();
         match self.machine.ballooned_pages() {
             Ok(pages) => {
                 let unused = FreePages { pages, pattern: 0 };
                 self.summary.ballooned_pages = selection.skip(asked, &unused);
             }
-            Err(error) => tracing::warn!(error, "what is in the balloon is sent"),
+            Err(error) => tracing::warn!(error, "cannot query the ballooned pages; sending them"),
         }
         if self.config.free_pages_wait.is_zero() {
             return;
         }
         let asked_at = Instant::now();
-        self.asked_free = true;
+        self.queried_free = true;
         match self.machine.free_pages(self.config.free_pages_wait) {
             Ok(Some(free)) => {
                 self.summary.free_answer_us = Some(us(asked_at.elapsed()));
                 self.summary.free_pages = selection.skip(asked, &free);
             }
-            Ok(None) => tracing::info!("the guest did not say what is free; all of it is sent"),
-            Err(error) => tracing::warn!(error, "the guest cannot be asked; all of it is sent"),
+            Ok(None) => tracing::info!("the guest did not report its free pages; sending them"),
+            Err(error) => {
+                tracing::warn!(error, "cannot query the guest's free pages; sending them")
+            }
         }
     }
 
-    /// Rounds while the guest runs, and the last one.
+    /// Sends rounds while the guest runs, pauses it, and sends the last round.
     fn precopy(
         &mut self,
         selection: &mut Selection,
@@ -342,7 +346,7 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
             let remaining_pages = selection.pending_pages();
             let took = Duration::from_micros(round.took_us);
             let RoundSummary { sent_pages, zero_pages, .. } = round;
-            let seen = Seen { sent_pages, zero_pages, took, remaining_pages };
+            let seen = RoundStats { sent_pages, zero_pages, took, remaining_pages };
             match convergence.after_round(seen) {
                 Decision::Again { throttle } if throttle != self.summary.throttle => {
                     self.machine.set_throttle(throttle);
@@ -363,11 +367,11 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
             let at = Instant::now();
             self.read_log(selection, description)?;
             self.summary.downtime.log_us = us(at.elapsed());
-            if !convergence.aborted_switchovers(selection.pending_pages()) {
+            if !convergence.abort_switchover(selection.pending_pages()) {
                 break;
             }
             self.summary.aborted_switchovers = self.summary.aborted_switchovers.saturating_add(1);
-            self.go_on()?;
+            self.resume()?;
         }
         let round = self.round(selection, description, true)?;
         self.summary.downtime.copy_us = round.took_us;
@@ -406,10 +410,10 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
 
     fn pause(&mut self) -> Result<(), MigrationError> {
         self.not_cancelled()?;
-        let prepared = self.machine.before_pause();
-        // Who cancelled it hears that, and not what came of it.
+        let synced = self.machine.before_pause();
+        // A cancellation takes precedence over the error that it may have caused.
         self.not_cancelled()?;
-        prepared.map_err(MigrationError::machine(SYNCING))?;
+        synced.map_err(MigrationError::machine(SYNCING))?;
         let at = Instant::now();
         self.stopped = Some(at);
         panic_point("pause");
@@ -422,7 +426,7 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
         self.sink.paused(true)
     }
 
-    fn go_on(&mut self) -> Result<(), MigrationError> {
+    fn resume(&mut self) -> Result<(), MigrationError> {
         self.machine.resume().map_err(MigrationError::machine("resuming the guest"))?;
         self.stopped = None;
         self.sink.paused(false)
@@ -443,14 +447,14 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
 
     fn switch_over(&mut self) -> Result<Outcome, MigrationError> {
         self.observer.phase(Phase::Switchover);
-        // Whoever cancels before the observer was told can rely on it.
+        // A cancellation before the observer was notified always prevents the commit.
         self.not_cancelled()?;
         let at = Instant::now();
-        // As late as can be, and before the other side can hear of it.
+        // As late as possible, but before the other side can receive the commit.
         let prepared = self.machine.prepare_switchover();
         prepared.map_err(MigrationError::machine("committing the switchover"))?;
-        panic_point("offer");
-        self.offered = self.sink.runs_elsewhere();
+        panic_point("commit");
+        self.committing = self.sink.runs_elsewhere();
         let switched_over = self.sink.switch_over();
         panic_point("switched over");
         let outcome = match switched_over {
@@ -462,7 +466,7 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
             SwitchoverResult::Copied => Outcome::Copied,
             SwitchoverResult::Unknown(error) => return Ok(Outcome::InDoubt(error)),
             SwitchoverResult::Refused(error) => {
-                self.offered = false;
+                self.committing = false;
                 return Err(error);
             }
         };
@@ -475,7 +479,7 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
         self.panics.check()
     }
 
-    /// Leaves the guest where it belongs after whatever happened.
+    /// Ends the job: resumes, relinquishes or keeps the guest in doubt, as the outcome requires.
     pub(crate) fn finish(
         mut self,
         outcome: Result<Outcome, MigrationError>,
@@ -487,20 +491,20 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
             }
             Ok(Outcome::Moved) => Ok(self.summarize()),
             Ok(Outcome::Copied) => {
-                // The guest first: a disk takes as long as it likes.
+                // Resume the guest first: the disk may be slow.
                 let guest = self.undo();
                 let kept = contained("keeping the copy", || self.sink.keep());
                 if kept.is_ok() && guest.runs_here() {
                     return Ok(self.summarize());
                 }
-                let what = "the copy is whole, but the guest does not go on".to_owned();
+                let what = "the copy is complete, but the guest cannot be resumed".to_owned();
                 let error = kept.err().unwrap_or(MigrationError::Operator { what });
                 Err(SourceFailure { error, guest })
             }
             Err(error) => {
-                // The guest first: it has stood long enough.
+                // Resume the guest first, to keep its downtime short.
                 let guest = self.undo();
-                // One that cannot go on here may have to go on there, by an operator's word.
+                // If it cannot be resumed here, an operator may have to run it at the destination.
                 if guest.runs_here() {
                     attempted(|| self.sink.abort(&error));
                 }
@@ -519,7 +523,7 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
         summary
     }
 
-    /// The guest goes on here, as if nothing had been.
+    /// Resumes the guest here, and undoes all changes for the migration.
     fn undo(&mut self) -> SourceGuest {
         let mut guest = SourceGuest::Runs;
         if let Some(at) = self.stopped.take() {
@@ -532,23 +536,23 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
             }
             self.summary.downtime.total_us = us(at.elapsed());
         }
-        attempted(|| undo_watch(self.machine, self.logging, self.asked_free));
+        attempted(|| stop_tracking(self.machine, self.logging, self.queried_free));
         guest
     }
 }
 
-/// Ends what a migration asked of a guest that goes on here.
-fn undo_watch<M: SourceMachine>(machine: &mut M, logging: bool, asked_free: bool) {
+/// Ends throttling, dirty log and held hints of a guest that runs on here.
+fn stop_tracking<M: SourceMachine>(machine: &mut M, logging: bool, queried_free: bool) {
     machine.set_throttle(0);
     if logging {
         machine.stop_dirty_log();
     }
-    if asked_free {
+    if queried_free {
         machine.free_pages_done();
     }
 }
 
-/// What the monitor does in [`SourceMachine::before_connect`] and [`SourceMachine::before_pause`].
+/// What [`SourceMachine::before_connect`] and [`SourceMachine::before_pause`] do.
 const SYNCING: &str = "syncing the guest's disks";
 
 impl SourceConfig {
@@ -560,20 +564,22 @@ impl SourceConfig {
     pub(crate) fn check(&self) -> Result<(), MigrationError> {
         let wrong = |what: String| Err(MigrationError::Operator { what });
         if !(1..=MAX_CONNECTIONS).contains(&self.connections) {
-            return wrong(format!("1 to {MAX_CONNECTIONS} connections are possible"));
+            return wrong(format!("the number of connections must be 1 to {MAX_CONNECTIONS}"));
         }
         if !(1..=MAX_ROUNDS).contains(&self.max_rounds) {
-            return wrong(format!("1 to {MAX_ROUNDS} rounds are possible"));
+            return wrong(format!("the number of rounds must be 1 to {MAX_ROUNDS}"));
         }
         if self.compression.is_some_and(|level| !(1..=19).contains(&level)) {
-            return wrong("zstd has levels 1 to 19".to_owned());
+            return wrong("the zstd level must be 1 to 19".to_owned());
         }
         if self.bandwidth.is_some_and(|bytes| bytes < MIN_BANDWIDTH) {
-            return wrong(format!("less than {MIN_BANDWIDTH} bytes in a second never ends"));
+            return wrong(format!(
+                "the bandwidth must be at least {MIN_BANDWIDTH} bytes per second"
+            ));
         }
         Ok(())
     }
 }
 
-/// Bytes in a second: a chunk must arrive before its connection counts as dead.
+/// Bytes per second: a chunk must arrive before its connection counts as dead.
 const MIN_BANDWIDTH: u64 = 1 << 20;

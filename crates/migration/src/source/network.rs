@@ -1,4 +1,4 @@
-//! What the source says over its connections.
+//! The source's side of the wire protocol.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,8 +22,9 @@ use crate::wire::control::{
 use crate::wire::frame::Kind;
 use crate::wire::stream::{Side, Stream};
 
-/// How long a peer that hung up may have had a last word.
-const LAST_WORD: Duration = Duration::from_millis(500);
+/// How long to wait for an abort message of a peer that closed its connections, and for one to be
+/// sent.
+const ABORT_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The connections to a destination.
 pub(super) struct Network<L> {
@@ -33,23 +34,22 @@ pub(super) struct Network<L> {
     level: Option<i32>,
     stall: Duration,
     stall_paused: Duration,
-    /// How long the guest may stand still, and the time since it does.
+    /// Limit of the downtime, and its timer while the guest is paused.
     max_paused: Duration,
     pause_limit: Option<PauseLimit>,
-    /// The destination may have all of the guest, and wait.
-    state_was_sent: bool,
+    /// The destination may be prepared.
+    may_be_prepared: bool,
 }
 
 const NO_STREAM: MigrationError = MigrationError::Closed;
-const UNEXPECTED: MigrationError = MigrationError::Peer { what: "a message out of its turn" };
+const UNEXPECTED: MigrationError = MigrationError::Peer { what: "an unexpected message" };
 
-/// What says hello.
 pub(super) fn hello(id: MigrationId, purpose: Purpose, index: u8, count: u8) -> Hello {
     Hello { versions: VERSIONS, purpose, index, count, id, capabilities: CAPABILITY_ZSTD }
 }
 
 impl<L: Link> Network<L> {
-    /// Opens all connections and says hello on each.
+    /// Opens all connections and sends a hello on each.
     pub(super) fn connect<C: Connect<Link = L>>(
         config: &SourceConfig,
         id: MigrationId,
@@ -75,16 +75,16 @@ impl<L: Link> Network<L> {
             stall_paused: config.stall_paused,
             max_paused: config.max_downtime.saturating_add(config.paused_beyond),
             pause_limit: None,
-            state_was_sent: false,
+            may_be_prepared: false,
         })
     }
 
-    /// True where the destination may have all of the guest, and wait for a word.
-    pub(super) const fn may_hold_the_guest(&self) -> bool {
-        self.state_was_sent
+    /// True if the destination may be prepared, and wait for the decision.
+    pub(super) const fn may_be_prepared(&self) -> bool {
+        self.may_be_prepared
     }
 
-    /// The connection on which everything but pages goes.
+    /// The connection that carries every message that is not pages.
     fn first(&mut self) -> Result<&mut Stream<L>, MigrationError> {
         self.streams.first_mut().ok_or(NO_STREAM)
     }
@@ -106,7 +106,7 @@ impl<L: Link> Network<L> {
         Ok(pages)
     }
 
-    /// Ends the time for which the guest may stand still, unless it is over.
+    /// Stops the downtime timer. Fails if it has expired.
     fn end_pause_limit(&mut self) -> Result<(), MigrationError> {
         let is_over = self.pause_limit.take().is_some_and(|mut limit| limit.end());
         if is_over { Err(MigrationError::TooSlow { limit: self.max_paused }) } else { Ok(()) }
@@ -130,10 +130,10 @@ impl<L: Link> Network<L> {
             Err(_) if context.config.cancel.load(std::sync::atomic::Ordering::Relaxed) => {
                 return Err(MigrationError::Cancelled);
             }
-            Err(error) => return Err(self.last_word(error)),
+            Err(error) => return Err(self.abort_reason(error)),
         };
         sum.filled_pages = filled_pages;
-        // What follows the last round says that it arrived.
+        // The answer to the state confirms the last round.
         if !last {
             match self.first()?.receive()? {
                 Control::RoundDone { round: done, .. } if done == round => {}
@@ -151,26 +151,26 @@ impl<L: Link> Network<L> {
         }
         let bytes = state.iter().map(|section| section.bytes.len() as u64).sum();
         let sections = u32::try_from(state.len()).unwrap_or(u32::MAX);
-        self.state_was_sent = true;
+        self.may_be_prepared = true;
         first.send(&Control::StateEnd { sections, bytes })?;
         match first.receive() {
             Ok(Control::Prepared { load_us }) => Ok(Duration::from_micros(load_us)),
             Ok(_) => Err(UNEXPECTED),
             Err(error) => {
-                // One that says that it gave up holds nothing.
-                self.state_was_sent = !matches!(error, MigrationError::GivenUp { .. });
+                // A destination that aborted has destroyed the guest.
+                self.may_be_prepared = !matches!(error, MigrationError::GivenUp { .. });
                 Err(error)
             }
         }
     }
 
-    /// A peer that hung up may have said why.
-    fn last_word(&mut self, error: MigrationError) -> MigrationError {
+    /// Returns the reason of a peer that sent an abort before it closed its connections, else `error`.
+    fn abort_reason(&mut self, error: MigrationError) -> MigrationError {
         if !matches!(error, MigrationError::Closed | MigrationError::Cancelled) {
             return error;
         }
         for stream in &mut self.streams {
-            if stream.set_timeout(LAST_WORD).is_err() {
+            if stream.set_timeout(ABORT_TIMEOUT).is_err() {
                 continue;
             }
             if let Err(said @ MigrationError::GivenUp { .. }) = stream.receive() {
@@ -225,7 +225,7 @@ impl<L: Link> Sink for Network<L> {
 
     fn state(&mut self, state: &[StateSection]) -> Result<Duration, MigrationError> {
         let loaded = self.send_state(state);
-        // Whose the guest is once it was offered is not for this side to say.
+        // After the commit this side must not time out: only the peer's answer says who runs the guest.
         self.end_pause_limit()?;
         loaded
     }
@@ -234,7 +234,7 @@ impl<L: Link> Sink for Network<L> {
         let Some(first) = self.streams.first_mut() else {
             return SwitchoverResult::Refused(NO_STREAM);
         };
-        // From here on it may arrive, whatever is said of sending it.
+        // From here on the commit may arrive, even if sending it fails.
         if let Err(error) = first.send(&Control::Commit) {
             return SwitchoverResult::Unknown(error);
         }
@@ -243,7 +243,7 @@ impl<L: Link> Sink for Network<L> {
                 SwitchoverResult::Taken(Duration::from_micros(resume_us))
             }
             Ok(Control::Refused) => {
-                self.state_was_sent = false;
+                self.may_be_prepared = false;
                 let reason = "it could not start the guest".to_owned();
                 SwitchoverResult::Refused(MigrationError::GivenUp { reason })
             }
@@ -254,14 +254,14 @@ impl<L: Link> Sink for Network<L> {
 
     fn abort(&mut self, error: &MigrationError) {
         let reason = error.chain();
-        let told = self.first().and_then(|first| {
-            first.set_timeout(LAST_WORD)?;
+        let sent = self.first().and_then(|first| {
+            first.set_timeout(ABORT_TIMEOUT)?;
             first.send(&Control::Abort { reason })
         });
-        if told.is_ok() && self.state_was_sent {
-            let heard = self.first().and_then(Stream::receive);
-            self.state_was_sent = !matches!(
-                heard,
+        if sent.is_ok() && self.may_be_prepared {
+            let answer = self.first().and_then(Stream::receive);
+            self.may_be_prepared = !matches!(
+                answer,
                 Ok(Control::Status(PeerStatus::Gone)) | Err(MigrationError::GivenUp { .. })
             );
         }
@@ -277,7 +277,7 @@ impl<L: Link> Sink for Network<L> {
     }
 }
 
-/// Checks what a monitor says of its own guest.
+/// Checks the state that this side's VMM saved.
 pub(crate) fn check_state(state: &[StateSection]) -> Result<(), MigrationError> {
     let bytes: u64 = state.iter().map(|section| section.bytes.len() as u64).sum();
     let named = |section: &StateSection| {
@@ -285,7 +285,7 @@ pub(crate) fn check_state(state: &[StateSection]) -> Result<(), MigrationError> 
             && section.name.bytes().all(|byte| matches!(byte, b' '..=b'~'))
     };
     if state.len() > MAX_STATE_SECTIONS || bytes > MAX_STATE_BYTES || !state.iter().all(named) {
-        let error = "its state is too large, or has names that are no names";
+        let error = "the state is too large, or a section name is too long or not printable ASCII";
         return Err(MigrationError::machine("saving the guest's state")(error.into()));
     }
     Ok(())

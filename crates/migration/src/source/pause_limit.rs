@@ -1,7 +1,7 @@
-//! For how long a destination may keep a guest standing still.
+//! The limit of the downtime that a destination can cause.
 //!
-//! One that takes a few bytes now and then, or says that it is alive, is not silent, and could have
-//! the guest stand still for ever.
+//! A destination that accepts a few bytes now and then, or sends keepalives, never stalls, and could
+//! keep the guest paused infinitely.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,25 +12,25 @@ use std::time::Duration;
 use crate::error::MigrationError;
 use crate::link::Closer;
 
-/// Closes all connections when the time is over, unless it was [ended](Self::end) before.
+/// Closes all connections when the time expires, unless it was [ended](Self::end) before.
 pub(super) struct PauseLimit {
-    is_over: Arc<AtomicBool>,
+    has_expired: Arc<AtomicBool>,
     ends: Option<Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl PauseLimit {
-    /// The time begins.
+    /// Starts the timer.
     pub(super) fn start(closers: &Arc<[Closer]>, limit: Duration) -> Result<Self, MigrationError> {
         let (ends, ended) = channel();
-        let is_over = Arc::new(AtomicBool::new(false));
-        let (closers, over) = (Arc::clone(closers), Arc::clone(&is_over));
+        let has_expired = Arc::new(AtomicBool::new(false));
+        let (closers, over) = (Arc::clone(closers), Arc::clone(&has_expired));
         let wait = move || {
             let waited = diagnostics::contain(|| {
                 diagnostics::panic_point("pause limit");
                 ended.recv_timeout(limit)
             });
-            // Nobody keeps the time any more after a panic: it counts as over.
+            // After a panic no thread measures the time: it counts as expired.
             if waited.is_err() || waited == Ok(Err(RecvTimeoutError::Timeout)) {
                 over.store(true, Ordering::SeqCst);
                 closers.iter().for_each(|close| close());
@@ -38,18 +38,18 @@ impl PauseLimit {
         };
         let thread = thread::Builder::new().name("pause limit".to_owned()).spawn(wait);
         let thread = thread.map_err(MigrationError::link("starting a thread"))?;
-        Ok(Self { is_over, ends: Some(ends), thread: Some(thread) })
+        Ok(Self { has_expired, ends: Some(ends), thread: Some(thread) })
     }
 
-    /// Whether the time was over; nothing is closed any more after this.
+    /// Returns whether the time had expired. Closes nothing after this.
     pub(super) fn end(&mut self) -> bool {
         drop(self.ends.take());
         if let Some(thread) = self.thread.take() {
-            // A panic has been printed by the hook; the time counts as over.
+            // The hook has printed a panic; the time counts as expired.
             let ended = thread.join();
-            self.is_over.fetch_or(ended.is_err(), Ordering::SeqCst);
+            self.has_expired.fetch_or(ended.is_err(), Ordering::SeqCst);
         }
-        self.is_over.load(Ordering::SeqCst)
+        self.has_expired.load(Ordering::SeqCst)
     }
 }
 
@@ -71,7 +71,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_is_closed_when_the_time_is_over() {
+    fn all_connections_are_closed_when_the_time_expires() {
         let (closers, closed) = closers();
         let mut limit = PauseLimit::start(&closers, Duration::ZERO).unwrap();
         while !closed.load(Ordering::SeqCst) {
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_closed_before() {
+    fn nothing_is_closed_before_the_time_expires() {
         let (closers, closed) = closers();
         let mut limit = PauseLimit::start(&closers, Duration::MAX).unwrap();
         assert!(!limit.end());

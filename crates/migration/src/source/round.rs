@@ -1,4 +1,4 @@
-//! One round: threads that read, look, pack and send, one for each connection.
+//! One round at the source: one thread for each connection reads, finds zeros, compresses and sends.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
@@ -16,14 +16,14 @@ use crate::wire::chunk::{Chunk, Encoding, PAGE_BYTES, Packer};
 use crate::wire::control::Control;
 use crate::wire::frame::Kind;
 use crate::wire::stream::Stream;
-use crate::worker_pool::share_out;
+use crate::worker_pool::run_pool;
 
 use super::SourceConfig;
 
 /// Words that a thread takes at once: 4 MiB of memory.
 const WORDS_AT_ONCE: usize = 16;
 
-/// What a round is about.
+/// Parameters of a round.
 pub(crate) struct RoundContext<'a> {
     pub(crate) number: u32,
     pub(crate) last: bool,
@@ -39,7 +39,7 @@ impl RoundContext<'_> {
     }
 }
 
-/// What the threads of a round share.
+/// State that the threads of a round share.
 struct Work<'a> {
     number: u32,
     words: &'a [Word],
@@ -49,14 +49,14 @@ struct Work<'a> {
     level: Option<i32>,
     limit: Option<&'a Bandwidth>,
     cancel: &'a AtomicBool,
-    /// A sign of life is due after so long.
-    alive: Duration,
+    /// Interval after which a keepalive is due.
+    keepalive: Duration,
     pages: AtomicU64,
     wire_bytes: AtomicU64,
 }
 
-/// Sends `words` over all of `streams`. When it returns without error, all of it was handed to the
-/// system, with the round's end behind it on each stream.
+/// Sends `words` over all of `streams`. On success the kernel has accepted all of it, followed by the
+/// round's end on each stream.
 pub(super) fn send<L: Link>(
     context: &mut RoundContext<'_>,
     words: &[Word],
@@ -74,7 +74,7 @@ pub(super) fn send<L: Link>(
         level,
         limit,
         cancel: &context.config.cancel,
-        alive: context.config.stall.min(context.config.stall_paused) / 8,
+        keepalive: context.config.stall.min(context.config.stall_paused) / 8,
         pages: AtomicU64::new(0),
         wire_bytes: AtomicU64::new(streams.iter().map(|stream| stream.sent_bytes).sum()),
     };
@@ -82,7 +82,7 @@ pub(super) fn send<L: Link>(
     let mut sum = RoundSummary::default();
     let stop = || {
         work.failed.store(true, Ordering::Relaxed);
-        // The others may be waiting for a peer that does not read any more.
+        // The other threads may be blocked on a peer that no longer reads.
         closers.iter().for_each(|close| close());
     };
     let share = |_: usize, stream: &mut Stream<L>| {
@@ -96,37 +96,37 @@ pub(super) fn send<L: Link>(
         sum.sent_pages += part.sent_pages;
         sum.zero_pages += part.zero_pages;
     };
-    let tell = || {
+    let report = || {
         context.observer.progress(Progress {
             pages: work.pages.load(Ordering::Relaxed),
             of_pages,
             wire_bytes: work.wire_bytes.load(Ordering::Relaxed),
         });
     };
-    share_out(streams, share, stop, add, tell)?;
+    run_pool(streams, share, stop, add, report)?;
     Ok(sum)
 }
 
 impl Work<'_> {
-    /// Sends until nothing is left, and the end of the round.
+    /// Sends words until none is left, then the end of the round.
     fn send_share<L: Link>(&self, stream: &mut Stream<L>) -> Result<RoundSummary, MigrationError> {
         let mut packer = self.level.map(Packer::new).transpose()?;
         let (mut read, mut space) = (Vec::new(), Vec::new());
         let mut sum = RoundSummary::default();
-        let (mut frames, mut told_pages) = (0, 0);
+        let (mut frames, mut named_pages) = (0, 0);
         while let Some(words) = self.take() {
             for &word in words {
                 if self.failed.load(Ordering::Relaxed) || self.cancel.load(Ordering::Relaxed) {
                     return Err(MigrationError::Cancelled);
                 }
-                let (data, zeros, contents) = look_at(self.memory, word, &mut read)?;
+                let (data, zeros, contents) = read_word(self.memory, word, &mut read)?;
                 sum.sent_pages += u64::from(data.count_ones());
                 sum.zero_pages += u64::from(zeros.count_ones());
                 self.pages.fetch_add(u64::from(word.bits.count_ones()), Ordering::Relaxed);
                 // The destination's memory reads as zeros until something else is sent.
                 let zeros = if self.number == 0 { 0 } else { zeros };
-                if stream.idle() > self.alive {
-                    // Pages that are zeros, or pack well, are nothing that the peer would see.
+                if stream.idle() > self.keepalive {
+                    // Pages that are zeros or compress well send the peer no bytes for a while.
                     stream.send(&Control::Alive)?;
                 }
                 if data | zeros == 0 {
@@ -146,11 +146,11 @@ impl Work<'_> {
                 stream.push(Kind::Chunk, &chunk.encode(), payload)?;
                 self.wire_bytes.fetch_add(stream.sent_bytes - before, Ordering::Relaxed);
                 frames += 1;
-                told_pages += u64::from((data | zeros).count_ones());
+                named_pages += u64::from((data | zeros).count_ones());
             }
         }
         let before = stream.sent_bytes;
-        stream.send(&Control::RoundEnd { round: self.number, frames, pages: told_pages })?;
+        stream.send(&Control::RoundEnd { round: self.number, frames, pages: named_pages })?;
         self.wire_bytes.fetch_add(stream.sent_bytes - before, Ordering::Relaxed);
         Ok(sum)
     }
@@ -161,7 +161,7 @@ impl Work<'_> {
         self.words.get(from..end).filter(|words| !words.is_empty())
     }
 
-    /// Keeps to the limit.
+    /// Sleeps as long as the bandwidth limit requires.
     fn wait(&self, bytes: usize) {
         let wait = self.limit.map(|limit| limit.take(bytes as u64, Instant::now()));
         if let Some(wait) = wait.filter(|wait| !wait.is_zero()) {
@@ -170,14 +170,14 @@ impl Work<'_> {
     }
 }
 
-/// Reads the pages of `word` into `space`, and tells those with contents, those that are zeros, and
-/// the contents, one page behind the other.
-pub(crate) fn look_at<'a>(
+/// Reads the pages of `word` into `space`. Returns the bits of those with contents, the bits of those
+/// that are zeros, and the contents, page after page.
+pub(crate) fn read_word<'a>(
     memory: &dyn ReadPages,
     word: Word,
     space: &'a mut Vec<u8>,
 ) -> Result<(u64, u64, &'a [u8]), MigrationError> {
-    // It never shrinks: to clear it for each word would cost as much as a copy.
+    // It never shrinks: clearing it for each word would cost as much as a copy.
     space.resize(WORD_BYTES, 0);
     let contents = space.get_mut(..word.bits.count_ones() as usize * PAGE_BYTES);
     let contents = contents.unwrap_or_default();
@@ -198,7 +198,7 @@ pub(crate) fn look_at<'a>(
         let bit = bits & bits.wrapping_neg();
         bits &= !bit;
         let at = page * PAGE_BYTES;
-        // The copy is looked at, not the guest's memory, which may change.
+        // Check the copy, not the guest's memory, which may change.
         if contents.get(at..at + PAGE_BYTES) == Some(&ZEROS[..]) {
             zeros |= bit;
             continue;
@@ -237,11 +237,11 @@ mod tests {
     }
 
     #[test]
-    fn zeros_are_told_and_the_rest_is_packed() {
+    fn zero_pages_are_reported_and_the_others_are_contiguous() {
         let word = Word { start: 1, bits: 0b1011_0111 | 1 << 63 };
         let mut space = vec![9; 100];
-        let (data, zeros, contents) = look_at(&Numbers, word, &mut space).unwrap();
-        // Pages 3, 6 of those wanted.
+        let (data, zeros, contents) = read_word(&Numbers, word, &mut space).unwrap();
+        // Pages 3 and 6.
         assert_eq!(zeros, 0b10_0100);
         assert_eq!(data, word.bits & !zeros);
         let pages: Vec<u8> = contents.chunks(PAGE_BYTES).map(|page| page[4095]).collect();

@@ -70,7 +70,7 @@ pub(crate) enum PeerStatus {
     /// It runs there, or did.
     Runs,
     /// It is whole and paused, and waits for a word.
-    Waits,
+    Prepared,
     /// It was given up and never ran.
     Gone,
     /// Nobody knows of such a migration.
@@ -219,14 +219,14 @@ impl PeerStatus {
     const fn number(self) -> u32 {
         match self {
             Self::Runs => 1,
-            Self::Waits => 2,
+            Self::Prepared => 2,
             Self::Gone => 3,
             Self::Unknown => 4,
         }
     }
 
     fn of_number(number: u32) -> Result<Self, MigrationError> {
-        let all = [Self::Runs, Self::Waits, Self::Gone, Self::Unknown];
+        let all = [Self::Runs, Self::Prepared, Self::Gone, Self::Unknown];
         let found = all.into_iter().find(|status| status.number() == number);
         found.ok_or(MigrationError::Peer { what: "an unknown status" })
     }
@@ -313,9 +313,9 @@ pub(crate) fn decode_description(body: &mut Reader<'_>) -> Result<Description, M
 /// Checks what a monitor says of its own guest.
 pub(crate) fn check_description(description: &Description) -> Result<(), MigrationError> {
     let printable = |text: &str| text.bytes().all(|byte| matches!(byte, b' '..=b'~'));
-    let named = |text: &str| text.len() <= MAX_NAME_BYTES && printable(text);
-    let fits = named(&description.machine)
-        && named(&description.cpu.vendor)
+    let is_name = |text: &str| text.len() <= MAX_NAME_BYTES && printable(text);
+    let fits = is_name(&description.machine)
+        && is_name(&description.cpu.vendor)
         && description.cpu.words.len() <= MAX_FEATURE_WORDS
         && description.config.len() <= MAX_CONFIG_BYTES;
     let error = || "its description has names that are no names, or is too long".into();
@@ -356,7 +356,7 @@ mod tests {
             Control::Refused,
             Control::Abort { reason: "disk full".to_owned() },
             Control::Status(PeerStatus::Runs),
-            Control::Status(PeerStatus::Waits),
+            Control::Status(PeerStatus::Prepared),
             Control::Status(PeerStatus::Gone),
             Control::Status(PeerStatus::Unknown),
             Control::Rollback,

@@ -99,7 +99,7 @@ impl Head {
     /// The check sum is that of another frame, or the kind is none.
     pub(crate) fn check(&self, body: &[u8], seed: u64) -> Result<Kind, MigrationError> {
         let (sum, rest) = self.bytes.split_at(8);
-        if sum != check_sum(rest, body, seed).to_le_bytes() {
+        if sum != checksum(rest, body, seed).to_le_bytes() {
             return Err(MigrationError::Damaged { what: "a message" });
         }
         let [_, _, _, _, _, _, _, _, k0, k1, r0, r1, _, _, _, _, _, _, _, _, r2 @ ..] = self.bytes;
@@ -127,12 +127,12 @@ pub(crate) fn append_any(out: &mut Vec<u8>, kind: u16, body: &[u8], payload: &[u
     for (place, byte) in head.iter_mut().zip(fields) {
         *place = byte;
     }
-    out.extend_from_slice(&check_sum(&head, body, seed).to_le_bytes());
+    out.extend_from_slice(&checksum(&head, body, seed).to_le_bytes());
     out.extend_from_slice(&head);
     out.extend_from_slice(body);
 }
 
-fn check_sum(head: &[u8], body: &[u8], seed: u64) -> u64 {
+fn checksum(head: &[u8], body: &[u8], seed: u64) -> u64 {
     xxh3_64_with_seed(body, xxh3_64_with_seed(head, seed))
 }
 

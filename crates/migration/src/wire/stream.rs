@@ -8,7 +8,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::control::{Control, Hello, MigrationId};
 use super::frame::{self, HEAD_BYTES, Head, Kind};
 use crate::error::MigrationError;
-use crate::limits::FRAME_TIME;
+use crate::limits::FRAME_TIMEOUT;
 use crate::link::{Closer, Link};
 
 /// Bytes that are gathered before they are written: frames of a few pages go together.
@@ -147,20 +147,20 @@ impl<L: Link> Stream<L> {
     }
 
     /// Says a last word and waits, not for long, until the peer has hung up.
-    pub(crate) fn say_and_hang_up(&mut self, message: &Control) {
-        if self.say_last(message) {
-            self.hang_up();
+    pub(crate) fn send_and_close(&mut self, message: &Control) {
+        if self.send_final(message) {
+            self.wait_closed();
         }
     }
 
     /// Says a last word; false where it did not go.
-    pub(crate) fn say_last(&mut self, message: &Control) -> bool {
+    pub(crate) fn send_final(&mut self, message: &Control) -> bool {
         self.set_timeout(CLOSE_POLL_INTERVAL).and_then(|()| self.send(message)).is_ok()
     }
 
     /// Waits, not for long, until the peer has hung up: a connection that is closed with bytes
     /// unread loses what was said last (TCP sends a reset).
-    pub(crate) fn hang_up(&mut self) {
+    pub(crate) fn wait_closed(&mut self) {
         let deadline = Instant::now() + CLOSE_TIMEOUT;
         let mut rest = [0; 64 << 10];
         while Instant::now() < deadline {
@@ -242,7 +242,7 @@ fn read_all(
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(MigrationError::link("receiving")(error)),
         }
-        let deadline = *deadline.get_or_insert_with(|| Instant::now() + FRAME_TIME);
+        let deadline = *deadline.get_or_insert_with(|| Instant::now() + FRAME_TIMEOUT);
         if !buffer.is_empty() && Instant::now() > deadline {
             return Err(MigrationError::Stalled);
         }
