@@ -1,12 +1,12 @@
-//! What a migration moves between two processes on loopback, against a plain copy over as many
-//! connections with the same TLS. `cargo bench -p migration --bench loopback -- [MIB] [CONNECTIONS]`
+//! Throughput of a migration between two processes on loopback, compared with a plain copy over the same
+//! number of connections with TLS. `cargo bench -p migration --bench loopback -- [MIB] [CONNECTIONS]`
 //!
-//! The guest's memory is full of what does not compress, none of it is free, and it writes next to
-//! nothing: all that is measured is how fast pages go. Both ways copy from one process's guest memory
-//! into another's; they take turns, and the median of each is compared.
+//! The guest's memory is incompressible, none of it is free, and the guest writes almost nothing, so
+//! only the throughput of pages is measured. Both ways copy from one process's guest memory into
+//! another's. They alternate, and the medians are compared.
 //!
-//! It also prints the downtime, without what a hypervisor needs to stop it, to save it
-//! and to load it. Of a guest's downtime that is the part which this crate is to blame for.
+//! It also prints the downtime without the hypervisor's pause, save and load: the part that this crate
+//! causes.
 
 #![allow(clippy::cast_precision_loss, clippy::unwrap_used, reason = "a test")]
 
@@ -37,14 +37,14 @@ use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 type Anything = Box<dyn Error + Send + Sync>;
 
-/// Bytes that the plain copy reads and writes at once, as much as a chunk has.
+/// Bytes that the plain copy reads and writes at once: the size of a chunk.
 const PIECE_BYTES: usize = 256 << 10;
 const RUNS: usize = 5;
 
-/// What a migration moves at least, in per cent of a plain copy.
+/// Minimal throughput of a migration, in per cent of a plain copy.
 const LEAST_PERCENT: f64 = 70.0;
 
-/// Pages that the guest writes in each round: twice of what an idle Debian has left for the last one.
+/// Pages that the guest writes in each round: twice the last round of an idle Debian.
 const WRITTEN_PAGES: usize = 256;
 
 fn main() -> Result<(), Anything> {
@@ -53,7 +53,7 @@ fn main() -> Result<(), Anything> {
         [_, "serve", how, mib, connections, dir] => {
             serve(how, mib.parse()?, connections.parse()?, dir)
         }
-        // `cargo test --benches` only wants to see that it works.
+        // `cargo test --benches` only checks that it runs.
         [_, "--test"] => compare(16, 2, 1),
         [_] => compare(1024, 2, RUNS),
         [_, mib] => compare(mib.parse()?, 2, RUNS),
@@ -65,7 +65,7 @@ fn main() -> Result<(), Anything> {
 fn compare(mib: u64, connections: usize, runs: usize) -> Result<(), Anything> {
     let dir = tempfile::tempdir()?;
     certificates(dir.path())?;
-    let path = dir.path().to_str().ok_or("a path that is no text")?;
+    let path = dir.path().to_str().ok_or("a path that is not UTF-8")?;
     let memory = memory(mib)?;
     fill(&memory, mib)?;
     let (mut plain, mut moved, mut still) = (Vec::new(), Vec::new(), Vec::new());
@@ -83,16 +83,16 @@ fn compare(mib: u64, connections: usize, runs: usize) -> Result<(), Anything> {
         rate(plain),
         rate(moved),
     );
-    println!("{}", stood_still(&mut still));
-    // A single run of a few MiB is no measurement.
+    println!("{}", downtimes(&mut still));
+    // A single run of a few MiB is not a measurement.
     if runs >= RUNS && percent < LEAST_PERCENT {
         return Err(format!("less than {LEAST_PERCENT} %").into());
     }
     Ok(())
 }
 
-/// The median run's downtime, and the least and the most of all.
-fn stood_still(runs: &mut [Downtime]) -> String {
+/// The median downtime, with the minimum and maximum.
+fn downtimes(runs: &mut [Downtime]) -> String {
     runs.sort_by_key(|downtime| downtime.total_us);
     let all = |run: &Downtime| run.total_us as f64 / 1000.0;
     let run = &runs[runs.len() / 2];
@@ -112,8 +112,8 @@ fn median(times: &mut [Duration]) -> Duration {
     times[times.len() / 2]
 }
 
-/// One run, from the first connection to the last byte's being there; and how long the guest stood
-/// still, of one that moved.
+/// One run: the time from the first connection to the arrival of the last byte, and the downtime of a
+/// migration.
 fn run(
     how: &str,
     mib: u64,
@@ -236,7 +236,7 @@ fn memory(mib: u64) -> Result<MappedMemory, Anything> {
     Ok(MappedMemory(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), bytes)])?))
 }
 
-/// What no machine can compress.
+/// Fills memory with incompressible data.
 fn fill(memory: &MappedMemory, mib: u64) -> Result<(), Anything> {
     let mut state = 1u64;
     for at in 0..(mib << 20) / PIECE_BYTES as u64 {
@@ -275,7 +275,7 @@ fn security(dir: &str, side: &str) -> Result<Security, Anything> {
     })?))
 }
 
-/// A guest that is all but idle.
+/// An almost idle guest.
 struct Source {
     mib: u64,
     memory: MappedMemory,
@@ -334,7 +334,7 @@ impl SourceMachine for Source {
     fn relinquish(&mut self) {}
 }
 
-/// Takes it.
+/// Receives it.
 struct Destination(Option<MappedMemory>);
 
 impl DestinationMachine for Destination {

@@ -1,16 +1,16 @@
-//! Holding the rate of bytes below a limit: how long to wait, from the time that it is.
+//! A bandwidth limit: computes how long to wait before bytes are sent.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// What may be sent at once after a pause.
+/// Burst allowed after a pause.
 const BURST: Duration = Duration::from_millis(20);
 
 /// A limit that several threads share.
 #[derive(Debug)]
 pub(crate) struct Bandwidth {
     bytes_per_s: u64,
-    /// When everything that was let through would have gone at the limit.
+    /// When everything accepted so far would have been sent at the limit.
     free_at: Mutex<Option<Instant>>,
 }
 
@@ -19,14 +19,14 @@ impl Bandwidth {
         Self { bytes_per_s, free_at: Mutex::new(None) }
     }
 
-    /// Lets `bytes` through; returns how long to wait before they are sent.
+    /// Accepts `bytes`; returns how long to wait before they are sent.
     pub(crate) fn take(&self, bytes: u64, now: Instant) -> Duration {
         let mut free_at = self.free_at.lock().unwrap_or_else(PoisonError::into_inner);
         let earliest = now.checked_sub(BURST).unwrap_or(now);
         let from = free_at.map_or(earliest, |at| at.max(earliest));
         let ns = u128::from(bytes) * 1_000_000_000 / u128::from(self.bytes_per_s.max(1));
         let end = from.checked_add(Duration::from_nanos(u64::try_from(ns).unwrap_or(u64::MAX)));
-        // A time that no clock has is never reached, and a second is enough to look again.
+        // A time beyond the clock's range: wait a second instead.
         let end = end.unwrap_or(from + Duration::from_secs(1));
         *free_at = Some(end);
         end.saturating_duration_since(now)
@@ -38,7 +38,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_limit_is_kept_over_time_and_used() {
+    fn the_rate_equals_the_limit_over_time() {
         let limit = Bandwidth::new(1_000_000);
         let start = Instant::now();
         let mut now = start;
@@ -50,7 +50,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pause_is_not_made_up_for() {
+    fn a_pause_does_not_add_to_the_burst() {
         let limit = Bandwidth::new(1_000_000);
         let start = Instant::now();
         limit.take(1_000_000, start);

@@ -1,47 +1,47 @@
-//! Numbers, strings and bytes in their order, as they come from whoever may have sent anything:
-//! bodies of frames, files, and the forms of a monitor's own. All little-endian.
+//! Encodes and decodes numbers, strings and bytes, for untrusted input: bodies of frames, files, and
+//! formats of the VMM's own. All little-endian.
 
 use crate::error::MigrationError;
 
-/// Why bytes are not what they should be.
+/// Why decoding failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Malformed {
-    /// Something is missing at the end.
+    /// The input is too short.
     #[error("it ends too early")]
     Short,
-    /// Nobody knows what the last bytes are.
+    /// The input has trailing bytes.
     #[error("{left} bytes are left over")]
     Long {
-        /// So many.
+        /// Number of trailing bytes.
         left: usize,
     },
-    /// More than there can be.
-    #[error("{count} {what}, of which there can be {max}")]
+    /// A count exceeds its limit.
+    #[error("{count} {what}, and the limit is {max}")]
     TooMany {
-        /// Of what.
+        /// What is counted.
         what: &'static str,
-        /// How many there are said to be.
+        /// The count.
         count: u64,
-        /// How many there can be.
+        /// The limit.
         max: u64,
     },
-    /// A number that means nothing here.
+    /// A number has no meaning here.
     #[error("{what} cannot be {value:#x}")]
     Value {
-        /// What it is.
+        /// The field.
         what: &'static str,
-        /// What it is said to be.
+        /// Its value.
         value: u64,
     },
-    /// Bytes without a meaning have one.
+    /// A reserved byte is not 0.
     #[error("a reserved byte is not 0")]
     Reserved,
-    /// A string that is no printable ASCII.
-    #[error("a name is no printable ASCII")]
+    /// A string is not printable ASCII.
+    #[error("a name is not printable ASCII")]
     Text,
 }
 
-/// In a message, it is the peer's fault.
+/// In a message, this is the peer's fault.
 impl From<Malformed> for MigrationError {
     fn from(error: Malformed) -> Self {
         let what = match error {
@@ -51,13 +51,13 @@ impl From<Malformed> for MigrationError {
             }
             Malformed::Value { what, .. } => what,
             Malformed::Reserved => "a reserved byte is not 0",
-            Malformed::Text => "a name is no printable ASCII",
+            Malformed::Text => "a name is not printable ASCII",
         };
         Self::Peer { what }
     }
 }
 
-/// What is left to read. Every call takes what it returns, or fails and takes nothing that counts.
+/// Decodes bytes in order. Each call consumes what it returns. After an error, stop reading.
 #[derive(Clone, Copy, Debug)]
 pub struct Reader<'a> {
     rest: &'a [u8],
@@ -66,29 +66,29 @@ pub struct Reader<'a> {
 type Read<T> = Result<T, Malformed>;
 
 impl<'a> Reader<'a> {
-    /// Reads these from their start to their end.
+    /// Reads `bytes` from the start.
     #[must_use]
     pub const fn new(bytes: &'a [u8]) -> Self {
         Self { rest: bytes }
     }
 
-    /// How many bytes are left.
+    /// Number of bytes that are left.
     #[must_use]
     pub const fn left(&self) -> usize {
         self.rest.len()
     }
 
-    /// So many bytes as they are.
+    /// Reads `len` bytes.
     ///
     /// # Errors
-    /// There are fewer, as for all that follow.
+    /// [`Malformed::Short`].
     pub fn bytes(&mut self, len: usize) -> Read<&'a [u8]> {
         let (bytes, rest) = self.rest.split_at_checked(len).ok_or(Malformed::Short)?;
         self.rest = rest;
         Ok(bytes)
     }
 
-    /// So many bytes.
+    /// Reads `N` bytes.
     ///
     /// # Errors
     /// As [`bytes`](Self::bytes).
@@ -98,7 +98,7 @@ impl<'a> Reader<'a> {
         Ok(*bytes)
     }
 
-    /// A number.
+    /// Reads a number.
     ///
     /// # Errors
     /// As [`bytes`](Self::bytes).
@@ -106,7 +106,7 @@ impl<'a> Reader<'a> {
         self.array::<1>().map(|[byte]| byte)
     }
 
-    /// A number.
+    /// Reads a number.
     ///
     /// # Errors
     /// As [`bytes`](Self::bytes).
@@ -114,7 +114,7 @@ impl<'a> Reader<'a> {
         self.array().map(u16::from_le_bytes)
     }
 
-    /// A number.
+    /// Reads a number.
     ///
     /// # Errors
     /// As [`bytes`](Self::bytes).
@@ -122,7 +122,7 @@ impl<'a> Reader<'a> {
         self.array().map(u32::from_le_bytes)
     }
 
-    /// A number.
+    /// Reads a number.
     ///
     /// # Errors
     /// As [`bytes`](Self::bytes).
@@ -130,7 +130,7 @@ impl<'a> Reader<'a> {
         self.array().map(u64::from_le_bytes)
     }
 
-    /// 0 or 1.
+    /// Reads a byte that is 0 or 1.
     ///
     /// # Errors
     /// [`Malformed::Value`], and as [`bytes`](Self::bytes).
@@ -142,21 +142,21 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// A number of things, at most `most`, which is asked before there is room for them.
+    /// Reads a count, at most `most`. Checked before anything is allocated.
     pub(crate) fn count(&mut self, most: usize) -> Read<usize> {
         let count = self.u32()?;
         let max = most as u64;
         let known = usize::try_from(count).ok().filter(|count| *count <= most);
-        known.ok_or(Malformed::TooMany { what: "things", count: count.into(), max })
+        known.ok_or(Malformed::TooMany { what: "items", count: count.into(), max })
     }
 
-    /// Bytes that have no meaning yet.
+    /// Reads reserved bytes, which must be 0.
     pub(crate) fn reserved(&mut self, len: usize) -> Read<()> {
         let zeros = self.bytes(len)?.iter().all(|byte| *byte == 0);
         if zeros { Ok(()) } else { Err(Malformed::Reserved) }
     }
 
-    /// A string of at most `most` bytes behind its length.
+    /// Reads a length and a string of at most `most` bytes.
     pub(crate) fn text(&mut self, most: usize) -> Read<String> {
         let len = self.count(most)?;
         let bytes = self.bytes(len)?;
@@ -166,7 +166,7 @@ impl<'a> Reader<'a> {
         Ok(bytes.iter().copied().map(char::from).collect())
     }
 
-    /// Nothing may be left.
+    /// Checks that no bytes are left.
     ///
     /// # Errors
     /// [`Malformed::Long`].
@@ -178,7 +178,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Writes a body.
+/// Encodes a body.
 #[derive(Default)]
 pub(crate) struct Writer(pub(crate) Vec<u8>);
 
@@ -204,12 +204,12 @@ impl Writer {
         self.bytes(&value.to_le_bytes())
     }
 
-    /// A number of things, which the caller keeps within its limit.
+    /// Writes a count, which the caller keeps within its limit.
     pub(crate) fn count(self, count: usize) -> Self {
         self.u32(u32::try_from(count).unwrap_or(u32::MAX))
     }
 
-    /// A string of at most `most` bytes, cut there, with everything but printable ASCII as `?`.
+    /// Writes a string, cut to `most` bytes, with `?` for bytes that are not printable ASCII.
     pub(crate) fn text(self, text: &str, most: usize) -> Self {
         let printable = |byte: u8| if matches!(byte, b' '..=b'~') { byte } else { b'?' };
         let bytes: Vec<u8> = text.bytes().take(most).map(printable).collect();
@@ -222,7 +222,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_said_is_read_or_refused() {
+    fn values_are_decoded_or_refused() {
         let bytes = Writer::default().u8(1).u16(2).u32(3).u64(4).text("five", 9).0;
         let mut reader = Reader::new(&bytes);
         assert_eq!((reader.flag("it"), reader.u16(), reader.u32()), (Ok(true), Ok(2), Ok(3)));
@@ -233,7 +233,7 @@ mod tests {
         assert_eq!(Reader::new(&[0; 3]).u32(), Err(Malformed::Short));
         assert_eq!(Reader::new(&[0, 1]).reserved(2), Err(Malformed::Reserved));
         assert_eq!(Reader::new(&[1, 0, 0, 0, 7]).text(1), Err(Malformed::Text));
-        let many = Malformed::TooMany { what: "things", count: 0xffff_ffff, max: 9 };
+        let many = Malformed::TooMany { what: "items", count: 0xffff_ffff, max: 9 };
         assert_eq!(Reader::new(&[0xff; 4]).count(9), Err(many));
     }
 }

@@ -1,8 +1,8 @@
-//! Panics of this process's own threads: a fault of this side, which costs no guest.
+//! Contains panics of this process's threads: a fault of this side, which must not lose a guest.
 
 use crate::error::MigrationError;
 
-/// Does `work`; where it panics, `what` failed.
+/// Runs `work`. A panic becomes an error of the operation `what`.
 pub(crate) fn contained<T>(
     what: &'static str,
     work: impl FnOnce() -> Result<T, MigrationError>,
@@ -12,18 +12,18 @@ pub(crate) fn contained<T>(
     diagnostics::contain(work).unwrap_or_else(failed)
 }
 
-/// Does what nothing depends on; a panic of it is in the log.
+/// Runs optional work. A panic is only logged.
 pub(crate) fn attempted(work: impl FnOnce()) {
     let _ = diagnostics::contain(work);
 }
 
-/// The panics of the process at one moment. A guest whose devices, processors or memory another
-/// thread left half done is not given to another host.
+/// The number of panics of the process at one moment. A guest is not moved to another host after
+/// another thread has panicked and left its devices, vCPUs or memory in an unknown state.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PanicWatch(u64);
 
 impl PanicWatch {
-    /// From now on.
+    /// Watches from now on.
     pub(crate) fn start() -> Self {
         Self(diagnostics::panics())
     }
@@ -34,7 +34,7 @@ impl PanicWatch {
         if diagnostics::panics() == self.0 {
             return Ok(());
         }
-        let why = "a thread of this process panicked meanwhile; its log says which";
+        let why = "a thread of this process panicked meanwhile; see its log";
         Err(MigrationError::machine("moving the guest")(why.into()))
     }
 }
@@ -47,7 +47,7 @@ mod tests {
     fn a_panic_is_an_error_of_this_side() {
         assert_eq!(contained("moving", || Ok(3)).unwrap(), 3);
         let error = contained::<()>("moving", || panic!("page 7")).unwrap_err().chain();
-        assert!(error.starts_with("monitor: moving: it panicked"), "{error}");
+        assert!(error.starts_with("VMM: moving: it panicked"), "{error}");
         assert!(error.ends_with("page 7"), "{error}");
     }
 }

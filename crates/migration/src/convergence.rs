@@ -1,66 +1,64 @@
-//! When to stop the guest: a decision from numbers, without a clock.
+//! When to pause the guest: a decision from numbers, without a clock.
 
 use std::time::Duration;
 
-/// What a guest that is stopped needs besides pages: its state is saved, sent and loaded, and
-/// three messages go to and fro.
+/// The downtime besides pages: state is saved, sent and loaded, and three messages are exchanged.
 const FIXED: Duration = Duration::from_millis(30);
 
-/// Pages in a second while none were sent yet: 40 MB/s, a slow network.
+/// Assumed pages per second before any were sent: 40 MB/s, a slow network.
 const ASSUMED_PAGES_PER_S: f64 = 10_000.0;
 
-/// The first step of holding the guest back, the following ones, and the last, in per cent.
+/// The first step of throttling the vCPUs, each following step, and the limit, in per cent.
 const FIRST_THROTTLE: u8 = 20;
 const THROTTLE_STEP: u8 = 10;
 const MAX_THROTTLE: u8 = 99;
 
-/// Rounds, one after the other, in which the guest writes more than half of what was sent, before it
-/// is held back (further).
+/// Rounds in a row in which the guest writes more than half of what was sent, before it is throttled
+/// (further).
 const MAX_DIVERGING_ROUNDS: u32 = 2;
 
-/// What a page of zeros costs of what contents do: it is looked at and not sent. Over a fast
-/// network, 10 Gbit/s, an eighth; over any other less, so that zeros count for too much and not for
-/// too little.
+/// The cost of a zero page in pages with contents: it is read and not sent. On a fast network,
+/// 10 Gbit/s, an eighth; on a slower one less, so that the estimate errs towards a longer downtime.
 const ZERO_COST: f64 = 1.0 / 8.0;
 
-/// Times that a guest which was stopped goes on because more was left than expected.
+/// Times that a paused guest is resumed because more pages were pending than expected.
 const MAX_ABORTED_SWITCHOVERS: u32 = 3;
 
-/// What to do next.
+/// The next step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
-    /// What is left can be sent within the limit: stop the guest.
+    /// The pending pages fit the limit: pause the guest.
     Stop,
-    /// Send another round while the guest runs, with its processors held back so far.
+    /// Send another round while the guest runs, with its vCPUs throttled.
     Again {
         /// In per cent, 0 to 99.
         throttle: u8,
     },
-    /// The guest writes faster than can be sent, and is held back as far as it goes.
+    /// The migration does not converge within the limit of rounds.
     GiveUp,
 }
 
-/// What was seen of one round.
+/// Measurements of one round.
 #[derive(Clone, Copy, Debug)]
 pub struct RoundStats {
     /// Pages whose contents were sent.
     pub sent_pages: u64,
-    /// Pages that were to be sent and were zeros.
+    /// Pending pages that were zeros.
     pub zero_pages: u64,
-    /// How long that took.
+    /// Duration of the round.
     pub took: Duration,
-    /// Pages that were written meanwhile, by the log's word. How many of them are zeros is known
-    /// when they are read.
+    /// Pages written meanwhile, according to the dirty log. How many of them are zeros is not known
+    /// until they are read.
     pub remaining_pages: u64,
 }
 
 impl RoundStats {
-    /// What was done, in pages with contents.
+    /// The work of the round, in pages with contents.
     fn work(&self) -> f64 {
         as_f64(self.sent_pages) + as_f64(self.zero_pages) * ZERO_COST
     }
 
-    /// Work for each page of the round; one whose pages are not known costs the most.
+    /// Work per page of the round; the maximum for a round without pages.
     fn cost(&self) -> f64 {
         let pages = self.sent_pages.saturating_add(self.zero_pages);
         if pages == 0 { 1.0 } else { self.work() / as_f64(pages) }
@@ -69,10 +67,10 @@ impl RoundStats {
 
 /// The state of the decision.
 ///
-/// The log counts pages that were written, and not what they cost: a guest whose kernel clears
-/// pages when it allocates them has written all that it names as free, and none of it has
-/// contents. So a round of written pages is judged by what it came to, and pages that are yet to be
-/// read by what those before them cost.
+/// The dirty log counts written pages, not the work to send them: a guest whose kernel clears pages
+/// when it allocates them has written every page that it hints as free, and none of them has contents.
+/// So a round of written pages counts with its measured work, and pages that are not read yet count
+/// with the cost of those before them.
 #[derive(Clone, Debug)]
 pub struct Convergence {
     downtime: Duration,
@@ -80,17 +78,17 @@ pub struct Convergence {
     rounds: u32,
     diverging_rounds: u32,
     throttle: u8,
-    /// Pages with contents.
+    /// Measured rate of pages with contents.
     pages_per_s: Option<f64>,
     /// Work of the newest round.
     work: f64,
-    /// Work for each page of the newest two rounds of written pages.
+    /// Work per page of the newest two rounds of written pages.
     costs: [f64; 2],
     aborted_switchovers: u32,
 }
 
 impl Convergence {
-    /// For a guest that may be stopped for `downtime`, in at most `max_rounds` rounds.
+    /// For a downtime limit and at most `max_rounds` rounds.
     #[must_use]
     pub const fn new(downtime: Duration, max_rounds: u32) -> Self {
         Self {
@@ -129,16 +127,16 @@ impl Convergence {
         Decision::Again { throttle: self.throttle }
     }
 
-    /// What a round tells of the network, and of what the guest had written in the round before.
+    /// Updates the rate of the network and the cost of the pages that the guest wrote in the round before.
     fn update(&mut self, seen: &RoundStats) {
         if seen.sent_pages > 0 && !seen.took.is_zero() {
             let rate = as_f64(seen.sent_pages) / seen.took.as_secs_f64();
-            // A round of zeros took longer than its contents needed: so many at least.
+            // A round of mostly zeros took longer than its contents needed: the rate is a lower bound.
             let least = self.pages_per_s.filter(|_| seen.zero_pages > seen.sent_pages);
             self.pages_per_s = Some(rate.max(least.unwrap_or_default()));
         }
         let work = seen.work();
-        // The first round is of all pages, and says nothing of those that are written.
+        // The first round is of all pages, not of written ones.
         if self.rounds > 1 {
             self.costs = [self.costs[1], seen.cost()];
             if work <= self.work / 2.0 {
@@ -148,13 +146,13 @@ impl Convergence {
         self.work = work;
     }
 
-    /// What a page that was written costs: as much as those of late did.
+    /// The cost of a written page: the higher one of the newest two rounds.
     const fn cost(&self) -> f64 {
         self.costs[0].max(self.costs[1])
     }
 
-    /// Whether a guest that was stopped should go on for another round: it wrote so much until it
-    /// stood that the limit would be passed twice over. Not for ever.
+    /// Whether to resume a paused guest for another round: it wrote so much before it was paused that
+    /// the downtime would exceed twice the limit. Limited to [`MAX_ABORTED_SWITCHOVERS`].
     pub fn abort_switchover(&mut self, remaining_pages: u64) -> bool {
         let late = self.expected(remaining_pages) > self.downtime.saturating_mul(2);
         let abort = late
@@ -164,7 +162,7 @@ impl Convergence {
         abort
     }
 
-    /// How long the guest would stand if it was stopped now.
+    /// The expected downtime if the guest were paused now.
     #[must_use]
     pub fn expected(&self, remaining_pages: u64) -> Duration {
         let rate = self.pages_per_s.unwrap_or(ASSUMED_PAGES_PER_S);
@@ -173,7 +171,7 @@ impl Convergence {
         pages.saturating_add(FIXED)
     }
 
-    /// How far the guest is held back, in per cent.
+    /// Throttling of the vCPUs, in per cent.
     #[must_use]
     pub const fn throttle(&self) -> u8 {
         self.throttle
@@ -185,7 +183,7 @@ impl Convergence {
         self.rounds
     }
 
-    /// A limit that leaves no room for what is fixed is kept as far as it can be: by pages.
+    /// A limit below the fixed downtime still limits the pages.
     fn fits(&self, remaining_pages: u64) -> bool {
         let limit = self.downtime.max(FIXED + self.downtime / 4);
         self.expected(remaining_pages) <= limit
@@ -228,27 +226,27 @@ mod tests {
     }
 
     #[test]
-    fn an_idle_guest_is_stopped_after_one_round() {
+    fn an_idle_guest_is_paused_after_one_round() {
         let (decision, convergence) = simulate(1 << 20, 1000.0, 250_000.0, 60);
         assert_eq!((decision, convergence.rounds()), (Decision::Stop, 1));
     }
 
     #[test]
-    fn a_guest_that_writes_as_fast_as_can_be_sent_is_held_back() {
+    fn a_guest_that_writes_as_fast_as_pages_are_sent_is_throttled() {
         let (decision, convergence) = simulate(1 << 20, 300_000.0, 250_000.0, 60);
         assert_eq!(decision, Decision::Stop);
         assert!(convergence.throttle() >= 20, "{}", convergence.throttle());
     }
 
     #[test]
-    fn a_guest_that_cannot_be_moved_is_given_up() {
+    fn a_guest_that_writes_too_fast_fails_the_migration() {
         let (decision, convergence) = simulate(1 << 24, 1e9, 100_000.0, 60);
         assert_eq!((decision, convergence.rounds()), (Decision::GiveUp, 60));
         assert_eq!(convergence.throttle(), 99);
     }
 
     #[test]
-    fn a_stopped_guest_goes_on_a_few_times() {
+    fn a_paused_guest_is_resumed_at_most_three_times() {
         let mut convergence = Convergence::new(LIMIT, 60);
         assert_eq!(convergence.after_round(seen(100_000, 0, 1000, 10)), Decision::Stop);
         assert!(!convergence.abort_switchover(50_000), "within twice the limit");
@@ -260,16 +258,16 @@ mod tests {
         RoundStats { sent_pages, zero_pages, took: Duration::from_millis(ms), remaining_pages }
     }
 
-    /// Free page hints of a kernel that clears what it allocates: all that was named was written, is
-    /// zeros, and costs one round.
+    /// Free page hints of a kernel that clears what it allocates: all hinted pages were written, are
+    /// zeros, and cost one round.
     #[test]
-    fn a_guest_that_wrote_zeros_is_not_held_back() {
+    fn a_guest_that_wrote_zeros_is_not_throttled() {
         // The round of zeros is long or short, and the network fast or slow.
         for (first_ms, zeros_ms) in [(200, 40), (200, 400), (5000, 60), (20_000, 1000)] {
             let mut convergence = Convergence::new(LIMIT, 60);
             let again = Decision::Again { throttle: 0 };
             assert_eq!(convergence.after_round(seen(15_000, 5000, first_ms, 200_000)), again);
-            // A guest that is busy besides: more than half of what was sent, in pages.
+            // The guest is also busy: it writes more than half of what was sent, in pages.
             let busy = convergence.after_round(seen(200, 199_800, zeros_ms, 3000));
             let fits = 3000 * first_ms / 15_000 + 30 <= 300;
             assert_eq!(busy == Decision::Stop, fits, "{first_ms} {zeros_ms}");
@@ -278,18 +276,18 @@ mod tests {
     }
 
     #[test]
-    fn zeros_do_not_make_the_network_faster_or_slower() {
+    fn zeros_do_not_change_the_measured_rate() {
         let mut convergence = Convergence::new(LIMIT, 60);
         convergence.after_round(seen(50_000, 0, 1000, 100_000));
         let before = convergence.expected(10_000);
         convergence.after_round(seen(100, 99_900, 500, 20_000));
-        // Also not what follows: two such rounds say that written pages are zeros, one does not.
+        // Nor the cost of written pages: that takes two such rounds.
         assert_eq!(convergence.expected(10_000), before);
     }
 
-    /// Whoever writes nothing but zeros, and more of them than can be looked at, is held back too.
+    /// A guest that writes only zeros, but more than can be read, is throttled too.
     #[test]
-    fn a_guest_that_clears_without_end_is_held_back() {
+    fn a_guest_that_clears_pages_too_fast_is_throttled() {
         let mut convergence = Convergence::new(LIMIT, 60);
         convergence.after_round(seen(500_000, 0, 10_000, 500_000));
         let throttles = (0..8).map(|_| convergence.after_round(seen(0, 500_000, 1250, 500_000)));
@@ -299,7 +297,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_ends_and_stops_only_within_the_limit(
+        fn it_ends_and_pauses_only_within_the_limit(
             memory in 1u64..1 << 26, write in 0.0f64..1e7, rate in 1e3f64..1e6, rounds in 1u32..100
         ) {
             let (decision, convergence) = simulate(memory, write, rate, rounds);
@@ -308,7 +306,7 @@ mod tests {
         }
 
         #[test]
-        fn what_the_limit_allows_is_stopped_and_nothing_else(
+        fn a_guest_is_paused_if_and_only_if_the_limit_allows(
             sent_pages in 1u64..1 << 30, ms in 1u64..1 << 20, remaining_pages in 0u64..1 << 30,
             limit in 0u64..5000
         ) {
@@ -318,7 +316,7 @@ mod tests {
             let stop = convergence.after_round(seen) == Decision::Stop;
             let within = convergence.expected(remaining_pages) <= limit;
             prop_assert!(stop || !within);
-            // Beyond the limit only by what is fixed.
+            // Beyond the limit only by the fixed downtime.
             prop_assert!(!stop || convergence.expected(remaining_pages) <= limit + FIXED);
         }
     }

@@ -1,48 +1,48 @@
-//! What processors can do, as far as two hosts must agree on it.
+//! CPU features that two hosts must have in common.
 
 use std::fmt;
 
-/// One word of feature bits that a guest can ask its processor for (x86: a register of a CPUID
-/// leaf, or a feature MSR).
+/// One word of feature bits that a guest can read (x86: a register of a CPUID leaf, or a feature
+/// MSR).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct FeatureWord {
-    /// Which word: leaf, sub-leaf and register, or the MSR. The monitor's own numbering.
+    /// Which word: leaf, sub-leaf and register, or the MSR. The VMM chooses the numbering.
     pub id: u64,
-    /// The bits.
+    /// The feature bits.
     pub bits: u64,
 }
 
-/// What a guest's processors were said to be able to do, or what a host's are.
+/// The features exposed to a guest's vCPUs, or those of a host's CPU.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CpuFeatures {
-    /// Who made the processor (CPUID leaf 0), which must be the same on both sides; empty where
-    /// there is none. At most [`MAX_NAME_BYTES`](crate::limits::MAX_NAME_BYTES).
+    /// CPU vendor (CPUID leaf 0), which must be the same on both sides; empty if there is none. At
+    /// most [`MAX_NAME_BYTES`](crate::limits::MAX_NAME_BYTES).
     pub vendor: String,
     /// Words of features in any order, at most
-    /// [`MAX_FEATURE_WORDS`](crate::limits::MAX_FEATURE_WORDS). Bits that are no features of which
-    /// more is better (numbers, addresses, the processor's own number) are not in them.
+    /// [`MAX_FEATURE_WORDS`](crate::limits::MAX_FEATURE_WORDS). Without bits that are not features
+    /// (numbers, addresses, the APIC ID).
     pub words: Vec<FeatureWord>,
 }
 
-/// Why a guest cannot run on a host's processors.
+/// Why a guest cannot run on a host's CPU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CpuMismatch {
-    /// Another maker.
+    /// Another vendor.
     Vendor {
-        /// The guest's.
+        /// The guest's vendor.
         guest: String,
-        /// The host's.
+        /// The host's vendor.
         host: String,
     },
-    /// The guest was promised what the host does not have.
+    /// Features exposed to the guest that the host lacks.
     Missing(Vec<FeatureWord>),
 }
 
 impl CpuFeatures {
-    /// Checks that a guest with `self` can run on `host`: it finds everything that it was promised.
+    /// Checks that `host` has every feature in `self`.
     ///
     /// # Errors
-    /// It does not, and why.
+    /// Another vendor, or the missing features.
     pub fn check(&self, host: &Self) -> Result<(), CpuMismatch> {
         if self.vendor != host.vendor {
             let (guest, host) = (self.vendor.clone(), host.vendor.clone());
@@ -62,10 +62,10 @@ impl fmt::Display for CpuMismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Vendor { guest, host } => {
-                write!(f, "the guest has a processor of {guest:?}, the host one of {host:?}")
+                write!(f, "the guest has a CPU of {guest:?}, the host one of {host:?}")
             }
             Self::Missing(words) => {
-                f.write_str("the host's processor lacks")?;
+                f.write_str("the host's CPU lacks")?;
                 words.iter().try_for_each(|word| write!(f, " {:#x}:{:#x}", word.id, word.bits))
             }
         }
@@ -84,15 +84,15 @@ mod tests {
     }
 
     #[test]
-    fn a_host_may_have_more_and_not_less() {
+    fn a_host_may_have_more_features_but_not_fewer() {
         let guest = features("A", &[(1, 0b0110), (7, 1), (9, 0)]);
         assert_eq!(guest.check(&features("A", &[(7, 3), (1, 0b1110)])), Ok(()));
-        // In two words of the same number.
+        // In two words of the same id.
         assert_eq!(guest.check(&features("A", &[(7, 3), (1, 0b0010), (1, 0b0100)])), Ok(()));
         let missing = guest.check(&features("A", &[(1, 0b0100)])).unwrap_err();
         let words = vec![FeatureWord { id: 1, bits: 0b0010 }, FeatureWord { id: 7, bits: 1 }];
         assert_eq!(missing, CpuMismatch::Missing(words));
-        assert_eq!(missing.to_string(), "the host's processor lacks 0x1:0x2 0x7:0x1");
+        assert_eq!(missing.to_string(), "the host's CPU lacks 0x1:0x2 0x7:0x1");
         assert!(matches!(guest.check(&features("B", &[])), Err(CpuMismatch::Vendor { .. })));
     }
 }

@@ -1,4 +1,4 @@
-//! One bit for each page of a guest, in the form in which KVM says what was written.
+//! One bit for each page of a guest, in the format of KVM's dirty log.
 
 use page_set::{PageRange, PageSet};
 
@@ -21,7 +21,7 @@ struct RegionBits {
     words: Vec<u64>,
 }
 
-/// A word of a bitmap, and where it stands.
+/// A word of a bitmap, and its position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Word {
     /// The page of bit 0.
@@ -31,7 +31,7 @@ pub struct Word {
 }
 
 impl DirtyBitmap {
-    /// No page.
+    /// The empty set.
     #[must_use]
     pub fn none(layout: &GuestLayout) -> Self {
         let region = |pages: &PageRange| RegionBits { pages: *pages, words: words_of(*pages, 0) };
@@ -48,8 +48,8 @@ impl DirtyBitmap {
         all
     }
 
-    /// Adds the pages of `words` to region number `region`, of which it may have any number: KVM
-    /// rounds up to its own. What lies outside of the region is left out.
+    /// Adds the pages of `words` to region number `region`. Ignores bits behind the region: KVM rounds
+    /// the size of its bitmap up.
     pub fn merge(&mut self, region: usize, words: &[u64]) {
         let Some(region) = self.regions.get_mut(region) else { return };
         for (mine, theirs) in region.words.iter_mut().zip(words) {
@@ -70,12 +70,12 @@ impl DirtyBitmap {
         }
     }
 
-    /// Takes away every page of `pages`; returns those that were in.
+    /// Removes every page of `pages`; returns those that were in the set.
     ///
-    /// AND NOT: what else is in the bitmap stays, whoever put it there.
+    /// AND NOT: all other pages stay.
     pub fn subtract(&mut self, pages: &PageSet) -> PageSet {
         let mut taken = PageSet::new();
-        // What was taken last, which mostly goes on in the next word.
+        // The last run that was removed, which mostly continues in the next word.
         let mut open = Run::default();
         for index in 0..self.regions.len() {
             let Some(region) = self.regions.get(index).map(|region| region.pages) else { break };
@@ -91,12 +91,12 @@ impl DirtyBitmap {
         taken
     }
 
-    /// Takes every page away.
+    /// Removes every page.
     pub fn clear(&mut self) {
         self.regions.iter_mut().for_each(|region| region.words.fill(0));
     }
 
-    /// True if `page` is in.
+    /// True if `page` is in the set.
     #[must_use]
     pub fn contains(&self, page: u64) -> bool {
         let region = self.regions.iter().find(|region| region.pages.contains(page));
@@ -124,8 +124,8 @@ impl DirtyBitmap {
         })
     }
 
-    /// Changes the words that `range` touches, each with its first page and the mask of its pages
-    /// that are in the range.
+    /// Calls `change` for each word that `range` overlaps, with the word's first page and the mask of
+    /// its pages in the range.
     fn each_mask(&mut self, range: PageRange, mut change: impl FnMut(u64, &mut u64, u64)) {
         for region in &mut self.regions {
             let inside = region.pages.intersection(range);
@@ -144,7 +144,7 @@ impl DirtyBitmap {
     }
 }
 
-/// A run of pages that is being put together.
+/// A run of pages that is being merged.
 #[derive(Default)]
 struct Run(Option<PageRange>);
 
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn all_are_all_and_none_are_none() {
+    fn all_has_every_page_and_none_has_none() {
         let all = DirtyBitmap::all(&layout());
         assert_eq!(all.count(), 195);
         assert_eq!(pages(&all), (3..133).chain(200..265).collect());
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_behind_a_region_is_left_out() {
+    fn bits_behind_a_region_are_ignored() {
         let mut bitmap = DirtyBitmap::none(&layout());
         bitmap.merge(0, &[0, 0, u64::MAX, u64::MAX]);
         bitmap.merge(2, &[u64::MAX]);
@@ -244,7 +244,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_is_a_set(
+        fn it_behaves_like_a_set(
             steps in prop::collection::vec((any::<bool>(), 0u64..280, 0u64..150), 0..20)
         ) {
             let exists = pages(&DirtyBitmap::all(&layout()));

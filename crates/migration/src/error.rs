@@ -1,4 +1,4 @@
-//! Why a migration failed, and whose fault it was.
+//! Errors of migrations and snapshots. Each text begins with whose fault it was.
 
 use std::io;
 use std::net::SocketAddr;
@@ -12,181 +12,179 @@ use crate::traits::MachineError;
 use crate::wire::chunk::PAGE_BYTES;
 use crate::wire::control::VERSIONS;
 
-/// A migration, a snapshot or a restore that came to nothing. What became of the guest is said
-/// beside it.
+/// Why a migration, a snapshot or a restore failed. The state of the guest is reported separately.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MigrationError {
     /// A connection failed.
     #[error("network: {what}")]
     Link {
-        /// What was done.
+        /// The operation.
         what: &'static str,
-        /// What the system said.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
-    /// There is no connection to the peer.
+    /// Connecting to the peer failed.
     #[error("network: cannot connect")]
     Connect {
-        /// Where to, and what the system said.
+        /// The address, and the system's error.
         #[source]
         source: io::Error,
     },
-    /// Nobody can connect to here.
+    /// Listening failed.
     #[error("network: cannot listen on {address}")]
     Listen {
-        /// Where.
+        /// The local address.
         address: SocketAddr,
-        /// What the system said.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
     /// The peer closed the connection, or died.
     #[error("network: the peer closed the connection")]
     Closed,
-    /// Nothing came, or nothing could be sent, for too long.
+    /// No byte was received, or none could be sent, until the timeout.
     #[error("network: the peer is silent")]
     Stalled,
     /// The downtime passed its limit while the peer was slow but not silent.
     #[error("network: the peer is too slow, the downtime was more than {} s", limit.as_secs())]
     TooSlow {
-        /// How long it may.
+        /// The limit.
         limit: std::time::Duration,
     },
-    /// What arrived is not what was sent: a byte changed, or frames were lost, repeated or mixed up.
-    #[error("network: {what} arrived damaged or out of its order")]
+    /// A byte changed, or frames were lost, repeated or reordered.
+    #[error("network: {what} arrived corrupted or out of order")]
     Damaged {
-        /// What it was.
+        /// What arrived.
         what: &'static str,
     },
-    /// The peer said what it must not.
+    /// The peer violated the protocol.
     #[error("peer: {what}")]
     Peer {
-        /// What was wrong.
+        /// The violation.
         what: &'static str,
     },
-    /// The peer named memory that no guest can have, or ours.
-    #[error("peer: impossible memory")]
+    /// The peer, or this side's VMM, described an invalid memory layout.
+    #[error("peer: invalid memory layout")]
     Layout(#[from] LayoutError),
-    /// The peer's guest is another one than is waited for.
+    /// The arriving guest has another name than the expected one.
     #[error(
-        "operator: the guest is called {guest:?} where it comes from, and {awaited:?} is waited for: \
-         `receive --name {guest}` waits for it, and --guest-name {guest} beside another --name \
-         gives it that name"
+        "operator: the guest is named {guest:?} at its source, and {awaited:?} is expected: use \
+         `receive --name {guest}`, or --guest-name {guest} to receive it under another --name"
     )]
     OtherName {
-        /// Its name.
+        /// The guest's name at its source.
         guest: String,
-        /// The name that is waited for.
+        /// The expected name.
         awaited: String,
     },
-    /// The peer's guest is larger than this side takes.
+    /// The arriving guest has more memory than the limit.
     #[error(
-        "operator: the guest has {} of memory, and at most {} may come here: \
-         `receive --max-memory` allows more", size(*pages), size(*most)
+        "operator: the guest has {} of memory, and the limit is {}: raise it with \
+         `receive --max-memory`", size(*pages), size(*most)
     )]
     TooLarge {
-        /// Pages that it has.
+        /// The guest's pages.
         pages: u64,
-        /// Pages that it may have.
+        /// The limit, in pages.
         most: u64,
     },
     /// The two sides have no version of the protocol in common.
     #[error(
-        "peer: it speaks versions {min} to {max} of the protocol, and this side {} to {}",
+        "peer: it supports protocol versions {min} to {max}, and this side {} to {}",
         VERSIONS.0, VERSIONS.1
     )]
     Version {
-        /// Its oldest.
+        /// The peer's oldest version.
         min: u16,
-        /// Its newest.
+        /// The peer's newest version.
         max: u16,
     },
-    /// The host's processors cannot run the guest.
+    /// The host's CPU cannot run the guest.
     #[error("the guest cannot run on this host")]
     Cpu(#[from] CpuMismatch),
-    /// The peer gave up and said why.
-    #[error("the other side gave up: {reason}")]
+    /// The peer aborted and sent the reason.
+    #[error("the other side aborted: {reason}")]
     GivenUp {
-        /// In its own words, as printable ASCII.
+        /// The peer's error, as printable ASCII.
         reason: String,
     },
-    /// The monitor of this side failed.
-    #[error("monitor: {what}")]
+    /// The VMM of this side failed.
+    #[error("VMM: {what}")]
     Machine {
-        /// What it was asked.
+        /// The operation.
         what: &'static str,
-        /// What it said.
+        /// The VMM's error.
         #[source]
         source: MachineError,
     },
-    /// The guest writes faster than can be sent.
+    /// The guest writes memory faster than it can be sent.
     #[error(
-        "the guest writes faster than it can be moved: {remaining_pages} pages after {rounds} \
-         rounds, held back by {throttle} %"
+        "guest: it writes memory faster than it can be sent: {remaining_pages} pages pending after \
+         {rounds} rounds, vCPUs throttled by {throttle} %"
     )]
     NotConverging {
         /// Rounds that were sent.
         rounds: u32,
-        /// Pages that were left.
+        /// Pages that were pending.
         remaining_pages: u64,
-        /// How far its processors were held back, in per cent.
+        /// Throttling of the vCPUs, in per cent.
         throttle: u8,
     },
-    /// Somebody asked for the end.
+    /// The caller cancelled it.
     #[error("cancelled")]
     Cancelled,
-    /// The operator asked for what cannot be.
+    /// The operator's request is invalid.
     #[error("operator: {what}")]
     Operator {
-        /// What is wrong with it.
+        /// What is invalid.
         what: String,
     },
     /// A file cannot be read or written.
     #[error("file: {what} {path}")]
     File {
-        /// What was done.
+        /// The operation.
         what: &'static str,
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
-    /// A file is no snapshot that a guest can be made of.
-    #[error("file: {path} is no snapshot of this program: {what}")]
+    /// A file is not a valid snapshot.
+    #[error("file: {path} is not a snapshot of this program: {what}")]
     Snapshot {
         /// The file.
         path: PathBuf,
-        /// What was wrong.
+        /// What is invalid.
         what: String,
     },
-    /// A snapshot is not as it was written, or changed since it was opened.
-    #[error("file: {path} is damaged: {what} is not as it was written")]
+    /// A snapshot is corrupted, or changed since it was opened.
+    #[error("file: {path} is damaged: the checksum of {what} does not match")]
     DamagedFile {
         /// The file.
         path: PathBuf,
-        /// What it was.
+        /// The damaged part.
         what: &'static str,
     },
-    /// A file of certificates or a key is none.
+    /// A certificate or key file is unusable.
     #[error("tls: {what} {path}")]
     TlsFile {
-        /// What was done.
+        /// The operation.
         what: &'static str,
         /// The file.
         path: PathBuf,
-        /// Why not.
+        /// The cause.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// A certificate or a key is not usable, or the peer's was refused.
+    /// A certificate or a key is unusable, or the peer's was refused.
     #[error("tls: {what}")]
     Tls {
-        /// What was done.
+        /// The operation.
         what: &'static str,
-        /// Why not.
+        /// The cause.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
@@ -197,7 +195,7 @@ impl MigrationError {
         move |source| Self::Machine { what, source }
     }
 
-    /// The same of who is no peer: a file that is read as a peer is heard.
+    /// Converts an error of a peer to one of a file that has the same format.
     pub(crate) fn of_file(self, path: &Path) -> Self {
         let path = path.to_owned();
         match self {
@@ -208,51 +206,53 @@ impl MigrationError {
         }
     }
 
-    /// What its operator can do about it. Where the monitor failed, that knows better.
+    /// What the operator can do. If the VMM failed, its own error has a better hint.
     #[must_use]
     pub fn hint(&self) -> &'static str {
         match self {
             Self::Link { .. } | Self::Closed => {
-                "see the log of the other side: it may have ended, not believe this side's \
-                 certificate, or have --plain where this side has not"
+                "see the log of the other side: it may have ended, not trust this side's \
+                 certificate, or have --plain while this side has not"
             }
             Self::Connect { .. } => {
-                "check the address, that `aerostat receive` waits there, and that both sides have \
+                "check the address, that `aerostat receive` listens there, and that both sides have \
                  certificates of one authority, or both --plain"
             }
             Self::Listen { .. } => {
                 "choose an address of this host and a port that is free (--listen)"
             }
-            Self::Stalled => "check that the other side still runs, and the network between",
-            Self::TooSlow { .. } => {
-                "check how busy the other side and the network are, or allow more (--max-downtime)"
+            Self::Stalled => {
+                "check that the other side still runs, and the network between the hosts"
             }
-            Self::Damaged { .. } => "check the network between the hosts, and try again",
+            Self::TooSlow { .. } => {
+                "check the load of the other side and of the network, or raise --max-downtime"
+            }
+            Self::Damaged { .. } => "check the network between the hosts, and retry",
             Self::Peer { .. } | Self::Version { .. } | Self::Layout(_) => {
                 "run the same release of Aerostat on both sides"
             }
             Self::OtherName { .. } => "give `receive` the guest's name, or --guest-name",
             Self::TooLarge { .. } => "give `receive` a larger --max-memory",
-            Self::Cpu(_) => "choose a host whose processor can all that the guest was told",
-            Self::GivenUp { .. } => "the reason is the other side's; see its log, and try again",
-            Self::Machine { .. } => "see the reason, and the monitor's log",
+            Self::Cpu(_) => "choose a host CPU with every feature exposed to the guest",
+            Self::GivenUp { .. } => "see the log of the other side, and retry",
+            Self::Machine { .. } => "see the cause, and the log of the VMM",
             Self::NotConverging { .. } => {
-                "let it stand still for longer (--max-downtime), give it more --bandwidth, or have \
-                 the guest do less meanwhile"
+                "raise --max-downtime or --bandwidth, or reduce the load of the guest during the \
+                 migration"
             }
-            Self::Cancelled => "it was stopped by its operator or with its monitor; start it again",
+            Self::Cancelled => "the operator cancelled it, or its VMM ended; start it again",
             Self::Operator { .. } => "see docs/operations.md",
             Self::File { source, .. } => hint_of_file(source.kind()),
-            Self::Snapshot { .. } => "give a file that `aerostat snapshot` has written, whole",
+            Self::Snapshot { .. } => "give a complete file that `aerostat snapshot` has written",
             Self::DamagedFile { .. } => "give another copy of the file",
             Self::Tls { .. } | Self::TlsFile { .. } => {
                 "give a certificate, its key and the authority's certificate as PEM files that the \
-                 guest's monitor may read"
+                 guest's VMM may read"
             }
         }
     }
 
-    /// An error of a connection by its kind.
+    /// Converts a connection's I/O error by its kind.
     pub(crate) fn link(what: &'static str) -> impl Fn(io::Error) -> Self {
         move |source| match source.kind() {
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Self::Stalled,
@@ -265,8 +265,8 @@ impl MigrationError {
         }
     }
 
-    /// The error with what caused it, on one line: what the peer is told, what is logged, and what an
-    /// operator is answered. Nothing that a peer named can hide in it.
+    /// The error with its causes, on one line: for the peer, the log and the operator. Control
+    /// characters are escaped, so a peer can hide nothing in it.
     #[must_use]
     pub fn chain(&self) -> String {
         let mut text = self.to_string();
@@ -280,7 +280,7 @@ impl MigrationError {
     }
 }
 
-/// So many pages, in the words of a size.
+/// The size of `pages`, in MiB or KiB.
 fn size(pages: u64) -> String {
     let kib = pages.saturating_mul(PAGE_BYTES as u64 >> 10);
     if kib.is_multiple_of(1 << 10) { format!("{} MiB", kib >> 10) } else { format!("{kib} KiB") }
@@ -288,10 +288,10 @@ fn size(pages: u64) -> String {
 
 const fn hint_of_file(kind: io::ErrorKind) -> &'static str {
     match kind {
-        io::ErrorKind::NotFound => "check the path, which is looked up where the monitor runs",
-        io::ErrorKind::PermissionDenied => "check what the monitor's user may do there",
+        io::ErrorKind::NotFound => "check the path, which the VMM resolves",
+        io::ErrorKind::PermissionDenied => "check the permissions of the VMM's user there",
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            "make room there, or choose another file system"
+            "free space there, or choose another file system"
         }
         io::ErrorKind::FileTooLarge => {
             "choose another file system: this one, or a limit, allows no file of this size (FAT: 4 GiB)"
@@ -306,7 +306,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_hides_in_an_error() {
+    fn control_characters_in_an_error_are_escaped() {
         let what = "disk \u{202e}gmi.a\u{2028}\x1b[2J".to_owned();
         let chain = MigrationError::Operator { what }.chain();
         assert_eq!(chain, "operator: disk \\u{202e}gmi.a\\u{2028}\\u{1b}[2J");

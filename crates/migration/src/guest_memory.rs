@@ -1,4 +1,4 @@
-//! Memory as `vm-memory` maps it.
+//! Guest memory mapped by `vm-memory`.
 
 use page_set::{PAGE_BYTES, PageRange};
 use vm_memory::bitmap::Bitmap;
@@ -6,11 +6,11 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::traits::{MachineError, ReadPages, WritePages};
 
-/// Bytes that are looked at before they are cleared.
+/// Bytes that are read and compared before they are cleared.
 const ZERO_CHECK_BYTES: usize = 64 << 10;
 
-/// Memory of a guest, for both sides. It writes where the dirty log of `vm-memory` does not see
-/// it only in guests that do not run yet.
+/// Memory of a guest, for both sides. Writes that bypass the dirty log of `vm-memory` happen only in
+/// guests that do not run yet.
 #[derive(Clone, Debug)]
 pub struct MappedMemory<B: Bitmap = ()>(pub GuestMemoryMmap<B>);
 
@@ -30,7 +30,7 @@ impl<B: Bitmap + Send + Sync> WritePages for MappedMemory<B> {
         Ok(self.0.write_slice(bytes, address(pages))?)
     }
 
-    /// Pages that are zeros already are only read, so that they cost the host nothing.
+    /// Only reads pages that are zeros already, so that they cost the host no memory.
     fn zero_pages(&self, pages: PageRange) -> Result<(), MachineError> {
         let zeros = vec![0; ZERO_CHECK_BYTES];
         let mut found = vec![0; ZERO_CHECK_BYTES];

@@ -1,9 +1,9 @@
-//! Where a guest has memory.
+//! The regions of a guest's memory.
 
 use page_set::PageRange;
 
-/// Regions that a guest's memory may have: KVM has some 32 thousand slots, but no machine needs more
-/// than a few, and each is a file or a mapping that a peer makes us allocate.
+/// Limit of the regions: KVM has some 32 thousand slots, but no machine needs more than a few, and a
+/// peer can cause this process to allocate a file or a mapping for each.
 pub const MAX_REGIONS: usize = 64;
 
 /// The regions of a guest's memory in pages of 4 KiB, by address, none empty, none overlapping, at
@@ -13,17 +13,17 @@ pub struct GuestLayout {
     regions: Vec<PageRange>,
 }
 
-/// Regions that no guest can have: the fault of who named them.
+/// Invalid regions: the fault of the side that described them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LayoutError {
-    /// None, or too many.
-    #[error("{count} regions of memory; 1 to {MAX_REGIONS} are possible")]
+    /// No region, or too many.
+    #[error("{count} memory regions; 1 to {MAX_REGIONS} are possible")]
     Count {
-        /// How many there were.
+        /// The number of regions.
         count: usize,
     },
-    /// One is empty, or begins before the one before it has ended.
-    #[error("the region of pages {0:?} is empty, or not behind the one before it")]
+    /// A region is empty, or begins before the end of the one before it.
+    #[error("the memory region of pages {0:?} is empty, or overlaps the one before it")]
     Order(PageRange),
 }
 
@@ -31,7 +31,7 @@ impl GuestLayout {
     /// Checks the regions.
     ///
     /// # Errors
-    /// They are not as the type promises.
+    /// They violate the invariants of the type.
     pub fn new(regions: Vec<PageRange>) -> Result<Self, LayoutError> {
         if !(1..=MAX_REGIONS).contains(&regions.len()) {
             return Err(LayoutError::Count { count: regions.len() });
@@ -52,14 +52,14 @@ impl GuestLayout {
         &self.regions
     }
 
-    /// How many pages the guest has.
+    /// Number of pages.
     #[must_use]
     pub fn pages(&self) -> u64 {
         // Cannot overflow: they do not overlap, and page numbers end at 2^52.
         self.regions.iter().map(|region| region.pages()).sum()
     }
 
-    /// True if one region holds all of `pages`.
+    /// True if one region contains all of `pages`.
     #[must_use]
     pub fn holds(&self, pages: PageRange) -> bool {
         self.regions.iter().any(|region| pages.is_within(*region))
@@ -75,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn regions_are_in_order_and_apart() {
+    fn regions_are_ordered_and_disjoint() {
         let layout = GuestLayout::new(vec![range(0, 8), range(8, 1), range(100, 4)]).unwrap();
         assert_eq!(layout.pages(), 13);
         assert!(layout.holds(range(101, 3)));

@@ -1,22 +1,22 @@
-//! What a connection must be able to do. The migration itself opens none.
+//! The interface of a connection. The migration itself opens none.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-/// Ends a connection from another thread, so that whoever reads or writes it comes back.
+/// Closes a connection from another thread, so that blocked reads and writes return.
 pub type Closer = Box<dyn Fn() + Send + Sync>;
 
 /// A stream of bytes in both directions. It is used in one direction at a time.
 pub trait Link: Read + Write + Send {
-    /// Has reads and writes fail with `WouldBlock` or `TimedOut` when nothing moves for `time`.
+    /// Makes reads and writes fail with `WouldBlock` or `TimedOut` when no byte moves for `time`.
     ///
     /// # Errors
     /// The system refuses.
     fn set_timeout(&self, time: Duration) -> io::Result<()>;
 
-    /// What ends this connection.
+    /// Returns a closure that closes this connection.
     ///
     /// # Errors
     /// The system refuses.
@@ -25,25 +25,25 @@ pub trait Link: Read + Write + Send {
 
 /// Opens connections to a destination.
 pub trait Connect {
-    /// What it opens.
+    /// The connection's type.
     type Link: Link;
 
-    /// Opens one more.
+    /// Opens another connection.
     ///
     /// # Errors
-    /// The peer is not there, or refuses.
+    /// The peer is unreachable, or refuses.
     fn connect(&mut self) -> io::Result<Self::Link>;
 }
 
-/// Takes connections of a source.
+/// Accepts connections of a source.
 pub trait Accept {
-    /// What it takes.
+    /// The connection's type.
     type Link: Link;
 
-    /// Waits for one more, until `deadline` if there is one.
+    /// Waits for another connection, until `deadline` if there is one.
     ///
     /// # Errors
-    /// `TimedOut`, or the system refuses. A peer that comes and fails is no error but is passed over.
+    /// `TimedOut`, or the system refuses. A peer that connects and fails is skipped without an error.
     fn accept(&mut self, deadline: Option<Instant>) -> io::Result<Self::Link>;
 }
 
@@ -55,7 +55,7 @@ impl<L: Link, F: FnMut() -> io::Result<L>> Connect for F {
     }
 }
 
-/// Both kinds of sockets can do it by the same words, and share no trait that has them.
+/// Both kinds of sockets have these methods, but no common trait.
 macro_rules! socket_is_link {
     ($socket:ty) => {
         impl Link for $socket {
@@ -66,7 +66,7 @@ macro_rules! socket_is_link {
 
             fn closer(&self) -> io::Result<Closer> {
                 let other = self.try_clone()?;
-                // One that is closed already is closed.
+                // Fails only if it is closed already.
                 Ok(Box::new(move || drop(other.shutdown(Shutdown::Both))))
             }
         }

@@ -1,57 +1,57 @@
-//! What is told while a migration goes on: what a progress bar needs.
+//! Progress reports of a migration.
 
-/// Where a migration stands. Each phase is told once, but for rounds.
+/// The phase of a migration. Each phase except rounds is reported once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// The guest is asked to drop its caches.
+    /// The guest drops its caches.
     DropCaches,
-    /// What the guest wrote to its disks is brought there, as far as that can be done beforehand.
+    /// The VMM syncs the guest's disks in advance.
     SyncDisks,
-    /// Connections are opened (source), or waited for (destination).
+    /// The source opens connections; the destination waits for them.
     Connect,
-    /// The two sides find out whether they fit.
+    /// The two sides check whether the guest can move.
     Negotiate,
-    /// The guest is asked for its free pages.
+    /// The source queries the guest's free pages.
     FreePages,
-    /// Pages go while the guest runs.
+    /// Pages are sent while the guest runs.
     Round {
         /// From 0.
         number: u32,
     },
-    /// The guest stands; what is left goes.
+    /// The guest is paused; the remaining pages are sent.
     LastRound,
-    /// State of processors and devices.
+    /// State of vCPUs and devices.
     State,
-    /// The guest changes sides, unless it was cancelled before this was told.
+    /// The guest changes sides, unless it was cancelled before this was reported.
     Switchover,
 }
 
-/// How far the present phase is.
+/// Progress of the current phase.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Progress {
-    /// Pages that were looked at, sent or not.
+    /// Pages that were processed, sent or not.
     pub pages: u64,
-    /// Of so many in this phase.
+    /// All pages of this phase.
     pub of_pages: u64,
-    /// Bytes that went over the network, or to the file, since the migration began: everything that is
-    /// said, as in [`Summary::wire_bytes`](crate::Summary::wire_bytes). Before TLS.
+    /// Bytes sent over the network, or written to the file, since the migration began: all messages, as
+    /// in [`Summary::wire_bytes`](crate::Summary::wire_bytes), before TLS.
     pub wire_bytes: u64,
 }
 
-/// Is told. Calls come from the thread that runs the migration and delay it.
+/// Receives progress reports. The migration's thread makes the calls, and they delay it.
 pub trait Observer {
     /// A phase begins.
     fn phase(&mut self, phase: Phase) {
         let _ = phase;
     }
 
-    /// How far it is, some ten times a second.
+    /// Progress, some ten times a second.
     fn progress(&mut self, progress: Progress) {
         let _ = progress;
     }
 }
 
-/// Tells nobody.
+/// Ignores all reports.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Silent;
 

@@ -1,12 +1,12 @@
-//! Frames and files as bytes, for whoever plays a hostile peer: tests and fuzz targets. Check sums
-//! are right here, so that what is behind them is reached.
+//! Frames and files as bytes, for tests and fuzz targets that act as a hostile peer. Checksums are
+//! valid here, so that the code behind the checks is reached.
 
 use crate::wire::chunk;
 use crate::wire::control::MigrationId;
 use crate::wire::frame;
 use crate::wire::stream::{Place, Side};
 
-/// Says frames on one connection in one direction.
+/// Encodes frames of one connection in one direction.
 #[derive(Clone, Copy, Debug)]
 pub struct Speaker {
     place: Place,
@@ -41,14 +41,14 @@ impl Default for Speaker {
     }
 }
 
-/// Check sum of contents at their place: round, start, data and zeros of a chunk; index, version,
+/// Checksum of contents at their place: round, start, data and zeros of a chunk; index, version,
 /// total and offset of a part of state.
 #[must_use]
 pub fn content_sum(contents: &[u8], place: [u64; 4]) -> u64 {
     chunk::content_sum(contents, place)
 }
 
-/// Makes the check sums of a snapshot right again, as far as its head says where things are.
+/// Recomputes the checksums of a snapshot, as far as its header has valid offsets.
 pub fn seal_snapshot(bytes: &mut [u8]) {
     crate::snapshot::seal(bytes);
 }

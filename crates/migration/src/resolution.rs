@@ -1,12 +1,12 @@
-//! What is known of a guest after the commit of its switchover.
+//! The outcome of a two-phase commit.
 
-/// Where a guest is.
+/// Where a guest runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resolution {
     /// It runs at the destination, and never again at the source.
     RunsAtDestination,
-    /// The destination destroyed it before it ran, and never runs it: it is the source's.
+    /// The destination destroyed it before it ran, and never runs it: the source has it.
     NeverRan,
-    /// It is whole and paused at the destination, which does not know what the source decided.
+    /// It is prepared at the destination, whole and paused, and the source's decision is not known.
     InDoubt,
 }

@@ -1,10 +1,9 @@
 //! Which pages are sent, and which need not be.
 //!
-//! Everything is to be sent at first, and whatever is written is to be sent again. From that,
-//! pages are taken away whose contents the guest does not rely on. Such knowledge is old when it
-//! arrives, so it may only take away what was to be sent **before the guest was asked**: writes
-//! that the log told of later stay. docs/migration.md has the argument, `tests/selection.rs` the
-//! model.
+//! At first every page is pending, and a written page becomes pending again. Pages on whose contents
+//! the guest does not depend are subtracted. Such an answer is out of date when it arrives, so it may
+//! only subtract what was pending **before the guest was queried**: writes that the dirty log reports
+//! later stay. docs/migration.md has the argument, `tests/selection.rs` the model.
 
 use std::collections::BTreeMap;
 
@@ -14,38 +13,38 @@ use crate::dirty::{DirtyBitmap, Word};
 use crate::layout::GuestLayout;
 use crate::traits::FreePages;
 
-/// What is left to be sent of a guest.
+/// The pending pages of a guest.
 #[derive(Clone, Debug)]
 pub struct Selection {
     pending: DirtyBitmap,
-    /// Pages that were sent at least once: the others read as zeros at the destination.
+    /// Pages that were sent at least once. All others read as zeros at the destination.
     sent: DirtyBitmap,
-    /// Pages to be filled with a pattern instead of being sent. Disjoint from one another.
+    /// Pages to fill with a pattern instead of sending them. The sets are disjoint.
     fills: BTreeMap<u32, PageSet>,
-    /// How often writes were added.
+    /// Number of times that writes were added.
     additions: u64,
 }
 
-/// That the guest is going to be asked now: answers to it may take away only what is to be sent at
-/// this moment.
+/// The moment just before the guest is queried. Its answer may subtract only what is pending at this
+/// moment.
 #[derive(Clone, Copy, Debug)]
 pub struct SelectionMark {
     additions: u64,
 }
 
-/// What one round has to send.
+/// The pages of one round.
 #[derive(Clone, Debug, Default)]
 pub struct Plan {
     /// Pages, 64 to a word.
     pub words: Vec<Word>,
-    /// How many pages that is.
+    /// Number of pages in `words`.
     pub pages: u64,
-    /// Pages that are to read as a pattern of four bytes, little-endian; none is in `words`.
+    /// Pages to fill with a pattern of four bytes, little-endian; none is in `words`.
     pub fills: BTreeMap<u32, PageSet>,
 }
 
 impl Selection {
-    /// Every page of a guest is to be sent, to a destination whose memory reads as zeros.
+    /// Every page is pending, for a destination whose memory reads as zeros.
     #[must_use]
     pub fn all(layout: &GuestLayout) -> Self {
         Self {
@@ -56,31 +55,31 @@ impl Selection {
         }
     }
 
-    /// Pages that were written, by the log's word: they are to be sent, whatever was said of them.
+    /// Adds the pages of the dirty log: they are pending, even if they were named as free.
     pub fn add_written(&mut self, written: &DirtyBitmap) {
         self.additions += 1;
         self.pending.union_with(written);
     }
 
-    /// Must be called after the log was last read ([`add_written`](Self::add_written)) and before
-    /// the guest is asked.
+    /// Marks the moment of a query. Call it after the last reading of the dirty log
+    /// ([`add_written`](Self::add_written)) and before the guest is queried.
     #[must_use]
     pub const fn mark(&self) -> SelectionMark {
         SelectionMark { additions: self.additions }
     }
 
-    /// Takes away what the guest says it does not use; returns how many pages were to be sent and
-    /// are not any more. Pages that do not exist are left out.
+    /// Subtracts the pages that the guest does not use; returns how many of them were pending. Ignores
+    /// pages that do not exist.
     ///
-    /// Nothing is taken away where writes were added since the guest was asked: those among them
-    /// that came after the answer could not be told from the others.
+    /// Subtracts nothing if writes were added since the query: those that followed the answer could
+    /// not be distinguished from the others.
     pub fn skip(&mut self, asked: SelectionMark, unused: &FreePages) -> u64 {
         if asked.additions != self.additions {
             return 0;
         }
         let skipped = self.pending.subtract(&unused.pages);
         let fill = if unused.pattern == 0 {
-            // Zeros are there already where nothing was ever sent.
+            // Pages that were never sent are zeros already.
             self.sent.clone().subtract(&skipped)
         } else {
             skipped.clone()
@@ -92,20 +91,19 @@ impl Selection {
         skipped.len()
     }
 
-    /// How many pages are to be sent.
+    /// Number of pending pages.
     #[must_use]
     pub fn pending_pages(&self) -> u64 {
         self.pending.count()
     }
 
-    /// Everything that is to be sent now; afterwards nothing is. If the round fails, so does the
-    /// migration.
+    /// Takes all pending pages for a round. If the round fails, so does the migration.
     pub fn take_round(&mut self) -> Plan {
         let words: Vec<Word> = self.pending.words().collect();
         let pages = words.iter().map(|word| u64::from(word.bits.count_ones())).sum();
         let mut fills = std::mem::take(&mut self.fills);
         for set in fills.values_mut() {
-            // Written since: the contents count, and order between connections does not exist.
+            // Written since: send the contents only, since frames of different connections are not ordered.
             let written = self.pending.clone().subtract(set);
             set.subtract(&written);
             set.ranges().for_each(|range| self.sent.insert(range));
@@ -142,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn free_pages_cost_nothing_before_the_first_round() {
+    fn pages_free_before_the_first_round_are_neither_sent_nor_filled() {
         let mut selection = Selection::all(&layout());
         let asked = selection.mark();
         assert_eq!(selection.skip(asked, &free(100, 1000, 0)), 100);
@@ -152,11 +150,15 @@ mod tests {
     }
 
     #[test]
-    fn writes_are_sent_whatever_is_free() {
+    fn pages_written_after_the_query_are_sent_even_if_free() {
         let mut selection = Selection::all(&layout());
         let asked = selection.mark();
         selection.add_written(&written(150, 1));
-        assert_eq!(selection.skip(asked, &free(100, 100, 0)), 0, "the log was read after asking");
+        assert_eq!(
+            selection.skip(asked, &free(100, 100, 0)),
+            0,
+            "the log was read after the query"
+        );
         let asked = selection.mark();
         assert_eq!(selection.skip(asked, &free(100, 100, 0)), 100);
         selection.add_written(&written(150, 1));
@@ -164,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_free_later_is_made_zero() {
+    fn pages_that_become_free_later_are_zeroed() {
         let mut selection = Selection::all(&layout());
         selection.take_round();
         selection.add_written(&written(10, 20));

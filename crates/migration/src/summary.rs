@@ -1,37 +1,37 @@
-//! What a migration came to.
+//! The summary of a migration.
 
 use std::time::Duration;
 
 use serde::Serialize;
 
-/// What went where, and how long it took. Pages are 4 KiB.
+/// Pages, bytes and times of a migration or snapshot. Pages are 4 KiB.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Summary {
-    /// Names the migration on both sides.
+    /// Identifies the migration on both sides.
     pub id: String,
     /// Pages of the guest.
     pub memory_pages: u64,
-    /// Pages whose contents were sent, each time that they were.
+    /// Pages whose contents were sent, counted once per send.
     pub sent_pages: u64,
-    /// Bytes on the wire, with everything.
+    /// Bytes of all messages.
     pub wire_bytes: u64,
-    /// Pages that were skipped because the guest said that it does not use them.
+    /// Pages skipped because the guest reported them as free.
     pub free_pages: u64,
-    /// Pages that were skipped because they are in the balloon.
+    /// Pages skipped because they are in the balloon.
     pub ballooned_pages: u64,
-    /// Pages that were zeros, each time that they were to be sent.
+    /// Pending pages that were zeros, counted once per round.
     pub zero_pages: u64,
-    /// Pages that were filled with a pattern at the destination instead of being sent.
+    /// Pages filled with a pattern at the destination instead of being sent.
     pub filled_pages: u64,
-    /// How long the guest took to say what it does not use; absent where it was not asked or did not answer.
+    /// Time of the guest's free-page answer; `None` if it was not queried or did not answer.
     pub free_answer_us: Option<u64>,
-    /// Each round, the last one with the guest stopped.
+    /// Each round; the guest is paused during the last one.
     pub rounds: Vec<RoundSummary>,
-    /// Times that the guest was stopped and went on, because more was left than expected.
+    /// Times that the guest was paused and resumed, because more pages were pending than expected.
     pub aborted_switchovers: u32,
-    /// How far the guest was held back at the end, in per cent.
+    /// Throttling of the vCPUs at the end, in per cent.
     pub throttle: u8,
-    /// From the first connection to the last word.
+    /// From the first connection to the last message.
     pub total_us: u64,
     /// Downtime.
     pub downtime: Downtime,
@@ -40,11 +40,11 @@ pub struct Summary {
 /// One round.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct RoundSummary {
-    /// Pages that were to be sent.
+    /// Pending pages.
     pub pages: u64,
-    /// Of them, pages whose contents went.
+    /// Of them, pages whose contents were sent.
     pub sent_pages: u64,
-    /// Of them, zeros.
+    /// Of them, zero pages.
     pub zero_pages: u64,
     /// Pages filled with a pattern.
     pub filled_pages: u64,
@@ -54,26 +54,26 @@ pub struct RoundSummary {
     pub took_us: u64,
 }
 
-/// Parts of the downtime, in their order.
+/// Parts of the downtime, in order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Downtime {
-    /// Its processors and devices came to a stop.
+    /// Pausing vCPUs and devices.
     pub pause_us: u64,
-    /// The log was read for the last time.
+    /// Reading the dirty log for the last time.
     pub log_us: u64,
-    /// The last pages were sent.
+    /// Sending the last round.
     pub copy_us: u64,
-    /// State was saved.
+    /// Saving the state.
     pub save_us: u64,
-    /// State was sent and loaded, of which `load_us` was loading, by the destination's word.
+    /// Sending and loading the state. Of that, `load_us` is loading, as reported by the destination.
     pub state_us: u64,
     /// See `state_us`.
     pub load_us: u64,
-    /// The switchover, of which `resume_us` was starting the guest, by the destination's word.
+    /// The switchover. Of that, `resume_us` is starting the guest, as reported by the destination.
     pub switchover_us: u64,
     /// See `switchover_us`.
     pub resume_us: u64,
-    /// From before the first to after the last, all together.
+    /// The whole downtime.
     pub total_us: u64,
 }
 

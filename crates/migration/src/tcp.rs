@@ -1,4 +1,4 @@
-//! Connections over TCP, with TLS. The only place here that knows sockets.
+//! Connections over TCP, with TLS. The only module of this crate that opens sockets.
 
 use std::collections::VecDeque;
 use std::io::{self, Cursor, IoSlice, Read, Write};
@@ -17,31 +17,31 @@ use crate::error::MigrationError;
 use crate::limits::MAX_CONNECTIONS;
 use crate::link::{Accept, Closer, Connect, Link};
 use crate::tls::Tls;
-use crate::wire::frame::{HEAD_BYTES, Head};
+use crate::wire::frame::{HEADER_BYTES, Header};
 
-/// How long a peer may take to be reached, and to agree on keys and say hello.
+/// Timeout for connecting to a peer, and for the TLS handshake and the hello.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Pause after a connection that the host cannot take. It is found again at once.
+/// Pause after a connection that the host cannot accept. It stays in the backlog.
 const BACKOFF: Duration = Duration::from_millis(100);
 
-/// Bytes of a hello's body. It has 40 today; later versions may say more.
+/// Bytes of a hello's body. It has 40 today; later versions may have more.
 const MAX_HELLO_BYTES: usize = 1024;
 
 /// How a connection is secured.
 #[derive(Clone, Debug)]
 pub enum Security {
-    /// By certificates on both sides.
+    /// TLS with certificates on both sides.
     Tls(Tls),
-    /// Not at all: only between processes of one host, over a loopback address.
+    /// No TLS: only between processes of one host, over a loopback address.
     PlainOnLoopback,
 }
 
-/// One connection.
+/// A connection, with or without TLS.
 #[derive(Debug)]
 pub struct TcpLink {
     end: End,
-    /// What was read of it before it was handed on.
+    /// The hello, if it was read in advance.
     read_ahead: Cursor<Vec<u8>>,
 }
 
@@ -49,9 +49,9 @@ pub struct TcpLink {
 enum End {
     /// Only on a loopback address.
     Plain(TcpStream),
-    /// Encrypted, with both sides known; this one connected.
+    /// TLS; this side connected.
     Client(Box<StreamOwned<ClientConnection, TcpStream>>),
-    /// Encrypted, with both sides known; this one was connected to.
+    /// TLS; this side accepted.
     Server(Box<StreamOwned<ServerConnection, TcpStream>>),
 }
 
@@ -78,13 +78,12 @@ impl TcpLink {
         Self { end, read_ahead: Cursor::new(Vec::new()) }
     }
 
-    /// Reads the peer's first message read_ahead, whatever it says, so that nobody has to wait for it
-    /// later.
+    /// Reads the peer's first frame in advance, so that no other thread has to wait for it.
     fn read_hello(&mut self, deadline: Instant) -> io::Result<()> {
-        let no_hello = || io::Error::new(io::ErrorKind::InvalidData, "it says no hello");
-        let mut head = [0; HEAD_BYTES];
+        let no_hello = || io::Error::new(io::ErrorKind::InvalidData, "the peer sent no hello");
+        let mut head = [0; HEADER_BYTES];
         self.fill(&mut head, deadline)?;
-        let lengths = Head::read(head).map_err(|_| no_hello())?;
+        let lengths = Header::read(head).map_err(|_| no_hello())?;
         if lengths.body_bytes > MAX_HELLO_BYTES || lengths.payload_bytes > 0 {
             return Err(no_hello());
         }
@@ -108,7 +107,7 @@ impl TcpLink {
     }
 }
 
-/// Time until then, which is not over.
+/// Time until the deadline; `TimedOut` if it has passed.
 fn left(deadline: Instant) -> io::Result<Duration> {
     let left = deadline.saturating_duration_since(Instant::now());
     if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
@@ -168,10 +167,10 @@ pub struct TcpConnector {
 }
 
 impl TcpConnector {
-    /// For `HOST:PORT`, which is looked up now and once.
+    /// For `HOST:PORT`, which is resolved once, now.
     ///
     /// # Errors
-    /// It is no such thing, or not found; or a connection without TLS would leave this host.
+    /// The address is malformed or does not resolve, or a connection without TLS would leave this host.
     pub fn new(host_and_port: &str, security: Security) -> Result<Self, MigrationError> {
         let operator = |what: String| MigrationError::Operator { what };
         let (host, _) = host_and_port.rsplit_once(':').ok_or_else(|| {
@@ -179,14 +178,13 @@ impl TcpConnector {
         })?;
         let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
         let found = host_and_port.to_socket_addrs();
-        let found = found.map_err(|error| {
-            operator(format!("there is no address for {host_and_port}: {error}"))
-        })?;
+        let found =
+            found.map_err(|error| operator(format!("cannot resolve {host_and_port}: {error}")))?;
         let addresses: Vec<_> = found.collect();
         let local = addresses.iter().all(|address| address.ip().is_loopback());
         if matches!(security, Security::PlainOnLoopback) && !local {
             let what = format!(
-                "{host} is another host, and --plain is for this host alone: give certificates (--tls-cert, --tls-key, --tls-ca)"
+                "{host} is another host, and --plain is for this host only: give certificates (--tls-cert, --tls-key, --tls-ca)"
             );
             return Err(operator(what));
         }
@@ -223,25 +221,25 @@ impl Connect for TcpConnector {
     }
 }
 
-/// Takes connections of sources. Each is results by a thread of its own until it has said hello, so
-/// that a stranger who connects and says nothing, or half of something, keeps nobody waiting.
+/// Accepts connections of sources. Each has its own thread until its hello has arrived, so that a peer
+/// that connects and sends nothing, or half a message, blocks no other.
 #[derive(Debug)]
 pub struct TcpAcceptor {
     listener: TcpListener,
     security: Security,
-    /// Whoever comes has to say hello.
+    /// A peer must send a hello.
     requires_hello: bool,
-    /// Those that are being results, oldest first.
+    /// Connections in their handshake, oldest first.
     handshakes: VecDeque<Handshake>,
     newest: u64,
     results: Receiver<HandshakeResult>,
     result_sender: Sender<HandshakeResult>,
-    /// Readable when somebody was results.
+    /// Readable when a handshake has ended.
     wake_receiver: UnixStream,
     wake_sender: Arc<UnixStream>,
 }
 
-/// One that is being results.
+/// A connection in its handshake.
 #[derive(Debug)]
 struct Handshake {
     number: u64,
@@ -249,26 +247,26 @@ struct Handshake {
     socket: TcpStream,
 }
 
-/// What came of handshakes one.
+/// The result of a handshake: its number, the peer, the connection.
 type HandshakeResult = (u64, SocketAddr, io::Result<TcpLink>);
 
-/// Connections that are results at a time. An honest source has said its part within milliseconds,
-/// so where there are more one goes: of the host that has most of them, the oldest. So a host that
-/// floods this one keeps no other host away.
+/// Handshakes at a time. An honest source completes its handshake within milliseconds. Beyond the limit
+/// the oldest connection of the host that has most of them is closed, so a host that floods this one
+/// blocks no other host.
 const MAX_HANDSHAKES: usize = 4 * MAX_CONNECTIONS;
 
-/// Stack of a thread that result_sender.
+/// Stack of a handshake thread.
 const STACK_BYTES: usize = 256 << 10;
 
 impl TcpAcceptor {
     /// Listens on `address`.
     ///
     /// # Errors
-    /// It cannot be listened on; or sources of other hosts could come without TLS.
+    /// Listening fails, or sources of other hosts could connect without TLS.
     pub fn new(address: SocketAddr, security: Security) -> Result<Self, MigrationError> {
         if matches!(security, Security::PlainOnLoopback) && !address.ip().is_loopback() {
             let what = format!(
-                "{address} can be reached by other hosts, and --plain is for this host alone: give certificates (--tls-cert, --tls-key, --tls-ca), or listen on 127.0.0.1"
+                "{address} can be reached by other hosts, and --plain is for this host only: give certificates (--tls-cert, --tls-key, --tls-ca), or listen on 127.0.0.1"
             );
             return Err(MigrationError::Operator { what });
         }
@@ -294,42 +292,42 @@ impl TcpAcceptor {
         })
     }
 
-    /// Takes what is no migration as well, as soon as it says anything.
+    /// Accepts connections without a hello too, once a peer has sent anything.
     #[must_use]
     pub fn without_hello(self) -> Self {
         Self { requires_hello: false, ..self }
     }
 
-    /// Where it listens.
+    /// The listening address.
     ///
     /// # Errors
-    /// The system does not say.
+    /// `getsockname` fails.
     pub fn address(&self) -> io::Result<SocketAddr> {
         self.listener.local_addr()
     }
 
-    /// Begins to greet one who came.
+    /// Starts the handshake of an accepted connection.
     fn start_handshake(&mut self, socket: TcpStream, from: SocketAddr) -> io::Result<()> {
         if self.handshakes.len() >= MAX_HANDSHAKES {
             self.close_excess();
         }
         self.newest += 1;
-        let (number, closes) = (self.newest, socket.try_clone()?);
+        let (number, closer) = (self.newest, socket.try_clone()?);
         let (security, requires_hello, result_sender) =
             (self.security.clone(), self.requires_hello, self.result_sender.clone());
         let wake_sender = Arc::clone(&self.wake_sender);
         let thread = thread::Builder::new().name("greet".to_owned()).stack_size(STACK_BYTES);
         thread.spawn(move || {
-            // Nobody listens any more where these fail, or has not heard the last ring yet.
-            let results = diagnostics::contain(|| {
+            // These fail if the acceptor is gone, or if it has not read the last wake-up yet.
+            let result = diagnostics::contain(|| {
                 diagnostics::panic_point("greet");
                 handshake(&security, requires_hello, socket)
             });
-            let results = results.unwrap_or_else(|panicked| Err(io::Error::other(panicked)));
-            let _ = result_sender.send((number, from, results));
+            let result = result.unwrap_or_else(|panicked| Err(io::Error::other(panicked)));
+            let _ = result_sender.send((number, from, result));
             let _ = (&*wake_sender).write(&[1]);
         })?;
-        self.handshakes.push_back(Handshake { number, host: host(from.ip()), socket: closes });
+        self.handshakes.push_back(Handshake { number, host: host(from.ip()), socket: closer });
         Ok(())
     }
 
@@ -337,29 +335,29 @@ impl TcpAcceptor {
         let of_host = |host| self.handshakes.iter().filter(|other| other.host == host).count();
         let sizes: Vec<_> = self.handshakes.iter().map(|one| of_host(one.host)).collect();
         let most = sizes.iter().max();
-        // They stand in the order in which they came.
-        let goes = sizes.iter().position(|size| Some(size) == most);
-        if let Some(oldest) = goes.and_then(|at| self.handshakes.remove(at)) {
-            // Its thread comes back. One that is closed already is closed.
+        // Oldest first.
+        let excess = sizes.iter().position(|size| Some(size) == most);
+        if let Some(oldest) = excess.and_then(|at| self.handshakes.remove(at)) {
+            // Its thread returns. Fails only if the socket is closed already.
             let _ = oldest.socket.shutdown(Shutdown::Both);
         }
     }
 
-    /// The next one that was results.
+    /// The next connection whose handshake has succeeded.
     fn next(&mut self) -> Option<TcpLink> {
         while matches!((&self.wake_receiver).read(&mut [0; 64]), Ok(1..)) {}
         while let Ok((number, from, outcome)) = self.results.try_recv() {
             self.handshakes.retain(|one| one.number != number);
             match outcome {
                 Ok(link) => return Some(link),
-                Err(error) => tracing::warn!(%from, %error, "sent away"),
+                Err(error) => tracing::warn!(%from, %error, "handshake failed"),
             }
         }
         None
     }
 }
 
-/// Agrees on keys, and requires_hello what the peer says first.
+/// Completes the TLS handshake, and reads the hello.
 fn handshake(security: &Security, requires_hello: bool, socket: TcpStream) -> io::Result<TcpLink> {
     let deadline = Instant::now() + HANDSHAKE_TIMEOUT;
     socket.set_nonblocking(false)?;
@@ -380,7 +378,7 @@ fn handshake(security: &Security, requires_hello: bool, socket: TcpStream) -> io
     Ok(link)
 }
 
-/// What stands for the host at an address: one that has IPv6 has all of a network's addresses.
+/// The host of an address: an IPv6 host has all addresses of a /64 network.
 fn host(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => {
@@ -405,9 +403,9 @@ impl Accept for TcpAcceptor {
                 Err(error) if is_peer_fault(&error) => continue,
                 Err(error) if is_permanent(&error) => return Err(error),
                 Err(error) => {
-                    tracing::error!(%error, "host: cannot take a connection, and tries again");
+                    tracing::error!(%error, "host: cannot accept a connection; retrying");
                     thread::sleep(BACKOFF);
-                    // Whoever waits there is found at once, whatever the time.
+                    // A waiting connection makes the next poll return at once, so check the time here.
                     if deadline.is_some_and(|end| Instant::now() >= end) {
                         return Err(io::ErrorKind::TimedOut.into());
                     }
@@ -415,27 +413,27 @@ impl Accept for TcpAcceptor {
                 }
             };
             if let Err(error) = self.start_handshake(socket, from) {
-                tracing::warn!(%from, %error, "cannot be results");
+                tracing::warn!(%from, %error, "host: cannot start a handshake");
             }
         }
     }
 }
 
-/// What a peer can bring about by hanging up at once.
+/// An error that a peer can cause by closing its connection at once.
 fn is_peer_fault(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted, WouldBlock};
     matches!(error.kind(), ConnectionAborted | ConnectionReset | Interrupted | WouldBlock)
 }
 
-/// The listener is of no use. Any other error goes by: the host has no file descriptor or no memory
-/// left now, or a network is down (`accept(2)`).
+/// The listener is unusable. Any other error is temporary: the host has no file descriptor or memory
+/// left, or a network is down (`accept(2)`).
 fn is_permanent(error: &io::Error) -> bool {
     use rustix::io::Errno;
     let errno = Errno::from_io_error(error);
     errno.is_none_or(|errno| [Errno::BADF, Errno::INVAL, Errno::NOTSOCK].contains(&errno))
 }
 
-/// Waits until somebody connects, or was results.
+/// Waits until a peer connects, or a handshake has ended.
 fn wait(
     listener: &TcpListener,
     wake_receiver: &UnixStream,
@@ -461,13 +459,13 @@ fn wait(
 fn plain(socket: TcpStream) -> io::Result<TcpLink> {
     let local = socket.peer_addr()?.ip().is_loopback() && socket.local_addr()?.ip().is_loopback();
     if !local {
-        return Err(io::Error::other("without TLS, from another host"));
+        return Err(io::Error::other("a connection without TLS from another host"));
     }
     socket.set_nodelay(true)?;
     Ok(TcpLink::new(End::Plain(socket)))
 }
 
-/// Agrees on keys. A peer that sends a byte now and then does not hold us for ever.
+/// Completes the TLS handshake by the deadline, even if the peer sends a byte now and then.
 fn handshake_tls<C, S>(
     mut connection: C,
     mut socket: TcpStream,
@@ -485,16 +483,18 @@ where
             continue;
         }
         if connection.read_tls(&mut socket)? == 0 {
-            let what = "it hung up before keys were agreed on: has it certificates, or --plain?";
+            let what = "the peer closed the connection during the TLS handshake: check whether it has certificates, or --plain";
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, what));
         }
         let processed = connection.process_new_packets();
         if let Err(error) = processed {
-            // The peer is told which of its certificates is not believed.
+            // Send the TLS alert, which names the certificate error.
             let _ = connection.write_tls(&mut socket);
             let what = match &error {
                 rustls::Error::InvalidMessage(_) => {
-                    format!("it speaks no TLS ({error}): has it certificates, or --plain?")
+                    format!(
+                        "the peer does not speak TLS ({error}): check whether it has certificates, or --plain"
+                    )
                 }
                 _ => error.to_string(),
             };

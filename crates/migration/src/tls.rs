@@ -1,5 +1,5 @@
-//! Both sides show a certificate of an authority that the operator chose, or there is no
-//! connection. TLS 1.3 only.
+//! Mutual TLS: both sides present a certificate from an authority that the operator chose. TLS 1.3
+//! only.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,25 +12,25 @@ use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, Server
 
 use crate::error::MigrationError;
 
-/// Certificates that a file may hold: a chain, or a few authorities.
+/// Limit of certificates in a file: a chain, or a few authorities.
 const MAX_CERTIFICATES: usize = 64;
 
-/// Bytes that wait in a connection to be encrypted: a chunk goes in one piece.
+/// Bytes that a connection buffers for encryption: a chunk fits.
 const BUFFER_BYTES: usize = 512 << 10;
 
-/// Where one side's certificates are, as PEM.
+/// Paths of one side's PEM files.
 #[derive(Clone, Debug)]
 pub struct TlsFiles {
-    /// Whom the other side's certificate must come from.
+    /// The authority that must have signed the other side's certificate.
     pub authority: PathBuf,
-    /// This side's certificate, and what leads from it to the authority.
+    /// This side's certificate, and its chain to the authority.
     pub certificate: PathBuf,
     /// Its key.
     pub key: PathBuf,
 }
 
-/// What one side shows, and whom it believes. The same serves as source and as destination; the
-/// certificate must allow both (extended key usage), and name the destination's host.
+/// One side's certificate and the authority that it trusts, for either role. The certificate must allow
+/// both roles (extended key usage), and name the destination's host.
 #[derive(Clone, Debug)]
 pub struct Tls {
     client: Arc<ClientConfig>,
@@ -56,17 +56,17 @@ impl Tls {
     /// Reads the files.
     ///
     /// # Errors
-    /// One cannot be read, is not what it should be, or does not fit to another.
+    /// A file cannot be read or is invalid, or the key does not match the certificate.
     pub fn from_files(files: &TlsFiles) -> Result<Self, MigrationError> {
         let key = PrivateKeyDer::from_pem_file(&files.key);
         let key = key.map_err(file_error("reading the key in", &files.key))?;
         Self::new(&certificates(&files.authority)?, certificates(&files.certificate)?, key)
     }
 
-    /// From certificates that were read already.
+    /// Uses certificates that were read already.
     ///
     /// # Errors
-    /// They do not fit to one another.
+    /// A certificate is invalid, or the key does not match.
     pub fn new(
         authorities: &[CertificateDer<'static>],
         chain: Vec<CertificateDer<'static>>,
@@ -75,45 +75,45 @@ impl Tls {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let mut roots = RootCertStore::empty();
         for authority in authorities {
-            roots.add(authority.clone()).map_err(error("believing the authority"))?;
+            roots.add(authority.clone()).map_err(error("loading the authority's certificate"))?;
         }
         let roots = Arc::new(roots);
         let clients =
             WebPkiClientVerifier::builder_with_provider(Arc::clone(&roots), Arc::clone(&provider));
-        let clients = clients.build().map_err(error("believing the authority"))?;
+        let clients = clients.build().map_err(error("loading the authority's certificate"))?;
         let servers = WebPkiServerVerifier::builder_with_provider(roots, Arc::clone(&provider));
-        let servers = servers.build().map_err(error("believing the authority"))?;
+        let servers = servers.build().map_err(error("loading the authority's certificate"))?;
         let versions = &[&rustls::version::TLS13];
         let mut server = ServerConfig::builder_with_provider(Arc::clone(&provider))
             .with_protocol_versions(versions)
             .map_err(error("choosing TLS 1.3"))?
             .with_client_cert_verifier(clients)
             .with_single_cert(chain.clone(), key.clone_key())
-            .map_err(error("showing the certificate"))?;
-        // Nobody comes back for the same session.
+            .map_err(error("loading the certificate and its key"))?;
+        // No client resumes a session.
         server.send_tls13_tickets = 0;
         let client = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(versions)
             .map_err(error("choosing TLS 1.3"))?
             .with_webpki_verifier(servers)
             .with_client_auth_cert(chain, key)
-            .map_err(error("showing the certificate"))?;
+            .map_err(error("loading the certificate and its key"))?;
         Ok(Self { client: Arc::new(client), server: Arc::new(server) })
     }
 
-    /// A connection to `host`, whose certificate must name it.
+    /// A client session with `host`, whose certificate must name it.
     pub(crate) fn client(&self, host: &str) -> Result<ClientConnection, MigrationError> {
         let name = ServerName::try_from(host.to_owned());
-        let name = name.map_err(error("a host that can have no certificate"))?;
+        let name = name.map_err(error("the host's name is not one that a certificate can have"))?;
         let connection = ClientConnection::new(Arc::clone(&self.client), name);
-        let mut connection = connection.map_err(error("beginning"))?;
+        let mut connection = connection.map_err(error("starting a session"))?;
         connection.set_buffer_limit(Some(BUFFER_BYTES));
         Ok(connection)
     }
 
     pub(crate) fn server(&self) -> Result<ServerConnection, MigrationError> {
         let mut connection =
-            ServerConnection::new(Arc::clone(&self.server)).map_err(error("beginning"))?;
+            ServerConnection::new(Arc::clone(&self.server)).map_err(error("starting a session"))?;
         connection.set_buffer_limit(Some(BUFFER_BYTES));
         Ok(connection)
     }
@@ -125,7 +125,7 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, MigrationEr
     let all: Result<Vec<_>, _> = all.take(MAX_CERTIFICATES).collect();
     let all = all.map_err(failed)?;
     if all.is_empty() {
-        return Err(file_error("reading a certificate in", path)("there is none"));
+        return Err(file_error("reading a certificate in", path)("it contains none"));
     }
     Ok(all)
 }

@@ -1,4 +1,4 @@
-//! A round's work, shared by threads: one for each connection.
+//! Distributes a round to threads, one for each connection.
 
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
@@ -11,25 +11,25 @@ use crate::error::MigrationError;
 use crate::link::Link;
 use crate::wire::stream::Stream;
 
-/// How often progress is told.
+/// Interval of progress reports.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Contents are on the heap; what is on the stack are frames of calls, and of a subscriber's. With
-/// the usual 2 MiB, which is a huge page where the system gives those to everybody, most of a
-/// thread's time went into clearing that.
+/// Contents are on the heap; the stack has only call frames, those of a tracing subscriber included.
+/// The default of 2 MiB is one huge page if transparent huge pages are always on; clearing it took
+/// most of a thread's time.
 const STACK_BYTES: usize = 256 << 10;
 
-/// Has a thread for each of `streams` do its `share`, and hands what it did to `add`. `tell` is
-/// called now and then meanwhile. `stop` has the others end where one fails or panics.
+/// Runs `share` in one thread for each of `streams`, and passes each result to `add`. Calls `report`
+/// every [`PROGRESS_INTERVAL`]. If one thread fails or panics, calls `stop`, which ends the others.
 ///
 /// # Errors
-/// What a share failed with: of several, what says most.
+/// The most specific error of the threads.
 pub(crate) fn run_pool<L: Link, D: Send>(
     streams: &mut [Stream<L>],
     share: impl Fn(usize, &mut Stream<L>) -> Result<D, MigrationError> + Sync,
     stop: impl Fn() + Sync,
     mut add: impl FnMut(D),
-    mut tell: impl FnMut(),
+    mut report: impl FnMut(),
 ) -> Result<(), MigrationError> {
     let mut failure: Option<MigrationError> = None;
     thread::scope(|scope| {
@@ -45,7 +45,7 @@ pub(crate) fn run_pool<L: Link, D: Send>(
                 if done.is_err() {
                     stop();
                 }
-                // The receiver is there until every thread has ended.
+                // The receiver exists until every thread has ended.
                 let _ = of_thread.send(done);
             });
             if let Err(error) = spawned {
@@ -61,11 +61,11 @@ pub(crate) fn run_pool<L: Link, D: Send>(
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break,
             }
-            let told = contained("telling how far a round is", || {
-                tell();
+            let reported = contained("reporting progress", || {
+                report();
                 Ok(())
             });
-            if let Err(error) = told {
+            if let Err(error) = reported {
                 stop();
                 failure = Some(more_specific(failure.take(), error));
             }
@@ -74,8 +74,8 @@ pub(crate) fn run_pool<L: Link, D: Send>(
     failure.map_or(Ok(()), Err)
 }
 
-/// Of two errors the one that says more: threads that were stopped, or whose connections were
-/// closed, say what another one led to.
+/// Returns the more specific of two errors: threads that were stopped, or whose connections were
+/// closed, only report the consequence of another thread's error.
 fn more_specific(first: Option<MigrationError>, second: MigrationError) -> MigrationError {
     match first {
         Some(first) if !matches!(first, MigrationError::Closed | MigrationError::Cancelled) => {

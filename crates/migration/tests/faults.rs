@@ -1,6 +1,6 @@
-//! A network that fails at every single write, in every way, in either direction. Whatever
-//! happens: the guest runs on at most one side at any moment, all of it is somewhere, and one word
-//! resolves what is in doubt.
+//! A network that fails at every single write, in every way, in either direction. In every case the
+//! guest runs on at most one side at any moment, one side has all of it, and one resolve request ends
+//! every doubt.
 
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test")]
 
@@ -22,25 +22,25 @@ use migration::{
     Resolution, SourceConfig, SourceDoubt, SourceFailure, SourceGuest, Summary, migrate, receive,
 };
 
-/// Longer than a machine that does other things keeps a thread waiting; what stalls costs as much.
+/// Longer than a busy machine delays a thread. Each stall fault takes this long.
 const STALL: Duration = Duration::from_secs(2);
 
-/// Migrations at a time.
+/// Concurrent migrations.
 const AT_ONCE: usize = 24;
 
-/// Sweeps at most until all cases were seen.
+/// Limit of sweeps until all cases were seen.
 const SWEEPS: usize = 3;
 
-/// What the two sides came to by themselves.
+/// The outcome on both sides, before any doubt is resolved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Case {
     Moved,
     Stayed,
-    /// It runs at the source, and the destination does not know.
+    /// It runs at the source, and the destination is in doubt.
     StayedAndDoubted,
-    /// It is paused at the source, which does not know that it runs at the destination.
+    /// It runs at the destination, and the source is in doubt.
     DoubtedAndRuns,
-    /// Both are paused.
+    /// Both sides are in doubt.
     BothDoubt,
 }
 
@@ -56,7 +56,7 @@ fn case(ended: &Ended) -> Case {
 }
 
 struct Setup {
-    /// With one, everything happens in one order.
+    /// One connection makes the order of events deterministic.
     connections: usize,
     stall: Duration,
     world: Arc<World>,
@@ -76,7 +76,7 @@ impl Setup {
         Self { connections, stall, world, source, destination }
     }
 
-    /// Runs a migration over connections that fail as planned; later ones do not.
+    /// Runs a migration over connections that fail as planned. Later ones do not fail.
     fn run(&mut self, source_writes: &Arc<Plan>, destination_writes: &Arc<Plan>) -> Ended {
         let (there, incoming) = mpsc::channel();
         let mut incoming = Incoming(incoming);
@@ -104,13 +104,15 @@ impl Setup {
         })
     }
 
-    /// What has to hold, whatever happened; resolves what is in doubt.
+    /// Checks the invariants; resolves a doubt.
     fn check(&mut self, ended: Ended, what: &str) -> Case {
         self.world.check();
         let case = case(&ended);
         match (ended.sent, ended.received) {
             (Ok(_), Ok(_)) => {}
-            (Ok(_), Err(failure)) => panic!("{what}: given away to nobody: {failure:?}"),
+            (Ok(_), Err(failure)) => {
+                panic!("{what}: relinquished without a destination: {failure:?}")
+            }
             (Err(failure), received) => match failure.guest {
                 SourceGuest::Runs => self.stayed(received, what),
                 SourceGuest::InDoubt(doubt) => self.resolve(&doubt, received, what),
@@ -122,7 +124,7 @@ impl Setup {
         assert!(here != there, "{what}: {here} and {there}");
         if there {
             compare(&self.source, &self.destination);
-            assert!(self.world.given_away.load(Ordering::SeqCst), "{what}");
+            assert!(self.world.relinquished.load(Ordering::SeqCst), "{what}");
         } else {
             assert!(self.destination.memory.is_none(), "{what}: something is left");
             assert!(!self.source.logging && self.source.throttle == 0, "{what}");
@@ -135,7 +137,7 @@ impl Setup {
         match received {
             Ok(_) => panic!("{what}: it runs there too"),
             Err(ReceiveFailure { guest: DestinationGuest::InDoubt(mut ownership), .. }) => {
-                // The source's operator says where it runs.
+                // The operator of the source confirms that it runs there.
                 ownership.discard(&mut self.destination);
                 assert_eq!(ownership.resolution(), Resolution::NeverRan);
             }
@@ -162,12 +164,12 @@ impl Setup {
                 return;
             }
         };
-        // The machine may be busy, and then one asks again.
+        // Retry, since the machine may be busy.
         let resolved = (0..50).any(|_| self.ask(doubt, &mut ownership));
         assert!(resolved, "{what}: cannot be resolved");
     }
 
-    /// The one word, over a connection that works.
+    /// One resolve request, over a working connection.
     fn ask(&mut self, doubt: &SourceDoubt, ownership: &mut DestinationOwnership) -> bool {
         let (mine, theirs) = UnixStream::pair().unwrap();
         let mut mine = Some(mine);
@@ -182,7 +184,7 @@ impl Setup {
     }
 }
 
-/// A monitor that has a guest in doubt goes on answering, for a moment.
+/// A VMM with a guest in doubt answers its source for a while.
 fn serve(
     received: Result<Received, ReceiveFailure>,
     destination: &mut Destination,
@@ -214,7 +216,7 @@ fn connector(
     }
 }
 
-/// Writes of either side when nothing fails.
+/// Numbers of writes of both sides without a fault.
 fn writes(connections: usize) -> (usize, usize) {
     let (here, there) = (Plan::never(), Plan::never());
     let mut setup = Setup::new(connections, 100 * STALL);
@@ -226,20 +228,20 @@ fn writes(connections: usize) -> (usize, usize) {
 
 type Fault = Option<(Kind, usize)>;
 
-/// Every write of both sides fails once in each way; what that came to.
+/// Fails every write of both sides once in each way; returns the cases.
 fn sweep(connections: usize, kinds: &[Kind]) -> BTreeSet<Case> {
     let (here, there) = writes(connections);
     assert!(here > 8 && there > 4, "{here} {there}");
     let each = |kind: &Kind| {
         let kind = *kind;
-        // A sign of life on a busy machine is one more.
+        // On a busy machine there may be additional keepalives.
         let of_source = (0..here + 2).map(move |at| (Some((kind, at)), None));
         of_source.chain((0..there).map(move |at| (None, Some((kind, at)))))
     };
     all(connections, &kinds.iter().flat_map(each).collect::<Vec<_>>())
 }
 
-/// Each of `faults` by itself, many at a time, since most of it is waiting.
+/// Runs each of `faults` in its own migration, many concurrently, since most of the time is waiting.
 fn all(connections: usize, faults: &[(Fault, Fault)]) -> BTreeSet<Case> {
     let mut cases = BTreeSet::new();
     for some in faults.chunks(AT_ONCE) {
@@ -262,8 +264,8 @@ fn fault(connections: usize, here: Fault, there: Fault) -> Case {
     setup.check(ended, &what)
 }
 
-/// Sweeps until all these cases were seen. On a busy machine anything may stall by itself, so
-/// there may be other cases, and now and then others only.
+/// Sweeps until all wanted cases were seen. On a busy machine anything may stall by itself, so one
+/// sweep may produce other cases, and sometimes only those.
 fn sweep_until(connections: usize, kinds: &[Kind], wanted: &[Case]) {
     let mut cases = BTreeSet::new();
     for _ in 0..SWEEPS {
@@ -280,7 +282,7 @@ fn assert_seen(cases: &BTreeSet<Case>, wanted: &[Case]) {
 }
 
 #[test]
-fn connections_are_cut() {
+fn cut_connections_leave_one_guest() {
     sweep_until(
         1,
         &[Kind::Cut, Kind::CutAfter, Kind::Truncate],
@@ -289,39 +291,39 @@ fn connections_are_cut() {
 }
 
 #[test]
-fn connections_stall() {
+fn stalled_connections_leave_one_guest() {
     sweep_until(1, &[Kind::Stall], &[Case::Stayed, Case::DoubtedAndRuns, Case::BothDoubt]);
 }
 
 #[test]
-fn bytes_change() {
+fn corrupted_bytes_leave_one_guest() {
     sweep_until(1, &[Kind::Corrupt], &[Case::Stayed, Case::DoubtedAndRuns, Case::BothDoubt]);
 }
 
 #[test]
-fn messages_are_lost() {
+fn lost_messages_leave_one_guest() {
     sweep_until(1, &[Kind::Lose], &[Case::Stayed, Case::DoubtedAndRuns, Case::BothDoubt]);
 }
 
 #[test]
-fn messages_come_twice() {
+fn repeated_messages_leave_one_guest() {
     sweep_until(1, &[Kind::Repeat], &[Case::Moved, Case::Stayed]);
 }
 
 #[test]
-fn messages_change_places() {
+fn reordered_messages_leave_one_guest() {
     sweep_until(1, &[Kind::Reorder], &[Case::Stayed]);
 }
 
 #[test]
-fn one_of_many_connections_fails() {
+fn a_fault_of_one_of_many_connections_leaves_one_guest() {
     sweep_until(3, &[Kind::Cut, Kind::Corrupt], &[Case::Stayed]);
 }
 
-/// That it is prepared does not arrive, nor does the source's word that it keeps the guest: so a
-/// further connection says it.
+/// Both *prepared* and the source's abort are lost, so the source sends a rollback on another
+/// connection.
 #[test]
-fn a_destination_in_doubt_is_told() {
+fn a_destination_in_doubt_receives_a_rollback() {
     let (here, there) = writes(1);
     let both = |at| (Some((Kind::Cut, here - 1)), Some((Kind::Lose, at)));
     let cases = all(1, &(0..there).map(both).collect::<Vec<_>>());

@@ -1,4 +1,4 @@
-//! Snapshots on file systems that lack what others have.
+//! Snapshots on file systems that lack features.
 
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test")]
 
@@ -13,8 +13,8 @@ use migration::SourceGuest;
 use migration::observer::Silent;
 use migration::snapshot::{After, restore, snapshot};
 
-/// FAT, exFAT and some of CIFS; NFS and 9p; what has neither. None has holes, nor can it sync a
-/// directory.
+/// FAT, exFAT and some CIFS; NFS and 9p; a file system with neither feature. None has holes, or can sync
+/// a directory.
 const FILE_SYSTEMS: [Has; 3] = [
     Has { links: false, rename_flags: true },
     Has { links: true, rename_flags: false },
@@ -43,13 +43,13 @@ fn a_snapshot_replaces_no_file_on_any_file_system() {
         let fuse = Fuse::mount(has).unwrap();
         let path = fuse.path().join("a");
         let mut source = Source::new(&Arc::new(World::default()), 0, 0);
-        // Somebody takes the name while the guest is written.
+        // Another process takes the name while the guest is written.
         source.takes = Some(path.clone());
         let failed = snapshot(&quick_source(), &mut source, &path, After::Resume, &mut Silent);
         let failure = failed.unwrap_err();
         assert!(failure.error.to_string().contains("exists"), "{has:?}: {failure:?}");
         assert!(matches!(failure.guest, SourceGuest::Runs) && source.runs());
-        assert_eq!(fs::read(&path).unwrap(), b"somebody's", "{has:?}");
+        assert_eq!(fs::read(&path).unwrap(), b"another's", "{has:?}");
         assert_eq!(fuse.names(), ["a"], "{has:?}");
     }
 }

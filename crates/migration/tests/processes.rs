@@ -1,6 +1,6 @@
-//! Two processes of which one is killed at any moment (SIGKILL). The guest's own process is what
-//! has its memory, so a guest that dies with it is gone; what must hold is that it runs on at most
-//! one side, and that a side which is left has all of it.
+//! Kills one of two processes (SIGKILL) in each phase. A guest is lost with the process that has its
+//! memory. Otherwise the guest must run on at most one side, and a side that survives must have all of
+//! it.
 
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test")]
 
@@ -21,15 +21,15 @@ use migration::{
     migrate, receive,
 };
 
-/// Set in the child: what it is to be.
+/// Set in the child: its role.
 const ROLE: &str = "AEROSTAT_TEST_ROLE";
 const PEER: &str = "AEROSTAT_TEST_PEER";
-/// At which phase the child is to kill itself.
+/// The phase in which the child kills itself.
 const DIES_AT: &str = "AEROSTAT_TEST_DIES_AT";
 
 const STALL: Duration = Duration::from_secs(2);
 
-/// Dies, as if killed, where it was told to.
+/// Kills this process in the given phase.
 struct Dies(String);
 
 impl Observer for Dies {
@@ -59,7 +59,7 @@ fn acceptor() -> (TcpAcceptor, SocketAddr) {
     (accept, address)
 }
 
-/// Not a test by itself: the other process of the tests below.
+/// Not a test: the other process of the tests below.
 #[test]
 fn other_process() {
     let Ok(role) = std::env::var(ROLE) else { return };
@@ -88,7 +88,7 @@ fn other(role: &str, peer: &str, dies_at: &str) -> Child {
         .unwrap()
 }
 
-/// The destination dies when it comes to a phase.
+/// Runs a migration whose destination dies in phase `at`.
 fn destination_dies(at: &str) -> (Source, Option<SourceGuest>) {
     let mut child = other("destination", "", at);
     let lines = BufReader::new(child.stdout.take().unwrap()).lines();
@@ -104,19 +104,19 @@ fn destination_dies(at: &str) -> (Source, Option<SourceGuest>) {
 }
 
 #[test]
-fn the_destination_is_killed() {
+fn a_killed_destination_leaves_the_guest_at_the_source() {
     for at in ["Negotiate", "Round", "LastRound", "State"] {
         let (source, guest) = destination_dies(at);
         assert!(matches!(guest, Some(SourceGuest::Runs)), "{at}: {guest:?}");
         assert!(source.runs() && !source.logging, "{at}");
     }
-    // It is dead before the offer is read, or after: the source cannot know.
-    let (mut source, guest) = destination_dies("HandOver");
+    // It is dead before it reads the commit, or after: the source is in doubt.
+    let (mut source, guest) = destination_dies("Switchover");
     assert!(!source.runs() || matches!(guest, Some(SourceGuest::Runs)));
     if let Some(SourceGuest::InDoubt(doubt)) = guest {
         assert!(!source.runs());
-        let mut nobody = TcpConnector::new("127.0.0.1:9", Security::PlainOnLoopback).unwrap();
-        doubt.ask(&mut source, &mut nobody).unwrap_err();
+        let mut unreachable = TcpConnector::new("127.0.0.1:9", Security::PlainOnLoopback).unwrap();
+        doubt.ask(&mut source, &mut unreachable).unwrap_err();
         assert!(!source.runs(), "still in doubt");
         doubt.run_here(&mut source).unwrap();
         assert!(source.runs());
@@ -124,14 +124,14 @@ fn the_destination_is_killed() {
 }
 
 #[test]
-fn the_source_is_killed() {
+fn a_killed_source_leaves_at_most_one_guest() {
     for (at, whole) in [
         ("Negotiate", false),
         ("FreePages", false),
         ("Round", false),
         ("LastRound", false),
         ("State", false),
-        ("HandOver", true),
+        ("Switchover", true),
     ] {
         let (mut accept, address) = acceptor();
         let mut child = other("source", &address.to_string(), at);
@@ -145,7 +145,7 @@ fn the_source_is_killed() {
         assert!(!destination.runs());
         match guest {
             DestinationGuest::InDoubt(mut ownership) if whole => {
-                // An operator, who sees that the source is dead.
+                // The operator has verified that the source is dead.
                 ownership.run_here(&mut destination).unwrap();
                 assert_eq!(ownership.resolution(), Resolution::RunsAtDestination);
                 assert!(destination.runs() && destination.loaded);

@@ -1,5 +1,5 @@
-//! The safety argument of docs/migration.md against a model: a guest's kernel, its devices, its
-//! balloon, and a host that sends, all in any order. At the end the destination has everything that
+//! Checks the safety argument of docs/migration.md with a model: a guest's kernel, its devices, its
+//! balloon, and a source, with steps in any order. At the end the destination must have everything that
 //! the guest may read.
 
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test")]
@@ -13,7 +13,7 @@ use migration::traits::FreePages;
 use page_set::{PageRange, PageSet};
 use proptest::prelude::*;
 
-/// Pages that things happen to: at the borders of words and regions.
+/// Pages that the steps use: at the borders of words and regions.
 const PAGES: [u64; 10] = [0, 1, 2, 63, 64, 69, 100, 101, 163, 164];
 const POISON: u32 = 0xaaaa_aaaa;
 
@@ -28,8 +28,8 @@ enum Step {
         discard: bool,
     },
     Deflate(u64),
-    /// The device sees the deflate of a driver that did not wait for it.
-    SeeDeflate(u64),
+    /// The device processes the deflate of a driver that did not wait for it.
+    ProcessDeflate(u64),
     Report(u64),
     Hint(u64),
     EndHint(u64),
@@ -55,7 +55,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         3 => page().prop_map(Step::Free),
         1 => (page(), any::<bool>()).prop_map(|(page, discard)| Step::Inflate { page, discard }),
         1 => page().prop_map(Step::Deflate),
-        1 => page().prop_map(Step::SeeDeflate),
+        1 => page().prop_map(Step::ProcessDeflate),
         1 => page().prop_map(Step::Report),
         1 => page().prop_map(Step::Hint),
         1 => page().prop_map(Step::EndHint),
@@ -70,23 +70,23 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, 0..120)
 }
 
-/// What a page is to the guest.
+/// The guest's use of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Use {
     Free,
-    /// Allocated; false while its owner has not written and so does not look.
+    /// Allocated. False until the owner has written to it; until then it does not read it.
     Used(bool),
     Balloon,
-    /// Named as a hint and kept.
+    /// Hinted, and kept by the driver.
     Hinted,
 }
 
 struct Model {
-    /// What the kernel fills free pages with, and finds there again.
+    /// The pattern with which the kernel fills free pages and which it expects there.
     fills_with: Option<u32>,
     must_tell: bool,
     uses: BTreeMap<u64, Use>,
-    /// What the device believes to be in the balloon.
+    /// The ballooned pages according to the device.
     balloon: BTreeSet<u64>,
     source: BTreeMap<u64, u64>,
     destination: BTreeMap<u64, u64>,
@@ -97,7 +97,7 @@ struct Model {
     asked: Option<SelectionMark>,
     free_since: BTreeSet<u64>,
     hinted: BTreeSet<u64>,
-    /// What is left of the round, in any order: pages, and what they are filled with.
+    /// The rest of the round, in any order: pages, and their fill pattern.
     round: Vec<(u64, Option<u32>)>,
 }
 
@@ -135,7 +135,7 @@ impl Model {
         self.log.insert(page);
     }
 
-    /// The kernel puts a page into its free lists.
+    /// The kernel frees a page.
     fn free(&mut self, page: u64) {
         if let Some(pattern) = self.fills_with {
             self.write(page, pattern.into());
@@ -146,7 +146,7 @@ impl Model {
         }
     }
 
-    /// The kernel takes a page out of its free lists, and looks whether it is as it left it.
+    /// The kernel allocates a page, and checks the pattern.
     fn take(&mut self, page: u64, to: Use) {
         if let Some(pattern) = self.fills_with {
             assert_eq!(self.source[&page], u64::from(pattern), "the model's own kernel is wrong");
@@ -180,7 +180,7 @@ impl Model {
                 }
                 self.free(page);
             }
-            Step::SeeDeflate(page) if self.uses[&page] != Use::Balloon => {
+            Step::ProcessDeflate(page) if self.uses[&page] != Use::Balloon => {
                 self.balloon.remove(&page);
             }
             Step::Report(page) if self.uses[&page] == Use::Free => {
@@ -192,7 +192,7 @@ impl Model {
                 self.take(page, Use::Hinted);
                 self.hinted.insert(page);
             }
-            // Also when the guest runs short of memory, whatever became of the hint.
+            // Also when the guest is short of memory, independently of the hint.
             Step::EndHint(page) if self.uses[&page] == Use::Hinted => self.free(page),
             other => self.host_step(other),
         }
@@ -216,7 +216,7 @@ impl Model {
                 let pages = set(self.hinted.iter().copied());
                 self.skip(FreePages { pages, pattern: 0 });
             }
-            // The set is read after the log was, at one moment: now.
+            // The set is read now, after the log.
             Step::SkipBalloon if self.must_tell => {
                 let asked = self.selection.mark();
                 let pages = set(self.balloon.iter().copied());
@@ -265,7 +265,7 @@ impl Model {
         self.destination.insert(page, value);
     }
 
-    /// The guest is stopped, and what is left is sent.
+    /// The guest is paused, and the last round is sent.
     fn finish(&mut self) {
         for item in std::mem::take(&mut self.round) {
             self.send(item);

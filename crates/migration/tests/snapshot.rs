@@ -1,4 +1,4 @@
-//! Guests in files: written while they run, restored, and files that are not as they were written.
+//! Snapshots: written while the guest runs, restored, damaged, and restored lazily.
 
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test")]
 
@@ -17,7 +17,7 @@ use migration::observer::Silent;
 use migration::snapshot::{After, SnapshotFile, restore, snapshot};
 use migration::{MigrationError, SourceGuest};
 
-/// A guest, and its snapshot.
+/// Writes a snapshot of a new guest.
 fn write(path: &Path, writes: u64, pattern: u32, after: After) -> (Arc<World>, Source) {
     let world = Arc::new(World::default());
     let mut source = Source::new(&world, writes, pattern);
@@ -29,12 +29,12 @@ fn write(path: &Path, writes: u64, pattern: u32, after: After) -> (Arc<World>, S
 }
 
 #[test]
-fn a_guest_comes_out_as_it_went_in() {
+fn a_restored_guest_equals_the_one_written() {
     let dir = tempfile::tempdir().unwrap();
     for (writes, pattern) in [(0, 0), (2000, 0), (2000, POISON)] {
         let path = dir.path().join(format!("{writes}-{pattern}"));
         let (world, source) = write(&path, writes, pattern, After::Stop);
-        assert!(world.given_away.load(Ordering::SeqCst));
+        assert!(world.relinquished.load(Ordering::SeqCst));
         let mut destination = Destination::new(&world);
         restore(&quick_destination(), &mut destination, &path, &mut Silent).unwrap();
         assert!(destination.runs());
@@ -45,10 +45,10 @@ fn a_guest_comes_out_as_it_went_in() {
 }
 
 #[test]
-fn a_guest_goes_on_after_its_snapshot() {
+fn a_guest_runs_on_after_its_snapshot() {
     let dir = tempfile::tempdir().unwrap();
     let (_, mut source) = write(&dir.path().join("a"), 500, 0, After::Resume);
-    // And can be written again, with the same contents.
+    // It can be written again, with the same contents.
     let path = dir.path().join("b");
     snapshot(&quick_source(), &mut source, &path, After::Stop, &mut Silent).unwrap();
     let mut destination = Destination::new(&source.world);
@@ -57,7 +57,7 @@ fn a_guest_goes_on_after_its_snapshot() {
 }
 
 #[test]
-fn what_is_not_used_is_a_hole() {
+fn unused_pages_are_holes() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a");
     write(&path, 0, 0, After::Stop);
@@ -82,7 +82,7 @@ fn pages_can_be_read_one_by_one() {
 }
 
 #[test]
-fn a_file_that_is_not_as_it_was_written_is_refused_and_nothing_is_left() {
+fn a_damaged_file_is_refused_and_no_guest_is_left() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a");
     let (world, _) = write(&path, 0, 0, After::Stop);
@@ -95,14 +95,14 @@ fn a_file_that_is_not_as_it_was_written_is_refused_and_nothing_is_left() {
         assert!(destination.memory.is_none() && !destination.runs());
         restored.unwrap_err()
     };
-    // Head, memory, table, description, state.
+    // Header, memory, table, description, state.
     let tail = 331 * 4096;
     for at in [0, 8, 17, 4000, 5 * 4096 + 7, tail, tail + 1000, tail + 330 * 8 + 5, good.len() - 1]
     {
         let mut bytes = good.clone();
         bytes[at] ^= 4;
         let error = refused(&bytes);
-        assert!(error.to_string().starts_with("file: "), "{at}: it blames another: {error}");
+        assert!(error.to_string().starts_with("file: "), "{at}: wrong culprit: {error}");
     }
     for len in [0, 100, 4096, 300 * 4096, good.len() - 1] {
         refused(&good[..len]);
@@ -112,7 +112,7 @@ fn a_file_that_is_not_as_it_was_written_is_refused_and_nothing_is_left() {
 }
 
 #[test]
-fn a_snapshot_that_cannot_be_written_leaves_the_guest_and_no_file() {
+fn a_failed_snapshot_leaves_the_guest_running_and_no_file() {
     let dir = tempfile::tempdir().unwrap();
     let world = Arc::new(World::default());
     let mut source = Source::new(&world, 100, 0);
@@ -135,9 +135,9 @@ fn a_snapshot_that_cannot_be_written_leaves_the_guest_and_no_file() {
     assert_eq!(names.len(), 1, "{names:?}");
 }
 
-/// Nobody waits for who may write to it.
+/// Opening a pipe does not block.
 #[test]
-fn what_is_no_file_is_no_snapshot() {
+fn a_pipe_is_refused_without_blocking() {
     let dir = tempfile::tempdir().unwrap();
     let pipe = dir.path().join("pipe");
     rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, rustix::fs::Mode::RUSR).unwrap();
@@ -147,10 +147,9 @@ fn what_is_no_file_is_no_snapshot() {
     }
 }
 
-/// Another snapshot of the same form is copied over one that is open: right in itself, and another
-/// guest's.
+/// Another guest's valid snapshot of the same size is copied over an open one.
 #[test]
-fn a_file_that_changes_under_its_reader_is_found() {
+fn a_file_that_changes_while_open_is_detected() {
     let dir = tempfile::tempdir().unwrap();
     let (path, other) = (dir.path().join("a"), dir.path().join("b"));
     write(&path, 0, 0, After::Stop);
@@ -170,7 +169,7 @@ fn a_file_that_changes_under_its_reader_is_found() {
     assert!(matches!(read, Err(MigrationError::DamagedFile { .. })), "{read:?}");
 }
 
-/// Somebody else writes the part: another monitor that was told the same name.
+/// Another VMM with the same name writes the part.
 #[test]
 fn two_guests_are_not_written_into_one_file() {
     let dir = tempfile::tempdir().unwrap();
@@ -185,32 +184,32 @@ fn two_guests_are_not_written_into_one_file() {
     let error = failed.unwrap_err().error;
     assert!(matches!(error, MigrationError::Operator { .. }), "{error:?}");
     assert_eq!(fs::read(&part).unwrap(), b"another guest");
-    // It died: what it left is nothing any more.
+    // Its process died, so its part is overwritten.
     drop(other);
     snapshot(&quick_source(), &mut source, &path, After::Resume, &mut Silent).unwrap();
     assert!(path.exists() && !part.exists());
 }
 
-/// What is in the file is known by then, and a disk takes as long as it likes.
+/// All contents are written by then, and the disk may be slow.
 #[test]
-fn a_guest_does_not_stand_still_until_its_file_is_on_disk() {
+fn a_guest_is_resumed_before_its_file_is_on_disk() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a");
     let mut source = Source::new(&Arc::new(World::default()), 100, 0);
     source.before = Some(path.clone());
     snapshot(&quick_source(), &mut source, &path, After::Resume, &mut Silent).unwrap();
     assert!(source.runs() && path.exists());
-    // One that cannot have its name after all is no snapshot, and the guest runs.
+    // If the file cannot get its name, the snapshot fails and the guest runs on.
     let path = dir.path().join("b");
     source.before = None;
     source.takes = Some(path.clone());
     let failed = snapshot(&quick_source(), &mut source, &path, After::Resume, &mut Silent);
     let failure = failed.unwrap_err();
     assert!(source.runs() && matches!(failure.guest, SourceGuest::Runs), "{failure:?}");
-    assert_eq!(fs::read(&path).unwrap(), b"somebody's");
+    assert_eq!(fs::read(&path).unwrap(), b"another's");
 }
 
-/// A file system that is too small, and goes away with the value.
+/// A file system that is too small; unmounted on drop.
 struct Small(tempfile::TempDir);
 
 impl Small {
@@ -234,7 +233,7 @@ impl Drop for Small {
 }
 
 #[test]
-fn a_disk_that_is_full_leaves_the_guest_and_no_file() {
+fn a_full_disk_leaves_the_guest_running_and_no_file() {
     let Some(small) = Small::mount() else { return };
     let world = Arc::new(World::default());
     let mut source = Source::new(&world, 100, 0);
@@ -262,8 +261,8 @@ mod lazily {
     struct Missing {
         state: Mutex<State>,
         changed: Condvar,
-        /// Discards this page when another one comes to be placed: what the file has of both was
-        /// read by then, or is about to be.
+        /// Discards this page when another one is being placed. The file's contents of both were read
+        /// by then, or are about to be.
         discards: Mutex<Option<(u64, u64)>>,
     }
 
@@ -275,7 +274,7 @@ mod lazily {
     }
 
     impl Missing {
-        /// What the guest does: touches a page, and waits for it.
+        /// The guest touches a page, and waits for it.
         fn touch(&self, page: u64) -> Vec<u8> {
             let mut state = self.state.lock().unwrap();
             if !state.there.contains_key(&page) {
@@ -313,7 +312,7 @@ mod lazily {
             page: u64,
             contents: Option<&[u8; 4096]>,
         ) -> Result<bool, MachineError> {
-            // So that the guest mostly runs before everything is there.
+            // So that the guest mostly runs before every page was placed.
             std::thread::sleep(Duration::from_micros(100));
             match *self.discards.lock().unwrap() {
                 Some((now, discarded)) if now == page => self.discard(discarded),
@@ -349,7 +348,7 @@ mod lazily {
         }
 
         fn create(&mut self, _: &Description) -> Result<Arc<dyn WritePages>, MachineError> {
-            Err("not so".into())
+            Err("unsupported".into())
         }
 
         fn create_missing(&mut self, _: &Description) -> Result<Arc<dyn PlacePages>, MachineError> {
@@ -357,7 +356,7 @@ mod lazily {
         }
 
         fn load_state(&mut self, _: Vec<StateSection>) -> Result<(), MachineError> {
-            // As a device that looks at its rings.
+            // As a device that reads its virtqueues.
             self.memory.touch(320);
             Ok(())
         }
@@ -373,7 +372,7 @@ mod lazily {
     }
 
     #[test]
-    fn pages_come_when_they_are_touched_and_by_themselves() {
+    fn pages_are_placed_on_touch_and_in_order() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a");
         let (_, source) = write(&path, 500, 0, After::Stop);
@@ -391,22 +390,22 @@ mod lazily {
             assert!(!filling.has_failed() && Instant::now() < deadline, "{:?}", filling.pages());
             std::thread::sleep(Duration::from_millis(1));
         }
-        // Given to the balloon, and back.
+        // Inflated and deflated.
         machine.memory.discard(3);
         assert_eq!(machine.memory.touch(3), vec![0; 4096]);
         filling.finish().unwrap();
     }
 
-    /// Given to the balloon before its turn, just when it is to be placed, and just when somebody
-    /// waits for it: it stays away, and is zeros for who touches it.
+    /// A page is discarded before its turn, while it is being placed, and while a thread waits for it:
+    /// it is not placed, and reads as zeros.
     #[test]
-    fn what_is_discarded_while_memory_comes_stays_away() {
+    fn a_page_discarded_during_a_lazy_restore_is_never_placed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a");
         write(&path, 0, 0, After::Stop);
         for discarded in [150, 90, 320] {
             let memory = Arc::new(Missing::default());
-            // The state is loaded while page 320 is waited for.
+            // Loading the state waits for page 320.
             let now = if discarded == 150 { 89 } else { discarded };
             *memory.discards.lock().unwrap() = Some((now, discarded));
             let mut machine = Machine { memory: Arc::clone(&memory), ..Machine::default() };
@@ -418,7 +417,7 @@ mod lazily {
                 std::thread::sleep(Duration::from_millis(1));
             }
             let there = memory.state.lock().unwrap().there.get(&discarded).cloned();
-            // Who waited has found zeros.
+            // The waiting thread has read zeros.
             let expected = (discarded == 320).then(|| vec![0; 4096]);
             assert_eq!(there, expected, "page {discarded}");
             assert_eq!(memory.touch(discarded), vec![0; 4096]);
@@ -427,7 +426,7 @@ mod lazily {
     }
 
     #[test]
-    fn a_page_that_is_damaged_is_never_given_to_the_guest() {
+    fn a_damaged_page_is_never_placed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a");
         write(&path, 0, 0, After::Stop);
@@ -447,7 +446,7 @@ mod lazily {
                 assert!(!machine.memory.state.lock().unwrap().there.contains_key(&90));
                 filling.finish().unwrap_err()
             }
-            // It was found before the guest ran.
+            // It was detected before the guest ran.
             Err(error) => {
                 assert!(machine.destroyed && !machine.runs);
                 error
@@ -456,9 +455,9 @@ mod lazily {
         assert!(matches!(error, MigrationError::DamagedFile { .. }), "{error:?}");
     }
 
-    /// The page that the monitor itself needs while it takes the state.
+    /// The VMM itself reads the damaged page while it loads the state.
     #[test]
-    fn a_monitor_that_waits_for_a_damaged_page_comes_back() {
+    fn a_vmm_that_waits_for_a_damaged_page_does_not_block() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a");
         write(&path, 0, 0, After::Stop);
@@ -473,7 +472,7 @@ mod lazily {
     }
 
     #[test]
-    fn a_monitor_that_cannot_leaves_nothing() {
+    fn a_vmm_without_missing_pages_leaves_no_guest() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a");
         let (world, _) = write(&path, 0, 0, After::Stop);

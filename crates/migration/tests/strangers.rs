@@ -1,4 +1,4 @@
-//! Those who come to a destination and are not its source.
+//! Peers that connect to a destination and are not its source.
 
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test")]
 
@@ -18,13 +18,13 @@ use migration::tcp::{Security, TcpAcceptor, TcpConnector, TcpLink};
 use migration::{DestinationConfig, SourceConfig, migrate, receive};
 use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
 
-/// A destination gives a silent peer up after this.
+/// Stall timeout of the destination.
 const STALL: Duration = Duration::from_secs(40);
 
-/// A source that is not kept away is done long before.
+/// A source that is not blocked ends long before this.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// More than are greeted at a time.
+/// More than the limit of handshakes.
 const FLOOD: usize = 300;
 
 fn acceptor() -> (TcpAcceptor, SocketAddr) {
@@ -34,7 +34,7 @@ fn acceptor() -> (TcpAcceptor, SocketAddr) {
     (accept, address)
 }
 
-/// Moves a guest to where `accept` listens; `connect` makes the source's connections.
+/// Moves a guest to `accept` over connections of `connect`.
 fn moves(mut accept: TcpAcceptor, connect: &mut impl Connect<Link = TcpLink>, connections: usize) {
     let world = Arc::new(World::default());
     let mut source = Source::new(&world, 0, 0);
@@ -55,7 +55,7 @@ fn connector(address: SocketAddr) -> TcpConnector {
     TcpConnector::new(&address.to_string(), Security::PlainOnLoopback).unwrap()
 }
 
-/// Connects from another address than everybody else of this host.
+/// Connects from another address than all other tests.
 fn stranger(to: SocketAddr) -> TcpStream {
     let other: SocketAddr = "127.0.0.2:0".parse().unwrap();
     let socket = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
@@ -64,16 +64,16 @@ fn stranger(to: SocketAddr) -> TcpStream {
     socket.into()
 }
 
-/// A source that takes its time between connecting and its hello, as one far away does.
+/// A source with a delay between connecting and its hello, as over a long distance.
 #[test]
-fn a_host_that_floods_a_destination_keeps_no_other_host_away() {
+fn a_host_that_floods_a_destination_blocks_no_other_host() {
     let (accept, address) = acceptor();
     let mut strangers = Vec::new();
     let mut to = connector(address);
     let mut connect = || -> io::Result<TcpLink> {
         let link = to.connect()?;
         strangers.extend((0..FLOOD).map(|_| stranger(address)));
-        // Until all of them were taken.
+        // Until all of them were accepted.
         thread::sleep(Duration::from_millis(300));
         Ok(link)
     };
@@ -81,9 +81,9 @@ fn a_host_that_floods_a_destination_keeps_no_other_host_away() {
 }
 
 #[test]
-fn strangers_that_say_half_of_something_keep_nobody_waiting() {
+fn peers_that_send_half_a_message_block_no_source() {
     let (accept, address) = acceptor();
-    // A head of 24 bytes, of which the last are missing; and one that promises contents.
+    // An incomplete header of 24 bytes, and one that announces contents.
     let mut promise = [0; 24];
     promise[16] = 1;
     for bytes in [&[0; 1][..], &[0; 23], &promise] {
@@ -94,9 +94,9 @@ fn strangers_that_say_half_of_something_keep_nobody_waiting() {
     moves(accept, &mut connector(address), 2);
 }
 
-/// One that speaks as a source does.
+/// A peer that speaks the protocol.
 #[test]
-fn a_source_that_opens_one_connection_of_four_keeps_no_other_away() {
+fn a_source_that_opens_one_of_four_connections_blocks_no_other_source() {
     let (accept, address) = acceptor();
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -114,7 +114,7 @@ fn a_source_that_opens_one_connection_of_four_keeps_no_other_away() {
             let config = SourceConfig { connections: 4, stall: STALL, ..quick_source() };
             migrate(&config, &mut source, &mut connect, &mut Silent).unwrap_err();
         });
-        // It has said hello by then; what is tested is harmless where it has not.
+        // It has sent its hello by then; if not, the test is merely weaker.
         thread::sleep(Duration::from_millis(200));
         let moves = || moves(accept, &mut connector(address), 4);
         let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(moves));

@@ -1,4 +1,4 @@
-//! Whole migrations over TCP, with certificates that are good and others that are not.
+//! Complete migrations over TCP, with valid and invalid certificates.
 
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test")]
 
@@ -26,7 +26,7 @@ fn authority() -> Authority {
     CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap()
 }
 
-fn side(name: &str, from: &Authority, believes: &Authority) -> Tls {
+fn side(name: &str, from: &Authority, trusts: &Authority) -> Tls {
     let dir = tempfile::tempdir().unwrap();
     let write = |name: &str, text: String| {
         let path = dir.path().join(name);
@@ -37,14 +37,14 @@ fn side(name: &str, from: &Authority, believes: &Authority) -> Tls {
     let params = CertificateParams::new([name.to_owned()]).unwrap();
     let certificate = params.signed_by(&key, from).unwrap();
     let files = TlsFiles {
-        authority: write("ca.pem", believes.pem()),
+        authority: write("ca.pem", trusts.pem()),
         certificate: write("cert.pem", certificate.pem()),
         key: write("key.pem", key.serialize_pem()),
     };
     Tls::from_files(&files).unwrap()
 }
 
-/// The destination waits for so long.
+/// How long the destination waits.
 const TEST_TIMEOUT: Duration = Duration::from_secs(20);
 const SHORT: Duration = Duration::from_millis(500);
 
@@ -52,7 +52,7 @@ fn run(here: Security, there: Security, wait: Duration) -> Result<Summary, Sourc
     run_beside(0, here, there, wait)
 }
 
-/// With so many strangers, who came before, and say nothing and stay.
+/// Runs a migration after `strangers` silent peers have connected.
 fn run_beside(
     strangers_count: usize,
     here: Security,
@@ -86,20 +86,20 @@ fn run_beside(
 }
 
 #[test]
-fn a_guest_moves_between_sides_that_believe_each_other() {
+fn a_guest_moves_between_sides_that_trust_each_other() {
     let ours = authority();
     let tls = |name| Security::Tls(side(name, &ours, &ours));
     run(tls("source"), tls("localhost"), TEST_TIMEOUT).unwrap();
 }
 
 #[test]
-fn a_guest_moves_in_plain_on_loopback() {
+fn a_guest_moves_without_tls_on_loopback() {
     run(Security::PlainOnLoopback, Security::PlainOnLoopback, TEST_TIMEOUT).unwrap();
 }
 
-/// As many as are greeted at a time and more, and all before the source.
+/// More than the limit of handshakes, and all before the source.
 #[test]
-fn strangers_that_say_nothing_do_not_keep_a_source_away() {
+fn silent_peers_do_not_block_a_source() {
     let ours = authority();
     let tls = |name| Security::Tls(side(name, &ours, &ours));
     run_beside(100, tls("source"), tls("localhost"), TEST_TIMEOUT).unwrap();
@@ -107,11 +107,11 @@ fn strangers_that_say_nothing_do_not_keep_a_source_away() {
 }
 
 #[test]
-fn sides_that_do_not_believe_each_other_stay_apart() {
+fn sides_that_do_not_trust_each_other_do_not_migrate() {
     let (ours, theirs) = (authority(), authority());
-    let tls = |name, from, believes| Security::Tls(side(name, from, believes));
+    let tls = |name, from, trusts| Security::Tls(side(name, from, trusts));
     let good = || tls("localhost", &ours, &ours);
-    // A source of somebody else; a destination of somebody else; one with another's name.
+    // A source or a destination of another authority; a destination with another name.
     for (here, there) in [
         (tls("source", &theirs, &ours), good()),
         (good(), tls("localhost", &theirs, &ours)),
@@ -124,7 +124,7 @@ fn sides_that_do_not_believe_each_other_stay_apart() {
 }
 
 #[test]
-fn without_tls_nothing_leaves_the_host() {
+fn connections_without_tls_never_leave_the_host() {
     let plain = || Security::PlainOnLoopback;
     let error = TcpConnector::new("192.0.2.1:7000", plain()).unwrap_err();
     assert!(matches!(error, MigrationError::Operator { .. }), "{error}");
@@ -135,7 +135,7 @@ fn without_tls_nothing_leaves_the_host() {
 }
 
 #[test]
-fn strangers_do_not_keep_a_source_away() {
+fn a_peer_of_another_protocol_does_not_block_a_source() {
     let mut accept =
         TcpAcceptor::new("127.0.0.1:0".parse().unwrap(), Security::PlainOnLoopback).unwrap();
     let address = accept.address().unwrap();
@@ -155,7 +155,7 @@ fn strangers_do_not_keep_a_source_away() {
 }
 
 #[test]
-fn nobody_is_waited_for_longer_than_until_the_deadline() {
+fn accept_times_out_at_the_deadline() {
     let mut accept =
         TcpAcceptor::new("127.0.0.1:0".parse().unwrap(), Security::PlainOnLoopback).unwrap();
     let started = Instant::now();

@@ -1,4 +1,4 @@
-//! Whole migrations in one process, without faults of the network.
+//! Complete migrations in one process, without network faults.
 
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test")]
 
@@ -34,7 +34,7 @@ fn run(
 ) -> Outcome {
     let (mut connect, mut incoming) = network();
     thread::scope(|scope| {
-        // Who asks a destination that has gone hears that at once.
+        // A resolve request to a destination that has ended fails at once.
         let received = scope.spawn(move || receive(there, destination, &mut incoming, &mut Silent));
         let sent = migrate(here, source, &mut connect, observer);
         drop(connect);
@@ -50,14 +50,14 @@ fn moves(writes: u64, pattern: u32, config: &SourceConfig) -> (Summary, Received
     let (sent, received) = run(&mut source, &mut destination, config, &there, &mut Silent);
     let (summary, received) = (sent.unwrap(), received.unwrap());
     assert!(destination.runs() && !source.runs());
-    assert!(world.given_away.load(Ordering::SeqCst));
+    assert!(world.relinquished.load(Ordering::SeqCst));
     assert!(received.source_knows);
     compare(&source, &destination);
     (summary, received)
 }
 
 #[test]
-fn a_guest_moves_without_what_it_does_not_use() {
+fn unused_pages_are_not_sent() {
     let (summary, received) = moves(0, 0, &quick_source());
     assert_eq!(summary.memory_pages, 330);
     assert_eq!(summary.free_pages, FREE.1);
@@ -74,7 +74,7 @@ fn a_guest_moves_without_what_it_does_not_use() {
 }
 
 #[test]
-fn a_guest_that_writes_moves() {
+fn a_writing_guest_moves() {
     for connections in [1, 2, 16] {
         let config = SourceConfig { connections, ..quick_source() };
         let (summary, _) = moves(3000, 0, &config);
@@ -83,7 +83,7 @@ fn a_guest_that_writes_moves() {
 }
 
 #[test]
-fn poison_is_there_where_it_was() {
+fn skipped_pages_are_filled_with_the_poison() {
     let (summary, _) = moves(3000, POISON, &quick_source());
     assert_eq!(summary.free_pages, FREE.1);
     assert_eq!(summary.filled_pages, FREE.1);
@@ -98,7 +98,7 @@ fn contents_can_be_compressed() {
 }
 
 #[test]
-fn the_limit_of_bandwidth_is_kept() {
+fn the_bandwidth_limit_is_kept() {
     let config = SourceConfig { bandwidth: Some(2 << 20), ..quick_source() };
     let (summary, _) = moves(0, 0, &config);
     let least =
@@ -107,7 +107,7 @@ fn the_limit_of_bandwidth_is_kept() {
 }
 
 #[test]
-fn phases_come_in_their_order() {
+fn phases_are_reported_in_order() {
     struct Noted(Vec<Phase>);
     impl Observer for Noted {
         fn phase(&mut self, phase: Phase) {
@@ -135,7 +135,7 @@ fn phases_come_in_their_order() {
     assert_eq!(noted.0, phases);
 }
 
-/// The newest word of the bytes on the wire.
+/// The last reported number of bytes on the wire.
 #[derive(Default)]
 struct Heard(u64);
 
@@ -147,7 +147,7 @@ impl Observer for Heard {
 }
 
 #[test]
-fn progress_tells_all_that_went_over_the_wire() {
+fn progress_reports_all_bytes_on_the_wire() {
     let world = Arc::new(World::default());
     let mut source = Source::new(&world, 300, 0);
     let mut destination = Destination::new(&world);
@@ -162,13 +162,13 @@ fn progress_tells_all_that_went_over_the_wire() {
         there.join().expect("no panic");
         summary
     });
-    // Rounds, what was said before them, and nothing of what came after.
+    // Rounds and the messages before them, but nothing after.
     let rounds: u64 = summary.rounds.iter().map(|round| round.wire_bytes).sum();
     assert!(rounds < sent.0 && sent.0 < summary.wire_bytes, "{} {summary:?}", sent.0);
     assert_eq!(received.0, sent.0);
 }
 
-/// What a monitor fails at, and who says so.
+/// Runs a migration in which the VMM of one side fails at a step.
 fn fails(here: Option<&'static str>, there: Option<&'static str>) -> (Source, SourceFailure) {
     let world = Arc::new(World::default());
     let mut source = Source::new(&world, 300, 0);
@@ -185,7 +185,7 @@ fn fails(here: Option<&'static str>, there: Option<&'static str>) -> (Source, So
 }
 
 #[test]
-fn a_monitor_that_fails_leaves_the_guest_where_it_was() {
+fn a_failing_vmm_leaves_the_guest_at_the_source() {
     let here = ["describe", "before connecting", "log", "dirty", "before pause", "pause", "save"]
         .map(|at| (Some(at), None));
     let there = ["create", "load", "resume"].map(|at| (None, Some(at)));
@@ -199,10 +199,10 @@ fn a_monitor_that_fails_leaves_the_guest_where_it_was() {
     }
 }
 
-/// Somebody has what only one can have the moment in which the guest changes sides: then it stands
-/// still where it was, whole, until it can be had again.
+/// A third party takes the disk's lock during the switchover: the guest stays paused at the source,
+/// whole, until the lock is available again.
 #[test]
-fn a_guest_whose_disk_is_taken_meanwhile_is_not_lost() {
+fn a_guest_whose_disk_is_locked_by_a_third_party_is_not_lost() {
     let world = Arc::new(World::default());
     let mut source = Source::new(&world, 300, 0);
     source.thief = true;
@@ -224,7 +224,7 @@ fn a_guest_whose_disk_is_taken_meanwhile_is_not_lost() {
 }
 
 #[test]
-fn a_guest_that_cannot_be_asked_is_sent_whole() {
+fn a_guest_that_cannot_be_queried_is_sent_completely() {
     let world = Arc::new(World::default());
     let mut source = Source::new(&world, 0, 0);
     source.fails_at = Some("free");
@@ -237,7 +237,7 @@ fn a_guest_that_cannot_be_asked_is_sent_whole() {
 }
 
 #[test]
-fn hosts_that_do_not_fit_say_why() {
+fn a_refusing_destination_names_the_mismatch() {
     let refused = |change: fn(&mut Destination, &mut DestinationConfig)| {
         let world = Arc::new(World::default());
         let mut source = Source::new(&world, 0, 0);
@@ -251,15 +251,18 @@ fn hosts_that_do_not_fit_say_why() {
         sent.unwrap_err().error.to_string()
     };
     let features = refused(|destination, _| destination.features = 1);
-    assert!(features.contains("the host's processor lacks 0x1:0x2"), "{features}");
+    assert!(features.contains("the host's CPU lacks 0x1:0x2"), "{features}");
     let memory = refused(|_, config| config.max_memory_bytes = 100 << 12);
-    assert!(memory.contains("the guest has 1320 KiB of memory, and at most 400 KiB"), "{memory}");
+    assert!(
+        memory.contains("the guest has 1320 KiB of memory, and the limit is 400 KiB"),
+        "{memory}"
+    );
     let machine = refused(|_, config| config.machine = "another".to_owned());
-    assert!(machine.contains("\"another\" is waited for"), "{machine}");
-    assert!(machine.contains(&format!("called {:?}", common::MACHINE)), "{machine}");
+    assert!(machine.contains("\"another\" is expected"), "{machine}");
+    assert!(machine.contains(&format!("named {:?}", common::MACHINE)), "{machine}");
 }
 
-/// What a destination says of a migration before it takes the next.
+/// Requests the status of a migration from a destination that waits for the next guest.
 fn asked(id: MigrationId, there: &DestinationConfig) -> u32 {
     let (mut connect, mut incoming) = network();
     let mut peer = connect().unwrap();
@@ -279,10 +282,10 @@ fn asked(id: MigrationId, there: &DestinationConfig) -> u32 {
     })
 }
 
-/// *Refused*, or *gone*, may be lost, and the destination goes on to wait: the source is in doubt
-/// for ever, if that has forgotten.
+/// *Refused* or *gone* may be lost while the destination waits for the next guest. If the destination
+/// kept no record, the source would be in doubt infinitely.
 #[test]
-fn what_is_gone_is_known_to_be_gone_for_as_long_as_somebody_may_ask() {
+fn a_destination_answers_gone_for_earlier_migrations() {
     let world = Arc::new(World::default());
     let (mut source, mut destination) = (Source::new(&world, 0, 0), Destination::new(&world));
     destination.fails_at = Some("resume");
@@ -295,9 +298,9 @@ fn what_is_gone_is_known_to_be_gone_for_as_long_as_somebody_may_ask() {
     assert_eq!(asked(MigrationId([7; 16]), &there), 4, "unknown");
 }
 
-/// A destination that has a guest, or one in doubt, takes no other; it is no breach of the protocol.
+/// A destination that has a guest, or one in doubt, accepts no other. That is not a protocol violation.
 #[test]
-fn a_guest_that_comes_where_one_is_hears_so() {
+fn a_destination_that_has_a_guest_refuses_another() {
     let world = Arc::new(World::default());
     let (mut source, mut destination) = (Source::new(&world, 0, 0), Destination::new(&world));
     let (here, there) = (quick_source(), quick_destination());
@@ -320,7 +323,7 @@ fn a_guest_that_comes_where_one_is_hears_so() {
     assert!(second.runs() && destination.runs());
 }
 
-/// Somebody who changes their mind when a phase begins.
+/// Cancels when a phase begins.
 struct Cancels(Arc<AtomicBool>, Phase);
 
 impl Observer for Cancels {
@@ -332,7 +335,7 @@ impl Observer for Cancels {
 }
 
 #[test]
-fn a_migration_can_be_cancelled_until_the_guest_is_offered() {
+fn a_migration_can_be_cancelled_until_the_commit() {
     for phase in [Phase::Negotiate, Phase::Round { number: 0 }, Phase::LastRound, Phase::State] {
         let config = quick_source();
         let mut cancels = Cancels(Arc::clone(&config.cancel), phase);
@@ -349,7 +352,7 @@ fn a_migration_can_be_cancelled_until_the_guest_is_offered() {
 }
 
 #[test]
-fn operators_are_told_what_cannot_be() {
+fn invalid_configurations_are_refused() {
     let refused = |config: SourceConfig| {
         let world = Arc::new(World::default());
         let mut source = Source::new(&world, 0, 0);
@@ -370,9 +373,9 @@ fn operators_are_told_what_cannot_be() {
     }
 }
 
-/// It is not silent for as long as it may be, and could have the guest stand still for ever.
+/// It never stalls, and could keep the guest paused infinitely.
 #[test]
-fn a_guest_does_not_stand_still_for_a_slow_destination() {
+fn a_slow_destination_does_not_keep_the_guest_paused() {
     let world = Arc::new(World::default());
     let mut source = Source::new(&world, 0, 0);
     let mut destination = Destination::new(&world);

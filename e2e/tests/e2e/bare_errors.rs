@@ -126,7 +126,7 @@ fn a_file_that_is_no_snapshot_says_why() {
             (&newer, &["version 7", "1 is known"]),
             (&bytes[..len - 5], &[&format!("with {len} bytes"), &format!("has {}", len - 5)]),
             (&[&bytes[..], b"more"].concat(), &[&format!("has {}", len + 4)]),
-            (&damaged, &["memory is not as it was written", "another copy"]),
+            (&damaged, &["the checksum of memory does not match", "another copy"]),
         ];
         for (bytes, says) in cases {
             std::fs::write(&other, bytes).unwrap();

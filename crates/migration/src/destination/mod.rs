@@ -146,7 +146,7 @@ pub fn receive<M: DestinationMachine, A: Accept>(
             attempted(|| drop(first.send(&Control::Status(PeerStatus::Gone))));
             return Err(destroyed(error));
         }
-        // A source sends nothing but a decision here, so this peer's word decides nothing.
+        // A source sends nothing but a decision here, so this message decides nothing.
         Ok(_) => {
             let error = MigrationError::Peer { what: "an unexpected message" };
             return Err(failed(error, DestinationGuest::InDoubt(ownership)));

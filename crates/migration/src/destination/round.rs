@@ -12,7 +12,7 @@ use crate::limits::MAX_KEEPALIVES;
 use crate::link::{Closer, Link};
 use crate::observer::{Observer, Progress};
 use crate::traits::WritePages;
-use crate::wire::chunk::{Chunk, Fill, PAGE_BYTES, Unpacker};
+use crate::wire::chunk::{Chunk, Decompressor, Fill, PAGE_BYTES};
 use crate::wire::control::Control;
 use crate::wire::frame::Kind;
 use crate::wire::stream::Stream;
@@ -86,7 +86,7 @@ impl Round<'_> {
         stream: &mut Stream<L>,
         shared: &Shared,
     ) -> Result<RoundTotals, MigrationError> {
-        let mut unpacker = Unpacker::new()?;
+        let mut decompressor = Decompressor::new()?;
         let mut space = Vec::new();
         let mut done = RoundTotals::default();
         let (mut frames, mut keepalives) = (0, 0);
@@ -98,7 +98,7 @@ impl Round<'_> {
             let named = match kind {
                 Kind::Chunk => {
                     let chunk = Chunk::decode(body, self.layout, self.number)?;
-                    let contents = unpacker.unpack(&chunk, payload, &mut space)?;
+                    let contents = decompressor.decompress(&chunk, payload, &mut space)?;
                     frames += 1;
                     done.received_pages += u64::from(chunk.data.count_ones());
                     write_chunk(self.memory, &chunk, contents)?;
@@ -212,7 +212,7 @@ mod tests {
 
     use super::*;
     use crate::traits::MachineError;
-    use crate::wire::frame::HEAD_BYTES;
+    use crate::wire::frame::HEADER_BYTES;
 
     struct NoMemory;
 
@@ -271,7 +271,7 @@ mod tests {
             streams.push(Stream::new(link, Duration::from_secs(20)).unwrap());
             peers.push(peer);
         }
-        peers[1].write_all(&[0; HEAD_BYTES]).unwrap();
+        peers[1].write_all(&[0; HEADER_BYTES]).unwrap();
         let layout = GuestLayout::new(vec![PageRange::new(0, 8).unwrap()]).unwrap();
         let round = Round { number: 0, pages: 8, layout: &layout, memory: &NoMemory };
         let taken = round.receive(&mut streams, &mut crate::observer::Silent);

@@ -1,4 +1,4 @@
-//! What is where in the file.
+//! The file format.
 
 use std::path::Path;
 
@@ -13,8 +13,8 @@ use crate::limits::{
 use crate::traits::StateSection;
 use crate::wire::chunk::PAGE_BYTES;
 
-/// Bytes of the head, and where memory begins.
-pub(super) const HEAD_BYTES: usize = PAGE_BYTES;
+/// Bytes of the header, and the offset of memory.
+pub(super) const HEADER_BYTES: usize = PAGE_BYTES;
 
 /// Bytes of a page's entry in the table.
 pub(super) const ENTRY_BYTES: u64 = 8;
@@ -22,20 +22,20 @@ pub(super) const ENTRY_BYTES: u64 = 8;
 const MAGIC: [u8; 8] = *b"AEROSNAP";
 const VERSION: u32 = 1;
 
-/// More than any state takes: sections with their names and lengths.
+/// Limit of the encoded state: sections with their names and lengths.
 const MAX_ENCODED_STATE_BYTES: u64 =
     MAX_STATE_BYTES + (MAX_STATE_SECTIONS * (MAX_NAME_BYTES + 16) + 4) as u64;
 
-/// Pages of a guest: its whole table is read before anything else is known of it, and a file with
-/// holes can have a table without end.
+/// Limit of a guest's pages: the whole table is read before anything else is checked, and a file with
+/// holes can have a table of any size.
 const MAX_PAGES: u64 = DEFAULT_MAX_MEMORY_BYTES / PAGE_BYTES as u64;
 
 /// The first page of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Head {
+pub(super) struct Header {
     /// Pages of the guest.
     pub(super) pages: u64,
-    /// Check sum of the table.
+    /// Checksum of the table.
     pub(super) table_sum: u64,
     pub(super) description_bytes: u64,
     pub(super) description_sum: u64,
@@ -43,41 +43,39 @@ pub(super) struct Head {
     pub(super) state_sum: u64,
 }
 
-impl Head {
-    pub(super) fn encode(&self) -> [u8; HEAD_BYTES] {
+impl Header {
+    pub(super) fn encode(&self) -> [u8; HEADER_BYTES] {
         let body = Writer::default().bytes(&MAGIC).u32(VERSION).u32(0).u64(self.pages);
         let body = body.u64(self.table_sum).u64(self.description_bytes).u64(self.description_sum);
         let body = body.u64(self.state_bytes).u64(self.state_sum).0;
-        let mut page = [0; HEAD_BYTES];
+        let mut page = [0; HEADER_BYTES];
         for (place, byte) in page.iter_mut().zip(body) {
             *place = byte;
         }
-        let (text, sum) = page.split_at_mut(HEAD_BYTES - 8);
+        let (text, sum) = page.split_at_mut(HEADER_BYTES - 8);
         sum.copy_from_slice(&xxh3_64_with_seed(text, 0).to_le_bytes());
         page
     }
 
-    /// Reads a head, with everything in it within its limits.
-    pub(super) fn decode(page: &[u8; HEAD_BYTES], path: &Path) -> Result<Self, MigrationError> {
-        let no_snapshot = |what| MigrationError::Snapshot { path: path.to_owned(), what };
-        let (text, sum) = page.split_at(HEAD_BYTES - 8);
+    /// Decodes a header, and checks that its values are within their limits.
+    pub(super) fn decode(page: &[u8; HEADER_BYTES], path: &Path) -> Result<Self, MigrationError> {
+        let invalid = |what| MigrationError::Snapshot { path: path.to_owned(), what };
+        let (text, sum) = page.split_at(HEADER_BYTES - 8);
         let mut body = Reader::new(text);
         let magic: [u8; 8] = body.array()?;
         if magic != MAGIC {
             let (found, known) = (magic.escape_ascii(), MAGIC.escape_ascii());
-            return Err(no_snapshot(format!(
-                "it begins with \"{found}\" and not with \"{known}\""
-            )));
+            return Err(invalid(format!("it begins with \"{found}\", not with \"{known}\"")));
         }
         let version = body.u32()?;
         if version != VERSION {
             let what = format!(
-                "it is of version {version}, and {VERSION} is known: take the release that wrote it"
+                "it has version {version}, and {VERSION} is supported: use the release that wrote it"
             );
-            return Err(no_snapshot(what));
+            return Err(invalid(what));
         }
         if sum != xxh3_64_with_seed(text, 0).to_le_bytes() {
-            return Err(MigrationError::Damaged { what: "the head of the snapshot" });
+            return Err(MigrationError::Damaged { what: "the snapshot's header" });
         }
         body.reserved(4)?;
         let head = Self {
@@ -91,10 +89,14 @@ impl Head {
         let fits = head.pages <= MAX_PAGES
             && head.description_bytes <= MAX_BODY_BYTES as u64
             && head.state_bytes <= MAX_ENCODED_STATE_BYTES;
-        if fits { Ok(head) } else { Err(MigrationError::Peer { what: "an impossible snapshot" }) }
+        if fits {
+            Ok(head)
+        } else {
+            Err(MigrationError::Peer { what: "a size in its header exceeds the limit" })
+        }
     }
 
-    /// Where the table is. Cannot overflow: pages are limited.
+    /// Offset of the table. Cannot overflow: pages are limited.
     pub(super) const fn table_at(&self) -> u64 {
         page_at(self.pages)
     }
@@ -113,8 +115,7 @@ impl Head {
     }
 }
 
-/// Makes the check sums of a snapshot right again after somebody changed it, as far as its head
-/// still says where things are.
+/// Recomputes the checksums of a changed snapshot, as far as its header still has valid offsets.
 #[cfg(feature = "raw")]
 pub(crate) fn seal(bytes: &mut [u8]) {
     let number = |bytes: &[u8], at: usize| {
@@ -136,18 +137,18 @@ pub(crate) fn seal(bytes: &mut [u8]) {
         }
     }
     if let Some((text, sum_of)) =
-        bytes.get_mut(..HEAD_BYTES).and_then(|head| head.split_last_chunk_mut::<8>())
+        bytes.get_mut(..HEADER_BYTES).and_then(|head| head.split_last_chunk_mut::<8>())
     {
         *sum_of = sum(text).to_le_bytes();
     }
 }
 
-/// Where the page with this index is.
+/// Offset of the page with this index.
 pub(super) const fn page_at(index: u64) -> u64 {
-    HEAD_BYTES as u64 + index * PAGE_BYTES as u64
+    HEADER_BYTES as u64 + index * PAGE_BYTES as u64
 }
 
-/// A page's entry in the table; 0 is for zeros.
+/// A page's table entry; 0 means a zero page.
 pub(super) fn page_sum(contents: &[u8], page: u64) -> u64 {
     xxh3_64_with_seed(contents, page).max(1)
 }
@@ -156,7 +157,7 @@ pub(super) fn sum(bytes: &[u8]) -> u64 {
     xxh3_64_with_seed(bytes, 0)
 }
 
-/// Number of `page` among the pages that exist.
+/// Index of `page` among the pages that exist.
 pub(super) fn index_of(layout: &GuestLayout, page: u64) -> Option<u64> {
     let mut before = 0;
     for region in layout.regions() {
@@ -194,8 +195,8 @@ mod tests {
 
     use super::*;
 
-    fn head() -> Head {
-        Head {
+    fn head() -> Header {
+        Header {
             pages: 5,
             table_sum: 1,
             description_bytes: 2,
@@ -206,25 +207,25 @@ mod tests {
     }
 
     #[test]
-    fn heads_are_read_as_written_and_no_other() {
+    fn a_header_is_decoded_as_encoded_and_changes_are_detected() {
         let page = head().encode();
-        assert_eq!(Head::decode(&page, Path::new("a")).unwrap(), head());
+        assert_eq!(Header::decode(&page, Path::new("a")).unwrap(), head());
         assert_eq!(head().end(), 4096 * 6 + 40 + 6);
         for at in [0, 9, 20, 63, 100, 4095] {
             let mut changed = page;
             changed[at] ^= 1;
-            assert!(Head::decode(&changed, Path::new("a")).is_err(), "{at}");
+            assert!(Header::decode(&changed, Path::new("a")).is_err(), "{at}");
         }
-        let refused = |head: Head| Head::decode(&head.encode(), Path::new("a")).is_err();
-        assert!(refused(Head { pages: u64::MAX, ..head() }));
+        let refused = |head: Header| Header::decode(&head.encode(), Path::new("a")).is_err();
+        assert!(refused(Header { pages: u64::MAX, ..head() }));
         // A file with holes, whose table takes days to read.
-        assert!(refused(Head { pages: MAX_PAGES + 1, ..head() }));
-        assert!(refused(Head { description_bytes: 1 << 40, ..head() }));
-        assert!(refused(Head { state_bytes: 1 << 40, ..head() }));
+        assert!(refused(Header { pages: MAX_PAGES + 1, ..head() }));
+        assert!(refused(Header { description_bytes: 1 << 40, ..head() }));
+        assert!(refused(Header { state_bytes: 1 << 40, ..head() }));
     }
 
     #[test]
-    fn pages_are_counted_without_gaps() {
+    fn page_indices_skip_the_gaps_between_regions() {
         let range = |start, pages| PageRange::new(start, pages).unwrap();
         let layout = GuestLayout::new(vec![range(10, 5), range(100, 5)]).unwrap();
         let index = |page| index_of(&layout, page);
@@ -233,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn state_is_read_as_written() {
+    fn state_is_decoded_as_encoded() {
         let section = |name: &str, bytes: &[u8]| StateSection {
             name: name.to_owned(),
             version: 2,

@@ -1,5 +1,5 @@
-//! A guest that runs before its memory is there: pages come when it touches them, and meanwhile in
-//! their order.
+//! Lazy restore: the guest runs before its memory is loaded. Pages are placed when the guest touches
+//! them, and meanwhile in order.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -18,22 +18,22 @@ use crate::observer::{Observer, Phase};
 use crate::traits::{DestinationMachine, PlacePages};
 use crate::wire::chunk::PAGE_BYTES;
 
-/// Pages that come in their order between two looks at what the guest waits for.
+/// Pages that are placed in order between two polls for missing pages.
 const PAGES_PER_POLL: u64 = 8;
 
-/// How long to wait for the guest when everything is there.
+/// How long to wait for a missing page once every page was placed.
 const IDLE_WAIT: Duration = Duration::from_millis(100);
 
-/// How long the end waits for whoever fills: it may be in a read of a file that does not answer,
-/// and nobody needs what it reads.
+/// How long to wait for the thread to end: it may block in a read of a file that does not answer, and
+/// its result is not needed.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How often it is looked whether it has come back.
+/// Interval of checks whether the thread has ended.
 const JOIN_POLL_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Memory that is still coming. It must be kept for as long as the guest runs: pages that are
-/// discarded (balloon, reports) are missing anew, and the guest waits for them. Those are not placed
-/// any more, and zeros when they are touched. Dropping it ends that, so the guest must be gone first.
+/// A guest's memory that is being loaded. Keep it as long as the guest runs: pages that are discarded
+/// (balloon, reports) are missing again, and the guest blocks when it touches them. They are filled
+/// with zeros then, never from the file. Dropping this ends that, so the guest must have ended first.
 #[derive(Debug)]
 pub struct Filling {
     shared: Arc<Shared>,
@@ -50,18 +50,18 @@ struct Shared {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Stage {
-    /// The monitor takes the state; it may touch memory, and must come back.
+    /// The VMM loads the state. It may touch memory, and must not block infinitely.
     #[default]
     Loading,
     /// The guest runs.
     Running,
-    /// Filling failed before the guest ran, which it never will.
+    /// Loading memory failed before the guest ran. It never will.
     Failed,
 }
 
 impl Shared {
-    /// Goes from loading to `next`, and says where it stands.
-    fn go_on(&self, next: Stage) -> Stage {
+    /// Changes from loading to `next`; returns the stage after that.
+    fn advance(&self, next: Stage) -> Stage {
         let mut stage = self.stage.lock().unwrap_or_else(PoisonError::into_inner);
         if *stage == Stage::Loading {
             *stage = next;
@@ -70,7 +70,7 @@ impl Shared {
     }
 }
 
-/// Makes a guest from the file `path` and runs it at once.
+/// Creates a guest from the file `path` and runs it at once.
 ///
 /// # Errors
 /// The guest does not run, and nothing of it is left.
@@ -108,14 +108,14 @@ fn begin<M: DestinationMachine>(
         awaited: None,
         shared: Arc::clone(&shared),
     };
-    // Before anything touches memory: loading state may read rings.
+    // Before anything touches memory: loading state may read virtqueues.
     let thread = thread::Builder::new().name("filling".to_owned()).spawn(|| filler.run());
     let thread =
         thread.map_err(|error| MigrationError::machine("starting a thread")(Box::new(error)))?;
     let filling = Filling { shared: Arc::clone(&shared), thread: Some(thread) };
     observer.phase(Phase::State);
     let loaded = machine.load_state(state);
-    if shared.go_on(Stage::Running) == Stage::Failed {
+    if shared.advance(Stage::Running) == Stage::Failed {
         filling.finish()?;
         return Err(MigrationError::DamagedFile { path: path.to_owned(), what: "memory" });
     }
@@ -125,23 +125,23 @@ fn begin<M: DestinationMachine>(
 }
 
 impl Filling {
-    /// Pages that are there or were discarded since, and how many there will be.
+    /// Pages that were placed or discarded, and all pages.
     #[must_use]
     pub fn pages(&self) -> (u64, u64) {
         (self.shared.placed_pages.load(Ordering::Relaxed), self.shared.pages)
     }
 
-    /// True where it ended by itself: the file cannot be read or is not as it was written, and the
-    /// guest waits for ever. It must be ended; [`finish`](Self::finish) says why.
+    /// True if loading failed: the file cannot be read or is damaged, and the guest blocks infinitely.
+    /// The VMM must end it; [`finish`](Self::finish) returns the error.
     #[must_use]
     pub fn has_failed(&self) -> bool {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
-    /// Ends it, after the guest is gone.
+    /// Ends loading, after the guest has ended.
     ///
     /// # Errors
-    /// What it failed at before.
+    /// The error of an earlier failure.
     pub fn finish(mut self) -> Result<(), MigrationError> {
         self.end()
     }
@@ -152,7 +152,9 @@ impl Filling {
         let began = Instant::now();
         while !thread.is_finished() {
             if began.elapsed() >= JOIN_TIMEOUT {
-                tracing::error!("host: the snapshot's file does not answer, and is left as it is");
+                tracing::error!(
+                    "host: the snapshot's file does not answer; its reader is left running"
+                );
                 return Ok(());
             }
             thread::sleep(JOIN_POLL_INTERVAL);
@@ -165,18 +167,18 @@ impl Filling {
 impl Drop for Filling {
     fn drop(&mut self) {
         if let Err(error) = self.end() {
-            tracing::error!(error = error.chain(), "memory of the guest could not be filled");
+            tracing::error!(error = error.chain(), "cannot load the guest's memory");
         }
     }
 }
 
-/// The thread's own.
+/// State of the loading thread.
 struct Filler {
     snapshot: SnapshotFile,
     memory: Arc<dyn PlacePages>,
-    /// Pages that were placed once, or discarded before that. One of them that is missing is zeros.
+    /// Pages that were placed once, or discarded before that. If one of them is missing, it is zeros.
     there: DirtyBitmap,
-    /// What somebody waits for at this moment.
+    /// The page that a thread waits for now.
     awaited: Option<u64>,
     shared: Arc<Shared>,
 }
@@ -184,8 +186,8 @@ struct Filler {
 impl Filler {
     fn run(mut self) -> Result<(), MigrationError> {
         let filled = contained("filling memory", || self.fill());
-        if filled.is_err() && self.shared.go_on(Stage::Failed) == Stage::Failed {
-            // No guest sees this; a monitor that waits for a page must not wait for ever.
+        if filled.is_err() && self.shared.advance(Stage::Failed) == Stage::Failed {
+            // No guest runs; but the VMM may wait for a page, and must not block infinitely.
             if let Some(page) = self.awaited {
                 self.put_zeros(page)?;
             }
@@ -217,13 +219,12 @@ impl Filler {
         Ok(())
     }
 
-    /// Gives the guest what it waits for; false when it is over.
+    /// Places the pages that threads wait for; false once loading was ended.
     fn serve(&mut self, wait: Duration) -> Result<bool, MigrationError> {
         let mut wait = wait;
         while !self.shared.stop.load(Ordering::Relaxed) {
             let missing = self.memory.next_missing(wait);
-            self.awaited =
-                missing.map_err(MigrationError::machine("finding out what is missing"))?;
+            self.awaited = missing.map_err(MigrationError::machine("polling for missing pages"))?;
             let Some(page) = self.awaited else { return Ok(true) };
             if self.there.contains(page) || !self.place(page)? {
                 self.put_zeros(page)?;
@@ -234,8 +235,8 @@ impl Filler {
         Ok(false)
     }
 
-    /// What the file has of a page, for the first time; false where it was discarded. Contents that
-    /// are read before a discard and placed behind it would stay, so the memory itself looks again.
+    /// Places a page from the file for the first time; false if it was discarded. Contents read before
+    /// a discard and placed after it would be stale, so [`PlacePages::place_page`] checks again.
     fn place(&mut self, page: u64) -> Result<bool, MigrationError> {
         let mut placed = false;
         if !self.memory.was_discarded(page) {

@@ -1,15 +1,15 @@
-//! A guest in a file: the same phases as a migration, with a file in place of a destination.
+//! VM snapshots: the same phases as a migration, with a file in place of a destination.
 //!
 //! ```text
-//! 0            head: what, version, where the rest is, check sum            4096 bytes
+//! 0            header: magic, version, sizes, checksums                     4096 bytes
 //! 4096         memory: page after page, regions without the gaps between;   4096 bytes each
 //!              pages that are zeros or were skipped are holes
-//! behind it    table: a u64 for each page: its check sum, 0 for zeros
+//! after it     table: a u64 for each page: its checksum, 0 for zeros
 //!              description, then state
 //! ```
 //!
-//! The file is written beside its name and gets that when all of it is on disk, so that under its
-//! name there is a whole snapshot or none.
+//! The file is written under another name in the same directory, and gets its name when all of it is
+//! on disk. So a complete snapshot exists under the name, or none.
 
 mod format;
 mod lazy;

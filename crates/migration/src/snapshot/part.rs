@@ -1,8 +1,8 @@
-//! The file of a snapshot until it is whole, beside the name that it is to have.
+//! The file of a snapshot until it is complete, under a name beside its final one.
 //!
-//! The directory may be one in which others make files too (`/tmp`). So what is under a name there
-//! counts for nothing: a part is a file that this process made (`O_EXCL`), or one of its own user's
-//! that nobody else can write, and everything is done relative to the directory that was opened.
+//! Other users may create files in the directory too (`/tmp`). So an existing name there is not
+//! trusted: a part is a file that this process created (`O_EXCL`), or one of the same user that no
+//! other user can write. All operations are relative to the opened directory.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, TryLockError};
@@ -20,58 +20,58 @@ use rustix::process::geteuid;
 use crate::error::MigrationError;
 use crate::wire::control::MigrationId;
 
-/// Read and written by its owner, and by nobody else.
+/// Only its owner can read and write it.
 const MODE: Mode = Mode::RUSR.union(Mode::WUSR);
 
-/// Permissions that a part has: all bits but those of its type.
+/// The permission bits of a mode.
 const PERMISSIONS: u32 = 0o7777;
 
-/// Permissions of others than the owner.
+/// Permissions of group and others.
 const OTHER_USERS: u32 = 0o077;
 
-/// Bytes of a random name: nobody has taken it.
+/// Characters of a random part name.
 const RANDOM_NAME_BYTES: usize = 8;
 
-/// A file that has its name once it is [named](Self::name), and is gone if it never is.
+/// A file that gets its final name from [`name`](Self::name), and is removed if it never does.
 #[derive(Debug)]
 pub(super) struct Part {
     file: File,
     directory: OwnedFd,
-    /// The name that it is to have.
+    /// The final name.
     name: OsString,
-    /// The one that it has until then.
+    /// The name until then.
     part: OsString,
-    /// What its operator calls it.
+    /// The path that the operator gave.
     path: PathBuf,
 }
 
-/// How a file gets its name in place of no other file.
+/// How a file gets its final name without replacing another file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
-    /// `renameat2(RENAME_NOREPLACE)`. NFS and some FUSE file systems have no flags.
+    /// `renameat2(RENAME_NOREPLACE)`. NFS and some FUSE file systems support no flags.
     Rename,
-    /// A second name, and the first one goes. FAT, exFAT and some FUSE file systems have none.
+    /// A hard link, then the first name is removed. FAT, exFAT and some FUSE file systems have none.
     Link,
-    /// An empty file is made under the name, which fails where there is one, and is replaced.
+    /// Creates an empty file under the name, which fails if one exists, and replaces it.
     Claim,
 }
 
 impl Part {
-    /// Makes the file for `path`, which must not exist.
+    /// Creates the file for `path`, which must not exist.
     ///
     /// # Errors
-    /// There is such a file, it is being written, or none can be made there.
+    /// The file exists, is being written, or cannot be created.
     pub(super) fn create(path: &Path) -> Result<Self, MigrationError> {
         let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
         let parent = parent.unwrap_or(Path::new("."));
         let Some(name) = path.file_name() else {
-            let what = format!("{} names no file: give a path with a name", path.display());
+            let what = format!("{} has no file name: give a path with one", path.display());
             return Err(MigrationError::Operator { what });
         };
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory =
             openat(CWD, parent, flags, Mode::empty()).map_err(failed("opening", parent))?;
-        // Also one that leads nowhere.
+        // A dangling symbolic link exists too.
         if statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW).is_ok() {
             return Err(exists(path));
         }
@@ -84,14 +84,14 @@ impl Part {
                 let mut part = name.to_owned();
                 part.push(format!(".{}.part", random_name()?));
                 let file = create_new(&directory, &part);
-                (file.map_err(failed("making", &parent.join(&part)))?, part)
+                (file.map_err(failed("creating", &parent.join(&part)))?, part)
             }
         };
         lock(&file, &directory, &part, &shown)?;
         file.set_len(0).map_err(|source| file_error("emptying", &shown, source))?;
         if fstat(&file).is_ok_and(|found| found.st_mode & OTHER_USERS != 0) {
             let path = shown.display();
-            tracing::warn!(%path, "host: this file system lets other users at the guest's memory");
+            tracing::warn!(%path, "host: this file system lets other users read the guest's memory");
         }
         Ok(Self { file, directory, name: name.to_owned(), part, path: path.to_owned() })
     }
@@ -100,14 +100,14 @@ impl Part {
         &self.file
     }
 
-    /// Gives the file its name, for good, where nothing has it.
+    /// Gives the file its final name, durably, if no other file has it.
     ///
     /// # Errors
-    /// Something came to have it, or the directory cannot be written.
+    /// Another file has the name by now, or the directory cannot be written.
     pub(super) fn name(&self) -> Result<(), MigrationError> {
         self.name_by(&[Way::Rename, Way::Link, Way::Claim])?;
         match rustix::fs::fsync(&self.directory) {
-            // A directory that cannot be synced on this file system, as of CIFS.
+            // This file system (CIFS) cannot sync a directory.
             Ok(()) | Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(()),
             Err(errno) => {
                 self.remove(&self.name);
@@ -116,7 +116,7 @@ impl Part {
         }
     }
 
-    /// By the first of these that this file system has.
+    /// Uses the first of `ways` that this file system supports.
     fn name_by(&self, ways: &[Way]) -> Result<(), MigrationError> {
         let mut last = Errno::OPNOTSUPP;
         for way in ways {
@@ -146,7 +146,7 @@ impl Part {
                 }
             }
         }
-        // Whoever may write in the directory may have put another file under the part's name.
+        // Another user of the directory may have put another file under the part's name.
         if is_at(directory, name, &self.file) { Ok(()) } else { Err(Errno::STALE) }
     }
 
@@ -162,7 +162,7 @@ impl Drop for Part {
 }
 
 impl Way {
-    /// Whether the error says that a file system does not have it.
+    /// True if the error means that the file system does not support this way.
     const fn is_missing(self, errno: Errno) -> bool {
         match self {
             Self::Rename => matches!(errno, Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP),
@@ -175,8 +175,8 @@ impl Way {
     }
 }
 
-/// Opens the part of the usual name: a new one, or what a monitor of this user left that died.
-/// `None` where the name is another's, be it a link, a pipe, or a file that others can write.
+/// Opens the part under its usual name: a new one, or one that a dead process of this user left.
+/// `None` if the name is taken by anything else: a link, a pipe, or a file that others can write.
 fn open_part(
     directory: &OwnedFd,
     part: &OsStr,
@@ -185,9 +185,9 @@ fn open_part(
     match create_new(directory, part) {
         Ok(file) => return Ok(Some(file)),
         Err(Errno::EXIST) => {}
-        Err(errno) => return Err(failed("making", shown)(errno)),
+        Err(errno) => return Err(failed("creating", shown)(errno)),
     }
-    // Of a pipe nobody waits for the other end.
+    // Do not block on the other end of a pipe.
     let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let found = openat(directory, part, flags, Mode::empty()).and_then(|fd| {
         let found = fstat(&fd)?;
@@ -203,18 +203,18 @@ fn open_part(
                 mode = format_args!("{mode:o}"),
                 uid,
                 links = found.st_nlink,
-                "not left by a snapshot of this user: it stays, and another name is taken"
+                "not left by a snapshot of this user: leaving it alone, using another name"
             );
         }
         Err(error) => {
             let path = shown.display();
-            tracing::warn!(%path, %error, "no part of a snapshot: it stays, and another name is taken");
+            tracing::warn!(%path, %error, "not the part of a snapshot: leaving it alone, using another name");
         }
     }
     Ok(None)
 }
 
-/// Whether nobody but this user can have written the file, or write it.
+/// True if only this user can have written the file, and can write it.
 fn is_ours(found: &Stat) -> bool {
     FileType::from_raw_mode(found.st_mode) == FileType::RegularFile
         && found.st_uid == geteuid().as_raw()
@@ -227,8 +227,8 @@ fn create_new(directory: &OwnedFd, name: &OsStr) -> Result<File, Errno> {
     openat(directory, name, flags, MODE).map(File::from)
 }
 
-/// Has the file for this guest alone: two that were told the same name would write into one
-/// another's file, also when that has its name.
+/// Locks the file for this guest. Otherwise two snapshots with the same name would write into the same
+/// file, even after it has its final name.
 fn lock(
     file: &File,
     directory: &OwnedFd,
@@ -245,14 +245,14 @@ fn lock(
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => return Err(taken()),
         Err(TryLockError::Error(error)) => {
-            tracing::warn!(%error, "host: no lock; take care that nobody else writes this file");
+            tracing::warn!(%error, "host: cannot lock the file; no other process may write it");
         }
     }
-    // Who had it may have ended between the two, and taken the name away.
+    // The last owner of the lock may have removed the name before it released the lock.
     if is_at(directory, part, file) { Ok(()) } else { Err(taken()) }
 }
 
-/// Whether `file` has this name.
+/// True if `file` has this name.
 fn is_at(directory: &OwnedFd, name: &OsStr, file: &File) -> bool {
     let named = statat(directory, name, AtFlags::SYMLINK_NOFOLLOW);
     let (Ok(named), Ok(ours)) = (named, fstat(file)) else { return false };
@@ -266,7 +266,7 @@ fn remove(directory: &OwnedFd, name: &OsStr, file: &File) {
     }
     if let Err(error) = unlinkat(directory, name, AtFlags::empty()) {
         let name = name.display();
-        tracing::warn!(%name, %error, "cannot be removed");
+        tracing::warn!(%name, %error, "cannot remove the file");
     }
 }
 
@@ -306,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn whichever_way_a_file_is_named_it_replaces_none() {
+    fn no_way_of_naming_replaces_a_file() {
         for way in [Way::Rename, Way::Link, Way::Claim] {
             let directory = tempfile::tempdir().unwrap();
             let path = directory.path().join("a");
@@ -318,16 +318,16 @@ mod tests {
             assert_eq!(fs::metadata(&path).unwrap().ino(), inode);
             let path = directory.path().join("b");
             let part = Part::create(&path).unwrap();
-            fs::write(&path, "somebody's").unwrap();
+            fs::write(&path, "another's").unwrap();
             let error = part.name_by(&[way]).unwrap_err().to_string();
             assert!(error.contains("b exists: give another name"), "{way:?}: {error}");
             drop(part);
             assert_eq!(names(directory.path()), ["a", "b"], "{way:?}");
-            assert_eq!(fs::read(&path).unwrap(), b"somebody's");
+            assert_eq!(fs::read(&path).unwrap(), b"another's");
         }
     }
 
-    /// What is under the part's name, and whose it is; root can give files away.
+    /// Puts something under the part's name. Only root can create another user's file.
     fn plant(part: &Path, kind: &str) {
         let other = part.with_file_name("other");
         match kind {
@@ -344,7 +344,7 @@ mod tests {
                 fs::write(&other, "theirs").unwrap();
                 symlink(&other, part).unwrap();
             }
-            "a link that leads nowhere" => symlink(&other, part).unwrap(),
+            "a dangling link" => symlink(&other, part).unwrap(),
             "a hard link" => {
                 fs::write(&other, "theirs").unwrap();
                 fs::set_permissions(&other, fs::Permissions::from_mode(0o600)).unwrap();
@@ -359,10 +359,10 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_ours_never_becomes_the_snapshot() {
-        let mut kinds = vec!["writable", "a symbolic link", "a link that leads nowhere"];
+    fn another_users_file_never_becomes_the_snapshot() {
+        let mut kinds = vec!["writable", "a symbolic link", "a dangling link"];
         kinds.extend(["a hard link", "a pipe", "a directory"]);
-        // Only root gives files to another user; in CI and in a lab it is root.
+        // Only root can change the owner; CI and the lab run as root.
         if geteuid().is_root() {
             kinds.push("another user's");
         }
@@ -387,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_dead_process_of_this_user_left_is_written_over() {
+    fn the_part_of_a_dead_process_is_overwritten() {
         let directory = tempfile::tempdir().unwrap();
         let (path, left) = (directory.path().join("a"), directory.path().join("a.part"));
         fs::write(&left, "left").unwrap();
@@ -402,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_leads_nowhere_is_taken_as_well() {
+    fn a_dangling_link_counts_as_an_existing_file() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a");
         symlink("nowhere", &path).unwrap();

@@ -1,4 +1,4 @@
-//! A guest out of a file. The file is as hostile as a peer.
+//! Restores a guest from a file. The file is as hostile as a peer.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -9,7 +9,7 @@ use page_set::PageRange;
 use rustix::fs::OFlags;
 use xxhash_rust::xxh3::Xxh3Default;
 
-use super::format::{self, ENTRY_BYTES, HEAD_BYTES, Head, index_of, page_at, page_sum};
+use super::format::{self, ENTRY_BYTES, HEADER_BYTES, Header, index_of, page_at, page_sum};
 use crate::codec::Reader;
 use crate::destination::{DestinationConfig, check};
 use crate::error::MigrationError;
@@ -22,22 +22,22 @@ use crate::wire::control::decode_description;
 /// Pages that are read at once.
 const PAGES_AT_ONCE: u64 = 64;
 
-/// Bytes of the table that have one sum in memory, of 2 MiB of the guest: the file may change after
-/// it was looked at, and what the table says of a page must be what it said then.
+/// Bytes of the table that share one checksum in memory, for 2 MiB of the guest: the file may change
+/// after it was opened, and an entry of the table must not.
 const BLOCK_BYTES: usize = 4096;
 
-/// What came of restoring.
+/// Statistics of a restore.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Restored {
     /// Pages that were read from the file.
     pub read_pages: u64,
-    /// Pages that are zeros, which the file does not hold.
+    /// Zero pages, which are not in the file.
     pub zero_pages: u64,
     /// From opening the file to the start of the guest, in microseconds.
     pub total_us: u64,
 }
 
-/// Makes a guest from the file `path`, and runs it.
+/// Creates a guest from the file `path`, and runs it.
 ///
 /// # Errors
 /// The guest does not run, and nothing of it is left.
@@ -94,15 +94,15 @@ fn load<M: DestinationMachine>(
     Ok(restored)
 }
 
-/// A snapshot whose head, table and description were checked. Pages are checked as they are read,
+/// A snapshot whose header, table and description were checked. Pages are checked when they are read,
 /// in any order, so that they can be read when the guest touches them.
 #[derive(Debug)]
 pub struct SnapshotFile {
     file: File,
     path: PathBuf,
-    head: Head,
+    head: Header,
     description: Description,
-    /// Sums of the table's blocks.
+    /// Checksums of the table's blocks.
     blocks: Vec<u64>,
 }
 
@@ -110,34 +110,35 @@ impl SnapshotFile {
     /// Opens the file `path`.
     ///
     /// # Errors
-    /// It cannot be read, is no snapshot, or is not whole.
+    /// It cannot be read, is not a snapshot, or is incomplete.
     pub fn open(path: &Path) -> Result<Self, MigrationError> {
         Self::open_checked(path).map_err(|error| error.of_file(path))
     }
 
     fn open_checked(path: &Path) -> Result<Self, MigrationError> {
         let error = |source| MigrationError::File { what: "reading", path: path.into(), source };
-        // Nobody waits for the other end of a pipe.
+        // Do not block on the other end of a pipe.
         let nonblocking = OFlags::NONBLOCK.bits().cast_signed();
         let file = OpenOptions::new().read(true).custom_flags(nonblocking).open(path);
         let file = file.map_err(error)?;
         let metadata = file.metadata().map_err(error)?;
-        let no_snapshot = |what| MigrationError::Snapshot { path: path.to_owned(), what };
+        let invalid = |what| MigrationError::Snapshot { path: path.to_owned(), what };
         if !metadata.is_file() {
-            return Err(no_snapshot("it is no regular file".to_owned()));
+            return Err(invalid("it is no regular file".to_owned()));
         }
         let len = metadata.len();
-        if len < HEAD_BYTES as u64 {
-            let what = format!("it has {len} bytes, and its head alone has {HEAD_BYTES}");
-            return Err(no_snapshot(what));
+        if len < HEADER_BYTES as u64 {
+            let what = format!("it has {len} bytes, fewer than the {HEADER_BYTES} of its header");
+            return Err(invalid(what));
         }
-        let mut page = [0; HEAD_BYTES];
+        let mut page = [0; HEADER_BYTES];
         file.read_exact_at(&mut page, 0).map_err(error)?;
-        let head = Head::decode(&page, path)?;
+        let head = Header::decode(&page, path)?;
         if len != head.end() {
             let written = head.end();
-            let what = format!("it was written with {written} bytes, and has {len}: copy it again");
-            return Err(no_snapshot(what));
+            let what =
+                format!("it has {len} bytes of the {written} that were written: copy it again");
+            return Err(invalid(what));
         }
         let mut bytes = vec![0; usize::try_from(head.description_bytes).unwrap_or(0)];
         file.read_exact_at(&mut bytes, head.description_at()).map_err(error)?;
@@ -148,7 +149,9 @@ impl SnapshotFile {
         let description = decode_description(&mut body)?;
         body.finish()?;
         if description.layout.pages() != head.pages {
-            return Err(MigrationError::Peer { what: "a table of another size than the memory" });
+            return Err(MigrationError::Peer {
+                what: "its table does not fit the size of the memory",
+            });
         }
         let (path, blocks) = (path.to_owned(), Vec::new());
         let mut snapshot = Self { file, path, head, description, blocks };
@@ -156,7 +159,7 @@ impl SnapshotFile {
         Ok(snapshot)
     }
 
-    /// What guest it is.
+    /// The guest's description.
     #[must_use]
     pub const fn description(&self) -> &Description {
         &self.description
@@ -165,7 +168,7 @@ impl SnapshotFile {
     /// The state of the machine.
     ///
     /// # Errors
-    /// It cannot be read, or is not as it was written.
+    /// It cannot be read, or is damaged.
     pub fn state(&self) -> Result<Vec<StateSection>, MigrationError> {
         let mut bytes = vec![0; usize::try_from(self.head.state_bytes).unwrap_or(0)];
         self.read(&mut bytes, self.head.state_at())?;
@@ -175,10 +178,10 @@ impl SnapshotFile {
         format::decode_state(&bytes).map_err(|error| error.of_file(&self.path))
     }
 
-    /// Reads one page; false where it is zeros, and `out` is as it was.
+    /// Reads one page. Returns false and does not change `out` if it is zeros.
     ///
     /// # Errors
-    /// The page does not exist, cannot be read, or is not as it was written.
+    /// The page does not exist, cannot be read, or is damaged.
     pub fn read_page(&self, page: u64, out: &mut [u8; PAGE_BYTES]) -> Result<bool, MigrationError> {
         let index = self.index(page)?;
         let entry = self.entries(index, 1)?.first().copied().unwrap_or(0);
@@ -190,7 +193,7 @@ impl SnapshotFile {
         Ok(true)
     }
 
-    /// Copies at most [`PAGES_AT_ONCE`] pages of one region; how many were not zeros.
+    /// Copies at most [`PAGES_AT_ONCE`] pages of one region; returns how many were not zeros.
     fn copy(&self, pages: PageRange, memory: &dyn WritePages) -> Result<u64, MigrationError> {
         let index = self.index(pages.start())?;
         let entries = self.entries(index, usize::try_from(pages.pages()).unwrap_or(0))?;
@@ -215,7 +218,7 @@ impl SnapshotFile {
 
     fn index(&self, page: u64) -> Result<u64, MigrationError> {
         let index = index_of(&self.description.layout, page);
-        let outside = MigrationError::Peer { what: "pages outside of the guest's memory" };
+        let outside = MigrationError::Peer { what: "pages outside the guest's memory" };
         index.ok_or(outside).map_err(|error| error.of_file(&self.path))
     }
 
@@ -234,7 +237,7 @@ impl SnapshotFile {
         Ok(())
     }
 
-    /// What the table says of `count` pages, and said when it was looked at.
+    /// The table entries of `count` pages; fails if they changed since the file was opened.
     fn entries(&self, index: u64, count: usize) -> Result<Vec<u64>, MigrationError> {
         let place = |number: u64| usize::try_from(number).unwrap_or(usize::MAX);
         let first = place(index * ENTRY_BYTES) / BLOCK_BYTES;
@@ -246,13 +249,13 @@ impl SnapshotFile {
         let known = self.blocks.get(first..).unwrap_or_default();
         let mut sums = bytes.chunks(BLOCK_BYTES).map(format::sum).enumerate();
         if !sums.all(|(at, sum)| known.get(at) == Some(&sum)) {
-            return Err(self.damaged("the table of pages"));
+            return Err(self.damaged("the table of page checksums"));
         }
         let (entries, _) = bytes.get(offset..).unwrap_or_default().as_chunks::<8>();
         Ok(entries.iter().take(count).map(|entry| u64::from_le_bytes(*entry)).collect())
     }
 
-    /// The table says which pages are zeros, so none of it may be wrong. Sums of its blocks.
+    /// Checks the whole table, since it defines the zero pages. Returns the checksums of its blocks.
     fn check_table(&self) -> Result<Vec<u64>, MigrationError> {
         let (mut hash, mut blocks) = (Xxh3Default::new(), Vec::new());
         let mut left = self.head.pages * ENTRY_BYTES;
@@ -267,7 +270,11 @@ impl SnapshotFile {
             left -= len as u64;
         }
         let whole = hash.digest() == self.head.table_sum;
-        if whole { Ok(blocks) } else { Err(MigrationError::Damaged { what: "the table of pages" }) }
+        if whole {
+            Ok(blocks)
+        } else {
+            Err(MigrationError::Damaged { what: "the table of page checksums" })
+        }
     }
 
     fn read(&self, bytes: &mut [u8], at: u64) -> Result<(), MigrationError> {

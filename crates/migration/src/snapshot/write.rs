@@ -1,4 +1,4 @@
-//! Writing a guest to a file while it runs.
+//! Writes a guest to a file while it runs.
 
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -9,7 +9,7 @@ use page_set::PageRange;
 use rustix::fs::{FallocateFlags, fallocate};
 use xxhash_rust::xxh3::Xxh3Default;
 
-use super::format::{self, Head, index_of, page_at, page_sum};
+use super::format::{self, Header, index_of, page_at, page_sum};
 use super::part::Part;
 use crate::contained::contained;
 use crate::error::MigrationError;
@@ -25,23 +25,23 @@ use crate::traits::{Description, SourceMachine, StateSection};
 use crate::wire::chunk::PAGE_BYTES;
 use crate::wire::control::{MigrationId, encode_description};
 
-/// Words between two looks at whether somebody wants an end.
+/// Words between two checks for a cancellation.
 const WORDS_AT_ONCE: usize = 64;
 
-/// What becomes of the guest when the file is whole.
+/// What happens to the guest when the file is complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum After {
-    /// It goes on.
+    /// It runs on here.
     Resume,
-    /// It is in the file now, and stays paused here.
+    /// It exists only in the file from then on, and stays paused here.
     Stop,
 }
 
-/// Writes a guest to the file `path`, which must not exist. Of `config`, connections, compression,
-/// and what is said of the peer are not looked at.
+/// Writes a guest to the file `path`, which must not exist. Ignores the connections, the compression,
+/// and the peer's timeouts in `config`.
 ///
 /// # Errors
-/// There is no file; the guest goes on, or the failure says why not.
+/// There is no file. The guest runs on; if not, the failure has its state.
 pub fn snapshot<M: SourceMachine>(
     config: &SourceConfig,
     machine: &mut M,
@@ -70,7 +70,7 @@ struct SnapshotSink {
     after: After,
     layout: Option<GuestLayout>,
     description: Vec<u8>,
-    /// The entry of each page.
+    /// The table entry of each page.
     table: Vec<u64>,
     written_bytes: u64,
 }
@@ -93,13 +93,13 @@ impl SnapshotSink {
         self.part.file().write_all_at(bytes, at).map_err(self.error("writing"))
     }
 
-    /// Writes pages of one region, one behind the other.
+    /// Writes contiguous pages of one region.
     fn write_run(&mut self, run: PageRange, contents: &[u8]) -> Result<(), MigrationError> {
         let index = self.index(run.start())?;
         for ((place, page), contents) in
             (index..).zip(run.start()..run.end()).zip(contents.chunks(PAGE_BYTES))
         {
-            self.enter(place, page_sum(contents, page));
+            self.set_entry(place, page_sum(contents, page));
         }
         self.write(contents, page_at(index))
     }
@@ -112,10 +112,10 @@ impl SnapshotSink {
         if places.clone().all(|place| entry(place) == Some(&0)) {
             return Ok(());
         }
-        places.for_each(|place| self.enter(place, 0));
+        places.for_each(|place| self.set_entry(place, 0));
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         let (at, len) = (page_at(index), run.pages() * PAGE_BYTES as u64);
-        // A signal shall not cost the file its hole.
+        // Retry after a signal.
         let punched = rustix::io::retry_on_intr(|| fallocate(self.part.file(), flags, at, len));
         if punched.is_ok() {
             return Ok(());
@@ -125,7 +125,7 @@ impl SnapshotSink {
         self.write(&zeros, at)
     }
 
-    fn enter(&mut self, place: u64, sum: u64) {
+    fn set_entry(&mut self, place: u64, sum: u64) {
         if let Some(entry) = usize::try_from(place).ok().and_then(|at| self.table.get_mut(at)) {
             *entry = sum;
         }
@@ -133,7 +133,7 @@ impl SnapshotSink {
 
     fn index(&self, page: u64) -> Result<u64, MigrationError> {
         let index = self.layout.as_ref().and_then(|layout| index_of(layout, page));
-        index.ok_or(MigrationError::Peer { what: "pages outside of the guest's memory" })
+        index.ok_or(MigrationError::Peer { what: "pages outside the guest's memory" })
     }
 
     fn fill(&mut self, run: PageRange, pattern: u32) -> Result<(), MigrationError> {
@@ -144,13 +144,13 @@ impl SnapshotSink {
             std::iter::repeat_n(pattern.to_le_bytes(), PAGE_BYTES / 4).flatten().collect();
         for page_number in run.start()..run.end() {
             let one = PageRange::new(page_number, 1);
-            let one = one.map_err(|_| MigrationError::Peer { what: "an impossible page" })?;
+            let one = one.map_err(|_| MigrationError::Peer { what: "an invalid page number" })?;
             self.write_run(one, &page)?;
         }
         Ok(())
     }
 
-    /// All of it is on disk, and then has its name.
+    /// Syncs the file, then gives it its final name.
     fn commit(&mut self) -> Result<(), MigrationError> {
         self.part.file().sync_all().map_err(self.error("syncing"))?;
         self.part.name()
@@ -216,7 +216,7 @@ impl Sink for SnapshotSink {
         let mut hash = Xxh3Default::new();
         let table: Vec<u8> = self.table.iter().flat_map(|entry| entry.to_le_bytes()).collect();
         hash.update(&table);
-        let head = Head {
+        let head = Header {
             pages: self.table.len() as u64,
             table_sum: hash.digest(),
             description_bytes: self.description.len() as u64,
@@ -242,7 +242,7 @@ impl Sink for SnapshotSink {
         }
     }
 
-    /// All that is in it was read of the guest, which need not wait for the disk.
+    /// Everything was read from the guest already, which need not wait for the disk.
     fn keep(&mut self) -> Result<(), MigrationError> {
         self.commit()
     }

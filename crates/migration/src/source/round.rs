@@ -12,7 +12,7 @@ use crate::link::{Closer, Link};
 use crate::observer::{Observer, Progress};
 use crate::summary::RoundSummary;
 use crate::traits::ReadPages;
-use crate::wire::chunk::{Chunk, Encoding, PAGE_BYTES, Packer};
+use crate::wire::chunk::{Chunk, Compressor, Encoding, PAGE_BYTES};
 use crate::wire::control::Control;
 use crate::wire::frame::Kind;
 use crate::wire::stream::Stream;
@@ -110,7 +110,7 @@ pub(super) fn send<L: Link>(
 impl Work<'_> {
     /// Sends words until none is left, then the end of the round.
     fn send_share<L: Link>(&self, stream: &mut Stream<L>) -> Result<RoundSummary, MigrationError> {
-        let mut packer = self.level.map(Packer::new).transpose()?;
+        let mut compressor = self.level.map(Compressor::new).transpose()?;
         let (mut read, mut space) = (Vec::new(), Vec::new());
         let mut sum = RoundSummary::default();
         let (mut frames, mut named_pages) = (0, 0);
@@ -136,11 +136,13 @@ impl Work<'_> {
                 let start = word.start;
                 let mut chunk = Chunk { round: self.number, encoding, start, data, zeros, sum: 0 };
                 chunk.sum = chunk.sum_of(contents);
-                let packed = packer.as_mut().and_then(|packer| packer.pack(contents, &mut space));
-                if packed.is_some() {
+                let compressed = compressor
+                    .as_mut()
+                    .and_then(|compressor| compressor.compress(contents, &mut space));
+                if compressed.is_some() {
                     chunk.encoding = Encoding::Zstd;
                 }
-                let payload = packed.unwrap_or(contents);
+                let payload = compressed.unwrap_or(contents);
                 self.wait(payload.len());
                 let before = stream.sent_bytes;
                 stream.push(Kind::Chunk, &chunk.encode(), payload)?;

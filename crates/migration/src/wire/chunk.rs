@@ -1,9 +1,9 @@
 //! Contents: 64 pages of memory, ranges that read as a pattern, parts of a machine's state.
 //!
-//! Contents have a check sum from end to end: it is taken of the copy that was read from the guest,
-//! before it is compressed, and looked at just before it is written to the guest, after it was
-//! unpacked. It is keyed to the place, so that contents which end up under another page's number
-//! are found.
+//! Contents have an end-to-end checksum: the source computes it from the copy that it read from the
+//! guest, before compression, and the destination checks it after decompression, just before it writes
+//! to the guest. It is seeded with the place, so that contents under another page's number are
+//! detected.
 
 use page_set::PageRange;
 use rapidhash::v3::{RapidSecrets, rapidhash_v3_seeded};
@@ -18,10 +18,10 @@ use crate::limits::{MAX_FILL_RANGES, MAX_NAME_BYTES, MAX_PAYLOAD_BYTES, MAX_STAT
 /// Bytes of a page.
 pub(crate) const PAGE_BYTES: usize = 4096;
 
-/// A round ends because it announced its pages; whoever sent frames about none could go on for ever.
-const NO_PAGE: MigrationError = MigrationError::Peer { what: "contents of no page" };
+/// A round ends because it announced its pages; frames without a page could continue infinitely.
+const NO_PAGE: MigrationError = MigrationError::Peer { what: "a frame that names no page" };
 
-/// How a payload is packed.
+/// Compression of a payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Encoding {
     Raw,
@@ -35,11 +35,11 @@ pub(crate) struct Chunk {
     pub(crate) encoding: Encoding,
     /// The page of bit 0.
     pub(crate) start: u64,
-    /// Pages whose contents are in the payload, one after the other.
+    /// Pages whose contents are in the payload, in order.
     pub(crate) data: u64,
-    /// Pages that are zeros. Pages in neither are not spoken of.
+    /// Pages that are zeros. The chunk does not concern pages in neither.
     pub(crate) zeros: u64,
-    /// Of the contents, unpacked.
+    /// Checksum of the uncompressed contents.
     pub(crate) sum: u64,
 }
 
@@ -53,28 +53,28 @@ impl Chunk {
         body.u64(self.data).u64(self.zeros).u64(self.sum).0
     }
 
-    /// Reads a chunk that lies in `layout` and belongs to `round`.
+    /// Decodes a chunk that lies in `layout` and belongs to `round`.
     pub(crate) fn decode(
         body: &[u8],
         layout: &GuestLayout,
         round: u32,
     ) -> Result<Self, MigrationError> {
         let mut body = Reader::new(body);
-        let said = body.u32()?;
+        let its_round = body.u32()?;
         let encoding = match body.u32()? {
             0 => Encoding::Raw,
             1 => Encoding::Zstd,
-            _ => return Err(MigrationError::Peer { what: "contents packed in an unknown way" }),
+            _ => return Err(MigrationError::Peer { what: "an unknown compression" }),
         };
         let (start, data, zeros, sum) = (body.u64()?, body.u64()?, body.u64()?, body.u64()?);
         body.finish()?;
-        if said != round {
+        if its_round != round {
             return Err(MigrationError::Peer { what: "pages of another round" });
         }
         if data & zeros != 0 {
-            return Err(MigrationError::Peer { what: "a page is said to be two things" });
+            return Err(MigrationError::Peer { what: "a page both with contents and zero" });
         }
-        let outside = MigrationError::Peer { what: "pages outside of the guest's memory" };
+        let outside = MigrationError::Peer { what: "pages outside the guest's memory" };
         let all = Word { start, bits: data | zeros };
         if all.bits == 0 {
             return Err(NO_PAGE);
@@ -86,19 +86,19 @@ impl Chunk {
             }
             counted += run.pages();
         }
-        // Runs that no page number can say are left out by the iterator.
+        // The iterator skips runs beyond the largest page number.
         if counted != u64::from(all.bits.count_ones()) {
             return Err(outside);
         }
         Ok(Self { round, encoding, start, data, zeros, sum })
     }
 
-    /// Bytes of the contents, unpacked.
+    /// Bytes of the uncompressed contents.
     pub(crate) const fn content_bytes(&self) -> usize {
         self.data.count_ones() as usize * PAGE_BYTES
     }
 
-    /// What the check sum of `contents` here must be.
+    /// The checksum of `contents` in this chunk.
     pub(crate) fn sum_of(&self, contents: &[u8]) -> u64 {
         content_sum(contents, [u64::from(self.round), self.start, self.data, self.zeros])
     }
@@ -112,8 +112,8 @@ impl Chunk {
     }
 }
 
-/// rapidhash multiplies words, so that it is fast without vectors too: XXH3 took a sixth of the time of
-/// a move where the processor is emulated.
+/// rapidhash multiplies words, so it is fast without vector instructions too: XXH3 took a sixth of the
+/// time of a migration on an emulated CPU.
 pub(crate) fn content_sum(contents: &[u8], place: [u64; 4]) -> u64 {
     let key: Vec<u8> = place.iter().flat_map(|part| part.to_le_bytes()).collect();
     let secrets = RapidSecrets::seed_cpp(xxh3_64_with_seed(&key, 0));
@@ -143,17 +143,17 @@ impl Fill {
         round: u32,
     ) -> Result<Self, MigrationError> {
         let mut body = Reader::new(body);
-        let (said, pattern) = (body.u32()?, body.u32()?);
+        let (its_round, pattern) = (body.u32()?, body.u32()?);
         let count = body.count(MAX_FILL_RANGES)?;
         body.reserved(4)?;
-        if said != round {
+        if its_round != round {
             return Err(MigrationError::Peer { what: "pages of another round" });
         }
         let mut ranges = Vec::new();
         for _ in 0..count {
             let range = PageRange::new(body.u64()?, body.u64()?).ok();
             let range = range.filter(|range| !range.is_empty() && layout.holds(*range));
-            let outside = MigrationError::Peer { what: "pages outside of the guest's memory" };
+            let outside = MigrationError::Peer { what: "pages outside the guest's memory" };
             ranges.push(range.ok_or(outside)?);
         }
         body.finish()?;
@@ -165,13 +165,13 @@ impl Fill {
     }
 }
 
-/// A part of one section of a machine's state; its bytes are the payload.
+/// A part of one state section; its bytes are the payload.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct StatePart {
-    /// Number of the section, from 0.
+    /// Index of the section, from 0.
     pub(crate) index: u32,
     pub(crate) version: u32,
-    /// Bytes of the whole section, and where these belong.
+    /// Bytes of the whole section, and the offset of these.
     pub(crate) total: u64,
     pub(crate) offset: u64,
     pub(crate) sum: u64,
@@ -192,7 +192,7 @@ impl StatePart {
         let name = body.text(MAX_NAME_BYTES)?;
         body.finish()?;
         if total > MAX_STATE_BYTES {
-            return Err(MigrationError::Peer { what: "more state than a machine may have" });
+            return Err(MigrationError::Peer { what: "more state than the limit" });
         }
         Ok(Self { index, version, total, offset, sum, name })
     }
@@ -205,36 +205,44 @@ impl StatePart {
     }
 }
 
-/// Packs contents where that makes them smaller.
-pub(crate) struct Packer(zstd::bulk::Compressor<'static>);
+/// Compresses contents if that makes them smaller.
+pub(crate) struct Compressor(zstd::bulk::Compressor<'static>);
 
-impl Packer {
-    /// `level` as zstd has it, 1 to 19.
+impl Compressor {
+    /// `level` is zstd's, 1 to 19.
     pub(crate) fn new(level: i32) -> Result<Self, MigrationError> {
-        let packer = zstd::bulk::Compressor::new(level);
-        packer.map(Self).map_err(|source| MigrationError::Link { what: "starting zstd", source })
+        let compressor = zstd::bulk::Compressor::new(level);
+        compressor
+            .map(Self)
+            .map_err(|source| MigrationError::Link { what: "starting zstd", source })
     }
 
-    /// The packed form, if it is smaller.
-    pub(crate) fn pack<'a>(&mut self, contents: &[u8], space: &'a mut Vec<u8>) -> Option<&'a [u8]> {
-        // Without room for more than the contents zstd gives up by itself.
+    /// Returns the compressed contents, if they are smaller.
+    pub(crate) fn compress<'a>(
+        &mut self,
+        contents: &[u8],
+        space: &'a mut Vec<u8>,
+    ) -> Option<&'a [u8]> {
+        // zstd fails if its output does not fit the size of the contents.
         space.resize(contents.len(), 0);
         let len = self.0.compress_to_buffer(contents, space.as_mut_slice()).ok()?;
-        space.get(..len).filter(|packed| packed.len() < contents.len())
+        space.get(..len).filter(|compressed| compressed.len() < contents.len())
     }
 }
 
-/// Unpacks contents of a known size.
-pub(crate) struct Unpacker(zstd::bulk::Decompressor<'static>);
+/// Decompresses contents of a known size.
+pub(crate) struct Decompressor(zstd::bulk::Decompressor<'static>);
 
-impl Unpacker {
+impl Decompressor {
     pub(crate) fn new() -> Result<Self, MigrationError> {
-        let unpacker = zstd::bulk::Decompressor::new();
-        unpacker.map(Self).map_err(|source| MigrationError::Link { what: "starting zstd", source })
+        let decompressor = zstd::bulk::Decompressor::new();
+        decompressor
+            .map(Self)
+            .map_err(|source| MigrationError::Link { what: "starting zstd", source })
     }
 
-    /// The contents of `chunk`: `payload` itself, or what was packed in it.
-    pub(crate) fn unpack<'a>(
+    /// The checked contents of `chunk`: `payload`, decompressed if necessary.
+    pub(crate) fn decompress<'a>(
         &mut self,
         chunk: &Chunk,
         payload: &'a [u8],
@@ -247,12 +255,12 @@ impl Unpacker {
             Encoding::Zstd => {
                 space.resize(bytes, 0);
                 let len = self.0.decompress_to_buffer(payload, space.as_mut_slice());
-                let bad = |_| MigrationError::Peer { what: "contents cannot be unpacked" };
+                let bad = |_| MigrationError::Peer { what: "contents cannot be decompressed" };
                 space.get(..len.map_err(bad)?).unwrap_or_default()
             }
         };
         if contents.len() != bytes {
-            return Err(MigrationError::Peer { what: "contents of another size than was said" });
+            return Err(MigrationError::Peer { what: "contents of another size than announced" });
         }
         if chunk.sum_of(contents) != chunk.sum {
             return Err(MigrationError::Damaged { what: "memory" });
@@ -276,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn chunks_lie_in_memory_and_in_their_round() {
+    fn chunks_outside_memory_or_of_another_round_are_refused() {
         assert_eq!(Chunk::decode(&chunk().encode(), &layout(), 2).unwrap(), chunk());
         let refused =
             |chunk: Chunk, round| Chunk::decode(&chunk.encode(), &layout(), round).is_err();
@@ -292,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn fills_lie_in_memory() {
+    fn fills_outside_memory_are_refused() {
         let range = |start, pages| PageRange::new(start, pages).unwrap();
         let fill = |ranges| Fill { round: 1, pattern: 0xaaaa_aaaa, ranges };
         let good = fill(vec![range(0, 64), range(101, 2)]);
@@ -305,32 +313,35 @@ mod tests {
     }
 
     #[test]
-    fn contents_are_checked_from_end_to_end() {
+    fn changed_or_misplaced_contents_are_detected() {
         let contents: Vec<u8> = (0..2 * PAGE_BYTES).map(|i| (i / 100).to_le_bytes()[0]).collect();
         let mut good = chunk();
         good.sum = good.sum_of(&contents);
-        let mut unpacker = Unpacker::new().unwrap();
+        let mut decompressor = Decompressor::new().unwrap();
         let mut space = Vec::new();
-        assert!(unpacker.unpack(&good, &contents, &mut space).is_ok());
+        assert!(decompressor.decompress(&good, &contents, &mut space).is_ok());
         let mut changed = contents.clone();
         changed[5000] ^= 1;
-        assert!(unpacker.unpack(&good, &changed, &mut space).is_err());
-        assert!(unpacker.unpack(&good, &contents[1..], &mut space).is_err());
+        assert!(decompressor.decompress(&good, &changed, &mut space).is_err());
+        assert!(decompressor.decompress(&good, &contents[1..], &mut space).is_err());
         // The same contents under another number.
-        assert!(unpacker.unpack(&Chunk { start: 1, ..good }, &contents, &mut space).is_err());
+        assert!(
+            decompressor.decompress(&Chunk { start: 1, ..good }, &contents, &mut space).is_err()
+        );
 
-        let mut packed = Vec::new();
-        let packed = Packer::new(1).unwrap().pack(&contents, &mut packed).unwrap().to_vec();
+        let mut compressed = Vec::new();
+        let compressed =
+            Compressor::new(1).unwrap().compress(&contents, &mut compressed).unwrap().to_vec();
         let zstd = Chunk { encoding: Encoding::Zstd, ..good };
-        assert_eq!(unpacker.unpack(&zstd, &packed, &mut space).unwrap(), contents);
-        // What unpacks to more than was said is not unpacked.
+        assert_eq!(decompressor.decompress(&zstd, &compressed, &mut space).unwrap(), contents);
+        // Contents that decompress to more than announced are refused.
         let less = Chunk { data: 1, ..zstd };
-        assert!(unpacker.unpack(&less, &packed, &mut space).is_err());
-        assert!(unpacker.unpack(&zstd, &packed[..20], &mut space).is_err());
+        assert!(decompressor.decompress(&less, &compressed, &mut space).is_err());
+        assert!(decompressor.decompress(&zstd, &compressed[..20], &mut space).is_err());
     }
 
     #[test]
-    fn what_does_not_get_smaller_is_not_packed() {
+    fn incompressible_contents_are_not_compressed() {
         let mut seed = 1u64;
         let noise: Vec<u8> = std::iter::repeat_with(|| {
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
@@ -338,11 +349,11 @@ mod tests {
         })
         .take(PAGE_BYTES)
         .collect();
-        assert!(Packer::new(1).unwrap().pack(&noise, &mut Vec::new()).is_none());
+        assert!(Compressor::new(1).unwrap().compress(&noise, &mut Vec::new()).is_none());
     }
 
     #[test]
-    fn parts_of_state_are_limited() {
+    fn the_size_of_state_is_limited() {
         let name = "cpu0".to_owned();
         let part = StatePart { index: 1, version: 2, total: 10, offset: 4, sum: 0, name };
         assert_eq!(StatePart::decode(&part.encode()).unwrap(), part);

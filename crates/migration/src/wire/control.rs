@@ -1,4 +1,4 @@
-//! Everything that is said besides contents of memory and state.
+//! Every message that is not contents of memory or state.
 
 use diagnostics::{shortened, visible};
 use page_set::PageRange;
@@ -16,18 +16,17 @@ use crate::traits::Description;
 /// First bytes of a hello.
 const MAGIC: [u8; 8] = *b"AEROSTAT";
 
-/// The versions that this code speaks.
+/// The supported versions, oldest and newest.
 pub(crate) const VERSIONS: (u16, u16) = (1, 1);
 
 /// Payloads may be compressed with zstd.
 pub(crate) const CAPABILITY_ZSTD: u32 = 1;
 
-/// Names a migration, the same on both sides, never used again.
+/// Identifies a migration on both sides. Random, never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct MigrationId(pub [u8; 16]);
 
 impl MigrationId {
-    /// A new one.
     pub(crate) fn random() -> Result<Self, MigrationError> {
         let mut bytes = [0; 16];
         let random = rustls::crypto::ring::default_provider().secure_random;
@@ -44,36 +43,36 @@ impl std::fmt::Display for MigrationId {
     }
 }
 
-/// What a connection is for.
+/// The purpose of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Purpose {
     Migrate,
-    /// To resolve what became of a migration whose last word was lost.
+    /// Resolves a migration that is in doubt.
     Resolve,
 }
 
-/// The first frame of each connection. Its form is that of every version.
+/// The first frame of each connection, in the same format in every version.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Hello {
     pub(crate) versions: (u16, u16),
     pub(crate) purpose: Purpose,
-    /// Number of this connection, from 0, and how many there are.
+    /// Index of this connection, from 0, and the number of connections.
     pub(crate) index: u8,
     pub(crate) count: u8,
     pub(crate) id: MigrationId,
     pub(crate) capabilities: u32,
 }
 
-/// What became of a guest at its destination.
+/// The status of a guest at its destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum PeerStatus {
     /// It runs there, or did.
     Runs,
-    /// It is whole and paused, and waits for a word.
+    /// It is whole and paused, and waits for the source's decision.
     Prepared,
-    /// It was given up and never ran.
+    /// It was destroyed and never ran.
     Gone,
-    /// Nobody knows of such a migration.
+    /// The destination has no record of the migration.
     Unknown,
 }
 
@@ -117,7 +116,7 @@ pub(crate) enum Control {
     },
     Status(PeerStatus),
     Rollback,
-    /// A side that has nothing to say yet is still there.
+    /// A keepalive of a side that has nothing to send yet.
     Alive,
 }
 
@@ -158,7 +157,7 @@ impl Control {
         (kind, body.0)
     }
 
-    /// Reads a message; contents of memory and state are none.
+    /// Decodes a message that is not contents of memory or state.
     pub(crate) fn decode(kind: Kind, body: &[u8]) -> Result<Self, MigrationError> {
         let mut body = Reader::new(body);
         let message = match kind {
@@ -199,7 +198,7 @@ impl Control {
             Kind::Rollback => Self::Rollback,
             Kind::Alive => Self::Alive,
             Kind::Chunk | Kind::Fill | Kind::State => {
-                return Err(MigrationError::Peer { what: "contents where a message must be" });
+                return Err(MigrationError::Peer { what: "contents in place of a message" });
             }
         };
         body.finish()?;
@@ -211,7 +210,7 @@ fn flag(value: u32) -> Result<bool, MigrationError> {
     match value {
         0 => Ok(false),
         1 => Ok(true),
-        _ => Err(MigrationError::Peer { what: "a yes or no is neither" }),
+        _ => Err(MigrationError::Peer { what: "a flag that is neither 0 nor 1" }),
     }
 }
 
@@ -251,21 +250,21 @@ impl Hello {
         let purpose = match body.u8()? {
             1 => Purpose::Migrate,
             2 => Purpose::Resolve,
-            _ => return Err(MigrationError::Peer { what: "it wants something unknown" }),
+            _ => return Err(MigrationError::Peer { what: "an unknown purpose of a connection" }),
         };
         let (index, count) = (body.u8()?, body.u8()?);
         body.reserved(1)?;
         let id = MigrationId(body.array()?);
         let capabilities = body.u32()?;
-        // Later versions may say something here; whoever reads it speaks them.
+        // Later versions may use this field.
         body.u32()?;
         if usize::from(count) > MAX_CONNECTIONS || index >= count {
-            return Err(MigrationError::Peer { what: "an impossible number of connections" });
+            return Err(MigrationError::Peer { what: "an invalid number of connections" });
         }
         Ok(Self { versions, purpose, index, count, id, capabilities })
     }
 
-    /// The newest version that both sides speak.
+    /// The newest version that both sides support.
     pub(crate) fn version(&self) -> Result<u16, MigrationError> {
         let (min, max) = self.versions;
         let newest = max.min(VERSIONS.1);
@@ -276,7 +275,7 @@ impl Hello {
     }
 }
 
-/// The description, also as a snapshot has it.
+/// Encodes the description, for a message or a snapshot.
 pub(crate) fn encode_description(description: &Description) -> Writer {
     let mut body = Writer::default().text(&description.machine, MAX_NAME_BYTES);
     body = body.count(description.layout.regions().len());
@@ -310,7 +309,7 @@ pub(crate) fn decode_description(body: &mut Reader<'_>) -> Result<Description, M
     Ok(Description { layout, cpu: CpuFeatures { vendor, words }, machine, config })
 }
 
-/// Checks what a monitor says of its own guest.
+/// Checks the description from this side's VMM.
 pub(crate) fn check_description(description: &Description) -> Result<(), MigrationError> {
     let printable = |text: &str| text.bytes().all(|byte| matches!(byte, b' '..=b'~'));
     let is_name = |text: &str| text.len() <= MAX_NAME_BYTES && printable(text);
@@ -318,7 +317,8 @@ pub(crate) fn check_description(description: &Description) -> Result<(), Migrati
         && is_name(&description.cpu.vendor)
         && description.cpu.words.len() <= MAX_FEATURE_WORDS
         && description.config.len() <= MAX_CONFIG_BYTES;
-    let error = || "its description has names that are no names, or is too long".into();
+    let error =
+        || "the description is too long, or a name in it is too long or not printable ASCII".into();
     if fits { Ok(()) } else { Err(MigrationError::machine("describing the guest")(error())) }
 }
 
@@ -365,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn every_message_comes_as_it_went_and_nothing_shorter_or_longer() {
+    fn messages_are_decoded_as_encoded_and_no_other_length_is_accepted() {
         for message in messages() {
             let (kind, body) = message.encode();
             assert_eq!(Control::decode(kind, &body).unwrap(), message);
@@ -378,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_common_version_is_spoken() {
+    fn the_newest_common_version_is_used() {
         let version = |min, max| Hello { versions: (min, max), ..hello() }.version();
         assert_eq!(version(1, 9).unwrap(), 1);
         assert_eq!(version(0, 1).unwrap(), 1);
@@ -387,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn reasons_are_cut_in_their_middle_and_printable() {
+    fn reasons_are_shortened_in_the_middle_and_printable() {
         let middle = "a\n\u{202e}\u{1b}[31mé".repeat(200);
         let long = format!("operator: {middle}: do this instead");
         let (kind, body) = Control::Abort { reason: long }.encode();
@@ -398,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_of_connections_are_possible() {
+    fn invalid_numbers_of_connections_are_refused() {
         for (index, count) in [(0, 0), (3, 3), (0, 17)] {
             let (kind, body) = Control::Hello(Hello { index, count, ..hello() }).encode();
             assert!(Control::decode(kind, &body).is_err());
@@ -406,7 +406,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_monitor_says_of_itself_is_checked() {
+    fn the_description_of_the_own_vmm_is_checked() {
         assert!(check_description(&description()).is_ok());
         let machine = "x".repeat(MAX_NAME_BYTES + 1);
         assert!(check_description(&Description { machine, ..description() }).is_err());

@@ -1,18 +1,18 @@
-//! One frame: a head, a body of structure, a payload of contents.
+//! One frame: a header, a structured body, a payload of contents.
 //!
-//! The check sum at its start covers head and body, and is keyed to the stream and to the frame's
-//! number in it, which is not sent: a frame that is changed, lost, repeated or out of its order is
-//! found. Payloads have check sums of their own, in the body (`chunk`).
+//! The checksum at its start covers header and body. Its seed depends on the stream and on the frame's
+//! number in it, which is not sent, so a frame that is changed, lost, repeated or reordered is
+//! detected. Payloads have their own checksums, in the body (`chunk`).
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::error::MigrationError;
 use crate::limits::{MAX_BODY_BYTES, MAX_PAYLOAD_BYTES};
 
-/// Bytes of a head.
-pub(crate) const HEAD_BYTES: usize = 24;
+/// Bytes of a header.
+pub(crate) const HEADER_BYTES: usize = 24;
 
-/// What a frame is.
+/// The kind of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Hello,
@@ -68,21 +68,21 @@ impl Kind {
     }
 }
 
-/// A head that was read. Nothing in it is believed before [`check`](Self::check) but the lengths,
-/// which are within their limits.
+/// A header that was read. Only the lengths may be used before [`check`](Self::check); they are within
+/// their limits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Head {
-    bytes: [u8; HEAD_BYTES],
+pub(crate) struct Header {
+    bytes: [u8; HEADER_BYTES],
     pub(crate) body_bytes: usize,
     pub(crate) payload_bytes: usize,
 }
 
-impl Head {
-    /// Reads a head.
+impl Header {
+    /// Decodes a header.
     ///
     /// # Errors
-    /// A length is beyond its limit.
-    pub(crate) fn read(bytes: [u8; HEAD_BYTES]) -> Result<Self, MigrationError> {
+    /// A length exceeds its limit.
+    pub(crate) fn read(bytes: [u8; HEADER_BYTES]) -> Result<Self, MigrationError> {
         let [_, _, _, _, _, _, _, _, _, _, _, _, b0, b1, b2, b3, p0, p1, p2, p3, ..] = bytes;
         let len = |bytes| usize::try_from(u32::from_le_bytes(bytes)).unwrap_or(usize::MAX);
         let head =
@@ -93,10 +93,10 @@ impl Head {
         Ok(head)
     }
 
-    /// What the frame is, now that its body is there. `seed` is of its place in its stream.
+    /// Checks the frame once its body was read, and returns its kind. `seed` is that of its place in the stream.
     ///
     /// # Errors
-    /// The check sum is that of another frame, or the kind is none.
+    /// The checksum does not match, or the kind is unknown.
     pub(crate) fn check(&self, body: &[u8], seed: u64) -> Result<Kind, MigrationError> {
         let (sum, rest) = self.bytes.split_at(8);
         if sum != checksum(rest, body, seed).to_le_bytes() {
@@ -111,17 +111,17 @@ impl Head {
     }
 }
 
-/// Appends a frame to `out`, up to its payload, which follows it on the wire. Lengths are within
+/// Appends a frame to `out` without its payload, which follows it on the wire. Lengths are within
 /// their limits.
 pub(crate) fn append(out: &mut Vec<u8>, kind: Kind, body: &[u8], payload: &[u8], seed: u64) {
     debug_assert!(body.len() <= MAX_BODY_BYTES && payload.len() <= MAX_PAYLOAD_BYTES);
     append_any(out, kind.number(), body, payload, seed);
 }
 
-/// The same for frames that are none.
+/// The same for invalid frames.
 pub(crate) fn append_any(out: &mut Vec<u8>, kind: u16, body: &[u8], payload: &[u8], seed: u64) {
     let len = |bytes: &[u8]| u32::try_from(bytes.len()).unwrap_or(u32::MAX).to_le_bytes();
-    let mut head = [0u8; HEAD_BYTES - 8];
+    let mut head = [0u8; HEADER_BYTES - 8];
     let fields = kind.to_le_bytes().into_iter().chain([0; 2]);
     let fields = fields.chain(len(body)).chain(len(payload));
     for (place, byte) in head.iter_mut().zip(fields) {
@@ -142,13 +142,13 @@ mod tests {
 
     fn parse(bytes: &[u8], seed: u64) -> Result<(Kind, Vec<u8>), MigrationError> {
         let (head, rest) = bytes.split_first_chunk().unwrap();
-        let head = Head::read(*head)?;
+        let head = Header::read(*head)?;
         let body = rest.get(..head.body_bytes).unwrap_or(rest);
         head.check(body, seed).map(|kind| (kind, rest[head.body_bytes..].to_vec()))
     }
 
     #[test]
-    fn every_kind_comes_as_it_went() {
+    fn every_kind_is_decoded_as_encoded() {
         for (number, kind) in KINDS {
             let mut bytes = Vec::new();
             append(&mut bytes, kind, b"body", b"payload", u64::from(number));
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn a_changed_bit_and_another_place_are_found() {
+    fn a_changed_bit_or_another_place_is_detected() {
         let mut bytes = Vec::new();
         append(&mut bytes, Kind::Ready, b"body", b"", 7);
         assert!(parse(&bytes, 7).is_ok());
@@ -171,11 +171,11 @@ mod tests {
     }
 
     #[test]
-    fn lengths_are_limited_before_anything_else() {
-        let mut head = [0; HEAD_BYTES];
+    fn lengths_are_checked_before_the_checksum() {
+        let mut head = [0; HEADER_BYTES];
         head[12..16].copy_from_slice(&u32::try_from(MAX_BODY_BYTES + 1).unwrap().to_le_bytes());
-        assert!(matches!(Head::read(head), Err(MigrationError::Peer { .. })));
+        assert!(matches!(Header::read(head), Err(MigrationError::Peer { .. })));
         head[12..20].copy_from_slice(&[0, 0, 0, 0, 255, 255, 255, 255]);
-        assert!(matches!(Head::read(head), Err(MigrationError::Peer { .. })));
+        assert!(matches!(Header::read(head), Err(MigrationError::Peer { .. })));
     }
 }

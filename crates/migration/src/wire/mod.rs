@@ -1,4 +1,4 @@
-//! What the two sides say to each other; docs/migration.md draws it.
+//! The wire format, specified in docs/migration.md, "Bytes".
 
 pub(crate) mod chunk;
 pub(crate) mod control;

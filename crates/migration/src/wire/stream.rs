@@ -1,4 +1,4 @@
-//! A connection as a run of frames in each direction.
+//! A connection as a sequence of frames in each direction.
 
 use std::io::{self, IoSlice, Read, Write};
 use std::time::{Duration, Instant};
@@ -6,29 +6,29 @@ use std::time::{Duration, Instant};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::control::{Control, Hello, MigrationId};
-use super::frame::{self, HEAD_BYTES, Head, Kind};
+use super::frame::{self, HEADER_BYTES, Header, Kind};
 use crate::error::MigrationError;
 use crate::limits::FRAME_TIMEOUT;
 use crate::link::{Closer, Link};
 
-/// Bytes that are gathered before they are written: frames of a few pages go together.
+/// Bytes that are buffered before they are written, so that small frames share a system call.
 const GATHER_BYTES: usize = 128 << 10;
 
-/// Payloads from this size on are not gathered: another copy would cost more than another call.
+/// Payloads from this size on are not buffered: a copy would cost more than a system call.
 const ALONE_BYTES: usize = 32 << 10;
 
-/// How long to wait for a peer to hang up that was told a last word, and for a sign of it.
+/// How long to wait until a peer closes the connection after a final message, and for each read.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
 const CLOSE_POLL_INTERVAL: Duration = Duration::from_millis(200);
 
-/// Who sends: a part of what check sums are keyed to.
+/// The sender, which is part of the checksums' seed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Side {
     Source,
     Destination,
 }
 
-/// Names a migration, or one of its streams' directions.
+/// The place of the next frame: one direction of one stream, and the frame's number.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Place {
     key: u64,
@@ -36,7 +36,7 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    /// The stream's direction, after its first frame.
+    /// One direction of a stream, after its hello.
     pub(crate) fn of(id: MigrationId, index: u8, from: Side) -> Self {
         let mut bytes = id.0.to_vec();
         bytes.extend([index, u8::from(from == Side::Source)]);
@@ -55,13 +55,13 @@ pub(crate) struct Frame<'a> {
     pub(crate) body: &'a [u8],
 }
 
-/// A connection that speaks frames.
+/// A connection that carries frames.
 pub(crate) struct Stream<L> {
     link: L,
     incoming: Place,
     outgoing: Place,
     body: Vec<u8>,
-    /// As long as the longest payload so far: to clear it for each would cost as much as a copy.
+    /// As long as the longest payload so far: clearing it for each would cost as much as a copy.
     payload: Vec<u8>,
     payload_bytes: usize,
     out: Vec<u8>,
@@ -74,7 +74,7 @@ pub(crate) struct Stream<L> {
 
 impl<L: Link> Stream<L> {
     pub(crate) fn new(link: L, timeout: Duration) -> Result<Self, MigrationError> {
-        link.set_timeout(timeout).map_err(MigrationError::link("setting a time-out"))?;
+        link.set_timeout(timeout).map_err(MigrationError::link("setting a timeout"))?;
         Ok(Self {
             link,
             incoming: Place::default(),
@@ -90,21 +90,21 @@ impl<L: Link> Stream<L> {
     }
 
     pub(crate) fn set_timeout(&self, time: Duration) -> Result<(), MigrationError> {
-        self.link.set_timeout(time).map_err(MigrationError::link("setting a time-out"))
+        self.link.set_timeout(time).map_err(MigrationError::link("setting a timeout"))
     }
 
     pub(crate) fn closer(&self) -> Result<Closer, MigrationError> {
         self.link.closer().map_err(MigrationError::link("preparing to close"))
     }
 
-    /// The hello was said or heard: from here on frames are keyed to the stream.
+    /// Sets the checksum seeds of the stream, after its hello was sent or received.
     pub(crate) fn key(&mut self, hello: &Hello, me: Side) {
         let peer = if me == Side::Source { Side::Destination } else { Side::Source };
         self.incoming = Place::of(hello.id, hello.index, peer);
         self.outgoing = Place::of(hello.id, hello.index, me);
     }
 
-    /// Adds a frame to what is written with the next [`flush`](Self::flush), or at once where there is enough.
+    /// Buffers a frame. Writes it with the next [`flush`](Self::flush), or at once if the buffer is full.
     pub(crate) fn push(
         &mut self,
         kind: Kind,
@@ -120,7 +120,7 @@ impl<L: Link> Stream<L> {
         if self.out.len() >= GATHER_BYTES { self.flush() } else { Ok(()) }
     }
 
-    /// How long nothing was written.
+    /// Time since the last write.
     pub(crate) fn idle(&self) -> Duration {
         self.written_at.elapsed()
     }
@@ -129,7 +129,7 @@ impl<L: Link> Stream<L> {
         self.write_with(&[])
     }
 
-    /// Writes what was gathered, and `payload` behind it without gathering it too.
+    /// Writes the buffer, followed by `payload`, which is not copied.
     fn write_with(&mut self, payload: &[u8]) -> Result<(), MigrationError> {
         let parts = &mut [IoSlice::new(&self.out), IoSlice::new(payload)][..];
         let written = write_all(&mut self.link, parts).and_then(|()| self.link.flush());
@@ -146,20 +146,20 @@ impl<L: Link> Stream<L> {
         self.flush()
     }
 
-    /// Says a last word and waits, not for long, until the peer has hung up.
+    /// Sends a final message and waits briefly until the peer closes the connection.
     pub(crate) fn send_and_close(&mut self, message: &Control) {
         if self.send_final(message) {
             self.wait_closed();
         }
     }
 
-    /// Says a last word; false where it did not go.
+    /// Sends a final message; false if that failed.
     pub(crate) fn send_final(&mut self, message: &Control) -> bool {
         self.set_timeout(CLOSE_POLL_INTERVAL).and_then(|()| self.send(message)).is_ok()
     }
 
-    /// Waits, not for long, until the peer has hung up: a connection that is closed with bytes
-    /// unread loses what was said last (TCP sends a reset).
+    /// Waits briefly until the peer closes the connection: closing it with unread bytes would lose the
+    /// final message (TCP sends a reset).
     pub(crate) fn wait_closed(&mut self) {
         let deadline = Instant::now() + CLOSE_TIMEOUT;
         let mut rest = [0; 64 << 10];
@@ -176,12 +176,12 @@ impl<L: Link> Stream<L> {
     /// Reads a frame.
     ///
     /// # Errors
-    /// It does not come, or is not what was sent here, or is too long.
+    /// The frame does not arrive, its checksum does not match, or it is too long.
     pub(crate) fn read(&mut self) -> Result<Frame<'_>, MigrationError> {
-        let mut head = [0; HEAD_BYTES];
+        let mut head = [0; HEADER_BYTES];
         let mut deadline = None;
         read_all(&mut self.link, &mut head, &mut deadline)?;
-        let head = Head::read(head)?;
+        let head = Header::read(head)?;
         self.body.resize(head.body_bytes, 0);
         read_all(&mut self.link, &mut self.body, &mut deadline)?;
         let kind = head.check(&self.body, self.incoming.next())?;
@@ -191,22 +191,22 @@ impl<L: Link> Stream<L> {
         self.payload_bytes = head.payload_bytes;
         let payload = self.payload.get_mut(..head.payload_bytes).unwrap_or_default();
         read_all(&mut self.link, payload, &mut deadline)?;
-        let bytes = HEAD_BYTES + head.body_bytes + head.payload_bytes;
+        let bytes = HEADER_BYTES + head.body_bytes + head.payload_bytes;
         self.received_bytes += bytes as u64;
         Ok(Frame { kind, body: &self.body })
     }
 
-    /// The payload of the frame that was read last.
+    /// Body and payload of the frame that was read last.
     pub(crate) fn last(&self) -> (&[u8], &[u8]) {
         (&self.body, self.payload.get(..self.payload_bytes).unwrap_or_default())
     }
 
-    /// Reads a control message. What the peer says when it gives up is an error.
+    /// Reads a control message. An abort is an error.
     pub(crate) fn receive(&mut self) -> Result<Control, MigrationError> {
         let Frame { kind, body } = self.read()?;
         let message = Control::decode(kind, body)?;
         if self.payload_bytes > 0 {
-            return Err(MigrationError::Peer { what: "contents where there are none" });
+            return Err(MigrationError::Peer { what: "a message with a payload" });
         }
         match message {
             Control::Abort { reason } => Err(MigrationError::GivenUp { reason }),
@@ -228,8 +228,8 @@ fn write_all(link: &mut impl Write, mut parts: &mut [IoSlice<'_>]) -> io::Result
     Ok(())
 }
 
-/// Fills `buffer`. The first byte may take as long as the link allows; from then on there is a
-/// deadline, so that nobody holds us with a byte now and then.
+/// Fills `buffer`. The link's timeout applies to the first byte. From then on there is a deadline, so
+/// that a peer that sends a byte now and then cannot block this side.
 fn read_all(
     link: &mut impl Read,
     mut buffer: &mut [u8],

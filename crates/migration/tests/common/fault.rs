@@ -15,17 +15,17 @@ pub enum Kind {
     Cut,
     /// Cut after the write.
     CutAfter,
-    /// Half of it goes, then it is cut.
+    /// Half of it is written, then the connection is cut.
     Truncate,
-    /// It and everything later is swallowed.
+    /// It and every later write are discarded.
     Stall,
-    /// A bit of it is changed.
+    /// One bit is flipped.
     Corrupt,
-    /// It does not go, later ones do.
+    /// It is discarded, later ones are written.
     Lose,
-    /// It goes twice.
+    /// It is written twice.
     Repeat,
-    /// It goes after the next one.
+    /// It is written after the next one.
     Reorder,
 }
 

@@ -1,6 +1,6 @@
-//! A guest and two monitors that exist in memory only.
+//! Models of a guest and two VMMs, in memory only.
 
-#![allow(dead_code, unreachable_pub, reason = "each test takes what it needs")]
+#![allow(dead_code, unreachable_pub, reason = "each test uses a part")]
 
 use std::collections::BTreeSet;
 use std::io;
@@ -27,20 +27,20 @@ pub mod fault;
 pub const PAGE: usize = 4096;
 pub const MACHINE: &str = "model";
 
-/// What is true of the one guest there may be, on both sides together.
+/// The state of the guest across both sides.
 #[derive(Debug, Default)]
 pub struct World {
     pub source_runs: AtomicBool,
     pub destination_runs: AtomicBool,
     pub ran_there: AtomicBool,
-    pub given_away: AtomicBool,
-    /// Who has what only one can have, such as the lock on a disk.
+    pub relinquished: AtomicBool,
+    /// Owner of an exclusive resource, such as the lock on a disk.
     pub disk: AtomicU8,
 }
 
 pub const SOURCE: u8 = 1;
 pub const DESTINATION: u8 = 2;
-pub const SOMEBODY: u8 = 3;
+pub const THIRD_PARTY: u8 = 3;
 
 impl World {
     pub fn check(&self) {
@@ -56,7 +56,7 @@ impl World {
         }
     }
 
-    fn let_go_of_disk(&self, who: u8) {
+    fn release_disk(&self, who: u8) {
         let _ = self.disk.compare_exchange(who, 0, Ordering::SeqCst, Ordering::SeqCst);
     }
 }
@@ -78,22 +78,22 @@ pub fn description() -> Description {
         layout: layout(),
         cpu: features(3),
         machine: MACHINE.to_owned(),
-        config: b"two processors".to_vec(),
+        config: b"two CPUs".to_vec(),
     }
 }
 
-/// Memory by page number, with its log.
+/// Memory by page number, with its dirty log.
 #[derive(Debug)]
 pub struct TestMemory {
     pub bytes: RwLock<Vec<u8>>,
     log: Mutex<BTreeSet<u64>>,
-    /// Writes that the guest still does, each when somebody reads.
+    /// Writes that the guest still makes, one at each read.
     writes: AtomicU64,
     seed: AtomicU64,
     world: Arc<World>,
 }
 
-/// Pages that the guest never uses; all that is left of what it once did with them is there.
+/// Pages that the guest does not use, with old contents.
 pub const FREE: (u64, u64) = (100, 60);
 pub const BALLOONED: (u64, u64) = (350, 20);
 const ZEROS: (u64, u64) = (40, 30);
@@ -110,7 +110,7 @@ impl TestMemory {
         })
     }
 
-    /// Every page has its own contents, but for zeros; free ones have `pattern` where there is one.
+    /// Every page has its own contents, except zero pages. Free pages have `pattern` if it is not 0.
     pub fn full(world: &Arc<World>, writes: u64, pattern: u32) -> Arc<Self> {
         let memory = Self::empty(world);
         memory.writes.store(writes, Ordering::Relaxed);
@@ -137,8 +137,8 @@ impl TestMemory {
         (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb) >> 16
     }
 
-    /// The guest writes to one of its pages, if it runs and is not done. Once in a while it
-    /// clears one, and once in a while it takes one that it said is free.
+    /// The guest writes to one of its pages, if it runs and has writes left. Sometimes it clears a
+    /// page, and sometimes it allocates one that it reported as free.
     fn guest_writes(&self) {
         let runs = self.world.source_runs.load(Ordering::SeqCst);
         let left = self.writes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
@@ -188,25 +188,25 @@ impl WritePages for TestMemory {
     }
 }
 
-/// The monitor of the guest that runs.
+/// The source's VMM.
 #[derive(Debug)]
 pub struct Source {
     pub world: Arc<World>,
     pub memory: Arc<TestMemory>,
-    /// Pages that were ever written since the log began.
+    /// Pages written since the dirty log was started.
     pub written: BTreeSet<u64>,
     pub pattern: u32,
     pub logging: bool,
     pub throttle: u8,
     pub state_bytes: usize,
     pub fails_at: Option<&'static str>,
-    /// Has the disk as soon as the source lets go of it.
+    /// Takes the disk as soon as the source releases it.
     pub thief: bool,
-    /// What must not be there yet when the guest goes on.
+    /// A file that must not exist yet when the guest is resumed.
     pub before: Option<PathBuf>,
-    /// A file that somebody makes while the guest stands still.
+    /// A file that another process creates while the guest is paused.
     pub takes: Option<PathBuf>,
-    /// Times that it was said that the guest is about to be paused.
+    /// Calls of `before_pause` since the last pause.
     pub warned: usize,
 }
 
@@ -281,7 +281,7 @@ impl SourceMachine for Source {
 
     fn free_pages(&mut self, _wait: Duration) -> Result<Option<FreePages>, MachineError> {
         self.step("free")?;
-        assert!(self.logging, "asked before writes are watched");
+        assert!(self.logging, "queried before the dirty log was started");
         let mut pages = PageSet::from_iter([range(FREE.0, FREE.1), range(10_000, 5)]);
         for page in self.written.iter().chain(&*self.memory.log.lock().unwrap()) {
             pages.remove(range(*page, 1));
@@ -312,9 +312,9 @@ impl SourceMachine for Source {
 
     fn pause(&mut self) -> Result<(), MachineError> {
         self.step("pause")?;
-        assert!(std::mem::take(&mut self.warned) == 1, "it was not said before");
+        assert!(std::mem::take(&mut self.warned) == 1, "before_pause was not called");
         if let Some(path) = &self.takes {
-            std::fs::write(path, b"somebody's")?;
+            std::fs::write(path, b"another's")?;
         }
         self.world.source_runs.store(false, Ordering::SeqCst);
         Ok(())
@@ -327,19 +327,22 @@ impl SourceMachine for Source {
 
     fn prepare_switchover(&mut self) -> Result<(), MachineError> {
         assert!(!self.runs());
-        self.world.let_go_of_disk(SOURCE);
+        self.world.release_disk(SOURCE);
         if self.thief {
-            self.world.take_disk(SOMEBODY).unwrap();
+            self.world.take_disk(THIRD_PARTY).unwrap();
         }
         Ok(())
     }
 
     fn resume(&mut self) -> Result<(), MachineError> {
         self.step("resume")?;
-        assert!(self.before.as_ref().is_none_or(|path| !path.exists()), "it waited for the file");
+        assert!(
+            self.before.as_ref().is_none_or(|path| !path.exists()),
+            "the guest waited for the file"
+        );
         self.world.take_disk(SOURCE)?;
-        assert!(!self.world.ran_there.load(Ordering::SeqCst), "it ran there already");
-        assert!(!self.world.given_away.load(Ordering::SeqCst), "it was given away");
+        assert!(!self.world.ran_there.load(Ordering::SeqCst), "it already ran at the destination");
+        assert!(!self.world.relinquished.load(Ordering::SeqCst), "it was relinquished");
         self.world.source_runs.store(true, Ordering::SeqCst);
         self.world.check();
         Ok(())
@@ -347,12 +350,12 @@ impl SourceMachine for Source {
 
     fn relinquish(&mut self) {
         assert!(!self.runs());
-        self.world.let_go_of_disk(SOURCE);
-        self.world.given_away.store(true, Ordering::SeqCst);
+        self.world.release_disk(SOURCE);
+        self.world.relinquished.store(true, Ordering::SeqCst);
     }
 }
 
-/// The monitor that gets it.
+/// The destination's VMM.
 #[derive(Debug)]
 pub struct Destination {
     pub world: Arc<World>,
@@ -361,7 +364,7 @@ pub struct Destination {
     pub features: u64,
     pub state_bytes: usize,
     pub fails_at: Option<&'static str>,
-    /// Takes its time until the guest runs at its source again.
+    /// Blocks until the guest runs at its source again.
     pub dawdles: bool,
 }
 
@@ -421,14 +424,14 @@ impl DestinationMachine for Destination {
     }
 
     fn destroy(&mut self) {
-        assert!(!self.runs(), "a guest that runs is destroyed");
-        self.world.let_go_of_disk(DESTINATION);
+        assert!(!self.runs(), "destroyed while the guest runs");
+        self.world.release_disk(DESTINATION);
         self.memory = None;
         self.loaded = false;
     }
 }
 
-/// The destination has everything that the guest may read.
+/// Checks that the destination has everything that the guest may read.
 pub fn compare(source: &Source, destination: &Destination) {
     let (here, there) = (&source.memory, destination.memory.as_ref().expect("memory"));
     let (here, there) = (here.bytes.read().unwrap(), there.bytes.read().unwrap());
@@ -446,7 +449,7 @@ pub fn compare(source: &Source, destination: &Destination) {
     }
 }
 
-/// Connections that are made in this process.
+/// Connections within this process.
 pub struct Incoming<L>(pub Receiver<L>);
 
 impl<L: migration::link::Link> Accept for Incoming<L> {
@@ -459,7 +462,7 @@ impl<L: migration::link::Link> Accept for Incoming<L> {
     }
 }
 
-/// What connects, and what takes the other ends.
+/// A connector, and the acceptor of the other ends.
 pub fn network() -> (impl FnMut() -> io::Result<UnixStream>, Incoming<UnixStream>) {
     let (there, incoming) = mpsc::channel();
     (connector(there), Incoming(incoming))
@@ -473,7 +476,7 @@ pub fn connector(there: Sender<UnixStream>) -> impl FnMut() -> io::Result<UnixSt
     }
 }
 
-/// So long that no test fails because the machine is busy.
+/// Long enough for a busy machine.
 const STALL: Duration = Duration::from_secs(10);
 
 pub fn quick_source() -> SourceConfig {

@@ -14,7 +14,7 @@ const HELLO: u16 = 1;
 const DESCRIBE: u16 = 3;
 const CHUNK: u16 = 6;
 const STATE_END: u16 = 11;
-const HAND_OVER: u16 = 13;
+const COMMIT: u16 = 13;
 
 /// What a process has that waits, and a little more.
 const MOST_KIB: u64 = 48 << 10;
@@ -37,7 +37,7 @@ pub(super) fn sources_get_nothing(receiver: &Receiver) {
         vec![0xff; 1 << 16],
         long,
         // Someone who has said hello and says everything but what comes next.
-        [hello(1), keyed(HAND_OVER, &[])].concat(),
+        [hello(1), keyed(COMMIT, &[])].concat(),
         [hello(1), keyed(STATE_END, &[0; 16])].concat(),
         [hello(1), keyed(CHUNK, &[0; 40])].concat(),
         // More connections than there may be.

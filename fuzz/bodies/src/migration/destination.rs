@@ -17,51 +17,51 @@ use crate::script::Script;
 
 const ID: MigrationId = MigrationId([3; 16]);
 
-/// What an honest source would go on with.
-struct Speech {
-    speakers: Vec<Speaker>,
+/// The frames of a hostile source, and what an honest one would send next.
+struct HostileSource {
+    writers: Vec<Speaker>,
     bytes: Vec<Vec<u8>>,
     round: u32,
     /// Chunks and pages of this round on each connection.
-    said: Vec<(u64, u64)>,
+    named: Vec<(u64, u64)>,
     sections: u32,
     state_bytes: u64,
-    hands_over: bool,
+    commits: bool,
 }
 
 pub(super) fn run(script: &mut Script<'_>) {
-    let mut speech = Speech::new(script);
+    let mut source = HostileSource::new(script);
     while !script.is_over() {
-        speech.step(script);
+        source.step(script);
     }
-    let cannot_resume = speech.bytes[0].len() % 7 == 3;
-    let hands_over = speech.hands_over;
-    let links = speech.bytes.into_iter().map(Scripted::bytes).rev().collect();
+    let cannot_resume = source.bytes[0].len() % 7 == 3;
+    let commits = source.commits;
+    let links = source.bytes.into_iter().map(Scripted::bytes).rev().collect();
     let mut machine = Destination { cannot_resume, ..Destination::default() };
     let config =
         DestinationConfig { max_memory_bytes: MAX_BYTES, ..DestinationConfig::new(MACHINE) };
     let received = receive(&config, &mut machine, &mut Waiting(links), &mut Silent);
     match received {
         Ok(received) => {
-            assert!(machine.runs && hands_over);
+            assert!(machine.runs && commits);
             assert_eq!(received.ownership.resolution(), Resolution::RunsAtDestination);
         }
         Err(ReceiveFailure { guest: DestinationGuest::InDoubt(ownership), .. }) => {
             assert!(machine.made && machine.loaded && !machine.runs);
-            resolve(ownership, &mut machine, hands_over);
+            resolve(ownership, &mut machine, commits);
         }
         Err(_) => assert!(!machine.made && !machine.runs),
     }
 }
 
-/// The source asks once more, and says this or that.
-fn resolve(mut ownership: DestinationOwnership, machine: &mut Destination, hands_over: bool) {
+/// The source resolves the doubt with a commit or a rollback.
+fn resolve(mut ownership: DestinationOwnership, machine: &mut Destination, commits: bool) {
     let mut bytes = Speaker::new().frame(kind::HELLO, &hello(2, 0, 1, (1, 1)), &[]);
-    let word = if hands_over { kind::HAND_OVER } else { kind::GIVE_UP };
-    bytes.extend(Speaker::keyed(ID, 0, true).frame(word, &[], &[]));
+    let decision = if commits { kind::COMMIT } else { kind::ROLLBACK };
+    bytes.extend(Speaker::keyed(ID, 0, true).frame(decision, &[], &[]));
     let _ = ownership.answer(Scripted::bytes(bytes), Duration::from_secs(1), machine);
     assert_eq!(machine.runs, ownership.resolution() == Resolution::RunsAtDestination);
-    assert!(hands_over || ownership.resolution() == Resolution::NeverRan);
+    assert!(commits || ownership.resolution() == Resolution::NeverRan);
     assert!(machine.runs || !machine.made);
 }
 
@@ -82,55 +82,55 @@ fn hello(purpose: u8, index: u8, count: u8, versions: (u16, u16)) -> Vec<u8> {
     body.u32(1).u32(0).0
 }
 
-impl Speech {
+impl HostileSource {
     fn new(script: &mut Script<'_>) -> Self {
         let count = script.pick([1, 1, 2, 3]);
-        let mut speech = Self {
-            speakers: Vec::new(),
+        let mut source = Self {
+            writers: Vec::new(),
             bytes: Vec::new(),
             round: 0,
-            said: vec![(0, 0); count.into()],
+            named: vec![(0, 0); count.into()],
             sections: 0,
             state_bytes: 0,
-            hands_over: false,
+            commits: false,
         };
         for index in 0..count {
-            let (purpose, versions, said) = match script.u8() {
+            let (purpose, versions, announced) = match script.u8() {
                 1 => (script.u8(), (1, 1), count),
                 2 => (1, (script.u16(), script.u16()), count),
                 3 => (1, (1, 1), script.u8()),
                 _ => (1, (1, 1), count),
             };
-            let body = hello(purpose, index, said, versions);
-            speech.bytes.push(Speaker::new().frame(kind::HELLO, &body, &[]));
-            speech.speakers.push(Speaker::keyed(ID, index, true));
+            let body = hello(purpose, index, announced, versions);
+            source.bytes.push(Speaker::new().frame(kind::HELLO, &body, &[]));
+            source.writers.push(Speaker::keyed(ID, index, true));
         }
-        speech
+        source
     }
 
     fn say(&mut self, on: usize, kind: u16, body: &[u8], payload: &[u8]) {
-        self.hands_over |= kind == kind::HAND_OVER;
-        let frame = self.speakers[on].frame(kind, body, payload);
+        self.commits |= kind == kind::COMMIT;
+        let frame = self.writers[on].frame(kind, body, payload);
         self.bytes[on].extend(frame);
     }
 
     fn step(&mut self, script: &mut Script<'_>) {
         let step = script.u8();
-        let on = usize::from(step >> 5) % self.speakers.len();
+        let on = usize::from(step >> 5) % self.writers.len();
         match step % 20 {
             0 => self.say(0, kind::DESCRIBE, &description(script), &[]),
             1 => self.round_start(script),
             2..=4 => self.chunk(script, on),
             5 => self.fill(script, on),
             6 => self.round_end(script, on),
-            7 => (0..self.speakers.len()).for_each(|on| self.round_end(&mut Script::new(&[]), on)),
+            7 => (0..self.writers.len()).for_each(|on| self.round_end(&mut Script::new(&[]), on)),
             8 => self.round += 1,
             9 => self.state(script),
             10 => {
                 let body = Body::default().u32(self.sections).u32(0).u64(self.state_bytes).0;
                 self.say(0, kind::STATE_END, &body, &[]);
             }
-            11 => self.say(0, kind::HAND_OVER, &[], &[]),
+            11 => self.say(0, kind::COMMIT, &[], &[]),
             12 => self.say(on, kind::ABORT, &Body::default().text(script.string()).0, &[]),
             13 => self.say(on, kind::ALIVE, &[], &[]),
             14 => {
@@ -138,7 +138,7 @@ impl Speech {
                 self.say(on, kind, body, payload);
             }
             15 => self.bytes[on].extend(script.string()),
-            // A byte of what was said last becomes another.
+            // Changes one byte of the last frame.
             16 => {
                 let (back, value) = (usize::from(script.u8()) + 1, script.u8());
                 let len = self.bytes[on].len();
@@ -150,21 +150,21 @@ impl Speech {
         }
     }
 
-    /// All of a small guest, up to the last word.
+    /// All of a small guest, up to the commit.
     fn honest(&mut self) {
         let mut empty = Script::new(&[]);
         self.say(0, kind::DESCRIBE, &description(&mut empty), &[]);
         let last = Body::default().u32(self.round).u32(1).u64(50).0;
         self.say(0, kind::ROUND_START, &last, &[]);
         self.chunk(&mut empty, 0);
-        (0..self.speakers.len()).for_each(|on| self.round_end(&mut Script::new(&[]), on));
+        (0..self.writers.len()).for_each(|on| self.round_end(&mut Script::new(&[]), on));
         self.state(&mut empty);
         let body = Body::default().u32(self.sections).u32(0).u64(self.state_bytes).0;
         self.say(0, kind::STATE_END, &body, &[]);
     }
 
     fn round_start(&mut self, script: &mut Script<'_>) {
-        self.said.fill((0, 0));
+        self.named.fill((0, 0));
         let round = self.round.wrapping_add(script.pick([0, 0, 0, 1]));
         let last = script.pick([0, 0, 1, 2]);
         let pages = script.pick([100, 10, 0, u64::MAX]);
@@ -192,8 +192,8 @@ impl Speech {
             _ => {}
         }
         let body = Body::default().u32(self.round).u32(packing).u64(start).u64(data);
-        self.said[on].0 += 1;
-        self.said[on].1 += u64::from((data | zeros).count_ones());
+        self.named[on].0 += 1;
+        self.named[on].1 += u64::from((data | zeros).count_ones());
         self.say(on, kind::CHUNK, &body.u64(zeros).u64(sum).0, &payload);
     }
 
@@ -209,7 +209,7 @@ impl Speech {
     }
 
     fn round_end(&mut self, script: &mut Script<'_>, on: usize) {
-        let (chunks, pages) = self.said[on];
+        let (chunks, pages) = self.named[on];
         let chunks = chunks + u64::from(script.flag());
         let body = Body::default().u32(self.round).u32(0).u64(chunks).u64(pages);
         self.say(on, kind::ROUND_END, &body.0, &[]);

@@ -1,4 +1,4 @@
-//! A snapshot that somebody changed.
+//! A changed snapshot.
 
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -14,13 +14,13 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use super::machine::{Destination, MACHINE, MAX_BYTES, Source};
 use crate::script::Script;
 
-/// A snapshot as it was written.
+/// An unchanged snapshot.
 fn whole() -> &'static [u8] {
     static WHOLE: OnceLock<Vec<u8>> = OnceLock::new();
     WHOLE.get_or_init(|| {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("snapshot");
-        let mut machine = Source { runs: true, given_away: false };
+        let mut machine = Source { runs: true, relinquished: false };
         let config = SourceConfig::default();
         snapshot(&config, &mut machine, &path, After::Stop, &mut Silent).expect("a snapshot");
         std::fs::read(path).expect("the snapshot")

@@ -1,4 +1,4 @@
-//! Two monitors that know what may be asked of them.
+//! Two VMMs that check how they are called.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use migration::traits::{
 };
 use page_set::{PageRange, PageSet};
 
-/// Bytes of memory that a guest may have.
+/// Memory limit of a guest, in bytes.
 pub(super) const MAX_BYTES: u64 = 256 << 12;
 pub(super) const MACHINE: &str = "fuzz";
 
@@ -39,7 +39,7 @@ impl WritePages for Checked {
     }
 }
 
-/// Makes any guest that is small.
+/// Accepts any small guest.
 #[derive(Debug, Default)]
 pub(super) struct Destination {
     pub(super) made: bool,
@@ -86,7 +86,7 @@ impl DestinationMachine for Destination {
 #[derive(Debug)]
 pub(super) struct Source {
     pub(super) runs: bool,
-    pub(super) given_away: bool,
+    pub(super) relinquished: bool,
 }
 
 struct Some;
@@ -147,13 +147,13 @@ impl SourceMachine for Source {
     }
 
     fn resume(&mut self) -> Result<(), MachineError> {
-        assert!(!self.runs && !self.given_away);
+        assert!(!self.runs && !self.relinquished);
         self.runs = true;
         Ok(())
     }
 
     fn relinquish(&mut self) {
-        assert!(!self.runs && !self.given_away);
-        self.given_away = true;
+        assert!(!self.runs && !self.relinquished);
+        self.relinquished = true;
     }
 }

@@ -1,4 +1,4 @@
-//! Migrations with a hostile other side, and hostile snapshots.
+//! Migrations with a hostile peer, and hostile snapshots.
 
 mod destination;
 mod file;
@@ -15,10 +15,10 @@ use migration::raw::Speaker;
 
 use crate::script::Script;
 
-/// A migration of which one side is honest.
+/// Runs a migration of which one side is honest.
 ///
 /// # Panics
-/// Where something that has to hold does not.
+/// An invariant does not hold.
 pub fn migration(data: &[u8]) {
     let mut script = Script::new(data);
     match script.pick([0, 0, 0, 1, 1, 2]) {
@@ -28,7 +28,7 @@ pub fn migration(data: &[u8]) {
     }
 }
 
-/// The names of kinds of frames; docs/migration.md.
+/// Kinds of frames; docs/migration.md.
 mod kind {
     pub(super) const HELLO: u16 = 1;
     pub(super) const WELCOME: u16 = 2;
@@ -42,16 +42,16 @@ mod kind {
     pub(super) const STATE: u16 = 10;
     pub(super) const STATE_END: u16 = 11;
     pub(super) const PREPARED: u16 = 12;
-    pub(super) const HAND_OVER: u16 = 13;
+    pub(super) const COMMIT: u16 = 13;
     pub(super) const RUNNING: u16 = 14;
     pub(super) const REFUSED: u16 = 15;
     pub(super) const ABORT: u16 = 16;
     pub(super) const STATUS: u16 = 17;
-    pub(super) const GIVE_UP: u16 = 18;
+    pub(super) const ROLLBACK: u16 = 18;
     pub(super) const ALIVE: u16 = 19;
 }
 
-/// Puts numbers together, little-endian.
+/// Encodes a body, little-endian.
 #[derive(Default)]
 struct Body(Vec<u8>);
 
@@ -83,41 +83,41 @@ impl Body {
     }
 }
 
-/// What a peer says, as kinds, bodies and payloads.
-type Said = Vec<(u16, Vec<u8>, Vec<u8>)>;
+/// Frames of a peer, as kinds, bodies and payloads.
+type Frames = Vec<(u16, Vec<u8>, Vec<u8>)>;
 
-/// A connection whose other end says what was written down before. A destination's frames are
-/// keyed to the hello that it hears.
+/// A connection whose other end sends prepared bytes. A destination's frames have checksums seeded with
+/// the hello that it received.
 struct Scripted {
     input: Vec<u8>,
     read: usize,
-    /// Said as a destination, once there was a hello.
-    later: Said,
-    heard: Arc<Mutex<Vec<u8>>>,
+    /// Sent as a destination, once the hello has arrived.
+    later: Frames,
+    received: Arc<Mutex<Vec<u8>>>,
 }
 
 impl Scripted {
-    /// Says `bytes`.
+    /// Sends `input`.
     fn bytes(input: Vec<u8>) -> Self {
-        Self { input, read: 0, later: Vec::new(), heard: Arc::default() }
+        Self { input, read: 0, later: Vec::new(), received: Arc::default() }
     }
 
-    /// Says frames of a destination.
-    fn destination(later: Said, heard: Arc<Mutex<Vec<u8>>>) -> Self {
-        Self { input: Vec::new(), read: 0, later, heard }
+    /// Sends frames of a destination.
+    fn destination(later: Frames, received: Arc<Mutex<Vec<u8>>>) -> Self {
+        Self { input: Vec::new(), read: 0, later, received }
     }
 
     fn answer(&mut self) {
-        let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
-        // The head of the frame, then magic, versions, purpose, index, count, 0, id.
+        let received = self.received.lock().unwrap_or_else(PoisonError::into_inner);
+        // The header of the frame, then magic, versions, purpose, index, count, 0, id.
         let (Some(&index), Some(id)) =
-            (heard.get(24 + 13), heard.get(40..56).and_then(|id| id.first_chunk()))
+            (received.get(24 + 13), received.get(40..56).and_then(|id| id.first_chunk()))
         else {
             return;
         };
-        let mut speaker = Speaker::keyed(MigrationId(*id), index, false);
+        let mut writer = Speaker::keyed(MigrationId(*id), index, false);
         for (kind, body, payload) in self.later.drain(..) {
-            self.input.extend(speaker.frame(kind, &body, &payload));
+            self.input.extend(writer.frame(kind, &body, &payload));
         }
     }
 }
@@ -137,7 +137,7 @@ impl Read for Scripted {
 
 impl Write for Scripted {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.heard.lock().unwrap_or_else(PoisonError::into_inner).extend(bytes);
+        self.received.lock().unwrap_or_else(PoisonError::into_inner).extend(bytes);
         Ok(bytes.len())
     }
 

@@ -7,48 +7,49 @@ use migration::observer::Silent;
 use migration::{SourceConfig, SourceFailure, SourceGuest, migrate};
 
 use super::machine::Source;
-use super::{Body, Said, Scripted, kind};
+use super::{Body, Frames, Scripted, kind};
 use crate::script::Script;
 
-/// Connections that a source gets; the last of them are to resolve.
+/// Connections of a source; the last of them resolve a doubt.
 const MAX_LINKS: usize = 4;
 
 pub(super) fn run(script: &mut Script<'_>) {
     let connections = script.pick([1, 1, 2]);
     let config = SourceConfig { connections, max_rounds: 5, ..SourceConfig::default() };
-    let mut words: Vec<Said> = (0..MAX_LINKS).map(|_| Said::new()).collect();
+    let mut words: Vec<Frames> = (0..MAX_LINKS).map(|_| Frames::new()).collect();
     let mut honest = 0;
     while !script.is_over() {
         let step = script.u8();
         let on = usize::from(step >> 6);
-        words[on].push(word(script, step % 16, &mut honest));
+        words[on].push(frame(script, step % 16, &mut honest));
     }
-    let heard: Arc<Mutex<Vec<u8>>> = Arc::default();
+    let received: Arc<Mutex<Vec<u8>>> = Arc::default();
     let mut words = words.into_iter();
-    let mut first = Some(Arc::clone(&heard));
+    let mut first = Some(Arc::clone(&received));
     let mut connect = || {
-        let said = words.next().ok_or(io::ErrorKind::ConnectionRefused)?;
-        Ok::<_, io::Error>(Scripted::destination(said, first.take().unwrap_or_default()))
+        let frames = words.next().ok_or(io::ErrorKind::ConnectionRefused)?;
+        Ok::<_, io::Error>(Scripted::destination(frames, first.take().unwrap_or_default()))
     };
-    let mut machine = Source { runs: true, given_away: false };
+    let mut machine = Source { runs: true, relinquished: false };
     let moved = migrate(&config, &mut machine, &mut connect, &mut Silent);
-    let offered = said(&heard.lock().unwrap_or_else(PoisonError::into_inner), kind::HAND_OVER);
+    let committed =
+        has_frame(&received.lock().unwrap_or_else(PoisonError::into_inner), kind::COMMIT);
     match moved {
-        Ok(_) => assert!(machine.given_away && !machine.runs && offered),
+        Ok(_) => assert!(machine.relinquished && !machine.runs && committed),
         Err(SourceFailure { guest: SourceGuest::Runs, .. }) => assert!(machine.runs),
         Err(SourceFailure { guest: SourceGuest::InDoubt(doubt), .. }) => {
-            assert!(!machine.runs && !machine.given_away && offered);
-            // It asks whoever is there.
+            assert!(!machine.runs && !machine.relinquished && committed);
+            // It sends the request to the next connection.
             let resolved = doubt.ask(&mut machine, &mut connect);
-            assert_eq!(resolved.is_ok(), machine.runs || machine.given_away);
+            assert_eq!(resolved.is_ok(), machine.runs || machine.relinquished);
         }
         Err(SourceFailure { guest: SourceGuest::Stuck(error), .. }) => panic!("{error}"),
     }
-    assert!(!(machine.runs && machine.given_away));
+    assert!(!(machine.runs && machine.relinquished));
 }
 
 /// True if a frame of `kind` is among those in `bytes`.
-fn said(bytes: &[u8], kind: u16) -> bool {
+fn has_frame(bytes: &[u8], kind: u16) -> bool {
     let mut rest = bytes;
     while let Some((head, behind)) = rest.split_first_chunk::<24>() {
         if u16::from_le_bytes([head[8], head[9]]) == kind {
@@ -63,8 +64,8 @@ fn said(bytes: &[u8], kind: u16) -> bool {
     false
 }
 
-/// One frame: mostly the next that an honest destination would say.
-fn word(script: &mut Script<'_>, step: u8, honest: &mut u8) -> (u16, Vec<u8>, Vec<u8>) {
+/// One frame: mostly the next one of an honest destination.
+fn frame(script: &mut Script<'_>, step: u8, honest: &mut u8) -> (u16, Vec<u8>, Vec<u8>) {
     let body = Body::default();
     let (kind, body) = match step {
         0..=6 => {
