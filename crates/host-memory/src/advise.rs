@@ -1,5 +1,5 @@
-//! Emptying private anonymous memory: one call for each range, or one for many
-//! where the kernel lets a process advise itself with a vector.
+//! Releases private anonymous memory: one call for each range, or one for many if
+//! the kernel lets a process advise its own memory with a vector.
 
 use std::ptr;
 use std::sync::OnceLock;
@@ -9,16 +9,16 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
 use crate::{AnonymousMemory, Backing, Piece};
 
-/// Ranges in one call: UIO_MAXIOV of the kernel.
+/// Ranges in one call: the kernel's `UIO_MAXIOV`.
 const VECTOR_RANGES: usize = 1024;
 
-/// "This process", without a descriptor (`include/uapi/linux/pidfd.h`, Linux
-/// 6.14). A real pidfd would name the parent after a fork; this cannot.
+/// This process, without a descriptor (`include/uapi/linux/pidfd.h`, Linux
+/// 6.14). After a fork a real pidfd would refer to the parent; this does not.
 const PIDFD_SELF: libc::c_int = -10000;
 
-/// Empties `pieces`, in order; calls `done` for each with its result. Returns
-/// how many system calls it took. All pieces must be anonymous (others are
-/// refused with EINVAL). `vectors` says whether [`vectors_work`].
+/// Releases `pieces`, in order; calls `done` for each with its result. Returns the
+/// number of system calls. All pieces must be anonymous (others fail with EINVAL).
+/// `vectors` is the result of [`vectors_work`].
 pub(crate) fn advise(
     pieces: &[Piece<'_>],
     vectors: bool,
@@ -37,7 +37,7 @@ pub(crate) fn advise(
                 continue;
             }
         }
-        // Alone, or the one at which a vector stopped: ask for its own errno.
+        // A single piece, or the one at which a vector stopped: get its errno.
         if let Some(piece) = pieces.get(at) {
             calls += 1;
             done(piece, advise_one(piece));
@@ -50,15 +50,15 @@ pub(crate) fn advise(
 fn advise_one(piece: &Piece<'_>) -> Result<(), Errno> {
     let Backing::Anonymous(memory) = piece.region.backing() else { return Err(Errno::INVAL) };
     let range = io_slice(memory, piece)?;
-    // SAFETY: `io_slice` gives addresses inside the region of `piece`. Whoever
-    // made its `AnonymousMemory` vouched that this is a mapping of the guest's
-    // which may read as zeros at any time and into which no reference points.
+    // SAFETY: `io_slice` returns addresses inside the region of `piece`. The creator
+    // of its `AnonymousMemory` guaranteed that this is a mapping of the guest which
+    // may read as zeros at any time and into which no reference points.
     let advise = || unsafe { madvise(range.iov_base, range.iov_len, Advice::LinuxDontNeed) };
-    // Emptying twice is harmless.
+    // Releasing twice is harmless.
     retry_on_intr(advise)
 }
 
-/// How many pieces, from the first on, one vectored call emptied.
+/// Number of pieces, from the first on, that one vectored call released.
 fn advise_vector(pieces: &[Piece<'_>]) -> usize {
     let vector: Result<Vec<_>, _> = pieces
         .iter()
@@ -72,7 +72,7 @@ fn advise_vector(pieces: &[Piece<'_>]) -> usize {
     // until the call returns, and its length is that of the slice.
     let advised = unsafe { process_madvise_self(&vector) };
     let Ok(mut bytes) = advised else { return 0 };
-    // A call that stops early tells how many bytes were done: whole ranges.
+    // A call that stops early returns the bytes it advised: whole ranges.
     let done = |range: &&libc::iovec| {
         let whole = range.iov_len <= bytes;
         bytes = bytes.saturating_sub(range.iov_len);
@@ -96,8 +96,8 @@ fn io_slice(memory: &AnonymousMemory, piece: &Piece<'_>) -> Result<libc::iovec, 
 /// Every range must be memory that may read as zeros from now on, as for
 /// `madvise`.
 unsafe fn process_madvise_self(vector: &[libc::iovec]) -> Result<usize, Errno> {
-    // SAFETY: the kernel reads `vector.len()` elements of the slice and nothing
-    // else of ours; the effect on the ranges is the caller's promise.
+    // SAFETY: the kernel reads `vector.len()` elements of the slice and no other
+    // memory of this process; the caller vouches for the effect on the ranges.
     let result = unsafe {
         libc::syscall(
             libc::SYS_process_madvise,
@@ -114,14 +114,14 @@ unsafe fn process_madvise_self(vector: &[libc::iovec]) -> Result<usize, Errno> {
     })
 }
 
-/// True if a process may empty its own memory with a vector (Linux 6.13 and
+/// True if a process may release its own memory with a vector (Linux 6.13 and
 /// above, unless a filter forbids it). Tried once, on two real pages.
 pub(crate) fn vectors_work() -> bool {
     static WORK: OnceLock<bool> = OnceLock::new();
     *WORK.get_or_init(|| probe().unwrap_or(false))
 }
 
-/// Writes to two fresh pages, empties them by a vector of two, looks.
+/// Writes to two fresh pages, releases them with a vector of two, and checks that they are zeros.
 fn probe() -> Result<bool, Errno> {
     const PAGE: usize = 4096;
     let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
@@ -129,8 +129,8 @@ fn probe() -> Result<bool, Errno> {
     let base = unsafe { mmap_anonymous(ptr::null_mut(), 2 * PAGE, prot, flags)? };
     let second = base.wrapping_byte_add(PAGE);
     // SAFETY: both addresses lie in the fresh mapping, which only this function
-    // knows; it is written and read by raw pointers, and unmapped once, after
-    // its last use.
+    // uses; it is written and read by raw pointers, and unmapped once, after its
+    // last use.
     unsafe {
         base.cast::<u8>().write_volatile(1);
         second.cast::<u8>().write_volatile(1);
@@ -153,14 +153,17 @@ mod tests {
     use crate::{MemoryMap, resident::resident_bytes};
 
     #[test]
-    fn the_probe_gives_an_answer_and_says_it() {
+    fn the_probe_succeeds_and_its_result_is_cached() {
         let answer = probe().expect("two pages");
-        eprintln!("emptying memory by vectors: {}", if answer { "works" } else { "not here" });
+        eprintln!(
+            "releasing memory with vectors: {}",
+            if answer { "works" } else { "not supported" }
+        );
         assert_eq!(answer, vectors_work());
     }
 
     /// Every second page of 6000, one of them locked: with vectors and without,
-    /// all but that one are emptied, and its error is told.
+    /// all except that one are released, and its error is reported.
     #[test]
     fn one_bad_range_does_not_stop_the_others() {
         const PAGES: u64 = 6000;

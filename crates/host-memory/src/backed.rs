@@ -1,21 +1,21 @@
-//! Memory that a peer shares, and that may have nothing behind it when it is touched.
+//! Memory shared by a peer, which the host may fail to back when it is touched.
 //!
 //! A file can be mapped whether or not the host has memory for it: pages of hugetlbfs whose
 //! pool is empty, of a tmpfs that is full, of shared memory beyond the commit limit, or
-//! beyond the end of a file that was shortened since. Who touches such a page gets SIGBUS,
-//! which ends the process, and with it what others keep in it. That cannot be found out
-//! beforehand: what is there now can be taken away by whoever has the file.
+//! beyond the end of a file that was truncated since. Touching such a page raises SIGBUS,
+//! which ends the process and all other guests in it. No check beforehand helps: a process
+//! that has the file can take the memory away later.
 //!
-//! So SIGBUS is taken. Where the address lies in memory that is [watched](BackedMemory), the
-//! handler puts a page of its own there and notes that this memory is lost; the access goes
-//! on, with bytes that nobody shall believe, and every later one fails. This costs nothing
-//! as long as all is well. Any other SIGBUS does what it did before.
+//! So this module handles SIGBUS. If the address lies in [watched](BackedMemory) memory, the
+//! handler maps a page of its own there and marks this memory as lost. The access completes
+//! with meaningless bytes, and every later access fails. This costs nothing until then. Any
+//! other SIGBUS has its previous effect.
 //!
 //! # What the handler may do
 //! It runs between any two instructions of the thread that touched the page, so it takes no
-//! lock and allocates nothing: it reads atomics and calls `mmap`. It needs no memory of the
-//! host either, which may have none left: the page is there from the beginning, and a shared
-//! mapping of a file counts against no limit of commitments.
+//! lock and allocates nothing: it reads atomics and calls `mmap`. It needs no host memory
+//! either, which may be exhausted: its page exists from the beginning, and a shared mapping
+//! of a file does not count against the commit limit.
 
 use std::fs::File;
 use std::io;
@@ -36,17 +36,18 @@ use vm_memory::{
 
 use crate::{HostMemoryError, HostPages};
 
-/// Bytes of a page: what is replaced at a time.
+/// Bytes that are replaced at a time.
 const PAGE: usize = 4096;
 
-/// Regions of one guest: twice what a vhost-user front end can name.
+/// Limit of regions of one guest: twice the limit of a vhost-user front end.
 const MAX_REGIONS: usize = 64;
 
-/// Shared memory of a guest, all of it a peer's. Its accesses fail from the moment on at
-/// which some of it was touched and was not there.
+/// Shared memory of a guest, all of it a peer's. All accesses fail once a page was touched that
+/// the host could not back.
 ///
-/// An access that meets the loss itself ends with success. Whoever acts on what was read asks
-/// [`check_range`](GuestMemory::check_range) first, which is false of memory that is lost.
+/// The access that raised SIGBUS succeeds. A caller must check
+/// [`check_range`](GuestMemory::check_range) before it acts on what it read; it is false for lost
+/// memory.
 #[derive(Debug)]
 pub struct BackedMemory {
     memory: GuestMemoryMmap,
@@ -54,10 +55,10 @@ pub struct BackedMemory {
 }
 
 impl BackedMemory {
-    /// Watches `memory`, which nobody else may have.
+    /// Watches `memory`, which must have no other owner.
     ///
     /// # Errors
-    /// It has too many regions, or the host refuses what the watch needs.
+    /// It has too many regions, or the host refuses a system call.
     pub fn new(memory: GuestMemoryMmap) -> Result<Self, HostMemoryError> {
         install()?;
         let regions = memory.iter().map(|region| {
@@ -74,20 +75,20 @@ impl BackedMemory {
         });
         let regions = regions.collect::<Result<Vec<_>, HostMemoryError>>()?;
         let watch = Watch::begin(&regions).ok_or_else(|| HostMemoryError::Host {
-            what: "watching memory of more regions than any front end can name",
+            what: "watching memory: more regions than a front end can have",
             source: io::ErrorKind::InvalidInput.into(),
         })?;
         Ok(Self { memory, watch })
     }
 
-    /// Where memory was touched first that was not there; `None` while all is well.
+    /// The first address that the host could not back; `None` if there was none.
     pub fn lost_at(&self) -> Option<GuestAddress> {
         let at = self.watch.lost.load(Ordering::Acquire);
         let place = self.memory.iter().find_map(|region| {
             let offset = at.checked_sub(region.as_ptr() as usize)? as u64;
             (offset < region.len()).then(|| region.start_addr().unchecked_add(offset))
         });
-        // An address of the process that is none of the guest's was never noted.
+        // Only addresses of watched regions are recorded.
         if at == 0 { None } else { Some(place.unwrap_or(GuestAddress(0))) }
     }
 
@@ -98,7 +99,7 @@ impl BackedMemory {
 
 impl Drop for BackedMemory {
     fn drop(&mut self) {
-        // Before the memory is unmapped, whose addresses may be another's then.
+        // Before the memory is unmapped and its addresses are reused.
         self.watch.end();
     }
 }
@@ -118,51 +119,51 @@ impl GuestMemory for BackedMemory {
         access: Permissions,
     ) -> Result<impl GuestMemorySliceIterator<'a, BS<'a, Self::Bitmap>>, GuestMemoryError> {
         if self.is_lost() {
-            let lost = io::Error::other("the guest's memory has no memory of the host behind it");
+            let lost = io::Error::other("the guest's memory is not backed by the host");
             return Err(GuestMemoryError::IOError(lost));
         }
         GuestMemory::get_slices(&self.memory, addr, count, access)
     }
 }
 
-/// What the handler knows of one guest's memory. Watches are used again and never freed, so
-/// that the handler can walk their list at any time.
+/// The handler's record of one guest's memory. Watches are reused and never freed, so that the
+/// handler can walk their list at any time.
 #[derive(Debug)]
 struct Watch {
     next: *const Watch,
     used: AtomicBool,
-    /// The first address that was not there; 0 if there was none.
+    /// The first address that was not backed; 0 if there was none.
     lost: AtomicUsize,
     regions: [Region; MAX_REGIONS],
 }
 
-// SAFETY: `next` is set before the watch can be reached by others, never changes, and points
-// to a watch that is never freed; all else are atomics.
+// SAFETY: `next` is set before other threads can reach the watch, never changes, and points to a
+// watch that is never freed; all other fields are atomics.
 unsafe impl Sync for Watch {}
 
 #[derive(Debug, Default)]
 struct Region {
-    /// First address, 0 where there is no region.
+    /// First address; 0 if unused.
     start: AtomicUsize,
     end: AtomicUsize,
-    /// Bytes of the host's pages.
+    /// Bytes of a host page.
     host_page: AtomicUsize,
 }
 
 /// The newest watch.
 static WATCHES: AtomicPtr<Watch> = AtomicPtr::new(ptr::null_mut());
 
-/// Held by who takes a watch out of the list, or adds one.
+/// Held while a watch is taken from the list or added to it.
 static TAKING: Mutex<()> = Mutex::new(());
 
-/// The file of one page that stands for what is not there.
+/// The file of one page that replaces pages without memory.
 static STAND_IN: AtomicI32 = AtomicI32::new(-1);
 
-/// What SIGBUS did before.
+/// The previous action of SIGBUS.
 static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
 
 impl Watch {
-    /// Watches `regions`: first address, end, bytes of a host page. `None`: too many.
+    /// Watches `regions`: first address, end, bytes of a host page. `None` if there are too many.
     fn begin(regions: &[(usize, usize, usize)]) -> Option<&'static Self> {
         if regions.len() > MAX_REGIONS {
             return None;
@@ -200,13 +201,13 @@ impl Watch {
 
 /// All watches, used or not.
 fn watches() -> impl Iterator<Item = &'static Watch> {
-    // SAFETY: the pointers are null or of watches that were leaked, as `Watch` says.
+    // SAFETY: the pointers are null or point to leaked watches, as documented at `Watch`.
     let first = unsafe { WATCHES.load(Ordering::Acquire).as_ref() };
     // SAFETY: likewise.
     std::iter::successors(first, |watch| unsafe { watch.next.as_ref() })
 }
 
-/// Takes SIGBUS from now on, once for the process.
+/// Installs the SIGBUS handler, once for the process.
 fn install() -> Result<(), HostMemoryError> {
     static INSTALLED: Mutex<bool> = Mutex::new(false);
     let mut installed = INSTALLED.lock().unwrap_or_else(PoisonError::into_inner);
@@ -217,49 +218,49 @@ fn install() -> Result<(), HostMemoryError> {
     let file = memfd_create("stand-in", MemfdFlags::CLOEXEC)
         .map_err(|error| host("memfd_create")(error.into()))?;
     let file = File::from(file);
-    // Written, so that it has its memory now.
+    // Write it, so that its memory is allocated now.
     file.write_all_at(&[0; PAGE], 0).map_err(host("writing a page of shared memory"))?;
     let mut before = MaybeUninit::<libc::sigaction>::zeroed();
-    // SAFETY: asks what the signal does, and writes that to a structure of the right type,
-    // for which zeros are a value too.
+    // SAFETY: reads the signal's action into a structure of the right type, for which zeros are
+    // a valid value.
     let before = unsafe {
         libc::sigaction(libc::SIGBUS, ptr::null(), before.as_mut_ptr());
         before.assume_init()
     };
     BEFORE.get_or_init(|| before);
     STAND_IN.store(file.as_raw_fd(), Ordering::Release);
-    // It is the handler's for ever.
+    // The handler uses it until the process ends.
     std::mem::forget(file);
     let flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-    if !take_signal(on_bus_error as *const () as libc::sighandler_t, flags) {
-        return Err(host("taking SIGBUS")(io::Error::last_os_error()));
+    if !set_action(on_bus_error as *const () as libc::sighandler_t, flags) {
+        return Err(host("installing the SIGBUS handler")(io::Error::last_os_error()));
     }
     *installed = true;
     Ok(())
 }
 
-fn take_signal(handler: libc::sighandler_t, flags: libc::c_int) -> bool {
-    // SAFETY: zeros are a value of the structure: no flags, an empty mask.
+fn set_action(handler: libc::sighandler_t, flags: libc::c_int) -> bool {
+    // SAFETY: zeros are a valid value: no flags, an empty mask.
     let mut action = unsafe { MaybeUninit::<libc::sigaction>::zeroed().assume_init() };
     action.sa_sigaction = handler;
     action.sa_flags = flags;
-    // SAFETY: `handler` is the default, or `on_bus_error` with the flag that gives it the three
-    // arguments that it has; it does nothing that a handler may not do.
+    // SAFETY: `handler` is the default, or `on_bus_error` with the flag that passes its three
+    // arguments; it makes only calls that a handler may make.
     unsafe { libc::sigaction(libc::SIGBUS, &raw const action, ptr::null_mut()) == 0 }
 }
 
-/// The handler.
+/// The SIGBUS handler.
 extern "C" fn on_bus_error(
     signal: libc::c_int,
     info: *mut libc::siginfo_t,
     context: *mut libc::c_void,
 ) {
-    // SAFETY: the kernel gives a handler with SA_SIGINFO a valid `info`, which has an address
-    // where the code says that an access failed.
+    // SAFETY: the kernel passes a handler with SA_SIGINFO a valid `info`, which has an address if
+    // the code is that of a failed access.
     let (code, address) = unsafe { ((*info).si_code, (*info).si_addr() as usize) };
-    // The last is memory of the host that went bad; who reads it has lost it as well.
+    // The second is a hardware memory error; the page is lost as well.
     let is_access = matches!(code, libc::BUS_ADRERR | libc::BUS_MCEERR_AR);
-    // SAFETY: this thread's, and what is left of the call in which the signal came.
+    // SAFETY: this thread's errno, which the interrupted code may still need.
     let errno = unsafe { *libc::__errno_location() };
     if is_access && replace(address) {
         // SAFETY: as above.
@@ -269,14 +270,14 @@ extern "C" fn on_bus_error(
     pass_on(signal, info, context, code);
 }
 
-/// Puts the stand-in where `address` is, if that is watched.
+/// Maps the stand-in at `address`, if that is watched.
 fn replace(address: usize) -> bool {
     for watch in watches() {
         for region in &watch.regions {
             let start = region.start.load(Ordering::Acquire);
             let end = region.end.load(Ordering::Acquire);
             let host_page = region.host_page.load(Ordering::Acquire).max(PAGE);
-            // Asked twice: another thread may just begin or end with this watch.
+            // Read twice: another thread may be starting or ending this watch.
             let is_whole = start != 0 && region.start.load(Ordering::Acquire) == start;
             if is_whole && (start..end).contains(&address) {
                 let _ =
@@ -288,8 +289,8 @@ fn replace(address: usize) -> bool {
     false
 }
 
-/// Part of a page of hugetlbfs cannot be replaced. So the whole is, by the stand-in's file
-/// beyond its end, where each 4 KiB page that is touched brings us here once more.
+/// Part of a hugetlbfs page cannot be replaced. So the whole page is replaced by a mapping beyond
+/// the end of the stand-in's file, where each touched 4 KiB page raises SIGBUS again.
 fn put_stand_in(address: usize, host_page: usize) -> bool {
     let page = address & !(PAGE - 1);
     if map_stand_in(page, PAGE, 0) {
@@ -303,10 +304,10 @@ fn put_stand_in(address: usize, host_page: usize) -> bool {
 fn map_stand_in(at: usize, len: usize, offset: usize) -> bool {
     let fd = STAND_IN.load(Ordering::Acquire);
     let Ok(offset) = libc::off_t::try_from(offset) else { return false };
-    // SAFETY: the range lies in memory of a `BackedMemory`, since hugetlbfs maps whole pages at
-    // borders of such: it exists as long as the range is watched, and it is unmapped as a whole
-    // with all that was put into it. No reference points there; vm-memory touches it by
-    // volatile accesses and takes it to change at any time.
+    // SAFETY: the range lies in memory of a `BackedMemory`, since hugetlbfs maps whole, aligned
+    // pages. That memory exists as long as the range is watched, and is unmapped as a whole with
+    // everything mapped into it. No reference points there; vm-memory uses volatile accesses and
+    // expects it to change at any time.
     let mapped = unsafe {
         libc::mmap(
             ptr::with_exposed_provenance_mut(at),
@@ -320,7 +321,7 @@ fn map_stand_in(at: usize, len: usize, offset: usize) -> bool {
     mapped != libc::MAP_FAILED
 }
 
-/// Does what SIGBUS did before.
+/// Runs the previous action of SIGBUS.
 fn pass_on(
     signal: libc::c_int,
     info: *mut libc::siginfo_t,
@@ -330,22 +331,22 @@ fn pass_on(
     let before = BEFORE.get().map_or((libc::SIG_DFL, 0), |old| (old.sa_sigaction, old.sa_flags));
     match before {
         (libc::SIG_DFL | libc::SIG_IGN, _) => {
-            // The access is made once more when this returns, and ends the process.
-            take_signal(libc::SIG_DFL, 0);
+            // When this returns, the access is repeated and ends the process.
+            set_action(libc::SIG_DFL, 0);
             if code <= 0 {
-                // Somebody sent it, so nothing is made once more.
-                // SAFETY: a call without pointers; the signal comes when this returns.
+                // Another process sent the signal, so no access is repeated.
+                // SAFETY: a call without pointers; the signal is delivered when this returns.
                 unsafe { libc::raise(signal) };
             }
         }
         (handler, flags) if flags & libc::SA_SIGINFO != 0 => {
-            // SAFETY: what was registered with this flag has these three arguments.
+            // SAFETY: a handler registered with this flag has these three arguments.
             let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) =
                 unsafe { std::mem::transmute(handler) };
             handler(signal, info, context);
         }
         (handler, _) => {
-            // SAFETY: what was registered without that flag has this one argument.
+            // SAFETY: a handler registered without that flag has this one argument.
             let handler: extern "C" fn(libc::c_int) = unsafe { std::mem::transmute(handler) };
             handler(signal);
         }
@@ -376,20 +377,20 @@ mod tests {
         Some(file)
     }
 
-    /// What `memory` says once it was touched where nothing is behind it.
+    /// Checks the errors of `memory` after an access that the host could not back.
     fn assert_lost(memory: &BackedMemory, at: u64) {
         assert_eq!(memory.lost_at(), Some(GuestAddress(at)));
         assert!(!memory.check_range(GuestAddress(BASE), 1, Permissions::Read));
         let error = memory.read_obj::<u64>(GuestAddress(BASE)).unwrap_err();
-        assert!(error.to_string().contains("no memory of the host"), "{error}");
+        assert!(error.to_string().contains("not backed by the host"), "{error}");
         memory.write_obj(1u8, GuestAddress(BASE)).unwrap_err();
     }
 
     #[test]
-    fn a_file_that_was_shortened_is_lost_and_no_other() {
+    fn only_a_truncated_file_is_lost() {
         let file = memfd(MemfdFlags::empty(), 16 * PAGE).unwrap();
         let other = memfd(MemfdFlags::empty(), 16 * PAGE).unwrap();
-        // Watches are used again.
+        // Watches are reused.
         for _ in 0..3 {
             file.set_len(16 * PAGE as u64).unwrap();
             let memory = BackedMemory::new(map(&file, 16 * PAGE)).unwrap();
@@ -397,8 +398,8 @@ mod tests {
             memory.write_obj(7u64, GuestAddress(BASE + 0x8000)).unwrap();
             well.write_obj(9u64, GuestAddress(BASE + 0x8000)).unwrap();
             file.set_len(4 * PAGE as u64).unwrap();
-            assert_eq!(memory.lost_at(), None, "nobody has touched it");
-            // Across all that is gone, in one access.
+            assert_eq!(memory.lost_at(), None, "not touched yet");
+            // One access across the whole truncated part.
             let mut bytes = [0xff; 8 * PAGE];
             memory.read_slice(&mut bytes, GuestAddress(BASE + 0x2000)).unwrap();
             assert_lost(&memory, BASE + 0x4000);
@@ -407,9 +408,9 @@ mod tests {
         }
     }
 
-    /// A write that reaches from one page into the next: neither is there.
+    /// A write across two pages, neither of which is backed.
     #[test]
-    fn a_write_is_lost_too() {
+    fn an_unbacked_write_is_lost_too() {
         let file = memfd(MemfdFlags::empty(), 4 * PAGE).unwrap();
         let memory = BackedMemory::new(map(&file, 4 * PAGE)).unwrap();
         file.set_len(PAGE as u64).unwrap();
@@ -440,10 +441,10 @@ mod tests {
         assert_lost(&memory, memory.lost_at().expect("more than the pool has").0);
     }
 
-    /// Run by the next test in a process of its own.
+    /// The next test runs this in another process.
     #[test]
     #[ignore = "it ends the process"]
-    fn touches_memory_that_nobody_watches() {
+    fn touches_unwatched_memory() {
         let file = memfd(MemfdFlags::empty(), PAGE).unwrap();
         let _watched = BackedMemory::new(map(&file, PAGE)).unwrap();
         let other = memfd(MemfdFlags::empty(), PAGE).unwrap();
@@ -453,8 +454,8 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_watches_ends_the_process_as_before() {
-        let name = "backed::tests::touches_memory_that_nobody_watches";
+    fn a_bus_error_in_unwatched_memory_ends_the_process() {
+        let name = "backed::tests::touches_unwatched_memory";
         let ended = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", name, "--ignored", "--nocapture"])
             .output()

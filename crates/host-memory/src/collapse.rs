@@ -19,49 +19,49 @@ use page_set::{CHUNK_PAGES, PAGE_BYTES, PageRange, PageSet};
 use crate::huge::{Huge, advise};
 use crate::{Backing, Discard, HostPages, MemoryMap, Region};
 
-/// Runs of extents with small pages that may be, with as many between them: half of the mappings
-/// that a process may have (`DEFAULT_MAX_MAP_COUNT` in the kernel's `include/linux/mm.h`).
+/// Limit of runs of marked extents, with as many runs between them: half of the mappings that a
+/// process may have (`DEFAULT_MAX_MAP_COUNT` in the kernel's `include/linux/mm.h`).
 const MAX_RUNS: u64 = 16_384;
 
-/// Which extents have small pages.
+/// The marked extents: those with small pages.
 ///
-/// Lock order: this lock, then the lock of the pages that are away. The deflating side removes a mark
-/// only if it finds, under both locks, that no page of the extent is away. The releasing side records
-/// a page as away first and marks its extent second. So either the page is found, or the mark comes
-/// last.
+/// Lock order: this lock, then the lock of the unused pages. The deflating side removes a mark only if
+/// it finds, under both locks, that the guest uses every page of the extent. The releasing side records
+/// a page as unused first and marks its extent second. So either the deflating side finds the page, or
+/// the mark is set last.
 #[derive(Debug, Default)]
 pub(crate) struct Marks(Mutex<Marked>);
 
 #[derive(Debug, Default)]
 struct Marked {
     extents: PageSet,
-    /// Ranges that the kernel did not take advice on.
+    /// Ranges whose `madvise` failed.
     failures: u64,
 }
 
 impl Marks {
-    /// Has the extents around pages that are about to be released keep to small pages.
-    pub(crate) fn keep_small(&self, memory: &dyn Discard, pages: &PageSet) {
+    /// Marks the extents around pages that are about to be released.
+    pub(crate) fn mark(&self, memory: &dyn Discard, pages: &PageSet) {
         let mut extents = memory.extents(pages);
         if extents.is_empty() {
             return;
         }
         let mut marked = self.lock();
         extents.subtract(&marked.extents);
-        // What could not be marked is tried again with its next page.
+        // An extent that could not be marked is retried with its next page.
         let failed = memory.set_huge(&extents, Huge::Never);
         marked.failures += failed.ranges().count() as u64;
         extents.subtract(&failed);
         marked.extents.union_with(&extents);
     }
 
-    /// Lets the extents around pages that the guest took back have huge pages, but for those of which
-    /// other pages are away: `extents_away` tells them, of those that it is asked for.
-    pub(crate) fn let_huge(
+    /// Unmarks the extents around pages that the guest took back, except those with other unused
+    /// pages. `unused_in` returns the unused pages of the given extents.
+    pub(crate) fn unmark(
         &self,
         memory: &dyn Discard,
         pages: &PageSet,
-        extents_away: impl FnOnce(&PageSet) -> PageSet,
+        unused_in: impl FnOnce(&PageSet) -> PageSet,
     ) {
         let around = memory.extents(pages);
         if around.is_empty() {
@@ -73,31 +73,31 @@ impl Marks {
         if extents.is_empty() {
             return;
         }
-        extents.subtract(&memory.extents(&extents_away(&extents)));
+        extents.subtract(&memory.extents(&unused_in(&extents)));
         let failed = memory.set_huge(&extents, Huge::May);
         marked.failures += failed.ranges().count() as u64;
         extents.subtract(&failed);
         marked.extents.subtract(&extents);
     }
 
-    /// The memory is another.
+    /// Forgets all marks: the memory was replaced.
     pub(crate) fn forget(&self) {
         self.lock().extents.clear();
     }
 
-    /// How often the kernel took no advice.
+    /// Number of failed `madvise` ranges.
     pub(crate) fn failures(&self) -> u64 {
         self.lock().failures
     }
 
-    /// The set is whole at every unlock.
+    /// The set is consistent at every unlock.
     fn lock(&self) -> MutexGuard<'_, Marked> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl MemoryMap {
-    /// The extents that have any of `pages`, whole, where they may have huge pages.
+    /// The whole extents that overlap `pages`, in memory that may have huge pages.
     pub(crate) fn extents_of(&self, pages: &PageSet) -> PageSet {
         let private: u64 = self.collapsible().map(|region| region.pages().pages()).sum();
         let mut extents = PageSet::new();
@@ -113,7 +113,7 @@ impl MemoryMap {
         extents
     }
 
-    /// Advises the kernel; returns what it took no advice on.
+    /// Advises the kernel; returns the pages whose `madvise` failed.
     pub(crate) fn advise_extents(&self, extents: &PageSet, huge: Huge) -> PageSet {
         let mut failed = PageSet::new();
         for piece in extents.ranges().flat_map(|range| self.translate(range)).flatten() {
@@ -129,27 +129,27 @@ impl MemoryMap {
     }
 }
 
-/// Where the kernel makes huge pages by itself of memory of this process alone.
+/// True if khugepaged may collapse the region: private memory of this process.
 fn is_collapsible(region: &Region) -> bool {
     matches!(region.backing(), Backing::Anonymous(_))
         && region.host_pages() == HostPages::Transparent
 }
 
-/// Pages of an extent, for a guest with so many.
+/// Pages of an extent, for a guest with `pages` of private memory.
 fn extent_pages(pages: u64) -> u64 {
     pages.div_ceil(2 * MAX_RUNS).next_power_of_two().max(CHUNK_PAGES)
 }
 
-/// The extents of a region that have any of `pages`, which lie in it.
+/// The extents of a region that overlap `pages`, which lie in it.
 fn around(region: &Region, pages: PageRange, extent_pages: u64) -> PageRange {
-    // Counted from the host's borders, not the guest's.
+    // Aligned on the host, not in the guest.
     let shift = region.base_bytes() / PAGE_BYTES % extent_pages;
     let first = region.pages().start();
     let from = pages.start() - first + shift;
     let to = pages.end() - first + shift;
     let start = (from - from % extent_pages).saturating_sub(shift) + first;
     let end = to.next_multiple_of(extent_pages) - shift + first;
-    // Inside the region, so both are numbers of pages.
+    // Inside the region, so both are valid page numbers.
     PageRange::from_bounds(start, end.min(region.pages().end())).unwrap_or(pages)
 }
 
@@ -161,18 +161,18 @@ mod tests {
 
     use super::*;
 
-    /// A region at `host_page`, of which nothing is touched.
+    /// A region at `host_page`, which is never touched.
     fn region(start: u64, pages: u64, host_page: usize) -> Region {
         let pages = PageRange::new(start, pages).unwrap();
         let host = NonNull::new(std::ptr::without_provenance_mut(host_page * 4096)).unwrap();
-        // SAFETY: its address is only counted with.
+        // SAFETY: the address is only used for arithmetic.
         unsafe { Region::anonymous_at(pages, host) }
             .unwrap()
             .with_host_pages(HostPages::Transparent)
     }
 
     #[test]
-    fn a_large_guest_has_larger_extents_and_no_more_of_them() {
+    fn a_larger_guest_has_larger_extents_but_not_more() {
         assert_eq!(extent_pages(1), 512);
         assert_eq!(extent_pages(64 << 18), 512);
         assert_eq!(extent_pages((64 << 18) + 1), 1024);
@@ -181,7 +181,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn extents_are_whole_by_the_hosts_borders_and_hold_their_pages(
+        fn extents_are_aligned_on_the_host_and_contain_their_pages(
             start in 0u64..5000,
             pages in 1u64..5000,
             host_page in 1usize..5000,

@@ -1,4 +1,4 @@
-//! Giving the memory of a page set back to the host.
+//! Releases the memory of a page set to the host.
 
 use std::time::{Duration, Instant};
 
@@ -9,73 +9,72 @@ use rustix::io::Errno;
 use crate::advise::{advise, vectors_work};
 use crate::{Backing, Huge, MemoryMap, PartialHuge, Piece, Region, resident};
 
-/// Failures that a report keeps in full; beyond, they are only counted, so that
-/// a host which refuses everything costs bounded memory.
+/// Failures that a report keeps in full. Beyond that they are only counted, so that a
+/// host which refuses everything costs bounded memory.
 pub const KEPT_FAILURES: usize = 16;
 
-/// Pieces that are translated before they are released: bounds memory (24 KiB a
-/// thousand) and is far more than one vectored call takes.
+/// Pieces that are translated before they are released. Bounds memory (24 KiB per
+/// thousand) and is far more than the limit of one vectored call.
 const PIECES_PER_PASS: usize = 4096;
 
-/// Pages that one request of a classic driver carries, and so what the per-page
-/// mode translates before it releases
+/// Pages in one request of a classic driver, and so what the per-page mode translates
+/// before it releases
 /// (`VIRTIO_BALLOON_ARRAY_PFNS_MAX` in `drivers/virtio/virtio_balloon.c`).
 const PER_PAGE_REQUEST_PAGES: usize = 256;
 
-/// Something that can release pages: a [`MemoryMap`], or a stand-in in tests.
+/// Memory whose pages can be released: a [`MemoryMap`], or a model in tests.
 pub trait Discard: Send + Sync {
     /// Size of the largest host page, in 4 KiB pages; 1 if all are small.
     fn largest_host_page(&self) -> u64;
 
-    /// Takes out of `pages` those that must wait because their host page is not
-    /// wholly in `pages`; returns them.
+    /// Removes from `pages` those that must wait because `pages` does not contain their
+    /// whole host page; returns them.
     fn take_partial(&self, pages: &mut PageSet, partial_huge: PartialHuge) -> PageSet;
 
-    /// Takes out of `pages` those that nobody may use without a word before; returns them.
+    /// Removes from `pages` those that cannot be reserved again before the guest uses them; returns them.
     fn take_unpromised(&self, _pages: &mut PageSet) -> PageSet {
         PageSet::new()
     }
 
-    /// True where the host makes huge pages by itself of parts of this memory: some
+    /// True if the host may collapse parts of this memory into huge pages by itself: some
     /// [extents](Self::extents) are not empty.
     fn collapses(&self) -> bool {
         false
     }
 
-    /// The parts of memory around `pages` of which the host could make huge pages, and would bring
-    /// pages back that were released; none where it does not by itself.
+    /// The extents around `pages` that the host could collapse into huge pages, which would allocate
+    /// released pages again. Empty if it does not do so by itself.
     fn extents(&self, _pages: &PageSet) -> PageSet {
         PageSet::new()
     }
 
-    /// Has the host make huge pages of such parts, or none; returns those that it did not
-    /// listen for.
+    /// Allows or forbids huge pages in such extents; returns those for which that failed.
     fn set_huge(&self, _extents: &PageSet, _huge: Huge) -> PageSet {
         PageSet::new()
     }
 
-    /// Releases the memory of `pages` with the fewest calls. What it can not
-    /// release is in the report; it never stops half-way.
+    /// Releases the memory of `pages` with the fewest calls. Failures are in the report;
+    /// it always tries all pages.
     fn discard(&self, pages: &PageSet) -> DiscardReport;
 
-    /// 4 KiB pages that the host spends on the guest now, or `None` where asking
-    /// would cost a look at each page.
+    /// 4 KiB pages that the host spends on the guest now, or `None` if that requires
+    /// reading an entry for each page.
     fn resident_pages(&self) -> Option<u64>;
 
-    /// As [`discard`](Self::discard), page by page: one look-up and one call each,
-    /// as QEMU did until 2016. Exists to be compared with.
+    /// As [`discard`](Self::discard), page by page: one look-up and one call each, as
+    /// QEMU did until 2016. For comparison only.
     fn discard_per_page(&self, pages: &PageSet) -> DiscardReport;
 }
 
-/// What releasing did.
+/// The result of releasing pages.
 #[derive(Clone, Debug, Default)]
 #[must_use]
 pub struct DiscardReport {
     /// System calls.
     pub calls: u64,
-    /// Runs of pages released, after cutting at region borders.
+    /// Runs of pages released, split at region borders.
     pub ranges: u64,
-    /// Pages released (4 KiB each; whether memory was behind them or not).
+    /// Pages released (4 KiB each), whether they were resident or not.
     pub pages: u64,
     /// Pages that the host refused to release.
     pub failed_pages: u64,
@@ -83,9 +82,9 @@ pub struct DiscardReport {
     pub outside_pages: u64,
     /// The first [`KEPT_FAILURES`] failures.
     pub failures: Vec<DiscardFailure>,
-    /// How many failures there were.
+    /// Number of failures.
     pub failure_count: u64,
-    /// Time to find out where pages lie.
+    /// Time spent translating pages to regions.
     pub translate: Duration,
     /// Time spent releasing.
     pub release: Duration,
@@ -97,9 +96,9 @@ pub struct DiscardReport {
 pub struct DiscardFailure {
     /// The pages.
     pub pages: PageRange,
-    /// What was tried.
+    /// The call that failed.
     pub call: DiscardCall,
-    /// What the host said.
+    /// The host's error.
     #[source]
     pub errno: Errno,
 }
@@ -154,11 +153,11 @@ impl Discard for MemoryMap {
     }
 
     fn discard(&self, pages: &PageSet) -> DiscardReport {
-        self.observers.told(pages, || discard_merged(self, pages))
+        self.observers.notify(pages, || discard_merged(self, pages))
     }
 
     fn discard_per_page(&self, pages: &PageSet) -> DiscardReport {
-        self.observers.told(pages, || discard_one_by_one(self, pages))
+        self.observers.notify(pages, || discard_one_by_one(self, pages))
     }
 }
 
@@ -214,7 +213,7 @@ fn discard_one_by_one(map: &MemoryMap, pages: &PageSet) -> DiscardReport {
     }
 }
 
-/// Releases pieces in their order: files hole by hole, runs of anonymous memory
+/// Releases pieces in order: files hole by hole, runs of anonymous memory
 /// by vectors.
 fn release(pieces: &[Piece<'_>], report: &mut DiscardReport) {
     let anonymous = |piece: &Piece<'_>| matches!(piece.region.backing(), Backing::Anonymous(_));
@@ -234,13 +233,13 @@ fn release(pieces: &[Piece<'_>], report: &mut DiscardReport) {
     }
 }
 
-/// Takes the memory behind `piece` from its file and from all who map it.
+/// Removes the memory of `piece` from its file and from every mapping of it.
 fn punch_hole(piece: &Piece<'_>) -> Result<(), Errno> {
     let Backing::Shared { file, .. } = piece.region.backing() else { return Err(Errno::INVAL) };
     let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     loop {
         match fallocate(file, mode, piece.start_bytes(), piece.len_bytes()) {
-            // A signal came: nothing says how far it got, and punching twice is
+            // Interrupted by a signal at an unknown offset; punching twice is
             // harmless.
             Err(Errno::INTR) => {}
             result => return result,

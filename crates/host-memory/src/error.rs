@@ -1,17 +1,17 @@
-//! What can be wrong with a description of guest memory.
+//! Errors of guest memory and its reservation.
 
 use std::io;
 
 use page_set::{PageRange, PageSetError};
 
-/// A memory map that cannot be used, or a host that cannot be asked.
+/// An invalid memory map, or a failed host operation.
 ///
-/// The layout is the fault of whoever describes the guest's memory (a monitor
-/// or front end), the rest the host's.
+/// The layout is the fault of the side that describes the guest's memory (the VMM or
+/// front end), the rest the host's.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HostMemoryError {
-    /// A region is not made of whole 4 KiB pages.
+    /// A region does not consist of whole 4 KiB pages.
     #[error(
         "region at guest address {guest_bytes:#x}, {len_bytes:#x} bytes: not whole 4 KiB pages"
     )]
@@ -21,40 +21,42 @@ pub enum HostMemoryError {
         /// Length in bytes.
         len_bytes: u64,
     },
-    /// A region lies outside what page numbers can say.
+    /// A region lies beyond the largest page number.
     #[error("region lies outside the address space")]
     PastEnd(#[from] PageSetError),
-    /// Two regions hold the same guest page.
+    /// Two regions contain the same guest page.
     #[error("regions {first:?} and {second:?} overlap")]
     Overlap {
         /// The region that starts first.
         first: PageRange,
-        /// The other.
+        /// The other region.
         second: PageRange,
     },
     /// A file offset is not a multiple of 4 KiB or overflows a file.
-    #[error("region {pages:?}: file offset {offset_bytes:#x} is not usable")]
+    #[error(
+        "region {pages:?}: file offset {offset_bytes:#x} is not a multiple of 4 KiB, or too large"
+    )]
     FileOffset {
         /// The region.
         pages: PageRange,
         /// Offset of its first byte in the file.
         offset_bytes: u64,
     },
-    /// The file cannot have holes punched.
+    /// Holes cannot be punched into the file.
     #[error("region {pages:?}: its file is not a regular file")]
     NotAFile {
         /// The region.
         pages: PageRange,
     },
-    /// The mapping is neither a shared file nor private anonymous memory, so
-    /// releasing it would free nothing or lose what the file holds.
+    /// The mapping is neither a shared file nor private anonymous memory, so releasing
+    /// it would free nothing or expose the file's contents.
     #[error("region {pages:?}: neither a shared file nor private anonymous memory")]
     NotReleasable {
         /// The region.
         pages: PageRange,
     },
     /// Anonymous memory does not start at a page or ends beyond the address space.
-    #[error("region {pages:?}: host address {host_bytes:#x} is not usable")]
+    #[error("region {pages:?}: host address {host_bytes:#x} is not page-aligned, or too large")]
     HostAddress {
         /// The region.
         pages: PageRange,
@@ -64,39 +66,39 @@ pub enum HostMemoryError {
     /// The host's pool has too few huge pages.
     #[error(
         "{needed} huge pages of {page_mib} MiB are needed, and {free} of {total} are free; \
-         `sysctl vm.nr_hugepages={wanted}` makes room, where these are the host's usual huge pages"
+         `sysctl vm.nr_hugepages={wanted}` adds them, if this is the host's default huge page size"
     )]
     HugePages {
-        /// Pages that are needed.
+        /// Pages needed.
         needed: u64,
-        /// MiB of each.
+        /// Size of a page in MiB.
         page_mib: u64,
-        /// Pages that nobody has and that are promised to nobody.
+        /// Pages that are neither used nor reserved.
         free: u64,
         /// Pages in the pool.
         total: u64,
-        /// Pages that the pool should have.
+        /// Pool size that would suffice.
         wanted: u64,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// The host commits no more memory than it has.
+    /// The host's commit limit is reached.
     #[error(
-        "the host has no {bytes} bytes left that it may promise (vm.overcommit_memory=2; see \
-         CommitLimit and Committed_AS in /proc/meminfo)"
+        "the host cannot commit {bytes} more bytes (vm.overcommit_memory=2; see CommitLimit and \
+         Committed_AS in /proc/meminfo)"
     )]
     Commit {
-        /// What was asked for.
+        /// Bytes requested.
         bytes: u64,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// The host refused to say something.
+    /// An operation of the host failed.
     #[error("{what}")]
     Host {
-        /// What was asked.
+        /// The operation.
         what: &'static str,
-        /// Why not.
+        /// The cause.
         source: io::Error,
     },
 }

@@ -1,4 +1,4 @@
-//! What sizes of page the host uses behind a region.
+//! The sizes of host pages that back a region.
 
 use std::os::fd::AsFd;
 
@@ -10,17 +10,16 @@ use crate::HostMemoryError;
 
 /// `f_type` of hugetlbfs (`include/uapi/linux/magic.h`).
 const HUGETLBFS_MAGIC: FsWord = 0x9584_58f6;
-/// `f_type` of tmpfs, which also is what memfd files live on.
+/// `f_type` of tmpfs, which memfd files are on too.
 const TMPFS_MAGIC: FsWord = 0x0102_1994;
 
-/// The pages that the host uses behind a region.
+/// The host pages that back a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HostPages {
     /// 4 KiB pages: any page can be released alone.
     Small,
-    /// Pages of up to 2 MiB that the kernel can split (tmpfs with `huge=`,
-    /// transparent huge pages): a part can be released, at the price of the
-    /// huge page.
+    /// Pages of up to 2 MiB that the kernel can split (tmpfs with `huge=`, transparent
+    /// huge pages): a part can be released, which splits the huge page.
     Transparent,
     /// hugetlbfs: a host page is released whole or not at all.
     Hugetlb {
@@ -40,16 +39,16 @@ impl HostPages {
         }
     }
 
-    /// Finds out what backs `file`: on hugetlbfs the file system's block size, on
-    /// tmpfs (memfd files too) the file's, which is a huge page's where the kernel
-    /// would use one (`shmem_getattr` in `mm/shmem.c`, Linux 4.18). Mount options
-    /// would not do: the mount may be in another namespace, or in none.
+    /// Determines what backs `file`, by the block size: on hugetlbfs that of the file
+    /// system; on tmpfs (memfd files too) that of the file, which is a huge page's if the
+    /// kernel would use one (`shmem_getattr` in `mm/shmem.c`, Linux 4.18). Mount options
+    /// do not suffice: the mount may be in another namespace, or in none.
     ///
-    /// `huge=advise` counts as small pages, since whether anyone advised cannot
-    /// be seen; set it on the region if you know.
+    /// `huge=advise` counts as small pages, since advice cannot be detected; set it with
+    /// [`Region::with_host_pages`](crate::Region::with_host_pages) if it was given.
     ///
     /// # Errors
-    /// The file's file system cannot be asked.
+    /// `fstatfs` or `fstat` fails.
     pub fn of_file(file: impl AsFd) -> Result<Self, HostMemoryError> {
         let failed = |what| {
             move |error: rustix::io::Errno| HostMemoryError::Host { what, source: error.into() }

@@ -1,4 +1,4 @@
-//! Memory whose pages come when somebody touches them (`userfaultfd`).
+//! Memory whose pages are placed when a thread touches them (`userfaultfd`).
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -65,20 +65,20 @@ struct ZeroPage {
     zeroed: i64,
 }
 
-/// The pages of a guest that are not there yet. Whoever touches one waits until it was
-/// [placed](Self::place); the processors of a KVM guest too, which is why making this needs
-/// `CAP_SYS_PTRACE` or `vm.unprivileged_userfaultfd = 1`.
+/// The missing pages of a guest. A thread that touches one blocks until it was
+/// [placed](Self::place). That includes the vCPUs of a KVM guest, so this needs `CAP_SYS_PTRACE` or
+/// `vm.unprivileged_userfaultfd = 1`.
 ///
-/// Pages that are discarded are missing, and what they were to have is nothing any more: they are
-/// [never placed](Placed::Discarded), and [zeros](Self::place_zeros) when somebody touches them.
+/// Discarded pages are missing again, and their old contents are void: they are
+/// [never placed](Placed::Discarded), and get [zeros](Self::place_zeros) when a thread touches them.
 ///
 /// # Placing and discarding at the same time
-/// A discard notes its pages under a lock before it begins; a page is placed under the same lock,
-/// and only if it was not noted. So it is placed before the note, and the discard takes it away
-/// again; or the note is there, and it is not placed. Contents are never placed behind a discard.
-/// Zeros may be, at any time: whoever waits for the page then finds them, or it is taken away before
-/// that, and they wait for it anew. The lock is held for one page, without any wait but that of
-/// the kernel for a page of its own.
+/// A discard records its pages under a lock before it begins. A page is placed under the same lock,
+/// and only if it was not recorded. So either it is placed before it is recorded, and the discard
+/// removes it again; or it is recorded first, and is not placed. Contents are never placed after a
+/// discard. Zeros may be placed at any time: the waiting thread reads them, or the discard removes
+/// them before that, and the thread blocks again. The lock is held while one page is placed; the only
+/// wait under it is the kernel's allocation of a page.
 #[derive(Debug)]
 pub struct MissingPages {
     uffd: OwnedFd,
@@ -86,23 +86,23 @@ pub struct MissingPages {
     discarded: Arc<Discarded>,
 }
 
-/// What became of a page that was to be placed.
+/// The result of placing a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Placed {
-    /// It is there.
+    /// It was placed.
     Now,
-    /// It was there already, and is as it was.
+    /// It was present already, and was not changed.
     Before,
-    /// It was discarded since memory is watched, and is left as it is.
+    /// It was discarded after watching began, and was not changed.
     Discarded,
 }
 
-/// Pages that were discarded since memory is watched, whatever became of them since.
+/// Pages that were discarded after watching began, even if they were used again.
 #[derive(Debug, Default)]
 struct Discarded(Mutex<PageSet>);
 
 impl Discarded {
-    /// Whole at every unlock.
+    /// The set is consistent at every unlock.
     fn lock(&self) -> MutexGuard<'_, PageSet> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -115,19 +115,22 @@ impl ObserveDiscards for Discarded {
 }
 
 impl MissingPages {
-    /// Watches all of a guest's memory, which must be anonymous memory that nobody has touched.
+    /// Watches all of a guest's memory, which must be anonymous and untouched.
     ///
     /// # Errors
-    /// It is backed by a file, the host's pages are not of 4 KiB, or the kernel refuses.
+    /// It is backed by a file, the host's pages are not 4 KiB, or the kernel refuses.
     pub fn watch(map: &MemoryMap) -> Result<Self, HostMemoryError> {
         let host = |what| move |errno: Errno| HostMemoryError::Host { what, source: errno.into() };
         if rustix::param::page_size() as u64 != PAGE_BYTES {
             let source = io::Error::from(io::ErrorKind::Unsupported);
-            return Err(HostMemoryError::Host { what: "pages of another size", source });
+            return Err(HostMemoryError::Host {
+                what: "missing pages need a host with 4 KiB pages",
+                source,
+            });
         }
         let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
-        // SAFETY: what the descriptor can do is done below, on memory of regions only, whose
-        // constructors vouched that its contents may change at any time.
+        // SAFETY: the descriptor is only used below, on memory of regions, whose constructors
+        // guaranteed that its contents may change at any time.
         let uffd = unsafe { userfaultfd(flags) }.map_err(host("userfaultfd"))?;
         let discarded = Arc::new(Discarded::default());
         let missing = Self { uffd, map: map.clone(), discarded };
@@ -146,17 +149,17 @@ impl MissingPages {
         Ok(missing)
     }
 
-    /// The guest page that somebody waits for; `None` if nobody does for `wait`.
+    /// Waits up to `wait` for a thread that touches a missing page; returns that guest page.
     ///
     /// # Errors
-    /// The kernel cannot be asked.
+    /// `poll` or `read` fails.
     pub fn next(&self, wait: Duration) -> io::Result<Option<u64>> {
         let time = Timespec {
             tv_sec: i64::try_from(wait.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: wait.subsec_nanos().into(),
         };
         match poll(&mut [PollFd::new(&self.uffd, PollFlags::IN)], Some(&time)) {
-            // A signal is nobody's page.
+            // A signal, not a page fault.
             Ok(0) | Err(Errno::INTR) => return Ok(None),
             Ok(_) => {}
             Err(errno) => return Err(errno.into()),
@@ -175,29 +178,29 @@ impl MissingPages {
         Ok(self.page_of(u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7])))
     }
 
-    /// Puts contents into a missing page, zeros where there are none, and lets those go on who wait
-    /// for it; unless it was discarded. Zeros cost the host nothing until they are written.
+    /// Puts contents, or zeros if `None`, into a missing page, and wakes the threads that wait for it,
+    /// unless it was discarded. Zeros cost the host no memory until they are written.
     ///
     /// # Errors
-    /// There is no such page, or the kernel refuses.
+    /// The page does not exist, or the kernel refuses.
     pub fn place(&self, page: u64, contents: Option<&[u8; 4096]>) -> io::Result<Placed> {
         self.place_after(page, contents, || {})
     }
 
-    /// With `look`, for tests, between looking whether it was discarded and placing it.
+    /// Calls `between`, for tests, after the check for a discard and before placing the page.
     fn place_after(
         &self,
         page: u64,
         contents: Option<&[u8; 4096]>,
-        look: impl FnOnce(),
+        between: impl FnOnce(),
     ) -> io::Result<Placed> {
         let to = self.address(page)?;
-        // Over the call: whoever discards waits for it, and takes the page away then.
+        // Held over the call: a discard waits for it, and then removes the page.
         let discarded = self.discarded.lock();
         if discarded.contains(page) {
             return Ok(Placed::Discarded);
         }
-        look();
+        between();
         let is_new = match contents {
             Some(contents) => {
                 let from = contents.as_ptr() as u64;
@@ -212,7 +215,7 @@ impl MissingPages {
         Ok(if is_new { Placed::Now } else { Placed::Before })
     }
 
-    /// Puts zeros into a page that somebody waits for, and that was discarded.
+    /// Puts zeros into a discarded page that a thread waits for.
     ///
     /// # Errors
     /// As [`place`](Self::place).
@@ -220,7 +223,7 @@ impl MissingPages {
         self.put_zeros(self.address(page)?).map(drop)
     }
 
-    /// Whether the page was discarded, and what it was to have need not be known.
+    /// True if the page was discarded, so that its contents are not needed.
     #[must_use]
     pub fn was_discarded(&self, page: u64) -> bool {
         self.discarded.lock().contains(page)
@@ -237,7 +240,7 @@ impl MissingPages {
         loop {
             match put() {
                 Ok(()) => return Ok(true),
-                // Mappings of the process are just being changed.
+                // The process's mappings are being changed.
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 Err(Errno::EXIST) => {
                     let mut wake = Wake { start, len: PAGE_BYTES };
@@ -270,12 +273,11 @@ impl MissingPages {
     }
 
     fn call<T>(&self, request: u64, argument: &mut T) -> Result<(), Errno> {
-        // SAFETY: every `request` here comes with the structure of its own (the size is a part of
-        // the request's number), which lives until the call returns. `UFFDIO_COPY` reads one page
-        // at `from`, which `place` borrows meanwhile. What calls write besides the structure is
-        // memory of regions that were registered, and a missing page of those only: whoever made
-        // an `AnonymousMemory` vouched that no reference points into it and that nobody relies on
-        // its contents; `map` keeps it mapped.
+        // SAFETY: every `request` here has its own structure (the size is a part of the request's
+        // number), which lives until the call returns. `UFFDIO_COPY` reads one page at `from`, which
+        // `place` borrows meanwhile. Besides the structure, the calls write only missing pages of
+        // registered regions: the creator of an `AnonymousMemory` guaranteed that no reference
+        // points into it and that nothing depends on its contents; `map` keeps it mapped.
         let result =
             unsafe { libc::ioctl(self.uffd.as_raw_fd(), request, std::ptr::from_mut(argument)) };
         if result == 0 {
@@ -300,11 +302,11 @@ mod tests {
         [value; 4096]
     }
 
-    /// Memory that can be watched; `None`, and a word about it, where that is not allowed.
+    /// Watches memory; prints a line and returns `None` if that is not permitted.
     fn watch(map: &MemoryMap) -> Option<MissingPages> {
         match MissingPages::watch(map) {
             Ok(missing) => Some(missing),
-            // Not root, and not allowed.
+            // Not root, and not permitted.
             Err(HostMemoryError::Host { what: "userfaultfd", source }) => {
                 eprintln!("SKIPPED: userfaultfd was refused: {source}");
                 None
@@ -316,7 +318,7 @@ mod tests {
     extern "C" fn ignore(_: libc::c_int) {}
 
     #[test]
-    fn a_signal_ends_a_wait_and_is_no_error() {
+    fn a_signal_ends_a_wait_without_an_error() {
         let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 12)]).unwrap();
         let map = MemoryMap::of_guest_memory(&memory).unwrap();
         let Some(missing) = watch(&map) else { return };
@@ -331,7 +333,7 @@ mod tests {
             });
             let thread = thread.recv().unwrap();
             while !waiter.is_finished() {
-                // SAFETY: the thread is not joined yet, so its name is valid.
+                // SAFETY: the thread is not joined yet, so its id is valid.
                 unsafe { libc::pthread_kill(thread, libc::SIGURG) };
                 thread::sleep(Duration::from_millis(1));
             }
@@ -340,16 +342,16 @@ mod tests {
     }
 
     #[test]
-    fn what_was_discarded_is_zeros_and_never_placed() {
+    fn discarded_pages_read_as_zeros_and_are_never_placed() {
         let memory: GuestMemoryMmap =
             GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 12)]).unwrap();
         let map = MemoryMap::of_guest_memory(&memory).unwrap();
-        // Whoever releases has a copy, made before.
+        // The releasing side has a copy of the map, made before.
         let (host, one_by_one) = (map.clone(), map.clone());
         let Some(missing) = watch(&map) else { return };
         let pages = |start, pages| PageSet::from(PageRange::new(start, pages).unwrap());
         missing.place(3, Some(&page(3))).unwrap();
-        // One that was there, and more that were not.
+        // One page that is present, and others that are not.
         let _ = host.discard(&pages(3, 10));
         let _ = one_by_one.discard_per_page(&pages(20, 2));
         for at in [3, 4, 12, 20, 21] {
@@ -369,15 +371,15 @@ mod tests {
             }
             assert_eq!(reader.join().unwrap(), 0);
         });
-        // What is written then is the guest's, and goes when it is discarded again.
+        // The guest's writes after that stay until the next discard.
         memory.write_obj(7u8, GuestAddress(4 << 12)).unwrap();
         assert_eq!(missing.place(4, Some(&page(9))).unwrap(), Placed::Discarded);
         assert_eq!(memory.read_obj::<u8>(GuestAddress(4 << 12)).unwrap(), 7);
     }
 
-    /// A discard that comes just when the page is placed: it waits, and takes the page away.
+    /// A discard while the page is being placed waits, and then removes the page.
     #[test]
-    fn a_page_that_is_placed_while_it_is_discarded_does_not_stay() {
+    fn a_page_placed_during_its_discard_is_removed() {
         let memory: GuestMemoryMmap =
             GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 12)]).unwrap();
         let map = MemoryMap::of_guest_memory(&memory).unwrap();
@@ -390,7 +392,7 @@ mod tests {
                     let _ = map.discard(&pages);
                     over.store(1, Ordering::SeqCst);
                 });
-                // More than enough for it to end, if it could.
+                // More than enough for it to end, if it did not wait.
                 thread::sleep(Duration::from_millis(100));
             });
             assert_eq!(placed.unwrap(), Placed::Now);
@@ -400,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn who_touches_a_page_gets_what_is_placed() {
+    fn a_thread_that_touches_a_page_reads_what_is_placed() {
         let ranges = [(GuestAddress(0x10_0000), 16 << 12), (GuestAddress(0x40_0000), 16 << 12)];
         let memory = GuestMemoryMmap::<()>::from_ranges(&ranges).unwrap();
         let map = MemoryMap::of_guest_memory(&memory).unwrap();

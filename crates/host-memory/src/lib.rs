@@ -1,13 +1,13 @@
 //! Releasing and counting the host memory that backs a guest.
 //!
-//! A [`MemoryMap`] says which file or mapping backs which guest pages. It
-//! implements [`Discard`]: it gives the memory of a [`PageSet`] back to the host
-//! with the fewest system calls. A [`Reclaimer`] does so behind the guest's
-//! back, merged over many requests, and guarantees that a page which goes back
-//! to the guest is never discarded afterwards ([`Reclaimer::retain`]).
-//! [`resident`] counts what the host really spends.
+//! A [`MemoryMap`] maps guest pages to the files or mappings that back them. It
+//! implements [`Discard`]: it releases the memory of a [`PageSet`] to the host with
+//! the fewest system calls. A [`Reclaimer`] does so in the background, merged over
+//! many requests, and guarantees that a page which the guest takes back is never
+//! discarded afterwards ([`Reclaimer::retain`]). [`resident`] measures the memory
+//! that the host spends.
 //!
-//! Nothing here knows how pages were asked for: no queues, no virtio.
+//! This crate does not depend on virtio or any queue.
 //!
 //! A "page" is 4 KiB and page numbers are guest physical addresses divided by
 //! 4096, whatever the host's page size is.

@@ -1,4 +1,4 @@
-//! Which region backs which guest page.
+//! Maps guest pages to regions.
 
 use std::sync::Arc;
 
@@ -9,17 +9,17 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 use crate::observe::Observers;
 use crate::{HostMemoryError, ObserveDiscards, Region};
 
-/// All memory of a guest: regions by guest address, none overlapping. Copies are of the same
-/// guest: who [observes](Self::observe) one hears of all.
+/// All memory of a guest: regions by guest address, none overlapping. Clones are of the same guest: an
+/// [observer](Self::observe) of one is notified of the discards of all.
 #[derive(Clone, Debug, Default)]
 pub struct MemoryMap {
     regions: Vec<Region>,
-    /// This process answers for the memory; see [`committing`](Self::committing).
+    /// This process is charged for the memory; see [`committing`](Self::committing).
     pub(crate) commits: bool,
     pub(crate) observers: Arc<Observers>,
 }
 
-/// Pages that no region backs: the fault of who named them.
+/// Pages that no region backs: the fault of the side that named them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("page {:#x} lies outside guest memory", .pages.start())]
 pub struct OutsideMemory {
@@ -37,11 +37,11 @@ pub struct Piece<'a> {
 }
 
 impl Piece<'_> {
-    /// Where the piece starts: an offset in the region's file, or an address in
+    /// Start of the piece: an offset in the region's file, or an address in
     /// this process.
     #[must_use]
     pub fn start_bytes(&self) -> u64 {
-        // Cannot overflow: the region was checked to its end.
+        // Cannot overflow: the region's end was checked.
         self.region.base_bytes() + (self.pages.start() - self.region.pages().start()) * PAGE_BYTES
     }
 
@@ -53,7 +53,7 @@ impl Piece<'_> {
 }
 
 impl MemoryMap {
-    /// Puts regions in order.
+    /// Sorts the regions.
     ///
     /// # Errors
     /// [`HostMemoryError::Overlap`].
@@ -73,15 +73,15 @@ impl MemoryMap {
         Ok(Self { regions, commits: false, observers: Arc::default() })
     }
 
-    /// Memory that this process answers for: where the host never overcommits, what is
-    /// [reserved](Self::reserve) again is committed. Who commits a page is charged for it (its
-    /// control group), so a back end leaves that to the VMM whose memory it is.
+    /// Memory for which this process is charged: on a host that never overcommits, pages that are
+    /// [reserved](Self::reserve) again are committed. The control group of the committing process is
+    /// charged for a page, so only the VMM that owns the memory does this, not a back end.
     #[must_use]
     pub fn committing(self) -> Self {
         Self { commits: true, ..self }
     }
 
-    /// The map of guest memory as vm-memory holds it.
+    /// The map of guest memory in vm-memory's form.
     ///
     /// # Errors
     /// As [`Region::of_mapping`].
@@ -98,12 +98,12 @@ impl MemoryMap {
         &self.regions
     }
 
-    /// Has `observer` hear of every discard from now on, for as long as a copy of the map is there.
+    /// Notifies `observer` of every discard from now on, as long as a clone of the map exists.
     pub fn observe(&self, observer: Arc<dyn ObserveDiscards>) {
         self.observers.add(observer);
     }
 
-    /// How many pages the guest has.
+    /// Number of pages of the guest.
     #[must_use]
     pub fn pages(&self) -> u64 {
         self.regions.iter().map(|region| region.pages().pages()).sum()
@@ -117,16 +117,16 @@ impl MemoryMap {
         self.translate(pages).find_map(Result::err).map_or(Ok(()), Err)
     }
 
-    /// `pages` cut at region borders, lowest first: one look-up, then one step
-    /// for each region that it touches. Pages that no region backs come as
-    /// errors in their place, the rest still comes.
+    /// Splits `pages` at region borders, lowest first: one look-up, then one step for
+    /// each region. Pages that no region backs are yielded as errors in their place;
+    /// the rest follows.
     #[must_use]
     pub fn translate(&self, pages: PageRange) -> Pieces<'_> {
         let first = self.regions.partition_point(|region| region.pages().end() <= pages.start());
         Pieces { regions: self.regions.get(first..).unwrap_or_default(), rest: pages }
     }
 
-    /// The one page `page`, by one look-up.
+    /// Looks up one page.
     #[must_use]
     pub fn find(&self, page: u64) -> Option<Piece<'_>> {
         let pages = PageRange::new(page, 1).ok()?;
@@ -162,7 +162,7 @@ impl<'a> Iterator for Pieces<'a> {
 }
 
 impl Pieces<'_> {
-    /// Takes the pages below `end` off the rest.
+    /// Removes the pages below `end` from the rest, and returns them.
     fn cut(&mut self, end: u64) -> PageRange {
         let (low, high) = self.rest.split_at(end);
         self.rest = high;

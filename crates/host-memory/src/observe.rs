@@ -1,28 +1,27 @@
-//! Who has to hear of discards: whatever knows contents of the guest's pages from before.
+//! Observers of discards: anything that has old contents of the guest's pages.
 
 use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use page_set::PageSet;
 
-/// Hears of every discard of a guest's pages, whoever discards them and by whichever copy of its
+/// Is notified of every discard of a guest's pages, in any thread and through any clone of its
 /// [`MemoryMap`](crate::MemoryMap).
 ///
-/// Both calls are made on the thread that discards, which may be one that the guest waits for: so
-/// they must be short.
+/// The discarding thread makes both calls. The guest may wait for it, so they must be short.
 pub trait ObserveDiscards: Send + Sync {
-    /// `pages` are about to be discarded. None of them is before this returns.
+    /// `pages` are about to be discarded. The discard begins after this returns.
     fn before(&self, pages: &PageSet) {
         let _ = pages;
     }
 
-    /// `pages` were discarded, but for those that the host did not take.
+    /// `pages` were discarded, except those that the host refused.
     fn after(&self, pages: &PageSet) {
         let _ = pages;
     }
 }
 
-/// Those who hear of the discards of one guest.
+/// The observers of one guest.
 #[derive(Default)]
 pub(crate) struct Observers(RwLock<Vec<Arc<dyn ObserveDiscards>>>);
 
@@ -31,8 +30,8 @@ impl Observers {
         self.0.write().unwrap_or_else(PoisonError::into_inner).push(observer);
     }
 
-    /// Has everybody hear of a discard, before it and after it.
-    pub(crate) fn told<T>(&self, pages: &PageSet, discard: impl FnOnce() -> T) -> T {
+    /// Runs `discard`, and notifies all observers before and after it.
+    pub(crate) fn notify<T>(&self, pages: &PageSet, discard: impl FnOnce() -> T) -> T {
         let observers = self.0.read().unwrap_or_else(PoisonError::into_inner).clone();
         observers.iter().for_each(|observer| observer.before(pages));
         let done = discard();

@@ -1,25 +1,25 @@
-//! Host pages of which only a part was given.
+//! Host pages of which the guest gave up only a part.
 
 use page_set::{PAGE_BYTES, PageRange, PageSet};
 
 use crate::{HostPages, MemoryMap, Piece};
 
-/// What to do with parts of a transparent huge page that do not add up to a
-/// whole one. hugetlbfs pages always wait.
+/// What to do with parts of a transparent huge page. Parts of hugetlbfs pages always
+/// wait.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum PartialHuge {
-    /// Release them, which splits the huge page. The default: Linux gives every
-    /// given page back at some 0.1 ms for each huge page split (measured on
-    /// 6.18 with `examples/floor.rs`), where waiting may give back nothing.
+    /// Release them, which splits the huge page. The default: Linux releases every page
+    /// at some 0.1 ms for each huge page split (measured on 6.18 with
+    /// `examples/floor.rs`), whereas waiting may release nothing.
     #[default]
     Split,
-    /// Keep them, and count them as waiting, until the rest arrives.
+    /// Keep them, counted as waiting, until the guest gives up the rest.
     Wait,
 }
 
 impl MemoryMap {
-    /// Takes out of `pages` those that lie in a host page which must be released
-    /// whole and is not wholly in `pages`; returns them.
+    /// Removes from `pages` those whose host page must be released whole and is not
+    /// completely in `pages`; returns them.
     pub(crate) fn take_partial(&self, pages: &mut PageSet, partial_huge: PartialHuge) -> PageSet {
         let whole = |host_pages| match host_pages {
             HostPages::Small => 1,
@@ -41,7 +41,7 @@ impl MemoryMap {
 
 /// The pages of `piece` before its first and after its last whole host page.
 fn ragged_edges(piece: &Piece<'_>, host_page_pages: u64) -> (PageRange, PageRange) {
-    // Borders are those of the file or the address space, not of the guest.
+    // Alignment is that of the file or the address space, not of the guest.
     let first = piece.start_bytes() / PAGE_BYTES;
     let into = first % host_page_pages;
     let head = if into == 0 { 0 } else { host_page_pages - into };

@@ -1,39 +1,37 @@
-//! Which pages may be discarded now: the state behind background release, as a
-//! plain value without locks, threads or clocks.
+//! Which pages may be discarded now: the state of background release, as a plain
+//! value without locks, threads or clocks.
 //!
-//! A page is in at most these places: *pending* (given, not yet released),
-//! *waiting* (given, but its host page must be released whole and the rest was
-//! not given), *in flight* (some thread may be discarding it right now), *to be
-//! swept* (given and released, and to be released again because a huge page of the
-//! host has come back around it, or may have). There is at most one batch in flight. *Given*
-//! are all of these and those that were released: what was added and not
-//! retained.
+//! *Given* pages are those that the guest gave up: they were added and not retained.
+//! A given page is released, or in one of these sets: *pending* (not yet released),
+//! *waiting* (its host page must be released whole, and the guest did not give up the
+//! rest), *in flight* (a thread may be discarding it right now), *to be swept*
+//! (released, and to be released again because a huge page of the host has come back
+//! around it, or may have). There is at most one batch in flight.
 //!
 //! # Why a page that was retained is not discarded
 //! Discarding happens only between [`PendingRelease::begin`] and
 //! [`PendingRelease::finish`], and only to pages of the [`Batch`] that `begin`
-//! returned: whoever discards can get pages from nowhere else.
+//! returned: a thread that discards has no other source of pages.
 //!
-//! 1. A page enters a batch only out of *pending*, *waiting* or *to be swept*, and
-//!    the last is only ever filled out of *given*.
-//! 2. [`PendingRelease::retain`] takes its pages out of all four, so no later
-//!    `begin` can return them before they are given anew by
-//!    [`PendingRelease::add`].
-//! 3. If it answers [`Retained::Yes`], no batch in flight holds any of them
-//!    either. A batch that was finished is discarded no more: `finish` takes the
-//!    batch by value, and it cannot be copied.
-//! 4. If it answers [`Retained::InFlight`], the caller asks again after the batch
-//!    was finished. `finish` may have moved pages of the batch to *waiting*; the
-//!    second question takes them out there (point 2) and then point 3 holds.
+//! 1. A page enters a batch only from *pending*, *waiting* or *to be swept*, and the
+//!    last is only ever filled from *given*.
+//! 2. [`PendingRelease::retain`] removes its pages from all four, so no later `begin`
+//!    can return them before [`PendingRelease::add`] adds them again.
+//! 3. If it returns [`Retained::Yes`], no batch in flight contains any of them either.
+//!    A finished batch is no longer discarded: `finish` takes the batch by value, and
+//!    it cannot be copied.
+//! 4. If it returns [`Retained::InFlight`], the caller retries after the batch was
+//!    finished. `finish` may have moved pages of the batch to *waiting*; the second
+//!    call removes them from there (point 2), and then point 3 holds.
 //!
-//! So once `retain` has answered yes, none of its pages is discarded until it is
-//! added again.
+//! So once `retain` has returned yes, none of its pages is discarded until it is added
+//! again.
 
 use std::sync::Arc;
 
 use page_set::{CHUNK_PAGES, PAGE_NUMBER_END, PageRange, PageSet};
 
-/// See the module.
+/// The state; see the module.
 #[derive(Debug, Default)]
 pub struct PendingRelease {
     given: PageSet,
@@ -41,9 +39,9 @@ pub struct PendingRelease {
     waiting: PageSet,
     sweep: PageSet,
     in_flight: Option<Flight>,
-    /// Pages that were pending and came into a batch, so far.
+    /// Pages that have moved from pending to a batch.
     begun_pages: u64,
-    /// Batches that were finished, so far.
+    /// Batches that were finished.
     finished_batches: u64,
 }
 
@@ -53,7 +51,7 @@ struct Flight {
     swept: bool,
 }
 
-/// Pages that may be discarded until the batch is given back to
+/// Pages that may be discarded until the batch is passed to
 /// [`PendingRelease::finish`].
 #[derive(Debug)]
 #[must_use = "pages stay in flight until the batch is finished"]
@@ -62,25 +60,25 @@ pub struct Batch {
     swept: bool,
 }
 
-/// Which pending pages to begin with.
+/// The pending pages of a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Take {
-    /// Whole 2 MiB chunks only, up to so many pages.
+    /// Whole 2 MiB chunks only, up to this many pages.
     Chunks(u64),
-    /// Up to so many pages: where the host has huge pages, whole chunks before
-    /// others; else the lowest.
+    /// Up to this many pages: whole chunks first if the host has huge pages; else the
+    /// lowest.
     Any(u64),
     /// Everything.
     All,
 }
 
-/// Answer of [`PendingRelease::retain`].
+/// Result of [`PendingRelease::retain`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub enum Retained {
     /// None of the pages will be discarded.
     Yes,
-    /// Some are in flight: ask again once the batch is finished.
+    /// Some are in flight: retry once the batch is finished.
     InFlight,
 }
 
@@ -91,7 +89,7 @@ impl Batch {
         &self.pages
     }
 
-    /// True where the pages were released before.
+    /// True if the pages were released before.
     #[must_use]
     pub fn is_swept(&self) -> bool {
         self.swept
@@ -99,7 +97,7 @@ impl Batch {
 }
 
 impl PendingRelease {
-    /// Gives pages to be released.
+    /// Adds pages to be released.
     pub fn add(&mut self, pages: &PageSet) {
         self.given.union_with(pages);
         self.pending.union_with(pages);
@@ -107,8 +105,8 @@ impl PendingRelease {
         self.sweep.subtract(pages);
     }
 
-    /// Takes pages back; see [`Retained`]. Returns also how many pages it found
-    /// not yet released.
+    /// Takes pages back; see [`Retained`]. Also returns how many of them were not yet
+    /// released.
     pub fn retain(&mut self, pages: &PageSet) -> (Retained, u64) {
         let before = self.pending.len() + self.waiting.len();
         self.given.subtract(pages);
@@ -121,7 +119,7 @@ impl PendingRelease {
         (if in_flight { Retained::InFlight } else { Retained::Yes }, cancelled)
     }
 
-    /// Takes everything back that is not in flight.
+    /// Takes back everything that is not in flight.
     pub fn forget(&mut self) {
         self.given.clear();
         self.pending.clear();
@@ -129,8 +127,8 @@ impl PendingRelease {
         self.sweep.clear();
     }
 
-    /// The next pages from `from` on, within at most `limit` page numbers, of which some
-    /// were released.
+    /// The next range from `from` on with given pages, at most `limit` page numbers long, and its
+    /// released pages.
     #[must_use]
     pub fn next_released(&self, from: u64, limit: u64) -> Option<(PageRange, PageSet)> {
         let rest = PageRange::from_bounds(from, PAGE_NUMBER_END).ok()?;
@@ -143,8 +141,8 @@ impl PendingRelease {
         Some((range, released))
     }
 
-    /// Marks to be swept what of `chosen` was released, and is not to be released anew by
-    /// now: pages that were taken back since they were chosen are left alone.
+    /// Marks to be swept those of `chosen` that are released and not pending again. Ignores pages
+    /// that were taken back since they were chosen.
     pub fn sweep(&mut self, mut chosen: PageSet) {
         let mut taken_back = chosen.clone();
         taken_back.subtract(&self.given);
@@ -160,8 +158,8 @@ impl PendingRelease {
         !self.sweep.is_empty()
     }
 
-    /// Begins a batch of up to so many pages to be swept, whole chunks before
-    /// others: none if there are none or a batch is in flight.
+    /// Begins a batch of up to `limit` pages to be swept, whole chunks first. `None` if there
+    /// are none, or a batch is in flight.
     pub fn begin_sweep(&mut self, limit: u64) -> Option<Batch> {
         if self.in_flight.is_some() {
             return None;
@@ -170,12 +168,12 @@ impl PendingRelease {
             chunks if chunks.is_empty() => self.sweep.take_up_to(limit),
             chunks => chunks,
         };
-        self.fly(pages, true)
+        self.start(pages, true)
     }
 
-    /// Begins a batch: none if nothing suits or one is in flight. Pages that wait
-    /// come along if a page within `largest_host_page` pages of them does, since
-    /// together they may make a whole host page.
+    /// Begins a batch. `None` if nothing suits, or one is in flight. Adds waiting pages
+    /// within `largest_host_page` pages of the batch, since together they may be a whole
+    /// host page.
     pub fn begin(&mut self, take: Take, largest_host_page: u64) -> Option<Batch> {
         if self.in_flight.is_some() {
             return None;
@@ -199,12 +197,12 @@ impl PendingRelease {
         if largest_host_page > 1 {
             self.sweep_completed(&pages);
         }
-        self.fly(pages, false)
+        self.start(pages, false)
     }
 
-    /// Ends a batch: nobody discards its pages any more. `partial` of them were
-    /// left alone and wait for the rest of their host page; of a swept batch, as far
-    /// as they did before.
+    /// Ends a batch: its pages are no longer discarded. Those in `partial` were not
+    /// released and wait for the rest of their host page; for a swept batch, only if they
+    /// waited before.
     pub fn finish(&mut self, batch: Batch, partial: &PageSet) {
         let flight = self.in_flight.as_ref();
         debug_assert!(flight.is_some_and(|flight| Arc::ptr_eq(&flight.pages, &batch.pages)));
@@ -215,18 +213,18 @@ impl PendingRelease {
         } else {
             self.waiting.union_with(partial);
         }
-        // Given again meanwhile: those come with the next batch.
+        // Given again meanwhile: those are part of the next batch.
         self.waiting.subtract(&self.pending);
         self.in_flight = None;
         self.finished_batches += 1;
     }
 
-    /// Makes what waits pending again: the rule changed.
+    /// Makes waiting pages pending again, after the rule for parts changed.
     pub fn retry_waiting(&mut self) {
         self.pending.union_with(&std::mem::take(&mut self.waiting));
     }
 
-    /// Pages given and not yet begun.
+    /// Given pages that are not yet in a batch.
     #[must_use]
     pub fn pending(&self) -> &PageSet {
         &self.pending
@@ -238,7 +236,7 @@ impl PendingRelease {
         &self.waiting
     }
 
-    /// Pages that were given and not retained since.
+    /// Pages that were added and not retained since.
     #[must_use]
     pub fn given(&self) -> &PageSet {
         &self.given
@@ -253,13 +251,13 @@ impl PendingRelease {
             .map_or(0, |flight| flight.pages.len())
     }
 
-    /// Pages that were pending and came into a batch, so far: grows only.
+    /// Pages that have moved from pending to a batch; only grows.
     #[must_use]
     pub const fn begun_pages(&self) -> u64 {
         self.begun_pages
     }
 
-    /// Batches that were finished, so far.
+    /// Batches that were finished.
     #[must_use]
     pub const fn finished_batches(&self) -> u64 {
         self.finished_batches
@@ -271,9 +269,9 @@ impl PendingRelease {
         self.in_flight.is_some()
     }
 
-    /// Marks to be swept each chunk of which `pages` are the last missing part. Such
-    /// a part may have been the guest's for a moment and have brought the whole huge
-    /// page back; to release the part alone would leave the rest to the guest.
+    /// Marks to be swept each chunk whose last missing part is in `pages`. The guest may have
+    /// used such a part briefly, which brought the whole huge page back; releasing only the
+    /// part would leave the rest of it allocated.
     fn sweep_completed(&mut self, pages: &PageSet) {
         let mut last = None;
         for range in pages.ranges() {
@@ -290,15 +288,15 @@ impl PendingRelease {
         }
     }
 
-    /// True where all of it is given, and nothing of it still to be released but what
-    /// a batch has just taken.
+    /// True if all of it is given, and none of it is still to be released, except the pages
+    /// of the new batch.
     fn was_released(&self, range: PageRange) -> bool {
         self.given.ranges_in(range).next() == Some(range)
             && !self.pending.intersects_range(range)
             && !self.waiting.intersects_range(range)
     }
 
-    fn fly(&mut self, pages: PageSet, swept: bool) -> Option<Batch> {
+    fn start(&mut self, pages: PageSet, swept: bool) -> Option<Batch> {
         if pages.is_empty() {
             return None;
         }

@@ -1,9 +1,9 @@
-//! Releasing behind the guest's back, merged over many requests.
+//! Releases pages in the background, merged over many requests.
 
 mod drain;
-mod look;
+mod sweep;
 
-pub use look::{SWEEP_LOOK_MAX_MS, SWEEP_LOOK_MS};
+pub use sweep::{SWEEP_LOOK_MAX_MS, SWEEP_LOOK_MS};
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -13,27 +13,26 @@ use std::time::{Duration, Instant};
 
 use page_set::PageSet;
 
-use self::look::Look;
+use self::sweep::SweepTimer;
 use crate::collapse::Marks;
 use crate::{Batch, Discard, DiscardReport, PartialHuge, PendingRelease, Retained, Snapshot, Take};
 
-/// The worker is woken when so many pages (32 MiB) can be released: enough that
-/// a wake-up and a call are lost in the time of the release itself (some 6 ms
-/// for small pages), little enough that the host gets its memory soon.
+/// Pages (32 MiB) that wake the worker once they can be released: enough that a wake-up
+/// and a call are negligible compared with the release (some 6 ms for small pages), few
+/// enough that the host gets its memory soon.
 pub const WAKE_PAGES: u64 = 8192;
 
-/// Most pages in one batch (32 MiB), and so how long a retained page waits at
-/// worst: some 6 ms with touched 4 KiB pages, 0.2 ms with huge ones.
+/// Limit of pages in one batch (32 MiB). This bounds how long a retained page waits: some
+/// 6 ms with touched 4 KiB pages, 0.2 ms with huge ones.
 pub const BATCH_PAGES: u64 = 8192;
 
-/// Where the host has huge pages, parts of them are released without a pause of
-/// the guest once so many pages (256 MiB) have come together: by then the guest
-/// is fragmented rather than slow.
+/// On a host with huge pages, parts of them are released without waiting for a pause of
+/// the guest once this many pages (256 MiB) are pending: then the guest is fragmented
+/// rather than slow.
 pub const PARTIAL_LIMIT_PAGES: u64 = 65536;
 
-/// After a pause of so many milliseconds nothing more is expected to add up, and
-/// what is left is released. A driver that waits for its answers sends again
-/// within one.
+/// After a pause of this many milliseconds no more pages are expected, and the rest is
+/// released. A driver that waits for its answers sends again within one millisecond.
 pub const GRACE_MS: u64 = 10;
 
 /// How pages are released.
@@ -44,15 +43,15 @@ pub enum ReleaseMode {
     Background,
     /// In the thread that calls `release`, merged inside the request.
     Immediate,
-    /// In the thread that calls `release`, page by page: for comparison alone.
+    /// In the thread that calls `release`, page by page: for comparison only.
     PerPage,
 }
 
-/// Stack of the worker. The usual 2 MiB are a huge page where the system gives those to everybody,
-/// which it clears when a guest is made.
+/// Stack of the worker. The default of 2 MiB is one huge page if transparent huge pages are always on,
+/// which the kernel clears when a guest is created.
 const STACK_BYTES: usize = 512 << 10;
 
-/// What a reclaimer starts with; all can be changed later.
+/// Initial settings of a reclaimer; all can be changed later.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ReclaimerOptions {
     /// How pages are released.
@@ -64,40 +63,38 @@ pub struct ReclaimerOptions {
 /// Releases the pages of one guest.
 ///
 /// # Safety for the guest
-/// [`release`](Self::release) is for pages that the guest may not use: it gave
-/// them and has not been told that they are its own again. Before it is told so,
-/// they must be [retained](Self::retain): when `retain` returns, no thread is
-/// discarding any of them and none will, until they are released anew.
+/// [`release`](Self::release) is for pages that the guest may not use: it gave them up
+/// and has not been notified that it may use them again. Before that notification, they
+/// must be [retained](Self::retain): when `retain` returns, no thread is discarding any
+/// of them and none will, until they are released again.
 ///
-/// Why that holds: every discard, of the worker and of calling threads alike, is
-/// of a [`Batch`] which came out of [`PendingRelease`] under the lock and goes
-/// back under the lock only when the call has returned (or panicked: it has then
-/// returned too). `retain` asks that state under the same lock and comes back
-/// only when it answers [`Retained::Yes`]; why that answer suffices is argued in
-/// [`PendingRelease`]. The worker's batches are bounded and the next one cannot
-/// contain the retained pages, so `retain` waits for at most one batch. Calls for the
-/// same page from two threads must be put in order by the caller, as the guest's
-/// own requests are.
+/// Why that holds: every discard, of the worker and of calling threads alike, is of a
+/// [`Batch`] that [`PendingRelease`] returned under the lock, and that is finished under
+/// the lock only when the call has returned (or panicked: it has then returned too).
+/// `retain` calls that state under the same lock and returns only when it has got
+/// [`Retained::Yes`]; [`PendingRelease`] has the argument why that suffices. The worker's
+/// batches are bounded, and the next one cannot contain the retained pages, so `retain`
+/// waits for at most one batch. The caller must order calls for the same page from two
+/// threads, as the guest's own requests are ordered.
 ///
 /// # Faults
-/// What the host refuses to release is counted and not tried again: memory that
-/// stays resident harms nobody. A panic while discarding is caught and counted
-/// likewise.
+/// Pages that the host refuses to release are counted and not retried: memory that stays
+/// resident does no harm. A panic while discarding is caught and counted likewise.
 ///
 /// # Huge pages that come back
-/// A guest that touches one page of a 2 MiB hole gets a huge page from the host
-/// (tmpfs with `huge=always`), and with it come back the pages around it that it
-/// gave and may not use. The worker looks now and then whether the host spends more
-/// than it should, and then releases the given parts of such pages once more. Where
-/// the guest gives such a page again before that, all of it is released anew.
+/// A guest that touches one page of a 2 MiB hole gets a huge page from the host (tmpfs
+/// with `huge=always`). With it the pages around it come back that the guest gave up and
+/// may not use. The worker checks periodically whether the host spends more than it
+/// should, and then releases the given parts of such pages again. If the guest gives up
+/// such a page again before that, all of it is released again.
 ///
-/// In private memory the host makes huge pages by itself (khugepaged). There the parts of
-/// which the guest gave a page have small pages until it has taken the last one back; see
-/// `collapse.rs`.
+/// In private memory the host collapses huge pages by itself (khugepaged). There an extent
+/// of which the guest gave up a page has small pages until the guest has taken the last
+/// one back; see `collapse.rs`.
 ///
 /// # End
-/// Dropping waits for the batch in flight and forgets what is pending: it is for
-/// a guest that is gone, whose memory goes with it.
+/// Dropping waits for the batch in flight and forgets pending pages: it is for a guest
+/// that has ended, whose memory is freed with it.
 #[derive(Debug)]
 pub struct Reclaimer {
     shared: Arc<Shared>,
@@ -107,39 +104,39 @@ pub struct Reclaimer {
 #[derive(Debug)]
 struct Shared {
     inner: Mutex<Inner>,
-    /// There may be something to do for the worker.
+    /// There may be work for the worker.
     work: Condvar,
     /// A batch was finished.
     done: Condvar,
-    /// What may have no huge pages; locked before `inner`, if both are.
+    /// The extents without huge pages; locked before `inner`, if both are.
     marks: Marks,
 }
 
 struct Inner {
     pages: PendingRelease,
-    /// What the guest does not use, as far as is known: also what it may use without a word. Empty
-    /// where the host makes no huge pages by itself, since nothing hangs on it there.
-    away: PageSet,
+    /// Pages that the guest is known not to use, also those that it may use again without a message.
+    /// Empty if the host does not collapse huge pages by itself, since nothing depends on it then.
+    unused: PageSet,
     memory: Arc<dyn Discard>,
     mode: ReleaseMode,
     partial_huge: PartialHuge,
-    /// Release everything pending, whole or not.
+    /// Release everything pending, parts of huge pages too.
     flushing: bool,
-    /// When pages were last given.
+    /// When pages were last added.
     last_given: Instant,
-    /// The worker will wake by itself to see whether the grace is over.
+    /// The worker has a timer for the end of the pause.
     armed: bool,
     stop: bool,
-    look: Look,
+    sweep_timer: SweepTimer,
     counters: Snapshot,
 }
 
-/// What the worker should do now.
+/// The worker's next step.
 enum Step {
     Run(Batch),
-    /// See whether huge pages have come back.
-    Look,
-    /// The host spent so many pages before the sweep that is over.
+    /// Check whether huge pages have come back.
+    CheckHuge,
+    /// A sweep has ended; the host spent this many pages before it.
     EndSweep(u64),
     WaitFor(Duration),
     Wait,
@@ -154,7 +151,7 @@ impl Reclaimer {
     pub fn new(memory: Arc<dyn Discard>, options: ReclaimerOptions) -> io::Result<Self> {
         let inner = Inner {
             pages: PendingRelease::default(),
-            away: PageSet::new(),
+            unused: PageSet::new(),
             memory,
             mode: options.mode,
             partial_huge: options.partial_huge,
@@ -162,7 +159,7 @@ impl Reclaimer {
             last_given: Instant::now(),
             armed: false,
             stop: false,
-            look: Look::new(),
+            sweep_timer: SweepTimer::new(),
             counters: Snapshot::default(),
         };
         let shared = Arc::new(Shared {
@@ -175,8 +172,8 @@ impl Reclaimer {
         let worker = worker.spawn({
             let shared = Arc::clone(&shared);
             move || {
-                // A batch that panics is dealt with where it is run. Whatever else does keeps
-                // nobody from the memory that is still to be released.
+                // `run` handles a panic of a batch. After any other panic the worker continues
+                // with the memory that is still to be released.
                 while diagnostics::contain(|| shared.work_until_stopped()).is_err() {
                     shared.lock().counters.panics += 1;
                 }
@@ -185,8 +182,8 @@ impl Reclaimer {
         Ok(Self { shared, worker: Some(worker) })
     }
 
-    /// Gives pages to be released. In the background this only notes them; in the
-    /// other modes they are released when it returns.
+    /// Releases pages. In background mode this only records them; in the other modes they
+    /// are released when it returns.
     pub fn release(&self, pages: &PageSet) {
         if pages.is_empty() {
             return;
@@ -197,15 +194,15 @@ impl Reclaimer {
         if inner.mode != ReleaseMode::Background {
             drop(self.shared.drain(inner));
         } else if inner.is_worth_waking() || !inner.armed {
-            // Noted here, so that the next call need not wake it once more.
+            // Set here, so that the next call need not wake it again.
             inner.armed = true;
             drop(inner);
             self.shared.work.notify_one();
         }
     }
 
-    /// Releases pages before it returns, whatever the mode, for a guest that may
-    /// use them right after. What could not be released is taken back.
+    /// Releases pages before it returns, in any mode, for a guest that may use them right
+    /// after. Takes back pages that could not be released.
     pub fn release_now(&self, pages: &PageSet) {
         let mut inner = self.shared.lock();
         inner.add(pages);
@@ -213,15 +210,15 @@ impl Reclaimer {
         self.cancel(pages);
     }
 
-    /// Releases pages that were never given, in the calling thread and before it
-    /// returns, whatever the mode. It waits for nothing else and counts on its own.
+    /// Releases pages that were never given, in the calling thread and before it returns,
+    /// in any mode. Waits for nothing else, and has its own counters.
     ///
-    /// Pages of a pool (hugetlbfs) are left alone: their user takes them back without a word,
-    /// so that they could not be reserved again first, and would be ended where the pool
-    /// is empty.
+    /// Does not release pages of a pool (hugetlbfs): the guest uses them again without a
+    /// message, so they could not be reserved first, and the guest would be killed if the
+    /// pool is empty.
     ///
-    /// For pages that their user leaves alone until this returns, and only then
-    /// knows to be its own again. None of them is to be pending or in flight.
+    /// The guest must not use the pages until this returns. None of them may be pending or
+    /// in flight.
     pub fn release_free(&self, pages: &PageSet) {
         let inner = self.shared.lock();
         let (memory, partial_huge) = (Arc::clone(&inner.memory), inner.partial_huge);
@@ -244,31 +241,31 @@ impl Reclaimer {
         }
     }
 
-    /// Takes pages back that their user may use from now on: as [`cancel`](Self::cancel), and
-    /// they may have huge pages again.
+    /// Takes back pages that the guest may use from now on: as [`cancel`](Self::cancel), and they
+    /// may have huge pages again.
     pub fn retain(&self, pages: &PageSet) {
         self.cancel(pages);
         let mut inner = self.shared.lock();
-        inner.away.subtract(pages);
+        inner.unused.subtract(pages);
         let memory = Arc::clone(&inner.memory);
         drop(inner);
-        self.shared.let_huge(memory.as_ref(), pages);
+        self.shared.unmark(memory.as_ref(), pages);
     }
 
-    /// Releases none of these pages any more: when it returns, none of them is or will be
-    /// discarded until it is given anew. May wait for one batch. What was released stays with the
-    /// host, which makes no huge pages of it.
+    /// Stops the release of these pages: when it returns, none of them is or will be discarded
+    /// until it is added again. May wait for one batch. Released pages stay with the host, which
+    /// does not collapse them into huge pages.
     pub fn cancel(&self, pages: &PageSet) {
         let mut inner = self.shared.lock();
         loop {
             let (retained, cancelled) = inner.pages.retain(pages);
             inner.counters.retained_pages += cancelled;
-            inner.look.taken_back = true;
+            inner.sweep_timer.taken_back = true;
             if retained == Retained::Yes {
-                let begins_to_look = inner.may_return() && !inner.look.armed;
-                inner.look.armed |= begins_to_look;
+                let starts_checking = inner.may_return() && !inner.sweep_timer.armed;
+                inner.sweep_timer.armed |= starts_checking;
                 drop(inner);
-                if begins_to_look {
+                if starts_checking {
                     self.shared.work.notify_one();
                 }
                 return;
@@ -278,44 +275,44 @@ impl Reclaimer {
         }
     }
 
-    /// Takes every page back and waits for the batch in flight: the guest was
-    /// reset, or is about to be told that all is its own.
+    /// Takes back every page and waits for the batch in flight: the guest was reset, or is
+    /// about to be notified that it may use all pages.
     pub fn retain_all(&self) {
         let mut inner = self.shared.forget(self.shared.lock());
-        let away = std::mem::take(&mut inner.away);
+        let unused = std::mem::take(&mut inner.unused);
         let memory = Arc::clone(&inner.memory);
         drop(inner);
-        self.shared.let_huge(memory.as_ref(), &away);
+        self.shared.unmark(memory.as_ref(), &unused);
     }
 
-    /// Releases now what is pending, whole huge pages or not, without waiting for
-    /// it. Good at the end of a message that says all there is to say.
+    /// Starts the release of everything pending, parts of huge pages too, without waiting
+    /// for it. Call it when no more pages follow soon.
     pub fn flush(&self) {
         let mut inner = self.shared.lock();
-        // The operator's change is over: what it left behind shall be found soon.
-        inner.look.soon();
+        // The target was reached: check soon for huge pages that came back.
+        inner.sweep_timer.soon();
         let returns = inner.may_return();
         inner.flushing = !inner.pages.pending().is_empty();
-        inner.look.armed |= returns;
+        inner.sweep_timer.armed |= returns;
         if inner.flushing || returns {
             drop(inner);
             self.shared.work.notify_one();
         }
     }
 
-    /// True if nothing is pending or in flight. Pages that wait for the rest of
-    /// their huge page do not count.
+    /// True if nothing is pending or in flight. Pages that wait for the rest of their huge
+    /// page do not count.
     #[must_use]
     pub fn is_idle(&self) -> bool {
-        self.shared.lock().is_at_target()
+        self.shared.lock().is_idle()
     }
 
-    /// Waits until [is_idle](Self::is_idle), at most so long; returns whether it is.
+    /// Waits until [`is_idle`](Self::is_idle), at most `timeout`; returns whether it is.
     #[must_use]
     pub fn wait_idle(&self, timeout: Duration) -> bool {
         let started = Instant::now();
         let mut inner = self.shared.lock();
-        while !inner.is_at_target() {
+        while !inner.is_idle() {
             let Some(left) = timeout.checked_sub(started.elapsed()) else { return false };
             let waited = self.shared.done.wait_timeout(inner, left);
             inner = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -323,9 +320,9 @@ impl Reclaimer {
         true
     }
 
-    /// Changes how pages are released, after as much was released as is pending now: which may
-    /// take long, in batches that hold nobody up longer than the worker's. What a guest gives
-    /// meanwhile is not waited for, else one that goes on giving would be waited for for ever.
+    /// Changes how pages are released, after as many pages were released as are pending now. That
+    /// may take long, in batches that block other calls no longer than the worker's. Does not wait
+    /// for pages that the guest gives up meanwhile, which could continue infinitely.
     pub fn set_mode(&self, mode: ReleaseMode) {
         let inner = self.shared.lock();
         let mut inner = self.shared.drain_present(inner);
@@ -338,8 +335,8 @@ impl Reclaimer {
         self.shared.lock().mode
     }
 
-    /// Changes what happens to parts of transparent huge pages. What waits is
-    /// looked at again.
+    /// Changes what happens to parts of transparent huge pages. Waiting pages become
+    /// pending again.
     pub fn set_partial_huge(&self, partial_huge: PartialHuge) {
         let mut inner = self.shared.lock();
         inner.partial_huge = partial_huge;
@@ -349,18 +346,17 @@ impl Reclaimer {
         self.shared.work.notify_one();
     }
 
-    /// Puts other memory in place of the guest's. Pages given for the old memory
-    /// and not yet released are forgotten; when it returns, the old memory is
-    /// touched no more.
+    /// Replaces the guest's memory. Forgets pages of the old memory that are not released
+    /// yet. When it returns, the old memory is no longer touched.
     pub fn replace_memory(&self, memory: Arc<dyn Discard>) {
         let mut inner = self.shared.forget(self.shared.lock());
         inner.memory = memory;
-        inner.away.clear();
+        inner.unused.clear();
         drop(inner);
         self.shared.marks.forget();
     }
 
-    /// What was done so far.
+    /// The counters.
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
         let huge_failures = self.shared.marks.failures();
@@ -380,15 +376,15 @@ impl Drop for Reclaimer {
         self.shared.lock().stop = true;
         self.shared.work.notify_one();
         if let Some(worker) = self.worker.take() {
-            // The worker catches panics of its batches; one of its own has been
-            // printed by the panic hook, and there is nothing left to do.
+            // The worker catches panics of its batches. The panic hook has printed any
+            // other one, and nothing is left to do.
             let _ = worker.join();
         }
     }
 }
 
 impl Shared {
-    /// The state is whole at every unlock, so a poisoned lock is none.
+    /// The state is consistent at every unlock, so poisoning is ignored.
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -403,7 +399,7 @@ impl Shared {
             diagnostics::panic_point("reclaimer");
             inner = match inner.next_step() {
                 Step::Run(batch) => self.run(inner, batch),
-                Step::Look => self.look(inner),
+                Step::CheckHuge => self.check_huge(inner),
                 Step::EndSweep(before) => self.end_sweep(inner, before),
                 Step::WaitFor(time) => {
                     let waited = self.work.wait_timeout(inner, time);
@@ -415,22 +411,22 @@ impl Shared {
         }
     }
 
-    /// Lets what the guest took back have huge pages, where nothing beside it is away.
-    fn let_huge(&self, memory: &dyn Discard, pages: &PageSet) {
-        self.marks.let_huge(memory, pages, |extents| {
+    /// Allows huge pages in extents of pages that the guest took back, unless it does not use other pages there.
+    fn unmark(&self, memory: &dyn Discard, pages: &PageSet) {
+        self.marks.unmark(memory, pages, |extents| {
             let inner = self.lock();
-            extents.ranges().flat_map(|range| inner.away.ranges_in(range)).collect()
+            extents.ranges().flat_map(|range| inner.unused.ranges_in(range)).collect()
         });
     }
 
-    /// Discards a batch without the lock, then gives it back.
+    /// Discards a batch without the lock, then finishes it.
     fn run<'a>(&'a self, mut inner: MutexGuard<'a, Inner>, batch: Batch) -> MutexGuard<'a, Inner> {
         let memory = Arc::clone(&inner.memory);
         let (mode, partial_huge, swept) = (inner.mode, inner.partial_huge, batch.is_swept());
         drop(inner);
         let outcome = catch_unwind(AssertUnwindSafe(|| {
-            let keep_small = |pages: &PageSet| self.marks.keep_small(memory.as_ref(), pages);
-            discard(memory.as_ref(), batch.pages(), mode, partial_huge, keep_small)
+            let mark = |pages: &PageSet| self.marks.mark(memory.as_ref(), pages);
+            discard(memory.as_ref(), batch.pages(), mode, partial_huge, mark)
         }));
         inner = self.lock();
         if !swept {
@@ -453,32 +449,32 @@ impl Shared {
             }
         }
         if inner.partial_huge != partial_huge {
-            // What it left alone by the old rule is looked at by the new one.
+            // Apply the new rule to what the old one left waiting.
             inner.pages.retry_waiting();
         }
         self.done.notify_all();
-        let begins_to_look = inner.may_return() && !inner.look.armed;
-        if !inner.pages.pending().is_empty() || inner.has_to_sweep() || begins_to_look {
-            // The worker could not begin while this one was in flight.
+        let starts_checking = inner.may_return() && !inner.sweep_timer.armed;
+        if !inner.pages.pending().is_empty() || inner.has_to_sweep() || starts_checking {
+            // The worker could not begin a batch while this one was in flight.
             self.work.notify_one();
         }
         inner
     }
 }
 
-/// Discards what can be; returns what must wait.
+/// Discards a batch; returns the pages that must wait.
 fn discard(
     memory: &dyn Discard,
     batch: &PageSet,
     mode: ReleaseMode,
     partial_huge: PartialHuge,
-    keep_small: impl FnOnce(&PageSet),
+    mark: impl FnOnce(&PageSet),
 ) -> (DiscardReport, PageSet) {
     let started = Instant::now();
     let mut pages = batch.clone();
     let partial = memory.take_partial(&mut pages, partial_huge);
-    // First: what is empty and not marked yet could be filled.
-    keep_small(&pages);
+    // Before discarding: an empty extent that is not marked could be collapsed.
+    mark(&pages);
     let prepared = started.elapsed();
     let mut report = match mode {
         ReleaseMode::PerPage => memory.discard_per_page(&pages),
@@ -489,20 +485,20 @@ fn discard(
 }
 
 impl Inner {
-    /// The guest gave pages.
+    /// Adds pages that the guest gave up.
     fn add(&mut self, pages: &PageSet) {
         if self.memory.collapses() {
-            self.away.union_with(pages);
+            self.unused.union_with(pages);
         }
         self.pages.add(pages);
         self.counters.given_pages += pages.len();
     }
 
-    fn is_at_target(&self) -> bool {
+    fn is_idle(&self) -> bool {
         self.pages.pending().is_empty() && !self.pages.is_busy()
     }
 
-    /// Pages worth releasing now: with huge host pages, only whole chunks.
+    /// Pages worth releasing now: only whole chunks if the host has huge pages.
     fn ready_pages(&self) -> u64 {
         let pending = self.pages.pending();
         if self.memory.largest_host_page() > 1 { pending.full_chunk_pages() } else { pending.len() }
@@ -519,21 +515,21 @@ impl Inner {
 
     fn next_step(&mut self) -> Step {
         self.armed = false;
-        self.look.armed = false;
+        self.sweep_timer.armed = false;
         if self.stop {
             return Step::Stop;
         }
         if self.pages.is_busy() {
-            // Another thread releases; it wakes this one if something is left.
+            // Another thread releases; it wakes this one if pages are left.
             return Step::Wait;
         }
         if self.pages.pending().is_empty() {
             self.flushing = false;
             return self.next_sweep();
         }
-        let grace = Duration::from_millis(GRACE_MS);
+        let pause = Duration::from_millis(GRACE_MS);
         let quiet = self.last_given.elapsed();
-        let take = if self.flushing || quiet >= grace {
+        let take = if self.flushing || quiet >= pause {
             Take::Any(BATCH_PAGES)
         } else if self.ready_pages() >= WAKE_PAGES && self.memory.largest_host_page() > 1 {
             Take::Chunks(BATCH_PAGES)
@@ -541,7 +537,7 @@ impl Inner {
             Take::Any(BATCH_PAGES)
         } else {
             self.armed = true;
-            return Step::WaitFor(grace - quiet);
+            return Step::WaitFor(pause - quiet);
         };
         match self.pages.begin(take, self.memory.largest_host_page()) {
             Some(batch) => Step::Run(batch),

@@ -1,4 +1,4 @@
-//! One contiguous run of guest pages and what backs it on the host.
+//! One contiguous run of guest pages, and the host memory that backs it.
 
 use std::any::Any;
 use std::fmt;
@@ -22,24 +22,24 @@ pub struct Region {
     host_pages: HostPages,
 }
 
-/// Where the memory of a region comes from.
+/// What backs a region.
 #[derive(Clone, Debug)]
 pub enum Backing {
-    /// A file that others map as well (memfd, tmpfs, hugetlbfs). Released by
-    /// punching holes, which takes the memory from everyone who maps it.
+    /// A file that other processes map as well (memfd, tmpfs, hugetlbfs). Released by
+    /// punching holes, which removes the memory from every mapping.
     Shared {
         /// The file, open for writing.
         file: Arc<File>,
-        /// Where the region starts in it.
+        /// Offset of the region in the file.
         offset_bytes: u64,
     },
     /// Private anonymous memory of this process.
     Anonymous(AnonymousMemory),
 }
 
-/// Private anonymous memory of this process that may be emptied at any time.
+/// Private anonymous memory of this process that may be released at any time.
 ///
-/// Can only be made by constructors which vouch for that; see [`Region`].
+/// Only constructors that guarantee this can create it; see [`Region`].
 #[derive(Clone)]
 pub struct AnonymousMemory {
     host_bytes: usize,
@@ -62,12 +62,12 @@ impl fmt::Debug for AnonymousMemory {
 }
 
 impl Region {
-    /// Guest pages `pages`, backed by `file` from `offset_bytes` on. The host's
-    /// page size is found out; [`Self::with_host_pages`] overrides it.
+    /// Guest pages `pages`, backed by `file` from `offset_bytes` on. Determines the host's
+    /// page size; [`Self::with_host_pages`] overrides it.
     ///
     /// # Errors
-    /// The offset is not a multiple of 4 KiB or too large, the file is not a
-    /// regular file, or the host cannot be asked about it.
+    /// The offset is not a multiple of 4 KiB or too large, the file is not a regular file,
+    /// or `fstat` fails.
     pub fn shared(
         pages: PageRange,
         file: Arc<File>,
@@ -91,11 +91,11 @@ impl Region {
         Ok(Self { pages, backing: Backing::Shared { file, offset_bytes }, host_pages })
     }
 
-    /// Guest memory as vm-memory maps it: a shared file mapping or private
-    /// anonymous memory, which it keeps mapped.
+    /// Guest memory mapped by vm-memory: a shared file mapping or private anonymous memory,
+    /// which this keeps mapped.
     ///
-    /// vm-memory treats what it maps as changing under its feet, which is what
-    /// makes it sound to empty its pages.
+    /// vm-memory expects its mappings to change at any time, which makes it sound to release
+    /// their pages.
     ///
     /// # Errors
     /// [`HostMemoryError::NotReleasable`] for any other kind of mapping; else as
@@ -120,13 +120,13 @@ impl Region {
     /// Guest pages `pages`, backed by the anonymous memory at `host`.
     ///
     /// # Safety
-    /// For as long as this region or a copy of it exists, `pages` pages from
-    /// `host` on must be one private anonymous mapping that belongs to the guest,
-    /// and nobody may rely on their contents: any page may read as zeros at any
-    /// time, so no Rust reference may point into them.
+    /// As long as this region or a clone of it exists, `pages` pages from `host` on must be
+    /// one private anonymous mapping that belongs to the guest, and nothing may depend on
+    /// their contents: any page may read as zeros at any time, so no Rust reference may point
+    /// into them.
     ///
     /// # Errors
-    /// The address is not at a page border or the memory would wrap.
+    /// The address is not page-aligned, or the memory would wrap.
     pub unsafe fn anonymous_at(
         pages: PageRange,
         host: NonNull<u8>,
@@ -151,8 +151,8 @@ impl Region {
         Ok(Self { pages, backing, host_pages: HostPages::Small })
     }
 
-    /// The same region with the host's page size as given. Anonymous memory is
-    /// taken to be small pages unless told here.
+    /// The same region with other host pages. Anonymous memory counts as small pages unless
+    /// set here.
     #[must_use]
     pub fn with_host_pages(self, host_pages: HostPages) -> Self {
         Self { host_pages, ..self }
@@ -164,20 +164,20 @@ impl Region {
         self.pages
     }
 
-    /// What backs them.
+    /// What backs the region.
     #[must_use]
     pub fn backing(&self) -> &Backing {
         &self.backing
     }
 
-    /// The host's pages behind them.
+    /// The host pages that back the region.
     #[must_use]
     pub fn host_pages(&self) -> HostPages {
         self.host_pages
     }
 
-    /// Where the region starts in its file or in this process: what the host's
-    /// page borders are counted from.
+    /// Start of the region in its file or in this process, from which the alignment of host
+    /// pages is counted.
     pub(crate) fn base_bytes(&self) -> u64 {
         match &self.backing {
             Backing::Shared { offset_bytes, .. } => *offset_bytes,
@@ -186,7 +186,7 @@ impl Region {
     }
 }
 
-/// `len_bytes` of guest memory at `guest_bytes` as pages.
+/// Converts `len_bytes` of guest memory at `guest_bytes` to pages.
 ///
 /// # Errors
 /// They are not whole pages.

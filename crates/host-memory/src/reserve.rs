@@ -1,4 +1,4 @@
-//! Reserves host memory, so that a guest's page is there when it is touched.
+//! Reserves host memory, so that a guest's page can be backed when it is touched.
 //!
 //! A mapping guarantees nothing: touching a page that the host cannot back raises SIGBUS. So memory is
 //! reserved when it is mapped. Releasing it ends the reservation, so deflated pages are reserved again
@@ -18,27 +18,27 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::{Backing, HostMemoryError, HostPages, MemoryMap, Piece, Region};
 
-/// Where the kernel tells of its pools of huge pages (`Documentation/admin-guide/mm/hugetlbpage.rst`).
+/// The kernel's pools of huge pages (`Documentation/admin-guide/mm/hugetlbpage.rst`).
 const POOLS: &str = "/sys/kernel/mm/hugepages";
 
-/// Whether the kernel lets processes be promised more memory than it has
-/// (`Documentation/mm/overcommit-accounting.rst`), and the word for "never".
+/// Whether the kernel overcommits memory (`Documentation/mm/overcommit-accounting.rst`), and the value
+/// for "never".
 const OVERCOMMIT: &str = "/proc/sys/vm/overcommit_memory";
 const NEVER: &str = "2";
 
-/// A pool of huge pages as the host has it now.
+/// The current state of a pool of huge pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct HugePool {
     /// Bytes of a page.
     pub page_bytes: u64,
     /// Pages in it.
     pub total: u64,
-    /// Pages that nobody has and that are promised to nobody.
+    /// Pages that are neither used nor reserved.
     pub free: u64,
 }
 
 impl HugePool {
-    /// The pool of pages of this size; empty where there is none.
+    /// The pool of pages of this size; empty if there is none.
     #[must_use]
     pub fn of(page_bytes: u64) -> Self {
         let read = |what: &str| {
@@ -50,10 +50,10 @@ impl HugePool {
     }
 }
 
-/// Reserves what backs all of a new file of guest memory, which has `bytes`.
+/// Reserves the host memory for a new file of guest memory with `bytes`.
 ///
 /// # Errors
-/// The host does not have it: [`HostMemoryError::HugePages`] or [`HostMemoryError::Commit`].
+/// The host lacks the memory: [`HostMemoryError::HugePages`] or [`HostMemoryError::Commit`].
 pub fn reserve_file(file: &File, bytes: u64) -> Result<(), HostMemoryError> {
     let host_pages = HostPages::of_file(file)?;
     let outcome = match host_pages {
@@ -64,7 +64,7 @@ pub fn reserve_file(file: &File, bytes: u64) -> Result<(), HostMemoryError> {
     outcome.map_err(|errno| Refused { bytes, errno }.error(host_pages))
 }
 
-/// What the host refused to reserve.
+/// A reservation that the host refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Refused {
     bytes: u64,
@@ -72,13 +72,13 @@ struct Refused {
 }
 
 impl MemoryMap {
-    /// Reserves again what backs `pages`, which were released and are to be used. Costs nothing
-    /// where the host has promised nothing that it could break, or where it has not promised it
-    /// to [this process](Self::committing).
+    /// Reserves again the host memory of `pages`, which were released and will be used. Costs
+    /// nothing if the host makes no reservations for this memory, or not for
+    /// [this process](Self::committing).
     ///
     /// # Errors
-    /// As [`reserve_file`], of the first region of which not all can be reserved; other regions
-    /// are tried all the same.
+    /// As [`reserve_file`], for the first region that cannot be reserved completely. The other
+    /// regions are tried all the same.
     pub fn reserve(&self, pages: &PageSet) -> Result<(), HostMemoryError> {
         self.reserve_or_commit(pages, self.commits && never_overcommits())
     }
@@ -102,12 +102,12 @@ impl MemoryMap {
                 first = first.or(Some((region.host_pages(), refused)));
             }
         }
-        // Once, since the host's pool is asked for it.
+        // Once, since it reads the host's pool.
         first.map_or(Ok(()), |(host_pages, refused)| Err(refused.error(host_pages)))
     }
 
-    /// Takes out of `pages` those that may be used again without a word, and could then not be
-    /// backed: of a pool, which somebody else may have emptied. Returns them.
+    /// Removes from `pages` those of a pool (hugetlbfs): the guest may use them again without a
+    /// message, when another process may have emptied the pool. Returns them.
     pub(crate) fn take_unpromised(&self, pages: &mut PageSet) -> PageSet {
         let hugetlb =
             |piece: &Piece<'_>| matches!(piece.region.host_pages(), HostPages::Hugetlb { .. });
@@ -125,9 +125,8 @@ impl MemoryMap {
     }
 }
 
-/// Reserves what backs `pages` of one region, with one call for each run of host pages. The first
-/// that is refused is the last that is tried: a host that has not enough is not asked thousands
-/// of times.
+/// Reserves `pages` of one region, with one call for each run of host pages. Stops at the first refusal,
+/// so that a host without enough memory does not cause thousands of calls.
 fn reserve_region(
     region: &Region,
     pages: &PageSet,
@@ -144,7 +143,7 @@ fn reserve_region(
     Ok(())
 }
 
-/// The parts of a region's file that have any of `pages`, in whole host pages.
+/// The parts of a region's file that overlap `pages`, in whole host pages.
 fn runs(
     region: &Region,
     pages: &PageSet,
@@ -152,7 +151,7 @@ fn runs(
 ) -> impl Iterator<Item = Range<u64>> {
     let (base, first) = (region.base_bytes(), region.pages().start());
     let widened = pages.ranges_in(region.pages()).map(move |range| {
-        // Cannot overflow: the region was checked to its end, below the largest file.
+        // Cannot overflow: the region's end was checked to be within the largest file.
         let start = base + (range.start() - first) * PAGE_BYTES;
         let end = base + (range.end() - first) * PAGE_BYTES;
         start / host_page_bytes * host_page_bytes..end.next_multiple_of(host_page_bytes)
@@ -176,23 +175,23 @@ impl Refused {
         let page_bytes = host_page_pages * PAGE_BYTES;
         let needed = bytes.div_ceil(page_bytes);
         let HugePool { total, free, .. } = HugePool::of(page_bytes);
-        // One more at least: what is free now may not have been.
+        // At least one more: pages that are free now may not have been at the refusal.
         let wanted = total + needed.saturating_sub(free).max(1);
         let page_mib = page_bytes >> 20;
         HostMemoryError::HugePages { needed, page_mib, free, total, wanted, source: errno.into() }
     }
 }
 
-/// Reserves pages of the pool for a part of a file. The kernel does so when it is mapped, and keeps
-/// the promise with the file when the mapping is gone (`hugetlb_reserve_pages` in `mm/hugetlb.c`),
-/// until a hole is punched there. Pages are not cleared, so it costs no time.
+/// Reserves pages of the pool for a part of a file. The kernel does so when the part is mapped. The
+/// reservation belongs to the file and outlives the mapping (`hugetlb_reserve_pages` in
+/// `mm/hugetlb.c`), until a hole is punched there. Pages are not cleared, so this is fast.
 fn reserve_huge(file: impl AsFd, offset: u64, bytes: u64) -> Result<(), Errno> {
     let len = usize::try_from(bytes).map_err(|_| Errno::NOMEM)?;
     if len == 0 {
         return Ok(());
     }
     let (prot, flags) = (ProtFlags::empty(), MapFlags::SHARED);
-    // SAFETY: a new mapping at an address of the kernel's choice, which nobody can touch and which
+    // SAFETY: a new mapping at an address of the kernel's choice, without access permissions, which
     // is unmapped at once; no other mapping is changed.
     unsafe {
         let start = mmap(ptr::null_mut(), len, prot, flags, file, offset)?;
@@ -200,12 +199,12 @@ fn reserve_huge(file: impl AsFd, offset: u64, bytes: u64) -> Result<(), Errno> {
     }
 }
 
-/// Has the kernel back a part of a file in memory, which it counts page by page otherwise.
+/// Allocates a part of a file now, which the kernel would otherwise commit page by page.
 fn commit(file: &File, offset: u64, bytes: u64) -> Result<(), Errno> {
     retry_on_intr(|| fallocate(file, FallocateFlags::empty(), offset, bytes))
 }
 
-/// Read once: who changes it does so when the host starts.
+/// Read once: the setting is made when the host starts.
 fn never_overcommits() -> bool {
     static NEVER_DOES: OnceLock<bool> = OnceLock::new();
     *NEVER_DOES
@@ -229,9 +228,9 @@ mod tests {
         file.into()
     }
 
-    /// Others may use the pool, so more is asked for than it has in all.
+    /// Other processes may use the pool, so this requests more than it has in total.
     #[test]
-    fn more_than_the_pool_has_is_refused_with_what_to_do() {
+    fn exceeding_the_pool_is_refused_with_a_hint() {
         let pool = HugePool::of(HUGE_BYTES);
         let needed = pool.total + 100_000;
         let file = file(MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB, needed * HUGE_BYTES);
@@ -240,13 +239,13 @@ mod tests {
         assert!(error.contains("vm.nr_hugepages="), "{error}");
     }
 
-    /// What `vm.overcommit_memory=2` makes of a file, on a machine that may have another value.
+    /// The effect of `vm.overcommit_memory=2` on a file, on a machine that may have another value.
     #[test]
-    fn committed_memory_is_there_or_refused() {
+    fn committed_memory_is_allocated_or_refused() {
         let small = file(MemfdFlags::ALLOW_SEALING, 1 << 20);
         commit(&small, 0, 1 << 20).unwrap();
         assert_eq!(fstat(&small).unwrap().st_blocks * 512, 1 << 20);
-        // Sealed, so that it is refused whatever the host has.
+        // Sealed, so that it is refused even if the host has the memory.
         rustix::fs::fcntl_add_seals(&small, SealFlags::GROW).unwrap();
         let (bytes, host_pages) = (2 << 20, HostPages::Small);
         let errno = commit(&small, 0, bytes).unwrap_err();
@@ -264,9 +263,9 @@ mod tests {
         (0..3000).step_by(2).map(|page| PageRange::new(page, 1).unwrap()).collect()
     }
 
-    /// What is a peer's is charged to the peer, and not committed here.
+    /// A peer's memory is charged to the peer, and not committed here.
     #[test]
-    fn memory_is_committed_by_the_process_that_answers_for_it() {
+    fn only_a_committing_map_commits_memory() {
         let region = region();
         let Backing::Shared { file, .. } = region.backing().clone() else { panic!() };
         let map = MemoryMap::new(vec![region]).unwrap();
@@ -280,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn host_pages_are_reserved_once_whatever_their_parts() {
+    fn each_host_page_is_reserved_once() {
         let (region, pages) = (region(), every_second_page());
         let whole: Vec<_> = runs(&region, &pages, HUGE_BYTES).collect();
         assert_eq!(whole, vec![0..10 << 20]);
@@ -295,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_that_refuses_is_asked_once_for_a_region() {
+    fn a_refusal_ends_the_calls_for_a_region() {
         let mut asked = Vec::new();
         let refused =
             reserve_region(&region(), &every_second_page(), PAGE_BYTES, |start, bytes| {

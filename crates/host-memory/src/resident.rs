@@ -1,4 +1,4 @@
-//! How much host memory really backs a guest: measured, not believed.
+//! Measures the host memory that backs a guest.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -10,7 +10,7 @@ use rustix::io::retry_on_intr;
 
 use crate::{Backing, HostMemoryError, MemoryMap, Region};
 
-/// What `st_blocks` counts, whatever the file system's block is (stat(2)).
+/// Unit of `st_blocks`, independent of the file system's block size (stat(2)).
 const STAT_BLOCK_BYTES: u64 = 512;
 
 /// Bytes of one entry of /proc/self/pagemap.
@@ -23,14 +23,13 @@ const SWAPPED: u64 = 1 << 62;
 
 /// Host memory behind all regions, in bytes.
 ///
-/// For files it is what the file holds, in memory or swapped out, whoever uses
-/// it: a file that several regions share counts once and whole. For anonymous
-/// memory it is the pages that this process has, swapped ones included; pages
-/// that were only ever read count too, though they are all the kernel's one page
-/// of zeros.
+/// For a file this is all of its memory, resident or swapped out, independent of its
+/// users: a file that several regions share counts once and completely. For anonymous
+/// memory it is the pages that this process has, swapped ones included. Pages that were
+/// only read count too, though they are all the kernel's zero page.
 ///
 /// # Errors
-/// The host cannot be asked.
+/// `fstat` or reading `/proc/self/pagemap` fails.
 pub fn resident_bytes(map: &MemoryMap) -> Result<u64, HostMemoryError> {
     let mut seen = HashSet::new();
     let mut sum = 0;

@@ -1,33 +1,33 @@
-//! What a reclaimer has done so far.
+//! Counters of a reclaimer.
 
 use std::time::Instant;
 
 use crate::{DiscardFailure, DiscardReport};
 
-/// Counters of a reclaimer since it was made; the first three are gauges.
+/// Counters of a reclaimer since its creation; the first three are gauges.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Snapshot {
-    /// Pages given, not yet released.
+    /// Given pages that are not yet released.
     pub pending_pages: u64,
     /// Pages being released right now.
     pub in_flight_pages: u64,
     /// Pages that wait for the rest of their huge page.
     pub waiting_pages: u64,
-    /// Pages given.
+    /// Pages that the guest gave up.
     pub given_pages: u64,
     /// Pages taken back before they were released.
     pub retained_pages: u64,
-    /// Times that a taker-back had to wait for a batch in flight.
+    /// Times that taking pages back had to wait for a batch in flight.
     pub retain_waits: u64,
     /// Pages released.
     pub discarded_pages: u64,
-    /// Pages that the host refused to release; they are not tried again.
+    /// Pages that the host refused to release; they are not retried.
     pub failed_pages: u64,
-    /// Pages outside guest memory; the giver should have checked.
+    /// Pages outside guest memory; the caller should have checked.
     pub outside_pages: u64,
-    /// Pages released once more, after a huge page had come back around them. They
-    /// are not in the other counts.
+    /// Pages released again after a huge page had come back around them. The other counters
+    /// do not include them.
     pub swept_pages: u64,
     /// Batches released.
     pub batches: u64,
@@ -35,8 +35,8 @@ pub struct Snapshot {
     pub calls: u64,
     /// Ranges that the host refused.
     pub errors: u64,
-    /// Times that the host took no advice on huge pages: what the guest gave there, or a huge page
-    /// of what it took back, may be lost to it.
+    /// Times that `madvise` on huge pages failed: the host may lose memory that the guest gave up
+    /// there, or the guest a huge page of memory that it took back.
     pub huge_failures: u64,
     /// When the last batch was finished.
     pub last_batch_at: Option<Instant>,
@@ -44,15 +44,15 @@ pub struct Snapshot {
     pub panics: u64,
     /// The last range that the host refused.
     pub last_failure: Option<DiscardFailure>,
-    /// Free pages released, which nobody gave; not among those released.
+    /// Free pages released, which were never given; not in `discarded_pages`.
     pub free_pages: u64,
-    /// Free pages left alone, because they are parts of huge pages.
+    /// Free pages not released because they are parts of huge pages.
     pub free_partial_pages: u64,
-    /// System calls to release free pages; not among the others.
+    /// System calls to release free pages; not in `calls`.
     pub free_calls: u64,
     /// Time spent releasing free pages, in nanoseconds.
     pub free_ns: u64,
-    /// Time spent finding out where pages lie, in nanoseconds.
+    /// Time spent translating pages to regions, in nanoseconds.
     pub translate_ns: u64,
     /// Time spent releasing, in nanoseconds.
     pub release_ns: u64,

@@ -1,4 +1,4 @@
-//! Releasing what is pending, or forgetting it, in the thread that asks.
+//! Releases or forgets pending pages in the calling thread.
 
 use std::sync::MutexGuard;
 
@@ -6,9 +6,9 @@ use super::{BATCH_PAGES, Inner, Shared};
 use crate::Take;
 
 impl Shared {
-    /// Releases everything pending in this thread, which is the one that gives pages.
+    /// Releases everything pending in this thread, which is the one that adds pages.
     pub(super) fn drain<'a>(&'a self, mut inner: MutexGuard<'a, Inner>) -> MutexGuard<'a, Inner> {
-        while !inner.is_at_target() {
+        while !inner.is_idle() {
             inner = self.run_or_wait(inner, Take::All);
         }
         inner

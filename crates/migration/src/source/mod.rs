@@ -452,7 +452,7 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
         let at = Instant::now();
         // As late as possible, but before the other side can receive the commit.
         let prepared = self.machine.prepare_switchover();
-        prepared.map_err(MigrationError::machine("committing the switchover"))?;
+        prepared.map_err(MigrationError::machine("preparing the switchover"))?;
         panic_point("commit");
         self.committing = self.sink.runs_elsewhere();
         let switched_over = self.sink.switch_over();

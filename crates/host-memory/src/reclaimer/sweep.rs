@@ -1,5 +1,5 @@
-//! Huge pages that come back around pages that were released: when they are looked for,
-//! and what of them is released once more.
+//! Huge pages that come back around released pages: when the worker checks for them, and what
+//! it releases again.
 
 use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
@@ -9,37 +9,37 @@ use page_set::CHUNK_PAGES;
 use super::{BATCH_PAGES, Inner, ReleaseMode, Shared, Step};
 use crate::PartialHuge;
 
-/// How often the worker looks whether huge pages have come back, in milliseconds.
-/// A look is one fstat; the host shall not wait long for memory that it was given.
+/// Interval of the worker's checks whether huge pages have come back, in milliseconds. A
+/// check is one fstat; the host should not lack the memory for long.
 pub const SWEEP_LOOK_MS: u64 = 1000;
 
-/// Page numbers that one look takes under the lock at a time (64 GiB): at most 2 MiB are
+/// Page numbers that a check processes under the lock at a time (64 GiB): at most 2 MiB are
 /// copied for them, which takes some 0.3 ms.
-const LOOK_PAGES: u64 = 1 << 24;
+const CHECK_PAGES: u64 = 1 << 24;
 
-/// How rare looks become, in milliseconds, while sweeps find nothing: one may take
-/// a microsecond or two for each of the ranges that the guest gave.
+/// Maximal interval of checks, in milliseconds, while sweeps find nothing: a sweep may take
+/// a microsecond or two for each given range.
 pub const SWEEP_LOOK_MAX_MS: u64 = 64_000;
 
-/// When to look for huge pages that came back.
-pub(super) struct Look {
+/// When to check for huge pages that came back.
+pub(super) struct SweepTimer {
     pub(super) at: Instant,
-    every: Duration,
-    /// Pages that the host spent on the guest when the last sweep had ended.
+    interval: Duration,
+    /// Pages that the host spent on the guest after the last sweep.
     swept_to: Option<u64>,
-    /// The same when the present sweep began.
+    /// The same when the current sweep began.
     sweeping_from: Option<u64>,
     /// The guest took pages back since then.
     pub(super) taken_back: bool,
-    /// The worker will wake by itself to look.
+    /// The worker has a timer for the next check.
     pub(super) armed: bool,
 }
 
-impl Look {
+impl SweepTimer {
     pub(super) fn new() -> Self {
         Self {
             at: Instant::now(),
-            every: Duration::from_millis(SWEEP_LOOK_MS),
+            interval: Duration::from_millis(SWEEP_LOOK_MS),
             swept_to: None,
             sweeping_from: None,
             taken_back: false,
@@ -47,43 +47,43 @@ impl Look {
         }
     }
 
-    /// The next one is as soon as one can be.
+    /// Schedules the next check after the minimal interval.
     pub(super) fn soon(&mut self) {
-        self.every = Duration::from_millis(SWEEP_LOOK_MS);
-        self.at = Instant::now() + self.every;
+        self.interval = Duration::from_millis(SWEEP_LOOK_MS);
+        self.at = Instant::now() + self.interval;
     }
 }
 
 impl Shared {
-    /// Marks to be swept what may have come back. The host is asked, and sets of pages are
-    /// gone through, without the lock: the guest goes on giving and taking back.
+    /// Marks to be swept what may have come back. Queries the host and processes page sets
+    /// without the lock, so that the guest can give up and take back pages meanwhile.
     ///
-    /// A guest that took nothing back, and for which the host spends what it did before, has
-    /// touched nothing.
-    pub(super) fn look<'a>(&'a self, inner: MutexGuard<'a, Inner>) -> MutexGuard<'a, Inner> {
+    /// If the guest took nothing back and the host spends as much as before, nothing has come
+    /// back.
+    pub(super) fn check_huge<'a>(&'a self, inner: MutexGuard<'a, Inner>) -> MutexGuard<'a, Inner> {
         let memory = Arc::clone(&inner.memory);
         drop(inner);
         let resident = memory.resident_pages();
         let mut inner = self.lock();
-        let taken_back = std::mem::take(&mut inner.look.taken_back);
-        if resident.is_none() || (!taken_back && resident == inner.look.swept_to) {
+        let taken_back = std::mem::take(&mut inner.sweep_timer.taken_back);
+        if resident.is_none() || (!taken_back && resident == inner.sweep_timer.swept_to) {
             return inner;
         }
         let mut from = 0;
         while !inner.stop
             && Arc::ptr_eq(&inner.memory, &memory)
-            && let Some((range, mut released)) = inner.pages.next_released(from, LOOK_PAGES)
+            && let Some((range, mut released)) = inner.pages.next_released(from, CHECK_PAGES)
         {
             drop(inner);
             let chosen = memory.take_partial(&mut released, PartialHuge::Wait);
             from = range.end();
             inner = self.lock();
-            // Other memory may be in its place by now, of which nothing was looked at.
+            // The memory may have been replaced by now; the choice does not apply to the new one.
             if Arc::ptr_eq(&inner.memory, &memory) {
                 inner.pages.sweep(chosen);
             }
         }
-        inner.look.sweeping_from = resident;
+        inner.sweep_timer.sweeping_from = resident;
         inner
     }
 
@@ -102,7 +102,7 @@ impl Shared {
 }
 
 impl Inner {
-    /// True where a huge page of the host may hold pages that were released.
+    /// True if a huge page of the host may contain released pages.
     pub(super) fn may_return(&self) -> bool {
         let given = self.pages.given();
         self.partial_huge == PartialHuge::Split
@@ -115,7 +115,7 @@ impl Inner {
         self.mode != ReleaseMode::PerPage && self.pages.is_to_be_swept()
     }
 
-    /// What to do while nothing is pending: release once more what came back.
+    /// The next step while nothing is pending: release again what came back.
     pub(super) fn next_sweep(&mut self) -> Step {
         if self.has_to_sweep()
             && let Some(batch) = self.pages.begin_sweep(BATCH_PAGES)
@@ -125,26 +125,26 @@ impl Inner {
         if !self.may_return() {
             return Step::Wait;
         }
-        if let Some(before) = self.look.sweeping_from.take() {
+        if let Some(before) = self.sweep_timer.sweeping_from.take() {
             return Step::EndSweep(before);
         }
         let now = Instant::now();
-        if now >= self.look.at {
-            self.look.at = now + self.look.every;
-            return Step::Look;
+        if now >= self.sweep_timer.at {
+            self.sweep_timer.at = now + self.sweep_timer.interval;
+            return Step::CheckHuge;
         }
-        self.look.armed = true;
-        Step::WaitFor(self.look.at.saturating_duration_since(now))
+        self.sweep_timer.armed = true;
+        Step::WaitFor(self.sweep_timer.at.saturating_duration_since(now))
     }
 
     fn sweep_ended(&mut self, before: u64, resident: Option<u64>, now: Instant) {
-        self.look.swept_to = resident;
-        let found = before.saturating_sub(self.look.swept_to.unwrap_or(before));
-        self.look.every = if found >= CHUNK_PAGES {
+        self.sweep_timer.swept_to = resident;
+        let found = before.saturating_sub(self.sweep_timer.swept_to.unwrap_or(before));
+        self.sweep_timer.interval = if found >= CHUNK_PAGES {
             Duration::from_millis(SWEEP_LOOK_MS)
         } else {
-            (self.look.every * 2).min(Duration::from_millis(SWEEP_LOOK_MAX_MS))
+            (self.sweep_timer.interval * 2).min(Duration::from_millis(SWEEP_LOOK_MAX_MS))
         };
-        self.look.at = now + self.look.every;
+        self.sweep_timer.at = now + self.sweep_timer.interval;
     }
 }
