@@ -1,8 +1,8 @@
-//! What releasing costs on this host: the floor that everything above is measured
-//! against, and what parts of huge pages cost.
+//! The cost of releasing memory on this host: the floor for everything above it, and the
+//! cost of parts of huge pages.
 //!
 //! `cargo run --release -p host-memory --example floor [MIB [NAME]]` (root, to mount
-//! tmpfs; 3072 MiB and the memory for it unless told otherwise).
+//! tmpfs; 3072 MiB by default, and as much free memory).
 
 use std::error::Error;
 use std::fs::{self, File};
@@ -22,8 +22,8 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 const MIB: u64 = 1 << 20;
 const DEFAULT_MIB: u64 = 3072;
-/// A generous bound for a release that the worker does.
-const SETTLE: Duration = Duration::from_secs(120);
+/// Timeout for a release by the worker.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(120);
 
 fn main() -> Result<()> {
     let mib = std::env::args().nth(1).map_or(Ok(DEFAULT_MIB), |arg| arg.parse())?;
@@ -81,7 +81,7 @@ fn measure(name: &str, mib: u64, file: Option<Arc<File>>) -> Result<()> {
     let map = MemoryMap::of_guest_memory(&memory)?;
     let all = PageRange::new(0, mib * MIB / PAGE_BYTES)?;
     let case = |what: &str, release: &dyn Fn() -> Result<u64>| -> Result<()> {
-        // Empty first, so that huge pages can come back where they were split.
+        // Release everything first, so that split huge pages can be allocated again.
         let _ = map.discard(&all.into());
         for page in 0..all.pages() {
             memory.write_obj(1u8, GuestAddress(page * PAGE_BYTES))?;
@@ -131,8 +131,8 @@ fn measure(name: &str, mib: u64, file: Option<Arc<File>>) -> Result<()> {
     background("in the background, 256 pages a message", &case, &shared, 256, all)
 }
 
-/// Shared memory on huge pages in the whole system: whether a mount that asks for
-/// huge pages got them.
+/// Shared memory on huge pages in the whole system, to see whether a mount with huge pages
+/// got any.
 fn system_huge_mib() -> u64 {
     let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix("ShmemHugePages:"));
@@ -141,7 +141,7 @@ fn system_huge_mib() -> u64 {
 
 type Case<'a> = &'a dyn Fn(&str, &dyn Fn() -> Result<u64>) -> Result<()>;
 
-/// Gives everything in messages of `step` pages; prints how long the giver took.
+/// Releases everything in messages of `step` pages; prints how long the caller took.
 fn background(
     what: &str,
     case: Case<'_>,
@@ -158,8 +158,8 @@ fn background(
         }
         let given = started.elapsed();
         reclaimer.flush();
-        if !reclaimer.wait_idle(SETTLE) {
-            return Err("the release did not end".into());
+        if !reclaimer.wait_idle(RELEASE_TIMEOUT) {
+            return Err("the release timed out".into());
         }
         let Snapshot { calls, batches, release_ns, .. } = reclaimer.snapshot();
         let released = Duration::from_nanos(release_ns);

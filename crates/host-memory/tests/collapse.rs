@@ -1,5 +1,5 @@
-//! Private memory of which the host makes huge pages by itself: what the balloon has stays with
-//! the host, and what the guest uses may have huge pages.
+//! Private memory that the host collapses into huge pages by itself: ballooned memory stays with the
+//! host, and memory that the guest uses may have huge pages.
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use std::fs;
@@ -18,11 +18,11 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestM
 const HUGE_BYTES: usize = 2 << 20;
 const CHUNKS: u64 = 32;
 const PAGES: u64 = CHUNKS * CHUNK_PAGES;
-/// Of the guest's memory, which is shifted against the host's huge pages.
+/// First page of the guest's memory, not aligned on the host's huge pages.
 const START: u64 = 7;
 const TEST_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What khugepaged does, at once (Linux 6.1).
+/// Collapses as khugepaged does, but at once (Linux 6.1).
 const MADV_COLLAPSE: libc::c_int = 25;
 
 struct Guest {
@@ -53,7 +53,7 @@ impl Guest {
         }
     }
 
-    fn settle(&self) {
+    fn wait_idle(&self) {
         self.reclaimer.flush();
         assert!(self.reclaimer.wait_idle(TEST_TIMEOUT));
         assert_eq!(self.reclaimer.snapshot().huge_failures, 0);
@@ -69,13 +69,13 @@ impl Guest {
         (start, start + usize::try_from(region.len()).unwrap())
     }
 
-    /// Has the kernel make a huge page of each 2 MiB, as far as it may: how many are huge then.
+    /// Collapses each 2 MiB into a huge page, if permitted; returns the number of huge pages.
     fn collapse(&self) -> usize {
         let (start, end) = self.addresses();
         let mut huge = 0;
         let mut at = start.next_multiple_of(HUGE_BYTES);
         while at + HUGE_BYTES <= end {
-            // SAFETY: a part of the guest's memory, of which no byte is changed.
+            // SAFETY: a part of the guest's memory; no byte is changed.
             let result = unsafe {
                 libc::madvise(ptr::with_exposed_provenance_mut(at), HUGE_BYTES, MADV_COLLAPSE)
             };
@@ -85,7 +85,7 @@ impl Guest {
         huge
     }
 
-    /// Mappings that the guest's memory is to the kernel.
+    /// Number of the kernel's mappings of the guest's memory.
     fn mappings(&self) -> usize {
         let (start, end) = self.addresses();
         let maps = fs::read_to_string("/proc/self/maps").unwrap();
@@ -100,19 +100,19 @@ fn range(start: u64, pages: u64) -> PageRange {
     PageRange::new(start, pages).unwrap()
 }
 
-/// Each `step`-th page of so many chunks from `chunk` on.
+/// Every `step`-th page of `chunks` chunks from `chunk` on.
 fn scattered(chunk: u64, chunks: u64, step: usize) -> PageSet {
     let first = START + chunk * CHUNK_PAGES;
     (first..first + chunks * CHUNK_PAGES).step_by(step).map(|page| range(page, 1)).collect()
 }
 
 #[test]
-fn what_the_balloon_has_does_not_come_back_in_huge_pages() {
+fn ballooned_memory_does_not_come_back_in_huge_pages() {
     for mode in [ReleaseMode::Background, ReleaseMode::Immediate, ReleaseMode::PerPage] {
         let guest = Guest::new(mode);
         let all = guest.collapse();
         if all == 0 {
-            eprintln!("SKIPPED: this kernel makes no huge pages when it is asked (Linux 6.1 does)");
+            eprintln!("SKIPPED: this kernel has no MADV_COLLAPSE (Linux 6.1 has)");
             return;
         }
         assert_eq!(guest.resident_pages(), PAGES);
@@ -120,14 +120,14 @@ fn what_the_balloon_has_does_not_come_back_in_huge_pages() {
         let mut given = scattered(0, 16, 8);
         given.insert(range(START + 20 * CHUNK_PAGES, 2 * CHUNK_PAGES));
         guest.reclaimer.release(&given);
-        guest.settle();
+        guest.wait_idle();
         assert_eq!(guest.resident_pages(), PAGES - given.len(), "{mode:?}");
         let huge = guest.collapse();
         assert_eq!(guest.resident_pages(), PAGES - given.len(), "{mode:?}: it came back");
-        // From 16 to 20 and from 22 to 32, but for those at the borders.
+        // From 16 to 20 and from 22 to 32, except those at the borders.
         assert!((10..=14).contains(&huge), "{mode:?}: {huge} huge pages of {all}");
 
-        // What the guest has taken back whole may be huge again, and nothing else.
+        // Only extents that the guest has taken back completely may be huge again.
         let back = scattered(0, 8, 8);
         guest.reclaimer.retain(&back);
         guest.touch(&back);
@@ -144,22 +144,22 @@ fn what_the_balloon_has_does_not_come_back_in_huge_pages() {
     }
 }
 
-/// A page that the guest takes out of 2 MiB of which it gave all.
+/// The guest takes one page back out of 2 MiB that it gave up completely.
 #[test]
-fn a_fault_beside_what_the_balloon_has_brings_one_page() {
+fn a_fault_beside_ballooned_memory_allocates_one_page() {
     let guest = Guest::new(ReleaseMode::Background);
     let whole = range(START + 4 * CHUNK_PAGES, 4 * CHUNK_PAGES);
     guest.reclaimer.release(&whole.into());
-    guest.settle();
+    guest.wait_idle();
     let one = PageSet::from(range(whole.start() + CHUNK_PAGES + 100, 1));
     guest.reclaimer.retain(&one);
     guest.touch(&one);
     assert_eq!(guest.resident_pages(), PAGES - whole.pages() + 1);
 }
 
-/// Of a guest that may use its pages without a word, and one that starts anew.
+/// A guest that may use its pages again without a message, and a guest that is reset.
 #[test]
-fn pages_that_are_released_at_once_are_kept_and_a_reset_ends_it() {
+fn pages_released_at_once_keep_their_marks_until_a_reset() {
     let guest = Guest::new(ReleaseMode::Background);
     let all = guest.collapse();
     let given = scattered(0, 16, 8);
@@ -173,7 +173,7 @@ fn pages_that_are_released_at_once_are_kept_and_a_reset_ends_it() {
     assert_eq!(guest.collapse(), all);
 }
 
-/// As bad as it can be: each second 2 MiB has a page in the balloon.
+/// The worst case: every second 2 MiB has a ballooned page.
 #[test]
 fn the_mappings_are_bounded_and_merge() {
     let guest = Guest::new(ReleaseMode::Background);
@@ -182,15 +182,15 @@ fn the_mappings_are_bounded_and_merge() {
         .flat_map(|chunk| scattered(chunk, 1, 512).ranges().collect::<Vec<_>>())
         .collect();
     guest.reclaimer.release(&given);
-    guest.settle();
+    guest.wait_idle();
     let most = usize::try_from(CHUNKS).unwrap() + 2;
     assert!((most / 2..=most).contains(&guest.mappings()), "{}", guest.mappings());
     guest.reclaimer.release(&range(START, PAGES).into());
-    guest.settle();
+    guest.wait_idle();
     assert_eq!(guest.mappings(), 1);
     guest.reclaimer.retain(&range(START, PAGES).into());
     assert_eq!(guest.mappings(), 1);
-    // As it was.
+    // Back to the initial state.
     guest.touch(&range(START, PAGES).into());
     assert!(guest.collapse() > 0 || guest.resident_pages() == PAGES);
 }

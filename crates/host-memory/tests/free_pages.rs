@@ -1,4 +1,4 @@
-//! Releasing pages that nobody gave, beside a balloon that is being released.
+//! Releases free pages that were never given, while a balloon is being released.
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -11,15 +11,15 @@ use host_memory::{
 use page_set::{CHUNK_PAGES, PageRange, PageSet};
 
 const TEST_TIMEOUT: Duration = Duration::from_secs(60);
-/// The balloon's pages are below, free ones from here on.
+/// Ballooned pages are below this, free pages from here on.
 const FREE: u64 = 1 << 20;
 
 fn pages(start: u64, count: u64) -> PageSet {
     PageRange::new(start, count).unwrap().into()
 }
 
-/// A host with huge pages that releases free pages at once, and the balloon's when
-/// it is told to.
+/// A host with huge pages that releases free pages at once, and ballooned ones when the
+/// test permits it.
 struct Host {
     begun: Sender<()>,
     go: Mutex<Receiver<()>>,
@@ -45,10 +45,10 @@ impl Discard for Host {
     }
 
     fn discard(&self, pages: &PageSet) -> DiscardReport {
-        assert!(!self.panics, "as the test asked");
+        assert!(!self.panics, "a panic of the test");
         if pages.first().is_some_and(|first| first < FREE) {
             self.begun.send(()).unwrap();
-            self.go.lock().unwrap().recv().expect("the test goes on");
+            self.go.lock().unwrap().recv().expect("the test permits it");
         } else {
             self.seen.lock().unwrap().push(pages.clone());
         }
@@ -61,14 +61,14 @@ impl Discard for Host {
     }
 }
 
-struct Stand {
+struct Fixture {
     go: Sender<()>,
     begun: Receiver<()>,
     host: Arc<Host>,
     reclaimer: Reclaimer,
 }
 
-fn stand(partial_huge: PartialHuge, panics: bool) -> Stand {
+fn fixture(partial_huge: PartialHuge, panics: bool) -> Fixture {
     let (begun_tx, begun) = channel();
     let (go, go_rx) = channel();
     let host =
@@ -76,52 +76,52 @@ fn stand(partial_huge: PartialHuge, panics: bool) -> Stand {
     let host = Arc::new(host);
     let options = ReclaimerOptions { mode: ReleaseMode::Background, partial_huge };
     let reclaimer = Reclaimer::new(Arc::clone(&host) as _, options).unwrap();
-    Stand { go, begun, host, reclaimer }
+    Fixture { go, begun, host, reclaimer }
 }
 
-/// A guest waits for the release of what it reports, not for the balloon's.
+/// A guest waits for the release of its reported pages, not for that of ballooned ones.
 #[test]
-fn free_pages_do_not_wait_for_the_balloon_and_are_counted_apart() {
-    let stand = stand(PartialHuge::Split, false);
-    stand.reclaimer.release(&pages(0, WAKE_PAGES));
-    stand.begun.recv_timeout(TEST_TIMEOUT).expect("the worker is busy");
-    stand.reclaimer.release(&pages(WAKE_PAGES, 3));
+fn free_pages_do_not_wait_for_the_balloon_and_have_their_own_counters() {
+    let fixture = fixture(PartialHuge::Split, false);
+    fixture.reclaimer.release(&pages(0, WAKE_PAGES));
+    fixture.begun.recv_timeout(TEST_TIMEOUT).expect("the worker is busy");
+    fixture.reclaimer.release(&pages(WAKE_PAGES, 3));
     let mut free = pages(FREE, 10);
     free.union_with(&pages(FREE + 20, 5));
-    stand.reclaimer.release_free(&free);
-    assert_eq!(*stand.host.seen.lock().unwrap(), [free]);
-    let done = stand.reclaimer.snapshot();
+    fixture.reclaimer.release_free(&free);
+    assert_eq!(*fixture.host.seen.lock().unwrap(), [free]);
+    let done = fixture.reclaimer.snapshot();
     assert_eq!((done.free_pages, done.free_calls, done.free_partial_pages), (15, 2, 0));
     assert_eq!((done.discarded_pages, done.calls, done.last_batch_at), (0, 0, None));
     assert_eq!(done.pending_pages + done.in_flight_pages, WAKE_PAGES + 3);
     for _ in 0..2 {
-        stand.go.send(()).unwrap();
+        fixture.go.send(()).unwrap();
     }
-    assert!(stand.reclaimer.wait_idle(TEST_TIMEOUT));
-    let done = stand.reclaimer.snapshot();
+    assert!(fixture.reclaimer.wait_idle(TEST_TIMEOUT));
+    let done = fixture.reclaimer.snapshot();
     assert_eq!((done.discarded_pages, done.free_pages), (WAKE_PAGES + 3, 15));
 }
 
-/// Nothing is left of a report that could be released after the guest was told.
+/// Nothing of a report is released after it was returned to the guest.
 #[test]
-fn parts_of_huge_pages_are_left_alone_and_not_remembered() {
-    let stand = stand(PartialHuge::Wait, false);
+fn reported_parts_of_huge_pages_are_neither_released_nor_recorded() {
+    let fixture = fixture(PartialHuge::Wait, false);
     let whole = FREE.next_multiple_of(CHUNK_PAGES);
-    stand.reclaimer.release_free(&pages(whole, CHUNK_PAGES + 7));
-    assert_eq!(*stand.host.seen.lock().unwrap(), [pages(whole, CHUNK_PAGES)]);
-    let done = stand.reclaimer.snapshot();
+    fixture.reclaimer.release_free(&pages(whole, CHUNK_PAGES + 7));
+    assert_eq!(*fixture.host.seen.lock().unwrap(), [pages(whole, CHUNK_PAGES)]);
+    let done = fixture.reclaimer.snapshot();
     assert_eq!((done.free_pages, done.free_partial_pages), (CHUNK_PAGES, 7));
     assert_eq!((done.waiting_pages, done.pending_pages), (0, 0));
-    // The rest of that huge page comes, and does not bring the first part along.
-    stand.reclaimer.release_free(&pages(whole + CHUNK_PAGES + 7, CHUNK_PAGES - 7));
-    assert_eq!(stand.reclaimer.snapshot().free_pages, CHUNK_PAGES);
+    // A report of the rest of that huge page does not release the first part.
+    fixture.reclaimer.release_free(&pages(whole + CHUNK_PAGES + 7, CHUNK_PAGES - 7));
+    assert_eq!(fixture.reclaimer.snapshot().free_pages, CHUNK_PAGES);
 }
 
 #[test]
-fn a_panic_is_counted_and_the_guest_goes_on() {
-    let stand = stand(PartialHuge::Split, true);
-    stand.reclaimer.release_free(&pages(FREE, 4));
-    let done = stand.reclaimer.snapshot();
+fn a_panic_is_counted_and_the_call_returns() {
+    let fixture = fixture(PartialHuge::Split, true);
+    fixture.reclaimer.release_free(&pages(FREE, 4));
+    let done = fixture.reclaimer.snapshot();
     assert_eq!((done.panics, done.failed_pages, done.free_pages), (1, 4, 0));
-    assert!(stand.reclaimer.is_idle());
+    assert!(fixture.reclaimer.is_idle());
 }

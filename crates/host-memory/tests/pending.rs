@@ -1,5 +1,4 @@
-//! The state behind background release against a model that knows, for each
-//! page, where it is.
+//! Checks the state of background release with a model that records the place of each page.
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use std::collections::BTreeSet;
@@ -19,11 +18,11 @@ enum Op {
     Add(PageRange),
     Retain(PageRange),
     Begin(Take),
-    /// Finish the batch; of its pages, those in the range were partial.
+    /// Finish the batch; its pages in the range were partial.
     Finish(PageRange),
     Retry,
     Forget,
-    /// Of the released pages, those in the range shall be swept.
+    /// Mark the released pages in the range to be swept.
     Sweep(PageRange),
     BeginSweep(u64),
 }
@@ -62,15 +61,15 @@ fn only(set: &PageSet, range: PageRange) -> PageSet {
     set.clone().take_range(range)
 }
 
-/// The state with what is known of it from outside.
+/// The state, and the model of it.
 #[derive(Default)]
 struct Watched {
     state: PendingRelease,
     batch: Option<Batch>,
-    /// Pages given and not retained since, and not released: only these may ever
-    /// be discarded for the first time.
+    /// Pages added and not retained since, and not released: only these may be discarded
+    /// for the first time.
     allowed: Model,
-    /// Pages given and not retained since: only these may ever be swept.
+    /// Pages added and not retained since: only these may be swept.
     given: Model,
 }
 
@@ -95,7 +94,7 @@ impl Watched {
                 let flying = self.batch.as_ref().map(|b| pages(b.pages())).unwrap_or_default();
                 self.allowed.retain(|page| flying.contains(page));
             }
-            // Chosen at any time before: of pages that were released, or are not any more.
+            // Chosen at any earlier time: pages that were released then, or no longer are.
             Op::Sweep(range) => self.state.sweep(range.into()),
             Op::BeginSweep(limit) => {
                 let began = self.state.begin_sweep(limit);
@@ -126,7 +125,7 @@ impl Watched {
             prop_assert_eq!(began.is_swept(), swept);
             let may = if swept { &self.given } else { &self.allowed };
             prop_assert!(pages(began.pages()).is_subset(may));
-            // What is swept was asked for long ago.
+            // A sweep does not change the first release.
             let asked_for = if swept { 0 } else { began.pages().len() };
             prop_assert_eq!(self.state.in_flight_pages(), asked_for);
             self.batch = Some(began);
@@ -150,8 +149,8 @@ impl Watched {
         }
     }
 
-    /// Nothing that may not be discarded is anywhere in the state, and nothing
-    /// that was given is lost.
+    /// Checks that the state contains no page that must not be discarded, and has lost no
+    /// given page.
     fn check(&self) -> Result<(), TestCaseError> {
         let mut all = pages(self.state.pending());
         prop_assert!(all.is_disjoint(&pages(self.state.waiting())));
@@ -160,8 +159,8 @@ impl Watched {
         if let Some(batch) = self.batch.as_ref().filter(|batch| !batch.is_swept()) {
             all.extend(pages(batch.pages()));
         }
-        // A retain that met a batch in flight is not done: its pages are no
-        // longer pending, and still allowed for as long as the batch flies.
+        // A retain that found a batch in flight is not complete: its pages are no longer
+        // pending, and still allowed while the batch is in flight.
         prop_assert!(all.is_subset(&self.allowed), "{:?}", all.difference(&self.allowed).next());
         Ok(())
     }
@@ -171,7 +170,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
 
     #[test]
-    fn no_page_is_in_a_batch_that_was_not_given(
+    fn a_batch_contains_only_given_pages(
         ops in vec(ops(), 1..40),
         largest in prop::sample::select(vec![1, CHUNK_PAGES]),
     ) {
@@ -200,7 +199,7 @@ proptest! {
 }
 
 #[test]
-fn waiting_pages_come_along_with_the_rest_of_their_host_page() {
+fn waiting_pages_join_the_batch_of_the_rest_of_their_host_page() {
     let half = |start| PageSet::from(PageRange::new(start, CHUNK_PAGES / 2).unwrap());
     let mut state = PendingRelease::default();
     state.add(&half(CHUNK_PAGES));
@@ -222,7 +221,7 @@ fn waiting_pages_come_along_with_the_rest_of_their_host_page() {
 }
 
 #[test]
-fn what_completes_a_chunk_has_all_of_it_swept() {
+fn completing_a_chunk_sweeps_all_of_it() {
     let mut state = PendingRelease::default();
     let release = |state: &mut PendingRelease, range| {
         state.add(&PageSet::from(range));
@@ -231,12 +230,12 @@ fn what_completes_a_chunk_has_all_of_it_swept() {
     };
     let page = |number| PageRange::new(number, 1).unwrap();
     release(&mut state, PageRange::new(0, 3 * CHUNK_PAGES).unwrap());
-    assert!(!state.is_to_be_swept(), "it was whole");
+    assert!(!state.is_to_be_swept(), "the chunk was complete");
     for number in [1, CHUNK_PAGES, CHUNK_PAGES + 1] {
         assert_eq!(state.retain(&page(number).into()), (Retained::Yes, 0));
     }
     release(&mut state, page(CHUNK_PAGES));
-    assert!(!state.is_to_be_swept(), "the guest has a page of it");
+    assert!(!state.is_to_be_swept(), "the guest uses a page of it");
     release(&mut state, PageRange::from_bounds(1, 2).unwrap());
     release(&mut state, page(CHUNK_PAGES + 1));
     let batch = state.begin_sweep(2 * CHUNK_PAGES).unwrap();

@@ -1,5 +1,5 @@
-//! Discarding with real memory: what was asked reads as zeros and leaves the
-//! host, and every other byte stays.
+//! Discards real memory: the given pages read as zeros and are released to the host, and
+//! every other byte stays.
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use std::collections::BTreeSet;
@@ -42,7 +42,7 @@ struct Guest {
 }
 
 impl Guest {
-    /// Regions `(first page, pages)`, one after the other in a file, or anonymous.
+    /// Regions `(first page, pages)`, contiguous in a file, or anonymous.
     fn new(regions: &[(u64, u64)], file: Option<&Arc<File>>) -> Self {
         let mut offset = 0;
         let described: Vec<_> = regions
@@ -87,10 +87,10 @@ impl Guest {
         )
     }
 
-    /// Measured before it is looked at: reading a hole of a file fills it.
+    /// Measures before it reads: reading a hole of a file fills it.
     fn assert_gone(&self, gone: &PageSet, before_bytes: u64) {
         let after = resident_bytes(&self.map).unwrap();
-        assert_eq!(before_bytes - after, gone.len() * PAGE_BYTES, "bytes that left the host");
+        assert_eq!(before_bytes - after, gone.len() * PAGE_BYTES, "bytes released");
         for page in self.pages() {
             if gone.contains(page) {
                 assert_eq!(self.read(page), (0, 0), "page {page} was released");
@@ -101,7 +101,7 @@ impl Guest {
     }
 }
 
-/// A mounted file system that goes away with the value.
+/// A mounted file system, unmounted on drop.
 struct Mount(PathBuf);
 
 impl Mount {
@@ -135,7 +135,7 @@ impl Drop for Mount {
     }
 }
 
-/// Runs across holes and the border of two regions, single pages, whole chunks.
+/// Runs across holes and region borders, single pages, whole chunks.
 fn mixed_set() -> PageSet {
     let mut set: PageSet = (0..900).step_by(3).map(|page| range(10 + page, 1)).collect();
     set.insert(range(1000, 700));
@@ -154,7 +154,7 @@ fn backings() -> [(&'static str, Option<Arc<File>>); 2] {
 }
 
 #[test]
-fn releases_exactly_what_was_given() {
+fn exactly_the_given_pages_are_released() {
     for (name, file) in backings() {
         let guest = Guest::new(&REGIONS, file.as_ref());
         let before = resident_bytes(&guest.map).unwrap();
@@ -177,7 +177,7 @@ fn releases_exactly_what_was_given() {
 }
 
 #[test]
-fn page_by_page_releases_the_same_with_a_call_for_each() {
+fn page_by_page_releases_the_same_pages_with_one_call_each() {
     for (_, file) in backings() {
         let guest = Guest::new(&REGIONS, file.as_ref());
         let before = resident_bytes(&guest.map).unwrap();
@@ -192,7 +192,7 @@ fn page_by_page_releases_the_same_with_a_call_for_each() {
 }
 
 #[test]
-fn a_range_across_regions_is_one_call_for_each() {
+fn a_range_across_regions_takes_one_call_per_region() {
     let file = memfd(4 * MIB, MemfdFlags::empty()).unwrap();
     let guest = Guest::new(&[(0, 100), (100, 100), (200, 100)], Some(&file));
     let before = resident_bytes(&guest.map).unwrap();
@@ -202,7 +202,7 @@ fn a_range_across_regions_is_one_call_for_each() {
 }
 
 #[test]
-fn releasing_what_was_never_touched_is_fine() {
+fn untouched_pages_can_be_released() {
     let file = memfd(64 * MIB, MemfdFlags::empty()).unwrap();
     let region = Region::shared(range(0, 64 * MIB / PAGE_BYTES), file, 0).unwrap();
     let map = MemoryMap::new(vec![region]).unwrap();
@@ -212,7 +212,7 @@ fn releasing_what_was_never_touched_is_fine() {
 }
 
 #[test]
-fn a_refusal_is_kept_with_its_errno_and_the_rest_is_released() {
+fn a_refusal_is_reported_with_its_errno_and_the_rest_is_released() {
     let dir = std::env::temp_dir().join(format!("read-only-{}", std::process::id()));
     fs::write(&dir, vec![1; bytes(10)]).unwrap();
     let read_only = Arc::new(File::open(&dir).unwrap());
@@ -236,7 +236,7 @@ fn a_refusal_is_kept_with_its_errno_and_the_rest_is_released() {
 }
 
 #[test]
-fn the_map_refuses_what_it_cannot_release() {
+fn memory_that_cannot_be_released_is_refused() {
     let file = memfd(MIB, MemfdFlags::empty()).unwrap();
     let region = |start, pages| Region::shared(range(start, pages), Arc::clone(&file), 0).unwrap();
     let overlap = MemoryMap::new(vec![region(5, 5), region(0, 6)]);
@@ -249,7 +249,7 @@ fn the_map_refuses_what_it_cannot_release() {
     let error = Region::shared(range(0, 1), Arc::new(File::from(null)), 0);
     assert!(matches!(error, Err(HostMemoryError::NotAFile { .. })), "{error:?}");
 
-    // A private mapping of a file: emptying it would bring the file's bytes back.
+    // A private mapping of a file: releasing it would expose the file's bytes.
     let private = vm_memory::mmap::MmapRegionBuilder::<()>::new(bytes(1))
         .with_file_offset(FileOffset::from_arc(file, 0))
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
@@ -262,7 +262,7 @@ fn the_map_refuses_what_it_cannot_release() {
 }
 
 #[test]
-fn translation_cuts_at_borders_and_names_what_is_outside() {
+fn translation_splits_at_borders_and_reports_pages_outside() {
     let guest = Guest::new(&[(10, 10), (20, 10), (40, 10)], None);
     let pieces: Vec<_> = guest
         .map
@@ -285,7 +285,7 @@ fn translation_cuts_at_borders_and_names_what_is_outside() {
     let outside = guest.map.check(range(25, 20)).unwrap_err();
     assert_eq!(outside.pages, range(30, 10));
     assert_eq!(outside.to_string(), "page 0x1e lies outside guest memory");
-    assert!(guest.map.check(range(60, 0)).is_ok(), "nothing is nowhere outside");
+    assert!(guest.map.check(range(60, 0)).is_ok(), "an empty range is not outside");
     assert!(guest.map.find(9).is_none() && guest.map.find(30).is_none());
     assert!(guest.map.find(u64::MAX).is_none());
     let piece = guest.map.find(25).unwrap();
@@ -295,7 +295,7 @@ fn translation_cuts_at_borders_and_names_what_is_outside() {
 }
 
 #[test]
-fn memory_on_small_pages_is_seen_as_such() {
+fn memory_on_small_pages_is_detected() {
     let file = memfd(MIB, MemfdFlags::empty()).unwrap();
     let seen = HostPages::of_file(&file).unwrap();
     let setting = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/shmem_enabled");
@@ -307,9 +307,9 @@ fn memory_on_small_pages_is_seen_as_such() {
     }
 }
 
-/// A monitor's memory may be on a mount that this process does not see.
+/// A front end's memory may be on a mount that this process cannot see.
 #[test]
-fn huge_pages_are_seen_where_the_mount_is_not() {
+fn huge_pages_are_detected_on_an_invisible_mount() {
     let Some(mount) = Mount::tmpfs("unseen", "size=4m,huge=always") else { return };
     let file = mount.file(MIB);
     rustix::mount::unmount(&mount.0, rustix::mount::UnmountFlags::DETACH).unwrap();
@@ -317,7 +317,7 @@ fn huge_pages_are_seen_where_the_mount_is_not() {
 }
 
 #[test]
-fn a_huge_page_that_came_back_for_one_page_leaves_the_host_again() {
+fn a_huge_page_that_came_back_for_one_page_is_released_again() {
     let Some(mount) = Mount::tmpfs("returned", "size=20m,huge=always") else { return };
     let file = mount.file(16 * MIB);
     let guest = Guest::new(&[(0, 16 * MIB / PAGE_BYTES)], Some(&file));
@@ -344,10 +344,10 @@ fn a_huge_page_that_came_back_for_one_page_leaves_the_host_again() {
     assert_eq!(reclaimer.snapshot().swept_pages, 2 * (CHUNK_PAGES - 1));
 }
 
-/// The page is given again before anybody looked: the guest has nothing of the huge
-/// page then, and by its last part alone the rest would stay.
+/// The page is given up again before the next check: the guest then uses nothing of the
+/// huge page, and releasing only the last part would leave the rest allocated.
 #[test]
-fn a_huge_page_that_came_back_for_a_moment_leaves_the_host_again() {
+fn a_huge_page_that_came_back_briefly_is_released_again() {
     for partial_huge in [PartialHuge::Split, PartialHuge::Wait] {
         let Some(mount) = Mount::tmpfs("moment", "size=20m,huge=always") else { return };
         let file = mount.file(16 * MIB);
@@ -372,10 +372,10 @@ fn a_huge_page_that_came_back_for_a_moment_leaves_the_host_again() {
     }
 }
 
-/// Of every second huge page one small page is kept, the rest is given: on a
-/// kernel that splits, all that was given leaves the host.
+/// The guest keeps one small page of every second huge page and gives up the rest: on a
+/// kernel that splits, all given pages are released.
 #[test]
-fn parts_of_transparent_huge_pages_leave_the_host() {
+fn parts_of_transparent_huge_pages_are_released() {
     let Some(mount) = Mount::tmpfs("huge", "size=80m,huge=always") else { return };
     let file = mount.file(64 * MIB);
     assert_eq!(HostPages::of_file(&file).unwrap(), HostPages::Transparent);
@@ -397,7 +397,7 @@ fn parts_of_transparent_huge_pages_leave_the_host() {
     guest.assert_gone(&set, before);
 }
 
-/// Takes back the kernel's setting when dropped. One test at a time has it.
+/// Restores the kernel's setting on drop. Locked by one test at a time.
 struct HugePages(String, #[expect(dead_code, reason = "held")] MutexGuard<'static, ()>);
 
 static POOL: Mutex<()> = Mutex::new(());
@@ -433,7 +433,7 @@ fn hugetlb_pages_are_released_whole_or_wait() {
         HostPages::of_file(&file).unwrap(),
         HostPages::Hugetlb { host_page_pages: CHUNK_PAGES }
     );
-    // The guest's pages are shifted against the host's by half a huge page.
+    // The guest's pages are offset by half a huge page against the host's.
     let start = CHUNK_PAGES / 2;
     let guest = Guest::new(&[(start, 8 * CHUNK_PAGES)], Some(&file));
     let map: Arc<dyn Discard> = Arc::new(guest.map.clone());
@@ -449,7 +449,7 @@ fn hugetlb_pages_are_released_whole_or_wait() {
     assert_eq!(reclaimer.snapshot().waiting_pages, CHUNK_PAGES);
     assert_eq!(before - resident_bytes(&guest.map).unwrap(), 4 * MIB);
 
-    // The first seven pages of host page 1 arrive, and it goes too.
+    // The rest of host page 1 is given up, so it is released too.
     reclaimer.release(&range(start + CHUNK_PAGES, 7).into());
     reclaimer.flush();
     assert!(reclaimer.wait_idle(TEST_TIMEOUT));
@@ -460,9 +460,9 @@ fn hugetlb_pages_are_released_whole_or_wait() {
     guest.assert_gone(&gone, before);
 }
 
-/// What the balloon gave back to a pool may be somebody else's when the guest wants it again.
+/// Another process may use the pages that the balloon returned to a pool when the guest deflates.
 #[test]
-fn pages_of_a_pool_are_promised_until_they_are_released_and_promised_again() {
+fn pool_pages_are_reserved_until_released_and_reserved_again() {
     let Some(_reserved) = HugePages::reserve(8) else {
         eprintln!("SKIPPED: no huge pages can be reserved here (needs root and free memory)");
         return;
@@ -471,7 +471,7 @@ fn pages_of_a_pool_are_promised_until_they_are_released_and_promised_again() {
     let len = 8 * 2 * MIB;
     let file = memfd(len, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB).unwrap();
     reserve_file(&file, len).unwrap();
-    // Takes all that is left.
+    // Takes all remaining pages.
     let other =
         memfd((pool.total + 8) * 2 * MIB, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB).unwrap();
     reserve_file(&other, HugePool::of(2 * MIB).free * 2 * MIB).unwrap();
@@ -479,7 +479,7 @@ fn pages_of_a_pool_are_promised_until_they_are_released_and_promised_again() {
     let third = memfd(2 * 2 * MIB, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB).unwrap();
     reserve_file(&third, 2 * MIB).unwrap_err();
 
-    // Nothing of it is missing, though the mapping itself reserves nothing.
+    // All of it is backed, though the mapping itself reserves nothing.
     let guest = Guest::new(&[(0, 8 * CHUNK_PAGES)], Some(&file));
     let given = PageSet::from(range(CHUNK_PAGES, 2 * CHUNK_PAGES));
     let map: Arc<dyn Discard> = Arc::new(guest.map.clone());
@@ -496,16 +496,16 @@ fn pages_of_a_pool_are_promised_until_they_are_released_and_promised_again() {
     reclaimer.retain(&given);
     guest.fill();
 
-    // What it may use without a word is not released.
+    // Pages that the guest may use again without a message are not released.
     let before = resident_bytes(&guest.map).unwrap();
     reclaimer.release_free(&given);
     assert_eq!(resident_bytes(&guest.map).unwrap(), before);
     assert_eq!(reclaimer.snapshot().free_partial_pages, given.len());
 }
 
-/// A guest that gives, takes and writes at random: what it wrote stays.
+/// A guest that gives up, takes back and writes pages at random: its writes stay.
 #[test]
-fn what_the_guest_wrote_is_still_there() {
+fn the_guests_writes_are_preserved() {
     const PAGES: u64 = 6 * CHUNK_PAGES;
     let memfd = memfd(16 * MIB, MemfdFlags::empty()).unwrap();
     let huge = Mount::tmpfs("huge-guest", "size=20m,huge=always");

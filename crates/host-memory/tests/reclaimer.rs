@@ -1,6 +1,5 @@
-//! The reclaimer with a stand-in for the host, which watches what is discarded
-//! when. No test waits for a clock to show that something happens; some wait for
-//! the clock that they test.
+//! The reclaimer with a model of the host, which records each discard. No test depends on
+//! a timeout to prove that something happens; some wait for the timer that they test.
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use std::collections::HashSet;
@@ -26,10 +25,10 @@ fn options(mode: ReleaseMode) -> ReclaimerOptions {
     ReclaimerOptions { mode, ..ReclaimerOptions::default() }
 }
 
-/// A host that announces each batch and goes on only when told to.
+/// A host that reports each batch and blocks until the test continues it.
 struct Gate {
     huge: bool,
-    /// Pages that the host says it spends on the guest.
+    /// Pages that the host reports as resident.
     resident: Arc<AtomicU64>,
     begun: Sender<PageSet>,
     go: Mutex<Receiver<Act>>,
@@ -68,15 +67,15 @@ impl Discard for Gate {
         }
         self.begun.send(pages.clone()).unwrap();
         let mut report = DiscardReport { calls: 1, ..DiscardReport::default() };
-        let act = self.go.lock().unwrap().recv().expect("the test goes on");
+        let act = self.go.lock().unwrap().recv().expect("the test continues it");
         match act {
             Act::Release => report.pages = pages.len(),
             Act::Refuse => {
                 report.failed_pages = pages.len();
                 report.failure_count = 1;
             }
-            // The lock is free again, so only this call is lost.
-            Act::Panic => panic!("as the test asked"),
+            // The lock is released, so only this call fails.
+            Act::Panic => panic!("a panic of the test"),
         }
         report
     }
@@ -86,15 +85,15 @@ impl Discard for Gate {
     }
 }
 
-struct Stand {
-    // Dropped first: a batch that the test no longer answers then ends by itself.
+struct Fixture {
+    // Dropped first: then a batch that the test no longer continues ends by itself.
     go: Sender<Act>,
     begun: Receiver<PageSet>,
     resident: Arc<AtomicU64>,
     reclaimer: Reclaimer,
 }
 
-impl Stand {
+impl Fixture {
     fn new(huge: bool, mode: ReleaseMode) -> Self {
         let (begun_tx, begun) = channel();
         let (go, go_rx) = channel();
@@ -116,159 +115,159 @@ impl Stand {
 }
 
 #[test]
-fn retain_waits_for_the_batch_in_flight_and_only_for_it() {
-    let stand = Stand::new(false, ReleaseMode::Background);
-    stand.reclaimer.release(&pages(0, WAKE_PAGES));
-    assert_eq!(stand.next_batch(), pages(0, WAKE_PAGES));
-    // Not in flight: does not wait, though a batch is.
-    stand.reclaimer.release(&pages(WAKE_PAGES, 10));
-    stand.reclaimer.retain(&pages(WAKE_PAGES, 10));
-    assert_eq!(stand.reclaimer.snapshot().retained_pages, 10);
+fn retain_waits_only_for_the_batch_in_flight() {
+    let fixture = Fixture::new(false, ReleaseMode::Background);
+    fixture.reclaimer.release(&pages(0, WAKE_PAGES));
+    assert_eq!(fixture.next_batch(), pages(0, WAKE_PAGES));
+    // These pages are not in flight, so this does not wait.
+    fixture.reclaimer.release(&pages(WAKE_PAGES, 10));
+    fixture.reclaimer.retain(&pages(WAKE_PAGES, 10));
+    assert_eq!(fixture.reclaimer.snapshot().retained_pages, 10);
 
     let returned = AtomicBool::new(false);
     thread::scope(|scope| {
         let retainer = scope.spawn(|| {
-            stand.reclaimer.retain(&pages(5, 1));
+            fixture.reclaimer.retain(&pages(5, 1));
             returned.store(true, Ordering::SeqCst);
         });
-        // It says when it begins to wait.
-        while stand.reclaimer.snapshot().retain_waits == 0 {
+        // The counter shows that it has begun to wait.
+        while fixture.reclaimer.snapshot().retain_waits == 0 {
             thread::yield_now();
         }
         assert!(!returned.load(Ordering::SeqCst), "page 5 is being discarded");
-        stand.go.send(Act::Release).unwrap();
+        fixture.go.send(Act::Release).unwrap();
         retainer.join().unwrap();
     });
     assert!(returned.load(Ordering::SeqCst));
-    assert!(stand.reclaimer.is_idle(), "what was retained is not released later");
-    assert!(stand.begun.try_recv().is_err());
+    assert!(fixture.reclaimer.is_idle(), "what was retained is not released later");
+    assert!(fixture.begun.try_recv().is_err());
 }
 
 #[test]
-fn what_came_back_with_a_huge_page_is_released_once_more() {
-    let stand = Stand::new(true, ReleaseMode::Background).open(3);
-    stand.reclaimer.release(&pages(0, 2 * CHUNK_PAGES));
-    assert_eq!(stand.next_batch(), pages(0, 2 * CHUNK_PAGES));
-    assert!(stand.reclaimer.wait_idle(TEST_TIMEOUT));
-    let before = stand.reclaimer.snapshot();
-    // The guest takes a page back and touches it, and the host gives it 512.
-    stand.resident.store(CHUNK_PAGES, Ordering::SeqCst);
-    stand.reclaimer.retain(&pages(7, 1));
+fn pages_that_came_back_with_a_huge_page_are_released_again() {
+    let fixture = Fixture::new(true, ReleaseMode::Background).open(3);
+    fixture.reclaimer.release(&pages(0, 2 * CHUNK_PAGES));
+    assert_eq!(fixture.next_batch(), pages(0, 2 * CHUNK_PAGES));
+    assert!(fixture.reclaimer.wait_idle(TEST_TIMEOUT));
+    let before = fixture.reclaimer.snapshot();
+    // The guest takes a page back and touches it, and the host allocates 512.
+    fixture.resident.store(CHUNK_PAGES, Ordering::SeqCst);
+    fixture.reclaimer.retain(&pages(7, 1));
     let mut rest = pages(0, CHUNK_PAGES);
     rest.subtract(&pages(7, 1));
-    assert_eq!(stand.next_batch(), rest, "neither what the guest has nor what is whole");
-    let after = stand.reclaimer.snapshot();
+    assert_eq!(fixture.next_batch(), rest, "neither the guest's page nor the complete chunk");
+    let after = fixture.reclaimer.snapshot();
     assert_eq!(after.discarded_pages, before.discarded_pages, "no new release");
 }
 
 #[test]
 fn a_page_that_is_being_swept_is_retained_only_afterwards() {
-    let stand = Stand::new(true, ReleaseMode::Background).open(1);
-    stand.resident.store(CHUNK_PAGES, Ordering::SeqCst);
-    stand.reclaimer.release(&pages(0, 3));
-    assert_eq!(stand.next_batch(), pages(0, 3));
-    assert_eq!(stand.next_batch(), pages(0, 3), "swept");
+    let fixture = Fixture::new(true, ReleaseMode::Background).open(1);
+    fixture.resident.store(CHUNK_PAGES, Ordering::SeqCst);
+    fixture.reclaimer.release(&pages(0, 3));
+    assert_eq!(fixture.next_batch(), pages(0, 3));
+    assert_eq!(fixture.next_batch(), pages(0, 3), "swept");
     let returned = AtomicBool::new(false);
     thread::scope(|scope| {
         scope.spawn(|| {
-            stand.reclaimer.retain(&pages(1, 1));
+            fixture.reclaimer.retain(&pages(1, 1));
             returned.store(true, Ordering::SeqCst);
         });
-        while stand.reclaimer.snapshot().retain_waits == 0 {
+        while fixture.reclaimer.snapshot().retain_waits == 0 {
             thread::yield_now();
         }
         assert!(!returned.load(Ordering::SeqCst), "page 1 is being discarded");
-        assert!(stand.reclaimer.snapshot().in_flight_pages == 0, "nobody asked for it");
-        stand.go.send(Act::Release).unwrap();
+        assert!(fixture.reclaimer.snapshot().in_flight_pages == 0, "a sweep is not counted");
+        fixture.go.send(Act::Release).unwrap();
     });
     let mut rest = pages(0, 3);
     rest.subtract(&pages(1, 1));
     let swept = loop {
-        match stand.begun.try_recv() {
+        match fixture.begun.try_recv() {
             Ok(batch) => break batch,
-            Err(_) => stand.resident.fetch_add(1, Ordering::SeqCst),
+            Err(_) => fixture.resident.fetch_add(1, Ordering::SeqCst),
         };
         thread::sleep(Duration::from_millis(1));
     };
-    assert_eq!(swept, rest, "and then not any more");
+    assert_eq!(swept, rest, "and afterwards no more");
 }
 
 #[test]
-fn small_pieces_add_up_before_the_worker_wakes() {
-    let stand = Stand::new(false, ReleaseMode::Background).open(9);
+fn small_requests_are_merged_before_the_worker_wakes() {
+    let fixture = Fixture::new(false, ReleaseMode::Background).open(9);
     let step = 256;
     for start in (0..WAKE_PAGES).step_by(step) {
-        stand.reclaimer.release(&pages(start, step as u64));
+        fixture.reclaimer.release(&pages(start, step as u64));
     }
-    assert!(stand.reclaimer.wait_idle(TEST_TIMEOUT));
-    let batches: Vec<PageSet> = stand.begun.try_iter().collect();
+    assert!(fixture.reclaimer.wait_idle(TEST_TIMEOUT));
+    let batches: Vec<PageSet> = fixture.begun.try_iter().collect();
     let sum: u64 = batches.iter().map(PageSet::len).sum();
     assert_eq!(sum, WAKE_PAGES);
-    // One, unless the machine slept between two calls for the grace.
+    // One batch, unless the machine paused between two calls.
     assert!(batches.len() < 9, "{} batches for 32 requests", batches.len());
     assert!(batches.iter().all(|batch| batch.ranges().count() == 1), "merged");
 }
 
 #[test]
 fn batches_are_bounded() {
-    let stand = Stand::new(false, ReleaseMode::Background).open(20);
-    stand.reclaimer.release(&pages(7, 10 * BATCH_PAGES));
-    stand.reclaimer.flush();
-    assert!(stand.reclaimer.wait_idle(TEST_TIMEOUT));
-    let batches: Vec<PageSet> = stand.begun.try_iter().collect();
+    let fixture = Fixture::new(false, ReleaseMode::Background).open(20);
+    fixture.reclaimer.release(&pages(7, 10 * BATCH_PAGES));
+    fixture.reclaimer.flush();
+    assert!(fixture.reclaimer.wait_idle(TEST_TIMEOUT));
+    let batches: Vec<PageSet> = fixture.begun.try_iter().collect();
     assert!(batches.iter().all(|batch| batch.len() <= BATCH_PAGES));
     assert_eq!(batches.iter().map(PageSet::len).sum::<u64>(), 10 * BATCH_PAGES);
-    assert_eq!(stand.reclaimer.snapshot().discarded_pages, 10 * BATCH_PAGES);
+    assert_eq!(fixture.reclaimer.snapshot().discarded_pages, 10 * BATCH_PAGES);
 }
 
 #[test]
-fn a_few_pages_are_released_after_the_grace() {
-    let stand = Stand::new(true, ReleaseMode::Background).open(1);
+fn a_few_pages_are_released_after_the_pause() {
+    let fixture = Fixture::new(true, ReleaseMode::Background).open(1);
     let given = Instant::now();
-    stand.reclaimer.release(&pages(1, 3));
-    assert_eq!(stand.next_batch(), pages(1, 3));
+    fixture.reclaimer.release(&pages(1, 3));
+    assert_eq!(fixture.next_batch(), pages(1, 3));
     assert!(given.elapsed() >= Duration::from_millis(GRACE_MS), "not before");
 }
 
 #[test]
-fn flush_does_not_wait_for_the_grace() {
-    let stand = Stand::new(true, ReleaseMode::Background).open(2);
-    // Keep the guest "busy", so that the grace never ends by itself.
+fn flush_does_not_wait_for_the_pause() {
+    let fixture = Fixture::new(true, ReleaseMode::Background).open(2);
+    // Keep the guest busy, so that there is never a pause.
     let busy = AtomicBool::new(true);
     thread::scope(|scope| {
         scope.spawn(|| {
             while busy.load(Ordering::SeqCst) {
-                stand.reclaimer.release(&pages(1, 3));
+                fixture.reclaimer.release(&pages(1, 3));
             }
         });
-        stand.reclaimer.release(&pages(1, 3));
-        stand.reclaimer.flush();
-        assert_eq!(stand.next_batch(), pages(1, 3));
+        fixture.reclaimer.release(&pages(1, 3));
+        fixture.reclaimer.flush();
+        assert_eq!(fixture.next_batch(), pages(1, 3));
         busy.store(false, Ordering::SeqCst);
     });
 }
 
 #[test]
-fn on_huge_pages_whole_chunks_go_first_and_the_rest_after_the_grace() {
-    let stand = Stand::new(true, ReleaseMode::Background).open(9);
+fn whole_chunks_are_released_first_and_parts_after_the_pause() {
+    let fixture = Fixture::new(true, ReleaseMode::Background).open(9);
     let mut given = pages(100, CHUNK_PAGES - 100 + WAKE_PAGES);
     given.union_with(&pages(100 * CHUNK_PAGES, 1));
-    stand.reclaimer.release(&given);
-    assert_eq!(stand.next_batch(), pages(CHUNK_PAGES, WAKE_PAGES), "whole chunks alone");
+    fixture.reclaimer.release(&given);
+    assert_eq!(fixture.next_batch(), pages(CHUNK_PAGES, WAKE_PAGES), "only whole chunks");
     let mut rest = pages(100, CHUNK_PAGES - 100);
     rest.union_with(&pages(100 * CHUNK_PAGES, 1));
-    assert_eq!(stand.next_batch(), rest);
+    assert_eq!(fixture.next_batch(), rest);
 }
 
 #[test]
-fn a_fragmented_guest_that_never_pauses_is_served_too() {
-    let stand = Stand::new(true, ReleaseMode::Background).open(1000);
-    // One page short of each chunk, without a pause, until something happens.
+fn parts_are_released_even_if_the_guest_never_pauses() {
+    let fixture = Fixture::new(true, ReleaseMode::Background).open(1000);
+    // All pages of each chunk except one, without a pause, until a batch begins.
     let mut chunk = 0;
     let batch = loop {
-        stand.reclaimer.release(&pages(chunk * CHUNK_PAGES, CHUNK_PAGES - 1));
+        fixture.reclaimer.release(&pages(chunk * CHUNK_PAGES, CHUNK_PAGES - 1));
         chunk += 1;
-        if let Ok(batch) = stand.begun.try_recv() {
+        if let Ok(batch) = fixture.begun.try_recv() {
             break batch;
         }
         assert!(chunk < 1000 * PARTIAL_LIMIT_PAGES / CHUNK_PAGES, "never released");
@@ -278,42 +277,42 @@ fn a_fragmented_guest_that_never_pauses_is_served_too() {
 }
 
 #[test]
-fn parts_of_huge_pages_wait_if_told_and_are_released_together() {
-    let stand = Stand::new(true, ReleaseMode::Background).open(9);
-    stand.reclaimer.set_partial_huge(PartialHuge::Wait);
-    stand.reclaimer.release(&pages(0, 300));
-    stand.reclaimer.flush();
-    assert!(stand.reclaimer.wait_idle(TEST_TIMEOUT));
-    let snapshot = stand.reclaimer.snapshot();
+fn parts_of_huge_pages_wait_if_configured_and_are_released_together() {
+    let fixture = Fixture::new(true, ReleaseMode::Background).open(9);
+    fixture.reclaimer.set_partial_huge(PartialHuge::Wait);
+    fixture.reclaimer.release(&pages(0, 300));
+    fixture.reclaimer.flush();
+    assert!(fixture.reclaimer.wait_idle(TEST_TIMEOUT));
+    let snapshot = fixture.reclaimer.snapshot();
     assert_eq!((snapshot.waiting_pages, snapshot.discarded_pages), (300, 0));
 
-    stand.reclaimer.release(&pages(300, CHUNK_PAGES - 300));
-    stand.reclaimer.flush();
-    assert!(stand.reclaimer.wait_idle(TEST_TIMEOUT));
-    assert_eq!(stand.reclaimer.snapshot().waiting_pages, 0);
-    assert_eq!(stand.next_batch(), pages(0, CHUNK_PAGES));
+    fixture.reclaimer.release(&pages(300, CHUNK_PAGES - 300));
+    fixture.reclaimer.flush();
+    assert!(fixture.reclaimer.wait_idle(TEST_TIMEOUT));
+    assert_eq!(fixture.reclaimer.snapshot().waiting_pages, 0);
+    assert_eq!(fixture.next_batch(), pages(0, CHUNK_PAGES));
 
-    // Waiting pages can be taken back, and the rule can change.
-    stand.reclaimer.retain(&pages(0, CHUNK_PAGES));
-    stand.reclaimer.release(&pages(0, 300));
-    stand.reclaimer.flush();
-    assert!(stand.reclaimer.wait_idle(TEST_TIMEOUT));
-    stand.reclaimer.retain(&pages(0, 100));
-    assert_eq!(stand.reclaimer.snapshot().waiting_pages, 200);
-    stand.reclaimer.set_partial_huge(PartialHuge::Split);
-    assert_eq!(stand.next_batch(), pages(100, 200));
+    // Waiting pages can be taken back, and the setting can change.
+    fixture.reclaimer.retain(&pages(0, CHUNK_PAGES));
+    fixture.reclaimer.release(&pages(0, 300));
+    fixture.reclaimer.flush();
+    assert!(fixture.reclaimer.wait_idle(TEST_TIMEOUT));
+    fixture.reclaimer.retain(&pages(0, 100));
+    assert_eq!(fixture.reclaimer.snapshot().waiting_pages, 200);
+    fixture.reclaimer.set_partial_huge(PartialHuge::Split);
+    assert_eq!(fixture.next_batch(), pages(100, 200));
 }
 
 #[test]
-fn immediate_is_done_when_it_returns() {
+fn immediate_mode_releases_before_it_returns() {
     for mode in [ReleaseMode::Immediate, ReleaseMode::PerPage] {
-        let stand = Stand::new(true, mode).open(2);
+        let fixture = Fixture::new(true, mode).open(2);
         let mut given = pages(3, 5 * BATCH_PAGES);
         given.union_with(&pages(10 * BATCH_PAGES, 1));
-        stand.reclaimer.release(&given);
-        let snapshot = stand.reclaimer.snapshot();
-        // What comes next may be a sweep by the worker.
-        assert_eq!(stand.next_batch(), given, "in one go");
+        fixture.reclaimer.release(&given);
+        let snapshot = fixture.reclaimer.snapshot();
+        // The next batch may be a sweep by the worker.
+        assert_eq!(fixture.next_batch(), given, "in one batch");
         assert_eq!((snapshot.pending_pages, snapshot.discarded_pages), (0, given.len()));
         assert_eq!(snapshot.calls, if mode == ReleaseMode::PerPage { given.len() } else { 1 });
     }
@@ -321,55 +320,55 @@ fn immediate_is_done_when_it_returns() {
 
 #[test]
 fn changing_the_mode_releases_what_is_pending_first() {
-    let stand = Stand::new(true, ReleaseMode::Background).open(3);
-    stand.reclaimer.release(&pages(0, 3));
-    stand.reclaimer.set_mode(ReleaseMode::Immediate);
-    let snapshot = stand.reclaimer.snapshot();
+    let fixture = Fixture::new(true, ReleaseMode::Background).open(3);
+    fixture.reclaimer.release(&pages(0, 3));
+    fixture.reclaimer.set_mode(ReleaseMode::Immediate);
+    let snapshot = fixture.reclaimer.snapshot();
     assert_eq!((snapshot.pending_pages, snapshot.discarded_pages), (0, 3));
 }
 
 #[test]
-fn a_panic_or_a_refusal_is_counted_and_the_next_batch_goes_on() {
-    let stand = Stand::new(false, ReleaseMode::Background);
+fn a_panic_or_a_refusal_is_counted_and_the_next_batch_runs() {
+    let fixture = Fixture::new(false, ReleaseMode::Background);
     for act in [Act::Panic, Act::Refuse, Act::Release] {
-        stand.go.send(act).unwrap();
-        stand.reclaimer.release(&pages(0, WAKE_PAGES));
-        assert!(stand.reclaimer.wait_idle(TEST_TIMEOUT));
-        // In flight no more, so this must not wait for ever.
-        stand.reclaimer.retain(&pages(0, WAKE_PAGES));
+        fixture.go.send(act).unwrap();
+        fixture.reclaimer.release(&pages(0, WAKE_PAGES));
+        assert!(fixture.reclaimer.wait_idle(TEST_TIMEOUT));
+        // No longer in flight, so this must return.
+        fixture.reclaimer.retain(&pages(0, WAKE_PAGES));
     }
-    let snapshot = stand.reclaimer.snapshot();
+    let snapshot = fixture.reclaimer.snapshot();
     assert_eq!((snapshot.panics, snapshot.errors, snapshot.batches), (1, 1, 3));
     assert_eq!(snapshot.failed_pages, 2 * WAKE_PAGES);
     assert_eq!(snapshot.discarded_pages, WAKE_PAGES);
 }
 
 #[test]
-fn retain_all_and_new_memory_forget_what_is_pending() {
-    let stand = Stand::new(true, ReleaseMode::Background);
-    stand.reclaimer.release(&pages(0, 3));
-    stand.reclaimer.retain_all();
-    assert!(stand.reclaimer.is_idle());
-    stand.reclaimer.release(&pages(0, 3));
+fn retain_all_and_new_memory_forget_pending_pages() {
+    let fixture = Fixture::new(true, ReleaseMode::Background);
+    fixture.reclaimer.release(&pages(0, 3));
+    fixture.reclaimer.retain_all();
+    assert!(fixture.reclaimer.is_idle());
+    fixture.reclaimer.release(&pages(0, 3));
     let (begun_tx, begun) = channel();
     let (go, go_rx) = channel();
     go.send(Act::Release).unwrap();
     let gate =
         Gate { huge: false, resident: Arc::default(), begun: begun_tx, go: Mutex::new(go_rx) };
-    stand.reclaimer.replace_memory(Arc::new(gate));
-    stand.reclaimer.release(&pages(50, 1));
-    stand.reclaimer.flush();
-    assert!(stand.reclaimer.wait_idle(TEST_TIMEOUT));
+    fixture.reclaimer.replace_memory(Arc::new(gate));
+    fixture.reclaimer.release(&pages(50, 1));
+    fixture.reclaimer.flush();
+    assert!(fixture.reclaimer.wait_idle(TEST_TIMEOUT));
     assert_eq!(begun.try_iter().collect::<Vec<_>>(), [pages(50, 1)]);
-    assert!(stand.begun.try_recv().is_err(), "the old memory is left alone");
+    assert!(fixture.begun.try_recv().is_err(), "the old memory is not touched");
 }
 
 #[test]
 fn dropping_waits_for_the_batch_in_flight_and_forgets_the_rest() {
-    let stand = Stand::new(false, ReleaseMode::Background);
-    stand.reclaimer.release(&pages(0, 3 * BATCH_PAGES));
-    assert_eq!(stand.next_batch(), pages(0, BATCH_PAGES));
-    let Stand { reclaimer, begun, go, .. } = stand;
+    let fixture = Fixture::new(false, ReleaseMode::Background);
+    fixture.reclaimer.release(&pages(0, 3 * BATCH_PAGES));
+    assert_eq!(fixture.next_batch(), pages(0, BATCH_PAGES));
+    let Fixture { reclaimer, begun, go, .. } = fixture;
     let dropped = AtomicBool::new(false);
     thread::scope(|scope| {
         scope.spawn(|| {
@@ -378,7 +377,7 @@ fn dropping_waits_for_the_batch_in_flight_and_forgets_the_rest() {
         });
         assert!(!dropped.load(Ordering::SeqCst), "the host is still busy with it");
         go.send(Act::Release).unwrap();
-        // A second batch may have begun before the worker was told to stop.
+        // A second batch may have begun before the worker was stopped.
         let _ = go.send(Act::Release);
         let _ = go.send(Act::Release);
     });
@@ -387,14 +386,14 @@ fn dropping_waits_for_the_batch_in_flight_and_forgets_the_rest() {
 
 #[test]
 fn wait_idle_times_out() {
-    let stand = Stand::new(false, ReleaseMode::Background);
-    stand.reclaimer.release(&pages(0, WAKE_PAGES));
-    assert!(!stand.reclaimer.wait_idle(Duration::from_millis(1)));
-    stand.go.send(Act::Release).unwrap();
-    assert!(stand.reclaimer.wait_idle(Duration::MAX));
+    let fixture = Fixture::new(false, ReleaseMode::Background);
+    fixture.reclaimer.release(&pages(0, WAKE_PAGES));
+    assert!(!fixture.reclaimer.wait_idle(Duration::from_millis(1)));
+    fixture.go.send(Act::Release).unwrap();
+    assert!(fixture.reclaimer.wait_idle(Duration::MAX));
 }
 
-/// Who owns each page, as the guest sees it.
+/// The owner of each page from the guest's view.
 struct Owners {
     owner: Vec<AtomicU8>,
     huge: bool,
@@ -437,11 +436,11 @@ impl Discard for Owners {
     }
 
     fn resident_pages(&self) -> Option<u64> {
-        // Never the same, so that what was released is swept again and again.
+        // Never the same value, so that released pages are swept repeatedly.
         self.huge.then(|| self.looks.fetch_add(1, Ordering::SeqCst))
     }
 
-    /// Looks at the pages at the start, in the middle and at the end of the call.
+    /// Checks the pages at the start, in the middle and at the end of the call.
     fn discard(&self, pages: &PageSet) -> DiscardReport {
         for _ in 0..3 {
             self.check(pages);
@@ -456,7 +455,7 @@ impl Discard for Owners {
     }
 }
 
-/// A small generator, so that the test needs no crate: xorshift.
+/// A small xorshift generator, so that the test needs no other crate.
 struct Dice(u64);
 
 impl Dice {
@@ -468,9 +467,8 @@ impl Dice {
     }
 }
 
-/// Two guest threads with memory of their own each give and take pages at random,
-/// while a third changes modes. Whatever the host discards must belong to the
-/// balloon for as long as it does.
+/// Two guest threads, each with its own memory, give up and take back pages at random, while
+/// a third changes modes. Every page must belong to the balloon during its whole discard.
 #[test]
 fn no_page_is_discarded_after_it_was_retained() {
     const SIDE: u64 = 16 * CHUNK_PAGES;
@@ -524,7 +522,7 @@ fn no_page_is_discarded_after_it_was_retained() {
         });
         reclaimer.set_partial_huge(PartialHuge::Split);
         reclaimer.set_mode(ReleaseMode::Immediate);
-        // A sweep may be under way, which is not waited for.
+        // A sweep may be in progress, which `wait_idle` ignores.
         assert!(reclaimer.wait_idle(TEST_TIMEOUT));
         assert_eq!(owners.broken.load(Ordering::SeqCst), 0, "discarded under the guest");
         let (snapshot, seen) = (reclaimer.snapshot(), owners.seen.load(Ordering::SeqCst));
@@ -533,15 +531,15 @@ fn no_page_is_discarded_after_it_was_retained() {
             seen > 0 && snapshot.retained_pages > 0 && snapshot.retain_waits > 0,
             "{snapshot:?}"
         );
-        // Every page that the balloon still owns was discarded at least once, or
-        // its owner would have been asked: nothing is pending or waiting.
+        // Nothing is pending or waiting, so every page that the balloon still owns was
+        // discarded at least once.
         assert_eq!(snapshot.waiting_pages + snapshot.pending_pages, 0);
     }
 }
 
 #[test]
-fn threads_of_immediate_releases_do_not_lose_pages() {
-    let stand = Arc::new(Mutex::new(HashSet::new()));
+fn concurrent_immediate_releases_lose_no_pages() {
+    let fixture = Arc::new(Mutex::new(HashSet::new()));
     struct Note(Arc<Mutex<HashSet<u64>>>);
     impl Discard for Note {
         fn largest_host_page(&self) -> u64 {
@@ -561,34 +559,38 @@ fn threads_of_immediate_releases_do_not_lose_pages() {
             self.discard(pages)
         }
     }
-    let memory = Arc::new(Note(Arc::clone(&stand)));
+    let memory = Arc::new(Note(Arc::clone(&fixture)));
     let reclaimer = Reclaimer::new(memory, options(ReleaseMode::Immediate)).unwrap();
     thread::scope(|scope| {
         for thread in 0..4 {
-            let (reclaimer, stand) = (&reclaimer, &stand);
+            let (reclaimer, fixture) = (&reclaimer, &fixture);
             scope.spawn(move || {
                 for page in (thread..2000).step_by(4) {
                     reclaimer.release(&pages(page, 1));
-                    assert!(stand.lock().unwrap().contains(&page), "done when it returns");
+                    assert!(fixture.lock().unwrap().contains(&page), "released when it returns");
                 }
             });
         }
     });
-    assert_eq!(stand.lock().unwrap().len(), 2000);
+    assert_eq!(fixture.lock().unwrap().len(), 2000);
 }
 
-/// Reported pages: the guest may use them as soon as it is answered.
+/// Reported pages: the guest may use them as soon as the report is returned.
 #[test]
-fn release_now_leaves_nothing_behind_in_any_mode() {
+fn release_now_leaves_nothing_pending_in_any_mode() {
     for mode in [ReleaseMode::Background, ReleaseMode::Immediate] {
-        let stand = Stand::new(true, mode).open(1);
-        stand.reclaimer.set_partial_huge(PartialHuge::Wait);
+        let fixture = Fixture::new(true, mode).open(1);
+        fixture.reclaimer.set_partial_huge(PartialHuge::Wait);
         let whole = pages(CHUNK_PAGES, 2 * CHUNK_PAGES);
         let mut given = whole.clone();
         given.union_with(&pages(9 * CHUNK_PAGES, 5));
-        stand.reclaimer.release_now(&given);
-        assert_eq!(stand.begun.try_iter().collect::<Vec<_>>(), [whole], "done when it returns");
-        let snapshot = stand.reclaimer.snapshot();
+        fixture.reclaimer.release_now(&given);
+        assert_eq!(
+            fixture.begun.try_iter().collect::<Vec<_>>(),
+            [whole],
+            "released when it returns"
+        );
+        let snapshot = fixture.reclaimer.snapshot();
         assert_eq!(
             (snapshot.waiting_pages, snapshot.pending_pages),
             (0, 0),

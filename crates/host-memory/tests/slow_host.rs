@@ -1,4 +1,4 @@
-//! A host that answers slowly: the guest goes on giving and taking back meanwhile.
+//! A slow host: the guest can give up and take back pages meanwhile.
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
@@ -13,7 +13,7 @@ use host_memory::{
 };
 use page_set::{CHUNK_PAGES, PageRange, PageSet};
 
-/// Long enough for any machine; nothing waits for it but a test that fails.
+/// Long enough for any machine; only a failing test waits this long.
 const TEST_TIMEOUT: Duration = Duration::from_secs(60);
 
 #[derive(Debug, PartialEq, Eq)]
@@ -23,7 +23,7 @@ enum Call {
     Discard(PageSet),
 }
 
-/// Announces what it is asked, and answers when it is told to.
+/// Reports each call, and returns when the test permits it.
 struct Host {
     calls: Sender<Call>,
     go: Mutex<Receiver<()>>,
@@ -31,7 +31,7 @@ struct Host {
 
 impl Host {
     fn wait(&self, call: Call) {
-        // A test that has seen enough does not listen any more.
+        // A test that has ended no longer receives.
         if self.calls.send(call).is_ok() {
             let _ = self.go.lock().unwrap().recv();
         }
@@ -67,14 +67,14 @@ impl Discard for Host {
     }
 }
 
-struct Stand {
-    // Dropped first: whoever waits for it then goes on.
+struct Fixture {
+    // Dropped first: then waiting threads continue.
     go: Sender<()>,
     calls: Receiver<Call>,
     reclaimer: Arc<Reclaimer>,
 }
 
-impl Stand {
+impl Fixture {
     fn new() -> Self {
         let (calls_tx, calls) = channel();
         let (go, go_rx) = channel();
@@ -84,14 +84,14 @@ impl Stand {
     }
 
     fn asked(&self) -> Call {
-        self.calls.recv_timeout(TEST_TIMEOUT).expect("the host is asked")
+        self.calls.recv_timeout(TEST_TIMEOUT).expect("a call of the host")
     }
 
     fn answer(&self) {
         self.go.send(()).unwrap();
     }
 
-    /// What the thread that serves a guest does while the host does not answer.
+    /// Acts as the thread that serves a guest while the host does not answer.
     fn serve(&self, given: u64, taken_back: u64) {
         let (done, end) = channel();
         let reclaimer = Arc::clone(&self.reclaimer);
@@ -112,66 +112,66 @@ fn pages(start: u64, count: u64) -> PageSet {
 }
 
 #[test]
-fn a_look_for_huge_pages_holds_nobody_up() {
-    let stand = Stand::new();
-    stand.reclaimer.release(&pages(0, 100));
-    assert_eq!(stand.asked(), Call::Discard(pages(0, 100)));
-    stand.answer();
-    // How much the host spends, in which pages that may be, and once more at the end.
-    assert_eq!(stand.asked(), Call::Resident);
-    stand.serve(1000, 20);
-    stand.answer();
-    assert_eq!(stand.asked(), Call::Partial);
-    stand.serve(1000, 40);
-    stand.answer();
-    // What was taken back meanwhile is not released, wherever the look had come to.
+fn a_check_for_huge_pages_does_not_block_the_guest() {
+    let fixture = Fixture::new();
+    fixture.reclaimer.release(&pages(0, 100));
+    assert_eq!(fixture.asked(), Call::Discard(pages(0, 100)));
+    fixture.answer();
+    // Resident pages, the choice of pages, and resident pages again at the end.
+    assert_eq!(fixture.asked(), Call::Resident);
+    fixture.serve(1000, 20);
+    fixture.answer();
+    assert_eq!(fixture.asked(), Call::Partial);
+    fixture.serve(1000, 40);
+    fixture.answer();
+    // Pages taken back meanwhile are not released, at any progress of the check.
     let mut swept = pages(0, 100);
     [20, 40].into_iter().for_each(|page| swept.subtract(&pages(page, 1)));
-    assert_eq!(stand.asked(), Call::Discard(swept));
-    stand.answer();
-    assert_eq!(stand.asked(), Call::Resident);
-    stand.serve(1000, 60);
+    assert_eq!(fixture.asked(), Call::Discard(swept));
+    fixture.answer();
+    assert_eq!(fixture.asked(), Call::Resident);
+    fixture.serve(1000, 60);
 }
 
-/// An operator may have gigabytes released before the mode is another; a guest that takes
-/// a page back waits for a batch as ever, and not for all of that.
+/// Changing the mode may release gigabytes first. A guest that takes a page back waits for one
+/// batch as usual, not for all of that.
 #[test]
-fn another_mode_holds_nobody_up() {
-    let stand = Stand::new();
-    // The worker has a batch, so all else is pending.
-    stand.reclaimer.release(&pages(0, 4 * BATCH_PAGES));
-    assert_eq!(stand.asked(), Call::Discard(pages(0, BATCH_PAGES)));
+fn changing_the_mode_does_not_block_the_guest() {
+    let fixture = Fixture::new();
+    // The worker has a batch, so everything else is pending.
+    fixture.reclaimer.release(&pages(0, 4 * BATCH_PAGES));
+    assert_eq!(fixture.asked(), Call::Discard(pages(0, BATCH_PAGES)));
     let operator = thread::spawn({
-        let reclaimer = Arc::clone(&stand.reclaimer);
+        let reclaimer = Arc::clone(&fixture.reclaimer);
         move || reclaimer.set_mode(ReleaseMode::Immediate)
     });
     for batch in 1..4 {
-        stand.answer();
-        assert_eq!(stand.asked(), Call::Discard(pages(batch * BATCH_PAGES, BATCH_PAGES)));
-        assert_eq!(stand.reclaimer.mode(), ReleaseMode::Background);
+        fixture.answer();
+        assert_eq!(fixture.asked(), Call::Discard(pages(batch * BATCH_PAGES, BATCH_PAGES)));
+        assert_eq!(fixture.reclaimer.mode(), ReleaseMode::Background);
     }
-    stand.answer();
+    fixture.answer();
     operator.join().unwrap();
-    assert_eq!(stand.reclaimer.mode(), ReleaseMode::Immediate);
+    assert_eq!(fixture.reclaimer.mode(), ReleaseMode::Immediate);
 }
 
-/// The rule changes while the old one is applied.
+/// The rule for parts changes while a batch runs under the old one.
 #[test]
-fn what_a_release_leaves_by_a_rule_that_is_over_is_released() {
-    let stand = Stand::new();
-    stand.reclaimer.set_partial_huge(PartialHuge::Wait);
-    stand.reclaimer.release(&pages(0, 3));
-    stand.reclaimer.flush();
-    assert_eq!(stand.asked(), Call::Partial);
-    stand.reclaimer.set_partial_huge(PartialHuge::Split);
-    stand.answer();
-    assert_eq!(stand.asked(), Call::Discard(PageSet::new()));
-    stand.answer();
-    assert_eq!(stand.asked(), Call::Discard(pages(0, 3)));
-    stand.answer();
+fn pages_left_waiting_by_an_old_rule_are_released() {
+    let fixture = Fixture::new();
+    fixture.reclaimer.set_partial_huge(PartialHuge::Wait);
+    fixture.reclaimer.release(&pages(0, 3));
+    fixture.reclaimer.flush();
+    assert_eq!(fixture.asked(), Call::Partial);
+    fixture.reclaimer.set_partial_huge(PartialHuge::Split);
+    fixture.answer();
+    assert_eq!(fixture.asked(), Call::Discard(PageSet::new()));
+    fixture.answer();
+    assert_eq!(fixture.asked(), Call::Discard(pages(0, 3)));
+    fixture.answer();
 }
 
-/// Where as much is given during each release as is released.
+/// During each release the guest gives up as many pages as are released.
 struct Inflating {
     reclaimer: OnceLock<Weak<Reclaimer>>,
     released: Mutex<PageSet>,
@@ -205,7 +205,7 @@ impl Discard for Inflating {
 }
 
 #[test]
-fn changing_the_mode_waits_for_no_guest_that_goes_on_giving() {
+fn changing_the_mode_ends_while_the_guest_keeps_inflating() {
     let memory = Arc::new(Inflating { reclaimer: OnceLock::new(), released: Mutex::default() });
     let host = Arc::clone(&memory) as Arc<dyn Discard>;
     let reclaimer = Arc::new(Reclaimer::new(host, ReclaimerOptions::default()).unwrap());
