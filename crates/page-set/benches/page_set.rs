@@ -1,6 +1,6 @@
-//! How the cost of a page set grows: bitmaps as they come from the wire, for
-//! guests of 64 GiB, 1 TiB and 16 TiB, at granules of 4 KiB and 2 MiB.
-#![allow(missing_docs, reason = "criterion's macros make items without")]
+//! Scaling of page sets: bitmaps in wire format, for guests of 64 GiB, 1 TiB and 16 TiB, at
+//! granules of 4 KiB and 2 MiB.
+#![allow(missing_docs, reason = "criterion's macros generate undocumented items")]
 
 use std::hint::black_box;
 use std::time::Duration;
@@ -44,7 +44,7 @@ fn insert_bitmap(c: &mut Criterion) {
     group.finish();
 }
 
-fn walk(c: &mut Criterion) {
+fn iterate(c: &mut Criterion) {
     let mut group = c.benchmark_group("ranges");
     group.sample_size(10).warm_up_time(Duration::from_millis(300));
     for (name, granule_pages, word, gib) in [

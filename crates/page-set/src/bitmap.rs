@@ -1,4 +1,4 @@
-//! Inserting bitmaps and lists as they come from the wire.
+//! Inserts bitmaps and lists in their wire format.
 
 use crate::bits::{BITS, Bits512};
 use crate::range::{PAGE_NUMBER_END, PageRange};
@@ -16,11 +16,10 @@ const SLAB_CHUNK_WORDS: u64 = BITS as u64 / WORD_BITS;
 impl PageSet {
     /// Adds the blocks whose bits are set: bit `i` of word `w` stands for the
     /// `granule_pages` pages at `start_page + (64 * w + i) * granule_pages`.
-    /// Returns how many pages were not in before.
+    /// Returns how many pages were new.
     ///
-    /// Linear in the words. Granules of one page and of 512 pages (2 MiB) go by
-    /// whole words; others by runs of set bits. Zero words cost nothing but
-    /// being read.
+    /// Linear in the words. Granules of one page and of 512 pages (2 MiB) are inserted
+    /// by whole words, others by runs of set bits. Zero words are only read.
     ///
     /// # Errors
     /// [`PageSetError::GranuleNotPowerOfTwo`] and
@@ -50,15 +49,14 @@ impl PageSet {
         Ok(self.len() - before)
     }
 
-    /// Adds single pages, in any order: what a list of page numbers needs.
-    /// Returns how many were not in before.
+    /// Adds single pages, in any order, for lists of page numbers. Returns how many
+    /// were new.
     ///
-    /// Pages of one 2 MiB chunk that follow one another, upwards or downwards or
-    /// mixed, cost a few nanoseconds each; [`insert`](Self::insert) page by page
-    /// would look the slab up for each.
+    /// Consecutive pages of one 2 MiB chunk, in any order, cost a few nanoseconds each;
+    /// [`insert`](Self::insert) page by page would look up the slab for each.
     ///
     /// # Errors
-    /// [`PageSetError::PastEnd`] at the first page that no set can hold: pages
+    /// [`PageSetError::PastEnd`] at the first page beyond 2^52: pages
     /// before it have been added.
     pub fn insert_pages(
         &mut self,
@@ -85,7 +83,7 @@ impl PageSet {
         result.map(|()| self.len() - before)
     }
 
-    /// One bit a page: words are gathered into chunks, chunks go in at once.
+    /// One bit per page: words are gathered into chunks, and each chunk is inserted at once.
     fn insert_page_words(
         &mut self,
         start_page: u64,
@@ -108,7 +106,7 @@ impl PageSet {
         Ok(())
     }
 
-    /// One bit a chunk: words go straight into the slabs' full bits.
+    /// One bit per chunk: words go directly into the slabs' full bits.
     fn insert_chunk_words(
         &mut self,
         start_page: u64,
@@ -163,8 +161,8 @@ fn in_block(index: u64, per_block: u64) -> usize {
     (index % per_block) as usize
 }
 
-/// Shifts words that start at any bit onto word borders. Yields the words that
-/// are not zero, each with its number counted from bit zero.
+/// Aligns words that start at any bit. Yields the words that are not zero, each with
+/// its index counted from bit zero.
 struct Aligned<I> {
     words: I,
     index: u64,
@@ -200,12 +198,12 @@ impl<I: Iterator<Item = u64>> Iterator for Aligned<I> {
     }
 }
 
-/// Holds the slab that is being written outside the map, so that a run of words
-/// costs one look-up per gigabyte. Puts it back when dropped.
+/// Keeps the slab that is being written outside the map, so that a run of words costs
+/// one look-up per gigabyte. Puts it back on drop.
 struct Writer<'a> {
     set: &'a mut PageSet,
     number: u64,
-    /// None if the slab is not held and nothing was written to it yet.
+    /// `None` if the slab does not exist and nothing was written to it yet.
     slab: Option<Slab>,
 }
 

@@ -53,7 +53,7 @@ impl Bits512 {
         self.0.iter().map(|word| word.count_ones()).sum()
     }
 
-    /// How many bits below `bit` are set: where a chunk's bitmap is stored.
+    /// Number of set bits below `bit`: the index of a chunk's bitmap.
     pub(crate) fn rank(&self, bit: usize) -> usize {
         let whole = (bit / 64).min(WORDS);
         let mut ones: u32 = self.0[..whole].iter().map(|word| word.count_ones()).sum();

@@ -1,12 +1,12 @@
-//! What a page set refuses.
+//! Errors of page sets.
 
 use core::fmt;
 
 use crate::PAGE_NUMBER_END;
 
-/// A page number or block size that no page set can hold.
+/// An invalid page number or block size.
 ///
-/// Always the fault of who chose the numbers.
+/// Always the fault of the side that chose the numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum PageSetError {

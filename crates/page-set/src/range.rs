@@ -2,10 +2,10 @@
 
 use crate::PageSetError;
 
-/// First page number that no set can hold: page numbers are below 2^52.
+/// Page numbers are below 2^52.
 ///
-/// 2^52 pages of 2^12 bytes are the whole 64-bit address space, and a page
-/// number of 52 bits is what the wire carries.
+/// 2^52 pages of 2^12 bytes are the whole 64-bit address space, and page numbers on the
+/// wire have 52 bits.
 pub const PAGE_NUMBER_END: u64 = 1 << 52;
 
 /// A half-open run of 4 KiB pages: `start .. start + pages`, below 2^52.
@@ -21,7 +21,7 @@ impl PageRange {
     /// The run of `pages` pages at page number `start`.
     ///
     /// # Errors
-    /// [`PageSetError::PastEnd`] if it would reach beyond [`PAGE_NUMBER_END`].
+    /// [`PageSetError::PastEnd`] if it ends beyond [`PAGE_NUMBER_END`].
     pub const fn new(start: u64, pages: u64) -> Result<Self, PageSetError> {
         match start.checked_add(pages) {
             Some(end) if end <= PAGE_NUMBER_END => Ok(Self { start, pages }),
@@ -41,7 +41,7 @@ impl PageRange {
         }
     }
 
-    /// `start <= end <= PAGE_NUMBER_END` is known where this is called.
+    /// The caller guarantees `start <= end <= PAGE_NUMBER_END`.
     pub(crate) const fn known(start: u64, end: u64) -> Self {
         debug_assert!(start <= end && end <= PAGE_NUMBER_END);
         Self { start, pages: end - start }
@@ -62,37 +62,37 @@ impl PageRange {
     /// First page number after the run.
     #[must_use]
     pub const fn end(self) -> u64 {
-        // Cannot overflow: checked when it was made.
+        // Cannot overflow: checked at creation.
         self.start + self.pages
     }
 
-    /// True if there is no page in it.
+    /// True if it has no page.
     #[must_use]
     pub const fn is_empty(self) -> bool {
         self.pages == 0
     }
 
-    /// True if `page` lies in it.
+    /// True if it contains `page`.
     #[must_use]
     pub const fn contains(self, page: u64) -> bool {
         page >= self.start && page < self.end()
     }
 
-    /// True if all of `self` lies inside `outer`: the check that a peer's
-    /// range deserves before it is inserted anywhere.
+    /// True if all of `self` lies inside `outer`: check a peer's range with this before
+    /// inserting it.
     #[must_use]
     pub const fn is_within(self, outer: Self) -> bool {
         self.start >= outer.start && self.end() <= outer.end()
     }
 
-    /// The pages below page `at` and those from it on.
+    /// Splits into the pages below `at` and those from `at` on.
     #[must_use]
     pub fn split_at(self, at: u64) -> (Self, Self) {
         let at = at.clamp(self.start, self.end());
         (Self::known(self.start, at), Self::known(at, self.end()))
     }
 
-    /// The pages that both have.
+    /// The pages in both ranges.
     #[must_use]
     pub fn intersection(self, other: Self) -> Self {
         let start = self.start.max(other.start);

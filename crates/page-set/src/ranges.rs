@@ -1,4 +1,4 @@
-//! Walking a set as runs.
+//! Iterates over a set as runs.
 
 use std::collections::btree_map;
 
@@ -7,8 +7,8 @@ use crate::range::PageRange;
 use crate::set::{PageSet, first_page};
 use crate::slab::{CHUNK_PAGES, Chunk, Slab};
 
-/// Iterator over the runs of a [`PageSet`], lowest first; neighbours are joined
-/// across chunk and slab borders.
+/// Iterator over the runs of a [`PageSet`], lowest first; adjacent runs are joined across
+/// chunk and slab borders.
 pub struct Ranges<'a> {
     pieces: Pieces<'a>,
     /// The run being joined.
@@ -49,9 +49,9 @@ impl core::iter::FusedIterator for Ranges<'_> {}
 /// The runs inside single chunks, and runs of full chunks inside a slab.
 struct Pieces<'a> {
     slabs: btree_map::Range<'a, u64, Slab>,
-    /// The slab being walked: its first page, itself, the next chunk to look at.
+    /// The current slab: its first page, itself, the next chunk.
     slab: Option<(u64, &'a Slab, usize)>,
-    /// The partial chunk being walked: its first page, its bits, the next bit.
+    /// The current partial chunk: its first page, its bits, the next bit.
     chunk: Option<(u64, Bits512, usize)>,
 }
 

@@ -1,4 +1,4 @@
-//! The set itself.
+//! [`PageSet`].
 
 use core::fmt;
 use std::collections::BTreeMap;
@@ -8,26 +8,26 @@ use crate::range::PageRange;
 use crate::ranges::Ranges;
 use crate::slab::{SLAB_PAGES, Slab};
 
-/// How many ranges `Debug` prints before it only says how many pages follow.
+/// Ranges that `Debug` prints before it only prints the number of remaining pages.
 const DEBUG_RANGES: usize = 16;
 
-/// A set of 4 KiB page numbers below 2^52. See the crate for shape and cost.
+/// A set of 4 KiB page numbers below 2^52. See the crate for structure and cost.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct PageSet {
-    /// By number of the gigabyte; never holds an empty slab.
+    /// By gigabyte number; never contains an empty slab.
     pub(crate) slabs: BTreeMap<u64, Slab>,
     pages: u64,
     full_chunks: u64,
 }
 
 impl PageSet {
-    /// The empty set; allocates nothing.
+    /// The empty set. Allocates nothing.
     #[must_use]
     pub const fn new() -> Self {
         Self { slabs: BTreeMap::new(), pages: 0, full_chunks: 0 }
     }
 
-    /// True if there is no page in it.
+    /// True if the set is empty.
     #[must_use]
     pub const fn is_empty(&self) -> bool {
         self.pages == 0
@@ -51,14 +51,14 @@ impl PageSet {
         self.ranges().next().map(PageRange::start)
     }
 
-    /// True if `page` is in.
+    /// True if the set contains `page`.
     #[must_use]
     pub fn contains(&self, page: u64) -> bool {
         let (number, offset) = locate(page);
         self.slabs.get(&number).is_some_and(|slab| slab.contains(offset))
     }
 
-    /// Adds a range; returns how many of its pages were not in before.
+    /// Adds a range; returns how many of its pages were new.
     pub fn insert(&mut self, range: PageRange) -> u64 {
         let before = self.pages;
         for (number, start, end) in slab_parts(range) {
@@ -73,11 +73,11 @@ impl PageSet {
         self.pages - before
     }
 
-    /// Takes a range away; returns how many of its pages were in.
+    /// Removes a range; returns how many of its pages were in the set.
     pub fn remove(&mut self, range: PageRange) -> u64 {
         let before = self.pages;
         let mut from = range.start();
-        while let Some((number, start, end)) = self.next_held(from, range.end()) {
+        while let Some((number, start, end)) = self.next_slab(from, range.end()) {
             self.edit(number, |slab| {
                 if end - start == SLAB_PAGES {
                     *slab = Slab::empty();
@@ -102,7 +102,7 @@ impl PageSet {
         }
     }
 
-    /// Takes every page of `other` away.
+    /// Removes every page of `other`.
     pub fn subtract(&mut self, other: &Self) {
         for number in self.common_slabs(other) {
             if let Some(theirs) = other.slabs.get(&number) {
@@ -111,7 +111,7 @@ impl PageSet {
         }
     }
 
-    /// True if a page is in both.
+    /// True if the sets have a page in common.
     #[must_use]
     pub fn intersects(&self, other: &Self) -> bool {
         self.common_slabs(other).iter().any(|number| {
@@ -122,11 +122,11 @@ impl PageSet {
         })
     }
 
-    /// True if a page of `range` is in.
+    /// True if the set contains a page of `range`.
     #[must_use]
     pub fn intersects_range(&self, range: PageRange) -> bool {
         let mut from = range.start();
-        while let Some((number, start, end)) = self.next_held(from, range.end()) {
+        while let Some((number, start, end)) = self.next_slab(from, range.end()) {
             if self.slabs.get(&number).is_some_and(|slab| slab.intersects_range(start, end)) {
                 return true;
             }
@@ -141,21 +141,21 @@ impl PageSet {
         Ranges::new(self)
     }
 
-    /// The pages of `range` as the fewest runs, lowest first. Cost: what the set
-    /// holds from the 1 GiB slab on in which `range` begins, to its end.
+    /// The pages of `range` as the fewest runs, lowest first. Linear in the contents of the
+    /// set from the 1 GiB slab in which `range` begins to the end of `range`.
     pub fn ranges_in(&self, range: PageRange) -> impl Iterator<Item = PageRange> + '_ {
         let runs = Ranges::from_slab(self, locate(range.start()).0);
         let inside = runs.take_while(move |run| run.start() < range.end());
         inside.map(move |run| run.intersection(range)).filter(|run| !run.is_empty())
     }
 
-    /// Takes every page away.
+    /// Removes every page.
     pub fn clear(&mut self) {
         *self = Self::new();
     }
 
-    /// Changes slab `number` (an empty one if it is not held) and keeps the
-    /// counts; drops it again if it ends up empty.
+    /// Changes slab `number` (a new one if it does not exist) and updates the counts; removes
+    /// it if it is empty afterwards.
     pub(crate) fn edit(&mut self, number: u64, change: impl FnOnce(&mut Slab)) {
         let slab = self.slabs.entry(number).or_insert_with(Slab::empty);
         let (pages, full_chunks) = (slab.pages(), slab.full_chunks());
@@ -167,7 +167,7 @@ impl PageSet {
         }
     }
 
-    /// Takes slab `number` out of the map and the counts.
+    /// Removes slab `number` from the map and the counts.
     pub(crate) fn detach(&mut self, number: u64) -> Option<Slab> {
         let slab = self.slabs.remove(&number)?;
         self.pages -= slab.pages();
@@ -175,12 +175,12 @@ impl PageSet {
         Some(slab)
     }
 
-    /// Puts a slab into a place that is vacant.
+    /// Adds a slab whose place is empty.
     pub(crate) fn attach(&mut self, number: u64, slab: Slab) {
         if !slab.is_empty() {
             self.count(&slab);
             let old = self.slabs.insert(number, slab);
-            debug_assert!(old.is_none(), "slab {number} was held");
+            debug_assert!(old.is_none(), "slab {number} exists already");
         }
     }
 
@@ -189,7 +189,7 @@ impl PageSet {
         self.full_chunks += new.full_chunks();
     }
 
-    /// Numbers of the slabs that both may hold: asks with the shorter map.
+    /// Numbers of the slabs that both sets may have, by look-ups of the shorter map.
     fn common_slabs(&self, other: &Self) -> Vec<u64> {
         let (short, long) = if self.slabs.len() <= other.slabs.len() {
             (&self.slabs, &other.slabs)
@@ -199,9 +199,9 @@ impl PageSet {
         short.keys().filter(|number| long.contains_key(number)).copied().collect()
     }
 
-    /// The first held slab at or after page `from` and before page `end`, with
-    /// the part of it that lies between them.
-    pub(crate) fn next_held(&self, from: u64, end: u64) -> Option<(u64, usize, usize)> {
+    /// The first slab at or after page `from` and before page `end`, and its part between
+    /// them.
+    pub(crate) fn next_slab(&self, from: u64, end: u64) -> Option<(u64, usize, usize)> {
         if from >= end {
             return None;
         }
@@ -247,7 +247,7 @@ impl fmt::Debug for PageSet {
     }
 }
 
-/// Number of the slab that holds `page`, and the page's place in it.
+/// Number of the slab that contains `page`, and the page's offset in it.
 pub(crate) const fn locate(page: u64) -> (u64, usize) {
     (page / crate::SLAB_PAGES, (page % crate::SLAB_PAGES) as usize)
 }
@@ -257,7 +257,7 @@ pub(crate) const fn first_page(number: u64) -> u64 {
     number * crate::SLAB_PAGES
 }
 
-/// `range` cut at slab borders: slab number, start and end inside the slab.
+/// Splits `range` at slab borders: slab number, start and end inside the slab.
 fn slab_parts(range: PageRange) -> impl Iterator<Item = (u64, usize, usize)> {
     let mut from = range.start();
     core::iter::from_fn(move || {

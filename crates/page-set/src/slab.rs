@@ -1,4 +1,4 @@
-//! One gigabyte of the set: 512 chunks of 512 pages.
+//! One gigabyte of a set: 512 chunks of 512 pages.
 
 use crate::bits::{BITS, Bits512};
 
@@ -6,46 +6,45 @@ use crate::bits::{BITS, Bits512};
 pub(crate) const CHUNK_PAGES: usize = BITS;
 /// Pages in a 1 GiB slab.
 pub(crate) const SLAB_PAGES: usize = BITS * BITS;
-/// The same in the width of a slab's page count.
+/// The same as `u32`, the type of a slab's page count.
 const CHUNK_PAGES_U32: u32 = 512;
 const SLAB_PAGES_U32: u32 = CHUNK_PAGES_U32 * CHUNK_PAGES_U32;
 const _: () =
     assert!(CHUNK_PAGES_U32 as usize == CHUNK_PAGES && SLAB_PAGES_U32 as usize == SLAB_PAGES);
 
-/// Up to this many partial chunks of another slab are merged one by one (each
-/// may move the tail of the list); above, the list is built anew in one pass.
+/// Up to this many partial chunks of another slab are merged one by one (each may move the
+/// tail of the list); beyond that, the list is rebuilt in one pass.
 const MERGE_SINGLY_CHUNKS: u32 = 8;
 
-/// A slab. `Full` carries nothing, so that whole gigabytes cost one map entry.
+/// A slab. `Full` has no data, so a full gigabyte costs one map entry.
 ///
-/// The form is canonical (a slab of all pages is `Full`, a chunk of all pages
-/// has no page bitmap), so that equal sets compare equal.
+/// The representation is canonical (a slab of all pages is `Full`, a chunk of all pages has
+/// no page bitmap), so equal sets compare equal.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) enum Slab {
     Full,
     Mixed(Box<Mixed>),
 }
 
-/// A slab of which some pages are missing.
+/// A slab that is not full.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Mixed {
-    /// Pages in the slab, kept up to date.
+    /// Number of pages in the slab.
     pages: u32,
-    /// Chunks of which every page is in, and how many they are.
+    /// The full chunks, and their number.
     full: Bits512,
     full_chunks: u32,
-    /// Chunks of which some pages are in; disjoint from `full`.
+    /// The partly filled chunks; disjoint from `full`.
     partial: Bits512,
-    /// One page bitmap for each bit of `partial`, in its order; none is empty
-    /// or full.
+    /// One page bitmap for each bit of `partial`, in order; none is empty or full.
     chunks: Vec<Bits512>,
 }
 
-/// What a slab knows about one chunk.
+/// The state of one chunk, or of a run of full ones.
 pub(crate) enum Chunk {
-    /// Chunks up to, not including, this one are full.
+    /// The chunks up to this one (exclusive) are full.
     FullUntil(usize),
-    /// Some of its pages.
+    /// The chunk has some of its pages.
     Partial(Bits512),
 }
 
@@ -85,7 +84,7 @@ impl Slab {
         }
     }
 
-    /// The first chunk at or after `from` that holds pages, with its number.
+    /// The first chunk at or after `from` that is not empty, with its number.
     pub(crate) fn next_chunk(&self, from: usize) -> Option<(usize, Chunk)> {
         match self {
             Self::Full if from < BITS => Some((from, Chunk::FullUntil(BITS))),
@@ -113,7 +112,7 @@ impl Slab {
         });
     }
 
-    /// Takes pages `start..end` of this slab away.
+    /// Removes pages `start..end` of this slab.
     pub(crate) fn remove(&mut self, start: usize, end: usize) {
         let mixed = self.edit();
         let parts = Parts::of(start, end);
@@ -179,7 +178,7 @@ impl Slab {
         taken
     }
 
-    /// The first page number of this slab below which `pages` of its pages lie.
+    /// The lowest page number below which the slab has `pages` pages.
     pub(crate) fn position_of(&self, pages: u64) -> usize {
         let mut left = pages;
         let mut chunk = 0;
@@ -211,7 +210,7 @@ impl Slab {
         }
     }
 
-    /// The slab with its chunks spelled out; `normalise` must follow.
+    /// The slab as `Mixed`; `normalise` must follow.
     fn edit(&mut self) -> &mut Mixed {
         if matches!(self, Self::Full) {
             *self = Self::Mixed(Box::new(Mixed {
@@ -246,7 +245,7 @@ impl Mixed {
         }
     }
 
-    /// Makes `bits` what chunk `chunk` holds.
+    /// Sets the pages of chunk `chunk` to `bits`.
     fn set_page_bits(&mut self, chunk: usize, bits: Bits512) {
         let rank = self.partial.rank(chunk);
         let was_full = self.full.get(chunk);
@@ -300,7 +299,7 @@ impl Mixed {
         self.add_full(Bits512::range(first, end));
     }
 
-    /// Adds whole chunks that hold no page yet.
+    /// Adds whole chunks that are empty.
     fn add_full(&mut self, chunks: Bits512) {
         self.full = self.full.or(chunks);
         self.full_chunks += chunks.count();
@@ -372,7 +371,7 @@ impl Mixed {
     }
 }
 
-/// Pages `start..end` of a slab as an edge chunk, whole chunks, an edge chunk.
+/// Pages `start..end` of a slab as a partial chunk, whole chunks, and a partial chunk.
 struct Parts {
     start: usize,
     end: usize,

@@ -1,14 +1,14 @@
-//! Removing and returning part of a set: what releasing in batches needs.
+//! Removes and returns part of a set, for releasing in batches.
 
 use crate::range::PageRange;
 use crate::set::{PageSet, first_page};
 use crate::slab::SLAB_PAGES;
 
 impl PageSet {
-    /// Removes and returns whole 2 MiB chunks, lowest first, together at most
-    /// `max_pages` pages. Partly filled chunks stay.
+    /// Removes and returns whole 2 MiB chunks, lowest first, at most `max_pages` pages in
+    /// total. Partly filled chunks stay.
     ///
-    /// Cost: O(slabs) to pass those that have no full chunk.
+    /// Cost: O(slabs) to skip those that have no full chunk.
     pub fn take_full_chunks(&mut self, max_pages: u64) -> Self {
         let mut left = max_pages / crate::CHUNK_PAGES;
         let mut taken = Self::new();
@@ -57,7 +57,7 @@ impl PageSet {
     pub fn take_range(&mut self, range: PageRange) -> Self {
         let mut taken = Self::new();
         let mut from = range.start();
-        while let Some((number, start, end)) = self.next_held(from, range.end()) {
+        while let Some((number, start, end)) = self.next_slab(from, range.end()) {
             from = first_page(number + 1);
             if end - start == SLAB_PAGES {
                 self.move_slab(number, &mut taken);
@@ -73,7 +73,7 @@ impl PageSet {
     pub fn copy_range(&self, range: PageRange) -> Self {
         let mut copied = Self::new();
         let mut from = range.start();
-        while let Some((number, start, end)) = self.next_held(from, range.end()) {
+        while let Some((number, start, end)) = self.next_slab(from, range.end()) {
             from = first_page(number + 1);
             let Some(mut part) = self.slabs.get(&number).cloned() else { continue };
             if end - start < SLAB_PAGES {

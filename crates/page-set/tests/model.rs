@@ -1,5 +1,4 @@
-//! Every operation against a `BTreeSet` of page numbers, around chunk and slab
-//! borders.
+//! Compares every operation with a `BTreeSet` of page numbers, around chunk and slab borders.
 
 use std::collections::BTreeSet;
 
@@ -7,7 +6,7 @@ use page_set::{CHUNK_PAGES, PAGE_NUMBER_END, PageRange, PageSet, PageSetError, S
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-/// Two windows: one across the first slab border, one at the end of all pages.
+/// Two windows: one across the first slab border, one at the largest page number.
 const WINDOW: u64 = 3 * CHUNK_PAGES;
 const BASES: [u64; 2] = [SLAB_PAGES - CHUNK_PAGES - 100, PAGE_NUMBER_END - WINDOW];
 
@@ -42,7 +41,7 @@ fn sets() -> impl Strategy<Value = (PageSet, Model)> {
                 set.remove(r);
                 model.retain(|&page| !r.contains(page));
             }
-            // Many partial chunks at once: the pass that rebuilds a slab.
+            // Many partial chunks, for the pass that rebuilds a slab.
             for i in 0..comb * 16 {
                 let page = i * CHUNK_PAGES + i;
                 set.insert(range(page, 2));
@@ -64,13 +63,13 @@ fn runs(model: &Model) -> Vec<PageRange> {
     out
 }
 
-/// The set is exactly the model, in every way one can ask.
+/// Checks that every query of the set agrees with the model.
 fn assert_same(set: &PageSet, model: &Model) {
     assert_eq!(set.ranges().collect::<Vec<_>>(), runs(model));
     assert_eq!(set.len(), model.len() as u64);
     assert_eq!(set.is_empty(), model.is_empty());
     assert_eq!(set.first(), model.first().copied());
-    assert_eq!(*set, set.ranges().collect::<PageSet>(), "one form for equal sets");
+    assert_eq!(*set, set.ranges().collect::<PageSet>(), "equal sets have one representation");
     let full = full_chunks(model);
     assert_eq!(set.full_chunk_pages(), full.len() as u64 * CHUNK_PAGES);
 }
@@ -200,7 +199,7 @@ proptest! {
 }
 
 #[test]
-fn refuses_what_no_set_can_hold() {
+fn pages_beyond_the_largest_number_are_refused() {
     assert!(PageRange::new(PAGE_NUMBER_END, 0).is_ok());
     assert!(PageRange::new(PAGE_NUMBER_END - 1, 2).is_err());
     assert!(PageRange::new(u64::MAX, u64::MAX).is_err());
@@ -221,7 +220,7 @@ fn refuses_what_no_set_can_hold() {
     );
     for granule in (0..64).map(|shift| 1u64 << shift) {
         let last = PAGE_NUMBER_END.saturating_sub(granule) / granule * granule;
-        assert!(set.insert_bitmap(last, granule, [0, 0]).is_ok(), "clear bits reach no page");
+        assert!(set.insert_bitmap(last, granule, [0, 0]).is_ok(), "clear bits name no page");
         assert!(set.insert_bitmap(last, granule, [0, 1]).is_err(), "granule {granule}");
         assert!(set.insert_bitmap(0, granule, [0; 3]).is_ok());
     }
@@ -229,12 +228,12 @@ fn refuses_what_no_set_can_hold() {
     assert!(set.insert_bitmap(u64::MAX, 1, [1]).is_err());
     for page in [PAGE_NUMBER_END, u64::MAX] {
         assert!(set.insert_pages([5, page, 6]).is_err());
-        assert_eq!(set.len(), 1, "what came before is in, what came after is not");
+        assert_eq!(set.len(), 1, "pages before the error are in the set, later ones are not");
     }
 }
 
 #[test]
-fn the_end_of_all_pages_is_usable() {
+fn the_largest_page_number_can_be_inserted() {
     let mut set = PageSet::new();
     let last = PAGE_NUMBER_END - 1;
     assert_eq!(set.insert_bitmap(PAGE_NUMBER_END - 64, 1, [1 << 63]), Ok(1));
@@ -245,16 +244,16 @@ fn the_end_of_all_pages_is_usable() {
 }
 
 #[test]
-fn asking_and_removing_a_giant_range_costs_only_what_is_held() {
+fn queries_and_removals_of_a_giant_range_cost_only_the_contents() {
     let everything = range(0, PAGE_NUMBER_END);
     let mut set = PageSet::from(range(1 << 40, 5));
     assert!(set.intersects_range(everything));
-    assert_eq!(set.remove(everything), 5, "did not walk 2^34 slabs");
+    assert_eq!(set.remove(everything), 5, "did not iterate over 2^34 slabs");
     assert!(!set.intersects_range(everything));
 }
 
 #[test]
-fn debug_stays_short() {
+fn debug_output_is_short() {
     let set: PageSet = (0..1000).map(|i| range(i * 2, 1)).collect();
     let text = format!("{set:?}");
     assert!(text.starts_with("{0x0..0x1, 0x2..0x3,"), "{text}");
@@ -264,7 +263,7 @@ fn debug_stays_short() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 100, ..ProptestConfig::default() })]
 
-    /// Full slabs are too many pages for the model; their complement is not.
+    /// Full slabs have too many pages for the model; their complement does not.
     #[test]
     fn full_slabs((mut small, _) in sets(), max in 0..3 * SLAB_PAGES) {
         let whole = range(0, 3 * SLAB_PAGES);
