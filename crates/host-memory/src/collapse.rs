@@ -9,7 +9,7 @@
 //! are larger for guests above 64 GiB.
 //!
 //! Reported pages are not marked. No message says when the guest uses them again, so nothing could
-//! remove the mark; and they come in blocks of 2 MiB and more, which khugepaged leaves alone as long
+//! remove the mark; and reports have blocks of 2 MiB and more, which khugepaged does not collapse as long
 //! as they are empty.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -93,8 +93,13 @@ fn skipped_pages_are_filled_with_the_poison() {
 fn contents_can_be_compressed() {
     let raw = moves(500, 0, &quick_source()).0;
     let config = SourceConfig { compression: Some(1), ..quick_source() };
-    let packed = moves(500, 0, &config).0;
-    assert!(packed.wire_bytes * 2 < raw.wire_bytes, "{} {}", packed.wire_bytes, raw.wire_bytes);
+    let compressed = moves(500, 0, &config).0;
+    assert!(
+        compressed.wire_bytes * 2 < raw.wire_bytes,
+        "{} {}",
+        compressed.wire_bytes,
+        raw.wire_bytes
+    );
 }
 
 #[test]
@@ -137,9 +142,9 @@ fn phases_are_reported_in_order() {
 
 /// The last reported number of bytes on the wire.
 #[derive(Default)]
-struct Heard(u64);
+struct LastProgress(u64);
 
-impl Observer for Heard {
+impl Observer for LastProgress {
     fn progress(&mut self, progress: Progress) {
         assert!(progress.wire_bytes >= self.0, "{} after {}", progress.wire_bytes, self.0);
         self.0 = progress.wire_bytes;
@@ -151,7 +156,7 @@ fn progress_reports_all_bytes_on_the_wire() {
     let world = Arc::new(World::default());
     let mut source = Source::new(&world, 300, 0);
     let mut destination = Destination::new(&world);
-    let (mut sent, mut received) = (Heard::default(), Heard::default());
+    let (mut sent, mut received) = (LastProgress::default(), LastProgress::default());
     let (mut connect, mut incoming) = network();
     let there = quick_destination();
     let summary = thread::scope(|scope| {
@@ -194,8 +199,8 @@ fn a_failing_vmm_leaves_the_guest_at_the_source() {
         assert!(matches!(failure.guest, SourceGuest::Runs), "{failure:?}");
         assert!(source.runs() && !source.logging && source.throttle == 0);
         let text = failure.error.chain();
-        let said = here.or(there.filter(|at| *at != "resume")).unwrap_or("could not start");
-        assert!(text.contains(said), "{text}");
+        let cause = here.or(there.filter(|at| *at != "resume")).unwrap_or("could not start");
+        assert!(text.contains(cause), "{text}");
     }
 }
 

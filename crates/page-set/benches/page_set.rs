@@ -83,5 +83,5 @@ fn small_requests(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, insert_bitmap, walk, small_requests);
+criterion_group!(benches, insert_bitmap, iterate, small_requests);
 criterion_main!(benches);

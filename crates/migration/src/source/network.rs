@@ -173,8 +173,8 @@ impl<L: Link> Network<L> {
             if stream.set_timeout(ABORT_TIMEOUT).is_err() {
                 continue;
             }
-            if let Err(said @ MigrationError::GivenUp { .. }) = stream.receive() {
-                return said;
+            if let Err(reason @ MigrationError::GivenUp { .. }) = stream.receive() {
+                return reason;
             }
         }
         error

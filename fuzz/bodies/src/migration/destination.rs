@@ -108,7 +108,7 @@ impl HostileSource {
         source
     }
 
-    fn say(&mut self, on: usize, kind: u16, body: &[u8], payload: &[u8]) {
+    fn send(&mut self, on: usize, kind: u16, body: &[u8], payload: &[u8]) {
         self.commits |= kind == kind::COMMIT;
         let frame = self.writers[on].frame(kind, body, payload);
         self.bytes[on].extend(frame);
@@ -118,7 +118,7 @@ impl HostileSource {
         let step = script.u8();
         let on = usize::from(step >> 5) % self.writers.len();
         match step % 20 {
-            0 => self.say(0, kind::DESCRIBE, &description(script), &[]),
+            0 => self.send(0, kind::DESCRIBE, &description(script), &[]),
             1 => self.round_start(script),
             2..=4 => self.chunk(script, on),
             5 => self.fill(script, on),
@@ -128,14 +128,14 @@ impl HostileSource {
             9 => self.state(script),
             10 => {
                 let body = Body::default().u32(self.sections).u32(0).u64(self.state_bytes).0;
-                self.say(0, kind::STATE_END, &body, &[]);
+                self.send(0, kind::STATE_END, &body, &[]);
             }
-            11 => self.say(0, kind::COMMIT, &[], &[]),
-            12 => self.say(on, kind::ABORT, &Body::default().text(script.string()).0, &[]),
-            13 => self.say(on, kind::ALIVE, &[], &[]),
+            11 => self.send(0, kind::COMMIT, &[], &[]),
+            12 => self.send(on, kind::ABORT, &Body::default().text(script.string()).0, &[]),
+            13 => self.send(on, kind::ALIVE, &[], &[]),
             14 => {
                 let (kind, body, payload) = (script.u16() % 24, script.string(), script.string());
-                self.say(on, kind, body, payload);
+                self.send(on, kind, body, payload);
             }
             15 => self.bytes[on].extend(script.string()),
             // Changes one byte of the last frame.
@@ -153,14 +153,14 @@ impl HostileSource {
     /// All of a small guest, up to the commit.
     fn honest(&mut self) {
         let mut empty = Script::new(&[]);
-        self.say(0, kind::DESCRIBE, &description(&mut empty), &[]);
+        self.send(0, kind::DESCRIBE, &description(&mut empty), &[]);
         let last = Body::default().u32(self.round).u32(1).u64(50).0;
-        self.say(0, kind::ROUND_START, &last, &[]);
+        self.send(0, kind::ROUND_START, &last, &[]);
         self.chunk(&mut empty, 0);
         (0..self.writers.len()).for_each(|on| self.round_end(&mut Script::new(&[]), on));
         self.state(&mut empty);
         let body = Body::default().u32(self.sections).u32(0).u64(self.state_bytes).0;
-        self.say(0, kind::STATE_END, &body, &[]);
+        self.send(0, kind::STATE_END, &body, &[]);
     }
 
     fn round_start(&mut self, script: &mut Script<'_>) {
@@ -168,7 +168,7 @@ impl HostileSource {
         let round = self.round.wrapping_add(script.pick([0, 0, 0, 1]));
         let last = script.pick([0, 0, 1, 2]);
         let pages = script.pick([100, 10, 0, u64::MAX]);
-        self.say(0, kind::ROUND_START, &Body::default().u32(round).u32(last).u64(pages).0, &[]);
+        self.send(0, kind::ROUND_START, &Body::default().u32(round).u32(last).u64(pages).0, &[]);
     }
 
     fn chunk(&mut self, script: &mut Script<'_>, on: usize) {
@@ -178,9 +178,9 @@ impl HostileSource {
         let value = script.u8();
         let count = u64::from(u64::count_ones(data)) * 4096;
         let contents = vec![value; usize::try_from(count).unwrap_or(0)];
-        let packing = script.pick([0, 0, 1, 2]);
+        let compression = script.pick([0, 0, 1, 2]);
         let mut payload = contents.clone();
-        if packing == 1 {
+        if compression == 1 {
             payload = zstd::bulk::compress(&contents, 1).expect("zstd works");
         }
         let round = u64::from(self.round);
@@ -191,10 +191,10 @@ impl HostileSource {
             3 => payload = script.string().to_vec(),
             _ => {}
         }
-        let body = Body::default().u32(self.round).u32(packing).u64(start).u64(data);
+        let body = Body::default().u32(self.round).u32(compression).u64(start).u64(data);
         self.named[on].0 += 1;
         self.named[on].1 += u64::from((data | zeros).count_ones());
-        self.say(on, kind::CHUNK, &body.u64(zeros).u64(sum).0, &payload);
+        self.send(on, kind::CHUNK, &body.u64(zeros).u64(sum).0, &payload);
     }
 
     fn fill(&mut self, script: &mut Script<'_>, on: usize) {
@@ -205,14 +205,14 @@ impl HostileSource {
             let pages = script.pick([1, 16, 0, u64::MAX]);
             body = body.u64(script.u64_up_to(130)).u64(pages);
         }
-        self.say(on, kind::FILL, &body.0, &[]);
+        self.send(on, kind::FILL, &body.0, &[]);
     }
 
     fn round_end(&mut self, script: &mut Script<'_>, on: usize) {
         let (chunks, pages) = self.named[on];
         let chunks = chunks + u64::from(script.flag());
         let body = Body::default().u32(self.round).u32(0).u64(chunks).u64(pages);
-        self.say(on, kind::ROUND_END, &body.0, &[]);
+        self.send(on, kind::ROUND_END, &body.0, &[]);
     }
 
     fn state(&mut self, script: &mut Script<'_>) {
@@ -228,7 +228,7 @@ impl HostileSource {
         let body = Body::default().u32(index).u32(1).u64(total).u64(offset).u64(sum);
         self.sections = self.sections.wrapping_add(1);
         self.state_bytes = self.state_bytes.wrapping_add(total);
-        self.say(0, kind::STATE, &body.text(b"part").0, bytes);
+        self.send(0, kind::STATE, &body.text(b"part").0, bytes);
     }
 }
 
