@@ -18,14 +18,14 @@ pub fn say_missing_memory() -> io::Result<()> {
     let mut action: libc::sigaction = unsafe { mem::zeroed() };
     action.sa_sigaction = write_message as *const () as usize;
     action.sa_flags = libc::SA_RESETHAND;
-    // SAFETY: `write_message` has the signature of a handler without SA_SIGINFO, makes only calls that a
-    // handler may make (signal-safety(7)), and the old action is not requested.
+    // SAFETY: `write_message` has the signature of a handler without SA_SIGINFO, makes only calls
+    // that a handler may make (signal-safety(7)), and the old action is not requested.
     let result = unsafe { libc::sigaction(libc::SIGBUS, &raw const action, ptr::null_mut()) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// The default action is restored before this runs (`SA_RESETHAND`): the instruction that touched the
-/// memory is repeated and ends the process.
+/// The default action is restored before this runs (`SA_RESETHAND`): the instruction that touched
+/// the memory is repeated and ends the process.
 extern "C" fn write_message(_signal: libc::c_int) {
     let mut stderr = libc::pollfd { fd: libc::STDERR_FILENO, events: libc::POLLOUT, revents: 0 };
     // SAFETY: one structure that lives until the call returns, and a static message. Writes nothing

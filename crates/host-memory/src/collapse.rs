@@ -1,16 +1,16 @@
 //! Keeps transparent huge pages away from ballooned private memory.
 //!
 //! khugepaged collapses 2 MiB of which a single page is present (`max_ptes_none`), and a page fault
-//! can do the same. Either brings released pages back. So each *extent* of 2 MiB, aligned on the host,
-//! is `MADV_NOHUGEPAGE` from before its first page is released until its last ballooned page is
-//! deflated. All other extents may have huge pages.
+//! can do the same. Either brings released pages back. So each *extent* of 2 MiB, aligned on the
+//! host, is `MADV_NOHUGEPAGE` from before its first page is released until its last ballooned page
+//! is deflated. All other extents may have huge pages.
 //!
 //! Each run of such extents is a VMA, and a process may have 65530 (`vm.max_map_count`). So extents
 //! are larger for guests above 64 GiB.
 //!
 //! Reported pages are not marked. No message says when the guest uses them again, so nothing could
-//! remove the mark; and reports have blocks of 2 MiB and more, which khugepaged does not collapse as long
-//! as they are empty.
+//! remove the mark; and reports have blocks of 2 MiB and more, which khugepaged does not collapse
+//! as long as they are empty.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -25,10 +25,10 @@ const MAX_RUNS: u64 = 16_384;
 
 /// The marked extents: those with small pages.
 ///
-/// Lock order: this lock, then the lock of the unused pages. The deflating side removes a mark only if
-/// it finds, under both locks, that the guest uses every page of the extent. The releasing side records
-/// a page as unused first and marks its extent second. So either the deflating side finds the page, or
-/// the mark is set last.
+/// Lock order: this lock, then the lock of the unused pages. The deflating side removes a mark only
+/// if it finds, under both locks, that the guest uses every page of the extent. The releasing side
+/// records a page as unused first and marks its extent second. So either the deflating side finds
+/// the page, or the mark is set last.
 #[derive(Debug, Default)]
 pub(crate) struct Marks(Mutex<Marked>);
 

@@ -31,7 +31,8 @@ pub trait Discard: Send + Sync {
     /// whole host page; returns them.
     fn take_partial(&self, pages: &mut PageSet, partial_huge: PartialHuge) -> PageSet;
 
-    /// Removes from `pages` those that cannot be reserved again before the guest uses them; returns them.
+    /// Removes from `pages` those that cannot be reserved again before the guest uses them; returns
+    /// them.
     fn take_unpromised(&self, _pages: &mut PageSet) -> PageSet {
         PageSet::new()
     }
@@ -42,8 +43,8 @@ pub trait Discard: Send + Sync {
         false
     }
 
-    /// The extents around `pages` that the host could collapse into huge pages, which would allocate
-    /// released pages again. Empty if it does not do so by itself.
+    /// The extents around `pages` that the host could collapse into huge pages, which would
+    /// allocate released pages again. Empty if it does not do so by itself.
     fn extents(&self, _pages: &PageSet) -> PageSet {
         PageSet::new()
     }

@@ -69,16 +69,16 @@ struct ZeroPage {
 /// [placed](Self::place). That includes the vCPUs of a KVM guest, so this needs `CAP_SYS_PTRACE` or
 /// `vm.unprivileged_userfaultfd = 1`.
 ///
-/// Discarded pages are missing again, and their old contents are void: they are
-/// [never placed](Placed::Discarded), and get [zeros](Self::place_zeros) when a thread touches them.
+/// Discarded pages are missing again, and their old contents are void: they are [never
+/// placed](Placed::Discarded), and get [zeros](Self::place_zeros) when a thread touches them.
 ///
 /// # Placing and discarding at the same time
 /// A discard records its pages under a lock before it begins. A page is placed under the same lock,
 /// and only if it was not recorded. So either it is placed before it is recorded, and the discard
 /// removes it again; or it is recorded first, and is not placed. Contents are never placed after a
 /// discard. Zeros may be placed at any time: the waiting thread reads them, or the discard removes
-/// them before that, and the thread blocks again. The lock is held while one page is placed; the only
-/// wait under it is the kernel's allocation of a page.
+/// them before that, and the thread blocks again. The lock is held while one page is placed; the
+/// only wait under it is the kernel's allocation of a page.
 #[derive(Debug)]
 pub struct MissingPages {
     uffd: OwnedFd,
@@ -178,8 +178,8 @@ impl MissingPages {
         Ok(self.page_of(u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7])))
     }
 
-    /// Puts contents, or zeros if `None`, into a missing page, and wakes the threads that wait for it,
-    /// unless it was discarded. Zeros cost the host no memory until they are written.
+    /// Puts contents, or zeros if `None`, into a missing page, and wakes the threads that wait for
+    /// it, unless it was discarded. Zeros cost the host no memory until they are written.
     ///
     /// # Errors
     /// The page does not exist, or the kernel refuses.
@@ -274,10 +274,10 @@ impl MissingPages {
 
     fn call<T>(&self, request: u64, argument: &mut T) -> Result<(), Errno> {
         // SAFETY: every `request` here has its own structure (the size is a part of the request's
-        // number), which lives until the call returns. `UFFDIO_COPY` reads one page at `from`, which
-        // `place` borrows meanwhile. Besides the structure, the calls write only missing pages of
-        // registered regions: the creator of an `AnonymousMemory` guaranteed that no reference
-        // points into it and that nothing depends on its contents; `map` keeps it mapped.
+        // number), which lives until the call returns. `UFFDIO_COPY` reads one page at `from`,
+        // which `place` borrows meanwhile. Besides the structure, the calls write only missing
+        // pages of registered regions: the creator of an `AnonymousMemory` guaranteed that no
+        // reference points into it and that nothing depends on its contents; `map` keeps it mapped.
         let result =
             unsafe { libc::ioctl(self.uffd.as_raw_fd(), request, std::ptr::from_mut(argument)) };
         if result == 0 {

@@ -9,8 +9,8 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 use crate::observe::Observers;
 use crate::{HostMemoryError, ObserveDiscards, Region};
 
-/// All memory of a guest: regions by guest address, none overlapping. Clones are of the same guest: an
-/// [observer](Self::observe) of one is notified of the discards of all.
+/// All memory of a guest: regions by guest address, none overlapping. Clones are of the same guest:
+/// an [observer](Self::observe) of one is notified of the discards of all.
 #[derive(Clone, Debug, Default)]
 pub struct MemoryMap {
     regions: Vec<Region>,
@@ -74,8 +74,8 @@ impl MemoryMap {
     }
 
     /// Memory for which this process is charged: on a host that never overcommits, pages that are
-    /// [reserved](Self::reserve) again are committed. The control group of the committing process is
-    /// charged for a page, so only the VMM that owns the memory does this, not a back end.
+    /// [reserved](Self::reserve) again are committed. The control group of the committing process
+    /// is charged for a page, so only the VMM that owns the memory does this, not a back end.
     #[must_use]
     pub fn committing(self) -> Self {
         Self { commits: true, ..self }

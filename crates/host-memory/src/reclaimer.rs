@@ -47,8 +47,8 @@ pub enum ReleaseMode {
     PerPage,
 }
 
-/// Stack of the worker. The default of 2 MiB is one huge page if transparent huge pages are always on,
-/// which the kernel clears when a guest is created.
+/// Stack of the worker. The default of 2 MiB is one huge page if transparent huge pages are always
+/// on, which the kernel clears when a guest is created.
 const STACK_BYTES: usize = 512 << 10;
 
 /// Initial settings of a reclaimer; all can be changed later.
@@ -114,8 +114,9 @@ struct Shared {
 
 struct Inner {
     pages: PendingRelease,
-    /// Pages that the guest is known not to use, also those that it may use again without a message.
-    /// Empty if the host does not collapse huge pages by itself, since nothing depends on it then.
+    /// Pages that the guest is known not to use, also those that it may use again without a
+    /// message. Empty if the host does not collapse huge pages by itself, since nothing depends on
+    /// it then.
     unused: PageSet,
     memory: Arc<dyn Discard>,
     mode: ReleaseMode,
@@ -411,7 +412,8 @@ impl Shared {
         }
     }
 
-    /// Allows huge pages in extents of pages that the guest took back, unless it does not use other pages there.
+    /// Allows huge pages in extents of pages that the guest took back, unless it does not use other
+    /// pages there.
     fn unmark(&self, memory: &dyn Discard, pages: &PageSet) {
         self.marks.unmark(memory, pages, |extents| {
             let inner = self.lock();

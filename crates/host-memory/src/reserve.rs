@@ -1,8 +1,8 @@
 //! Reserves host memory, so that a guest's page can be backed when it is touched.
 //!
-//! A mapping guarantees nothing: touching a page that the host cannot back raises SIGBUS. So memory is
-//! reserved when it is mapped. Releasing it ends the reservation, so deflated pages are reserved again
-//! before the deflate message is returned.
+//! A mapping guarantees nothing: touching a page that the host cannot back raises SIGBUS. So memory
+//! is reserved when it is mapped. Releasing it ends the reservation, so deflated pages are reserved
+//! again before the deflate message is returned.
 
 use std::fs::{self, File};
 use std::iter;
@@ -21,8 +21,8 @@ use crate::{Backing, HostMemoryError, HostPages, MemoryMap, Piece, Region};
 /// The kernel's pools of huge pages (`Documentation/admin-guide/mm/hugetlbpage.rst`).
 const POOLS: &str = "/sys/kernel/mm/hugepages";
 
-/// Whether the kernel overcommits memory (`Documentation/mm/overcommit-accounting.rst`), and the value
-/// for "never".
+/// Whether the kernel overcommits memory (`Documentation/mm/overcommit-accounting.rst`), and the
+/// value for "never".
 const OVERCOMMIT: &str = "/proc/sys/vm/overcommit_memory";
 const NEVER: &str = "2";
 
@@ -125,8 +125,8 @@ impl MemoryMap {
     }
 }
 
-/// Reserves `pages` of one region, with one call for each run of host pages. Stops at the first refusal,
-/// so that a host without enough memory does not cause thousands of calls.
+/// Reserves `pages` of one region, with one call for each run of host pages. Stops at the first
+/// refusal, so that a host without enough memory does not cause thousands of calls.
 fn reserve_region(
     region: &Region,
     pages: &PageSet,

@@ -1,5 +1,5 @@
-//! Private memory that the host collapses into huge pages by itself: ballooned memory stays with the
-//! host, and memory that the guest uses may have huge pages.
+//! Private memory that the host collapses into huge pages by itself: ballooned memory stays with
+//! the host, and memory that the guest uses may have huge pages.
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use std::fs;

@@ -531,8 +531,7 @@ fn no_page_is_discarded_after_it_was_retained() {
             seen > 0 && snapshot.retained_pages > 0 && snapshot.retain_waits > 0,
             "{snapshot:?}"
         );
-        // Nothing is pending or waiting, so every page that the balloon still owns was
-        // discarded at least once.
+        // Nothing is pending or waiting: every ballooned page was discarded at least once.
         assert_eq!(snapshot.waiting_pages + snapshot.pending_pages, 0);
     }
 }

@@ -1,12 +1,13 @@
-//! Throughput of a migration between two processes on loopback, compared with a plain copy over the same
-//! number of connections with TLS. `cargo bench -p migration --bench loopback -- [MIB] [CONNECTIONS]`
+//! Throughput of a migration between two processes on loopback, compared with a plain copy over the
+//! same number of connections with TLS. `cargo bench -p migration --bench loopback -- [MIB]
+//! [CONNECTIONS]`
 //!
-//! The guest's memory is incompressible, none of it is free, and the guest writes almost nothing, so
-//! only the throughput of pages is measured. Both ways copy from one process's guest memory into
+//! The guest's memory is incompressible, none of it is free, and the guest writes almost nothing,
+//! so only the throughput of pages is measured. Both ways copy from one process's guest memory into
 //! another's. They alternate, and the medians are compared.
 //!
-//! It also prints the downtime without the hypervisor's pause, save and load: the part that this crate
-//! causes.
+//! It also prints the downtime without the hypervisor's pause, save and load: the part that this
+//! crate causes.
 
 #![allow(clippy::cast_precision_loss, clippy::unwrap_used, reason = "a test")]
 
@@ -112,8 +113,8 @@ fn median(times: &mut [Duration]) -> Duration {
     times[times.len() / 2]
 }
 
-/// One run: the time from the first connection to the arrival of the last byte, and the downtime of a
-/// migration.
+/// One run: the time from the first connection to the arrival of the last byte, and the downtime of
+/// a migration.
 fn run(
     how: &str,
     mib: u64,

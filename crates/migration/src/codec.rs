@@ -1,5 +1,5 @@
-//! Encodes and decodes numbers, strings and bytes, for untrusted input: bodies of frames, files, and
-//! formats of the VMM's own. All little-endian.
+//! Encodes and decodes numbers, strings and bytes, for untrusted input: bodies of frames, files,
+//! and formats of the VMM's own. All little-endian.
 
 use crate::error::MigrationError;
 

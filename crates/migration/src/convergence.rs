@@ -13,8 +13,8 @@ const FIRST_THROTTLE: u8 = 20;
 const THROTTLE_STEP: u8 = 10;
 const MAX_THROTTLE: u8 = 99;
 
-/// Rounds in a row in which the guest writes more than half of what was sent, before it is throttled
-/// (further).
+/// Rounds in a row in which the guest writes more than half of what was sent, before it is
+/// throttled (further).
 const MAX_DIVERGING_ROUNDS: u32 = 2;
 
 /// The cost of a zero page in pages with contents: it is read and not sent. On a fast network,
@@ -68,9 +68,9 @@ impl RoundStats {
 /// The state of the decision.
 ///
 /// The dirty log counts written pages, not the work to send them: a guest whose kernel clears pages
-/// when it allocates them has written every page that it hints as free, and none of them has contents.
-/// So a round of written pages counts with its measured work, and pages that are not read yet count
-/// with the cost of those before them.
+/// when it allocates them has written every page that it hints as free, and none of them has
+/// contents. So a round of written pages counts with its measured work, and pages that are not read
+/// yet count with the cost of those before them.
 #[derive(Clone, Debug)]
 pub struct Convergence {
     downtime: Duration,
@@ -127,11 +127,13 @@ impl Convergence {
         Decision::Again { throttle: self.throttle }
     }
 
-    /// Updates the rate of the network and the cost of the pages that the guest wrote in the round before.
+    /// Updates the rate of the network and the cost of the pages that the guest wrote in the round
+    /// before.
     fn update(&mut self, seen: &RoundStats) {
         if seen.sent_pages > 0 && !seen.took.is_zero() {
             let rate = as_f64(seen.sent_pages) / seen.took.as_secs_f64();
-            // A round of mostly zeros took longer than its contents needed: the rate is a lower bound.
+            // A round of mostly zeros took longer than its contents needed: the rate is a lower
+            // bound.
             let least = self.pages_per_s.filter(|_| seen.zero_pages > seen.sent_pages);
             self.pages_per_s = Some(rate.max(least.unwrap_or_default()));
         }
@@ -151,8 +153,8 @@ impl Convergence {
         self.costs[0].max(self.costs[1])
     }
 
-    /// Whether to resume a paused guest for another round: it wrote so much before it was paused that
-    /// the downtime would exceed twice the limit. Limited to [`MAX_ABORTED_SWITCHOVERS`].
+    /// Whether to resume a paused guest for another round: it wrote so much before it was paused
+    /// that the downtime would exceed twice the limit. Limited to [`MAX_ABORTED_SWITCHOVERS`].
     pub fn abort_switchover(&mut self, remaining_pages: u64) -> bool {
         let late = self.expected(remaining_pages) > self.downtime.saturating_mul(2);
         let abort = late
@@ -258,8 +260,8 @@ mod tests {
         RoundStats { sent_pages, zero_pages, took: Duration::from_millis(ms), remaining_pages }
     }
 
-    /// Free page hints of a kernel that clears what it allocates: all hinted pages were written, are
-    /// zeros, and cost one round.
+    /// Free page hints of a kernel that clears what it allocates: all hinted pages were written,
+    /// are zeros, and cost one round.
     #[test]
     fn a_guest_that_wrote_zeros_is_not_throttled() {
         // The round of zeros is long or short, and the network fast or slow.

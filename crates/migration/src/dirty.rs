@@ -48,8 +48,8 @@ impl DirtyBitmap {
         all
     }
 
-    /// Adds the pages of `words` to region number `region`. Ignores bits behind the region: KVM rounds
-    /// the size of its bitmap up.
+    /// Adds the pages of `words` to region number `region`. Ignores bits behind the region: KVM
+    /// rounds the size of its bitmap up.
     pub fn merge(&mut self, region: usize, words: &[u64]) {
         let Some(region) = self.regions.get_mut(region) else { return };
         for (mine, theirs) in region.words.iter_mut().zip(words) {
@@ -124,8 +124,8 @@ impl DirtyBitmap {
         })
     }
 
-    /// Calls `change` for each word that `range` overlaps, with the word's first page and the mask of
-    /// its pages in the range.
+    /// Calls `change` for each word that `range` overlaps, with the word's first page and the mask
+    /// of its pages in the range.
     fn each_mask(&mut self, range: PageRange, mut change: impl FnMut(u64, &mut u64, u64)) {
         for region in &mut self.regions {
             let inside = region.pages.intersection(range);

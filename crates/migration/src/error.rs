@@ -215,8 +215,8 @@ impl MigrationError {
                  certificate, or have --plain while this side has not"
             }
             Self::Connect { .. } => {
-                "check the address, that `aerostat receive` listens there, and that both sides have \
-                 certificates of one authority, or both --plain"
+                "check the address, that `aerostat receive` listens there, and that both sides \
+                 have certificates of one authority, or both --plain"
             }
             Self::Listen { .. } => {
                 "choose an address of this host and a port that is free (--listen)"

@@ -9,8 +9,8 @@ use crate::traits::{MachineError, ReadPages, WritePages};
 /// Bytes that are read and compared before they are cleared.
 const ZERO_CHECK_BYTES: usize = 64 << 10;
 
-/// Memory of a guest, for both sides. Writes that bypass the dirty log of `vm-memory` happen only in
-/// guests that do not run yet.
+/// Memory of a guest, for both sides. Writes that bypass the dirty log of `vm-memory` happen only
+/// in guests that do not run yet.
 #[derive(Clone, Debug)]
 pub struct MappedMemory<B: Bitmap = ()>(pub GuestMemoryMmap<B>);
 

@@ -2,8 +2,8 @@
 
 use page_set::PageRange;
 
-/// Limit of the regions: KVM has some 32 thousand slots, but no machine needs more than a few, and a
-/// peer can cause this process to allocate a file or a mapping for each.
+/// Limit of the regions: KVM has some 32 thousand slots, but no machine needs more than a few, and
+/// a peer can cause this process to allocate a file or a mapping for each.
 pub const MAX_REGIONS: usize = 64;
 
 /// The regions of a guest's memory in pages of 4 KiB, by address, none empty, none overlapping, at

@@ -1,8 +1,8 @@
 //! Live migration and snapshots of guests.
 //!
-//! docs/migration.md is the authority on the wire format, the phases, and why no page is lost and no
-//! two guests run. This crate depends on neither KVM nor any device: a VMM implements the traits of
-//! [`traits`].
+//! docs/migration.md is the authority on the wire format, the phases, and why no page is lost and
+//! no two guests run. This crate depends on neither KVM nor any device: a VMM implements the traits
+//! of [`traits`].
 
 #![forbid(unsafe_code)]
 #![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]

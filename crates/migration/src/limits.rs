@@ -14,8 +14,8 @@ pub const MAX_CONFIG_BYTES: usize = 64 << 10;
 /// Words of CPU features; x86 has some forty.
 pub const MAX_FEATURE_WORDS: usize = 512;
 
-/// Bytes of a frame's body, which is everything except contents of pages and state. The largest is the
-/// description.
+/// Bytes of a frame's body, which is everything except contents of pages and state. The largest is
+/// the description.
 pub const MAX_BODY_BYTES: usize = 128 << 10;
 
 /// Bytes of a frame's contents: 64 pages.
@@ -27,8 +27,8 @@ pub const MAX_FILL_RANGES: usize = 4096;
 /// Sections of a machine's state: vCPUs, devices and a few more.
 pub const MAX_STATE_SECTIONS: usize = 1024;
 
-/// Bytes of a machine's state. A vCPU has some 20 KiB. The largest section is the balloon of a guest
-/// of 1 TiB with every other page in it, 32 MiB.
+/// Bytes of a machine's state. A vCPU has some 20 KiB. The largest section is the balloon of a
+/// guest of 1 TiB with every other page in it, 32 MiB.
 pub const MAX_STATE_BYTES: u64 = 64 << 20;
 
 /// Rounds of a migration, the last included. A guest that is not done by then writes faster than it
@@ -41,8 +41,8 @@ pub const MAX_REASON_BYTES: usize = 512;
 /// Default limit of a guest's memory at a destination.
 pub const DEFAULT_MAX_MEMORY_BYTES: u64 = 16 << 40;
 
-/// Time without a byte after which a peer counts as dead. A source is silent longest while it queries
-/// its guest's free pages.
+/// Time without a byte after which a peer counts as dead. A source is silent longest while it
+/// queries its guest's free pages.
 pub const STALL: Duration = Duration::from_secs(20);
 
 /// The same while the guest is paused.
@@ -52,8 +52,8 @@ pub const STALL_PAUSED: Duration = Duration::from_secs(5);
 /// peer that is slow but not silent.
 pub const PAUSED_BEYOND: Duration = Duration::from_secs(30);
 
-/// Timeout of a frame from its first byte to its last, so that a peer which sends a byte now and then
-/// cannot block this side infinitely.
+/// Timeout of a frame from its first byte to its last, so that a peer which sends a byte now and
+/// then cannot block this side infinitely.
 pub const FRAME_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Keepalives on one connection in one round: they arrive some times a second, so this is hours.

@@ -43,7 +43,8 @@ pub trait Accept {
     /// Waits for another connection, until `deadline` if there is one.
     ///
     /// # Errors
-    /// `TimedOut`, or the system refuses. A peer that connects and fails is skipped without an error.
+    /// `TimedOut`, or the system refuses. A peer that connects and fails is skipped without an
+    /// error.
     fn accept(&mut self, deadline: Option<Instant>) -> io::Result<Self::Link>;
 }
 

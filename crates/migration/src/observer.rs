@@ -33,8 +33,8 @@ pub struct Progress {
     pub pages: u64,
     /// All pages of this phase.
     pub of_pages: u64,
-    /// Bytes sent over the network, or written to the file, since the migration began: all messages, as
-    /// in [`Summary::wire_bytes`](crate::Summary::wire_bytes), before TLS.
+    /// Bytes sent over the network, or written to the file, since the migration began: all
+    /// messages, as in [`Summary::wire_bytes`](crate::Summary::wire_bytes), before TLS.
     pub wire_bytes: u64,
 }
 

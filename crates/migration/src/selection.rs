@@ -1,9 +1,10 @@
 //! Which pages are sent, and which need not be.
 //!
-//! At first every page is pending, and a written page becomes pending again. Pages on whose contents
-//! the guest does not depend are subtracted. Such an answer is out of date when it arrives, so it may
-//! only subtract what was pending **before the guest was queried**: writes that the dirty log reports
-//! later stay. docs/migration.md has the argument, `tests/selection.rs` the model.
+//! At first every page is pending, and a written page becomes pending again. Pages on whose
+//! contents the guest does not depend are subtracted. Such an answer is out of date when it
+//! arrives, so it may only subtract what was pending **before the guest was queried**: writes that
+//! the dirty log reports later stay. docs/migration.md has the argument, `tests/selection.rs` the
+//! model.
 
 use std::collections::BTreeMap;
 
@@ -25,8 +26,8 @@ pub struct Selection {
     additions: u64,
 }
 
-/// The moment just before the guest is queried. Its answer may subtract only what is pending at this
-/// moment.
+/// The moment just before the guest is queried. Its answer may subtract only what is pending at
+/// this moment.
 #[derive(Clone, Copy, Debug)]
 pub struct SelectionMark {
     additions: u64,
@@ -68,8 +69,8 @@ impl Selection {
         SelectionMark { additions: self.additions }
     }
 
-    /// Subtracts the pages that the guest does not use; returns how many of them were pending. Ignores
-    /// pages that do not exist.
+    /// Subtracts the pages that the guest does not use; returns how many of them were pending.
+    /// Ignores pages that do not exist.
     ///
     /// Subtracts nothing if writes were added since the query: those that followed the answer could
     /// not be distinguished from the others.
@@ -103,7 +104,8 @@ impl Selection {
         let pages = words.iter().map(|word| u64::from(word.bits.count_ones())).sum();
         let mut fills = std::mem::take(&mut self.fills);
         for set in fills.values_mut() {
-            // Written since: send the contents only, since frames of different connections are not ordered.
+            // Written since: send the contents only, since frames of different connections are not
+            // ordered.
             let written = self.pending.clone().subtract(set);
             set.subtract(&written);
             set.ranges().for_each(|range| self.sent.insert(range));

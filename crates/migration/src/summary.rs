@@ -65,7 +65,8 @@ pub struct Downtime {
     pub copy_us: u64,
     /// Saving the state.
     pub save_us: u64,
-    /// Sending and loading the state. Of that, `load_us` is loading, as reported by the destination.
+    /// Sending and loading the state. Of that, `load_us` is loading, as reported by the
+    /// destination.
     pub state_us: u64,
     /// See `state_us`.
     pub load_us: u64,

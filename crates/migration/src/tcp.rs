@@ -170,7 +170,8 @@ impl TcpConnector {
     /// For `HOST:PORT`, which is resolved once, now.
     ///
     /// # Errors
-    /// The address is malformed or does not resolve, or a connection without TLS would leave this host.
+    /// The address is malformed or does not resolve, or a connection without TLS would leave this
+    /// host.
     pub fn new(host_and_port: &str, security: Security) -> Result<Self, MigrationError> {
         let operator = |what: String| MigrationError::Operator { what };
         let (host, _) = host_and_port.rsplit_once(':').ok_or_else(|| {
@@ -221,8 +222,8 @@ impl Connect for TcpConnector {
     }
 }
 
-/// Accepts connections of sources. Each has its own thread until its hello has arrived, so that a peer
-/// that connects and sends nothing, or half a message, blocks no other.
+/// Accepts connections of sources. Each has its own thread until its hello has arrived, so that a
+/// peer that connects and sends nothing, or half a message, blocks no other.
 #[derive(Debug)]
 pub struct TcpAcceptor {
     listener: TcpListener,
@@ -250,9 +251,9 @@ struct Handshake {
 /// The result of a handshake: its number, the peer, the connection.
 type HandshakeResult = (u64, SocketAddr, io::Result<TcpLink>);
 
-/// Handshakes at a time. An honest source completes its handshake within milliseconds. Beyond the limit
-/// the oldest connection of the host that has most of them is closed, so a host that floods this one
-/// blocks no other host.
+/// Handshakes at a time. An honest source completes its handshake within milliseconds. Beyond the
+/// limit the oldest connection of the host that has most of them is closed, so a host that floods
+/// this one blocks no other host.
 const MAX_HANDSHAKES: usize = 4 * MAX_CONNECTIONS;
 
 /// Stack of a handshake thread.
@@ -405,7 +406,8 @@ impl Accept for TcpAcceptor {
                 Err(error) => {
                     tracing::error!(%error, "host: cannot accept a connection; retrying");
                     thread::sleep(BACKOFF);
-                    // A waiting connection makes the next poll return at once, so check the time here.
+                    // A waiting connection makes the next poll return at once, so check the time
+                    // here.
                     if deadline.is_some_and(|end| Instant::now() >= end) {
                         return Err(io::ErrorKind::TimedOut.into());
                     }
@@ -425,8 +427,8 @@ fn is_peer_fault(error: &io::Error) -> bool {
     matches!(error.kind(), ConnectionAborted | ConnectionReset | Interrupted | WouldBlock)
 }
 
-/// The listener is unusable. Any other error is temporary: the host has no file descriptor or memory
-/// left, or a network is down (`accept(2)`).
+/// The listener is unusable. Any other error is temporary: the host has no file descriptor or
+/// memory left, or a network is down (`accept(2)`).
 fn is_permanent(error: &io::Error) -> bool {
     use rustix::io::Errno;
     let errno = Errno::from_io_error(error);
@@ -483,7 +485,8 @@ where
             continue;
         }
         if connection.read_tls(&mut socket)? == 0 {
-            let what = "the peer closed the connection during the TLS handshake: check whether it has certificates, or --plain";
+            let what =
+                "the peer hung up during the TLS handshake: has it certificates, or --plain?";
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, what));
         }
         let processed = connection.process_new_packets();
@@ -492,9 +495,7 @@ where
             let _ = connection.write_tls(&mut socket);
             let what = match &error {
                 rustls::Error::InvalidMessage(_) => {
-                    format!(
-                        "the peer does not speak TLS ({error}): check whether it has certificates, or --plain"
-                    )
+                    format!("the peer speaks no TLS ({error}): has it certificates, or --plain?")
                 }
                 _ => error.to_string(),
             };

@@ -29,8 +29,8 @@ pub struct TlsFiles {
     pub key: PathBuf,
 }
 
-/// One side's certificate and the authority that it trusts, for either role. The certificate must allow
-/// both roles (extended key usage), and name the destination's host.
+/// One side's certificate and the authority that it trusts, for either role. The certificate must
+/// allow both roles (extended key usage), and name the destination's host.
 #[derive(Clone, Debug)]
 pub struct Tls {
     client: Arc<ClientConfig>,

@@ -51,8 +51,8 @@ pub trait WritePages: Send + Sync {
     fn zero_pages(&self, pages: PageRange) -> Result<(), MachineError>;
 }
 
-/// Memory of a guest whose pages are missing until they are placed (`host-memory`'s `MissingPages`).
-/// A thread that touches a missing page blocks until it is placed.
+/// Memory of a guest whose pages are missing until they are placed (`host-memory`'s
+/// `MissingPages`). A thread that touches a missing page blocks until it is placed.
 pub trait PlacePages: Send + Sync {
     /// Waits up to `wait` for a thread that touches a missing page; returns that page.
     ///
@@ -61,8 +61,8 @@ pub trait PlacePages: Send + Sync {
     fn next_missing(&self, wait: Duration) -> Result<Option<u64>, MachineError>;
 
     /// Puts `contents`, or zeros if `None`, into a missing page. Does not change a page that is
-    /// present. Returns false, and places nothing, if the page was discarded (balloon, reports) since
-    /// the memory was created, even if the discard happens during this call.
+    /// present. Returns false, and places nothing, if the page was discarded (balloon, reports)
+    /// since the memory was created, even if the discard happens during this call.
     ///
     /// # Errors
     /// The page does not exist, or cannot be placed.
@@ -112,11 +112,11 @@ pub struct StateSection {
 pub struct FreePages {
     /// Each page in it was free at some moment after the query.
     pub pages: PageSet,
-    /// What the guest expects in such a page if nothing has written to it since, as a pattern of four
-    /// bytes, little-endian: the driver's `poison_val` for pages that stay in the guest's free lists
-    /// (free-page reports of the request queue) if it negotiated `PAGE_POISON`; else 0. Also 0 for
-    /// pages that the guest allocated in order to name them (free page hints, holds), since it writes
-    /// the pattern when it frees them.
+    /// What the guest expects in such a page if nothing has written to it since, as a pattern of
+    /// four bytes, little-endian: the driver's `poison_val` for pages that stay in the guest's free
+    /// lists (free-page reports of the request queue) if it negotiated `PAGE_POISON`; else 0. Also
+    /// 0 for pages that the guest allocated in order to name them (free page hints, holds), since
+    /// it writes the pattern when it frees them.
     pub pattern: u32,
 }
 
@@ -132,9 +132,9 @@ pub struct FreePages {
 /// resume (if it was paused), set_throttle(0), stop_dirty_log, free_pages_done
 /// ```
 pub trait SourceMachine {
-    /// Describes the guest for a destination. Called before anything else, so a guest that cannot be
-    /// moved is refused here: for anything that [`save_state`](Self::save_state) would refuse now. May
-    /// pause the guest; it runs again when this returns.
+    /// Describes the guest for a destination. Called before anything else, so a guest that cannot
+    /// be moved is refused here: for anything that [`save_state`](Self::save_state) would refuse
+    /// now. May pause the guest; it runs again when this returns.
     ///
     /// # Errors
     /// The guest cannot be moved.
@@ -143,16 +143,16 @@ pub trait SourceMachine {
     /// The guest's memory.
     fn memory(&self) -> Arc<dyn ReadPages>;
 
-    /// Starts the dirty log for every writer of guest memory: vCPUs (KVM: `KVM_MEM_LOG_DIRTY_PAGES`),
-    /// devices of this process, back ends of other processes (vhost-user: `VHOST_F_LOG_ALL`). Every
-    /// write is logged when this returns.
+    /// Starts the dirty log for every writer of guest memory: vCPUs (KVM:
+    /// `KVM_MEM_LOG_DIRTY_PAGES`), devices of this process, back ends of other processes
+    /// (vhost-user: `VHOST_F_LOG_ALL`). Every write is logged when this returns.
     ///
     /// # Errors
     /// The writes of one writer cannot be logged, so the guest cannot be moved while it runs.
     fn start_dirty_log(&mut self) -> Result<(), MachineError>;
 
-    /// Adds every page that was written since the last call, or since the log was started, and clears
-    /// the log. With KVM: [`DirtyBitmap::merge`] for each slot with the result of
+    /// Adds every page that was written since the last call, or since the log was started, and
+    /// clears the log. With KVM: [`DirtyBitmap::merge`] for each slot with the result of
     /// `KVM_GET_DIRTY_LOG`, and once more with the bitmap of the devices.
     ///
     /// A write that ends before this call is added. A concurrent write is in this result or in the
@@ -173,16 +173,16 @@ pub trait SourceMachine {
 
     /// Queries which pages the guest does not use: over the request queue if there is one, else by
     /// free page hints. This call must send the query; an earlier answer is not allowed. Returns
-    /// `None` if no driver can be queried, or if it does not answer within `wait`. The caller ignores
-    /// memory that the guest names twice, or that does not exist.
+    /// `None` if no driver can be queried, or if it does not answer within `wait`. The caller
+    /// ignores memory that the guest names twice, or that does not exist.
     ///
     /// # Errors
     /// The guest cannot be queried. The migration continues without the answer.
     fn free_pages(&mut self, wait: Duration) -> Result<Option<FreePages>, MachineError>;
 
     /// The answer of [`free_pages`](Self::free_pages) is no longer needed: a guest that keeps the
-    /// hinted pages may use them again. Not called after [`relinquish`](Self::relinquish): the device
-    /// at the destination notifies the guest.
+    /// hinted pages may use them again. Not called after [`relinquish`](Self::relinquish): the
+    /// device at the destination notifies the guest.
     fn free_pages_done(&mut self);
 
     /// The ballooned pages of a driver that negotiated `MUST_TELL_HOST`: the guest may not use them
@@ -215,15 +215,15 @@ pub trait SourceMachine {
         Ok(())
     }
 
-    /// Stops the vCPUs and all device activity. When it returns, nothing writes to guest memory until
-    /// [`resume`](Self::resume).
+    /// Stops the vCPUs and all device activity. When it returns, nothing writes to guest memory
+    /// until [`resume`](Self::resume).
     ///
     /// # Errors
     /// The guest still runs.
     fn pause(&mut self) -> Result<(), MachineError>;
 
-    /// Saves the state of vCPUs, devices, clock and balloon of a paused guest. Writes nothing to guest
-    /// memory.
+    /// Saves the state of vCPUs, devices, clock and balloon of a paused guest. Writes nothing to
+    /// guest memory.
     ///
     /// # Errors
     /// The state cannot be saved. The migration resumes the guest.
@@ -260,8 +260,8 @@ pub trait DestinationMachine {
     /// The CPU features that this host and VMM can expose to a guest.
     fn cpu_features(&self) -> CpuFeatures;
 
-    /// Creates a guest whose memory reads as zeros, and does not run it. The memory limit was checked;
-    /// `description.config` was not.
+    /// Creates a guest whose memory reads as zeros, and does not run it. The memory limit was
+    /// checked; `description.config` was not.
     ///
     /// # Errors
     /// This VMM cannot create such a guest. It leaves nothing behind.
@@ -280,8 +280,8 @@ pub trait DestinationMachine {
     }
 
     /// Loads the state of vCPUs, devices, clock and balloon. All memory has arrived, and only the
-    /// machine writes to it from here on. After this, [`resume`](Self::resume) should not be able to
-    /// fail.
+    /// machine writes to it from here on. After this, [`resume`](Self::resume) should not be able
+    /// to fail.
     ///
     /// # Errors
     /// The state does not fit this machine.
@@ -290,8 +290,8 @@ pub trait DestinationMachine {
     /// Runs the guest.
     ///
     /// # Errors
-    /// **The guest has not executed a single instruction**; the source resumes it then. A guest that
-    /// ran at all and then failed counts as one that ran.
+    /// **The guest has not executed a single instruction**; the source resumes it then. A guest
+    /// that ran at all and then failed counts as one that ran.
     fn resume(&mut self) -> Result<(), MachineError>;
 
     /// Destroys the guest. Also called if [`create`](Self::create) was not.

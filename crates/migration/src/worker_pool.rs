@@ -14,13 +14,14 @@ use crate::wire::stream::Stream;
 /// Interval of progress reports.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Contents are on the heap; the stack has only call frames, those of a tracing subscriber included.
-/// The default of 2 MiB is one huge page if transparent huge pages are always on; clearing it took
-/// most of a thread's time.
+/// Contents are on the heap; the stack has only call frames, those of a tracing subscriber
+/// included. The default of 2 MiB is one huge page if transparent huge pages are always on;
+/// clearing it took most of a thread's time.
 const STACK_BYTES: usize = 256 << 10;
 
-/// Runs `share` in one thread for each of `streams`, and passes each result to `add`. Calls `report`
-/// every [`PROGRESS_INTERVAL`]. If one thread fails or panics, calls `stop`, which ends the others.
+/// Runs `share` in one thread for each of `streams`, and passes each result to `add`. Calls
+/// `report` every [`PROGRESS_INTERVAL`]. If one thread fails or panics, calls `stop`, which ends
+/// the others.
 ///
 /// # Errors
 /// The most specific error of the threads.

@@ -1,6 +1,6 @@
 //! A network that fails at every single write, in every way, in either direction. In every case the
-//! guest runs on at most one side at any moment, one side has all of it, and one resolve request ends
-//! every doubt.
+//! guest runs on at most one side at any moment, one side has all of it, and one resolve request
+//! ends every doubt.
 
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test")]
 
@@ -241,7 +241,8 @@ fn sweep(connections: usize, kinds: &[Kind]) -> BTreeSet<Case> {
     all(connections, &kinds.iter().flat_map(each).collect::<Vec<_>>())
 }
 
-/// Runs each of `faults` in its own migration, many concurrently, since most of the time is waiting.
+/// Runs each of `faults` in its own migration, many concurrently, since most of the time is
+/// waiting.
 fn all(connections: usize, faults: &[(Fault, Fault)]) -> BTreeSet<Case> {
     let mut cases = BTreeSet::new();
     for some in faults.chunks(AT_ONCE) {

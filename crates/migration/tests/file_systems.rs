@@ -13,8 +13,8 @@ use migration::SourceGuest;
 use migration::observer::Silent;
 use migration::snapshot::{After, restore, snapshot};
 
-/// FAT, exFAT and some CIFS; NFS and 9p; a file system with neither feature. None has holes, or can sync
-/// a directory.
+/// FAT, exFAT and some CIFS; NFS and 9p; a file system with neither feature. None has holes, or can
+/// sync a directory.
 const FILE_SYSTEMS: [Has; 3] = [
     Has { links: false, rename_flags: true },
     Has { links: true, rename_flags: false },

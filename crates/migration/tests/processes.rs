@@ -1,6 +1,6 @@
-//! Kills one of two processes (SIGKILL) in each phase. A guest is lost with the process that has its
-//! memory. Otherwise the guest must run on at most one side, and a side that survives must have all of
-//! it.
+//! Kills one of two processes (SIGKILL) in each phase. A guest is lost with the process that has
+//! its memory. Otherwise the guest must run on at most one side, and a side that survives must have
+//! all of it.
 
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test")]
 

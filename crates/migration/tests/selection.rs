@@ -1,6 +1,6 @@
 //! Checks the safety argument of docs/migration.md with a model: a guest's kernel, its devices, its
-//! balloon, and a source, with steps in any order. At the end the destination must have everything that
-//! the guest may read.
+//! balloon, and a source, with steps in any order. At the end the destination must have everything
+//! that the guest may read.
 
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test")]
 

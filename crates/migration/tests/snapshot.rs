@@ -261,8 +261,8 @@ mod lazily {
     struct Missing {
         state: Mutex<State>,
         changed: Condvar,
-        /// Discards this page when another one is being placed. The file's contents of both were read
-        /// by then, or are about to be.
+        /// Discards this page when another one is being placed. The file's contents of both were
+        /// read by then, or are about to be.
         discards: Mutex<Option<(u64, u64)>>,
     }
 
@@ -396,8 +396,8 @@ mod lazily {
         filling.finish().unwrap();
     }
 
-    /// A page is discarded before its turn, while it is being placed, and while a thread waits for it:
-    /// it is not placed, and reads as zeros.
+    /// A page is discarded before its turn, while it is being placed, and while a thread waits for
+    /// it: it is not placed, and reads as zeros.
     #[test]
     fn a_page_discarded_during_a_lazy_restore_is_never_placed() {
         let dir = tempfile::tempdir().unwrap();

@@ -287,8 +287,8 @@ fn asked(id: MigrationId, there: &DestinationConfig) -> u32 {
     })
 }
 
-/// *Refused* or *gone* may be lost while the destination waits for the next guest. If the destination
-/// kept no record, the source would be in doubt infinitely.
+/// *Refused* or *gone* may be lost while the destination waits for the next guest. If the
+/// destination kept no record, the source would be in doubt infinitely.
 #[test]
 fn a_destination_answers_gone_for_earlier_migrations() {
     let world = Arc::new(World::default());
@@ -303,7 +303,8 @@ fn a_destination_answers_gone_for_earlier_migrations() {
     assert_eq!(asked(MigrationId([7; 16]), &there), 4, "unknown");
 }
 
-/// A destination that has a guest, or one in doubt, accepts no other. That is not a protocol violation.
+/// A destination that has a guest, or one in doubt, accepts no other. That is not a protocol
+/// violation.
 #[test]
 fn a_destination_that_has_a_guest_refuses_another() {
     let world = Arc::new(World::default());

@@ -29,8 +29,8 @@ struct Partial<L> {
 }
 
 /// Waits until a source has opened all of its connections, and returns the first one that has.
-/// Refuses a peer that speaks another protocol. Drops a source that does not open all the connections
-/// that it announced; meanwhile it blocks no other source.
+/// Refuses a peer that speaks another protocol. Drops a source that does not open all the
+/// connections that it announced; meanwhile it blocks no other source.
 pub(super) fn gather<A: Accept>(
     config: &DestinationConfig,
     accept: &mut A,

@@ -94,7 +94,8 @@ pub struct ReceiveFailure {
 pub enum DestinationGuest {
     /// Nothing.
     Destroyed,
-    /// Nothing: it could not be started. *Refused* may be lost, and the source may request the status.
+    /// Nothing: it could not be started. *Refused* may be lost, and the source may request the
+    /// status.
     Refused(DestinationOwnership),
     /// All of it, paused. The source may have committed, or have resumed it.
     InDoubt(DestinationOwnership),

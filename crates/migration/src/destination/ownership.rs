@@ -15,16 +15,17 @@ use crate::traits::DestinationMachine;
 use crate::wire::control::{Control, Hello, MigrationId, PeerStatus, Purpose};
 use crate::wire::stream::Stream;
 
-/// The destination's participant of the two-phase commit: the right to run one guest, or its outcome.
-/// Every path that runs or destroys the guest goes through here, one at a time, and at most once.
+/// The destination's participant of the two-phase commit: the right to run one guest, or its
+/// outcome. Every path that runs or destroys the guest goes through here, one at a time, and at
+/// most once.
 #[derive(Debug)]
 pub struct DestinationOwnership {
     id: MigrationId,
     status: PeerStatus,
 }
 
-/// A peer that connected and sent its hello. Apart from [`DestinationOwnership`], so that a peer which
-/// is slow to send it does not block access to the guest.
+/// A peer that connected and sent its hello. Apart from [`DestinationOwnership`], so that a peer
+/// which is slow to send it does not block access to the guest.
 pub struct Asking<L> {
     hello: Hello,
     stream: Stream<L>,
@@ -63,12 +64,12 @@ impl DestinationOwnership {
         }
     }
 
-    /// Runs the guest, after the source's commit, or on the order of an operator who **knows that it
-    /// does not run at the source** and never will. Returns how long starting it took.
+    /// Runs the guest, after the source's commit, or on the order of an operator who **knows that
+    /// it does not run at the source** and never will. Returns how long starting it took.
     ///
     /// # Errors
-    /// The guest could not be started, or is no longer here. In either case it is destroyed and never
-    /// ran.
+    /// The guest could not be started, or is no longer here. In either case it is destroyed and
+    /// never ran.
     pub fn run_here<M: DestinationMachine>(
         &mut self,
         machine: &mut M,
@@ -122,18 +123,18 @@ impl DestinationOwnership {
             match self.answer(link, stall, machine) {
                 Ok(()) => return Ok(self.resolution()),
                 Err(error) => {
-                    tracing::warn!(error = error.chain(), id = %self.id, "the migration is not resolved yet")
+                    tracing::warn!(error = error.chain(), id = %self.id, "still unresolved")
                 }
             }
         }
     }
 
-    /// Serves one connection of a source that requests the status. Runs or destroys a prepared guest,
-    /// as the source decides.
+    /// Serves one connection of a source that requests the status. Runs or destroys a prepared
+    /// guest, as the source decides.
     ///
     /// # Errors
-    /// The connection failed, or the guest could not be started. [`resolution`](Self::resolution) has
-    /// the outcome.
+    /// The connection failed, or the guest could not be started. [`resolution`](Self::resolution)
+    /// has the outcome.
     pub fn answer<M: DestinationMachine, L: Link>(
         &mut self,
         link: L,

@@ -149,7 +149,8 @@ impl Shared {
     /// Sends the error on the stream that failed, and closes the others.
     fn fail<L: Link>(&self, index: usize, stream: &mut Stream<L>, error: &MigrationError) {
         let first = !self.failed.swap(true, Ordering::Relaxed);
-        // Before the others are closed: then the source closes all of its connections, this one too.
+        // Before the others are closed: then the source closes all of its connections, this one
+        // too.
         let sent = first && stream.send_final(&Control::Abort { reason: error.chain() });
         for (other, close) in self.closers.iter().enumerate() {
             if other != index {
@@ -260,7 +261,8 @@ mod tests {
         }
     }
 
-    /// A source that detects one closed connection closes all of them, and would not read the reason.
+    /// A source that detects one closed connection closes all of them, and would not read the
+    /// reason.
     #[test]
     fn the_error_is_sent_before_any_connection_is_closed() {
         let notes = Arc::new(Mutex::new(Vec::new()));

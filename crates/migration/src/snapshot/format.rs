@@ -26,8 +26,8 @@ const VERSION: u32 = 1;
 const MAX_ENCODED_STATE_BYTES: u64 =
     MAX_STATE_BYTES + (MAX_STATE_SECTIONS * (MAX_NAME_BYTES + 16) + 4) as u64;
 
-/// Limit of a guest's pages: the whole table is read before anything else is checked, and a file with
-/// holes can have a table of any size.
+/// Limit of a guest's pages: the whole table is read before anything else is checked, and a file
+/// with holes can have a table of any size.
 const MAX_PAGES: u64 = DEFAULT_MAX_MEMORY_BYTES / PAGE_BYTES as u64;
 
 /// The first page of the file.
@@ -69,9 +69,8 @@ impl Header {
         }
         let version = body.u32()?;
         if version != VERSION {
-            let what = format!(
-                "it has version {version}, and {VERSION} is supported: use the release that wrote it"
-            );
+            let what =
+                format!("it has version {version}, not {VERSION}: use the release that wrote it");
             return Err(invalid(what));
         }
         if sum != xxh3_64_with_seed(text, 0).to_le_bytes() {

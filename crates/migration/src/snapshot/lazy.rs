@@ -1,5 +1,5 @@
-//! Lazy restore: the guest runs before its memory is loaded. Pages are placed when the guest touches
-//! them, and meanwhile in order.
+//! Lazy restore: the guest runs before its memory is loaded. Pages are placed when the guest
+//! touches them, and meanwhile in order.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -24,16 +24,17 @@ const PAGES_PER_POLL: u64 = 8;
 /// How long to wait for a missing page once every page was placed.
 const IDLE_WAIT: Duration = Duration::from_millis(100);
 
-/// How long to wait for the thread to end: it may block in a read of a file that does not answer, and
-/// its result is not needed.
+/// How long to wait for the thread to end: it may block in a read of a file that does not answer,
+/// and its result is not needed.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Interval of checks whether the thread has ended.
 const JOIN_POLL_INTERVAL: Duration = Duration::from_millis(1);
 
-/// A guest's memory that is being loaded. Keep it as long as the guest runs: pages that are discarded
-/// (balloon, reports) are missing again, and the guest blocks when it touches them. They are filled
-/// with zeros then, never from the file. Dropping this ends that, so the guest must have ended first.
+/// A guest's memory that is being loaded. Keep it as long as the guest runs: pages that are
+/// discarded (balloon, reports) are missing again, and the guest blocks when it touches them. They
+/// are filled with zeros then, never from the file. Dropping this ends that, so the guest must have
+/// ended first.
 #[derive(Debug)]
 pub struct Filling {
     shared: Arc<Shared>,
@@ -131,8 +132,8 @@ impl Filling {
         (self.shared.placed_pages.load(Ordering::Relaxed), self.shared.pages)
     }
 
-    /// True if loading failed: the file cannot be read or is damaged, and the guest blocks infinitely.
-    /// The VMM must end it; [`finish`](Self::finish) returns the error.
+    /// True if loading failed: the file cannot be read or is damaged, and the guest blocks
+    /// infinitely. The VMM must end it; [`finish`](Self::finish) returns the error.
     #[must_use]
     pub fn has_failed(&self) -> bool {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)
@@ -176,7 +177,8 @@ impl Drop for Filling {
 struct Filler {
     snapshot: SnapshotFile,
     memory: Arc<dyn PlacePages>,
-    /// Pages that were placed once, or discarded before that. If one of them is missing, it is zeros.
+    /// Pages that were placed once, or discarded before that. If one of them is missing, it is
+    /// zeros.
     there: DirtyBitmap,
     /// The page that a thread waits for now.
     awaited: Option<u64>,
@@ -235,8 +237,9 @@ impl Filler {
         Ok(false)
     }
 
-    /// Places a page from the file for the first time; false if it was discarded. Contents read before
-    /// a discard and placed after it would be stale, so [`PlacePages::place_page`] checks again.
+    /// Places a page from the file for the first time; false if it was discarded. Contents read
+    /// before a discard and placed after it would be stale, so [`PlacePages::place_page`] checks
+    /// again.
     fn place(&mut self, page: u64) -> Result<bool, MigrationError> {
         let mut placed = false;
         if !self.memory.was_discarded(page) {

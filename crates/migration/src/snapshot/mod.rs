@@ -8,8 +8,8 @@
 //!              description, then state
 //! ```
 //!
-//! The file is written under another name in the same directory, and gets its name when all of it is
-//! on disk. So a complete snapshot exists under the name, or none.
+//! The file is written under another name in the same directory, and gets its name when all of it
+//! is on disk. So a complete snapshot exists under the name, or none.
 
 mod format;
 mod lazy;

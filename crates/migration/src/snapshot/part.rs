@@ -50,7 +50,8 @@ pub(super) struct Part {
 enum Way {
     /// `renameat2(RENAME_NOREPLACE)`. NFS and some FUSE file systems support no flags.
     Rename,
-    /// A hard link, then the first name is removed. FAT, exFAT and some FUSE file systems have none.
+    /// A hard link, then the first name is removed. FAT, exFAT and some FUSE file systems have
+    /// none.
     Link,
     /// Creates an empty file under the name, which fails if one exists, and replaces it.
     Claim,
@@ -91,7 +92,7 @@ impl Part {
         file.set_len(0).map_err(|source| file_error("emptying", &shown, source))?;
         if fstat(&file).is_ok_and(|found| found.st_mode & OTHER_USERS != 0) {
             let path = shown.display();
-            tracing::warn!(%path, "host: this file system lets other users read the guest's memory");
+            tracing::warn!(%path, "host: other users can read the guest's memory there");
         }
         Ok(Self { file, directory, name: name.to_owned(), part, path: path.to_owned() })
     }
@@ -203,12 +204,12 @@ fn open_part(
                 mode = format_args!("{mode:o}"),
                 uid,
                 links = found.st_nlink,
-                "not left by a snapshot of this user: leaving it alone, using another name"
+                "not left by a snapshot of this user; using another name"
             );
         }
         Err(error) => {
             let path = shown.display();
-            tracing::warn!(%path, %error, "not the part of a snapshot: leaving it alone, using another name");
+            tracing::warn!(%path, %error, "cannot reuse this file; using another name");
         }
     }
     Ok(None)
@@ -227,8 +228,8 @@ fn create_new(directory: &OwnedFd, name: &OsStr) -> Result<File, Errno> {
     openat(directory, name, flags, MODE).map(File::from)
 }
 
-/// Locks the file for this guest. Otherwise two snapshots with the same name would write into the same
-/// file, even after it has its final name.
+/// Locks the file for this guest. Otherwise two snapshots with the same name would write into the
+/// same file, even after it has its final name.
 fn lock(
     file: &File,
     directory: &OwnedFd,

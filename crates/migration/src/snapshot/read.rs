@@ -22,8 +22,8 @@ use crate::wire::control::decode_description;
 /// Pages that are read at once.
 const PAGES_AT_ONCE: u64 = 64;
 
-/// Bytes of the table that share one checksum in memory, for 2 MiB of the guest: the file may change
-/// after it was opened, and an entry of the table must not.
+/// Bytes of the table that share one checksum in memory, for 2 MiB of the guest: the file may
+/// change after it was opened, and an entry of the table must not.
 const BLOCK_BYTES: usize = 4096;
 
 /// Statistics of a restore.
@@ -94,8 +94,8 @@ fn load<M: DestinationMachine>(
     Ok(restored)
 }
 
-/// A snapshot whose header, table and description were checked. Pages are checked when they are read,
-/// in any order, so that they can be read when the guest touches them.
+/// A snapshot whose header, table and description were checked. Pages are checked when they are
+/// read, in any order, so that they can be read when the guest touches them.
 #[derive(Debug)]
 pub struct SnapshotFile {
     file: File,
@@ -255,7 +255,8 @@ impl SnapshotFile {
         Ok(entries.iter().take(count).map(|entry| u64::from_le_bytes(*entry)).collect())
     }
 
-    /// Checks the whole table, since it defines the zero pages. Returns the checksums of its blocks.
+    /// Checks the whole table, since it defines the zero pages. Returns the checksums of its
+    /// blocks.
     fn check_table(&self) -> Result<Vec<u64>, MigrationError> {
         let (mut hash, mut blocks) = (Xxh3Default::new(), Vec::new());
         let mut left = self.head.pages * ENTRY_BYTES;

@@ -37,8 +37,8 @@ pub enum After {
     Stop,
 }
 
-/// Writes a guest to the file `path`, which must not exist. Ignores the connections, the compression,
-/// and the peer's timeouts in `config`.
+/// Writes a guest to the file `path`, which must not exist. Ignores the connections, the
+/// compression, and the peer's timeouts in `config`.
 ///
 /// # Errors
 /// There is no file. The guest runs on; if not, the failure has its state.

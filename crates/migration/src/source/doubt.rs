@@ -85,8 +85,8 @@ pub(super) fn roll_back<C: Connect>(
     resolve(id, connect, config.stall_paused, &Control::Rollback).map(drop)
 }
 
-/// Requests a destination's status. Sends `decision` if the destination is prepared, and returns the
-/// status after that.
+/// Requests a destination's status. Sends `decision` if the destination is prepared, and returns
+/// the status after that.
 fn resolve<C: Connect>(
     id: MigrationId,
     connect: &mut C,

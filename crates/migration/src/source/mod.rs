@@ -148,7 +148,7 @@ pub fn migrate<M: SourceMachine, C: Connect>(
         // resolve the doubt there.
         drop(network);
         if let Err(error) = contained("rolling back", || roll_back(id, connect, config)) {
-            tracing::warn!(%error, %id, "cannot send the rollback; the destination may be in doubt");
+            tracing::warn!(%error, %id, "cannot roll back; the destination may be in doubt");
         }
     }
     summary
@@ -304,8 +304,8 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
         Ok(())
     }
 
-    /// Leaves out pages that the guest does not depend on. The dirty log was read just before, and is
-    /// not read again until the guest has answered.
+    /// Leaves out pages that the guest does not depend on. The dirty log was read just before, and
+    /// is not read again until the guest has answered.
     fn skip_unused(&mut self, selection: &mut Selection) {
         self.observer.phase(Phase::FreePages);
         let asked = selection.mark();

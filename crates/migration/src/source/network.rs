@@ -164,7 +164,8 @@ impl<L: Link> Network<L> {
         }
     }
 
-    /// Returns the reason of a peer that sent an abort before it closed its connections, else `error`.
+    /// Returns the reason of a peer that sent an abort before it closed its connections, else
+    /// `error`.
     fn abort_reason(&mut self, error: MigrationError) -> MigrationError {
         if !matches!(error, MigrationError::Closed | MigrationError::Cancelled) {
             return error;
@@ -225,7 +226,8 @@ impl<L: Link> Sink for Network<L> {
 
     fn state(&mut self, state: &[StateSection]) -> Result<Duration, MigrationError> {
         let loaded = self.send_state(state);
-        // After the commit this side must not time out: only the peer's answer says who runs the guest.
+        // After the commit this side must not time out: only the peer's answer says who runs the
+        // guest.
         self.end_pause_limit()?;
         loaded
     }

@@ -1,7 +1,7 @@
 //! The limit of the downtime that a destination can cause.
 //!
-//! A destination that accepts a few bytes now and then, or sends keepalives, never stalls, and could
-//! keep the guest paused infinitely.
+//! A destination that accepts a few bytes now and then, or sends keepalives, never stalls, and
+//! could keep the guest paused infinitely.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,4 +1,5 @@
-//! One round at the source: one thread for each connection reads, finds zeros, compresses and sends.
+//! One round at the source: one thread for each connection reads, finds zeros, compresses and
+//! sends.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
@@ -55,8 +56,8 @@ struct Work<'a> {
     wire_bytes: AtomicU64,
 }
 
-/// Sends `words` over all of `streams`. On success the kernel has accepted all of it, followed by the
-/// round's end on each stream.
+/// Sends `words` over all of `streams`. On success the kernel has accepted all of it, followed by
+/// the round's end on each stream.
 pub(super) fn send<L: Link>(
     context: &mut RoundContext<'_>,
     words: &[Word],
@@ -172,8 +173,8 @@ impl Work<'_> {
     }
 }
 
-/// Reads the pages of `word` into `space`. Returns the bits of those with contents, the bits of those
-/// that are zeros, and the contents, page after page.
+/// Reads the pages of `word` into `space`. Returns the bits of those with contents, the bits of
+/// those that are zeros, and the contents, page after page.
 pub(crate) fn read_word<'a>(
     memory: &dyn ReadPages,
     word: Word,

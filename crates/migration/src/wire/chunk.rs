@@ -1,9 +1,9 @@
 //! Contents: 64 pages of memory, ranges that read as a pattern, parts of a machine's state.
 //!
 //! Contents have an end-to-end checksum: the source computes it from the copy that it read from the
-//! guest, before compression, and the destination checks it after decompression, just before it writes
-//! to the guest. It is seeded with the place, so that contents under another page's number are
-//! detected.
+//! guest, before compression, and the destination checks it after decompression, just before it
+//! writes to the guest. It is seeded with the place, so that contents under another page's number
+//! are detected.
 
 use page_set::PageRange;
 use rapidhash::v3::{RapidSecrets, rapidhash_v3_seeded};
@@ -112,8 +112,8 @@ impl Chunk {
     }
 }
 
-/// rapidhash multiplies words, so it is fast without vector instructions too: XXH3 took a sixth of the
-/// time of a migration on an emulated CPU.
+/// rapidhash multiplies words, so it is fast without vector instructions too: XXH3 took a sixth of
+/// the time of a migration on an emulated CPU.
 pub(crate) fn content_sum(contents: &[u8], place: [u64; 4]) -> u64 {
     let key: Vec<u8> = place.iter().flat_map(|part| part.to_le_bytes()).collect();
     let secrets = RapidSecrets::seed_cpp(xxh3_64_with_seed(&key, 0));

@@ -1,8 +1,8 @@
 //! One frame: a header, a structured body, a payload of contents.
 //!
-//! The checksum at its start covers header and body. Its seed depends on the stream and on the frame's
-//! number in it, which is not sent, so a frame that is changed, lost, repeated or reordered is
-//! detected. Payloads have their own checksums, in the body (`chunk`).
+//! The checksum at its start covers header and body. Its seed depends on the stream and on the
+//! frame's number in it, which is not sent, so a frame that is changed, lost, repeated or reordered
+//! is detected. Payloads have their own checksums, in the body (`chunk`).
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
@@ -68,8 +68,8 @@ impl Kind {
     }
 }
 
-/// A header that was read. Only the lengths may be used before [`check`](Self::check); they are within
-/// their limits.
+/// A header that was read. Only the lengths may be used before [`check`](Self::check); they are
+/// within their limits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Header {
     bytes: [u8; HEADER_BYTES],
@@ -93,7 +93,8 @@ impl Header {
         Ok(head)
     }
 
-    /// Checks the frame once its body was read, and returns its kind. `seed` is that of its place in the stream.
+    /// Checks the frame once its body was read, and returns its kind. `seed` is that of its place
+    /// in the stream.
     ///
     /// # Errors
     /// The checksum does not match, or the kind is unknown.

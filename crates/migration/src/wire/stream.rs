@@ -104,7 +104,8 @@ impl<L: Link> Stream<L> {
         self.outgoing = Place::of(hello.id, hello.index, me);
     }
 
-    /// Buffers a frame. Writes it with the next [`flush`](Self::flush), or at once if the buffer is full.
+    /// Buffers a frame. Writes it with the next [`flush`](Self::flush), or at once if the buffer is
+    /// full.
     pub(crate) fn push(
         &mut self,
         kind: Kind,
@@ -158,8 +159,8 @@ impl<L: Link> Stream<L> {
         self.set_timeout(CLOSE_POLL_INTERVAL).and_then(|()| self.send(message)).is_ok()
     }
 
-    /// Waits briefly until the peer closes the connection: closing it with unread bytes would lose the
-    /// final message (TCP sends a reset).
+    /// Waits briefly until the peer closes the connection: closing it with unread bytes would lose
+    /// the final message (TCP sends a reset).
     pub(crate) fn wait_closed(&mut self) {
         let deadline = Instant::now() + CLOSE_TIMEOUT;
         let mut rest = [0; 64 << 10];
@@ -228,8 +229,8 @@ fn write_all(link: &mut impl Write, mut parts: &mut [IoSlice<'_>]) -> io::Result
     Ok(())
 }
 
-/// Fills `buffer`. The link's timeout applies to the first byte. From then on there is a deadline, so
-/// that a peer that sends a byte now and then cannot block this side.
+/// Fills `buffer`. The link's timeout applies to the first byte. From then on there is a deadline,
+/// so that a peer that sends a byte now and then cannot block this side.
 fn read_all(
     link: &mut impl Read,
     mut buffer: &mut [u8],

@@ -110,7 +110,8 @@ impl TestMemory {
         })
     }
 
-    /// Every page has its own contents, except zero pages. Free pages have `pattern` if it is not 0.
+    /// Every page has its own contents, except zero pages. Free pages have `pattern` if it is not
+    /// 0.
     pub fn full(world: &Arc<World>, writes: u64, pattern: u32) -> Arc<Self> {
         let memory = Self::empty(world);
         memory.writes.store(writes, Ordering::Relaxed);

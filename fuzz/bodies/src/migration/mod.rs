@@ -86,8 +86,8 @@ impl Body {
 /// Frames of a peer, as kinds, bodies and payloads.
 type Frames = Vec<(u16, Vec<u8>, Vec<u8>)>;
 
-/// A connection whose other end sends prepared bytes. A destination's frames have checksums seeded with
-/// the hello that it received.
+/// A connection whose other end sends prepared bytes. A destination's frames have checksums seeded
+/// with the hello that it received.
 struct Scripted {
     input: Vec<u8>,
     read: usize,
