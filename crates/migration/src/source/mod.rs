@@ -43,7 +43,7 @@ pub struct SourceConfig {
     pub bandwidth: Option<u64>,
     /// zstd level, 1 to 19; `None` sends pages uncompressed.
     pub compression: Option<i32>,
-    /// Timeout for the guest to drop its caches; `None` does not ask it to.
+    /// Timeout for the guest to drop its caches; `None` skips it.
     pub drop_caches: Option<Duration>,
     /// Timeout for the guest's free-page answer; zero skips the query. Shorter than the
     /// destination's stall timeout.
