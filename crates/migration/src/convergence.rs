@@ -28,14 +28,14 @@ const MAX_ABORTED_SWITCHOVERS: u32 = 3;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
     /// The pending pages fit the limit: pause the guest.
-    Stop,
+    Pause,
     /// Send another round while the guest runs, with its vCPUs throttled.
-    Again {
+    Continue {
         /// In per cent, 0 to 99.
         throttle: u8,
     },
     /// The migration does not converge within the limit of rounds.
-    GiveUp,
+    Fail,
 }
 
 /// Measurements of one round.
@@ -105,16 +105,16 @@ impl Convergence {
     }
 
     /// Decides after a round.
-    pub fn after_round(&mut self, seen: RoundStats) -> Decision {
+    pub fn after_round(&mut self, stats: RoundStats) -> Decision {
         self.rounds += 1;
-        self.update(&seen);
-        if self.fits(seen.remaining_pages) {
-            return Decision::Stop;
+        self.update(&stats);
+        if self.fits(stats.remaining_pages) {
+            return Decision::Pause;
         }
         if self.rounds >= self.max_rounds {
-            return Decision::GiveUp;
+            return Decision::Fail;
         }
-        let remaining = as_f64(seen.remaining_pages) * self.cost();
+        let remaining = as_f64(stats.remaining_pages) * self.cost();
         self.diverging_rounds =
             if remaining > self.work / 2.0 { self.diverging_rounds + 1 } else { 0 };
         if self.diverging_rounds >= MAX_DIVERGING_ROUNDS {
@@ -124,23 +124,23 @@ impl Convergence {
                 more => more.saturating_add(THROTTLE_STEP).min(MAX_THROTTLE),
             };
         }
-        Decision::Again { throttle: self.throttle }
+        Decision::Continue { throttle: self.throttle }
     }
 
     /// Updates the rate of the network and the cost of the pages that the guest wrote in the round
     /// before.
-    fn update(&mut self, seen: &RoundStats) {
-        if seen.sent_pages > 0 && !seen.took.is_zero() {
-            let rate = as_f64(seen.sent_pages) / seen.took.as_secs_f64();
+    fn update(&mut self, stats: &RoundStats) {
+        if stats.sent_pages > 0 && !stats.took.is_zero() {
+            let rate = as_f64(stats.sent_pages) / stats.took.as_secs_f64();
             // A round of mostly zeros took longer than its contents needed: the rate is a lower
             // bound.
-            let least = self.pages_per_s.filter(|_| seen.zero_pages > seen.sent_pages);
+            let least = self.pages_per_s.filter(|_| stats.zero_pages > stats.sent_pages);
             self.pages_per_s = Some(rate.max(least.unwrap_or_default()));
         }
-        let work = seen.work();
+        let work = stats.work();
         // The first round is of all pages, not of written ones.
         if self.rounds > 1 {
-            self.costs = [self.costs[1], seen.cost()];
+            self.costs = [self.costs[1], stats.cost()];
             if work <= self.work / 2.0 {
                 self.diverging_rounds = 0;
             }
@@ -154,7 +154,7 @@ impl Convergence {
     }
 
     /// Whether to resume a paused guest for another round: it wrote so much before it was paused
-    /// that the downtime would exceed twice the limit. Limited to [`MAX_ABORTED_SWITCHOVERS`].
+    /// that the downtime would exceed twice the limit. At most three times.
     pub fn abort_switchover(&mut self, remaining_pages: u64) -> bool {
         let late = self.expected(remaining_pages) > self.downtime.saturating_mul(2);
         let abort = late
@@ -205,7 +205,7 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_millis(300);
 
-    /// A guest of `memory` pages that writes `write` pages a second, each of them once.
+    /// A guest of `memory` pages that writes `write` pages per second, each of them once.
     fn simulate(memory: u64, write: f64, rate: f64, max_rounds: u32) -> (Decision, Convergence) {
         let mut convergence = Convergence::new(LIMIT, max_rounds);
         let (mut sent, mut throttle) = (memory, 0);
@@ -215,9 +215,9 @@ mod tests {
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a test")]
             let remaining_pages = (written as u64).min(memory);
             let took = Duration::from_secs_f64(took);
-            let seen = RoundStats { sent_pages: sent, zero_pages: 0, took, remaining_pages };
-            match convergence.after_round(seen) {
-                Decision::Again { throttle: next } => {
+            let stats = RoundStats { sent_pages: sent, zero_pages: 0, took, remaining_pages };
+            match convergence.after_round(stats) {
+                Decision::Continue { throttle: next } => {
                     assert!(next >= throttle && next <= 99);
                     throttle = next;
                 }
@@ -230,33 +230,33 @@ mod tests {
     #[test]
     fn an_idle_guest_is_paused_after_one_round() {
         let (decision, convergence) = simulate(1 << 20, 1000.0, 250_000.0, 60);
-        assert_eq!((decision, convergence.rounds()), (Decision::Stop, 1));
+        assert_eq!((decision, convergence.rounds()), (Decision::Pause, 1));
     }
 
     #[test]
     fn a_guest_that_writes_as_fast_as_pages_are_sent_is_throttled() {
         let (decision, convergence) = simulate(1 << 20, 300_000.0, 250_000.0, 60);
-        assert_eq!(decision, Decision::Stop);
+        assert_eq!(decision, Decision::Pause);
         assert!(convergence.throttle() >= 20, "{}", convergence.throttle());
     }
 
     #[test]
     fn a_guest_that_writes_too_fast_fails_the_migration() {
         let (decision, convergence) = simulate(1 << 24, 1e9, 100_000.0, 60);
-        assert_eq!((decision, convergence.rounds()), (Decision::GiveUp, 60));
+        assert_eq!((decision, convergence.rounds()), (Decision::Fail, 60));
         assert_eq!(convergence.throttle(), 99);
     }
 
     #[test]
     fn a_paused_guest_is_resumed_at_most_three_times() {
         let mut convergence = Convergence::new(LIMIT, 60);
-        assert_eq!(convergence.after_round(seen(100_000, 0, 1000, 10)), Decision::Stop);
+        assert_eq!(convergence.after_round(stats(100_000, 0, 1000, 10)), Decision::Pause);
         assert!(!convergence.abort_switchover(50_000), "within twice the limit");
         let many = std::iter::repeat_with(|| convergence.abort_switchover(70_000)).take(5);
         assert_eq!(many.collect::<Vec<_>>(), [true, true, true, false, false]);
     }
 
-    fn seen(sent_pages: u64, zero_pages: u64, ms: u64, remaining_pages: u64) -> RoundStats {
+    fn stats(sent_pages: u64, zero_pages: u64, ms: u64, remaining_pages: u64) -> RoundStats {
         RoundStats { sent_pages, zero_pages, took: Duration::from_millis(ms), remaining_pages }
     }
 
@@ -267,12 +267,12 @@ mod tests {
         // The round of zeros is long or short, and the network fast or slow.
         for (first_ms, zeros_ms) in [(200, 40), (200, 400), (5000, 60), (20_000, 1000)] {
             let mut convergence = Convergence::new(LIMIT, 60);
-            let again = Decision::Again { throttle: 0 };
-            assert_eq!(convergence.after_round(seen(15_000, 5000, first_ms, 200_000)), again);
+            let again = Decision::Continue { throttle: 0 };
+            assert_eq!(convergence.after_round(stats(15_000, 5000, first_ms, 200_000)), again);
             // The guest is also busy: it writes more than half of what was sent, in pages.
-            let busy = convergence.after_round(seen(200, 199_800, zeros_ms, 3000));
+            let busy = convergence.after_round(stats(200, 199_800, zeros_ms, 3000));
             let fits = 3000 * first_ms / 15_000 + 30 <= 300;
-            assert_eq!(busy == Decision::Stop, fits, "{first_ms} {zeros_ms}");
+            assert_eq!(busy == Decision::Pause, fits, "{first_ms} {zeros_ms}");
             assert_eq!(convergence.throttle(), 0, "{first_ms} {zeros_ms}");
         }
     }
@@ -280,9 +280,9 @@ mod tests {
     #[test]
     fn zeros_do_not_change_the_measured_rate() {
         let mut convergence = Convergence::new(LIMIT, 60);
-        convergence.after_round(seen(50_000, 0, 1000, 100_000));
+        convergence.after_round(stats(50_000, 0, 1000, 100_000));
         let before = convergence.expected(10_000);
-        convergence.after_round(seen(100, 99_900, 500, 20_000));
+        convergence.after_round(stats(100, 99_900, 500, 20_000));
         // Nor the cost of written pages: that takes two such rounds.
         assert_eq!(convergence.expected(10_000), before);
     }
@@ -291,10 +291,10 @@ mod tests {
     #[test]
     fn a_guest_that_clears_pages_too_fast_is_throttled() {
         let mut convergence = Convergence::new(LIMIT, 60);
-        convergence.after_round(seen(500_000, 0, 10_000, 500_000));
-        let throttles = (0..8).map(|_| convergence.after_round(seen(0, 500_000, 1250, 500_000)));
+        convergence.after_round(stats(500_000, 0, 10_000, 500_000));
+        let throttles = (0..8).map(|_| convergence.after_round(stats(0, 500_000, 1250, 500_000)));
         let last = throttles.last();
-        assert!(matches!(last, Some(Decision::Again { throttle: 20.. })), "{last:?}");
+        assert!(matches!(last, Some(Decision::Continue { throttle: 20.. })), "{last:?}");
     }
 
     proptest! {
@@ -304,7 +304,7 @@ mod tests {
         ) {
             let (decision, convergence) = simulate(memory, write, rate, rounds);
             prop_assert!(convergence.rounds() <= rounds);
-            prop_assert!(decision == Decision::Stop || convergence.rounds() == rounds);
+            prop_assert!(decision == Decision::Pause || convergence.rounds() == rounds);
         }
 
         #[test]
@@ -314,8 +314,8 @@ mod tests {
         ) {
             let limit = Duration::from_millis(limit);
             let mut convergence = Convergence::new(limit, 2);
-            let seen = seen(sent_pages, 0, ms, remaining_pages);
-            let stop = convergence.after_round(seen) == Decision::Stop;
+            let stats = stats(sent_pages, 0, ms, remaining_pages);
+            let stop = convergence.after_round(stats) == Decision::Pause;
             let within = convergence.expected(remaining_pages) <= limit;
             prop_assert!(stop || !within);
             // Beyond the limit only by the fixed downtime.

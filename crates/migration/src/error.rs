@@ -106,7 +106,7 @@ pub enum MigrationError {
     Cpu(#[from] CpuMismatch),
     /// The peer aborted and sent the reason.
     #[error("the other side aborted: {reason}")]
-    GivenUp {
+    Aborted {
         /// The peer's error, as printable ASCII.
         reason: String,
     },
@@ -234,7 +234,7 @@ impl MigrationError {
             Self::OtherName { .. } => "give `receive` the guest's name, or --guest-name",
             Self::TooLarge { .. } => "give `receive` a larger --max-memory",
             Self::Cpu(_) => "choose a host CPU with every feature exposed to the guest",
-            Self::GivenUp { .. } => "see the log of the other side, and retry",
+            Self::Aborted { .. } => "see the log of the other side, and retry",
             Self::Machine { .. } => "see the cause, and the log of the VMM",
             Self::NotConverging { .. } => {
                 "raise --max-downtime or --bandwidth, or reduce the load of the guest during the \

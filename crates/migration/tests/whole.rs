@@ -324,7 +324,7 @@ fn a_destination_that_has_a_guest_refuses_another() {
         migrate(&config, &mut second, &mut connect, &mut Silent)
     });
     let error = sent.unwrap_err().error;
-    assert!(matches!(&error, MigrationError::GivenUp { .. }), "{error:?}");
+    assert!(matches!(&error, MigrationError::Aborted { .. }), "{error:?}");
     assert!(error.to_string().contains("another guest arrived there before"), "{error}");
     assert!(second.runs() && destination.runs());
 }

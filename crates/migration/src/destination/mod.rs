@@ -140,7 +140,7 @@ pub fn receive<M: DestinationMachine, A: Accept>(
     });
     match decision {
         Ok(Control::Commit) => {}
-        Err(error @ MigrationError::GivenUp { .. }) => {
+        Err(error @ MigrationError::Aborted { .. }) => {
             // The source has decided to keep the guest.
             ownership.discard(machine);
             // If this is lost, the source requests the status.
@@ -278,7 +278,7 @@ impl<M: DestinationMachine> Arrival<'_, M> {
                     self.panics.check()?;
                     return first.send(&Control::Prepared { load_us: us(at.elapsed()) });
                 }
-                Control::Abort { reason } => return Err(MigrationError::GivenUp { reason }),
+                Control::Abort { reason } => return Err(MigrationError::Aborted { reason }),
                 _ => return Err(UNEXPECTED),
             }
         }

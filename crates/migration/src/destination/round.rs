@@ -125,7 +125,7 @@ impl Round<'_> {
                         keepalives += 1;
                         continue;
                     }
-                    Control::Abort { reason } => return Err(MigrationError::GivenUp { reason }),
+                    Control::Abort { reason } => return Err(MigrationError::Aborted { reason }),
                     _ => return Err(MigrationError::Peer { what: "an unexpected message" }),
                 },
             };

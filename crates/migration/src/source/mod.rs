@@ -346,16 +346,16 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
             let remaining_pages = selection.pending_pages();
             let took = Duration::from_micros(round.took_us);
             let RoundSummary { sent_pages, zero_pages, .. } = round;
-            let seen = RoundStats { sent_pages, zero_pages, took, remaining_pages };
-            match convergence.after_round(seen) {
-                Decision::Again { throttle } if throttle != self.summary.throttle => {
+            let stats = RoundStats { sent_pages, zero_pages, took, remaining_pages };
+            match convergence.after_round(stats) {
+                Decision::Continue { throttle } if throttle != self.summary.throttle => {
                     self.machine.set_throttle(throttle);
                     self.summary.throttle = throttle;
                     continue;
                 }
-                Decision::Again { .. } => continue,
-                Decision::Stop => {}
-                Decision::GiveUp => {
+                Decision::Continue { .. } => continue,
+                Decision::Pause => {}
+                Decision::Fail => {
                     return Err(MigrationError::NotConverging {
                         rounds: convergence.rounds(),
                         remaining_pages,

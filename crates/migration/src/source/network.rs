@@ -158,7 +158,7 @@ impl<L: Link> Network<L> {
             Ok(_) => Err(UNEXPECTED),
             Err(error) => {
                 // A destination that aborted has destroyed the guest.
-                self.may_be_prepared = !matches!(error, MigrationError::GivenUp { .. });
+                self.may_be_prepared = !matches!(error, MigrationError::Aborted { .. });
                 Err(error)
             }
         }
@@ -174,7 +174,7 @@ impl<L: Link> Network<L> {
             if stream.set_timeout(ABORT_TIMEOUT).is_err() {
                 continue;
             }
-            if let Err(reason @ MigrationError::GivenUp { .. }) = stream.receive() {
+            if let Err(reason @ MigrationError::Aborted { .. }) = stream.receive() {
                 return reason;
             }
         }
@@ -247,7 +247,7 @@ impl<L: Link> Sink for Network<L> {
             Ok(Control::Refused) => {
                 self.may_be_prepared = false;
                 let reason = "it could not start the guest".to_owned();
-                SwitchoverResult::Refused(MigrationError::GivenUp { reason })
+                SwitchoverResult::Refused(MigrationError::Aborted { reason })
             }
             Ok(_) => SwitchoverResult::Unknown(UNEXPECTED),
             Err(error) => SwitchoverResult::Unknown(error),
@@ -264,7 +264,7 @@ impl<L: Link> Sink for Network<L> {
             let answer = self.first().and_then(Stream::receive);
             self.may_be_prepared = !matches!(
                 answer,
-                Ok(Control::Status(PeerStatus::Gone)) | Err(MigrationError::GivenUp { .. })
+                Ok(Control::Status(PeerStatus::Gone)) | Err(MigrationError::Aborted { .. })
             );
         }
         self.closers.iter().for_each(|close| close());

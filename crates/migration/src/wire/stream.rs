@@ -210,7 +210,7 @@ impl<L: Link> Stream<L> {
             return Err(MigrationError::Peer { what: "a message with a payload" });
         }
         match message {
-            Control::Abort { reason } => Err(MigrationError::GivenUp { reason }),
+            Control::Abort { reason } => Err(MigrationError::Aborted { reason }),
             message => Ok(message),
         }
     }
