@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use host_memory::resident::resident_bytes;
 use host_memory::{
-    BATCH_PAGES, Discard, MemoryMap, Reclaimer, ReclaimerOptions, ReleaseMode, Snapshot,
+    BATCH_PAGES, Discard, MemoryMap, Reclaimer, ReclaimerCounters, ReclaimerOptions, ReleaseMode,
 };
 use page_set::{CHUNK_PAGES, PAGE_BYTES, PageRange, PageSet};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -161,7 +161,7 @@ fn background(
         if !reclaimer.wait_idle(RELEASE_TIMEOUT) {
             return Err("the release timed out".into());
         }
-        let Snapshot { calls, batches, release_ns, .. } = reclaimer.snapshot();
+        let ReclaimerCounters { calls, batches, release_ns, .. } = reclaimer.snapshot();
         let released = Duration::from_nanos(release_ns);
         println!("  given in {given:?}, {batches} batches, {released:?} in calls");
         Ok(calls)

@@ -20,6 +20,7 @@ mod advise;
 mod backed;
 mod bus_error;
 mod collapse;
+mod counters;
 mod discard;
 mod error;
 mod host_pages;
@@ -33,10 +34,10 @@ mod reclaimer;
 mod region;
 mod reserve;
 pub mod resident;
-mod snapshot;
 
 pub use backed::BackedMemory;
 pub use bus_error::say_missing_memory;
+pub use counters::ReclaimerCounters;
 pub use discard::{Discard, DiscardCall, DiscardFailure, DiscardReport, KEPT_FAILURES};
 pub use error::HostMemoryError;
 pub use host_pages::HostPages;
@@ -52,4 +53,3 @@ pub use reclaimer::{
 };
 pub use region::{AnonymousMemory, Backing, Region};
 pub use reserve::{HugePool, reserve_file};
-pub use snapshot::Snapshot;

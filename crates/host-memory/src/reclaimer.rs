@@ -15,7 +15,9 @@ use page_set::PageSet;
 
 use self::sweep::SweepTimer;
 use crate::collapse::Marks;
-use crate::{Batch, Discard, DiscardReport, PartialHuge, PendingRelease, Retained, Snapshot, Take};
+use crate::{
+    Batch, Discard, DiscardReport, PartialHuge, PendingRelease, ReclaimerCounters, Retained, Take,
+};
 
 /// Pages (32 MiB) that wake the worker once they can be released: enough that a wake-up
 /// and a call are negligible compared with the release (some 6 ms for small pages), few
@@ -129,7 +131,7 @@ struct Inner {
     armed: bool,
     stop: bool,
     sweep_timer: SweepTimer,
-    counters: Snapshot,
+    counters: ReclaimerCounters,
 }
 
 /// The worker's next step.
@@ -161,7 +163,7 @@ impl Reclaimer {
             armed: false,
             stop: false,
             sweep_timer: SweepTimer::new(),
-            counters: Snapshot::default(),
+            counters: ReclaimerCounters::default(),
         };
         let shared = Arc::new(Shared {
             inner: Mutex::new(inner),
@@ -359,10 +361,10 @@ impl Reclaimer {
 
     /// The counters.
     #[must_use]
-    pub fn snapshot(&self) -> Snapshot {
+    pub fn snapshot(&self) -> ReclaimerCounters {
         let huge_failures = self.shared.marks.failures();
         let inner = self.shared.lock();
-        Snapshot {
+        ReclaimerCounters {
             pending_pages: inner.pages.pending().len(),
             in_flight_pages: inner.pages.in_flight_pages(),
             waiting_pages: inner.pages.waiting().len(),

@@ -7,7 +7,7 @@ use crate::{DiscardFailure, DiscardReport};
 /// Counters of a reclaimer since its creation; the first three are gauges.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Snapshot {
+pub struct ReclaimerCounters {
     /// Given pages that are not yet released.
     pub pending_pages: u64,
     /// Pages being released right now.
@@ -58,7 +58,7 @@ pub struct Snapshot {
     pub release_ns: u64,
 }
 
-impl Snapshot {
+impl ReclaimerCounters {
     pub(crate) fn count(&mut self, report: &DiscardReport) {
         self.discarded_pages += report.pages;
         self.calls += report.calls;
