@@ -37,20 +37,22 @@ enum Case {
     Moved,
     Stayed,
     /// It runs at the source, and the destination is in doubt.
-    StayedAndDoubted,
+    StayedDestinationInDoubt,
     /// It runs at the destination, and the source is in doubt.
-    DoubtedAndRuns,
+    MovedSourceInDoubt,
     /// Both sides are in doubt.
-    BothDoubt,
+    BothInDoubt,
 }
 
 fn case(ended: &Ended) -> Case {
     let doubts = |failure: &ReceiveFailure| matches!(failure.guest, DestinationGuest::InDoubt(_));
     match (&ended.sent, &ended.received) {
         (Ok(_), _) => Case::Moved,
-        (Err(SourceFailure { guest: SourceGuest::InDoubt(_), .. }), Ok(_)) => Case::DoubtedAndRuns,
-        (Err(SourceFailure { guest: SourceGuest::InDoubt(_), .. }), Err(_)) => Case::BothDoubt,
-        (Err(_), Err(failure)) if doubts(failure) => Case::StayedAndDoubted,
+        (Err(SourceFailure { guest: SourceGuest::InDoubt(_), .. }), Ok(_)) => {
+            Case::MovedSourceInDoubt
+        }
+        (Err(SourceFailure { guest: SourceGuest::InDoubt(_), .. }), Err(_)) => Case::BothInDoubt,
+        (Err(_), Err(failure)) if doubts(failure) => Case::StayedDestinationInDoubt,
         _ => Case::Stayed,
     }
 }
@@ -287,23 +289,23 @@ fn cut_connections_leave_one_guest() {
     sweep_until(
         1,
         &[Kind::Cut, Kind::CutAfter, Kind::Truncate],
-        &[Case::Moved, Case::Stayed, Case::DoubtedAndRuns, Case::BothDoubt],
+        &[Case::Moved, Case::Stayed, Case::MovedSourceInDoubt, Case::BothInDoubt],
     );
 }
 
 #[test]
 fn stalled_connections_leave_one_guest() {
-    sweep_until(1, &[Kind::Stall], &[Case::Stayed, Case::DoubtedAndRuns, Case::BothDoubt]);
+    sweep_until(1, &[Kind::Stall], &[Case::Stayed, Case::MovedSourceInDoubt, Case::BothInDoubt]);
 }
 
 #[test]
 fn corrupted_bytes_leave_one_guest() {
-    sweep_until(1, &[Kind::Corrupt], &[Case::Stayed, Case::DoubtedAndRuns, Case::BothDoubt]);
+    sweep_until(1, &[Kind::Corrupt], &[Case::Stayed, Case::MovedSourceInDoubt, Case::BothInDoubt]);
 }
 
 #[test]
 fn lost_messages_leave_one_guest() {
-    sweep_until(1, &[Kind::Lose], &[Case::Stayed, Case::DoubtedAndRuns, Case::BothDoubt]);
+    sweep_until(1, &[Kind::Lose], &[Case::Stayed, Case::MovedSourceInDoubt, Case::BothInDoubt]);
 }
 
 #[test]
@@ -328,5 +330,5 @@ fn a_destination_in_doubt_receives_a_rollback() {
     let (here, there) = writes(1);
     let both = |at| (Some((Kind::Cut, here - 1)), Some((Kind::Lose, at)));
     let cases = all(1, &(0..there).map(both).collect::<Vec<_>>());
-    assert_seen(&cases, &[Case::StayedAndDoubted]);
+    assert_seen(&cases, &[Case::StayedDestinationInDoubt]);
 }

@@ -196,12 +196,12 @@ fn a_guest_is_resumed_before_its_file_is_on_disk() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a");
     let mut source = Source::new(&Arc::new(World::default()), 100, 0);
-    source.before = Some(path.clone());
+    source.absent_at_resume = Some(path.clone());
     snapshot(&quick_source(), &mut source, &path, After::Resume, &mut Silent).unwrap();
     assert!(source.runs() && path.exists());
     // If the file cannot get its name, the snapshot fails and the guest runs on.
     let path = dir.path().join("b");
-    source.before = None;
+    source.absent_at_resume = None;
     source.takes = Some(path.clone());
     let failed = snapshot(&quick_source(), &mut source, &path, After::Resume, &mut Silent);
     let failure = failed.unwrap_err();

@@ -204,11 +204,11 @@ pub struct Source {
     /// Takes the disk as soon as the source releases it.
     pub thief: bool,
     /// A file that must not exist yet when the guest is resumed.
-    pub before: Option<PathBuf>,
+    pub absent_at_resume: Option<PathBuf>,
     /// A file that another process creates while the guest is paused.
     pub takes: Option<PathBuf>,
     /// Calls of `before_pause` since the last pause.
-    pub warned: usize,
+    pub before_pause_calls: usize,
 }
 
 impl Source {
@@ -225,9 +225,9 @@ impl Source {
             state_bytes: 300_000,
             fails_at: None,
             thief: false,
-            before: None,
+            absent_at_resume: None,
             takes: None,
-            warned: 0,
+            before_pause_calls: 0,
         }
     }
 
@@ -307,13 +307,13 @@ impl SourceMachine for Source {
 
     fn before_pause(&mut self) -> Result<(), MachineError> {
         assert!(self.runs());
-        self.warned += 1;
+        self.before_pause_calls += 1;
         self.step("before pause")
     }
 
     fn pause(&mut self) -> Result<(), MachineError> {
         self.step("pause")?;
-        assert!(std::mem::take(&mut self.warned) == 1, "before_pause was not called");
+        assert!(std::mem::take(&mut self.before_pause_calls) == 1, "before_pause was not called");
         if let Some(path) = &self.takes {
             std::fs::write(path, b"another's")?;
         }
@@ -338,7 +338,7 @@ impl SourceMachine for Source {
     fn resume(&mut self) -> Result<(), MachineError> {
         self.step("resume")?;
         assert!(
-            self.before.as_ref().is_none_or(|path| !path.exists()),
+            self.absent_at_resume.as_ref().is_none_or(|path| !path.exists()),
             "the guest waited for the file"
         );
         self.world.take_disk(SOURCE)?;
