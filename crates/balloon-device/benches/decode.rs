@@ -1,13 +1,13 @@
-//! How the device's cost grows: page-bitmap messages that inflate three quarters
+//! How the device's cost scales: page-bitmap messages that inflate three quarters
 //! of a guest of 64 GiB, 1 TiB and 16 TiB, through the queue, the decoder and the
 //! set of held pages, to a [`Reclaim`] that only counts.
 //!
-//! Nothing is sampled or left out: the pass over 16 TiB at 4 KiB granules decodes
-//! all of its 50 million bitmap words. Only the ring and one message exist as
-//! memory; the other terabytes are numbers in the layout.
+//! Nothing is sampled or skipped: the pass over 16 TiB at 4 KiB granules decodes
+//! all of its 50 million bitmap words. Only the vring and one message exist in
+//! memory; the rest of the guest is only an address range in the layout.
 //!
-//! First a table of one pass each, with memory; then criterion's view. Half a
-//! minute in all.
+//! Prints a table of one pass each, with memory use, and then criterion's results. Takes
+//! half a minute.
 #![allow(missing_docs, reason = "criterion's macros make items without")]
 
 use std::time::{Duration, Instant};
@@ -33,7 +33,7 @@ const RECORDS_PER_MESSAGE: usize = 128;
 const RING: u64 = 0x1000;
 const MESSAGE: u64 = 0x10000;
 
-/// What of each record is inflated.
+/// The pages of each record that are inflated.
 #[derive(Clone, Copy)]
 struct Pattern {
     name: &'static str,
@@ -98,14 +98,14 @@ impl Guest {
     fn new(gib: u64) -> Self {
         let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]);
         let mut balloon = BalloonDevice::new(Count::default());
-        balloon.set_layout(MemoryLayout::new([(0, gib * GIB)]).expect("made of pages"));
+        balloon.set_layout(MemoryLayout::new([(0, gib * GIB)]).expect("page-aligned"));
         balloon.reset(Features::VERSION_1 | Features::MUST_TELL_HOST | Features::PAGE_BITMAP);
         let ring = GuestRing::new(RING, 16);
         let queue = ring.queue();
         Self { memory: memory.expect("1 MiB"), balloon, ring, queue }
     }
 
-    /// Inflates three quarters of the guest; the time that the device took.
+    /// Inflates three quarters of the guest. Returns the time spent in the device.
     fn inflate(&mut self, gib: u64, pattern: Pattern) -> Duration {
         let bitmap = [pattern.word; MAX_RECORD_WORDS];
         let mut message = vec![0; RECORDS_PER_MESSAGE * RECORD_BYTES];
@@ -124,13 +124,15 @@ impl Guest {
                 len += RECORD_BYTES;
                 next += 1;
             }
-            self.memory.write_slice(&message[..len], GuestAddress(MESSAGE)).expect("room");
+            self.memory
+                .write_slice(&message[..len], GuestAddress(MESSAGE))
+                .expect("inside of guest memory");
             let len = u32::try_from(len).expect("64 KiB");
             self.ring.send(&self.memory, &[Buffer::readable(MESSAGE, len)]);
             let started = Instant::now();
             let drained = self.balloon.process_queue(Vq::Inflate, &self.memory, &mut self.queue);
             device += started.elapsed();
-            assert_eq!(drained.expect("a good ring").chains, 1);
+            assert_eq!(drained.expect("a valid vring").chains, 1);
         }
         let ones = u64::from(pattern.word.count_ones()) * MAX_RECORD_WORDS as u64;
         let pages = (records * ones) << (pattern.granule_shift - 12);
@@ -140,7 +142,7 @@ impl Guest {
     }
 }
 
-/// One pass of each case: time for a record, and memory.
+/// Prints one pass of each case: time per record, and memory use.
 fn table() {
     println!(
         "{:<24} {:>7} {:>8} {:>9} {:>10} {:>10} {:>12} {:>12}",
@@ -167,8 +169,8 @@ fn table() {
     }
 }
 
-/// A bit for each page of the guest and some bytes for each GiB, as
-/// `docs/protocol.md` has it, and room for a message and the set decoded from it.
+/// One bit for each page of the guest and some bytes for each GiB, as in
+/// `docs/protocol.md`, plus a message and the set decoded from it.
 const fn memory_bound(gib: u64) -> u64 {
     gib * (GIB / 4096 / 8 + 400) + (1 << 19)
 }

@@ -1,4 +1,4 @@
-//! What the guest answered.
+//! Answers of the guest.
 
 use std::sync::Arc;
 
@@ -11,67 +11,65 @@ use crate::decode::decode_bitmap;
 use crate::fault::Fault;
 use crate::layout::MemoryLayout;
 
-/// log2 of the largest block in bytes by which hints are counted: what Linux
-/// names with one of them (`MAX_PAGE_ORDER`, 4 MiB).
+/// log2 of the largest block in bytes in which hints are counted: the block that one
+/// Linux hint names (`MAX_PAGE_ORDER`, 4 MiB).
 const MAX_HINT_SHIFT: u32 = 22;
 
 const SIZES: usize = (MAX_GRANULE_SHIFT - MIN_GRANULE_SHIFT + 1) as usize;
 
-/// A request's last answer, with what all its answers brought.
+/// The guest's complete answer to a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Answer {
-    /// Time that the guest says it took, in nanoseconds.
+    /// Duration in the guest as it reported it, in nanoseconds.
     pub elapsed_ns: u64,
-    /// By command; see docs/protocol.md. The guest's word, unchecked.
+    /// Values by command; see docs/protocol.md. As the guest reported them, unchecked.
     pub values: [u64; ANSWER_VALUES],
-    /// Of requests for free pages.
+    /// The pages, for requests for free pages.
     pub free: Option<Arc<FreePages>>,
 }
 
-/// What is promised of free pages.
+/// What the guest guarantees about free pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FreeKind {
-    /// Was free at some moment after the request was sent.
+    /// Free at some moment after the request was sent.
     Snapshot,
-    /// Stays free until the hold is over.
+    /// Free until the hold ends.
     Hold,
-    /// Named by a driver's free page hints: a snapshot as well.
+    /// From free page hints; same guarantee as `Snapshot`.
     Hint,
 }
 
-/// Free pages as the guest named them: all in its memory, none in the balloon.
+/// Free pages that the guest named: all in guest memory, none in the balloon.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FreePages {
     /// Id of the request.
     pub id: u32,
-    /// What is promised of them.
+    /// The guest's guarantee.
     pub kind: FreeKind,
     /// The pages.
     pub pages: Arc<PageSet>,
     /// The blocks in which the guest named them.
     pub blocks: Blocks,
-    /// Free pages of the guest when it began, by its word.
+    /// Free balloon pages when the guest started, as it reported.
     pub guest_free_pages: u64,
-    /// Longest time for which the guest says it held a lock, in nanoseconds.
+    /// Longest time that the guest held a lock, as it reported, in nanoseconds.
     pub lock_ns: u64,
-    /// Time that the guest says it took, in nanoseconds.
+    /// Duration in the guest as it reported it, in nanoseconds.
     pub elapsed_ns: u64,
 }
 
-/// Counts of blocks by their size. A block that was named twice, in two answers,
-/// counts twice.
+/// Block counts by size. A block in two answers counts twice.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Blocks([u64; SIZES]);
 
 impl Blocks {
-    /// Sizes in bytes with their counts, largest first, without those that do
-    /// not occur.
+    /// Iterates over `(bytes, count)` of all sizes with a count above 0, largest first.
     pub fn iter(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
         let sizes = self.0.iter().enumerate().rev().filter(|(_, count)| **count > 0);
         sizes.map(|(size, count)| (1 << (size + MIN_GRANULE_SHIFT as usize), *count))
     }
 
-    /// The fewest aligned blocks of at most 4 MiB that make up `pages`.
+    /// Splits `pages` into the fewest aligned blocks of at most 4 MiB.
     pub(crate) fn of(pages: &PageSet) -> Self {
         let mut blocks = Self::default();
         for run in pages.ranges() {
@@ -93,7 +91,7 @@ impl Blocks {
     }
 }
 
-/// Decodes records as [`decode_bitmap`] does, and counts their blocks.
+/// Decodes records like [`decode_bitmap`] and counts their blocks.
 pub(crate) fn decode_blocks(
     records: &[u8],
     layout: &MemoryLayout,

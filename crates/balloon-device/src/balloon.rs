@@ -1,4 +1,4 @@
-//! The device: configuration space, the queues' handlers, what the guest gave.
+//! The device: configuration space, queue handlers, and the pages in the balloon.
 
 mod free_pages;
 mod resume;
@@ -30,27 +30,27 @@ use crate::request_failure::RequestFailure;
 use crate::request_queue::RequestQueue;
 use crate::stats::Stats;
 
-/// A queue cannot be served any more until the driver sets it up anew.
+/// A queue cannot be served until the driver sets it up again.
 #[derive(Debug, thiserror::Error)]
 pub enum QueueError {
-    /// The ring itself is not as the specification says.
-    #[error("guest: the ring of the {vq:?} queue makes no sense")]
+    /// The vring is invalid.
+    #[error("guest: the vring of the {vq:?} queue is invalid")]
     BadRing {
         /// The queue.
         vq: Vq,
-        /// What was wrong with it.
+        /// The defect.
         #[source]
         source: virtio_queue::Error,
     },
-    /// The queue has no number under the negotiated features.
+    /// The negotiated features include no queue with this index.
     #[error("front end: there is no queue {index} under the negotiated features")]
     NoSuchQueue {
-        /// The number.
+        /// The index.
         index: usize,
     },
 }
 
-/// What the queues carried so far.
+/// Totals of the inflate and deflate queues.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
     /// Messages on the inflate queue.
@@ -70,9 +70,10 @@ pub struct BalloonDevice<R> {
     offered: Features,
     negotiated: Features,
     layout: MemoryLayout,
-    /// Pages the guest gave and did not take back.
+    /// Pages in the balloon.
     held: PageSet,
-    /// The guest gave pages before the device began to watch, nobody knows which.
+    /// The balloon may hold pages that were inflated before this device started. The
+    /// device has no list of them.
     inherited: bool,
     reclaim: R,
     message: Message,
@@ -83,7 +84,7 @@ pub struct BalloonDevice<R> {
     reports: Reports,
     stats: Stats,
     requests: GuestRequests,
-    /// Chains of the request queue that wait for a request.
+    /// Chains of the request queue that wait for a request to be written into them.
     waiting: PendingChains,
 }
 
@@ -101,7 +102,7 @@ impl<R: Reclaim> BalloonDevice<R> {
         .union(Features::PAGE_BITMAP)
         .union(Features::REQUEST_VQ);
 
-    /// A device without memory; see [`set_layout`](Self::set_layout).
+    /// Creates a device without memory; see [`set_layout`](Self::set_layout).
     pub fn new(reclaim: R) -> Self {
         Self {
             config: ConfigSpace::default(),
@@ -123,13 +124,13 @@ impl<R: Reclaim> BalloonDevice<R> {
         }
     }
 
-    /// Offers no feature of `features`, from the next driver on.
+    /// Stops offering `features`, from the next driver on.
     pub fn withhold(&mut self, features: Features) {
         self.offered = Self::FEATURES.without(features);
     }
 
-    /// A driver starts: it holds nothing, and uses any page that it wants.
-    /// Features that were not offered are not accepted either.
+    /// Starts a driver. The balloon is empty, and the guest may use every page. Drops
+    /// features that were not offered.
     pub fn reset(&mut self, negotiated: Features) {
         let held = std::mem::take(&mut self.held);
         self.reclaim.retain(&held);
@@ -141,54 +142,53 @@ impl<R: Reclaim> BalloonDevice<R> {
         self.config.poison_val = 0;
         self.hinting.reset();
         self.stats.reset(!self.negotiated.contains(Features::VERSION_1));
-        self.show_hint_command();
+        self.publish_hint_command();
         if let Some(change) = &mut self.change {
             change.actual_is(0, Instant::now());
         }
     }
 
-    /// The driver's queues stop. It may be reset now, and then uses any page that
-    /// it wants before the device hears of it again: what was not released yet
-    /// never is. Where it only pauses, its balloon is still what it was, and what was
-    /// released stays so.
+    /// Stops the driver's queues. The guest may reset the driver next and use any page
+    /// before the device receives the reset, so every pending release is cancelled. If the
+    /// guest is only paused, the balloon is unchanged and released pages stay released.
     ///
-    /// Chains that are kept are forgotten; see [`return_unused`](Self::return_unused).
+    /// Forgets pending chains; see [`return_unused`](Self::return_unused).
     pub fn suspend(&mut self) {
         self.reclaim.cancel(&self.held);
-        self.stats.kept.forget();
+        self.stats.pending.forget();
         self.waiting.forget();
         self.requests.suspend();
     }
 
-    /// A queue is about to stop: chains of it that the device keeps go back to
-    /// the driver with nothing in them. True where it wants to be notified.
+    /// Returns the queue's pending chains to the driver with length 0, before the queue
+    /// stops. Returns true if the driver must be notified.
     pub fn return_unused<M: GuestMemory>(
         &mut self,
         vq: Vq,
         memory: &M,
         queue: &mut impl QueueT,
     ) -> Result<bool, QueueError> {
-        let kept = match vq {
-            Vq::Stats => &mut self.stats.kept,
+        let pending = match vq {
+            Vq::Stats => &mut self.stats.pending,
             Vq::Request => &mut self.waiting,
             Vq::Inflate | Vq::Deflate | Vq::FreePage | Vq::Reporting => return Ok(false),
         };
-        let given_back = kept.return_unused(queue, memory);
-        given_back.map_err(|source| self.bad_ring(vq, source))
+        let returned = pending.return_unused(queue, memory);
+        returned.map_err(|source| self.bad_ring(vq, source))
     }
 
-    /// A queue is set up anew without having been stopped: what is kept of it
-    /// cannot be returned.
+    /// Forgets the pending chains of a queue that was set up again without being
+    /// stopped first. They cannot be returned.
     pub fn forget_kept(&mut self, vq: Vq) {
         match vq {
-            Vq::Stats => self.stats.kept.forget(),
+            Vq::Stats => self.stats.pending.forget(),
             Vq::Request => self.waiting.forget(),
             Vq::Inflate | Vq::Deflate | Vq::FreePage | Vq::Reporting => {}
         }
     }
 
-    /// Guest memory is now at `layout`. Pages that are gone are forgotten, and
-    /// not released later: other memory may come in their place.
+    /// Sets the layout of guest memory. Forgets pages that no longer exist and cancels
+    /// their release: other memory may be mapped in their place.
     pub fn set_layout(&mut self, layout: MemoryLayout) {
         self.hinting.forget_outside(&layout);
         let gone = layout.cut(&mut self.held);
@@ -199,7 +199,7 @@ impl<R: Reclaim> BalloonDevice<R> {
         self.requests.forget_pages();
     }
 
-    /// Serves a queue: takes every message, acts on it, and returns it.
+    /// Serves a queue: takes each message, acts on it, and returns it.
     pub fn process_queue<M: GuestMemory>(
         &mut self,
         vq: Vq,
@@ -231,8 +231,8 @@ impl<R: Reclaim> BalloonDevice<R> {
         Ok(drained)
     }
 
-    /// Serves the request queue: also when something was submitted, stopped or
-    /// ran out of time.
+    /// Serves the request queue. The caller also calls this after a request was
+    /// submitted, cancelled or timed out.
     fn process_requests<M: GuestMemory>(
         &mut self,
         memory: &M,
@@ -257,26 +257,26 @@ impl<R: Reclaim> BalloonDevice<R> {
 
     fn bad_ring(&mut self, vq: Vq, source: virtio_queue::Error) -> QueueError {
         use virtio_queue::Error::GuestMemory;
-        // The host's, whose memory is gone.
+        // On an I/O error the memory behind the vring is gone, which is the host's fault.
         if !matches!(source, GuestMemory(vm_memory::GuestMemoryError::IOError(_))) {
             self.faults.count(Fault::BadRing);
         }
         QueueError::BadRing { vq, source }
     }
 
-    /// Sets the pages that the guest is asked to give. The caller tells the
-    /// driver that the configuration changed.
+    /// Sets the balloon's target, in balloon pages. The caller sends the driver a
+    /// configuration change notification.
     pub fn set_target(&mut self, pages: u32, now: Instant) {
         let actual = self.config.actual;
         let change = self.change.insert(Change::new(actual, pages, now));
         if self.negotiated == Features::NONE && actual == pages {
-            // No driver will come to say so.
+            // Without a driver, no config write will report this.
             change.actual_is(actual, now);
         }
         self.config.num_pages = pages;
     }
 
-    /// The configuration space, as a driver reads it.
+    /// Returns the configuration space as the driver reads it.
     pub fn read_config(&mut self, now: Instant) -> ConfigSpace {
         if let Some(change) = &mut self.change {
             change.config_read(self.config.actual, now);
@@ -284,8 +284,8 @@ impl<R: Reclaim> BalloonDevice<R> {
         self.config
     }
 
-    /// A driver's write to the configuration space; one that is not allowed is
-    /// counted and changes nothing.
+    /// Handles a driver's write to the configuration space. An invalid write is counted
+    /// and changes nothing.
     pub fn write_config(&mut self, offset: u32, data: &[u8], now: Instant) -> Result<(), Fault> {
         let is_poison = Field::PoisonVal.offset() as u64 == u64::from(offset);
         if is_poison && !self.negotiated.contains(Features::PAGE_POISON) {
@@ -310,32 +310,33 @@ impl<R: Reclaim> BalloonDevice<R> {
         }
     }
 
-    /// Numbering of the queues under the negotiated features.
+    /// Queue indices under the negotiated features.
     pub const fn queues(&self) -> QueueLayout {
         QueueLayout::new(self.negotiated)
     }
 
-    /// What the next driver can accept.
+    /// Features offered to the next driver.
     pub const fn offered(&self) -> Features {
         self.offered
     }
 
-    /// What the driver accepted.
+    /// Features that the driver accepted.
     pub const fn negotiated(&self) -> Features {
         self.negotiated
     }
 
-    /// Values of the configuration space.
+    /// The configuration space.
     pub const fn config(&self) -> ConfigSpace {
         self.config
     }
 
-    /// Where guest memory is.
+    /// The layout of guest memory.
     pub const fn layout(&self) -> &MemoryLayout {
         &self.layout
     }
 
-    /// Pages that the host counts in the balloon, whatever the guest says.
+    /// Pages in the balloon according to the inflate and deflate messages. The guest's
+    /// `actual` may differ.
     pub const fn held(&self) -> &PageSet {
         &self.held
     }
@@ -350,43 +351,43 @@ impl<R: Reclaim> BalloonDevice<R> {
         self.counters
     }
 
-    /// The newest change of the target.
+    /// The latest change of the target.
     pub const fn change(&self) -> Option<&Change> {
         self.change.as_ref()
     }
 
-    /// What the operator asks of the guest.
+    /// The requests to the guest.
     pub const fn requests(&self) -> &GuestRequests {
         &self.requests
     }
 
-    /// What the operator asks of the guest, to ask more. The request queue is to
-    /// be [served](Self::process_queue) then.
+    /// The requests to the guest, to submit or cancel one. The caller must
+    /// [serve](Self::process_queue) the request queue afterwards.
     pub const fn requests_mut(&mut self) -> &mut GuestRequests {
         &mut self.requests
     }
 
-    /// What releases memory.
+    /// The implementation that releases memory.
     pub const fn reclaim(&self) -> &R {
         &self.reclaim
     }
 
-    /// What releases memory, to change its settings.
+    /// The implementation that releases memory, to change its settings.
     pub const fn reclaim_mut(&mut self) -> &mut R {
         &mut self.reclaim
     }
 
     const fn limit(&self) -> usize {
-        if self.speaks_bitmap() { MAX_MESSAGE_BYTES } else { MAX_PFN_ARRAY_BYTES }
+        if self.uses_bitmap() { MAX_MESSAGE_BYTES } else { MAX_PFN_ARRAY_BYTES }
     }
 
-    const fn speaks_bitmap(&self) -> bool {
+    const fn uses_bitmap(&self) -> bool {
         self.negotiated.contains(Features::PAGE_BITMAP)
     }
 
     fn handle(&mut self, vq: Vq) -> Result<(), Fault> {
         let bytes = self.message.bytes();
-        let pages = if self.speaks_bitmap() {
+        let pages = if self.uses_bitmap() {
             decode_bitmap(bytes, &self.layout)?
         } else {
             decode_pfn_array(bytes, &self.layout, &mut self.faults)
@@ -394,15 +395,15 @@ impl<R: Reclaim> BalloonDevice<R> {
         match vq {
             Vq::Inflate => self.inflate(&pages),
             Vq::Deflate => self.deflate(&pages),
-            // Not offered, so no layout gives them a number; requests go their own way.
+            // `process_queue` serves these with handlers of their own.
             Vq::Stats | Vq::FreePage | Vq::Reporting | Vq::Request => {}
         }
         Ok(())
     }
 
-    /// A page that is in the balloon already is released again: a guest that
-    /// lost count may have written to it. A guest that need not tell the host
-    /// before it uses a page can only be served at once.
+    /// Releases a page again if it is in the balloon already: a guest that lost count may
+    /// have written to it. Without `MUST_TELL_HOST` the guest may use the page as soon as
+    /// the message is returned, so memory is released now or not at all.
     fn inflate(&mut self, pages: &PageSet) {
         self.counters.inflate_messages += 1;
         self.counters.inflated_pages += pages.len();
@@ -415,31 +416,32 @@ impl<R: Reclaim> BalloonDevice<R> {
         }
     }
 
-    /// Pages that the balloon does not hold are kept all the same: keeping is
-    /// always safe. But the host is to have memory only for what comes out of the balloon, not
-    /// for whatever a guest names. Where nobody knows what is in it, all may be.
+    /// Cancels the release even of pages that are not in the balloon, which is always safe.
+    /// But the host provides memory only for pages that leave the balloon, not for any page
+    /// that a guest names. If the balloon may hold inherited pages, all pages count as
+    /// balloon pages.
     fn deflate(&mut self, pages: &PageSet) {
         self.counters.deflate_messages += 1;
         self.counters.deflated_pages += pages.len();
-        let mut strange = pages.clone();
-        strange.subtract(&self.held);
+        let mut unexpected = pages.clone();
+        unexpected.subtract(&self.held);
         self.held.subtract(pages);
-        if strange.is_empty() || self.inherited {
+        if unexpected.is_empty() || self.inherited {
             self.reclaim.retain(pages);
             return;
         }
         self.faults.count(Fault::NotInBalloon);
-        self.reclaim.cancel(&strange);
-        let mut taken_out = pages.clone();
-        taken_out.subtract(&strange);
-        self.reclaim.retain(&taken_out);
+        self.reclaim.cancel(&unexpected);
+        let mut deflated = pages.clone();
+        deflated.subtract(&unexpected);
+        self.reclaim.retain(&deflated);
     }
 
-    /// A driver without `PAGE_BITMAP` cannot be told that its deflate was refused:
-    /// it uses the pages as soon as the message comes back. The device does not
-    /// know which ones, so none that it holds may be released any more.
+    /// A driver without `PAGE_BITMAP` receives no status, so it does not see that its
+    /// deflate was refused and uses the pages as soon as the message is returned. The
+    /// device cannot tell which pages, so it cancels every pending release.
     fn refuse(&mut self, vq: Vq) {
-        if vq == Vq::Deflate && !self.speaks_bitmap() {
+        if vq == Vq::Deflate && !self.uses_bitmap() {
             self.reclaim.cancel(&self.held);
         }
     }
@@ -453,6 +455,6 @@ impl<R: Reclaim> BalloonDevice<R> {
                 fault.status()
             }
         };
-        if self.speaks_bitmap() { self.message.answer(memory, status) } else { 0 }
+        if self.uses_bitmap() { self.message.answer(memory, status) } else { 0 }
     }
 }

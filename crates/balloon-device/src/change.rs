@@ -1,28 +1,26 @@
-//! A stopwatch for one change of the balloon, seen from the host.
+//! Timing of one change of the balloon, measured on the host.
 //!
-//! The stages are those of the 2016 measurement. A host sees an unmodified
-//! guest only through its config reads, messages and config writes, so
-//! *allocate* is the time from a config read to the message that follows it:
-//! the guest takes its blocks there (and the notification travels). *Send* is
-//! what remains of the wall time once the guest's and the host's own work are
-//! taken off.
+//! The stages are those of the 2016 measurement. From an unmodified guest the host
+//! sees only config reads, messages and config writes. So *allocate* is the time from a
+//! config read to the next message: the guest allocates its blocks, and the notification
+//! reaches the host. *Send* is the wall time minus the other three stages.
 
 use std::time::{Duration, Instant};
 
 /// The four stages of a change.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stages {
-    /// Guest: taking blocks (inflate), or gathering them (deflate).
+    /// Guest: allocates blocks (inflate) or collects them (deflate).
     pub allocate: Duration,
-    /// Messages on their way, in both directions.
+    /// Transport of messages, in both directions.
     pub send: Duration,
-    /// Host: messages to host ranges.
+    /// Host: translates messages to host address ranges.
     pub translate: Duration,
-    /// Host: giving memory back.
+    /// Host: releases memory.
     pub release: Duration,
 }
 
-/// One change of the target and what it took.
+/// One change of the target and its timing.
 #[derive(Clone, Debug)]
 pub struct Change {
     from_pages: u32,
@@ -36,7 +34,7 @@ pub struct Change {
 }
 
 impl Change {
-    /// The operator asked for `to_pages` when the balloon had `from_pages`.
+    /// Starts a change from `from_pages` to the target `to_pages`.
     pub const fn new(from_pages: u32, to_pages: u32, now: Instant) -> Self {
         Self {
             from_pages,
@@ -50,8 +48,8 @@ impl Change {
         }
     }
 
-    /// The guest was given the target, after it said that it has `actual` pages.
-    /// If that is the target already, it has nothing to do and nothing to say.
+    /// Records that the guest read the target, when its balloon was `actual` pages. If that
+    /// is the target already, the guest does nothing and writes nothing.
     pub const fn config_read(&mut self, actual: u32, now: Instant) {
         self.read_at = Some(now);
         if actual == self.to_pages {
@@ -59,20 +57,20 @@ impl Change {
         }
     }
 
-    /// A notification of a queue arrived.
+    /// Records a notification of a queue.
     pub fn notified(&mut self, now: Instant) {
         if let Some(read_at) = self.read_at.take() {
             self.allocate += now.duration_since(read_at);
         }
     }
 
-    /// Messages were served, on one notification.
+    /// Records the messages that were served on one notification.
     pub const fn served(&mut self, messages: usize) {
         self.messages += messages as u64;
         self.drains += 1;
     }
 
-    /// The guest has `actual` pages now: it wrote so, or it is gone with all.
+    /// Records the size of the balloon: the guest's write to `actual`, or 0 on a reset.
     pub const fn actual_is(&mut self, actual: u32, now: Instant) {
         if actual == self.to_pages {
             if self.reached_at.is_none() {
@@ -83,12 +81,12 @@ impl Change {
         }
     }
 
-    /// Pages at the start.
+    /// Balloon pages at the start.
     pub const fn from_pages(&self) -> u32 {
         self.from_pages
     }
 
-    /// Pages asked for.
+    /// The target in balloon pages.
     pub const fn to_pages(&self) -> u32 {
         self.to_pages
     }
@@ -103,12 +101,12 @@ impl Change {
         self.drains
     }
 
-    /// When the guest first said that it has reached the target.
+    /// When the guest first reported that it reached the target.
     pub const fn reached_at(&self) -> Option<Instant> {
         self.reached_at
     }
 
-    /// When the operator asked.
+    /// When the target was set.
     pub const fn started(&self) -> Instant {
         self.started
     }
@@ -118,7 +116,7 @@ impl Change {
         end.saturating_duration_since(self.started)
     }
 
-    /// The stages up to `end`, given the host's own work since the start.
+    /// Returns the stages up to `end`, given the host's own work since the start.
     pub fn stages(&self, end: Instant, translate: Duration, release: Duration) -> Stages {
         let send = self
             .wall(end)
@@ -144,7 +142,7 @@ mod tests {
         change.config_read(0, start + ms(1));
         change.notified(start + ms(11));
         change.served(3);
-        // No config read before it: the guest took no blocks.
+        // No config read before it: the guest allocated no blocks.
         change.notified(start + ms(20));
         change.served(1);
         change.actual_is(8, start + ms(30));
@@ -156,8 +154,8 @@ mod tests {
     }
 
     #[test]
-    fn more_work_than_time_leaves_nothing_to_send() {
-        // Work in the background overlaps with the guest's.
+    fn send_is_zero_if_work_exceeds_wall_time() {
+        // Background work overlaps with the guest's.
         let start = Instant::now();
         let change = Change::new(0, 8, start);
         let stages = change.stages(start + ms(3), ms(2), ms(5));
@@ -166,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn the_target_is_reached_once_and_can_be_left_again() {
+    fn only_the_first_time_at_the_target_counts_until_the_guest_leaves_it() {
         let start = Instant::now();
         let mut change = Change::new(4, 8, start);
         change.actual_is(7, start + ms(1));
@@ -179,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_has_nothing_to_do_has_reached_the_target_when_it_reads_it() {
+    fn a_guest_at_the_target_reaches_it_on_the_config_read() {
         let start = Instant::now();
         let mut change = Change::new(4, 4, start);
         change.config_read(3, start + ms(1));

@@ -1,4 +1,4 @@
-//! Messages to sets of pages within guest memory.
+//! Decodes messages to sets of pages within guest memory.
 
 use balloon_abi::record::Record;
 use balloon_abi::{Records, pfn_array};
@@ -9,9 +9,9 @@ use crate::layout::MemoryLayout;
 
 /// Decodes a page-bitmap message, all or nothing.
 ///
-/// A record is checked against the bounds of guest memory, and all of them together against
-/// its size, before any of it goes into a set. So what a message can allocate is bounded by
-/// the guest's size, however far apart the parts of its memory are. Linear in words.
+/// Checks each record against the bounds of guest memory, and the sum of all records
+/// against its size, before it adds the record to a set. So the guest's size bounds the
+/// allocation for a message, even if guest memory is sparse. Linear in words.
 pub fn decode_bitmap(message: &[u8], layout: &MemoryLayout) -> Result<PageSet, Fault> {
     let (first, end) = layout.bounds();
     let mut pages = PageSet::new();
@@ -26,7 +26,7 @@ pub fn decode_bitmap(message: &[u8], layout: &MemoryLayout) -> Result<PageSet, F
         let blocks: u64 = record.words().map(|word| u64::from(word.count_ones())).sum();
         claimed += blocks * header.block_pages();
         if claimed > layout.pages() {
-            let outside = names_others(&record, layout);
+            let outside = names_outside(&record, layout);
             return Err(if outside { Fault::OutsideMemory } else { Fault::RepeatedPage });
         }
         let added = pages.insert_bitmap(header.start_pfn.0, header.block_pages(), record.words());
@@ -35,16 +35,16 @@ pub fn decode_bitmap(message: &[u8], layout: &MemoryLayout) -> Result<PageSet, F
         }
     }
     debug_assert_eq!(claimed, pages.len());
-    // All records are within the bounds. Memory has few gaps, but a set may have
-    // millions of ranges.
+    // Every record is within the bounds. Check gap by gap: memory has few gaps, and a
+    // set may have millions of ranges.
     if layout.gaps().any(|gap| pages.intersects_range(gap)) {
         return Err(Fault::OutsideMemory);
     }
     Ok(pages)
 }
 
-/// True where a block of the record is not wholly in memory.
-fn names_others(record: &Record<'_>, layout: &MemoryLayout) -> bool {
+/// Returns true if a block of the record is not completely in guest memory.
+fn names_outside(record: &Record<'_>, layout: &MemoryLayout) -> bool {
     let (start, pages) = (record.header().start_pfn.0, record.header().block_pages());
     let blocks = (0u64..).step_by(64).zip(record.words()).flat_map(|(first, word)| {
         (0..64).filter(move |bit| word >> bit & 1 == 1).map(move |bit| first + bit)
@@ -53,8 +53,8 @@ fn names_others(record: &Record<'_>, layout: &MemoryLayout) -> bool {
     !blocks.all(|block| block.is_ok_and(|block| layout.covers(block)))
 }
 
-/// Decodes an array of page numbers; what lies outside of guest memory is
-/// counted and left out, as QEMU does.
+/// Decodes an array of page numbers. Counts and skips pages outside of guest memory, as
+/// QEMU does.
 pub fn decode_pfn_array(message: &[u8], layout: &MemoryLayout, faults: &mut Faults) -> PageSet {
     let mut pages = PageSet::new();
     let mut run = Run::default();
@@ -89,8 +89,8 @@ fn add_page_by_page(run: Run, layout: &MemoryLayout, pages: &mut PageSet, faults
     }
 }
 
-/// Neighbouring page numbers. Linux hands them out downwards as often as
-/// upwards, so a run grows at both ends.
+/// A run of adjacent page numbers. Linux allocates them in descending order as often as
+/// in ascending order, so a run grows at both ends.
 #[derive(Clone, Copy, Default)]
 struct Run {
     start: u64,
@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn runs_of_page_numbers_go_in_whole_in_both_directions() {
+    fn a_run_grows_at_both_ends() {
         let mut run = Run::default();
         assert!(!run.extend(5), "the first page begins a run");
         run = Run { start: 5, pages: 1 };
@@ -132,7 +132,7 @@ mod tests {
         assert!(!run.extend(4) && !run.extend(8) && !run.extend(2));
         assert_eq!((run.start, run.pages), (4, 3));
         let mut at_zero = Run { start: 0, pages: 1 };
-        assert!(!at_zero.extend(u64::from(u32::MAX)), "nothing comes before page 0");
+        assert!(!at_zero.extend(u64::from(u32::MAX)), "no page precedes page 0");
     }
 
     #[test]
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn more_pages_than_memory_has_are_others_or_the_same_twice() {
+    fn more_pages_than_memory_are_outside_or_repeated() {
         let one_page = |pfn: u64| (pfn | 12 << 52).to_le_bytes();
         let layout = MemoryLayout::new([(0x3000, 0x1000)]).unwrap();
         let twice = [3, 3].map(one_page).concat();
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bitmap_over_a_gap_names_nothing_in_it() {
+    fn a_bitmap_may_span_a_gap_but_not_name_a_block_in_it() {
         let record =
             |word: u64| [(0x100u64 | 20 << 52 | 1 << 58).to_le_bytes(), word.to_le_bytes()];
         let decode = |word| decode_bitmap(&record(word).concat(), &layout());

@@ -1,54 +1,50 @@
-//! The one loop that takes chains off a queue and returns them.
+//! The loop that takes chains off a queue and returns them.
 
 use std::sync::atomic::Ordering;
 
 use virtio_queue::{DescriptorChain, Error, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError};
 
-/// Chains that one call serves at most, so that a guest which keeps adding
-/// cannot keep the device from its other queues: four times the largest ring
-/// that Linux sets up for a balloon.
+/// Most chains per call, so that a guest that keeps adding chains cannot starve the
+/// device's other queues. Four times the largest vring that Linux sets up for a balloon.
 pub const MAX_CHAINS_PER_DRAIN: usize = 1024;
 
-/// Bytes of messages after which a drain ends, so that messages which cost much
-/// do not keep the device from all else: four of the largest, some tens of
-/// milliseconds of work where every second page of 16 GiB is named, and more than
-/// a whole ring of Linux's classic messages.
+/// Bytes of messages after which a drain ends, so that expensive messages do not block
+/// the device. Four of the largest messages: tens of milliseconds of work if they name
+/// every second page of 16 GiB. Also more than a full vring of Linux's classic messages.
 pub const MAX_BYTES_PER_DRAIN: usize = 4 * balloon_abi::limits::MAX_MESSAGE_BYTES;
 
-/// What was done with a chain.
+/// How a chain was handled.
 #[derive(Clone, Copy, Debug)]
 pub struct Handled {
-    /// Bytes that were read.
+    /// Bytes read.
     pub read_bytes: usize,
-    /// Bytes that were written, for the used ring; `None` where the chain is kept, to be
-    /// returned later.
+    /// Bytes written, for the used ring. `None` if the chain is pending and is returned
+    /// later.
     pub written_bytes: Option<u32>,
 }
 
-/// What a drain did.
+/// The outcome of a drain.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Drained {
-    /// Chains taken, and returned unless they are kept.
+    /// Chains taken, each of them returned or pending.
     pub chains: usize,
-    /// The driver wants to be notified.
+    /// The driver must be notified.
     pub notify: bool,
-    /// The limit was reached with chains left: call again.
+    /// A limit was reached and chains are left: call again.
     pub more: bool,
 }
 
-/// Hands available chains, up to a bound, to `handle` and returns each with the
-/// bytes that `handle` says it wrote. Every chain that was taken is returned, or
-/// kept because `handle` said so.
+/// Passes available chains, up to the limits, to `handle`, and returns each chain with
+/// the length that `handle` reports, unless `handle` keeps it.
 ///
-/// Notifications are off meanwhile; after they are on again the ring is looked
-/// at once more, since a driver with EVENT_IDX does not repeat a kick.
+/// Disables notifications meanwhile. Checks the available ring again after it enables
+/// them, because a driver with `EVENT_IDX` does not repeat a notification.
 ///
-/// A queue that is not ready is not touched: its addresses are no addresses yet.
+/// Does not access a queue that is not ready: its addresses are not valid.
 ///
 /// # Errors
-/// The queue is not ready, the ring makes no sense, or its memory is gone, which is an I/O
-/// error.
+/// The queue is not ready, the vring is invalid, or its memory is gone (an I/O error).
 pub fn drain<'m, M: GuestMemory>(
     queue: &mut impl QueueT,
     memory: &'m M,
@@ -58,7 +54,7 @@ pub fn drain<'m, M: GuestMemory>(
         return Err(Error::QueueNotReady);
     }
     drain_ready(queue, memory, handle).map_err(|error| {
-        // What was read of a ring whose memory is gone is no fault of the guest.
+        // A vring whose memory is gone is not the guest's fault.
         match memory.read_obj::<u16>(GuestAddress(queue.avail_ring())) {
             Err(gone @ GuestMemoryError::IOError(_)) => Error::GuestMemory(gone),
             _ => error,
@@ -88,8 +84,8 @@ fn drain_ready<'m, M: GuestMemory>(
             drained.chains += 1;
             bytes += handled.read_bytes;
         }
-        // The last round saw a chain that is gone now, so this would never end:
-        // perhaps the notifications' own words lie upon the ring's index.
+        // The last iteration saw a chain, and now there is none: this would loop
+        // infinitely. The avail_event field may overlap the available ring's index.
         if drained.more && drained.chains == before {
             return Err(Error::InvalidAvailRingIndex);
         }
@@ -102,14 +98,14 @@ fn drain_ready<'m, M: GuestMemory>(
     Ok(drained)
 }
 
-/// The next available chain, or `None` where there is none.
+/// Returns the next available chain, or `None` if there is none.
 ///
-/// The queue says `None` as well where it cannot read the ring's entry, and
-/// the index would say for ever that there is one: that is an error here. So is
-/// a head that the ring does not have, since it could not be returned.
+/// `pop_descriptor_chain` also returns `None` if it cannot read the available ring's
+/// entry. The index would then report a chain infinitely, so this is an error here. A head
+/// outside of the vring is an error too, because it cannot be returned.
 ///
-/// An index that is impossibly far ahead is found before the queue is asked,
-/// which would log it.
+/// An index that is too far ahead is detected before `pop_descriptor_chain`, which would
+/// log it.
 fn next_chain<'m, M: GuestMemory>(
     queue: &mut impl QueueT,
     memory: &'m M,

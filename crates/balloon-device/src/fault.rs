@@ -1,22 +1,21 @@
-//! What went wrong, and whose fault it was. Every kind here is the guest's.
+//! Protocol violations by the guest.
 
 use balloon_abi::MessageStatus;
 
-/// A fault of the guest: counted, answered, and never acted on.
+/// A fault of the guest. The message is counted and answered, and has no effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Fault {
     /// No readable bytes at all.
-    #[error("guest: a message without bytes")]
+    #[error("guest: an empty message")]
     EmptyMessage,
-    /// Longer than the limit of its form.
-    #[error("guest: a message longer than its form allows")]
+    /// Longer than the limit of its format.
+    #[error("guest: a message longer than its format allows")]
     OversizedMessage,
-    /// A descriptor that points outside of guest memory, or a chain of them that
-    /// does not end as it should.
-    #[error("guest: a descriptor outside of guest memory, or a chain that breaks off")]
+    /// A descriptor that points outside of guest memory, or a truncated chain.
+    #[error("guest: a descriptor outside of guest memory, or a truncated chain")]
     BadDescriptor,
-    /// No run of page-bitmap records.
-    #[error("guest: bytes that are no page-bitmap records")]
+    /// Not a sequence of page-bitmap records.
+    #[error("guest: malformed page-bitmap records")]
     MalformedRecord,
     /// A page outside of guest memory.
     #[error("guest: a page outside of guest memory")]
@@ -24,44 +23,44 @@ pub enum Fault {
     /// A page twice in one page-bitmap message.
     #[error("guest: a page twice in one message")]
     RepeatedPage,
-    /// A deflate of pages that the balloon does not hold.
+    /// A deflate of pages that are not in the balloon.
     #[error("guest: a deflate of pages that are not in the balloon")]
     NotInBalloon,
-    /// A write to a configuration field that is not the driver's, or to none.
+    /// A write outside of the driver's configuration fields.
     #[error("guest: a write to configuration space outside of the driver's fields")]
     ConfigWrite,
     /// A message about free pages that is neither a command nor pages.
     #[error("guest: a message about free pages that is neither a command nor pages")]
     MalformedFreePages,
-    /// A command for free page hints that the device did not give.
-    #[error("guest: a hint command that was not given, or was given once and came twice")]
+    /// A command id for free page hints that the device did not issue, or a repeated one.
+    #[error("guest: a hint command that was not issued, or was repeated")]
     StrayCommand,
-    /// A buffer of statistics while the device has one already.
-    #[error("guest: more than one buffer of statistics")]
+    /// A statistics buffer while the device has one already.
+    #[error("guest: more than one statistics buffer")]
     ExtraStats,
-    /// A ring that cannot be followed.
-    #[error("guest: a ring that makes no sense")]
+    /// An invalid vring.
+    #[error("guest: an invalid vring")]
     BadRing,
-    /// A waiting chain that waits already.
+    /// A chain on the request queue that is pending already.
     #[error("guest: a chain on the request queue twice")]
     RepeatedChain,
-    /// More waiting chains than the ring has entries.
-    #[error("guest: more waiting chains than the ring has entries")]
+    /// More pending chains than the vring has entries.
+    #[error("guest: more pending chains than the vring has entries")]
     TooManyWaiting,
-    /// Bytes that are no answer to what was asked.
-    #[error("guest: bytes that are no answer to the request")]
+    /// A malformed answer.
+    #[error("guest: a malformed answer to a request")]
     MalformedAnswer,
-    /// An answer to what was never asked, or so long ago that nobody knows.
+    /// An answer to no request, or to one that ended too long ago.
     #[error("guest: an answer to a request that was not made")]
     UnknownRequest,
-    /// One more answer after the last one.
-    #[error("guest: a second last answer to a request")]
+    /// An answer after the last one.
+    #[error("guest: an answer after the last one to a request")]
     AnsweredTwice,
     /// A page named as free that is in the balloon.
     #[error("guest: a page named as free that is in the balloon")]
     FreeInBalloon,
-    /// Answers to one request that name twice as many pages as there are.
-    #[error("guest: answers that name more than twice as many pages as there are")]
+    /// Answers to one request that name more than twice the guest's pages.
+    #[error("guest: answers that name more than twice the guest's pages")]
     TooManyPages,
 }
 
@@ -89,7 +88,7 @@ impl Fault {
         Self::TooManyPages,
     ];
 
-    /// The word that the control API and the metrics use.
+    /// The name in the control API and the metrics.
     pub const fn name(self) -> &'static str {
         match self {
             Self::EmptyMessage => "empty-message",
@@ -114,8 +113,8 @@ impl Fault {
         }
     }
 
-    /// What a message with this fault is answered. A page in the balloon is no
-    /// memory of the guest's for as long as it is there.
+    /// The status in the answer to the message. A page in the balloon counts as outside of
+    /// guest memory.
     pub(crate) const fn status(self) -> MessageStatus {
         match self {
             Self::OutsideMemory | Self::FreeInBalloon => MessageStatus::OutsideMemory,
@@ -126,7 +125,7 @@ impl Fault {
     }
 }
 
-/// How often each fault was seen.
+/// Count of each fault.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Faults([u64; Fault::ALL.len()]);
 
@@ -137,17 +136,17 @@ impl Faults {
         *slot = slot.saturating_add(1);
     }
 
-    /// Times that `fault` was seen.
+    /// Count of `fault`.
     pub const fn get(&self, fault: Fault) -> u64 {
         self.0[fault as usize]
     }
 
-    /// All faults with their counts.
+    /// Iterates over all faults with their counts.
     pub fn iter(&self) -> impl Iterator<Item = (Fault, u64)> + '_ {
         Fault::ALL.into_iter().map(|fault| (fault, self.get(fault)))
     }
 
-    /// Faults of all kinds.
+    /// Sum over all faults.
     pub fn total(&self) -> u64 {
         self.0.iter().fold(0, |sum, n| sum.saturating_add(*n))
     }

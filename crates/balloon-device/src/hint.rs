@@ -1,9 +1,9 @@
-//! Free page hinting (virtio 1.3, section 5.5.6.5): the host asks, the guest
-//! names what it does not use, and keeps it until it is told that it is done.
+//! Free page hinting (virtio 1.3, section 5.5.6.5): the host requests hints, and the guest
+//! names free pages and keeps them allocated until the host sends `DONE`.
 //!
-//! Hints are a snapshot. The guest may take a page back at any time without a
-//! word (Linux does when it runs short of memory), so nothing is released because
-//! of a hint. See docs/protocol.md.
+//! The guest may use a hinted page again at any time without notice (Linux does when
+//! memory is low), so the device releases no memory because of a hint. See
+//! docs/protocol.md.
 
 use std::time::Instant;
 
@@ -13,41 +13,41 @@ use page_set::PageSet;
 use crate::fault::Fault;
 use crate::layout::MemoryLayout;
 
-/// How far a request for hints has come.
+/// Progress of a request for hints.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum HintPhase {
-    /// Nothing was asked, or what was asked is done.
+    /// No request, or `DONE` was sent.
     #[default]
     Idle,
-    /// The guest was asked and has not begun.
+    /// The guest has not answered yet.
     Asked,
     /// The guest names pages.
     Receiving,
-    /// The guest has named all that it could.
+    /// The guest has named all its free pages.
     Complete,
-    /// The host did not want more.
+    /// The host stopped the request.
     Stopped,
-    /// The driver went away; nothing that it named counts any more.
+    /// The driver was reset, so its hints are void.
     Lost,
 }
 
-/// Why hints cannot be asked for.
+/// Why hints cannot be requested.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HintError {
-    /// No driver is there, or it did not accept `FREE_PAGE_HINT`.
-    #[error("guest: its driver gives no free page hints")]
+    /// No driver runs, or it did not accept `FREE_PAGE_HINT`.
+    #[error("guest: its driver does not support free page hints")]
     NotNegotiated,
 }
 
-/// The newest request for hints and what came of it.
+/// The newest request for hints and its state.
 #[derive(Debug)]
 pub struct Hinting {
-    /// What the configuration space shows.
+    /// The value in the configuration space.
     command: HintCommand,
-    /// The newest number; each is used once.
+    /// The newest command id; each is used once.
     id: Option<HintId>,
-    /// What the driver said last that its pages belong to.
-    under: Option<HintId>,
+    /// The id that the driver sent last: its next pages belong to it.
+    received_id: Option<HintId>,
     phase: HintPhase,
     started: Option<Instant>,
     pages: PageSet,
@@ -59,7 +59,7 @@ impl Default for Hinting {
         Self {
             command: HintCommand::Stop,
             id: None,
-            under: None,
+            received_id: None,
             phase: HintPhase::Idle,
             started: None,
             pages: PageSet::new(),
@@ -69,38 +69,38 @@ impl Default for Hinting {
 }
 
 impl Hinting {
-    /// How far it has come.
+    /// Progress of the newest request.
     pub const fn phase(&self) -> HintPhase {
         self.phase
     }
 
-    /// Number of the newest request.
+    /// Command id of the newest request.
     pub const fn id(&self) -> Option<HintId> {
         self.id
     }
 
-    /// When the guest was asked.
+    /// When the newest request started.
     pub const fn started(&self) -> Option<Instant> {
         self.started
     }
 
-    /// What it named so far. All of it is guest memory and was not in the balloon
-    /// when it was named.
+    /// Pages named so far. All are guest memory and were not in the balloon when the guest
+    /// named them.
     pub const fn pages(&self) -> &PageSet {
         &self.pages
     }
 
-    /// Messages that came under a number that is not asked for (any more).
+    /// Messages under a command id that is not current.
     pub const fn ignored_messages(&self) -> u64 {
         self.ignored_messages
     }
 
-    /// What the configuration space shows.
+    /// The value for the configuration space.
     pub(crate) const fn command(&self) -> HintCommand {
         self.command
     }
 
-    /// Asks anew, under a number that was never used. What came before is gone.
+    /// Starts a request under an unused id and forgets all earlier hints.
     pub(crate) fn start(&mut self, now: Instant) -> HintId {
         let id = self.id.map_or(HintId::FIRST, HintId::next);
         self.id = Some(id);
@@ -111,7 +111,7 @@ impl Hinting {
         id
     }
 
-    /// No more hints are wanted; the guest keeps what it named.
+    /// Stops the request. The guest keeps the hinted pages allocated.
     pub(crate) fn stop(&mut self) {
         self.command = HintCommand::Stop;
         if matches!(self.phase, HintPhase::Asked | HintPhase::Receiving) {
@@ -119,10 +119,9 @@ impl Hinting {
         }
     }
 
-    /// The guest may use all that it named. Nobody may count on it any more, so it
-    /// is forgotten.
+    /// Ends the request. The guest may use the hinted pages, so they are forgotten.
     pub(crate) fn done(&mut self) {
-        // A driver that came since was asked for nothing.
+        // After a reset the new driver has received no request.
         if !matches!(self.phase, HintPhase::Idle | HintPhase::Lost) {
             self.command = HintCommand::Done;
         }
@@ -130,19 +129,19 @@ impl Hinting {
         self.pages = PageSet::new();
     }
 
-    /// A driver starts or has gone: it uses what it wants.
+    /// Handles the start or the end of a driver: the guest may use every page.
     pub(crate) fn reset(&mut self) {
         self.command = HintCommand::Stop;
-        self.under = None;
+        self.received_id = None;
         self.pages = PageSet::new();
         if self.phase != HintPhase::Idle {
             self.phase = HintPhase::Lost;
         }
     }
 
-    /// The driver comes from another device, whose newest number was `last`. Whatever
-    /// it named there it may use again.
-    pub(crate) fn moved(&mut self, last: Option<HintId>) {
+    /// Restores a driver from another device whose newest command id was `last`. The guest
+    /// may use the pages that it hinted there.
+    pub(crate) fn restore(&mut self, last: Option<HintId>) {
         self.reset();
         self.id = last;
         self.phase = HintPhase::Idle;
@@ -151,44 +150,44 @@ impl Hinting {
         }
     }
 
-    /// Guest memory is now at `layout`: what is gone is not free.
+    /// Forgets pages outside of `layout`, the new layout of guest memory.
     pub(crate) fn forget_outside(&mut self, layout: &MemoryLayout) {
         layout.cut(&mut self.pages);
     }
 
-    /// The driver says what its next pages belong to, or that there are no more.
-    pub(crate) fn said(&mut self, number: u32) -> Result<(), Fault> {
+    /// Handles a command from the driver: the id of its next pages, or the end.
+    pub(crate) fn receive_command(&mut self, number: u32) -> Result<(), Fault> {
         match HintCommand::from_u32(number) {
             HintCommand::Hint(id) if self.command == HintCommand::Hint(id) => {
                 if self.phase != HintPhase::Asked {
                     return Err(Fault::StrayCommand);
                 }
-                self.under = Some(id);
+                self.received_id = Some(id);
                 self.phase = HintPhase::Receiving;
             }
             HintCommand::Hint(id) => {
-                self.under = None;
-                if !self.was_given(id) {
+                self.received_id = None;
+                if !self.was_issued(id) {
                     return Err(Fault::StrayCommand);
                 }
-                // It began before it heard of the newer number.
+                // It started before it received the newer id.
                 self.ignored_messages += 1;
             }
             HintCommand::Stop => {
-                // One for an older number changes nothing.
+                // The end of an older request changes nothing.
                 if self.accepts() {
                     self.phase = HintPhase::Complete;
                     self.command = HintCommand::Stop;
                 }
-                self.under = None;
+                self.received_id = None;
             }
             HintCommand::Done => return Err(Fault::StrayCommand),
         }
         Ok(())
     }
 
-    /// The driver names pages.
-    pub(crate) fn named(&mut self, pages: &PageSet, held: &PageSet) -> Result<(), Fault> {
+    /// Handles pages from the driver.
+    pub(crate) fn receive_pages(&mut self, pages: &PageSet, held: &PageSet) -> Result<(), Fault> {
         if !self.accepts() {
             self.ignored_messages += 1;
             return Ok(());
@@ -200,15 +199,15 @@ impl Hinting {
         Ok(())
     }
 
-    /// Whether pages that come now belong to what is asked.
+    /// Returns true if the driver's next pages belong to the current request.
     fn accepts(&self) -> bool {
-        let current = self.under.is_some_and(|id| self.command == HintCommand::Hint(id));
+        let current = self.received_id.is_some_and(|id| self.command == HintCommand::Hint(id));
         current && self.phase == HintPhase::Receiving
     }
 
-    fn was_given(&self, id: HintId) -> bool {
-        let given = |newest: HintId| (HintId::FIRST.get()..=newest.get()).contains(&id.get());
-        self.id.is_some_and(given)
+    fn was_issued(&self, id: HintId) -> bool {
+        let issued = |newest: HintId| (HintId::FIRST.get()..=newest.get()).contains(&id.get());
+        self.id.is_some_and(issued)
     }
 }
 
@@ -223,22 +222,26 @@ mod tests {
     }
 
     fn name(hinting: &mut Hinting, start: u64) {
-        hinting.named(&set(start, 1), &PageSet::new()).unwrap();
+        hinting.receive_pages(&set(start, 1), &PageSet::new()).unwrap();
     }
 
     #[test]
-    fn a_round_begins_with_its_number_and_ends_with_stop() {
+    fn a_request_starts_with_its_id_and_ends_with_stop() {
         let mut hinting = Hinting::default();
         assert_eq!(hinting.command().to_u32(), 0);
         name(&mut hinting, 1);
         let id = hinting.start(Instant::now()).get();
         assert_eq!((id, hinting.command().to_u32()), (0x8000_0000, id));
         name(&mut hinting, 2);
-        hinting.said(id).unwrap();
+        hinting.receive_command(id).unwrap();
         name(&mut hinting, 3);
-        assert_eq!(hinting.said(id), Err(Fault::StrayCommand), "once is enough");
+        assert_eq!(
+            hinting.receive_command(id),
+            Err(Fault::StrayCommand),
+            "the id may be sent once"
+        );
         name(&mut hinting, 4);
-        hinting.said(0).unwrap();
+        hinting.receive_command(0).unwrap();
         assert_eq!(hinting.phase(), HintPhase::Complete);
         name(&mut hinting, 5);
         assert_eq!(*hinting.pages(), set(3, 2));
@@ -250,39 +253,39 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_taken_under_an_old_number() {
+    fn pages_under_an_old_id_are_ignored() {
         let mut hinting = Hinting::default();
         let old = hinting.start(Instant::now()).get();
-        hinting.said(old).unwrap();
+        hinting.receive_command(old).unwrap();
         name(&mut hinting, 1);
         let new = hinting.start(Instant::now()).get();
         assert_ne!(old, new);
         name(&mut hinting, 2);
-        // The end of the old round is not that of the new one.
-        hinting.said(0).unwrap();
-        hinting.said(old).unwrap();
+        // The end of the old request does not end the new one.
+        hinting.receive_command(0).unwrap();
+        hinting.receive_command(old).unwrap();
         name(&mut hinting, 3);
         assert_eq!((hinting.phase(), hinting.pages().len()), (HintPhase::Asked, 0));
-        hinting.said(new).unwrap();
+        hinting.receive_command(new).unwrap();
         name(&mut hinting, 4);
-        hinting.said(old).unwrap();
+        hinting.receive_command(old).unwrap();
         name(&mut hinting, 5);
         assert_eq!(*hinting.pages(), set(4, 1));
         hinting.stop();
         assert_eq!(hinting.phase(), HintPhase::Stopped);
-        hinting.said(new).unwrap();
+        hinting.receive_command(new).unwrap();
         name(&mut hinting, 6);
-        assert_eq!(*hinting.pages(), set(4, 1), "what came in time still counts");
+        assert_eq!(*hinting.pages(), set(4, 1), "earlier pages still count");
     }
 
     #[test]
-    fn numbers_that_were_never_given_are_the_guests_fault() {
+    fn an_id_that_was_never_issued_is_the_guests_fault() {
         let mut hinting = Hinting::default();
         for number in [1, 2, 0x8000_0000, u32::MAX] {
-            assert_eq!(hinting.said(number), Err(Fault::StrayCommand), "{number:#x}");
+            assert_eq!(hinting.receive_command(number), Err(Fault::StrayCommand), "{number:#x}");
         }
         hinting.start(Instant::now());
-        assert_eq!(hinting.said(0x8000_0001), Err(Fault::StrayCommand));
+        assert_eq!(hinting.receive_command(0x8000_0001), Err(Fault::StrayCommand));
         assert_eq!(hinting.phase(), HintPhase::Asked);
     }
 
@@ -290,24 +293,24 @@ mod tests {
     fn a_page_in_the_balloon_is_not_free() {
         let mut hinting = Hinting::default();
         let id = hinting.start(Instant::now()).get();
-        hinting.said(id).unwrap();
-        assert_eq!(hinting.named(&set(1, 9), &set(9, 9)), Err(Fault::FreeInBalloon));
+        hinting.receive_command(id).unwrap();
+        assert_eq!(hinting.receive_pages(&set(1, 9), &set(9, 9)), Err(Fault::FreeInBalloon));
         assert!(hinting.pages().is_empty());
     }
 
     #[test]
-    fn a_driver_that_goes_takes_its_hints_along() {
+    fn a_reset_discards_the_hints() {
         let mut hinting = Hinting::default();
         hinting.reset();
         assert_eq!(hinting.phase(), HintPhase::Idle);
         let id = hinting.start(Instant::now()).get();
-        hinting.said(id).unwrap();
+        hinting.receive_command(id).unwrap();
         name(&mut hinting, 1);
         hinting.reset();
         assert_eq!((hinting.phase(), hinting.pages().len()), (HintPhase::Lost, 0));
         hinting.done();
         assert_eq!((hinting.command(), hinting.phase()), (HintCommand::Stop, HintPhase::Idle));
-        hinting.said(id).unwrap();
+        hinting.receive_command(id).unwrap();
         name(&mut hinting, 1);
         assert!(hinting.pages().is_empty());
         assert_ne!(hinting.start(Instant::now()).get(), id);
@@ -336,10 +339,10 @@ mod tests {
     }
 
     proptest! {
-        /// A page is in the set only where it was named between the present number
-        /// and whatever the driver said next, since the present request.
+        /// A page is in the set only if the driver named it between the current id and its
+        /// next command, since the current request.
         #[test]
-        fn the_set_is_what_was_named_under_the_present_number(
+        fn the_set_holds_the_pages_named_under_the_current_id(
             ops in proptest::collection::vec(op(), 0..60)
         ) {
             let (mut hinting, mut model) = (Hinting::default(), PageSet::new());
@@ -370,7 +373,7 @@ mod tests {
                         let first = number == shown && number > 1
                             && hinting.phase() == HintPhase::Asked;
                         let repeated = number == shown && number > 1 && !first;
-                        let _ = hinting.said(number);
+                        let _ = hinting.receive_command(number);
                         match number {
                             0 if begun => (shown, begun) = (0, false),
                             1 => {}
@@ -379,7 +382,7 @@ mod tests {
                         }
                     }
                     Op::Named(page) => {
-                        hinting.named(&set(page, 1), &PageSet::new()).unwrap();
+                        hinting.receive_pages(&set(page, 1), &PageSet::new()).unwrap();
                         if begun {
                             model.union_with(&set(page, 1));
                         }

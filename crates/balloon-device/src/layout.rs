@@ -1,29 +1,29 @@
-//! Where guest memory is.
+//! The layout of guest memory.
 
 use balloon_abi::page::{BALLOON_PAGE_BYTES, BALLOON_PAGE_SHIFT};
 use page_set::{PageRange, PageSet};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
-/// Why a memory map cannot be a guest's.
+/// Why a memory map is invalid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LayoutError {
-    /// A region that does not start and end on a balloon page, or is empty.
-    #[error("front end: memory region of {bytes} bytes at {start:#x} is not made of 4 KiB pages")]
+    /// A region that is empty or not aligned to balloon pages.
+    #[error("front end: memory region of {bytes} bytes at {start:#x} is empty or unaligned")]
     Unaligned {
         /// Guest physical address.
         start: u64,
         /// Bytes of the region.
         bytes: u64,
     },
-    /// Two regions hold the same page.
+    /// Two regions overlap.
     #[error("front end: memory regions overlap at page {page:#x}")]
     Overlap {
-        /// First balloon page in both.
+        /// First balloon page of the later region.
         page: u64,
     },
 }
 
-/// The balloon pages that exist: sorted, with neighbours merged.
+/// The balloon pages of guest memory: sorted, with adjacent ranges merged.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct MemoryLayout {
     ranges: Vec<PageRange>,
@@ -31,7 +31,7 @@ pub struct MemoryLayout {
 }
 
 impl MemoryLayout {
-    /// The layout of `(guest physical address, bytes)` regions.
+    /// Creates the layout of `(guest physical address, bytes)` regions.
     pub fn new(regions: impl IntoIterator<Item = (u64, u64)>) -> Result<Self, LayoutError> {
         let mut sorted = regions
             .into_iter()
@@ -47,22 +47,22 @@ impl MemoryLayout {
         Ok(layout)
     }
 
-    /// The layout of a `vm-memory` map.
+    /// Creates the layout of a `vm-memory` map.
     pub fn of(memory: &impl GuestMemoryBackend) -> Result<Self, LayoutError> {
         Self::new(memory.iter().map(|region| (region.start_addr().raw_value(), region.len())))
     }
 
-    /// Balloon pages in all.
+    /// Number of balloon pages.
     pub const fn pages(&self) -> u64 {
         self.pages
     }
 
-    /// The pages as ranges, lowest first, no two of them neighbours.
+    /// The pages as ranges, lowest first, no two of them adjacent.
     pub fn ranges(&self) -> &[PageRange] {
         &self.ranges
     }
 
-    /// First page, and first page after the last; `(0, 0)` without memory.
+    /// Returns the first page and the page after the last; `(0, 0)` without memory.
     pub fn bounds(&self) -> (u64, u64) {
         match (self.ranges.first(), self.ranges.last()) {
             (Some(first), Some(last)) => (first.start(), last.end()),
@@ -70,20 +70,20 @@ impl MemoryLayout {
         }
     }
 
-    /// The ranges of pages between those that exist, lowest first.
+    /// Iterates over the gaps between the ranges, lowest first.
     pub fn gaps(&self) -> impl Iterator<Item = PageRange> + '_ {
         self.ranges
             .windows(2)
             .filter_map(|pair| PageRange::from_bounds(pair[0].end(), pair[1].start()).ok())
     }
 
-    /// True when every page of `range` exists.
+    /// Returns true if every page of `range` is guest memory.
     pub fn covers(&self, range: PageRange) -> bool {
         let after = self.ranges.partition_point(|known| known.start() <= range.start());
         after.checked_sub(1).is_some_and(|at| range.is_within(self.ranges[at]))
     }
 
-    /// Takes the pages that do not exist out of `pages` and returns them.
+    /// Removes the pages that are not guest memory from `pages` and returns them.
     pub(crate) fn cut(&self, pages: &mut PageSet) -> PageSet {
         let mut gone = std::mem::take(pages);
         for range in &self.ranges {
@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_are_merged_and_gaps_are_not_covered() {
+    fn adjacent_ranges_are_merged_and_gaps_are_not_covered() {
         let layout =
             MemoryLayout::new([(0x4000, 0x2000), (0x0, 0x2000), (0x2000, 0x1000)]).unwrap();
         assert_eq!(layout.pages(), 5);
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn a_map_that_cannot_be_is_refused() {
+    fn an_invalid_memory_map_is_rejected() {
         for (start, bytes) in [(1, 0x1000), (0, 0x1001), (0, 0), (!0xfff, 0x2000)] {
             let error = MemoryLayout::new([(start, bytes)]);
             assert_eq!(error, Err(LayoutError::Unaligned { start, bytes }));

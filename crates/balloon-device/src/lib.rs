@@ -1,13 +1,13 @@
-//! The host side of the balloon: takes messages off the queues, decodes them
-//! to sets of pages, and asks a [`Reclaim`] to release or to keep those.
+//! The host side of the balloon: takes messages off the virtqueues, decodes them
+//! to sets of pages, and calls a [`Reclaim`] to release or to keep those.
 //!
-//! The way of an inflated page: [`Balloon::process_queue`] drains the queue
+//! The path of an inflated page: [`BalloonDevice::process_queue`] drains the queue
 //! (`drain`), copies each message once (`message`), decodes it to a `PageSet`
-//! within guest memory (`decode`), and hands the set to [`Reclaim::release`].
+//! within guest memory (`decode`), and passes the set to [`Reclaim::release`].
 //!
-//! The device has no threads, no file descriptors and no clock of its own, so
-//! any monitor can hold it. Everything in guest memory is hostile: it is read
-//! once, checked, and never read again.
+//! The device has no threads, no file descriptors and no timers, so any VMM can
+//! embed it. Everything in guest memory is untrusted: it is read once, checked, and
+//! never read again.
 
 #![forbid(unsafe_code)]
 

@@ -1,4 +1,4 @@
-//! One message: the readable bytes of a descriptor chain, copied once.
+//! One message: the device-readable bytes of a descriptor chain, copied once.
 
 use balloon_abi::MessageStatus;
 use balloon_abi::request::REQUEST_BYTES;
@@ -8,24 +8,24 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
 
 use crate::fault::Fault;
 
-/// What a written status counts as in the used ring.
+/// Length of a status in the used ring.
 const WRITTEN: u32 = 4;
 const _: () = assert!(WRITTEN as usize == STATUS_BYTES);
 
-/// Descriptors that a message may have. The specification allows as many as the
-/// ring has entries, and Linux sets up rings of 256 for a balloon; an indirect
-/// table could hold 65535, each of which costs the device a look.
+/// Most descriptors in a message. The specification allows as many as the vring has
+/// entries, and Linux sets up vrings of 256 for a balloon. An indirect table could hold
+/// 65535, and the device must walk each.
 pub(crate) const MAX_DESCRIPTORS: usize = 1024;
 
-/// Bytes of a message and where its answer goes.
+/// The bytes of a message and the place of its answer.
 #[derive(Debug, Default)]
 pub(crate) struct Message {
-    /// The readable bytes; the buffer is kept from message to message.
+    /// The readable bytes; the buffer is reused.
     bytes: Vec<u8>,
-    /// First writable descriptor with room for a status.
+    /// First writable descriptor that fits a status.
     answer: Option<GuestAddress>,
-    /// First writable descriptor with room for a request.
-    request_room: Option<GuestAddress>,
+    /// First writable descriptor that fits a request.
+    request_at: Option<GuestAddress>,
 }
 
 impl Message {
@@ -33,19 +33,19 @@ impl Message {
         &self.bytes
     }
 
-    /// Where a request may be written.
-    pub(crate) const fn request_room(&self) -> Option<GuestAddress> {
-        self.request_room
+    /// Address at which a request may be written.
+    pub(crate) const fn request_at(&self) -> Option<GuestAddress> {
+        self.request_at
     }
 
-    /// Copies the readable part of `chain`, at most `limit` bytes. Where it
-    /// fails the place for an answer is still known.
+    /// Copies the readable part of `chain`, at most `limit` bytes. Records the place for an
+    /// answer even if it fails.
     ///
-    /// Memory that turns out to be gone while it is read fails from then on, so it is
-    /// asked for once more at the end: what was read last may be anything.
+    /// If memory disappears during a read, every later access fails, but this read may have
+    /// returned anything. So this checks the last address again at the end.
     ///
-    /// A chain that breaks off (a loop, a next descriptor or a table that is not
-    /// there, too many descriptors) ends with one that says another follows.
+    /// The last descriptor of a truncated chain (a loop, a missing next descriptor or
+    /// table, too many descriptors) has the `NEXT` flag.
     pub(crate) fn read<M: GuestMemory>(
         &mut self,
         chain: DescriptorChain<&M>,
@@ -54,19 +54,19 @@ impl Message {
     ) -> Result<(), Fault> {
         self.bytes.clear();
         self.answer = None;
-        self.request_room = None;
+        self.request_at = None;
         let mut outcome = Ok(());
-        let mut broken_off = false;
+        let mut truncated = false;
         let mut last = None;
         for descriptor in chain.take(MAX_DESCRIPTORS) {
-            broken_off = descriptor.has_next();
+            truncated = descriptor.has_next();
             let len = descriptor.len() as usize;
             if descriptor.is_write_only() {
                 if self.answer.is_none() && len >= STATUS_BYTES {
                     self.answer = Some(descriptor.addr());
                 }
-                if self.request_room.is_none() && len >= REQUEST_BYTES {
-                    self.request_room = Some(descriptor.addr());
+                if self.request_at.is_none() && len >= REQUEST_BYTES {
+                    self.request_at = Some(descriptor.addr());
                 }
             } else if outcome.is_ok() {
                 outcome = self.append(memory, descriptor.addr(), len, limit);
@@ -75,14 +75,14 @@ impl Message {
         }
         outcome?;
         let gone = last.is_some_and(|at| !memory.check_range(at, 1, Permissions::Read));
-        if broken_off || gone {
+        if truncated || gone {
             return Err(Fault::BadDescriptor);
         }
         if self.bytes.is_empty() { Err(Fault::EmptyMessage) } else { Ok(()) }
     }
 
-    /// Writes the status where the driver left room for it; returns the bytes
-    /// written. A driver that named an address outside of memory gets none.
+    /// Writes the status to the driver's buffer, if it provided one inside of guest
+    /// memory. Returns the bytes written.
     pub(crate) fn answer(&self, memory: &impl GuestMemory, status: MessageStatus) -> u32 {
         match self.answer {
             Some(at) if memory.write_slice(&status.to_bytes(), at).is_ok() => WRITTEN,

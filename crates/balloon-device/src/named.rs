@@ -1,6 +1,6 @@
-//! Chains that name pages by their descriptors: a device-writable descriptor's
-//! address and length are the message, and what lies there is neither read nor
-//! written. Hints and reports come so.
+//! Chains that name pages by their descriptors, for free page hinting and reporting.
+//! The address and length of a device-writable descriptor are the message. The memory
+//! there is neither read nor written.
 
 use balloon_abi::hint::COMMAND_BYTES;
 use balloon_abi::page::{BALLOON_PAGE_BYTES, BALLOON_PAGE_SHIFT};
@@ -12,22 +12,22 @@ use crate::fault::Fault;
 use crate::layout::MemoryLayout;
 use crate::message::MAX_DESCRIPTORS;
 
-/// Bytes of a descriptor, which is what this kind of message is made of.
+/// Bytes of a descriptor.
 const DESCRIPTOR_BYTES: usize = 16;
 
-/// What a chain says.
+/// The content of a chain.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Named {
-    /// The number in its readable bytes, if it has any.
+    /// The command id in its readable bytes, if it has any.
     pub(crate) command: Option<u32>,
-    /// The pages that its writable descriptors cover wholly. All exist.
+    /// The pages that its writable descriptors cover completely. All are guest memory.
     pub(crate) pages: PageSet,
 }
 
-/// Reads a chain, all or nothing. Returns with it the bytes that it cost to read.
+/// Decodes a chain, all or nothing. The first value is the number of bytes read.
 ///
-/// A page of which a descriptor covers a part only is not named: it may hold
-/// something else. Pages that are named twice are named.
+/// Ignores a page that a descriptor covers only partly: the rest may be in use.
+/// Duplicates are allowed.
 pub(crate) fn read<M: GuestMemory>(
     chain: DescriptorChain<&M>,
     memory: &M,
@@ -36,10 +36,10 @@ pub(crate) fn read<M: GuestMemory>(
     let mut named = Named::default();
     let mut command = Command::default();
     let mut outcome = Ok(());
-    let mut broken_off = false;
+    let mut truncated = false;
     let mut cost = 0;
     for descriptor in chain.take(MAX_DESCRIPTORS) {
-        broken_off = descriptor.has_next();
+        truncated = descriptor.has_next();
         cost += DESCRIPTOR_BYTES;
         if outcome.is_err() {
             continue;
@@ -54,7 +54,7 @@ pub(crate) fn read<M: GuestMemory>(
         };
     }
     let outcome = outcome.and_then(|()| {
-        if broken_off {
+        if truncated {
             return Err(Fault::BadDescriptor);
         }
         named.command = command.number()?;
@@ -63,7 +63,7 @@ pub(crate) fn read<M: GuestMemory>(
     (cost, outcome)
 }
 
-/// The pages that lie wholly between `addr` and `addr + len`.
+/// Returns the pages that lie completely between `addr` and `addr + len`.
 fn pages_of(addr: u64, len: u32, layout: &MemoryLayout) -> Result<PageRange, Fault> {
     let end = addr.checked_add(u64::from(len)).ok_or(Fault::OutsideMemory)?;
     let first = addr.div_ceil(BALLOON_PAGE_BYTES);
@@ -72,7 +72,7 @@ fn pages_of(addr: u64, len: u32, layout: &MemoryLayout) -> Result<PageRange, Fau
     if range.is_empty() || layout.covers(range) { Ok(range) } else { Err(Fault::OutsideMemory) }
 }
 
-/// The readable bytes: a command, in however many pieces.
+/// The readable bytes: a command, in one or more descriptors.
 #[derive(Default)]
 struct Command {
     bytes: [u8; COMMAND_BYTES],
@@ -82,8 +82,8 @@ struct Command {
 impl Command {
     fn append(&mut self, len: u32, read: impl FnOnce(&mut [u8]) -> bool) -> Result<(), Fault> {
         let end = self.filled.saturating_add(len as usize);
-        let room = self.bytes.get_mut(self.filled..end).ok_or(Fault::MalformedFreePages)?;
-        if !read(room) {
+        let bytes = self.bytes.get_mut(self.filled..end).ok_or(Fault::MalformedFreePages)?;
+        if !read(bytes) {
             return Err(Fault::BadDescriptor);
         }
         self.filled = end;
@@ -106,14 +106,14 @@ mod tests {
     const GIB: u64 = 1 << 30;
 
     #[test]
-    fn only_pages_that_are_covered_whole_are_named() {
+    fn only_completely_covered_pages_are_named() {
         let layout = MemoryLayout::new([(0x10_0000, 0x10_0000), (4 * GIB, 8 * GIB)]).unwrap();
         let pages = |addr, len| pages_of(addr, len, &layout).map(|r| (r.start(), r.pages()));
         assert_eq!(pages(0x10_0000, 0x2000), Ok((0x100, 2)));
         assert_eq!(pages(0x10_0001, 0x2fff), Ok((0x101, 2)));
         assert_eq!(pages(0x10_0fff, 0x1000), Ok((0x101, 0)));
         assert_eq!(pages(0x10_0000, 0xfff), Ok((0x100, 0)));
-        assert_eq!(pages(0, 0), Ok((0, 0)), "no byte of no page");
+        assert_eq!(pages(0, 0), Ok((0, 0)), "empty descriptor");
         assert_eq!(pages(u64::MAX - 0xfff, 0xfff).map(|(_, pages)| pages), Ok(0));
         assert_eq!(pages(4 * GIB, u32::MAX), Ok((0x10_0000, 0xf_ffff)));
         for (addr, len) in [

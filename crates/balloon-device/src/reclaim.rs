@@ -1,31 +1,31 @@
-//! What the device needs of whoever owns the host's memory.
+//! The interface to the code that manages the host's memory.
 
 use page_set::PageSet;
 
 /// Releases host memory behind guest pages.
 pub trait Reclaim {
-    /// The guest does not use `pages` until [`retain`](Self::retain) says so;
-    /// their memory may be released now or later.
+    /// Releases the memory of `pages`, now or later. The guest does not use them before
+    /// [`retain`](Self::retain).
     fn release(&mut self, pages: &PageSet);
 
-    /// As [`release`](Self::release), for a guest that may use the pages as soon
-    /// as this returns: what was not released then never is.
+    /// Like [`release`](Self::release), but the guest may use the pages as soon as this
+    /// returns: memory that is not released by then is never released.
     fn release_now(&mut self, pages: &PageSet);
 
-    /// `pages` are free in the guest, which uses none of them until this returns and
-    /// may use any of them then: their memory is released now or not at all. None
-    /// of them was given by [`release`](Self::release).
+    /// Releases the memory of `pages`, which are free in the guest, now or not at all. The
+    /// guest uses none of them until this returns, and may use any of them then. None of
+    /// them was passed to [`release`](Self::release).
     fn release_free(&mut self, pages: &PageSet);
 
-    /// None of `pages` is released from now on: when this returns, no release of any of
-    /// them is under way or still to come. They may be in the balloon as before.
+    /// Cancels the release of `pages`: when this returns, no release of any of them is in
+    /// progress or pending. They may still be in the balloon.
     fn cancel(&mut self, pages: &PageSet);
 
-    /// `pages`, all of them out of the balloon, go back to the guest. As
-    /// [`cancel`](Self::cancel); and the host sees to it that there is memory when they are used.
+    /// Like [`cancel`](Self::cancel), for pages that leave the balloon. Also makes sure that
+    /// the host has memory when the guest uses them.
     fn retain(&mut self, pages: &PageSet);
 
-    /// The guest has reached its target: what waits to be released together
-    /// with later pages need not wait longer.
+    /// Flushes releases that are delayed to be batched with later pages. Called when the
+    /// guest reaches its target.
     fn flush(&mut self);
 }

@@ -1,9 +1,8 @@
-//! What the operator asks of the guest, and what becomes of it.
+//! The operator's requests to the guest, and their outcomes.
 //!
-//! Requests wait in a bounded queue; one at a time is sent, and the next one
-//! when it has ended. Each id ends exactly once, in the order in which they were
-//! sent. There is no clock here: deadlines are the caller's, and
-//! [`Requests::expire`] is told the time.
+//! Requests wait in a bounded queue. The device sends one at a time, and the next one when
+//! it has ended. Each id ends exactly once, in the order in which they were sent. The
+//! caller sets deadlines and passes the time to [`GuestRequests::expire`].
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -18,44 +17,44 @@ use crate::layout::MemoryLayout;
 use crate::request_failure::{RequestFailure, RequestResult, SubmitError};
 use crate::totals::{RequestKind, RequestTotals};
 
-/// Requests that wait to be sent, the running one not counted. An operator with
-/// more of them does not wait for answers.
+/// Most requests that wait to be sent, without the running one. More are refused: their
+/// operator does not wait for answers.
 pub const MAX_QUEUED_REQUESTS: usize = 8;
 
-/// Outcomes that are kept for whoever asked: of all that can wait at once, and
-/// as many again for those who are slow to fetch theirs. One can hold a set of
+/// Most outcomes that are kept until a caller takes them: one for each request that can
+/// wait at once, and as many again for slow callers. An outcome can contain a set of
 /// pages, which has at most one bit for each page of the guest.
 pub const MAX_OUTCOMES: usize = 2 * (MAX_QUEUED_REQUESTS + 1);
 
-/// Ids of ended requests that are remembered, to tell a late answer from one to
-/// a question that was never asked. A driver holds nine requests at most.
+/// Most ids of ended requests that are kept, to distinguish a late answer from an answer
+/// to no request. A driver holds at most nine requests.
 const MAX_ENDED: usize = 32;
 
-/// Requests to stop that are kept until the driver has room for them: one for
-/// each request that the driver may hold.
+/// Most cancels that wait until the driver provides a buffer: one for each request that
+/// the driver may hold.
 const MAX_CANCELS: usize = balloon_abi::request::MAX_WAITING_REQUESTS + 1;
 
-/// What may be asked.
+/// A command to the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ask {
     /// Drop clean caches.
     DropCaches(Caches),
-    /// Name free blocks of at least `2^min_granule_shift` bytes.
+    /// Report free blocks of at least `2^min_granule_shift` bytes.
     ReportFree {
         /// log2 of the smallest block in bytes, 12 to 30.
         min_granule_shift: u32,
     },
-    /// Allocate free blocks, name them, and keep them.
+    /// Allocate free blocks, report them, and keep them.
     HoldFree {
-        /// Balloon pages that the guest keeps free for itself.
+        /// Balloon pages that the guest leaves free for its own use.
         reserve_pages: u64,
     },
-    /// Give the hold back.
+    /// Release the hold.
     ReleaseHold,
 }
 
 impl Ask {
-    /// The word that the control API and the metrics use.
+    /// The command without its argument.
     pub const fn kind(self) -> RequestKind {
         match self {
             Self::DropCaches(_) => RequestKind::DropCaches,
@@ -74,36 +73,36 @@ impl Ask {
     }
 }
 
-/// Whether the guest can be relied on to keep a hold.
+/// State of a hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HoldState {
-    /// The guest keeps it until it says otherwise.
+    /// The guest keeps it until it reports a loss.
     Kept,
-    /// The guest's queues stand still. A guest that is only paused keeps it.
+    /// The guest's queues are stopped. A paused guest still keeps the hold.
     Paused,
-    /// The guest was told to give it back and has not said that it did.
+    /// The release was sent and is not confirmed yet.
     Releasing,
 }
 
 /// Free pages that the guest keeps for the host.
 #[derive(Clone, Debug)]
 pub struct Hold {
-    /// What it consists of.
+    /// The held pages.
     pub pages: Arc<FreePages>,
-    /// How far it can be relied on.
+    /// Its state.
     pub state: HoldState,
 }
 
-/// All requests of one device.
+/// The requests of one device.
 #[derive(Debug, Default)]
 pub struct GuestRequests {
     usable: bool,
-    /// The driver's queues stand still.
+    /// The driver's queues are stopped.
     stopped: bool,
     last_id: u32,
     queued: VecDeque<WaitingRequest>,
     running: Option<Running>,
-    /// Ids to send a cancel for.
+    /// Ids of requests to cancel.
     cancels: VecDeque<u32>,
     ended: VecDeque<Ended>,
     outcomes: VecDeque<(u32, RequestResult)>,
@@ -124,30 +123,30 @@ struct WaitingRequest {
 /// The request that the guest works on.
 #[derive(Debug)]
 struct Running {
-    asked: WaitingRequest,
+    request: WaitingRequest,
     cancelled: bool,
     pages: PageSet,
     blocks: Blocks,
-    /// Pages in all answers so far; each counts for one at least.
+    /// Sum of pages in all answers so far; an answer counts as at least one.
     named_pages: u64,
-    /// Pages that went into the balloon since the request was sent: to name
-    /// them as free is no lie then, only late.
+    /// Pages inflated since the request was sent. The guest may still report them as
+    /// free: it may have read them before.
     inflated: PageSet,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Ended {
     id: u32,
-    /// It has had its last answer, so the next one is one too many.
+    /// Its last answer was received, so another one is a fault.
     answered: bool,
 }
 
 impl GuestRequests {
-    /// Puts a request at the end of the queue, to be answered before `deadline`.
-    /// The caller then has the device serve the request queue.
+    /// Appends a request to the queue, with `deadline` for its answer, and returns its id.
+    /// The caller must serve the request queue afterwards.
     ///
     /// # Errors
-    /// See [`SubmitError`]; nothing has changed then.
+    /// See [`SubmitError`]. Nothing has changed.
     pub fn submit(&mut self, ask: Ask, deadline: Instant) -> Result<u32, SubmitError> {
         if !self.usable {
             return Err(SubmitError::NoQueue);
@@ -169,59 +168,62 @@ impl GuestRequests {
         Ok(id)
     }
 
-    /// Stops a request. One that was sent has until `deadline`, if that is
-    /// earlier than its own, to say that it stopped. False where it has ended.
+    /// Cancels a request. For a request that was sent, `deadline` limits the wait for the
+    /// guest's confirmation, if it is earlier than the request's own. Returns false if the
+    /// request has ended.
     pub fn cancel(&mut self, id: u32, deadline: Instant) -> bool {
-        if let Some(running) = self.running.as_mut().filter(|running| running.asked.id == id) {
+        if let Some(running) = self.running.as_mut().filter(|running| running.request.id == id) {
             if !running.cancelled {
                 running.cancelled = true;
-                running.asked.deadline = running.asked.deadline.min(deadline);
+                running.request.deadline = running.request.deadline.min(deadline);
                 self.send_cancel(id);
             }
             return true;
         }
-        let Some(at) = self.queued.iter().position(|asked| asked.id == id) else { return false };
-        if let Some(asked) = self.queued.remove(at) {
-            self.end(asked, Err(RequestFailure::Cancelled), true);
+        let Some(at) = self.queued.iter().position(|request| request.id == id) else {
+            return false;
+        };
+        if let Some(request) = self.queued.remove(at) {
+            self.end(request, Err(RequestFailure::Cancelled), true);
         }
         true
     }
 
-    /// Ends what ran out of time. True where something did: the device then has
-    /// the next request, or a cancel, to send.
+    /// Ends requests whose deadline has passed. Returns true if there were any: the device
+    /// may then have a request or a cancel to send.
     pub fn expire(&mut self, now: Instant) -> bool {
         let mut any = false;
-        if let Some(running) = self.running.take_if(|running| running.asked.deadline <= now) {
+        if let Some(running) = self.running.take_if(|running| running.request.deadline <= now) {
             any = true;
-            let asked = running.asked;
+            let request = running.request;
             let failure = if running.cancelled {
                 RequestFailure::Cancelled
             } else {
-                self.send_cancel(asked.id);
+                self.send_cancel(request.id);
                 RequestFailure::TimedOut { sent: true }
             };
-            self.end(asked, Err(failure), false);
+            self.end(request, Err(failure), false);
         }
-        while let Some(at) = self.queued.iter().position(|asked| asked.deadline <= now) {
-            let Some(asked) = self.queued.remove(at) else { break };
+        while let Some(at) = self.queued.iter().position(|request| request.deadline <= now) {
+            let Some(request) = self.queued.remove(at) else { break };
             any = true;
-            self.end(asked, Err(RequestFailure::TimedOut { sent: false }), true);
+            self.end(request, Err(RequestFailure::TimedOut { sent: false }), true);
         }
         any
     }
 
-    /// When [`expire`](Self::expire) has something to do next.
+    /// Returns the earliest deadline, for the next call of [`expire`](Self::expire).
     pub fn next_deadline(&self) -> Option<Instant> {
-        let running = self.running.iter().map(|running| running.asked.deadline);
-        running.chain(self.queued.iter().map(|asked| asked.deadline)).min()
+        let running = self.running.iter().map(|running| running.request.deadline);
+        running.chain(self.queued.iter().map(|request| request.deadline)).min()
     }
 
-    /// True while the request waits or runs.
+    /// Returns true while the request waits or runs.
     pub fn is_open(&self, id: u32) -> bool {
-        self.running_id() == Some(id) || self.queued.iter().any(|asked| asked.id == id)
+        self.running_id() == Some(id) || self.queued.iter().any(|request| request.id == id)
     }
 
-    /// How a request ended; told once, and only of the last [`MAX_OUTCOMES`].
+    /// Takes the outcome of a request. Only the last [`MAX_OUTCOMES`] are kept.
     pub fn take_outcome(&mut self, id: u32) -> Option<RequestResult> {
         let at = self.outcomes.iter().position(|(ended, _)| *ended == id)?;
         self.outcomes.remove(at).map(|(_, outcome)| outcome)
@@ -229,15 +231,15 @@ impl GuestRequests {
 
     /// The request that the guest works on.
     pub fn running(&self) -> Option<(u32, Ask)> {
-        self.running.as_ref().map(|running| (running.asked.id, running.asked.ask))
+        self.running.as_ref().map(|running| (running.request.id, running.request.ask))
     }
 
     /// The request that the guest works on, else the one that will be sent next.
     pub fn current(&self) -> Option<(u32, Ask)> {
-        self.running().or_else(|| self.queued.front().map(|asked| (asked.id, asked.ask)))
+        self.running().or_else(|| self.queued.front().map(|request| (request.id, request.ask)))
     }
 
-    /// True while the driver's queues stand still.
+    /// Returns true while the driver's queues are stopped.
     pub const fn is_stopped(&self) -> bool {
         self.stopped
     }
@@ -247,45 +249,45 @@ impl GuestRequests {
         self.queued.len()
     }
 
-    /// The newest free pages that the guest has named in full.
+    /// The newest complete set of free pages.
     pub const fn newest(&self) -> Option<&Arc<FreePages>> {
         self.newest.as_ref()
     }
 
-    /// What the guest has named of `id` so far, where that is a snapshot under way. Each
-    /// page was free at some moment after the request was sent, whatever is still to come.
+    /// Pages that the guest has named for `id` so far, if that is a running free-page report.
+    /// Each page was free at some moment after the request was sent.
     pub fn named_so_far(&self, id: u32) -> Option<&PageSet> {
-        let running = self.running.as_ref().filter(|running| running.asked.id == id)?;
-        (running.asked.ask.free_kind() == Some(FreeKind::Snapshot)).then_some(&running.pages)
+        let running = self.running.as_ref().filter(|running| running.request.id == id)?;
+        (running.request.ask.free_kind() == Some(FreeKind::Snapshot)).then_some(&running.pages)
     }
 
-    /// What the guest holds.
+    /// The guest's hold.
     pub const fn hold(&self) -> Option<&Hold> {
         self.hold.as_ref()
     }
 
-    /// Requests so far, by how they ended.
+    /// Ended requests by outcome.
     pub const fn totals(&self) -> &RequestTotals {
         &self.totals
     }
 
-    /// Answers to requests that had ended without: of a guest that is slow.
+    /// Answers that arrived after their request had ended (a slow guest).
     pub const fn late_answers(&self) -> u64 {
         self.late_answers
     }
 
-    /// Ends all that has not ended. What was sent may still be answered, late.
+    /// Ends all open requests. A request that was sent may still get a late answer.
     pub fn end_all(&mut self, failure: RequestFailure) {
         if let Some(running) = self.running.take() {
-            self.end(running.asked, Err(failure), false);
+            self.end(running.request, Err(failure), false);
         }
-        while let Some(asked) = self.queued.pop_front() {
-            self.end(asked, Err(failure), true);
+        while let Some(request) = self.queued.pop_front() {
+            self.end(request, Err(failure), true);
         }
         self.cancels.clear();
     }
 
-    /// A driver starts, which knows nothing of what was asked before.
+    /// Handles the start of a driver: ends all requests and forgets all results.
     pub(crate) fn reset(&mut self, negotiated: Features) {
         self.end_all(RequestFailure::DriverReset);
         self.usable = negotiated.contains(Features::REQUEST_VQ);
@@ -295,12 +297,7 @@ impl GuestRequests {
         self.newest = None;
     }
 
-    /// True while the driver's queues do not run.
-    pub const fn are_stopped(&self) -> bool {
-        self.stopped
-    }
-
-    /// The driver's queues stop: it is unloaded, or the guest only paused.
+    /// Handles the stop of the driver's queues: the driver is unloaded, or the guest paused.
     pub(crate) fn suspend(&mut self) {
         self.end_all(RequestFailure::QueuesStopped);
         self.stopped = true;
@@ -309,7 +306,7 @@ impl GuestRequests {
         }
     }
 
-    /// The driver's queues go on where they stopped.
+    /// Handles the restart of the driver's queues.
     pub(crate) fn resume(&mut self) {
         self.stopped = false;
         if let Some(hold) = self.hold.as_mut().filter(|hold| hold.state == HoldState::Paused) {
@@ -317,19 +314,19 @@ impl GuestRequests {
         }
     }
 
-    /// The newest free pages came another way.
+    /// Stores free pages from free page hinting as the newest.
     pub(crate) fn hinted(&mut self, pages: FreePages) {
         self.newest = Some(Arc::new(pages));
     }
 
-    /// Number of the newest request.
+    /// Id of the newest request.
     pub(crate) const fn last_id(&self) -> u32 {
         self.last_id
     }
 
-    /// The driver comes from another device, with its queues stopped: that one's newest
-    /// request was `last`, and what made the guest hold pages was `hold`, or 0.
-    pub(crate) fn moved(&mut self, last: u32, hold: u32) {
+    /// Restores a driver from another device, with its queues stopped. `last` is the id of
+    /// that device's newest request, and `hold` the id of its hold or 0.
+    pub(crate) fn restore(&mut self, last: u32, hold: u32) {
         self.last_id = last;
         self.stopped = true;
         let pages = FreePages {
@@ -345,21 +342,21 @@ impl GuestRequests {
         self.hold = hold.filter(|_| self.usable);
     }
 
-    /// Memory is elsewhere now: what was said of it is not true any more.
+    /// Forgets the newest free pages, when the memory layout has changed.
     pub(crate) fn forget_pages(&mut self) {
         self.newest = None;
     }
 
-    /// Pages went into the balloon.
+    /// Records pages that were inflated.
     pub(crate) fn inflated(&mut self, pages: &PageSet) {
         if let Some(running) = &mut self.running
-            && running.asked.ask.free_kind() == Some(FreeKind::Snapshot)
+            && running.request.ask.free_kind() == Some(FreeKind::Snapshot)
         {
             running.inflated.union_with(pages);
         }
     }
 
-    /// What to send, if the driver has room for it.
+    /// The next request to send when the driver provides a buffer.
     pub(crate) fn to_send(&self) -> Option<Request> {
         if let Some(&id) = self.cancels.front() {
             return Some(Request { id, command: Command::Cancel });
@@ -367,32 +364,32 @@ impl GuestRequests {
         if self.running.is_some() {
             return None;
         }
-        let asked = self.queued.front()?;
-        let command = match asked.ask {
+        let request = self.queued.front()?;
+        let command = match request.ask {
             Ask::DropCaches(caches) => Command::DropCaches(caches),
             Ask::ReportFree { min_granule_shift } => Command::ReportFree { min_granule_shift },
             Ask::HoldFree { reserve_pages } => Command::HoldFree { reserve_pages },
-            // A hold that is lost already: the driver answers that it has none.
+            // If the hold is already lost, the driver answers that it has none.
             Ask::ReleaseHold => {
                 Command::ReleaseHold { hold: self.hold.as_ref().map_or(0, |hold| hold.pages.id) }
             }
         };
-        Some(Request { id: asked.id, command })
+        Some(Request { id: request.id, command })
     }
 
-    /// What [`to_send`](Self::to_send) said is on its way.
+    /// Records that the request of [`to_send`](Self::to_send) was sent.
     pub(crate) fn sent(&mut self) {
         if self.cancels.pop_front().is_some() {
             return;
         }
-        let Some(asked) = self.queued.pop_front() else { return };
-        if asked.ask == Ask::ReleaseHold
+        let Some(request) = self.queued.pop_front() else { return };
+        if request.ask == Ask::ReleaseHold
             && let Some(hold) = &mut self.hold
         {
             hold.state = HoldState::Releasing;
         }
         self.running = Some(Running {
-            asked,
+            request,
             cancelled: false,
             pages: PageSet::new(),
             blocks: Blocks::default(),
@@ -401,7 +398,7 @@ impl GuestRequests {
         });
     }
 
-    /// Takes a driver's answer; `balloon` are the pages that the guest gave away.
+    /// Handles a driver's answer; `balloon` are the pages in the balloon.
     pub(crate) fn answer(
         &mut self,
         message: &[u8],
@@ -411,7 +408,7 @@ impl GuestRequests {
         let (id, _) = message.split_first_chunk().ok_or(Fault::MalformedAnswer)?;
         let id = u32::from_le_bytes(*id);
         let split = AnswerHeader::split(message).ok_or(Fault::MalformedAnswer);
-        let Some(mut running) = self.running.take_if(|running| running.asked.id == id) else {
+        let Some(mut running) = self.running.take_if(|running| running.request.id == id) else {
             return self.stray(id, split?.0);
         };
         match split.and_then(|(header, records)| {
@@ -420,16 +417,16 @@ impl GuestRequests {
         }) {
             Ok(None) => self.running = Some(running),
             Ok(Some(Ok(header))) => self.done(running, header),
-            Ok(Some(Err(failure))) => self.failed(running.asked, failure),
+            Ok(Some(Err(failure))) => self.failed(running.request, failure),
             Err(fault) => {
-                self.end(running.asked, Err(RequestFailure::Fault(fault)), false);
+                self.end(running.request, Err(RequestFailure::Fault(fault)), false);
                 return Err(fault);
             }
         }
         Ok(MessageStatus::Accepted)
     }
 
-    /// An answer to what does not run.
+    /// Handles an answer to a request that is not running.
     fn stray(&mut self, id: u32, header: AnswerHeader) -> Result<MessageStatus, Fault> {
         let held = self.hold.as_ref().is_some_and(|hold| hold.pages.id == id);
         if held && header.outcome == Outcome::HoldLost {
@@ -447,13 +444,13 @@ impl GuestRequests {
     }
 
     fn done(&mut self, running: Running, header: AnswerHeader) {
-        let asked = running.asked;
+        let request = running.request;
         let values = header.values;
-        let answer = match asked.ask.free_kind() {
+        let answer = match request.ask.free_kind() {
             None => Answer { elapsed_ns: header.elapsed_ns, values, free: None },
             Some(kind) => {
                 let pages = Arc::new(FreePages {
-                    id: asked.id,
+                    id: request.id,
                     kind,
                     pages: Arc::new(running.pages),
                     blocks: running.blocks,
@@ -468,35 +465,36 @@ impl GuestRequests {
                 Answer { elapsed_ns: header.elapsed_ns, values, free: Some(pages) }
             }
         };
-        if asked.ask == Ask::ReleaseHold {
+        if request.ask == Ask::ReleaseHold {
             self.hold = None;
         }
-        self.end(asked, Ok(answer), true);
+        self.end(request, Ok(answer), true);
     }
 
-    fn failed(&mut self, asked: WaitingRequest, failure: RequestFailure) {
-        let unknown = asked.ask == Ask::ReleaseHold && failure == RequestFailure::BadArgument;
-        // It was lost while the release was on its way. A driver that knows of
-        // no hold although none was lost has none either.
+    fn failed(&mut self, request: WaitingRequest, failure: RequestFailure) {
+        let unknown = request.ask == Ask::ReleaseHold && failure == RequestFailure::BadArgument;
+        // If the hold is gone here too, it was lost while the release was in flight.
+        // Otherwise the driver has no hold although it reported no loss, so drop ours.
         let lost = unknown && self.hold.take().is_none();
         let failure = if lost { RequestFailure::HoldLost } else { failure };
-        self.end(asked, Err(failure), true);
+        self.end(request, Err(failure), true);
     }
 
-    fn end(&mut self, asked: WaitingRequest, outcome: RequestResult, answered: bool) {
+    fn end(&mut self, request: WaitingRequest, outcome: RequestResult, answered: bool) {
         if answered {
-            self.cancels.retain(|id| *id != asked.id);
+            self.cancels.retain(|id| *id != request.id);
         }
-        self.totals.count(asked.ask.kind(), &outcome);
-        push_bounded(&mut self.ended, Ended { id: asked.id, answered }, MAX_ENDED);
-        push_bounded(&mut self.outcomes, (asked.id, outcome), MAX_OUTCOMES);
+        self.totals.count(request.ask.kind(), &outcome);
+        push_bounded(&mut self.ended, Ended { id: request.id, answered }, MAX_ENDED);
+        push_bounded(&mut self.outcomes, (request.id, outcome), MAX_OUTCOMES);
     }
 
     fn send_cancel(&mut self, id: u32) {
         push_bounded(&mut self.cancels, id, MAX_CANCELS);
     }
 
-    /// Not 0, and of no request or hold that the driver may still speak of.
+    /// Returns an id that is not 0 and that no request or hold uses for which the driver
+    /// may still send an answer.
     fn new_id(&mut self) -> u32 {
         loop {
             self.last_id = self.last_id.wrapping_add(1);
@@ -510,12 +508,12 @@ impl GuestRequests {
     }
 
     fn running_id(&self) -> Option<u32> {
-        self.running.as_ref().map(|running| running.asked.id)
+        self.running.as_ref().map(|running| running.request.id)
     }
 }
 
 impl Running {
-    /// Checks the records of an answer and adds them to what came before.
+    /// Checks the records of an answer and adds them to those of earlier answers.
     fn take(
         &mut self,
         header: AnswerHeader,
@@ -523,7 +521,7 @@ impl Running {
         layout: &MemoryLayout,
         balloon: &PageSet,
     ) -> Result<(), Fault> {
-        let Some(kind) = self.asked.ask.free_kind() else {
+        let Some(kind) = self.request.ask.free_kind() else {
             let whole = header.outcome != Outcome::More && records.is_empty();
             return if whole { Ok(()) } else { Err(Fault::MalformedAnswer) };
         };
@@ -543,7 +541,7 @@ impl Running {
         Ok(())
     }
 
-    /// `None` where more is to come.
+    /// Returns the result of the request, or `None` if more answers follow.
     fn verdict(
         &self,
         header: AnswerHeader,
@@ -556,7 +554,7 @@ impl Running {
             Outcome::BadArgument => RequestFailure::BadArgument,
             Outcome::Failed => RequestFailure::Refused { errno: header.values[0] },
             Outcome::Busy => RequestFailure::Busy,
-            Outcome::HoldLost if matches!(self.asked.ask, Ask::HoldFree { .. }) => {
+            Outcome::HoldLost if matches!(self.request.ask, Ask::HoldFree { .. }) => {
                 RequestFailure::HoldLost
             }
             Outcome::HoldLost => return Err(Fault::MalformedAnswer),
@@ -565,7 +563,7 @@ impl Running {
     }
 }
 
-/// Adds to the end; the oldest makes room.
+/// Appends an item; drops the oldest one at the limit.
 fn push_bounded<T>(queue: &mut VecDeque<T>, item: T, limit: usize) {
     if queue.len() >= limit {
         queue.pop_front();

@@ -1,78 +1,78 @@
-//! Why what the operator asked has no result, and whose fault it was.
+//! Why a request to the guest failed, and whose fault it was.
 
 use crate::answer::Answer;
 use crate::fault::Fault;
 use crate::request::MAX_QUEUED_REQUESTS;
 
-/// Why a request is not taken.
+/// Why a request is not accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SubmitError {
     /// The driver did not accept `REQUEST_VQ`, or there is no driver.
     #[error("guest: its driver has no request queue")]
     NoQueue,
-    /// The queues stand still.
-    #[error("guest: its queues stand still")]
+    /// The driver's queues are stopped.
+    #[error("guest: its queues are stopped")]
     Stopped,
-    /// [`MAX_QUEUED_REQUESTS`] wait already.
-    #[error("operator: {MAX_QUEUED_REQUESTS} requests wait already")]
+    /// [`MAX_QUEUED_REQUESTS`] requests are queued already.
+    #[error("operator: {MAX_QUEUED_REQUESTS} requests are queued already")]
     TooMany,
     /// There is no hold to release.
     #[error("operator: the guest holds no free pages")]
     NoHold,
     /// There is a hold already.
-    #[error("operator: the guest holds free pages already")]
+    #[error("operator: the guest already holds free pages")]
     HeldAlready,
 }
 
-/// Why a request has no answer that is of use.
+/// Why a request failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RequestFailure {
     /// The guest did not answer in time.
     #[error("guest: did not answer in time")]
     TimedOut {
-        /// False where the driver left no room to send it in.
+        /// False if the driver provided no buffer to send it in.
         sent: bool,
     },
-    /// The operator stopped it.
-    #[error("operator: stopped the request")]
+    /// The operator cancelled it.
+    #[error("operator: cancelled the request")]
     Cancelled,
-    /// The driver does not know the command.
-    #[error("guest: its driver does not know this request")]
+    /// The driver does not support the command.
+    #[error("guest: its driver does not support this request")]
     UnknownCommand,
-    /// The driver sees no meaning in the argument.
-    #[error("guest: its driver sees no meaning in the argument")]
+    /// The driver rejected the argument.
+    #[error("guest: its driver rejected the argument")]
     BadArgument,
-    /// The guest's kernel refused.
-    #[error("guest: its kernel refused, error {errno}")]
+    /// The guest's kernel failed the request.
+    #[error("guest: its kernel failed the request with error {errno}")]
     Refused {
-        /// Linux's error number, by the guest's word.
+        /// Linux error number, as the guest reported it.
         errno: u64,
     },
-    /// The guest needed the memory before it had named all of the hold.
+    /// The guest needed the memory before it had reported all of the hold.
     #[error("guest: needed the memory itself")]
     HoldLost,
-    /// The driver has too much to do, or has a hold already.
+    /// The driver's request list is full, or it has a hold already.
     #[error("guest: its driver is busy")]
     Busy,
-    /// The answer broke the protocol.
-    #[error("guest: the answer breaks the protocol")]
+    /// The answer violates the protocol.
+    #[error("guest: the answer violates the protocol")]
     Fault(#[source] Fault),
     /// The queues stopped: the driver was unloaded, or the guest paused.
-    #[error("guest: its queues stopped before it had answered")]
+    #[error("guest: its queues stopped before it answered")]
     QueuesStopped,
     /// Another driver started, or the device was reset.
-    #[error("guest: its driver was reset before it had answered")]
+    #[error("guest: its driver was reset before it answered")]
     DriverReset,
-    /// The monitor closed the connection.
-    #[error("front end: hung up before the guest had answered")]
+    /// The front end closed the connection.
+    #[error("front end: closed the connection before the guest answered")]
     HungUp,
-    /// The ring could not be followed any more.
-    #[error("guest: its request queue makes no sense")]
+    /// The vring of the request queue is invalid.
+    #[error("guest: the vring of its request queue is invalid")]
     BadRing,
 }
 
 impl RequestFailure {
-    /// The word that the control API and the metrics use.
+    /// The name in the control API and the metrics.
     pub const fn name(self) -> &'static str {
         match self {
             Self::TimedOut { .. } => "timed-out",
@@ -91,5 +91,5 @@ impl RequestFailure {
     }
 }
 
-/// How a request ended.
+/// The outcome of a request.
 pub type RequestResult = Result<Answer, RequestFailure>;

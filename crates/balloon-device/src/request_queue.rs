@@ -1,4 +1,4 @@
-//! The request queue: chains that wait, chains that answer.
+//! The request queue: chains that wait for a request, and chains with an answer.
 
 use balloon_abi::limits::MAX_MESSAGE_BYTES;
 use page_set::PageSet;
@@ -12,24 +12,24 @@ use crate::message::Message;
 use crate::pending::{NotPending, PendingChain, PendingChains};
 use crate::request::GuestRequests;
 
-/// Bytes of a request in the used ring.
+/// Length of a request in the used ring.
 const WRITTEN: u32 = 16;
 const _: () = assert!(WRITTEN as usize == balloon_abi::request::REQUEST_BYTES);
 
-/// What serving the queue needs of the device.
+/// The parts of the device that the request queue uses.
 pub(crate) struct RequestQueue<'a> {
     pub(crate) requests: &'a mut GuestRequests,
     pub(crate) waiting: &'a mut PendingChains,
     pub(crate) message: &'a mut Message,
     pub(crate) faults: &'a mut Faults,
     pub(crate) layout: &'a MemoryLayout,
-    /// Pages that the guest gave away.
+    /// Pages in the balloon.
     pub(crate) balloon: &'a PageSet,
 }
 
 impl RequestQueue<'_> {
-    /// Takes what the driver put on the queue, then sends what there is to send
-    /// and room for.
+    /// Takes all chains from the queue, then sends as many requests as waiting chains
+    /// allow.
     pub(crate) fn process<M: GuestMemory>(
         &mut self,
         memory: &M,
@@ -57,13 +57,13 @@ impl RequestQueue<'_> {
         Ok(drained)
     }
 
-    /// Keeps a chain without readable bytes; one that cannot be kept comes back
-    /// with nothing in it.
+    /// Keeps a chain without readable bytes. Returns length 0 for the used ring if the
+    /// chain cannot be kept.
     fn wait(&mut self, head: u16, limit: usize) -> Option<u32> {
-        let kept = match self.message.request_room() {
+        let kept = match self.message.request_at() {
             None => Err(Fault::EmptyMessage),
-            room => {
-                self.waiting.keep(PendingChain { head, room }, limit).map_err(|not| match not {
+            buffer => {
+                self.waiting.keep(PendingChain { head, buffer }, limit).map_err(|not| match not {
                     NotPending::Repeated => Fault::RepeatedChain,
                     NotPending::TooMany => Fault::TooManyWaiting,
                 })
@@ -75,14 +75,14 @@ impl RequestQueue<'_> {
         })
     }
 
-    /// Puts requests into waiting chains. True where the driver wants to be told.
+    /// Writes requests into waiting chains. Returns true if the driver must be notified.
     fn send<M: GuestMemory>(&mut self, memory: &M, queue: &mut impl QueueT) -> Result<bool, Error> {
         let mut any = false;
         while let Some(request) = self.requests.to_send() {
             let Some(chain) = self.waiting.take() else { break };
             let written = chain
-                .room
-                .is_some_and(|room| memory.write_slice(&request.to_bytes(), room).is_ok());
+                .buffer
+                .is_some_and(|buffer| memory.write_slice(&request.to_bytes(), buffer).is_ok());
             if written {
                 self.requests.sent();
             } else {

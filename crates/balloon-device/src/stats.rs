@@ -1,8 +1,8 @@
 //! Guest memory statistics (virtio 1.3, section 5.5.6.3): the device keeps the
-//! driver's one buffer, and returns it to ask for another with new values.
+//! driver's one buffer and returns it to request new values.
 //!
-//! So a guest gives values as often as it is asked: a buffer that comes while one
-//! is kept goes back unread.
+//! A second buffer is returned unread, so a guest cannot send values faster than the
+//! device requests them.
 
 use std::time::Instant;
 
@@ -11,7 +11,7 @@ use balloon_abi::stats::{self, Stat};
 use crate::fault::Fault;
 use crate::pending::{PendingChain, PendingChains};
 
-/// Buffers that are kept.
+/// Buffers that the device keeps.
 const BUFFERS: usize = 1;
 
 /// The newest statistics of the guest.
@@ -20,67 +20,67 @@ pub struct Stats {
     /// At most [`stats::MAX_STATS`], one of each tag, lowest first.
     values: Vec<Stat>,
     received: Option<Instant>,
-    /// The driver that gave the values is gone.
+    /// The driver that sent the values was reset or replaced.
     from_former_driver: bool,
     buffers: u64,
-    pub(crate) kept: PendingChains,
-    /// The driver's first buffer means nothing: it may not be written yet.
+    pub(crate) pending: PendingChains,
+    /// The driver's first buffer may be uninitialised, so its content is ignored.
     skip_first: bool,
 }
 
 impl Stats {
-    /// The values, lowest tag first; what a tag means is up to the reader.
+    /// The values, lowest tag first, with unknown tags.
     pub fn values(&self) -> &[Stat] {
         &self.values
     }
 
-    /// When the values came; `None` before the first.
+    /// When the values were received; `None` before the first.
     pub const fn received(&self) -> Option<Instant> {
         self.received
     }
 
-    /// True where the driver that gave the values is gone.
+    /// Returns true if the driver that sent the values was reset or replaced.
     pub const fn is_from_former_driver(&self) -> bool {
         self.from_former_driver
     }
 
-    /// Buffers that were taken so far.
+    /// Buffers taken so far.
     pub const fn buffers(&self) -> u64 {
         self.buffers
     }
 
-    /// A driver starts or has gone. A legacy driver's first buffer is not
-    /// initialised (section 5.5.6.3.3).
+    /// Handles the start or the end of a driver. A legacy driver's first buffer is
+    /// uninitialised (section 5.5.6.3.3).
     pub(crate) fn reset(&mut self, legacy: bool) {
-        self.kept.forget();
+        self.pending.forget();
         self.from_former_driver = true;
         self.skip_first = legacy;
     }
 
-    /// Keeps the chain at `head` with what was read from it. Says whether it is
-    /// kept, else it is to be returned, and what the guest did wrong.
+    /// Keeps the chain at `head` and stores the values in its `buffer`. Returns whether the
+    /// chain was kept (if not, the caller returns it) and the guest's fault, if any.
     pub(crate) fn take(
         &mut self,
         head: u16,
         buffer: Result<&[u8], Fault>,
         now: Instant,
     ) -> (bool, Option<Fault>) {
-        if self.kept.keep(PendingChain { head, room: None }, BUFFERS).is_err() {
+        if self.pending.keep(PendingChain { head, buffer: None }, BUFFERS).is_err() {
             return (false, Some(Fault::ExtraStats));
         }
-        // PendingChains in any case: to return it would be to ask for the next.
+        // Keep it in any case: to return it requests the next one.
         self.buffers += 1;
         let skip = std::mem::take(&mut self.skip_first);
         match buffer {
             Ok(bytes) if !skip => self.set(bytes, now),
-            // A driver that has no values yet may begin with a buffer of none.
+            // A driver without values may send an empty first buffer.
             Ok(_) | Err(Fault::EmptyMessage) => {}
             Err(fault) => return (true, Some(fault)),
         }
         (true, None)
     }
 
-    /// Of two entries of one tag the last counts.
+    /// Stores the values. The last entry of a tag wins.
     fn set(&mut self, bytes: &[u8], now: Instant) {
         self.values.clear();
         for stat in stats::decode(bytes) {
@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn values_come_in_any_order_and_unknown_tags_are_passed_on() {
+    fn values_are_sorted_by_tag_and_unknown_tags_are_kept() {
         let mut stats = Stats::default();
         assert_eq!(stats.received(), None);
         let values = [stat(0xffff, 7), stat(4, 1), stat(0, 2), stat(4, 3)];
@@ -123,20 +123,20 @@ mod tests {
     }
 
     #[test]
-    fn a_second_buffer_goes_back_unread() {
+    fn a_second_buffer_is_returned_unread() {
         let mut stats = Stats::default();
         take(&mut stats, 0, &[stat(4, 1)]);
         for head in [0, 1] {
             assert_eq!(take(&mut stats, head, &[stat(4, 9)]), (false, Some(Fault::ExtraStats)));
         }
         assert_eq!(stats.values(), [stat(4, 1)]);
-        assert_eq!(stats.kept.take().map(|chain| chain.head), Some(0));
+        assert_eq!(stats.pending.take().map(|chain| chain.head), Some(0));
         assert_eq!(take(&mut stats, 1, &[stat(4, 2)]), (true, None));
         assert_eq!((stats.values(), stats.buffers()), (&[stat(4, 2)][..], 2));
     }
 
     #[test]
-    fn a_buffer_that_cannot_be_read_is_kept_and_the_values_stay() {
+    fn an_unreadable_buffer_is_kept_and_changes_no_value() {
         let mut stats = Stats::default();
         take(&mut stats, 0, &[stat(4, 1)]);
         for (fault, outcome) in [
@@ -144,23 +144,23 @@ mod tests {
             (Fault::OversizedMessage, Some(Fault::OversizedMessage)),
             (Fault::BadDescriptor, Some(Fault::BadDescriptor)),
         ] {
-            stats.kept.forget();
+            stats.pending.forget();
             assert_eq!(stats.take(0, Err(fault), Instant::now()), (true, outcome));
             assert_eq!(stats.values(), [stat(4, 1)]);
         }
     }
 
     #[test]
-    fn values_of_a_driver_that_is_gone_are_told_apart() {
+    fn values_of_a_former_driver_are_marked() {
         let mut stats = Stats::default();
         take(&mut stats, 0, &[stat(4, 1)]);
         assert!(!stats.is_from_former_driver());
         stats.reset(true);
         assert!(stats.is_from_former_driver());
-        // The first buffer of a legacy driver has no values.
+        // The first buffer of a legacy driver is ignored.
         assert_eq!(take(&mut stats, 0, &[stat(4, 2)]), (true, None));
         assert_eq!(stats.values(), [stat(4, 1)]);
-        stats.kept.forget();
+        stats.pending.forget();
         take(&mut stats, 0, &[stat(4, 3)]);
         assert_eq!(stats.values(), [stat(4, 3)]);
         assert!(!stats.is_from_former_driver());

@@ -1,4 +1,4 @@
-//! How requests ended, counted.
+//! Counts of ended requests by outcome.
 
 use std::collections::BTreeMap;
 
@@ -9,16 +9,16 @@ use crate::request_failure::RequestResult;
 pub enum RequestKind {
     /// Drop clean caches.
     DropCaches,
-    /// Name free blocks.
+    /// Report free blocks.
     ReportFree,
-    /// Keep free blocks.
+    /// Hold free blocks.
     HoldFree,
-    /// Give them back.
+    /// Release the hold.
     ReleaseHold,
 }
 
 impl RequestKind {
-    /// The word that the control API and the metrics use.
+    /// The name in the control API and the metrics.
     pub const fn name(self) -> &'static str {
         match self {
             Self::DropCaches => "drop-caches",
@@ -29,13 +29,13 @@ impl RequestKind {
     }
 }
 
-/// Ended requests by command and by the word for how they ended (`done`, or
+/// Ended requests by command and outcome (`done`, or
 /// [`RequestFailure::name`](crate::RequestFailure::name)).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RequestTotals(BTreeMap<(RequestKind, &'static str), u64>);
 
 impl RequestTotals {
-    /// All that occurred, in a fixed order.
+    /// Iterates over all nonzero counts, in a fixed order.
     pub fn iter(&self) -> impl Iterator<Item = (RequestKind, &'static str, u64)> + '_ {
         self.0.iter().map(|((kind, outcome), count)| (*kind, *outcome, *count))
     }

@@ -1,6 +1,6 @@
-//! What a message can make the device allocate, in a process of its own.
+//! Memory that a message can make the device allocate. Runs in its own process.
 #![forbid(unsafe_code)]
-#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+#![allow(clippy::unwrap_used, reason = "a test fails on any error")]
 
 use balloon_abi::limits::MAX_MESSAGE_BYTES;
 use balloon_abi::{Features, Vq};
@@ -9,7 +9,7 @@ use guest_ring::{Buffer, GuestRing};
 use page_set::PageSet;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-/// What the test's process itself may take for other reasons.
+/// Memory that the test process may allocate for other reasons.
 const SLACK_KIB: u64 = 16 << 10;
 
 struct Nothing;
@@ -23,21 +23,21 @@ impl Reclaim for Nothing {
     fn flush(&mut self) {}
 }
 
-/// The most memory that this process ever had.
+/// Returns the peak resident memory of this process, in KiB.
 fn peak_kib() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
     line.split_whitespace().next().unwrap().parse().unwrap()
 }
 
-/// A front end says that there is memory at both ends of a petabyte, and its guest names
-/// blocks of 512 MiB between: a quarter of a million, in a message of the usual size.
+/// Guest memory lies at both ends of a petabyte, and the guest names 512 MiB blocks in
+/// between: a quarter of a million, in a message of the usual size.
 #[test]
-fn blocks_in_a_gap_are_refused_before_they_are_kept() {
+fn blocks_in_a_gap_are_refused_without_allocation() {
     const BYTES: u64 = 4 << 20;
     const WORDS: u64 = 63;
     const RECORD_BYTES: usize = 8 + 8 * 63;
-    // So that no GiB is whole, which would cost less.
+    // A complete GiB would take less memory.
     const EVERY_OTHER: u64 = 0x5555_5555_5555_5555;
     const BLOCK_SHIFT: u64 = 29;
     let memory =
@@ -55,7 +55,7 @@ fn blocks_in_a_gap_are_refused_before_they_are_kept() {
         (0..WORDS).for_each(|_| message.extend(EVERY_OTHER.to_le_bytes()));
         start += 64 * WORDS * block_pages;
     }
-    assert!(start < (1 << 50) / 4096, "it is all in the gap");
+    assert!(start < (1 << 50) / 4096, "all blocks are in the gap");
     memory.write_slice(&message, GuestAddress(0x10_0000)).unwrap();
     let mut ring = GuestRing::new(0x1000, 16);
     let mut queue = ring.queue();
@@ -68,5 +68,5 @@ fn blocks_in_a_gap_are_refused_before_they_are_kept() {
     assert!(ring.take_used(&memory).is_some());
     assert_eq!(device.faults().total(), 1);
     assert!(device.held().is_empty());
-    assert!(grown < SLACK_KIB, "one message took {grown} KiB");
+    assert!(grown < SLACK_KIB, "one message allocated {grown} KiB");
 }

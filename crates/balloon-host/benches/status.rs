@@ -1,7 +1,7 @@
-//! What a status costs: the operator who asks, and the guest who is served meanwhile.
+//! The cost of a status request, for the operator and for the guest.
 #![forbid(unsafe_code)]
 #![allow(missing_docs, reason = "criterion's macros make items without")]
-#![allow(clippy::unwrap_used, reason = "a bench stops at the first surprise")]
+#![allow(clippy::unwrap_used, reason = "a bench fails on any error")]
 
 use std::time::Duration;
 
@@ -15,8 +15,8 @@ use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 const GIB: usize = 1 << 30;
 
-/// A guest of private memory that it has not touched: its page table is gone through all the
-/// same.
+/// Creates a guest with private memory that it has not touched. Its page table is walked
+/// nevertheless.
 fn guest(bytes: usize) -> Shared {
     let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), bytes)]).unwrap();
     let mut reclaim = HostReclaim::new(ReleaseMode::Background, PartialHuge::Split).unwrap();
@@ -31,8 +31,8 @@ fn status(criterion: &mut Criterion) {
     group.sample_size(10).measurement_time(Duration::from_secs(2));
     let shared = guest(64 * GIB);
     group.bench_function("all of it", |bench| bench.iter(|| shared.status()));
-    // The guest's memory is measured after the device's lock was given back, which a test sees
-    // to; so without memory to measure, this is how long the guest may have to wait.
+    // Memory is measured without the device's lock, which a test checks. So without memory to
+    // measure, this is how long the guest may have to wait for the lock.
     shared.device().reclaim_mut().forget_memory();
     group.bench_function("under the lock", |bench| bench.iter(|| shared.status()));
     group.finish();

@@ -1,8 +1,8 @@
-//! The balloon of one guest as a host holds it: the device, what releases its memory, and what
-//! the control API asks, behind one lock.
+//! The host side of one guest's balloon: the device, the code that releases its memory, and the
+//! control API's operations, behind one lock.
 //!
-//! A vhost-user back end and a monitor with the balloon in its own process both hold a
-//! [`Shared`]; they differ in how the guest's notifications reach it.
+//! The vhost-user back end and the VMM (`aerostat run`) both use a [`Shared`]. They differ in how
+//! the guest's notifications reach it.
 
 #![forbid(unsafe_code)]
 #![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]
@@ -23,13 +23,13 @@ pub use reclaim::{HostReclaim, Work};
 pub use shared::{DeviceGuard, Shared};
 pub use stats_clock::StatsClock;
 
-/// Something that every process has was refused.
+/// The host refused a basic resource, such as a thread or a file descriptor.
 #[derive(Debug, thiserror::Error)]
 #[error("host: {what} failed")]
 pub struct HostError {
-    /// The call.
+    /// The failed operation.
     pub what: &'static str,
-    /// What the kernel said.
+    /// The kernel's error.
     #[source]
     pub source: std::io::Error,
 }

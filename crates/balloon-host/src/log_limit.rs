@@ -1,36 +1,36 @@
-//! Bounds what peers can make the log say.
+//! Rate limit for log lines that a peer can cause.
 
 use std::time::{Duration, Instant};
 
-/// Lines that peers may cause in one period: enough to see what happens.
+/// Lines per period: enough for a diagnosis.
 const LINES: u32 = 20;
 
-/// Length of a period: at 20 lines in 10 s a day fills some 20 MiB at most.
+/// Length of a period: 20 lines in 10 s are at most about 20 MiB a day.
 const PERIOD: Duration = Duration::from_secs(10);
 
-/// Counts log lines that a peer caused.
+/// Limits log lines that a peer causes.
 #[derive(Debug, Default)]
 pub struct LogLimit {
     period_start: Option<Instant>,
     lines: u32,
-    left_out: u64,
+    suppressed: u64,
 }
 
 impl LogLimit {
-    /// Asks for one line: `None` where it must be left out, else how many were
-    /// left out since the last one.
+    /// Requests one line. Returns `None` if it must be suppressed, else the number of lines
+    /// suppressed since the last one.
     pub fn take(&mut self, now: Instant) -> Option<u64> {
-        let over = self.period_start.is_none_or(|start| now.duration_since(start) >= PERIOD);
-        if over {
+        let expired = self.period_start.is_none_or(|start| now.duration_since(start) >= PERIOD);
+        if expired {
             self.period_start = Some(now);
             self.lines = 0;
         }
         if self.lines == LINES {
-            self.left_out = self.left_out.saturating_add(1);
+            self.suppressed = self.suppressed.saturating_add(1);
             return None;
         }
         self.lines += 1;
-        Some(std::mem::take(&mut self.left_out))
+        Some(std::mem::take(&mut self.suppressed))
     }
 }
 
@@ -39,7 +39,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_period_has_its_lines_and_the_next_one_says_what_was_left_out() {
+    fn the_next_period_reports_suppressed_lines() {
         let mut limit = LogLimit::default();
         let start = Instant::now();
         for _ in 0..LINES {

@@ -1,4 +1,4 @@
-//! Connects the device's wishes to the host's memory.
+//! Implements the device's [`Reclaim`] on the host's memory.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
@@ -12,22 +12,22 @@ use page_set::PageSet;
 
 use crate::{HostError, LogLimit};
 
-/// Releases the memory of one guest, present or not.
+/// Releases the memory of one guest. It exists without a connected guest, too.
 #[derive(Debug)]
 pub struct HostReclaim {
     reclaimer: Arc<Reclaimer>,
     footprint: Footprint,
     memory: Arc<MemoryMap>,
     partial_huge: PartialHuge,
-    /// Times that the guest took back what the host may not have any more.
+    /// Deflates for which the host could not reserve memory.
     unbacked: u64,
     log: LogLimit,
 }
 
-/// What the host spends on a guest's memory. Asking may take ten milliseconds for each GiB
-/// that the guest has touched, or as long as a file system likes, so nobody asks who holds a
-/// lock: a copy is as good. And one asks at a time: a file system that hangs costs one thread, and
-/// ten clients cost what one does.
+/// Measures the host memory behind a guest. A measurement takes up to ten milliseconds per GiB
+/// that the guest has touched, and does not return if a file system hangs. So callers clone this
+/// and measure without a lock. Only one caller measures at a time: a file system that hangs blocks
+/// one thread, and ten clients cost as much as one.
 #[derive(Clone, Debug)]
 pub struct Footprint {
     measure: Arc<dyn Measure>,
@@ -36,15 +36,15 @@ pub struct Footprint {
 
 #[derive(Debug, Default)]
 struct Measured {
-    /// Held by who measures.
+    /// Locked during a measurement.
     measuring: Mutex<()>,
-    /// What was measured last.
+    /// The last result.
     last: Mutex<Option<u64>>,
 }
 
-/// Something that can be measured.
+/// Memory that can be measured.
 pub(crate) trait Measure: std::fmt::Debug + Send + Sync {
-    /// Bytes that the host spends, `None` without a guest or where it cannot be told.
+    /// Returns the resident bytes; `None` without a guest or on an error.
     fn resident_bytes(&self) -> Option<u64>;
 }
 
@@ -63,14 +63,14 @@ impl Footprint {
         Self { measure, measured: Arc::default() }
     }
 
-    /// What the host really spends on the guest; `None` without a guest. While somebody else
-    /// measures, it is what was measured before: `None` where that is the first time.
+    /// Returns the guest's resident bytes; `None` without a guest. While another thread
+    /// measures, returns the last result, or `None` if there is none.
     pub fn resident_bytes(&self) -> Option<u64> {
         let Measured { measuring, last } = &*self.measured;
         let last = || last.lock().unwrap_or_else(PoisonError::into_inner);
         let _measuring = match measuring.try_lock() {
             Err(TryLockError::WouldBlock) => return *last(),
-            // There is nothing behind it that a panic could leave half made.
+            // The mutex protects no data that a panic could leave inconsistent.
             Err(TryLockError::Poisoned(error)) => error.into_inner(),
             Ok(measuring) => measuring,
         };
@@ -80,21 +80,21 @@ impl Footprint {
     }
 }
 
-/// What was done up to some moment.
+/// Work done up to some moment.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Work {
-    /// Calls to the kernel.
+    /// System calls.
     pub calls: u64,
-    /// Bytes given back to the host.
+    /// Bytes released to the host.
     pub bytes: u64,
-    /// Time for finding host addresses.
+    /// Time spent on translation to host addresses.
     pub translate: Duration,
-    /// Time in the calls.
+    /// Time spent in the system calls.
     pub release: Duration,
 }
 
 impl Work {
-    /// What was done since `earlier`.
+    /// Returns the work done since `earlier`.
     pub const fn since(&self, earlier: &Self) -> Self {
         Self {
             calls: self.calls.saturating_sub(earlier.calls),
@@ -106,7 +106,7 @@ impl Work {
 }
 
 impl HostReclaim {
-    /// Releases nothing until a guest's memory is known.
+    /// Starts without a guest's memory; see [`set_memory`](Self::set_memory).
     ///
     /// # Errors
     /// The host has no thread left.
@@ -132,24 +132,24 @@ impl HostReclaim {
         })
     }
 
-    /// The guest's memory is now there.
+    /// Sets the guest's memory map.
     pub fn set_memory(&mut self, memory: MemoryMap) {
         self.replace(Arc::new(memory));
     }
 
-    /// The guest is gone; its memory is not held any longer.
+    /// Drops the guest's memory map.
     pub fn forget_memory(&mut self) {
         self.replace(Arc::new(MemoryMap::default()));
     }
 
-    /// Changes when pages are released, once all is released that is pending now. That may
-    /// take long, so it is to be called when no lock is held.
+    /// Returns a function that changes the release mode after all pending releases. That may
+    /// take long, so it must be called without a lock.
     pub(crate) fn mode_changer(&self) -> impl FnOnce(ReleaseMode) + use<> {
         let reclaimer = Arc::clone(&self.reclaimer);
         move |mode| reclaimer.set_mode(reclaimer_mode(mode))
     }
 
-    /// What the host spends on the guest, to be asked when no lock is held.
+    /// Returns the measurement of the guest's memory, for use without a lock.
     pub fn footprint(&self) -> Footprint {
         self.footprint.clone()
     }
@@ -159,7 +159,7 @@ impl HostReclaim {
         self.footprint = Footprint::new(measure);
     }
 
-    /// `None` while something is still to be released; else when the last release
+    /// Returns `None` while a release is pending or in flight, else when the last release
     /// ended, if there was any.
     pub fn reached_at(&self) -> Option<Option<Instant>> {
         let done = self.reclaimer.snapshot();
@@ -167,7 +167,7 @@ impl HostReclaim {
         idle.then_some(done.last_batch_at)
     }
 
-    /// What was done up to now.
+    /// Returns the work done so far.
     pub fn work(&self) -> Work {
         let done = self.reclaimer.snapshot();
         Work {
@@ -178,11 +178,11 @@ impl HostReclaim {
         }
     }
 
-    /// For the control API.
+    /// Returns the status for the control API.
     pub fn status(&self) -> ReleaseStatus {
         let done = self.reclaimer.snapshot();
         ReleaseStatus {
-            mode: told_mode(self.reclaimer.mode()),
+            mode: api_mode(self.reclaimer.mode()),
             partial_huge: self.partial_huge,
             pending_bytes: done.pending_pages * BALLOON_PAGE_BYTES,
             in_flight_bytes: done.in_flight_pages * BALLOON_PAGE_BYTES,
@@ -193,7 +193,7 @@ impl HostReclaim {
         }
     }
 
-    /// What was released because the guest reported it; the rest is the device's.
+    /// Returns the releases of reported pages. The device adds the other fields.
     pub fn reports(&self) -> ReportsStatus {
         let done = self.reclaimer.snapshot();
         ReportsStatus {
@@ -204,7 +204,7 @@ impl HostReclaim {
         }
     }
 
-    /// What the host refused, by kind.
+    /// Returns the host's faults by kind.
     pub fn faults(&self) -> BTreeMap<String, u64> {
         let done = self.reclaimer.snapshot();
         let kinds = [
@@ -244,15 +244,15 @@ impl Reclaim for HostReclaim {
 
     fn retain(&mut self, pages: &PageSet) {
         self.reclaimer.retain(pages);
-        // Nothing can be answered to a guest but that the pages are its own. So it is said here.
+        // The protocol has no way to refuse a deflate, so the error is only logged here.
         if let Err(error) = self.memory.reserve(pages) {
             self.unbacked += 1;
-            if let Some(left_out) = self.log.take(Instant::now()) {
+            if let Some(suppressed) = self.log.take(Instant::now()) {
                 tracing::error!(
                     %error,
-                    left_out,
-                    "host: the guest takes memory back that cannot be reserved any more; it may \
-                     be stopped when it touches it"
+                    suppressed,
+                    "host: cannot reserve memory for a deflate; the guest may be killed when it \
+                     accesses the pages"
                 );
             }
         }
@@ -263,7 +263,7 @@ impl Reclaim for HostReclaim {
     }
 }
 
-const fn told_mode(mode: host_memory::ReleaseMode) -> ReleaseMode {
+const fn api_mode(mode: host_memory::ReleaseMode) -> ReleaseMode {
     match mode {
         host_memory::ReleaseMode::Background => ReleaseMode::Background,
         host_memory::ReleaseMode::Immediate => ReleaseMode::Immediate,

@@ -1,4 +1,4 @@
-//! Why a request brought nothing, in words for an operator.
+//! Error texts of failed requests, for the operator.
 
 use std::io;
 use std::time::Duration;
@@ -6,8 +6,8 @@ use std::time::Duration;
 use balloon_device::{MAX_QUEUED_REQUESTS, RequestFailure, RequestKind, SubmitError};
 use control::{ControlError, WhyNot};
 
-/// What the guest was to do.
-const fn deed(kind: RequestKind) -> &'static str {
+/// The requested operation, as an infinitive.
+const fn action(kind: RequestKind) -> &'static str {
     match kind {
         RequestKind::DropCaches => "drop caches",
         RequestKind::ReportFree => "report its free pages",
@@ -16,125 +16,128 @@ const fn deed(kind: RequestKind) -> &'static str {
     }
 }
 
-/// Why a request is not made.
+/// Returns the error of a request that was not accepted.
 pub(crate) fn refused(kind: RequestKind, error: SubmitError, connected: bool) -> ControlError {
-    let deed = deed(kind);
+    let action = action(kind);
     let (why, what, hint) = match error {
         SubmitError::NoQueue if !connected => (
             WhyNot::NotPossible,
-            format!("no guest is connected that could {deed}"),
-            "start the guest, then ask again",
+            format!("no guest is connected that could {action}"),
+            "start the guest, then repeat the request",
         ),
         SubmitError::NoQueue => (
             WhyNot::NotPossible,
-            format!("the guest's driver cannot {deed}: it has no request queue"),
+            format!("the guest's driver cannot {action}: it has no request queue"),
             "load aerostat_balloon in the guest",
         ),
         SubmitError::Stopped => (
             WhyNot::NotPossible,
-            format!("the guest cannot {deed} now: it is paused, or its driver was unloaded"),
+            format!("the guest cannot {action} now: it is paused, or its driver was unloaded"),
             "resume the guest, or load aerostat_balloon in it",
         ),
         SubmitError::TooMany => (
             WhyNot::TooMany,
-            format!("{MAX_QUEUED_REQUESTS} requests wait for the guest already"),
-            "wait for them, or stop the one that runs with `aerostat cancel NAME`",
+            format!("{MAX_QUEUED_REQUESTS} requests to the guest are queued already"),
+            "wait for them, or cancel the running one with `aerostat cancel NAME`",
         ),
         SubmitError::NoHold => (
             WhyNot::NotPossible,
             "the guest holds no free pages".into(),
-            "ask for a hold first, with `aerostat free-pages NAME --hold`",
+            "create a hold first, with `aerostat free-pages NAME --hold`",
         ),
         SubmitError::HeldAlready => (
             WhyNot::NotPossible,
-            "the guest holds free pages already".into(),
+            "the guest already holds free pages".into(),
             "release them first, with `aerostat free-pages NAME --release`",
         ),
     };
     ControlError::Guest { why, what, hint: hint.into() }
 }
 
-/// Why a request brought nothing.
+/// Returns the error of a request that failed.
 pub(crate) fn failed(
     kind: RequestKind,
     failure: RequestFailure,
     timeout: Duration,
 ) -> ControlError {
-    let deed = deed(kind);
+    let action = action(kind);
     let (why, what, hint) = match failure {
         RequestFailure::TimedOut { sent: true } => (
             WhyNot::TimedOut,
-            format!("the guest did not {deed} within {} ms", timeout.as_millis()),
-            "see whether the guest still runs; a longer time-out may help",
+            format!("the guest did not {action} within {} ms", timeout.as_millis()),
+            "check that the guest runs, or use a longer timeout",
         ),
         RequestFailure::TimedOut { sent: false } => (
             WhyNot::TimedOut,
-            format!("the guest's driver took no request to {deed} in {} ms", timeout.as_millis()),
-            "it is busy with another request, or hangs; `aerostat status NAME` shows which",
+            format!(
+                "the guest's driver did not accept a request to {action} within {} ms",
+                timeout.as_millis()
+            ),
+            "check with `aerostat status NAME` whether it is busy with another request or hangs",
         ),
         RequestFailure::Cancelled => (
             WhyNot::Stopped,
-            format!("the request to {deed} was stopped"),
-            "ask again if this was not meant",
+            format!("the request to {action} was cancelled"),
+            "repeat the request if this was not intended",
         ),
         RequestFailure::QueuesStopped => (
             WhyNot::Stopped,
-            format!("the guest was paused, or its driver unloaded, before it could {deed}"),
-            "ask again once the driver runs",
+            format!("the guest was paused, or its driver unloaded, before it could {action}"),
+            "repeat the request once the driver runs",
         ),
         RequestFailure::DriverReset => (
             WhyNot::Stopped,
-            format!("the guest's driver was reset before it could {deed}"),
-            "ask again once the driver runs",
+            format!("the guest's driver was reset before it could {action}"),
+            "repeat the request once the driver runs",
         ),
         RequestFailure::HungUp => (
             WhyNot::Stopped,
-            format!("the guest's monitor hung up before the guest could {deed}"),
-            "start the guest, then ask again",
+            format!("the guest's front end disconnected before the guest could {action}"),
+            "start the guest, then repeat the request",
         ),
         other => return refused_by_guest(kind, other),
     };
     ControlError::Guest { why, what, hint: hint.into() }
 }
 
-/// The same of what the guest said, or did not say well.
+/// Returns the error of a request that the guest refused or answered wrongly.
 fn refused_by_guest(kind: RequestKind, failure: RequestFailure) -> ControlError {
-    let deed = deed(kind);
+    let action = action(kind);
     let (what, hint) = match failure {
         RequestFailure::UnknownCommand => (
-            format!("the guest's driver does not know how to {deed}"),
+            format!("the guest's driver does not support the request to {action}"),
             "load an aerostat_balloon of this version in the guest",
         ),
         RequestFailure::BadArgument => (
-            format!("the guest's driver refused to {deed}: it sees no meaning in the argument"),
+            format!("the guest's driver refused to {action}: it rejected the argument"),
             "load an aerostat_balloon of this version in the guest",
         ),
         RequestFailure::Refused { errno } => (
-            format!("the guest's kernel refused to {deed}: {}", errno_text(errno)),
-            "look into the guest's kernel log",
+            format!("the guest's kernel refused to {action}: {}", errno_text(errno)),
+            "see the guest's kernel log",
         ),
         RequestFailure::HoldLost => (
-            "the guest needed its free memory itself, and the hold is over".into(),
-            "leave it more, with --reserve",
+            "the guest needed the memory itself, and the hold is lost".into(),
+            "leave the guest more free memory, with --reserve",
         ),
         RequestFailure::Busy => (
-            format!("the guest's driver refused to {deed}: it has too much to do, or a hold"),
-            "release the hold, or ask again later",
+            format!("the guest's driver refused to {action}: it is busy, or has a hold"),
+            "release the hold, or try again later",
         ),
         RequestFailure::Fault(fault) => (
-            format!("the guest's answer breaks the protocol ({fault})"),
-            "the guest's driver is at fault; the fault counters tell how often",
+            format!("the guest's answer violates the protocol ({fault})"),
+            "update the guest's driver; the fault counters show how often this happens",
         ),
         RequestFailure::BadRing => (
-            "the guest's request queue makes no sense and was stopped".into(),
-            "load the driver in the guest anew",
+            "the vring of the guest's request queue is invalid, and the queue was stopped".into(),
+            "reload the driver in the guest",
         ),
-        other => (other.to_string(), "ask again"),
+        other => (other.to_string(), "repeat the request"),
     };
     ControlError::Guest { why: WhyNot::Refused, what, hint: hint.into() }
 }
 
-/// An error number of the guest's, in words.
+/// Returns the text of a guest's error number.
 fn errno_text(errno: u64) -> String {
     match i32::try_from(errno) {
         Ok(errno @ 1..=4095) => io::Error::from_raw_os_error(errno).to_string(),

@@ -1,4 +1,4 @@
-//! What the operator asks of the guest's kernel: in the API's words, with times.
+//! The control API's requests to the guest, with their times.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, PoisonError};
@@ -15,38 +15,37 @@ use page_set::PageSet;
 use crate::request_text::{failed, refused};
 use crate::shared::{Shared, State, ms};
 
-/// Time for a guest to say that it stopped what it was told to stop. After it
-/// the request has ended whatever the guest does.
-const CANCEL_TIME: Duration = Duration::from_secs(2);
+/// Time for the guest to confirm a cancel. After it the request ends without a confirmation.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// When requests were made: of all that can have an outcome, and one more that
-/// is just being made.
+/// Most submission times that are kept: one for each request that can have an outcome, and one
+/// for a request that is being submitted.
 const MAX_TIMES: usize = MAX_OUTCOMES + 1;
 
-/// Times around requests, of which the device knows none.
+/// Times of requests, which the device does not record.
 #[derive(Debug, Default)]
 pub(crate) struct RequestTimes {
-    asked: VecDeque<(u32, RequestOutcomes)>,
+    submitted: VecDeque<(u32, SubmittedRequest)>,
     /// Id, duration and arrival of the newest free pages.
     newest: Option<(u32, Duration, Instant)>,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct RequestOutcomes {
+struct SubmittedRequest {
     at: Instant,
     timeout: Duration,
     kind: RequestKind,
 }
 
 impl Shared {
-    /// Time until the device has a request to end.
+    /// Returns the time until the next deadline of a request.
     pub fn until_deadline(&self) -> Option<Duration> {
         let deadline = self.state().device.requests().next_deadline()?;
-        // A millisecond more than nothing: the poll rounds down to those.
+        // Plus a millisecond: poll's timeout is rounded down to milliseconds.
         Some(deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1))
     }
 
-    /// Ends requests whose time is over; true where there were any.
+    /// Ends requests whose deadline has passed. Returns true if there were any.
     pub fn expire_requests(&self) -> bool {
         let any = self.state().device.requests_mut().expire(Instant::now());
         if any {
@@ -60,15 +59,18 @@ impl Shared {
         ask: GuestAsk,
         timeout: Duration,
     ) -> Result<u32, ControlError> {
-        let ask = device_ask(ask);
+        let ask = device_request(ask);
         let now = Instant::now();
         let mut state = self.state();
         let submitted = state.device.requests_mut().submit(ask, now + timeout);
         let id = submitted.map_err(|error| refused(ask.kind(), error, state.connected))?;
-        if state.times.asked.len() == MAX_TIMES {
-            state.times.asked.pop_front();
+        if state.times.submitted.len() == MAX_TIMES {
+            state.times.submitted.pop_front();
         }
-        state.times.asked.push_back((id, RequestOutcomes { at: now, timeout, kind: ask.kind() }));
+        state
+            .times
+            .submitted
+            .push_back((id, SubmittedRequest { at: now, timeout, kind: ask.kind() }));
         drop(state);
         self.wake_up()?;
         Ok(id)
@@ -87,8 +89,8 @@ impl Shared {
             }
             if !state.device.requests().is_open(id) {
                 return Some(Err(ControlError::Failed {
-                    what: format!("nobody knows any more how request {id} ended"),
-                    hint: "ask again; only the last few outcomes are kept".into(),
+                    what: format!("the outcome of request {id} is no longer available"),
+                    hint: "repeat the request; only the last few outcomes are kept".into(),
                 }));
             }
             let now = Instant::now();
@@ -100,20 +102,20 @@ impl Shared {
         }
     }
 
-    /// Asks for a snapshot of blocks of at least `min_block_bytes` bytes, a power of two. A guest
-    /// that has more to do than to answer is not waited for beyond `wait`: what it has named by
-    /// then stands without the rest, and it names the largest blocks first. `None` where it was
-    /// not its turn to name any.
+    /// Requests a free-page report of blocks of at least `min_block_bytes` bytes, a power of two.
+    /// After `wait` it returns the pages named so far; the guest names the largest blocks first.
+    /// `None` if the request was not sent by then.
     ///
     /// # Errors
-    /// The guest cannot be asked, or what it answered does not count.
+    /// The request cannot be made, or it failed.
     pub fn free_snapshot(
         &self,
         min_block_bytes: u64,
         wait: Duration,
     ) -> Result<Option<PageSet>, ControlError> {
-        // The request outlives the wait, so that what it brought is still there.
-        let id = self.submit_request(GuestAsk::Snapshot { min_block_bytes }, wait + CANCEL_TIME)?;
+        // The deadline is later than the wait, so that a partial result is still available.
+        let id =
+            self.submit_request(GuestAsk::Snapshot { min_block_bytes }, wait + CANCEL_TIMEOUT)?;
         self.named_within(id, wait)
     }
 
@@ -123,17 +125,21 @@ impl Shared {
             return outcome.map(pages);
         }
         let mut state = self.state();
-        // It may have ended since.
+        // It may have ended meanwhile.
         if let Some(outcome) = state.take_outcome(id) {
             return outcome.map(pages);
         }
         let requests = state.device.requests_mut();
         let named = requests.named_so_far(id).cloned();
-        requests.cancel(id, Instant::now() + CANCEL_TIME);
+        requests.cancel(id, Instant::now() + CANCEL_TIMEOUT);
         drop(state);
         self.wake_up()?;
         let pages = named.as_ref().map(PageSet::len);
-        tracing::info!(?wait, pages, "the guest names its free pages still; those it named count");
+        tracing::info!(
+            ?wait,
+            pages,
+            "the free-page report is incomplete; the pages so far are used"
+        );
         Ok(named)
     }
 
@@ -141,13 +147,13 @@ impl Shared {
         let mut state = self.state();
         let requests = state.device.requests_mut();
         let id = id.or_else(|| requests.current().map(|(id, _)| id));
-        let cancelled = id.filter(|id| requests.cancel(*id, Instant::now() + CANCEL_TIME));
+        let cancelled = id.filter(|id| requests.cancel(*id, Instant::now() + CANCEL_TIMEOUT));
         let id = cancelled.ok_or_else(|| ControlError::Guest {
             why: WhyNot::NotPossible,
-            what: "there is no request to stop".into(),
-            hint: "`aerostat status NAME` shows what the guest works on".into(),
+            what: "there is no request to cancel".into(),
+            hint: "see the guest's requests with `aerostat status NAME`".into(),
         })?;
-        let command = state.times.of(id).map_or("", |asked| asked.kind.name()).to_owned();
+        let command = state.times.of(id).map_or("", |submitted| submitted.kind.name()).to_owned();
         drop(state);
         self.changed();
         self.wake_up()?;
@@ -156,8 +162,8 @@ impl Shared {
 }
 
 impl RequestTimes {
-    fn of(&self, id: u32) -> Option<RequestOutcomes> {
-        self.asked.iter().find(|(asked, _)| *asked == id).map(|(_, asked)| *asked)
+    fn of(&self, id: u32) -> Option<SubmittedRequest> {
+        self.submitted.iter().find(|(submitted, _)| *submitted == id).map(|(_, at)| *at)
     }
 }
 
@@ -171,7 +177,7 @@ impl State {
         }
         RequestStatus {
             possible: self.device.negotiated().contains(Features::REQUEST_VQ)
-                && !requests.are_stopped(),
+                && !requests.is_stopped(),
             running: requests.running().map(|(_, ask)| ask.kind().name().into()),
             waiting: requests.queued() as u64,
             hold: requests.hold().map(|hold| hold_state(hold.state)),
@@ -184,7 +190,7 @@ impl State {
         self.device.requests().newest().map(|pages| self.free_pages_map(pages))
     }
 
-    /// The guest has named pages by hints, since `elapsed`.
+    /// Records the time that the guest took to name pages by hints.
     pub(crate) fn note_hints(&mut self, id: u32, elapsed: Duration) {
         self.times.newest = Some((id, elapsed, Instant::now()));
     }
@@ -192,18 +198,19 @@ impl State {
     fn take_outcome(&mut self, id: u32) -> Option<Result<GuestAnswer, ControlError>> {
         let outcome = self.device.requests_mut().take_outcome(id)?;
         let now = Instant::now();
-        let asked = self.times.of(id);
-        let elapsed = asked.map_or(Duration::ZERO, |asked| now.duration_since(asked.at));
+        let submitted = self.times.of(id);
+        let elapsed =
+            submitted.map_or(Duration::ZERO, |submitted| now.duration_since(submitted.at));
         if let Ok(Answer { free: Some(pages), .. }) = &outcome {
             self.times.newest = Some((pages.id, elapsed, now));
         }
-        Some(self.told(id, asked, elapsed, outcome))
+        Some(self.guest_answer(id, submitted, elapsed, outcome))
     }
 
-    fn told(
+    fn guest_answer(
         &self,
         id: u32,
-        asked: Option<RequestOutcomes>,
+        submitted: Option<SubmittedRequest>,
         elapsed: Duration,
         outcome: RequestResult,
     ) -> Result<GuestAnswer, ControlError> {
@@ -216,8 +223,8 @@ impl State {
                 free: answer.free.map(|pages| self.free_pages_map(&pages)),
             }),
             Err(failure) => {
-                let kind = asked.map_or(RequestKind::DropCaches, |asked| asked.kind);
-                let timeout = asked.map_or(elapsed, |asked| asked.timeout);
+                let kind = submitted.map_or(RequestKind::DropCaches, |submitted| submitted.kind);
+                let timeout = submitted.map_or(elapsed, |submitted| submitted.timeout);
                 Err(failed(kind, failure, timeout))
             }
         }
@@ -260,7 +267,7 @@ impl State {
     }
 }
 
-fn device_ask(ask: GuestAsk) -> Ask {
+fn device_request(ask: GuestAsk) -> Ask {
     match ask {
         GuestAsk::DropCaches(what) => Ask::DropCaches(match what {
             api::Caches::PageCache => Caches::PAGE_CACHE,
@@ -300,13 +307,13 @@ mod tests {
 
     const MEMORY_BYTES: usize = 4 << 20;
     const BLOCKS: u64 = 2;
-    const BEYOND: u64 = 2;
+    const OUTSIDE_BLOCK: u64 = 2;
     const RING: u64 = 0x1000;
     const REQUEST: u64 = 0x2000;
     const MESSAGE: u64 = 0x3000;
     const STATUS: u64 = 0x4000;
 
-    /// A driver that takes what it is asked, and answers as a test wants.
+    /// A driver whose answers the test controls.
     struct Guest {
         shared: Shared,
         memory: GuestMemoryMmap,
@@ -349,8 +356,8 @@ mod tests {
             Request::from_bytes(&request).unwrap()
         }
 
-        /// The command of a driver that hints.
-        fn says(memory: &GuestMemoryMmap, command: u32) -> Buffer {
+        /// Returns a buffer with a command of a driver that hints.
+        fn command(memory: &GuestMemoryMmap, command: u32) -> Buffer {
             memory.write_obj(command, GuestAddress(MESSAGE)).unwrap();
             Buffer::readable(MESSAGE, 4)
         }
@@ -361,7 +368,7 @@ mod tests {
             device.process_queue(Vq::FreePage, &self.memory, &mut self.queue).unwrap();
         }
 
-        /// Names a block of 2 MiB, and is believed.
+        /// Names a block of 2 MiB and expects the device to accept it.
         fn name(&mut self, id: u32, outcome: Outcome, block: u64) {
             self.answer(id, outcome, block);
             let status: u32 = self.memory.read_obj(GuestAddress(STATUS)).unwrap();
@@ -383,9 +390,9 @@ mod tests {
         }
     }
 
-    enum Lie {
-        NoSuchPage,
-        TooOften,
+    enum Violation {
+        OutsideMemory,
+        TooManyPages,
     }
 
     fn block(number: u64) -> PageSet {
@@ -393,19 +400,19 @@ mod tests {
     }
 
     #[test]
-    fn what_a_slow_guest_has_named_stands_without_the_rest() {
+    fn a_partial_report_of_a_slow_guest_is_used() {
         let mut guest = Guest::new();
         let id = guest.ask();
         assert_eq!(guest.take().id, id);
         guest.name(id, Outcome::More, 1);
         let named = guest.shared.named_within(id, Duration::ZERO).unwrap();
         assert_eq!(named, Some(block(1)));
-        let told = guest.take();
-        assert_eq!(told, Request { id, command: balloon_abi::Command::Cancel });
+        let sent = guest.take();
+        assert_eq!(sent, Request { id, command: balloon_abi::Command::Cancel });
     }
 
     #[test]
-    fn a_guest_that_answers_in_time_is_taken_at_its_last_word() {
+    fn a_report_in_time_is_complete() {
         let mut guest = Guest::new();
         let id = guest.ask();
         guest.take();
@@ -416,13 +423,13 @@ mod tests {
     }
 
     #[test]
-    fn a_silent_guest_has_named_nothing_and_is_told_to_stop() {
+    fn a_report_of_a_silent_guest_is_empty_and_cancelled() {
         let mut guest = Guest::new();
         let id = guest.ask();
         guest.take();
         let named = guest.shared.named_within(id, Duration::ZERO).unwrap();
         assert_eq!(named, Some(PageSet::new()));
-        // What it says until it has heard of that comes too late for whoever asked.
+        // Answers before the driver receives the cancel are too late for the caller.
         guest.answer(id, Outcome::More, 1);
         guest.take();
         assert_eq!(guest.shared.device().requests().named_so_far(id), Some(&block(1)));
@@ -431,27 +438,29 @@ mod tests {
     }
 
     #[test]
-    fn of_a_guest_that_lies_nothing_counts() {
-        for lie in [Lie::NoSuchPage, Lie::TooOften] {
+    fn a_protocol_violation_discards_the_report() {
+        for violation in [Violation::OutsideMemory, Violation::TooManyPages] {
             let mut guest = Guest::new();
             let id = guest.ask();
             guest.take();
             guest.name(id, Outcome::More, 1);
-            match lie {
-                Lie::NoSuchPage => guest.answer(id, Outcome::More, BEYOND),
-                Lie::TooOften => (0..2 * BLOCKS).for_each(|_| guest.answer(id, Outcome::More, 1)),
+            match violation {
+                Violation::OutsideMemory => guest.answer(id, Outcome::More, OUTSIDE_BLOCK),
+                Violation::TooManyPages => {
+                    (0..2 * BLOCKS).for_each(|_| guest.answer(id, Outcome::More, 1))
+                }
             }
             let error = guest.shared.named_within(id, Duration::ZERO).unwrap_err();
-            assert!(error.to_string().contains("breaks the protocol"), "{error}");
+            assert!(error.to_string().contains("violates the protocol"), "{error}");
         }
     }
 
     #[test]
-    fn hints_that_have_come_stand_while_there_are_more_to_come() {
+    fn partial_hints_are_used() {
         let mut guest = Guest::with(Features::VERSION_1 | Features::FREE_PAGE_HINT);
         let id = guest.shared.begin_hints().unwrap();
         assert_eq!(guest.shared.hinted_within(id, Duration::ZERO), Some(PageSet::new()));
-        guest.hint(&[Guest::says(&guest.memory, id)]);
+        guest.hint(&[Guest::command(&guest.memory, id)]);
         guest.hint(&[Buffer::writable(1 << 21, 1 << 21)]);
         assert_eq!(guest.shared.hinted_within(id, Duration::ZERO), Some(block(1)));
         assert_eq!(guest.shared.hinted_within(id + 1, Duration::ZERO), None, "another request");
@@ -460,7 +469,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_was_not_asked_yet_has_named_nothing() {
+    fn an_unsent_request_has_no_report() {
         let guest = Guest::new();
         let id = guest.ask();
         assert_eq!(guest.shared.named_within(id, Duration::ZERO).unwrap(), None);

@@ -1,18 +1,18 @@
-//! A split ring as a driver or a front end places it in guest memory.
+//! Checks of a split virtqueue's addresses in guest memory.
 
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemory, Permissions};
 
-/// Entries a queue may have: four times what Linux front ends use, so that the
-/// work of one drain stays bounded.
+/// Most entries of a queue, so that the work of one drain is bounded. Four times what Linux
+/// front ends use.
 pub const MAX_QUEUE_SIZE: u16 = 1024;
 
-/// Alignment of the descriptor table, the used and the available ring in bytes
+/// Alignment of the descriptor table, the used ring and the available ring, in bytes
 /// (virtio 1.3, section 2.7).
 const ALIGNMENTS: [u64; 3] = [16, 4, 2];
 
-/// Places descriptor table, used and available ring, and makes the queue ready.
-/// False where no ring can be so: then the queue is not to be served.
+/// Sets the addresses of descriptor table, used ring and available ring, and makes the queue
+/// ready. Returns false if they are invalid: then the queue must not be served.
 #[must_use]
 pub fn place(
     queue: &mut Queue,
@@ -20,7 +20,7 @@ pub fn place(
     event_idx: bool,
     memory: &impl GuestMemory,
 ) -> bool {
-    // Asked before the queue is, which would log what a peer sent.
+    // Checked before `Queue` does, which would log a peer's invalid address.
     let mut parts = places.iter().zip(ALIGNMENTS);
     if !parts.all(|(place, alignment)| place.0.is_multiple_of(alignment)) {
         return false;
@@ -38,12 +38,12 @@ pub fn place(
     lies_in(queue, memory)
 }
 
-/// True when the ring of a ready queue lies in `memory`; to be asked again when
-/// memory moves.
+/// Returns true if the vring of a ready queue is inside of `memory`. Must be checked again when
+/// the memory layout changes.
 #[must_use]
 pub fn lies_in(queue: &Queue, memory: &impl GuestMemory) -> bool {
     let entries = usize::from(queue.size());
-    // The two rings have three words besides their entries.
+    // Each ring has three 16-bit fields besides its entries.
     let parts = [
         (queue.desc_table(), entries * 16, Permissions::Read),
         (queue.used_ring(), entries * 8 + 6, Permissions::Write),

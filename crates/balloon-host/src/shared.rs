@@ -1,5 +1,5 @@
-//! What the loop that serves the guest and the control API share: the device,
-//! under a lock, and what is known around it.
+//! State shared between the device loop and the control API: the device and its
+//! bookkeeping, behind a lock.
 
 mod hints;
 mod keep;
@@ -27,9 +27,9 @@ use crate::reclaim::{HostReclaim, Work};
 use crate::requests::RequestTimes;
 use crate::saved::{Saved, StateWriter};
 
-/// How often a wait looks whether releasing in the background has come to its
-/// end, which nobody announces.
-const SETTLE_LOOK: Duration = Duration::from_millis(1);
+/// How often a wait polls for the end of a background release, which sends no
+/// notification.
+const RELEASE_POLL_INTERVAL: Duration = Duration::from_millis(1);
 
 /// One guest's balloon.
 pub struct Shared {
@@ -39,15 +39,15 @@ pub struct Shared {
     pub(crate) changed: Condvar,
     wake: OwnedFd,
     log_limit: Mutex<LogLimit>,
-    /// Counted only where the guest's monitor is this process.
+    /// Counted only if this process is the VMM.
     exits: Option<Exits>,
 }
 
-/// How often the guest left its processor because of the balloon.
+/// Exits of the guest's vCPUs because of the balloon.
 #[derive(Default)]
 struct Exits {
     all: AtomicU64,
-    /// Of them, to notify.
+    /// The exits that were notifications.
     kicks: AtomicU64,
 }
 
@@ -55,20 +55,20 @@ pub(crate) struct State {
     pub(crate) device: BalloonDevice<HostReclaim>,
     pub(crate) connected: bool,
     generation: u64,
-    /// What was released before the present change began.
+    /// Work done before the current change started.
     baseline: Work,
     front_end_faults: BTreeMap<&'static str, u64>,
-    /// How often the guest is asked for statistics, if it is.
+    /// Interval of statistics requests; `None` to request none.
     stats_interval: Option<Duration>,
-    /// The configuration space has changed and the guest was not told yet.
+    /// The configuration space has changed, and the guest was not notified yet.
     config_changed: bool,
-    /// The guest may go on elsewhere, with a state that was taken already.
+    /// The device state was taken for a migration; the guest may run on another host.
     leaving: bool,
-    /// What a driver said, for when it goes on.
+    /// State for a back-end restart.
     saved: Saved,
-    /// Where that is kept, if it is.
+    /// Writes `saved` to the state file, if there is one.
     writer: Option<Arc<StateWriter>>,
-    /// When requests were submitted, and what became of the newest free pages.
+    /// When requests were submitted, and the timing of the newest free pages.
     pub(crate) times: RequestTimes,
 }
 
@@ -89,7 +89,7 @@ impl std::ops::DerefMut for DeviceGuard<'_> {
 }
 
 impl Shared {
-    /// A balloon without a guest.
+    /// Creates a balloon without a guest.
     ///
     /// # Errors
     /// The host has no file descriptor left.
@@ -120,20 +120,20 @@ impl Shared {
         })
     }
 
-    /// The same for a monitor, which sees each time that the guest leaves its processor.
+    /// Enables the exit counters, for the VMM.
     #[must_use]
     pub fn with_exits(self) -> Self {
         Self { exits: Some(Exits::default()), ..self }
     }
 
-    /// The guest left its processor so many times because of the balloon.
+    /// Counts vCPU exits because of the balloon.
     pub fn count_exits(&self, count: u64) {
         if let Some(exits) = &self.exits {
             exits.all.fetch_add(count, Ordering::Relaxed);
         }
     }
 
-    /// The same, to notify the balloon.
+    /// Counts vCPU exits that notify the balloon; they also count as exits.
     pub fn count_kicks(&self, count: u64) {
         self.count_exits(count);
         if let Some(exits) = &self.exits {
@@ -141,67 +141,67 @@ impl Shared {
         }
     }
 
-    /// The device, locked.
+    /// Locks the device.
     pub fn device(&self) -> DeviceGuard<'_> {
         DeviceGuard(self.state())
     }
 
-    /// Wakes those who wait for a change of the balloon.
+    /// Wakes all threads that wait for a change of the balloon.
     pub fn changed(&self) {
         self.changed.notify_all();
     }
 
-    /// A guest came or went.
+    /// Records whether a guest is connected.
     pub fn set_connected(&self, connected: bool) {
         self.state().connected = connected;
         self.changed();
     }
 
-    /// Counts a fault of the monitor under this word.
+    /// Counts a fault of the front end under `name`.
     pub fn count_front_end_fault(&self, name: &'static str) {
         let mut state = self.state();
         let count = state.front_end_faults.entry(name).or_default();
         *count = count.saturating_add(1);
     }
 
-    /// True where one more line about a peer's doing may go to the log.
+    /// Returns true if the rate limit allows another log line caused by a peer.
     pub fn may_log(&self) -> bool {
         let mut limit = self.log_limit.lock().unwrap_or_else(PoisonError::into_inner);
-        let left_out = limit.take(Instant::now());
-        if let Some(lines @ 1..) = left_out {
-            tracing::warn!(lines, "more happened than was logged; see the fault counters");
+        let suppressed = limit.take(Instant::now());
+        if let Some(lines @ 1..) = suppressed {
+            tracing::warn!(lines, "log lines were suppressed; see the fault counters");
         }
-        left_out.is_some()
+        suppressed.is_some()
     }
 
-    /// True once for each change of the configuration space, or for many at once.
+    /// Returns true once after one or more changes of the configuration space.
     pub fn take_config_changed(&self) -> bool {
         std::mem::take(&mut self.state().config_changed)
     }
 
-    /// Has the loop look at what the operator wants.
+    /// Wakes the device loop to handle the operator's request.
     pub(crate) fn wake_up(&self) -> Result<(), ControlError> {
         let woken = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
         woken.map(drop).map_err(|error| ControlError::Failed {
-            what: format!("the balloon cannot be woken: {error}"),
+            what: format!("the balloon's device loop cannot be woken: {error}"),
             hint: "restart the back end of this guest".into(),
         })
     }
 
-    /// Becomes readable when the operator wants something.
+    /// Eventfd that becomes readable when the operator made a request.
     pub const fn wake(&self) -> &OwnedFd {
         &self.wake
     }
 
-    /// Has the loop tell the guest that the configuration space changed.
+    /// Makes the device loop send a configuration change notification.
     fn announce(&self, mut state: MutexGuard<'_, State>) -> Result<(), ControlError> {
         state.config_changed = true;
         drop(state);
         self.wake_up()
     }
 
-    /// A thread that panicked with the lock held has left counters behind, no
-    /// half-made structure; the guest is worth more than a clean exit.
+    /// Ignores poisoning: a thread that panicked with the lock held may have left wrong
+    /// counters, but no broken structure, and the guest must continue to run.
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -231,7 +231,7 @@ impl control::BalloonControl for Shared {
             faults: state.faults(),
             requests: state.requests(),
         };
-        // The guest is served while its memory is gone through.
+        // Measure without the lock: the guest is served meanwhile.
         drop(state);
         Status { resident_bytes: footprint.resident_bytes(), ..status }
     }
@@ -247,13 +247,12 @@ impl control::BalloonControl for Shared {
     fn set_target(&self, pages: u32) -> Result<u64, ControlError> {
         let mut state = self.state();
         if state.leaving {
-            let what =
-                "the guest is about to run elsewhere, where a target for it would not be known";
-            let hint = "ask where it runs, as soon as `aerostat status` says where".to_owned();
+            let what = "the guest is switching to another host, and a new target would be lost";
+            let hint = "set the target on the host that `aerostat status` reports".to_owned();
             return Err(ControlError::Refused { what: what.to_owned(), hint });
         }
         let memory_pages = state.device.layout().pages();
-        // Asked here once more: the guest may have come since the server asked.
+        // The server checked this too, but the guest may have connected since.
         if memory_pages > 0 && u64::from(pages) > memory_pages {
             return Err(ControlError::TargetTooLarge {
                 target_bytes: u64::from(pages) * BALLOON_PAGE_BYTES,
@@ -330,10 +329,10 @@ impl control::BalloonControl for Shared {
                 return status;
             }
             let left = end.map_or(Duration::MAX, |end| end - now);
-            // Only a guest that has reached its target leaves nothing but the
-            // release to wait for; all else is announced.
+            // Once the guest has reached its target only the background release is left,
+            // which must be polled. All other changes notify `changed`.
             let reached = status.actual_pages == status.target_pages;
-            let wait = if reached { left.min(SETTLE_LOOK) } else { left };
+            let wait = if reached { left.min(RELEASE_POLL_INTERVAL) } else { left };
             let woken = self.changed.wait_timeout(state, wait);
             state = woken.unwrap_or_else(PoisonError::into_inner).0;
         }
@@ -373,7 +372,7 @@ impl State {
         }
     }
 
-    /// When the guest had reached the target and the host had released all.
+    /// When the guest had reached the target and the host had released all pages.
     fn reached_at(&self) -> Option<Instant> {
         let reached_at = self.device.change()?.reached_at()?;
         let released_at = self.device.reclaim().reached_at()?;
@@ -421,7 +420,7 @@ impl State {
             .map(|(name, count)| ((*name).to_owned(), *count))
             .collect();
         let mut host = self.device.reclaim().faults();
-        // Of the whole process.
+        // Counters of the whole process.
         let process = [
             ("thread_panicked", diagnostics::panics()),
             ("log_line_dropped", diagnostics::dropped_lines()),
@@ -455,7 +454,7 @@ mod tests {
     const TEST_TIMEOUT: Duration = Duration::from_secs(60);
     const MEMORY_BYTES: usize = 4 << 20;
 
-    /// Measures when it is told to.
+    /// Measures when the test sends the result.
     #[derive(Debug)]
     struct Slow {
         asked: Sender<()>,
@@ -469,7 +468,7 @@ mod tests {
         }
     }
 
-    /// A guest that has terabytes, or one on a file system that hangs: it is served as ever.
+    /// Measuring may be slow: the guest may have terabytes, or its file system may hang.
     #[test]
     fn a_guest_is_served_while_its_memory_is_measured() {
         let mut reclaim = HostReclaim::new(ReleaseMode::Background, PartialHuge::Split).unwrap();
@@ -502,13 +501,14 @@ mod tests {
         });
         let served = served.recv_timeout(TEST_TIMEOUT);
         go.send(12345).unwrap();
-        assert_eq!(served, Ok((true, 2)), "the guest waited for a status");
+        assert_eq!(served, Ok((true, 2)), "the guest waited for the status");
         guest.join().unwrap();
         assert_eq!(operator.join().unwrap().resident_bytes, Some(12345));
     }
-    /// Who asks while another one's answer is measured gets what was measured before.
+
+    /// A client that requests the status during a measurement gets the previous result.
     #[test]
-    fn memory_is_measured_for_one_at_a_time_and_only_for_who_asks() {
+    fn memory_is_measured_by_one_client_at_a_time() {
         let mut reclaim = HostReclaim::new(ReleaseMode::Background, PartialHuge::Split).unwrap();
         let (asked_tx, asked) = channel();
         let (go, go_rx) = channel();
@@ -523,21 +523,21 @@ mod tests {
             move || shared.status().resident_bytes
         });
         asked.recv_timeout(TEST_TIMEOUT).expect("memory is measured");
-        let (told_tx, told) = channel();
+        let (statuses_tx, statuses) = channel();
         let others = thread::spawn({
             let shared = Arc::clone(&shared);
             move || {
                 let _ = (shared.release(), shared.stats());
-                told_tx.send([shared.status(), shared.status()]).unwrap();
+                statuses_tx.send([shared.status(), shared.status()]).unwrap();
             }
         });
-        let told = told.recv_timeout(TEST_TIMEOUT);
+        let statuses = statuses.recv_timeout(TEST_TIMEOUT);
         go.send(2).unwrap();
-        let told = told.expect("others wait for what one has asked");
-        assert!(told.iter().all(|status| status.resident_bytes == Some(1)));
+        let statuses = statuses.expect("other clients wait for the measurement");
+        assert!(statuses.iter().all(|status| status.resident_bytes == Some(1)));
         others.join().unwrap();
         assert_eq!(slow.join().unwrap(), Some(2));
-        assert!(asked.try_recv().is_err(), "it was measured for them too");
+        assert!(asked.try_recv().is_err(), "only one client measured");
         go.send(3).unwrap();
         assert_eq!(shared.status().resident_bytes, Some(3));
     }

@@ -1,27 +1,27 @@
-//! When the guest is to be asked for statistics.
+//! Timer of statistics requests.
 
 use std::time::{Duration, Instant};
 
-/// Remembers when it was asked last.
+/// The time of the last request.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct StatsClock {
-    asked: Option<Instant>,
+    requested: Option<Instant>,
 }
 
 impl StatsClock {
-    /// Time until the next question; `None` where there is none to come.
+    /// Returns the time until the next request; `None` without an interval.
     pub fn left(&self, interval: Option<Duration>, now: Instant) -> Option<Duration> {
         let interval = interval?;
-        let since = self.asked.map_or(interval, |asked| now.saturating_duration_since(asked));
+        let since = self.requested.map_or(interval, |at| now.saturating_duration_since(at));
         Some(interval.saturating_sub(since))
     }
 
-    /// True where it is time; the next question is an interval later then, whether
-    /// or not the guest can be asked now.
+    /// Returns true if a request is due. The next one is an interval later, even if this one
+    /// cannot be sent.
     pub fn is_due(&mut self, interval: Option<Duration>, now: Instant) -> bool {
         let due = self.left(interval, now) == Some(Duration::ZERO);
         if due {
-            self.asked = Some(now);
+            self.requested = Some(now);
         }
         due
     }
@@ -32,7 +32,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_guest_is_asked_at_once_and_then_once_in_an_interval() {
+    fn the_first_request_is_due_immediately_and_then_one_per_interval() {
         let (mut clock, start) = (StatsClock::default(), Instant::now());
         let second = Some(Duration::from_secs(1));
         let at = |ms| start + Duration::from_millis(ms);
@@ -41,9 +41,9 @@ mod tests {
         assert!(clock.is_due(second, at(5)));
         assert!(!clock.is_due(second, at(1000)));
         assert_eq!(clock.left(second, at(1000)), Some(Duration::from_millis(5)));
-        // A shorter interval counts from the last question too.
+        // A shorter interval counts from the last request, too.
         assert!(clock.is_due(Some(Duration::from_millis(100)), at(1000)));
         assert!(clock.is_due(second, at(60_000)));
-        assert!(!clock.is_due(second, at(60_001)), "what was missed is not made up for");
+        assert!(!clock.is_due(second, at(60_001)), "missed requests are skipped");
     }
 }

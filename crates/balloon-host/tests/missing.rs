@@ -1,7 +1,7 @@
-//! A guest whose memory is still coming (userfaultfd) gives pages by either protocol, or reports
-//! them: what they were to have never comes any more.
+//! During a lazy restore (userfaultfd) a guest inflates or reports pages that are still missing:
+//! their saved content is never placed.
 
-#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+#![allow(clippy::unwrap_used, reason = "a test fails on any error")]
 
 use std::time::{Duration, Instant};
 
@@ -17,19 +17,19 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 const PAGE: u64 = 4096;
 const PAGES: u64 = 0x1000;
 
-/// The driver's own: a ring, a message, and the answer to it.
+/// The driver's pages: a vring, a message, and its status.
 const RING: u64 = 0x1000;
 const MESSAGE: u64 = 0x4000;
 const STATUS: u64 = 0x8000;
 const OWN_PAGES: u64 = 16;
 
-/// What is given; a half of it is there already.
-const GIVEN: std::ops::Range<u64> = 0x200..0x400;
-const THERE: std::ops::Range<u64> = 0x100..0x300;
+/// Pages that the guest inflates or reports; half of them are present.
+const RELEASED: std::ops::Range<u64> = 0x200..0x400;
+const PRESENT: std::ops::Range<u64> = 0x100..0x300;
 
 const CLASSIC: Features = Features::VERSION_1;
-const TELLS: Features = CLASSIC.union(Features::MUST_TELL_HOST);
-const BITMAP: Features = TELLS.union(Features::PAGE_BITMAP);
+const TELL_HOST: Features = CLASSIC.union(Features::MUST_TELL_HOST);
+const BITMAP: Features = TELL_HOST.union(Features::PAGE_BITMAP);
 
 struct Guest {
     memory: GuestMemoryMmap,
@@ -39,7 +39,7 @@ struct Guest {
 }
 
 impl Guest {
-    /// `None` where this user may not.
+    /// Returns `None` if this user may not use userfaultfd.
     fn new(negotiated: Features, mode: ReleaseMode) -> Option<Self> {
         let bytes = usize::try_from(PAGES * PAGE).unwrap();
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), bytes)]).unwrap();
@@ -54,7 +54,7 @@ impl Guest {
             }
             Err(error) => panic!("{error}"),
         };
-        for page in (0..OWN_PAGES).chain(THERE) {
+        for page in (0..OWN_PAGES).chain(PRESENT) {
             missing.place(page, Some(&[7; 4096])).unwrap();
         }
         let mut balloon = BalloonDevice::new(reclaim);
@@ -78,7 +78,7 @@ impl Guest {
         self.send(vq, &[Buffer::readable(MESSAGE, len), Buffer::writable(STATUS, 4)]);
     }
 
-    fn settle(&self) {
+    fn wait_until_released(&self) {
         let end = Instant::now() + Duration::from_secs(20);
         while self.balloon.reclaim().reached_at().is_none() {
             assert!(Instant::now() < end);
@@ -86,12 +86,12 @@ impl Guest {
         }
     }
 
-    /// The rest of the memory comes, as a filling thread has it come.
+    /// Places the rest of the memory, like a restore thread.
     fn fill(&self) {
         for page in 0..PAGES {
             let placed = self.missing.place(page, Some(&[8; 4096])).unwrap();
-            let there = page < OWN_PAGES || THERE.contains(&page);
-            let expected = match (GIVEN.contains(&page), there) {
+            let present = page < OWN_PAGES || PRESENT.contains(&page);
+            let expected = match (RELEASED.contains(&page), present) {
                 (true, _) => Placed::Discarded,
                 (false, true) => Placed::Before,
                 (false, false) => Placed::Now,
@@ -99,53 +99,55 @@ impl Guest {
             assert_eq!(placed, expected, "page {page:#x}");
         }
         let resident = resident::resident_bytes(&self.map).unwrap() / PAGE;
-        assert_eq!(resident, PAGES - (GIVEN.end - GIVEN.start));
+        assert_eq!(resident, PAGES - (RELEASED.end - RELEASED.start));
     }
 }
 
-/// A message that names the given pages.
+/// Returns a message that names the released pages.
 fn message(features: Features) -> Vec<u8> {
     if features.contains(Features::PAGE_BITMAP) {
         let mut bytes = vec![0; 8];
-        record::encode(&mut bytes, Pfn(GIVEN.start), 21, &[]).unwrap().unwrap();
+        record::encode(&mut bytes, Pfn(RELEASED.start), 21, &[]).unwrap().unwrap();
         return bytes;
     }
-    GIVEN.flat_map(|page| u32::try_from(page).unwrap().to_le_bytes()).collect()
+    RELEASED.flat_map(|page| u32::try_from(page).unwrap().to_le_bytes()).collect()
 }
 
 #[test]
-fn what_is_given_by_either_protocol_never_comes() {
-    for features in [CLASSIC, TELLS, BITMAP] {
+fn inflated_pages_are_never_placed() {
+    for features in [CLASSIC, TELL_HOST, BITMAP] {
         for mode in [ReleaseMode::Background, ReleaseMode::Immediate, ReleaseMode::PerPage] {
             let Some(mut guest) = Guest::new(features, mode) else { return };
             guest.send_message(Vq::Inflate, &message(features));
-            guest.settle();
+            guest.wait_until_released();
             guest.fill();
-            // And back: the guest finds zeros there, which nobody has placed yet.
+            // Deflate: the guest reads zeros, which the test must place first.
             guest.send_message(Vq::Deflate, &message(features));
-            guest.missing.place_zeros(GIVEN.start).unwrap();
-            let word: u64 = guest.memory.read_obj(GuestAddress(GIVEN.start * PAGE)).unwrap();
+            guest.missing.place_zeros(RELEASED.start).unwrap();
+            let word: u64 = guest.memory.read_obj(GuestAddress(RELEASED.start * PAGE)).unwrap();
             assert_eq!(word, 0);
         }
     }
 }
 
 #[test]
-fn what_is_reported_never_comes() {
+fn reported_pages_are_never_placed() {
     let features = CLASSIC | Features::REPORTING;
     let Some(mut guest) = Guest::new(features, ReleaseMode::Background) else { return };
-    let bytes = u32::try_from((GIVEN.end - GIVEN.start) * PAGE).unwrap();
-    guest.send(Vq::Reporting, &[Buffer::writable(GIVEN.start * PAGE, bytes)]);
+    let bytes = u32::try_from((RELEASED.end - RELEASED.start) * PAGE).unwrap();
+    guest.send(Vq::Reporting, &[Buffer::writable(RELEASED.start * PAGE, bytes)]);
     guest.fill();
 }
 
-/// A guest that was snapshotted with a balloon: its pages are released as soon as its state is there.
+/// A VM snapshot of a guest with an inflated balloon: restoring the device state releases its
+/// pages.
 #[test]
-fn what_is_in_the_balloon_already_never_comes() {
-    let Some(mut guest) = Guest::new(TELLS, ReleaseMode::Background) else { return };
+fn pages_in_a_restored_balloon_are_never_placed() {
+    let Some(mut guest) = Guest::new(TELL_HOST, ReleaseMode::Background) else { return };
     let mut state = guest.balloon.state();
-    state.held = GIVEN.map(|page| page_set::PageRange::new(page, 1).unwrap()).collect::<PageSet>();
+    state.held =
+        RELEASED.map(|page| page_set::PageRange::new(page, 1).unwrap()).collect::<PageSet>();
     guest.balloon.restore(state, Instant::now()).unwrap();
-    guest.settle();
+    guest.wait_until_released();
     guest.fill();
 }

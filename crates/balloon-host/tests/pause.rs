@@ -1,6 +1,6 @@
-//! A guest that pauses, and goes on, finds its balloon as it was: also what the host was told of it.
+//! A pause changes neither the balloon nor the host memory behind it.
 
-#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+#![allow(clippy::unwrap_used, reason = "a test fails on any error")]
 
 use std::fs;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ const CHUNKS: u64 = 8;
 const FEATURES: Features =
     Features::VERSION_1.union(Features::MUST_TELL_HOST).union(Features::PAGE_BITMAP);
 
-/// The driver's own, in the first chunk.
+/// The driver's vring and buffers, in the first chunk.
 const RING: u64 = 0x1000;
 const MESSAGE: u64 = 0x4000;
 const STATUS: u64 = 0x8000;
@@ -40,7 +40,7 @@ impl Guest {
         Self { memory, balloon }
     }
 
-    /// The driver names two chunks.
+    /// Sends a message that names two chunks.
     fn send(&mut self, vq: Vq, chunk: u64) {
         let mut message = vec![0; 16];
         record::encode(&mut message, Pfn(chunk * 512), 21, &[0b11]).unwrap().unwrap();
@@ -53,15 +53,15 @@ impl Guest {
         assert_eq!(self.balloon.faults().total(), 0);
     }
 
-    /// It gives two chunks that it has used: only what is there goes back to a pool.
-    fn give_used(&mut self, chunk: u64) {
+    /// Inflates two chunks that it has written: only present memory returns to a pool.
+    fn inflate_used(&mut self, chunk: u64) {
         for chunk in [chunk, chunk + 1] {
             self.memory.write_obj(1u64, GuestAddress(chunk * HUGE_PAGE_BYTES)).unwrap();
         }
         self.send(Vq::Inflate, chunk);
     }
 
-    /// KiB of its memory that may have no huge pages.
+    /// Returns the KiB of guest memory that may not have huge pages.
     fn small_kib(&self) -> u64 {
         let region = self.memory.iter().next().unwrap();
         let start = region.as_ptr() as u64;
@@ -81,9 +81,9 @@ impl Guest {
     }
 }
 
-/// SIGUSR1, a snapshot, a migration that fails.
+/// For example SIGUSR1, a VM snapshot, or a migration that fails.
 #[test]
-fn what_was_released_gets_no_huge_pages_by_a_pause() {
+fn a_pause_allows_no_huge_pages_in_the_balloon() {
     let bytes = usize::try_from(CHUNKS * HUGE_PAGE_BYTES).unwrap();
     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), bytes)]).unwrap();
     let region = memory.iter().next().unwrap();
@@ -95,24 +95,24 @@ fn what_was_released_gets_no_huge_pages_by_a_pause() {
     let map = MemoryMap::new(vec![region]).unwrap();
     let mut guest = Guest::new(memory, map);
     assert_eq!(guest.small_kib(), 0);
-    guest.give_used(2);
+    guest.inflate_used(2);
     let small = guest.small_kib();
     assert!(small >= (2 * HUGE_PAGE_BYTES) >> 10, "{small}");
 
     guest.balloon.suspend();
-    assert_eq!(guest.small_kib(), small, "a pause let khugepaged at the balloon");
-    // It goes on, and takes them back.
+    assert_eq!(guest.small_kib(), small, "a pause allowed huge pages in the balloon");
+    // The guest resumes and deflates.
     guest.send(Vq::Deflate, 2);
     assert_eq!(guest.small_kib(), 0);
-    // A guest that starts anew holds nothing.
-    guest.give_used(2);
+    // After a reset the balloon is empty.
+    guest.inflate_used(2);
     guest.balloon.suspend();
     guest.balloon.reset(FEATURES);
     assert_eq!(guest.small_kib(), 0);
 }
 
 #[test]
-fn what_went_back_to_a_pool_is_not_asked_for_by_a_pause() {
+fn a_pause_reserves_no_pool_pages_for_the_balloon() {
     let pool = match HugePool::new(CHUNKS) {
         Ok(pool) => pool,
         Err(error) => {
@@ -129,15 +129,15 @@ fn what_went_back_to_a_pool_is_not_asked_for_by_a_pause() {
     let map = MemoryMap::of_guest_memory(&memory).unwrap();
     let mut guest = Guest::new(memory, map);
     assert_eq!(pool.promised().unwrap(), CHUNKS);
-    guest.give_used(2);
+    guest.inflate_used(2);
     assert_eq!(pool.promised().unwrap(), CHUNKS - 2);
 
     guest.balloon.suspend();
     assert_eq!(pool.promised().unwrap(), CHUNKS - 2, "a pause took the pool's pages back");
     guest.send(Vq::Deflate, 2);
     assert_eq!(pool.promised().unwrap(), CHUNKS);
-    // A guest that starts anew uses them all.
-    guest.give_used(2);
+    // After a reset the guest may use all pages.
+    guest.inflate_used(2);
     guest.balloon.suspend();
     guest.balloon.reset(FEATURES);
     assert_eq!(pool.promised().unwrap(), CHUNKS);

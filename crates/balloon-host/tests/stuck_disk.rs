@@ -1,6 +1,6 @@
-//! The disk of the state file does not answer: the guest is served as ever, and the operator too.
+//! A dead disk under the state file blocks neither the guest nor the operator.
 
-#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+#![allow(clippy::unwrap_used, reason = "a test fails on any error")]
 
 use std::path::Path;
 use std::sync::Arc;
@@ -14,18 +14,18 @@ use control::BalloonControl as _;
 use control::api::{PartialHuge, ReleaseMode};
 use lab::fuse::{Fuse, Has};
 
-/// Long enough for any machine; nothing waits for it but a test that fails.
+/// Only a failing test waits this long.
 const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 fn balloon(state_file: &Path) -> Arc<Shared> {
     let reclaim = HostReclaim::new(ReleaseMode::Background, PartialHuge::Split).unwrap();
     let shared = Shared::new("vm1".into(), reclaim).unwrap();
-    shared.keep_in(state_file).unwrap();
+    shared.open_state_file(state_file).unwrap();
     Arc::new(shared)
 }
 
-/// What a back end knows that is started again.
-fn kept_target(state_file: &Path) -> u32 {
+/// Returns the target that a restarted back end loads.
+fn saved_target(state_file: &Path) -> u32 {
     balloon(state_file).device().config().num_pages
 }
 
@@ -33,7 +33,7 @@ fn disk() -> Option<Fuse> {
     Fuse::mount(Has::ALL).inspect_err(|error| eprintln!("SKIPPED: {error:?}")).ok()
 }
 
-/// Does it in a thread of its own, and waits for its end.
+/// Runs `work` in a new thread and waits until it ends.
 fn in_time<T: Send + 'static>(what: &str, work: impl FnOnce() -> T + Send + 'static) -> T {
     let (done, end) = channel();
     thread::spawn(move || done.send(work()));
@@ -41,13 +41,13 @@ fn in_time<T: Send + 'static>(what: &str, work: impl FnOnce() -> T + Send + 'sta
 }
 
 #[test]
-fn the_guest_and_the_operator_do_not_wait_for_the_disk_of_the_state_file() {
+fn a_dead_disk_blocks_neither_the_guest_nor_the_operator() {
     let Some(disk) = disk() else { return };
     let path = disk.path().join("vm1.state");
     let shared = balloon(&path);
     shared.set_target(5).unwrap();
-    // As soon as it is answered.
-    assert_eq!(kept_target(&path), 5);
+    // The target is saved when `set_target` returns.
+    assert_eq!(saved_target(&path), 5);
 
     disk.die();
     let operator = Arc::clone(&shared);
@@ -56,30 +56,30 @@ fn the_guest_and_the_operator_do_not_wait_for_the_disk_of_the_state_file() {
     let guest = Arc::clone(&shared);
     in_time("the guest", move || {
         guest.reset(Features::VERSION_1 | Features::MUST_TELL_HOST);
-        guest.keep_poison(8, &[0; 4]);
+        guest.save_poison(8, &[0; 4]);
         guest.device().write_config(4, &3u32.to_le_bytes(), Instant::now()).unwrap();
-        guest.keep_actual();
+        guest.save_actual();
     });
     let operator = Arc::clone(&shared);
     in_time("a newer target", move || operator.set_target(9)).unwrap();
 
     disk.revive();
-    shared.finish_keeping();
+    shared.finish_saving();
     let end = Instant::now() + TEST_TIMEOUT;
-    while kept_target(&path) != 9 {
+    while saved_target(&path) != 9 {
         assert!(Instant::now() < end, "the newest target is lost");
         thread::sleep(Duration::from_millis(10));
     }
 }
 
 #[test]
-fn a_back_end_ends_though_its_disk_does_not_answer() {
+fn a_dead_disk_does_not_block_shutdown() {
     let Some(disk) = disk() else { return };
     let shared = balloon(&disk.path().join("vm1.state"));
     disk.die();
     in_time("the end", move || {
-        shared.keep_actual();
-        shared.finish_keeping();
+        shared.save_actual();
+        shared.finish_saving();
         drop(shared);
     });
 }

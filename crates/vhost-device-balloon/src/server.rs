@@ -102,7 +102,7 @@ impl Backend {
     /// # Errors
     /// The file can be neither read nor made.
     pub fn keep_state(&self, path: &Path) -> Result<(), Error> {
-        let kept = self.shared.keep_in(path);
+        let kept = self.shared.open_state_file(path);
         kept.map_err(|source| Error::State { path: path.to_owned(), source })
     }
 
@@ -154,7 +154,7 @@ impl Backend {
             .unwrap_or_else(|panicked| Err(SessionError::Panicked(panicked)));
         self.shared.set_connected(false);
         // Nobody is served meanwhile. What comes next may be the end of the process.
-        self.shared.finish_keeping();
+        self.shared.finish_saving();
         let outcome = match outcome {
             Err(error) if error.is_hang_up() => Ok(End::HungUp),
             other => other,

@@ -32,7 +32,7 @@ pub(crate) fn find(
     vring.found = true;
     let goes_on = found.used && !*driver_known;
     if !*driver_known {
-        shared.driver_found(&mut device, found.used);
+        shared.driver_started(&mut device, found.used);
         *driver_known = true;
     }
     drop(device);

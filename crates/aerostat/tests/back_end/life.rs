@@ -83,7 +83,7 @@ fn a_removed_state_file_is_created_again() {
     vm.front.barrier();
     assert!(program.path("vm.state").exists());
     let (_, log) = program.end(Signal::KILL);
-    assert!(log.contains("the state file was removed, and is made again"), "{log}");
+    assert!(log.contains("the state file was removed, and is created again"), "{log}");
     drop(vm);
     program.start();
     let status = program.client("vm").status().unwrap();

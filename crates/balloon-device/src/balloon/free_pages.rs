@@ -1,5 +1,5 @@
-//! The two queues on which the guest names free pages, and the host's side of
-//! free page hinting.
+//! Free page hinting and free page reporting: the two queues on which the guest
+//! names free pages, and the host's side of hinting.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -19,30 +19,31 @@ use crate::reclaim::Reclaim;
 use crate::report::Reports;
 
 impl<R: Reclaim> BalloonDevice<R> {
-    /// Asks the guest what it does not use, under a new number; what was asked
-    /// before is over. The caller tells the driver that the configuration changed,
-    /// and has begun to watch the guest's writes **before** it calls this, where it
-    /// means to act on the answer.
+    /// Requests hints under a new command id and ends the previous request. The caller
+    /// sends a configuration change notification. A caller that will skip hinted pages
+    /// must enable dirty logging **before** this call.
     pub fn start_hinting(&mut self, now: Instant) -> Result<HintId, HintError> {
         if !self.negotiated.contains(Features::FREE_PAGE_HINT) {
             return Err(HintError::NotNegotiated);
         }
         let id = self.hinting.start(now);
-        self.show_hint_command();
+        self.publish_hint_command();
         Ok(id)
     }
 
-    /// Wants no more hints; the guest keeps what it named until
-    /// [`hinting_done`](Self::hinting_done). The caller tells the driver.
+    /// Stops hinting. The guest keeps the hinted pages allocated until
+    /// [`hinting_done`](Self::hinting_done). The caller sends a configuration change
+    /// notification.
     pub fn stop_hinting(&mut self) {
         self.hinting.stop();
-        self.show_hint_command();
+        self.publish_hint_command();
     }
 
-    /// Gives everything that was named back to the guest. What it named in full is
-    /// the newest that is [known](Self::requests) of its free pages; nobody may count
-    /// on it. The caller tells the driver. Until this is called the guest keeps its free
-    /// memory to itself, so whoever starts must come here.
+    /// Lets the guest free the hinted pages. A complete set of hints becomes the newest
+    /// free-page report ([`GuestRequests::newest`](crate::GuestRequests::newest)), which is
+    /// information only. The caller sends a configuration change notification. Until this
+    /// call the guest keeps its free memory allocated, so every
+    /// [`start_hinting`](Self::start_hinting) must be followed by it.
     pub fn hinting_done(&mut self) {
         if let (HintPhase::Complete, Some(id)) = (self.hinting.phase(), self.hinting.id()) {
             let pages = self.hinting.pages().clone();
@@ -59,15 +60,15 @@ impl<R: Reclaim> BalloonDevice<R> {
             });
         }
         self.hinting.done();
-        self.show_hint_command();
+        self.publish_hint_command();
     }
 
-    /// The newest request for hints and what came of it.
+    /// The newest request for hints and its state.
     pub const fn hinting(&self) -> &Hinting {
         &self.hinting
     }
 
-    /// What was reported so far.
+    /// Totals of free page reporting.
     pub const fn reports(&self) -> &Reports {
         &self.reports
     }
@@ -82,7 +83,7 @@ impl<R: Reclaim> BalloonDevice<R> {
         let ring = GuestAddress(queue.desc_table());
         let drained = drain(queue, memory, |chain| {
             let (read_bytes, named) = named::read(chain, memory, &self.layout);
-            // Where the ring's memory turned out to be gone meanwhile, these may be any pages.
+            // If the vring's memory is gone, the descriptors may have been read as zeros.
             let is_there = memory.check_range(ring, 1, Permissions::Read);
             let named =
                 named.and_then(|named| is_there.then_some(named).ok_or(Fault::BadDescriptor));
@@ -96,29 +97,33 @@ impl<R: Reclaim> BalloonDevice<R> {
             if let Err(fault) = outcome {
                 self.faults.count(fault);
             }
-            // Nothing was written: the descriptors only said which pages.
+            // The descriptors only name the pages; the device writes nothing.
             Handled { read_bytes, written_bytes: Some(0) }
         });
-        self.show_hint_command();
+        self.publish_hint_command();
         drained.map_err(|source| self.bad_ring(vq, source))
     }
 
     fn hint(&mut self, named: &Named) -> Result<(), Fault> {
         if let Some(command) = named.command {
-            self.hinting.said(command)?;
+            self.hinting.receive_command(command)?;
         }
-        if named.pages.is_empty() { Ok(()) } else { self.hinting.named(&named.pages, &self.held) }
+        if named.pages.is_empty() {
+            Ok(())
+        } else {
+            self.hinting.receive_pages(&named.pages, &self.held)
+        }
     }
 
     fn report(&mut self, named: &Named) -> Result<(), Fault> {
         if named.command.is_some() {
             return Err(Fault::MalformedFreePages);
         }
-        let may_turn_to_zeros = poison::allows_zeros(self.negotiated, &self.config);
-        self.reports.take(&named.pages, &self.held, may_turn_to_zeros, &mut self.reclaim)
+        let may_read_as_zeros = poison::may_read_as_zeros(self.negotiated, &self.config);
+        self.reports.take(&named.pages, &self.held, may_read_as_zeros, &mut self.reclaim)
     }
 
-    pub(super) const fn show_hint_command(&mut self) {
+    pub(super) const fn publish_hint_command(&mut self) {
         self.config.free_page_hint_cmd_id = self.hinting.command().to_u32();
     }
 }

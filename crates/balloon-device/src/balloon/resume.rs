@@ -1,4 +1,4 @@
-//! A driver that was there before the device: its back end was started anew.
+//! Resuming a driver that started under another device, after a back-end restart.
 
 use std::time::Instant;
 
@@ -6,14 +6,13 @@ use super::BalloonDevice;
 use crate::reclaim::Reclaim;
 
 impl<R: Reclaim> BalloonDevice<R> {
-    /// The driver did not start, it goes on: its queues stand where another
-    /// device left them. `actual` and `poison_val` are what it said to that one.
+    /// Continues with a driver whose queues another device served before. `actual` and
+    /// `poison_val` are the driver's writes to that device.
     ///
-    /// Which pages it gave is not known, and none of them is released: what is
-    /// held, and so what may be released, is filled by inflate messages alone. Until
-    /// a driver starts anew it is no fault that pages come back which the device does
-    /// not hold. (How many there can be is not known either: a driver says what it
-    /// holds after it gave.)
+    /// The device does not know which pages are in the balloon and releases none of them:
+    /// only inflate messages add pages to [`held`](Self::held). Until a driver starts, a
+    /// deflate of pages that are not in `held` is no fault. (`actual` does not bound their
+    /// number: a driver updates it after it inflates.)
     pub fn resume(&mut self, actual: u32, poison_val: u32, now: Instant) {
         self.config.actual = actual;
         self.config.poison_val = poison_val;
@@ -23,7 +22,7 @@ impl<R: Reclaim> BalloonDevice<R> {
         }
     }
 
-    /// True where the driver holds pages that the device did not see it give.
+    /// Returns true if the balloon may hold pages that were inflated under another device.
     pub const fn inherits(&self) -> bool {
         self.inherited
     }

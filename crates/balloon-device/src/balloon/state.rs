@@ -1,4 +1,4 @@
-//! What has to be known of a device where its guest goes on: after a live migration.
+//! The device state that migrates with the guest.
 
 use std::time::Instant;
 
@@ -8,58 +8,59 @@ use page_set::PageSet;
 use super::BalloonDevice;
 use crate::reclaim::Reclaim;
 
-/// A device between two hosts. Requests, hints that were under way and chains that were kept are
-/// not in it: they were ended and given back when the guest was [suspended](Balloon::suspend).
+/// Migrated state of a device. It has no requests, hints in progress or pending chains:
+/// [`suspend`](BalloonDevice::suspend) ends the requests, and pending chains are returned.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BalloonState {
-    /// What the driver accepted.
+    /// Features that the driver accepted.
     pub negotiated: Features,
-    /// Pages that the guest is asked to give.
+    /// Target of the balloon (`num_pages`), in balloon pages.
     pub target: u32,
-    /// Pages that the driver says it gave.
+    /// The driver's last write to `actual`, in balloon pages.
     pub actual: u32,
-    /// What the driver says it fills free pages with.
+    /// The driver's last write to `poison_val`.
     pub poison_val: u32,
-    /// Pages that it gave and did not take back.
+    /// Pages in the balloon.
     pub held: PageSet,
-    /// It gave pages before the device began to watch, nobody knows which.
+    /// The balloon may hold more pages, inflated before the device started.
     pub inherited: bool,
-    /// Number of the newest request for hints, 0 if there was none: a driver takes no number twice.
+    /// Command id of the newest request for hints, 0 if there was none. A driver ignores an id
+    /// that it has seen.
     pub last_hint: u32,
-    /// Number of the newest request.
+    /// Id of the newest request.
     pub last_request: u32,
-    /// Number of the request that made the guest hold free pages, 0 if it holds none. Which pages
-    /// those are is not told; that they can be given back is.
+    /// Id of the request that created the hold, 0 without a hold. Its pages are not part of
+    /// the state; the id is enough to release it.
     pub hold: u32,
 }
 
-/// A state that the device cannot take.
+/// Why a state cannot be restored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StateError {
     /// Features that this device does not offer.
-    #[error("its driver has features that are not offered here: {0:#x}")]
+    #[error("the driver accepted features that are not offered here: {0:#x}")]
     Features(u64),
-    /// Pages that the guest does not have.
-    #[error("{pages} pages in the balloon are no memory of the guest")]
+    /// The balloon has pages that are not guest memory.
+    #[error("{pages} pages in the balloon are outside of guest memory")]
     Pages {
-        /// How many.
+        /// Number of such pages.
         pages: u64,
     },
-    /// More pages are asked of the guest than it has.
-    #[error("a target of {target} pages, of which the guest has {memory_pages}")]
+    /// The target exceeds guest memory.
+    #[error("the target is {target} pages, and the guest has only {memory_pages}")]
     Target {
         /// The target.
         target: u32,
         /// Pages of the guest.
         memory_pages: u64,
     },
-    /// A number that no request for hints has.
-    #[error("hints under number {0:#x}")]
+    /// The command id of the hints is invalid.
+    #[error("{0:#x} is no command id of free page hints")]
     Hint(u32),
 }
 
 impl<R: Reclaim> BalloonDevice<R> {
-    /// What the device has to know where its guest goes on.
+    /// Returns the state to migrate.
     pub fn state(&self) -> BalloonState {
         BalloonState {
             negotiated: self.negotiated,
@@ -74,15 +75,15 @@ impl<R: Reclaim> BalloonDevice<R> {
         }
     }
 
-    /// Goes on with a guest of another device, whose memory is at the
-    /// [layout](Self::set_layout) already. The caller then tells the driver that the
-    /// configuration changed: it is asked to take back what it hinted.
+    /// Restores a migrated state. The caller has set the [layout](Self::set_layout), and then
+    /// sends the driver a configuration change notification: the new command id lets the guest
+    /// free the pages that it hinted to the other device.
     ///
-    /// Where the driver tells before it uses a page, the pages in the balloon are released once
-    /// more: memory that was moved may have come with them.
+    /// With `MUST_TELL_HOST`, releases the pages in the balloon again: migration may have
+    /// allocated memory for them.
     ///
     /// # Errors
-    /// The state is no state of this device with this guest; nothing has changed then.
+    /// The state does not fit this device or guest. Nothing has changed.
     pub fn restore(&mut self, state: BalloonState, now: Instant) -> Result<(), StateError> {
         let excess = state.negotiated.without(self.offered);
         if excess != Features::NONE {
@@ -115,10 +116,10 @@ impl<R: Reclaim> BalloonDevice<R> {
             self.reclaim.flush();
         }
         if state.negotiated.contains(Features::FREE_PAGE_HINT) {
-            self.hinting.moved(hint);
-            self.show_hint_command();
+            self.hinting.restore(hint);
+            self.publish_hint_command();
         }
-        self.requests.moved(state.last_request, state.hold);
+        self.requests.restore(state.last_request, state.hold);
         Ok(())
     }
 }
@@ -130,7 +131,7 @@ mod tests {
     use super::*;
     use crate::{HintPhase, HoldState, MemoryLayout};
 
-    /// Notes what is released.
+    /// Records released pages.
     #[derive(Debug, Default)]
     struct Released(PageSet);
 
@@ -176,24 +177,24 @@ mod tests {
     }
 
     #[test]
-    fn a_device_goes_on_where_another_was() {
+    fn a_restored_device_has_the_saved_state() {
         let mut device = device();
         device.restore(state(), Instant::now()).unwrap();
         assert_eq!(device.state(), state());
         assert_eq!(device.reclaim().0, state().held);
         let config = device.config();
         assert_eq!((config.num_pages, config.actual, config.poison_val), (40, 30, 0xaa));
-        // What it hinted is its own again, and no number comes twice.
+        // The guest may free the hinted pages, and no command id is reused.
         assert_eq!(config.free_page_hint_cmd_id, HintCommand::Done.to_u32());
         assert_eq!(device.hinting().phase(), HintPhase::Idle);
         assert_eq!(device.start_hinting(Instant::now()).unwrap().get(), 0x8000_0008);
-        // A hold can be given back once the driver's queue runs.
+        // The hold can be released once the driver's queue runs.
         assert_eq!(device.requests().hold().unwrap().state, HoldState::Paused);
         assert!(device.requests().is_stopped());
     }
 
     #[test]
-    fn nothing_is_released_that_a_driver_may_use_without_a_word() {
+    fn restore_releases_nothing_without_must_tell_host() {
         let mut device = device();
         let negotiated = Features::VERSION_1;
         let state = BalloonState { negotiated, ..state() };
@@ -203,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn states_that_cannot_be_change_nothing() {
+    fn an_invalid_state_changes_nothing() {
         let mut device = device();
         let before = device.state();
         for (state, error) in [

@@ -1,4 +1,4 @@
-//! The statistics queue, on which the device asks and the driver answers.
+//! The statistics queue.
 
 use std::time::Instant;
 
@@ -18,8 +18,8 @@ impl<R: Reclaim> BalloonDevice<R> {
         &self.stats
     }
 
-    /// Asks for new statistics: returns the buffer that is kept. Nothing happens
-    /// while the driver has not answered the last time. True where it wants to be
+    /// Requests new statistics by returning the pending buffer. Does nothing while the
+    /// driver has not answered the last request. Returns true if the driver must be
     /// notified.
     pub fn request_stats<M: GuestMemory>(
         &mut self,
@@ -29,7 +29,7 @@ impl<R: Reclaim> BalloonDevice<R> {
         if !queue.ready() {
             return Ok(false);
         }
-        let Some(chain) = self.stats.kept.take() else { return Ok(false) };
+        let Some(chain) = self.stats.pending.take() else { return Ok(false) };
         let returned = queue.add_used(memory, chain.head, 0);
         let notify = returned.and_then(|()| queue.needs_notification(memory));
         notify.map_err(|source| self.bad_ring(Vq::Stats, source))

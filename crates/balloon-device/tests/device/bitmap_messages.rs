@@ -1,4 +1,4 @@
-//! What a page-bitmap message may say, and every way in which it may lie.
+//! Page-bitmap messages, valid and invalid.
 
 use crate::guest::*;
 use balloon_abi::limits::MAX_MESSAGE_BYTES;
@@ -21,7 +21,7 @@ fn records_of_several_granules_are_one_set() {
 }
 
 #[test]
-fn a_block_may_lie_across_neighbouring_regions() {
+fn a_block_may_span_adjacent_regions() {
     let mut guest = Guest::new(BITMAP);
     // Pages 0x200 to 0x400 are in the first region, 0x400 to 0x600 in the second.
     guest.accepts(Vq::Inflate, &record_bytes(0x200, 12, &[u64::MAX; 16]));
@@ -39,10 +39,10 @@ fn blocks_outside_of_memory_are_refused() {
         ("over the whole gap", record_bytes(0x400, 21, &[0b1111])),
         ("just after the end", record_bytes(END_PAGE, 12, &[])),
         ("across the end", record_bytes(0xe00, 21, &[])),
-        ("the last page there can be", record_bytes((1 << 52) - 1, 12, &[])),
-        ("beyond any page", record_bytes((1 << 52) - 1, 12, &[u64::MAX; 63])),
+        ("the highest page number", record_bytes((1 << 52) - 1, 12, &[])),
+        ("beyond the highest page number", record_bytes((1 << 52) - 1, 12, &[u64::MAX; 63])),
         ("the largest granule at the end", record_bytes((1 << 52) - (1 << 18), 30, &[])),
-        ("as much as a record can say", record_bytes(0, 30, &[u64::MAX; 63])),
+        ("the largest record", record_bytes(0, 30, &[u64::MAX; 63])),
         ("good, then bad", [record_bytes(0x200, 21, &[]), record_bytes(0, 12, &[])].concat()),
     ];
     let mut guest = Guest::new(BITMAP);
@@ -61,22 +61,22 @@ fn only_set_bits_must_lie_in_memory() {
     let mut words = [0; 63];
     words[4] = 1;
     guest.accepts(Vq::Inflate, &record_bytes(0, 12, &words));
-    // Bits over the gap, but none in it.
+    // The record spans the gap, with no bit in it.
     guest.accepts(Vq::Inflate, &record_bytes(0x600, 21, &[0b101]));
-    // No bit at all, nowhere.
+    // No bit set, outside of memory.
     guest.accepts(Vq::Inflate, &record_bytes(0, 30, &[0; 63]));
     assert_eq!(guest.held(), [(0x100, 1), (0x600, 0x200), (0xa00, 0x200)]);
     assert_eq!(guest.balloon.faults().total(), 0);
 }
 
 #[test]
-fn bytes_that_are_no_records_are_refused() {
+fn malformed_records_are_refused() {
     let malformed = [
         ("half a header", vec![0; 7]),
         ("a header and a half", [record_bytes(0x200, 12, &[]), vec![0; 4]].concat()),
-        ("a bitmap that is missing", raw_header(0x200, 12, 1)),
-        ("63 words, 62 there", [raw_header(0x200, 12, 63), vec![0; 62 * 8]].concat()),
-        ("a word cut short", [raw_header(0x200, 12, 1), vec![0; 7]].concat()),
+        ("a missing bitmap", raw_header(0x200, 12, 1)),
+        ("62 of 63 words", [raw_header(0x200, 12, 63), vec![0; 62 * 8]].concat()),
+        ("a truncated word", [raw_header(0x200, 12, 1), vec![0; 7]].concat()),
         ("a granule too small", raw_header(0x200, 11, 0)),
         ("a granule of one byte", raw_header(0x200, 0, 0)),
         ("a granule too large", raw_header(0, 31, 0)),
@@ -117,9 +117,9 @@ fn a_page_twice_in_one_message_is_refused() {
 }
 
 #[test]
-fn a_message_is_as_long_as_its_form_allows_and_no_longer() {
+fn the_longest_message_is_accepted_and_a_longer_one_refused() {
     let mut guest = Guest::new(BITMAP);
-    // Empty bitmaps: as long as can be, and nothing said.
+    // Empty bitmaps: the longest message that names no page.
     let longest = [raw_header(0x200, 12, 63), vec![0; 63 * 8]].concat().repeat(128);
     assert_eq!(longest.len(), MAX_MESSAGE_BYTES);
     guest.accepts(Vq::Inflate, &longest);
@@ -161,7 +161,7 @@ fn inflating_twice_releases_twice_and_holds_once() {
 }
 
 #[test]
-fn a_deflate_of_pages_that_are_not_held_is_counted_and_gives_back_the_others() {
+fn a_deflate_retains_only_pages_in_the_balloon() {
     let mut guest = Guest::new(BITMAP);
     guest.accepts(Vq::Inflate, &record_bytes(0x200, 12, &[]));
     guest.balloon.reclaim_mut().events.clear();
@@ -169,7 +169,7 @@ fn a_deflate_of_pages_that_are_not_held_is_counted_and_gives_back_the_others() {
     assert_eq!(guest.held(), []);
     assert_eq!(guest.balloon.faults().get(Fault::NotInBalloon), 1);
     assert_eq!(guest.balloon.faults().total(), 1);
-    // Memory is wanted of the host for what was in the balloon, not for what the guest names.
+    // The host provides memory only for pages that were in the balloon.
     let strange = Event::Cancel { pages: set([(0x201, 0x1ff)]), returned: 0 };
     let taken_out = Event::Retain { pages: set([(0x200, 1)]), returned: 0 };
     assert_eq!(guest.balloon.reclaim().events, [strange, taken_out]);
@@ -177,7 +177,7 @@ fn a_deflate_of_pages_that_are_not_held_is_counted_and_gives_back_the_others() {
 }
 
 #[test]
-fn a_driver_that_was_there_before_the_device_gets_back_whatever_it_names() {
+fn a_resumed_driver_may_deflate_any_page() {
     let mut guest = Guest::new(BITMAP);
     guest.balloon.resume(0x200, 0, std::time::Instant::now());
     guest.accepts(Vq::Inflate, &record_bytes(0x200, 12, &[]));
@@ -189,7 +189,7 @@ fn a_driver_that_was_there_before_the_device_gets_back_whatever_it_names() {
 }
 
 #[test]
-fn a_reset_gives_everything_back_and_changes_the_form() {
+fn a_reset_retains_all_pages_and_changes_the_format() {
     let mut guest = Guest::new(BITMAP);
     guest.accepts(Vq::Inflate, &record_bytes(0x200, 21, &[]));
     guest.write_actual(0x200);
@@ -200,14 +200,14 @@ fn a_reset_gives_everything_back_and_changes_the_form() {
     let kept = Event::Retain { pages: set([(0x200, 0x200)]), returned: 0 };
     assert_eq!(guest.balloon.reclaim().events, [kept]);
     guest.still_works();
-    // What was a block is now two page numbers, the second without memory.
+    // The former block is now two page numbers, the second outside of memory.
     guest.accepts(Vq::Inflate, &record_bytes(0x200, 21, &[]));
     assert_eq!(guest.held(), [(0x200, 1)]);
     assert_eq!(guest.balloon.faults().get(Fault::OutsideMemory), 1);
 }
 
 #[test]
-fn features_that_were_not_offered_are_not_accepted() {
+fn features_that_were_not_offered_are_dropped() {
     let mut guest = Guest::new(Features(u64::MAX));
     assert_eq!(guest.balloon.queues().index(Vq::Deflate), Some(1));
     assert_eq!(guest.balloon.queues().index(Vq::Request), Some(5));

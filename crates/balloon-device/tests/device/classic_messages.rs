@@ -1,4 +1,4 @@
-//! The classic message: page numbers, and what lies among them.
+//! The classic message: an array of page numbers.
 
 use crate::guest::*;
 use balloon_abi::limits::MAX_PFN_ARRAY_BYTES;
@@ -17,9 +17,9 @@ fn page_numbers_in_any_order_are_one_set() {
     assert_eq!(guest.balloon.faults().total(), 0);
 }
 
-/// Without `MUST_TELL_HOST` the guest may use a page as soon as the message is back.
+/// Without `MUST_TELL_HOST` the guest may use a page as soon as the message is returned.
 #[test]
-fn a_guest_that_need_not_tell_is_served_at_once() {
+fn without_must_tell_host_pages_are_released_immediately() {
     let mut guest = Guest::new(Features::VERSION_1);
     guest.accepts(Vq::Inflate, &pfns([0x200]));
     assert_eq!(guest.balloon.reclaim().events, [Event::ReleaseNow(set([(0x200, 1)]))]);
@@ -27,7 +27,7 @@ fn a_guest_that_need_not_tell_is_served_at_once() {
 }
 
 #[test]
-fn a_repeated_page_number_is_said_once() {
+fn a_repeated_page_number_counts_once() {
     let mut guest = Guest::new(CLASSIC);
     guest.accepts(Vq::Inflate, &pfns([0x200, 0x200, 0x201, 0x200, 0x201]));
     assert_eq!(guest.held(), [(0x200, 2)]);
@@ -35,14 +35,14 @@ fn a_repeated_page_number_is_said_once() {
 }
 
 #[test]
-fn each_page_outside_of_memory_is_counted_and_left_out() {
+fn each_page_outside_of_memory_is_counted_and_skipped() {
     let mut guest = Guest::new(CLASSIC);
     let outside = [0, FIRST_PAGE - 1, GAP.start, GAP.end - 1, END_PAGE, u64::from(u32::MAX)];
     guest.accepts(Vq::Inflate, &pfns(outside));
     assert_eq!(guest.held(), []);
     assert_eq!(guest.balloon.faults().get(Fault::OutsideMemory), outside.len() as u64);
     guest.still_works();
-    // Runs that cross a border, both ways.
+    // Runs that cross a boundary, in both directions.
     let runs = (GAP.start - 2..GAP.start + 2).chain((GAP.end - 2..GAP.end + 2).rev());
     guest.accepts(Vq::Inflate, &pfns(runs));
     assert_eq!(guest.held(), [(GAP.start - 2, 2), (GAP.end, 2)]);
@@ -56,7 +56,7 @@ fn each_page_outside_of_memory_is_counted_and_left_out() {
 }
 
 #[test]
-fn a_torn_page_number_is_none() {
+fn a_truncated_page_number_is_ignored() {
     let mut guest = Guest::new(CLASSIC);
     let mut message = pfns([0x200, 0x201]);
     message.pop();
@@ -65,7 +65,7 @@ fn a_torn_page_number_is_none() {
 }
 
 #[test]
-fn no_status_is_written_even_where_there_is_room() {
+fn no_status_is_written_even_with_a_buffer() {
     let mut guest = Guest::new(CLASSIC);
     assert_eq!(guest.send(Vq::Inflate, &pfns([0x200])), NO_STATUS);
     assert_eq!(guest.send(Vq::Inflate, &[]), NO_STATUS);
@@ -74,7 +74,7 @@ fn no_status_is_written_even_where_there_is_room() {
 }
 
 #[test]
-fn the_longest_array_is_taken_and_a_longer_one_is_refused() {
+fn the_longest_array_is_accepted_and_a_longer_one_refused() {
     let mut guest = Guest::new(CLASSIC);
     let longest = pfns((0..MAX_PFN_ARRAY_BYTES as u64 / 4).map(|i| 0x200 + i % 0x200));
     guest.accepts(Vq::Inflate, &longest);
@@ -83,10 +83,10 @@ fn the_longest_array_is_taken_and_a_longer_one_is_refused() {
     guest.expects_fault(Fault::OversizedMessage, |guest| guest.accepts(Vq::Inflate, &longer));
 }
 
-/// A driver that gets a classic deflate back uses the pages: there is no status
-/// to say that the device did not understand it.
+/// A driver uses the pages when a classic deflate is returned: no status reports that
+/// the device refused it.
 #[test]
-fn after_a_deflate_that_was_not_understood_nothing_held_is_released() {
+fn a_refused_classic_deflate_cancels_all_releases() {
     let mut guest = Guest::new(CLASSIC);
     guest.accepts(Vq::Inflate, &pfns(0x200..0x210));
     let everything = set([(0x200, 0x10)]);
@@ -97,12 +97,12 @@ fn after_a_deflate_that_was_not_understood_nothing_held_is_released() {
     guest.send_chain(Vq::Deflate, &bad);
     let kept = |returned| Event::Cancel { pages: everything.clone(), returned };
     assert_eq!(guest.balloon.reclaim().events, [kept(0), kept(1)]);
-    assert_eq!(*guest.balloon.held(), everything, "the guest did not say which");
+    assert_eq!(*guest.balloon.held(), everything, "the device cannot tell which pages");
     guest.still_works();
 }
 
 #[test]
-fn a_deflate_of_pages_that_are_not_held_is_counted() {
+fn a_deflate_of_pages_outside_of_the_balloon_is_counted() {
     let mut guest = Guest::new(CLASSIC);
     guest.accepts(Vq::Inflate, &pfns([0x200, 0x202]));
     guest.accepts(Vq::Deflate, &pfns([0x200, 0x201]));

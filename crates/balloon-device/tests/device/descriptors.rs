@@ -1,4 +1,4 @@
-//! Chains of any shape, in both forms of message.
+//! Chains of any shape, in both message formats.
 
 use crate::guest::*;
 use balloon_abi::{Features, Vq};
@@ -10,7 +10,7 @@ const FORMS: [Features; 2] = [BITMAP, CLASSIC];
 /// Where indirect tables are written.
 const TABLE: u64 = MIB + 0x40000;
 
-/// A guest with a message that would inflate page 0x200, `len` bytes long.
+/// Returns a guest with a message that inflates page 0x200, and the message's length.
 fn guest_with_message(form: Features) -> (Guest, u32) {
     let guest = Guest::new(form);
     let message = guest.message([(0x200, 1)]);
@@ -18,7 +18,7 @@ fn guest_with_message(form: Features) -> (Guest, u32) {
     (guest, u32::try_from(message.len()).unwrap())
 }
 
-/// Writes raw descriptors from slot 0, offers the first, and expects it back.
+/// Writes raw descriptors from slot 0, makes the first available, and expects it back.
 fn send_raw(guest: &mut Guest, descriptors: &[(u64, u32, u16, u16)]) -> u32 {
     for (i, &(addr, len, flags, next)) in (0u16..).zip(descriptors) {
         let descriptor = Descriptor::new(addr, len, flags, next);
@@ -29,13 +29,13 @@ fn send_raw(guest: &mut Guest, descriptors: &[(u64, u32, u16, u16)]) -> u32 {
 }
 
 #[test]
-fn chains_that_carry_no_message() {
+fn a_chain_without_readable_bytes_is_an_empty_message() {
     let chains: [(&str, &[Buffer]); 5] = [
         ("nothing", &[]),
         ("no bytes", &[Buffer::readable(MESSAGE, 0)]),
-        ("no bytes, nowhere", &[Buffer::readable(u64::MAX, 0)]),
-        ("only room", &[Buffer::writable(STATUS, 4)]),
-        ("only room, 4 GiB of it", &[Buffer::writable(STATUS, u32::MAX)]),
+        ("no bytes, outside of memory", &[Buffer::readable(u64::MAX, 0)]),
+        ("only writable", &[Buffer::writable(STATUS, 4)]),
+        ("only writable, 4 GiB", &[Buffer::writable(STATUS, u32::MAX)]),
     ];
     for form in FORMS {
         for (what, chain) in chains {
@@ -49,7 +49,7 @@ fn chains_that_carry_no_message() {
 }
 
 #[test]
-fn buffers_outside_of_memory() {
+fn a_buffer_outside_of_memory_is_refused() {
     for form in FORMS {
         for (addr, len) in [
             (NOWHERE, 8),
@@ -73,7 +73,7 @@ fn buffers_outside_of_memory() {
 }
 
 #[test]
-fn a_buffer_across_neighbouring_regions_is_read_whole() {
+fn a_buffer_across_adjacent_regions_is_read_completely() {
     for form in FORMS {
         let mut guest = Guest::new(form);
         let message = guest.message([(0x200, 1), (0x210, 1)]);
@@ -86,13 +86,13 @@ fn a_buffer_across_neighbouring_regions_is_read_whole() {
 }
 
 #[test]
-fn buffers_of_4_gib() {
+fn an_oversized_buffer_is_refused() {
     for form in FORMS {
         for chain in [
             vec![Buffer::readable(MESSAGE, u32::MAX)],
             vec![Buffer::readable(MESSAGE, 8), Buffer::readable(MESSAGE, u32::MAX - 8)],
             vec![Buffer::readable(NOWHERE, u32::MAX)],
-            // Together more than 4 GiB, which no chain may be.
+            // More than 4 GiB in total, the maximum of a chain.
             vec![Buffer::readable(MESSAGE, u32::MAX); 3],
             vec![Buffer::readable(MESSAGE, 60_000), Buffer::readable(MESSAGE, 60_000)],
         ] {
@@ -105,11 +105,11 @@ fn buffers_of_4_gib() {
 }
 
 #[test]
-fn a_chain_beyond_4_gib_is_refused_where_it_breaks_off() {
+fn a_chain_of_more_than_4_gib_is_refused_as_truncated() {
     for form in FORMS {
         let (mut guest, good) = guest_with_message(form);
-        let room = Buffer::writable(STATUS, u32::MAX - good);
-        let chain = [Buffer::readable(MESSAGE, good), room, Buffer::writable(STATUS, 8)];
+        let filler = Buffer::writable(STATUS, u32::MAX - good);
+        let chain = [Buffer::readable(MESSAGE, good), filler, Buffer::writable(STATUS, 8)];
         guest.expects_fault(Fault::BadDescriptor, |guest| {
             guest.send_chain(Vq::Inflate, &chain);
         });
@@ -117,21 +117,21 @@ fn a_chain_beyond_4_gib_is_refused_where_it_breaks_off() {
 }
 
 #[test]
-fn chains_that_do_not_end() {
+fn an_endless_chain_is_refused() {
     let good = |form| if form == BITMAP { 8 } else { 4 };
     for form in FORMS {
         for (what, descriptors) in [
             ("a loop of one", vec![(MESSAGE, good(form), NEXT, 0)]),
             ("a loop of two", vec![(MESSAGE, good(form), NEXT, 1), (STATUS, 4, NEXT | WRITE, 0)]),
-            ("on to a slot that is not there", vec![(MESSAGE, good(form), NEXT, RING_SIZE)]),
-            ("on to slot 65535", vec![(MESSAGE, good(form), NEXT, u16::MAX)]),
-            ("room in a loop", vec![(MESSAGE, good(form), NEXT, 1), (STATUS, 0, NEXT | WRITE, 1)]),
+            ("next is one past the last slot", vec![(MESSAGE, good(form), NEXT, RING_SIZE)]),
+            ("next is slot 65535", vec![(MESSAGE, good(form), NEXT, u16::MAX)]),
+            ("a writable loop", vec![(MESSAGE, good(form), NEXT, 1), (STATUS, 0, NEXT | WRITE, 1)]),
         ] {
             println!("{what}");
             let (mut guest, _) = guest_with_message(form);
             guest.expects_fault(Fault::BadDescriptor, |guest| {
                 send_raw(guest, &descriptors);
-                // The broken slots are the driver's again.
+                // Free the broken slots for the driver.
                 let memory = guest.memory.clone();
                 guest.inflate.set_up(&memory);
             });
@@ -139,7 +139,7 @@ fn chains_that_do_not_end() {
     }
 }
 
-/// An indirect table with the honest message and room for a status.
+/// Writes an indirect table with the valid message and a status buffer.
 fn write_table(guest: &Guest, len: u32) {
     assert!(write_descriptor(&guest.memory, TABLE, 0, Descriptor::new(MESSAGE, len, NEXT, 1)));
     assert!(write_descriptor(&guest.memory, TABLE, 1, Descriptor::new(STATUS, 4, WRITE, 0)));
@@ -158,24 +158,24 @@ fn an_indirect_table_is_followed() {
 }
 
 #[test]
-fn indirect_tables_that_cannot_be() {
+fn an_invalid_indirect_table_is_refused() {
     for form in FORMS {
         for (what, table, len) in [
             ("no entry", TABLE, 0),
             ("half an entry", TABLE, 8),
             ("an entry and a half", TABLE, 24),
-            ("nowhere", NOWHERE, 32),
-            ("at the end of all addresses", !15, 32),
+            ("outside of memory", NOWHERE, 32),
+            ("at the end of the address space", !15, 32),
             ("4 GiB", TABLE, !15),
         ] {
             println!("{what}");
             let (mut guest, good) = guest_with_message(form);
             write_table(&guest, good);
-            // Nothing comes before the table: there is no message.
+            // The table comes first, so there is no message.
             guest.expects_fault(Fault::EmptyMessage, |guest| {
                 send_raw(guest, &[(table, len, INDIRECT, 0)]);
             });
-            // A whole message comes before it: still nothing is acted on.
+            // A complete message precedes the table, and still has no effect.
             guest.inflate.set_up(&guest.memory);
             guest.expects_fault(Fault::BadDescriptor, |guest| {
                 send_raw(guest, &[(MESSAGE, good, NEXT, 1), (table, len, INDIRECT, 0)]);
@@ -203,7 +203,7 @@ fn an_indirect_table_within_a_table_is_refused() {
 }
 
 #[test]
-fn indirect_tables_that_do_not_end() {
+fn an_endless_indirect_table_is_refused() {
     for form in FORMS {
         let (mut guest, len) = guest_with_message(form);
         for next in [0, 1, 2, u16::MAX] {
@@ -220,12 +220,12 @@ fn indirect_tables_that_do_not_end() {
 }
 
 #[test]
-fn room_for_a_status_may_be_anywhere_or_nowhere() {
+fn the_status_buffer_may_be_anywhere_or_missing() {
     let status_of = |chain: &[Buffer]| {
         let (mut guest, _) = guest_with_message(BITMAP);
         guest.write(STATUS, &NO_STATUS.to_le_bytes());
         let written = guest.send_chain(Vq::Inflate, chain);
-        assert_eq!(guest.held(), [(0x200, 1)], "the message counts, whatever the room");
+        assert_eq!(guest.held(), [(0x200, 1)], "the message counts with any status buffer");
         guest.still_works();
         (written, guest.status())
     };
@@ -241,7 +241,7 @@ fn room_for_a_status_may_be_anywhere_or_nowhere() {
     ] {
         let (mut guest, _) = guest_with_message(BITMAP);
         assert_eq!(guest.send_chain(Vq::Inflate, &chain), written, "{chain:?}");
-        assert_eq!(guest.held(), [(0x200, 1)], "the message counts, whatever the room");
+        assert_eq!(guest.held(), [(0x200, 1)], "the message counts with any status buffer");
         guest.still_works();
     }
     assert_eq!(status_of(&[message, Buffer::writable(STATUS, 4)]), (4, 0));
@@ -252,16 +252,16 @@ fn room_for_a_status_may_be_anywhere_or_nowhere() {
 }
 
 #[test]
-fn a_status_on_top_of_its_own_message_does_no_harm() {
+fn a_status_may_overwrite_its_own_message() {
     let (mut guest, _) = guest_with_message(BITMAP);
     let chain = [Buffer::readable(MESSAGE, 8), Buffer::writable(MESSAGE, 8)];
     assert_eq!(guest.send_chain(Vq::Inflate, &chain), 4);
     assert_eq!(guest.held(), [(0x200, 1)]);
 }
 
-/// An indirect table may be longer than a message may be.
+/// An indirect table can have more descriptors than a message may have.
 #[test]
-fn a_chain_of_65535_descriptors_is_not_followed_to_its_end() {
+fn a_chain_of_65535_descriptors_is_refused() {
     let (mut guest, len) = guest_with_message(BITMAP);
     let table = 4 * MIB;
     for i in 0..u16::MAX {

@@ -1,4 +1,4 @@
-//! Hints and reports: descriptors whose addresses are the message.
+//! Free page hinting and reporting: the descriptors' addresses are the message.
 
 use std::time::Instant;
 
@@ -15,22 +15,22 @@ const REPORTS: Features = CLASSIC.union(Features::REPORTING);
 const POISON: Features = REPORTS.union(Features::PAGE_POISON);
 const KIND: [(Features, Vq); 2] = [(HINTS, Vq::FreePage), (REPORTS, Vq::Reporting)];
 
-/// Pages as the guest names them.
+/// Returns a buffer that names pages.
 fn free(page: u64, pages: u32) -> Buffer {
     Buffer::writable(page * 4096, pages * 4096)
 }
 
-/// The guest says a command.
-fn says(guest: &mut Guest, command: u32) {
+/// Sends a command, as the guest.
+fn send_command(guest: &mut Guest, command: u32) {
     guest.write(MESSAGE, &command.to_le_bytes());
     assert_eq!(guest.send_chain(Vq::FreePage, &[Buffer::readable(MESSAGE, 4)]), 0);
 }
 
-/// A guest that was asked and has begun to answer.
+/// Returns a guest that has started to answer a request for hints, and its command id.
 fn hinting_guest() -> (Guest, u32) {
     let mut guest = Guest::new(HINTS);
     let id = guest.balloon.start_hinting(Instant::now()).unwrap().get();
-    says(&mut guest, id);
+    send_command(&mut guest, id);
     (guest, id)
 }
 
@@ -44,16 +44,16 @@ fn released(guest: &Guest) -> Vec<Event> {
 }
 
 #[test]
-fn a_round_of_hints() {
+fn hints_are_collected_until_the_guest_stops() {
     let mut guest = Guest::new(HINTS);
     assert_eq!(guest.balloon.config().free_page_hint_cmd_id, 0);
     let id = guest.balloon.start_hinting(Instant::now()).unwrap().get();
     assert_eq!(guest.balloon.config().free_page_hint_cmd_id, id);
-    says(&mut guest, id);
+    send_command(&mut guest, id);
     guest.send_chain(Vq::FreePage, &[free(0x200, 0x200)]);
     guest.send_chain(Vq::FreePage, &[free(0xa00, 2), free(0x400, 1)]);
     assert_eq!(guest.balloon.hinting().phase(), HintPhase::Receiving);
-    says(&mut guest, 0);
+    send_command(&mut guest, 0);
     assert_eq!(guest.balloon.hinting().phase(), HintPhase::Complete);
     assert_eq!(hinted(&guest), [(0x200, 0x201), (0xa00, 2)]);
     assert_eq!(guest.balloon.config().free_page_hint_cmd_id, 0);
@@ -66,7 +66,7 @@ fn a_round_of_hints() {
 }
 
 #[test]
-fn a_driver_without_the_feature_is_not_asked() {
+fn hints_are_not_requested_without_the_feature() {
     let mut guest = Guest::new(CLASSIC);
     let asked = guest.balloon.start_hinting(Instant::now());
     assert_eq!(asked, Err(HintError::NotNegotiated));
@@ -74,7 +74,7 @@ fn a_driver_without_the_feature_is_not_asked() {
 }
 
 #[test]
-fn hints_are_lost_with_their_driver_and_with_their_memory() {
+fn hints_are_lost_with_their_driver_or_memory() {
     let (mut guest, _) = hinting_guest();
     guest.send_chain(Vq::FreePage, &[free(0x200, 1), free(0xb00, 1)]);
     let two = balloon_device::MemoryLayout::new(REGIONS.into_iter().take(2)).unwrap();
@@ -86,7 +86,7 @@ fn hints_are_lost_with_their_driver_and_with_their_memory() {
 }
 
 #[test]
-fn commands_of_any_shape() {
+fn a_command_of_the_wrong_length_is_refused() {
     for (len, fault) in [
         (1, Some(Fault::MalformedFreePages)),
         (3, Some(Fault::MalformedFreePages)),
@@ -104,7 +104,7 @@ fn commands_of_any_shape() {
         assert_eq!(guest.balloon.faults().total(), u64::from(fault.is_some()));
         assert!(fault.is_none_or(|fault| guest.balloon.faults().get(fault) == 1));
     }
-    // In pieces, with pages right behind it, as QEMU takes it too.
+    // In several descriptors, followed by pages. QEMU accepts this too.
     let mut guest = Guest::new(HINTS);
     let id = guest.balloon.start_hinting(Instant::now()).unwrap().get();
     guest.write(MESSAGE, &id.to_le_bytes());
@@ -114,20 +114,20 @@ fn commands_of_any_shape() {
     guest.expects_fault(Fault::BadDescriptor, |guest| {
         guest.send_chain(Vq::FreePage, &[Buffer::readable(NOWHERE, 4)]);
     });
-    for never_given in [1, 2, id + 1, u32::MAX] {
-        guest.expects_fault(Fault::StrayCommand, |guest| says(guest, never_given));
+    for never_issued in [1, 2, id + 1, u32::MAX] {
+        guest.expects_fault(Fault::StrayCommand, |guest| send_command(guest, never_issued));
     }
 }
 
 #[test]
-fn pages_in_the_balloon_are_not_free() {
+fn pages_in_the_balloon_cannot_be_hinted_or_reported() {
     for (features, vq) in KIND {
         let mut guest = Guest::new(features);
         let message = guest.message([(0x210, 1)]);
         guest.accepts(Vq::Inflate, &message);
         if vq == Vq::FreePage {
             let id = guest.balloon.start_hinting(Instant::now()).unwrap().get();
-            says(&mut guest, id);
+            send_command(&mut guest, id);
         }
         guest.expects_fault(Fault::FreeInBalloon, |guest| {
             guest.send_chain(vq, &[free(0x300, 1), free(0x200, 0x20)]);
@@ -138,16 +138,16 @@ fn pages_in_the_balloon_are_not_free() {
 }
 
 #[test]
-fn a_report_is_released_before_it_comes_back_and_forgotten() {
+fn a_report_is_released_before_it_is_returned_and_not_tracked() {
     let mut guest = Guest::new(REPORTS);
     guest.send_chain(Vq::Reporting, &[free(0x400, 0x400), free(0x200, 0x200)]);
-    // One set, so neighbours are one range, however they were named.
+    // One set, so adjacent pages are one range.
     assert_eq!(released(&guest), [Event::ReleaseFree(set([(0x200, 0x600)]))]);
-    assert_eq!(guest.held(), [], "it is not in the balloon");
+    assert_eq!(guest.held(), [], "a report is not in the balloon");
     let reports = *guest.balloon.reports();
     assert_eq!((reports.messages, reports.pages, reports.poisoned_pages), (1, 0x600, 0));
     guest.still_works();
-    // Once more, and in the balloon after that: nothing of it is remembered.
+    // The same pages can be reported again, and then inflated: reports are not tracked.
     guest.send_chain(Vq::Reporting, &[free(0x200, 1), free(0x200, 1)]);
     let message = guest.message([(0x200, 1)]);
     guest.accepts(Vq::Inflate, &message);
@@ -155,7 +155,7 @@ fn a_report_is_released_before_it_comes_back_and_forgotten() {
 }
 
 #[test]
-fn poison_is_heeded() {
+fn a_report_is_not_released_under_a_nonzero_poison() {
     for (features, poison_val, releases) in
         [(POISON, 0, true), (POISON, 0xaaaa_aaaa, false), (POISON, 1, false)]
     {
@@ -167,9 +167,9 @@ fn poison_is_heeded() {
         assert_eq!(released(&guest), events);
         let reports = *guest.balloon.reports();
         assert_eq!((reports.pages, reports.poisoned_pages), (4, if releases { 0 } else { 4 }));
-        // What is inflated is released whatever the poison: its driver writes it anew.
+        // Inflated pages are released under any poison: the driver writes it again.
         guest.still_works();
-        // The next driver begins without.
+        // The next driver starts without a poison.
         guest.balloon.reset(features);
         assert_eq!(guest.balloon.config().poison_val, 0);
     }
@@ -180,7 +180,7 @@ fn poison_is_heeded() {
 }
 
 #[test]
-fn a_report_is_no_place_for_bytes() {
+fn a_report_with_readable_bytes_is_refused() {
     let mut guest = Guest::new(REPORTS);
     guest.write(MESSAGE, &[0; 8]);
     for len in [4, 8] {
@@ -191,7 +191,7 @@ fn a_report_is_no_place_for_bytes() {
 }
 
 #[test]
-fn pages_that_do_not_exist() {
+fn pages_outside_of_memory_are_refused() {
     for (features, vq) in KIND {
         for (addr, len) in [
             (0, 0x1000),
@@ -216,7 +216,7 @@ fn pages_that_do_not_exist() {
 }
 
 #[test]
-fn chains_that_name_nothing() {
+fn a_chain_without_pages_is_refused() {
     for (features, vq) in KIND {
         let chains: [&[Buffer]; 4] = [
             &[],
@@ -234,7 +234,7 @@ fn chains_that_name_nothing() {
 }
 
 #[test]
-fn chains_that_break_off_and_tables() {
+fn truncated_chains_are_refused_and_indirect_tables_work() {
     for (_, vq) in KIND {
         let memory_table = MIB + 0x40000;
         for (descriptor, fault) in [
@@ -276,9 +276,9 @@ fn chains_that_break_off_and_tables() {
     }
 }
 
-/// No chain may be longer (virtio 1.3, section 2.7.5), so no report is either.
+/// A chain is at most 4 GiB (virtio 1.3, section 2.7.5), and so is a report.
 #[test]
-fn chains_of_more_than_4_gib() {
+fn a_chain_of_more_than_4_gib_is_refused() {
     for (features, vq) in KIND {
         let mut guest = Guest::new(features);
         guest.expects_fault(Fault::BadDescriptor, |guest| {
@@ -287,14 +287,14 @@ fn chains_of_more_than_4_gib() {
     }
 }
 
-/// What one drain may cost is bounded by descriptors, and each is a page or more.
+/// The number of descriptors bounds the cost of a drain, and each is at least a page.
 #[test]
-fn a_flood_is_served_in_parts() {
+fn a_flood_is_served_in_several_drains() {
     let mut guest = Guest::new(REPORTS);
     let memory = guest.memory.clone();
     let chain = vec![free(0x200, 1); usize::from(RING_SIZE)];
     let head = guest.side(Vq::Reporting).ring.send(&memory, &chain);
-    // The same chain, over and over.
+    // The same chain, repeatedly.
     for _ in 0..3 {
         guest.side(Vq::Reporting).ring.publish(&memory, head);
     }
@@ -324,10 +324,10 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 proptest! {
-    /// A report is released whole where nothing speaks against it, else not at all;
-    /// and what is in the balloon is as if there were no reports.
+    /// A report is released completely or not at all, and does not affect
+    /// the balloon.
     #[test]
-    fn reports_and_the_balloon_do_not_disturb_each_other(ops in vec(op(), 1..40)) {
+    fn reports_do_not_affect_the_balloon(ops in vec(op(), 1..40)) {
         let mut guest = Guest::new(POISON);
         let (mut held, mut poison) = (std::collections::BTreeSet::new(), 0u32);
         for op in ops {

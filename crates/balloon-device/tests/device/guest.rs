@@ -9,17 +9,17 @@ use page_set::{PageRange, PageSet};
 use virtio_queue::Queue;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-/// Guest memory: two neighbours, a gap of 2 MiB, one more. It does not start at
+/// Guest memory: two adjacent regions, a gap of 2 MiB, and a third. It does not start at
 /// 0, and the last one ends in the middle of a 2 MiB block.
 pub(crate) const REGIONS: [(u64, u64); 3] =
     [(MIB, 3 * MIB), (4 * MIB, 4 * MIB), (10 * MIB, 5 * MIB)];
 pub(crate) const MIB: u64 = 1 << 20;
-/// First page of guest memory, and first after it.
+/// First page of guest memory, and the first page after its end.
 pub(crate) const FIRST_PAGE: u64 = 0x100;
 pub(crate) const END_PAGE: u64 = 0xf00;
-/// The gap.
+/// Pages in the gap.
 pub(crate) const GAP: std::ops::Range<u64> = 0x800..0xa00;
-/// An address that is in no region.
+/// An address outside of guest memory.
 pub(crate) const NOWHERE: u64 = 9 * MIB;
 
 pub(crate) const RING_SIZE: u16 = 16;
@@ -30,15 +30,15 @@ const OTHER_RING: u64 = MIB + 0x2000;
 pub(crate) const MESSAGE: u64 = MIB + 0x10000;
 /// Where the device answers.
 pub(crate) const STATUS: u64 = MIB + 0x8000;
-/// What the status word holds before the device writes it.
+/// Value of the status word before the device writes it.
 pub(crate) const NO_STATUS: u32 = 0xdead_beef;
 
 pub(crate) const BITMAP: Features =
     Features::VERSION_1.union(Features::MUST_TELL_HOST).union(Features::PAGE_BITMAP);
 pub(crate) const CLASSIC: Features = Features::VERSION_1.union(Features::MUST_TELL_HOST);
 
-/// What the device asked for, and how many deflate messages the driver could
-/// see as returned at that time.
+/// A call of the device, and the number of deflate messages that the driver could see
+/// as returned at that time.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Event {
     Release(PageSet),
@@ -94,7 +94,7 @@ pub(crate) struct Guest {
     pub(crate) balloon: BalloonDevice<Recorder>,
     pub(crate) inflate: Side,
     pub(crate) deflate: Side,
-    /// The queue that a test is about, if it is neither of these.
+    /// Any other queue under test.
     pub(crate) other: Side,
 }
 
@@ -110,7 +110,7 @@ impl Side {
         Self { queue: ring.queue(), ring }
     }
 
-    /// The driver sets the queue up anew.
+    /// Sets the queue up again, as the driver.
     pub(crate) fn set_up(&mut self, memory: &GuestMemoryMmap) {
         self.ring.reset(memory);
         self.queue = self.ring.queue();
@@ -144,7 +144,7 @@ impl Guest {
         }
     }
 
-    /// The device serves the queue.
+    /// Serves the queue, as the device.
     pub(crate) fn kick(&mut self, vq: Vq) -> Result<balloon_device::Drained, QueueError> {
         let side = match vq {
             Vq::Inflate => &mut self.inflate,
@@ -154,7 +154,7 @@ impl Guest {
         self.balloon.process_queue(vq, &self.memory, &mut side.queue)
     }
 
-    /// Sends one chain and expects it back; the bytes the device says it wrote.
+    /// Sends one chain and expects it back. Returns the length in the used ring.
     pub(crate) fn send_chain(&mut self, vq: Vq, buffers: &[Buffer]) -> u32 {
         let memory = self.memory.clone();
         let head = self.side(vq).ring.send(&memory, buffers);
@@ -163,16 +163,16 @@ impl Guest {
 
     /// Serves the queue and expects exactly the chain at `head` back.
     pub(crate) fn kick_for(&mut self, vq: Vq, head: u16) -> u32 {
-        let drained = self.kick(vq).expect("the ring is well");
+        let drained = self.kick(vq).expect("a valid vring");
         assert_eq!((drained.chains, drained.more), (1, false));
         let memory = self.memory.clone();
-        let used = self.side(vq).ring.take_used(&memory).expect("the chain comes back");
+        let used = self.side(vq).ring.take_used(&memory).expect("the chain is returned");
         assert_eq!(used.head, u32::from(head));
-        assert_eq!(self.side(vq).ring.take_used(&memory), None, "it comes back once");
+        assert_eq!(self.side(vq).ring.take_used(&memory), None, "it is returned once");
         used.written_bytes
     }
 
-    /// Sends `message` with room for a status; the status word afterwards.
+    /// Sends `message` with a status buffer. Returns the status word afterwards.
     pub(crate) fn send(&mut self, vq: Vq, message: &[u8]) -> u32 {
         self.write(MESSAGE, message);
         self.write(STATUS, &NO_STATUS.to_le_bytes());
@@ -188,16 +188,16 @@ impl Guest {
         u32::from_le(self.memory.read_obj(GuestAddress(STATUS)).unwrap())
     }
 
-    /// Sends `message` and expects it to be refused for `fault` alone, without
-    /// any effect, and an honest message to work right after.
+    /// Sends `message` and expects it to be refused with only `fault`, without any effect.
+    /// Then expects a valid message to work.
     pub(crate) fn refuses(&mut self, vq: Vq, message: &[u8], fault: Fault, status: MessageStatus) {
         self.expects_fault(fault, |guest| {
             assert_eq!(guest.send(vq, message), status as u32);
         });
     }
 
-    /// Runs `bad` and expects one more fault of kind `fault`, no other, and no
-    /// page touched; and an honest message to work right after.
+    /// Runs `bad` and expects exactly one more `fault`, no other, and no page released. Then
+    /// expects a valid message to work.
     pub(crate) fn expects_fault(&mut self, fault: Fault, bad: impl FnOnce(&mut Self)) {
         let (held, faults) = (self.balloon.held().clone(), *self.balloon.faults());
         self.balloon.reclaim_mut().events.clear();
@@ -212,11 +212,11 @@ impl Guest {
         self.still_works();
     }
 
-    /// An honest page goes in and out of the balloon.
+    /// Inflates and deflates a page with valid messages.
     pub(crate) fn still_works(&mut self) {
         let faults = *self.balloon.faults();
         let (held, page) = (self.balloon.held().clone(), END_PAGE - 1);
-        assert!(!held.contains(page), "the tests leave this page alone");
+        assert!(!held.contains(page), "no test uses this page");
         let message = self.message([(page, 1)]);
         self.balloon.reclaim_mut().events.clear();
         self.accepts(Vq::Inflate, &message);
@@ -234,18 +234,18 @@ impl Guest {
     }
 
     pub(crate) fn accepts(&mut self, vq: Vq, message: &[u8]) {
-        let expected = if self.speaks_bitmap() { 0 } else { NO_STATUS };
+        let expected = if self.uses_bitmap() { 0 } else { NO_STATUS };
         assert_eq!(self.send(vq, message), expected);
     }
 
-    pub(crate) fn speaks_bitmap(&self) -> bool {
+    pub(crate) fn uses_bitmap(&self) -> bool {
         self.balloon.negotiated().contains(Features::PAGE_BITMAP)
     }
 
-    /// An honest message in the form that was negotiated.
+    /// Returns a valid message in the negotiated format.
     pub(crate) fn message<const N: usize>(&self, runs: [(u64, u64); N]) -> Vec<u8> {
         let pages = runs.into_iter().flat_map(|(start, pages)| start..start + pages);
-        if self.speaks_bitmap() {
+        if self.uses_bitmap() {
             pages.flat_map(|page| record_bytes(page, 12, &[])).collect()
         } else {
             pfns(pages)
@@ -256,7 +256,7 @@ impl Guest {
         self.balloon.held().ranges().map(|range| (range.start(), range.pages())).collect()
     }
 
-    /// The driver says how large the balloon is.
+    /// Writes the size of the balloon to `actual`, as the driver.
     pub(crate) fn write_actual(&mut self, pages: u32) {
         let offset = u32::try_from(Field::Actual.offset()).unwrap();
         self.balloon.write_config(offset, &pages.to_le_bytes(), Instant::now()).unwrap();
@@ -267,19 +267,19 @@ pub(crate) fn set(runs: impl IntoIterator<Item = (u64, u64)>) -> PageSet {
     runs.into_iter().map(|(start, pages)| PageRange::new(start, pages).unwrap()).collect()
 }
 
-/// Page numbers as the classic message carries them, cut to 32 bits.
+/// Returns the page numbers as a classic message, 32 bits each.
 pub(crate) fn pfns(pages: impl IntoIterator<Item = u64>) -> Vec<u8> {
     pages.into_iter().flat_map(|page| u32::try_from(page).unwrap().to_le_bytes()).collect()
 }
 
-/// A record that the encoder agrees to.
+/// Returns a valid record.
 pub(crate) fn record_bytes(start: u64, granule_shift: u32, words: &[u64]) -> Vec<u8> {
     let mut bytes = vec![0; 8 * (words.len() + 1)];
     record::encode(&mut bytes, Pfn(start), granule_shift, words).unwrap().unwrap();
     bytes
 }
 
-/// A record's header with any values, unchecked.
+/// Returns a record's header with any values, unchecked.
 pub(crate) fn raw_header(start: u64, granule_shift: u64, words: u64) -> Vec<u8> {
     (start | granule_shift << 52 | words << 58).to_le_bytes().to_vec()
 }

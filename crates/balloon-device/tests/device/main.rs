@@ -1,9 +1,9 @@
-//! The device behind real virtqueues in real guest memory.
+//! Tests of the device with virtqueues in guest memory.
 
 #![allow(
     clippy::cast_possible_truncation,
     clippy::unwrap_used,
-    reason = "a test that gets this wrong fails"
+    reason = "a test fails on any error"
 )]
 
 mod bitmap_messages;

@@ -1,6 +1,6 @@
-//! A guest that sends anything, against a model that is a `BTreeSet` of pages.
+//! A guest that sends arbitrary messages, compared with a model: a `BTreeSet` of pages.
 //!
-//! The model reads messages with `guest_ring::naive`.
+//! The model decodes messages with `guest_ring::naive`.
 
 use std::collections::BTreeSet;
 
@@ -15,15 +15,15 @@ use crate::guest::*;
 
 type Pages = BTreeSet<u64>;
 
-/// How the bytes of a message are put into a chain.
+/// Layout of a message's bytes in a chain.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Shape {
     Whole,
     NoStatus,
     Split(u16),
-    /// Another buffer follows that is in no memory.
+    /// Another buffer follows that is outside of guest memory.
     Nowhere,
-    /// The last descriptor goes on to one that the ring does not have.
+    /// The last descriptor's `next` is outside of the descriptor table.
     BreaksOff,
     /// Another buffer of 4 GiB follows.
     Oversized,
@@ -35,7 +35,7 @@ enum Op {
     Reset { bitmap: bool },
 }
 
-/// What a message says, with the device's faults as reasons.
+/// The model's verdict on a message, with the device's faults as reasons.
 enum Meaning {
     Pages(Pages, u64),
     Refused(Vec<Fault>),
@@ -45,7 +45,7 @@ fn exists(page: u64) -> bool {
     (FIRST_PAGE..END_PAGE).contains(&page) && !GAP.contains(&page)
 }
 
-/// What a message in this shape says.
+/// Decodes a message in this shape.
 fn meaning(bitmap: bool, bytes: &[u8], shape: Shape) -> Meaning {
     match shape {
         Shape::Nowhere | Shape::BreaksOff => Meaning::Refused(vec![Fault::BadDescriptor]),
@@ -104,7 +104,7 @@ impl Run {
     }
 
     fn message(&mut self, vq: Vq, bytes: &[u8], shape: Shape) {
-        let bitmap = self.guest.speaks_bitmap();
+        let bitmap = self.guest.uses_bitmap();
         let before = *self.guest.balloon.faults();
         let status = send(&mut self.guest, vq, bytes, shape);
         let mut faults = before;
@@ -136,30 +136,30 @@ impl Run {
         assert!(statuses.contains(&status), "{status} is not of {statuses:?}");
     }
 
-    /// What an accepted message does to the model and asks of the host.
+    /// Applies an accepted message to the model. Returns the expected calls of the device.
     fn accept(&mut self, vq: Vq, pages: &Pages, faults: &mut balloon_device::Faults) -> Vec<Event> {
         if vq == Vq::Inflate {
             self.held.extend(pages);
             return vec![Event::Release(set(pages.iter().map(|page| (*page, 1))))];
         }
         let mut events = vec![];
-        let strange: Pages = pages.difference(&self.held).copied().collect();
-        if !strange.is_empty() {
+        let unexpected: Pages = pages.difference(&self.held).copied().collect();
+        if !unexpected.is_empty() {
             faults.count(Fault::NotInBalloon);
-            events.push(self.cancel(&strange));
+            events.push(self.cancel(&unexpected));
         }
         events.push(self.retain(&pages.intersection(&self.held).copied().collect()));
         self.held.retain(|page| !pages.contains(page));
         events
     }
 
-    /// The host releases none of `pages` any more.
+    /// The expected call that cancels the release of `pages`.
     fn cancel(&self, pages: &Pages) -> Event {
         let pages = set(pages.iter().map(|page| (*page, 1)));
         Event::Cancel { pages, returned: self.deflates }
     }
 
-    /// The host keeps `pages` before the driver sees the message returned.
+    /// The expected call that retains `pages`, before the driver sees the message returned.
     fn retain(&self, pages: &Pages) -> Event {
         let pages = set(pages.iter().map(|page| (*page, 1)));
         Event::Retain { pages, returned: self.deflates }
@@ -206,7 +206,7 @@ fn send(guest: &mut Guest, vq: Vq, bytes: &[u8], shape: Shape) -> u32 {
     status
 }
 
-/// A record around guest memory: mostly one that could be true.
+/// Records near guest memory, most of them valid.
 fn records() -> impl Strategy<Value = Vec<u8>> {
     let shift = prop_oneof![6 => Just(12u64), 2 => 13..=16u64, 3 => Just(21u64), 1 => 10..=31u64];
     let word = prop_oneof![Just(0u64), Just(u64::MAX), Just(1u64), any::<u64>()];
@@ -252,7 +252,7 @@ fn ops(bitmap: bool) -> impl Strategy<Value = Op> {
 fn run(form: Features, ops: &[Op]) {
     let mut run = Run { guest: Guest::new(form), held: Pages::new(), deflates: 0 };
     ops.iter().for_each(|op| run.step(op));
-    // The tests' own page may have been taken meanwhile.
+    // A message may have inflated the page that `still_works` uses.
     run.guest.balloon.reset(form);
     run.guest.inflate.set_up(&run.guest.memory);
     run.guest.deflate.set_up(&run.guest.memory);
@@ -261,12 +261,12 @@ fn run(form: Features, ops: &[Op]) {
 
 proptest! {
     #[test]
-    fn the_device_does_what_the_model_says_with_bitmaps(ops in vec(ops(true), 1..40)) {
+    fn bitmap_messages_match_the_model(ops in vec(ops(true), 1..40)) {
         run(BITMAP, &ops);
     }
 
     #[test]
-    fn the_device_does_what_the_model_says_with_page_numbers(ops in vec(ops(false), 1..40)) {
+    fn classic_messages_match_the_model(ops in vec(ops(false), 1..40)) {
         run(CLASSIC, &ops);
     }
 }

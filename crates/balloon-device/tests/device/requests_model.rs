@@ -1,4 +1,4 @@
-//! Whatever operator, driver and time do, each request ends once, and in turn.
+//! Each request ends once and in order, for any operator, driver and time.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -8,7 +8,7 @@ use balloon_device::{Ask, MAX_OUTCOMES, MAX_QUEUED_REQUESTS};
 use proptest::prelude::*;
 
 use crate::guest::record_bytes;
-use crate::requests::{ASKABLE, Back, DROP, HOLD, PostedRequest, SNAPSHOT, answer};
+use crate::requests::{ASKABLE, DROP, Fixture, HOLD, Returned, SNAPSHOT, answer};
 
 #[derive(Clone, Debug)]
 enum Step {
@@ -39,7 +39,7 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// What the model knows: ids in the order of submission, and which have ended.
+/// The model: ids in the order of submission, and which of them have ended.
 #[derive(Default)]
 struct Model {
     open: Vec<u32>,
@@ -49,9 +49,9 @@ struct Model {
 }
 
 impl Model {
-    /// Fetches outcomes: of open requests only, each once.
-    fn collect(&mut self, asked: &mut PostedRequest) {
-        let requests = asked.guest.balloon.requests_mut();
+    /// Takes outcomes: of open requests only, each once.
+    fn collect(&mut self, fixture: &mut Fixture) {
+        let requests = fixture.guest.balloon.requests_mut();
         self.open.retain(|id| match requests.take_outcome(*id) {
             Some(outcome) => {
                 let name = outcome.as_ref().map_or_else(|failure| failure.name(), |_| "done");
@@ -71,42 +71,42 @@ impl Model {
         assert!(self.open.len() <= MAX_QUEUED_REQUESTS + 1 && self.open.len() < MAX_OUTCOMES);
     }
 
-    fn submit(&mut self, asked: &mut PostedRequest, ask: Ask, deadline: Instant) {
-        if let Ok(id) = asked.guest.balloon.requests_mut().submit(ask, deadline) {
+    fn submit(&mut self, fixture: &mut Fixture, ask: Ask, deadline: Instant) {
+        if let Ok(id) = fixture.guest.balloon.requests_mut().submit(ask, deadline) {
             assert!(id > self.newest, "ids are new");
             self.newest = id;
             self.open.push(id);
         }
     }
 
-    /// The queues stop.
-    fn stop(&mut self, asked: &mut PostedRequest) {
-        let PostedRequest { guest, queue, .. } = asked;
+    /// Stops the queues.
+    fn stop(&mut self, fixture: &mut Fixture) {
+        let Fixture { guest, queue, .. } = fixture;
         guest.balloon.return_unused(Vq::Request, &guest.memory, &mut queue.queue).unwrap();
         guest.balloon.suspend();
-        self.collect(asked);
+        self.collect(fixture);
         assert!(self.open.is_empty());
     }
 
-    /// Another driver starts.
-    fn reset(&mut self, asked: &mut PostedRequest) {
-        asked.guest.balloon.reset(ASKABLE);
-        asked.queue.set_up(&asked.guest.memory);
-        self.collect(asked);
+    /// Starts another driver.
+    fn reset(&mut self, fixture: &mut Fixture) {
+        fixture.guest.balloon.reset(ASKABLE);
+        fixture.queue.set_up(&fixture.guest.memory);
+        self.collect(fixture);
         assert!(self.open.is_empty());
     }
 
-    /// What the driver sees on its queue.
-    fn see(&mut self, asked: &mut PostedRequest) {
-        while let Some(back) = asked.back() {
-            let Back::PostedRequest(request) = back else { continue };
+    /// Checks what the device returned on the queue.
+    fn see(&mut self, fixture: &mut Fixture) {
+        while let Some(back) = fixture.returned() {
+            let Returned::Request(request) = back else { continue };
             if request.command == Command::Cancel {
-                assert!(request.id <= self.last_sent, "only what was sent is told to stop");
+                assert!(request.id <= self.last_sent, "only a request that was sent is cancelled");
                 continue;
             }
-            assert!(request.id > self.last_sent, "in order, and once");
+            assert!(request.id > self.last_sent, "sent in order, and once");
             let earlier = self.open.iter().filter(|id| **id < request.id);
-            let requests = asked.guest.balloon.requests();
+            let requests = fixture.guest.balloon.requests();
             assert!(earlier.clone().all(|id| !requests.is_open(*id)), "one at a time");
             self.last_sent = request.id;
         }
@@ -127,29 +127,29 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
 
     #[test]
-    fn each_request_ends_once_and_in_turn(steps in prop::collection::vec(step(), 1..80)) {
-        let mut asked = PostedRequest::new();
+    fn each_request_ends_once_and_in_order(steps in prop::collection::vec(step(), 1..80)) {
+        let mut fixture = Fixture::new();
         let mut model = Model::default();
         let mut seconds = 0;
         let mut waiting = 0;
         for step in steps {
             match step {
                 Step::Submit { ask, seconds: time } => {
-                    let deadline = asked.at(seconds + time);
-                    model.submit(&mut asked, ask, deadline);
+                    let deadline = fixture.at(seconds + time);
+                    model.submit(&mut fixture, ask, deadline);
                 }
                 Step::Cancel { back } => {
                     let id = model.newest.saturating_sub(back);
-                    let deadline = asked.at(seconds + 1);
-                    let open = asked.guest.balloon.requests().is_open(id);
-                    let cancelled = asked.guest.balloon.requests_mut().cancel(id, deadline);
+                    let deadline = fixture.at(seconds + 1);
+                    let open = fixture.guest.balloon.requests().is_open(id);
+                    let cancelled = fixture.guest.balloon.requests_mut().cancel(id, deadline);
                     prop_assert_eq!(cancelled, open);
                 }
-                // The ring has 16 entries, and answers take two.
+                // The vring has 16 entries, and an answer takes two.
                 Step::Wait if waiting < 6 => {
-                    asked.post_waiting();
+                    fixture.post_waiting();
                     waiting += 1;
-                    asked.serve();
+                    fixture.serve();
                 }
                 Step::Wait => {}
                 Step::Answer { back, outcome, records: kind } => {
@@ -157,33 +157,33 @@ proptest! {
                     let outcome_word = Outcome::from_wire(outcome).unwrap_or(Outcome::Done);
                     let mut message = answer(id, outcome_word, [3; 4], &records(kind));
                     message[4] = u8::try_from(outcome).unwrap();
-                    asked.post_answer(&message);
-                    asked.serve();
+                    fixture.post_answer(&message);
+                    fixture.serve();
                 }
-                Step::Serve => asked.serve(),
+                Step::Serve => fixture.serve(),
                 Step::Time { seconds: more } => {
                     seconds += more;
-                    let now = asked.at(seconds);
-                    asked.guest.balloon.requests_mut().expire(now);
-                    asked.serve();
+                    let now = fixture.at(seconds);
+                    fixture.guest.balloon.requests_mut().expire(now);
+                    fixture.serve();
                 }
-                Step::Stop => model.stop(&mut asked),
+                Step::Stop => model.stop(&mut fixture),
                 Step::Reset => {
-                    model.reset(&mut asked);
+                    model.reset(&mut fixture);
                     waiting = 0;
                 }
             }
-            model.see(&mut asked);
-            model.collect(&mut asked);
-            // Chains that came back may wait again; a new ring is the simplest.
-            if waiting == 6 && asked.guest.balloon.requests().running().is_none() {
-                let PostedRequest { guest, queue, .. } = &mut asked;
+            model.see(&mut fixture);
+            model.collect(&mut fixture);
+            // Returned chains could wait again; to set up a new vring is simpler.
+            if waiting == 6 && fixture.guest.balloon.requests().running().is_none() {
+                let Fixture { guest, queue, .. } = &mut fixture;
                 guest.balloon.forget_kept(Vq::Request);
                 queue.set_up(&guest.memory);
                 waiting = 0;
             }
         }
-        model.reset(&mut asked);
-        asked.guest.still_works();
+        model.reset(&mut fixture);
+        fixture.guest.still_works();
     }
 }

@@ -1,4 +1,4 @@
-//! Rings that a driver, or a hostile one, leaves behind; and configuration.
+//! Valid and invalid vrings, and the configuration space.
 
 use std::time::Instant;
 
@@ -13,8 +13,7 @@ use guest_ring::{Buffer, GuestRing};
 use virtio_queue::{Error, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
-/// Expects the ring to be given up with one `BadRing`, and a ring that is set
-/// up anew to work.
+/// Expects one `BadRing` fault, and a vring that is set up again to work.
 fn expects_bad_ring(guest: &mut Guest, bad: impl FnOnce(&mut Guest)) -> Error {
     let (held, faults) = (guest.balloon.held().clone(), *guest.balloon.faults());
     bad(guest);
@@ -32,7 +31,7 @@ fn expects_bad_ring(guest: &mut Guest, bad: impl FnOnce(&mut Guest)) -> Error {
 }
 
 #[test]
-fn an_available_index_that_jumps() {
+fn an_available_index_that_jumps_is_a_bad_ring() {
     for form in [BITMAP, CLASSIC] {
         for jump in [RING_SIZE + 1, 0x8000, u16::MAX] {
             let mut guest = Guest::new(form);
@@ -45,7 +44,7 @@ fn an_available_index_that_jumps() {
 }
 
 #[test]
-fn a_head_beyond_the_ring() {
+fn a_head_outside_of_the_ring_is_a_bad_ring() {
     for form in [BITMAP, CLASSIC] {
         for head in [RING_SIZE, RING_SIZE + 1, u16::MAX] {
             let mut guest = Guest::new(form);
@@ -58,7 +57,7 @@ fn a_head_beyond_the_ring() {
 }
 
 #[test]
-fn what_came_before_a_bad_head_is_served_and_returned() {
+fn chains_before_a_bad_head_are_served_and_returned() {
     let mut guest = Guest::new(BITMAP);
     let memory = guest.memory.clone();
     guest.write(MESSAGE, &record_bytes(0x200, 12, &[]));
@@ -71,7 +70,7 @@ fn what_came_before_a_bad_head_is_served_and_returned() {
 }
 
 #[test]
-fn the_same_chain_offered_many_times_is_served_each_time() {
+fn a_repeated_chain_is_served_each_time() {
     let mut guest = Guest::new(BITMAP);
     let memory = guest.memory.clone();
     guest.write(MESSAGE, &record_bytes(0x200, 12, &[]));
@@ -89,13 +88,13 @@ fn the_same_chain_offered_many_times_is_served_each_time() {
     guest.still_works();
 }
 
-/// Rings of which a part is not in memory; the last four bytes of memory hold an
-/// index, but no entry behind it. An index that never catches up is not waited
-/// for.
-/// The word by which the device turns notifications off is the index of what is
-/// available: it changes with each look and never holds a chain.
+/// Vrings partly outside of memory. The last four bytes of memory contain an index, but
+/// no entry after it. The device does not wait for an index that never
+/// catches up.
+/// The field with which the device disables notifications overlaps the available index:
+/// the index changes with each check, and no chain is available.
 #[test]
-fn an_index_that_changes_with_the_notifications() {
+fn an_index_that_overlaps_avail_event_is_a_bad_ring() {
     for form in [BITMAP, CLASSIC] {
         let mut guest = Guest::new(form);
         let source = expects_bad_ring(&mut guest, |guest| {
@@ -111,13 +110,13 @@ fn an_index_that_changes_with_the_notifications() {
 }
 
 #[test]
-fn a_ring_without_memory_is_given_up() {
+fn a_ring_outside_of_memory_is_a_bad_ring() {
     let end = END_PAGE * 4096;
     let well = GuestRing::new(2 * MIB, RING_SIZE);
     let (table, avail, used) = (well.table(), well.avail(), well.used());
     for (what, table, avail, used) in [
-        ("all nowhere", NOWHERE, NOWHERE + 0x100, NOWHERE + 0x200),
-        ("all at the end of addresses", u64::MAX - 15, u64::MAX - 1, u64::MAX - 3),
+        ("all outside of memory", NOWHERE, NOWHERE + 0x100, NOWHERE + 0x200),
+        ("all at the end of the address space", u64::MAX - 15, u64::MAX - 1, u64::MAX - 3),
         ("no available ring", table, NOWHERE, used),
         ("no available entries", table, end - 4, used),
         ("no used ring", table, avail, NOWHERE),
@@ -141,9 +140,9 @@ fn a_ring_without_memory_is_given_up() {
     }
 }
 
-/// Descriptors that cannot be read make an empty chain, which is returned.
+/// An unreadable descriptor is an empty chain, which is returned.
 #[test]
-fn a_descriptor_table_without_memory_is_a_chain_without_a_message() {
+fn a_descriptor_table_outside_of_memory_is_an_empty_message() {
     let mut guest = Guest::new(BITMAP);
     guest.inflate.queue.try_set_desc_table_address(GuestAddress(NOWHERE)).unwrap();
     guest.expects_fault(Fault::EmptyMessage, |guest| {
@@ -154,12 +153,12 @@ fn a_descriptor_table_without_memory_is_a_chain_without_a_message() {
 }
 
 #[test]
-fn a_queue_that_was_never_set_up() {
+fn a_queue_that_was_not_set_up_is_not_accessed() {
     let mut guest = Guest::new(BITMAP);
     let source = expects_bad_ring(&mut guest, |guest| guest.inflate.queue.set_ready(false));
     assert!(matches!(source, Error::QueueNotReady));
 
-    // Its addresses are wherever they are before a driver says; nothing is
+    // Its addresses have default values before a driver sets them. Nothing is
     // written there.
     let used_flags = GuestAddress(guest.inflate.ring.used());
     guest.memory.write_obj(0xaaaau16, used_flags).unwrap();
@@ -174,9 +173,9 @@ fn an_empty_queue_needs_no_notification() {
     assert_eq!(guest.kick(Vq::Deflate).unwrap(), Drained::default());
 }
 
-/// With EVENT_IDX the driver is told only when it asked to be.
+/// With EVENT_IDX the driver is notified only if it requested it.
 #[test]
-fn event_indices_decide_about_notifications() {
+fn event_indices_control_notifications() {
     let mut guest = Guest::new(BITMAP | Features::RING_EVENT_IDX);
     guest.inflate.queue.set_event_idx(true);
     guest.write(MESSAGE, &record_bytes(0x200, 12, &[]));
@@ -187,15 +186,15 @@ fn event_indices_decide_about_notifications() {
         memory.write_obj(wanted.to_le(), used_event).unwrap();
         guest.inflate.ring.send(&memory, &[Buffer::readable(MESSAGE, 8)]);
         assert_eq!(guest.kick(Vq::Inflate).unwrap().notify, notify, "round {round}");
-        // The device asks for a kick at the next chain.
+        // The device requests a notification at the next chain.
         let asked = u16::from_le(memory.read_obj(avail_event).unwrap());
         assert_eq!(usize::from(asked), round + 1);
     }
 }
 
-/// A ring of 2048 chains: more than one call serves.
+/// A vring of 2048 chains, more than one call serves.
 #[test]
-fn a_full_ring_does_not_keep_the_device_from_its_other_queues() {
+fn a_full_ring_does_not_starve_other_queues() {
     const SIZE: u16 = 2048;
     let mut guest = Guest::new(BITMAP);
     let memory = guest.memory.clone();
@@ -218,7 +217,7 @@ fn a_full_ring_does_not_keep_the_device_from_its_other_queues() {
 }
 
 #[test]
-fn large_messages_end_a_drain_sooner() {
+fn large_messages_end_a_drain_early() {
     let mut guest = Guest::new(BITMAP);
     let memory = guest.memory.clone();
     let per_drain = MAX_BYTES_PER_DRAIN / MAX_MESSAGE_BYTES;
@@ -236,15 +235,15 @@ fn large_messages_end_a_drain_sooner() {
     }
 }
 
-/// A driver that starts holds nothing, and one that has what is asked for already
-/// does not say so once more.
+/// A driver starts with an empty balloon, and does not report a target that is already
+/// reached.
 #[test]
-fn a_change_is_over_when_the_driver_has_what_was_asked() {
+fn a_change_ends_when_the_driver_reaches_the_target() {
     let mut guest = Guest::new(BITMAP);
     let now = Instant::now();
     let reached = |guest: &Guest| guest.balloon.change().unwrap().reached_at().is_some();
     guest.balloon.set_target(0, now);
-    assert!(!reached(&guest), "it may be on its way to an older target");
+    assert!(!reached(&guest), "it may still inflate to an older target");
     guest.balloon.read_config(now);
     assert!(reached(&guest));
     guest.balloon.set_target(3, now);
@@ -261,21 +260,21 @@ fn a_change_is_over_when_the_driver_has_what_was_asked() {
 }
 
 #[test]
-fn a_suspended_device_releases_nothing_of_what_it_holds_and_still_holds_it() {
+fn a_suspended_device_cancels_releases_and_keeps_its_balloon() {
     let mut guest = Guest::new(BITMAP);
     guest.send(Vq::Inflate, &record_bytes(0x200, 12, &[0b1011]));
     let held = guest.balloon.held().clone();
     assert_eq!(held.len(), 3);
     guest.balloon.reclaim_mut().events.clear();
     guest.balloon.suspend();
-    // Nothing goes back to the guest, which may only pause.
+    // No page is retained: the guest may only be paused.
     let expected = Event::Cancel { pages: held.clone(), returned: 0 };
     assert_eq!(guest.balloon.reclaim_mut().events, [expected]);
     assert_eq!(*guest.balloon.held(), held);
 }
 
 #[test]
-fn configuration_writes_outside_of_the_drivers_fields() {
+fn a_config_write_outside_of_the_drivers_fields_is_refused() {
     let mut guest = Guest::new(BITMAP);
     let now = Instant::now();
     guest.balloon.set_target(7, now);
@@ -301,7 +300,7 @@ fn configuration_writes_outside_of_the_drivers_fields() {
 }
 
 #[test]
-fn reaching_the_target_flushes_and_missing_it_does_not() {
+fn only_the_target_triggers_a_flush() {
     let mut guest = Guest::new(BITMAP);
     guest.balloon.set_target(8, Instant::now());
     guest.write_actual(7);
@@ -315,7 +314,7 @@ fn reaching_the_target_flushes_and_missing_it_does_not() {
 }
 
 #[test]
-fn a_driver_that_goes_leaves_its_target_unreached() {
+fn a_reset_leaves_the_target_unreached() {
     let mut guest = Guest::new(BITMAP);
     let reached = |guest: &Guest| guest.balloon.change().unwrap().reached_at().is_some();
     guest.balloon.set_target(8, Instant::now());
@@ -323,7 +322,7 @@ fn a_driver_that_goes_leaves_its_target_unreached() {
     assert!(reached(&guest));
     guest.balloon.reset(Features::NONE);
     assert!(!reached(&guest), "the balloon is empty");
-    // With nobody there, an empty balloon is all that a target of 0 wants.
+    // Without a driver, the empty balloon reaches a target of 0.
     guest.balloon.set_target(0, Instant::now());
     assert!(reached(&guest));
     guest.balloon.set_target(8, Instant::now());
@@ -331,27 +330,27 @@ fn a_driver_that_goes_leaves_its_target_unreached() {
 }
 
 #[test]
-fn a_target_that_was_taken_back_unseen_is_reached_when_the_driver_looks() {
+fn a_target_reverted_unseen_is_reached_on_the_config_read() {
     let mut guest = Guest::new(BITMAP);
     guest.balloon.set_target(8, Instant::now());
     guest.balloon.set_target(0, Instant::now());
-    // It may have pages under way to the old target, and say so yet.
+    // It may still inflate to the old target and report that.
     assert!(guest.balloon.change().unwrap().reached_at().is_none());
     guest.balloon.read_config(Instant::now());
     assert!(guest.balloon.change().unwrap().reached_at().is_some());
 }
 
 #[test]
-fn when_memory_moves_only_what_is_gone_is_forgotten() {
+fn a_new_layout_forgets_only_pages_that_are_gone() {
     let mut guest = Guest::new(BITMAP);
-    // Held across both neighbours, and in the last region.
+    // Held across both adjacent regions, and in the last one.
     guest.accepts(Vq::Inflate, &record_bytes(0x200, 21, &[0b10111]));
     assert_eq!(guest.held(), [(0x200, 0x600), (0xa00, 0x200)]);
     guest.balloon.reclaim_mut().events.clear();
     let smaller = MemoryLayout::new([REGIONS[0], REGIONS[2]]).unwrap();
     guest.balloon.set_layout(smaller);
     assert_eq!(guest.held(), [(0x200, 0x200), (0xa00, 0x200)]);
-    // What is gone must not be released later, in memory that came instead.
+    // Removed pages must not be released later from memory mapped in their place.
     let gone = Event::Cancel { pages: set([(0x400, 0x400)]), returned: 0 };
     assert_eq!(guest.balloon.reclaim().events, [gone]);
     guest.still_works();

@@ -12,7 +12,7 @@ fn stat(tag: u16, value: u64) -> Stat {
     Stat { tag: StatTag(tag), value }
 }
 
-/// The driver posts a buffer of statistics.
+/// Posts a statistics buffer, as the driver.
 fn post(guest: &mut Guest, stats: &[Stat]) -> u16 {
     let bytes: Vec<u8> = stats.iter().flat_map(|stat| stat.to_bytes()).collect();
     guest.write(MESSAGE, &bytes);
@@ -34,16 +34,16 @@ fn returned(guest: &mut Guest) -> Option<u32> {
     })
 }
 
-/// The host asks; true where the driver wants to be notified.
+/// Requests statistics. Returns true if the driver must be notified.
 fn ask(guest: &mut Guest) -> bool {
     let memory = guest.memory.clone();
     guest.balloon.request_stats(&memory, &mut guest.other.queue).unwrap()
 }
 
 #[test]
-fn a_buffer_is_kept_until_the_host_asks() {
+fn a_buffer_is_kept_until_statistics_are_requested() {
     let mut guest = Guest::new(STATS);
-    assert!(!ask(&mut guest), "there is nothing to return");
+    assert!(!ask(&mut guest), "no buffer to return");
     let first = post(&mut guest, &[stat(4, 10), stat(5, 20)]);
     assert_eq!(returned(&mut guest), None);
     assert_eq!(guest.balloon.stats().values(), [stat(4, 10), stat(5, 20)]);
@@ -58,7 +58,7 @@ fn a_buffer_is_kept_until_the_host_asks() {
 }
 
 #[test]
-fn buffers_of_any_shape() {
+fn an_invalid_buffer_is_counted_and_kept() {
     for (chain, fault) in [
         (vec![], None),
         (vec![Buffer::readable(MESSAGE, 0)], None),
@@ -80,7 +80,7 @@ fn buffers_of_any_shape() {
         assert_eq!(guest.balloon.faults().total(), u64::from(fault.is_some()));
         assert!(fault.is_none_or(|fault| guest.balloon.faults().get(fault) == 1));
         assert!(guest.balloon.stats().values().len() <= MAX_STATS);
-        // Whatever it was, it is kept: a driver is asked when the host wants to know.
+        // A buffer is kept even if it is invalid: to return it requests new values.
         assert_eq!(returned(&mut guest), None);
         ask(&mut guest);
         assert_eq!(returned(&mut guest), Some(head.into()));
@@ -90,7 +90,7 @@ fn buffers_of_any_shape() {
 }
 
 #[test]
-fn a_flood_goes_back_unread() {
+fn extra_buffers_are_returned_unread() {
     let mut guest = Guest::new(STATS);
     let first = post(&mut guest, &[stat(4, 1)]);
     for value in 0..100 {
@@ -106,14 +106,14 @@ fn a_flood_goes_back_unread() {
 }
 
 #[test]
-fn a_queue_that_stops_has_its_buffer_back() {
+fn the_buffer_is_returned_before_the_queue_stops() {
     let mut guest = Guest::new(STATS);
     let head = post(&mut guest, &[stat(4, 1)]);
     let memory = guest.memory.clone();
     assert!(guest.balloon.return_unused(Vq::Stats, &memory, &mut guest.other.queue).unwrap());
     assert_eq!(returned(&mut guest), Some(head.into()));
     assert!(!ask(&mut guest));
-    // One that is gone is not written to.
+    // A vring that is gone is not written.
     post(&mut guest, &[stat(4, 2)]);
     guest.balloon.reset(STATS);
     assert!(!ask(&mut guest));
@@ -122,7 +122,7 @@ fn a_queue_that_stops_has_its_buffer_back() {
 }
 
 #[test]
-fn the_first_buffer_of_a_legacy_driver_is_not_looked_at() {
+fn the_first_buffer_of_a_legacy_driver_is_ignored() {
     let mut guest = Guest::new(STATS.without(Features::VERSION_1));
     post(&mut guest, &[stat(4, 1)]);
     assert_eq!(guest.balloon.stats().values(), []);

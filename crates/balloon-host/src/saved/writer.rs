@@ -1,5 +1,5 @@
-//! The thread that writes the state file: a disk that does not answer keeps neither the guest nor
-//! the lock of its device.
+//! The thread that writes the state file, so that a dead disk blocks neither the guest nor the
+//! device's lock.
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 
 use super::{Saved, StateFile};
 
-/// How long whoever must know waits until something is written, and so does the end. A write takes
-/// microseconds; a disk that takes longer is stuck, or busy for longer than an operator waits.
+/// How long a caller or a shutdown waits for a write. A write takes microseconds. A disk that
+/// takes longer than this is dead, or too slow for an operator who waits.
 pub(crate) const WRITE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Stack of the thread. The usual 2 MiB are a huge page where the system gives those to everybody.
+/// Stack of the thread. The default of 2 MiB takes a huge page if `enabled` is `always`.
 const STACK_BYTES: usize = 256 << 10;
 
-/// Keeps the newest of what it is told in a file. Dropping waits until it is written, for at most
+/// Writes the newest state to a file. Dropping it waits until that is written, for at most
 /// [`WRITE_TIMEOUT`].
 #[derive(Debug)]
 pub(crate) struct StateWriter {
@@ -23,31 +23,32 @@ pub(crate) struct StateWriter {
     saved: Saved,
 }
 
-/// A value that was told, to wait for.
+/// A queued state, to wait for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
-pub(crate) struct Told(u64);
+pub(crate) struct SaveTicket(u64);
 
 #[derive(Debug)]
 struct Shared {
     queue: Mutex<Queue>,
-    /// There is something to write, or nothing more will be.
-    told: Condvar,
-    /// It was tried to write something.
+    /// There is a state to write, or the writer is dropped.
+    queued: Condvar,
+    /// A write was attempted.
     tried: Condvar,
 }
 
 #[derive(Debug)]
 struct Queue {
     newest: Saved,
-    /// Values told so far, and which of them the newest is that was tried to be written.
-    told: u64,
+    /// Number of the newest queued state.
+    queued: u64,
+    /// Number of the newest state with a write attempt.
     tried: u64,
-    /// The thread sleeps until it is told something.
+    /// The thread waits for a state.
     idle: bool,
-    /// A caller has waited in vain, and nothing was written since.
+    /// A wait timed out, and nothing was written since.
     late: bool,
-    over: bool,
+    stopped: bool,
 }
 
 impl StateWriter {
@@ -57,82 +58,86 @@ impl StateWriter {
     /// The host has no thread left.
     pub(crate) fn start(mut file: StateFile) -> io::Result<Self> {
         let saved = file.saved();
-        let queue =
-            Queue { newest: saved, told: 0, tried: 0, idle: false, late: false, over: false };
+        let queue = Queue {
+            newest: saved,
+            queued: 0,
+            tried: 0,
+            idle: false,
+            late: false,
+            stopped: false,
+        };
         let shared = Arc::new(Shared {
             queue: Mutex::new(queue),
-            told: Condvar::new(),
+            queued: Condvar::new(),
             tried: Condvar::new(),
         });
-        let theirs = Arc::clone(&shared);
+        let writer = Arc::clone(&shared);
         let thread = thread::Builder::new().name("state file".into()).stack_size(STACK_BYTES);
-        // Not joined: it may never come back from a disk.
+        // Not joined: a write to a dead disk may never return.
         thread.spawn(move || {
-            while diagnostics::contain(|| theirs.write_until_over(&mut file)).is_err() {}
+            while diagnostics::contain(|| writer.write_until_stopped(&mut file)).is_err() {}
         })?;
         Ok(Self { shared, saved })
     }
 
-    /// What the file said at the start.
+    /// The state in the file at the start.
     pub(crate) const fn saved(&self) -> Saved {
         self.saved
     }
 
-    /// Has `saved` written, unless it is overtaken by something newer. Waits for nothing.
-    pub(crate) fn save(&self, saved: Saved) -> Told {
+    /// Queues `saved` for writing; a newer state replaces it. Does not wait.
+    pub(crate) fn save(&self, saved: Saved) -> SaveTicket {
         let mut queue = self.shared.queue();
         queue.newest = saved;
-        queue.told += 1;
-        let told = Told(queue.told);
+        queue.queued += 1;
+        let ticket = SaveTicket(queue.queued);
         let idle = queue.idle;
         drop(queue);
         if idle {
-            self.shared.told.notify_one();
+            self.shared.queued.notify_one();
         }
-        told
+        ticket
     }
 
-    /// Waits until something was written, or what is newer; false where that takes too long. An
-    /// error is in the log.
-    pub(crate) fn wait(&self, told: Told) -> bool {
-        self.shared.wait(told.0)
+    /// Waits until the state or a newer one was written; false on a timeout. A write error is
+    /// only logged.
+    pub(crate) fn wait(&self, ticket: SaveTicket) -> bool {
+        self.shared.wait(ticket.0)
     }
 
-    /// The same for a thread that serves a guest: while a disk does not answer it waits once, and
-    /// not for each write.
-    pub(crate) fn wait_unless_late(&self, told: Told) -> bool {
-        !self.shared.queue().late && self.wait(told)
+    /// The same for a thread that serves a guest: while a disk does not answer, only the first call
+    /// waits.
+    pub(crate) fn wait_unless_late(&self, ticket: SaveTicket) -> bool {
+        !self.shared.queue().late && self.wait(ticket)
     }
 
-    /// The same for all that was told.
+    /// Waits until all queued states were written; false on a timeout.
     pub(crate) fn wait_for_all(&self) -> bool {
-        let told = self.shared.queue().told;
-        self.shared.wait(told)
+        let queued = self.shared.queue().queued;
+        self.shared.wait(queued)
     }
 }
 
 impl Drop for StateWriter {
     fn drop(&mut self) {
-        self.shared.queue().over = true;
-        self.shared.told.notify_one();
+        self.shared.queue().stopped = true;
+        self.shared.queued.notify_one();
         if !self.wait_for_all() {
-            tracing::error!(
-                "host: the state file cannot be written in time; what it would say is lost"
-            );
+            tracing::error!("host: writing the state file timed out; the newest state is lost");
         }
     }
 }
 
 impl Shared {
-    /// It is whole at every unlock.
+    /// Ignores poisoning: the queue is consistent at every unlock.
     fn queue(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wait(&self, told: u64) -> bool {
+    fn wait(&self, queued: u64) -> bool {
         let end = Instant::now() + WRITE_TIMEOUT;
         let mut queue = self.queue();
-        while queue.tried < told {
+        while queue.tried < queued {
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 queue.late = true;
@@ -144,26 +149,26 @@ impl Shared {
         true
     }
 
-    fn write_until_over(&self, file: &mut StateFile) {
+    fn write_until_stopped(&self, file: &mut StateFile) {
         let mut queue = self.queue();
         loop {
-            if queue.tried == queue.told {
-                if queue.over {
+            if queue.tried == queue.queued {
+                if queue.stopped {
                     return;
                 }
                 queue.idle = true;
-                queue = self.told.wait(queue).unwrap_or_else(PoisonError::into_inner);
+                queue = self.queued.wait(queue).unwrap_or_else(PoisonError::into_inner);
                 queue.idle = false;
                 continue;
             }
-            let (newest, told) = (queue.newest, queue.told);
+            let (newest, queued) = (queue.newest, queue.queued);
             drop(queue);
             let outcome = diagnostics::contain(|| file.save(newest));
             if let Ok(Err(error)) = outcome {
                 tracing::error!(%error, "host: the state file cannot be written");
             }
             queue = self.queue();
-            queue.tried = told;
+            queue.tried = queued;
             queue.late = false;
             self.tried.notify_all();
         }

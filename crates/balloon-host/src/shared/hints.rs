@@ -1,4 +1,4 @@
-//! Asking the guest what it does not use, by free page hinting.
+//! Requests to the guest for free page hints.
 
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
@@ -13,38 +13,38 @@ use super::stats::whole_ms;
 use super::{Shared, State};
 
 impl Shared {
-    /// Asks the guest. One request at a time: its pages are the guest's again only
-    /// when whoever asked is [done](Self::finish_hints).
+    /// Requests hints. One request at a time: the guest may use the hinted pages again only
+    /// after [`finish_hints`](Self::finish_hints).
     pub(crate) fn begin_hints(&self) -> Result<u32, ControlError> {
         let mut state = self.state();
         let phase = state.device.hinting().phase();
         if !matches!(phase, HintPhase::Idle | HintPhase::Lost) {
             return Err(ControlError::Refused {
-                what: "the guest is being asked for its free pages already".into(),
-                hint: "wait until the other request is over".into(),
+                what: "another request for the guest's free pages is running".into(),
+                hint: "wait until the other request ends".into(),
             });
         }
         let started = state.device.start_hinting(Instant::now());
         let id = started.map_err(|error| ControlError::Refused {
             what: error.to_string(),
-            hint: "the driver must accept free-page-hint; see the features in the status".into(),
+            hint: "use a guest driver with free-page-hint; see the features in the status".into(),
         })?;
         self.announce(state)?;
         Ok(id.get())
     }
 
-    /// Waits until the guest has named all, or for so long.
+    /// Waits until the guest has named all its free pages, for at most `timeout`.
     pub(super) fn await_hints(&self, id: u32, timeout: Duration) -> FreePageHints {
         let (mut hints, pages) = self.await_named(id, timeout);
         if hints.outcome == HintOutcome::Complete {
-            // A guest may have named millions of runs; it is served meanwhile.
+            // Without the lock: a guest may have named millions of runs.
             hints.list = pages.ranges().take(MAX_LISTED_RUNS).map(run).collect();
             hints.runs = pages.ranges().count() as u64;
         }
         hints
     }
 
-    /// The same with the pages that were named, and without the list of them.
+    /// Like [`await_hints`](Self::await_hints), but returns the pages instead of the list.
     fn await_named(&self, id: u32, timeout: Duration) -> (FreePageHints, PageSet) {
         let end = Instant::now().checked_add(timeout);
         let mut state = self.state();
@@ -63,19 +63,19 @@ impl Shared {
         }
     }
 
-    /// What the guest has named for request `id` once it has named all, or after so long: each
-    /// page stands for itself. `None` where that request is not under way any more.
+    /// Waits for request `id`, for at most `wait`, and returns the pages named by then. A
+    /// partial result is valid. `None` if the request was replaced or lost.
     pub fn hinted_within(&self, id: u32, wait: Duration) -> Option<PageSet> {
         let (hints, pages) = self.await_named(id, wait);
         match hints.outcome {
             HintOutcome::Complete => {}
-            HintOutcome::InProgress => tracing::info!(?wait, "the guest hints still"),
+            HintOutcome::InProgress => tracing::info!(?wait, "the guest is still hinting"),
             HintOutcome::Replaced | HintOutcome::Lost => return None,
         }
         Some(pages)
     }
 
-    /// Gives the guest its pages back, whether it has answered or not.
+    /// Lets the guest use its hinted pages, even if it has not finished.
     pub(super) fn finish_hints(&self, id: u32) -> Result<(), ControlError> {
         let mut state = self.state();
         if state.device.hinting().id().is_none_or(|newest| newest.get() != id) {

@@ -1,4 +1,4 @@
-//! What outlives a driver's connection, and this process.
+//! State that outlives a front end's connection and this process.
 
 use std::io;
 use std::path::Path;
@@ -9,19 +9,18 @@ use balloon_abi::{Features, Field};
 use balloon_device::{BalloonState, StateError};
 
 use super::{DeviceGuard, Shared, State};
-use crate::saved::{Saved, StateFile, StateWriter, Told};
+use crate::saved::{SaveTicket, Saved, StateFile, StateWriter};
 
-/// Poison of a driver whose word for it is lost: any but 0 forbids to give its
-/// free pages back as zeros.
+/// Assumed poison of a driver whose `poison_val` is lost. Any value but 0 forbids that
+/// its free pages read as zeros.
 const UNKNOWN_POISON: u32 = u32::MAX;
 
 impl Shared {
-    /// Keeps in the file at `path` what has to be known after a restart, and begins
-    /// with what it says.
+    /// Loads the state file at `path`, and saves state to it from now on.
     ///
     /// # Errors
-    /// The file can be neither read nor made, or the host has no thread left.
-    pub fn keep_in(&self, path: &Path) -> io::Result<()> {
+    /// The file can be neither read nor created, or the host has no thread left.
+    pub fn open_state_file(&self, path: &Path) -> io::Result<()> {
         let writer = StateWriter::start(StateFile::open(path)?)?;
         let mut state = self.state();
         state.saved = writer.saved();
@@ -29,17 +28,17 @@ impl Shared {
         let target = state.saved.target;
         if target != 0 {
             state.device.set_target(target, Instant::now());
-            // A change like any other: over when the guest is there and has reached it.
+            // A normal change: it ends when the guest has connected and reached the target.
             state.generation += 1;
         }
         Ok(())
     }
 
-    /// A driver starts, or goes on.
+    /// Handles the start or the resumption of a driver.
     pub fn reset(&self, negotiated: Features) {
         let mut state = self.state();
         state.device.reset(negotiated);
-        // QEMU says what the driver wrote before it says which features it took.
+        // QEMU sends the driver's config write before the accepted features.
         if let (true, Some(poison)) =
             (negotiated.contains(Features::PAGE_POISON), state.saved.poison_val)
         {
@@ -48,23 +47,23 @@ impl Shared {
         }
     }
 
-    /// The state of the balloon of a guest that stands still and may go elsewhere. A target that is
-    /// set later would not go with it, so none is taken until the guest [stays](Self::stay).
+    /// Returns the state of a paused guest's balloon for a migration. Refuses new targets, which
+    /// the state would not include, until [`stay`](Self::stay).
     pub fn leave(&self) -> BalloonState {
         let mut state = self.state();
         state.leaving = true;
         state.device.state()
     }
 
-    /// The guest goes on here.
+    /// Accepts targets again: the guest continues on this host.
     pub fn stay(&self) {
         self.state().leaving = false;
     }
 
-    /// Goes on with the guest of another host.
+    /// Restores the state of a guest from another host.
     ///
     /// # Errors
-    /// The state is none of this balloon; nothing has changed then.
+    /// The state does not fit this balloon. Nothing has changed.
     pub fn restore(&self, saved: BalloonState) -> Result<(), StateError> {
         let mut state = self.state();
         let (target, actual) = (saved.target, saved.actual);
@@ -72,7 +71,7 @@ impl Shared {
         state.saved.target = target;
         state.saved.actual = actual;
         if target != 0 {
-            // As for whoever sets a target here: over when the guest has reached it.
+            // Like a target set here, the change ends when the guest has reached it.
             state.generation += 1;
         }
         let _ = self.save(&state);
@@ -81,33 +80,35 @@ impl Shared {
         Ok(())
     }
 
-    /// The first queue of a driver runs: it has used it before, or it starts.
-    pub fn driver_found(&self, device: &mut DeviceGuard<'_>, used: bool) {
+    /// Handles the first queue of a driver. `used` is true if the driver used the queue before:
+    /// it resumes rather than starts.
+    pub fn driver_started(&self, device: &mut DeviceGuard<'_>, used: bool) {
         let state = &mut *device.0;
         if used {
             let Saved { actual, poison_val, .. } = state.saved;
             let poisons = state.device.negotiated().contains(Features::PAGE_POISON);
             let poison = if poisons { poison_val.unwrap_or(UNKNOWN_POISON) } else { 0 };
             state.device.resume(actual, poison, Instant::now());
-            tracing::debug!(actual, "the driver goes on where it was");
+            tracing::debug!(actual, "the driver resumes");
         } else {
             state.saved.actual = state.device.config().actual;
         }
         let _ = self.save(state);
     }
 
-    /// The driver may have said how many pages it holds. Waits until that is written, for about a
-    /// second at most, and not again before a disk that is late has written something.
-    pub fn keep_actual(&self) {
+    /// Saves the driver's `actual`. Waits for the write for at most a second, and not again
+    /// until a late disk has written something.
+    pub fn save_actual(&self) {
         let mut state = self.state();
         state.saved.actual = state.device.config().actual;
-        let kept = self.save(&state);
+        let save = self.save(&state);
         drop(state);
-        self.wait_before_answer(kept);
+        self.wait_before_reply(save);
     }
 
-    /// Nobody says how many pages the driver holds, so it is those that it gave. Of
-    /// one that was there before the device, they are not all.
+    /// Sets `actual` to the number of pages in the balloon, for a front end that does not
+    /// forward the driver's writes. Does nothing if the balloon may hold pages that were
+    /// inflated before the device started.
     pub fn assume_actual(&self, since: Instant) {
         let state = &mut *self.state();
         let held = u32::try_from(state.device.held().len()).unwrap_or(u32::MAX);
@@ -121,59 +122,58 @@ impl Shared {
         self.changed();
     }
 
-    /// The front end may have said what the driver fills free pages with: alone, or
-    /// with all else.
-    pub fn keep_poison(&self, offset: u32, data: &[u8]) {
+    /// Saves `poison_val` if a config write of the front end includes it, and waits as
+    /// [`save_actual`](Self::save_actual) does.
+    pub fn save_poison(&self, offset: u32, data: &[u8]) {
         let at = (Field::PoisonVal.offset() as u64).checked_sub(u64::from(offset));
         let at = at.and_then(|at| usize::try_from(at).ok());
         let Some(poison) = at.and_then(|at| data.get(at..)?.first_chunk()) else { return };
         let mut state = self.state();
         state.saved.poison_val = Some(u32::from_le_bytes(*poison));
-        let kept = self.save(&state);
+        let save = self.save(&state);
         drop(state);
-        self.wait_before_answer(kept);
+        self.wait_before_reply(save);
     }
 
-    /// A front end that has an answer relies on it that a back end which is started again knows what
-    /// it wrote.
-    fn wait_before_answer(&self, kept: Option<KeptWrite>) {
-        let written = kept.is_none_or(|kept| kept.writer.wait_unless_late(kept.told));
+    /// A front end that has a reply relies on it that a restarted back end knows what it wrote.
+    fn wait_before_reply(&self, save: Option<PendingSave>) {
+        let written = save.is_none_or(|save| save.writer.wait_unless_late(save.ticket));
         if !written && self.may_log() {
-            tracing::error!("host: the state file cannot be written in time");
+            tracing::error!("host: writing the state file timed out");
         }
     }
 
-    /// Waits until what is to be kept is written, for about a second at most: before something
-    /// ends. Not to be called where a guest is served meanwhile.
-    pub fn finish_keeping(&self) {
+    /// Waits until the state file is written, for about a second at most, before a shutdown.
+    /// Must not be called in a thread that serves a guest.
+    pub fn finish_saving(&self) {
         let writer = self.state().writer.clone();
         if writer.is_some_and(|writer| !writer.wait_for_all()) && self.may_log() {
-            tracing::error!("host: the state file cannot be written in time");
+            tracing::error!("host: writing the state file timed out");
         }
     }
 
-    /// Has what is to be kept written, where it is kept: not here, where a disk that does not
-    /// answer would keep the device's lock.
-    pub(super) fn save(&self, state: &State) -> Option<KeptWrite> {
+    /// Queues a write of the state file, if there is one. The writer's thread does it: the
+    /// caller has the device's lock, and a dead disk must not block that.
+    pub(super) fn save(&self, state: &State) -> Option<PendingSave> {
         let writer = state.writer.as_ref()?;
-        let told = writer.save(state.saved);
-        Some(KeptWrite { writer: Arc::clone(writer), told })
+        let ticket = writer.save(state.saved);
+        Some(PendingSave { writer: Arc::clone(writer), ticket })
     }
 }
 
-/// Something that is being written.
-pub(super) struct KeptWrite {
+/// A queued write of the state file.
+pub(super) struct PendingSave {
     writer: Arc<StateWriter>,
-    told: Told,
+    ticket: SaveTicket,
 }
 
-impl KeptWrite {
-    /// Waits until it is, for a while; to be called without a lock.
+impl PendingSave {
+    /// Waits until the state is written, for a limited time. Must be called without a lock.
     pub(super) fn wait(&self) {
-        if !self.writer.wait(self.told) {
+        if !self.writer.wait(self.ticket) {
             tracing::error!(
-                "host: the state file cannot be written in time; a back end that is started again \
-                 will not know the target"
+                "host: writing the state file timed out; a back end that is restarted now uses an \
+                 old target"
             );
         }
     }
@@ -188,7 +188,7 @@ mod tests {
     use crate::HostReclaim;
 
     #[test]
-    fn a_target_goes_with_the_guest_or_is_refused() {
+    fn a_target_migrates_with_the_guest_or_is_refused() {
         let reclaim = HostReclaim::new(ReleaseMode::Immediate, PartialHuge::Split).unwrap();
         let shared = Shared::new("vm1".into(), reclaim).unwrap();
         shared.set_target(5).unwrap();

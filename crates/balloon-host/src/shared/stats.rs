@@ -1,4 +1,4 @@
-//! Asking the guest for its statistics, and what it answered.
+//! The guest's memory statistics.
 
 use std::time::{Duration, Instant};
 
@@ -9,12 +9,13 @@ use control::api::StatsStatus;
 use super::{Shared, State};
 
 impl Shared {
-    /// Time between two questions to the guest, if it is to be asked.
+    /// Interval of statistics requests; `None` if there are none.
     pub fn stats_interval(&self) -> Option<Duration> {
         self.state().stats_interval
     }
 
-    /// `None` asks no more. The loop is woken, since it may sleep for long.
+    /// Sets the interval; `None` stops the requests. Wakes the loop, whose timeout may be
+    /// long.
     pub(super) fn change_stats_interval(
         &self,
         interval: Option<Duration>,

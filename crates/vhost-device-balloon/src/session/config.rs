@@ -45,7 +45,7 @@ impl Session<'_> {
         let (offset, size, _flags) = (fields.u32()?, fields.u32()?, fields.u32()?);
         let data = fields.bytes(size as usize)?;
         self.silence.broken();
-        self.shared.keep_poison(offset, data);
+        self.shared.save_poison(offset, data);
         let mut device = self.shared.device();
         let poisons = device.negotiated().contains(Features::PAGE_POISON);
         let valid = |field| field != Field::PoisonVal || poisons;
@@ -66,7 +66,7 @@ impl Session<'_> {
         }
         drop(device);
         if self.driver_known {
-            self.shared.keep_actual();
+            self.shared.save_actual();
         }
         self.shared.changed();
         Ok(())

@@ -123,7 +123,7 @@ fn a_hold_is_kept_released_and_lost() {
         let answer = operator.join().unwrap().unwrap();
         assert_eq!(answer.free.unwrap().summary.hold, Some(HoldState::Kept));
         let again = ask(&server.balloon, HOLD, TEST_TIMEOUT).join().unwrap();
-        assert_eq!(why(again), (WhyNot::NotPossible, "the guest holds free pages already".into()));
+        assert_eq!(why(again), (WhyNot::NotPossible, "the guest already holds free pages".into()));
         if lost {
             assert_eq!(vm.answer(request.id, Outcome::HoldLost, [128, 0, 0, 0], &[]), ACCEPTED);
         } else {
@@ -230,7 +230,10 @@ fn too_many_requests_are_refused_at_once() {
     operators.extend((0..8).map(|_| ask(&server.balloon, DROP, TEST_TIMEOUT)));
     until(|| server.status().requests.waiting >= 8);
     let (reason, what) = why(ask(&server.balloon, DROP, TEST_TIMEOUT).join().unwrap());
-    assert_eq!((reason, what.as_str()), (WhyNot::TooMany, "8 requests wait for the guest already"));
+    assert_eq!(
+        (reason, what.as_str()),
+        (WhyNot::TooMany, "8 requests to the guest are queued already")
+    );
     let mut last = 0;
     while !operators.is_empty() {
         assert!(request.id > last, "in the order in which they were made");
@@ -277,7 +280,7 @@ fn an_answer_that_lies_ends_its_request_and_nothing_else() {
         assert_eq!(vm.answer_raw(&bytes), status, "{fault}");
         let (reason, what) = why(operator.join().unwrap());
         assert_eq!(reason, WhyNot::Refused);
-        assert!(what.contains("breaks the protocol"), "{what}");
+        assert!(what.contains("violates the protocol"), "{what}");
         assert_eq!(server.guest_faults(fault), 1, "{fault}");
         assert_eq!(server.status().requests.ended["report-free"]["guest_fault"], 1);
         assert!(server.balloon.free_pages().is_none());
