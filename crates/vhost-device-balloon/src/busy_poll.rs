@@ -1,15 +1,15 @@
-//! Looks for the guest's next message for a moment, instead of sleeping until it comes.
+//! Polls briefly for the guest's next message before the thread sleeps.
 //!
-//! A stock driver needs thousands of messages and waits for each, and each is a wake-up of
-//! this thread. Looking costs a processor meanwhile, so operators have to ask for it.
+//! A stock driver sends thousands of messages and waits for each, and each wakes this thread.
+//! Busy polling occupies a host CPU, so it is off unless the operator enables it.
 
 use std::time::{Duration, Instant};
 
-/// How long altogether after the operator wanted something: half a TiB from a stock
-/// driver on hardware. A guest that sends for the sake of it gets no more of a processor.
+/// Total polling time after an operator's request: enough for half a TiB from a stock driver
+/// on hardware. It bounds the CPU time that a guest can cause by sending messages.
 const BUDGET: Duration = Duration::from_secs(10);
 
-/// Whether to look or to sleep.
+/// Decides whether to poll or to sleep.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct BusyPoll {
     limit: Duration,
@@ -18,30 +18,30 @@ pub(crate) struct BusyPoll {
 }
 
 impl BusyPoll {
-    /// Looks for `limit` after each message.
+    /// Polls for at most `limit` after each message.
     pub(crate) const fn new(limit: Duration) -> Self {
         Self { limit, left: Duration::ZERO, since: None }
     }
 
-    /// The operator wants something of the guest.
+    /// Renews the budget, after an operator's request.
     pub(crate) const fn allow(&mut self) {
         self.left = BUDGET;
     }
 
-    /// A message came, and the next may be near.
+    /// Starts to poll, after a message.
     pub(crate) fn answered(&mut self, now: Instant) {
         self.spend(now);
         self.since = Some(now);
     }
 
-    /// Whether to look again.
-    pub(crate) fn goes_on(&mut self, now: Instant) -> bool {
+    /// Returns true while the thread should poll.
+    pub(crate) fn is_active(&mut self, now: Instant) -> bool {
         let Some(since) = self.since else { return false };
-        let goes_on = now.saturating_duration_since(since) < self.limit.min(self.left);
-        if !goes_on {
+        let active = now.saturating_duration_since(since) < self.limit.min(self.left);
+        if !active {
             self.spend(now);
         }
-        goes_on
+        active
     }
 
     fn spend(&mut self, now: Instant) {
@@ -57,28 +57,28 @@ mod tests {
     const LIMIT: Duration = Duration::from_micros(100);
 
     #[test]
-    fn looks_for_a_moment_after_each_message() {
+    fn polls_for_the_limit_after_each_message() {
         let (mut poll, start) = (BusyPoll::new(LIMIT), Instant::now());
         poll.allow();
-        assert!(!poll.goes_on(start));
+        assert!(!poll.is_active(start));
         poll.answered(start);
-        assert!(poll.goes_on(start + LIMIT / 2));
+        assert!(poll.is_active(start + LIMIT / 2));
         poll.answered(start + LIMIT / 2);
-        assert!(poll.goes_on(start + LIMIT));
-        assert!(!poll.goes_on(start + LIMIT * 2));
-        assert!(!poll.goes_on(start));
+        assert!(poll.is_active(start + LIMIT));
+        assert!(!poll.is_active(start + LIMIT * 2));
+        assert!(!poll.is_active(start));
     }
 
     #[test]
-    fn a_guest_that_sends_for_ever_has_a_budget() {
+    fn the_budget_bounds_polling() {
         let (mut poll, mut now) = (BusyPoll::new(LIMIT), Instant::now());
         poll.answered(now);
-        assert!(!poll.goes_on(now));
+        assert!(!poll.is_active(now));
         poll.allow();
         let mut spent = Duration::ZERO;
         loop {
             poll.answered(now);
-            if !poll.goes_on(now) {
+            if !poll.is_active(now) {
                 break;
             }
             now += LIMIT;
@@ -88,14 +88,14 @@ mod tests {
         assert_eq!(spent, BUDGET);
         poll.allow();
         poll.answered(now);
-        assert!(poll.goes_on(now));
+        assert!(poll.is_active(now));
     }
 
     #[test]
-    fn no_limit_is_no_looking() {
+    fn a_limit_of_zero_disables_polling() {
         let (mut poll, now) = (BusyPoll::new(Duration::ZERO), Instant::now());
         poll.allow();
         poll.answered(now);
-        assert!(!poll.goes_on(now));
+        assert!(!poll.is_active(now));
     }
 }

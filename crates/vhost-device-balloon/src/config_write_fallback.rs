@@ -1,45 +1,45 @@
-//! Front ends that keep what the driver writes to themselves.
+//! Fallback for front ends that do not forward the driver's config writes.
 //!
-//! QEMU's generic device before it had a `set_config` (8.2 is one) drops the guest's
-//! writes to the configuration space. Then nobody says how many pages the guest
-//! holds, and the device's own count of them is the next best answer.
+//! QEMU's generic vhost-user device without `set_config` (such as in 8.2) drops the guest's
+//! writes to the configuration space. Without `actual` the back end uses the number of pages
+//! that it counts in the balloon.
 
 use std::time::{Duration, Instant};
 
-/// Time after a message within which a driver writes its size. Linux does so after
-/// every few messages at the latest.
-const SILENCE: Duration = Duration::from_secs(1);
+/// Time after a message within which a driver writes `actual`. Linux writes it at least after
+/// every few messages.
+const CONFIG_WRITE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Whether a front end passes on writes, and when to believe that it does not.
+/// Detects that a front end does not forward config writes.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Silence {
-    heard: bool,
+pub(crate) struct ConfigWriteFallback {
+    write_received: bool,
     since: Option<Instant>,
 }
 
-impl Silence {
-    /// The front end passed on a write: it will do so again.
-    pub(crate) const fn broken(&mut self) {
-        self.heard = true;
+impl ConfigWriteFallback {
+    /// Records a config write: the front end forwards them, so the fallback is off.
+    pub(crate) const fn config_written(&mut self) {
+        self.write_received = true;
         self.since = None;
     }
 
-    /// A message changed what the guest holds.
-    pub(crate) const fn changed(&mut self, now: Instant) {
-        if !self.heard {
+    /// Records a message that changed the balloon.
+    pub(crate) const fn message_served(&mut self, now: Instant) {
+        if !self.write_received {
             self.since = Some(now);
         }
     }
 
-    /// Time until it is over, where there is one.
+    /// Returns the time until the timeout, if one runs.
     pub(crate) fn left(&self, now: Instant) -> Option<Duration> {
-        Some(SILENCE.saturating_sub(now.saturating_duration_since(self.since?)))
+        Some(CONFIG_WRITE_TIMEOUT.saturating_sub(now.saturating_duration_since(self.since?)))
     }
 
-    /// When the last message came, once for each change that nobody told of in time.
-    pub(crate) fn over_since(&mut self, now: Instant) -> Option<Instant> {
-        let over = self.left(now) == Some(Duration::ZERO);
-        self.since.take_if(|_| over)
+    /// Returns the time of the last message, once for each timeout.
+    pub(crate) fn take_expired(&mut self, now: Instant) -> Option<Instant> {
+        let expired = self.left(now) == Some(Duration::ZERO);
+        self.since.take_if(|_| expired)
     }
 }
 
@@ -48,17 +48,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_change_that_nobody_told_of_is_told_of_once() {
-        let (mut silence, start) = (Silence::default(), Instant::now());
-        assert_eq!(silence.over_since(start), None);
-        silence.changed(start);
-        silence.changed(start + SILENCE / 2);
-        assert_eq!(silence.over_since(start + SILENCE), None);
-        assert_eq!(silence.over_since(start + SILENCE * 2), Some(start + SILENCE / 2));
-        assert_eq!(silence.over_since(start + SILENCE * 3), None);
-        silence.changed(start);
-        silence.broken();
-        silence.changed(start);
-        assert_eq!(silence.left(start), None);
+    fn each_change_without_a_config_write_expires_once() {
+        let (mut fallback, start) = (ConfigWriteFallback::default(), Instant::now());
+        assert_eq!(fallback.take_expired(start), None);
+        fallback.message_served(start);
+        fallback.message_served(start + CONFIG_WRITE_TIMEOUT / 2);
+        assert_eq!(fallback.take_expired(start + CONFIG_WRITE_TIMEOUT), None);
+        assert_eq!(
+            fallback.take_expired(start + CONFIG_WRITE_TIMEOUT * 2),
+            Some(start + CONFIG_WRITE_TIMEOUT / 2)
+        );
+        assert_eq!(fallback.take_expired(start + CONFIG_WRITE_TIMEOUT * 3), None);
+        fallback.message_served(start);
+        fallback.config_written();
+        fallback.message_served(start);
+        assert_eq!(fallback.left(start), None);
     }
 }

@@ -1,5 +1,5 @@
-//! Connecting to monitors that listen (QEMU's `server=on`, Cloud Hypervisor's
-//! server mode), as often as they come.
+//! Connects to front ends that listen (QEMU's `server=on`, Cloud Hypervisor's server
+//! mode), and reconnects.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -12,10 +12,10 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 
 use crate::error::Error;
 
-/// Time between two tries. A guest that starts waits so long for its balloon.
-pub(crate) const RETRY: Duration = Duration::from_millis(250);
+/// Interval of connection attempts. A guest that starts may wait this long for its balloon.
+pub(crate) const RETRY_INTERVAL: Duration = Duration::from_millis(250);
 
-/// A monitor's socket.
+/// A front end's listening socket.
 #[derive(Debug)]
 pub(crate) struct Connector {
     address: SocketAddrUnix,
@@ -33,10 +33,10 @@ impl Connector {
         &self.path
     }
 
-    /// A connection, or `None` where nobody listens now.
+    /// Connects. Returns `None` if no process listens.
     pub(crate) fn connect(&self) -> Result<Option<UnixStream>, Error> {
         let failed = |source: io::Error| Error::Connect { path: self.path.clone(), source };
-        // A monitor whose backlog is full would keep a blocking call.
+        // Non-blocking: `connect` would block if the front end's backlog is full.
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket: OwnedFd = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
             .map_err(|e| failed(e.into()))?;

@@ -1,126 +1,126 @@
-//! What ends a session, and whose fault it was.
+//! Errors of the back end and of a session, and whose fault they are.
 
 use std::io;
 use std::path::PathBuf;
 
-/// The back end cannot start or go on.
+/// Why the back end cannot start or continue.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The monitor's socket cannot be connected to.
+    /// Cannot connect to the front end's socket.
     #[error("host: cannot connect to {path}")]
     Connect {
         /// The socket's path.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
-    /// The limit of open files does not do for so many guests.
-    #[error("host: the guests may need {wanted} open files, and this user may have {limit}")]
+    /// The limit of open files is too low for so many guests.
+    #[error("host: the guests may need {wanted} open files, and the hard limit is {limit}")]
     TooManyGuests {
-        /// Files that are needed at worst.
+        /// Most files that the guests may need.
         wanted: u64,
         /// The hard limit.
         limit: u64,
     },
-    /// The file that outlives the process could not be read.
-    #[error("host: cannot keep state in {path}")]
+    /// The state file cannot be opened or read.
+    #[error("host: cannot use the state file {path}")]
     State {
         /// The file's path.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
-    /// Something that every process has was refused.
+    /// A basic resource of the host was refused.
     #[error("host: {what} failed")]
     Host {
-        /// The call.
+        /// The failed operation.
         what: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
-    /// The balloon could not be made.
+    /// The balloon could not be created.
     #[error(transparent)]
     Balloon(#[from] balloon_host::HostError),
-    /// A socket could not be made or served.
+    /// A socket could not be created or served.
     #[error(transparent)]
     Control(#[from] control::ControlError),
 }
 
-/// One front end's connection ended otherwise than by hanging up.
+/// Why a front end's session ended with an error.
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
-    /// The front end broke the protocol.
+    /// The front end violated the protocol.
     #[error("front end: {0}")]
     Violation(#[from] Violation),
     /// The connection ended in the middle of a message.
-    #[error("front end: hung up in the middle of a message")]
+    #[error("front end: closed the connection in the middle of a message")]
     Truncated,
-    /// The connection broke.
+    /// Receiving failed.
     #[error("front end: cannot receive")]
     Receive(#[source] io::Error),
     /// An answer could not be sent.
     #[error("front end: cannot send")]
     Send(#[source] io::Error),
-    /// The back end itself failed, and lost its place in what this front end said.
-    #[error("host: serving the monitor failed")]
+    /// The session's code panicked, so its position in the message stream is lost.
+    #[error("host: serving the front end failed")]
     Panicked(#[source] diagnostics::Panicked),
     /// Guest memory could not be mapped.
     #[error("front end: guest memory cannot be mapped")]
     Map(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// Guest memory was mapped, and when it was touched nothing was behind it.
+    /// An access to mapped guest memory raised SIGBUS.
     #[error(
-        "host: there is no memory behind guest address {address:#x}: the file was shortened, \
-         or the host has none to give (huge pages: see vm.nr_hugepages and HugePages_Free in \
-         /proc/meminfo; a tmpfs: its size; else vm.overcommit_memory and CommitLimit)"
+        "host: there is no memory behind guest address {address:#x}: the file was truncated, \
+         or the host is out of memory (huge pages: see vm.nr_hugepages and HugePages_Free in \
+         /proc/meminfo; tmpfs: its size; else vm.overcommit_memory and CommitLimit)"
     )]
     Unbacked {
-        /// The first address that was touched in vain.
+        /// The first inaccessible guest physical address.
         address: u64,
     },
-    /// Something of the host's failed.
+    /// A host operation failed.
     #[error("host: {what} failed")]
     Host {
-        /// The call.
+        /// The operation.
         what: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
 }
 
-/// How a front end broke the protocol.
+/// How a front end violated the protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Violation {
-    /// Version or direction of a header.
-    #[error("a header with flags {flags:#x}")]
+    /// Wrong version or direction in a header.
+    #[error("a header with invalid flags {flags:#x}")]
     Header {
         /// The flags.
         flags: u32,
     },
     /// A payload that is too long, or too short for its request.
-    #[error("request {request} with a payload of {size} bytes")]
+    #[error("request {request} with an invalid payload of {size} bytes")]
     PayloadSize {
         /// The request.
         request: u32,
-        /// Bytes announced or left.
+        /// Bytes in the header, or bytes left.
         size: usize,
     },
     /// More file descriptors than a message may carry.
     #[error("too many file descriptors in one message")]
     TooManyFds,
-    /// Not exactly the file descriptors that the request needs.
-    #[error("request {request} with {count} file descriptors")]
+    /// The wrong number of file descriptors for the request.
+    #[error("request {request} with a wrong number of file descriptors: {count}")]
     FdCount {
         /// The request.
         request: u32,
-        /// How many came.
+        /// File descriptors received.
         count: usize,
     },
-    /// A request that was not negotiated or that no version knows.
-    #[error("request {request}, which was not negotiated")]
+    /// A request that is unknown or was not negotiated.
+    #[error("request {request}, which is unknown or was not negotiated")]
     UnknownRequest {
         /// The request.
         request: u32,
@@ -128,22 +128,22 @@ pub enum Violation {
     /// Features that were not offered.
     #[error("features {features:#x}, which were not offered")]
     Features {
-        /// The bits too many.
+        /// The bits that were not offered.
         features: u64,
     },
-    /// Another set of features while queues run.
-    #[error("other features while queues run")]
+    /// A change of features while queues run.
+    #[error("a change of features while queues run")]
     FeaturesWhileRunning,
     /// A queue that does not exist.
     #[error("queue {index}, which does not exist")]
     NoSuchQueue {
-        /// Its number.
+        /// Its index.
         index: u32,
     },
-    /// A size, base or address that no queue can have.
-    #[error("queue {index} cannot be set up so")]
+    /// An invalid size, base or address of a queue.
+    #[error("queue {index} with an invalid size, base or address")]
     QueueSetup {
-        /// Its number.
+        /// Its index.
         index: u32,
     },
     /// An address in no region of the memory table.
@@ -152,62 +152,62 @@ pub enum Violation {
         /// The front end's address.
         address: u64,
     },
-    /// A memory table that no guest can have.
-    #[error("a memory table that makes no sense")]
+    /// An invalid memory table.
+    #[error("an invalid memory table")]
     MemoryTable,
-    /// A part of a file of huge pages that is not made of whole ones.
+    /// A region in hugetlbfs that is not aligned to huge pages.
     #[error(
-        "a memory region of {bytes:#x} bytes at {file_offset:#x} of its file, whose huge pages \
-         are of {page_bytes:#x}: both must be multiples of that"
+        "a memory region of {bytes:#x} bytes at file offset {file_offset:#x} that is not aligned \
+         to its huge pages of {page_bytes:#x} bytes"
     )]
     PartialHugePages {
         /// Bytes of the region.
         bytes: u64,
-        /// Where it starts in the file.
+        /// Its offset in the file.
         file_offset: u64,
-        /// Bytes of a page.
+        /// Bytes of a huge page.
         page_bytes: u64,
     },
-    /// More guest memory than is taken here.
+    /// More guest memory than the limit.
     #[error(
-        "{bytes} bytes of guest memory, of which at most {limit} are taken for one guest; \
-         `--max-guest-memory` takes more"
+        "{bytes} bytes of guest memory, more than the limit of {limit}; raise it with \
+         `--max-guest-memory`"
     )]
     TooMuchMemory {
         /// Bytes of all regions.
         bytes: u64,
-        /// The limit, which follows from the host or is the operator's.
+        /// The limit: the operator's, or derived from the host's memory.
         limit: u64,
     },
-    /// Guest memory that can shrink, where it must not.
+    /// Guest memory that is not sealed, although the operator requires it.
     #[error("guest memory that is not sealed against shrinking (F_SEAL_SHRINK)")]
     UnsealedMemory,
-    /// A kick or call file that cannot notify: no event file, pipe or socket.
-    #[error("queue {index} with a file that cannot notify")]
+    /// A kick or call file that is no eventfd, pipe or socket.
+    #[error("queue {index} with a kick or call file that is no eventfd, pipe or socket")]
     NotifyFile {
-        /// Its number.
+        /// Its index.
         index: u32,
     },
-    /// Memory for inflight tracking that cannot be it, or is not any more.
-    #[error("memory for inflight tracking that makes no sense")]
+    /// An invalid inflight region, or one that became inaccessible.
+    #[error("an invalid or inaccessible inflight region")]
     Inflight,
-    /// A queue was to be polled, without a file descriptor for kicks.
-    #[error("queue {index} without a file descriptor for kicks")]
+    /// A queue without a kick file descriptor, which requests polling.
+    #[error("queue {index} without a kick file descriptor")]
     NoKick {
-        /// Its number.
+        /// Its index.
         index: u32,
     },
 }
 
 impl SessionError {
-    /// Whether the front end's process ended, or closed the connection, with
-    /// messages under way. A guest that is killed does that.
+    /// Returns true if the front end exited or closed the connection with messages in flight,
+    /// as a killed VMM does.
     pub fn is_hang_up(&self) -> bool {
         let (Self::Receive(error) | Self::Send(error)) = self else { return false };
         matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe)
     }
 
-    /// The word that the control API and the metrics count it under.
+    /// The name in the control API and the metrics.
     pub const fn name(&self) -> &'static str {
         match self {
             Self::Violation(_) => "protocol_violation",

@@ -1,12 +1,11 @@
-//! Shared memory in which a queue's chains under way are noted, so that a back
-//! end which was killed finds them when it comes back (vhost-user.rst, "Inflight
-//! I/O tracking", split virtqueues).
+//! The inflight region: shared memory that records each queue's chains in flight, so
+//! that a back end that was killed recovers them when it restarts (vhost-user.rst,
+//! "Inflight I/O tracking", split virtqueues).
 //!
-//! It is the front end's memory, and hostile until checked: what is read of it is
-//! copied once and bounded by the size of the queue. It is read and written by
-//! calls, not mapped, so that a front end which shortens it gets an error and
-//! cannot end this process. Four calls for a chain cost some two microseconds; a
-//! message takes its guest tens of them.
+//! The front end owns the memory, so it is untrusted: data is copied once and bounded by
+//! the queue's size. It is accessed with system calls, not mapped: if a front end truncates
+//! it, the access fails, and no SIGBUS ends this process. The four calls per chain take
+//! about two microseconds, and a message takes the guest tens of microseconds.
 
 use std::fs::File;
 use std::io;
@@ -34,14 +33,14 @@ const ENTRY_BYTES: u64 = 16;
 const NEXT_AT: u64 = 6;
 const COUNTER_AT: u64 = 8;
 
-/// The only version of the layout there is; 0 says that the memory is new.
+/// The only version of the layout; 0 means that the memory is new.
 const VERSION: u16 = 1;
 
-/// Queues start at multiples of so many bytes, as QEMU's libvhost-user has it:
-/// no two share a cache line.
+/// Alignment of a queue's part in bytes, as in QEMU's libvhost-user: no two queues share a
+/// cache line.
 const QUEUE_ALIGN: u64 = 64;
 
-/// What `GET_INFLIGHT_FD` and `SET_INFLIGHT_FD` say of the memory.
+/// The payload of `GET_INFLIGHT_FD` and `SET_INFLIGHT_FD`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Description {
     mmap_size: u64,
@@ -50,7 +49,7 @@ pub(crate) struct Description {
     queue_size: u16,
 }
 
-/// The memory for all queues.
+/// The inflight region of all queues.
 #[derive(Clone, Debug)]
 pub(crate) struct Region {
     file: Arc<File>,
@@ -59,16 +58,16 @@ pub(crate) struct Region {
 
 /// The part of one queue.
 #[derive(Clone, Debug)]
-pub(crate) struct Part {
+pub(crate) struct QueueRegion {
     file: Arc<File>,
     at: u64,
     size: u16,
 }
 
-/// What a queue's part said when it was read.
+/// The chains in flight of one queue.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Noted {
-    /// Heads of the chains under way, in the order in which they were taken.
+pub(crate) struct InflightChains {
+    /// Their heads, in the order in which they were taken.
     pub(crate) heads: Vec<u16>,
     /// The highest counter among them.
     pub(crate) counter: u64,
@@ -107,23 +106,22 @@ impl Description {
 }
 
 impl Region {
-    /// Makes memory for as many queues as the front end asked for: nothing is
-    /// under way in it.
-    pub(crate) fn create(asked: Description) -> Result<Self, SessionError> {
+    /// Creates a region for the requested queues, with no chain in flight.
+    pub(crate) fn create(requested: Description) -> Result<Self, SessionError> {
         let host = |source: rustix::io::Errno| SessionError::Host {
             what: "memory for inflight tracking",
             source: source.into(),
         };
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = File::from(memfd_create("balloon-inflight", flags).map_err(host)?);
-        let description = Description { mmap_size: asked.bytes(), mmap_offset: 0, ..asked };
+        let description = Description { mmap_size: requested.bytes(), mmap_offset: 0, ..requested };
         rustix::fs::ftruncate(&file, description.mmap_size).map_err(host)?;
         fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
             .map_err(host)?;
         Ok(Self { file: Arc::new(file), description })
     }
 
-    /// The memory that a front end kept, of this process or one before it.
+    /// Uses a region that the front end kept, from this process or an earlier one.
     pub(crate) fn attach(description: Description, fd: OwnedFd) -> Result<Self, SessionError> {
         let stat = fstat(&fd).map_err(|_| Violation::Inflight)?;
         let len = u64::try_from(stat.st_size).map_err(|_| Violation::Inflight)?;
@@ -145,10 +143,10 @@ impl Region {
         &self.file
     }
 
-    /// The part of queue `index`, if there is one.
-    pub(crate) fn part(&self, index: usize) -> Option<Part> {
+    /// Returns the part of queue `index`, if it has one.
+    pub(crate) fn part(&self, index: usize) -> Option<QueueRegion> {
         let index = u64::try_from(index).ok()?;
-        (index < u64::from(self.description.num_queues)).then(|| Part {
+        (index < u64::from(self.description.num_queues)).then(|| QueueRegion {
             file: Arc::clone(&self.file),
             at: self.description.mmap_offset + index * self.description.part_bytes(),
             size: self.description.queue_size,
@@ -156,66 +154,65 @@ impl Region {
     }
 }
 
-impl Part {
-    /// Reads what was under way when the queue was left, whose used ring stands at
-    /// `used_idx` and whose available ring at `avail_idx`, and corrects the notes:
-    /// chains of the last batch that the driver has been told of are not under way.
+impl QueueRegion {
+    /// Reads the chains in flight of a vring with these used and available indices, and
+    /// corrects the region: chains of the last batch that are in the used ring are not in
+    /// flight.
     ///
-    /// Notes that cannot be about this ring say nothing: they are cleared. A driver
-    /// that started anew has such a ring.
-    pub(crate) fn recover(&self, used_idx: u16, avail_idx: u16) -> io::Result<Noted> {
+    /// Clears a region that does not match this vring, such as after a restart of the driver.
+    pub(crate) fn recover(&self, used_idx: u16, avail_idx: u16) -> io::Result<InflightChains> {
         let mut bytes = vec![0; self.bytes()];
         self.file.read_exact_at(&mut bytes, self.at)?;
         let word = |at: u64| -> u16 { number(&bytes, at) };
-        let was = word(USED_IDX_AT);
-        let told = used_idx.wrapping_sub(was);
+        let old_used_idx = word(USED_IDX_AT);
+        let returned = used_idx.wrapping_sub(old_used_idx);
         let known = word(VERSION_AT) == VERSION && word(DESC_NUM_AT) == self.size;
-        let mut noted = Noted::default();
-        if known && told <= self.size {
+        let mut inflight = InflightChains::default();
+        if known && returned <= self.size {
             let mut entries = self.entries(&bytes);
             let mut head = word(LAST_HEAD_AT);
-            for _ in 0..told {
+            for _ in 0..returned {
                 let Some(entry) = entries.get_mut(usize::from(head)) else { break };
                 entry.0 = false;
                 head = number(&bytes, self.entry(head) - self.at + NEXT_AT);
             }
-            let mut under_way: Vec<(u64, u16)> = (0..)
+            let mut in_flight: Vec<(u64, u16)> = (0..)
                 .zip(&entries)
                 .filter(|(_, (inflight, _))| *inflight)
                 .map(|(head, (_, counter))| (*counter, head))
                 .collect();
-            under_way.sort_unstable();
-            noted.counter = under_way.last().map_or(0, |(counter, _)| *counter);
-            noted.heads = under_way.into_iter().map(|(_, head)| head).collect();
+            in_flight.sort_unstable();
+            inflight.counter = in_flight.last().map_or(0, |(counter, _)| *counter);
+            inflight.heads = in_flight.into_iter().map(|(_, head)| head).collect();
         }
-        // No driver can have more on its way than the ring has entries.
+        // A driver cannot have more chains in flight than are available and not used.
         let left = avail_idx.wrapping_sub(used_idx);
-        if noted.heads.len() > usize::from(left.min(self.size)) {
-            noted = Noted::default();
+        if inflight.heads.len() > usize::from(left.min(self.size)) {
+            inflight = InflightChains::default();
         }
-        self.write_back(&noted, used_idx)?;
-        Ok(noted)
+        self.write_back(&inflight, used_idx)?;
+        Ok(inflight)
     }
 
-    /// A chain was taken off the queue, the `counter`th.
+    /// Records that a chain was taken off the queue, the `counter`th.
     pub(crate) fn taken(&self, head: u16, counter: u64) -> io::Result<()> {
-        // Whoever is killed between the two has not noted it.
+        // The chain is not in flight until the second write.
         self.file.write_all_at(&counter.to_ne_bytes(), self.entry(head) + COUNTER_AT)?;
         self.file.write_all_at(&[1], self.entry(head))
     }
 
-    /// A chain is about to be returned.
+    /// Records that a chain will be returned next.
     pub(crate) fn returning(&self, head: u16) -> io::Result<()> {
         self.file.write_all_at(&head.to_ne_bytes(), self.at + LAST_HEAD_AT)
     }
 
-    /// A chain was returned; the used ring is at `used_idx` now.
+    /// Records that a chain was returned, with the new `used_idx`.
     pub(crate) fn returned(&self, head: u16, used_idx: u16) -> io::Result<()> {
         self.file.write_all_at(&[0], self.entry(head))?;
         self.file.write_all_at(&used_idx.to_ne_bytes(), self.at + USED_IDX_AT)
     }
 
-    /// True where it notes the chains of a queue of `size` entries.
+    /// Returns true if it has entries for a queue of `size`.
     pub(crate) const fn fits(&self, size: u16) -> bool {
         self.size >= size
     }
@@ -228,7 +225,7 @@ impl Part {
         self.at + HEADER_BYTES + ENTRY_BYTES * head as u64
     }
 
-    /// Whether each descriptor is under way, and its counter.
+    /// Returns for each descriptor whether it is in flight, and its counter.
     fn entries(&self, bytes: &[u8]) -> Vec<(bool, u64)> {
         let (_, entries) = bytes.split_at(16);
         let (entries, _) = entries.as_chunks::<16>();
@@ -239,8 +236,8 @@ impl Part {
             .collect()
     }
 
-    /// Writes notes that say what `noted` says and no more.
-    fn write_back(&self, noted: &Noted, used_idx: u16) -> io::Result<()> {
+    /// Rewrites the part with exactly the chains in `inflight`.
+    fn write_back(&self, inflight: &InflightChains, used_idx: u16) -> io::Result<()> {
         let mut bytes = vec![0; self.bytes()];
         let mut put = |at: u64, value: &[u8]| {
             if let Some(place) = usize::try_from(at).ok().and_then(|at| bytes.get_mut(at..)) {
@@ -250,8 +247,8 @@ impl Part {
         put(VERSION_AT, &VERSION.to_ne_bytes());
         put(DESC_NUM_AT, &self.size.to_ne_bytes());
         put(USED_IDX_AT, &used_idx.to_ne_bytes());
-        // Counted anew from 1, in the same order.
-        for (counter, head) in (1u64..).zip(&noted.heads) {
+        // Counters restart at 1, in the same order.
+        for (counter, head) in (1u64..).zip(&inflight.heads) {
             let at = self.entry(*head) - self.at;
             put(at, &[1]);
             put(at + COUNTER_AT, &counter.to_ne_bytes());

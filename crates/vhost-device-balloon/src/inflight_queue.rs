@@ -1,4 +1,4 @@
-//! A queue whose chains under way are noted where the front end keeps them.
+//! A virtqueue that records its chains in flight in the inflight region.
 
 use std::num::Wrapping;
 use std::ops::Deref;
@@ -7,58 +7,57 @@ use std::sync::atomic::Ordering;
 use virtio_queue::{DescriptorChain, Error, Queue, QueueGuard, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
 
-use crate::inflight::Part;
+use crate::inflight::QueueRegion;
 
 /// Bytes of flags and index before the entries of an available ring, and of one
 /// entry (virtio 1.3, section 2.7.6).
 const AVAIL_HEADER_BYTES: u64 = 4;
 const AVAIL_ENTRY_BYTES: u64 = 2;
 
-/// A queue of the `virtio-queue` crate, with notes beside it or without.
+/// A queue of the `virtio-queue` crate, with or without an inflight region.
 #[derive(Debug)]
-pub(crate) struct TrackedQueue {
+pub(crate) struct InflightQueue {
     queue: Queue,
-    notes: Option<Part>,
+    region: Option<QueueRegion>,
     counter: u64,
-    /// A note could not be written: the front end took its memory away.
+    /// A write to the inflight region failed: the front end truncated it.
     lost: bool,
 }
 
-/// How a queue was found where another device may have left it.
+/// State of a vring that another back end may have served.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Found {
-    /// The driver has had chains back: it did not start just now.
+pub(crate) struct RecoveredVring {
+    /// Chains were returned before: the driver did not just start.
     pub(crate) used: bool,
-    /// Chains that were kept, and cannot be read from the ring once more: they are
-    /// to be given back.
-    pub(crate) kept: Vec<u16>,
+    /// Pending chains that cannot be read from the available ring again. The caller must
+    /// return them unused.
+    pub(crate) pending: Vec<u16>,
 }
 
-impl TrackedQueue {
-    /// Notes chains in `notes` from the next [`find`](Self::find) on.
-    pub(crate) fn set_notes(&mut self, notes: Option<Part>) {
-        self.notes = notes;
+impl InflightQueue {
+    /// Records chains in `region` from the next [`recover`](Self::recover) on.
+    pub(crate) fn set_region(&mut self, region: Option<QueueRegion>) {
+        self.region = region;
     }
 
-    pub(crate) const fn has_notes(&self) -> bool {
-        self.notes.is_some()
+    pub(crate) const fn has_region(&self) -> bool {
+        self.region.is_some()
     }
 
     pub(crate) const fn is_lost(&self) -> bool {
         self.lost
     }
 
-    /// Stands where the ring stands: the used ring tells what the driver has had
-    /// back, the notes what was under way, and what is neither is still to be taken.
-    /// Without notes all that has not come back is.
+    /// Recovers the position in the vring. The used ring has the returned chains, the inflight
+    /// region has the pending chains, and all others are taken again. Without an inflight region
+    /// all chains that were not returned are taken again.
     ///
-    /// The front end's word for it (`SET_VRING_BASE`) is not needed: monitors that
-    /// lost their back end send the used index, or even the available one.
+    /// Ignores the base in `SET_VRING_BASE`: front ends that lost their back end send the used
+    /// index, or even the available index.
     ///
-    /// A chain that is read once more may have been acted on. That is harmless: it
-    /// did not come back, so its driver still leaves alone what it gave and what it
-    /// asked for.
-    pub(crate) fn find<M: GuestMemory>(&mut self, memory: &M) -> Result<Found, Error> {
+    /// A chain that is taken again may have been acted on. That is harmless: it was not returned,
+    /// so its driver uses neither the pages that it inflated nor those that it deflates.
+    pub(crate) fn recover<M: GuestMemory>(&mut self, memory: &M) -> Result<RecoveredVring, Error> {
         let used_idx = self.queue.used_idx(memory, Ordering::Acquire)?.0;
         let avail_idx = self.queue.avail_idx(memory, Ordering::Acquire)?.0;
         if !self.is_there(memory) {
@@ -66,40 +65,40 @@ impl TrackedQueue {
         }
         self.queue.set_next_used(used_idx);
         self.queue.set_next_avail(used_idx);
-        let mut found = Found { used: used_idx != 0, kept: Vec::new() };
+        let mut recovered = RecoveredVring { used: used_idx != 0, pending: Vec::new() };
         let size = self.queue.size();
-        // Of another size, they are not about this queue.
-        self.notes.take_if(|notes| !notes.fits(size));
-        let Some(notes) = self.notes.clone() else { return Ok(found) };
-        match notes.recover(used_idx, avail_idx) {
-            Ok(mut noted) => {
-                self.counter = noted.counter;
-                // Heads that the ring does not have are not of this queue.
-                self.lost |= noted.heads.iter().any(|head| *head >= size);
-                let mut next = used_idx.wrapping_add(u16::try_from(noted.heads.len()).unwrap_or(0));
-                // Those taken last are still in the ring, and are read once more.
-                while let Some(head) = noted.heads.last() {
+        // A region of another size does not belong to this queue.
+        self.region.take_if(|region| !region.fits(size));
+        let Some(region) = self.region.clone() else { return Ok(recovered) };
+        match region.recover(used_idx, avail_idx) {
+            Ok(mut inflight) => {
+                self.counter = inflight.counter;
+                // Heads outside of the vring mean that the region is invalid.
+                self.lost |= inflight.heads.iter().any(|head| *head >= size);
+                let mut next =
+                    used_idx.wrapping_add(u16::try_from(inflight.heads.len()).unwrap_or(0));
+                // The chains taken last are still in the available ring, and are taken again.
+                while let Some(head) = inflight.heads.last() {
                     if self.entry(memory, next.wrapping_sub(1))? != *head {
                         break;
                     }
-                    noted.heads.pop();
+                    inflight.heads.pop();
                     next = next.wrapping_sub(1);
                 }
                 self.queue.set_next_avail(next);
-                found.kept = noted.heads;
+                recovered.pending = inflight.heads;
             }
             Err(_) => self.lost = true,
         }
-        Ok(found)
+        Ok(recovered)
     }
 
-    /// False where what was read of the ring may be none of it, because its memory turned
-    /// out to be gone.
+    /// Returns false if the vring's memory is gone, so that earlier reads may be invalid.
     fn is_there<M: GuestMemory + ?Sized>(&self, memory: &M) -> bool {
         memory.check_range(GuestAddress(self.queue.avail_ring()), 1, Permissions::Read)
     }
 
-    /// The head that stands in the available ring at `index`.
+    /// Returns the head in the available ring at `index`.
     fn entry<M: GuestMemory>(&self, memory: &M, index: u16) -> Result<u16, Error> {
         let slot = u64::from(index % self.queue.size().max(1));
         let at = self.queue.avail_ring().checked_add(AVAIL_HEADER_BYTES + slot * AVAIL_ENTRY_BYTES);
@@ -107,33 +106,33 @@ impl TrackedQueue {
         memory.read_obj(at).map(u16::from_le).map_err(Error::GuestMemory)
     }
 
-    fn note(&mut self, write: impl FnOnce(&Part) -> std::io::Result<()>) {
-        if let Some(notes) = &self.notes {
-            self.lost |= write(notes).is_err();
+    fn record(&mut self, write: impl FnOnce(&QueueRegion) -> std::io::Result<()>) {
+        if let Some(region) = &self.region {
+            self.lost |= write(region).is_err();
         }
     }
 }
 
-impl Deref for TrackedQueue {
+impl Deref for InflightQueue {
     type Target = Queue;
     fn deref(&self) -> &Queue {
         &self.queue
     }
 }
 
-impl std::ops::DerefMut for TrackedQueue {
+impl std::ops::DerefMut for InflightQueue {
     fn deref_mut(&mut self) -> &mut Queue {
         &mut self.queue
     }
 }
 
-impl<'a> QueueGuard<'a> for TrackedQueue {
+impl<'a> QueueGuard<'a> for InflightQueue {
     type G = &'a mut Queue;
 }
 
-impl QueueT for TrackedQueue {
+impl QueueT for InflightQueue {
     fn new(max_size: u16) -> Result<Self, Error> {
-        Ok(Self { queue: Queue::new(max_size)?, notes: None, counter: 0, lost: false })
+        Ok(Self { queue: Queue::new(max_size)?, region: None, counter: 0, lost: false })
     }
 
     fn pop_descriptor_chain<M>(&mut self, mem: M) -> Option<DescriptorChain<M>>
@@ -141,7 +140,7 @@ impl QueueT for TrackedQueue {
         M: Clone + Deref,
         M::Target: GuestMemory,
     {
-        // Asked for its error before, by whoever drains.
+        // An error is reported by `drain`, which checks the index first.
         let memory = mem.clone();
         let chain = self.queue.iter(mem).ok()?.next()?;
         if !self.is_there(&*memory) {
@@ -151,7 +150,7 @@ impl QueueT for TrackedQueue {
         if head < self.queue.size() {
             self.counter = self.counter.wrapping_add(1);
             let counter = self.counter;
-            self.note(|notes| notes.taken(head, counter));
+            self.record(|region| region.taken(head, counter));
         }
         Some(chain)
     }
@@ -165,10 +164,10 @@ impl QueueT for TrackedQueue {
         if head_index >= self.queue.size() {
             return Err(Error::InvalidDescriptorIndex);
         }
-        self.note(|notes| notes.returning(head_index));
+        self.record(|region| region.returning(head_index));
         self.queue.add_used(mem, head_index, len)?;
         let used_idx = self.queue.next_used();
-        self.note(|notes| notes.returned(head_index, used_idx));
+        self.record(|region| region.returned(head_index, used_idx));
         Ok(())
     }
 

@@ -1,10 +1,10 @@
-//! The balloon device as a vhost-user back end, for any monitor that speaks
-//! vhost-user (QEMU's `docs/interop/vhost-user.rst`).
+//! The balloon device as a vhost-user back end, for any front end of the vhost-user
+//! protocol (QEMU's `docs/interop/vhost-user.rst`).
 //!
-//! A thread per guest waits for the front end, its kicks and the operator. The
-//! request loop is our own: the `vhost` crate's refuses the memory table that
-//! User Mode Linux sends, and has no message for a configuration change. Its
-//! message types are used.
+//! One thread per guest polls the front end's socket, the kicks and the operator's requests.
+//! This crate has its own request loop, because the one of the `vhost` crate refuses the
+//! memory table of User Mode Linux and has no message for a configuration change. It uses
+//! the message types of the `vhost` crate.
 
 #![forbid(unsafe_code)]
 #![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]

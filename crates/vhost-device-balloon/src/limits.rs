@@ -1,36 +1,36 @@
-//! What a guest may cost, by the host and not by what its front end says.
+//! Limits on the resources of one guest. They do not depend on the front end.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-/// How much larger than the host's memory a guest's may be, unless the operator says else.
+/// Default limit of guest memory, as a multiple of the host's memory.
 ///
-/// What the process keeps of a guest grows with the guest's memory: at worst some 70 MiB for
-/// each TiB, where one page of every 2 MiB is in its balloon. A front end's word for that
-/// size is worth nothing, since a sparse file of any size costs it nothing. No guest of use
-/// is larger than a few times its host, and at four times it is 0.03 % of the host's memory.
-pub(crate) const HOST_MEMORIES: u64 = 4;
+/// The process's bookkeeping grows with the guest's memory: at most 70 MiB per TiB, if one page
+/// of every 2 MiB is in the balloon. The front end's memory size is untrusted: a sparse file of
+/// any size costs it nothing. A useful guest is at most a few times larger than its host, and
+/// four times the host's memory costs 0.03 % of it.
+pub(crate) const HOST_MEMORY_FACTOR: u64 = 4;
 
-/// Bytes that one guest may have where the operator says nothing.
+/// Returns the default limit of guest memory, in bytes.
 pub(crate) fn default_memory_bytes() -> u64 {
     let host = rustix::system::sysinfo();
     let unit = u64::from(host.mem_unit.max(1));
-    host.totalram.saturating_mul(unit).saturating_mul(HOST_MEMORIES)
+    host.totalram.saturating_mul(unit).saturating_mul(HOST_MEMORY_FACTOR)
 }
 
-/// What the front ends of one guest may do, which may change between two of them.
+/// Limits of one guest's front ends. Changes apply from the next front end on.
 #[derive(Debug)]
 pub(crate) struct Limits {
-    /// Guest memory has to be sealed against shrinking.
+    /// Guest memory must be sealed against shrinking.
     sealed_only: AtomicBool,
     memory_bytes: AtomicU64,
-    /// Nanoseconds for which the next message is looked for without sleeping.
+    /// Busy polling after each message, in nanoseconds.
     busy_poll: AtomicU64,
 }
 
-/// The same for one front end.
+/// The limits of one session.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Terms {
+pub(crate) struct SessionLimits {
     pub(crate) sealed_only: bool,
     pub(crate) memory_bytes: u64,
     pub(crate) busy_poll: Duration,
@@ -45,21 +45,21 @@ impl Limits {
         }
     }
 
-    pub(crate) fn want_sealed(&self, sealed_only: bool) {
+    pub(crate) fn require_sealed(&self, sealed_only: bool) {
         self.sealed_only.store(sealed_only, Ordering::Relaxed);
     }
 
-    pub(crate) fn take_memory(&self, bytes: u64) {
+    pub(crate) fn set_max_memory(&self, bytes: u64) {
         self.memory_bytes.store(bytes, Ordering::Relaxed);
     }
 
-    pub(crate) fn poll_busily(&self, limit: Duration) {
+    pub(crate) fn set_busy_poll(&self, limit: Duration) {
         let nanos = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
         self.busy_poll.store(nanos, Ordering::Relaxed);
     }
 
-    pub(crate) fn terms(&self) -> Terms {
-        Terms {
+    pub(crate) fn for_session(&self) -> SessionLimits {
+        SessionLimits {
             sealed_only: self.sealed_only.load(Ordering::Relaxed),
             memory_bytes: self.memory_bytes.load(Ordering::Relaxed),
             busy_poll: Duration::from_nanos(self.busy_poll.load(Ordering::Relaxed)),

@@ -1,4 +1,4 @@
-//! The guest's memory, as the front end describes it.
+//! Guest memory according to the front end's memory table.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -19,13 +19,13 @@ use crate::wire::{MAX_FDS, Message};
 struct Region {
     guest_address: u64,
     bytes: u64,
-    /// Where the front end has it mapped: the addresses of queues are of there.
+    /// Address in the front end's address space, which the addresses of queues use.
     user_address: u64,
     file: Arc<File>,
     file_offset: u64,
 }
 
-/// A memory table, mapped.
+/// A mapped memory table.
 #[derive(Debug)]
 pub(crate) struct MemoryTable {
     regions: Vec<Region>,
@@ -35,8 +35,7 @@ pub(crate) struct MemoryTable {
 
 impl MemoryTable {
     /// Reads and maps the payload of `SET_MEM_TABLE`, for a guest of at most `limit` bytes.
-    /// User Mode Linux always sends room for two regions, so bytes beyond the table are not
-    /// looked at.
+    /// Ignores bytes after the table: User Mode Linux always sends space for two regions.
     pub(crate) fn from_message(message: &mut Message, limit: u64) -> Result<Self, SessionError> {
         let fds = std::mem::take(&mut message.fds);
         let mut fields = message.fields();
@@ -62,7 +61,7 @@ impl MemoryTable {
         Ok(Self { regions, layout, map })
     }
 
-    /// Which file backs which page, for who releases them.
+    /// Returns the map from pages to files, for releasing memory.
     pub(crate) fn host_map(&self) -> Result<MemoryMap, SessionError> {
         let regions = self.regions.iter().map(|region| {
             let (start, bytes) = (region.guest_address, region.bytes);
@@ -74,10 +73,10 @@ impl MemoryTable {
         MemoryMap::new(regions.collect::<Result<_, _>>()?).map_err(|e| SessionError::Map(e.into()))
     }
 
-    /// True where no file can shrink any more. Asked of a file, this never becomes untrue.
+    /// Returns true if no file can shrink. A seal cannot be removed.
     ///
-    /// Sealed or not, there may be nothing behind a page when it is touched; that is found
-    /// out then, by [`BackedMemory`].
+    /// Even a sealed file may have no memory behind a page; [`BackedMemory`] detects that on
+    /// access.
     pub(crate) fn is_sealed(&self) -> bool {
         let sealed = |region: &Region| {
             fcntl_get_seals(&region.file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK))
@@ -85,7 +84,7 @@ impl MemoryTable {
         self.regions.iter().all(sealed)
     }
 
-    /// The guest physical address of an address of the front end.
+    /// Translates an address of the front end to a guest physical address.
     pub(crate) fn guest_address(&self, user: u64) -> Result<GuestAddress, SessionError> {
         let inside = |region: &&Region| {
             user.checked_sub(region.user_address).is_some_and(|offset| offset < region.bytes)
@@ -112,7 +111,7 @@ impl Region {
         let size = usize::try_from(self.bytes).map_err(|_| Violation::MemoryTable)?;
         let end = self.file_offset.checked_add(self.bytes).ok_or(Violation::MemoryTable)?;
         let len = self.file.metadata().map_err(|e| SessionError::Map(e.into()))?.len();
-        // What is beyond the end can never be touched.
+        // Pages beyond the end of the file are inaccessible.
         if len < end {
             return Err(Violation::MemoryTable.into());
         }
@@ -122,8 +121,8 @@ impl Region {
             .map_err(|e| SessionError::Map(e.into()))
     }
 
-    /// Part of a huge page of hugetlbfs can be mapped: the kernel maps all of it. It cannot be
-    /// unmapped by the same length, so such a mapping would stay with this process for good.
+    /// Refuses a partial huge page of hugetlbfs. The kernel would map all of it, and `munmap`
+    /// with the same length fails, so the mapping would leak.
     fn check_huge_pages(&self) -> Result<(), SessionError> {
         let host_pages = HostPages::of_file(&self.file).map_err(|e| SessionError::Map(e.into()))?;
         let HostPages::Hugetlb { host_page_pages } = host_pages else { return Ok(()) };

@@ -1,4 +1,4 @@
-//! Listens for front ends, one after the other, and serves each until it goes.
+//! Serves one guest's front ends, one after the other.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,54 +17,54 @@ use diagnostics::{contain, panic_point};
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, EventData, EventFlags};
 
-use crate::connector::{Connector, RETRY};
+use crate::connector::{Connector, RETRY_INTERVAL};
 use crate::error::{Error, SessionError};
-use crate::limits::{Limits, Terms};
+use crate::limits::{Limits, SessionLimits};
 use crate::session::Session;
 use crate::wire::{MESSAGE_TIMEOUT, Message};
 
-/// Events other than kicks, whose data is the queue's number.
+/// Data of events other than kicks; a kick's data is the queue's index.
 const EVENT_SOCKET: u64 = 1 << 32;
 const EVENT_WAKE: u64 = EVENT_SOCKET + 1;
 const EVENT_STOP: u64 = EVENT_SOCKET + 2;
 
-/// Time to finish the release when the process is to end: some 8 GiB of small
-/// pages, and less than a service manager waits.
+/// Time to finish pending releases on shutdown: enough for about 8 GiB of small pages, and
+/// less than a service manager waits.
 const STOP_RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How often that is looked at; nobody announces its end.
-const SETTLE_LOOK: Duration = Duration::from_millis(1);
+/// How often the shutdown polls for the end of the release, which sends no notification.
+const RELEASE_POLL_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Where front ends come from.
+/// Source of front-end connections.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum MonitorSource<'a> {
+pub(crate) enum FrontEndSource<'a> {
     Listener(&'a UnixListener),
     Connector(&'a Connector),
 }
 
-/// Pause after an `accept` that the host refused, which mostly means that it has no
-/// file descriptor left; and between two connections to a monitor that hangs up.
+/// Delay after a failed `accept`, mostly because no file descriptor is left, and before a
+/// guest is served again after a panic.
 pub(crate) const BACKOFF: Duration = Duration::from_millis(100);
 
-/// The back end of one guest, which may come and go.
+/// The back end of one guest. It outlives the guest's front ends.
 pub struct Backend {
     shared: Arc<Shared>,
     limits: Limits,
-    /// Held while a front end is served: there is one guest.
+    /// Locked while a front end is served: one at a time.
     serving: Mutex<()>,
 }
 
-/// How a front end's connection ended without anybody's fault.
+/// How a session ended without an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// The front end closed it.
+    /// The front end closed the connection.
     HungUp,
-    /// The process is asked to end.
+    /// The process shuts down.
     Stopped,
 }
 
 impl Backend {
-    /// A back end without a guest.
+    /// Creates a back end without a guest.
     ///
     /// # Errors
     /// The host has no thread or no file descriptor left.
@@ -74,39 +74,39 @@ impl Backend {
         Ok(Self { shared, limits: Limits::new(), serving: Mutex::new(()) })
     }
 
-    /// Offers no feature of `features`, from the next front end on.
+    /// Stops offering `features`, from the next front end on.
     pub fn withhold(&self, features: Features) {
         self.shared.device().withhold(features);
     }
 
-    /// Takes guest memory only where it is sealed against shrinking.
-    pub fn want_sealed(&self, sealed_only: bool) {
-        self.limits.want_sealed(sealed_only);
+    /// Sets whether guest memory must be sealed against shrinking.
+    pub fn require_sealed(&self, sealed_only: bool) {
+        self.limits.require_sealed(sealed_only);
     }
 
-    /// Takes guests of at most so many bytes of memory, from the next front end on; four
-    /// times the host's unless this is said.
-    pub fn take_memory(&self, bytes: u64) {
-        self.limits.take_memory(bytes);
+    /// Limits guest memory to `bytes`, from the next front end on. The default is four times the
+    /// host's memory.
+    pub fn set_max_memory(&self, bytes: u64) {
+        self.limits.set_max_memory(bytes);
     }
 
-    /// Looks for a guest's next message without sleeping, for so long after each, from
-    /// the next front end on. Not where there is one processor: the guest needs it.
-    pub fn poll_busily(&self, limit: Duration) {
-        let alone = thread::available_parallelism().is_ok_and(|processors| processors.get() == 1);
-        self.limits.poll_busily(if alone { Duration::ZERO } else { limit });
+    /// Busy-polls for `limit` after each message of a guest, from the next front end on. Has no
+    /// effect with a single host CPU, which the guest needs.
+    pub fn set_busy_poll(&self, limit: Duration) {
+        let alone = thread::available_parallelism().is_ok_and(|cpus| cpus.get() == 1);
+        self.limits.set_busy_poll(if alone { Duration::ZERO } else { limit });
     }
 
-    /// Keeps in the file at `path` what has to be known after a restart.
+    /// Loads the state file at `path`, and saves the state for a restart to it.
     ///
     /// # Errors
-    /// The file can be neither read nor made.
-    pub fn keep_state(&self, path: &Path) -> Result<(), Error> {
-        let kept = self.shared.open_state_file(path);
-        kept.map_err(|source| Error::State { path: path.to_owned(), source })
+    /// The file can be neither read nor created.
+    pub fn open_state_file(&self, path: &Path) -> Result<(), Error> {
+        let opened = self.shared.open_state_file(path);
+        opened.map_err(|source| Error::State { path: path.to_owned(), source })
     }
 
-    /// The balloon, for a control API.
+    /// Returns the balloon for the control API.
     pub fn balloon(&self) -> Arc<dyn control::BalloonControl> {
         Arc::clone(&self.shared) as _
     }
@@ -114,46 +114,45 @@ impl Backend {
     /// Serves front ends one after the other until `stop` becomes readable.
     ///
     /// # Errors
-    /// When the host fails; a front end's fault is counted, logged, and over.
+    /// The host failed. A front end's fault is counted and logged, and ends only its session.
     pub fn listen(&self, listener: &UnixListener, stop: &impl AsFd) -> Result<(), Error> {
-        self.serve_all(MonitorSource::Listener(listener), stop)
+        self.serve_all(FrontEndSource::Listener(listener), stop)
     }
 
     pub(crate) fn serve_all(
         &self,
-        monitors: MonitorSource<'_>,
+        front_ends: FrontEndSource<'_>,
         stop: &impl AsFd,
     ) -> Result<(), Error> {
-        while let Some(stream) = self.next(monitors, stop)? {
+        while let Some(stream) = self.next(front_ends, stop)? {
             panic_point("accept");
             match self.serve(&stream, stop) {
                 Ok(End::Stopped) => break,
-                // Whoever may connect may do so many times a second.
+                // A client may connect many times a second.
                 _ if !self.shared.may_log() => {}
-                Ok(End::HungUp) => tracing::info!("the monitor hung up"),
+                Ok(End::HungUp) => tracing::info!("the front end disconnected"),
                 Err(error) => {
                     let cause = std::error::Error::source(&error).map(ToString::to_string);
-                    tracing::warn!(%error, cause, "the monitor's connection was ended");
+                    tracing::warn!(%error, cause, "the front end's connection was closed");
                 }
             }
         }
         Ok(())
     }
 
-    /// Serves one connected front end to its end. A second call waits for the
-    /// end of the first.
+    /// Serves one front end until its session ends. A second call waits for the first.
     ///
     /// # Errors
-    /// When the front end breaks the protocol, or the connection breaks.
+    /// The front end violated the protocol, the connection failed, or the host failed.
     pub fn serve(&self, stream: &UnixStream, stop: &impl AsFd) -> Result<End, SessionError> {
         let _serving = self.serving.lock().unwrap_or_else(PoisonError::into_inner);
         self.shared.set_connected(true);
-        // A session that panics is over, as one whose front end broke the protocol: the next
-        // connection begins with a new one.
-        let outcome = contain(|| serve(&self.shared, self.limits.terms(), stream, stop))
+        // A panic ends the session, like a protocol violation. The next connection starts a new
+        // session.
+        let outcome = contain(|| serve(&self.shared, self.limits.for_session(), stream, stop))
             .unwrap_or_else(|panicked| Err(SessionError::Panicked(panicked)));
         self.shared.set_connected(false);
-        // Nobody is served meanwhile. What comes next may be the end of the process.
+        // No guest is served now, and the process may exit next.
         self.shared.finish_saving();
         let outcome = match outcome {
             Err(error) if error.is_hang_up() => Ok(End::HungUp),
@@ -162,34 +161,34 @@ impl Backend {
         outcome.inspect_err(|error| self.shared.count_front_end_fault(error.name()))
     }
 
-    /// The next front end, or `None` when the process shall end.
+    /// Waits for the next front end; `None` on shutdown.
     fn next(
         &self,
-        monitors: MonitorSource<'_>,
+        front_ends: FrontEndSource<'_>,
         stop: &impl AsFd,
     ) -> Result<Option<UnixStream>, Error> {
         let host = |what| move |source: io::Error| Error::Host { what, source };
         let poll = watch(&[(stop.as_fd(), EVENT_STOP)]).map_err(host("epoll"))?;
-        if let MonitorSource::Listener(listener) = monitors {
+        if let FrontEndSource::Listener(listener) = front_ends {
             let event = EventData::new_u64(EVENT_SOCKET);
             epoll::add(&poll, listener, event, EventFlags::IN)
                 .map_err(|e| host("epoll")(e.into()))?;
         }
         let mut events = Vec::with_capacity(2);
         loop {
-            let pause = match monitors {
-                MonitorSource::Listener(_) => None,
-                MonitorSource::Connector(_) => Timespec::try_from(RETRY).ok(),
+            let pause = match front_ends {
+                FrontEndSource::Listener(_) => None,
+                FrontEndSource::Connector(_) => Timespec::try_from(RETRY_INTERVAL).ok(),
             };
             wait(&poll, &mut events, pause.as_ref()).map_err(host("epoll_wait"))?;
             if events.iter().any(|event| event.data.u64() == EVENT_STOP) {
                 return Ok(None);
             }
-            let next = match monitors {
+            let next = match front_ends {
                 // A signal interrupted the wait; `accept` would block now.
-                MonitorSource::Listener(_) if events.is_empty() => None,
-                MonitorSource::Listener(listener) => self.accept(listener),
-                MonitorSource::Connector(connector) => connector.connect()?,
+                FrontEndSource::Listener(_) if events.is_empty() => None,
+                FrontEndSource::Listener(listener) => self.accept(listener),
+                FrontEndSource::Connector(connector) => connector.connect()?,
             };
             if next.is_some() {
                 return Ok(next);
@@ -197,16 +196,17 @@ impl Backend {
         }
     }
 
-    /// A host that has no file descriptor left now may have one later.
+    /// Accepts a connection. Errors are logged, not returned: a host without a file descriptor
+    /// may have one later.
     fn accept(&self, listener: &UnixListener) -> Option<UnixStream> {
         match listener.accept() {
             Ok((stream, _)) => return Some(stream),
-            // It hung up before it was looked at.
+            // The client closed the connection before it was accepted.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => {
                 if self.shared.may_log() {
-                    tracing::error!(%error, "host: cannot accept a monitor's connection");
+                    tracing::error!(%error, "host: cannot accept a front end's connection");
                 }
                 thread::sleep(BACKOFF);
             }
@@ -215,10 +215,10 @@ impl Backend {
     }
 }
 
-/// Serves one connection to its end.
+/// Serves one connection until it ends.
 fn serve(
     shared: &Shared,
-    terms: Terms,
+    limits: SessionLimits,
     stream: &UnixStream,
     stop: &impl AsFd,
 ) -> Result<End, SessionError> {
@@ -231,7 +231,7 @@ fn serve(
     ])
     .map_err(host("epoll"))?;
     let poll = Rc::new(poll);
-    let mut session = Session::new(shared, terms, Rc::clone(&poll))?;
+    let mut session = Session::new(shared, limits, Rc::clone(&poll))?;
     let mut message = Message::default();
     let mut events = Vec::with_capacity(16);
     loop {
@@ -242,14 +242,14 @@ fn serve(
             Some(Duration::ZERO)
         } else {
             let deadlines =
-                [shared.until_deadline(), session.until_stats(), session.until_silence()];
+                [shared.until_deadline(), session.until_stats(), session.until_config_fallback()];
             deadlines.into_iter().flatten().min()
         };
         let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
         wait(&poll, &mut events, timeout.as_ref()).map_err(host("epoll_wait"))?;
-        session.go_on();
-        session.ask_for_stats();
-        session.end_silence();
+        session.serve_remaining();
+        session.request_stats();
+        session.apply_config_fallback();
         if shared.expire_requests() {
             session.serve_requests();
         }
@@ -277,24 +277,23 @@ fn serve(
                     session.kicked(usize::try_from(queue).unwrap_or(usize::MAX));
                 }
             }
-            // What comes next would be blamed for it.
+            // Check now, or the next event would be blamed.
             session.check()?;
         }
         session.check()?;
     }
 }
 
-/// Releases what the guest gave before the process ends: afterwards nobody would
-/// know that it did.
+/// Finishes pending releases before the process exits: they are not saved.
 fn finish_release(shared: &Shared) {
     let end = Instant::now() + STOP_RELEASE_TIMEOUT;
     shared.device().reclaim_mut().flush();
     while shared.device().reclaim().reached_at().is_none() {
         if Instant::now() >= end {
-            tracing::warn!("host: the release was cancelled, the process is to end");
+            tracing::warn!("host: the shutdown cancelled pending releases");
             return;
         }
-        thread::sleep(SETTLE_LOOK);
+        thread::sleep(RELEASE_POLL_INTERVAL);
     }
 }
 
@@ -325,7 +324,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_front_end_that_goes_without_its_answers_is_no_fault() {
+    fn a_disconnect_before_the_reply_is_no_fault() {
         let backend = Backend::new("guest", ReleaseMode::default(), PartialHuge::default());
         let backend = backend.unwrap();
         let (mut front_end, stream) = UnixStream::pair().unwrap();

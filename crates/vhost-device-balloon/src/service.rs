@@ -1,5 +1,4 @@
-//! One process that serves guests, each on a thread and on sockets of its own,
-//! until it is asked to end.
+//! A process that serves several guests, each with its own thread and sockets.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -17,45 +16,44 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::connector::Connector;
 use crate::error::Error;
-use crate::server::{BACKOFF, Backend, MonitorSource};
+use crate::server::{BACKOFF, Backend, FrontEndSource};
 
-/// File descriptors that one guest may cost: 32 memory regions and as many more
-/// in a message under way, 3 for each queue, 64 connections of the control API, and
-/// a few of its own.
+/// Most file descriptors of one guest: 32 memory regions, as many again in a message that is
+/// being received, 3 per queue, 64 connections of the control API, and a few more.
 const FILES_PER_GUEST: u64 = 160;
 
 /// File descriptors of the process itself.
 const FILES_OF_PROCESS: u64 = 32;
 
-/// How to serve one guest.
+/// Options of one guest.
 #[derive(Clone, Debug)]
 pub struct ServiceOptions {
-    /// Where the monitor connects, or listens.
+    /// Path of the vhost-user socket.
     pub socket: PathBuf,
-    /// The monitor listens there.
+    /// The front end listens on the socket, and the back end connects.
     pub connect: bool,
     /// Name of the guest.
     pub name: String,
-    /// Where the control API listens.
+    /// Path of the control API's socket.
     pub control: PathBuf,
-    /// Where what has to be known after a restart is kept, if it is.
+    /// Path of the state file, if there is one.
     pub state: Option<PathBuf>,
     /// When memory is released.
     pub release: ReleaseMode,
-    /// What becomes of pieces of huge pages.
+    /// How partial huge pages are released.
     pub partial_huge: PartialHuge,
     /// Features that the device does not offer.
     pub without: Features,
-    /// Guest memory must be sealed against shrinking. A file that shrinks while it
-    /// is mapped ends its session when it is read.
+    /// Guest memory must be sealed against shrinking. Otherwise a file that shrinks while it is
+    /// mapped ends the session on the next access.
     pub sealed_only: bool,
-    /// Bytes of memory that the guest may have; four times the host's memory unless given.
+    /// Limit of guest memory in bytes; `None` is four times the host's memory.
     pub max_memory_bytes: Option<u64>,
-    /// How long a guest's next message is looked for without sleeping.
+    /// Time of busy polling after each message.
     pub busy_poll: Duration,
 }
 
-/// Guests whose sockets are there, and who are not served yet.
+/// Guests whose sockets exist, and which are not served yet.
 pub struct Service {
     guests: Vec<Guest>,
     ending: Arc<Ending>,
@@ -65,46 +63,45 @@ pub struct Service {
 struct Guest {
     name: String,
     backend: Backend,
-    monitors: Monitors,
+    front_ends: FrontEnds,
     _control: Server,
 }
 
-/// Where a guest's monitors come from.
-enum Monitors {
-    /// In this order: the socket's name goes before nobody listens any more, so that no monitor
-    /// finds a dead socket, and no successor replaces it meanwhile.
+/// Source of a guest's front-end connections.
+enum FrontEnds {
+    /// The drop order matters: the socket's path is removed before the listener is closed, so
+    /// that no front end finds a dead socket and no successor replaces it meanwhile.
     Accepted(SocketFile, UnixListener),
     Connected(Connector),
 }
 
 impl Service {
-    /// Makes the sockets of all guests. Whatever serving needs of the file system is
-    /// open when it returns, but for the removal of the sockets.
+    /// Creates the sockets of all guests. After it returns, the service uses the file system only
+    /// to remove the sockets.
     ///
     /// # Errors
-    /// When a socket or a state file cannot be made.
+    /// A socket or a state file cannot be created.
     pub fn start(options: &[ServiceOptions]) -> Result<Self, Error> {
         let ending = Ending::watch();
         let ending = ending.map_err(|source| Error::Host { what: "signal handling", source })?;
         allow_files(FILES_OF_PROCESS + FILES_PER_GUEST * options.len() as u64)?;
         let guests = options.iter().map(Guest::start).collect::<Result<_, _>>()?;
-        // From now on there are sockets to be removed.
+        // From now on the shutdown must remove sockets.
         ending.in_order();
         Ok(Self { guests, ending })
     }
 
-    /// Serves until the process is asked to end. A guest that cannot be served any
-    /// more leaves the others alone.
+    /// Serves until the shutdown. An error of one guest does not affect the others.
     ///
     /// # Errors
-    /// The first of the guests' errors, when all have ended. What a front end does
-    /// ends its own session and nothing else.
+    /// The first guest's error, after all have ended. A front end's fault ends only its own
+    /// session.
     pub fn serve(self) -> Result<(), Error> {
         let threads = self.guests.into_iter().map(|guest| {
             let ending = Arc::clone(&self.ending);
             let thread = thread::Builder::new().name(format!("guest {}", guest.name));
-            let spawned = thread.spawn(move || guest.serve_whatever_panics(&ending.told()));
-            // Told now: what is returned is looked at when the others have ended.
+            let spawned = thread.spawn(move || guest.serve_despite_panics(&ending.told()));
+            // Logged now: the result is returned after the others have ended.
             spawned.inspect_err(|error| tracing::error!(%error, "host: a guest has no thread"))
         });
         let threads = threads.collect::<Vec<_>>();
@@ -112,7 +109,7 @@ impl Service {
         for thread in threads {
             let ended = match thread.map(thread::JoinHandle::join) {
                 Ok(Ok(ended)) => ended,
-                // The panic hook has said more.
+                // The panic hook has logged the details.
                 Ok(Err(_)) => Err(panicked()),
                 Err(source) => Err(Error::Host { what: "starting a thread", source }),
             };
@@ -126,32 +123,32 @@ impl Guest {
     fn start(options: &ServiceOptions) -> Result<Self, Error> {
         let backend = Backend::new(&options.name, options.release, options.partial_huge)?;
         backend.withhold(options.without);
-        backend.want_sealed(options.sealed_only);
+        backend.require_sealed(options.sealed_only);
         if let Some(bytes) = options.max_memory_bytes {
-            backend.take_memory(bytes);
+            backend.set_max_memory(bytes);
         }
-        backend.poll_busily(options.busy_poll);
-        let monitors = if options.connect {
-            Monitors::Connected(Connector::new(&options.socket)?)
+        backend.set_busy_poll(options.busy_poll);
+        let front_ends = if options.connect {
+            FrontEnds::Connected(Connector::new(&options.socket)?)
         } else {
             let (file, listener) = listen_on(&options.socket, SocketAccess::Umask)?;
-            Monitors::Accepted(file, listener)
+            FrontEnds::Accepted(file, listener)
         };
-        // Whoever has the sockets has the state file too.
+        // The process that has the sockets owns the state file, too.
         if let Some(path) = &options.state {
-            backend.keep_state(path)?;
+            backend.open_state_file(path)?;
         }
         let control = Server::bind(&options.control, backend.balloon())?;
-        Ok(Self { name: options.name.clone(), backend, monitors, _control: control })
+        Ok(Self { name: options.name.clone(), backend, front_ends, _control: control })
     }
 
-    /// Serves its monitors until the process is to end; a panic costs one of them its connection.
-    fn serve_whatever_panics(self, stop: &impl AsFd) -> Result<(), Error> {
+    /// Serves the front ends until the shutdown. A panic ends only the current connection.
+    fn serve_despite_panics(self, stop: &impl AsFd) -> Result<(), Error> {
         loop {
             match diagnostics::contain(|| self.serve(stop)) {
                 Ok(ended) => return ended,
                 Err(panicked) => {
-                    tracing::error!(%panicked, name = self.name, "the guest is served anew");
+                    tracing::error!(%panicked, name = self.name, "serving the guest panicked and is restarted");
                     thread::sleep(BACKOFF);
                 }
             }
@@ -160,20 +157,20 @@ impl Guest {
 
     fn serve(&self, stop: &impl AsFd) -> Result<(), Error> {
         let name = &self.name;
-        let outcome = match &self.monitors {
-            Monitors::Accepted(file, listener) => {
-                tracing::info!(socket = %file.path().display(), name, "waiting for a monitor");
-                self.backend.serve_all(MonitorSource::Listener(listener), stop)
+        let outcome = match &self.front_ends {
+            FrontEnds::Accepted(file, listener) => {
+                tracing::info!(socket = %file.path().display(), name, "waiting for a front end");
+                self.backend.serve_all(FrontEndSource::Listener(listener), stop)
             }
-            Monitors::Connected(connector) => {
+            FrontEnds::Connected(connector) => {
                 let socket = connector.path().display();
-                tracing::info!(%socket, name, "connecting to the monitor");
-                self.backend.serve_all(MonitorSource::Connector(connector), stop)
+                tracing::info!(%socket, name, "connecting to the front end");
+                self.backend.serve_all(FrontEndSource::Connector(connector), stop)
             }
         };
         if let Err(error) = &outcome {
             let cause = std::error::Error::source(error).map(ToString::to_string);
-            tracing::error!(%error, cause, name, "the guest is not served any more");
+            tracing::error!(%error, cause, name, "the guest is no longer served");
         }
         outcome
     }
@@ -183,8 +180,8 @@ fn panicked() -> Error {
     Error::Host { what: "a guest's thread", source: io::Error::other("it panicked") }
 }
 
-/// Raises the limit of open files as far as the hard limit lets it, so that one
-/// guest's front end cannot take the files of another.
+/// Raises the soft limit of open files to `wanted`, so that one guest's front end cannot exhaust
+/// the file descriptors of another.
 fn allow_files(wanted: u64) -> Result<(), Error> {
     let limit = getrlimit(Resource::Nofile);
     let enough = |limit: Option<u64>| limit.is_none_or(|limit| limit >= wanted);
@@ -207,25 +204,25 @@ mod tests {
 
     use super::*;
 
-    /// Often enough that a wrong order is seen once.
-    const TURNS: usize = 300;
+    /// Enough to hit a wrong order.
+    const ROUNDS: usize = 300;
 
     #[test]
-    fn a_socket_has_no_name_any_more_when_nobody_listens() {
+    fn the_path_is_removed_before_the_socket_closes() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vm1.sock");
-        for _ in 0..TURNS {
+        for _ in 0..ROUNDS {
             let (file, listener) = listen_on(&path, SocketAccess::Umask).unwrap();
-            let monitors = Monitors::Accepted(file, listener);
-            // Waits to be accepted, and is hung up on when the listener is closed.
-            let mut monitor = UnixStream::connect(&path).unwrap();
+            let front_ends = FrontEnds::Accepted(file, listener);
+            // Waits to be accepted; closing the listener disconnects it.
+            let mut front_end = UnixStream::connect(&path).unwrap();
             let path = path.clone();
             let watcher = thread::spawn(move || {
-                let _ = monitor.read(&mut [0]);
+                let _ = front_end.read(&mut [0]);
                 fs::symlink_metadata(path).is_ok()
             });
-            drop(monitors);
-            assert!(!watcher.join().unwrap(), "its name leads to a socket that is closed");
+            drop(front_ends);
+            assert!(!watcher.join().unwrap(), "the path leads to a closed socket");
         }
     }
 }

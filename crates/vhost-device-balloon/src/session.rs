@@ -1,4 +1,4 @@
-//! One front end's connection: its requests, in any order it likes.
+//! One front end's session. Its requests may arrive in any order.
 
 mod config;
 
@@ -13,63 +13,62 @@ use vhost::vhost_user::message::{BackendReq, FrontendReq};
 use vhost::vhost_user::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 
 use crate::busy_poll::BusyPoll;
-use crate::config_write_fallback::Silence;
+use crate::config_write_fallback::ConfigWriteFallback;
 use crate::error::{SessionError, Violation};
 use crate::inflight::{self, Region};
-use crate::limits::Terms;
+use crate::limits::SessionLimits;
 use crate::memory::MemoryTable;
 use crate::vring::Vring;
-use crate::vring_recovery::find;
+use crate::vring_recovery::recover;
 use crate::wire::{self, Message};
 
-/// Features on top of the device's own.
+/// Features in addition to the device's.
 const TRANSPORT_FEATURES: Features = Features(VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits());
 
 /// `CONFIG` and `BACKEND_REQ`: without both, a change of the target would not
 /// reach the guest. No `REPLY_ACK`: it would turn each config write of the guest
 /// into a round trip.
 ///
-/// `INFLIGHT_SHMFD`: what was under way outlives this process. `MQ`: without it QEMU
-/// and crosvm believe in fewer queues than there are.
+/// `INFLIGHT_SHMFD`: the list of chains in flight outlives this process. `MQ`: without it QEMU
+/// and crosvm assume fewer queues.
 const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::CONFIG
     .union(VhostUserProtocolFeatures::BACKEND_REQ)
     .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
     .union(VhostUserProtocolFeatures::MQ);
 
-/// Bits of a `SET_VRING_KICK` payload that name the queue, and the one that
-/// says that no file descriptor came.
+/// Bits of a `SET_VRING_KICK` payload: the queue's index, and the flag for a missing file
+/// descriptor.
 const VRING_INDEX_MASK: u64 = 0xff;
 const VRING_NO_FD: u64 = 1 << 8;
 
 /// State of one connection.
 pub(crate) struct Session<'a> {
     shared: &'a Shared,
-    terms: Terms,
+    limits: SessionLimits,
     epoll: Rc<OwnedFd>,
     vrings: Vec<Vring>,
     memory: Option<MemoryTable>,
     features: Features,
     channel: Option<OwnedFd>,
     stats_clock: StatsClock,
-    /// What the device knows is about the driver that runs: it was seen to start,
-    /// or found to go on.
+    /// The device's state belongs to the running driver: the back end saw it start or resumed
+    /// it.
     driver_known: bool,
-    silence: Silence,
+    config_fallback: ConfigWriteFallback,
     busy_poll: BusyPoll,
 }
 
 impl<'a> Session<'a> {
-    /// A connection on which nothing was said yet. Kicks are reported on
-    /// `epoll` with the queue's number as data.
+    /// Starts a session. Kicks are reported on `epoll` with the queue's index as data.
     pub(crate) fn new(
         shared: &'a Shared,
-        terms: Terms,
+        limits: SessionLimits,
         epoll: Rc<OwnedFd>,
     ) -> Result<Self, SessionError> {
         let vrings = (0..).take(QueueLayout::MAX_QUEUES).map(Vring::new);
         Ok(Self {
             shared,
-            terms,
+            limits,
             epoll,
             vrings: vrings.collect::<Result<_, _>>()?,
             memory: None,
@@ -77,12 +76,12 @@ impl<'a> Session<'a> {
             channel: None,
             stats_clock: StatsClock::default(),
             driver_known: false,
-            silence: Silence::default(),
-            busy_poll: BusyPoll::new(terms.busy_poll),
+            config_fallback: ConfigWriteFallback::default(),
+            busy_poll: BusyPoll::new(limits.busy_poll),
         })
     }
 
-    /// Carries out one request and answers it where it has an answer.
+    /// Handles one request and sends its reply, if it has one.
     pub(crate) fn handle(
         &mut self,
         message: &mut Message,
@@ -110,7 +109,7 @@ impl<'a> Session<'a> {
             FrontendReq::SET_VRING_BASE => return self.set_vring_base(message),
             FrontendReq::SET_VRING_KICK => return self.set_vring_kick(message),
             FrontendReq::SET_VRING_CALL => return self.set_vring_call(message),
-            // Errors of a queue are counted and logged; the fd is of no use here.
+            // Queue errors are counted and logged; the fd is not used.
             FrontendReq::SET_VRING_ERR => return Ok(()),
             FrontendReq::SET_VRING_ENABLE => return self.set_vring_enable(message),
             FrontendReq::SET_BACKEND_REQ_FD => return self.set_channel(message),
@@ -130,13 +129,13 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// True while a queue has more than was served at once.
+    /// Returns true while a queue has chains left after a bounded drain.
     pub(crate) fn has_more(&self) -> bool {
         self.vrings.iter().any(|vring| vring.more)
     }
 
-    /// Serves once more each queue that was left with something.
-    pub(crate) fn go_on(&mut self) {
+    /// Serves the queues with chains left again.
+    pub(crate) fn serve_remaining(&mut self) {
         for index in 0..self.vrings.len() {
             if self.vrings[index].more {
                 self.process(index);
@@ -144,30 +143,30 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// True while a guest's next message is too near to sleep.
+    /// Returns true while the thread should poll for the guest's next message.
     pub(crate) fn polls_busily(&mut self) -> bool {
-        self.busy_poll.goes_on(Instant::now())
+        self.busy_poll.is_active(Instant::now())
     }
 
-    /// Time until the guest is to be asked for statistics, if it is.
+    /// Returns the time until the next statistics request, if there is one.
     pub(crate) fn until_stats(&self) -> Option<Duration> {
         self.stats_clock.left(self.shared.stats_interval(), Instant::now())
     }
 
-    /// Time until the guest's size is to be assumed, if nobody says it.
-    pub(crate) fn until_silence(&self) -> Option<Duration> {
-        self.silence.left(Instant::now())
+    /// Returns the time until the config-write fallback, if it is pending.
+    pub(crate) fn until_config_fallback(&self) -> Option<Duration> {
+        self.config_fallback.left(Instant::now())
     }
 
-    /// Assumes that the guest holds what it gave, where nobody says what it does.
-    pub(crate) fn end_silence(&mut self) {
-        if let Some(last_message) = self.silence.over_since(Instant::now()) {
+    /// Sets `actual` to the pages in the balloon if the front end sent no config write in time.
+    pub(crate) fn apply_config_fallback(&mut self) {
+        if let Some(last_message) = self.config_fallback.take_expired(Instant::now()) {
             self.shared.assume_actual(last_message);
         }
     }
 
-    /// Asks the guest for statistics where it is time to.
-    pub(crate) fn ask_for_stats(&mut self) {
+    /// Requests statistics from the guest if they are due.
+    pub(crate) fn request_stats(&mut self) {
         let now = Instant::now();
         if !self.stats_clock.is_due(self.shared.stats_interval(), now) {
             return;
@@ -189,12 +188,11 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Serves the request queue, where there is one: the operator asked for
-    /// something, or time ran out.
+    /// Serves the request queue, if there is one, after an operator's request or a timeout.
     ///
-    /// Not while the driver's queues stand still: where a front end cannot say
-    /// that a driver is gone, the ring may be other memory by now. Only the
-    /// driver itself, by a kick, has it looked at again.
+    /// Does nothing while the driver's queues are stopped: some front ends do not report that a
+    /// driver is gone, so the vring's memory may have another use. Only a kick of the driver
+    /// resumes the queue.
     pub(crate) fn serve_requests(&mut self) {
         let device = self.shared.device();
         let stopped = device.requests().is_stopped();
@@ -205,21 +203,21 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Tells the guest that the configuration space changed.
+    /// Sends the guest a configuration change notification.
     pub(crate) fn config_changed(&mut self) {
         self.busy_poll.allow();
         let Some(channel) = &self.channel else { return };
         if let Err(error) = wire::request(channel, BackendReq::CONFIG_CHANGE_MSG.into(), &[]) {
             self.shared.count_front_end_fault("channel_blocked");
             if self.shared.may_log() {
-                tracing::warn!(%error, "front end: cannot tell of a configuration change");
+                tracing::warn!(%error, "front end: cannot send a configuration change notification");
             }
         }
     }
 
-    /// Serves a queue once: a guest that never stops to add must not keep the
-    /// loop from the socket, so what is left is for [`go_on`](Self::go_on). A ring
-    /// that makes no sense is stopped; the other queues go on.
+    /// Serves a queue once, for a bounded time: a guest that keeps adding chains must not block the
+    /// loop. [`serve_remaining`](Self::serve_remaining) serves the rest. Stops a queue with an
+    /// invalid vring; the other queues run on.
     fn process(&mut self, index: usize) {
         let Self { vrings, memory: Some(memory), shared, .. } = self else { return };
         let Some(vring) = vrings.get_mut(index) else { return };
@@ -227,7 +225,7 @@ impl<'a> Session<'a> {
         if !vring.runs() {
             return;
         }
-        if !vring.found && !find(shared, vring, index, &memory.map, &mut self.driver_known) {
+        if !vring.recovered && !recover(shared, vring, index, &memory.map, &mut self.driver_known) {
             return;
         }
         let mut device = shared.device();
@@ -239,7 +237,7 @@ impl<'a> Session<'a> {
         drop(device);
         if matches!(vq, Vq::Inflate | Vq::Deflate) {
             let now = Instant::now();
-            self.silence.changed(now);
+            self.config_fallback.message_served(now);
             self.busy_poll.answered(now);
         }
         if matches!(vq, Vq::FreePage | Vq::Request) {
@@ -254,7 +252,7 @@ impl<'a> Session<'a> {
             }
             Err(error) => {
                 vring.stop();
-                // Of memory that is gone the session's end tells.
+                // Lost memory is reported when the session ends.
                 if memory.map.lost_at().is_none() && shared.may_log() {
                     tracing::warn!(%error, "queue stopped");
                 }
@@ -262,8 +260,8 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// User Mode Linux asks this too when it has removed a driver, and where it
-    /// cannot stop queues it says nothing else.
+    /// Handles `GET_FEATURES`. User Mode Linux also sends it after it has removed a driver; without
+    /// protocol features, in which case it cannot stop queues, this is the only sign.
     fn get_features(&mut self) -> Vec<u8> {
         if !self.features.contains(TRANSPORT_FEATURES) {
             self.suspend();
@@ -275,12 +273,12 @@ impl<'a> Session<'a> {
         self.shared.device().offered() | TRANSPORT_FEATURES
     }
 
-    /// New features mean that a driver starts, unless the queues still run: then
-    /// a front end only repeats itself. One without protocol features cannot stop
-    /// queues, so from it every set of features is a start.
+    /// Handles `SET_FEATURES`: a driver starts, unless the queues still run, in which case the
+    /// front end only repeats the features. A front end without protocol features cannot stop
+    /// queues, so each of its requests is a start.
     ///
-    /// After queues were stopped the same features may also mean that a paused
-    /// guest goes on; the queues' bases tell.
+    /// After the queues were stopped, the same features may also mean that a paused guest resumes;
+    /// the queues' bases distinguish the two.
     fn set_features(&mut self, message: &Message) -> Result<(), SessionError> {
         let features = Features(message.fields().u64()?);
         let excess = features.without(self.offered());
@@ -307,8 +305,8 @@ impl<'a> Session<'a> {
     }
 
     fn set_mem_table(&mut self, message: &mut Message) -> Result<(), SessionError> {
-        let memory = MemoryTable::from_message(message, self.terms.memory_bytes)?;
-        if self.terms.sealed_only && !memory.is_sealed() {
+        let memory = MemoryTable::from_message(message, self.limits.memory_bytes)?;
+        if self.limits.sealed_only && !memory.is_sealed() {
             return Err(Violation::UnsealedMemory.into());
         }
         if !self.vrings.iter().all(|vring| vring.is_valid(&memory.map)) {
@@ -327,18 +325,18 @@ impl<'a> Session<'a> {
     fn set_vring_num(&mut self, message: &Message) -> Result<(), SessionError> {
         let mut fields = message.fields();
         let (index, size) = (fields.u32()?, fields.u32()?);
-        self.settle(index);
+        self.return_pending(index);
         self.vring(index)?.set_size(size)
     }
 
     fn set_vring_base(&mut self, message: &Message) -> Result<(), SessionError> {
         let mut fields = message.fields();
         let (index, base) = (fields.u32()?, fields.u32()?);
-        self.settle(index);
+        self.return_pending(index);
         let vring = self.vring(index)?;
         vring.set_base(base)?;
-        // A new driver begins at 0; where the ring stood there, nobody can tell,
-        // and to forget what the guest holds is safe.
+        // A new driver starts at 0. If the queue was stopped at 0 the two cases look the same, and
+        // to forget the balloon is safe.
         if vring.stopped_at.take().is_some_and(|at| base == 0 || base != u32::from(at)) {
             self.driver_starts();
         }
@@ -353,9 +351,9 @@ impl<'a> Session<'a> {
         let users = [fields.u64()?, fields.u64()?, fields.u64()?];
         let place = |i: usize| memory.guest_address(users[i]);
         let places = [place(0)?, place(1)?, place(2)?];
-        // A front end says them once more where it changes the flags alone.
+        // A front end repeats the addresses if it changes only the flags.
         if !self.vring(index)?.runs_at(places, event_idx) {
-            self.settle(index);
+            self.return_pending(index);
             let Self { vrings, memory: Some(memory), .. } = self else { return Ok(()) };
             let vring = vrings.get_mut(index as usize).ok_or(Violation::NoSuchQueue { index })?;
             vring.set_addresses(places, &memory.map, event_idx)?;
@@ -403,7 +401,7 @@ impl<'a> Session<'a> {
 
     fn set_channel(&mut self, message: &mut Message) -> Result<(), SessionError> {
         self.channel = Some(one_fd(message)?);
-        // A target that was set before the guest came is told once it listens.
+        // Report a target that was set before the guest connected.
         let config = self.shared.device().config();
         if config.num_pages != config.actual {
             self.config_changed();
@@ -411,7 +409,8 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// Chains are noted in this memory from now on. It is said before the queues run.
+    /// Handles `SET_INFLIGHT_FD`, which must precede the start of the queues. Chains in flight are
+    /// recorded in this region from now on.
     fn set_inflight(&mut self, message: &mut Message) -> Result<(), SessionError> {
         let description = inflight::Description::read(message)?;
         let region = Region::attach(description, one_fd(message)?)?;
@@ -419,17 +418,17 @@ impl<'a> Session<'a> {
             return Err(Violation::Inflight.into());
         }
         for index in (0..).take(self.vrings.len()) {
-            // What these queues left behind is found by the notes, or was given back.
-            self.settle(index);
+            // Pending chains are in the inflight region, or are returned here.
+            self.return_pending(index);
         }
         for (index, vring) in self.vrings.iter_mut().enumerate() {
-            vring.queue.set_notes(region.part(index));
-            vring.found = false;
+            vring.queue.set_region(region.part(index));
+            vring.recovered = false;
         }
         Ok(())
     }
 
-    /// The front end took memory away: the guest's, or that which chains are noted in.
+    /// Returns an error if guest memory or the inflight region became inaccessible.
     pub(crate) fn check(&self) -> Result<(), SessionError> {
         if let Some(lost) = self.memory.as_ref().and_then(|memory| memory.map.lost_at()) {
             return Err(SessionError::Unbacked { address: lost.0 });
@@ -444,22 +443,22 @@ impl<'a> Session<'a> {
         self.driver_starts();
     }
 
-    /// The queues stop, or one of them does. The device keeps chains no longer;
-    /// those of a queue that goes on come back with the driver's next kick.
+    /// Handles the stop of one or more queues. Returns pending chains of all queues; a queue that
+    /// runs on gets them again with the driver's next kick.
     fn suspend(&mut self) {
         for index in (0..).take(self.vrings.len()) {
-            self.settle(index);
+            self.return_pending(index);
         }
         self.shared.device().suspend();
         self.shared.changed();
     }
 
-    /// A queue stops, or is set up anew: the device keeps no chain of it any longer.
+    /// Returns or drops the pending chains of a queue that stops or is set up again.
     ///
-    /// Where it runs, its driver gets them back, so that nothing of it is under way and
-    /// where it stands can be read from its ring. To keep them beside what is read there
-    /// would be to return them twice. Where it does not, its memory may be anything by now.
-    fn settle(&mut self, index: u32) {
+    /// If the queue runs, they are returned to the driver. Then no chain is in flight, and the
+    /// vring itself has the queue's position. Chains kept beyond that would be returned twice. If
+    /// the queue does not run, the vring's memory may have another use, and they are dropped.
+    fn return_pending(&mut self, index: u32) {
         let Self { vrings, memory, shared, .. } = self;
         let index = index as usize;
         let mut device = shared.device();
@@ -483,7 +482,7 @@ impl<'a> Session<'a> {
         device.forget_kept(vq);
     }
 
-    /// Whatever the guest held is its own again.
+    /// Handles the start of a driver: the balloon is empty.
     fn driver_starts(&mut self) {
         for vring in &mut self.vrings {
             vring.stopped_at = None;
@@ -499,12 +498,12 @@ impl<'a> Session<'a> {
 }
 
 impl Drop for Session<'_> {
-    /// The guest is gone with its monitor: nothing of it may be released any
-    /// more, since its memory may be mapped by a monitor that comes back.
+    /// The guest is gone with its front end. None of its memory may be released from now on,
+    /// because a front end that reconnects may map it again.
     fn drop(&mut self) {
         let mut device = self.shared.device();
         device.requests_mut().end_all(RequestFailure::HungUp);
-        // First: nothing is reserved for a guest that is gone.
+        // First, so that the reset reserves no memory for a guest that is gone.
         device.reclaim_mut().forget_memory();
         device.reset(Features::NONE);
         device.set_layout(balloon_device::MemoryLayout::default());

@@ -1,4 +1,4 @@
-//! One queue as a front end sets it up.
+//! One vring, set up by the front end.
 
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -10,10 +10,9 @@ use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestMemory};
 
 use crate::error::{SessionError, Violation};
-use crate::inflight_queue::TrackedQueue;
+use crate::inflight_queue::InflightQueue;
 
-/// Bytes of kicks that are read at once, and how often at most: together what a
-/// pipe holds.
+/// Bytes of kicks per read, and most reads: together the capacity of a pipe.
 const KICK_BYTES: usize = 4096;
 const KICK_READS: usize = 16;
 
@@ -21,29 +20,29 @@ const KICK_READS: usize = 16;
 #[derive(Debug)]
 pub(crate) struct Vring {
     index: u32,
-    pub(crate) queue: TrackedQueue,
-    /// Set by the front end, or implied where it did not negotiate protocol
-    /// features (vhost-user, "Ring states").
+    pub(crate) queue: InflightQueue,
+    /// Set by the front end, or implied if it did not negotiate protocol features
+    /// (vhost-user, "Ring states").
     pub(crate) enabled: bool,
-    /// It was looked at where the ring stands, since it was set up.
-    pub(crate) found: bool,
+    /// The position was recovered since the setup.
+    pub(crate) recovered: bool,
     /// Chains were left when it was served last.
     pub(crate) more: bool,
-    /// Where the front end stopped it, until it says where to go on.
+    /// The position at which the front end stopped it, until the next `SET_VRING_BASE`.
     pub(crate) stopped_at: Option<u16>,
     kick: Option<Kick>,
     call: Option<OwnedFd>,
 }
 
-/// A file descriptor for kicks that is being waited for. The front end holds it
-/// too, so closing it would not end the waiting.
+/// A kick file descriptor in the epoll set. The front end has it open too, so closing it would
+/// not remove it from the set.
 ///
-/// Each kick is reported once (`EPOLLET`): a file that stays readable for ever,
-/// such as a pipe whose other end is closed, must not keep the loop busy.
+/// Each kick is reported once (`EPOLLET`): a file that stays readable, such as a pipe whose
+/// other end is closed, must not keep the loop busy.
 #[derive(Debug)]
 struct Kick {
     fd: OwnedFd,
-    /// A pipe or socket, which is full some day if nobody reads it.
+    /// A pipe or socket, which must be read before it is full.
     fills: bool,
     epoll: Rc<OwnedFd>,
 }
@@ -51,7 +50,7 @@ struct Kick {
 impl Drop for Kick {
     fn drop(&mut self) {
         if let Err(error) = epoll::delete(&self.epoll, &self.fd) {
-            tracing::error!(%error, "host: cannot stop waiting for kicks");
+            tracing::error!(%error, "host: cannot remove a kick from epoll");
         }
     }
 }
@@ -59,12 +58,12 @@ impl Drop for Kick {
 impl Vring {
     pub(crate) fn new(index: u32) -> Result<Self, SessionError> {
         let queue =
-            TrackedQueue::new(MAX_QUEUE_SIZE).map_err(|_| Violation::QueueSetup { index })?;
+            InflightQueue::new(MAX_QUEUE_SIZE).map_err(|_| Violation::QueueSetup { index })?;
         Ok(Self {
             index,
             queue,
             enabled: false,
-            found: false,
+            recovered: false,
             more: false,
             stopped_at: None,
             kick: None,
@@ -72,23 +71,21 @@ impl Vring {
         })
     }
 
-    /// Forgets its setup, but not the call, which QEMU hands over before it
-    /// negotiates features.
+    /// Forgets the setup except the call, which QEMU sends before it negotiates features.
     pub(crate) fn reset(&mut self) {
         self.queue.reset();
         self.enabled = false;
-        self.found = false;
+        self.recovered = false;
         self.more = false;
         self.kick = None;
     }
 
-    /// True once a kick can arrive and be served. The parts that this needs come
-    /// in any order.
+    /// Returns true once a kick can arrive and be served. Its setup may arrive in any order.
     pub(crate) fn runs(&self) -> bool {
         self.enabled && self.kick.is_some() && self.queue.ready()
     }
 
-    /// True where it runs, and with these parts already: descriptor table, used and
+    /// Returns true if it already runs with these addresses: descriptor table, used ring and
     /// available ring.
     pub(crate) fn runs_at(&self, places: [GuestAddress; 3], event_idx: bool) -> bool {
         let queue = &self.queue;
@@ -99,23 +96,23 @@ impl Vring {
     pub(crate) fn set_size(&mut self, size: u32) -> Result<(), SessionError> {
         let size = u16::try_from(size).map_err(|_| self.bad_setup())?;
         self.queue.set_ready(false);
-        self.found = false;
+        self.recovered = false;
         self.queue.try_set_size(size).map_err(|_| self.bad_setup())
     }
 
-    /// Cloud Hypervisor and crosvm say it after the addresses, and QEMU before.
+    /// Handles the base. Cloud Hypervisor and crosvm send it after the addresses, QEMU before.
     pub(crate) fn set_base(&mut self, base: u32) -> Result<(), SessionError> {
         let base = u16::try_from(base).map_err(|_| self.bad_setup())?;
         if self.runs() {
             self.queue.set_ready(false);
         }
-        self.found = false;
+        self.recovered = false;
         self.queue.set_next_avail(base);
         self.queue.set_next_used(base);
         Ok(())
     }
 
-    /// Places the three parts of the ring and checks that they lie in memory.
+    /// Sets the three addresses of the vring and checks that they are in guest memory.
     pub(crate) fn set_addresses(
         &mut self,
         places: [GuestAddress; 3],
@@ -123,25 +120,25 @@ impl Vring {
         event_idx: bool,
     ) -> Result<(), SessionError> {
         let placed = ring::place(&mut self.queue, places, event_idx, memory);
-        self.found = false;
+        self.recovered = false;
         if placed { Ok(()) } else { Err(self.bad_setup()) }
     }
 
-    /// True when the ring lies in `memory`; to be asked again when memory moves.
+    /// Returns true if the vring is in `memory`. Must be checked again for a new memory table.
     pub(crate) fn is_valid(&self, memory: &impl GuestMemory) -> bool {
         ring::lies_in(&self.queue, memory)
     }
 
-    /// Stops the ring and returns what the front end needs to go on elsewhere.
+    /// Stops the vring and returns its base, with which the front end can resume it.
     pub(crate) fn stop(&mut self) -> u16 {
         self.queue.set_ready(false);
-        self.found = false;
+        self.recovered = false;
         self.more = false;
         self.kick = None;
         self.queue.next_avail()
     }
 
-    /// Waits for kicks on `epoll` from now on, with the queue's number as data.
+    /// Adds the kick to `epoll`, with the queue's index as data.
     pub(crate) fn set_kick(
         &mut self,
         kick: OwnedFd,
@@ -162,28 +159,28 @@ impl Vring {
         Ok(())
     }
 
-    /// Takes kicks off a file that would fill; an event file only counts.
+    /// Reads kicks from a pipe or socket. An eventfd need not be read.
     pub(crate) fn clear_kick(&self) {
         let Some(kick) = self.kick.as_ref().filter(|kick| kick.fills) else { return };
         let mut bytes = [0; KICK_BYTES];
         for _ in 0..KICK_READS {
-            // An error says that nothing is there, or never will be.
+            // An error means that no data is left, or that the file is unusable.
             if rustix::io::read(&kick.fd, &mut bytes) != Ok(KICK_BYTES) {
                 return;
             }
         }
     }
 
-    /// Interrupts the guest. A full pipe is an interrupt that is still to be
-    /// taken; any other failure is the front end's loss.
+    /// Interrupts the guest. A full pipe is a pending interrupt. Any other failure affects only the
+    /// front end.
     ///
-    /// It is asked whether the file takes more, because the front end shares it
-    /// and may have made it block again.
+    /// Polls for writability first, because the front end shares the file description and may
+    /// have made it blocking.
     pub(crate) fn notify_guest(&self) {
         let Some(call) = &self.call else { return };
         let now = Timespec::default();
-        let mut room = [PollFd::new(call, PollFlags::OUT)];
-        if poll(&mut room, Some(&now)) != Ok(1) || room[0].revents() != PollFlags::OUT {
+        let mut fds = [PollFd::new(call, PollFlags::OUT)];
+        if poll(&mut fds, Some(&now)) != Ok(1) || fds[0].revents() != PollFlags::OUT {
             return;
         }
         if let Err(error) = rustix::io::write(call, &1u64.to_ne_bytes()) {
@@ -191,13 +188,12 @@ impl Vring {
         }
     }
 
-    /// A file that the peer switched over to notify by, made not to block. Reading
-    /// and writing files of other types can block whatever is asked, and would
-    /// fill a disk.
+    /// Checks a kick or call file of the front end and makes it non-blocking. Other file types are
+    /// refused: their reads and writes can block even if non-blocking, and would fill a disk.
     fn notify_file(&self, fd: OwnedFd) -> Result<(OwnedFd, FileType), SessionError> {
         let refused = |_| Violation::NotifyFile { index: self.index };
         let file_type = FileType::from_raw_mode(fstat(&fd).map_err(refused)?.st_mode);
-        // Event files have no type.
+        // An eventfd has no file type.
         if !matches!(file_type, FileType::Unknown | FileType::Fifo | FileType::Socket) {
             return Err(Violation::NotifyFile { index: self.index }.into());
         }

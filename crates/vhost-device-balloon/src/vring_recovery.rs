@@ -1,4 +1,4 @@
-//! Queues that another back end may have served, when they run here first.
+//! Recovery of vrings that another back end may have served.
 
 use balloon_abi::Vq;
 use balloon_host::Shared;
@@ -7,9 +7,9 @@ use virtio_queue::QueueT;
 
 use crate::vring::Vring;
 
-/// Looks where a queue stands that another back end may have served. False where
-/// it cannot be served.
-pub(crate) fn find(
+/// Recovers the position of a vring that another back end may have served. Returns false if the
+/// vring cannot be served.
+pub(crate) fn recover(
     shared: &Shared,
     vring: &mut Vring,
     index: usize,
@@ -18,35 +18,35 @@ pub(crate) fn find(
 ) -> bool {
     let mut device = shared.device();
     let Some(vq) = device.queues().vq(index) else { return false };
-    let found = match vring.queue.find(memory) {
-        Ok(found) => found,
+    let recovered = match vring.queue.recover(memory) {
+        Ok(recovered) => recovered,
         Err(source) => {
             drop(device);
             vring.stop();
             if shared.may_log() {
-                tracing::warn!(%source, ?vq, "queue stopped: its ring cannot be read");
+                tracing::warn!(%source, ?vq, "queue stopped: its vring cannot be read");
             }
             return false;
         }
     };
-    vring.found = true;
-    let goes_on = found.used && !*driver_known;
+    vring.recovered = true;
+    let resumes = recovered.used && !*driver_known;
     if !*driver_known {
-        shared.driver_started(&mut device, found.used);
+        shared.driver_started(&mut device, recovered.used);
         *driver_known = true;
     }
     drop(device);
-    // Chains of this queue come back in another order than they came, so without
-    // notes nobody knows which are still the device's.
-    if goes_on && vq == Vq::Request && !vring.queue.has_notes() {
+    // The device returns chains of this queue out of order, so without an inflight region it
+    // cannot tell which are pending.
+    if resumes && vq == Vq::Request && !vring.queue.has_region() {
         vring.stop();
         if shared.may_log() {
-            tracing::warn!("requests to the guest have to wait until its driver is loaded anew");
+            tracing::warn!("requests to the guest must wait until its driver is reloaded");
         }
         return false;
     }
     let mut returned = false;
-    for head in found.kept {
+    for head in recovered.pending {
         returned |= vring.queue.add_used(memory, head, 0).is_ok();
     }
     if returned {

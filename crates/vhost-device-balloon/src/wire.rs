@@ -1,7 +1,7 @@
 //! Framing of vhost-user messages on a stream socket.
 //!
-//! The header is read alone, so the file descriptors that arrive with a message
-//! cannot be taken for those of the next one.
+//! The header is read separately, so that file descriptors of a message are not
+//! attributed to the next one.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -17,26 +17,26 @@ use rustix::net::{
 
 use crate::error::{SessionError, Violation};
 
-/// Time within which all of a message must come after its first byte, or an
-/// answer be taken. Meanwhile nothing else is served.
+/// Time limit for receiving the rest of a message after its first byte, and for sending a
+/// reply. The loop serves nothing else meanwhile.
 pub(crate) const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Bytes of request, flags and size.
 const HEADER_BYTES: usize = 12;
 
-/// Bytes of a payload: room for a memory table of over a hundred regions. The
-/// protocol itself sets no bound.
+/// Most bytes of a payload: enough for a memory table of over a hundred regions. The
+/// protocol itself sets no limit.
 const MAX_PAYLOAD_BYTES: usize = 4096;
 
-/// File descriptors one message may carry: one for each memory region.
+/// Most file descriptors of a message: one for each memory region.
 pub(crate) const MAX_FDS: usize = 32;
 
-/// Low bits of the flags: the protocol's version, which has always been 1.
+/// Low bits of the flags: the protocol's version, which is always 1.
 const VERSION: u32 = 1;
 const VERSION_MASK: u32 = 3;
 const FLAG_REPLY: u32 = 1 << 2;
 
-/// A message of the front end.
+/// A message from the front end.
 #[derive(Debug, Default)]
 pub(crate) struct Message {
     pub(crate) request: u32,
@@ -45,8 +45,8 @@ pub(crate) struct Message {
 }
 
 impl Message {
-    /// Reads the next message into `self`. `Ok(false)`: the front end hung up
-    /// between two messages.
+    /// Reads the next message into `self`. `Ok(false)` means that the front end closed the
+    /// connection between two messages.
     pub(crate) fn receive(&mut self, socket: impl AsFd) -> Result<bool, SessionError> {
         self.fds.clear();
         let deadline = Instant::now() + MESSAGE_TIMEOUT;
@@ -70,7 +70,7 @@ impl Message {
         Ok(true)
     }
 
-    /// The payload, to be read field by field.
+    /// Returns a reader of the payload's fields.
     pub(crate) fn fields(&self) -> Fields<'_> {
         Fields { request: self.request, rest: &self.payload }
     }
@@ -104,8 +104,8 @@ pub(crate) fn reply_with(
     send_all(socket, &bytes[sent.min(bytes.len())..], SendFlags::NOSIGNAL)
 }
 
-/// Sends a request of the back end. A front end that does not read its channel
-/// gets an error, not the back end's time.
+/// Sends a request of the back end. Fails instead of blocking if the front end does not read
+/// its channel.
 pub(crate) fn request(socket: impl AsFd, request: u32, payload: &[u8]) -> io::Result<()> {
     send_message(socket, request, 0, payload, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
 }
@@ -141,7 +141,7 @@ fn send_all(socket: impl AsFd, mut rest: &[u8], how: SendFlags) -> io::Result<()
     Ok(())
 }
 
-/// Fields of a payload, in the machine's byte order as the protocol wants it.
+/// Reader of a payload's fields, in native byte order as the protocol requires.
 pub(crate) struct Fields<'a> {
     request: u32,
     rest: &'a [u8],
@@ -184,8 +184,8 @@ fn words(header: [u8; HEADER_BYTES]) -> [u32; 3] {
     [word(0), word(4), word(8)]
 }
 
-/// Reads exactly `buffer` before `deadline`, and file descriptors on the way.
-/// `Ok(false)`: the end came before the first byte.
+/// Fills `buffer` before `deadline`, and receives file descriptors. `Ok(false)` means that the
+/// connection ended before the first byte.
 fn fill(
     socket: &impl AsFd,
     buffer: &mut [u8],
@@ -210,11 +210,11 @@ fn fill(
         if received.flags.contains(ReturnFlags::CTRUNC) {
             return Err(Violation::TooManyFds.into());
         }
-        // What nobody asked for is closed when the buffer is drained.
+        // Draining the buffer closes unexpected file descriptors.
         for message in control.drain() {
             if let (RecvAncillaryMessage::ScmRights(rights), Some(fds)) = (message, fds.as_mut()) {
                 fds.extend(rights);
-                // Some could come with each byte.
+                // Each byte could carry some.
                 if fds.len() > MAX_FDS {
                     return Err(Violation::TooManyFds.into());
                 }

@@ -1,7 +1,7 @@
-//! A session gives back every file descriptor that it was given, however it ends.
-//! Alone in its process, where nobody else opens files.
-#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
-#![allow(clippy::cast_possible_truncation, reason = "small numbers of our own")]
+//! A session closes every file descriptor that it received, however it ends.
+//! Runs in its own process, where no other test opens files.
+#![allow(clippy::unwrap_used, reason = "a test fails on any error")]
+#![allow(clippy::cast_possible_truncation, reason = "small constants")]
 
 mod support;
 
@@ -32,7 +32,7 @@ fn bad_session(server: &Server, kind: usize) {
         3 => vm.front.send_fd(request::SET_VRING_KICK, 200, &vm.guest.file),
         4 => vm.front.send(1000, &[], &many(32)),
         5 => {
-            // Files with a message that never ends.
+            // Files with an incomplete message.
             vm.front.send_raw(&[1, 0, 0], &many(10)).unwrap();
         }
         6 => {
@@ -46,11 +46,11 @@ fn bad_session(server: &Server, kind: usize) {
         _ => vm.front.send_fd(request::SET_VRING_CALL, 1, std::fs::File::open("/").unwrap()),
     }
     vm.front.finish();
-    assert!(served.outcome().is_err(), "session of kind {kind} was no bad one");
+    assert!(served.outcome().is_err(), "session of kind {kind} did not fail");
 }
 
 #[test]
-fn bad_sessions_leave_no_file_open() {
+fn failed_sessions_leak_no_files() {
     let server = Server::new(ReleaseMode::Background);
     for kind in 0..8 {
         bad_session(&server, kind);

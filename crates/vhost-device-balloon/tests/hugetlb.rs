@@ -1,7 +1,7 @@
-//! Guest memory in huge pages of the host's pool. Alone in its process, where nobody else maps
-//! files.
-#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
-#![allow(clippy::cast_possible_truncation, reason = "small numbers of our own")]
+//! Guest memory in huge pages of the host's pool. Runs in its own process, where no other test
+//! maps files.
+#![allow(clippy::unwrap_used, reason = "a test fails on any error")]
+#![allow(clippy::cast_possible_truncation, reason = "small constants")]
 
 mod support;
 
@@ -18,22 +18,22 @@ use support::front_end::request;
 use support::guest::{BASE, BYTES, FIRST_PAGE, Guest, PAGES, data_pages};
 use support::server::Server;
 
-/// Huge pages of a guest: the rings are in the first one.
+/// Huge pages of a guest; the vrings are in the first one.
 const HUGE_PAGES: u64 = BYTES / HUGE_PAGE_BYTES;
 
 fn pool(pages: u64) -> Option<HugePool> {
     HugePool::new(pages).inspect_err(|error| eprintln!("SKIPPED: {error:?}")).ok()
 }
 
-/// Mappings of a file of this name.
+/// Returns the number of mappings of a file of this name.
 fn mappings(name: &str) -> usize {
     let maps = fs::read_to_string("/proc/self/maps").unwrap();
     maps.lines().filter(|line| line.ends_with(&format!("/{name}"))).count()
 }
 
-/// The kernel maps a whole huge page where a part was asked for, and unmaps no part.
+/// The kernel maps a complete huge page for a partial request, and cannot unmap a part.
 #[test]
-fn regions_of_parts_of_huge_pages_are_refused_and_leave_no_mapping() {
+fn a_region_with_a_partial_huge_page_is_refused_and_not_mapped() {
     let Some(pool) = pool(HUGE_PAGES) else { return };
     let file = pool.file("odd", HUGE_PAGES).unwrap();
     let server = Server::new(ReleaseMode::Background);
@@ -56,9 +56,9 @@ fn regions_of_parts_of_huge_pages_are_refused_and_leave_no_mapping() {
     assert_eq!(server.front_end_faults("protocol_violation"), 20);
 }
 
-/// What is taken back is reserved; what a guest held that is gone is not.
+/// Deflated pages are reserved, but not the balloon of a guest that is gone.
 #[test]
-fn nothing_is_reserved_for_a_guest_that_is_gone() {
+fn a_disconnect_reserves_no_huge_pages() {
     let Some(pool) = pool(HUGE_PAGES) else { return };
     let server = Server::new(ReleaseMode::Immediate);
     let (front, served) = server.connect();
@@ -78,6 +78,6 @@ fn nothing_is_reserved_for_a_guest_that_is_gone() {
     vm.inflate(&second);
     drop(vm);
     assert_eq!(served.outcome().unwrap(), End::HungUp);
-    assert_eq!(pool.promised().unwrap(), HUGE_PAGES - 1, "reserved for nobody");
+    assert_eq!(pool.promised().unwrap(), HUGE_PAGES - 1, "reserved for a guest that is gone");
     assert_eq!(mappings("guest"), 0);
 }

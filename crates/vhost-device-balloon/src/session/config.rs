@@ -1,4 +1,4 @@
-//! The configuration space, as a front end reads and writes it for its guest.
+//! The front end's reads and writes of the configuration space for its guest.
 
 use std::time::Instant;
 
@@ -9,8 +9,8 @@ use super::Session;
 use crate::error::{SessionError, Violation};
 use crate::wire::Message;
 
-/// Bytes of configuration space that may be read; those beyond the balloon's
-/// own read as zero. The protocol's reference front end (QEMU) reads at most this.
+/// Most bytes of configuration space that may be read; those beyond the balloon's read as zero.
+/// The protocol's reference front end (QEMU) reads at most this.
 const MAX_CONFIG_BYTES: usize = 256;
 
 /// Bytes of a field of the configuration space.
@@ -35,16 +35,16 @@ impl Session<'_> {
         Ok(answer)
     }
 
-    /// A write that the driver may not do is counted and ignored: it is the
-    /// guest's fault, and the front end could not help it.
+    /// Handles `SET_CONFIG`. An invalid write is counted and ignored: it is the guest's fault, not
+    /// the front end's.
     ///
-    /// QEMU writes the whole space when the guest writes any of it, with what it
-    /// knows of the other fields. Then the driver's fields are taken out of it.
+    /// QEMU writes the whole space for any write of the guest, with its own values for the other
+    /// fields. Then only the driver's fields are used.
     pub(super) fn set_config(&mut self, message: &Message) -> Result<(), SessionError> {
         let mut fields = message.fields();
         let (offset, size, _flags) = (fields.u32()?, fields.u32()?, fields.u32()?);
         let data = fields.bytes(size as usize)?;
-        self.silence.broken();
+        self.config_fallback.config_written();
         self.shared.save_poison(offset, data);
         let mut device = self.shared.device();
         let poisons = device.negotiated().contains(Features::PAGE_POISON);

@@ -2,10 +2,10 @@
 //! (virtio-devices/src/vhost_user/{generic_vhost_user,vu_common_ctrl}.rs), without
 //! REPLY_ACK, which is not offered.
 //!
-//! It passes transport features alone to the guest, so its driver is a classic one
-//! that need not tell before it uses a page. The base of a queue is what the guest
-//! has made available by then, the channel comes last, and a connection that was lost
-//! is made again with the inflight memory of the first.
+//! It passes only transport features to the guest, so its driver is a classic one
+//! without `MUST_TELL_HOST`. The base of a queue is the guest's available index
+//! at that time, the channel is set up last, and a lost connection
+//! is set up again with the first one's inflight region.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -26,7 +26,7 @@ use crate::support::server::Server;
 
 const FEATURES: Features = UNTOLD.union(Features::RING_EVENT_IDX);
 
-/// `negotiate_features_vhost_user`.
+/// Like `negotiate_features_vhost_user`.
 fn negotiate(vm: &Vm) {
     let front = &vm.front;
     front.send(request::SET_OWNER, &[], &[]);
@@ -36,7 +36,7 @@ fn negotiate(vm: &Vm) {
     assert_eq!(front.ask_u64(request::GET_QUEUE_NUM), 6);
 }
 
-/// `setup_vhost_user`. Guest memory is in two regions of one file, as around the
+/// Like `setup_vhost_user`. Guest memory is two regions of one file, as around the
 /// hole below 4 GiB.
 fn set_up(vm: &mut Vm, inflight: &mut Option<(Vec<u8>, File)>) {
     vm.features = FEATURES;
@@ -89,7 +89,7 @@ fn balloons_with_memory_in_two_regions() {
     let (front, served) = server.connect();
     let (mut vm, _) = boot(front);
     let pages = some_pages();
-    // On both sides of the border.
+    // On both sides of the boundary.
     let border = (BASE + BYTES / 2) / PAGE;
     assert!(pages.contains(&border) && pages.contains(&(border - 1)));
     vm.inflate(&pages);
@@ -103,10 +103,10 @@ fn balloons_with_memory_in_two_regions() {
     assert_eq!(server.status().faults.total(), 0);
 }
 
-/// A message that was available before the queue ran, or when the connection broke,
-/// is not lost though the base says that it was taken.
+/// A message that was available before the queue ran, or when the connection was lost,
+/// is served although it is before the base.
 #[test]
-fn a_lost_connection_is_made_again() {
+fn a_lost_connection_is_set_up_again() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
     let (mut vm, mut inflight) = boot(front);

@@ -1,4 +1,4 @@
-//! What the operator does, while the guest does what it likes.
+//! The operator's requests through the control API.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use crate::support::server::Server;
 use crate::{assert_balloons, some_pages};
 
 #[test]
-fn a_wait_ends_when_the_guest_has_done_what_was_asked() {
+fn a_wait_ends_when_the_target_is_reached() {
     let server = Server::new(ReleaseMode::Background);
     let (front, _served) = server.connect();
     let mut vm = Vm::boot(Monitor::Uml, front, CLASSIC);
@@ -39,12 +39,12 @@ fn a_wait_ends_when_the_guest_has_done_what_was_asked() {
 }
 
 #[test]
-fn a_wait_ends_by_another_target_and_by_its_time() {
+fn a_wait_ends_on_another_target_or_a_timeout() {
     let server = Server::new(ReleaseMode::Background);
     let first = server.balloon.set_target(5).unwrap();
     let started = Instant::now();
     let status = server.balloon.wait_change(first, Duration::from_millis(30));
-    assert!(!status.at_target, "no guest is there to reach it");
+    assert!(!status.at_target, "no guest is connected");
     assert!(started.elapsed() >= Duration::from_millis(30));
 
     let (done, waited) = mpsc::channel();
@@ -56,9 +56,9 @@ fn a_wait_ends_by_another_target_and_by_its_time() {
     waiter.join().unwrap();
 }
 
-/// No driver writes a size that is the one it had.
+/// A driver does not write an unchanged `actual`.
 #[test]
-fn a_target_that_the_guest_has_already_is_reached() {
+fn a_target_that_the_guest_already_has_is_reached() {
     let server = Server::new(ReleaseMode::Background);
     let generation = server.balloon.set_target(9).unwrap();
     assert!(!server.balloon.wait_change(generation, Duration::ZERO).at_target);
@@ -67,9 +67,9 @@ fn a_target_that_the_guest_has_already_is_reached() {
     assert!(status.at_target, "{status:?}");
 }
 
-/// A guest that starts anew has an empty balloon, whatever the last one had.
+/// A new guest starts with an empty balloon.
 #[test]
-fn a_target_is_reached_anew_by_each_guest() {
+fn each_guest_must_reach_the_target() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
     let mut vm = Vm::boot(Monitor::Uml, front, CLASSIC);
@@ -82,9 +82,9 @@ fn a_target_is_reached_anew_by_each_guest() {
     assert_eq!(served.outcome().unwrap(), End::HungUp);
     let status = server.status().balloon;
     assert_eq!(status.actual_pages, 0);
-    assert!(!status.at_target, "nobody holds anything");
+    assert!(!status.at_target, "the balloon is empty");
 
-    // A driver that is gone with what it held has reached a target of zero.
+    // After a reset the balloon is empty, which is a target of zero.
     let (front, served) = server.connect();
     let vm = Vm::boot(Monitor::Uml, front, CLASSIC);
     vm.front.write_actual(pages.len() as u32);
@@ -110,10 +110,10 @@ fn a_target_above_guest_memory_is_refused() {
     assert_eq!(vm.front.num_pages(), PAGES as u32);
 }
 
-/// Without a guest any target is taken; a guest of less memory is asked for it
-/// all the same and is not harmed by the device.
+/// Without a guest any target is accepted. A guest with less memory still receives the
+/// target, and the device works.
 #[test]
-fn a_target_from_before_the_guest_may_be_more_than_it_has() {
+fn a_target_set_before_the_guest_may_exceed_its_memory() {
     let server = Server::new(ReleaseMode::Background);
     server.balloon.set_target(u32::MAX).unwrap();
     let (front, _served) = server.connect();
@@ -158,9 +158,9 @@ fn the_release_mode_changes_while_the_guest_inflates() {
     assert_eq!(served.outcome().unwrap(), End::HungUp);
 }
 
-/// In the modes that release before they answer, what was pending goes first.
+/// In the modes that release before the reply, pending pages are released first.
 #[test]
-fn a_mode_that_is_set_applies_from_the_next_message_on() {
+fn a_new_mode_applies_from_the_next_message_on() {
     let server = Server::new(ReleaseMode::Background);
     let (front, _served) = server.connect();
     let mut vm = Vm::boot(Monitor::Uml, front, CLASSIC);

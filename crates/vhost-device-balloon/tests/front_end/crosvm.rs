@@ -1,7 +1,7 @@
 //! The messages of crosvm's `--vhost-user balloon`
 //! (devices/src/virtio/vhost_user_frontend/mod.rs). It sets the features for each
-//! half that the guest writes, and a queue's base after its addresses; it enables each
-//! queue as it is set up, and asks for the bases when the guest resets the device.
+//! half that the guest writes, and sets a queue's base after its addresses. It enables each
+//! queue during its setup, and gets the bases when the guest resets the device.
 
 use std::os::fd::AsFd;
 
@@ -15,7 +15,7 @@ use crate::support::front_end::{OFFERED_PROTOCOL, PROTOCOL_FEATURES, eventfd, re
 use crate::support::guest::{BASE, Guest, USER_BASE};
 use crate::support::server::Server;
 
-/// Protocol features that both know: MQ, BACKEND_REQ, CONFIG.
+/// Protocol features that both support: MQ, BACKEND_REQ, CONFIG.
 const PROTOCOL: u64 = OFFERED_PROTOCOL & !(1 << 12);
 
 fn connect(vm: &mut Vm) {

@@ -1,5 +1,5 @@
-//! Front ends that break the protocol in one place: the session ends with an
-//! error that says whose fault it was, and the next one is served.
+//! Front ends that violate the protocol: the session ends with an error that says
+//! whose fault it was, and the next one is served.
 
 use std::fs::File;
 use std::io::Seek;
@@ -18,16 +18,16 @@ use crate::support::front_end::{
 use crate::support::guest::{BASE, BYTES, FILE_OFFSET, Guest, PAGE, data_pages, memfd};
 use crate::support::server::Server;
 
-/// How far the front end is when it misbehaves.
+/// State of the session when the front end misbehaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stage {
-    /// Nothing was said.
+    /// No message was sent.
     Fresh,
-    /// Protocol features and the channel are there.
+    /// Protocol features and the channel are set up.
     Attached,
     /// Features are negotiated.
     Negotiated,
-    /// Memory is there.
+    /// The memory table is set.
     Memory,
     /// Both queues are set up but have no kick.
     Placed,
@@ -75,8 +75,8 @@ impl Stage {
     }
 }
 
-/// Brings a session to `stage`, lets `attack` misbehave, and returns how the
-/// session ended. Nothing the front end does may look like the host's fault.
+/// Brings a session to `stage`, runs `attack`, and returns the session's outcome. Checks
+/// that no fault is attributed to the host.
 #[track_caller]
 pub(crate) fn outcome_of(
     server: &Server,
@@ -97,7 +97,7 @@ pub(crate) fn outcome_of(
     outcome
 }
 
-/// The same, expecting a certain fault, its count, and a back end that goes on.
+/// Runs `attack`; expects this violation, its count, and a back end that still serves.
 #[track_caller]
 fn assert_violation(stage: Stage, expected: Violation, attack: impl FnOnce(&mut Vm)) {
     let server = Server::new(ReleaseMode::Background);
@@ -109,12 +109,12 @@ fn assert_violation(stage: Stage, expected: Violation, attack: impl FnOnce(&mut 
     assert_serves(&server, Monitor::Uml, CLASSIC);
 }
 
-/// A sparse file costs its front end nothing, whatever its size.
+/// A sparse file of any size costs its front end nothing.
 #[test]
-fn more_memory_than_the_host_could_ever_have() {
+fn guest_memory_above_the_limit_is_refused() {
     let host = rustix::system::sysinfo();
     let host = host.totalram * u64::from(host.mem_unit);
-    // Each of two regions would do; the first are more than there are addresses.
+    // One of the two regions would be accepted; the first sizes exceed the address space.
     for (bytes, is_taken) in [(1 << 47, false), (2 * host + (2 << 20), false), (host, true)] {
         let bytes = bytes / PAGE * PAGE;
         let server = Server::new(ReleaseMode::Background);
@@ -136,7 +136,7 @@ fn more_memory_than_the_host_could_ever_have() {
     }
 }
 
-/// The same for memory that cannot be mapped.
+/// Runs `attack`; expects an error for memory that cannot be mapped.
 #[track_caller]
 fn assert_unmappable(attack: impl FnOnce(&mut Vm)) {
     let server = Server::new(ReleaseMode::Background);
@@ -165,7 +165,7 @@ fn path_only(path: &str) -> OwnedFd {
 }
 
 #[test]
-fn headers_that_are_none() {
+fn an_invalid_header_is_refused() {
     for flags in [0, 2, 3, FLAGS | 4, 5 | 8, u32::MAX] {
         for stage in [Stage::Fresh, Stage::Running] {
             assert_violation(stage, Violation::Header { flags }, |vm| {
@@ -176,7 +176,7 @@ fn headers_that_are_none() {
 }
 
 #[test]
-fn sizes_that_are_too_large() {
+fn an_oversized_payload_is_refused() {
     for size in [4097, 1 << 20, 1 << 31, u32::MAX] {
         let expected =
             Violation::PayloadSize { request: request::SET_MEM_TABLE, size: size as usize };
@@ -187,7 +187,7 @@ fn sizes_that_are_too_large() {
 }
 
 #[test]
-fn a_hang_up_in_the_middle_of_a_message() {
+fn a_disconnect_in_the_middle_of_a_message_is_a_fault() {
     let server = Server::new(ReleaseMode::Background);
     let bytes = message(request::SET_FEATURES, FLAGS, &longs(&[CLASSIC.0]));
     for len in 1..bytes.len() {
@@ -203,7 +203,7 @@ fn a_hang_up_in_the_middle_of_a_message() {
 }
 
 #[test]
-fn a_hang_up_between_messages_is_no_fault() {
+fn a_disconnect_between_messages_is_no_fault() {
     let server = Server::new(ReleaseMode::Background);
     for stage in Stage::ALL {
         assert_eq!(outcome_of(&server, stage, |_| {}).unwrap(), End::HungUp);
@@ -213,7 +213,7 @@ fn a_hang_up_between_messages_is_no_fault() {
 }
 
 #[test]
-fn requests_that_nobody_offered() {
+fn an_unknown_request_is_refused() {
     for code in [0, 6, 7, 19, 20, 22, 23, 26, 33, 36, 40, 44, 100, u32::MAX] {
         assert_violation(Stage::Running, Violation::UnknownRequest { request: code }, |vm| {
             vm.front.send(code, &[0; 8], &[]);
@@ -222,7 +222,7 @@ fn requests_that_nobody_offered() {
 }
 
 #[test]
-fn payloads_that_are_too_short() {
+fn a_short_payload_is_refused() {
     let sizes = [
         (request::SET_FEATURES, 7, 7),
         (request::SET_PROTOCOL_FEATURES, 0, 0),
@@ -241,7 +241,7 @@ fn payloads_that_are_too_short() {
         let expected = Violation::PayloadSize { request: code, size: left };
         assert_violation(Stage::Memory, expected, |vm| {
             let mut payload = vec![0; len];
-            // One region, and queue 0 where a queue is named.
+            // One region, and queue 0 if the request names a queue.
             payload.splice(..4.min(len), 1u32.to_ne_bytes().into_iter().take(len));
             let file = eventfd();
             let fds = if code == request::SET_MEM_TABLE { vec![file.as_fd()] } else { vec![] };
@@ -250,10 +250,10 @@ fn payloads_that_are_too_short() {
     }
 }
 
-/// More than a request needs is not looked at, as in the memory table of User
+/// Bytes after the request's fields are ignored, as in the memory table of User
 /// Mode Linux.
 #[test]
-fn payloads_that_are_too_long_do_no_harm() {
+fn a_long_payload_is_accepted() {
     let server = Server::new(ReleaseMode::Background);
     let outcome = outcome_of(&server, Stage::Running, |vm| {
         for code in [request::SET_OWNER, request::GET_FEATURES, request::GET_QUEUE_NUM] {
@@ -268,7 +268,7 @@ fn payloads_that_are_too_long_do_no_harm() {
 }
 
 #[test]
-fn configuration_beyond_its_end() {
+fn configuration_beyond_the_end_is_refused() {
     for (offset, size) in [(0, 257), (256, 1), (257, 0), (u32::MAX, u32::MAX), (0, u32::MAX)] {
         let expected = Violation::PayloadSize { request: request::GET_CONFIG, size: size as usize };
         assert_violation(Stage::Attached, expected, |vm| {
@@ -284,7 +284,7 @@ fn configuration_beyond_its_end() {
 }
 
 #[test]
-fn features_that_were_not_offered() {
+fn features_that_were_not_offered_are_refused() {
     for bit in [6, 26, 33, 34, 35, 40, 62, 63] {
         let features = 1u64 << bit;
         assert_violation(Stage::Attached, Violation::Features { features }, |vm| {
@@ -300,7 +300,7 @@ fn features_that_were_not_offered() {
 }
 
 #[test]
-fn other_features_while_queues_run() {
+fn a_change_of_features_while_queues_run_is_refused() {
     assert_violation(Stage::Running, Violation::FeaturesWhileRunning, |vm| {
         vm.front.send_u64(request::SET_FEATURES, Features::VERSION_1.0 | PROTOCOL_FEATURES);
     });
@@ -310,7 +310,7 @@ fn other_features_while_queues_run() {
 }
 
 #[test]
-fn queues_that_do_not_exist() {
+fn a_queue_that_does_not_exist_is_refused() {
     for index in [6, 7, 255, 65536, u32::MAX] {
         let expected = Violation::NoSuchQueue { index };
         let states = [
@@ -335,7 +335,7 @@ fn queues_that_do_not_exist() {
 }
 
 #[test]
-fn sizes_and_bases_that_no_ring_can_have() {
+fn an_invalid_queue_size_or_base_is_refused() {
     for size in [0, 3, 255, 257, 1000, 2048, 32768, 65535, 65536, u32::MAX] {
         assert_violation(Stage::Memory, Violation::QueueSetup { index: 1 }, |vm| {
             vm.front.send_state(request::SET_VRING_NUM, 1, size);
@@ -349,7 +349,7 @@ fn sizes_and_bases_that_no_ring_can_have() {
 }
 
 #[test]
-fn rings_that_are_not_in_memory() {
+fn a_vring_outside_of_memory_is_refused() {
     let end = BASE + BYTES;
     let good = [BASE + 0x1000, BASE + 0x3000, BASE + 0x4000];
     for part in 0..3 {
@@ -360,7 +360,7 @@ fn rings_that_are_not_in_memory() {
                 vm.front.send(request::SET_VRING_ADDR, &vring_addr(0, places), &[]);
             });
         }
-        // It begins in memory and ends beyond.
+        // It starts in memory and ends outside.
         for address in [end - 16, end - PAGE + 0xc00] {
             assert_violation(Stage::Placed, Violation::QueueSetup { index: 0 }, |vm| {
                 vm.front.send_state(request::SET_VRING_NUM, 0, 1024);
@@ -381,10 +381,10 @@ fn rings_that_are_not_in_memory() {
     });
 }
 
-/// Parts of rings that lie upon each other, and base indices that the ring never
-/// had, are the guest's own loss: the ring is stopped or goes on, and the rest too.
+/// Overlapping parts of a vring, and wrong base indices, affect only the guest itself: the
+/// vring is stopped or runs on, and the other queue works.
 #[test]
-fn rings_that_overlap_or_begin_anywhere() {
+fn an_overlapping_vring_or_a_wrong_base_affects_no_other_queue() {
     let server = Server::new(ReleaseMode::Background);
     let spots = [BASE + 0x1000, BASE + 0x1002, BASE + 0x1004, BASE + 0x1010, BASE + 0x2000];
     for table in [0, 3, 4].map(|i| spots[i]) {
@@ -413,7 +413,7 @@ fn rings_that_overlap_or_begin_anywhere() {
 }
 
 #[test]
-fn memory_tables_that_no_guest_can_have() {
+fn an_invalid_memory_table_is_refused() {
     let user = 0x7000_0000;
     let tables: [&[[u64; 4]]; 9] = [
         &[[BASE, 0, user, 0]],
@@ -423,9 +423,9 @@ fn memory_tables_that_no_guest_can_have() {
         &[[!0xfff, 2 * PAGE, user, 0]],
         &[[0, u64::MAX, user, 0]],
         &[[BASE, 2 * PAGE, user, 0], [BASE + PAGE, PAGE, user + PAGE * 2, PAGE * 2]],
-        // Wraps around in the file.
+        // The file offset wraps around.
         &[[BASE, PAGE, user, u64::MAX]],
-        // Ends behind the end of the file.
+        // Ends after the end of the file.
         &[[BASE, BYTES, user, FILE_OFFSET + PAGE]],
     ];
     for (i, regions) in tables.into_iter().enumerate() {
@@ -441,7 +441,7 @@ fn memory_tables_that_no_guest_can_have() {
 }
 
 #[test]
-fn a_memory_table_without_the_rings_while_they_run() {
+fn a_memory_table_without_the_running_vrings_is_refused() {
     assert_violation(Stage::Running, Violation::MemoryTable, |vm| {
         let table = mem_table(&[[0, BYTES, BASE, FILE_OFFSET]]);
         vm.front.send(request::SET_MEM_TABLE, &table, &[vm.guest.file.as_fd()]);
@@ -449,20 +449,20 @@ fn a_memory_table_without_the_rings_while_they_run() {
 }
 
 #[test]
-fn memory_that_cannot_be_mapped() {
+fn memory_that_cannot_be_mapped_is_refused() {
     let table = mem_table(&[[BASE, BYTES, BASE, FILE_OFFSET]]);
-    // Not for writing.
+    // Read-only.
     assert_unmappable(|vm| {
         let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&vm.guest.file));
         let read_only = File::open(path).unwrap();
         vm.front.send(request::SET_MEM_TABLE, &table, &[read_only.as_fd()]);
     });
-    // Not at a page border of the file.
+    // Not at a page boundary of the file.
     assert_unmappable(|vm| {
         let table = mem_table(&[[BASE, BYTES - PAGE, BASE, FILE_OFFSET + 1]]);
         vm.front.send(request::SET_MEM_TABLE, &table, &[vm.guest.file.as_fd()]);
     });
-    // Up to the last byte that there is, which has no end.
+    // Up to the last byte of the address space, so its end overflows.
     assert_unmappable(|vm| {
         let table = mem_table(&[[!0xfff, PAGE, BASE, 0]]);
         vm.front.send(request::SET_MEM_TABLE, &table, &[vm.guest.file.as_fd()]);
@@ -479,7 +479,7 @@ fn memory_that_cannot_be_mapped() {
 }
 
 #[test]
-fn memory_that_is_no_memory() {
+fn a_file_that_is_no_memory_is_refused() {
     let table = mem_table(&[[BASE, BYTES, BASE, FILE_OFFSET]]);
     let short = memfd(FILE_OFFSET + BYTES - 1);
     let files: [OwnedFd; 6] =
@@ -489,13 +489,13 @@ fn memory_that_is_no_memory() {
         let outcome = outcome_of(&server, Stage::Negotiated, |vm| {
             vm.front.send(request::SET_MEM_TABLE, &table, &[file.as_fd()]);
         });
-        assert!(outcome.is_err(), "{file:?} was taken for memory");
+        assert!(outcome.is_err(), "{file:?} was accepted as memory");
         assert_serves(&server, Monitor::Uml, CLASSIC);
     }
 }
 
 #[test]
-fn the_wrong_number_of_files() {
+fn the_wrong_number_of_files_is_refused() {
     let request = request::SET_MEM_TABLE;
     let table = |count| mem_table(&vec![[BASE, BYTES, BASE, FILE_OFFSET]; count]);
     for (regions, count) in [(0, 0), (0, 1), (1, 0), (1, 2), (2, 1), (33, 32), (100, 1)] {
@@ -504,7 +504,7 @@ fn the_wrong_number_of_files() {
             vm.front.send(request, &table(regions), &fds);
         });
     }
-    // A number of regions that the payload cannot hold.
+    // More regions than fit in the payload.
     assert_violation(Stage::Negotiated, Violation::FdCount { request, count: 1 }, |vm| {
         vm.front.send(request, &words(&[u32::MAX, 0]), &[vm.guest.file.as_fd()]);
     });
@@ -527,13 +527,13 @@ fn the_wrong_number_of_files() {
 }
 
 #[test]
-fn more_files_than_a_message_may_carry() {
+fn too_many_files_in_a_message_are_refused() {
     for request in [request::SET_MEM_TABLE, request::SET_OWNER, 1000] {
         assert_violation(Stage::Negotiated, Violation::TooManyFds, |vm| {
             vm.front.send(request, &[0; 8], &[vm.guest.file.as_fd(); 33]);
         });
     }
-    // A few with each byte of the header.
+    // Some with each byte of the header.
     assert_violation(Stage::Negotiated, Violation::TooManyFds, |vm| {
         for byte in words(&[request::SET_MEM_TABLE, FLAGS, 0]) {
             if vm.front.send_raw(&[byte], &[vm.guest.file.as_fd(); 30]).is_err() {
@@ -543,9 +543,9 @@ fn more_files_than_a_message_may_carry() {
     });
 }
 
-/// Files in messages that need none are closed and forgotten.
+/// Files in messages that need none are closed.
 #[test]
-fn files_that_nobody_asked_for() {
+fn unexpected_files_are_closed() {
     let server = Server::new(ReleaseMode::Background);
     let outcome = outcome_of(&server, Stage::Running, |vm| {
         let fds = [vm.guest.file.as_fd(); 32];
@@ -562,10 +562,10 @@ fn files_that_nobody_asked_for() {
     assert_serves(&server, Monitor::Uml, CLASSIC);
 }
 
-/// Only what can notify can be a kick or a call: writing to a file on a disk
+/// Only an eventfd, pipe or socket can be a kick or call: writing to a file on a disk
 /// could block the loop, and would fill the disk.
 #[test]
-fn kicks_and_calls_that_are_no_notifications() {
+fn a_kick_or_call_of_a_wrong_file_type_is_refused() {
     let regular = || OwnedFd::from(tempfile::tempfile().unwrap());
     let files: [fn() -> OwnedFd; 6] =
         [dir, null, urandom, || path_only("/"), || path_only("/dev/null"), || memfd(PAGE).into()];
@@ -580,7 +580,7 @@ fn kicks_and_calls_that_are_no_notifications() {
 }
 
 #[test]
-fn a_call_file_is_not_written_that_is_none() {
+fn a_refused_call_file_is_not_written() {
     let server = Server::new(ReleaseMode::Background);
     let mut file = tempfile::tempfile().unwrap();
     let outcome = outcome_of(&server, Stage::Running, |vm| {

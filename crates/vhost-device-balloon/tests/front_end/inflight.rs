@@ -1,4 +1,4 @@
-//! Memory for inflight tracking that a front end has put something else into.
+//! Invalid inflight regions.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -28,7 +28,7 @@ fn attached(front: FrontEnd) -> Vm {
 }
 
 #[test]
-fn descriptions_that_cannot_be() {
+fn an_invalid_description_is_refused() {
     let server = Server::new(ReleaseMode::Background);
     let queue = 64 + u64::from(RING_SIZE) * 16;
     let file = memfd(3 * queue);
@@ -54,7 +54,7 @@ fn descriptions_that_cannot_be() {
 }
 
 #[test]
-fn files_that_cannot_be() {
+fn an_invalid_file_is_refused() {
     let server = Server::new(ReleaseMode::Background);
     let (one, _other) = std::os::unix::net::UnixStream::pair().unwrap();
     let files: [std::os::fd::OwnedFd; 2] = [one.into(), File::open("/dev/zero").unwrap().into()];
@@ -72,7 +72,7 @@ fn files_that_cannot_be() {
     }
 }
 
-/// A running guest that tracks in `file`, which holds whatever it holds.
+/// Runs a guest with `file` as its inflight region, with any content.
 fn run(server: &Server, file: &File, features: balloon_abi::Features) -> Result<(), SessionError> {
     let (front, served) = server.connect();
     let mut vm = attached(front);
@@ -89,10 +89,10 @@ fn run(server: &Server, file: &File, features: balloon_abi::Features) -> Result<
     }
     vm.front.finish();
     let outcome = served.outcome();
-    // Whatever it said, no more came back than was sent.
+    // With any content, at most the sent chains are returned.
     let used: u16 =
         vm.guest.memory.read_obj(GuestAddress(vm.rings[INFLATE].used_idx_addr())).unwrap();
-    assert!(u16::from_le(used) <= 1, "{used} chains came back");
+    assert!(u16::from_le(used) <= 1, "{used} chains were returned");
     for page in data_pages().filter(|page| !pages.contains(page)) {
         assert!(vm.guest.has_pattern(page), "page {page:#x} has lost its contents");
     }
@@ -100,7 +100,7 @@ fn run(server: &Server, file: &File, features: balloon_abi::Features) -> Result<
 }
 
 #[test]
-fn contents_that_cannot_be_are_as_good_as_none() {
+fn invalid_contents_are_ignored() {
     let server = Server::new(ReleaseMode::Background);
     let queue = u64::from(64 * (16 + RING_SIZE * 16).div_ceil(64));
     let mut random = 0x9e37_79b9_7f4a_7c15u64;
@@ -114,9 +114,9 @@ fn contents_that_cannot_be_are_as_good_as_none() {
             *byte = match round % 4 {
                 0 => 0xff,
                 1 => random as u8,
-                // Likely numbers, in every field.
+                // Plausible numbers in every field.
                 2 => [0, 0, 0, 1, 1, 2][random as usize % 6],
-                // A header that is believed, with everything under way.
+                // A valid header, with all descriptors in flight.
                 _ => u8::from(at % 16 == 0),
             };
         }
@@ -133,10 +133,10 @@ fn contents_that_cannot_be_are_as_good_as_none() {
     assert_serves(&server, Monitor::Uml, CLASSIC);
 }
 
-/// The memory is gone when a chain is to be noted: the front end's fault, and its
-/// connection's end.
+/// A truncated region cannot be written: this is the front end's fault and ends its
+/// session.
 #[test]
-fn memory_that_was_taken_away() {
+fn a_truncated_region_ends_the_session() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
     let mut vm = attached(front);

@@ -1,7 +1,7 @@
-//! The back end against front ends: honest ones, which send what User Mode Linux
-//! and QEMU send, and hostile ones, which send everything else.
-#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
-#![allow(clippy::cast_possible_truncation, reason = "small numbers of our own")]
+//! Tests of the back end with valid front ends, which send the messages of User Mode Linux
+//! and QEMU, and with hostile front ends.
+#![allow(clippy::unwrap_used, reason = "a test fails on any error")]
+#![allow(clippy::cast_possible_truncation, reason = "small constants")]
 
 #[path = "../support/mod.rs"]
 mod support;
@@ -32,14 +32,14 @@ use support::driver::{Monitor, Vm};
 use support::guest::data_pages;
 use support::server::Server;
 
-/// Every second page of a part and all of another: ranges of all sizes.
+/// Every second page of one area and all pages of another: ranges of all sizes.
 fn some_pages() -> BTreeSet<u64> {
     let first = data_pages().start;
     (first + 5..first + 65).step_by(2).chain(first + 100..first + 700).collect()
 }
 
-/// A whole life of a guest: target, inflate, release, deflate, end. What any
-/// connection must still be able to do after whatever came before it.
+/// Runs a complete session: target, inflate, release, deflate, end. Must work on any new
+/// connection.
 fn assert_serves(server: &Server, monitor: Monitor, features: Features) {
     let (front, served) = server.connect();
     let mut vm = Vm::boot(monitor, front, features);
@@ -48,7 +48,7 @@ fn assert_serves(server: &Server, monitor: Monitor, features: Features) {
     assert_eq!(served.outcome().unwrap(), End::HungUp);
 }
 
-/// The same on a connection that is there, of a driver that holds nothing.
+/// Sets a target, inflates and deflates on an existing connection with an empty balloon.
 fn assert_balloons(server: &Server, vm: &mut Vm) {
     let pages = some_pages();
     let count = pages.len() as u32;
@@ -61,7 +61,7 @@ fn assert_balloons(server: &Server, vm: &mut Vm) {
     let status = server.balloon.wait_change(generation, TEST_TIMEOUT);
     assert!(status.at_target && status.generation == generation, "{status:?}");
     assert_eq!(status.actual_pages, count);
-    // Before anybody reads: a read through a mapping fills the hole.
+    // Before any read: a read through a mapping fills the hole.
     assert_eq!(blocks - vm.guest.blocks(), u64::from(count) * 8, "in units of 512 bytes");
     vm.guest.assert_gone(&pages);
 

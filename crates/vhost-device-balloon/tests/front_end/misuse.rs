@@ -1,4 +1,4 @@
-//! Every request at every stage, with everything that may be wrong about it.
+//! Every request at every stage, with invalid payloads and files.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -11,14 +11,14 @@ use crate::support::driver::{BITMAP, CLASSIC, Monitor};
 use crate::support::front_end::{FLAGS, eventfd, message};
 use crate::support::server::Server;
 
-/// Beyond every request that any version knows.
+/// More than all requests of the protocol.
 const REQUESTS: std::ops::Range<u32> = 0..46;
 
 /// Payloads of the sizes that requests have, and of others.
 fn payloads() -> Vec<Vec<u8>> {
     let mut payloads: Vec<Vec<u8>> =
         [0, 4, 8, 12, 40, 4096].into_iter().map(|len| vec![0; len]).collect();
-    // Queue 1, or one region of no memory.
+    // Queue 1, or one empty region.
     payloads.push([[1u32, 0].map(u32::to_ne_bytes).concat(), vec![0; 32]].concat());
     payloads.push(vec![0xff; 40]);
     payloads
@@ -33,8 +33,8 @@ fn sweep(stages: &[Stage]) {
                 for count in [0, 1] {
                     let fds: Vec<BorrowedFd<'_>> = vec![file.as_fd(); count];
                     let bytes = message(request, FLAGS, &payload);
-                    // Twice, and something honest after it. Whatever comes of it,
-                    // `outcome_of` checks that the host is not to blame.
+                    // Twice, followed by a valid request. For any outcome,
+                    // `outcome_of` checks that no fault is attributed to the host.
                     let _ = outcome_of(&server, stage, |vm| {
                         for _ in 0..2 {
                             if vm.front.send_raw(&bytes, &fds).is_err() {
@@ -53,22 +53,22 @@ fn sweep(stages: &[Stage]) {
     }
     let faults = server.status().faults;
     assert!(faults.front_end["protocol_violation"] > 500, "{faults:?}");
-    // Only what a monitor passes on for its guest may count against that.
+    // Only a forwarded config write may count as the guest's fault.
     let guest: Vec<&String> = faults.guest.keys().collect();
     assert_eq!(guest, ["config_write"], "{faults:?}");
 }
 
 #[test]
-fn every_request_before_memory() {
+fn misused_requests_before_memory() {
     sweep(&[Stage::Fresh, Stage::Attached, Stage::Negotiated]);
 }
 
 #[test]
-fn every_request_with_memory() {
+fn misused_requests_with_memory() {
     sweep(&[Stage::Memory, Stage::Placed]);
 }
 
 #[test]
-fn every_request_with_queues() {
+fn misused_requests_with_queues() {
     sweep(&[Stage::Running, Stage::Stopped]);
 }

@@ -1,5 +1,5 @@
-//! Front ends and guests that stall, flood, or never stop: nobody waits for them
-//! longer than was promised.
+//! Front ends and guests that stall or flood: each wait for them has a
+//! time limit.
 
 use std::io::Write;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -20,19 +20,19 @@ use crate::support::front_end::{FLAGS, FrontEnd, eventfd, message, request, word
 use crate::support::guest::data_pages;
 use crate::support::server::Server;
 
-/// What the back end gives a front end to finish a message, and some more for a
+/// The back end's time limit for a message, and slack for a
 /// slow machine.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
 const SLACK: Duration = Duration::from_secs(3);
 
-/// All at once, since each of them takes that time.
+/// The cases run in parallel, since each takes the full timeout.
 #[test]
-fn a_front_end_that_stalls_is_given_up() {
+fn a_stalled_front_end_times_out() {
     let stalls: [fn(&FrontEnd); 4] = [
         |front| front.send_raw(&message(1, FLAGS, &[])[..3], &[]).unwrap(),
         |front| front.send_raw(&words(&[request::SET_FEATURES, FLAGS, 8]), &[]).unwrap(),
         drip,
-        ask_without_end,
+        request_without_reading,
     ];
     thread::scope(|scope| {
         for stall in stalls {
@@ -53,7 +53,7 @@ fn a_front_end_that_stalls_is_given_up() {
     });
 }
 
-/// The time is for the whole message, however it is cut.
+/// The limit applies to the complete message, even in many pieces.
 fn drip(front: &FrontEnd) {
     let started = Instant::now();
     let header = words(&[request::SET_MEM_TABLE, FLAGS, 4096]);
@@ -61,13 +61,13 @@ fn drip(front: &FrontEnd) {
         if (&front.socket).write_all(&[byte]).is_err() {
             break;
         }
-        assert!(started.elapsed() < MESSAGE_TIMEOUT + SLACK, "it goes on for ever");
+        assert!(started.elapsed() < MESSAGE_TIMEOUT + SLACK, "the session does not time out");
         thread::sleep(Duration::from_millis(300));
     }
 }
 
-/// Answers that nobody reads.
-fn ask_without_end(front: &FrontEnd) {
+/// Sends requests without reading the replies.
+fn request_without_reading(front: &FrontEnd) {
     let started = Instant::now();
     let question = message(request::GET_FEATURES, FLAGS, &[]);
     while (&front.socket).write_all(&question).is_ok() {
@@ -75,9 +75,9 @@ fn ask_without_end(front: &FrontEnd) {
     }
 }
 
-/// Full call files and channels cost the back end nothing.
+/// Full call files and channels do not block the back end.
 #[test]
-fn calls_and_channel_that_nobody_reads() {
+fn unread_calls_and_channels_do_not_block() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
     let mut vm = Vm::boot(Monitor::Uml, front, CLASSIC);
@@ -105,10 +105,10 @@ fn calls_and_channel_that_nobody_reads() {
     assert_serves(&server, Monitor::Uml, CLASSIC);
 }
 
-/// Whether a file blocks is a property of the open file, which the front end
-/// shares, and so can change behind the back end's back.
+/// O_NONBLOCK belongs to the open file description, which the front end shares, so it can
+/// change at any time.
 #[test]
-fn a_call_that_is_made_to_block_again() {
+fn a_call_that_becomes_blocking_does_not_block() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
     let mut vm = Vm::boot(Monitor::Uml, front, CLASSIC);
@@ -130,8 +130,8 @@ fn a_call_that_is_made_to_block_again() {
     assert_eq!(served.outcome().unwrap(), End::HungUp);
 }
 
-/// Runs `flood` in another thread until `vm`'s front end has been answered many
-/// times, the operator too, and the front end has hung up.
+/// Runs `flood` in another thread until `vm`'s front end has received many replies, the
+/// operator too, and the front end has disconnected.
 fn assert_answers_during(mut vm: Vm, server: &Server, flood: impl Fn(&mut Vm) + Send + Sync) {
     let over = AtomicBool::new(false);
     let socket = vm.front.socket.try_clone().unwrap();
@@ -142,7 +142,7 @@ fn assert_answers_during(mut vm: Vm, server: &Server, flood: impl Fn(&mut Vm) + 
                 flood(&mut vm);
             }
         });
-        // Also when an assertion fails.
+        // Runs even if an assertion fails.
         let end = SetOnDrop(&over);
         for round in 0..20 {
             let started = Instant::now();
@@ -167,7 +167,7 @@ impl Drop for SetOnDrop<'_> {
 }
 
 #[test]
-fn kicks_without_end_do_not_starve_the_socket() {
+fn a_flood_of_kicks_does_not_starve_the_socket() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
     let vm = Vm::boot(Monitor::Uml, front, CLASSIC);
@@ -179,8 +179,8 @@ fn kicks_without_end_do_not_starve_the_socket() {
     assert_serves(&server, Monitor::Uml, CLASSIC);
 }
 
-/// The driver makes chains available as fast as it can, so that the ring is never
-/// found empty.
+/// The driver makes chains available as fast as it can, so that the vring is never
+/// empty.
 #[test]
 fn a_queue_that_is_never_empty_does_not_starve_the_socket() {
     let server = Server::new(ReleaseMode::Background);
@@ -190,7 +190,7 @@ fn a_queue_that_is_never_empty_does_not_starve_the_socket() {
     vm.guest.write(MESSAGE, &named);
     vm.rings[INFLATE].send(&vm.guest.memory, &[Buffer::readable(MESSAGE, named.len() as u32)]);
     assert_answers_during(vm, &server, |vm| {
-        // Every slot is the same chain; the index runs a whole ring ahead.
+        // Every slot is the same chain; the index is a full ring ahead.
         let ring = &mut vm.rings[INFLATE];
         let mut returned = 0;
         while ring.take_used(&vm.guest.memory).is_some() {
@@ -209,14 +209,14 @@ fn a_queue_that_is_never_empty_does_not_starve_the_socket() {
     assert_serves(&server, Monitor::Uml, CLASSIC);
 }
 
-/// A ring full of the messages that cost most does not keep the operator waiting.
+/// A full vring of the most expensive messages does not block the operator.
 #[test]
-fn a_ring_full_of_large_messages_does_not_hold_the_device() {
+fn a_full_ring_of_large_messages_does_not_block_the_device() {
     for mode in [ReleaseMode::Background, ReleaseMode::Immediate] {
         let server = Server::new(mode);
         let (front, served) = server.connect();
         let mut vm = Vm::boot(Monitor::Uml, front, BITMAP);
-        // Most of 64 KiB: records that name nothing, then every second page.
+        // Almost 64 KiB: records that name no page, then every second page.
         let mut bytes = Vec::new();
         let header = |words: u64, start: u64| (start | 12 << 52 | words << 58).to_le_bytes();
         while bytes.len() < 64 * 1024 - 2 * 512 {
@@ -247,7 +247,7 @@ fn a_ring_full_of_large_messages_does_not_hold_the_device() {
     }
 }
 
-/// Log lines, as text.
+/// Collects the log as text.
 #[derive(Clone, Default)]
 struct Lines(Arc<Mutex<Vec<u8>>>);
 
@@ -262,8 +262,8 @@ impl Write for Lines {
     }
 }
 
-/// Whoever connects, or sets up rings that make no sense, or never reads its
-/// channel, can do so many times a second; the log stays readable.
+/// A client can connect, set up invalid vrings or leave its channel unread many
+/// times a second; the log's rate limit applies.
 #[test]
 fn the_log_cannot_be_flooded() {
     let lines = Lines::default();
@@ -287,7 +287,7 @@ fn the_log_cannot_be_flooded() {
     }
     let mut vm = Vm::boot(Monitor::Uml, connect(), CLASSIC);
     for _ in 0..300 {
-        // A ring that claims more chains than it has entries.
+        // A vring with more available chains than entries.
         vm.rings[INFLATE].set_avail_idx(&vm.guest.memory, 0x8000);
         vm.kick(INFLATE);
         vm.front.barrier();

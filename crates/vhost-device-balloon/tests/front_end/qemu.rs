@@ -17,8 +17,8 @@ use crate::support::guest::{Guest, data_pages};
 use crate::support::server::Server;
 use crate::{assert_balloons, assert_serves, some_pages};
 
-/// QEMU always writes the whole configuration space that it was told of, with
-/// what it last read in the fields that the guest did not write.
+/// Like QEMU, writes the whole configuration space, with the last read values in the
+/// fields that the guest did not write.
 fn write_actual_qemu(front: &FrontEnd, actual: u32) {
     let mut config = front.read_config(16);
     config[..4].copy_from_slice(&0x7777u32.to_le_bytes());
@@ -36,7 +36,7 @@ fn inflates_and_deflates() {
 }
 
 #[test]
-fn a_write_of_the_whole_configuration_space_is_a_write_of_the_driver_fields() {
+fn a_write_of_the_whole_config_space_writes_only_driver_fields() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
     let mut vm = Vm::boot(Monitor::Qemu, front, CLASSIC);
@@ -56,9 +56,9 @@ fn a_write_of_the_whole_configuration_space_is_a_write_of_the_driver_fields() {
     assert_eq!(server.status().faults.total(), 0);
 }
 
-/// The virtual machine is paused and goes on: the rings go on where they were.
+/// The VM is paused and resumed: the vrings continue at their position.
 #[test]
-fn rings_go_on_where_they_stopped() {
+fn vrings_resume_at_their_position() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
     let mut vm = Vm::boot(Monitor::Qemu, front, CLASSIC);
@@ -69,11 +69,11 @@ fn rings_go_on_where_they_stopped() {
     vm.front.write_actual(1);
     let bases = vm.stop_qemu();
     assert_eq!(bases, [2, 1]);
-    // The guest's kick comes while nobody serves the ring.
+    // The guest kicks while no back end serves the vring.
     let third = vm.name_pages(&page(2));
     let head = vm.post(INFLATE, &third);
     vm.start_qemu(CLASSIC, bases);
-    assert_eq!(vm.wait_used(INFLATE), u32::from(head), "found without a kick");
+    assert_eq!(vm.wait_used(INFLATE), u32::from(head), "served without a kick");
     server.settle();
     assert!(vm.guest.is_zero(data_pages().start + 2));
     vm.deflate(&page(2));
@@ -82,7 +82,7 @@ fn rings_go_on_where_they_stopped() {
     assert_eq!(vm.stop_qemu(), [3, 3]);
     assert_eq!(server.status().faults.total(), 0, "all pages were in the balloon");
 
-    // A driver that begins at 0 is a new one; so is one with other features.
+    // A driver that starts at 0 is a new one, and so is one with other features.
     for features in [CLASSIC, BITMAP] {
         vm.start_qemu(features, [0; 2]);
         vm.front.barrier();
@@ -95,9 +95,9 @@ fn rings_go_on_where_they_stopped() {
     assert_eq!(served.outcome().unwrap(), End::HungUp);
 }
 
-/// QEMU repeats features when it starts or stops to log writes.
+/// QEMU repeats the features when it starts or stops dirty logging.
 #[test]
-fn the_same_features_again_change_nothing_while_queues_run() {
+fn repeated_features_change_nothing_while_queues_run() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
     let mut vm = Vm::boot(Monitor::Qemu, front, CLASSIC);
@@ -113,10 +113,10 @@ fn the_same_features_again_change_nothing_while_queues_run() {
     assert_eq!(served.outcome().unwrap(), End::HungUp);
 }
 
-/// Call files come before the features, and again while queues run, when the
+/// Call files are sent before the features, and again while queues run, when the
 /// guest masks its interrupts.
 #[test]
-fn calls_go_where_the_front_end_said_last() {
+fn the_last_call_file_is_used() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
     let mut vm = Vm::boot(Monitor::Qemu, front, CLASSIC);
@@ -126,7 +126,7 @@ fn calls_go_where_the_front_end_said_last() {
     vm.kick(INFLATE);
     assert!(
         is_readable(&vm.calls[INFLATE], TEST_TIMEOUT),
-        "the call from before the features is lost"
+        "the call file from before the features is lost"
     );
     assert_eq!(vm.wait_used(INFLATE), u32::from(head));
     let masked = std::mem::replace(&mut vm.calls[DEFLATE], eventfd());
@@ -134,7 +134,7 @@ fn calls_go_where_the_front_end_said_last() {
     vm.front.barrier();
     vm.deflate(&page);
     assert!(!is_readable(&masked, Duration::ZERO));
-    // No file at all: the driver polls.
+    // No call file: the driver polls.
     vm.front.send_u64(request::SET_VRING_CALL, 1 << 8);
     vm.front.barrier();
     let head = vm.post(INFLATE, &0u32.to_le_bytes());
@@ -150,7 +150,7 @@ fn calls_go_where_the_front_end_said_last() {
     assert_eq!(served.outcome().unwrap(), End::HungUp);
 }
 
-/// The memory table comes anew while queues run, when memory is plugged in.
+/// A new memory table is sent while queues run, for memory hotplug.
 #[test]
 fn memory_is_replaced_while_queues_run() {
     let server = Server::new(ReleaseMode::Background);
@@ -166,9 +166,9 @@ fn memory_is_replaced_while_queues_run() {
     assert_eq!(server.status().faults.total(), 0);
 }
 
-/// QEMU passes the driver's writes on at once, and the features when it starts.
+/// QEMU forwards the driver's writes immediately, and the features when the device starts.
 #[test]
-fn a_poison_from_before_the_features_counts() {
+fn a_poison_sent_before_the_features_is_used() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
     let mut vm = Vm::new(Monitor::Qemu, front, Guest::new());
@@ -183,10 +183,10 @@ fn a_poison_from_before_the_features_counts() {
     assert_eq!(served.outcome().unwrap(), End::HungUp);
 }
 
-/// A driver that goes on, in a back end that knows nothing of it: it may poison with
-/// anything.
+/// A driver resumes under a restarted back end without its state: it may use any
+/// poison.
 #[test]
-fn an_unknown_poison_is_none_that_allows_zeros() {
+fn an_unknown_poison_forbids_zeros() {
     let features = CLASSIC | Features::PAGE_POISON;
     let server = Server::new(ReleaseMode::Background);
     let (front, _served) = server.connect();
@@ -201,9 +201,9 @@ fn an_unknown_poison_is_none_that_allows_zeros() {
     assert_eq!(other.status().guest.poison_val, Some(u32::MAX));
 }
 
-/// QEMU 8.2 keeps the driver's writes to itself.
+/// QEMU 8.2 does not forward the driver's config writes.
 #[test]
-fn the_size_is_what_was_given_where_nobody_says_it() {
+fn actual_falls_back_to_the_counted_pages() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
     let mut vm = Vm::boot(Monitor::Qemu, front, CLASSIC);
@@ -211,7 +211,7 @@ fn the_size_is_what_was_given_where_nobody_says_it() {
     let count = pages.len() as u32;
     let generation = server.balloon.set_target(count).unwrap();
     vm.inflate(&pages);
-    assert_eq!(server.status().balloon.actual_pages, 0, "it may say so yet");
+    assert_eq!(server.status().balloon.actual_pages, 0, "a config write may still arrive");
     let status = server.balloon.wait_change(generation, TEST_TIMEOUT);
     assert!(status.at_target && status.actual_pages == count, "{status:?}");
     vm.guest.assert_gone(&pages);

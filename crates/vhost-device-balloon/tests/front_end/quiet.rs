@@ -1,4 +1,4 @@
-//! A back end with nothing to do does nothing.
+//! An idle back end uses no CPU time.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -13,13 +13,13 @@ use crate::support::front_end::{eventfd, request};
 use crate::support::guest::data_pages;
 use crate::support::server::{Served, Server};
 
-/// Time for which the back end is watched.
+/// Measured interval.
 const WATCH: Duration = Duration::from_millis(60);
-/// Processor time it may take meanwhile: one that spins takes all of it, or half
-/// where it has to share.
+/// Most CPU time in the interval: a busy loop takes all of it, or half of it
+/// on a shared CPU.
 const IDLE_NS: u64 = 5_000_000;
 
-/// The kernel accounts time when a thread is switched, so a spinning one is seen.
+/// The kernel accounts CPU time at a context switch, so a busy loop is visible.
 fn assert_idle(served: &Served) {
     let before = served.cpu_ns();
     std::thread::sleep(WATCH);
@@ -27,8 +27,8 @@ fn assert_idle(served: &Served) {
     assert!(spent < IDLE_NS, "the back end spins: {spent} ns in {WATCH:?}");
 }
 
-/// A running guest whose kick files `replace` has changed; the back end is quiet
-/// and serves the rest.
+/// Runs a guest, replaces its kick files with `replace`, and expects that the back end is
+/// idle and serves the other queue.
 fn assert_idle_after(replace: impl FnOnce(&mut Vm)) {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
@@ -44,24 +44,24 @@ fn assert_idle_after(replace: impl FnOnce(&mut Vm)) {
 }
 
 #[test]
-fn a_guest_that_does_nothing() {
+fn an_idle_guest_costs_no_cpu_time() {
     assert_idle_after(|_| {});
 }
 
 #[test]
-fn a_kick_that_was_replaced_is_not_waited_for() {
+fn a_replaced_kick_is_not_polled() {
     assert_idle_after(|vm| {
         let old = std::mem::replace(&mut vm.kicks[INFLATE], eventfd());
         vm.front.send_fd(request::SET_VRING_KICK, 0, &vm.kicks[INFLATE]);
         vm.front.barrier();
         rustix::io::write(&old, &1u64.to_ne_bytes()).unwrap();
-        // The new one is.
+        // The new one is polled.
         vm.inflate(&data_pages().take(4).collect());
     });
 }
 
 #[test]
-fn a_kick_of_a_stopped_ring_is_not_waited_for() {
+fn a_kick_of_a_stopped_vring_is_not_polled() {
     assert_idle_after(|vm| {
         vm.stop_ring(0);
         vm.kick(INFLATE);
@@ -69,7 +69,7 @@ fn a_kick_of_a_stopped_ring_is_not_waited_for() {
 }
 
 #[test]
-fn a_kick_of_a_disabled_ring() {
+fn a_kick_of_a_disabled_vring_causes_no_busy_loop() {
     assert_idle_after(|vm| {
         vm.front.send_state(request::SET_VRING_ENABLE, 0, 0);
         vm.front.barrier();
@@ -77,9 +77,9 @@ fn a_kick_of_a_disabled_ring() {
     });
 }
 
-/// Such a file is readable for ever.
+/// Such a file stays readable.
 #[test]
-fn a_kick_whose_other_end_is_closed() {
+fn a_kick_with_a_closed_peer_causes_no_busy_loop() {
     assert_idle_after(|vm| {
         let (read, write) = rustix::pipe::pipe().unwrap();
         drop(write);
@@ -93,7 +93,7 @@ fn a_kick_whose_other_end_is_closed() {
 }
 
 #[test]
-fn a_kick_that_counts_down_for_ever() {
+fn a_semaphore_eventfd_as_kick_causes_no_busy_loop() {
     assert_idle_after(|vm| {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::SEMAPHORE;
         let kick = rustix::event::eventfd(u32::MAX, flags).unwrap();
@@ -103,7 +103,7 @@ fn a_kick_that_counts_down_for_ever() {
 
 /// Readable files that cannot be read.
 #[test]
-fn a_kick_that_can_be_waited_for_but_not_read() {
+fn a_kick_that_cannot_be_read_causes_no_busy_loop() {
     assert_idle_after(|vm| {
         let full = eventfd();
         rustix::io::write(&full, &1u64.to_ne_bytes()).unwrap();
@@ -114,7 +114,7 @@ fn a_kick_that_can_be_waited_for_but_not_read() {
             .unwrap();
         vm.front.send_fd(request::SET_VRING_KICK, 0, &poll);
         vm.front.barrier();
-        // It stays as it is while the back end holds it.
+        // It stays readable while the back end has it open.
         std::mem::forget(full);
         std::mem::forget(poll);
     });
@@ -135,7 +135,7 @@ fn a_kick_through_a_pipe_or_a_socket_is_served_and_then_quiet() {
             let (read, write) = pair();
             vm.front.send_fd(request::SET_VRING_KICK, 0, read);
             vm.kicks[INFLATE] = write;
-            // More than the file holds, so that unread ones would block.
+            // More than the file's capacity, so that unread kicks would block.
             for _ in 0..20_000 {
                 vm.kick(INFLATE);
             }
@@ -145,7 +145,7 @@ fn a_kick_through_a_pipe_or_a_socket_is_served_and_then_quiet() {
 }
 
 #[test]
-fn a_call_whose_other_end_is_closed() {
+fn a_call_with_a_closed_peer_causes_no_busy_loop() {
     assert_idle_after(|vm| {
         let (read, write) = rustix::pipe::pipe().unwrap();
         vm.front.send_fd(request::SET_VRING_CALL, 0, write);
@@ -158,7 +158,7 @@ fn a_call_whose_other_end_is_closed() {
 }
 
 #[test]
-fn a_channel_that_is_closed() {
+fn a_closed_channel_causes_no_busy_loop() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
     let mut vm = Vm::boot(Monitor::Uml, front, CLASSIC);
@@ -167,7 +167,7 @@ fn a_channel_that_is_closed() {
     vm.front.barrier();
     assert_idle(&served);
     assert_eq!(vm.front.num_pages(), 5);
-    // Not even a socket.
+    // Not a socket at all.
     for file in [eventfd(), rustix::pipe::pipe().unwrap().1] {
         vm.front.send(request::SET_BACKEND_REQ_FD, &[], &[file.as_fd()]);
         server.balloon.set_target(6).unwrap();

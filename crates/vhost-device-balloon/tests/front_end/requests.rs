@@ -1,4 +1,4 @@
-//! What the operator asks, and guests that answer well, badly or not at all.
+//! The operator's requests, and guests that answer correctly, wrongly or not at all.
 
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -20,15 +20,15 @@ const OUTSIDE: u32 = 2;
 const REPEATED: u32 = 3;
 const UNWANTED: u32 = 4;
 
-/// Long enough to be early, short enough to wait for.
+/// A short timeout.
 const SHORT: Duration = Duration::from_millis(60);
 
 const DROP: GuestAsk = GuestAsk::DropCaches(control::api::Caches::All);
 const SNAPSHOT: GuestAsk = GuestAsk::Snapshot { min_block_bytes: PAGE };
 const HOLD: GuestAsk = GuestAsk::Hold { reserve_bytes: 16 * PAGE };
 
-/// A guest whose driver waits for two requests.
-fn askable(monitor: Monitor) -> (Server, Vm, Served) {
+/// Boots a guest whose driver has posted two waiting chains.
+fn guest_with_requests(monitor: Monitor) -> (Server, Vm, Served) {
     let server = Server::new(control::ReleaseMode::Background);
     let (front, served) = server.connect();
     let mut vm = Vm::boot(monitor, front, ASKABLE);
@@ -37,16 +37,16 @@ fn askable(monitor: Monitor) -> (Server, Vm, Served) {
     (server, vm, served)
 }
 
-/// Nobody announces what is looked for here.
+/// Polls until `done`, for a state without a notification.
 fn until(done: impl Fn() -> bool) {
     let end = Instant::now() + TEST_TIMEOUT;
     while !done() {
-        assert!(Instant::now() < end, "it does not come");
+        assert!(Instant::now() < end, "timed out");
         std::thread::sleep(Duration::from_micros(200));
     }
 }
 
-/// After whatever came before, a request is still answered, and the balloon works.
+/// Expects that a request is answered and the balloon works.
 fn assert_still_asks(server: &Server, vm: &mut Vm) {
     let operator = ask(&server.balloon, DROP, TEST_TIMEOUT);
     let id = loop {
@@ -64,9 +64,9 @@ fn assert_still_asks(server: &Server, vm: &mut Vm) {
 }
 
 #[test]
-fn caches_are_dropped_and_the_figures_come_back() {
+fn drop_caches_returns_its_values() {
     for monitor in [Monitor::Uml, Monitor::Qemu] {
-        let (server, mut vm, _served) = askable(monitor);
+        let (server, mut vm, _served) = guest_with_requests(monitor);
         let operator = ask(&server.balloon, DROP, TEST_TIMEOUT);
         let request = vm.next_request();
         assert_eq!(request.command, Command::DropCaches(Caches::ALL));
@@ -83,8 +83,8 @@ fn caches_are_dropped_and_the_figures_come_back() {
 }
 
 #[test]
-fn a_snapshot_comes_in_pieces_and_is_kept() {
-    let (server, mut vm, _served) = askable(Monitor::Uml);
+fn a_free_page_report_in_several_answers_is_kept() {
+    let (server, mut vm, _served) = guest_with_requests(Monitor::Uml);
     let operator = ask(&server.balloon, SNAPSHOT, TEST_TIMEOUT);
     let request = vm.next_request();
     assert_eq!(request.command, Command::ReportFree { min_granule_shift: 12 });
@@ -92,7 +92,7 @@ fn a_snapshot_comes_in_pieces_and_is_kept() {
     let more = blocks(first, 16, &[0b1011]);
     assert_eq!(vm.answer(request.id, Outcome::More, [48, 99, 5, 0], &more), ACCEPTED);
     assert!(server.balloon.free_pages().is_none(), "not complete yet");
-    // One block is met again, merged with its neighbour.
+    // One block is reported again, merged with its neighbour.
     let last = [blocks(first, 32, &[1]), blocks(first + 500, 1, &[1])].concat();
     assert_eq!(vm.answer(request.id, Outcome::Done, [81, 99, 7, 0], &last), ACCEPTED);
     let free = operator.join().unwrap().unwrap().free.unwrap();
@@ -109,8 +109,8 @@ fn a_snapshot_comes_in_pieces_and_is_kept() {
 }
 
 #[test]
-fn a_hold_is_kept_released_and_lost() {
-    let (server, mut vm, _served) = askable(Monitor::Qemu);
+fn a_hold_can_be_released_or_lost() {
+    let (server, mut vm, _served) = guest_with_requests(Monitor::Qemu);
     let first = data_pages().start;
     let state = || server.status().requests.hold;
     for lost in [false, true] {
@@ -136,7 +136,11 @@ fn a_hold_is_kept_released_and_lost() {
             assert_eq!(operator.join().unwrap().unwrap().values[0], 128);
         }
         assert_eq!(state(), None);
-        assert_eq!(server.balloon.free_pages().unwrap().summary.hold, None, "over, but known");
+        assert_eq!(
+            server.balloon.free_pages().unwrap().summary.hold,
+            None,
+            "the hold has ended, but its pages are known"
+        );
     }
     let nothing = ask(&server.balloon, GuestAsk::ReleaseHold, TEST_TIMEOUT).join().unwrap();
     assert_eq!(why(nothing).0, WhyNot::NotPossible);
@@ -145,7 +149,7 @@ fn a_hold_is_kept_released_and_lost() {
 }
 
 #[test]
-fn a_guest_that_cannot_be_asked_is_told_apart() {
+fn an_impossible_request_is_refused_immediately() {
     let server = Server::new(control::ReleaseMode::Background);
     let refused = |what| {
         let start = Instant::now();
@@ -153,7 +157,7 @@ fn a_guest_that_cannot_be_asked_is_told_apart() {
             why(ask(&server.balloon, DROP, TEST_TIMEOUT).join().unwrap()),
             (WhyNot::NotPossible, String::from(what))
         );
-        assert!(start.elapsed() < TEST_TIMEOUT / 4, "it is said at once");
+        assert!(start.elapsed() < TEST_TIMEOUT / 4, "it is refused immediately");
     };
     refused("no guest is connected that could drop caches");
     let (front, _served) = server.connect();
@@ -163,8 +167,8 @@ fn a_guest_that_cannot_be_asked_is_told_apart() {
 }
 
 #[test]
-fn a_guest_that_never_answers_costs_one_time_out_for_each_request() {
-    let (server, mut vm, _served) = askable(Monitor::Uml);
+fn each_unanswered_request_times_out() {
+    let (server, mut vm, _served) = guest_with_requests(Monitor::Uml);
     let start = Instant::now();
     let operators = [ask(&server.balloon, DROP, SHORT), ask(&server.balloon, DROP, SHORT)];
     let request = vm.next_request();
@@ -173,36 +177,36 @@ fn a_guest_that_never_answers_costs_one_time_out_for_each_request() {
         assert_eq!(why, WhyNot::TimedOut, "{what}");
     }
     assert!(start.elapsed() >= SHORT);
-    // It was told to stop, and stops at last.
+    // It was cancelled, and confirms that late.
     let cancel = vm.next_request();
     assert_eq!((cancel.id, cancel.command), (request.id, Command::Cancel));
     assert_eq!(vm.answer(request.id, Outcome::Cancelled, [0; 4], &[]), UNWANTED);
     let status = server.status();
     assert_eq!((status.requests.late_answers, status.faults.total()), (1, 0));
-    // Once more would be one too many.
+    // A second confirmation is a fault.
     assert_eq!(vm.answer(request.id, Outcome::Cancelled, [0; 4], &[]), UNWANTED);
     assert_eq!(server.guest_faults("answered_twice"), 1);
     assert_still_asks(&server, &mut vm);
 }
 
 #[test]
-fn a_driver_that_takes_no_requests_is_told_apart() {
+fn a_driver_without_waiting_chains_is_reported() {
     let server = Server::new(control::ReleaseMode::Background);
     let (front, _served) = server.connect();
     let mut vm = Vm::boot(Monitor::Uml, front, ASKABLE);
     vm.front.barrier();
     let (reason, what) = why(ask(&server.balloon, DROP, SHORT).join().unwrap());
     assert_eq!(reason, WhyNot::TimedOut);
-    assert!(what.contains("took no request"), "{what}");
-    // A driver that wakes up late is not asked what nobody waits for any more.
+    assert!(what.contains("did not accept a request"), "{what}");
+    // A timed-out request is not sent to a driver that recovers late.
     vm.wait_for_requests(2);
     assert_eq!(vm.back_within(SHORT), None);
     assert_still_asks(&server, &mut vm);
 }
 
 #[test]
-fn an_operator_stops_what_runs() {
-    let (server, mut vm, _served) = askable(Monitor::Qemu);
+fn an_operator_cancels_the_running_request() {
+    let (server, mut vm, _served) = guest_with_requests(Monitor::Qemu);
     let operator = ask(&server.balloon, SNAPSHOT, TEST_TIMEOUT);
     let request = vm.next_request();
     let cancelled = server.balloon.cancel_request(None).unwrap();
@@ -211,7 +215,7 @@ fn an_operator_stops_what_runs() {
     assert_eq!(vm.answer(request.id, Outcome::Cancelled, [0; 4], &[]), ACCEPTED);
     assert_eq!(why(operator.join().unwrap()).0, WhyNot::Stopped);
     assert!(server.balloon.cancel_request(None).is_err(), "nothing runs");
-    // A guest that does not listen is not waited for for long.
+    // The wait for a guest that ignores the cancel is short.
     let operator = ask(&server.balloon, SNAPSHOT, TEST_TIMEOUT);
     vm.wait_for_requests(2);
     vm.next_request();
@@ -223,8 +227,8 @@ fn an_operator_stops_what_runs() {
 }
 
 #[test]
-fn too_many_requests_are_refused_at_once() {
-    let (server, mut vm, _served) = askable(Monitor::Uml);
+fn too_many_requests_are_refused_immediately() {
+    let (server, mut vm, _served) = guest_with_requests(Monitor::Uml);
     let mut operators = vec![ask(&server.balloon, DROP, TEST_TIMEOUT)];
     let mut request = vm.next_request();
     operators.extend((0..8).map(|_| ask(&server.balloon, DROP, TEST_TIMEOUT)));
@@ -236,7 +240,7 @@ fn too_many_requests_are_refused_at_once() {
     );
     let mut last = 0;
     while !operators.is_empty() {
-        assert!(request.id > last, "in the order in which they were made");
+        assert!(request.id > last, "in order of submission");
         last = request.id;
         assert_eq!(vm.answer(last, Outcome::Done, [0; 4], &[]), ACCEPTED);
         until(|| operators.iter().any(JoinHandle::is_finished));
@@ -250,8 +254,8 @@ fn too_many_requests_are_refused_at_once() {
     assert_still_asks(&server, &mut vm);
 }
 
-/// Answers that break the protocol, with their status and fault.
-fn lies(id: u32) -> Vec<(&'static str, u32, Vec<u8>)> {
+/// Answers that violate the protocol, with their status and fault.
+fn invalid_answers(id: u32) -> Vec<(&'static str, u32, Vec<u8>)> {
     let done = |records: &[u8]| answer_bytes(id, Outcome::Done, [0; 4], records);
     let with = |at: usize, byte: u8| {
         let mut bytes = done(&[]);
@@ -271,9 +275,9 @@ fn lies(id: u32) -> Vec<(&'static str, u32, Vec<u8>)> {
 }
 
 #[test]
-fn an_answer_that_lies_ends_its_request_and_nothing_else() {
+fn an_invalid_answer_ends_only_its_request() {
     for lie in 0..lies(1).len() {
-        let (server, mut vm, _served) = askable(Monitor::Uml);
+        let (server, mut vm, _served) = guest_with_requests(Monitor::Uml);
         let operator = ask(&server.balloon, SNAPSHOT, TEST_TIMEOUT);
         let request = vm.next_request();
         let (fault, status, bytes) = lies(request.id).swap_remove(lie);
@@ -289,8 +293,8 @@ fn an_answer_that_lies_ends_its_request_and_nothing_else() {
 }
 
 #[test]
-fn pages_in_the_balloon_are_not_free() {
-    let (server, mut vm, _served) = askable(Monitor::Uml);
+fn pages_in_the_balloon_cannot_be_reported_as_free() {
+    let (server, mut vm, _served) = guest_with_requests(Monitor::Uml);
     let page = data_pages().start;
     vm.inflate(&(page..page + 8).collect());
     let operator = ask(&server.balloon, SNAPSHOT, TEST_TIMEOUT);
@@ -298,7 +302,7 @@ fn pages_in_the_balloon_are_not_free() {
     let status = vm.answer(request.id, Outcome::Done, [0; 4], &blocks(page + 7, 1, &[0b11]));
     assert_eq!((status, server.guest_faults("free_in_balloon")), (OUTSIDE, 1));
     assert_eq!(why(operator.join().unwrap()).0, WhyNot::Refused);
-    // A page that goes into the balloon while the guest looks was free before.
+    // A page that is inflated during the report was free before.
     vm.wait_for_requests(1);
     let operator = ask(&server.balloon, SNAPSHOT, TEST_TIMEOUT);
     let request = vm.next_request();
@@ -312,9 +316,9 @@ fn pages_in_the_balloon_are_not_free() {
 }
 
 #[test]
-fn chunks_for_ever_come_to_an_end() {
+fn endless_partial_answers_are_cut_off() {
     for records in [Vec::new(), blocks(data_pages().start, 1, &[u64::MAX; 4])] {
-        let (server, mut vm, _served) = askable(Monitor::Uml);
+        let (server, mut vm, _served) = guest_with_requests(Monitor::Uml);
         let operator = ask(&server.balloon, SNAPSHOT, TEST_TIMEOUT);
         let request = vm.next_request();
         let mut chunks = 0u64;
@@ -326,14 +330,18 @@ fn chunks_for_ever_come_to_an_end() {
         assert_eq!(server.guest_faults("too_many_pages"), 1);
         assert_eq!(why(operator.join().unwrap()).0, WhyNot::Refused);
         assert_eq!(vm.answer(request.id, Outcome::More, [0; 4], &records), UNWANTED);
-        assert_eq!(server.guest_faults("unknown_request"), 0, "it was asked, and is late");
+        assert_eq!(
+            server.guest_faults("unknown_request"),
+            0,
+            "the request was sent, and the answer is late"
+        );
         assert_still_asks(&server, &mut vm);
     }
 }
 
 #[test]
-fn an_answer_that_nobody_asked_for_is_unwanted() {
-    let (server, mut vm, _served) = askable(Monitor::Uml);
+fn an_unsolicited_answer_is_unwanted() {
+    let (server, mut vm, _served) = guest_with_requests(Monitor::Uml);
     for id in [0, 1, 77, u32::MAX] {
         assert_eq!(vm.answer(id, Outcome::Done, [0; 4], &[]), UNWANTED);
     }
@@ -349,8 +357,8 @@ fn an_answer_that_nobody_asked_for_is_unwanted() {
 }
 
 #[test]
-fn a_kernel_that_refuses_is_quoted() {
-    let (server, mut vm, _served) = askable(Monitor::Uml);
+fn the_error_of_the_guests_kernel_is_reported() {
+    let (server, mut vm, _served) = guest_with_requests(Monitor::Uml);
     for (errno, text) in [(12, "Cannot allocate memory"), (u64::MAX, "error 18446744073709551615")]
     {
         let operator = ask(&server.balloon, DROP, TEST_TIMEOUT);
@@ -365,14 +373,14 @@ fn a_kernel_that_refuses_is_quoted() {
 }
 
 #[test]
-fn a_driver_that_is_unloaded_in_the_middle_gets_its_chains_back() {
+fn an_unloaded_driver_gets_its_chains_back() {
     for enable in [true, false] {
-        let (server, mut vm, _served) = askable(Monitor::Uml);
+        let (server, mut vm, _served) = guest_with_requests(Monitor::Uml);
         if !enable {
             vm.remove_uml(true);
             vm.probe_uml(ASKABLE, false);
             vm.wait_for_requests(2);
-            // Features would be asked for by a driver that goes.
+            // The front end sends GET_FEATURES when it removes a driver.
             vm.front.read_config(16);
         }
         let operators =
@@ -385,11 +393,11 @@ fn a_driver_that_is_unloaded_in_the_middle_gets_its_chains_back() {
             assert_eq!(reason, WhyNot::Stopped);
             assert!(what.contains("unloaded"), "{what}");
         }
-        assert_eq!(vm.back(), Back::Empty, "the chain that waited comes back");
+        assert_eq!(vm.back(), Back::Empty, "the waiting chain is returned");
         let (reason, what) = why(ask(&server.balloon, DROP, TEST_TIMEOUT).join().unwrap());
         assert_eq!(reason, WhyNot::NotPossible);
         assert!(what.contains("unloaded"), "{what}");
-        // The next driver starts from nothing.
+        // The next driver starts with no state.
         vm.probe_uml(ASKABLE, enable);
         vm.wait_for_requests(1);
         vm.front.read_config(16);
@@ -399,9 +407,9 @@ fn a_driver_that_is_unloaded_in_the_middle_gets_its_chains_back() {
 }
 
 #[test]
-fn a_guest_that_pauses_keeps_its_hold_and_loses_its_request() {
-    let (server, mut vm, _served) = askable(Monitor::Qemu);
-    // Queues that stand at 0 are those of a driver that starts.
+fn a_pause_keeps_the_hold_and_ends_the_request() {
+    let (server, mut vm, _served) = guest_with_requests(Monitor::Qemu);
+    // Queues at position 0 are those of a driver that starts.
     let page = data_pages().start + 100;
     vm.inflate(&(page..page + 1).collect());
     vm.deflate(&(page..page + 1).collect());
@@ -426,8 +434,8 @@ fn a_guest_that_pauses_keeps_its_hold_and_loses_its_request() {
 }
 
 #[test]
-fn a_monitor_that_hangs_up_ends_every_request() {
-    let (server, mut vm, served) = askable(Monitor::Uml);
+fn a_disconnect_ends_every_request() {
+    let (server, mut vm, served) = guest_with_requests(Monitor::Uml);
     let operators =
         [ask(&server.balloon, SNAPSHOT, TEST_TIMEOUT), ask(&server.balloon, DROP, TEST_TIMEOUT)];
     vm.next_request();
@@ -437,17 +445,17 @@ fn a_monitor_that_hangs_up_ends_every_request() {
     for operator in operators {
         let (reason, what) = why(operator.join().unwrap());
         assert_eq!(reason, WhyNot::Stopped);
-        assert!(what.contains("hung up"), "{what}");
+        assert!(what.contains("disconnected"), "{what}");
     }
     assert_eq!(server.status().requests.ended["drop-caches"]["hung_up"], 1);
     assert_serves(&server, Monitor::Uml, ASKABLE);
 }
 
 #[test]
-fn chains_that_cannot_wait_come_back_empty() {
-    let (server, mut vm, _served) = askable(Monitor::Uml);
+fn chains_that_cannot_wait_are_returned_unused() {
+    let (server, mut vm, _served) = guest_with_requests(Monitor::Uml);
     let memory = vm.guest.memory.clone();
-    // Too short for a request, nothing at all, and the chain at 0 once more.
+    // Too short for a request, empty, and the chain at 0 again.
     let short = [guest_ring::Buffer::writable(BASE + 0x39000, 15)];
     vm.rings[REQUEST].send(&memory, &short);
     vm.rings[REQUEST].send(&memory, &[]);
@@ -456,7 +464,7 @@ fn chains_that_cannot_wait_come_back_empty() {
     assert_eq!([vm.back(), vm.back(), vm.back()], [Back::Empty; 3]);
     assert_eq!(server.guest_faults("empty_message"), 2);
     assert_eq!(server.guest_faults("repeated_chain"), 1);
-    // A place that is no memory is found out when it is written to.
+    // An address outside of memory is detected on the write.
     vm.rings[REQUEST].send(&memory, &[guest_ring::Buffer::writable(PAGE, 16)]);
     vm.kick(REQUEST);
     for _ in 0..2 {
@@ -472,11 +480,11 @@ fn chains_that_cannot_wait_come_back_empty() {
     assert_still_asks(&server, &mut vm);
 }
 
-/// Without protocol features a front end cannot say that a queue stops, only ask
-/// for the features; the driver's memory is used for other things from then on.
+/// Without protocol features a front end cannot stop a queue, only send GET_FEATURES. From
+/// then on the driver's memory may have another use.
 #[test]
-fn a_ring_whose_driver_is_gone_is_not_touched_for_an_operator() {
-    let (server, mut vm, _served) = askable(Monitor::Uml);
+fn a_request_does_not_access_the_vring_of_a_removed_driver() {
+    let (server, mut vm, _served) = guest_with_requests(Monitor::Uml);
     vm.remove_uml(true);
     vm.probe_uml(ASKABLE, false);
     vm.wait_for_requests(2);

@@ -12,12 +12,12 @@ use crate::support::front_end::request;
 use crate::support::guest::data_pages;
 use crate::support::server::Server;
 
-/// Rounds of a race, each with another point in time.
+/// Rounds of a race, each with different timing.
 const ROUNDS: usize = 60;
 
-/// After the driver is known to have stopped, it may use every page: what it
-/// writes stays. `stop` makes the monitor stop it and returns when the monitor
-/// would let the guest go on.
+/// After the driver was stopped, the guest may use every page, and its writes must
+/// survive. `stop` stops the driver and returns when the VMM would run the guest
+/// again.
 fn assert_nothing_is_released_after(monitor: Monitor, stop: impl Fn(&Vm)) {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
@@ -25,7 +25,7 @@ fn assert_nothing_is_released_after(monitor: Monitor, stop: impl Fn(&Vm)) {
     let pages = some_pages();
     for round in 0..ROUNDS {
         vm.inflate(&pages);
-        // Another number of messages each time, to hit another moment.
+        // A different number of messages each time, to vary the timing.
         for _ in 0..round % 8 {
             vm.front.barrier();
         }
@@ -36,17 +36,17 @@ fn assert_nothing_is_released_after(monitor: Monitor, stop: impl Fn(&Vm)) {
         vm.probe(CLASSIC);
         vm.guest.assert_gone(&BTreeSet::new());
     }
-    // Later than any pause that the release waits for.
+    // Longer than any delay of the release.
     std::thread::sleep(std::time::Duration::from_millis(3 * host_memory::GRACE_MS));
     vm.guest.assert_gone(&BTreeSet::new());
     drop(vm);
     assert_eq!(served.outcome().unwrap(), End::HungUp);
 }
 
-/// A guest that resets the device or is rebooted has its monitor stop the rings,
-/// and uses all of its memory from then on.
+/// When a guest resets the device or reboots, the VMM stops the vrings, and the guest
+/// may use all of its memory from then on.
 #[test]
-fn nothing_is_released_after_the_rings_were_stopped() {
+fn nothing_is_released_after_the_vrings_were_stopped() {
     assert_nothing_is_released_after(Monitor::Qemu, |vm| {
         vm.stop_qemu();
     });
@@ -73,7 +73,7 @@ fn nothing_is_released_after_reset_owner() {
     });
 }
 
-/// Queues that cannot be disabled: User Mode Linux only asks for the features.
+/// Queues that cannot be disabled: User Mode Linux only sends GET_FEATURES.
 #[test]
 fn nothing_is_released_after_a_removal_without_bit_30() {
     let server = Server::new(ReleaseMode::Background);
@@ -116,7 +116,7 @@ fn nothing_is_released_after_the_session_ended() {
         let mut vm = Vm::boot(Monitor::Uml, front, if round % 2 == 0 { CLASSIC } else { BITMAP });
         vm.inflate(&some_pages());
         match round % 3 {
-            // In the middle of a message, between two, and by a fault.
+            // In the middle of a message, between two messages, and by a fault.
             0 => (&vm.front.socket).write_all(&[1, 0, 0, 0, 1, 0]).unwrap(),
             1 => {}
             _ => vm.front.send(1000, &[], &[]),
@@ -130,10 +130,10 @@ fn nothing_is_released_after_the_session_ended() {
     }
 }
 
-/// A driver without MUST_TELL_HOST may write to a page as soon as its inflate
-/// message is back.
+/// Without MUST_TELL_HOST the guest may write to a page as soon as its inflate
+/// message is returned.
 #[test]
-fn untold_pages_are_released_before_the_message_is_back_and_never_later() {
+fn without_must_tell_host_pages_are_released_before_the_message_is_returned() {
     for mode in [ReleaseMode::Background, ReleaseMode::Immediate, ReleaseMode::PerPage] {
         let server = Server::new(mode);
         let (front, _served) = server.connect();
@@ -153,8 +153,8 @@ fn untold_pages_are_released_before_the_message_is_back_and_never_later() {
     }
 }
 
-/// Random sets go in and out while the worker releases; what the guest has must
-/// keep what it wrote, and what it gave must be gone once all is settled.
+/// Random sets are inflated and deflated while the worker releases. The guest's pages must
+/// keep their content, and the balloon's pages must be released at the end.
 #[test]
 fn contents_survive_deflates_that_race_with_the_release() {
     let server = Server::new(ReleaseMode::Background);
@@ -171,7 +171,7 @@ fn contents_survive_deflates_that_race_with_the_release() {
                 held.extend(&given);
             }
             if round % 7 == 0 {
-                // What the driver says when it has done all, which flushes.
+                // The driver's final write, which flushes.
                 let actual = held.len() as u32;
                 server.balloon.set_target(actual).unwrap();
                 vm.front.write_actual(actual);
@@ -195,9 +195,9 @@ fn contents_survive_deflates_that_race_with_the_release() {
     assert_eq!(server.status().faults.total(), 0);
 }
 
-/// Inflate and deflate of the same pages wait on both queues at once.
+/// Inflate and deflate of the same pages are available on both queues at the same time.
 #[test]
-fn pages_of_a_returned_deflate_are_kept_whatever_the_order_of_the_queues() {
+fn pages_of_a_returned_deflate_are_kept_in_any_queue_order() {
     let server = Server::new(ReleaseMode::Background);
     let (front, _served) = server.connect();
     let mut vm = Vm::boot(Monitor::Uml, front, CLASSIC);
@@ -210,8 +210,8 @@ fn pages_of_a_returned_deflate_are_kept_whatever_the_order_of_the_queues() {
         vm.kick(second);
         vm.wait_used(INFLATE);
         vm.wait_used(DEFLATE);
-        // Only the guest knows in which order it meant them; a second deflate,
-        // after the inflate is back, settles it.
+        // The intended order is unknown to the device; a second deflate,
+        // after the inflate is returned, is unambiguous.
         vm.deflate(&some_pages());
         vm.guest.write_patterns(some_pages());
         vm.guest.assert_gone(&BTreeSet::new());
@@ -231,7 +231,7 @@ impl Random {
         self.0
     }
 
-    /// A run and some single pages of `from`.
+    /// Returns a run and some single pages of `from`.
     fn some_of(&mut self, from: &BTreeSet<u64>) -> BTreeSet<u64> {
         let skip = self.next() as usize % (from.len() + 1);
         let run = from.iter().skip(skip).take(self.next() as usize % 200);

@@ -1,4 +1,4 @@
-//! Queues that are set up once more, in whole or in part, while they run.
+//! Queues that are set up again, completely or partly, while they run.
 
 use std::os::fd::AsFd;
 
@@ -17,7 +17,7 @@ use crate::support::server::Server;
 
 const QUEUE: u32 = REQUEST as u32;
 const DROP: GuestAsk = GuestAsk::DropCaches(control::api::Caches::All);
-/// Where the driver wants requests, one place for each descriptor, and where it puts answers.
+/// Buffers for requests, one for each descriptor, and for answers.
 const ROOM: u64 = BASE + 0x38000;
 const ANSWER: u64 = BASE + 0x3c000;
 /// Bytes of a request.
@@ -25,10 +25,10 @@ const REQUEST_BYTES: u32 = 16;
 /// Chains that wait for requests.
 const WAITING: usize = 3;
 
-/// A driver that knows which of its chains the device has.
+/// A driver that tracks which of its chains the device has.
 struct Driver {
     vm: Vm,
-    /// Heads of chains that are the device's.
+    /// Heads of chains that the device has.
     lent: Vec<u16>,
 }
 
@@ -42,8 +42,8 @@ impl Driver {
         self.lend(&[Buffer::writable(ROOM + slot * 64, REQUEST_BYTES)]);
     }
 
-    /// Takes what came back, each chain once, and lends it anew; the heads of those with a
-    /// request in them.
+    /// Takes the returned chains, each once, and makes them available again. Returns the heads
+    /// of chains with a request.
     fn take_back(&mut self) -> Vec<u64> {
         let mut asked = Vec::new();
         while let Some(used) = self.vm.rings[REQUEST].take_used(&self.vm.guest.memory) {
@@ -62,11 +62,11 @@ impl Driver {
     }
 
     fn wait(&self) {
-        assert!(is_readable(&self.vm.calls[REQUEST], TEST_TIMEOUT), "nothing comes back");
+        assert!(is_readable(&self.vm.calls[REQUEST], TEST_TIMEOUT), "no chain is returned");
         rustix::io::read(&self.vm.calls[REQUEST], &mut [0; 8]).unwrap();
     }
 
-    /// Answers one request and says how many chains came back with one.
+    /// Answers one request. Returns the number of chains returned with a request.
     fn answer_one(&mut self) -> usize {
         let mut asked = self.take_back();
         while asked.is_empty() {
@@ -85,7 +85,7 @@ impl Driver {
     }
 }
 
-/// The addresses of the request queue, as a front end says them.
+/// The front end's addresses of the request queue.
 fn places(vm: &Vm) -> [u64; 3] {
     let ring = &vm.rings[REQUEST];
     [ring.table(), ring.used(), ring.avail()].map(|at| at - BASE + USER_BASE)
@@ -95,10 +95,10 @@ fn set_addresses(vm: &Vm) {
     vm.front.send(request::SET_VRING_ADDR, &vring_addr(QUEUE, places(vm)), &[]);
 }
 
-/// How a front end sets up a queue once more.
+/// One way to set up a queue again.
 type Way = fn(&Vm);
 
-/// What a front end may say of a queue that runs.
+/// The ways to set up a running queue again.
 fn ways() -> [(&'static str, Way); 5] {
     [
         ("the same addresses", set_addresses),
@@ -112,7 +112,7 @@ fn ways() -> [(&'static str, Way); 5] {
             vm.front.send_state(request::SET_VRING_NUM, QUEUE, u32::from(RING_SIZE));
             set_addresses(vm);
         }),
-        ("where it stands", |vm| {
+        ("its base", |vm| {
             let base = u32::from(vm.rings[REQUEST].avail_idx());
             vm.front.send_state(request::SET_VRING_BASE, QUEUE, base);
             set_addresses(vm);
@@ -125,12 +125,12 @@ fn ways() -> [(&'static str, Way); 5] {
     ]
 }
 
-fn run(what: &str, way: Way, with_notes: bool) {
+fn run(what: &str, way: Way, inflight: bool) {
     let server = Server::new(ReleaseMode::Background);
     let (front, _served) = server.connect();
     let mut vm = Vm::new(Monitor::Qemu, front, Guest::new());
     vm.attach();
-    if with_notes {
+    if inflight {
         let asked = [0u64.to_ne_bytes(), 0u64.to_ne_bytes()].concat();
         let asked = [asked, [3, RING_SIZE].map(u16::to_ne_bytes).concat()].concat();
         let (answer, file) = vm.front.ask_for_file(request::GET_INFLIGHT_FD, &asked);
@@ -144,26 +144,31 @@ fn run(what: &str, way: Way, with_notes: bool) {
     driver.vm.kick(REQUEST);
     driver.vm.front.barrier();
     for round in 0..4 {
-        // The second request uses a chain between those that wait, so that they come back in
-        // another order than they were lent in.
+        // The second request uses a chain between the waiting ones, so that they are returned in
+        // another order than they were made available.
         let operator = ask(&server.balloon, DROP, TEST_TIMEOUT);
-        assert_eq!(driver.answer_one(), 1, "{what}, notes: {with_notes}, round {round}");
+        assert_eq!(driver.answer_one(), 1, "{what}, inflight region: {inflight}, round {round}");
         operator.join().unwrap().unwrap();
         way(&driver.vm);
         driver.vm.front.barrier();
-        assert_eq!(driver.take_back(), [] as [u64; 0], "{what}: nobody asked");
+        assert_eq!(driver.take_back(), [] as [u64; 0], "{what}: there was no request");
         driver.vm.front.barrier();
     }
     let status = server.status();
-    assert_eq!(status.faults.total(), 0, "{what}, notes: {with_notes}: {:?}", status.faults);
+    assert_eq!(
+        status.faults.total(),
+        0,
+        "{what}, inflight region: {inflight}: {:?}",
+        status.faults
+    );
     assert!(status.guest.connected);
 }
 
 #[test]
-fn no_chain_comes_back_twice() {
+fn no_chain_is_returned_twice() {
     for (what, way) in ways() {
-        for with_notes in [false, true] {
-            run(what, way, with_notes);
+        for inflight in [false, true] {
+            run(what, way, inflight);
         }
     }
 }

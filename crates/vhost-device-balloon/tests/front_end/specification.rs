@@ -1,4 +1,4 @@
-//! Statistics, hints, reports and poison, over the wire of real front ends.
+//! Statistics, hints, reports and poison, with the messages of real front ends.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -16,7 +16,7 @@ use crate::support::guest::{PAGE, data_pages};
 use crate::support::server::{Served, Server};
 use crate::{assert_balloons, some_pages};
 
-/// The queue behind inflate and deflate, where one feature has a third.
+/// The queue after inflate and deflate, with one feature that has a queue.
 const THIRD: usize = 2;
 
 const STATS: Features = CLASSIC.union(Features::STATS_VQ);
@@ -41,21 +41,21 @@ impl Vm {
         head.into()
     }
 
-    /// Posts free memory as statistics.
+    /// Posts statistics with this free memory.
     fn tell(&mut self, free_bytes: u64) -> u32 {
         let stat = Stat { tag: StatTag::MEM_FREE, value: free_bytes };
         self.guest.write(MESSAGE, &stat.to_bytes());
         self.send(&[Buffer::readable(MESSAGE, 10)])
     }
 
-    /// Says a number on the hint queue.
+    /// Sends a command id on the hint queue.
     fn say(&mut self, number: u32) {
         self.guest.write(MESSAGE, &number.to_le_bytes());
         let head = self.send(&[Buffer::readable(MESSAGE, 4)]);
         assert_eq!(self.wait_used(THIRD), head);
     }
 
-    /// Names free pages and waits until that has come back.
+    /// Names free pages and waits until the chain is returned.
     fn name_free(&mut self, runs: &[(u64, u64)]) {
         let chain: Vec<Buffer> = runs
             .iter()
@@ -70,7 +70,7 @@ impl Vm {
     }
 }
 
-/// Waits for statistics that nobody announces.
+/// Polls until statistics fulfil `done`.
 fn until_stats(server: &Server, done: impl Fn(&StatsStatus) -> bool) -> StatsStatus {
     let end = Instant::now() + TEST_TIMEOUT;
     loop {
@@ -88,14 +88,14 @@ fn free_bytes(stats: &StatsStatus) -> Option<u64> {
 }
 
 #[test]
-fn a_guest_is_asked_as_often_as_was_set() {
+fn statistics_are_requested_at_the_interval() {
     let (server, mut vm, served) = booted(Monitor::Uml, STATS);
     let mut head = vm.tell(7);
     let stats = until_stats(&server, |stats| free_bytes(stats) == Some(7));
-    assert!(stats.stale, "nobody asks: {stats:?}");
+    assert!(stats.stale, "no interval is set: {stats:?}");
     assert!(vm.rings[THIRD].take_used(&vm.guest.memory).is_none(), "the buffer is kept");
 
-    // Before it is set: the first question may come before that returns.
+    // Before it is set: the first request may be sent before that returns.
     let started = Instant::now();
     server.balloon.set_stats_interval(Some(INTERVAL)).unwrap();
     for value in 100..105 {
@@ -104,10 +104,10 @@ fn a_guest_is_asked_as_often_as_was_set() {
         let stats = until_stats(&server, |stats| free_bytes(stats) == Some(value));
         assert_eq!((stats.stale, stats.interval_ms), (false, 100));
     }
-    // The first question comes at once, four intervals lie between five.
+    // The first request is immediate; five requests span four intervals.
     assert!(started.elapsed() >= 4 * INTERVAL, "{:?}", started.elapsed());
 
-    // A guest that does not answer is not asked again, and its values grow old.
+    // A guest that does not answer gets no new request, and its values become stale.
     assert_eq!(vm.wait_used(THIRD), head);
     until_stats(&server, |stats| stats.stale);
     assert!(vm.rings[THIRD].take_used(&vm.guest.memory).is_none());
@@ -122,9 +122,9 @@ fn a_guest_is_asked_as_often_as_was_set() {
     assert_eq!(server.status().faults.total(), 0);
 }
 
-/// A back end that is asked for statistics sleeps in between.
+/// The back end sleeps between statistics requests.
 #[test]
-fn asking_costs_no_processor_time() {
+fn statistics_requests_cost_no_cpu_time() {
     let (server, mut vm, served) = booted(Monitor::Uml, STATS);
     vm.tell(7);
     server.balloon.set_stats_interval(Some(INTERVAL)).unwrap();
@@ -136,13 +136,13 @@ fn asking_costs_no_processor_time() {
 }
 
 #[test]
-fn a_queue_that_stops_gets_its_buffer_back_and_goes_on() {
+fn a_stopped_queue_gets_its_buffer_back_and_resumes() {
     let (server, mut vm, _served) = booted(Monitor::Qemu, STATS);
     let head = vm.tell(7);
     until_stats(&server, |stats| free_bytes(stats) == Some(7));
     let bases = vm.stop_qemu();
     assert_eq!(vm.wait_used(THIRD), head);
-    // The driver hears of it when it runs again, and answers.
+    // The driver sees the buffer when it runs again, and answers.
     vm.start_qemu(STATS, bases);
     let head = vm.tell(8);
     until_stats(&server, |stats| free_bytes(stats) == Some(8));
@@ -151,10 +151,10 @@ fn a_queue_that_stops_gets_its_buffer_back_and_goes_on() {
     assert_eq!(server.status().faults.total(), 0);
 }
 
-/// A driver that clears an offered feature makes User Mode Linux negotiate again,
-/// without bit 30; a module that is inserted again does so too.
+/// If a driver clears an offered feature, User Mode Linux negotiates again,
+/// without bit 30. It also does so when a module is inserted again.
 #[test]
-fn drivers_that_clear_features_come_and_go() {
+fn drivers_that_clear_features_can_be_reloaded() {
     let (server, mut vm, _served) = booted(Monitor::Uml, STATS | Features::PAGE_POISON);
     vm.front.barrier();
     server.balloon.set_stats_interval(Some(INTERVAL)).unwrap();
@@ -170,7 +170,7 @@ fn drivers_that_clear_features_come_and_go() {
 }
 
 #[test]
-fn hints_are_asked_for_told_and_given_back() {
+fn hints_are_requested_reported_and_returned() {
     let (server, mut vm, _served) = booted(Monitor::Uml, HINTS);
     vm.front.barrier();
     let first = data_pages().start;
@@ -203,7 +203,7 @@ fn hints_are_asked_for_told_and_given_back() {
 }
 
 #[test]
-fn a_guest_that_never_answers_costs_a_time_out() {
+fn unanswered_hints_time_out() {
     let (server, mut vm, served) = booted(Monitor::Uml, HINTS);
     vm.front.barrier();
     let id = server.balloon.start_hints().unwrap();
@@ -212,7 +212,7 @@ fn a_guest_that_never_answers_costs_a_time_out() {
     assert_eq!((silent.outcome, silent.pages), (HintOutcome::InProgress, 0));
     assert!(started.elapsed() >= INTERVAL);
     server.balloon.end_hints(id).unwrap();
-    // What comes too late is not taken, and is no fault.
+    // A late answer is ignored, and is no fault.
     vm.say(id);
     vm.name_free(&[(data_pages().start, 1)]);
     vm.say(0);
@@ -229,16 +229,16 @@ fn a_guest_that_never_answers_costs_a_time_out() {
 }
 
 #[test]
-fn a_driver_without_hints_is_not_asked() {
+fn hints_are_not_requested_without_the_feature() {
     let (server, vm, _served) = booted(Monitor::Uml, CLASSIC);
     vm.front.barrier();
     assert!(server.balloon.start_hints().is_err());
     assert_eq!(vm.hint_command(), 0);
 }
 
-/// When a report comes back its pages are gone, whatever else is to be released.
+/// When a report is returned its pages are released, whatever else is pending.
 #[test]
-fn reports_are_released_before_they_come_back() {
+fn reports_are_released_before_they_are_returned() {
     for mode in [ReleaseMode::Background, ReleaseMode::Immediate, ReleaseMode::PerPage] {
         let server = Server::new(mode);
         let (front, served) = server.connect();
@@ -248,10 +248,10 @@ fn reports_are_released_before_they_come_back() {
         let last = data_pages().end;
         vm.name_free(&[(last - 8, 4), (last - 4, 4), (last - 20, 1)]);
         let reported: BTreeSet<u64> = (last - 8..last).chain([last - 20]).collect();
-        assert!(reported.iter().all(|page| vm.guest.is_zero(*page)), "before it comes back");
+        assert!(reported.iter().all(|page| vm.guest.is_zero(*page)), "before it is returned");
         server.settle();
         vm.guest.assert_gone(&balloon.union(&reported).copied().collect());
-        // The guest uses them, and nothing of it is lost later.
+        // The guest uses the pages, and their content is not lost later.
         vm.guest.write_patterns(reported);
         vm.deflate(&balloon);
         vm.guest.write_patterns(balloon);
@@ -270,7 +270,7 @@ fn reports_are_released_before_they_come_back() {
 }
 
 #[test]
-fn a_report_is_no_part_of_the_last_change() {
+fn a_report_does_not_count_in_the_last_change() {
     let (server, mut vm, _served) = booted(Monitor::Uml, REPORTS);
     assert_balloons(&server, &mut vm);
     let before = server.status();
@@ -283,7 +283,7 @@ fn a_report_is_no_part_of_the_last_change() {
 }
 
 #[test]
-fn poison_keeps_reports_from_being_released() {
+fn a_poison_prevents_the_release_of_reports() {
     for (poison_val, releases) in [(0xaaaa_aaaau32, false), (0, true)] {
         let (server, mut vm, _served) = booted(Monitor::Uml, POISON);
         vm.front.write_config(12, &poison_val.to_le_bytes());
@@ -298,10 +298,10 @@ fn poison_keeps_reports_from_being_released() {
     }
 }
 
-/// QEMU writes the whole space, with the poison field in it, whatever was
-/// negotiated.
+/// QEMU writes the whole space, including `poison_val`, with any
+/// features.
 #[test]
-fn a_write_of_the_whole_space_sets_no_poison_that_does_not_exist() {
+fn a_write_of_the_whole_space_sets_no_poison_without_the_feature() {
     let (server, vm, _served) = booted(Monitor::Qemu, CLASSIC);
     vm.front.write_config(0, &[0x55; 16]);
     vm.front.barrier();
@@ -331,10 +331,10 @@ fn features_can_be_withheld() {
     );
 }
 
-/// Hostile messages on each of the queues leave the others, and the next driver,
-/// what they are.
+/// Hostile messages on one queue do not affect the other queues and the next
+/// driver.
 #[test]
-fn floods_and_lies_cost_their_guest_only() {
+fn hostile_messages_affect_only_their_queue() {
     let first = data_pages().start;
     let lies: [Vec<Buffer>; 7] = [
         vec![],
@@ -350,7 +350,7 @@ fn floods_and_lies_cost_their_guest_only() {
         for round in 0..2000usize {
             let lie = &lies[round % lies.len()];
             let head = vm.rings[THIRD].send(&vm.guest.memory, lie);
-            // Statistics keep one; all others come back.
+            // The device keeps one statistics buffer; all others are returned.
             if round > 0 || features != STATS {
                 vm.kick(THIRD);
                 let back = vm.wait_used(THIRD);

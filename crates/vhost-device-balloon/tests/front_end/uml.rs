@@ -14,7 +14,7 @@ use crate::support::server::Server;
 use crate::{assert_balloons, assert_serves, some_pages};
 
 #[test]
-fn inflates_and_deflates_in_every_form_and_mode() {
+fn inflates_and_deflates_in_every_format_and_mode() {
     for mode in [ReleaseMode::Background, ReleaseMode::Immediate, ReleaseMode::PerPage] {
         let server = Server::new(mode);
         for form in [CLASSIC, BITMAP, UNTOLD] {
@@ -67,13 +67,13 @@ fn a_second_negotiation_without_protocol_features_is_served() {
 }
 
 #[test]
-fn a_change_of_the_target_is_told_on_the_channel() {
+fn a_change_of_the_target_is_sent_on_the_channel() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
     let vm = Vm::boot(Monitor::Uml, front, CLASSIC);
     vm.front.barrier();
     let channel = vm.channel.as_ref().unwrap();
-    assert!(!is_readable(channel, std::time::Duration::ZERO), "nothing was asked yet");
+    assert!(!is_readable(channel, std::time::Duration::ZERO), "there is no target yet");
     for pages in [5, 700, 0, 3] {
         server.balloon.set_target(pages).unwrap();
         assert_eq!(channel_message(channel), CONFIG_CHANGE);
@@ -87,7 +87,7 @@ fn a_change_of_the_target_is_told_on_the_channel() {
 }
 
 #[test]
-fn a_target_from_before_the_guest_is_told_when_it_comes() {
+fn a_target_set_before_the_guest_is_sent_when_it_connects() {
     let server = Server::new(ReleaseMode::Background);
     let generation = server.balloon.set_target(77).unwrap();
     for round in 0..2 {
@@ -118,19 +118,19 @@ fn configuration_is_read_and_written_field_by_field() {
     assert_eq!(config, [2, 1, 0, 0, 4, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     assert_eq!(vm.front.read_config(8), config[..8], "UML reads up to the field");
     assert!(vm.front.read_config(0).is_empty());
-    assert_eq!(vm.front.read_config(256)[16..], [0; 240], "nothing more is there");
+    assert_eq!(vm.front.read_config(256)[16..], [0; 240], "the rest is zero");
     assert_eq!(server.status().balloon.actual_pages, 0x0304);
 
     for (offset, data) in [(0, &[9, 9, 9, 9][..]), (8, &[9; 4]), (5, &[9; 4]), (4, &[9; 3])] {
         vm.front.write_config(offset, data);
     }
-    assert_eq!(vm.front.read_config(16), config, "what is not the driver's does not change");
+    assert_eq!(vm.front.read_config(16), config, "the device's fields do not change");
     assert_eq!(server.guest_faults("config_write"), 4);
 }
 
-/// A ring goes around many times, several messages to a kick.
+/// A vring wraps around many times, with several messages per kick.
 #[test]
-fn a_ring_goes_around() {
+fn a_vring_wraps_around() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
     let mut vm = Vm::boot(Monitor::Uml, front, CLASSIC | Features::RING_EVENT_IDX);
@@ -148,7 +148,7 @@ fn a_ring_goes_around() {
 }
 
 #[test]
-fn the_status_knows_the_guest() {
+fn the_status_describes_the_guest() {
     let server = Server::new(ReleaseMode::Background);
     assert!(!server.status().guest.connected);
     let (front, served) = server.connect();

@@ -1,4 +1,4 @@
-//! Front ends that do within the protocol what none is known to do.
+//! Valid but unusual front ends.
 
 use std::io::Write;
 
@@ -12,10 +12,10 @@ use crate::support::front_end::{FLAGS, message, request};
 use crate::support::guest::{BASE, FIRST_PAGE, Guest, data_pages};
 use crate::support::server::Server;
 
-/// A guest may give away what it stands on: the pages of its ring. They read as
-/// zeros then, and the ring makes no sense any more.
+/// A guest may inflate the pages of its own vring. They read as
+/// zeros then, and the vring is invalid.
 #[test]
-fn a_ring_whose_own_pages_are_inflated() {
+fn inflated_pages_of_the_vring_stop_the_queue() {
     let server = Server::new(ReleaseMode::Immediate);
     let outcome = outcome_of(&server, Stage::Running, |vm| {
         vm.features = CLASSIC;
@@ -33,7 +33,7 @@ fn a_ring_whose_own_pages_are_inflated() {
     assert_serves(&server, Monitor::Uml, CLASSIC);
 }
 
-/// One guest at a time: the next front end waits for the end of the first.
+/// One guest at a time: the next front end waits until the first disconnects.
 #[test]
 fn a_second_front_end_waits_for_the_first() {
     let server = Server::new(ReleaseMode::Background);
@@ -51,7 +51,7 @@ fn a_second_front_end_waits_for_the_first() {
     assert_eq!(second_served.outcome().unwrap(), End::HungUp);
 }
 
-/// Messages in pieces are no fault.
+/// Messages in several pieces are no fault.
 #[test]
 fn a_message_byte_by_byte_is_served() {
     let server = Server::new(ReleaseMode::Background);
@@ -64,10 +64,10 @@ fn a_message_byte_by_byte_is_served() {
     assert_eq!(outcome.unwrap(), End::HungUp);
 }
 
-/// The order in which a queue is set up is the front end's; what is not there yet
-/// is nobody's fault, the guest's least of all.
+/// A front end may set up a queue in any order. An incomplete setup
+/// is no fault.
 #[test]
-fn queues_start_whatever_the_order_of_their_setup() {
+fn queues_start_with_any_order_of_setup() {
     type Step = fn(&Vm, usize);
     let ring: Step = |vm, queue| vm.send_ring(queue, BASE, 0);
     let kick: Step =
@@ -84,7 +84,7 @@ fn queues_start_whatever_the_order_of_their_setup() {
         Stage::Memory.reach(&mut vm);
         vm.features = CLASSIC;
         vm.reset_rings();
-        // The guest is faster than its monitor.
+        // The guest is faster than the front end.
         let message = vm.name_pages(&data_pages().take(2).collect());
         let head = vm.post(INFLATE, &message);
         vm.kick(INFLATE);
@@ -93,7 +93,7 @@ fn queues_start_whatever_the_order_of_their_setup() {
             step(&vm, DEFLATE);
             vm.front.barrier();
         }
-        // Returned before the call was known, in one of the orders.
+        // In one of the orders it is returned before the call is set.
         let used = std::iter::repeat_with(|| vm.rings[INFLATE].take_used(&vm.guest.memory));
         let used = used.take(1000).flatten().next().expect("the first message is served");
         assert_eq!(used.head, u32::from(head));

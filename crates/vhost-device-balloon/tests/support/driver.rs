@@ -1,5 +1,5 @@
-//! A guest with its driver behind a front end: sets up as real monitors do, and
-//! sends messages in both forms.
+//! A guest and its driver behind a front end: sets up the device like real VMMs, and
+//! sends messages in both formats.
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -19,25 +19,25 @@ use super::guest::{BASE, BYTES, FIRST_PAGE, Guest, PAGE, USER_BASE};
 
 pub(crate) const INFLATE: usize = 0;
 pub(crate) const DEFLATE: usize = 1;
-/// Where nothing else is negotiated that has a queue.
+/// If no other feature with a queue is negotiated.
 pub(crate) const REQUEST: usize = 2;
 
 pub(crate) const RING_SIZE: u16 = 256;
-/// Each ring has its own pages; the last one 8, the others 16.
+/// Each vring has its own pages: the last one 8, the others 16.
 const RINGS: [u64; 3] = [BASE, BASE + 0x10000, BASE + 0x30000];
 /// Messages, of up to 64 KiB.
 pub(crate) const MESSAGE: u64 = BASE + 0x20000;
-/// The device's answer.
+/// The device's status.
 const STATUS: u64 = BASE + 0x3f000;
 
 pub(crate) const CLASSIC: Features = Features::VERSION_1.union(Features::MUST_TELL_HOST);
 pub(crate) const BITMAP: Features = CLASSIC.union(Features::PAGE_BITMAP);
 /// A driver that answers requests.
 pub(crate) const ASKABLE: Features = BITMAP.union(Features::REQUEST_VQ);
-/// A driver that need not tell before it uses a page.
+/// A driver without `MUST_TELL_HOST`.
 pub(crate) const UNTOLD: Features = Features::VERSION_1;
 
-/// The monitor whose habits are followed.
+/// The VMM whose message order is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Monitor {
     Uml,
@@ -57,7 +57,7 @@ pub(crate) struct Vm {
 }
 
 impl Vm {
-    /// A guest behind a front end that has said nothing yet.
+    /// Creates a guest behind a front end that has sent no message.
     pub(crate) fn new(monitor: Monitor, front: FrontEnd, guest: Guest) -> Self {
         Self {
             monitor,
@@ -71,7 +71,7 @@ impl Vm {
         }
     }
 
-    /// A guest that has come up to the point where its driver runs.
+    /// Boots a guest until its driver runs.
     pub(crate) fn boot(monitor: Monitor, front: FrontEnd, features: Features) -> Self {
         let mut vm = Self::new(monitor, front, Guest::new());
         vm.attach();
@@ -79,7 +79,7 @@ impl Vm {
         vm
     }
 
-    /// The monitor attaches to the device, before any driver.
+    /// Attaches the front end to the device, before any driver.
     pub(crate) fn attach(&mut self) {
         match self.monitor {
             Monitor::Uml => self.attach_uml(),
@@ -87,7 +87,7 @@ impl Vm {
         }
     }
 
-    /// A driver starts.
+    /// Starts a driver.
     pub(crate) fn probe(&mut self, features: Features) {
         match self.monitor {
             Monitor::Uml => self.probe_uml(features, true),
@@ -95,7 +95,7 @@ impl Vm {
         }
     }
 
-    /// As `vhost_user_init` of virtio_uml.c.
+    /// Like `vhost_user_init` of virtio_uml.c.
     fn attach_uml(&mut self) {
         self.front.send(request::SET_OWNER, &[], &[]);
         assert_ne!(self.front.ask_u64(request::GET_FEATURES) & PROTOCOL_FEATURES, 0);
@@ -105,7 +105,7 @@ impl Vm {
         self.send_channel();
     }
 
-    /// As `vu_finalize_features` and `vu_find_vqs`, with bit 30 in the features
+    /// Like `vu_finalize_features` and `vu_find_vqs`, with bit 30 in the features
     /// or, in a second negotiation, without it.
     pub(crate) fn probe_uml(&mut self, features: Features, enable: bool) {
         let protocol = if enable { PROTOCOL_FEATURES } else { 0 };
@@ -114,7 +114,7 @@ impl Vm {
         self.send_memory(BASE, 2);
         self.reset_rings();
         for index in 0..self.queue_count() {
-            // A pair of sockets, since an event file has no SIGIO.
+            // A socket pair, since an eventfd has no SIGIO.
             let (read, write) = UnixStream::pair().unwrap();
             self.front.send_fd(request::SET_VRING_CALL, index as u64, write);
             self.calls[index] = read.into();
@@ -129,7 +129,7 @@ impl Vm {
         }
     }
 
-    /// As `vu_del_vqs`: disabled in reverse, then a question to wait for all.
+    /// Like `vu_del_vqs`: disables the queues in reverse, then waits for a reply.
     pub(crate) fn remove_uml(&self, enable: bool) {
         if enable {
             for index in (0..self.queue_count()).rev() {
@@ -139,8 +139,8 @@ impl Vm {
         self.front.barrier();
     }
 
-    /// As `vhost_user_backend_init` and `vhost_dev_init` of QEMU: call files are
-    /// switched over long before the features.
+    /// Like `vhost_user_backend_init` and `vhost_dev_init` of QEMU: sends call files long
+    /// before the features.
     fn attach_qemu(&mut self) {
         let features = self.front.ask_u64(request::GET_FEATURES);
         assert_ne!(features & PROTOCOL_FEATURES, 0);
@@ -158,7 +158,7 @@ impl Vm {
         assert_eq!(self.front.read_config(16).len(), 16);
     }
 
-    /// As `vhost_dev_start`.
+    /// Like `vhost_dev_start`.
     pub(crate) fn start_qemu(&mut self, features: Features, bases: [u32; 2]) {
         self.front.send_u64(request::SET_FEATURES, features.0 | PROTOCOL_FEATURES);
         self.features = features;
@@ -177,7 +177,7 @@ impl Vm {
         }
     }
 
-    /// As `vhost_dev_stop`; returns where the rings stood.
+    /// Like `vhost_dev_stop`; returns the vrings' bases.
     pub(crate) fn stop_qemu(&self) -> [u32; 2] {
         for index in 0..self.queue_count() {
             self.front.send_state(request::SET_VRING_ENABLE, index as u32, 0);
@@ -193,7 +193,7 @@ impl Vm {
         QueueLayout::new(self.features).queues().count()
     }
 
-    /// Where the request queue stood, if the others stood at `bases`.
+    /// The base of the request queue, if the others have `bases`.
     fn request_base(&self, bases: [u32; 2]) -> u32 {
         if bases == [0; 2] { 0 } else { u32::from(self.rings[REQUEST].avail_idx()) }
     }
@@ -212,7 +212,7 @@ impl Vm {
         self.channel = Some(ours);
     }
 
-    /// The memory table, with room for `room` regions and one in it.
+    /// Sends the memory table, with space for `room` regions and one in it.
     pub(crate) fn send_memory(&self, user_base: u64, room: usize) {
         let region = [BASE, BYTES, user_base, self.guest.file_offset];
         let mut payload = mem_table(&[region]);
@@ -237,7 +237,7 @@ impl Vm {
         self.rings = RINGS.map(|at| GuestRing::new(at, RING_SIZE));
     }
 
-    /// Puts a message on a queue without telling the device.
+    /// Puts a message on a queue without a kick.
     pub(crate) fn post(&mut self, queue: usize, bytes: &[u8]) -> u16 {
         self.guest.write(MESSAGE, bytes);
         let mut buffers = vec![Buffer::readable(MESSAGE, bytes.len() as u32)];
@@ -247,7 +247,7 @@ impl Vm {
         }
         let Self { rings, guest, .. } = self;
         if self.features.contains(Features::RING_EVENT_IDX) {
-            // The driver wants to hear of the next chain that comes back.
+            // Request a notification of the next returned chain.
             let ring = &rings[queue];
             let at = ring.avail() + 4 + u64::from(ring.size()) * 2;
             let seen = ring.avail_idx();
@@ -261,7 +261,7 @@ impl Vm {
         rustix::io::write(&self.kicks[queue], &1u64.to_ne_bytes()).unwrap();
     }
 
-    /// Waits for the device to return the next chain of a queue.
+    /// Waits until the device returns the next chain of a queue.
     pub(crate) fn wait_used(&mut self, queue: usize) -> u32 {
         loop {
             if let Some(used) = self.rings[queue].take_used(&self.guest.memory) {
@@ -272,8 +272,8 @@ impl Vm {
         }
     }
 
-    /// Sends a message and waits for its return; the device's status where the
-    /// form has one.
+    /// Sends a message and waits until it is returned. Returns the device's status if the
+    /// format has one.
     pub(crate) fn transact(&mut self, queue: usize, bytes: &[u8]) -> Option<u32> {
         let head = self.post(queue, bytes);
         self.kick(queue);
@@ -284,7 +284,7 @@ impl Vm {
         })
     }
 
-    /// Names pages in the form that was negotiated.
+    /// Returns a message with these pages in the negotiated format.
     pub(crate) fn name_pages(&self, pages: &BTreeSet<u64>) -> Vec<u8> {
         if self.features.contains(Features::PAGE_BITMAP) {
             records(pages)
@@ -324,7 +324,7 @@ pub(crate) fn vring_addr(queue: u32, [table, used, avail]: [u64; 3]) -> Vec<u8> 
     [words(&[queue, 0]), longs(&[table, used, avail, u64::MAX])].concat()
 }
 
-/// Page-bitmap records of 4 KiB blocks for pages of a guest.
+/// Encodes pages as page-bitmap records of 4 KiB blocks.
 fn records(pages: &BTreeSet<u64>) -> Vec<u8> {
     let mut bitmap = [0u64; super::guest::PAGES as usize / 64];
     for page in pages {

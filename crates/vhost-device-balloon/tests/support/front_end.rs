@@ -1,4 +1,4 @@
-//! vhost-user messages as a front end writes and reads them.
+//! vhost-user messages of a front end.
 
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
@@ -41,7 +41,7 @@ pub(crate) mod request {
 
 /// Version 1, from the front end.
 pub(crate) const FLAGS: u32 = 1;
-/// Version 1, an answer.
+/// Version 1, a reply.
 const REPLY_FLAGS: u32 = 5;
 /// Feature bit 30: protocol features.
 pub(crate) const PROTOCOL_FEATURES: u64 = 1 << 30;
@@ -63,8 +63,8 @@ impl FrontEnd {
         Self { socket }
     }
 
-    /// Sends a message as real front ends do: all in one piece. The back end may
-    /// have ended the session already.
+    /// Sends a message in one piece, like real front ends. Returns false if the back end has
+    /// ended the session.
     pub(crate) fn try_send(&self, request: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> bool {
         self.send_raw(&message(request, FLAGS, payload), fds).is_ok()
     }
@@ -81,12 +81,12 @@ impl FrontEnd {
         self.send(request, &words(&[index, value]), &[]);
     }
 
-    /// Hands over a queue's file descriptor.
+    /// Sends a queue's file descriptor.
     pub(crate) fn send_fd(&self, request: u32, index: u64, fd: impl AsFd) {
         self.send(request, &index.to_ne_bytes(), &[fd.as_fd()]);
     }
 
-    /// Sends bytes that need be no message.
+    /// Sends raw bytes.
     pub(crate) fn send_raw(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
         let mut control = SendAncillaryBuffer::new(&mut space);
@@ -98,9 +98,9 @@ impl FrontEnd {
         (&self.socket).write_all(&bytes[sent..])
     }
 
-    /// The payload of the answer to `request`.
+    /// Receives the reply to `request` and returns its payload.
     pub(crate) fn reply(&self, request: u32) -> Vec<u8> {
-        self.try_reply(request).expect("an answer")
+        self.try_reply(request).expect("a reply")
     }
 
     pub(crate) fn try_reply(&self, request: u32) -> io::Result<Vec<u8>> {
@@ -113,7 +113,7 @@ impl FrontEnd {
         Ok(payload)
     }
 
-    /// Sends a request whose answer brings a file.
+    /// Sends a request whose reply has a file.
     pub(crate) fn ask_for_file(&self, request: u32, payload: &[u8]) -> (Vec<u8>, OwnedFd) {
         self.send(request, payload, &[]);
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
@@ -136,12 +136,12 @@ impl FrontEnd {
         u64::from_ne_bytes(self.reply(request).try_into().unwrap())
     }
 
-    /// Waits until the back end has carried out all that was sent.
+    /// Waits until the back end has handled all sent messages.
     pub(crate) fn barrier(&self) {
         self.ask_u64(request::GET_FEATURES);
     }
 
-    /// The fields of the configuration space, read as UML does: all from the start.
+    /// Reads the configuration space from the start, like UML.
     pub(crate) fn read_config(&self, bytes: u32) -> Vec<u8> {
         let mut payload = words(&[0, bytes, 0]);
         payload.resize(12 + bytes as usize, 0);
@@ -162,18 +162,18 @@ impl FrontEnd {
         self.send(request::SET_CONFIG, &payload, &[]);
     }
 
-    /// The guest says how many pages it holds.
+    /// Writes `actual`, as the guest.
     pub(crate) fn write_actual(&self, pages: u32) {
         self.write_config(4, &pages.to_le_bytes());
     }
 
-    /// Nothing more will come; what was sent is still read.
+    /// Shuts down writing; the back end still reads the sent messages.
     pub(crate) fn finish(&self) {
-        // The back end may have closed its end already.
+        // The back end may have closed the connection already.
         let _ = self.socket.shutdown(Shutdown::Write);
     }
 
-    /// Waits until the back end has closed the connection, whatever it still said.
+    /// Waits until the back end has closed the connection, and ignores its messages.
     pub(crate) fn wait_closed(&self) {
         let mut rest = Vec::new();
         let _ = (&self.socket).read_to_end(&mut rest);
@@ -198,7 +198,7 @@ fn header_words(header: [u8; 12]) -> [u32; 3] {
     [0, 1, 2].map(|i: usize| u32::from_ne_bytes(words[i]))
 }
 
-/// The next message on the back end's channel.
+/// Receives the next message on the back end's channel.
 pub(crate) fn channel_message(channel: &UnixStream) -> [u32; 3] {
     channel.set_read_timeout(Some(TEST_TIMEOUT)).unwrap();
     let mut header = [0; 12];

@@ -1,4 +1,4 @@
-//! Guest memory in a memfd, with contents that can be told apart.
+//! Guest memory in a memfd, with a distinct pattern in each page.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -14,18 +14,18 @@ pub(crate) const BYTES: u64 = PAGES * PAGE;
 /// Guest physical address of its memory: beyond 4 GiB, as in User Mode Linux.
 pub(crate) const BASE: u64 = 0x1_2340_0000;
 pub(crate) const FIRST_PAGE: u64 = BASE / PAGE;
-/// Where the region starts in its file.
+/// Offset of the region in its file.
 pub(crate) const FILE_OFFSET: u64 = 0x3000;
-/// Pages of the rings and messages; the others carry patterns.
+/// Pages of the vrings and messages; the others have patterns.
 pub(crate) const OWN_PAGES: u64 = 64;
-/// A monitor's address of the memory, where it is not the guest's.
+/// The front end's address of the memory, if it differs from the guest physical address.
 pub(crate) const USER_BASE: u64 = 0x7f55_0000_0000;
 
-/// Memory of a guest, mapped here and handed to the back end as a file.
+/// Guest memory, mapped here and passed to the back end as a file.
 pub(crate) struct Guest {
     pub(crate) file: File,
     pub(crate) memory: GuestMemoryMmap,
-    /// Where the region starts in its file.
+    /// Offset of the region in its file.
     pub(crate) file_offset: u64,
 }
 
@@ -36,7 +36,7 @@ pub(crate) fn memfd(bytes: u64) -> File {
 }
 
 impl Guest {
-    /// A guest whose pages are all written.
+    /// Creates a guest whose pages are all written.
     pub(crate) fn new() -> Self {
         let guest = Self::sparse();
         guest.zero(BASE, OWN_PAGES * PAGE);
@@ -44,7 +44,7 @@ impl Guest {
         guest
     }
 
-    /// As [`new`](Self::new), in memory that cannot shrink.
+    /// Like [`new`](Self::new), in a file sealed against shrinking.
     pub(crate) fn sealed() -> Self {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = File::from(memfd_create("guest", flags).unwrap());
@@ -56,7 +56,7 @@ impl Guest {
         guest
     }
 
-    /// A guest that has not used its memory.
+    /// Creates a guest that has not used its memory.
     pub(crate) fn sparse() -> Self {
         Self::in_file(memfd(FILE_OFFSET + BYTES))
     }
@@ -65,7 +65,7 @@ impl Guest {
         Self::at(file, FILE_OFFSET)
     }
 
-    /// In a file of which nothing was used.
+    /// Creates a guest in an unused file.
     pub(crate) fn at(file: File, file_offset: u64) -> Self {
         let place = FileOffset::new(file.try_clone().unwrap(), file_offset);
         let region =
@@ -74,7 +74,7 @@ impl Guest {
         Self { file, memory, file_offset }
     }
 
-    /// The driver zeroes a few pages; `reset` of a ring would take it longer.
+    /// Zeroes some pages; faster than `reset` of a vring.
     pub(crate) fn zero(&self, at: u64, bytes: u64) {
         self.memory.write_slice(&vec![0; bytes as usize], GuestAddress(at)).unwrap();
     }
@@ -103,30 +103,30 @@ impl Guest {
         self.page(page)[..] == pattern(page)
     }
 
-    /// Of the pages with patterns, exactly those in `gone` read as zeros and all
-    /// others are as they were written.
+    /// Expects that of the pages with patterns exactly those in `gone` read as zeros, and all
+    /// others are unchanged.
     pub(crate) fn assert_gone(&self, gone: &BTreeSet<u64>) {
         for page in data_pages() {
             if gone.contains(&page) {
-                assert!(self.is_zero(page), "page {page:#x} was inflated and is still there");
+                assert!(self.is_zero(page), "page {page:#x} was inflated and is not released");
             } else {
                 assert!(self.has_pattern(page), "page {page:#x} has lost its contents");
             }
         }
     }
 
-    /// What the file holds, in units of 512 bytes.
+    /// Allocated size of the file, in units of 512 bytes.
     pub(crate) fn blocks(&self) -> u64 {
         self.file.metadata().unwrap().blocks()
     }
 }
 
-/// All pages that carry patterns.
+/// All pages with patterns.
 pub(crate) fn data_pages() -> std::ops::Range<u64> {
     FIRST_PAGE + OWN_PAGES..FIRST_PAGE + PAGES
 }
 
-/// Not zero anywhere, and different for each page.
+/// A pattern without zeros, different for each page.
 fn pattern(page: u64) -> Vec<u8> {
     let word = (page | 1 << 63).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 0x0101_0101_0101_0101;
     word.to_le_bytes().repeat(PAGE as usize / 8)

@@ -1,6 +1,6 @@
-//! A front end and a guest in this process: what a monitor and a driver send,
-//! byte for byte, and what they should not.
-#![allow(dead_code, reason = "each test binary uses its own part")]
+//! A front end and a guest in this process, which send the messages of a VMM and a driver,
+//! or invalid ones.
+#![allow(dead_code, reason = "each test binary uses only a part")]
 
 pub(crate) mod driver;
 pub(crate) mod front_end;
@@ -11,5 +11,5 @@ pub(crate) mod server;
 
 use std::time::Duration;
 
-/// Longer than anything here may take; a wait that ends by it has failed.
+/// Time limit of every wait: a timeout is a failure.
 pub(crate) const TEST_TIMEOUT: Duration = Duration::from_secs(20);

@@ -1,4 +1,4 @@
-//! The `aerostat vhost-user` program, in a process that can be killed.
+//! The `aerostat vhost-user` program as a child process.
 
 use std::io::Read;
 use std::os::unix::net::UnixStream;
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::TEST_TIMEOUT;
 use super::front_end::FrontEnd;
 
-/// A back end in a directory of its own.
+/// A back end with its own directory.
 pub(crate) struct Program {
     program: PathBuf,
     pub(crate) dir: tempfile::TempDir,
@@ -20,14 +20,14 @@ pub(crate) struct Program {
 }
 
 impl Program {
-    /// Not started yet. `program` is the built `aerostat`.
+    /// Creates it, not started. `program` is the path of `aerostat`.
     pub(crate) fn new(program: impl Into<PathBuf>, arguments: &[&str]) -> Self {
         let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
         let dir = tempfile::tempdir().unwrap();
         Self { program: program.into(), dir, arguments, variables: Vec::new(), child: None }
     }
 
-    /// One guest, called `vm`, with the socket `vm.vhost`.
+    /// Creates it with one guest named `vm` on the socket `vm.vhost`.
     pub(crate) fn one_guest(program: impl Into<PathBuf>, arguments: &[&str]) -> Self {
         let mut new = Self::new(program, arguments);
         let socket = new.path("vm.vhost").to_str().unwrap().to_owned();
@@ -39,12 +39,12 @@ impl Program {
         self.arguments.push(argument.into());
     }
 
-    /// Has it in its environment.
+    /// Sets an environment variable.
     pub(crate) fn variable(&mut self, name: &str, value: &str) {
         self.variables.push((name.to_owned(), value.to_owned()));
     }
 
-    /// Nobody reads what it logs, nor ever will.
+    /// Closes the read end of its log.
     pub(crate) fn hang_up_its_log(&mut self) {
         drop(self.child.as_mut().unwrap().stderr.take());
     }
@@ -73,7 +73,7 @@ impl Program {
         self.child.as_ref().unwrap().id()
     }
 
-    /// Ends it with `signal` and returns how it ended and what it logged.
+    /// Sends `signal`, and returns its exit status and log.
     pub(crate) fn end(&mut self, signal: rustix::process::Signal) -> (ExitStatus, String) {
         let mut child = self.child.take().unwrap();
         let pid = rustix::process::Pid::from_child(&child);
@@ -90,7 +90,7 @@ impl Program {
         self.end(rustix::process::Signal::KILL);
     }
 
-    /// How it ended and what it logged, where it ended by itself.
+    /// Returns its exit status and log if it has exited.
     pub(crate) fn ended(&mut self) -> Option<(ExitStatus, String)> {
         let status = self.child.as_mut()?.try_wait().unwrap()?;
         let mut log = String::new();
@@ -98,7 +98,7 @@ impl Program {
         Some((status, log))
     }
 
-    /// Connects as a monitor does whose back end starts or comes back.
+    /// Connects, and retries until the back end listens.
     pub(crate) fn connect(&mut self, socket: &str) -> FrontEnd {
         let path = self.path(socket);
         FrontEnd::new(self.until(|| UnixStream::connect(&path).ok()))
@@ -118,7 +118,7 @@ impl Program {
             if let Some((status, log)) = self.ended() {
                 panic!("the back end ended: {status}\n{log}");
             }
-            assert!(Instant::now() < end, "the back end does not come");
+            assert!(Instant::now() < end, "the back end does not start");
             thread::sleep(Duration::from_millis(1));
         }
     }
@@ -133,7 +133,7 @@ impl Drop for Program {
     }
 }
 
-/// What the kernel says of each thread of a process, under a name.
+/// Returns a file in `/proc` of each thread of a process.
 pub(crate) fn of_each_thread(pid: u32, name: &str) -> Vec<String> {
     let tasks = std::fs::read_dir(Path::new("/proc").join(pid.to_string()).join("task")).unwrap();
     let status = |task: std::io::Result<std::fs::DirEntry>| {

@@ -14,18 +14,18 @@ use super::TEST_TIMEOUT;
 use super::driver::{MESSAGE, REQUEST, Vm, is_readable};
 use super::guest::{BASE, PAGE};
 
-/// Where requests are written: one slot for each descriptor.
+/// Buffers for requests: one slot for each descriptor.
 const SLOTS: u64 = BASE + 0x38000;
 const SLOT_BYTES: u64 = 64;
-/// Where answers get their status.
+/// Buffer for the status of answers.
 const STATUS: u64 = BASE + 0x3e000;
 
-/// What came back on the request queue.
+/// A chain that was returned on the request queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Back {
     /// A waiting chain with a request in it.
     Asked(Request),
-    /// A waiting chain with nothing in it.
+    /// A waiting chain, unused.
     Empty,
     /// An answer, with its status.
     Status(u32),
@@ -42,13 +42,13 @@ impl Vm {
         self.kick(REQUEST);
     }
 
-    /// Descriptors are taken in turn, and nothing here is more than one chain
-    /// of two ahead of another, so a slot is free again when its turn comes.
+    /// Descriptors are used round robin, and no test is more than one chain
+    /// of two ahead, so a slot is free when it is used again.
     fn next_slot(&self) -> u16 {
         self.rings[REQUEST].next_slot() % 256
     }
 
-    /// The next chain that comes back within `time`.
+    /// Returns the next chain that is returned within `time`.
     pub(crate) fn back_within(&mut self, time: Duration) -> Option<Back> {
         loop {
             if let Some(used) = self.rings[REQUEST].take_used(&self.guest.memory) {
@@ -62,7 +62,7 @@ impl Vm {
     }
 
     pub(crate) fn back(&mut self) -> Back {
-        self.back_within(TEST_TIMEOUT).expect("a chain comes back")
+        self.back_within(TEST_TIMEOUT).expect("a chain is returned")
     }
 
     fn read_back(&self, used: guest_ring::Used) -> Back {
@@ -82,7 +82,7 @@ impl Vm {
         }
     }
 
-    /// The next request; whatever else comes back is a failure.
+    /// Returns the next request; any other chain is a failure.
     pub(crate) fn next_request(&mut self) -> Request {
         match self.back() {
             Back::Asked(request) => request,
@@ -90,7 +90,7 @@ impl Vm {
         }
     }
 
-    /// Posts an answer of any bytes and waits for its status.
+    /// Posts an answer of raw bytes and waits for its status.
     pub(crate) fn answer_raw(&mut self, bytes: &[u8]) -> u32 {
         self.guest.write(MESSAGE, bytes);
         let len = bytes.len() as u32;
@@ -122,7 +122,7 @@ pub(crate) fn answer_bytes(id: u32, outcome: Outcome, values: [u64; 4], records:
     bytes
 }
 
-/// One record: bits of `words` from page `start` on, in blocks of `pages`.
+/// Encodes one record: the bits of `words` from page `start` on, in blocks of `pages`.
 pub(crate) fn blocks(start: u64, pages: u64, words: &[u64]) -> Vec<u8> {
     let mut bytes = vec![0; 8 * (words.len() + 1)];
     let shift = (pages * PAGE).ilog2();
@@ -134,19 +134,19 @@ pub(crate) fn blocks(start: u64, pages: u64, words: &[u64]) -> Vec<u8> {
 /// An operator who waits for an answer.
 pub(crate) type Operator = JoinHandle<Result<GuestAnswer, ControlError>>;
 
-/// Asks, as the server does: in a thread of its own.
+/// Submits a request and waits in a new thread, like the server.
 pub(crate) fn ask(balloon: &Arc<dyn BalloonControl>, ask: GuestAsk, timeout: Duration) -> Operator {
     let balloon = Arc::clone(balloon);
     thread::spawn(move || {
         let id = balloon.submit(ask, timeout)?;
-        balloon.wait_request(id, 2 * TEST_TIMEOUT).expect("a request ends in its time")
+        balloon.wait_request(id, 2 * TEST_TIMEOUT).expect("a request ends before the timeout")
     })
 }
 
-/// Why a request brought nothing, and the text about it.
+/// Returns the reason and the text of a failed request.
 pub(crate) fn why(outcome: Result<GuestAnswer, ControlError>) -> (WhyNot, String) {
     match outcome {
         Err(ControlError::Guest { why, what, .. }) => (why, what),
-        other => panic!("not a failure of the guest's: {other:?}"),
+        other => panic!("not a failure of the guest: {other:?}"),
     }
 }

@@ -1,4 +1,4 @@
-//! The back end under test, in threads of its own.
+//! The back end under test, in its own threads.
 
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -14,11 +14,11 @@ use vhost_device_balloon::{Backend, End, SessionError};
 use super::TEST_TIMEOUT;
 use super::front_end::FrontEnd;
 
-/// One guest's back end, for one connection after the other.
+/// One guest's back end, which serves one connection after the other.
 pub(crate) struct Server {
     backend: Arc<Backend>,
     pub(crate) balloon: Arc<dyn BalloonControl>,
-    /// The process is asked to end by a byte in `.1`.
+    /// A byte in `.1` stops the back end.
     stop: Arc<(UnixStream, UnixStream)>,
 }
 
@@ -49,7 +49,7 @@ impl Server {
         let (send_outcome, outcome) = mpsc::channel();
         let thread = thread::spawn(move || {
             send_task.send(std::fs::read_link("/proc/thread-self").unwrap()).unwrap();
-            // A test that failed does not listen any more.
+            // A failed test has dropped the receiver.
             let _ = send_outcome.send(backend.serve(&stream, &stop.0));
         });
         let task = PathBuf::from("/proc").join(task.recv_timeout(TEST_TIMEOUT).unwrap());
@@ -77,8 +77,8 @@ impl Server {
         self.status().faults.guest.get(name).copied().unwrap_or(0)
     }
 
-    /// Waits until everything the guest gave has been released. Nobody announces
-    /// that, so it is looked for.
+    /// Waits until all inflated pages are released. Polls, because there is no
+    /// notification.
     pub(crate) fn settle(&self) {
         let end = Instant::now() + TEST_TIMEOUT;
         loop {
@@ -93,7 +93,7 @@ impl Server {
 }
 
 impl Served {
-    /// How the session ended, once it has; a back end that goes on is a failure.
+    /// Waits for the session's outcome; panics on a timeout.
     pub(crate) fn outcome(self) -> Result<End, SessionError> {
         let outcome = self.outcome.recv_timeout(TEST_TIMEOUT);
         if let Err(mpsc::RecvTimeoutError::Timeout) = outcome {
@@ -103,7 +103,7 @@ impl Served {
         outcome.unwrap()
     }
 
-    /// Time that the serving thread has spent on a processor, in nanoseconds
+    /// CPU time of the serving thread, in nanoseconds
     /// (Documentation/scheduler/sched-stats.rst).
     pub(crate) fn cpu_ns(&self) -> u64 {
         let text = std::fs::read_to_string(self.task.join("schedstat")).unwrap();
