@@ -276,11 +276,11 @@ fn invalid_answers(id: u32) -> Vec<(&'static str, u32, Vec<u8>)> {
 
 #[test]
 fn an_invalid_answer_ends_only_its_request() {
-    for lie in 0..lies(1).len() {
+    for case in 0..invalid_answers(1).len() {
         let (server, mut vm, _served) = guest_with_requests(Monitor::Uml);
         let operator = ask(&server.balloon, SNAPSHOT, TEST_TIMEOUT);
         let request = vm.next_request();
-        let (fault, status, bytes) = lies(request.id).swap_remove(lie);
+        let (fault, status, bytes) = invalid_answers(request.id).swap_remove(case);
         assert_eq!(vm.answer_raw(&bytes), status, "{fault}");
         let (reason, what) = why(operator.join().unwrap());
         assert_eq!(reason, WhyNot::Refused);
