@@ -7,18 +7,18 @@ pub const CONFIG_BYTES: usize = 16;
 /// A field of the configuration space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Field {
-    /// Pages the host wants in the balloon. Read-only for the driver.
+    /// The balloon's target, in balloon pages. Read-only for the driver.
     NumPages,
-    /// Pages the driver says are in the balloon.
+    /// Balloon pages in the balloon, as the driver reports.
     Actual,
-    /// Command of free page hinting. Read-only for the driver.
+    /// Command id of free page hinting. Read-only for the driver.
     FreePageHintCmdId,
-    /// What the guest fills free pages with.
+    /// The pattern with which the guest fills free pages.
     PoisonVal,
 }
 
 impl Field {
-    /// All fields in their order on the wire.
+    /// All fields, in wire order.
     pub const ALL: [Self; 4] =
         [Self::NumPages, Self::Actual, Self::FreePageHintCmdId, Self::PoisonVal];
 
@@ -32,7 +32,7 @@ impl Field {
         }
     }
 
-    /// True for the two fields that a driver may write.
+    /// Returns true for the two fields that a driver may write.
     pub const fn is_driver_writable(self) -> bool {
         matches!(self, Self::Actual | Self::PoisonVal)
     }
@@ -41,9 +41,9 @@ impl Field {
 /// The values of the configuration space.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ConfigSpace {
-    /// Balloon pages the host asks for.
+    /// See [`Field::NumPages`].
     pub num_pages: u32,
-    /// Balloon pages the driver reports.
+    /// See [`Field::Actual`].
     pub actual: u32,
     /// See [`Field::FreePageHintCmdId`].
     pub free_page_hint_cmd_id: u32,
@@ -54,14 +54,14 @@ pub struct ConfigSpace {
 /// Why a driver's write was refused. Both are the guest's fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WriteError {
-    /// Not exactly one field: the wrong length, or between fields, or beyond.
+    /// Not exactly one field: the wrong length or offset.
     NotAField,
-    /// A field that only the device writes.
+    /// A field that only the device may write.
     ReadOnly(Field),
 }
 
 impl ConfigSpace {
-    /// The bytes that a driver reads.
+    /// Returns the wire format.
     pub fn to_bytes(&self) -> [u8; CONFIG_BYTES] {
         let mut bytes = [0; CONFIG_BYTES];
         for field in Field::ALL {
@@ -81,8 +81,8 @@ impl ConfigSpace {
         }
     }
 
-    /// Applies a driver's write of `data` at `offset`; on an error nothing has
-    /// changed. Returns the field and its new value.
+    /// Applies a driver's write of `data` at `offset`. Returns the field and its new value.
+    /// Changes nothing on an error.
     pub fn driver_write(&mut self, offset: u32, data: &[u8]) -> Result<(Field, u32), WriteError> {
         let field = Field::ALL
             .into_iter()
@@ -104,7 +104,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bytes_are_little_endian_in_the_order_of_the_specification() {
+    fn fields_are_little_endian_in_wire_order() {
         let config = ConfigSpace {
             num_pages: 0x0403_0201,
             actual: 0x0807_0605,
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn a_driver_writes_only_its_own_fields() {
+    fn a_driver_can_write_only_its_own_fields() {
         let mut config = ConfigSpace { num_pages: 7, ..Default::default() };
         assert_eq!(config.driver_write(4, &[9, 0, 0, 0]), Ok((Field::Actual, 9)));
         assert_eq!(

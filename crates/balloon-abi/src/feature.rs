@@ -10,11 +10,11 @@ pub struct Features(pub u64);
 impl Features {
     /// No feature.
     pub const NONE: Self = Self(0);
-    /// The guest may not use a ballooned page before it told the host (bit 0).
+    /// The guest must deflate a page before it uses the page (bit 0).
     pub const MUST_TELL_HOST: Self = Self::bit(0);
     /// A queue for guest memory statistics exists (bit 1).
     pub const STATS_VQ: Self = Self::bit(1);
-    /// The guest takes pages back by itself when it runs out of memory (bit 2).
+    /// The guest deflates the balloon when it is out of memory (bit 2).
     pub const DEFLATE_ON_OOM: Self = Self::bit(2);
     /// A queue for free page hints exists (bit 3).
     pub const FREE_PAGE_HINT: Self = Self::bit(3);
@@ -22,11 +22,11 @@ impl Features {
     pub const PAGE_POISON: Self = Self::bit(4);
     /// A queue for free page reports exists (bit 5).
     pub const REPORTING: Self = Self::bit(5);
-    /// The ring may hold indirect descriptors (bit 28, transport).
+    /// Indirect descriptors are allowed (bit 28, transport).
     pub const RING_INDIRECT_DESC: Self = Self::bit(28);
-    /// Notifications are suppressed by index (bit 29, transport).
+    /// `used_event` and `avail_event` suppress notifications (bit 29, transport).
     pub const RING_EVENT_IDX: Self = Self::bit(29);
-    /// The device follows virtio 1.0 or later (bit 32, transport).
+    /// The device complies with virtio 1.0 or later (bit 32, transport).
     pub const VERSION_1: Self = Self::bit(32);
     /// Aerostat: inflate and deflate messages are page-bitmap records (bit 60).
     pub const PAGE_BITMAP: Self = Self::bit(60);
@@ -37,28 +37,28 @@ impl Features {
         Self(1 << n)
     }
 
-    /// True when every bit of `other` is set.
+    /// Returns true if every bit of `other` is set.
     pub const fn contains(self, other: Self) -> bool {
         self.0 & other.0 == other.0
     }
 
-    /// Bits of `self` that are not in `other`.
+    /// Returns the bits of `self` that are not in `other`.
     pub const fn without(self, other: Self) -> Self {
         Self(self.0 & !other.0)
     }
 
-    /// Bits of both, usable in constants.
+    /// Returns the bits of both; usable in constants.
     pub const fn union(self, other: Self) -> Self {
         Self(self.0 | other.0)
     }
 
-    /// Names of the balloon's own bits that are set, in bit order.
+    /// Returns the names of the known bits that are set, in bit order.
     pub fn names(self) -> impl Iterator<Item = &'static str> {
         NAMES.iter().filter(move |(bit, _)| self.contains(*bit)).map(|(_, name)| *name)
     }
 }
 
-/// The vocabulary shared with the control API.
+/// Names, as in the control API.
 const NAMES: &[(Features, &str)] = &[
     (Features::MUST_TELL_HOST, "must-tell-host"),
     (Features::STATS_VQ, "stats-vq"),

@@ -1,22 +1,22 @@
-//! Commands of free page hinting (virtio 1.3, section 5.5.6.5): a `u32` that the
-//! device shows in `free_page_hint_cmd_id` and the driver repeats.
+//! Commands of free page hinting (virtio 1.3, section 5.5.6.5): a `u32` that the device
+//! writes to `free_page_hint_cmd_id` and the driver sends on the queue.
 
 /// Bytes of a command on the queue.
 pub const COMMAND_BYTES: usize = 4;
 
-/// What the device asks for, or what a driver says its pages belong to.
+/// A command of the device, or the id to which a driver's next pages belong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HintCommand {
-    /// Stop hinting (0). From the driver: there is no more to hint.
+    /// Stop hinting (0). From the driver: hinting is complete.
     Stop,
-    /// Stop hinting, and use the hinted pages again (1).
+    /// Hinting is done, and the guest may use the hinted pages again (1).
     Done,
-    /// Hint what is free, under this number.
+    /// Hint free pages under this id.
     Hint(HintId),
 }
 
 impl HintCommand {
-    /// The number on the wire.
+    /// Returns the wire value.
     pub const fn to_u32(self) -> u32 {
         match self {
             Self::Stop => 0,
@@ -25,7 +25,7 @@ impl HintCommand {
         }
     }
 
-    /// What a number on the wire means.
+    /// Decodes a wire value.
     pub const fn from_u32(number: u32) -> Self {
         match number {
             0 => Self::Stop,
@@ -35,16 +35,16 @@ impl HintCommand {
     }
 }
 
-/// Number of one request for hints: 2 or more.
+/// Command id of a request for hints: 2 or more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct HintId(u32);
 
 impl HintId {
-    /// The first that a device hands out. 0 and 1 have their own meaning; QEMU
-    /// begins here, which leaves room for more of these.
+    /// The first id that a device uses. 0 and 1 are reserved. QEMU starts here too, which
+    /// leaves values for more reserved ids.
     pub const FIRST: Self = Self(0x8000_0000);
 
-    /// The number that follows: after 2^31 of them they begin anew.
+    /// Returns the next id. Wraps around after 2^31 ids.
     #[must_use]
     pub const fn next(self) -> Self {
         match self.0.checked_add(1) {
@@ -53,7 +53,7 @@ impl HintId {
         }
     }
 
-    /// The number on the wire.
+    /// Returns the wire value.
     pub const fn get(self) -> u32 {
         self.0
     }
@@ -64,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn commands_and_numbers_are_inverse() {
+    fn decoding_inverts_encoding() {
         for number in [0, 1, 2, 0x7fff_ffff, 0x8000_0000, u32::MAX] {
             assert_eq!(HintCommand::from_u32(number).to_u32(), number);
         }
@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_go_around_and_never_become_a_command() {
+    fn ids_wrap_around_to_the_first() {
         assert_eq!(HintId::FIRST.next().get(), 0x8000_0001);
         assert_eq!(HintId(u32::MAX).next(), HintId::FIRST);
     }

@@ -1,9 +1,9 @@
-//! Wire layouts of the virtio balloon (device type 5) and of Aerostat's
-//! extensions to it, shared by the guest driver and the host device.
+//! Wire formats of the virtio balloon (device type 5) and of Aerostat's extensions,
+//! shared by the guest driver and the host device.
 //!
-//! The authority is `docs/protocol.md`; the specification's part is virtio 1.3,
-//! section 5.5. This crate only says what bytes mean. It never decides, never
-//! allocates, and needs nothing but `core`, because it runs inside a kernel.
+//! Specified in virtio 1.3, section 5.5, and in `docs/protocol.md`. This crate only
+//! encodes and decodes. It does not allocate and depends only on `core`, because it also
+//! runs inside a kernel.
 
 #![no_std]
 #![forbid(unsafe_code)]

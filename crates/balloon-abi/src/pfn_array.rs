@@ -6,18 +6,18 @@ use crate::page::Pfn;
 /// Bytes of one page number.
 pub const PFN_BYTES: usize = 4;
 
-/// Page numbers of a message.
+/// Decodes the page numbers of a message.
 ///
-/// Bytes beyond the last whole number are not looked at: the specification says
-/// nothing of them, and QEMU ignores them too.
+/// Ignores an incomplete number at the end: the specification does not mention it, and QEMU
+/// ignores it too.
 pub fn decode(message: &[u8]) -> impl Iterator<Item = Pfn> {
     message
         .chunks_exact(PFN_BYTES)
         .map(|raw| Pfn(u64::from(u32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]]))))
 }
 
-/// Writes `pfn` as number `index` of a message; false where the message is too
-/// short or the page lies above the 16 TiB that 32 bits can name.
+/// Writes `pfn` as number `index` of a message. Returns false if the message is too short or
+/// the page is above 16 TiB, so that its number does not fit in 32 bits.
 pub fn encode(message: &mut [u8], index: usize, pfn: Pfn) -> bool {
     let Ok(raw) = u32::try_from(pfn.0) else { return false };
     let Some(slot) = index
@@ -37,7 +37,7 @@ mod tests {
     use std::vec::Vec;
 
     #[test]
-    fn what_was_encoded_is_decoded() {
+    fn decoding_inverts_encoding() {
         let mut message = [0; 12];
         assert!(encode(&mut message, 0, Pfn(1)));
         assert!(encode(&mut message, 1, Pfn(u64::from(u32::MAX))));
@@ -45,6 +45,6 @@ mod tests {
         assert!(!encode(&mut message, 3, Pfn(1)), "beyond the message");
         assert!(!encode(&mut message, usize::MAX, Pfn(1)));
         let pfns: Vec<_> = decode(&message[..11]).collect();
-        assert_eq!(pfns, [Pfn(1), Pfn(u64::from(u32::MAX))], "a torn number is not one");
+        assert_eq!(pfns, [Pfn(1), Pfn(u64::from(u32::MAX))], "an incomplete number is ignored");
     }
 }

@@ -1,19 +1,18 @@
-//! Which virtqueue has which number.
+//! Indices of the virtqueues.
 //!
-//! This is the only place that knows. Linux 6.1 and 6.12 give numbers only to
-//! the queues whose features were negotiated (`init_vqs` leaves the others
-//! nameless and the transports skip those), so the number of, say, the reporting
-//! queue depends on what else was negotiated. The specification's fixed numbers
-//! (virtio 1.3, section 5.5.2) are the case where everything was.
+//! Linux 6.1 and 6.12 assign indices only to queues whose features were negotiated
+//! (`init_vqs` leaves the others without a name, and the transports skip those). So the index
+//! of the reporting queue, for example, depends on the other features. The specification's
+//! fixed indices (virtio 1.3, section 5.5.2) result if all features were negotiated.
 
 use crate::feature::Features;
 
 /// A virtqueue of the balloon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Vq {
-    /// Pages that the guest gives.
+    /// Pages that enter the balloon.
     Inflate,
-    /// Pages that the guest takes back.
+    /// Pages that leave the balloon.
     Deflate,
     /// Guest memory statistics.
     Stats,
@@ -21,16 +20,16 @@ pub enum Vq {
     FreePage,
     /// Free page reports.
     Reporting,
-    /// Aerostat's requests from the host.
+    /// Aerostat's requests of the host.
     Request,
 }
 
 impl Vq {
-    /// All queues in the order in which they are numbered.
+    /// All queues, in order of their indices.
     pub const ALL: [Self; 6] =
         [Self::Inflate, Self::Deflate, Self::Stats, Self::FreePage, Self::Reporting, Self::Request];
 
-    /// Feature that the queue depends on; the first two always exist.
+    /// Returns the feature that the queue depends on; the first two always exist.
     pub const fn feature(self) -> Features {
         match self {
             Self::Inflate | Self::Deflate => Features::NONE,
@@ -42,32 +41,32 @@ impl Vq {
     }
 }
 
-/// The numbering of the queues for one set of negotiated features.
+/// The queue indices for a set of negotiated features.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QueueLayout {
     negotiated: Features,
 }
 
 impl QueueLayout {
-    /// Most queues that any set of features asks for.
+    /// Most queues for any set of features.
     pub const MAX_QUEUES: usize = Vq::ALL.len();
 
-    /// The layout after `negotiated` features.
+    /// Creates the layout for `negotiated` features.
     pub const fn new(negotiated: Features) -> Self {
         Self { negotiated }
     }
 
-    /// Queues that exist, in the order of their numbers.
+    /// Iterates over the existing queues, in order of their indices.
     pub fn queues(self) -> impl Iterator<Item = Vq> {
         Vq::ALL.into_iter().filter(move |vq| self.negotiated.contains(vq.feature()))
     }
 
-    /// Number of `vq`, or `None` where it does not exist.
+    /// Returns the index of `vq`; `None` if it does not exist.
     pub fn index(self, vq: Vq) -> Option<usize> {
         self.queues().position(|other| other == vq)
     }
 
-    /// The queue with number `index`, or `None` where there is none.
+    /// Returns the queue with this index, if it exists.
     pub fn vq(self, index: usize) -> Option<Vq> {
         self.queues().nth(index)
     }
@@ -90,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn with_everything_negotiated_the_numbers_are_the_specifications() {
+    fn with_all_features_the_indices_are_those_of_the_specification() {
         let layout = QueueLayout::new(Features(u64::MAX));
         for (index, vq) in Vq::ALL.into_iter().enumerate() {
             assert_eq!(layout.index(vq), Some(index));

@@ -1,16 +1,16 @@
-//! Page-bitmap records: the message form of `PAGE_BITMAP`.
+//! Page-bitmap records: the message format of `PAGE_BITMAP`.
 //!
 //! ```text
 //!  63      58 57           52 51                                     0
 //! +----------+---------------+----------------------------------------+
 //! |  words   | granule_shift |               start_pfn                |  u64, little-endian
 //! +----------+---------------+----------------------------------------+
-//! |  words x u64 bitmap, little-endian; bit i of the bitmap says      |
-//! |  "the block of 2^granule_shift bytes, i blocks after start_pfn"   |
+//! |  words x u64 bitmap, little-endian; bit i of the bitmap names     |
+//! |  the block of 2^granule_shift bytes i blocks after start_pfn      |
 //! +-------------------------------------------------------------------+
 //! ```
 //!
-//! `words == 0` says the single block at `start_pfn`. A message is a run of
+//! `words == 0` names the single block at `start_pfn`. A message is a sequence of
 //! records and nothing else.
 
 use crate::limits::{MAX_GRANULE_SHIFT, MAX_RECORD_PFN, MAX_RECORD_WORDS, MIN_GRANULE_SHIFT};
@@ -34,30 +34,30 @@ pub struct RecordHeader {
     pub words: usize,
 }
 
-/// Why bytes are no record. Always the sender's fault.
+/// Why a record is invalid. Always the sender's fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RecordError {
     /// The message ends within a header or within a bitmap.
     Truncated,
-    /// The granule is smaller or larger than the limits allow.
+    /// The granule is outside of the limits.
     Granule {
-        /// What the header said.
+        /// Value in the header.
         granule_shift: u32,
     },
-    /// The first page is no multiple of the granule, or needs more than 52 bits.
+    /// The first page is not aligned to the granule, or needs more than 52 bits.
     Start {
-        /// What the header said.
+        /// Value in the header.
         start_pfn: Pfn,
     },
-    /// More words than six bits can say (encoding only).
+    /// More words than fit in six bits (encoding only).
     Words {
-        /// What was asked for.
+        /// Requested number of words.
         words: usize,
     },
 }
 
 impl RecordHeader {
-    /// Balloon pages of one block.
+    /// Returns the balloon pages of one block.
     pub const fn block_pages(&self) -> u64 {
         1 << (self.granule_shift - BALLOON_PAGE_SHIFT)
     }
@@ -108,17 +108,16 @@ impl<'a> Record<'a> {
         self.header
     }
 
-    /// The bitmap; a record without one reads as a bitmap with bit 0 set.
+    /// Iterates over the bitmap words; a record without a bitmap has one word with bit 0 set.
     pub fn words(&self) -> impl Iterator<Item = u64> + Clone + use<'a> {
         let single = (self.header.words == 0).then_some(1);
         let (words, _) = self.bitmap.as_chunks::<WORD_BYTES>();
         words.iter().map(|raw| u64::from_le_bytes(*raw)).chain(single)
     }
 
-    /// From the first page of the first block that the record names to the end of
-    /// the last one, as page numbers; `None` where it names none. The parts of a
-    /// bitmap before and behind need not exist in any guest. Cannot overflow,
-    /// since a start has 52 bits.
+    /// Returns the first page of the first named block and the end of the last one, as page
+    /// numbers; `None` if the record names no block. The rest of the bitmap may be outside
+    /// of guest memory. Cannot overflow, since a start has 52 bits.
     pub fn span(&self) -> Option<(Pfn, Pfn)> {
         let mut named = self.words().enumerate().filter(|(_, word)| *word != 0);
         let (i, word) = named.next()?;
@@ -130,14 +129,14 @@ impl<'a> Record<'a> {
     }
 }
 
-/// Reads the records of a message; ends after the first error.
+/// Iterator over the records of a message; ends after the first error.
 #[derive(Clone, Debug)]
 pub struct Records<'a> {
     rest: &'a [u8],
 }
 
 impl<'a> Records<'a> {
-    /// The records of `message`.
+    /// Starts at the first record of `message`.
     pub const fn new(message: &'a [u8]) -> Self {
         Self { rest: message }
     }
@@ -168,8 +167,8 @@ impl<'a> Iterator for Records<'a> {
     }
 }
 
-/// Writes one record to the front of `out` and returns its bytes, or `None`
-/// where it does not fit.
+/// Writes a record to the start of `out` and returns its length; `None` if it does not
+/// fit.
 pub fn encode(
     out: &mut [u8],
     start_pfn: Pfn,
@@ -197,7 +196,7 @@ mod tests {
         let mut records = Records::new(message);
         let record = records.next().expect("a message");
         if record.is_err() {
-            assert!(records.next().is_none(), "reading goes on after an error");
+            assert!(records.next().is_none(), "reading continues after an error");
         }
         record
     }
@@ -227,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn the_span_is_of_the_blocks_that_are_named() {
+    fn the_span_covers_only_named_blocks() {
         let mut message = [0; 40];
         encode(&mut message, Pfn(0), 21, &[0, 1 << 3, 1 << 5, 0]).unwrap().unwrap();
         assert_eq!(one(&message).unwrap().span(), Some((Pfn(67 * 512), Pfn(134 * 512))));
@@ -236,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn lies_are_refused() {
+    fn invalid_records_are_refused() {
         let word =
             |start: u64, shift: u64, words: u64| (start | shift << 52 | words << 58).to_le_bytes();
         assert_eq!(one(&word(1, 21, 0)).unwrap_err(), RecordError::Start { start_pfn: Pfn(1) });
@@ -247,8 +246,11 @@ mod tests {
         assert_eq!(one(&[0; 7]).unwrap_err(), RecordError::Truncated);
         let top = MAX_RECORD_PFN - 1;
         assert_eq!(one(&word(top, 12, 0)).unwrap().span(), Some((Pfn(top), Pfn(MAX_RECORD_PFN))));
-        assert!(encode(&mut [0; 1024], Pfn(0), 12, &[1; 64]).is_err(), "64 words have no code");
-        assert_eq!(encode(&mut [0; 15], Pfn(0), 12, &[1]), Ok(None), "no room");
+        assert!(
+            encode(&mut [0; 1024], Pfn(0), 12, &[1; 64]).is_err(),
+            "64 words do not fit in six bits"
+        );
+        assert_eq!(encode(&mut [0; 15], Pfn(0), 12, &[1]), Ok(None), "the buffer is too short");
     }
 
     fn records() -> impl Strategy<Value = Vec<(u64, u32, Vec<u64>)>> {
@@ -282,7 +284,7 @@ mod tests {
         }
 
         #[test]
-        fn any_bytes_are_read_to_an_end(message in prop::collection::vec(any::<u8>(), 0..2048)) {
+        fn any_bytes_can_be_decoded(message in prop::collection::vec(any::<u8>(), 0..2048)) {
             for record in Records::new(&message).flatten() {
                 prop_assert!(record.header().start_pfn.0 < MAX_RECORD_PFN);
                 if let Some((start, end)) = record.span() {

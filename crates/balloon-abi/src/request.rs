@@ -1,4 +1,4 @@
-//! The request queue (`REQUEST_VQ`): what the host asks and the driver answers.
+//! The request queue (`REQUEST_VQ`): requests of the host and answers of the driver.
 //!
 //! ```text
 //! request:  id u32 | command u32 | argument u64                        16 bytes
@@ -6,7 +6,7 @@
 //!           then page-bitmap records
 //! ```
 //!
-//! All little-endian. `docs/protocol.md` says what the values mean.
+//! All little-endian. `docs/protocol.md` defines the values.
 
 /// Bytes of a request.
 pub const REQUEST_BYTES: usize = 16;
@@ -17,61 +17,60 @@ pub const ANSWER_HEADER_BYTES: usize = 48;
 /// Values in an answer.
 pub const ANSWER_VALUES: usize = 4;
 
-/// Requests that a driver holds at most, the running one not counted; one more
-/// is answered [`Outcome::Busy`]. A host sends one at a time, and another one
-/// only after the time of the first has run out.
+/// Most requests that wait in a driver, without the running one. It answers one more with
+/// [`Outcome::Busy`]. A host sends one at a time, and another one only after the first has
+/// ended or timed out.
 pub const MAX_WAITING_REQUESTS: usize = 8;
 
-/// Caches of a guest, as bits (Linux: `/proc/sys/vm/drop_caches`).
+/// Caches of a guest as bits, as in Linux's `/proc/sys/vm/drop_caches`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Caches(u64);
 
 impl Caches {
-    /// File contents that need not be written back.
+    /// Clean page cache.
     pub const PAGE_CACHE: Self = Self(1);
     /// Reclaimable kernel objects: inodes and directory entries.
     pub const SLAB: Self = Self(2);
     /// Both.
     pub const ALL: Self = Self(3);
 
-    /// The bits as they stand in an argument.
+    /// Returns the bits of the wire argument.
     pub const fn bits(self) -> u64 {
         self.0
     }
 
-    /// `None` where no bit is set, or one that has no meaning.
+    /// Returns `None` if no bit or an unknown bit is set.
     pub const fn from_bits(bits: u64) -> Option<Self> {
         if bits == 0 || bits & !Self::ALL.0 != 0 { None } else { Some(Self(bits)) }
     }
 
-    /// True when every cache of `other` is in.
+    /// Returns true if it includes every cache of `other`.
     pub const fn contains(self, other: Self) -> bool {
         self.0 & other.0 == other.0
     }
 }
 
-/// What the host asks.
+/// A command of the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {
     /// Drop clean caches.
     DropCaches(Caches),
-    /// Name the free blocks of at least `2^min_granule_shift` bytes, as they are
-    /// while the driver walks.
+    /// Report blocks of at least `2^min_granule_shift` bytes that are free during the scan.
     ReportFree {
         /// log2 of the smallest block in bytes.
         min_granule_shift: u32,
     },
-    /// Allocate free blocks, name them, and keep them until told otherwise.
+    /// Allocate free blocks, report them, and keep them until the release.
     HoldFree {
-        /// Balloon pages that the guest keeps free for itself.
+        /// Balloon pages that the guest leaves free for its own use.
         reserve_pages: u64,
     },
-    /// Give the blocks of a hold back to the guest.
+    /// Free the blocks of a hold.
     ReleaseHold {
         /// Id of the hold's request.
         hold: u32,
     },
-    /// Stop the request that has this request's id. Has no answer of its own.
+    /// Cancel the request with this id. Has no answer of its own.
     Cancel,
 }
 
@@ -81,26 +80,26 @@ const HOLD_FREE: u32 = 3;
 const RELEASE_HOLD: u32 = 4;
 const CANCEL: u32 = 5;
 
-/// A command with the id that its answers carry.
+/// A command with an id, which its answers repeat.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Request {
-    /// Not 0, and not that of any request that may still be answered.
+    /// Not 0, and not the id of a request that may still be answered.
     pub id: u32,
-    /// What is asked.
+    /// The command.
     pub command: Command,
 }
 
-/// Why bytes are no request that can be carried out.
+/// Why a request cannot be executed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RequestError {
-    /// Fewer than [`REQUEST_BYTES`], or the id 0: there is nobody to answer.
+    /// Fewer than [`REQUEST_BYTES`], or the id 0. Gets no answer.
     NoRequest,
-    /// To be answered [`Outcome::UnknownCommand`].
+    /// Must be answered with [`Outcome::UnknownCommand`].
     UnknownCommand {
         /// Id of the request.
         id: u32,
     },
-    /// To be answered [`Outcome::BadArgument`].
+    /// Must be answered with [`Outcome::BadArgument`].
     BadArgument {
         /// Id of the request.
         id: u32,
@@ -108,7 +107,7 @@ pub enum RequestError {
 }
 
 impl Request {
-    /// The wire form.
+    /// Returns the wire format.
     pub fn to_bytes(self) -> [u8; REQUEST_BYTES] {
         let (command, argument) = match self.command {
             Command::DropCaches(caches) => (DROP_CACHES, caches.bits()),
@@ -124,7 +123,7 @@ impl Request {
         bytes
     }
 
-    /// Reads and checks the wire form.
+    /// Decodes and checks the wire format.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, RequestError> {
         let mut fields = Fields(bytes);
         let (Some(id), Some(command), Some(argument)) = (fields.u32(), fields.u32(), fields.u64())
@@ -156,30 +155,30 @@ impl Request {
     }
 }
 
-/// How far a request has come, or how it ended.
+/// Progress or outcome of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Outcome {
-    /// Records of a request that goes on.
+    /// A partial answer; the request is still running.
     More = 0,
-    /// All is done.
+    /// The request is complete.
     Done = 1,
-    /// Stopped because the host said so.
+    /// The host cancelled the request.
     Cancelled = 2,
-    /// The driver does not know the command.
+    /// The driver does not support the command.
     UnknownCommand = 3,
-    /// The argument has no meaning, or names no hold.
+    /// The argument is invalid, or names no hold.
     BadArgument = 4,
-    /// The guest's kernel refused; `values[0]` is its error number.
+    /// The guest's kernel failed; `values[0]` is its error number.
     Failed = 5,
-    /// A hold is over: the guest needs the memory.
+    /// The guest needed the memory of the hold.
     HoldLost = 6,
-    /// Too many requests wait, or there is a hold already.
+    /// Too many requests are waiting, or there is a hold already.
     Busy = 7,
 }
 
 impl Outcome {
-    /// All, by their numbers.
+    /// All outcomes, in order of their wire values.
     pub const ALL: [Self; 8] = [
         Self::More,
         Self::Done,
@@ -191,7 +190,7 @@ impl Outcome {
         Self::Busy,
     ];
 
-    /// `None` for a number that no version defines.
+    /// Decodes a wire value; `None` if it is undefined.
     pub fn from_wire(number: u32) -> Option<Self> {
         Self::ALL.into_iter().find(|outcome| *outcome as u32 == number)
     }
@@ -202,16 +201,16 @@ impl Outcome {
 pub struct AnswerHeader {
     /// Id of the request.
     pub id: u32,
-    /// How far it has come.
+    /// Progress or outcome.
     pub outcome: Outcome,
-    /// Nanoseconds since the driver began with it.
+    /// Nanoseconds since the driver started the request.
     pub elapsed_ns: u64,
-    /// By command; see `docs/protocol.md`.
+    /// Values by command; see `docs/protocol.md`.
     pub values: [u64; ANSWER_VALUES],
 }
 
 impl AnswerHeader {
-    /// The wire form.
+    /// Returns the wire format.
     pub fn to_bytes(self) -> [u8; ANSWER_HEADER_BYTES] {
         let mut bytes = [0; ANSWER_HEADER_BYTES];
         bytes[0..4].copy_from_slice(&self.id.to_le_bytes());
@@ -224,8 +223,8 @@ impl AnswerHeader {
         bytes
     }
 
-    /// Splits a message into header and records; `None` where it is too short or
-    /// has an outcome that no version defines.
+    /// Splits a message into header and records; `None` if it is too short or its outcome is
+    /// undefined.
     pub fn split(message: &[u8]) -> Option<(Self, &[u8])> {
         let (header, records) = message.split_at_checked(ANSWER_HEADER_BYTES)?;
         let mut fields = Fields(header);
@@ -274,13 +273,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_request_reads_as_it_was_written(id in 1..=u32::MAX, command in any_command()) {
+        fn decoding_a_request_inverts_encoding(id in 1..=u32::MAX, command in any_command()) {
             let request = Request { id, command };
             prop_assert_eq!(Request::from_bytes(&request.to_bytes()), Ok(request));
         }
 
         #[test]
-        fn an_answer_reads_as_it_was_written(
+        fn decoding_an_answer_inverts_encoding(
             id: u32, outcome in 0..8u32, elapsed_ns: u64, values: [u64; 4], records: [u8; 9],
         ) {
             let outcome = Outcome::from_wire(outcome).unwrap();
@@ -291,7 +290,7 @@ mod tests {
         }
 
         #[test]
-        fn bytes_of_any_kind_are_a_request_or_an_error(bytes: [u8; 20], len in 0..20usize) {
+        fn any_bytes_are_a_request_or_an_error(bytes: [u8; 20], len in 0..20usize) {
             match Request::from_bytes(&bytes[..len]) {
                 Ok(request) => prop_assert!(request.id != 0 && len >= REQUEST_BYTES),
                 Err(RequestError::NoRequest) => {}
@@ -304,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_without_meaning_is_still_answerable() {
+    fn an_invalid_request_can_be_answered() {
         let with = |command: u32, argument: u64| {
             let mut bytes = [0; REQUEST_BYTES];
             bytes[0] = 7;
@@ -323,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn the_numbers_are_those_of_the_protocol() {
+    fn the_wire_values_are_those_of_the_protocol() {
         let request =
             Request { id: 0x0403_0201, command: Command::HoldFree { reserve_pages: 0x0807 } };
         let expected = [1, 2, 3, 4, 3, 0, 0, 0, 7, 8, 0, 0, 0, 0, 0, 0];

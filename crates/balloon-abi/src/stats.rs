@@ -4,17 +4,16 @@
 /// Bytes of one entry; there is no padding.
 pub const STAT_BYTES: usize = 10;
 
-/// Entries that a device takes from one buffer. The specification names 10 tags
-/// and Linux 6.12 has 16; the rest is for tags to come. What a guest can make the
-/// device keep is 640 bytes.
+/// Most entries that a device takes from a buffer. The specification has 10 tags and
+/// Linux 6.12 has 16; the rest is for future tags. So a guest can make the device store at most
+/// 640 bytes.
 pub const MAX_STATS: usize = 64;
 
 /// Bytes of the longest buffer that a device takes.
 pub const MAX_STATS_BYTES: usize = MAX_STATS * STAT_BYTES;
 
-/// Names of the tags 0 to 15, with the unit last where there is one. The
-/// specification has 0 to 9, the others are Linux 6.12's
-/// (`include/uapi/linux/virtio_balloon.h`).
+/// Names of the tags 0 to 15, with the unit last if there is one. 0 to 9 are from the
+/// specification, the others from Linux 6.12 (`include/uapi/linux/virtio_balloon.h`).
 const NAMES: [&str; 16] = [
     "swapped_in_bytes",
     "swapped_out_bytes",
@@ -34,31 +33,31 @@ const NAMES: [&str; 16] = [
     "direct_reclaimed_bytes",
 ];
 
-/// What a value is about.
+/// The tag of a statistic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct StatTag(pub u16);
 
 impl StatTag {
     /// Swapped in since the guest started, in bytes.
     pub const SWAP_IN: Self = Self(0);
-    /// Memory that is used for nothing, in bytes.
+    /// Free memory, in bytes.
     pub const MEM_FREE: Self = Self(4);
-    /// All memory that the guest's kernel manages, in bytes.
+    /// Memory that the guest's kernel manages, in bytes.
     pub const MEM_TOTAL: Self = Self(5);
-    /// Estimate of what can be had without swapping, in bytes.
+    /// Estimate of memory available without swapping, in bytes.
     pub const AVAILABLE: Self = Self(6);
-    /// Memory that holds files, in bytes.
+    /// Memory in file caches, in bytes.
     pub const CACHES: Self = Self(7);
     /// The last tag with a name.
     pub const LAST_NAMED: Self = Self(15);
 
-    /// The word for it, `None` for a tag that is newer than this.
+    /// Returns the name; `None` for an unknown tag.
     pub fn name(self) -> Option<&'static str> {
         NAMES.get(usize::from(self.0)).copied()
     }
 
-    /// True for what only ever grows while the guest runs; the others go up and
-    /// down. Nobody knows what an unknown tag does.
+    /// Returns true for a counter, which only grows while the guest runs. The others are
+    /// gauges. An unknown tag is not assumed to be a counter.
     pub const fn is_counter(self) -> bool {
         matches!(self.0, 0..=3 | 8..=15)
     }
@@ -67,14 +66,14 @@ impl StatTag {
 /// One statistic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stat {
-    /// What it is about.
+    /// The tag.
     pub tag: StatTag,
-    /// How much.
+    /// The value, in the tag's unit.
     pub value: u64,
 }
 
 impl Stat {
-    /// The entry as the driver writes it.
+    /// Returns the wire format.
     pub fn to_bytes(self) -> [u8; STAT_BYTES] {
         let mut bytes = [0; STAT_BYTES];
         let (tag, value) = bytes.split_at_mut(2);
@@ -92,8 +91,7 @@ impl Stat {
     }
 }
 
-/// The entries of a buffer in its order. Bytes beyond the last whole entry are
-/// not looked at.
+/// Iterates over the entries of a buffer. Ignores an incomplete entry at the end.
 pub fn decode(buffer: &[u8]) -> impl Iterator<Item = Stat> {
     buffer.as_chunks::<STAT_BYTES>().0.iter().map(Stat::from_bytes)
 }
@@ -108,11 +106,11 @@ mod tests {
         assert_eq!(stat.to_bytes(), [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
         let buffer = [&stat.to_bytes()[..], &[4, 0, 9, 0, 0, 0, 0, 0, 0, 0], &[7; 9]].concat();
         let free = Stat { tag: StatTag::MEM_FREE, value: 9 };
-        assert!(decode(&buffer).eq([stat, free]), "and the rest is no entry");
+        assert!(decode(&buffer).eq([stat, free]), "an incomplete entry is ignored");
     }
 
     #[test]
-    fn every_tag_of_linux_has_a_name_of_its_own() {
+    fn every_tag_of_linux_has_a_unique_name() {
         for tag in 0..=StatTag::LAST_NAMED.0 {
             let name = StatTag(tag).name().unwrap();
             assert_eq!(NAMES.iter().filter(|other| **other == name).count(), 1);

@@ -1,32 +1,32 @@
-//! The device's answer to a page-bitmap message or to a driver's answer.
+//! The device's status of a page-bitmap message or of a driver's answer.
 
-/// Bytes of the answer: one little-endian `u32`.
+/// Bytes of the status: one little-endian `u32`.
 pub const STATUS_BYTES: usize = 4;
 
-/// What the device thought of a message. It is all or nothing: a
-/// message with any fault in it is not acted on.
+/// The device's verdict on a message. All or nothing: a message with any fault has no
+/// effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum MessageStatus {
     /// Every block was accepted.
     Accepted = 0,
-    /// The bytes are no run of records, or more than the limits allow.
+    /// The bytes are no sequence of records, or exceed the limits.
     Malformed = 1,
-    /// A block lies outside of guest memory.
+    /// A block is outside of guest memory.
     OutsideMemory = 2,
-    /// A page stands in the message twice.
+    /// A page is in the message twice.
     RepeatedPage = 3,
-    /// Request queue: nobody waits for answers to this request.
+    /// Request queue: the request has ended, or never existed.
     Unwanted = 4,
 }
 
 impl MessageStatus {
-    /// The wire form.
+    /// Returns the wire format.
     pub const fn to_bytes(self) -> [u8; STATUS_BYTES] {
         (self as u32).to_le_bytes()
     }
 
-    /// Reads the wire form; `None` for a value that no version defines.
+    /// Decodes the wire format; `None` if the value is undefined.
     pub const fn from_bytes(bytes: [u8; STATUS_BYTES]) -> Option<Self> {
         match u32::from_le_bytes(bytes) {
             0 => Some(Self::Accepted),

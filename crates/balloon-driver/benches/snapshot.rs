@@ -1,6 +1,6 @@
-//! How the cost of a snapshot grows: the walk over guests of 4 GiB, 64 GiB and
-//! 1 TiB whose kernel answers from a formula, so that the time is the driver's own:
-//! slices, records and answers. What a real kernel adds is one look at each page
+//! How the cost of a free-page report scales: scans of guests of 4 GiB, 64 GiB and
+//! 1 TiB with a computed kernel, so that the time is that of the driver:
+//! slices, records and answers. A real kernel adds an access to each page
 //! that a slice visits.
 #![allow(missing_docs, reason = "criterion's macros make items without")]
 
@@ -21,7 +21,7 @@ const ANSWER_BYTES: usize = 4096;
 /// Which pages are free.
 #[derive(Clone, Copy)]
 enum Pattern {
-    /// All, in the largest blocks.
+    /// All pages, in the largest blocks.
     Idle,
     /// All but one page in the middle of every 4 MiB.
     Holes,
@@ -33,7 +33,7 @@ impl Pattern {
     const ALL: [(&str, Self); 3] =
         [("idle", Self::Idle), ("holes", Self::Holes), ("every_second_page", Self::EverySecond)];
 
-    /// Order of the free block that begins at `page`.
+    /// Returns the order of the free block that starts at `page`.
     fn order_at(self, page: u64) -> Option<u32> {
         let in_block = page % (1 << MAX_ORDER);
         match self {
@@ -145,7 +145,7 @@ impl RequestQueue for Queue {
     }
 }
 
-/// One snapshot: pages looked at, answers, their bytes.
+/// Runs one report. Returns visited pages, answers, and bytes of the answers.
 fn snapshot(gib: u64, pattern: Pattern) -> (u64, u64, u64) {
     let command = Ok(Command::ReportFree { min_granule_shift: 12 });
     let mut kernel = Kernel { pages: gib * GIB_PAGES, pattern, visits: 0 };
@@ -159,7 +159,7 @@ fn snapshot(gib: u64, pattern: Pattern) -> (u64, u64, u64) {
 fn table() {
     println!(
         "{:<18} {:>9} {:>12} {:>9} {:>12} {:>9}",
-        "", "GiB", "looks", "answers", "bytes", "ms"
+        "", "GiB", "visits", "answers", "bytes", "ms"
     );
     for (name, pattern) in Pattern::ALL {
         for gib in SIZES_GIB {
@@ -167,7 +167,7 @@ fn table() {
             let (visits, answers, bytes) = snapshot(gib, pattern);
             let ms = began.elapsed().as_secs_f64() * 1000.0;
             println!("{name:<18} {gib:>9} {visits:>12} {answers:>9} {bytes:>12} {ms:>9.1}");
-            // Linear, whatever the time says on a machine with other work.
+            // Linear, even if the times are noisy.
             assert!(visits <= 2 * gib * GIB_PAGES + 11, "{visits}");
         }
     }

@@ -1,4 +1,4 @@
-//! Writes the answers to one request: records while it goes on, and the end.
+//! Writes the answers to a request: partial answers with records, and the last answer.
 
 use balloon_abi::page::BALLOON_PAGE_SHIFT;
 use balloon_abi::request::{ANSWER_HEADER_BYTES, ANSWER_VALUES, AnswerHeader, Outcome};
@@ -8,10 +8,10 @@ use crate::encoder::{Encoder, MAX_RECORD_BYTES, Run};
 use crate::inbox::Stop;
 use crate::traits::RequestQueue;
 
-/// Bytes that an answer's buffer must have at least: a header and one record.
+/// Minimum size of an answer's buffer in bytes: a header and one record.
 pub const MIN_ANSWER_BYTES: usize = ANSWER_HEADER_BYTES + MAX_RECORD_BYTES;
 
-/// The answers to the request that runs.
+/// The answers to the running request.
 pub(crate) struct Answer {
     encoder: Encoder,
     progress: Progress,
@@ -19,10 +19,10 @@ pub(crate) struct Answer {
     filled: usize,
 }
 
-/// What every answer to one request says of it.
+/// Values that every answer to the request contains.
 struct Progress {
     id: u32,
-    began_ns: u64,
+    started_ns: u64,
     named_pages: u64,
     free_pages: u64,
     longest_lock_ns: u64,
@@ -31,28 +31,28 @@ struct Progress {
 impl Answer {
     pub(crate) const fn new() -> Self {
         let progress =
-            Progress { id: 0, began_ns: 0, named_pages: 0, free_pages: 0, longest_lock_ns: 0 };
+            Progress { id: 0, started_ns: 0, named_pages: 0, free_pages: 0, longest_lock_ns: 0 };
         Self { encoder: Encoder::new(), progress, filled: 0 }
     }
 
-    /// Begins with the answers to `id`; what an earlier request left is dropped.
-    pub(crate) fn begin(&mut self, id: u32, began_ns: u64) {
+    /// Starts the answers to `id`. Drops the rest of an earlier request.
+    pub(crate) fn begin(&mut self, id: u32, started_ns: u64) {
         self.encoder.clear();
         self.filled = 0;
         self.progress =
-            Progress { id, began_ns, named_pages: 0, free_pages: 0, longest_lock_ns: 0 };
+            Progress { id, started_ns, named_pages: 0, free_pages: 0, longest_lock_ns: 0 };
     }
 
-    /// What was free when the request began.
-    pub(crate) fn note_free(&mut self, pages: u64) {
+    /// Records the free pages at the start of the request.
+    pub(crate) fn record_free(&mut self, pages: u64) {
         self.progress.free_pages = pages;
     }
 
-    pub(crate) fn note_lock(&mut self, held_ns: u64) {
+    pub(crate) fn record_lock(&mut self, held_ns: u64) {
         self.progress.longest_lock_ns = self.progress.longest_lock_ns.max(held_ns);
     }
 
-    /// Names a block of `2^granule_shift` bytes; sends what is full.
+    /// Adds a block of `2^granule_shift` bytes. Sends full buffers.
     pub(crate) fn add(
         &mut self,
         queue: &mut impl RequestQueue,
@@ -63,27 +63,26 @@ impl Answer {
         encoder.add(pfn, granule_shift, &mut |run| write_record(queue, progress, filled, &run))
     }
 
-    /// Sends what is gathered, so that a later block, which may have pages of an
-    /// earlier one in it, comes in another answer.
+    /// Sends the collected blocks. A later block, which may contain pages of an earlier one, is
+    /// then in another answer.
     pub(crate) fn send(&mut self, queue: &mut impl RequestQueue) -> Result<(), Stop> {
-        self.gather(queue)?;
+        self.flush(queue)?;
         if self.filled > 0 {
             post_more(queue, &self.progress, &mut self.filled)?;
         }
         Ok(())
     }
 
-    /// Writes all records. The values of a last answer, its records included.
+    /// Writes all records. Returns the values of the last answer, including its records.
     pub(crate) fn finish_records(
         &mut self,
         queue: &mut impl RequestQueue,
     ) -> Result<[u64; ANSWER_VALUES], Stop> {
-        self.gather(queue)?;
+        self.flush(queue)?;
         Ok(self.progress.values())
     }
 
-    /// Sends the last answer: with the records that are written where it is
-    /// *done*, else without any.
+    /// Sends the last answer: with the written records if it is *done*, else without any.
     pub(crate) fn end(
         &mut self,
         queue: &mut impl RequestQueue,
@@ -96,7 +95,7 @@ impl Answer {
         post(queue, &self.progress, outcome, values, &mut self.filled)
     }
 
-    fn gather(&mut self, queue: &mut impl RequestQueue) -> Result<(), Stop> {
+    fn flush(&mut self, queue: &mut impl RequestQueue) -> Result<(), Stop> {
         let Self { encoder, progress, filled } = self;
         encoder.finish(&mut |run| write_record(queue, progress, filled, &run))
     }
@@ -114,19 +113,19 @@ fn write_record(
     filled: &mut usize,
     run: &Run<'_>,
 ) -> Result<(), Stop> {
-    // A second round always fits: a buffer holds at least one record.
+    // The second iteration always fits: a buffer has space for at least one record.
     for _ in 0..2 {
         let at = ANSWER_HEADER_BYTES + *filled;
-        let room = queue.buffer(false)?.get_mut(at..).unwrap_or_default();
-        match record::encode(room, run.start_pfn, run.granule_shift, run.bitmap) {
+        let space = queue.buffer(false)?.get_mut(at..).unwrap_or_default();
+        match record::encode(space, run.start_pfn, run.granule_shift, run.bitmap) {
             Ok(Some(len)) => {
                 *filled += len;
                 progress.named_pages += run_pages(run);
                 return Ok(());
             }
             Ok(None) => post_more(queue, progress, filled)?,
-            // Cannot be: the allocator aligns blocks, and no kernel has memory
-            // beyond what a record can name.
+            // Unreachable: the allocator aligns blocks, and no kernel has memory beyond
+            // `MAX_RECORD_PFN`.
             Err(_) => return Err(Stop::Gone),
         }
     }
@@ -156,7 +155,7 @@ fn post(
     values: [u64; ANSWER_VALUES],
     filled: &mut usize,
 ) -> Result<(), Stop> {
-    let elapsed_ns = queue.now_ns().saturating_sub(progress.began_ns);
+    let elapsed_ns = queue.now_ns().saturating_sub(progress.started_ns);
     let header = AnswerHeader { id: progress.id, outcome, elapsed_ns, values };
     let last = outcome != Outcome::More;
     let buffer = queue.buffer(last)?;

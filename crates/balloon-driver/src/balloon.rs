@@ -1,4 +1,5 @@
-//! The balloon: fills towards the host's target, leaks, and yields to pressure.
+//! The balloon: inflates and deflates to the host's target, and deflates under memory
+//! pressure.
 
 use balloon_abi::limits::{MAX_GRANULE_SHIFT, MIN_GRANULE_SHIFT};
 use balloon_abi::page::BALLOON_PAGE_SHIFT;
@@ -7,18 +8,18 @@ use balloon_abi::{Features, Pfn, Vq};
 use crate::message::Messages;
 use crate::traits::{Gone, PageAllocator, Queues};
 
-/// Orders a kernel may have, plus one: more than any configuration of Linux.
+/// Most orders that are supported: more than any configuration of Linux has.
 const MAX_ORDERS: u32 = 20;
 
-/// Balloon pages that one pass takes at most before it looks at the target
-/// again (16 GiB), so that the host can change its mind.
+/// Most balloon pages that are inflated before the driver reads the target again (16 GiB), so
+/// that the host can change it.
 const MAX_PASS_PAGES: u64 = 1 << 22;
 
-/// Balloon pages given back at least when the OOM killer is about to run
-/// (1 MiB): what Linux's own driver gives.
+/// Minimum number of balloon pages that are freed before the OOM killer runs (1 MiB), as in
+/// Linux's own driver.
 const OOM_PAGES: u64 = 256;
 
-/// What the kernel's allocator hands out.
+/// Block sizes of the kernel's allocator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
     /// log2 of the guest's page size in bytes.
@@ -28,8 +29,7 @@ pub struct Geometry {
 }
 
 impl Geometry {
-    /// The same with the orders whose blocks the wire can name, and no more than
-    /// there are counters for.
+    /// Restricts the orders to those that a message can name and that have a counter.
     pub(crate) const fn within_limits(self) -> Self {
         let page_shift = match self.page_shift {
             small if small < MIN_GRANULE_SHIFT => MIN_GRANULE_SHIFT,
@@ -42,31 +42,31 @@ impl Geometry {
         Self { page_shift, max_order }
     }
 
-    /// All orders, smallest first.
+    /// Iterates over all orders, smallest first.
     pub(crate) fn orders(self) -> core::ops::RangeInclusive<u32> {
         0..=self.max_order
     }
 
-    /// log2 of a block's bytes.
+    /// Returns log2 of a block's bytes.
     pub(crate) const fn granule_shift(self, order: u32) -> u32 {
         self.page_shift + order
     }
 
-    /// Balloon pages of a block.
+    /// Returns the balloon pages of a block.
     pub(crate) const fn block_pages(self, order: u32) -> u64 {
         1 << (self.granule_shift(order) - BALLOON_PAGE_SHIFT)
     }
 }
 
-/// Where a call to [`Balloon::run`] ended.
+/// The result of [`BalloonDriver::run`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
-    /// The balloon has the size that the host wants, as near as the guest's
-    /// page size allows.
+    /// The balloon has the target size, up to the granularity of the guest's page size.
     Settled,
-    /// The guest has no more memory to give now; call again after a while.
+    /// The guest has no more free memory now; call again after a delay.
     Starved,
-    /// The guest took pages back for itself; only a new target ends that.
+    /// The guest deflated under memory pressure; the driver inflates again only to a new
+    /// target.
     Yielded,
 }
 
@@ -74,18 +74,18 @@ pub enum Progress {
 pub struct BalloonDriver {
     geometry: Geometry,
     messages: Messages,
-    /// Blocks held per order.
+    /// Blocks in the balloon, by order.
     blocks: [u64; MAX_ORDERS as usize],
-    /// Balloon pages held.
+    /// Balloon pages in the balloon.
     pages: u64,
-    /// Target that was reached last.
+    /// The target that was reached last.
     reached: Option<u32>,
-    /// Target at which the guest took pages back for itself.
+    /// The target at which the guest deflated under memory pressure.
     yielded_at: Option<u32>,
 }
 
 impl BalloonDriver {
-    /// An empty balloon. Orders whose blocks the wire cannot name are not used.
+    /// Creates an empty balloon. Does not use orders that a message cannot name.
     pub fn new(negotiated: Features, geometry: Geometry) -> Self {
         Self {
             geometry: geometry.within_limits(),
@@ -97,12 +97,12 @@ impl BalloonDriver {
         }
     }
 
-    /// Balloon pages held now.
+    /// Balloon pages in the balloon.
     pub const fn pages(&self) -> u64 {
         self.pages
     }
 
-    /// Goes towards the host's target until it is reached or memory runs out.
+    /// Inflates or deflates until the target is reached or memory runs out.
     pub fn run(
         &mut self,
         memory: &mut impl PageAllocator,
@@ -131,12 +131,12 @@ impl BalloonDriver {
         }
     }
 
-    /// Gives back at least `wanted` pages where there are as many, because the
-    /// guest is out of memory. Returns the balloon pages freed.
+    /// Frees at least `wanted` pages, or all, because the guest is out of memory. Returns
+    /// the balloon pages freed.
     ///
-    /// A balloon that had reached its target is then left alone until the target
-    /// changes. One that had not may have caused the shortage by itself, with the
-    /// last that there was to take; it goes on later.
+    /// If the balloon had reached its target, it does not inflate again until the target
+    /// changes. If it had not, its own inflation may have caused the shortage, and it
+    /// inflates again later.
     pub fn yield_pages(
         &mut self,
         wanted: u64,
@@ -153,7 +153,7 @@ impl BalloonDriver {
         self.leak_balloon(wanted.max(OOM_PAGES).min(self.pages), memory, queues)
     }
 
-    /// Gives everything back, for good.
+    /// Deflates the balloon completely.
     pub fn empty(
         &mut self,
         memory: &mut impl PageAllocator,
@@ -167,8 +167,8 @@ impl BalloonDriver {
         Ok(())
     }
 
-    /// Takes up to `wanted` pages, largest blocks first, and tells the host.
-    /// Returns the pages taken.
+    /// Allocates up to `wanted` pages, largest blocks first, and inflates them. Returns the
+    /// number of pages.
     fn fill_balloon(
         &mut self,
         wanted: u64,
@@ -182,7 +182,7 @@ impl BalloonDriver {
                 let Some(pfn) = memory.allocate(order) else { break };
                 self.hold(order, 1);
                 if !self.messages.can_name(Pfn(pfn.0.saturating_add(block_pages))) {
-                    // The host will never hear of it, so it can go at once.
+                    // The host is never sent this block, so it can be freed immediately.
                     memory.withdraw(order);
                     memory.free_withdrawn();
                     self.release(order);
@@ -191,18 +191,17 @@ impl BalloonDriver {
                 self.messages.add(queues, Vq::Inflate, pfn, self.geometry.granule_shift(order))?;
             }
         }
-        let taken = self.pages - before;
-        if taken > 0 {
+        let inflated = self.pages - before;
+        if inflated > 0 {
             self.messages.tell_host(queues, Vq::Inflate)?;
             self.report_actual(queues);
         }
-        Ok(taken)
+        Ok(inflated)
     }
 
-    /// Gives back at least `wanted` pages: tells the host of all of them first,
-    /// then frees them as one list. Gives more only where no smaller block is
-    /// held than what is still wanted; `run` then takes the difference again in
-    /// smaller blocks. Returns the pages freed.
+    /// Deflates at least `wanted` pages: sends all of them to the host first, then frees
+    /// them as one list. Frees more only if every block in the balloon is larger than the rest;
+    /// `run` then inflates the difference again in smaller blocks. Returns the pages freed.
     fn leak_balloon(
         &mut self,
         wanted: u64,
@@ -223,8 +222,8 @@ impl BalloonDriver {
         Ok(before - self.pages)
     }
 
-    /// The largest held block that is not larger than `wanted`, else the
-    /// smallest.
+    /// Returns the order of the largest block of at most `wanted` pages, else of the
+    /// smallest block.
     fn order_to_leak(&self, wanted: u64) -> Option<u32> {
         let held = |order: &u32| self.blocks[*order as usize] > 0;
         let orders = self.geometry.orders();
@@ -250,7 +249,7 @@ impl BalloonDriver {
         self.pages -= self.geometry.block_pages(order);
     }
 
-    /// Balloon pages of the guest's smallest block.
+    /// Returns the balloon pages of the guest's smallest block.
     const fn unit(&self) -> u64 {
         self.geometry.block_pages(0)
     }

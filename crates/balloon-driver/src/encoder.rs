@@ -1,19 +1,19 @@
-//! Gathers blocks into page-bitmap records.
+//! Collects blocks into page-bitmap records.
 //!
-//! A buddy allocator hands out neighbours, but downwards as often as upwards
-//! and from several places in turn. So blocks are gathered in a few windows on
-//! a fixed grid, each as wide as one record, and a window becomes a record when
-//! its place is needed or when the message ends.
+//! A buddy allocator returns adjacent blocks, but in descending order as often as in ascending
+//! order, and alternately from several areas. So blocks are collected in a few windows on a
+//! fixed grid, each as wide as one record. A window becomes a record when its slot is needed
+//! or when the message ends.
 
 use balloon_abi::limits::{MAX_RECORD_BLOCKS, MAX_RECORD_WORDS};
 use balloon_abi::page::BALLOON_PAGE_SHIFT;
 use balloon_abi::{Pfn, record};
 
-/// Windows that are open at once: one for each place an allocator is likely to
-/// hand out from in turn (zones, and the two ends of one).
+/// Number of open windows: one for each area that an allocator is likely to alternate
+/// between (zones, and the two ends of one).
 const WINDOWS: usize = 4;
 
-/// Largest number of bytes that one window can become.
+/// Most bytes of the records of one window.
 pub(crate) const MAX_RECORD_BYTES: usize = (MAX_RECORD_WORDS + 1) * record::WORD_BYTES;
 
 #[derive(Clone, Copy)]
@@ -29,15 +29,15 @@ impl Window {
     const EMPTY: Self = Self { base: 0, words: [0; MAX_RECORD_WORDS], blocks: 0 };
 }
 
-/// Blocks of one granule that wait to become records.
+/// Blocks of one granule that are not encoded yet.
 pub(crate) struct Encoder {
     granule_shift: u32,
     windows: [Window; WINDOWS],
-    /// Window to give up next.
+    /// Window to close next.
     oldest: usize,
 }
 
-/// One record to be written: a first page and a bitmap.
+/// A record to write.
 pub(crate) struct Run<'a> {
     pub(crate) start_pfn: Pfn,
     pub(crate) granule_shift: u32,
@@ -49,14 +49,14 @@ impl Encoder {
         Self { granule_shift: BALLOON_PAGE_SHIFT, windows: [Window::EMPTY; WINDOWS], oldest: 0 }
     }
 
-    /// Forgets what waits.
+    /// Drops all blocks.
     pub(crate) fn clear(&mut self) {
         for window in &mut self.windows {
             *window = Window::EMPTY;
         }
     }
 
-    /// Adds a block; what has to make room for it goes to `emit`.
+    /// Adds a block. Passes records of windows that must be closed for it to `emit`.
     pub(crate) fn add<E>(
         &mut self,
         pfn: Pfn,
@@ -81,7 +81,7 @@ impl Encoder {
         Ok(())
     }
 
-    /// Turns everything that waits into records.
+    /// Closes all windows.
     pub(crate) fn finish<E>(
         &mut self,
         emit: &mut impl FnMut(Run<'_>) -> Result<(), E>,
@@ -110,9 +110,8 @@ impl Encoder {
         Ok(at)
     }
 
-    /// Writes one window as the shorter of one bitmap and single blocks. The
-    /// window is empty afterwards even where `emit` failed: nothing can be told
-    /// to a device that is gone.
+    /// Encodes a window as one bitmap or as single blocks, whichever is shorter. Empties the
+    /// window even if `emit` fails, which means that the device is gone.
     fn close<E>(
         &mut self,
         at: usize,
@@ -156,7 +155,7 @@ mod tests {
             let mut message = [0; MAX_RECORD_BYTES];
             let len = record::encode(&mut message, run.start_pfn, run.granule_shift, run.bitmap)
                 .expect("a valid record")
-                .expect("room");
+                .expect("space");
             let record = balloon_abi::Records::new(&message[..len]).next().unwrap().unwrap();
             for (i, word) in record.words().enumerate() {
                 for bit in (0..64).filter(|bit| word >> bit & 1 == 1) {
@@ -173,12 +172,12 @@ mod tests {
         }
         let Ok(()) = encoder.finish(&mut emit);
         let set: BTreeSet<_> = seen.iter().copied().collect();
-        assert_eq!(set.len(), seen.len(), "a block was told twice");
+        assert_eq!(set.len(), seen.len(), "a block was encoded twice");
         (set, bytes)
     }
 
     #[test]
-    fn downward_neighbours_become_one_record() {
+    fn adjacent_blocks_in_descending_order_become_one_record() {
         let blocks: Vec<_> = (0..768).rev().map(|i| (i * 1024, 22)).collect();
         let (set, bytes) = encode(&blocks);
         assert_eq!(set.len(), 768);
@@ -186,14 +185,14 @@ mod tests {
     }
 
     #[test]
-    fn scattered_blocks_do_not_cost_a_bitmap_each() {
+    fn scattered_blocks_need_no_bitmap_each() {
         let blocks: Vec<_> = (0..8).map(|i| (i * 512, 12)).collect();
         assert_eq!(encode(&blocks).1, 8 * 8);
     }
 
     proptest! {
         #[test]
-        fn every_block_is_told_once(
+        fn every_block_is_encoded_once(
             blocks in prop::collection::btree_set((0..40_000u64, 0..3u32), 0..300),
             seed in any::<usize>(),
         ) {
@@ -203,8 +202,8 @@ mod tests {
             for i in 0..blocks.len() {
                 blocks.swap(i, seed.wrapping_mul(i + 1) % len);
             }
-            let (told, _) = encode(&blocks);
-            prop_assert_eq!(told, blocks.into_iter().collect::<BTreeSet<_>>());
+            let (encoded, _) = encode(&blocks);
+            prop_assert_eq!(encoded, blocks.into_iter().collect::<BTreeSet<_>>());
         }
     }
 }

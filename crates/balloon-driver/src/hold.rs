@@ -1,12 +1,12 @@
-//! Blocks that the guest keeps free for the host.
+//! The hold: blocks that the guest keeps free for the host.
 //!
-//! A hold is taken and released by requests, and lost to the guest's need at any
-//! time, also in the middle of being taken. So its state is apart from the
-//! requests', behind a lock that is never held while anybody waits.
+//! Requests create and release a hold, and the guest may need its memory at any time, also
+//! while it is being created. So its state is separate from the requests' state, behind a lock
+//! that is never held across a wait.
 //!
-//! What the host was told is free stays untouched until the host has returned
-//! the answer that takes it back (or the device is gone). Each way out of
-//! `Taking` and `Held` has such an answer, and [`Hold::emptied`] comes after it.
+//! Blocks that the host was told are free stay unused until the host has returned the answer
+//! that revokes them (or the device is gone). Each transition out of `Taking` and `Held` has
+//! such an answer, and [`Hold::emptied`] follows it.
 
 use balloon_abi::Pfn;
 use balloon_abi::request::{ANSWER_VALUES, AnswerHeader, Outcome};
@@ -18,25 +18,25 @@ use crate::pressure::hold_floor_pages;
 use crate::requests::End;
 use crate::traits::{HeldBlocks, RequestKernel, RequestQueue};
 
-/// Blocks taken or named under the hold's lock at a time: who needs the memory
-/// back does not wait for more.
+/// Most blocks that are allocated or named per critical section: a task that reclaims the
+/// memory waits no longer than that.
 const BATCH: usize = 64;
 
-/// Balloon pages taken under it at a time where that is one block or more (16
-/// MiB): a kernel may zero what it hands out.
+/// Most balloon pages that are allocated per critical section, but at least one block (16
+/// MiB): the kernel may zero allocated pages.
 const BATCH_PAGES: u64 = 4096;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
     /// There is no hold.
     Empty,
-    /// Blocks are taken, then named.
+    /// Blocks are being allocated, then named.
     Taking,
-    /// The host knows of all.
+    /// The host has accepted all blocks.
     Held,
-    /// The host called it off; its answer is on the way.
+    /// The host cancelled the request; the answer is in flight.
     Ending,
-    /// The guest needs the memory; the answer that says so is on the way.
+    /// The guest needs the memory; the `HoldLost` answer is in flight.
     Losing,
 }
 
@@ -45,23 +45,23 @@ enum Phase {
 pub struct Hold {
     phase: Phase,
     id: u32,
-    began_ns: u64,
-    /// Balloon pages held.
+    started_ns: u64,
+    /// Balloon pages in the hold.
     pages: u64,
 }
 
 impl Hold {
-    /// No hold.
+    /// Creates the state without a hold.
     pub const fn new() -> Self {
-        Self { phase: Phase::Empty, id: 0, began_ns: 0, pages: 0 }
+        Self { phase: Phase::Empty, id: 0, started_ns: 0, pages: 0 }
     }
 
-    /// Balloon pages held now, whatever becomes of them.
+    /// Balloon pages in the hold, in any phase.
     pub const fn pages(&self) -> u64 {
         self.pages
     }
 
-    /// Balloon pages that [`lose`](Self::lose) would bring.
+    /// Balloon pages that [`lose`](Self::lose) would free.
     pub const fn losable_pages(&self) -> u64 {
         match self.phase {
             Phase::Taking | Phase::Held => self.pages,
@@ -69,8 +69,8 @@ impl Hold {
         }
     }
 
-    /// The guest needs the memory: the answer to send, or `None` where there is
-    /// nothing to lose, or nothing any more.
+    /// Gives the hold up because the guest needs the memory. Returns the answer to send, or
+    /// `None` if there is no hold or it is already ending.
     pub fn lose(&mut self, now_ns: u64) -> Option<AnswerHeader> {
         if !matches!(self.phase, Phase::Taking | Phase::Held) {
             return None;
@@ -78,26 +78,26 @@ impl Hold {
         self.phase = Phase::Losing;
         let mut values = [0; ANSWER_VALUES];
         values[0] = self.pages;
-        let elapsed_ns = now_ns.saturating_sub(self.began_ns);
+        let elapsed_ns = now_ns.saturating_sub(self.started_ns);
         Some(AnswerHeader { id: self.id, outcome: Outcome::HoldLost, elapsed_ns, values })
     }
 
-    /// True while the answer to [`lose`](Self::lose) is on its way.
+    /// Returns true while the answer of [`lose`](Self::lose) is in flight.
     pub const fn is_losing(&self) -> bool {
         matches!(self.phase, Phase::Losing)
     }
 
-    /// All blocks were freed. Returns how many balloon pages that were.
+    /// Records that all blocks were freed. Returns their balloon pages.
     pub fn emptied(&mut self) -> u64 {
         let pages = self.pages;
         *self = Self::new();
         pages
     }
 
-    fn begin(&mut self, id: u32, began_ns: u64) -> bool {
+    fn begin(&mut self, id: u32, started_ns: u64) -> bool {
         let free = self.phase == Phase::Empty;
         if free {
-            *self = Self { phase: Phase::Taking, id, began_ns, pages: 0 };
+            *self = Self { phase: Phase::Taking, id, started_ns, pages: 0 };
         }
         free
     }
@@ -106,7 +106,7 @@ impl Hold {
         if self.phase == Phase::Taking { Ok(()) } else { Err(Stop::Lost) }
     }
 
-    /// From `Taking` to another phase, unless it is lost by now.
+    /// Changes from `Taking` to `phase`, unless the hold was lost meanwhile.
     fn pass_to(&mut self, phase: Phase) {
         if self.phase == Phase::Taking {
             self.phase = phase;
@@ -120,8 +120,8 @@ impl Default for Hold {
     }
 }
 
-/// Takes free blocks, largest first, until `reserve_pages` are left, and names
-/// them. The hold is still `Taking` then.
+/// Allocates free blocks, largest first, until `reserve_pages` are left, and names them. The
+/// hold is still `Taking` afterwards.
 pub(crate) fn take(
     kernel: &mut impl RequestKernel,
     queue: &mut impl RequestQueue,
@@ -129,11 +129,11 @@ pub(crate) fn take(
     geometry: Geometry,
     (id, reserve_pages): (u32, u64),
 ) -> Result<[u64; ANSWER_VALUES], End> {
-    let began_ns = queue.now_ns();
-    if !kernel.with_hold(|hold, _| hold.begin(id, began_ns)) {
+    let started_ns = queue.now_ns();
+    if !kernel.with_hold(|hold, _| hold.begin(id, started_ns)) {
         return Err(End::Outcome(Outcome::Busy, 0));
     }
-    answer.note_free(kernel.free_pages());
+    answer.record_free(kernel.free_pages());
     let floor = hold_floor_pages(kernel.total_pages(), kernel.reserved_pages()).max(reserve_pages);
     for order in geometry.orders().rev() {
         while take_batch(kernel, queue, answer, geometry.block_pages(order), (order, floor))? {}
@@ -144,7 +144,7 @@ pub(crate) fn take(
     Ok(answer.finish_records(queue)?)
 }
 
-/// Takes some blocks; true when there may be more.
+/// Allocates a batch of blocks. Returns true if there may be more.
 fn take_batch(
     kernel: &mut impl RequestKernel,
     queue: &mut impl RequestQueue,
@@ -153,12 +153,12 @@ fn take_batch(
     (order, floor): (u32, u64),
 ) -> Result<bool, Stop> {
     queue.stopped()?;
-    let room = kernel.free_pages().saturating_sub(floor) / block_pages;
-    let wanted = room.min(BATCH as u64).min((BATCH_PAGES / block_pages).max(1));
+    let spare = kernel.free_pages().saturating_sub(floor) / block_pages;
+    let wanted = spare.min(BATCH as u64).min((BATCH_PAGES / block_pages).max(1));
     if wanted == 0 {
         return Ok(false);
     }
-    let began_ns = queue.now_ns();
+    let started_ns = queue.now_ns();
     let all = kernel.with_hold(|hold, blocks| {
         hold.taking()?;
         for _ in 0..wanted {
@@ -169,11 +169,11 @@ fn take_batch(
         }
         Ok(true)
     });
-    answer.note_lock(queue.now_ns().saturating_sub(began_ns));
+    answer.record_lock(queue.now_ns().saturating_sub(started_ns));
     all
 }
 
-/// Names some of the blocks that are held; true when there may be more.
+/// Names a batch of the held blocks. Returns true if there may be more.
 fn name_batch(
     kernel: &mut impl RequestKernel,
     queue: &mut impl RequestQueue,
@@ -194,12 +194,12 @@ fn name_batch(
     Ok(count == BATCH)
 }
 
-/// The host has returned the last answer and accepted it, or not (`stop`): the
-/// hold stays, or ends.
+/// Handles the end of the request: the hold is kept if the host accepted the last answer
+/// (`stop` is `None`), else it ends.
 pub(crate) fn conclude(kernel: &mut impl RequestKernel, stop: Option<Stop>) {
     kernel.with_hold(|hold, blocks| match stop {
         None => hold.pass_to(Phase::Held),
-        // Its end is the business of whoever needs the memory, or leaves.
+        // The caller of `lose`, or the removal of the device, frees the blocks.
         Some(Stop::Lost | Stop::Gone) => {}
         Some(Stop::Cancelled | Stop::Refused) => {
             if matches!(hold.phase, Phase::Taking | Phase::Ending) {
@@ -210,13 +210,12 @@ pub(crate) fn conclude(kernel: &mut impl RequestKernel, stop: Option<Stop>) {
     });
 }
 
-/// From here on the host's *cancelled* is the answer that ends the hold.
-pub(crate) fn call_off(kernel: &mut impl RequestKernel) {
+/// Starts the end of the hold after a cancel: the *cancelled* answer revokes its blocks.
+pub(crate) fn start_ending(kernel: &mut impl RequestKernel) {
     kernel.with_hold(|hold, _| hold.pass_to(Phase::Ending));
 }
 
-/// Gives the hold `id` back to the guest, because the host does not need it any
-/// more.
+/// Releases the hold `id` on the host's request.
 pub(crate) fn release(
     kernel: &mut impl RequestKernel,
     id: u32,

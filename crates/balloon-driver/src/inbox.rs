@@ -1,69 +1,69 @@
-//! Requests that have arrived: what waits, what runs, and why it must stop.
+//! Received requests: the waiting ones, the running one, and why it must stop.
 //!
-//! The host may send at any time, from a cancel to the next request, while the
-//! one before is carried out. So arriving is apart from carrying out: the caller
-//! guards an inbox by a lock of its own that it never holds for long.
+//! The host may send a request or a cancel while another request runs. So receiving is
+//! separate from execution: the caller protects the inbox with a lock that it holds only
+//! briefly.
 
 use balloon_abi::request::{
     ANSWER_VALUES, AnswerHeader, Command, MAX_WAITING_REQUESTS, Outcome, Request, RequestError,
 };
 
-/// A request whose turn has come.
+/// A request to execute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReceivedRequest {
-    /// What its answers carry.
+    /// The id, which its answers repeat.
     pub id: u32,
-    /// What to do, or how to refuse.
+    /// The command, or the outcome with which to refuse it.
     pub command: Result<Command, Outcome>,
 }
 
-/// Why the running request goes no further.
+/// Why the running request must stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
-    /// The host said so; it still gets one answer.
+    /// The host cancelled it. It still needs its last answer.
     Cancelled,
-    /// The host did not accept an answer: it gets no other.
+    /// The host did not accept an answer. It gets no further answer.
     Refused,
-    /// The guest needs the memory of the hold, and that was the last answer.
+    /// The guest needs the memory of the hold. `HoldLost` was the last answer.
     Lost,
-    /// The device does not answer any more, or the driver leaves it.
+    /// The device is broken or removed, or the driver is being removed.
     Gone,
 }
 
-/// What to do about a request that has just arrived.
+/// What the caller must do after it received a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Intake {
-    /// Nothing: nobody can be answered, or nothing has that id.
+    /// Nothing: the request cannot be answered, or a cancel's id is not running.
     Ignore,
-    /// It waits for its turn.
+    /// The request was queued.
     Queued,
-    /// The running request has to stop.
+    /// The running request must stop.
     StopRunning,
-    /// Too many wait; this is the answer, to be sent at once.
+    /// The queue is full. The caller must send this answer immediately.
     Refuse(AnswerHeader),
 }
 
 #[derive(Clone, Copy)]
 struct Waiting {
-    asked: ReceivedRequest,
+    request: ReceivedRequest,
     cancelled: bool,
 }
 
 /// The requests of one device.
 pub struct Inbox {
     waiting: [Option<Waiting>; MAX_WAITING_REQUESTS],
-    /// Id of the request that runs, 0 where none does.
+    /// Id of the running request, or 0.
     running: u32,
     stop: Option<Stop>,
 }
 
 impl Inbox {
-    /// An empty one.
+    /// Creates an empty inbox.
     pub const fn new() -> Self {
         Self { waiting: [None; MAX_WAITING_REQUESTS], running: 0, stop: None }
     }
 
-    /// Takes what the host wrote, copied out of the buffer before.
+    /// Handles a request of the host, which the caller has copied out of the buffer.
     pub fn take(&mut self, bytes: &[u8]) -> Intake {
         let (id, command) = match Request::from_bytes(bytes) {
             Err(RequestError::NoRequest) => return Intake::Ignore,
@@ -74,7 +74,8 @@ impl Inbox {
         };
         match self.waiting.iter_mut().find(|slot| slot.is_none()) {
             Some(slot) => {
-                *slot = Some(Waiting { asked: ReceivedRequest { id, command }, cancelled: false });
+                *slot =
+                    Some(Waiting { request: ReceivedRequest { id, command }, cancelled: false });
                 Intake::Queued
             }
             None => {
@@ -84,34 +85,35 @@ impl Inbox {
         }
     }
 
-    /// Ends the running request and begins with the one that waits longest.
+    /// Ends the running request and starts the oldest waiting one.
     pub fn begin_next(&mut self) -> Option<ReceivedRequest> {
         let first = self.waiting[0].take();
         self.waiting.rotate_left(1);
-        self.running = first.map_or(0, |first| first.asked.id);
+        self.running = first.map_or(0, |first| first.request.id);
         self.stop = first.filter(|first| first.cancelled).map(|_| Stop::Cancelled);
-        first.map(|first| first.asked)
+        first.map(|first| first.request)
     }
 
-    /// Why the running request must stop, where it must.
+    /// Returns why the running request must stop, if it must.
     pub const fn stopped(&self) -> Option<Stop> {
         self.stop
     }
 
-    /// The host did not accept an answer to `id`. True when that request runs.
+    /// Records that the host did not accept an answer to `id`. Returns true if that request
+    /// is running.
     pub fn refuse(&mut self, id: u32) -> bool {
         self.end(id, Stop::Refused)
     }
 
-    /// The hold `id` is lost, and its last answer on its way. True when that
-    /// request still runs.
+    /// Records that the hold `id` is lost and its last answer in flight. Returns true if
+    /// that request is still running.
     pub fn lose(&mut self, id: u32) -> bool {
         self.end(id, Stop::Lost)
     }
 
     fn cancel(&mut self, id: u32) -> Intake {
         for waiting in self.waiting.iter_mut().flatten() {
-            waiting.cancelled |= waiting.asked.id == id;
+            waiting.cancelled |= waiting.request.id == id;
         }
         if self.running != id {
             return Intake::Ignore;
@@ -120,8 +122,8 @@ impl Inbox {
         Intake::StopRunning
     }
 
-    /// A request that may not be answered any more may not be answered
-    /// *cancelled* either.
+    /// Sets the reason to stop. It replaces a cancel, since a request that may get no further
+    /// answer may not be answered *cancelled* either.
     fn end(&mut self, id: u32, stop: Stop) -> bool {
         if self.running != id {
             return false;
@@ -171,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cancel_overtakes() {
+    fn a_cancel_applies_before_waiting_requests_run() {
         let mut inbox = Inbox::new();
         assert_eq!(inbox.take(&cancel(1)), Intake::Ignore);
         for id in 1..4 {
@@ -189,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_not_be_answered_is_not_answered_as_cancelled() {
+    fn a_refused_request_is_not_answered_as_cancelled() {
         let mut inbox = Inbox::new();
         inbox.take(&drop_caches(1));
         inbox.begin_next();
@@ -203,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_no_meaning_waits_for_its_refusal() {
+    fn an_unknown_command_is_queued_with_its_refusal() {
         let mut inbox = Inbox::new();
         let mut bytes = drop_caches(5);
         bytes[4] = 77;

@@ -1,10 +1,10 @@
-//! The guest driver's decisions: which blocks to take, what to tell the host,
-//! when to give back, how to do what the host asks. The kernel is behind traits,
-//! [`Memory`] and [`Queues`] for the balloon, [`RequestKernel`] and
-//! [`RequestQueue`] for requests, so the same code runs in a module and in a test.
+//! The guest driver's logic: which blocks to inflate, when to deflate, and how to execute the
+//! host's requests. It accesses the kernel through traits, [`PageAllocator`] and [`Queues`] for
+//! the balloon, [`RequestKernel`] and [`RequestQueue`] for requests, so the same code runs in a
+//! kernel module and in a test.
 //!
-//! No allocation, no locks, no time: the caller holds its own lock around every
-//! call, and decides from [`Progress`] when to call again.
+//! It has no allocation, no locks and no timers: the caller serializes the calls with its own
+//! lock, and decides from [`Progress`] when to call again.
 
 #![no_std]
 #![forbid(unsafe_code)]

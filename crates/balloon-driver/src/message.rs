@@ -1,4 +1,4 @@
-//! Turns blocks into messages, in the form that was negotiated.
+//! Encodes blocks as messages in the negotiated format.
 
 use balloon_abi::limits::PFNS_PER_MESSAGE;
 use balloon_abi::page::BALLOON_PAGE_SHIFT;
@@ -8,8 +8,8 @@ use balloon_abi::{Features, Pfn, Vq, record};
 use crate::encoder::{Encoder, MAX_RECORD_BYTES, Run};
 use crate::traits::{Gone, Queues};
 
-/// Bytes that a message buffer must have at least: the longer of one record and
-/// one full array of page numbers.
+/// Minimum size of a message buffer in bytes: the larger of one record and a full array of
+/// page numbers.
 pub const MIN_BUFFER_BYTES: usize = if MAX_RECORD_BYTES > PFNS_PER_MESSAGE * PFN_BYTES {
     MAX_RECORD_BYTES
 } else {
@@ -18,31 +18,34 @@ pub const MIN_BUFFER_BYTES: usize = if MAX_RECORD_BYTES > PFNS_PER_MESSAGE * PFN
 
 /// Writes the blocks of one inflate or deflate.
 pub(crate) struct Messages {
-    form: Form,
-    /// Blocks that are not in the message yet; used by the bitmap form alone.
+    format: Format,
+    /// Blocks that are not in the message yet; used only by the bitmap format.
     encoder: Encoder,
     /// Bytes of the message so far.
     filled: usize,
 }
 
 #[derive(Clone, Copy)]
-enum Form {
+enum Format {
     Bitmap,
     PfnArray,
 }
 
 impl Messages {
     pub(crate) const fn new(negotiated: Features) -> Self {
-        let form =
-            if negotiated.contains(Features::PAGE_BITMAP) { Form::Bitmap } else { Form::PfnArray };
-        Self { form, encoder: Encoder::new(), filled: 0 }
+        let format = if negotiated.contains(Features::PAGE_BITMAP) {
+            Format::Bitmap
+        } else {
+            Format::PfnArray
+        };
+        Self { format, encoder: Encoder::new(), filled: 0 }
     }
 
-    /// True when the host can be told of a block that ends before `end`.
+    /// Returns true if the format can name a block that ends at `end`.
     pub(crate) fn can_name(&self, end: Pfn) -> bool {
-        match self.form {
-            Form::Bitmap => end.0 <= balloon_abi::limits::MAX_RECORD_PFN,
-            Form::PfnArray => end.0 <= 1 << 32,
+        match self.format {
+            Format::Bitmap => end.0 <= balloon_abi::limits::MAX_RECORD_PFN,
+            Format::PfnArray => end.0 <= 1 << 32,
         }
     }
 
@@ -54,19 +57,19 @@ impl Messages {
         pfn: Pfn,
         granule_shift: u32,
     ) -> Result<(), Gone> {
-        let Self { form, encoder, filled } = self;
-        match form {
-            Form::Bitmap => {
+        let Self { format, encoder, filled } = self;
+        match format {
+            Format::Bitmap => {
                 encoder.add(pfn, granule_shift, &mut |run| write_record(queues, vq, filled, &run))
             }
-            Form::PfnArray => {
+            Format::PfnArray => {
                 let pages = 1u64 << (granule_shift - BALLOON_PAGE_SHIFT);
                 (0..pages).try_for_each(|i| write_pfn(queues, vq, filled, Pfn(pfn.0 + i)))
             }
         }
     }
 
-    /// Posts what is still gathered and waits for the host.
+    /// Posts the rest and waits until the host has returned all messages.
     pub(crate) fn tell_host(&mut self, queues: &mut impl Queues, vq: Vq) -> Result<(), Gone> {
         let filled = &mut self.filled;
         self.encoder.finish(&mut |run| write_record(queues, vq, filled, &run))?;
@@ -84,16 +87,16 @@ fn write_record(
     filled: &mut usize,
     run: &Run<'_>,
 ) -> Result<(), Gone> {
-    // A second round always fits: a buffer holds at least one record.
+    // The second iteration always fits: a buffer has space for at least one record.
     for _ in 0..2 {
-        let room = queues.buffer(vq)?.get_mut(*filled..).unwrap_or_default();
-        match record::encode(room, run.start_pfn, run.granule_shift, run.bitmap) {
+        let space = queues.buffer(vq)?.get_mut(*filled..).unwrap_or_default();
+        match record::encode(space, run.start_pfn, run.granule_shift, run.bitmap) {
             Ok(Some(len)) => {
                 *filled += len;
                 return Ok(());
             }
             Ok(None) => queues.post(vq, core::mem::take(filled))?,
-            // Cannot be: the allocator aligns blocks and `can_name` was asked.
+            // Unreachable: the allocator aligns blocks, and the caller checked `can_name`.
             Err(_) => return Err(Gone),
         }
     }

@@ -1,4 +1,4 @@
-//! Carries out what the host asks, one request after the other.
+//! Executes the host's requests, one after the other.
 
 use balloon_abi::Pfn;
 use balloon_abi::request::{ANSWER_VALUES, Caches, Command, Outcome};
@@ -10,11 +10,11 @@ use crate::inbox::{ReceivedRequest, Stop};
 use crate::snapshot::{self, MAX_FOUND};
 use crate::traits::{CachePages, RequestKernel, RequestQueue};
 
-/// How a request ends that was not done.
+/// How an unsuccessful request ends.
 pub(crate) enum End {
     /// It was stopped.
     Stop(Stop),
-    /// It cannot be done; the number is the answer's first value.
+    /// It failed; the number is the answer's first value.
     Outcome(Outcome, u64),
 }
 
@@ -24,7 +24,7 @@ impl From<Stop> for End {
     }
 }
 
-/// What carrying out requests needs to remember.
+/// State for executing requests.
 pub struct RequestHandler {
     geometry: Geometry,
     answer: Answer,
@@ -32,42 +32,41 @@ pub struct RequestHandler {
 }
 
 impl RequestHandler {
-    /// Orders whose blocks the wire cannot name are not used.
+    /// Creates the state. Does not use orders that a record cannot name.
     pub const fn new(geometry: Geometry) -> Self {
         let geometry = geometry.within_limits();
         Self { geometry, answer: Answer::new(), found: [Pfn(0); MAX_FOUND] }
     }
 
-    /// Carries out everything that waits, or until the device is gone. Returns
-    /// how many requests that were.
+    /// Executes all waiting requests, or until the device is gone. Returns the number of
+    /// requests.
     pub fn run(&mut self, kernel: &mut impl RequestKernel, queue: &mut impl RequestQueue) -> u64 {
         let mut requests = 0;
-        while let Some(asked) = queue.begin_next() {
+        while let Some(request) = queue.begin_next() {
             requests += 1;
-            if self.carry_out(asked, kernel, queue) == Err(Stop::Gone) {
+            if self.execute(request, kernel, queue) == Err(Stop::Gone) {
                 break;
             }
         }
         requests
     }
 
-    /// Carries one request out, answers it, and waits until the host has
-    /// returned its answers.
-    fn carry_out(
+    /// Executes and answers a request, and waits until the host has returned the answers.
+    fn execute(
         &mut self,
-        asked: ReceivedRequest,
+        request: ReceivedRequest,
         kernel: &mut impl RequestKernel,
         queue: &mut impl RequestQueue,
     ) -> Result<(), Stop> {
-        self.answer.begin(asked.id, queue.now_ns());
-        let result = match asked.command {
+        self.answer.begin(request.id, queue.now_ns());
+        let result = match request.command {
             Ok(command) => queue
                 .stopped()
                 .map_err(End::Stop)
-                .and_then(|()| self.obey(asked.id, command, kernel, queue)),
+                .and_then(|()| self.run_command(request.id, command, kernel, queue)),
             Err(outcome) => Err(End::Outcome(outcome, 0)),
         };
-        let is_hold = matches!(asked.command, Ok(Command::HoldFree { .. }));
+        let is_hold = matches!(request.command, Ok(Command::HoldFree { .. }));
         let (outcome, values, stop) = match result {
             Ok(values) => (Outcome::Done, values, None),
             Err(End::Stop(Stop::Cancelled)) => {
@@ -85,7 +84,7 @@ impl RequestHandler {
             }
         };
         if is_hold && stop.is_some() {
-            hold::call_off(kernel);
+            hold::start_ending(kernel);
         }
         let ended = self.answer.end(queue, outcome, values).and_then(|()| queue.finish());
         if is_hold {
@@ -94,7 +93,7 @@ impl RequestHandler {
         ended
     }
 
-    fn obey(
+    fn run_command(
         &mut self,
         id: u32,
         command: Command,
@@ -111,20 +110,21 @@ impl RequestHandler {
                 hold::take(kernel, queue, answer, *geometry, (id, reserve_pages))
             }
             Command::ReleaseHold { hold } => hold::release(kernel, hold),
-            // Never waits: the inbox carries it out at once.
+            // Unreachable: the inbox handles a cancel immediately.
             Command::Cancel => Err(End::Outcome(Outcome::BadArgument, 0)),
         }
     }
 }
 
-/// One cache after the other: the kernel cannot be stopped within one.
+/// Drops one cache after the other. A cancel cannot stop the kernel within one.
 fn drop_caches(
     caches: Caches,
     kernel: &mut impl RequestKernel,
     queue: &mut impl RequestQueue,
 ) -> Result<[u64; ANSWER_VALUES], End> {
     let CachePages { page_cache, slab } = kernel.cache_pages();
-    // Dropping inodes would drop their pages too, without a look at a cancel.
+    // Page cache first: dropping inodes would drop their pages too, without a check for a
+    // cancel.
     for part in [Caches::PAGE_CACHE, Caches::SLAB] {
         if caches.contains(part) {
             queue.stopped()?;

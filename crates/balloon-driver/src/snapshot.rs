@@ -1,10 +1,9 @@
-//! Names the blocks that the guest's free lists hold, while the guest goes on.
+//! Free-page report: names the blocks on the guest's free lists while the guest runs.
 //!
-//! One pass for each order, from the largest down, over page numbers and not over
-//! the lists: a walk by number can let go of the zone's lock at any page and go
-//! on from there, a walk along a list cannot. A pass looks at every page where a
-//! block of its order can begin, and passes over free blocks of a higher order
-//! whole, so that it costs as much as there is used memory and free blocks.
+//! Scans all page numbers once for each order, from the largest down. It does not walk the
+//! lists: a scan by page number can drop the zone's lock at any page and continue there, a list
+//! walk cannot. A pass visits every page at which a block of its order can start, and skips
+//! free blocks of a higher order. So its cost is proportional to used memory plus free blocks.
 
 use balloon_abi::Pfn;
 use balloon_abi::request::ANSWER_VALUES;
@@ -14,24 +13,23 @@ use crate::balloon::Geometry;
 use crate::requests::End;
 use crate::traits::{RequestKernel, RequestQueue, Slice};
 
-/// Blocks that one slice names at most.
+/// Most blocks that one slice names.
 pub(crate) const MAX_FOUND: usize = 256;
 
-/// Pages that one slice looks at: at first, and within what bounds.
+/// Pages that one slice visits: initially, and the limits.
 const FIRST_VISITS: u32 = 64;
 const MIN_VISITS: u32 = 16;
 const MAX_VISITS: u32 = 256;
 
-/// How long a slice may hold the zone's lock before the next one is halved: a
-/// third of the 50 us that no slice shall exceed, since a slice can meet colder
-/// memory than the one before.
+/// Lock time of a slice above which the next slice is halved. A third of the limit of 50 us,
+/// since the next slice may hit colder memory.
 const LONG_SLICE_NS: u64 = 16_000;
 
-/// How often guest memory may be named in answers to one request (see
+/// Limit of named pages in the answers to a request, as a multiple of guest memory (see
 /// `docs/protocol.md`).
 const MAX_TIMES_NAMED: u64 = 2;
 
-/// Walks all zones for blocks of at least `2^min_granule_shift` bytes.
+/// Scans all zones for blocks of at least `2^min_granule_shift` bytes.
 pub(crate) fn walk(
     kernel: &mut impl RequestKernel,
     queue: &mut impl RequestQueue,
@@ -39,7 +37,7 @@ pub(crate) fn walk(
     found: &mut [Pfn; MAX_FOUND],
     (geometry, min_granule_shift): (Geometry, u32),
 ) -> Result<[u64; ANSWER_VALUES], End> {
-    answer.note_free(kernel.free_pages());
+    answer.record_free(kernel.free_pages());
     let mut budget = kernel.total_pages() * MAX_TIMES_NAMED;
     let mut visits = FIRST_VISITS;
     for order in geometry.orders().rev() {
@@ -54,7 +52,7 @@ pub(crate) fn walk(
     Ok(answer.finish_records(queue)?)
 }
 
-/// One walk over all zones.
+/// One pass over all zones.
 struct Pass<'a, K, Q> {
     kernel: &'a mut K,
     queue: &'a mut Q,
@@ -66,7 +64,7 @@ struct Pass<'a, K, Q> {
 
 impl<K: RequestKernel, Q: RequestQueue> Pass<'_, K, Q> {
     fn walk(&mut self, budget: &mut u64, visits: &mut u32) -> Result<(), End> {
-        // What an earlier pass named may have been used and freed in pieces.
+        // A block of an earlier pass may have been allocated, split and freed since.
         self.answer.send(self.queue)?;
         let mut number = 0;
         while let Some(zone) = self.kernel.zone(number) {
@@ -75,9 +73,9 @@ impl<K: RequestKernel, Q: RequestQueue> Pass<'_, K, Q> {
                 self.queue.stopped()?;
                 let slice = self.kernel.scan(number, from, self.order, *visits, self.found);
                 self.name(&slice, budget)?;
-                self.answer.note_lock(slice.lock_ns);
+                self.answer.record_lock(slice.lock_ns);
                 *visits = next_visits(*visits, slice.lock_ns);
-                // A kernel that does not get on would keep us here for ever.
+                // Guarantee progress, or this would loop infinitely.
                 from = Pfn(slice.next.0.max(from.0 + 1));
             }
             number += 1;
@@ -99,7 +97,7 @@ impl<K: RequestKernel, Q: RequestQueue> Pass<'_, K, Q> {
     }
 }
 
-/// How many pages the next slice shall look at.
+/// Returns the number of pages that the next slice visits.
 const fn next_visits(visits: u32, lock_ns: u64) -> u32 {
     let next = if lock_ns > LONG_SLICE_NS {
         visits / 2
@@ -122,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn slices_are_as_long_as_the_lock_may_be_held() {
+    fn the_slice_length_adapts_to_the_lock_time() {
         assert_eq!(next_visits(64, LONG_SLICE_NS + 1), 32);
         assert_eq!(next_visits(64, LONG_SLICE_NS), 64);
         assert_eq!(next_visits(64, 100), 128);

@@ -1,6 +1,6 @@
-//! The driver against a model of a kernel and of a host: whatever the host asks
-//! for and however short memory is, the host's picture of the balloon is the
-//! guest's, and no page is used again before the host was told.
+//! The driver with a model of a kernel and of a host. For any target and any memory
+//! shortage, host and guest agree on the balloon's pages, and no page is used again
+//! before it was deflated.
 
 use std::collections::BTreeSet;
 
@@ -11,7 +11,7 @@ use proptest::prelude::*;
 const MAX_ORDER: u32 = 10;
 const BUFFER_BYTES: usize = 4096;
 
-/// Free blocks of a buddy allocator without merging of what the test took.
+/// A buddy allocator that does not merge blocks that the test took.
 struct Buddy {
     page_shift: u32,
     free: Vec<BTreeSet<u64>>,
@@ -32,7 +32,7 @@ impl Buddy {
         1 << (self.page_shift - 12)
     }
 
-    /// Pins one page out of the middle of every `nth` largest block.
+    /// Pins one page in the middle of every `nth` block of the largest order.
     fn fragment(&mut self, nth: usize) {
         let all = std::mem::take(&mut self.free[MAX_ORDER as usize]);
         for (i, block) in all.into_iter().enumerate() {
@@ -91,7 +91,7 @@ impl PageAllocator for Buddy {
     }
 }
 
-/// A host that believes nothing and remembers everything.
+/// A host that checks and records every message.
 struct Host {
     negotiated: Features,
     buffer: [u8; BUFFER_BYTES],
@@ -100,7 +100,7 @@ struct Host {
     messages: usize,
     num_pages: u32,
     actual: u32,
-    /// Messages after which the device breaks.
+    /// Number of messages after which the device breaks.
     breaks_after: Option<usize>,
 }
 
@@ -161,7 +161,7 @@ impl Queues for Host {
                     Vq::Deflate => self.inflated.remove(&page),
                     _ => panic!("message on {vq:?}"),
                 };
-                assert!(changed, "page {page} told twice on {vq:?}");
+                assert!(changed, "page {page} was sent twice on {vq:?}");
             }
         }
         Ok(())
@@ -181,7 +181,7 @@ fn agree(balloon: &BalloonDriver, memory: &Buddy, host: &Host) {
     assert_eq!(balloon.pages(), memory.held().len() as u64);
     assert_eq!(u64::from(host.actual), balloon.pages());
     assert!(memory.leaving.is_empty());
-    assert!(memory.freed.is_disjoint(&host.inflated), "freed while the host holds it");
+    assert!(memory.freed.is_disjoint(&host.inflated), "freed while it is inflated");
 }
 
 fn small_pages(negotiated: Features, blocks: u64) -> (BalloonDriver, Buddy, Host) {
@@ -203,7 +203,7 @@ fn three_gibibytes_are_one_message() {
 }
 
 #[test]
-fn an_exact_target_below_a_large_block_is_reached() {
+fn a_target_smaller_than_a_large_block_is_reached_exactly() {
     let (mut balloon, mut memory, mut host) = small_pages(Features::PAGE_BITMAP, 4);
     for target in [3 << 10, 3000, 1, 4095, 0] {
         host.num_pages = target;
@@ -215,7 +215,7 @@ fn an_exact_target_below_a_large_block_is_reached() {
 }
 
 #[test]
-fn a_guest_that_took_pages_back_is_left_alone_until_the_target_changes() {
+fn after_pressure_the_balloon_inflates_only_to_a_new_target() {
     let (mut balloon, mut memory, mut host) = small_pages(Features::PAGE_BITMAP, 4);
     host.num_pages = 4096;
     assert_eq!(balloon.run(&mut memory, &mut host), Ok(Progress::Settled));
@@ -229,7 +229,7 @@ fn a_guest_that_took_pages_back_is_left_alone_until_the_target_changes() {
 }
 
 #[test]
-fn a_guest_that_could_not_give_all_and_took_some_back_gives_it_later() {
+fn after_pressure_below_the_target_the_balloon_inflates_again() {
     let (mut balloon, mut memory, mut host) = small_pages(Features::PAGE_BITMAP, 4);
     host.num_pages = 100;
     assert_eq!(balloon.run(&mut memory, &mut host), Ok(Progress::Settled));
@@ -244,7 +244,7 @@ fn a_guest_that_could_not_give_all_and_took_some_back_gives_it_later() {
 }
 
 #[test]
-fn what_page_numbers_cannot_name_stays_with_the_guest() {
+fn pages_above_32_bits_are_not_inflated() {
     let geometry = Geometry { page_shift: 12, max_order: 0 };
     let mut memory = Buddy::new(12, 0);
     memory.free[0].extend([7, 1 << 32]);
@@ -257,14 +257,14 @@ fn what_page_numbers_cannot_name_stays_with_the_guest() {
 }
 
 #[test]
-fn a_device_that_breaks_frees_nothing_that_it_was_not_told() {
+fn a_broken_device_frees_no_page_before_its_deflate() {
     let (mut balloon, mut memory, mut host) = small_pages(Features::NONE, 4);
     host.num_pages = 4096;
     balloon.run(&mut memory, &mut host).unwrap();
     host.breaks_after = Some(host.messages + 3);
     assert_eq!(balloon.empty(&mut memory, &mut host), Err(Gone));
     assert!(memory.freed.is_empty());
-    assert_eq!(memory.leaving.len(), 4, "still on the list, for after the reset");
+    assert_eq!(memory.leaving.len(), 4, "still on the list, to be freed after the reset");
 }
 
 #[derive(Clone, Debug)]
@@ -322,7 +322,7 @@ proptest! {
                     prop_assert_eq!(balloon.pages(), held - freed);
                 }
             }
-            // What was freed in an overshoot may be back in the balloon by now.
+            // A page freed in an overshoot may be in the balloon again.
             memory.freed.clear();
             agree(&balloon, &memory, &host);
             prop_assert_eq!(memory.free_pages() * memory.unit() + balloon.pages(), total);

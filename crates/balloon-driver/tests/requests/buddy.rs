@@ -1,4 +1,4 @@
-//! A buddy allocator by page number, as the walk sees it.
+//! A buddy allocator by page number, as the scan sees it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,7 +11,7 @@ pub(crate) struct Buddy {
 }
 
 impl Buddy {
-    /// All of `zones` free, in the largest blocks.
+    /// Creates an allocator with all of `zones` free, in the largest blocks.
     pub(crate) fn new(zones: &[(u64, u64)]) -> Self {
         let mut buddy = Self::default();
         for (start, end) in zones {
@@ -40,7 +40,7 @@ impl Buddy {
         assert!(self.free.insert(block, order).is_none(), "freed twice");
     }
 
-    /// Order of the free block that begins at `page`.
+    /// Returns the order of the free block that starts at `page`.
     pub(crate) fn order_at(&self, page: u64) -> Option<u32> {
         self.free.get(&page).copied()
     }
@@ -53,7 +53,7 @@ impl Buddy {
         self.free.values().map(|order| 1 << order).sum()
     }
 
-    /// Pages in blocks of at least `order`.
+    /// Returns the pages in blocks of at least `order`.
     pub(crate) fn pages_from(&self, order: u32) -> BTreeSet<u64> {
         let large = self.free.iter().filter(|(_, free)| **free >= order);
         large.flat_map(|(block, order)| *block..block + (1 << order)).collect()

@@ -1,4 +1,4 @@
-//! A guest's kernel, in which anything may happen between two calls.
+//! A model of the guest's kernel, with random events between two calls.
 
 use std::cell::RefCell;
 use std::collections::{BTreeSet, VecDeque};
@@ -15,21 +15,21 @@ use crate::host::{Host, Posted};
 
 pub(crate) const ANSWER_BYTES: usize = 4096;
 
-/// Answers that the host can have at a time.
+/// Most answers in flight.
 const ANSWERS: usize = 4;
 
 /// Two zones with a hole between them, in pages.
 pub(crate) const ZONES: [(u64, u64); 2] = [(0, 1024), (2048, 4096)];
 
-/// What happens beside the driver.
+/// An event outside of the driver.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Event {
-    /// Nothing for so many calls.
+    /// No event for this number of calls.
     Quiet(u8),
     Allocate(u32),
     Free(usize),
     Ask(Command),
-    /// Cancels the request so many before the newest.
+    /// Cancels the request this number before the newest.
     Cancel(u32),
     /// The host returns an answer, accepted or not.
     Return(bool),
@@ -57,7 +57,7 @@ pub(crate) struct World {
     quiet: u8,
     locked: bool,
     running: u32,
-    /// Blocks that were free when the running request looked.
+    /// Blocks that the running request saw as free.
     seen_free: BTreeSet<(u64, u64)>,
     now_ns: u64,
 }
@@ -80,7 +80,7 @@ impl World {
         self.last_id
     }
 
-    /// Lets one thing happen, or nothing.
+    /// Runs the next event.
     fn tick(&mut self) {
         self.now_ns += 1000;
         if self.quiet > 0 {
@@ -97,7 +97,7 @@ impl World {
             Some(Event::Free(index)) if !self.allocated.is_empty() => {
                 let index = index % self.allocated.len();
                 let (block, order) = self.allocated.swap_remove(index);
-                // In pieces, as memory is.
+                // In small pieces, like real allocations.
                 for page in block..block + (1 << order) {
                     self.buddy.free(page, 0);
                 }
@@ -122,7 +122,7 @@ impl World {
         self.free_lost();
     }
 
-    /// As the shim does.
+    /// Handles memory pressure like the shim.
     pub(crate) fn pressure(&mut self) {
         if self.locked {
             return;
@@ -146,7 +146,7 @@ impl World {
     }
 
     fn free_held(&mut self) {
-        assert_eq!(self.host.counts_on, None, "freed what the host counts on");
+        assert_eq!(self.host.relies_on, None, "freed blocks that the host relies on");
         for (block, order) in std::mem::take(&mut self.hold_blocks) {
             self.buddy.free(block, order);
         }
@@ -165,7 +165,7 @@ impl World {
         }
     }
 
-    /// Waits until the host has no more than so many answers.
+    /// Waits until at most `most` answers are in flight.
     fn wait(&mut self, most: usize, last: bool) -> Result<(), Stop> {
         loop {
             self.tick();
@@ -179,7 +179,7 @@ impl World {
         }
     }
 
-    /// What the walk named was free when it looked, and what the hold named is
+    /// Checks that blocks named by a report were free, and that blocks named by a hold are
     /// held.
     fn check_blocks(&self, posted: &Posted) {
         for block in &posted.blocks {
@@ -196,10 +196,10 @@ impl World {
     }
 }
 
-/// The kernel's seam.
+/// Implements the kernel's trait.
 pub(crate) struct Kernel(pub(crate) Rc<RefCell<World>>);
 
-/// The queue's seam.
+/// Implements the queue's trait.
 pub(crate) struct Queue {
     pub(crate) world: Rc<RefCell<World>>,
     pub(crate) buffer: Box<[u8; ANSWER_BYTES]>,
@@ -318,11 +318,11 @@ impl RequestQueue for Queue {
         world.seen_free.clear();
         let asked = world.inbox.begin_next();
         world.running = asked.map_or(0, |asked| asked.id);
-        // The host does not count on a hold that it gives back.
+        // The host does not rely on a hold that it releases.
         if let Some(ReceivedRequest { command: Ok(Command::ReleaseHold { hold }), .. }) = asked
-            && world.host.counts_on == Some(hold)
+            && world.host.relies_on == Some(hold)
         {
-            world.host.counts_on = None;
+            world.host.relies_on = None;
         }
         asked
     }
@@ -358,7 +358,7 @@ impl RequestQueue for Queue {
     }
 }
 
-/// Blocks of an order that the model has.
+/// The orders of the model.
 pub(crate) fn orders() -> std::ops::RangeInclusive<u32> {
     0..=MAX_ORDER
 }

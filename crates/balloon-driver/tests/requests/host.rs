@@ -1,4 +1,4 @@
-//! A host that checks every answer against what it asked.
+//! A host that checks every answer against its request.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -12,32 +12,32 @@ pub(crate) struct Posted {
     pub(crate) blocks: Vec<(u64, u64)>,
 }
 
-/// What the host knows.
+/// The host's state.
 #[derive(Default)]
 pub(crate) struct Host {
     pub(crate) asked: BTreeMap<u32, Command>,
     pub(crate) in_flight: VecDeque<Posted>,
-    /// Ids by their last answers, in the order of these.
+    /// Ids in the order of their last answers.
     pub(crate) ended: Vec<(u32, Outcome)>,
-    /// Ids that the host has given up on.
+    /// Ids of requests with a refused answer.
     pub(crate) refused: BTreeSet<u32>,
     /// Blocks named for an id so far.
     pub(crate) named: BTreeMap<u32, Vec<(u64, u64)>>,
     /// The hold whose pages the host treats as free.
-    pub(crate) counts_on: Option<u32>,
+    pub(crate) relies_on: Option<u32>,
 }
 
 impl Host {
-    /// Takes an answer from the queue, and checks all that does not depend on
+    /// Takes an answer from the queue, and checks everything that does not depend on
     /// the guest's memory.
     pub(crate) fn receive(&mut self, bytes: &[u8]) -> Posted {
         let (header, records) = AnswerHeader::split(bytes).expect("an answer");
-        let command = *self.asked.get(&header.id).expect("answered what was not asked");
+        let command = *self.asked.get(&header.id).expect("an answer without a request");
         let before = self.ended.iter().filter(|(id, _)| *id == header.id).map(|(_, o)| *o);
         match before.collect::<Vec<_>>().as_slice() {
             [] => {}
             [Outcome::Done] => assert_eq!(header.outcome, Outcome::HoldLost, "answered twice"),
-            other => panic!("answered {:?} behind {other:?}", header.outcome),
+            other => panic!("answered {:?} after {other:?}", header.outcome),
         }
         let mut blocks = Vec::new();
         let mut pages = BTreeSet::new();
@@ -74,7 +74,7 @@ impl Host {
             _ => assert!(blocks.is_empty(), "{:?} has records", header.outcome),
         }
         if matches!(command, Command::HoldFree { .. }) && !blocks.is_empty() {
-            self.counts_on = Some(header.id);
+            self.relies_on = Some(header.id);
         }
         if header.outcome != Outcome::More {
             self.ended.push((header.id, header.outcome));
@@ -92,8 +92,8 @@ impl Host {
             self.refused.insert(id);
         }
         let over = matches!(posted.header.outcome, Outcome::Cancelled | Outcome::HoldLost);
-        if self.counts_on == Some(id) && (over || self.refused.contains(&id)) {
-            self.counts_on = None;
+        if self.relies_on == Some(id) && (over || self.refused.contains(&id)) {
+            self.relies_on = None;
         }
         let status = if self.refused.contains(&id) {
             MessageStatus::Unwanted

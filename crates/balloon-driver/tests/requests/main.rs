@@ -1,6 +1,6 @@
-//! Requests against a model of a kernel and of a host: whatever happens between
-//! two calls, every request is answered once and in order, nothing is named that
-//! was not free, and nothing is freed that the host counts on.
+//! Requests with a model of a kernel and of a host. For any events between
+//! two calls, every request is answered once and in order, every named block was
+//! free, and no block is freed that the host relies on.
 
 mod buddy;
 mod guest;
@@ -45,7 +45,7 @@ fn total() -> u64 {
     ZONES.iter().map(|(start, end)| end - start).sum()
 }
 
-/// A guest whose free memory has a hole in every second of the largest blocks.
+/// A guest with an allocated page in every second block of the largest order.
 fn fragmented() -> Rc<RefCell<World>> {
     let world = World::new(Vec::new());
     {
@@ -61,7 +61,7 @@ fn fragmented() -> Rc<RefCell<World>> {
 }
 
 #[test]
-fn an_idle_guest_names_all_that_is_free() {
+fn an_idle_guest_reports_all_free_pages() {
     for world in [World::new(Vec::new()), fragmented()] {
         let id = world.borrow_mut().ask(ALL_FREE);
         assert_eq!(run(&world), 1);
@@ -72,7 +72,7 @@ fn an_idle_guest_names_all_that_is_free() {
 }
 
 #[test]
-fn small_blocks_are_left_out_where_they_are_not_wanted() {
+fn blocks_below_the_minimum_are_not_reported() {
     let world = fragmented();
     let id = world.borrow_mut().ask(Command::ReportFree { min_granule_shift: 15 });
     run(&world);
@@ -82,9 +82,9 @@ fn small_blocks_are_left_out_where_they_are_not_wanted() {
 }
 
 #[test]
-fn a_block_that_falls_into_pieces_is_named_again_in_another_answer() {
+fn a_split_block_is_reported_again_in_another_answer() {
     let mut named_twice = 0;
-    // Whenever the page is taken, between any two slices.
+    // The page is allocated between any two slices.
     for quiet in 0..60 {
         let world = World::new(vec![Event::Quiet(quiet), Event::Allocate(0)]);
         let id = world.borrow_mut().ask(ALL_FREE);
@@ -93,11 +93,11 @@ fn a_block_that_falls_into_pieces_is_named_again_in_another_answer() {
         let sum: u64 = named.iter().map(|(_, pages)| pages).sum();
         named_twice += u32::from(sum > pages(named).len() as u64);
     }
-    assert!(named_twice > 0, "the case did not happen");
+    assert!(named_twice > 0, "the case did not occur");
 }
 
 #[test]
-fn caches_are_dropped_one_after_the_other() {
+fn caches_are_dropped_separately() {
     let world = World::new(Vec::new());
     let ask = |caches| world.borrow_mut().ask(Command::DropCaches(caches));
     ask(Caches::SLAB);
@@ -108,8 +108,8 @@ fn caches_are_dropped_one_after_the_other() {
 }
 
 #[test]
-fn a_cancel_comes_between_page_cache_and_slab() {
-    // The first call after the page cache was dropped sees it.
+fn a_cancel_applies_between_page_cache_and_slab() {
+    // The first check after the page cache was dropped sees it.
     let world = World::new(vec![Event::Quiet(2), Event::Cancel(0)]);
     let id = world.borrow_mut().ask(Command::DropCaches(Caches::ALL));
     run(&world);
@@ -119,7 +119,7 @@ fn a_cancel_comes_between_page_cache_and_slab() {
 }
 
 #[test]
-fn what_the_kernel_refuses_is_told_with_its_number() {
+fn an_error_of_the_kernel_is_reported() {
     let world = World::new(Vec::new());
     world.borrow_mut().refuses_to_drop = true;
     let id = world.borrow_mut().ask(Command::DropCaches(Caches::ALL));
@@ -128,7 +128,7 @@ fn what_the_kernel_refuses_is_told_with_its_number() {
 }
 
 #[test]
-fn a_hold_leaves_the_reserve_and_comes_back() {
+fn a_hold_leaves_the_reserve_and_can_be_released() {
     for reserve_pages in [0, 1000] {
         let world = fragmented();
         let before = world.borrow().buddy.pages();
@@ -158,7 +158,7 @@ fn a_hold_leaves_the_reserve_and_comes_back() {
 }
 
 #[test]
-fn a_lost_hold_is_freed_only_when_the_host_knows() {
+fn a_lost_hold_is_freed_after_the_host_returned_the_answer() {
     let world = World::new(Vec::new());
     let id = world.borrow_mut().ask(Command::HoldFree { reserve_pages: 0 });
     run(&world);
@@ -198,7 +198,7 @@ fn event() -> impl Strategy<Value = Event> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
     #[test]
-    fn host_and_guest_agree_whatever_happens(
+    fn host_and_guest_agree_for_any_events(
         events in prop::collection::vec(event(), 1..120),
         breaks in prop::option::weighted(0.1, 1..100usize),
     ) {
@@ -209,8 +209,8 @@ proptest! {
         let world = World::new(events);
         run(&world);
         let mut world = world.borrow_mut();
-        // No answer twice was checked on the way; here that none is missing, and
-        // that they came in order.
+        // `receive` checked that no request is answered twice. Check that none is missing,
+        // and their order.
         let first_ends = |busy: bool| {
             let mut seen = BTreeSet::new();
             let ends = world.host.ended.iter().filter(|(_, o)| busy || *o != Outcome::Busy);
@@ -225,7 +225,7 @@ proptest! {
                     "{id} was not answered"
                 );
             }
-            // What still is on the way comes back.
+            // Return the answers in flight.
             while !world.host.in_flight.is_empty() {
                 world.return_one(true);
             }
@@ -234,13 +234,13 @@ proptest! {
         prop_assert_eq!(world.buddy.pages() + used + world.hold.pages(), total());
         let held: u64 = world.hold_blocks.iter().map(|(_, order)| 1 << order).sum();
         prop_assert_eq!(world.hold.pages(), held);
-        // A release that was called off again leaves one that nobody counts on.
+        // A cancelled release leaves a hold that the host does not rely on.
         let released = |(id, outcome): &(u32, Outcome)| {
             matches!(world.host.asked[id], Command::ReleaseHold { .. })
                 && *outcome != Outcome::BadArgument
         };
         if !world.gone && held > 0 && !world.host.ended.iter().any(released) {
-            prop_assert!(world.host.counts_on.is_some(), "a hold that nobody counts on");
+            prop_assert!(world.host.relies_on.is_some(), "a hold that the host does not rely on");
         }
     }
 }
