@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR MIT OR Apache-2.0 */
-/* What the files of the shim share. */
+/* Definitions shared by the files of the C shim. */
 #ifndef AEROSTAT_H
 #define AEROSTAT_H
 
@@ -16,18 +16,16 @@
 
 #include "aerostat_core.h"
 
-/* Inflate and deflate, and requests where they were negotiated. The other queues
- * are not.
- */
+/* Inflate, deflate, and the request queue if negotiated. No other queue is. */
 #define AEROSTAT_VQS		2
 #define AEROSTAT_MAX_VQS	3
 
-/* Aerostat's own feature bits: messages are page-bitmap records; the host asks. */
+/* Aerostat's feature bits: page-bitmap messages; the request queue. */
 #define AEROSTAT_F_PAGE_BITMAP	60
 #define AEROSTAT_F_REQUEST_VQ	61
 
-/* Memory for messages: 64 KiB, in pages of their own since a high order may
- * not be had, and never static since UML maps no .bss to devices.
+/* Memory for messages: 64 KiB in single pages, since a high-order allocation may
+ * fail. Not static, since UML does not map .bss to devices.
  */
 #define AEROSTAT_POOL_PAGES	16
 #define AEROSTAT_BITMAP_BYTES	4096u
@@ -42,15 +40,15 @@
 #define AEROSTAT_MAX_ORDER	(MAX_ORDER - 1)
 #endif
 
-/* How long somebody who needs memory waits for the host, counted from when the first of
- * them asked: a host that is well answers within a millisecond, and one that is not must not
- * stop the guest. What comes later comes then. In reclaim there is other memory to be
- * had; where the OOM killer is next, a process is worth more patience.
+/* How long a task that needs memory waits for the host, counted from the first such
+ * request. A working host answers within a millisecond, and one that does not must not
+ * stop the guest. Pages that arrive later are freed then. Reclaim can find other memory;
+ * before the OOM killer runs, a longer wait may save a process.
  */
 #define AEROSTAT_RECLAIM_JIFFIES	(HZ / 10)
 #define AEROSTAT_OOM_JIFFIES		HZ
 
-/* Balloon pages in a page of the kernel, as a shift. */
+/* log2 of the balloon pages in a guest page. */
 #define AEROSTAT_PAGE_SHIFT	(PAGE_SHIFT - VIRTIO_BALLOON_PFN_SHIFT)
 
 struct aerostat_requests;
@@ -59,46 +57,48 @@ struct aerostat {
 	struct virtio_device *vdev;
 	struct virtqueue *vqs[AEROSTAT_MAX_VQS];
 	struct workqueue_struct *wq;
-	/* These two alone wait for the host as long as it takes, one after the other:
-	 * one follows the target, the other gives back what the guest needs.
+	/* Only these two wait for the host without a timeout, one at a time: work
+	 * follows the target, yield_work deflates under memory pressure.
 	 */
 	struct delayed_work work;
 	struct work_struct yield_work;
 	wait_queue_head_t acked;
-	/* NULL where they were not negotiated. Has locks of its own. */
+	/* NULL if not negotiated. Has its own locks. */
 	struct aerostat_requests *rq;
 
-	/* Guards stopping against a last config change, and what is asked of
-	 * yield_work.
+	/* Protects stopping (against a late config change) and everything up to
+	 * yield_done.
 	 */
 	spinlock_t stop_lock;
 	bool stopping;
-	/* Balloon pages asked for that it has not begun with: a fill ends early. */
-	u64 asked;
-	/* It owes an answer, since asked_at. */
-	bool asking;
-	unsigned long asked_at;
-	/* Its answers, and the guest's pages that came of all of them. */
-	u64 answered;
-	u64 given_back;
-	wait_queue_head_t gave_back;
+	/* Balloon pages requested from yield_work and not started; nonzero ends a
+	 * fill early.
+	 */
+	u64 yield_wanted;
+	/* yield_work has an unfinished request, since yield_since. */
+	bool yield_pending;
+	unsigned long yield_since;
+	/* Finished runs of yield_work, and the guest pages that they freed. */
+	u64 yield_runs;
+	u64 yield_freed;
+	wait_queue_head_t yield_done;
 
-	/* Guards everything below; owner is who holds it. */
+	/* Protects everything below; owner is the task that holds it. */
 	struct mutex lock;
 	struct task_struct *owner;
 	struct aerostat_core *core;
-	/* The queues are there. */
+	/* The queues exist. */
 	bool started;
 	bool gone;
 	bool starved;
-	/* Pages were taken back since the last run that was not starved. */
+	/* The balloon yielded pages since the last run that was not starved. */
 	bool yielded;
 
-	/* The balloon's blocks by order, and those on their way out. */
+	/* The balloon's blocks by order, and blocks that are being deflated. */
 	struct list_head blocks[AEROSTAT_MAX_ORDER + 1];
 	struct list_head withdrawn;
 
-	/* Message slots; idle has a bit for each that the host does not hold. */
+	/* Message slots; idle has a bit for each slot that the host does not have. */
 	void *pool[AEROSTAT_POOL_PAGES];
 	bool answers;
 	unsigned int slot_bytes;
@@ -106,7 +106,7 @@ struct aerostat {
 	u64 idle;
 	int current_slot;
 
-	/* Both of these are. */
+	/* oom_nb and shrinker are registered. */
 	bool pressure_registered;
 	struct notifier_block oom_nb;
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 7, 0)
@@ -115,7 +115,7 @@ struct aerostat {
 	struct shrinker shrinker;
 #endif
 
-	/* Read without the lock by sysfs and the shrinker. */
+	/* Read without the lock by sysfs and the shrinker (see ABI.md). */
 	u64 pages;
 	u64 messages;
 	u64 refused;
@@ -125,7 +125,7 @@ struct aerostat {
 	u64 held;
 	u64 holds_lost;
 
-	/* The host writes here. */
+	/* Written by the host. */
 	__le32 status[AEROSTAT_MAX_SLOTS] ____cacheline_aligned;
 };
 
@@ -162,7 +162,7 @@ void aerostat_stopping_requests(struct aerostat_requests *rq);
 void aerostat_requests_returned(struct virtqueue *vq);
 
 /* hold.c */
-u64 aerostat_lose_hold(struct aerostat *vb, bool wait_for_lock, unsigned long patience);
+u64 aerostat_lose_hold(struct aerostat *vb, bool wait_for_lock, unsigned long timeout);
 
 /* pressure.c */
 bool aerostat_is_short(void);

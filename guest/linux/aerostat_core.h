@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR MIT OR Apache-2.0 */
 /*
- * What the shim and the Rust core (core/src) call of each other. All of it
- * happens under the balloon mutex, except the functions marked "no state" and
- * those for requests, which say what guards them.
+ * Functions that the C shim and the Rust core (core/src) call in each other. All
+ * are called with the balloon mutex held, except those marked "no state" and those
+ * for requests, which name their lock.
  */
 #ifndef AEROSTAT_CORE_H
 #define AEROSTAT_CORE_H
@@ -17,7 +17,7 @@ struct aerostat_hold;
 
 #define AEROSTAT_NO_PFN (~0ULL)
 
-/* Entry points of the core: core/src/entry.rs says what they mean. */
+/* Entry points of the core, documented in core/src/entry.rs. */
 size_t aerostat_core_bytes(void);				/* no state */
 bool aerostat_has_page_bitmap(u64 negotiated);			/* no state */
 u64 aerostat_shrinkable(u64 held, u64 available, u64 total);	/* no state */
@@ -28,7 +28,7 @@ int aerostat_run(struct aerostat_core *core, struct aerostat *vb);
 u64 aerostat_yield(struct aerostat_core *core, struct aerostat *vb, u64 wanted);
 int aerostat_empty(struct aerostat_core *core, struct aerostat *vb);
 
-/* Why the running request goes no further. */
+/* Why the running request must stop. */
 #define AEROSTAT_STOP_CANCELLED	1
 #define AEROSTAT_STOP_REFUSED	2
 #define AEROSTAT_STOP_LOST	3
@@ -39,26 +39,26 @@ size_t aerostat_requests_bytes(void);				/* no state */
 size_t aerostat_inbox_bytes(void);				/* no state */
 size_t aerostat_hold_bytes(void);				/* no state */
 int aerostat_request_vq(u64 negotiated);			/* no state */
-/* The work item's alone. */
+/* Called only by the work item. */
 void aerostat_requests_init(struct aerostat_requests_core *core, u32 page_shift,
 			    u32 max_order);
 u64 aerostat_requests_run(struct aerostat_requests_core *core, struct aerostat *vb);
-/* Under the queue's spinlock. */
+/* Called with the queue's spinlock held. */
 void aerostat_inbox_init(struct aerostat_inbox *inbox);
 int aerostat_inbox_take(struct aerostat_inbox *inbox, const u8 *request, u8 *answer);
-bool aerostat_inbox_begin_next(struct aerostat_inbox *inbox, void *asked);
+bool aerostat_inbox_begin_next(struct aerostat_inbox *inbox, void *request);
 int aerostat_inbox_stopped(const struct aerostat_inbox *inbox);
 const char *aerostat_inbox_answered(struct aerostat_inbox *inbox, u32 id, u32 status);
 void aerostat_inbox_lose(struct aerostat_inbox *inbox, u32 id);
-/* Under the hold's mutex. */
+/* Called with the hold's mutex held. */
 void aerostat_hold_init(struct aerostat_hold *hold);
 u64 aerostat_hold_pages(const struct aerostat_hold *hold);
 u32 aerostat_hold_lose(struct aerostat_hold *hold, u64 now_ns, u8 *answer);
 bool aerostat_hold_is_losing(const struct aerostat_hold *hold);
 u64 aerostat_hold_emptied(struct aerostat_hold *hold);
 
-/* What the shim gives the core: core/src/kernel.rs. Page numbers and counts
- * are in balloon pages of 4 KiB; errors are negative.
+/* The shim's functions for the core, declared in core/src/kernel.rs. Page numbers
+ * and counts are in balloon pages of 4 KiB; errors are negative.
  */
 u64 aerostat_shim_allocate(struct aerostat *vb, u32 order);
 u64 aerostat_shim_withdraw(struct aerostat *vb, u32 order);
@@ -70,10 +70,10 @@ u32 aerostat_shim_num_pages(struct aerostat *vb);
 void aerostat_shim_set_actual(struct aerostat *vb, u32 pages);
 void aerostat_shim_bug(const char *file, size_t file_bytes, u32 line);
 
-/* For requests: core/src/request_kernel.rs. Called by the work item, without the
- * balloon mutex; an int is 0 or why to stop.
+/* For requests, declared in core/src/request_kernel.rs. Called by the work item,
+ * without the balloon mutex; an int is 0 or AEROSTAT_STOP_*.
  */
-bool aerostat_shim_begin_next(struct aerostat *vb, void *asked);
+bool aerostat_shim_begin_next(struct aerostat *vb, void *request);
 int aerostat_shim_stopped(struct aerostat *vb);
 int aerostat_shim_answer_buffer(struct aerostat *vb, bool last, u8 **buffer, size_t *bytes);
 int aerostat_shim_post_answer(struct aerostat *vb, u32 id, size_t bytes);

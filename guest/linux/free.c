@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT OR Apache-2.0
-/* What the guest's memory is used for: free blocks, and caches. */
+/* Scanning free blocks, dropping caches, and memory counters. */
 
 #include <linux/fs.h>
 #include <linux/ktime.h>
@@ -14,10 +14,10 @@
 
 #include "aerostat.h"
 
-/* drop_slab and iterate_supers are not exported; this is. */
+/* drop_slab and iterate_supers are not exported, so use the sysctl file. */
 #define AEROSTAT_DROP_CACHES	"/proc/sys/vm/drop_caches"
 
-/* Zones of all nodes in one row; NULL where a node is offline. */
+/* Zones of all nodes, numbered consecutively; NULL if the node is offline. */
 static struct zone *aerostat_zone(u32 number)
 {
 	unsigned int node = number / MAX_NR_ZONES;
@@ -61,16 +61,16 @@ bool aerostat_shim_has_free(u32 order)
 }
 
 /*
- * One slice. That a page begins a free block, and of which order, is true only
- * under the zone's lock: without it a block that was just allocated could still
- * be read as free. Pages in the middle of a free block look like used ones.
+ * Scans one slice. PageBuddy and the order of a free block are valid only under the
+ * zone's lock: without it a block that was just allocated could still be read as free.
+ * Pages in the middle of a free block look like used ones.
  */
 u64 aerostat_shim_scan(u32 number, u64 from, u32 order, u32 visits, u64 *found,
 		       size_t *count, u64 *lock_ns)
 {
 	struct zone *zone = aerostat_zone(number);
 	unsigned long step = 1UL << order, pfn, end, known = ULONG_MAX, flags;
-	size_t room = *count;
+	size_t capacity = *count;
 	struct page *page = NULL;
 	u64 start;
 
@@ -82,10 +82,10 @@ u64 aerostat_shim_scan(u32 number, u64 from, u32 order, u32 visits, u64 *found,
 	spin_lock_irqsave(&zone->lock, flags);
 	start = ktime_get_ns();
 	end = zone_end_pfn(zone);
-	for (; pfn < end && visits && *count < room; visits--) {
+	for (; pfn < end && visits && *count < capacity; visits--) {
 		unsigned long next = pfn + step;
 
-		/* Memory is there or not in stretches of a page block at least. */
+		/* Memory is online or offline in units of at least a page block. */
 		if (pfn / pageblock_nr_pages != known) {
 			known = pfn / pageblock_nr_pages;
 			page = pfn_to_online_page(pfn);
@@ -163,8 +163,8 @@ int aerostat_shim_drop_caches(u32 caches)
 		return -PTR_ERR(file);
 	written = kernel_write(file, text, sizeof(text), &at);
 	filp_close(file, NULL);
-	/* What pages were indexed with, and inodes, are freed by RCU: only then is
-	 * what the host is told of the slab what came of it.
+	/* Page cache nodes and inodes are freed by RCU. Wait for that, so that the
+	 * reported slab size includes the effect.
 	 */
 	rcu_barrier();
 	if (written < 0)

@@ -9,8 +9,8 @@
 
 #include "requests.h"
 
-/* Granted to a host that does not return "hold lost" once the driver has to leave. */
-#define AEROSTAT_LEAVE_JIFFIES	(5 * HZ)
+/* How long the removal of the driver waits until the host returns "hold lost". */
+#define AEROSTAT_REMOVE_JIFFIES	(5 * HZ)
 
 void *aerostat_shim_hold_lock(struct aerostat *vb)
 {
@@ -21,17 +21,19 @@ void *aerostat_shim_hold_lock(struct aerostat *vb)
 
 void aerostat_shim_hold_unlock(struct aerostat *vb)
 {
+	lockdep_assert_held(&vb->rq->hold_lock);
 	WRITE_ONCE(vb->held, aerostat_hold_pages(vb->rq->hold));
 	mutex_unlock(&vb->rq->hold_lock);
 }
 
 bool aerostat_shim_hold_take(struct aerostat *vb, u32 order)
 {
-	/* Only what is free: no reclaim, no compaction, no reserves. */
+	/* Only free pages: no reclaim, no compaction, no reserves. */
 	gfp_t gfp = (GFP_HIGHUSER & ~__GFP_RECLAIM) | __GFP_NORETRY | __GFP_NOMEMALLOC |
 		    __GFP_NOWARN;
 	struct page *page;
 
+	lockdep_assert_held(&vb->rq->hold_lock);
 	if (order > AEROSTAT_MAX_ORDER)
 		return false;
 	page = alloc_pages(gfp, order);
@@ -46,6 +48,7 @@ u64 aerostat_shim_hold_name(struct aerostat *vb, u32 order)
 	struct aerostat_requests *rq = vb->rq;
 	struct page *page;
 
+	lockdep_assert_held(&rq->hold_lock);
 	if (order > AEROSTAT_MAX_ORDER || list_empty(&rq->taken[order]))
 		return AEROSTAT_NO_PFN;
 	page = list_first_entry(&rq->taken[order], struct page, lru);
@@ -69,12 +72,13 @@ void aerostat_shim_hold_free(struct aerostat *vb)
 {
 	unsigned int order;
 
+	lockdep_assert_held(&vb->rq->hold_lock);
 	aerostat_free_held(&vb->rq->named);
 	for (order = 0; order <= AEROSTAT_MAX_ORDER; order++)
 		aerostat_free_held(&vb->rq->taken[order]);
 }
 
-/* What was named is marked once the host has the answer. */
+/* Marks the named blocks, after the host has returned the answer. */
 void aerostat_mark_hold(struct aerostat_requests *rq)
 {
 	aerostat_shim_hold_lock(rq->vb);
@@ -82,9 +86,9 @@ void aerostat_mark_hold(struct aerostat_requests *rq)
 	aerostat_shim_hold_unlock(rq->vb);
 }
 
-/* Frees a lost hold once the host has answered. A queue that is broken is no answer: a
- * shutdown breaks the queues before it resets the device. What no answer comes for is
- * freed after the reset.
+/* Frees a lost hold once the host has returned "hold lost". A broken queue does not count:
+ * a shutdown breaks the queues before it resets the device. Otherwise the hold is freed
+ * after the reset.
  */
 static u64 aerostat_free_lost(struct aerostat_requests *rq)
 {
@@ -108,8 +112,8 @@ void aerostat_end_loss(struct aerostat_requests *rq)
 	aerostat_free_lost(rq);
 }
 
-/* Says that the hold is lost, where it was not said yet. True while the host has
- * to answer.
+/* Sends "hold lost" unless it was sent already. Returns true while the host must still
+ * return it.
  */
 static bool aerostat_begin_loss(struct aerostat_requests *rq, bool wait_for_lock)
 {
@@ -123,25 +127,25 @@ static bool aerostat_begin_loss(struct aerostat_requests *rq, bool wait_for_lock
 		return false;
 	id = aerostat_hold_lose(rq->hold, ktime_get_ns(), header);
 	if (id)
-		aerostat_say_lost(rq, id, header);
+		aerostat_send_lost(rq, id, header);
 	losing = aerostat_hold_is_losing(rq->hold);
 	mutex_unlock(&rq->hold_lock);
 	return losing;
 }
 
-/* Returns the guest's pages that came back. A caller that may be anywhere, also
- * with locks of a file system, does not wait for who changes the hold just now. Who
- * needs the memory goes on without it when the host was given so much time; it
- * comes when the host has answered (aerostat_end_loss).
+/* Frees the hold under memory pressure. Returns the guest pages freed. A caller in reclaim,
+ * which may hold file system locks, must not wait for hold_lock. Waits for the host for
+ * at most timeout; after that the hold is freed when the host has returned "hold lost"
+ * (aerostat_end_loss).
  */
-u64 aerostat_lose_hold(struct aerostat *vb, bool wait_for_lock, unsigned long patience)
+u64 aerostat_lose_hold(struct aerostat *vb, bool wait_for_lock, unsigned long timeout)
 {
 	struct aerostat_requests *rq = vb->rq;
 	long left;
 
 	if (!rq || !aerostat_begin_loss(rq, wait_for_lock))
 		return 0;
-	left = READ_ONCE(rq->lost_at) + patience - jiffies;
+	left = READ_ONCE(rq->lost_at) + timeout - jiffies;
 	if (left > 0)
 		wait_event_idle_timeout(rq->returned,
 					aerostat_loss_ended(rq) || READ_ONCE(rq->stopping),
@@ -149,13 +153,13 @@ u64 aerostat_lose_hold(struct aerostat *vb, bool wait_for_lock, unsigned long pa
 	return aerostat_free_lost(rq) >> AEROSTAT_PAGE_SHIFT;
 }
 
-/* The driver goes: what the host does not return in time comes with the reset. */
+/* Ends the hold when the driver is removed. On a timeout the reset frees it. */
 void aerostat_leave_hold(struct aerostat_requests *rq)
 {
 	if (!aerostat_begin_loss(rq, true))
 		return;
 	wait_event_idle_timeout(rq->returned, aerostat_loss_ended(rq),
-				AEROSTAT_LEAVE_JIFFIES);
+				AEROSTAT_REMOVE_JIFFIES);
 	aerostat_free_lost(rq);
 }
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT OR Apache-2.0
 /*
- * Aerostat's virtio balloon driver: what only C can do of it.
+ * Aerostat's virtio balloon driver: the C shim.
  *
- * The decisions are in Rust. These files give the core pages, queues and the
- * configuration space, and call it when the host or the guest wants something.
+ * The driver's logic is in Rust (core/). The shim provides pages, queues and the
+ * configuration space, and calls the core on events of the host and the guest.
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
@@ -17,13 +17,13 @@
 
 static bool page_bitmap = true;
 module_param(page_bitmap, bool, 0444);
-MODULE_PARM_DESC(page_bitmap, "Send page bitmaps where the host takes them (default: Y)");
+MODULE_PARM_DESC(page_bitmap, "Send page bitmaps if the host supports them (default: Y)");
 
 static bool requests = true;
 module_param(requests, bool, 0444);
-MODULE_PARM_DESC(requests, "Let the host ask for dropped caches and free pages (default: Y)");
+MODULE_PARM_DESC(requests, "Accept requests of the host: drop caches, report or hold free pages (default: Y)");
 
-/* Nobody who needs memory comes here: the holder may be waiting for the host. */
+/* Must not be called from reclaim: the holder may be waiting for the host. */
 void aerostat_lock(struct aerostat *vb)
 {
 	mutex_lock(&vb->lock);
@@ -78,14 +78,14 @@ static void aerostat_work(struct work_struct *work)
 	if (!vb->starved)
 		vb->yielded = false;
 	aerostat_unlock(vb);
-	/* What is held free for the host can as well be given to it. */
+	/* Inflate with the pages of the hold. */
 	if (retry_ms > 0 && aerostat_lose_hold(vb, true, AEROSTAT_RECLAIM_JIFFIES))
 		retry_ms = 1;
 	if (retry_ms > 0)
 		aerostat_schedule(vb, msecs_to_jiffies(retry_ms));
 }
 
-/* What the kernel writes into pages that are freed, if it does. */
+/* Returns the value with which the kernel fills freed pages, if it does. */
 static bool aerostat_poison(u32 *value)
 {
 	if (want_init_on_free())
@@ -97,10 +97,10 @@ static bool aerostat_poison(u32 *value)
 	return true;
 }
 
-/* The host may want to know it before it leaves free pages out of anything. Where
- * there is none, the driver may not ask for the feature: it is not in its table.
+/* The host needs the value before it skips free pages. Without a poison the feature is
+ * not in the driver's table.
  */
-static void aerostat_tell_poison(struct virtio_device *vdev)
+static void aerostat_write_poison(struct virtio_device *vdev)
 {
 	u32 value;
 
@@ -108,27 +108,27 @@ static void aerostat_tell_poison(struct virtio_device *vdev)
 		virtio_cwrite_le(vdev, struct virtio_balloon_config, poison_val, &value);
 }
 
-/* From here on nobody begins to wait for the host, and who needs memory waits no
- * more: what they hold up (the list of OOM notifiers, reclaim) can be left.
+/* Ends all waits of tasks that need memory, and prevents new ones, so that the OOM
+ * notifier and the shrinker can be unregistered.
  */
 static void aerostat_begin_to_stop(struct aerostat *vb)
 {
 	spin_lock_irq(&vb->stop_lock);
 	vb->stopping = true;
 	spin_unlock_irq(&vb->stop_lock);
-	wake_up_all(&vb->gave_back);
+	wake_up_all(&vb->yield_done);
 	if (vb->rq)
 		aerostat_stopping_requests(vb->rq);
 }
 
-/* Leaves the device with an empty balloon, told properly where it listens. Who needs
- * memory looks at the queues, so nobody who does may come here any more.
+/* Stops the device with an empty balloon, deflated properly if the device answers. The
+ * OOM notifier and the shrinker use the queues, so they are unregistered first.
  */
 static void aerostat_stop(struct aerostat *vb)
 {
 	aerostat_begin_to_stop(vb);
 	aerostat_unregister_pressure(vb);
-	/* A restore has failed before. */
+	/* An earlier restore failed. */
 	if (!vb->started)
 		return;
 	cancel_delayed_work_sync(&vb->work);
@@ -138,9 +138,9 @@ static void aerostat_stop(struct aerostat *vb)
 
 	aerostat_lock(vb);
 	if (aerostat_empty(vb->core, vb))
-		dev_warn(&vb->vdev->dev, "the device does not answer, taking the pages back\n");
+		dev_warn(&vb->vdev->dev, "the device does not answer, freeing the pages after a reset\n");
 	vb->gone = true;
-	/* After a reset the device has no claim on what it was not told of. */
+	/* After a reset the device has no claim on pages that were not deflated. */
 	virtio_reset_device(vb->vdev);
 	if (vb->rq)
 		aerostat_forget_requests(vb->rq);
@@ -167,12 +167,12 @@ static int aerostat_start(struct aerostat *vb)
 	vb->starved = false;
 	vb->yielded = false;
 	aerostat_init(vb->core, vb->vdev->features, PAGE_SHIFT, AEROSTAT_MAX_ORDER);
-	aerostat_tell_poison(vb->vdev);
+	aerostat_write_poison(vb->vdev);
 	virtio_device_ready(vb->vdev);
-	/* Nobody asks for pages before there is all that it takes. */
+	/* Accept memory pressure only now that everything is set up. */
 	spin_lock_irq(&vb->stop_lock);
-	vb->asked = 0;
-	vb->asking = false;
+	vb->yield_wanted = 0;
+	vb->yield_pending = false;
 	vb->stopping = false;
 	spin_unlock_irq(&vb->stop_lock);
 	if (vb->rq)
@@ -206,15 +206,15 @@ static struct aerostat *aerostat_alloc(struct virtio_device *vdev)
 	INIT_DELAYED_WORK(&vb->work, aerostat_work);
 	INIT_WORK(&vb->yield_work, aerostat_yield_work);
 	init_waitqueue_head(&vb->acked);
-	init_waitqueue_head(&vb->gave_back);
+	init_waitqueue_head(&vb->yield_done);
 	spin_lock_init(&vb->stop_lock);
 	mutex_init(&vb->lock);
 	INIT_LIST_HEAD(&vb->withdrawn);
 	for (i = 0; i <= AEROSTAT_MAX_ORDER; i++)
 		INIT_LIST_HEAD(&vb->blocks[i]);
 	vb->core = kzalloc(aerostat_core_bytes(), GFP_KERNEL);
-	/* Unbound: a fill takes long enough for the scheduler to mind. Memory may
-	 * be needed to run anything else.
+	/* Unbound, since a fill takes long. WQ_MEM_RECLAIM, since yield_work frees
+	 * memory.
 	 */
 	vb->wq = alloc_ordered_workqueue("aerostat_balloon", WQ_FREEZABLE | WQ_MEM_RECLAIM);
 	if (aerostat_request_vq(vdev->features) >= 0)
@@ -264,9 +264,9 @@ static void aerostat_remove(struct virtio_device *vdev)
 }
 
 /*
- * A kernel that is started by this one (kexec) must not meet a device that goes on with
- * what this one gave it. Kernels since 6.15 reset all virtio devices by themselves. The
- * host is not asked: a reset needs no answer, and a shutdown must not wait for one.
+ * A kernel started with kexec must not find a device that still uses this kernel's
+ * buffers and balloon. Linux 6.15 resets all virtio devices itself. The balloon is not
+ * deflated: a reset needs no answer, and a shutdown must not wait for one.
  */
 static void aerostat_shutdown(struct device *dev)
 {
@@ -283,7 +283,7 @@ static void aerostat_shutdown(struct device *dev)
 
 static int aerostat_validate(struct virtio_device *vdev)
 {
-	/* The host needs guest physical addresses, whatever DMA would use. */
+	/* The host needs guest physical addresses, not DMA addresses. */
 	__virtio_clear_bit(vdev, VIRTIO_F_ACCESS_PLATFORM);
 	return 0;
 }
@@ -349,7 +349,7 @@ static const struct virtio_device_id aerostat_ids[] = {
 };
 MODULE_DEVICE_TABLE(virtio, aerostat_ids);
 
-/* Poison is added where there is one, Aerostat's own as the parameters say. */
+/* PAGE_POISON is added if there is a poison, Aerostat's features by the parameters. */
 static unsigned int aerostat_features[5] = {
 	VIRTIO_BALLOON_F_MUST_TELL_HOST,
 	VIRTIO_BALLOON_F_DEFLATE_ON_OOM,
@@ -377,7 +377,7 @@ static int __init aerostat_module_init(void)
 	u32 value;
 	int err;
 
-	/* Not cleared while validating: User Mode Linux negotiates twice then. */
+	/* Not cleared in validate: User Mode Linux would negotiate twice. */
 	if (aerostat_poison(&value))
 		aerostat_features[aerostat_driver.feature_table_size++] =
 			VIRTIO_BALLOON_F_PAGE_POISON;
@@ -386,7 +386,7 @@ static int __init aerostat_module_init(void)
 	if (requests)
 		aerostat_features[aerostat_driver.feature_table_size++] = AEROSTAT_F_REQUEST_VQ;
 	err = register_virtio_driver(&aerostat_driver);
-	/* Where the bus has its own, a driver's is neither called nor welcome. */
+	/* If the bus has its own shutdown, a driver's is not called and causes a warning. */
 	if (!err && !aerostat_driver.driver.bus->shutdown)
 		aerostat_driver.driver.shutdown = aerostat_shutdown;
 	return err;

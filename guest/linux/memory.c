@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT OR Apache-2.0
-/* The balloon's blocks: taken from the page allocator, kept on lists by order. */
+/* The balloon's blocks: allocated pages on lists by order. */
 
 #include <linux/gfp.h>
 #include <linux/list.h>
@@ -22,11 +22,11 @@ void aerostat_keep_block(struct page *page, unsigned int order, struct list_head
 	list_add_tail(&page->lru, list);
 }
 
-/* Nobody shall read what the host has or may have: /proc/kcore and a crash kernel
- * pass over such pages (makedumpfile), and hibernation does. Each page is looked
- * at by itself, so a block's head does not speak for the rest, and marking costs
- * 5 ns a page. So the host is told first; a reader that comes before the mark
- * costs the host what it reads, and harms nobody. New blocks are at the end.
+/* Marks new blocks PageOffline: /proc/kcore, a crash kernel (makedumpfile) and
+ * hibernation skip such pages. Readers check each page, so every page of a block must be
+ * marked, which costs 5 ns a page. So blocks are marked after the inflate message. A
+ * reader that comes before the mark makes the host allocate the pages that it reads, and
+ * does no other harm. New blocks are at the end.
  */
 void aerostat_mark_new(struct list_head *blocks)
 {
@@ -48,6 +48,7 @@ void aerostat_mark_balloon(struct aerostat *vb)
 {
 	unsigned int order;
 
+	lockdep_assert_held(&vb->lock);
 	for (order = 0; order <= AEROSTAT_MAX_ORDER; order++)
 		aerostat_mark_new(&vb->blocks[order]);
 }
@@ -64,7 +65,7 @@ unsigned int aerostat_leave_block(struct page *page)
 	return order;
 }
 
-/* balloon_inflate and balloon_deflate of /proc/vmstat, in the guest's pages. */
+/* Counts balloon_inflate and balloon_deflate of /proc/vmstat, in guest pages. */
 static void aerostat_count(bool inflated, unsigned int order)
 {
 #ifdef CONFIG_MEMORY_BALLOON
@@ -72,7 +73,7 @@ static void aerostat_count(bool inflated, unsigned int order)
 #endif
 }
 
-/* A balloon that cannot yield is memory that the guest does not have. */
+/* Without DEFLATE_ON_OOM ballooned pages do not count as the guest's memory. */
 static void aerostat_adjust_managed(struct aerostat *vb, struct page *page,
 				    long pages)
 {
@@ -82,17 +83,18 @@ static void aerostat_adjust_managed(struct aerostat *vb, struct page *page,
 
 u64 aerostat_shim_allocate(struct aerostat *vb, u32 order)
 {
-	/* NORETRY also keeps the OOM killer out. Pages that cannot be moved
-	 * have no place in movable zones.
+	/* NORETRY also prevents the OOM killer. Not from movable zones, since the
+	 * pages cannot be migrated.
 	 */
 	gfp_t gfp = GFP_HIGHUSER | __GFP_NORETRY | __GFP_NOMEMALLOC | __GFP_NOWARN;
 	struct page *page;
 
+	lockdep_assert_held(&vb->lock);
 	cond_resched();
-	if (order > AEROSTAT_MAX_ORDER || READ_ONCE(vb->asked) ||
+	if (order > AEROSTAT_MAX_ORDER || READ_ONCE(vb->yield_wanted) ||
 	    READ_ONCE(vb->stopping))
 		return AEROSTAT_NO_PFN;
-	/* What was taken back would have to be given back once more. */
+	/* The shortage would make the balloon yield these pages again. */
 	if (vb->starved && vb->yielded && aerostat_is_short())
 		return AEROSTAT_NO_PFN;
 	if (order)	/* not worth compaction or reclaim */
@@ -110,6 +112,7 @@ u64 aerostat_shim_withdraw(struct aerostat *vb, u32 order)
 {
 	struct page *page;
 
+	lockdep_assert_held(&vb->lock);
 	if (order > AEROSTAT_MAX_ORDER || list_empty(&vb->blocks[order]))
 		return AEROSTAT_NO_PFN;
 	page = list_last_entry(&vb->blocks[order], struct page, lru);
@@ -121,6 +124,7 @@ static void aerostat_free_list(struct aerostat *vb, struct list_head *list)
 {
 	struct page *page, *next;
 
+	lockdep_assert_held(&vb->lock);
 	list_for_each_entry_safe(page, next, list, lru) {
 		unsigned int order = aerostat_leave_block(page);
 

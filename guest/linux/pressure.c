@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT OR Apache-2.0
-/* Who asks for pages back when the guest is short of memory. */
+/* Memory pressure: the OOM notifier and the shrinker. */
 
 #include <linux/oom.h>
 #include <linux/sched.h>
@@ -7,16 +7,16 @@
 
 #include "aerostat.h"
 
-/* The stock driver's: asked before notifiers of the default priority. */
+/* As in the stock driver: called before notifiers of the default priority. */
 #define AEROSTAT_OOM_PRIORITY	80
 
-/* Whether the shrinker would offer pages, had it any number of them. */
+/* Returns true if the guest is short of memory, by the shrinker's criterion. */
 bool aerostat_is_short(void)
 {
 	return aerostat_shrinkable(~0ULL, max(si_mem_available(), 0L), totalram_pages());
 }
 
-/* Gives back what was asked for. Runs where it may wait for the host. */
+/* Deflates the requested pages. A work item, because it may wait for the host. */
 void aerostat_yield_work(struct work_struct *work)
 {
 	struct aerostat *vb = container_of(work, struct aerostat, yield_work);
@@ -24,8 +24,8 @@ void aerostat_yield_work(struct work_struct *work)
 
 	aerostat_lock(vb);
 	spin_lock_irq(&vb->stop_lock);
-	wanted = vb->asked;
-	WRITE_ONCE(vb->asked, 0);
+	wanted = vb->yield_wanted;
+	WRITE_ONCE(vb->yield_wanted, 0);
 	spin_unlock_irq(&vb->stop_lock);
 	if (wanted && !vb->gone) {
 		vb->yielded = true;
@@ -34,23 +34,23 @@ void aerostat_yield_work(struct work_struct *work)
 	aerostat_unlock(vb);
 
 	spin_lock_irq(&vb->stop_lock);
-	/* Who asked meanwhile has had this answer, and is owed another one. */
-	vb->asking = vb->asked;
-	vb->asked_at = jiffies;
-	WRITE_ONCE(vb->given_back, vb->given_back + pages);
-	WRITE_ONCE(vb->answered, vb->answered + 1);
+	/* A request made meanwhile ends its wait with this run, and stays pending. */
+	vb->yield_pending = vb->yield_wanted;
+	vb->yield_since = jiffies;
+	WRITE_ONCE(vb->yield_freed, vb->yield_freed + pages);
+	WRITE_ONCE(vb->yield_runs, vb->yield_runs + 1);
 	spin_unlock_irq(&vb->stop_lock);
-	wake_up_all(&vb->gave_back);
+	wake_up_all(&vb->yield_done);
 }
 
-/* Has balloon pages given back. Waits until some were, or until an answer is owed for
- * so long: while a host is silent that is waited for once, and not by each who needs
- * memory. Returns the guest's pages that came back meanwhile.
+/* Makes yield_work deflate pages, and waits until a run has ended or the oldest
+ * pending request is older than timeout. So a silent host delays the guest once, and
+ * not each task that needs memory. Returns the guest pages freed meanwhile.
  */
-static u64 aerostat_ask_back(struct aerostat *vb, u64 wanted, unsigned long patience)
+static u64 aerostat_request_yield(struct aerostat *vb, u64 wanted, unsigned long timeout)
 {
 	unsigned long flags;
-	u64 answered, before;
+	u64 runs, before;
 	long left;
 
 	spin_lock_irqsave(&vb->stop_lock, flags);
@@ -58,36 +58,35 @@ static u64 aerostat_ask_back(struct aerostat *vb, u64 wanted, unsigned long pati
 		spin_unlock_irqrestore(&vb->stop_lock, flags);
 		return 0;
 	}
-	if (!vb->asking)
-		vb->asked_at = jiffies;
-	vb->asking = true;
-	/* No less than a page, so that it is seen. */
-	WRITE_ONCE(vb->asked, max3(vb->asked, wanted, 1ULL));
-	answered = vb->answered;
-	before = vb->given_back;
-	left = vb->asked_at + patience - jiffies;
+	if (!vb->yield_pending)
+		vb->yield_since = jiffies;
+	vb->yield_pending = true;
+	/* At least a page: 0 means that there is no request. */
+	WRITE_ONCE(vb->yield_wanted, max3(vb->yield_wanted, wanted, 1ULL));
+	runs = vb->yield_runs;
+	before = vb->yield_freed;
+	left = vb->yield_since + timeout - jiffies;
 	queue_work(vb->wq, &vb->yield_work);
 	spin_unlock_irqrestore(&vb->stop_lock, flags);
 	if (left > 0)
-		wait_event_idle_timeout(vb->gave_back,
-					READ_ONCE(vb->answered) != answered ||
+		wait_event_idle_timeout(vb->yield_done,
+					READ_ONCE(vb->yield_runs) != runs ||
 					READ_ONCE(vb->stopping), left);
-	return READ_ONCE(vb->given_back) - before;
+	return READ_ONCE(vb->yield_freed) - before;
 }
 
-/* What is held for the host alone goes first, at once and whole, and the balloon
- * stays. Returns the pages that came back of it, also where somebody else had taken
- * them back meanwhile; none where the host does not return it.
+/* Frees the whole hold, before the balloon is deflated. Returns the guest pages freed,
+ * also if another task has freed them meanwhile; 0 if the host does not return the answer.
  */
-static u64 aerostat_take_hold(struct aerostat *vb, bool wait_for_lock, unsigned long patience)
+static u64 aerostat_take_hold(struct aerostat *vb, bool wait_for_lock, unsigned long timeout)
 {
 	u64 held = READ_ONCE(vb->held) >> AEROSTAT_PAGE_SHIFT;
-	u64 pages = held ? aerostat_lose_hold(vb, wait_for_lock, patience) : 0;
+	u64 pages = held ? aerostat_lose_hold(vb, wait_for_lock, timeout) : 0;
 
 	return pages || READ_ONCE(vb->held) ? pages : held;
 }
 
-/* Called with the lock that keeps all others out of the OOM killer. */
+/* Called with oom_lock held, so other tasks cannot enter the OOM killer. */
 static int aerostat_oom_notify(struct notifier_block *nb, unsigned long dummy,
 			       void *parm)
 {
@@ -95,15 +94,15 @@ static int aerostat_oom_notify(struct notifier_block *nb, unsigned long dummy,
 	u64 pages = aerostat_take_hold(vb, true, AEROSTAT_OOM_JIFFIES);
 	unsigned long *freed = parm;
 
-	/* The transport may allocate where the balloon is worked on. */
+	/* The current task may own the lock: the transport may allocate under it. */
 	if (!pages && aerostat_deflates_on_oom(vb) && READ_ONCE(vb->owner) != current)
-		pages = aerostat_ask_back(vb, 0, AEROSTAT_OOM_JIFFIES);
+		pages = aerostat_request_yield(vb, 0, AEROSTAT_OOM_JIFFIES);
 	*freed += pages;
 	return NOTIFY_OK;
 }
 
-/* The guest's pages that a shortage would bring back of the balloon and of what is
- * held beside.
+/* Returns the guest pages that the current shortage would free from the balloon and from
+ * held balloon pages of the hold.
  */
 static unsigned long aerostat_offer(struct aerostat *vb, u64 held)
 {
@@ -127,17 +126,15 @@ static unsigned long aerostat_shrink_scan(struct aerostat *vb, struct shrink_con
 
 	if (freed)
 		return freed;
-	/* The kernel goes on with as many as it was once offered, which may have
-	 * been the hold's.
+	/* The kernel continues to scan the count that it was offered once, which may
+	 * have been the hold's.
 	 */
 	if (!aerostat_deflates_on_oom(vb) || !aerostat_offer(vb, 0))
 		return SHRINK_STOP;
-	/* A fill that runs into reclaim comes here. What is under way is not
-	 * waited for.
-	 */
+	/* A fill that enters reclaim gets here. Do not wait for a run in progress. */
 	if (READ_ONCE(vb->owner))
 		return SHRINK_STOP;
-	freed = aerostat_ask_back(vb, (u64)sc->nr_to_scan << AEROSTAT_PAGE_SHIFT,
+	freed = aerostat_request_yield(vb, (u64)sc->nr_to_scan << AEROSTAT_PAGE_SHIFT,
 				  AEROSTAT_RECLAIM_JIFFIES);
 	return freed ? freed : SHRINK_STOP;
 }
@@ -194,7 +191,7 @@ static void aerostat_unregister_shrinker(struct aerostat *vb)
 }
 #endif
 
-/* A hold yields whether or not the balloon does. */
+/* A hold yields even without DEFLATE_ON_OOM. */
 static bool aerostat_can_yield(struct aerostat *vb)
 {
 	return aerostat_deflates_on_oom(vb) || vb->rq;

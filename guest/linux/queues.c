@@ -7,10 +7,10 @@
 
 #include "aerostat.h"
 
-/* While waiting, look this often whether the device has died. */
-#define AEROSTAT_LOOK_JIFFIES	HZ
-/* Looks granted to a silent device once the driver has to leave it. */
-#define AEROSTAT_LAST_LOOKS	5
+/* While waiting, check this often whether the device is broken. */
+#define AEROSTAT_CHECK_JIFFIES	HZ
+/* Checks before the removal of the driver gives up on a silent device. */
+#define AEROSTAT_LAST_CHECKS	5
 
 static void aerostat_acked(struct virtqueue *vq)
 {
@@ -19,7 +19,7 @@ static void aerostat_acked(struct virtqueue *vq)
 	wake_up(&vb->acked);
 }
 
-static void aerostat_note_status(struct aerostat *vb, u32 status)
+static void aerostat_take_status(struct aerostat *vb, u32 status)
 {
 	const char *why = aerostat_refusal(status);
 
@@ -29,7 +29,7 @@ static void aerostat_note_status(struct aerostat *vb, u32 status)
 	dev_warn_ratelimited(&vb->vdev->dev, "the host refused a message: %s\n", why);
 }
 
-/* Takes back what the host has returned; true when that is enough. */
+/* Takes returned messages off the queue. Returns true if at most in_flight are left. */
 static bool aerostat_returned(struct aerostat *vb, struct virtqueue *vq,
 			      unsigned int in_flight)
 {
@@ -38,18 +38,18 @@ static bool aerostat_returned(struct aerostat *vb, struct virtqueue *vq,
 
 	while ((status = virtqueue_get_buf(vq, &len))) {
 		if (vb->answers)
-			aerostat_note_status(vb, le32_to_cpu(*status));
+			aerostat_take_status(vb, le32_to_cpu(*status));
 		vb->idle |= BIT_ULL(status - vb->status);
 		vb->in_flight--;
 	}
 	return vb->in_flight <= in_flight;
 }
 
-/* Notifies the host and waits until no more than in_flight messages are out. */
+/* Notifies the host and waits until at most in_flight messages are on the queue. */
 static int aerostat_wait(struct aerostat *vb, struct virtqueue *vq,
 			 unsigned int in_flight)
 {
-	unsigned int looks = AEROSTAT_LAST_LOOKS;
+	unsigned int checks = AEROSTAT_LAST_CHECKS;
 	u64 start = ktime_get_ns();
 
 	if (!vb->in_flight)
@@ -60,9 +60,9 @@ static int aerostat_wait(struct aerostat *vb, struct virtqueue *vq,
 	       !wait_event_idle_timeout(vb->acked,
 					aerostat_returned(vb, vq, in_flight) ||
 					virtqueue_is_broken(vq),
-					AEROSTAT_LOOK_JIFFIES))
+					AEROSTAT_CHECK_JIFFIES))
 		vb->gone = virtqueue_is_broken(vq) ||
-			   (READ_ONCE(vb->stopping) && !--looks);
+			   (READ_ONCE(vb->stopping) && !--checks);
 	if (vb->in_flight > in_flight)
 		vb->gone = true;
 	vb->wait_ns += ktime_get_ns() - start;
@@ -78,6 +78,7 @@ static u8 *aerostat_slot(struct aerostat *vb, unsigned int slot)
 
 u8 *aerostat_shim_buffer(struct aerostat *vb, u32 vq, size_t *bytes)
 {
+	lockdep_assert_held(&vb->lock);
 	if (vb->gone || vq >= AEROSTAT_VQS)
 		return NULL;
 	if (vb->current_slot < 0) {
@@ -95,6 +96,7 @@ int aerostat_shim_post(struct aerostat *vb, u32 vq, size_t bytes)
 	unsigned int slot = vb->current_slot;
 	int err;
 
+	lockdep_assert_held(&vb->lock);
 	if (vb->gone || vq >= AEROSTAT_VQS || vb->current_slot < 0 ||
 	    !bytes || bytes > vb->slot_bytes)
 		return -EINVAL;
@@ -102,8 +104,8 @@ int aerostat_shim_post(struct aerostat *vb, u32 vq, size_t bytes)
 	vb->status[slot] = cpu_to_le32(~0u);
 	sg_init_one(&in, &vb->status[slot], sizeof(vb->status[slot]));
 	for (;;) {
-		/* Never allocates from reserves or waits: this may be the way
-		 * out of an OOM. A ring that has no room has messages in it.
+		/* Neither uses reserves nor waits: this may run to resolve an OOM.
+		 * -ENOSPC means that messages are on the queue.
 		 */
 		err = virtqueue_add_sgs(vb->vqs[vq], sgs, 1, vb->answers, &vb->status[slot],
 					GFP_NOWAIT | __GFP_NOWARN);
@@ -126,6 +128,7 @@ int aerostat_shim_post(struct aerostat *vb, u32 vq, size_t bytes)
 
 int aerostat_shim_tell_host(struct aerostat *vb, u32 vq)
 {
+	lockdep_assert_held(&vb->lock);
 	if (vb->gone || vq >= AEROSTAT_VQS)
 		return -ENODEV;
 	return aerostat_wait(vb, vb->vqs[vq], 0);
@@ -135,6 +138,7 @@ u32 aerostat_shim_num_pages(struct aerostat *vb)
 {
 	u32 pages = 0;
 
+	lockdep_assert_held(&vb->lock);
 	if (!vb->gone)
 		virtio_cread_le(vb->vdev, struct virtio_balloon_config, num_pages, &pages);
 	return pages;
@@ -142,12 +146,13 @@ u32 aerostat_shim_num_pages(struct aerostat *vb)
 
 void aerostat_shim_set_actual(struct aerostat *vb, u32 pages)
 {
+	lockdep_assert_held(&vb->lock);
 	WRITE_ONCE(vb->pages, pages);
 	if (!vb->gone)
 		virtio_cwrite_le(vb->vdev, struct virtio_balloon_config, actual, &pages);
 }
 
-/* The request queue comes last of those that can be negotiated. */
+/* The request queue is the last of the queues that this driver negotiates. */
 static int aerostat_find(struct aerostat *vb, unsigned int vqs)
 {
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 11, 0)
@@ -177,7 +182,7 @@ int aerostat_find_vqs(struct aerostat *vb)
 	return aerostat_find(vb, request < 0 ? AEROSTAT_VQS : request + 1);
 }
 
-/* All slots are the driver's: the device has just been reset. */
+/* Marks all slots as idle, after a reset of the device. */
 void aerostat_reset_slots(struct aerostat *vb)
 {
 	vb->answers = aerostat_has_page_bitmap(vb->vdev->features);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT OR Apache-2.0
 /*
- * The request queue. Its interrupt takes what the host asks into the inbox, so
- * that a cancel is seen at any time; a work item carries it out.
+ * The request queue. Its interrupt puts the host's requests into the inbox, so that a
+ * cancel is seen at any time. A work item executes them.
  */
 
 #include <linux/delay.h>
@@ -13,26 +13,24 @@
 
 #include "requests.h"
 
-/* While waiting, look this often whether the device has died. */
-#define AEROSTAT_LOOK_JIFFIES	HZ
-/* A waiting chain that the host gave up is offered again after this time: soon
- * enough for the next request, too late for the two to play ball.
+/* While waiting, check this often whether the device is broken. */
+#define AEROSTAT_CHECK_JIFFIES	HZ
+/* Delay before a waiting chain that the host returned unused is posted again: short
+ * enough for the next request, and long enough to avoid a busy loop with the host.
  */
 #define AEROSTAT_REPOST_JIFFIES	(HZ / 10)
 
-/* After this time the work item looks whether others want its CPU, and sleeps
- * for the time below where they do. It has no hurry, while they may wait for
- * memory, and what slept before gets no turn for long by merely yielding.
+/* After this time the work item sleeps for AEROSTAT_SLEEP_US if other tasks want its CPU.
+ * It is not urgent, and the others may wait for memory. cond_resched alone would not let a
+ * task that slept before run for long.
  */
 #define AEROSTAT_TURN_NS	(250 * NSEC_PER_USEC)
 #define AEROSTAT_SLEEP_US	250
 
-/* What the core says of a request that has come. */
+/* Results of aerostat_inbox_take. */
 enum { AEROSTAT_IGNORE, AEROSTAT_QUEUED, AEROSTAT_STOP_RUNNING, AEROSTAT_REFUSE };
 
-/* Under the lock. Never waits or reclaims: this may be an interrupt, or the way
- * out of an OOM.
- */
+/* Neither waits nor reclaims: this may be an interrupt, or run to resolve an OOM. */
 static int aerostat_send_slot(struct aerostat_requests *rq, unsigned int index,
 			      size_t bytes)
 {
@@ -41,6 +39,7 @@ static int aerostat_send_slot(struct aerostat_requests *rq, unsigned int index,
 	struct scatterlist buffer, status, *sgs[] = { &buffer, &status };
 	int err;
 
+	lockdep_assert_held(&rq->lock);
 	sg_init_one(&buffer, slot->buffer, bytes);
 	slot->status = cpu_to_le32(~0u);
 	sg_init_one(&status, &slot->status, sizeof(slot->status));
@@ -52,21 +51,22 @@ static int aerostat_send_slot(struct aerostat_requests *rq, unsigned int index,
 	return err;
 }
 
-/* Under the lock. */
 static void aerostat_notify(struct aerostat_requests *rq)
 {
+	lockdep_assert_held(&rq->lock);
 	if (rq->to_notify)
 		virtqueue_kick(rq->vq);
 	rq->to_notify = false;
 }
 
-/* Under the lock. Each chain waits for the refusal of its last request, so that
- * there is always room for one.
+/* Posts the waiting chains. A chain is not posted while its "busy" slot is in use, so
+ * that its next request can always be refused.
  */
-static void aerostat_offer(struct aerostat_requests *rq)
+static void aerostat_post_waiting(struct aerostat_requests *rq)
 {
 	unsigned int i;
 
+	lockdep_assert_held(&rq->lock);
 	for (i = 0; i < AEROSTAT_WAITING && !rq->stopping; i++) {
 		if (rq->slots[AEROSTAT_SLOT_WAITING + i].out ||
 		    rq->slots[AEROSTAT_SLOT_BUSY + i].out)
@@ -82,12 +82,12 @@ static void aerostat_repost(struct work_struct *work)
 						    repost.work);
 
 	spin_lock_irq(&rq->lock);
-	aerostat_offer(rq);
+	aerostat_post_waiting(rq);
 	aerostat_notify(rq);
 	spin_unlock_irq(&rq->lock);
 }
 
-/* A waiting chain came back. Its bytes are copied once: the host can still write
+/* Handles a returned waiting chain. Copies its bytes once, since the host can still write
  * there.
  */
 static void aerostat_take_request(struct aerostat_requests *rq, unsigned int chain,
@@ -108,11 +108,11 @@ static void aerostat_take_request(struct aerostat_requests *rq, unsigned int cha
 			queue_work(rq->wq, &rq->work);
 		break;
 	case AEROSTAT_REFUSE:
-		/* No room on the queue: the host hears nothing, and times out. */
+		/* If the queue is full, the host gets no answer and times out. */
 		aerostat_send_slot(rq, AEROSTAT_SLOT_BUSY + chain, AEROSTAT_HEADER_BYTES);
 		break;
 	}
-	aerostat_offer(rq);
+	aerostat_post_waiting(rq);
 }
 
 static void aerostat_take_status(struct aerostat_requests *rq, struct aerostat_slot *slot)
@@ -132,11 +132,12 @@ static void aerostat_take_back(struct aerostat_requests *rq, struct aerostat_slo
 {
 	unsigned int index = slot - rq->slots;
 
+	lockdep_assert_held(&rq->lock);
 	slot->out = false;
 	if (index < AEROSTAT_SLOT_BUSY) {
 		aerostat_take_request(rq, index, len);
 	} else if (index < AEROSTAT_SLOT_LOST) {
-		aerostat_offer(rq);
+		aerostat_post_waiting(rq);
 	} else if (index == AEROSTAT_SLOT_LOST) {
 		rq->lost_back = true;
 		if (!rq->stopping)
@@ -165,10 +166,10 @@ void aerostat_requests_returned(struct virtqueue *vq)
 	wake_up_all(&rq->returned);
 }
 
-/* The last answer of a hold. Whoever carries its request out must not send
- * another one behind it, which the lock and the inbox see to.
+/* Sends "hold lost", the last answer of a hold. The lock and the inbox prevent the work
+ * item from sending another one after it.
  */
-void aerostat_say_lost(struct aerostat_requests *rq, u32 id, const u8 *header)
+void aerostat_send_lost(struct aerostat_requests *rq, u32 id, const u8 *header)
 {
 	unsigned long flags;
 
@@ -183,7 +184,7 @@ void aerostat_say_lost(struct aerostat_requests *rq, u32 id, const u8 *header)
 	wake_up_all(&rq->returned);
 }
 
-/* The host has answered, or it will not. */
+/* Returns true if the host has returned "hold lost", or never will. */
 bool aerostat_loss_ended(struct aerostat_requests *rq)
 {
 	return READ_ONCE(rq->lost_back) || READ_ONCE(rq->gone) || virtqueue_is_broken(rq->vq);
@@ -195,7 +196,7 @@ static int aerostat_stopped(struct aerostat_requests *rq, bool last)
 	int stop;
 
 	spin_lock_irqsave(&rq->lock, flags);
-	/* What was done is said also on leaving, if it needs no waiting. */
+	/* A last answer is sent even during removal, if that needs no waiting. */
 	if (rq->gone || (rq->stopping && !last))
 		stop = AEROSTAT_STOP_GONE;
 	else
@@ -204,7 +205,7 @@ static int aerostat_stopped(struct aerostat_requests *rq, bool last)
 	return last && stop == AEROSTAT_STOP_CANCELLED ? 0 : stop;
 }
 
-/* Answers that the host has. */
+/* Returns the number of answers on the queue. */
 static unsigned int aerostat_answers_out(struct aerostat_requests *rq)
 {
 	unsigned int i, out = 0;
@@ -214,7 +215,7 @@ static unsigned int aerostat_answers_out(struct aerostat_requests *rq)
 	return out;
 }
 
-/* Waits until no more than so many answers are with the host. */
+/* Waits until at most this many answers are on the queue. */
 static int aerostat_wait_answers(struct aerostat_requests *rq, unsigned int most, bool last)
 {
 	int stop;
@@ -228,19 +229,19 @@ static int aerostat_wait_answers(struct aerostat_requests *rq, unsigned int most
 		wait_event_idle_timeout(rq->returned,
 					aerostat_answers_out(rq) <= most ||
 					READ_ONCE(rq->stopping) || aerostat_stopped(rq, last),
-					AEROSTAT_LOOK_JIFFIES);
+					AEROSTAT_CHECK_JIFFIES);
 		if (virtqueue_is_broken(rq->vq))
 			WRITE_ONCE(rq->gone, true);
 	}
 }
 
-bool aerostat_shim_begin_next(struct aerostat *vb, void *asked)
+bool aerostat_shim_begin_next(struct aerostat *vb, void *request)
 {
 	struct aerostat_requests *rq = vb->rq;
 	bool next;
 
 	spin_lock_irq(&rq->lock);
-	next = aerostat_inbox_begin_next(rq->inbox, asked);
+	next = aerostat_inbox_begin_next(rq->inbox, request);
 	spin_unlock_irq(&rq->lock);
 	return next;
 }
@@ -286,7 +287,7 @@ int aerostat_shim_post_answer(struct aerostat *vb, u32 id, size_t bytes)
 		return AEROSTAT_STOP_GONE;
 	for (;;) {
 		spin_lock_irq(&rq->lock);
-		/* Asked again under the lock: no answer behind "hold lost". */
+		/* Checked again under the lock: no answer may follow "hold lost". */
 		stop = rq->gone ? AEROSTAT_STOP_GONE : aerostat_inbox_stopped(rq->inbox);
 		if (!stop || stop == AEROSTAT_STOP_CANCELLED) {
 			stop = 0;
@@ -301,7 +302,7 @@ int aerostat_shim_post_answer(struct aerostat *vb, u32 id, size_t bytes)
 			rq->current_slot = -1;
 			return 0;
 		}
-		/* A ring that has no room has answers in it. */
+		/* -ENOSPC means that answers are on the queue. */
 		if (err != -ENOSPC || !aerostat_answers_out(rq))
 			break;
 		stop = aerostat_wait_answers(rq, aerostat_answers_out(rq) - 1, true);
@@ -337,7 +338,7 @@ static void aerostat_loss_work(struct work_struct *work)
 	aerostat_end_loss(container_of(work, struct aerostat_requests, loss_work));
 }
 
-/* Before the queues exist. Everything is the driver's: the device was reset. */
+/* Called before the queues exist, after a reset of the device. */
 void aerostat_reset_requests(struct aerostat_requests *rq)
 {
 	unsigned int i;
@@ -354,14 +355,14 @@ void aerostat_reset_requests(struct aerostat_requests *rq)
 	aerostat_requests_init(rq->core, PAGE_SHIFT, AEROSTAT_MAX_ORDER);
 }
 
-/* Once the device is ready. */
+/* Called once the device is ready. */
 void aerostat_start_requests(struct aerostat_requests *rq, struct virtqueue *vq)
 {
 	rq->vq = vq;
 	aerostat_repost(&rq->repost.work);
 }
 
-/* What runs ends, and so does who waits for the end of a hold. */
+/* Ends the running request and all waits for the end of a hold. */
 void aerostat_stopping_requests(struct aerostat_requests *rq)
 {
 	spin_lock_irq(&rq->lock);
@@ -370,21 +371,21 @@ void aerostat_stopping_requests(struct aerostat_requests *rq)
 	wake_up_all(&rq->returned);
 }
 
-/* Ends what runs, and tells the host that a hold is over where it listens. */
+/* Stops all requests, and sends "hold lost" if the device answers. */
 void aerostat_stop_requests(struct aerostat_requests *rq)
 {
 	aerostat_stopping_requests(rq);
 	cancel_delayed_work_sync(&rq->repost);
 	cancel_work_sync(&rq->work);
-	/* Give a last answer the time that a host needs that listens. */
+	/* Wait until a working host has returned the last answer. */
 	wait_event_idle_timeout(rq->returned,
 				!aerostat_answers_out(rq) || virtqueue_is_broken(rq->vq),
-				AEROSTAT_LOOK_JIFFIES);
+				AEROSTAT_CHECK_JIFFIES);
 	aerostat_leave_hold(rq);
 	cancel_work_sync(&rq->loss_work);
 }
 
-/* After the reset: the device has no claim on anything. */
+/* Called after the reset: the device has no claim on the hold. */
 void aerostat_forget_requests(struct aerostat_requests *rq)
 {
 	WRITE_ONCE(rq->gone, true);
@@ -440,7 +441,7 @@ struct aerostat_requests *aerostat_alloc_requests(struct aerostat *vb)
 	INIT_DELAYED_WORK(&rq->repost, aerostat_repost);
 	rq->core = kzalloc(aerostat_requests_bytes(), GFP_KERNEL);
 	rq->inbox = kzalloc(aerostat_inbox_bytes(), GFP_KERNEL);
-	/* Not freezable: what waits for the host must not hold up a suspend. */
+	/* Not freezable: a wait for the host must not block a suspend. */
 	rq->wq = alloc_workqueue("aerostat_requests", WQ_UNBOUND, 0);
 	if (!rq->core || !rq->inbox || !rq->wq || aerostat_alloc_slots(rq) ||
 	    aerostat_alloc_hold(rq)) {

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR MIT OR Apache-2.0 */
-/* The request queue: what the host asks, and the hold that it may have. */
+/* The request queue and the hold. */
 #ifndef AEROSTAT_REQUESTS_H
 #define AEROSTAT_REQUESTS_H
 
@@ -7,17 +7,16 @@
 
 /* One chain for the next request and one for a cancel. */
 #define AEROSTAT_WAITING	2
-/* Enough to fill one while the host reads others. */
+/* Enough to fill one while the host reads the others. */
 #define AEROSTAT_ANSWERS	4
 #define AEROSTAT_ANSWER_BYTES	4096u
-/* A request or an answer without records, each in a cache line of its own. */
+/* A request or an answer without records, each in its own cache line. */
 #define AEROSTAT_SHORT_BYTES	64u
 #define AEROSTAT_REQUEST_BYTES	16u
 #define AEROSTAT_HEADER_BYTES	48u
 
-/* Slots by what they are for: waiting chains; for each of these the answer that
- * its request is one too many; answers; and the one that says "hold lost", which
- * waits for nobody.
+/* Slots by purpose: waiting chains; for each of these the "busy" answer to its
+ * request; the "hold lost" answer, which needs no free slot; answers.
  */
 #define AEROSTAT_SLOT_WAITING	0
 #define AEROSTAT_SLOT_BUSY	(AEROSTAT_SLOT_WAITING + AEROSTAT_WAITING)
@@ -27,11 +26,11 @@
 
 struct aerostat_slot {
 	u8 *buffer;
-	/* Whose answer it is. */
+	/* Id of the request that it answers. */
 	u32 id;
-	/* The host has it. */
+	/* It is on the queue. */
 	bool out;
-	/* The host writes here. */
+	/* Written by the host. */
 	__le32 status;
 };
 
@@ -42,33 +41,33 @@ struct aerostat_requests {
 	struct work_struct work;
 	struct work_struct loss_work;
 	struct delayed_work repost;
-	/* Woken whenever something came back, or there is no more to wait for. */
+	/* Woken when chains are returned, and when waiting must end. */
 	wait_queue_head_t returned;
 
-	/* Belongs to the work item. */
+	/* Used only by the work item. */
 	struct aerostat_requests_core *core;
 	int current_slot;
 	u64 ran_since_ns;
 
-	/* Guards the queue, the slots and everything to the next comment. Never
-	 * held while waiting, and taken by the queue's interrupt.
+	/* Protects the queue, the slots and everything up to hold_lock. Taken by the
+	 * queue's interrupt.
 	 */
 	spinlock_t lock;
 	struct aerostat_inbox *inbox;
 	bool stopping;
 	bool gone;
-	/* Something is on the queue that the host was not notified of. */
+	/* Chains were added since the last notification. */
 	bool to_notify;
-	/* "Hold lost" found no room on the queue yet. */
+	/* "Hold lost" must still be sent: the queue was full. */
 	bool lost_unsent;
-	/* It has come back. */
+	/* The host has returned "hold lost". */
 	bool lost_back;
-	/* When it was sent, in jiffies. */
+	/* When "hold lost" was sent, in jiffies. */
 	unsigned long lost_at;
 	void *short_buffers;
 	struct aerostat_slot slots[AEROSTAT_SLOTS];
 
-	/* Guards the hold; never held while waiting for the host. */
+	/* Protects the hold. Never held while waiting for the host. */
 	struct mutex hold_lock;
 	struct aerostat_hold *hold;
 	struct list_head taken[AEROSTAT_MAX_ORDER + 1];
@@ -76,7 +75,7 @@ struct aerostat_requests {
 };
 
 /* requests.c */
-void aerostat_say_lost(struct aerostat_requests *rq, u32 id, const u8 *header);
+void aerostat_send_lost(struct aerostat_requests *rq, u32 id, const u8 *header);
 bool aerostat_loss_ended(struct aerostat_requests *rq);
 
 /* hold.c */

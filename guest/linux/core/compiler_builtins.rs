@@ -1,6 +1,6 @@
-//! Stands in for the crate of the same name, which rustc links into every
-//! `no_std` crate. The kernel has the memory functions, and nothing else of the
-//! real one is used; the module build fails on an undefined symbol.
+//! Replaces the crate of the same name, which rustc links into every `no_std` crate.
+//! The kernel provides the memory functions, and nothing else of the real crate is
+//! used: the module build fails on an undefined symbol.
 
 #![feature(compiler_builtins)]
 #![compiler_builtins]

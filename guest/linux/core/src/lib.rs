@@ -1,11 +1,10 @@
-//! The balloon driver as the kernel module links it.
+//! The Rust core of the kernel module.
 //!
-//! [`entry`] and [`requests`] are what the C shim calls, [`kernel`] and
-//! [`request_kernel`] are what it provides. All is declared once more in
-//! `aerostat_core.h`, for the C compiler.
+//! [`entry`] and [`requests`] are called by the C shim. [`kernel`] and
+//! [`request_kernel`] call the shim. `aerostat_core.h` declares all of these functions for C.
 //!
-//! Every call of [`entry`] happens with the shim's balloon mutex held, except
-//! where an entry point says that it touches no state.
+//! The functions of [`entry`] are called with the shim's balloon mutex held, unless their
+//! documentation says that they access no state.
 
 #![no_std]
 

@@ -1,4 +1,4 @@
-//! A bug in the driver is a bug in the kernel.
+//! The panic handler: calls BUG().
 
 use core::panic::PanicInfo;
 
@@ -13,8 +13,8 @@ fn panic(info: &PanicInfo<'_>) -> ! {
         // SAFETY: the shim reads `file_bytes` bytes and then calls BUG().
         unsafe { aerostat_shim_bug(file.as_ptr(), file.len(), at.line()) }
     }
-    // SAFETY: an undefined instruction traps and does nothing else. It stands
-    // here, not in a loop, so that objtool sees the end of the path whether or
-    // not it knows that the function above does not return.
+    // SAFETY: an undefined instruction traps and has no other effect. It is used
+    // instead of a loop so that objtool sees the end of the path, even if it does not
+    // know that the function above does not return.
     unsafe { core::arch::asm!("ud2", options(noreturn, nomem, nostack)) }
 }

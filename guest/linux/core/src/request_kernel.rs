@@ -1,17 +1,18 @@
-//! The traits for requests, made of the functions that the C shim provides.
+//! The driver's traits for requests, implemented with the C shim's functions.
 
 use core::ffi::{c_int, c_void};
 use core::slice;
 
 use balloon_abi::{Caches, Pfn};
 use balloon_driver::{
-    ReceivedRequest, CachePages, Errno, HeldBlocks, Hold, RequestKernel, RequestQueue, Slice, Stop, Zone,
+    CachePages, Errno, HeldBlocks, Hold, ReceivedRequest, RequestKernel, RequestQueue, Slice, Stop,
+    Zone,
 };
 
 use crate::kernel::{Shim, pfn};
 
 unsafe extern "C" {
-    fn aerostat_shim_begin_next(shim: *mut Shim, asked: *mut c_void) -> bool;
+    fn aerostat_shim_begin_next(shim: *mut Shim, request: *mut c_void) -> bool;
     fn aerostat_shim_stopped(shim: *mut Shim) -> c_int;
     fn aerostat_shim_answer_buffer(
         shim: *mut Shim,
@@ -51,32 +52,32 @@ const REFUSED: c_int = 2;
 const LOST: c_int = 3;
 const GONE: c_int = 4;
 
-/// The kernel, behind the shim.
+/// The kernel, through the shim.
 pub(crate) struct Kernel {
     shim: *mut Shim,
 }
 
-/// The request queue, behind the shim.
+/// The request queue, through the shim.
 pub(crate) struct KernelQueue {
     shim: *mut Shim,
 }
 
-/// The hold's lists, behind the shim, as long as its mutex is held.
+/// The hold's lists, through the shim, while its mutex is held.
 pub(crate) struct KernelBlocks {
     shim: *mut Shim,
 }
 
-/// Both traits of one device for the length of one call.
+/// Returns both traits of a device, for use during one call.
 ///
 /// # Safety
 ///
 /// `shim` must point to a device's `struct aerostat` that has requests, and stay
-/// valid as long as the results are used, by its one work item.
-pub(crate) unsafe fn request_seams(shim: *mut Shim) -> (Kernel, KernelQueue) {
+/// valid while its work item uses the results.
+pub(crate) unsafe fn request_traits(shim: *mut Shim) -> (Kernel, KernelQueue) {
     (Kernel { shim }, KernelQueue { shim })
 }
 
-/// How the shim knows a reason to stop.
+/// Returns the shim's number of a reason to stop.
 pub(crate) const fn stop_number(stop: Stop) -> c_int {
     match stop {
         Stop::Cancelled => CANCELLED,
@@ -98,40 +99,40 @@ fn unless_stopped(number: c_int) -> Result<(), Stop> {
 
 impl RequestQueue for KernelQueue {
     fn begin_next(&mut self) -> Option<ReceivedRequest> {
-        let mut asked: Option<ReceivedRequest> = None;
-        // SAFETY: `request_seams` was promised a valid `shim`. The shim passes the
+        let mut request: Option<ReceivedRequest> = None;
+        // SAFETY: `shim` is valid per the contract of `request_traits`. The shim passes the
         // live local on to `aerostat_inbox_begin_next` and keeps no copy.
-        unsafe { aerostat_shim_begin_next(self.shim, (&raw mut asked).cast()) };
-        asked
+        unsafe { aerostat_shim_begin_next(self.shim, (&raw mut request).cast()) };
+        request
     }
 
     fn stopped(&mut self) -> Result<(), Stop> {
-        // SAFETY: `request_seams` was promised a valid `shim`.
+        // SAFETY: `shim` is valid per the contract of `request_traits`.
         unless_stopped(unsafe { aerostat_shim_stopped(self.shim) })
     }
 
     fn buffer(&mut self, last: bool) -> Result<&mut [u8], Stop> {
         let (mut buffer, mut bytes) = (core::ptr::null_mut(), 0);
-        // SAFETY: `request_seams` was promised a valid `shim`; the other pointers
+        // SAFETY: `shim` is valid per the contract of `request_traits`; the other pointers
         // are to live locals.
         let stop = unsafe {
             aerostat_shim_answer_buffer(self.shim, last, &raw mut buffer, &raw mut bytes)
         };
         unless_stopped(stop)?;
-        // SAFETY: the shim answered with a buffer of `bytes` initialised bytes that
-        // the device does not hold. It hands out no second one before `post`, which
-        // borrows `self` again and so ends this borrow.
+        // SAFETY: the shim returned a buffer of `bytes` initialised bytes that is not
+        // on the queue. It returns no other buffer before `post`, which borrows `self`
+        // again and so ends this borrow.
         Ok(unsafe { slice::from_raw_parts_mut(buffer, bytes) })
     }
 
     fn post(&mut self, id: u32, len: usize) -> Result<(), Stop> {
-        // SAFETY: `request_seams` was promised a valid `shim`, which checks `len`
-        // against the buffer it handed out.
+        // SAFETY: `shim` is valid per the contract of `request_traits`, which checks `len`
+        // against the buffer that it returned.
         unless_stopped(unsafe { aerostat_shim_post_answer(self.shim, id, len) })
     }
 
     fn finish(&mut self) -> Result<(), Stop> {
-        // SAFETY: `request_seams` was promised a valid `shim`.
+        // SAFETY: `shim` is valid per the contract of `request_traits`.
         unless_stopped(unsafe { aerostat_shim_finish_answers(self.shim) })
     }
 
@@ -196,10 +197,9 @@ impl RequestKernel for Kernel {
     }
 
     fn with_hold<R>(&mut self, act: impl FnOnce(&mut Hold, &mut KernelBlocks) -> R) -> R {
-        // SAFETY: `request_seams` was promised a valid `shim`, which answers with
-        // what `aerostat_hold_init` made. From here to the unlock nobody else
-        // touches the hold or its lists; a panic in `act` does not unwind, it stops
-        // the kernel.
+        // SAFETY: `shim` is valid per the contract of `request_traits`, and returns the
+        // hold from `aerostat_hold_init`. Until the unlock no other code accesses the
+        // hold or its lists. A panic in `act` does not unwind; it stops the kernel.
         let hold = unsafe { &mut *aerostat_shim_hold_lock(self.shim).cast::<Hold>() };
         let result = act(hold, &mut KernelBlocks { shim: self.shim });
         // SAFETY: locked above, and the borrows of both ended with `act`.
