@@ -322,8 +322,8 @@ mod tests {
         Stop,
         Done,
         Reset,
-        Said(u32),
-        Named(u64),
+        Command(u32),
+        Pages(u64),
     }
 
     fn op() -> impl Strategy<Value = Op> {
@@ -333,8 +333,8 @@ mod tests {
             Just(Op::Stop),
             Just(Op::Done),
             Just(Op::Reset),
-            number.prop_map(Op::Said),
-            (0..64u64).prop_map(Op::Named),
+            number.prop_map(Op::Command),
+            (0..64u64).prop_map(Op::Pages),
         ]
     }
 
@@ -346,13 +346,13 @@ mod tests {
             ops in proptest::collection::vec(op(), 0..60)
         ) {
             let (mut hinting, mut model) = (Hinting::default(), PageSet::new());
-            let (mut asked, mut begun, mut shown) = (None, false, 0);
+            let (mut current, mut begun, mut shown) = (None, false, 0);
             for op in ops {
                 match op {
                     Op::Start => {
                         let id = hinting.start(Instant::now()).get();
-                        prop_assert!(asked.is_none_or(|old| id > old));
-                        (asked, begun, shown) = (Some(id), false, id);
+                        prop_assert!(current.is_none_or(|old| id > old));
+                        (current, begun, shown) = (Some(id), false, id);
                         model.clear();
                     }
                     Op::Stop => (shown, begun) = { hinting.stop(); (0, false) },
@@ -369,7 +369,7 @@ mod tests {
                         (shown, begun) = (0, false);
                         model.clear();
                     }
-                    Op::Said(number) => {
+                    Op::Command(number) => {
                         let first = number == shown && number > 1
                             && hinting.phase() == HintPhase::Asked;
                         let repeated = number == shown && number > 1 && !first;
@@ -381,7 +381,7 @@ mod tests {
                             _ => begun = first,
                         }
                     }
-                    Op::Named(page) => {
+                    Op::Pages(page) => {
                         hinting.receive_pages(&set(page, 1), &PageSet::new()).unwrap();
                         if begun {
                             model.union_with(&set(page, 1));

@@ -116,7 +116,7 @@ impl RequestKernel for Kernel {
 }
 
 struct Queue {
-    asked: Option<ReceivedRequest>,
+    request: Option<ReceivedRequest>,
     buffer: [u8; ANSWER_BYTES],
     answers: u64,
     bytes: u64,
@@ -124,7 +124,7 @@ struct Queue {
 
 impl RequestQueue for Queue {
     fn begin_next(&mut self) -> Option<ReceivedRequest> {
-        self.asked.take()
+        self.request.take()
     }
     fn stopped(&mut self) -> Result<(), Stop> {
         Ok(())
@@ -149,8 +149,8 @@ impl RequestQueue for Queue {
 fn snapshot(gib: u64, pattern: Pattern) -> (u64, u64, u64) {
     let command = Ok(Command::ReportFree { min_granule_shift: 12 });
     let mut kernel = Kernel { pages: gib * GIB_PAGES, pattern, visits: 0 };
-    let asked = Some(ReceivedRequest { id: 1, command });
-    let mut queue = Queue { asked, buffer: [0; ANSWER_BYTES], answers: 0, bytes: 0 };
+    let request = Some(ReceivedRequest { id: 1, command });
+    let mut queue = Queue { request, buffer: [0; ANSWER_BYTES], answers: 0, bytes: 0 };
     let mut requests = RequestHandler::new(Geometry { page_shift: 12, max_order: MAX_ORDER });
     assert_eq!(requests.run(&mut kernel, &mut queue), 1);
     (kernel.visits, queue.answers, queue.bytes)

@@ -457,13 +457,13 @@ mod tests {
     /// Measures when the test sends the result.
     #[derive(Debug)]
     struct Slow {
-        asked: Sender<()>,
+        requested: Sender<()>,
         go: StdMutex<Receiver<u64>>,
     }
 
     impl Measure for Slow {
         fn resident_bytes(&self) -> Option<u64> {
-            self.asked.send(()).unwrap();
+            self.requested.send(()).unwrap();
             self.go.lock().unwrap().recv().ok()
         }
     }
@@ -472,9 +472,9 @@ mod tests {
     #[test]
     fn a_guest_is_served_while_its_memory_is_measured() {
         let mut reclaim = HostReclaim::new(ReleaseMode::Background, PartialHuge::Split).unwrap();
-        let (asked_tx, asked) = channel();
+        let (requested_tx, requested) = channel();
         let (go, go_rx) = channel();
-        reclaim.measure_by(Arc::new(Slow { asked: asked_tx, go: StdMutex::new(go_rx) }));
+        reclaim.measure_by(Arc::new(Slow { requested: requested_tx, go: StdMutex::new(go_rx) }));
         let shared = Arc::new(Shared::new("vm1".into(), reclaim).unwrap());
         let memory =
             GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap();
@@ -485,7 +485,7 @@ mod tests {
             let shared = Arc::clone(&shared);
             move || shared.status()
         });
-        asked.recv_timeout(TEST_TIMEOUT).expect("memory is measured");
+        requested.recv_timeout(TEST_TIMEOUT).expect("memory is measured");
         let (served_tx, served) = channel();
         let guest = thread::spawn({
             let shared = Arc::clone(&shared);
@@ -510,19 +510,19 @@ mod tests {
     #[test]
     fn memory_is_measured_by_one_client_at_a_time() {
         let mut reclaim = HostReclaim::new(ReleaseMode::Background, PartialHuge::Split).unwrap();
-        let (asked_tx, asked) = channel();
+        let (requested_tx, requested) = channel();
         let (go, go_rx) = channel();
-        reclaim.measure_by(Arc::new(Slow { asked: asked_tx, go: StdMutex::new(go_rx) }));
+        reclaim.measure_by(Arc::new(Slow { requested: requested_tx, go: StdMutex::new(go_rx) }));
         let shared = Arc::new(Shared::new("vm1".into(), reclaim).unwrap());
         go.send(1).unwrap();
         assert_eq!(shared.status().resident_bytes, Some(1));
-        asked.recv_timeout(TEST_TIMEOUT).unwrap();
+        requested.recv_timeout(TEST_TIMEOUT).unwrap();
 
         let slow = thread::spawn({
             let shared = Arc::clone(&shared);
             move || shared.status().resident_bytes
         });
-        asked.recv_timeout(TEST_TIMEOUT).expect("memory is measured");
+        requested.recv_timeout(TEST_TIMEOUT).expect("memory is measured");
         let (statuses_tx, statuses) = channel();
         let others = thread::spawn({
             let shared = Arc::clone(&shared);
@@ -537,7 +537,7 @@ mod tests {
         assert!(statuses.iter().all(|status| status.resident_bytes == Some(1)));
         others.join().unwrap();
         assert_eq!(slow.join().unwrap(), Some(2));
-        assert!(asked.try_recv().is_err(), "only one client measured");
+        assert!(requested.try_recv().is_err(), "only one client measured");
         go.send(3).unwrap();
         assert_eq!(shared.status().resident_bytes, Some(3));
     }

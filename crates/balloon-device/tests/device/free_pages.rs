@@ -68,8 +68,8 @@ fn hints_are_collected_until_the_guest_stops() {
 #[test]
 fn hints_are_not_requested_without_the_feature() {
     let mut guest = Guest::new(CLASSIC);
-    let asked = guest.balloon.start_hinting(Instant::now());
-    assert_eq!(asked, Err(HintError::NotNegotiated));
+    let requested = guest.balloon.start_hinting(Instant::now());
+    assert_eq!(requested, Err(HintError::NotNegotiated));
     assert_eq!(guest.balloon.config().free_page_hint_cmd_id, 0);
 }
 

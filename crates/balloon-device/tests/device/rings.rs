@@ -187,8 +187,8 @@ fn event_indices_control_notifications() {
         guest.inflate.ring.send(&memory, &[Buffer::readable(MESSAGE, 8)]);
         assert_eq!(guest.kick(Vq::Inflate).unwrap().notify, notify, "round {round}");
         // The device requests a notification at the next chain.
-        let asked = u16::from_le(memory.read_obj(avail_event).unwrap());
-        assert_eq!(usize::from(asked), round + 1);
+        let requested = u16::from_le(memory.read_obj(avail_event).unwrap());
+        assert_eq!(usize::from(requested), round + 1);
     }
 }
 

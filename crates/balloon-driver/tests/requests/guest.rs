@@ -72,7 +72,7 @@ impl World {
 
     pub(crate) fn ask(&mut self, command: Command) -> u32 {
         self.last_id += 1;
-        self.host.asked.insert(self.last_id, command);
+        self.host.requested.insert(self.last_id, command);
         let request = Request { id: self.last_id, command };
         if let Intake::Refuse(header) = self.inbox.take(&request.to_bytes()) {
             self.host.receive(&header.to_bytes());
@@ -183,7 +183,7 @@ impl World {
     /// held.
     fn check_blocks(&self, posted: &Posted) {
         for block in &posted.blocks {
-            match self.host.asked[&posted.header.id] {
+            match self.host.requested[&posted.header.id] {
                 Command::ReportFree { .. } => {
                     assert!(self.seen_free.contains(block), "{block:?} was not free");
                 }
@@ -316,15 +316,15 @@ impl RequestQueue for Queue {
         let mut world = self.world.borrow_mut();
         world.tick();
         world.seen_free.clear();
-        let asked = world.inbox.begin_next();
-        world.running = asked.map_or(0, |asked| asked.id);
+        let requested = world.inbox.begin_next();
+        world.running = requested.map_or(0, |requested| requested.id);
         // The host does not rely on a hold that it releases.
-        if let Some(ReceivedRequest { command: Ok(Command::ReleaseHold { hold }), .. }) = asked
+        if let Some(ReceivedRequest { command: Ok(Command::ReleaseHold { hold }), .. }) = requested
             && world.host.relies_on == Some(hold)
         {
             world.host.relies_on = None;
         }
-        asked
+        requested
     }
 
     fn stopped(&mut self) -> Result<(), Stop> {

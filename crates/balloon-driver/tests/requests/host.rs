@@ -15,7 +15,7 @@ pub(crate) struct Posted {
 /// The host's state.
 #[derive(Default)]
 pub(crate) struct Host {
-    pub(crate) asked: BTreeMap<u32, Command>,
+    pub(crate) requested: BTreeMap<u32, Command>,
     pub(crate) in_flight: VecDeque<Posted>,
     /// Ids in the order of their last answers.
     pub(crate) ended: Vec<(u32, Outcome)>,
@@ -32,7 +32,7 @@ impl Host {
     /// the guest's memory.
     pub(crate) fn receive(&mut self, bytes: &[u8]) -> Posted {
         let (header, records) = AnswerHeader::split(bytes).expect("an answer");
-        let command = *self.asked.get(&header.id).expect("an answer without a request");
+        let command = *self.requested.get(&header.id).expect("an answer without a request");
         let before = self.ended.iter().filter(|(id, _)| *id == header.id).map(|(_, o)| *o);
         match before.collect::<Vec<_>>().as_slice() {
             [] => {}

@@ -219,7 +219,7 @@ proptest! {
         prop_assert!(first_ends(false).is_sorted(), "{:?}", world.host.ended);
         if !world.gone {
             let ended: BTreeSet<u32> = first_ends(true).into_iter().collect();
-            for id in world.host.asked.keys() {
+            for id in world.host.requested.keys() {
                 prop_assert!(
                     ended.contains(id) || world.host.refused.contains(id),
                     "{id} was not answered"
@@ -236,7 +236,7 @@ proptest! {
         prop_assert_eq!(world.hold.pages(), held);
         // A cancelled release leaves a hold that the host does not rely on.
         let released = |(id, outcome): &(u32, Outcome)| {
-            matches!(world.host.asked[id], Command::ReleaseHold { .. })
+            matches!(world.host.requested[id], Command::ReleaseHold { .. })
                 && *outcome != Outcome::BadArgument
         };
         if !world.gone && held > 0 && !world.host.ended.iter().any(released) {

@@ -51,8 +51,8 @@ fn set_up(vm: &mut Vm, inflight: &mut Option<(Vec<u8>, File)>) {
         vm.front.send_state(request::SET_VRING_NUM, index, u32::from(RING_SIZE));
     }
     let (description, file) = inflight.get_or_insert_with(|| {
-        let asked = [vec![0; 16], 2u16.to_ne_bytes().into(), RING_SIZE.to_ne_bytes().into()];
-        let (answer, fd) = vm.front.ask_for_file(request::GET_INFLIGHT_FD, &asked.concat());
+        let requested = [vec![0; 16], 2u16.to_ne_bytes().into(), RING_SIZE.to_ne_bytes().into()];
+        let (answer, fd) = vm.front.ask_for_file(request::GET_INFLIGHT_FD, &requested.concat());
         (answer, File::from(fd))
     });
     vm.front.send(request::SET_INFLIGHT_FD, description, &[file.as_fd()]);

@@ -125,10 +125,10 @@ fn guest_memory_above_the_limit_is_refused() {
         });
         match outcome {
             Ok(_) if is_taken => {}
-            Err(SessionError::Violation(Violation::TooMuchMemory { bytes: said, limit }))
+            Err(SessionError::Violation(Violation::TooMuchMemory { bytes: total, limit }))
                 if !is_taken =>
             {
-                assert_eq!((said, limit), (2 * bytes, 4 * host));
+                assert_eq!((total, limit), (2 * bytes, 4 * host));
             }
             other => panic!("{bytes} bytes twice, of a host of {host}: {other:?}"),
         }

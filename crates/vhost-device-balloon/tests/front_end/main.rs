@@ -40,9 +40,9 @@ fn some_pages() -> BTreeSet<u64> {
 
 /// Runs a complete session: target, inflate, release, deflate, end. Must work on any new
 /// connection.
-fn assert_serves(server: &Server, monitor: Monitor, features: Features) {
+fn assert_serves(server: &Server, vmm: Monitor, features: Features) {
     let (front, served) = server.connect();
-    let mut vm = Vm::boot(monitor, front, features);
+    let mut vm = Vm::boot(vmm, front, features);
     assert_balloons(server, &mut vm);
     drop(vm);
     assert_eq!(served.outcome().unwrap(), End::HungUp);

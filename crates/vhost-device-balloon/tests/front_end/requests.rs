@@ -10,7 +10,7 @@ use control::{GuestAsk, WhyNot};
 use crate::support::TEST_TIMEOUT;
 use crate::support::driver::{ASKABLE, BITMAP, Monitor, REQUEST, Vm};
 use crate::support::guest::{BASE, FIRST_PAGE, PAGE, PAGES, data_pages};
-use crate::support::requests::{Back, answer_bytes, ask, blocks, why};
+use crate::support::requests::{Returned, answer_bytes, ask, blocks, why};
 use crate::support::server::{Served, Server};
 use crate::{assert_balloons, assert_serves};
 
@@ -28,10 +28,10 @@ const SNAPSHOT: GuestAsk = GuestAsk::Snapshot { min_block_bytes: PAGE };
 const HOLD: GuestAsk = GuestAsk::Hold { reserve_bytes: 16 * PAGE };
 
 /// Boots a guest whose driver has posted two waiting chains.
-fn guest_with_requests(monitor: Monitor) -> (Server, Vm, Served) {
+fn guest_with_requests(vmm: Monitor) -> (Server, Vm, Served) {
     let server = Server::new(control::ReleaseMode::Background);
     let (front, served) = server.connect();
-    let mut vm = Vm::boot(monitor, front, ASKABLE);
+    let mut vm = Vm::boot(vmm, front, ASKABLE);
     vm.wait_for_requests(2);
     vm.front.barrier();
     (server, vm, served)
@@ -51,8 +51,8 @@ fn assert_still_asks(server: &Server, vm: &mut Vm) {
     let operator = ask(&server.balloon, DROP, TEST_TIMEOUT);
     let id = loop {
         vm.wait_for_requests(1);
-        match vm.back() {
-            Back::Asked(request) if request.command == Command::DropCaches(Caches::ALL) => {
+        match vm.returned() {
+            Returned::Request(request) if request.command == Command::DropCaches(Caches::ALL) => {
                 break request.id;
             }
             _ => {}
@@ -65,8 +65,8 @@ fn assert_still_asks(server: &Server, vm: &mut Vm) {
 
 #[test]
 fn drop_caches_returns_its_values() {
-    for monitor in [Monitor::Uml, Monitor::Qemu] {
-        let (server, mut vm, _served) = guest_with_requests(monitor);
+    for vmm in [Monitor::Uml, Monitor::Qemu] {
+        let (server, mut vm, _served) = guest_with_requests(vmm);
         let operator = ask(&server.balloon, DROP, TEST_TIMEOUT);
         let request = vm.next_request();
         assert_eq!(request.command, Command::DropCaches(Caches::ALL));
@@ -200,7 +200,7 @@ fn a_driver_without_waiting_chains_is_reported() {
     assert!(what.contains("did not accept a request"), "{what}");
     // A timed-out request is not sent to a driver that recovers late.
     vm.wait_for_requests(2);
-    assert_eq!(vm.back_within(SHORT), None);
+    assert_eq!(vm.returned_within(SHORT), None);
     assert_still_asks(&server, &mut vm);
 }
 
@@ -393,7 +393,7 @@ fn an_unloaded_driver_gets_its_chains_back() {
             assert_eq!(reason, WhyNot::Stopped);
             assert!(what.contains("unloaded"), "{what}");
         }
-        assert_eq!(vm.back(), Back::Empty, "the waiting chain is returned");
+        assert_eq!(vm.returned(), Returned::Empty, "the waiting chain is returned");
         let (reason, what) = why(ask(&server.balloon, DROP, TEST_TIMEOUT).join().unwrap());
         assert_eq!(reason, WhyNot::NotPossible);
         assert!(what.contains("unloaded"), "{what}");
@@ -424,7 +424,7 @@ fn a_pause_keeps_the_hold_and_ends_the_request() {
     let bases = vm.stop_qemu();
     assert_eq!(why(operator.join().unwrap()).0, WhyNot::Stopped);
     assert_eq!(server.status().requests.hold, Some(HoldState::Paused));
-    assert_eq!(vm.back(), Back::Empty);
+    assert_eq!(vm.returned(), Returned::Empty);
     vm.start_qemu(ASKABLE, bases);
     vm.wait_for_requests(1);
     assert_eq!(vm.answer(late, Outcome::Done, [0; 4], &[]), UNWANTED);
@@ -461,7 +461,7 @@ fn chains_that_cannot_wait_are_returned_unused() {
     vm.rings[REQUEST].send(&memory, &[]);
     vm.rings[REQUEST].publish(&memory, 0);
     vm.kick(REQUEST);
-    assert_eq!([vm.back(), vm.back(), vm.back()], [Back::Empty; 3]);
+    assert_eq!([vm.returned(), vm.returned(), vm.returned()], [Returned::Empty; 3]);
     assert_eq!(server.guest_faults("empty_message"), 2);
     assert_eq!(server.guest_faults("repeated_chain"), 1);
     // An address outside of memory is detected on the write.
@@ -474,7 +474,7 @@ fn chains_that_cannot_wait_are_returned_unused() {
         operator.join().unwrap().unwrap();
     }
     let operator = ask(&server.balloon, DROP, SHORT);
-    assert_eq!(vm.back(), Back::Empty);
+    assert_eq!(vm.returned(), Returned::Empty);
     assert_eq!(why(operator.join().unwrap()).0, WhyNot::TimedOut);
     assert_eq!(server.guest_faults("bad_descriptor"), 1);
     assert_still_asks(&server, &mut vm);

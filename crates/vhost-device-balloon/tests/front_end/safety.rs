@@ -18,10 +18,10 @@ const ROUNDS: usize = 60;
 /// After the driver was stopped, the guest may use every page, and its writes must
 /// survive. `stop` stops the driver and returns when the VMM would run the guest
 /// again.
-fn assert_nothing_is_released_after(monitor: Monitor, stop: impl Fn(&Vm)) {
+fn assert_nothing_is_released_after(vmm: Monitor, stop: impl Fn(&Vm)) {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
-    let mut vm = Vm::boot(monitor, front, CLASSIC);
+    let mut vm = Vm::boot(vmm, front, CLASSIC);
     let pages = some_pages();
     for round in 0..ROUNDS {
         vm.inflate(&pages);

@@ -45,20 +45,20 @@ impl Driver {
     /// Takes the returned chains, each once, and makes them available again. Returns the heads
     /// of chains with a request.
     fn take_back(&mut self) -> Vec<u64> {
-        let mut asked = Vec::new();
+        let mut requested = Vec::new();
         while let Some(used) = self.vm.rings[REQUEST].take_used(&self.vm.guest.memory) {
             let at = self.lent.iter().position(|head| u32::from(*head) == used.head);
             let at = at.unwrap_or_else(|| panic!("{used:?} was not the device's"));
             self.lent.remove(at);
             if used.written_bytes == REQUEST_BYTES {
-                asked.push(u64::from(used.head));
+                requested.push(u64::from(used.head));
             }
         }
         while self.lent.len() < WAITING {
             self.wait_for_request();
         }
         self.vm.kick(REQUEST);
-        asked
+        requested
     }
 
     fn wait(&self) {
@@ -68,20 +68,20 @@ impl Driver {
 
     /// Answers one request. Returns the number of chains returned with a request.
     fn answer_one(&mut self) -> usize {
-        let mut asked = self.take_back();
-        while asked.is_empty() {
+        let mut requested = self.take_back();
+        while requested.is_empty() {
             self.wait();
-            asked = self.take_back();
+            requested = self.take_back();
         }
         let mut bytes = [0; REQUEST_BYTES as usize];
-        let place = GuestAddress(ROOM + asked[0] * 64);
+        let place = GuestAddress(ROOM + requested[0] * 64);
         self.vm.guest.memory.read_slice(&mut bytes, place).unwrap();
         let asked_of = balloon_abi::Request::from_bytes(&bytes).unwrap();
         let answer = answer_bytes(asked_of.id, Outcome::Done, [1, 2, 3, 4], &[]);
         self.vm.guest.write(ANSWER, &answer);
         self.lend(&[Buffer::readable(ANSWER, answer.len() as u32)]);
         self.vm.kick(REQUEST);
-        asked.len()
+        requested.len()
     }
 }
 
@@ -131,9 +131,9 @@ fn run(what: &str, way: Way, inflight: bool) {
     let mut vm = Vm::new(Monitor::Qemu, front, Guest::new());
     vm.attach();
     if inflight {
-        let asked = [0u64.to_ne_bytes(), 0u64.to_ne_bytes()].concat();
-        let asked = [asked, [3, RING_SIZE].map(u16::to_ne_bytes).concat()].concat();
-        let (answer, file) = vm.front.ask_for_file(request::GET_INFLIGHT_FD, &asked);
+        let requested = [0u64.to_ne_bytes(), 0u64.to_ne_bytes()].concat();
+        let requested = [requested, [3, RING_SIZE].map(u16::to_ne_bytes).concat()].concat();
+        let (answer, file) = vm.front.ask_for_file(request::GET_INFLIGHT_FD, &requested);
         vm.front.send(request::SET_INFLIGHT_FD, &answer, &[file.as_fd()]);
     }
     vm.probe(ASKABLE);

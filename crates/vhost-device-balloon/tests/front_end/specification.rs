@@ -26,10 +26,10 @@ const POISON: Features = REPORTS.union(Features::PAGE_POISON);
 
 const INTERVAL: Duration = Duration::from_millis(100);
 
-fn booted(monitor: Monitor, features: Features) -> (Server, Vm, Served) {
+fn booted(vmm: Monitor, features: Features) -> (Server, Vm, Served) {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
-    let vm = Vm::boot(monitor, front, features);
+    let vm = Vm::boot(vmm, front, features);
     (server, vm, served)
 }
 

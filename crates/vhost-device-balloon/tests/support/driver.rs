@@ -46,7 +46,7 @@ pub(crate) enum Monitor {
 
 /// A guest with a running driver.
 pub(crate) struct Vm {
-    pub(crate) monitor: Monitor,
+    pub(crate) vmm: Monitor,
     pub(crate) guest: Guest,
     pub(crate) front: FrontEnd,
     pub(crate) features: Features,
@@ -58,9 +58,9 @@ pub(crate) struct Vm {
 
 impl Vm {
     /// Creates a guest behind a front end that has sent no message.
-    pub(crate) fn new(monitor: Monitor, front: FrontEnd, guest: Guest) -> Self {
+    pub(crate) fn new(vmm: Monitor, front: FrontEnd, guest: Guest) -> Self {
         Self {
-            monitor,
+            vmm,
             guest,
             front,
             features: Features::NONE,
@@ -72,8 +72,8 @@ impl Vm {
     }
 
     /// Boots a guest until its driver runs.
-    pub(crate) fn boot(monitor: Monitor, front: FrontEnd, features: Features) -> Self {
-        let mut vm = Self::new(monitor, front, Guest::new());
+    pub(crate) fn boot(vmm: Monitor, front: FrontEnd, features: Features) -> Self {
+        let mut vm = Self::new(vmm, front, Guest::new());
         vm.attach();
         vm.probe(features);
         vm
@@ -81,7 +81,7 @@ impl Vm {
 
     /// Attaches the front end to the device, before any driver.
     pub(crate) fn attach(&mut self) {
-        match self.monitor {
+        match self.vmm {
             Monitor::Uml => self.attach_uml(),
             Monitor::Qemu => self.attach_qemu(),
         }
@@ -89,7 +89,7 @@ impl Vm {
 
     /// Starts a driver.
     pub(crate) fn probe(&mut self, features: Features) {
-        match self.monitor {
+        match self.vmm {
             Monitor::Uml => self.probe_uml(features, true),
             Monitor::Qemu => self.start_qemu(features, [0; 2]),
         }

@@ -22,9 +22,9 @@ const STATUS: u64 = BASE + 0x3e000;
 
 /// A chain that was returned on the request queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Back {
+pub(crate) enum Returned {
     /// A waiting chain with a request in it.
-    Asked(Request),
+    Request(Request),
     /// A waiting chain, unused.
     Empty,
     /// An answer, with its status.
@@ -49,10 +49,10 @@ impl Vm {
     }
 
     /// Returns the next chain that is returned within `time`.
-    pub(crate) fn back_within(&mut self, time: Duration) -> Option<Back> {
+    pub(crate) fn returned_within(&mut self, time: Duration) -> Option<Returned> {
         loop {
             if let Some(used) = self.rings[REQUEST].take_used(&self.guest.memory) {
-                return Some(self.read_back(used));
+                return Some(self.read_returned(used));
             }
             if !is_readable(&self.calls[REQUEST], time) {
                 return None;
@@ -61,22 +61,22 @@ impl Vm {
         }
     }
 
-    pub(crate) fn back(&mut self) -> Back {
-        self.back_within(TEST_TIMEOUT).expect("a chain is returned")
+    pub(crate) fn returned(&mut self) -> Returned {
+        self.returned_within(TEST_TIMEOUT).expect("a chain is returned")
     }
 
-    fn read_back(&self, used: guest_ring::Used) -> Back {
+    fn read_returned(&self, used: guest_ring::Used) -> Returned {
         match used.written_bytes {
-            0 => Back::Empty,
+            0 => Returned::Empty,
             4 => {
                 let raw: u32 = self.guest.memory.read_obj(GuestAddress(STATUS)).unwrap();
-                Back::Status(u32::from_le(raw))
+                Returned::Status(u32::from_le(raw))
             }
             16 => {
                 let mut bytes = [0; REQUEST_BYTES];
                 let at = SLOTS + u64::from(used.head) * SLOT_BYTES;
                 self.guest.memory.read_slice(&mut bytes, GuestAddress(at)).unwrap();
-                Back::Asked(Request::from_bytes(&bytes).expect("a request of the protocol"))
+                Returned::Request(Request::from_bytes(&bytes).expect("a request of the protocol"))
             }
             other => panic!("{other} bytes in a chain of the request queue"),
         }
@@ -84,8 +84,8 @@ impl Vm {
 
     /// Returns the next request; any other chain is a failure.
     pub(crate) fn next_request(&mut self) -> Request {
-        match self.back() {
-            Back::Asked(request) => request,
+        match self.returned() {
+            Returned::Request(request) => request,
             other => panic!("{other:?} where a request should be"),
         }
     }
@@ -97,8 +97,8 @@ impl Vm {
         let buffers = [Buffer::readable(MESSAGE, len), Buffer::writable(STATUS, 4)];
         self.rings[REQUEST].send(&self.guest.memory, &buffers);
         self.kick(REQUEST);
-        match self.back() {
-            Back::Status(status) => status,
+        match self.returned() {
+            Returned::Status(status) => status,
             other => panic!("{other:?} where a status should be"),
         }
     }
