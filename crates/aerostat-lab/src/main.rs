@@ -1,5 +1,5 @@
-//! The `aerostat-lab` command line: shows, measures and tries Aerostat on real guests, which it
-//! boots. It runs the `aerostat` beside it. Nothing of it is part of `aerostat`.
+//! The `aerostat-lab` command line: demos, benchmarks and soak tests of Aerostat with real guests.
+//! It runs the `aerostat` in its directory. Nothing of it is part of `aerostat`.
 
 #![forbid(unsafe_code)]
 
@@ -13,7 +13,7 @@ use tracing_subscriber::filter::EnvFilter;
 
 use crate::cmd::Command;
 
-/// Shows, measures and tries Aerostat on real guests.
+/// Demos, benchmarks and soak tests of Aerostat with real guests.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Cli {
@@ -24,7 +24,7 @@ struct Cli {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
-    // Progress goes the way of the log, and so does all that is said beside it.
+    // Progress and errors go to standard error, like the log.
     let _flush = diagnostics::FlushAtEnd;
     diagnostics::start_log();
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| LogWriter).init();

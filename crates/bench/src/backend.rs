@@ -1,4 +1,4 @@
-//! The process that serves a guest's balloon.
+//! The vhost-user back end process of a guest's balloon.
 
 use std::fs::File;
 use std::os::unix::process::CommandExt;
@@ -12,19 +12,19 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::error::{BenchError, Result};
 
-/// How the name of a thread that serves a guest begins.
+/// Name prefix of a thread that serves a guest.
 const SERVING_THREAD: &str = "guest ";
 
-/// Between two looks for it.
+/// Between two polls for it.
 const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Time for the back end to listen.
+/// Timeout for the back end to listen.
 const START_LIMIT: Duration = Duration::from_secs(10);
 
-/// Time for the back end to end once it was asked to.
+/// Timeout for the back end to end after SIGTERM.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
 
-/// A running `aerostat vhost-user`; it ends when this is dropped, or with the thread that started
+/// A running `aerostat vhost-user`. It ends when this is dropped, or with the thread that started
 /// it.
 #[derive(Debug)]
 pub struct Backend {
@@ -35,16 +35,16 @@ pub struct Backend {
 }
 
 impl Backend {
-    /// Starts `program` for the guest `name` and waits until it listens. Its sockets and its log
-    /// are in `directory`, which suits `AEROSTAT_RUNTIME_DIR`.
+    /// Starts `program` for the guest `name` and waits until it listens. Its sockets and log are in
+    /// `directory`, which can serve as `AEROSTAT_RUNTIME_DIR`.
     ///
     /// # Errors
-    /// The program cannot be run, or ends, with what it said.
+    /// The program cannot be run, or ends; then the error has its log.
     pub fn start(program: &Path, name: &str, directory: &Path) -> Result<Self> {
         Self::start_with(program, name, directory, &[])
     }
 
-    /// The same with more arguments for `aerostat vhost-user`.
+    /// As [`start`](Self::start), with more arguments for `aerostat vhost-user`.
     ///
     /// # Errors
     /// As [`start`](Self::start).
@@ -55,12 +55,12 @@ impl Backend {
         arguments: &[&str],
     ) -> Result<Self> {
         let host = |what| move |source: std::io::Error| BenchError::Backend { what, source };
-        // Without the ending of control sockets, so that it is not taken for one.
+        // Without the extension of control sockets, so that `aerostat` does not take it for one.
         let socket = directory.join(format!("{name}.monitor"));
         let control = directory.join(format!("{name}.sock"));
         let log = directory.join(format!("{name}.log"));
         let output = File::create(&log).map_err(host("writing its log"))?;
-        // The parent-death signal leaves no back end behind a bench that was killed.
+        // The parent-death signal leaves no back end behind a killed benchmark.
         let process = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "--"])
             .arg(program)
@@ -81,27 +81,27 @@ impl Backend {
         Ok(backend)
     }
 
-    /// Where a monitor connects.
+    /// Socket for the front end.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
 
-    /// Where operators connect.
+    /// Control socket.
     pub fn control(&self) -> &Path {
         &self.control
     }
 
-    /// The process.
+    /// Process id.
     pub fn pid(&self) -> u32 {
         self.process.id()
     }
 
-    /// What it logged so far.
+    /// Its log so far.
     pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    /// A client of its control API.
+    /// Connects to its control API.
     ///
     /// # Errors
     /// It does not answer.
@@ -109,18 +109,18 @@ impl Backend {
         Ok(Client::connect(&self.control)?)
     }
 
-    /// Asks it to end by SIGTERM and returns how it did.
+    /// Sends SIGTERM and returns the exit status.
     ///
     /// # Errors
-    /// It does not end within 20 s; it is killed then.
+    /// It does not end within 20 s and is killed.
     pub fn stop(mut self) -> Result<ExitStatus> {
         self.end()
     }
 
-    /// Ends it as a crash does.
+    /// Kills it, like a crash.
     ///
     /// # Errors
-    /// The host refuses.
+    /// The kernel returns an error.
     pub fn kill(&mut self) -> Result<()> {
         let host = |source| BenchError::Backend { what: "killing it", source };
         self.process.kill().map_err(host)?;
@@ -128,8 +128,8 @@ impl Backend {
         Ok(())
     }
 
-    /// Puts the thread that answers the guest on core `core`; the others, above
-    /// all the one that releases memory, stay free.
+    /// Pins the thread that serves the guest to CPU `core`. Other threads, above all the one that
+    /// releases memory, remain free.
     pub(crate) fn pin(&self, core: usize) -> Result<()> {
         let mut cores = CpuSet::new();
         cores.set(core);
@@ -137,15 +137,15 @@ impl Backend {
             .map_err(|e| BenchError::Backend { what: "pinning it to a core", source: e.into() })
     }
 
-    /// The thread of the only guest. It starts after the sockets listen, and would
-    /// run anywhere if another thread were pinned.
+    /// The thread of the only guest. It starts after the sockets listen, so pinning another thread
+    /// would not pin it.
     fn serving_thread(&self) -> Result<Pid> {
         let host = |source| BenchError::Backend { what: "finding the thread that serves", source };
         let end = Instant::now() + START_LIMIT;
         loop {
             let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).map_err(host)?;
             for task in tasks.flatten() {
-                // A thread may end while it is looked at.
+                // A thread may end while it is read.
                 let name = std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
                 let number = task.file_name().to_str().and_then(|number| number.parse().ok());
                 if name.starts_with(SERVING_THREAD)
@@ -163,8 +163,7 @@ impl Backend {
 
     fn wait_until_it_listens(&mut self) -> Result<()> {
         let end = Instant::now() + START_LIMIT;
-        // The control socket is the second of the two. That it has a path is not enough: it
-        // does not listen yet when it gets that.
+        // The control socket is the second of the two. It may not listen yet when its path exists.
         while self.client().is_err() {
             let host = |source| BenchError::Backend { what: "starting it", source };
             let ended = self.process.try_wait().map_err(host)?;
@@ -172,7 +171,7 @@ impl Backend {
                 let said = self.log();
                 return Err(host(std::io::Error::other(format!("it does not listen: {said}"))));
             }
-            // Nothing announces a socket's birth to a stranger.
+            // There is no event for a new socket of another process.
             std::thread::sleep(Duration::from_millis(2));
         }
         Ok(())
@@ -191,7 +190,7 @@ impl Backend {
             if let Some(status) = self.process.try_wait().map_err(host)? {
                 return Ok(status);
             }
-            // Waiting for a child has no time-out.
+            // `wait` has no timeout.
             std::thread::sleep(Duration::from_millis(2));
         }
         self.process.kill().map_err(host)?;
@@ -206,7 +205,7 @@ impl Backend {
 
 impl Drop for Backend {
     fn drop(&mut self) {
-        // One that had to be killed is gone all the same.
+        // A killed process has ended too.
         let _ = self.end();
     }
 }

@@ -1,17 +1,17 @@
-//! The report as a picture: one bar for each case, on a logarithmic scale.
+//! The report as an SVG picture: one bar per case, on a logarithmic scale.
 
 use std::fmt::Write;
 
 use crate::inflate::{Case, CaseReport, HostPages, MemoryState, Report};
 
 const WIDTH: f64 = 860.0;
-/// Room for the labels on the left and for the figures on the right.
+/// Width of the labels on the left and for the figures on the right.
 const LABELS: f64 = 250.0;
 const FIGURES: f64 = 90.0;
 const BAR: f64 = 16.0;
 const GAP: f64 = 4.0;
 const TITLE: f64 = 30.0;
-/// Least time that the scale shows, and the decades that it spans.
+/// Start of the scale, and its number of decades.
 const LEAST_MS: f64 = 0.1;
 const DECADES: u32 = 5;
 

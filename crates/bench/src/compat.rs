@@ -1,7 +1,7 @@
-//! `bench compat`: what works with which kernel, monitor and driver.
+//! `bench compat`: features by kernel, VMM and driver.
 //!
-//! Each [`Target`] is booted once and goes through all features, one after the other;
-//! a feature passes when it was used and the guest's memory was verified after it.
+//! Each [`Target`] is booted once and runs all features in order. A feature passes if it was used
+//! and the guest's memory was verified after it.
 
 mod balloon_checks;
 mod request_checks;
@@ -14,45 +14,45 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-pub use target::{ABSENT, Absent, KernelChoice, MonitorChoice, Target};
+pub use target::{ABSENT, Absent, KernelChoice, Target, VmmChoice};
 
 use crate::error::Result;
 use crate::testbed::Driver;
 use subject::Subject;
 
-/// What is tried, in this order.
+/// Features, in test order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Feature {
-    /// Memory goes to the host and comes back.
+    /// Inflate and deflate.
     InflateDeflate,
-    /// Memory is taken back before the host can have released it.
+    /// Memory is deflated before the host can have released it.
     MustTellHost,
     /// Messages are page-bitmap records.
     PageBitmap,
-    /// Notifications by event index.
+    /// Event index (`VIRTIO_F_EVENT_IDX`).
     RingEventIdx,
-    /// Tables of descriptors.
+    /// Indirect descriptors.
     RingIndirectDesc,
     /// Statistics of the guest's kernel.
     Stats,
     /// Free page hints.
     FreePageHint,
-    /// What the guest fills free pages with.
+    /// Page poison.
     PagePoison,
-    /// Free page reports.
+    /// Free page reporting.
     Reporting,
-    /// The guest drops its caches when asked.
+    /// The guest drops its caches on request.
     DropCaches,
-    /// The guest names its free pages when asked.
+    /// The guest reports its free pages on request.
     FreePages,
-    /// The guest holds its free pages when asked.
+    /// The guest holds free pages on request.
     HoldPages,
-    /// The guest takes memory back that it needs.
+    /// The guest deflates under memory pressure.
     DeflateOnOom,
-    /// The driver goes with what it holds, and comes again.
+    /// The driver unloads with an inflated balloon, and loads again.
     DriverReload,
-    /// The guest sleeps with what the balloon holds, and wakes.
+    /// The guest suspends with an inflated balloon, and wakes.
     Sleep,
     /// The back end is killed while the guest runs.
     BackEndKilled,
@@ -61,7 +61,7 @@ pub enum Feature {
 }
 
 impl Feature {
-    /// All of them.
+    /// All features.
     pub const ALL: [Self; 17] = [
         Self::InflateDeflate,
         Self::MustTellHost,
@@ -82,56 +82,56 @@ impl Feature {
         Self::BackEndReconnect,
     ];
 
-    /// The word in JSON.
+    /// Name in JSON.
     pub fn name(self) -> String {
         word(&self)
     }
 }
 
-/// How it went.
+/// Result of a feature.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verdict {
-    /// Done, and the guest's memory verified.
+    /// It works, and the guest's memory was verified.
     Pass,
-    /// Not as it has to be.
+    /// It does not work.
     Fail,
-    /// Not tried; the detail says why.
+    /// Not run; the detail is the reason.
     NotRun,
 }
 
 /// One entry of the matrix.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Row {
-    /// The guest's kernel, with the words it was booted with.
+    /// The guest's kernel, with its kernel arguments.
     pub kernel: String,
-    /// What runs the guest.
+    /// The VMM.
     pub monitor: String,
     /// `stock` or `ours`.
     pub driver: String,
-    /// What was tried.
+    /// The feature.
     pub feature: String,
-    /// How it went.
+    /// The result.
     pub result: Verdict,
-    /// What was seen, or why nothing was tried.
+    /// Measured values, or the reason.
     pub detail: String,
 }
 
 /// What `bench compat --json` prints.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
-    /// One entry for each kernel, monitor, driver and feature.
+    /// One entry for each kernel, VMM, driver and feature.
     pub rows: Vec<Row>,
 }
 
-/// What to try. Empty lists mean all.
+/// What to run. Empty lists mean all.
 #[derive(Clone, Debug, Default)]
 pub struct CompatOptions {
     /// The `aerostat` program.
     pub program: PathBuf,
     /// Kernels by their names in the report.
     pub kernels: Vec<String>,
-    /// Monitors by their names in the report.
+    /// VMMs by their names in the report.
     pub monitors: Vec<String>,
     /// Drivers by their names in the report.
     pub drivers: Vec<String>,
@@ -139,19 +139,19 @@ pub struct CompatOptions {
     pub features: Vec<String>,
 }
 
-/// How the line begins that says what a kernel dies of.
+/// Start of the line with the reason of a kernel's death.
 const DYING: [&str; 3] = ["Kernel panic", "kernel BUG at", "BUG:"];
 
-/// What a check comes to if it is not an error, which is a failure.
+/// Result of a check without an error. An error is a failure.
 enum Outcome {
     Passed(String),
     NotRun(String),
 }
 
-/// Tries what `options` asks for; `progress` hears of each entry.
+/// Runs what `options` selects. Calls `progress` with each entry.
 ///
 /// # Errors
-/// Only where this machine has no lab; what goes wrong with a guest is in the report.
+/// This machine cannot build guests. Failures of a guest are in the report.
 pub fn run(options: &CompatOptions, progress: &mut dyn FnMut(&str)) -> Result<Report> {
     let mut report = Report::default();
     for target in Target::all() {
@@ -215,21 +215,21 @@ fn attempt(feature: Feature, subject: &mut Subject) -> (Verdict, String) {
     }
     let tried = subject.begin(feature).and_then(|()| match feature {
         Feature::InflateDeflate => balloon_checks::inflates_and_deflates(subject),
-        Feature::MustTellHost => balloon_checks::takes_back_at_once(subject),
+        Feature::MustTellHost => balloon_checks::deflates_at_once(subject),
         Feature::PageBitmap => balloon_checks::sends_bitmaps(subject),
         Feature::RingEventIdx | Feature::RingIndirectDesc => balloon_checks::uses_ring(subject),
-        Feature::DeflateOnOom => balloon_checks::yields(subject),
+        Feature::DeflateOnOom => balloon_checks::deflates_under_pressure(subject),
         Feature::DriverReload => balloon_checks::reloads(subject),
         Feature::Sleep => balloon_checks::sleeps(subject),
-        Feature::Stats => specification_checks::tells_statistics(subject),
+        Feature::Stats => specification_checks::reports_statistics(subject),
         Feature::FreePageHint => specification_checks::hints(subject),
         Feature::PagePoison => specification_checks::poisons(subject),
         Feature::Reporting => specification_checks::reports(subject),
         Feature::DropCaches => request_checks::drops_caches(subject),
-        Feature::FreePages => request_checks::names_free_pages(subject),
+        Feature::FreePages => request_checks::reports_free_pages(subject),
         Feature::HoldPages => request_checks::holds_free_pages(subject),
         Feature::BackEndKilled => restart_checks::outlives_the_back_end(subject),
-        Feature::BackEndReconnect => Ok(Outcome::NotRun("no such monitor here".to_owned())),
+        Feature::BackEndReconnect => Ok(Outcome::NotRun("no such VMM here".to_owned())),
     });
     match tried {
         Ok(Outcome::Passed(detail)) => (Verdict::Pass, detail),
@@ -238,7 +238,7 @@ fn attempt(feature: Feature, subject: &mut Subject) -> (Verdict, String) {
     }
 }
 
-/// The word for a driver in the report.
+/// Name of a driver in the report.
 pub const fn driver_name(driver: Driver) -> &'static str {
     match driver {
         Driver::Stock => "stock",
@@ -250,7 +250,7 @@ fn chosen(asked: &[String], name: &str) -> bool {
     asked.is_empty() || asked.iter().any(|asked| asked == name)
 }
 
-/// Console logs are no detail, but what a kernel dies of is.
+/// The first line of an error, and the reason of a kernel's death. Omits console logs.
 fn one_line(text: &str) -> String {
     let first = text.lines().next().unwrap_or_default().to_owned();
     let dying = text.lines().find(|line| DYING.iter().any(|word| line.contains(word)));

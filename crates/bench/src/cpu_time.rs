@@ -6,33 +6,32 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Result, host};
 
-/// What a thread of QEMU that runs the guest has in its name, if it was started with
-/// `debug-threads=on`.
+/// Part of the name of a vCPU thread of QEMU that was started with `debug-threads=on`.
 const VCPU_THREAD: &str = "/TCG";
 
-/// CPU time in milliseconds, of user and system together.
+/// CPU time in milliseconds, user and system.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct CpuTime {
-    /// Threads that run the guest.
+    /// vCPU threads.
     pub(crate) vcpu_ms: f64,
     /// All other threads.
     pub(crate) other_ms: f64,
 }
 
-/// What each thread of some processes has used so far.
+/// CPU time of each thread of some processes so far.
 #[derive(Clone, Debug)]
 pub(crate) struct CpuClock(BTreeMap<PathBuf, (String, f64)>);
 
 impl CpuClock {
-    /// Looks at these processes (proc(5), `schedstat`: the first number is the time
-    /// on a CPU in ns).
+    /// Reads the threads of these processes (proc(5), `schedstat`: the first number is the time on
+    /// a CPU in ns).
     pub(crate) fn read(processes: &[u32]) -> Result<Self> {
         let failed = host("reading CPU times of threads");
         let mut threads = BTreeMap::new();
         for process in processes {
             for task in fs::read_dir(format!("/proc/{process}/task")).map_err(failed)? {
                 let path = task.map_err(failed)?.path();
-                // One that ends meanwhile was idle.
+                // A thread that ends meanwhile was idle.
                 if let Some(used) = thread(&path) {
                     threads.insert(path, used);
                 }
@@ -46,8 +45,8 @@ impl CpuClock {
         thread(Path::new("/proc/thread-self")).map_or(0.0, |(_, ms)| ms)
     }
 
-    /// What the threads that are there now have used since `before`. What a thread
-    /// used that has ended in between is not known.
+    /// CPU time of the existing threads since `before`. That of threads that have ended since is
+    /// missing.
     pub(crate) fn since(&self, before: &Self) -> CpuTime {
         let mut used = CpuTime::default();
         for (path, (name, ms)) in &self.0 {
@@ -76,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn work_is_seen_and_sleep_is_not() {
+    fn busy_threads_have_cpu_time_and_sleeping_ones_none() {
         let me = std::process::id();
         let before = CpuClock::read(&[me]).unwrap();
         std::thread::sleep(Duration::from_millis(20));

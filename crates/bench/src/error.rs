@@ -1,113 +1,113 @@
-//! Why nothing could be measured.
+//! Errors of the benchmarks.
 
 use std::io;
 
 use control::{ControlError, Faults, Status};
 use lab::LabError;
 
-/// What stood in the way of a measurement.
+/// Why a measurement failed.
 #[derive(Debug, thiserror::Error)]
 pub enum BenchError {
-    /// The lab has no guest.
+    /// A guest cannot be built, booted or used.
     #[error(transparent)]
     Lab(#[from] LabError),
-    /// The balloon does not answer or refuses.
+    /// The control API does not answer, or returns an error.
     #[error(transparent)]
     Control(#[from] ControlError),
     /// The back end could not be run.
     #[error("the back end: {what}")]
     Backend {
-        /// What was tried.
+        /// The failed operation.
         what: &'static str,
-        /// What the host said.
+        /// The error of the host.
         #[source]
         source: io::Error,
     },
-    /// The host refused something that measuring needs.
+    /// An operation on the host failed.
     #[error("host: {what}")]
     Host {
-        /// What was tried.
+        /// The failed operation.
         what: &'static str,
-        /// What the host said.
+        /// The error of the host.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// The guest did not do what it was asked within the time that it has.
+    /// The balloon did not reach its target in time.
     #[error("the balloon of {name} stayed at {actual_pages} of {target_pages} pages")]
     NotReached {
-        /// The guest.
+        /// Name of the guest.
         name: String,
-        /// Pages it holds.
+        /// Size of the balloon, in pages.
         actual_pages: u32,
-        /// Pages it shall hold.
+        /// Target, in pages.
         target_pages: u32,
     },
-    /// Something was not so within the time that it has.
+    /// A condition was not met in time.
     #[error("the balloon of {name} is not {what}: {status:?}\n{log}")]
     NotInTime {
-        /// The guest.
+        /// Name of the guest.
         name: String,
-        /// What was waited for.
+        /// The condition.
         what: String,
-        /// How it stood.
+        /// The last status.
         status: Box<Status>,
-        /// What the back end logged.
+        /// The back end's log.
         log: String,
     },
-    /// The device counted faults where nobody was to make any.
+    /// The device counted unexpected faults.
     #[error("the device of {name} counted faults: {faults:?}")]
     Faults {
-        /// The guest.
+        /// Name of the guest.
         name: String,
-        /// By whose fault and by kind.
+        /// Faults by side and kind.
         faults: Faults,
     },
-    /// Pages of the guest do not hold what it wrote there.
+    /// Pages of the guest have wrong contents.
     #[error("wrong pages in {name}: {pages} of {file}: {}", named.join("; "))]
     WrongPages {
-        /// The guest.
+        /// Name of the guest.
         name: String,
-        /// What they are part of.
+        /// The file of the pages.
         file: String,
-        /// How many.
+        /// Number of wrong pages.
         pages: u64,
-        /// The first of them, with what they hold.
+        /// The first of them, with their contents.
         named: Vec<String>,
     },
     /// The guest's driver has no request queue.
-    #[error("the driver of {name} cannot be asked")]
+    #[error("the driver of {name} has no request queue")]
     NoRequests {
-        /// The guest.
+        /// Name of the guest.
         name: String,
     },
-    /// The monitor refuses, or its answer makes no sense.
-    #[error("the monitor answered {answer} to {command}")]
+    /// The VMM returned an error or an unexpected answer.
+    #[error("the VMM answered {answer} to {command}")]
     Monitor {
-        /// What it was asked.
+        /// The command.
         command: String,
-        /// What it said.
+        /// The answer.
         answer: String,
     },
-    /// What is to be measured cannot be had here.
-    #[error("{what} is not to be had here: {why}")]
+    /// This machine lacks something that the measurement needs.
+    #[error("{what} is not available here: {why}")]
     NotHere {
-        /// What was looked for.
+        /// What is missing.
         what: &'static str,
-        /// Why it is not there.
+        /// The reason.
         why: String,
     },
-    /// The guest, its memory or its balloon is not as it has to be.
+    /// The guest, its memory or its balloon is in a wrong state.
     #[error("{what}")]
     Wrong {
-        /// What was found.
+        /// The state.
         what: String,
     },
-    /// The guest's answer makes no sense.
+    /// The guest's answer is unexpected.
     #[error("the guest answered {answer:?} to {command:?}")]
     GuestAnswer {
-        /// What it was asked.
+        /// The command.
         command: String,
-        /// What it said.
+        /// The answer.
         answer: String,
     },
 }
@@ -115,14 +115,14 @@ pub enum BenchError {
 /// Result of a measurement.
 pub type Result<T> = std::result::Result<T, BenchError>;
 
-/// Says what this host was asked for when it refused.
+/// Adds the failed operation to an error of the host.
 pub(crate) fn host<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
     what: &'static str,
 ) -> impl Fn(E) -> BenchError + Copy {
     move |source| BenchError::Host { what, source: source.into() }
 }
 
-/// Something that is not as it has to be.
+/// An error for a wrong state.
 pub(crate) const fn wrong(what: String) -> BenchError {
     BenchError::Wrong { what }
 }

@@ -1,4 +1,4 @@
-//! A booted guest on its host, and what it can be told to do with its memory.
+//! A booted guest with its host, and operations on its memory.
 
 use lab::Guest;
 
@@ -6,18 +6,18 @@ use crate::error::{BenchError, Result};
 use crate::host::Host;
 use crate::testbed::Driver;
 
-/// Most memory, in MiB, that a guest cannot use while it waits for the answer to a
-/// free page report: 32 blocks of 4 MiB (Linux, `mm/page_reporting.c`). One that needs
-/// it then is out of memory.
+/// Maximum memory, in MiB, that a guest cannot use while it waits for the answer to a free page
+/// report: 32 blocks of 4 MiB (Linux, `mm/page_reporting.c`). A guest that needs it then is out of
+/// memory.
 pub const REPORTED_MIB: u64 = 128;
 
-/// A booted guest on its host.
+/// A booted guest with its host.
 pub struct Fixture<'a> {
-    /// The host.
+    /// The guest's host.
     pub host: &'a Host,
-    /// The guest; it ends when this is dropped.
+    /// The guest. It ends when this is dropped.
     pub guest: Guest,
-    /// The driver that it can load.
+    /// The driver in its initramfs.
     pub driver: Driver,
 }
 
@@ -25,7 +25,7 @@ impl Fixture<'_> {
     /// Runs a command in the guest and returns its one-line answer.
     ///
     /// # Errors
-    /// The guest's refusal, its silence, or its end.
+    /// The command fails, times out, or the guest ends.
     pub fn run(&mut self, command: &str) -> Result<String> {
         Ok(self.guest.run(command)?.text)
     }
@@ -33,7 +33,7 @@ impl Fixture<'_> {
     /// Runs a command whose answer is a number.
     ///
     /// # Errors
-    /// As [`run`](Self::run), or it is none.
+    /// As [`run`](Self::run), or the answer is no number.
     pub fn number(&mut self, command: &str) -> Result<u64> {
         number(&mut self.guest, command)
     }
@@ -46,10 +46,10 @@ impl Fixture<'_> {
         self.run(&format!("insmod {}", self.driver.module_name())).map(drop)
     }
 
-    /// Loads the driver, and waits until the host can ask it for something.
+    /// Loads the driver, and waits until it accepts requests.
     ///
     /// # Errors
-    /// As [`run`](Self::run), or the host does not see it.
+    /// As [`run`](Self::run), or it accepts none in time.
     pub fn load_ready_driver(&mut self) -> Result<()> {
         self.load_driver()?;
         if self.driver == Driver::Own {
@@ -58,7 +58,7 @@ impl Fixture<'_> {
         Ok(())
     }
 
-    /// Unloads it, with what it holds.
+    /// Unloads the driver, also with an inflated balloon.
     ///
     /// # Errors
     /// As [`run`](Self::run).
@@ -66,7 +66,7 @@ impl Fixture<'_> {
         self.run(&format!("rmmod {}", self.driver.module_name())).map(drop)
     }
 
-    /// Free memory in MiB, by the guest's word.
+    /// Free memory in MiB according to the guest.
     ///
     /// # Errors
     /// As [`run`](Self::run).
@@ -74,7 +74,7 @@ impl Fixture<'_> {
         self.number("free-mib")
     }
 
-    /// Checks each page of a file.
+    /// Verifies each page of a file.
     ///
     /// # Errors
     /// [`BenchError::WrongPages`], and as [`run`](Self::run).
@@ -88,13 +88,13 @@ impl Fixture<'_> {
         }
     }
 
-    /// An error about pages that did not hold what the guest had written.
+    /// An error for pages with wrong contents.
     pub(crate) fn wrong_pages(&self, file: &str, pages: u64, named: Vec<String>) -> BenchError {
         let (name, file) = (self.host.name().to_owned(), file.to_owned());
         BenchError::WrongPages { name, file, pages, named }
     }
 
-    /// Fragments the guest's free memory but `leave_mib`, until [`Self::defragment`].
+    /// Fragments the guest's free memory except `leave_mib`, until [`Self::defragment`].
     ///
     /// # Errors
     /// As [`run`](Self::run).
@@ -104,7 +104,7 @@ impl Fixture<'_> {
         Ok(())
     }
 
-    /// Puts it together again.
+    /// Unpins the pages of [`Self::fragment`].
     ///
     /// # Errors
     /// As [`run`](Self::run).

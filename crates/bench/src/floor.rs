@@ -1,5 +1,4 @@
-//! The least that a release can cost: one call over the same amount of the same
-//! memory.
+//! The lower bound of a release: one call over the same amount of the same memory.
 
 use std::fs::File;
 use std::path::Path;
@@ -16,20 +15,20 @@ use crate::error::{Result, host};
 /// Pages of 4 KiB in a MiB.
 const PAGES_PER_MIB: u64 = 256;
 
-/// Written at once when memory is touched.
+/// Bytes per write when memory is touched.
 const CHUNK_BYTES: usize = 1 << 20;
 
-/// What one call costs.
+/// Cost of one call.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Floor {
-    /// Its time in milliseconds.
+    /// Wall time in milliseconds.
     pub(crate) wall_ms: f64,
-    /// The CPU time of that: less where others have the core meanwhile.
+    /// CPU time in milliseconds: less if other threads had the CPU meanwhile.
     pub(crate) cpu_ms: f64,
 }
 
-/// Cost of one call which releases `mib` MiB of a file in `directory`, the first
-/// `touched_mib` of which were written to through a mapping, as a guest does.
+/// Measures one call that releases `mib` MiB of a file in `directory`. The first `touched_mib` of
+/// them were written through a mapping, as a guest does.
 pub(crate) fn release_once(directory: &Path, mib: u64, touched_mib: u64) -> Result<Floor> {
     let file = Arc::new(unnamed_file(directory, mib << 20)?);
     let length = usize::try_from(mib << 20).unwrap_or(usize::MAX);
@@ -42,7 +41,7 @@ pub(crate) fn release_once(directory: &Path, mib: u64, touched_mib: u64) -> Resu
         let written = memory.write_slice(&chunk, GuestAddress(start));
         written.map_err(host("touching memory"))?;
     }
-    let all = PageRange::new(0, mib * PAGES_PER_MIB).map_err(host("naming so much memory"))?;
+    let all = PageRange::new(0, mib * PAGES_PER_MIB).map_err(host("making a page range"))?;
     let region = Region::shared(all, file, 0).map_err(host("describing memory"))?;
     let map = MemoryMap::new(vec![region]).map_err(host("describing memory"))?;
     let pages = PageSet::from_iter([all]);
@@ -51,13 +50,13 @@ pub(crate) fn release_once(directory: &Path, mib: u64, touched_mib: u64) -> Resu
     let wall_ms = started.elapsed().as_secs_f64() * 1e3;
     let cpu_ms = CpuClock::own_ms() - cpu_before;
     if report.failure_count > 0 || report.calls != 1 {
-        let what = format!("{} calls, {} refused", report.calls, report.failure_count);
+        let what = format!("{} calls, {} failed", report.calls, report.failure_count);
         return Err(host("releasing memory with one call")(what));
     }
     Ok(Floor { wall_ms, cpu_ms })
 }
 
-/// A file of `bytes` that has no name, so that it goes with its last user.
+/// Makes a file of `bytes` without a name, so that it disappears with its last user.
 fn unnamed_file(directory: &Path, bytes: u64) -> Result<File> {
     let failed = host("making a file");
     let file = tempfile::tempfile_in(directory).map_err(failed)?;

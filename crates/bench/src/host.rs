@@ -1,4 +1,4 @@
-//! The host's side of a guest: the back end of its balloon, and what can be waited for there.
+//! The host side of a guest: the back end of its balloon, and waits on its status.
 
 use std::path::Path;
 use std::process::ExitStatus;
@@ -12,25 +12,24 @@ use crate::error::{BenchError, Result};
 use crate::fixture::Fixture;
 use crate::testbed::{Driver, TestbedOptions};
 
-/// How long anything may take that has no reason to take long, on a machine
-/// with a lot of other work.
+/// Timeout of everything that should be fast, on a busy machine.
 pub const LIMIT: Duration = Duration::from_secs(120);
 
-/// One question to the control API that waits for the guest.
+/// Duration of one long poll of the control API.
 const WAIT: Duration = Duration::from_secs(5);
 
-/// Between two looks at what nobody announces.
+/// Between two polls of a status without an event.
 const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Host memory that may be there beyond what the guest has left: where the host
-/// cannot split a huge page at once, it only clears the part.
+/// Host memory allowed beyond the guest's own: if the host cannot split a huge page at once, it
+/// only clears the part.
 const RESIDENT_SLACK_BYTES: u64 = 8 << 20;
 
-/// A back end that listens, and what guests on it have in common.
+/// A listening back end, and options that its guests share.
 pub struct Host {
-    /// A client of the control API.
+    /// Client of the control API.
     pub client: Client,
-    /// The process that serves.
+    /// Process of the back end.
     pub backend: Backend,
     name: String,
     options: TestbedOptions,
@@ -41,7 +40,7 @@ impl Host {
     /// Starts the back end of the guest `name`, with more `arguments`.
     ///
     /// # Errors
-    /// It does not start, with what it said.
+    /// It does not start; the error has its log.
     pub fn start(name: &str, options: &TestbedOptions, arguments: &[&str]) -> Result<Self> {
         let directory = Scratch::new("bench")?;
         let backend = Backend::start_with(&options.program, name, directory.path(), arguments)?;
@@ -49,7 +48,7 @@ impl Host {
         Ok(Self { client, backend, name: name.to_owned(), options: options.clone(), directory })
     }
 
-    /// A guest on it that can load `driver`, not booted yet.
+    /// Returns a builder of a guest that can load `driver`.
     ///
     /// # Errors
     /// Its modules cannot be built.
@@ -63,45 +62,44 @@ impl Host {
             .module(guest_build::lab_module(&kernel.tree())?))
     }
 
-    /// Boots a guest that can load `driver`, and has not. `change` has the last word
-    /// on how.
+    /// Boots a guest that can load `driver`. Does not load it. `change` can modify the builder.
     ///
     /// # Errors
-    /// The guest does not come up.
+    /// The guest does not boot.
     pub fn boot(
         &self,
         driver: Driver,
         change: impl FnOnce(GuestBuilder) -> GuestBuilder,
     ) -> Result<Fixture<'_>> {
-        // Warnings too, not errors alone.
+        // Print warnings too.
         let builder = self.guest(driver)?.kernel_argument("ignore_loglevel");
         Ok(Fixture { host: self, guest: change(builder).boot()?, driver })
     }
 
-    /// The guest's name.
+    /// Name of the guest.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Memory of guests on it, in MiB.
+    /// Memory of its guests, in MiB.
     pub const fn memory_mib(&self) -> u64 {
         self.options.memory_mib
     }
 
-    /// Where sockets and logs are, which suits `AEROSTAT_RUNTIME_DIR`.
+    /// Directory of sockets and logs, which can serve as `AEROSTAT_RUNTIME_DIR`.
     pub fn directory(&self) -> &Path {
         self.directory.path()
     }
 
-    /// Asks the back end to end, and returns how it did.
+    /// Stops the back end and returns its exit status.
     ///
     /// # Errors
-    /// It had to be killed.
+    /// It did not end on SIGTERM.
     pub fn stop(self) -> Result<ExitStatus> {
         self.backend.stop()
     }
 
-    /// Everything that the back end knows.
+    /// Status of the back end.
     ///
     /// # Errors
     /// It does not answer.
@@ -109,19 +107,19 @@ impl Host {
         Ok(self.client.status()?)
     }
 
-    /// Asks for a balloon of so many pages; waits for nothing.
+    /// Sets the balloon target in pages. Does not wait.
     ///
     /// # Errors
-    /// The target is refused.
+    /// The back end rejects the target.
     pub fn set_target(&self, pages: u32) -> Result<()> {
         self.client.set_balloon(u64::from(pages) * BALLOON_PAGE_BYTES, Duration::ZERO)?;
         Ok(())
     }
 
-    /// Waits until `done`, which looks at what changes unannounced.
+    /// Polls the status until `done`.
     ///
     /// # Errors
-    /// It did not come to that in time.
+    /// `done` is not true in time.
     pub fn until(&self, what: &str, mut done: impl FnMut(&Status) -> bool) -> Result<Status> {
         let end = Instant::now() + LIMIT;
         loop {
@@ -130,18 +128,17 @@ impl Host {
                 return Ok(status);
             }
             if Instant::now() >= end {
-                return Err(self.not_in_time(what, status));
+                return Err(self.timeout_error(what, status));
             }
             std::thread::sleep(POLL_INTERVAL);
         }
     }
 
-    /// Waits until the present change is over, and checks what then holds:
-    /// the guest holds what it shall, nobody did anything wrong, and what is in
-    /// the balloon costs the host nothing.
+    /// Waits until the balloon is at its target, and checks the invariants: the balloon has its
+    /// target size, there are no faults, and ballooned pages cost the host nothing.
     ///
     /// # Errors
-    /// What does not hold.
+    /// The target is not reached, or an invariant does not hold.
     pub fn wait_at_target(&self) -> Result<Status> {
         let balloon = self.wait_idle()?;
         let status = self.status()?;
@@ -155,8 +152,8 @@ impl Host {
         if status.faults.total() > 0 {
             return Err(BenchError::Faults { name: self.name.clone(), faults: status.faults });
         }
-        // A huge page that came back for one page that the guest touched is noticed
-        // after a moment only.
+        // A huge page that came back because the guest touched one page is detected only after a
+        // moment.
         self.until("released", |status| {
             let (left, resident) = (self.left_bytes(status), status.resident_bytes);
             resident.is_some_and(|resident| resident <= left + RESIDENT_SLACK_BYTES)
@@ -169,14 +166,14 @@ impl Host {
         let mut balloon = self.client.balloon()?;
         while !balloon.at_target {
             if Instant::now() >= end {
-                return Err(self.not_in_time("at_target", self.status()?));
+                return Err(self.timeout_error("at_target", self.status()?));
             }
             balloon = self.client.wait(balloon.generation, WAIT)?;
         }
         Ok(balloon)
     }
 
-    pub(crate) fn not_in_time(&self, what: &str, status: Status) -> BenchError {
+    pub(crate) fn timeout_error(&self, what: &str, status: Status) -> BenchError {
         BenchError::NotInTime {
             name: self.name.clone(),
             what: what.to_owned(),
@@ -185,11 +182,11 @@ impl Host {
         }
     }
 
-    /// What the guest has apart from the balloon, and what waits for the rest
-    /// of its huge page.
+    /// Memory of the guest without the balloon, and parts of huge pages that wait for the rest of
+    /// their page.
     fn left_bytes(&self, status: &Status) -> u64 {
-        // Not the status's `memory_bytes`: the file has what the guest's kernel keeps to
-        // itself, too.
+        // Not the status's `memory_bytes`: the file also has memory that the guest's kernel
+        // reserves.
         (self.options.memory_mib << 20) + status.release.waiting_bytes - status.balloon.actual_bytes
     }
 }

@@ -1,9 +1,8 @@
-//! `bench inflate`: takes memory from guests in three ways and compares.
+//! `bench inflate`: inflates balloons in three ways and compares.
 //!
-//! Two guests run side by side, one with the stock driver and one with ours,
-//! since a driver cannot negotiate more than its predecessor did on the same
-//! User Mode Linux device. In each round every case is run once, one after the
-//! other, so that what disturbs the machine disturbs all of them.
+//! Two guests run side by side, one with the stock driver and one with ours: on a User Mode Linux
+//! device a driver cannot negotiate more features than the driver before it. In each round every
+//! case runs once, one after the other, so that a disturbance of the machine affects all of them.
 
 use std::path::PathBuf;
 
@@ -20,17 +19,16 @@ use crate::testbed::{Driver, Testbed, TestbedOptions};
 /// Balloon pages in a MiB.
 const PAGES_PER_MIB: u64 = 256;
 
-/// What a fragmented guest keeps of its free memory, in percent: its own needs
-/// and the kernel's reserves.
+/// Free memory that a fragmented guest keeps, in percent: its own needs and the kernel's reserves.
 const KEPT_PERCENT: u64 = 3;
 
-/// Memory that fragmenting leaves alone, in MiB.
+/// Memory that is not fragmented, in MiB.
 const UNFRAGMENTED_MIB: u64 = 64;
 
-/// Room in the directory for the memory of two guests and of the floor.
+/// Size of the memory directory, in guests: two guests and the floor.
 const GUESTS: u64 = 3;
 
-/// Which protocol and which host are measured.
+/// Driver and release mode of a measurement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Case {
@@ -67,9 +65,9 @@ impl Case {
 pub enum MemoryState {
     /// Never touched.
     Idle,
-    /// Five sixths written to and freed before.
+    /// Five sixths were written and freed.
     Touched,
-    /// All written to; one page pinned in the middle of every second 2 MiB.
+    /// All was written; one page is pinned in the middle of every second 2 MiB.
     Fragmented,
 }
 
@@ -78,7 +76,7 @@ impl MemoryState {
     pub const ALL: [Self; 3] = [Self::Idle, Self::Touched, Self::Fragmented];
 }
 
-/// Pages that hold the guest's memory on the host.
+/// Page size of guest memory on the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum HostPages {
     /// tmpfs with 4 KiB pages.
@@ -93,7 +91,7 @@ impl HostPages {
     /// Both kinds.
     pub const ALL: [Self; 2] = [Self::Small, Self::Huge];
 
-    /// The word used in JSON and for names.
+    /// Name in JSON.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Small => "4k",
@@ -114,7 +112,7 @@ impl HostPages {
 pub struct InflateOptions {
     /// The `aerostat` program.
     pub program: PathBuf,
-    /// Rounds; every case is run once in each.
+    /// Rounds. Every case runs once per round.
     pub rounds: usize,
     /// Sizes of guests, in MiB.
     pub guest_mib: Vec<u64>,
@@ -124,23 +122,23 @@ pub struct InflateOptions {
     pub backing: Vec<HostPages>,
 }
 
-/// The four stages of a change, medians in milliseconds.
+/// The four stages of a balloon change, medians in milliseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct StagesMs {
-    /// Guest: from the config read to the message after it.
+    /// Guest: from the config read to the next message.
     pub allocate: f64,
-    /// Messages on their way.
+    /// Messages in the queue.
     pub send: f64,
     /// Host: messages to host ranges.
     pub translate: f64,
-    /// Host: giving memory back.
+    /// Host: releasing memory.
     pub release: f64,
 }
 
-/// One case's result.
+/// Result of one case.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CaseReport {
-    /// Protocol and host.
+    /// Driver and release mode.
     pub name: Case,
     /// State of the guest's memory.
     pub memory: MemoryState,
@@ -148,28 +146,28 @@ pub struct CaseReport {
     pub backing: HostPages,
     /// Size of the guest.
     pub guest_mib: u64,
-    /// Memory asked for.
+    /// Size of the inflate.
     pub asked_mib: u64,
-    /// From asking until the guest had given and the host had released all.
+    /// From the request until the guest has inflated and the host has released all.
     pub wall_ms: Spread,
-    /// Where that time went.
+    /// Stages of that time.
     pub stages_ms: StagesMs,
-    /// The way back.
+    /// Time of the deflate.
     pub deflate_ms: Spread,
     /// Messages of the inflate.
     pub messages: u64,
     /// System calls that released memory.
     pub release_calls: u64,
-    /// What the host had less of afterwards, measured there.
+    /// Decrease of host memory, measured on the host.
     pub returned_mib: f64,
-    /// Free memory of the guest before, by its own account.
+    /// Free memory of the guest before, according to the guest.
     pub guest_free_mib: u64,
-    /// Memory of this host in tmpfs huge pages before: the kernel falls back to
-    /// small pages without a word where it finds no huge ones.
+    /// Host memory in tmpfs huge pages before: without free huge pages the kernel silently uses
+    /// small ones.
     pub host_huge_mib: u64,
 }
 
-/// The least that the release can cost, for one state of memory.
+/// Lower bound of the release, for one state of memory.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FloorReport {
     /// State of the guest's memory.
@@ -178,9 +176,9 @@ pub struct FloorReport {
     pub backing: HostPages,
     /// Size of the guest.
     pub guest_mib: u64,
-    /// One call over as much memory as `bitmap` took, as much of it in use: median.
+    /// One call over as much memory as `bitmap` inflated, as much of it in use: median.
     pub floor_ms: f64,
-    /// The spread of that.
+    /// Its spread.
     pub floor_spread_ms: Spread,
     /// Median of classic over median of bitmap.
     pub speedup: f64,
@@ -191,7 +189,7 @@ pub struct FloorReport {
 /// What `bench inflate --json` prints.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
-    /// Rounds that the medians are of.
+    /// Number of rounds.
     pub rounds: usize,
     /// One entry for each case, state, backing and size.
     pub cases: Vec<CaseReport>,
@@ -217,10 +215,10 @@ struct Scenario {
     guest_mib: u64,
 }
 
-/// Measures everything that `options` asks for; `progress` hears of each step.
+/// Measures what `options` selects. Calls `progress` with each step.
 ///
 /// # Errors
-/// The first thing that went wrong; there is no partial report.
+/// The first error. There is no partial report.
 pub fn run(options: &InflateOptions, progress: &mut dyn FnMut(&str)) -> Result<Report> {
     let mut report = Report { rounds: options.rounds, ..Report::default() };
     for &guest_mib in &options.guest_mib {
@@ -256,8 +254,8 @@ fn measure(
             guest.guest.fragment(UNFRAGMENTED_MIB)?;
         }
     }
-    // Asked for once: later, Linux keeps up to an eighth of the zone in per-CPU
-    // lists after a stock deflate, which MemFree does not count.
+    // Read once: later, after a stock deflate, Linux keeps up to an eighth of the zone in per-CPU
+    // lists, which MemFree does not count.
     let free_mib = [stock.number("free-mib")?, own.number("free-mib")?];
     let mut runs: [Vec<Run>; 3] = Default::default();
     let mut floors = Vec::new();
@@ -282,7 +280,7 @@ fn measure(
     Ok(())
 }
 
-/// Inflates and deflates memory that was prepared.
+/// Inflates and deflates prepared memory.
 fn run_case(case: Case, scenario: Scenario, fixture: &mut Testbed) -> Result<Run> {
     fixture.set_release(case.release())?;
     let guest_free_mib = fixture.number("free-mib")?;
@@ -299,24 +297,23 @@ fn run_case(case: Case, scenario: Scenario, fixture: &mut Testbed) -> Result<Run
     Ok(Run { inflate, deflate, returned_mib, guest_free_mib, host_huge_mib, asked_mib })
 }
 
-/// Brings the guest's memory into its state again after the last run emptied it.
+/// Restores the state of the guest's memory after a run.
 fn prepare(scenario: Scenario, free_mib: u64, fixture: &mut Testbed) -> Result<()> {
     let touch_mib = match scenario.memory {
         MemoryState::Idle => return Ok(()),
         MemoryState::Touched => scenario.guest_mib * 85 / 100,
-        // The pinned pages stay where they are; all else is touched again.
+        // Pinned pages remain. All other pages are touched again.
         MemoryState::Fragmented => free_mib * (100 - KEPT_PERCENT + 1) / 100,
     };
     if scenario.backing == HostPages::Huge {
-        // The last case may have split huge pages, and others use this machine.
+        // The last case or other processes may have split huge pages.
         lab::memory_dir::gather_huge_pages()?;
     }
     fixture.guest.run(&format!("touch {touch_mib}"))?;
     Ok(())
 }
 
-/// Memory in use that a run really gave back, in MiB: what the floor must give
-/// back too.
+/// Used memory that a run really released, in MiB, and that the floor must release too.
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped before")]
 fn touched_of(run: &Run) -> u64 {
     run.returned_mib.clamp(0.0, run.asked_mib as f64) as u64

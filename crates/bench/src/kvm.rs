@@ -1,7 +1,7 @@
-//! Measurements that need a KVM: on this machine, or inside of a machine of the lab that has one.
+//! Measurements that need KVM: on this machine, or inside an emulated machine with KVM.
 //!
-//! The program starts itself again there, with all that it needs named by one word of JSON. Lines
-//! that it prints are progress, but for the last, which is the report.
+//! The program runs itself again there, with a task in one JSON argument. The lines that it prints
+//! are progress, except the last, which is the report.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -17,36 +17,36 @@ use crate::error::{BenchError, Result, host, wrong};
 use crate::testbed::Driver;
 use crate::{kvm_host, kvm_inflate, migrate};
 
-/// Words that start the program inside; the order is the last one.
+/// Arguments that start the program inside. The task follows.
 pub const INSIDE: [&str; 2] = ["bench", "inside"];
 
-/// Begins the line with the report.
+/// Start of the line with the report.
 const REPORT: &str = "report: ";
 
-/// What our monitor's guests need besides the balloon's driver, and what fills their page cache.
-const MONITOR_MODULES: [&str; 1] = ["virtio_mmio"];
+/// Modules of `aerostat run`'s guests besides the balloon driver, and for a page cache.
+const VMM_MODULES: [&str; 1] = ["virtio_mmio"];
 const OTHER_MODULES: [&str; 2] = ["virtio_pci", "zram"];
 
-/// A guest may have to get gigabytes of memory from an emulated host for one command.
+/// Timeout of a command: a guest may allocate gigabytes of an emulated host's memory.
 const COMMAND_LIMIT: Duration = Duration::from_secs(600);
 
-/// Whose KVM it is.
+/// Which KVM is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum KvmLocation {
     /// This machine's own.
     Hardware,
-    /// That of a machine which QEMU emulates.
+    /// That of a machine that QEMU emulates.
     Emulated,
 }
 
-impl Place {
-    /// Where [`measure`] measures. Asked first, it boots a guest.
+impl KvmLocation {
+    /// The KVM that [`measure`] uses. The first call boots a guest.
     pub fn find() -> Self {
         if kvm::hardware() { Self::Hardware } else { Self::Emulated }
     }
 }
 
-/// What is measured there.
+/// A measurement.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Task {
@@ -56,41 +56,41 @@ pub enum Task {
     Migrate(migrate::MigrateOptions),
 }
 
-/// What guests boot there, where nothing can be built.
+/// Files of the guests, since nothing can be built inside.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct GuestFiles {
     vmlinuz: PathBuf,
     vmlinux: PathBuf,
     initramfs: PathBuf,
-    /// What `uname -r` says.
+    /// Output of `uname -r`.
     pub release: String,
-    /// Names of modules, in loading order.
-    monitor_modules: Vec<String>,
-    /// Those of guests with a page cache.
+    /// Names of modules in loading order.
+    vmm_modules: Vec<String>,
+    /// Modules of guests with a page cache.
     zram_modules: Vec<String>,
-    /// Words for the kernel.
+    /// Kernel arguments.
     pub kernel_arguments: Vec<String>,
 }
 
 #[derive(Serialize, Deserialize)]
-struct Order {
+struct InsideTask {
     task: Task,
     files: GuestFiles,
 }
 
-/// Whether this machine has memory for guests of so much at a time, where [`measure`] measures.
+/// Checks that this machine has memory for guests of this size at a time, for [`measure`].
 ///
 /// # Errors
-/// How much there is, and how much is needed.
-pub fn has_room(guests_mib: u64) -> Result<()> {
-    Ok(kvm::has_room(guests_mib)?)
+/// The error has the needed and the available amount.
+pub fn check_memory(guests_mib: u64) -> Result<()> {
+    Ok(kvm::check_memory(guests_mib)?)
 }
 
-/// Carries out `task` where a KVM is, in a machine with room for guests of `guests_mib` at a time
-/// if need be, and returns its report. `progress` hears of each step.
+/// Runs `task` on a KVM, if needed in a machine with memory for guests of `guests_mib` at a time,
+/// and returns its report. Calls `progress` with each step.
 ///
 /// # Errors
-/// What is missing on this machine, or what went wrong inside.
+/// A dependency is missing, or the task fails.
 pub fn measure<R: DeserializeOwned>(
     task: Task,
     kernel_arguments: &[String],
@@ -100,10 +100,11 @@ pub fn measure<R: DeserializeOwned>(
 ) -> Result<R> {
     let directory = Scratch::new("bench")?;
     let files = GuestFiles::prepare(directory.path(), kernel_arguments)?;
-    let order = serde_json::to_string(&Order { task, files }).map_err(host("writing an order"))?;
+    let order =
+        serde_json::to_string(&InsideTask { task, files }).map_err(host("writing the task"))?;
     let mut report = None;
     let mut last = String::new();
-    let mut tell = |line: &str| match line.strip_prefix(REPORT) {
+    let mut print = |line: &str| match line.strip_prefix(REPORT) {
         Some(text) => report = Some(text.to_owned()),
         None => {
             progress(line);
@@ -112,15 +113,15 @@ pub fn measure<R: DeserializeOwned>(
     };
     let words = INSIDE.iter().copied().chain([order.as_str()]).map(OsStr::new);
     let words: Vec<&OsStr> = words.collect();
-    let place = Place::find();
-    has_room(guests_mib)?;
-    let code = if place == Place::Hardware {
-        tell("this machine's KVM boots guests");
-        kvm_host::start_again(&words, &mut tell)?
+    let place = KvmLocation::find();
+    check_memory(guests_mib)?;
+    let code = if place == KvmLocation::Hardware {
+        print("using this machine's KVM");
+        kvm_host::start_again(&words, &mut print)?
     } else {
-        tell("booting a machine with a KVM");
+        print("booting a machine with KVM");
         let mut machine = KvmMachine::boot_populated(guests_mib)?;
-        machine.run_telling(&kvm_host::this_program()?, &words, &[], limit, &mut tell)?.code
+        machine.run_with_lines(&kvm_host::this_program()?, &words, &[], limit, &mut print)?.code
     };
     let report = report.ok_or_else(|| {
         wrong(format!("the measurement ended with {code:?} and without a report: {last}"))
@@ -128,12 +129,13 @@ pub fn measure<R: DeserializeOwned>(
     serde_json::from_str(&report).map_err(host("reading the report"))
 }
 
-/// What the program does inside; `say` prints a line.
+/// Runs the task inside. `say` prints a line.
 ///
 /// # Errors
-/// What went wrong.
+/// The task fails.
 pub fn inside(program: &Path, order: &str, say: &mut dyn FnMut(&str)) -> Result<()> {
-    let Order { task, files } = serde_json::from_str(order).map_err(host("reading the order"))?;
+    let InsideTask { task, files } =
+        serde_json::from_str(order).map_err(host("reading the task"))?;
     kvm_host::raise_loopback();
     let report = match task {
         Task::Inflate(options) => {
@@ -150,8 +152,8 @@ pub fn inside(program: &Path, order: &str, say: &mut dyn FnMut(&str)) -> Result<
 impl GuestFiles {
     fn prepare(directory: &Path, kernel_arguments: &[String]) -> Result<Self> {
         let kernel = lab::debian::kernel(Release::Cloud6_12)?;
-        let mut files = kernel.modules(&MONITOR_MODULES)?;
-        let monitor_modules = names(&files);
+        let mut files = kernel.modules(&VMM_MODULES)?;
+        let vmm_modules = names(&files);
         let others = kernel.modules(&OTHER_MODULES)?;
         let zram_modules = names(&others);
         let stock = kernel.modules(&[Driver::Stock.module_name()])?;
@@ -168,19 +170,19 @@ impl GuestFiles {
             vmlinuz: kernel.vmlinuz,
             initramfs,
             release: kernel.release,
-            monitor_modules,
+            vmm_modules,
             zram_modules,
             kernel_arguments: kernel_arguments.to_vec(),
         })
     }
 
-    /// A guest of our monitor.
-    pub(crate) fn monitor(&self, program: &Path, name: &str, memory_mib: u64) -> GuestBuilder {
-        let builder = Guest::monitor(program, &self.vmlinux);
+    /// Builds a guest of `aerostat run`.
+    pub(crate) fn vmm(&self, program: &Path, name: &str, memory_mib: u64) -> GuestBuilder {
+        let builder = Guest::vmm(program, &self.vmlinux);
         self.with_words(builder.memory_mib(memory_mib)).machine_arguments(["--name", name])
     }
 
-    /// A guest of QEMU.
+    /// Builds a guest of QEMU.
     pub(crate) fn qemu(&self, memory_mib: u64) -> GuestBuilder {
         let kernel = DebianKernel::of_file(&self.vmlinuz);
         let builder = Guest::qemu(&kernel).hardware(true).qemu_program("qemu-system-x86_64");
@@ -192,13 +194,13 @@ impl GuestFiles {
         self.kernel_arguments.iter().fold(builder, |builder, word| builder.kernel_argument(word))
     }
 
-    /// Loads what the balloon of our monitor needs, and its driver.
-    pub(crate) fn load_monitor(&self, guest: &mut Guest, driver: Driver) -> Result<()> {
-        load(guest, &self.monitor_modules)?;
+    /// Loads the modules of `aerostat run`'s guests, and the balloon driver.
+    pub(crate) fn load_balloon_driver(&self, guest: &mut Guest, driver: Driver) -> Result<()> {
+        load(guest, &self.vmm_modules)?;
         load(guest, &[driver.module_name().to_owned()])
     }
 
-    /// Loads what a page cache needs.
+    /// Loads the modules for a page cache.
     pub(crate) fn load_zram(&self, guest: &mut Guest) -> Result<()> {
         load(guest, &self.zram_modules)
     }

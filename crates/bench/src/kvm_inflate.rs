@@ -1,7 +1,7 @@
-//! `bench inflate --monitor kvm`: takes memory from guests of our own monitor, with both drivers.
+//! `bench inflate --monitor kvm`: inflates balloons of guests of `aerostat run`, with both drivers.
 //!
-//! In each round a guest boots for each driver, one after the other. Its memory is taken as it is
-//! after the boot, given back, written to and freed, and taken again.
+//! In each round a guest boots for each driver, one after the other. Its balloon inflates right
+//! after the boot, deflates, and inflates again after the guest has touched its memory.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -16,26 +16,26 @@ use crate::kvm::{self, GuestFiles, Task, command, number};
 use crate::sample::Spread;
 use crate::testbed::Driver;
 
-/// Memory that a touched guest has written to and freed, and at most of what is free, in percent.
+/// Memory that a touched guest has written and freed, and its limit of free memory, in percent.
 const TOUCHED_PERCENT: u64 = 85;
 const FREE_PERCENT: u64 = 95;
 
-/// Time for one change of the balloon.
+/// Timeout of one balloon change.
 const CHANGE_LIMIT: Duration = Duration::from_secs(300);
 
-/// For each round with its boots and touches, for each GiB of a guest.
+/// Timeout of a round with its boots and touches, per GiB of a guest.
 const ROUND_LIMIT: Duration = Duration::from_secs(300);
 
-/// A word for the guests' kernel unless others are asked for: Debian's own choice is that all
-/// memory is cleared as it is taken, which for a balloon's is in vain, and hides all else.
+/// Default kernel argument of the guests: Debian's default clears all allocated memory, which is
+/// useless for a balloon and hides all other costs.
 pub const KERNEL_ARGUMENT: &str = "init_on_alloc=0";
 
-/// What a guest reports by itself goes back to the host without any balloon.
+/// Free page reporting would release memory without the balloon.
 const BALLOON_ALONE: [&str; 2] = ["--without", "stats,hint,reporting,poison"];
 
 const MIB: u64 = 1 << 20;
 
-/// Whose driver it is, on our device in our monitor.
+/// Driver, on our device in `aerostat run`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Case {
@@ -60,7 +60,7 @@ impl Case {
 /// What to measure.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct KvmInflateOptions {
-    /// Rounds; every case is run once in each.
+    /// Rounds. Every case runs once per round.
     pub rounds: usize,
     /// Sizes of guests, in MiB.
     pub guest_mib: Vec<u64>,
@@ -68,45 +68,45 @@ pub struct KvmInflateOptions {
     pub memory: Vec<MemoryState>,
 }
 
-/// One case's result; spreads are over the rounds.
+/// Result of one case, over the rounds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CaseReport {
-    /// Whose driver.
+    /// The driver.
     pub name: Case,
     /// State of the guest's memory.
     pub memory: MemoryState,
     /// Size of the guest.
     pub guest_mib: u64,
-    /// Memory asked for.
+    /// Size of the inflate.
     pub asked_mib: u64,
-    /// From asking until the guest had given and the host had released all.
+    /// From the request until the guest has inflated and the host has released all.
     pub wall_ms: Spread,
-    /// Where that time went.
+    /// Stages of that time.
     pub stages_ms: StagesMs,
-    /// Times that the guest left its processor because of the balloon, during the inflate.
+    /// vCPU exits because of the balloon, during the inflate.
     pub exits: Spread,
-    /// Of them, notifications of a queue.
+    /// Queue notifications among them.
     pub kicks: Spread,
-    /// The way back.
+    /// Time of the deflate.
     pub deflate_ms: Spread,
-    /// Exits during the way back.
+    /// Exits during the deflate.
     pub deflate_exits: Spread,
-    /// Messages of the inflate: the most.
+    /// Messages of the inflate: maximum.
     pub messages: u64,
-    /// System calls that released memory: the most.
+    /// System calls that released memory: maximum.
     pub release_calls: u64,
-    /// What the host had less of afterwards, measured there.
+    /// Decrease of host memory, measured on the host.
     pub returned_mib: f64,
 }
 
 /// What `bench inflate --monitor kvm --json` prints.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
-    /// Rounds that the medians are of.
+    /// Number of rounds.
     pub rounds: usize,
     /// The guests' kernel.
     pub kernel: String,
-    /// Further words on its command line.
+    /// Further kernel arguments.
     pub kernel_arguments: Vec<String>,
     /// One entry for each case, state and size.
     pub cases: Vec<CaseReport>,
@@ -122,8 +122,8 @@ struct Run {
     returned_mib: f64,
 }
 
-/// Measures what `options` asks for on this machine's KVM, or inside of a machine that has one.
-/// `progress` hears of each step.
+/// Measures what `options` selects on this machine's KVM, or inside a machine with KVM. Calls
+/// `progress` with each step.
 ///
 /// # Errors
 /// As those of [`kvm::measure`].
@@ -140,10 +140,10 @@ pub fn measure(
     kvm::measure(Task::Inflate(options), kernel_arguments, guests_mib, limit, progress)
 }
 
-/// Measures everything that `options` asks for, where a KVM is.
+/// Measures what `options` selects, on a KVM.
 ///
 /// # Errors
-/// The first thing that went wrong; there is no partial report.
+/// The first error. There is no partial report.
 pub(crate) fn run(
     program: &Path,
     files: &GuestFiles,
@@ -164,7 +164,7 @@ pub(crate) fn run(
         for round in 1..=options.rounds {
             for case in Case::ALL {
                 let mut fixture = Fixture::start(case, guest_mib, program, files)?;
-                // Idle comes first: memory that was touched never is again.
+                // Idle first: touched memory is never idle again.
                 for memory in [MemoryState::Idle, MemoryState::Touched] {
                     let wanted = runs.iter_mut().find(|run| (run.0, run.1) == (memory, case));
                     let Some((.., runs)) = wanted else { continue };
@@ -193,11 +193,11 @@ impl Fixture {
         let directory = lab::Scratch::new("bench")?;
         let control = directory.path().join("control");
         let mut guest = files
-            .monitor(program, "bench-inflate", guest_mib)
+            .vmm(program, "bench-inflate", guest_mib)
             .machine_arguments(["--control", &control.to_string_lossy()])
             .machine_arguments(BALLOON_ALONE)
             .boot()?;
-        files.load_monitor(&mut guest, case.driver())?;
+        files.load_balloon_driver(&mut guest, case.driver())?;
         let client = Client::connect(&control)?;
         Ok(Self { guest, client, _directory: directory })
     }

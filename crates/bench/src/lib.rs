@@ -1,11 +1,10 @@
-//! What is measured and shown on real guests.
+//! Benchmarks, soak tests and demos with real guests.
 //!
-//! A [`Host`] serves the balloon of a guest of the lab, as an operator would run it; a
-//! [`Fixture`] is a guest on it, a [`Testbed`] both, ready for measuring. [`inflate`] and
-//! [`requests`] measure on testbeds and fill in reports that are printed as JSON or as a
-//! table; [`soak`] does at random with a guest what can be done, and verifies its memory.
-//! Guests that move have three places: [`migrate`] measures it, [`soak::moves`] does it again
-//! and again, and [`demo_move`] shows one move.
+//! A [`Host`] serves the balloon of a guest, as an operator would run it. A [`Fixture`] is a guest
+//! on it, a [`Testbed`] both, ready to measure. [`inflate`] and [`requests`] measure on testbeds
+//! and fill reports that are printed as JSON or as a table. [`soak`] runs random operations on a
+//! guest and verifies its memory. Three modules migrate guests: [`migrate`] measures it,
+//! [`soak::moves`] repeats it, and [`demo_migrate`] shows one migration.
 
 #![forbid(unsafe_code)]
 
@@ -13,7 +12,7 @@ mod backend;
 pub mod chart;
 pub mod compat;
 mod cpu_time;
-pub mod demo_move;
+pub mod demo_migrate;
 mod error;
 mod fixture;
 mod floor;
@@ -24,7 +23,6 @@ mod kvm_host;
 pub mod kvm_inflate;
 mod logs;
 pub mod migrate;
-pub mod monitor_choice;
 pub mod monitors;
 mod proc_text;
 mod qemu_fixture;
@@ -35,13 +33,14 @@ mod sample;
 pub mod soak;
 mod testbed;
 mod threads;
+pub mod vmm_choice;
 
 pub use backend::Backend;
 pub use error::{BenchError, Result};
 pub use fixture::{Fixture, REPORTED_MIB};
 pub use host::{Host, LIMIT};
 pub use logs::{backend_complaints, guest_complaints};
-pub use qemu_fixture::{Device, QemuBedOptions, QemuFixture, vhost_user_arguments};
+pub use qemu_fixture::{Device, QemuFixture, QemuFixtureOptions, vhost_user_arguments};
 pub use qmp::Qmp;
 pub use sample::{Spread, median};
 pub use testbed::{Driver, Testbed, TestbedOptions};

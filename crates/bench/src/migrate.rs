@@ -1,8 +1,8 @@
-//! `bench migrate`: moves the same guest with our monitor and with QEMU, and compares.
+//! `bench migrate`: migrates the same guest with `aerostat` and with QEMU, and compares.
 //!
-//! Each run boots a guest, brings its memory into a state, has it count what it needs, moves it to
-//! another process of the same host, and verifies there what it wrote. In each round every case is
-//! run once, one after the other, so that what disturbs the machine disturbs all of them.
+//! Each run boots a guest, sets the state of its memory, counts its used memory, migrates it to
+//! another process of the same host, and verifies its memory there. In each round every case runs
+//! once, one after the other, so that a disturbance of the machine affects all of them.
 
 mod own;
 mod qemu;
@@ -16,15 +16,15 @@ use crate::error::{BenchError, Result};
 use crate::kvm::GuestFiles;
 use crate::sample::Spread;
 
-/// How the guest is moved.
+/// How the guest migrates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Case {
-    /// Our monitor and our driver, without free memory.
+    /// `aerostat` and our driver, without free memory.
     Skip,
-    /// The same; the guest drops its caches first.
+    /// The same, after the guest has dropped its caches.
     SkipDropCaches,
-    /// Our monitor, with free memory; zeros are told from the rest.
+    /// `aerostat`, with free memory. Zero pages are detected.
     NoSkip,
     /// QEMU.
     Qemu,
@@ -38,17 +38,17 @@ impl Case {
         [Self::Skip, Self::SkipDropCaches, Self::NoSkip, Self::Qemu, Self::QemuHint];
 }
 
-/// What the guest did with its memory before it is moved.
+/// State of the guest's memory before the migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum GuestState {
-    /// It booted, and wrote a file of 32 MiB, as in all states.
+    /// Booted, with a file of 32 MiB, as in all states.
     Fresh,
     /// 85 % of its memory were written and freed.
     DirtiedThenFreed,
     /// The same, and then a block device of 256 MiB was read.
     PageCache,
-    /// It writes, verifies and frees up to 16 MiB all the time, also while it is moved.
+    /// It writes, verifies and frees up to 16 MiB all the time, also during the migration.
     WriteLoad,
 }
 
@@ -57,7 +57,7 @@ impl GuestState {
     pub const ALL: [Self; 4] =
         [Self::Fresh, Self::DirtiedThenFreed, Self::PageCache, Self::WriteLoad];
 
-    /// Dropping caches changes nothing where there are none.
+    /// Dropping caches is only measured with caches.
     const fn has(self, case: Case) -> bool {
         matches!(self, Self::PageCache) || !matches!(case, Case::SkipDropCaches)
     }
@@ -66,7 +66,7 @@ impl GuestState {
 /// What to measure.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct MigrateOptions {
-    /// Rounds; every case is run once in each.
+    /// Rounds. Every case runs once per round.
     pub rounds: usize,
     /// Sizes of guests, in MiB.
     pub guest_mib: Vec<u64>,
@@ -79,58 +79,56 @@ pub struct MigrateOptions {
 /// Pages that were not sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SkippedPages {
-    /// The guest called them free. QEMU does not count them: pages that it neither sent nor called
-    /// zeros.
+    /// The guest reported them free. QEMU does not count them: here, pages neither sent nor zero.
     pub free: u64,
     /// They were in the balloon.
     pub ballooned: u64,
-    /// They were zeros, each time that they were looked at.
+    /// They were zero in every round.
     pub zero: u64,
 }
 
-/// One case's result; spreads are over the rounds.
+/// Result of one case, over the rounds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CaseReport {
-    /// How it was moved.
+    /// How it migrated.
     pub name: Case,
-    /// What the guest did before.
+    /// State of its memory before.
     pub guest: GuestState,
-    /// Its memory.
+    /// Size of the guest.
     pub guest_mib: u64,
-    /// From the command until the guest ran on the other side, with dropping caches.
+    /// From the command until the guest runs at the destination, with dropping caches.
     pub total_ms: Spread,
-    /// How long it stood still, by its source's clock.
+    /// Downtime, by the source's clock.
     pub downtime_ms: Spread,
     /// Bytes on the network.
     pub bytes_sent: Spread,
     /// Pages that were not sent, medians.
     pub pages_skipped: SkippedPages,
-    /// Memory that the guest called neither free nor zeros just before it was moved, in bytes: the
-    /// least that has to go.
+    /// Memory that the guest had in use and not zero just before the migration, in bytes: the lower
+    /// bound of what must be sent.
     pub floor_bytes: Spread,
-    /// Memory that went again because the guest had written to it meanwhile, in bytes. QEMU does
-    /// not tell it.
+    /// Memory sent again because the guest had written to it, in bytes. QEMU does not report it.
     pub written_bytes: Option<Spread>,
-    /// How far the guest's processor was held back at the end, in per cent: the most.
+    /// vCPU throttling at the end, in percent: maximum.
     pub throttle_percent: u8,
 }
 
 /// What `bench migrate --json` prints.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
-    /// Rounds that the medians are of.
+    /// Number of rounds.
     pub rounds: usize,
     /// The guests' kernel.
     pub kernel: String,
-    /// Further words on its command line.
+    /// Further kernel arguments.
     pub kernel_arguments: Vec<String>,
-    /// The other monitor, by its own word.
+    /// Version of QEMU.
     pub qemu: String,
     /// One entry for each case, state and size.
     pub cases: Vec<CaseReport>,
 }
 
-/// What one move came to.
+/// Result of one migration.
 #[derive(Clone, Debug, Default)]
 struct MigrationSample {
     total_ms: f64,
@@ -139,7 +137,7 @@ struct MigrationSample {
     skipped: SkippedPages,
     written_bytes: Option<u64>,
     throttle_percent: u8,
-    /// For people.
+    /// Details in words.
     detail: String,
 }
 
@@ -155,16 +153,16 @@ struct Scenario {
     guest_mib: u64,
 }
 
-/// Memory of guests that are there at a time, in MiB, for [`crate::kvm::measure`].
+/// Memory of guests at a time, in MiB, for [`crate::kvm::measure`].
 pub fn guests_mib(options: &MigrateOptions) -> u64 {
-    // At the source and, for what is sent, at the destination.
+    // At the source and at the destination.
     2 * options.guest_mib.iter().copied().max().unwrap_or_default() + qemu::OWN_MEMORY_MIB
 }
 
-/// Measures everything that `options` asks for, where a KVM is.
+/// Measures what `options` selects, on a KVM.
 ///
 /// # Errors
-/// The first thing that went wrong, among it a page that was lost; there is no partial report.
+/// The first error, which may be a lost page. There is no partial report.
 pub(crate) fn run(
     program: &Path,
     files: &GuestFiles,
@@ -184,7 +182,7 @@ pub(crate) fn run(
                 options.cases.iter().copied().filter(|case| state.has(*case)).collect();
             let mut runs: Vec<Vec<Run>> = cases.iter().map(|_| Vec::new()).collect();
             for round in 1..=options.rounds {
-                // Nobody is first each time.
+                // No case is always first.
                 let order = (0..cases.len()).map(|index| (index + round - 1) % cases.len());
                 for index in order {
                     let (Some(case), Some(runs)) = (cases.get(index), runs.get_mut(index)) else {
@@ -221,7 +219,7 @@ fn run_once(case: Case, scenario: Scenario, program: &Path, files: &GuestFiles) 
     };
     scene::verify(&mut there, scenario)?;
     if moved.downtime_ms <= 0.0 || moved.bytes_sent == 0 {
-        return Err(BenchError::Wrong { what: format!("a guest that did not move: {moved:?}") });
+        return Err(BenchError::Wrong { what: format!("a guest that did not migrate: {moved:?}") });
     }
     Ok(Run { moved, floor_bytes })
 }
@@ -231,7 +229,7 @@ fn describe(case: Case, scenario: Scenario, round: usize, run: &Run) -> String {
     let Run { moved, floor_bytes } = run;
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     format!(
-        "round {round}, {state:?} of {guest_mib} MiB, {case:?}: {:.0} ms, stood {:.1} ms, {:.1} MiB sent of {:.1} MiB in use, {:.1} MiB again; {}",
+        "round {round}, {state:?} of {guest_mib} MiB, {case:?}: {:.0} ms, downtime {:.1} ms, {:.1} MiB sent of {:.1} MiB in use, {:.1} MiB again; {}",
         moved.total_ms,
         moved.downtime_ms,
         mib(moved.bytes_sent),

@@ -1,8 +1,7 @@
 //! `bench monitors`: the same guest on QEMU's own balloon device and on ours.
 //!
-//! Two guests run side by side in the same emulator with the same kernel, the stock
-//! driver and the same kind of memory; the device is all that differs. They take
-//! turns in each round.
+//! Two guests run side by side in the same emulator with the same kernel, the stock driver and the
+//! same kind of memory. Only the device differs. They alternate in each round.
 
 use std::path::PathBuf;
 
@@ -12,20 +11,20 @@ use serde::{Deserialize, Serialize};
 use crate::cpu_time::{CpuClock, CpuTime};
 use crate::error::{BenchError, Result};
 use crate::inflate::MemoryState;
-use crate::qemu_fixture::{Device, QemuBedOptions, QemuFixture};
+use crate::qemu_fixture::{Device, QemuFixture, QemuFixtureOptions};
 use crate::sample::Spread;
 use crate::testbed::Driver;
 
-/// Memory that a touched guest has written to and freed, in percent.
+/// Memory that a touched guest has written and freed, in percent.
 const TOUCHED_PERCENT: u64 = 85;
 
-/// Most of its free memory that it touches, in percent: page tables need some.
+/// Maximum of its free memory that it touches, in percent: page tables need some.
 const FREE_PERCENT: u64 = 95;
 
-/// Time to touch it: emulated, small pages, and the host supplies them.
+/// Timeout to touch it: in emulation, in small pages, allocated by the host.
 const TOUCH_LIMIT: std::time::Duration = std::time::Duration::from_secs(300);
 
-/// Whose device it is.
+/// The device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Case {
@@ -52,59 +51,59 @@ impl Case {
 pub struct MonitorsOptions {
     /// The `aerostat` program.
     pub program: PathBuf,
-    /// Rounds; every case is run once in each.
+    /// Rounds. Every case runs once per round.
     pub rounds: usize,
     /// Size of the guests, in MiB.
     pub guest_mib: u64,
     /// States of the guest's memory.
     pub memory: Vec<MemoryState>,
-    /// Words for the guests' kernel.
+    /// Kernel arguments.
     pub kernel_arguments: Vec<String>,
 }
 
-/// One case's result.
+/// Result of one case.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CaseReport {
-    /// Whose device.
+    /// The device.
     pub name: Case,
     /// State of the guest's memory.
     pub memory: MemoryState,
-    /// Memory asked for.
+    /// Size of the inflate.
     pub asked_mib: u64,
-    /// From asking until the guest had given and the host had released all.
+    /// From the request until the guest has inflated and the host has released all.
     pub wall_ms: Spread,
-    /// CPU time of monitor and back end, user and system, all threads. The guest's own
-    /// work is in it, since it is emulated; it is the same in both cases.
+    /// CPU time of VMM and back end, user and system, all threads. It includes the emulated
+    /// guest's own work, which is the same in both cases.
     pub cpu_ms: Spread,
-    /// That of the thread that runs the guest. QEMU's own device does its work there,
-    /// under the guest's write to the queue's register.
+    /// That of the vCPU thread. QEMU's own device does its work there, in the guest's write to the
+    /// queue's register.
     pub vcpu_ms: Spread,
-    /// That of all other threads of monitor and back end.
+    /// That of all other threads of VMM and back end.
     pub beside_ms: Spread,
-    /// Median of `cpu_ms` without the guest's own work: that is the median of `vcpu_ms`
-    /// of the vhost-user case, where no device works in that thread.
+    /// Median of `cpu_ms` without the guest's own work: without the median of `vcpu_ms` of the
+    /// vhost-user case, where no device works in that thread.
     pub device_cpu_ms: f64,
-    /// The way back.
+    /// Time of the deflate.
     pub deflate_ms: Spread,
-    /// What QEMU had less of afterwards, measured on the host: median.
+    /// Decrease of QEMU's memory, measured on the host: median.
     pub returned_mib: f64,
     /// Median of QEMU's wall time over the median of this case's.
     pub speedup: f64,
-    /// What `speedup` would be of a device that takes no time: the same over the guest's own
-    /// work (see `device_cpu_ms`), which no device can shorten.
+    /// `speedup` of a hypothetical device that takes no time: over the guest's own work only (see
+    /// `device_cpu_ms`), which no device can shorten.
     pub speedup_limit: f64,
 }
 
 /// What `bench monitors --json` prints.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
-    /// Rounds that the medians are of.
+    /// Number of rounds.
     pub rounds: usize,
     /// Size of the guests.
     pub guest_mib: u64,
     /// The guests' kernel.
     pub kernel: String,
-    /// Further words on its command line.
+    /// Further kernel arguments.
     pub kernel_arguments: Vec<String>,
     /// One entry for each case and state.
     pub cases: Vec<CaseReport>,
@@ -118,14 +117,14 @@ struct Run {
     returned_mib: f64,
 }
 
-/// Measures everything that `options` asks for; `progress` hears of each step.
+/// Measures what `options` selects. Calls `progress` with each step.
 ///
 /// # Errors
-/// The first thing that went wrong; there is no partial report.
+/// The first error. There is no partial report.
 pub fn run(options: &MonitorsOptions, progress: &mut dyn FnMut(&str)) -> Result<Report> {
     let qemu = lab::qemu::vhost_user()?;
     let qemu = qemu.map_err(|why| BenchError::NotHere { what: "QEMU with vhost-user", why })?;
-    let fixture = QemuBedOptions {
+    let fixture = QemuFixtureOptions {
         program: options.program.clone(),
         qemu,
         kernel: lab::debian::kernel(Release::Cloud6_12)?,
@@ -142,13 +141,13 @@ pub fn run(options: &MonitorsOptions, progress: &mut dyn FnMut(&str)) -> Result<
     };
     for memory in &options.memory {
         progress(&format!("booting two emulated guests of {} MiB", options.guest_mib));
-        let mut beds = Vec::new();
+        let mut fixtures = Vec::new();
         for case in Case::ALL {
-            beds.push(QemuFixture::start("monitors", case.device(), Driver::Stock, &fixture)?);
+            fixtures.push(QemuFixture::start("monitors", case.device(), Driver::Stock, &fixture)?);
         }
         let mut runs: [Vec<Run>; 2] = Default::default();
         for round in 1..=options.rounds {
-            for ((case, fixture), runs) in Case::ALL.into_iter().zip(&mut beds).zip(&mut runs) {
+            for ((case, fixture), runs) in Case::ALL.into_iter().zip(&mut fixtures).zip(&mut runs) {
                 let run = run_once(*memory, options.guest_mib, fixture)?;
                 progress(&describe(case, *memory, round, &run));
                 runs.push(run);
@@ -161,7 +160,7 @@ pub fn run(options: &MonitorsOptions, progress: &mut dyn FnMut(&str)) -> Result<
 
 fn run_once(memory: MemoryState, guest_mib: u64, fixture: &mut QemuFixture) -> Result<Run> {
     if memory != MemoryState::Idle {
-        // A small guest's kernel takes a larger part.
+        // The kernel of a small guest needs a larger part.
         let free_mib = fixture.number("free-mib")?;
         let mib = (guest_mib * TOUCHED_PERCENT / 100).min(free_mib * FREE_PERCENT / 100);
         fixture.guest.run_within(&format!("touch {mib}"), TOUCH_LIMIT)?;
@@ -183,7 +182,7 @@ const fn asked_mib(guest_mib: u64) -> u64 {
 
 fn describe(case: Case, memory: MemoryState, round: usize, run: &Run) -> String {
     format!(
-        "round {round}, {memory:?} memory, {case:?}: {:.0} ms, CPU {:.0} ms beside the guest's {:.0} ms, {:.0} MiB returned, back in {:.0} ms",
+        "round {round}, {memory:?} memory, {case:?}: {:.0} ms, CPU {:.0} ms in addition to the guest's {:.0} ms, {:.0} MiB returned, back in {:.0} ms",
         run.wall_ms, run.cpu.other_ms, run.cpu.vcpu_ms, run.returned_mib, run.deflate_ms
     )
 }

@@ -1,6 +1,6 @@
-//! Values in the kernel's texts.
+//! Values in /proc files.
 
-/// The value of `name` in a text like /proc/meminfo or the `status` of a process (proc(5)), in KiB.
+/// Value of `name` in a text like /proc/meminfo or a process's `status` (proc(5)), in KiB.
 pub(crate) fn kib(text: &str, name: &str) -> Option<u64> {
     let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
     value.split_whitespace().next()?.parse().ok()

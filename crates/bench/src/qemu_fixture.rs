@@ -1,4 +1,4 @@
-//! An emulated guest with a Debian kernel, on QEMU's own balloon or on ours.
+//! An emulated guest with a Debian kernel, on QEMU's own balloon device or on ours.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
@@ -15,16 +15,16 @@ use crate::proc_text::kib;
 use crate::qmp::Qmp;
 use crate::testbed::Driver;
 
-/// Time for one change of the balloon in emulation, on memory in use.
+/// Timeout of one balloon change in emulation, on used memory.
 const CHANGE_LIMIT: Duration = Duration::from_secs(120);
 
-/// QEMU 8.2 gives each queue of its generic device four entries, and Linux wants 32
-/// to report free pages.
+/// QEMU 8.2 gives each queue of its generic device four entries. Linux needs 32 to report free
+/// pages.
 const WITHOUT: [&str; 2] = ["--without", "reporting"];
 
 const MIB: u64 = 1 << 20;
 
-/// What serves the balloon of an emulated guest.
+/// Balloon device of an emulated guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Device {
     /// QEMU's own `virtio-balloon-pci`.
@@ -33,10 +33,10 @@ pub enum Device {
     VhostUser,
 }
 
-/// What emulated guests have in common.
+/// Options of an emulated guest.
 #[derive(Clone, Debug)]
-pub struct QemuBedOptions {
-    /// The `aerostat` program, which serves as the back end.
+pub struct QemuFixtureOptions {
+    /// The `aerostat` program, for the back end.
     pub program: PathBuf,
     /// The emulator.
     pub qemu: VhostUserQemu,
@@ -44,17 +44,17 @@ pub struct QemuBedOptions {
     pub kernel: DebianKernel,
     /// The guest's memory.
     pub memory_mib: u64,
-    /// Words for the guest's kernel.
+    /// Kernel arguments.
     pub kernel_arguments: Vec<String>,
     /// A file that the guest sees as `/dev/vda`, read-only.
     pub disk: Option<PathBuf>,
 }
 
-/// A guest whose driver is loaded.
+/// A guest with its driver loaded.
 pub struct QemuFixture {
-    /// The guest; ended before its device.
+    /// The guest. It ends before its device.
     pub guest: Guest,
-    /// The driver's module file.
+    /// Module file of the driver.
     pub driver: PathBuf,
     device: Attached,
     memory_mib: u64,
@@ -70,12 +70,12 @@ impl QemuFixture {
     /// Boots a guest with `device` and loads `driver`.
     ///
     /// # Errors
-    /// What is missing, or why the guest did not come up.
+    /// A dependency is missing, or the guest does not boot.
     pub fn start(
         name: &str,
         device: Device,
         driver: Driver,
-        options: &QemuBedOptions,
+        options: &QemuFixtureOptions,
     ) -> Result<Self> {
         let directory = Scratch::new("bench")?;
         let driver = module(driver, &options.kernel)?;
@@ -89,9 +89,9 @@ impl QemuFixture {
             .memory_mib(options.memory_mib)
             .modules(&needed)
             .module(&driver)
-            // Warnings too, not errors alone.
+            // Print warnings too.
             .kernel_argument("ignore_loglevel")
-            // So that threads that run the guest can be told from the others.
+            // Thread names identify vCPU threads.
             .machine_arguments(["-name", "lab,debug-threads=on"])
             .machine_arguments(["-object", &memory, "-machine", "memory-backend=memory"]);
         let builder = options
@@ -133,11 +133,11 @@ impl QemuFixture {
         Ok(Self { guest, driver, device, memory_mib, _directory: directory })
     }
 
-    /// Makes the balloon hold `mib` MiB; returns the time from asking until the guest
-    /// had given them (or has them back) and the host had released them.
+    /// Sets the balloon to `mib` MiB. Returns the time from the request until the guest has
+    /// inflated (or deflated) and the host has released them.
     ///
     /// # Errors
-    /// The guest does not get there.
+    /// The target is not reached in time.
     pub fn inflate_to(&mut self, mib: u64) -> Result<Duration> {
         match &mut self.device {
             Attached::Qemu(qmp) => {
@@ -152,15 +152,15 @@ impl QemuFixture {
     /// Runs a command in the guest whose answer is a number.
     ///
     /// # Errors
-    /// The guest's refusal, or another answer.
+    /// The command fails, or the answer is no number.
     pub fn number(&mut self, command: &str) -> Result<u64> {
         let answer = self.guest.run(command)?.text;
         let number = answer.parse();
         number.map_err(|_| BenchError::GuestAnswer { command: command.to_owned(), answer })
     }
 
-    /// Switches the guest off and ends our back end; returns how that ended, or the
-    /// guest where there is none.
+    /// Powers the guest off and stops our back end. Returns the exit status of the back end, or of
+    /// the guest if there is none.
     ///
     /// # Errors
     /// One of them does not end.
@@ -172,24 +172,23 @@ impl QemuFixture {
         }
     }
 
-    /// Memory of the host that the guest's memory takes, in MiB: that of QEMU which is
-    /// shared (proc(5), `status`).
+    /// Host memory of the guest, in MiB: QEMU's shared memory (proc(5), `status`).
     ///
     /// # Errors
-    /// The host does not say.
+    /// The kernel returns an error.
     pub fn resident_mib(&self) -> Result<u64> {
         let path = format!("/proc/{}/status", self.guest.pid());
         let text = std::fs::read_to_string(path).map_err(host("reading the memory of QEMU"))?;
         Ok(kib(&text, "RssShmem").unwrap_or(0) >> 10)
     }
 
-    /// The processes that serve the guest.
+    /// Ids of the VMM and back end processes.
     pub fn processes(&self) -> Vec<u32> {
         let backend = self.backend().map(Backend::pid);
         std::iter::once(self.guest.pid()).chain(backend).collect()
     }
 
-    /// Our back end, where there is one, for those who end it.
+    /// Our back end, if any.
     pub const fn backend_mut(&mut self) -> Option<&mut Backend> {
         match &mut self.device {
             Attached::Qemu(_) => None,
@@ -197,7 +196,7 @@ impl QemuFixture {
         }
     }
 
-    /// Our back end, where there is one.
+    /// Our back end, if any.
     pub const fn backend(&self) -> Option<&Backend> {
         match &self.device {
             Attached::Qemu(_) => None,
@@ -205,7 +204,7 @@ impl QemuFixture {
         }
     }
 
-    /// The control API of our back end, where there is one.
+    /// Client of our back end's control API, if any.
     pub const fn client(&self) -> Option<&Client> {
         match &self.device {
             Attached::Qemu(_) => None,
@@ -214,7 +213,7 @@ impl QemuFixture {
     }
 }
 
-/// The words that attach a back end at `socket` as a balloon.
+/// QEMU arguments that attach a back end at `socket` as a balloon.
 pub fn vhost_user_arguments(qemu: &VhostUserQemu, socket: &Path) -> [String; 4] {
     let device = qemu.device;
     [
@@ -234,7 +233,7 @@ fn disk_arguments(disk: &Path) -> [String; 4] {
     ]
 }
 
-/// The file of a driver for a Debian kernel.
+/// Module file of a driver for a Debian kernel.
 fn module(driver: Driver, kernel: &DebianKernel) -> Result<PathBuf> {
     match driver {
         Driver::Own => Ok(guest_build::balloon_module(&kernel.tree()?)?),

@@ -1,4 +1,4 @@
-//! The little of QEMU's machine protocol (QMP) that moves its balloon, and its guest.
+//! A minimal client of QEMU's machine protocol (QMP), for balloons and migrations.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -9,41 +9,41 @@ use serde_json::{Value, json};
 
 use crate::error::{BenchError, Result};
 
-/// Time for an answer, and for the guest to follow, on a machine with other work.
+/// Timeout of an answer, and for the guest to reach its target, on a busy machine.
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// Between two looks at the size of the balloon. QEMU's event for it comes once a
-/// second at most, and each look costs its main thread some microseconds.
+/// Between two polls of the balloon's size. QEMU sends its event once per second at most, and each
+/// poll costs its main thread some microseconds.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Bytes in a second that a migration may take: none that loopback reaches. QEMU's own limit of
-/// 128 MiB would hold it back.
+/// Bandwidth limit of a migration in bytes per second: more than loopback reaches. QEMU's default
+/// of 128 MiB would throttle it.
 const MAX_BANDWIDTH: u64 = 64 << 30;
 
-/// Between two looks at a migration, and time for all of it.
-const MIGRATION_LOOK: Duration = Duration::from_millis(250);
+/// Between two polls of a migration, and its timeout.
+const MIGRATION_POLL_INTERVAL: Duration = Duration::from_millis(250);
 const MIGRATION_LIMIT: Duration = Duration::from_secs(1200);
 
-/// What QEMU says of a migration that is over (`qapi/migration.json`).
+/// QEMU's statistics of a completed migration (`qapi/migration.json`).
 #[derive(Clone, Copy, Debug)]
 pub struct QemuMigration {
     /// From the command to the end.
     pub total_ms: f64,
-    /// While the guest stood still.
+    /// Downtime.
     pub downtime_ms: f64,
-    /// Until the first page could go.
+    /// Setup, until the first page.
     pub setup_ms: f64,
     /// Bytes on the network.
     pub bytes_sent: u64,
-    /// Pages of the guest's memory, and of what else QEMU counts as memory.
+    /// Pages of guest memory and other RAM blocks of QEMU.
     pub memory_pages: u64,
     /// Pages sent, counted each time.
     pub normal_pages: u64,
-    /// Zeros, likewise.
+    /// Zero pages, likewise.
     pub zero_pages: u64,
-    /// Times that the log of writes was read.
+    /// Number of dirty log syncs.
     pub rounds: u64,
-    /// How far the guest's processors were held back at the end.
+    /// vCPU throttling at the end, in percent.
     pub throttle_percent: u8,
 }
 
@@ -57,33 +57,32 @@ impl Qmp {
     /// Connects to a QEMU that was started with `-qmp unix:PATH,server=on`.
     ///
     /// # Errors
-    /// Nobody listens, or speaks otherwise.
+    /// The socket has no listener, or the greeting is no QMP.
     pub fn connect(socket: &Path) -> Result<Self> {
         let stream = UnixStream::connect(socket).map_err(broken)?;
         stream.set_read_timeout(Some(LIMIT)).map_err(broken)?;
         let mut qmp = Self { lines: BufReader::new(stream) };
         let greeting = qmp.receive()?;
         if !greeting["QMP"].is_object() {
-            return Err(refused("greet", &greeting));
+            return Err(unexpected("greet", &greeting));
         }
         qmp.execute("qmp_capabilities", &json!({}))?;
         Ok(qmp)
     }
 
-    /// Connects to a QEMU that was started just now.
+    /// Connects to a QEMU that is starting.
     ///
     /// # Errors
-    /// Nobody listens after two minutes, or speaks otherwise.
+    /// It does not listen within two minutes, or the greeting is no QMP.
     pub fn wait(socket: &Path) -> Result<Self> {
         let end = Instant::now() + LIMIT;
         while UnixStream::connect(socket).is_err() && Instant::now() < end {
-            std::thread::sleep(MIGRATION_LOOK);
+            std::thread::sleep(MIGRATION_POLL_INTERVAL);
         }
         Self::connect(socket)
     }
 
-    /// Asks whether the guest runs, which is answered once QEMU has started all that it was
-    /// started with.
+    /// Returns the run state. QEMU answers once it has completed its start.
     ///
     /// # Errors
     /// QEMU does not answer.
@@ -92,11 +91,11 @@ impl Qmp {
         Ok(answer["status"].as_str().unwrap_or_default().to_owned())
     }
 
-    /// Sets the memory that the guest shall have left, and waits until it says that it
-    /// has, which is after QEMU released what it gave.
+    /// Sets the memory that the guest keeps, and waits until the guest reports that size. QEMU has
+    /// released the rest by then.
     ///
     /// # Errors
-    /// QEMU refuses, or the guest does not follow within 120 s.
+    /// QEMU returns an error, or the guest does not reach it within 120 s.
     pub fn balloon(&mut self, left_bytes: u64) -> Result<()> {
         self.execute("balloon", &json!({ "value": left_bytes }))?;
         let end = Instant::now() + LIMIT;
@@ -106,40 +105,40 @@ impl Qmp {
                 return Ok(());
             }
             if Instant::now() > end {
-                return Err(refused("balloon", &json!({ "left": left, "asked": left_bytes })));
+                return Err(unexpected("balloon", &json!({ "left": left, "asked": left_bytes })));
             }
             std::thread::sleep(POLL_INTERVAL);
         }
     }
 
-    /// Memory that the guest has left, by its own word.
+    /// Memory that the guest keeps, according to the guest.
     ///
     /// # Errors
     /// QEMU has no balloon, or does not answer.
     pub fn left_bytes(&mut self) -> Result<u64> {
         let answer = self.execute("query-balloon", &json!({}))?;
-        answer["actual"].as_u64().ok_or_else(|| refused("query-balloon", &answer))
+        answer["actual"].as_u64().ok_or_else(|| unexpected("query-balloon", &answer))
     }
 
-    /// Moves the guest to a QEMU that waits at `address`.
+    /// Migrates the guest to a QEMU that waits at `address`.
     ///
     /// # Errors
-    /// QEMU refuses, or fails, or takes longer than twenty minutes.
+    /// The migration fails, or takes longer than twenty minutes.
     pub fn migrate(&mut self, address: &str) -> Result<QemuMigration> {
         let parameters = json!({ "max-bandwidth": MAX_BANDWIDTH });
         self.execute("migrate-set-parameters", &parameters)?;
         self.execute("migrate", &json!({ "uri": address }))?;
         let end = Instant::now() + MIGRATION_LIMIT;
         loop {
-            std::thread::sleep(MIGRATION_LOOK);
+            std::thread::sleep(MIGRATION_POLL_INTERVAL);
             let answer = self.execute("query-migrate", &json!({}))?;
             match answer["status"].as_str() {
                 Some("completed") => {
-                    let odd = || refused("query-migrate", &answer);
+                    let odd = || unexpected("query-migrate", &answer);
                     return migration(&answer).ok_or_else(odd);
                 }
-                Some("failed" | "cancelled") | None => return Err(refused("migrate", &answer)),
-                Some(_) if Instant::now() > end => return Err(refused("migrate", &answer)),
+                Some("failed" | "cancelled") | None => return Err(unexpected("migrate", &answer)),
+                Some(_) if Instant::now() > end => return Err(unexpected("migrate", &answer)),
                 Some(_) => {}
             }
         }
@@ -151,9 +150,9 @@ impl Qmp {
         loop {
             let message = self.receive()?;
             if !message["error"].is_null() {
-                return Err(refused(command, &message));
+                return Err(unexpected(command, &message));
             }
-            // All else is an event.
+            // All other messages are events.
             if let Some(answer) = message.get("return") {
                 return Ok(answer.clone());
             }
@@ -187,6 +186,6 @@ fn broken(source: std::io::Error) -> BenchError {
     BenchError::Host { what: "talking to QEMU", source: source.into() }
 }
 
-fn refused(command: &str, answer: &Value) -> BenchError {
+fn unexpected(command: &str, answer: &Value) -> BenchError {
     BenchError::Monitor { command: command.to_owned(), answer: answer.to_string() }
 }

@@ -1,8 +1,8 @@
-//! `bench reporting`: memory that a guest frees, and that goes back without any target.
+//! `bench reporting`: memory that a guest frees and that returns to the host without a target.
 //!
-//! The stock driver reports free blocks by itself, and the back end releases them. What
-//! that costs it is measured apart from what releasing costs any program: by the report
-//! of memory that has nothing behind it, and by one call over as much memory in use.
+//! The stock driver reports free blocks, and the back end releases them. Its cost is measured
+//! separately from that of any release: by reports of memory that is not allocated on the host, and
+//! by one call over as much used memory.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -17,24 +17,24 @@ use crate::inflate::HostPages;
 use crate::sample::Spread;
 use crate::testbed::{Driver, Testbed, TestbedOptions};
 
-/// What is reported and nothing else.
+/// Features besides reporting, which are off.
 const REPORTS_ALONE: [&str; 2] = ["--without", "stats,hint,poison"];
 
-/// Time that is looked at: by then what was freed is to be back.
+/// Measured time, in which the freed memory must return.
 const WINDOW: Duration = Duration::from_secs(10);
 
-/// Part of it that has to be.
+/// Percentage that must return.
 const ENOUGH_PERCENT: u64 = 98;
 
-/// Between two looks at the file system that has the guest's memory. The back end is not
-/// asked: its answers would cost it time.
+/// Between two polls of the file system with the guest's memory. Polling the back end instead would
+/// cost it time.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Linux reports a part of what is free every 2 s: after so long without a report there
-/// is none to come. More looks would cost the back end time.
+/// Linux reports a part of free memory every 2 s: after this time without a report, reporting is
+/// complete. More polls would cost the back end time.
 const REPORTS_PAUSE: Duration = Duration::from_secs(5);
 
-/// Room for the memory of a guest and of the floor.
+/// Size of the memory directory, in guests: the guest and the floor.
 const GUESTS: u64 = 2;
 
 const MIB: u64 = 1 << 20;
@@ -63,38 +63,38 @@ pub struct CaseReport {
     pub guest_mib: u64,
     /// Memory that was freed.
     pub freed_mib: u64,
-    /// Part of it that was back at the host after 10 s: least of the rounds.
+    /// Percentage returned to the host after 10 s: minimum of the rounds.
     pub back_percent: f64,
-    /// Time until 98 % of it were; 10 s where they were not.
+    /// Time until 98 % were returned; 10 s if they were not.
     pub back_ms: Spread,
     /// CPU time of the back end in the 10 s, user and system.
     pub cpu_ms: Spread,
-    /// The same as percents of a core: median.
+    /// The same in percent of a CPU: median.
     pub cpu_percent: f64,
-    /// CPU time of one call that releases as much memory in use.
+    /// CPU time of one call that releases as much used memory.
     pub floor_ms: Spread,
-    /// That as percents of a core over 10 s: median.
+    /// The same in percent of a CPU over 10 s: median.
     pub floor_percent: f64,
-    /// CPU time of the back end for memory that was never touched, for which releasing
-    /// costs next to nothing, per GiB: its own work.
+    /// CPU time of the back end for memory that was never touched, per GiB: its own work, since
+    /// the release costs next to nothing.
     pub own_cpu_ms_per_gib: f64,
-    /// The same for what was freed, as percents of a core over 10 s.
+    /// The same for the freed memory, in percent of a CPU over 10 s.
     pub own_percent: f64,
 }
 
 /// What `bench reporting --json` prints.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
-    /// Rounds that the medians are of.
+    /// Number of rounds.
     pub rounds: usize,
     /// One entry for each kind of host pages.
     pub cases: Vec<CaseReport>,
 }
 
-/// Measures; `progress` hears of each step.
+/// Measures what `options` selects. Calls `progress` with each step.
 ///
 /// # Errors
-/// The first thing that went wrong; there is no partial report.
+/// The first error. There is no partial report.
 pub fn run(options: &ReportingOptions, progress: &mut dyn FnMut(&str)) -> Result<Report> {
     let mut report = Report { rounds: options.rounds, cases: Vec::new() };
     for backing in &options.backing {
@@ -103,7 +103,7 @@ pub fn run(options: &ReportingOptions, progress: &mut dyn FnMut(&str)) -> Result
     Ok(report)
 }
 
-/// One round's figures.
+/// Figures of one round.
 struct Round {
     back_percent: f64,
     back_ms: f64,
@@ -157,21 +157,21 @@ fn measure(
     })
 }
 
-/// CPU time for the report of all that is free when the driver comes, per GiB.
+/// CPU time of the reports of all free memory after the driver loads, per GiB.
 fn untouched(fixture: &Testbed) -> Result<f64> {
     let clock = CpuClock::read(&[fixture.backend_pid()])?;
     let before = fixture.status()?.reports;
-    let mut told = before;
+    let mut last = before;
     let used = loop {
         std::thread::sleep(REPORTS_PAUSE);
         let used = CpuClock::read(&[fixture.backend_pid()])?.since(&clock).other_ms;
         let now = fixture.status()?.reports;
-        if now.reported_bytes == told.reported_bytes && now.messages > 0 {
+        if now.reported_bytes == last.reported_bytes && now.messages > 0 {
             break used;
         }
-        told = now;
+        last = now;
     };
-    let bytes = told.reported_bytes - before.reported_bytes;
+    let bytes = last.reported_bytes - before.reported_bytes;
     if bytes == 0 {
         return Err(BenchError::Wrong { what: "the guest reported nothing".to_owned() });
     }
@@ -187,7 +187,9 @@ fn one_round(
     let freed = options.freed_mib;
     fixture.guest.run(&format!("fill freed {freed} {number}"))?;
     if fixture.number(&format!("verify freed {freed} {number}"))? != 0 {
-        return Err(BenchError::Wrong { what: "reports cost the guest its memory".to_owned() });
+        return Err(BenchError::Wrong {
+            what: "free page reporting corrupted the guest's memory".to_owned(),
+        });
     }
     let before = directory.used_bytes()?;
     let clock = CpuClock::read(&[fixture.backend_pid()])?;

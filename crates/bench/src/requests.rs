@@ -1,5 +1,4 @@
-//! `bench requests`: what the host asks of a guest's kernel, and what that costs
-//! both.
+//! `bench requests`: requests to a guest's kernel, and their cost to host and guest.
 
 mod drop_caches;
 mod free_pages;
@@ -25,13 +24,13 @@ use crate::testbed::{Driver, Testbed, TestbedOptions};
 
 const MIB: u64 = 1 << 20;
 
-/// Time for a request, on a machine with other work.
+/// Timeout of a request on a busy machine.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Size of the guest that most is measured on, in MiB.
+/// Size of the guest of most measurements, in MiB.
 const GUEST_MIB: u64 = 4096;
 
-/// Memory that fragmenting leaves alone, in MiB.
+/// Memory that is not fragmented, in MiB.
 const UNFRAGMENTED_MIB: u64 = 64;
 
 /// What to measure.
@@ -41,7 +40,7 @@ pub struct RequestsOptions {
     pub program: PathBuf,
     /// Rounds; everything is done once in each.
     pub rounds: usize,
-    /// Sizes of idle guests that are asked for free pages, in MiB.
+    /// Sizes of idle guests for free-page reports, in MiB.
     pub guest_mib: Vec<u64>,
     /// Requests of the storm.
     pub storm: u64,
@@ -50,22 +49,22 @@ pub struct RequestsOptions {
 /// What `bench requests --json` prints.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
-    /// Rounds that the medians are of.
+    /// Number of rounds.
     pub rounds: usize,
     /// Dropping the cache of a file of 2 GiB.
     pub drop_caches: DropCachesReport,
-    /// Naming free memory, for each state and size.
+    /// Free-page reports, for each state and size.
     pub free_pages: Vec<FreePagesReport>,
-    /// What the guest's processes wait for memory meanwhile.
+    /// How long guest processes wait for memory meanwhile.
     pub stall: StallReport,
     /// Requests of random kinds.
     pub storm: StormReport,
 }
 
-/// Measures everything; `progress` hears of each step.
+/// Runs all measurements. Calls `progress` with each step.
 ///
 /// # Errors
-/// The first thing that went wrong; there is no partial report.
+/// The first error. There is no partial report.
 pub fn run(options: &RequestsOptions, progress: &mut dyn FnMut(&str)) -> Result<Report> {
     Ok(Report {
         rounds: options.rounds,
@@ -76,7 +75,7 @@ pub fn run(options: &RequestsOptions, progress: &mut dyn FnMut(&str)) -> Result<
     })
 }
 
-/// A guest with our driver, ready for requests, and the directory of its memory.
+/// Starts a guest with our driver, ready for requests. Returns it and its memory directory.
 fn start(options: &RequestsOptions, guest_mib: u64) -> Result<(Testbed, GuestMemoryDir)> {
     let directory = GuestMemoryDir::mount(Backing::Small, guest_mib)?;
     let testbed = TestbedOptions {
@@ -100,7 +99,7 @@ fn meminfo_bytes(fixture: &mut Testbed, name: &str) -> Result<u64> {
     }
 }
 
-/// How far `found` is from `wanted`, in percent of that.
+/// Difference of `found` and `wanted`, in percent of `wanted`.
 #[expect(clippy::cast_precision_loss, reason = "a percentage of bytes")]
 fn off_percent(found: u64, wanted: u64) -> f64 {
     found.abs_diff(wanted) as f64 * 100.0 / wanted.max(1) as f64

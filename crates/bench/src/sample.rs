@@ -1,20 +1,20 @@
-//! Summaries of a few runs.
+//! Statistics of a few runs.
 
 use serde::{Deserialize, Serialize};
 
-/// Least, median and greatest of some runs, in milliseconds.
+/// Minimum, median and maximum of some runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Spread {
-    /// Least.
+    /// Minimum.
     pub min: f64,
     /// Median.
     pub median: f64,
-    /// Greatest.
+    /// Maximum.
     pub max: f64,
 }
 
 impl Spread {
-    /// The spread of `samples`; zeros where there are none.
+    /// Spread of `samples`, zeros if there are none.
     pub fn of(samples: impl IntoIterator<Item = f64>) -> Self {
         let mut sorted: Vec<f64> = samples.into_iter().collect();
         sorted.sort_by(f64::total_cmp);
@@ -23,7 +23,7 @@ impl Spread {
     }
 }
 
-/// The middle of sorted `samples`, or the mean of the two in the middle.
+/// Middle of `sorted`, or the mean of the two in the middle.
 pub fn median(sorted: &[f64]) -> f64 {
     let at = sorted.len() / 2;
     match (sorted.get(at.wrapping_sub(1)), sorted.get(at)) {

@@ -1,9 +1,9 @@
-//! `soak`: everything that can be done with guests and their balloons, at random, for as
-//! long as somebody wants, with guests that verify what they keep in memory.
+//! `soak`: random operations on guests and their balloons, for any duration, with guests that
+//! verify their memory.
 //!
-//! What is done is a pure [`plan`] made from a seed; a [`walk`] does it with a real guest and
-//! a back end that is a process of its own, in its sandbox, whose memory is [watched](resident).
-//! To move guests of our monitor again and again is a soak of its own, [`moves`].
+//! A pure [`plan`] is made from a seed. A [`soak_run`] executes it with a real guest and a back end
+//! process, in its sandbox, whose memory is [watched](resident). [`moves`] is a separate soak that
+//! migrates guests of `aerostat run` repeatedly.
 
 pub mod moves;
 pub mod plan;
@@ -30,40 +30,39 @@ use plan::Plan;
 use resident::{Resident, Watch};
 use soak_run::SoakRun;
 
-/// The least memory of a guest, in MiB: below, its kernel needs more than the part
-/// that the plan leaves to it.
+/// Minimum memory of a guest, in MiB: below, its kernel needs more than the plan's reserve.
 pub const LEAST_MEMORY_MIB: u64 = 256;
 
-/// Between two words of progress.
-const TELL: Duration = Duration::from_secs(1);
+/// Between two lines of progress.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 
-/// What to do.
+/// Options of a soak.
 #[derive(Clone, Debug)]
 pub struct SoakOptions {
     /// The `aerostat` program.
     pub program: PathBuf,
-    /// How long.
+    /// Duration.
     pub duration: Duration,
-    /// The same seed is the same sequence of steps.
+    /// The same seed gives the same sequence of steps.
     pub seed: u64,
-    /// Drivers; one guest for each, on each of the backings, all at the same time.
+    /// Drivers. One guest runs for each driver and backing, all at the same time.
     pub drivers: Vec<Driver>,
-    /// The host's pages behind guests.
+    /// Host page sizes of guest memory.
     pub backings: Vec<HostPages>,
     /// Memory of each guest.
     pub memory_mib: u64,
 }
 
-/// A seed for those who do not care, short enough to be typed.
+/// A random seed, short enough to type.
 pub fn any_seed() -> u64 {
     u64::from(fastrand::u32(..))
 }
 
-/// Soaks until the time is over, `stop` is set, or something goes wrong. `progress` hears
-/// every second how far it is.
+/// Soaks until the time is over, `stop` is set, or an error. Calls `progress` every second with a
+/// status line.
 ///
 /// # Errors
-/// The lab cannot be set up. What goes wrong later is in the report.
+/// The guests cannot be built. Later errors are in the report.
 pub fn run(
     options: &SoakOptions,
     stop: &AtomicBool,
@@ -87,24 +86,24 @@ pub fn run(
         let running: Vec<_> =
             soaks.iter().map(|soak| scope.spawn(move || soak.run(stop))).collect();
         while running.iter().any(|guest| !guest.is_finished()) {
-            progress(&told(began.elapsed(), options, &soaks));
-            // Guests end at their own time, and a second is soon over.
-            std::thread::sleep(TELL);
+            progress(&progress_line(began.elapsed(), options, &soaks));
+            // Guests end at different times, so this polls.
+            std::thread::sleep(PROGRESS_INTERVAL);
         }
         running.into_iter().filter_map(|guest| guest.join().ok()).collect()
     });
     Ok(Report::new(options, soaks.len(), guests))
 }
 
-/// What is done to a guest with this driver and backing, whatever others run beside it.
+/// Plan of a guest with this driver and backing, independent of other guests in the run.
 pub fn plan_for(seed: u64, driver: Driver, backing: HostPages, memory_mib: u64) -> Plan {
-    // No two guests of a run do the same.
+    // Every guest of a run has a different plan.
     let seed = seed.wrapping_add(driver as u64 * 2 + backing as u64);
     Plan::of_everything(seed, memory_mib, driver)
 }
 
-/// One line on how far all guests are.
-fn told(elapsed: Duration, options: &SoakOptions, soaks: &[Soak<'_>]) -> String {
+/// One line with the progress of all guests.
+fn progress_line(elapsed: Duration, options: &SoakOptions, soaks: &[Soak<'_>]) -> String {
     let minutes = |time: Duration| format!("{}:{:02}", time.as_secs() / 60, time.as_secs() % 60);
     let mut line = format!("{} of {}", minutes(elapsed), minutes(options.duration));
     let mut verified_bytes = 0;
@@ -116,7 +115,7 @@ fn told(elapsed: Duration, options: &SoakOptions, soaks: &[Soak<'_>]) -> String 
     line + &format!(", {} MiB verified, seed {}", verified_bytes >> 20, options.seed)
 }
 
-/// What one guest has done so far.
+/// Progress of one guest.
 #[derive(Clone, Copy, Debug, Default)]
 struct SoFar {
     steps: u64,
@@ -124,7 +123,7 @@ struct SoFar {
     verified_bytes: u64,
 }
 
-/// One guest's part.
+/// The soak of one guest.
 struct Soak<'a> {
     options: &'a SoakOptions,
     kernel: &'a UmlKernel,
@@ -142,11 +141,11 @@ impl<'a> Soak<'a> {
         backing: HostPages,
     ) -> Self {
         let name = format!("{}-{}", driver.as_str(), backing.as_str());
-        let so_far = Mutex::new(SoFar { step: "boots", ..SoFar::default() });
+        let so_far = Mutex::new(SoFar { step: "boot", ..SoFar::default() });
         Self { options, kernel, driver, backing, name, so_far }
     }
 
-    /// Does all of it, and has all others end where it fails.
+    /// Runs all of it, and stops the other guests if it fails.
     fn run(&self, stop: &AtomicBool) -> GuestReport {
         let mut report = GuestReport::new(&self.name, self.driver, self.backing);
         if let Err(error) = self.soak(&mut report, stop) {
@@ -170,7 +169,7 @@ impl<'a> Soak<'a> {
         let host = Host::start(&self.name, &testbed, &[])?;
         let guest_log = host.directory().join("guest.log");
         let watch = Watch::start(host.backend.pid());
-        let walked = self.walk(&host, &guest_log, report, stop);
+        let outcome = self.run_plan(&host, &guest_log, report, stop);
         report.resident = Resident::of(&watch.end());
         let counted = host.status().map(|status| {
             (report.faults, report.reported_bytes) = (status.faults, status.reports.released_bytes);
@@ -178,10 +177,10 @@ impl<'a> Soak<'a> {
         let guest_log = std::fs::read_to_string(&guest_log).unwrap_or_default();
         report.guest_complaints = guest_complaints(&guest_log);
         report.backend_complaints = backend_complaints(&host.backend.log());
-        if walked.is_err() || counted.is_err() || !report.problems().is_empty() {
+        if outcome.is_err() || counted.is_err() || !report.problems().is_empty() {
             report.logs = keep(&guest_log, &host.backend.log());
         }
-        walked.and(counted)?;
+        outcome.and(counted)?;
         let ended = host.stop()?;
         let failed = || std::io::Error::other(ended.to_string());
         match ended.success() {
@@ -190,8 +189,8 @@ impl<'a> Soak<'a> {
         }
     }
 
-    /// The guest lives as long as this.
-    fn walk(
+    /// Boots a guest, runs its plan, and ends it.
+    fn run_plan(
         &self,
         host: &Host,
         guest_log: &Path,
@@ -202,25 +201,25 @@ impl<'a> Soak<'a> {
         fixture.load_ready_driver()?;
         let SoakOptions { seed, memory_mib, .. } = *self.options;
         let plan = plan_for(seed, self.driver, self.backing, memory_mib);
-        let mut walk = SoakRun::new(&mut fixture, plan);
-        let mut told = |step: &plan::Step| self.state(|so_far| so_far.step = step.name());
+        let mut run = SoakRun::new(&mut fixture, plan);
+        let mut started = |step: &plan::Step| self.state(|so_far| so_far.step = step.name());
         let began = Instant::now();
-        let mut walked = Ok(());
-        while walked.is_ok()
+        let mut outcome = Ok(());
+        while outcome.is_ok()
             && began.elapsed() < self.options.duration
             && !stop.load(Ordering::Relaxed)
         {
-            walked = walk.step(&mut told);
-            let tally = walk.tally();
+            outcome = run.step(&mut started);
+            let tally = run.tally();
             self.state(|so_far| {
                 so_far.steps = tally.steps_begun();
                 so_far.verified_bytes = tally.verified_bytes;
             });
         }
         report.walked_s = began.elapsed().as_secs_f64();
-        let walked = walked.and_then(|()| walk.end(&mut told));
-        report.tally = walk.tally().clone();
-        walked
+        let outcome = outcome.and_then(|()| run.end(&mut started));
+        report.tally = run.tally().clone();
+        outcome
     }
 
     fn state(&self, change: impl FnOnce(&mut SoFar)) {
@@ -232,7 +231,7 @@ impl<'a> Soak<'a> {
     }
 }
 
-/// Puts both logs where they outlive this process; nothing where that is not possible.
+/// Keeps both logs in a directory that outlives this process; `None` on an error.
 fn keep(guest_log: &str, backend_log: &str) -> Option<PathBuf> {
     let directory = tempfile::Builder::new().prefix("aerostat-soak-").tempdir().ok()?.keep();
     std::fs::write(directory.join("guest.log"), guest_log).ok()?;

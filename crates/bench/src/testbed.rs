@@ -1,4 +1,4 @@
-//! A guest of the lab with the back end of its balloon.
+//! A guest with the back end of its balloon, for measurements.
 
 use std::ops::Deref;
 use std::path::PathBuf;
@@ -13,20 +13,18 @@ use crate::error::{BenchError, Result};
 use crate::fixture;
 use crate::host::Host;
 
-/// Time for one change of the balloon: per page, on memory in use and on a busy
-/// machine, 3 GiB take some seconds.
+/// Timeout of one balloon change: page by page, on used memory and on a busy machine, 3 GiB take
+/// some seconds.
 const CHANGE_LIMIT: Duration = Duration::from_secs(120);
 
-/// Between two looks at what nobody announces.
+/// Between two polls of the status.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Core of the guest and of the thread that answers it. On one core an answer
-/// costs a context switch; across cores it costs waking an idle core, which in
-/// a virtual machine is slower and varies more.
+/// CPU of the guest and of the thread that serves it. On one CPU an answer costs a context switch.
+/// Across CPUs it costs waking an idle CPU, which in a virtual machine is slower and varies more.
 const CORE: usize = 0;
 
-/// What a guest reports by itself goes back to the host without any balloon, which
-/// is not what is measured.
+/// Free page reporting would release memory without the balloon.
 const BALLOON_ALONE: [&str; 2] = ["--without", "stats,hint,reporting,poison"];
 
 /// The driver in the guest.
@@ -43,7 +41,7 @@ impl Driver {
     /// Both.
     pub const ALL: [Self; 2] = [Self::Stock, Self::Own];
 
-    /// The word used in JSON and for names.
+    /// Name in JSON.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Stock => "stock",
@@ -51,7 +49,7 @@ impl Driver {
         }
     }
 
-    /// The module as a guest loads and unloads it.
+    /// Module name.
     pub const fn module_name(self) -> &'static str {
         match self {
             Self::Stock => "virtio_balloon",
@@ -59,10 +57,10 @@ impl Driver {
         }
     }
 
-    /// The files to pack into a guest.
+    /// Module files for the guest's initramfs.
     ///
     /// # Errors
-    /// The module is not there and does not build.
+    /// The module does not build.
     pub fn modules(self, kernel: &UmlKernel) -> Result<Vec<PathBuf>> {
         Ok(match self {
             Self::Stock => kernel.stock_modules.clone(),
@@ -71,24 +69,24 @@ impl Driver {
     }
 }
 
-/// What testbeds have in common.
+/// Options of a testbed.
 #[derive(Clone, Debug)]
 pub struct TestbedOptions {
-    /// The `aerostat` program, which serves as the back end.
+    /// The `aerostat` program, for the back end.
     pub program: PathBuf,
     /// The guest's kernel.
     pub kernel: UmlKernel,
     /// The guest's memory.
     pub memory_mib: u64,
-    /// Where that memory is.
+    /// Directory of that memory.
     pub memory_dir: PathBuf,
 }
 
-/// A guest, its driver loaded, and the back end of its balloon.
+/// A guest with its driver loaded, and the back end of its balloon.
 pub struct Testbed {
-    /// The guest; ended before the back end.
+    /// The guest. It ends before the back end.
     pub guest: Guest,
-    /// The host that it is on.
+    /// Its host.
     pub host: Host,
 }
 
@@ -105,7 +103,7 @@ impl Testbed {
         Self::start_with(name, driver, options, &BALLOON_ALONE)
     }
 
-    /// The same with other arguments for the back end.
+    /// As [`start`](Self::start), with other arguments for the back end.
     pub fn start_with(
         name: &str,
         driver: Driver,
@@ -119,7 +117,7 @@ impl Testbed {
         Ok(Self { guest, host })
     }
 
-    /// Asks for a balloon of `pages` and waits until it has settled.
+    /// Sets the target to `pages` and waits until it is reached.
     pub fn inflate_to(&mut self, pages: u32) -> Result<BalloonChange> {
         let set = self
             .client
@@ -138,7 +136,7 @@ impl Testbed {
         Ok(())
     }
 
-    /// Host memory behind the guest, in MiB, measured on the host.
+    /// Host memory of the guest, in MiB, measured on the host.
     pub fn resident_mib(&self) -> Result<f64> {
         let bytes = self.status()?.resident_bytes.unwrap_or(0);
         Ok(bytes as f64 / f64::from(1 << 20))
@@ -149,17 +147,17 @@ impl Testbed {
         fixture::number(&mut self.guest, command)
     }
 
-    /// Process of the back end.
+    /// Process id of the back end.
     pub fn backend_pid(&self) -> u32 {
         self.backend.pid()
     }
 
-    /// A client beside [`client`](Self::client), for another thread.
+    /// A second client, for another thread.
     pub fn second_client(&self) -> Result<Client> {
         self.backend.client()
     }
 
-    /// Waits until the guest's driver can be asked.
+    /// Waits until the guest's driver accepts requests.
     pub fn wait_for_requests(&self, limit: Duration) -> Result<()> {
         let end = Instant::now() + limit;
         while !self.status()?.requests.possible {

@@ -1,13 +1,13 @@
-//! What the threads of a process are at, for those who ask why it does not answer.
+//! States of a process's threads, to diagnose why it does not answer.
 
 use std::fmt::Write as _;
 use std::fs;
 
-/// Names a thread's state in `/proc/PID/task/TID/status` (proc(5)).
+/// Prefix of a thread's state in `/proc/PID/task/TID/status` (proc(5)).
 const STATE: &str = "State:";
 
-/// A line for each thread: number, name, state, where in the kernel it waits (`-` where it does
-/// not), and its time so far, in ticks of user and system. Empty where the process has ended.
+/// One line per thread: id, name, state, kernel function in which it waits (`-` if none), and its
+/// user and system time in ticks. Empty if the process has ended.
 pub(crate) fn of(pid: u32) -> String {
     let mut text = String::new();
     let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
@@ -16,7 +16,7 @@ pub(crate) fn of(pid: u32) -> String {
         let status = read("status");
         let state = status.lines().find_map(|line| line.strip_prefix(STATE)).unwrap_or_default();
         let (name, place, stat) = (read("comm"), read("wchan"), read("stat"));
-        // Fields 14 and 15; the name before them may have blanks in it.
+        // Fields 14 and 15. The name before them may contain spaces.
         let after_name = stat.rsplit(')').next().unwrap_or_default();
         let ticks: Vec<_> = after_name.split_whitespace().skip(11).take(2).collect();
         let place = if matches!(place.as_str(), "" | "0") { "-" } else { place.as_str() };
@@ -32,7 +32,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_thread_that_waits_is_shown() {
+    fn a_waiting_thread_is_listed() {
         let (go, wait) = std::sync::mpsc::channel::<()>();
         let (named, is_named) = std::sync::mpsc::channel();
         let thread = std::thread::Builder::new().name("waits long".into());

@@ -1,7 +1,7 @@
 //! A guest without an operating system (`guest/bare`), in the VMM.
 //!
-//! It needs so little of a KVM that it runs where a Linux guest does not, and it boots in
-//! milliseconds. So what needs no Linux in the guest is tested with it: the VMM's console, disks,
+//! It uses so little of KVM that it runs where a Linux guest does not, and it boots in
+//! milliseconds. It serves every test that needs no Linux in the guest: the VMM's console, disks,
 //! pauses, snapshots and migrations.
 
 use std::ffi::{OsStr, OsString};
@@ -24,25 +24,25 @@ use crate::guest_build;
 use crate::keeper::GuardedChild;
 use crate::tool;
 
-/// Raise it when the way the guest is built changes.
+/// Raise it when the build of the guest changes.
 const RECIPE: u32 = 1;
 
-/// Names the built guest where it cannot be built.
+/// Environment variable: path of a built guest, for a machine that cannot build it.
 pub const KERNEL_VARIABLE: &str = "AEROSTAT_TEST_BARE";
 
-/// Memory of a bare guest, as the argument of `--memory`: the least that a guest may have.
+/// `--memory` of a bare guest: the minimum of the VMM.
 pub const MEMORY: &str = "32MiB";
 
-/// Where the directory of the control sockets is named.
+/// Environment variable of the VMM: directory of the control sockets.
 pub const RUNTIME_VARIABLE: &str = "AEROSTAT_RUNTIME_DIR";
 
-/// For one command of the guest, and for its boot: milliseconds on a quiet machine.
+/// Timeout of a guest command and of the boot. Both take milliseconds on an idle machine.
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// For what an ended process printed last to be read.
+/// Timeout for reading the last output of a process that has ended.
 const LAST_WORDS_LIMIT: Duration = Duration::from_secs(5);
 
-/// Between two looks whether a process has ended.
+/// Between two polls of the process and its pipes.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Builds the guest, once for each state of its sources.
@@ -76,20 +76,20 @@ pub fn kernel() -> Result<PathBuf> {
     Ok(directory.join("bare"))
 }
 
-/// Bytes that a pipe has room for which nobody reads: the least that Linux gives.
+/// Capacity of an unread pipe, in bytes: the minimum of Linux.
 const PIPE_BYTES: usize = 4096;
 
-/// A pipe into which nothing comes for so long, of a guest that prints all the time, is full.
-const STANDS_STILL: Duration = Duration::from_secs(1);
+/// A pipe of a guest that prints all the time is full after this time without new bytes.
+const FULL_AFTER: Duration = Duration::from_secs(1);
 
-/// What becomes of an output stream of the VMM.
+/// What the test does with an output stream of the VMM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stream {
-    /// It is read as it comes.
+    /// Reads it as the VMM writes it.
     Read,
-    /// Its pipe stays open and nobody reads it.
+    /// Keeps its pipe open and does not read it.
     Unread,
-    /// Its pipe has no reader any more.
+    /// Closes the read end of its pipe.
     Closed,
 }
 
@@ -107,17 +107,17 @@ impl BareBuilder {
     /// `program run --name NAME --memory 32MiB --kernel BARE`.
     ///
     /// # Errors
-    /// The guest cannot be built, or there is no room for a directory.
+    /// The guest cannot be built, or a temporary directory cannot be made.
     pub fn run(program: &Path, name: &str) -> Result<Self> {
         let command = Self::command(program, "run", name)?;
         Ok(command.argument("--memory").argument(MEMORY).argument("--kernel").argument(kernel()?))
     }
 
-    /// `program COMMAND --name NAME`: `receive`, which prints where it listens on standard error,
-    /// or `restore`.
+    /// `program COMMAND --name NAME`: `receive`, which prints its listening address on standard
+    /// error, or `restore`.
     ///
     /// # Errors
-    /// There is no room for a directory.
+    /// A temporary directory cannot be made.
     pub fn command(program: &Path, command: &str, name: &str) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("aerostat-bare-").tempdir();
         let directory = directory.context(|| "make a temporary directory".to_owned())?;
@@ -131,21 +131,21 @@ impl BareBuilder {
         })
     }
 
-    /// One more argument.
+    /// Adds an argument.
     #[must_use]
     pub fn argument(mut self, word: impl Into<OsString>) -> Self {
         self.words.push(word.into());
         self
     }
 
-    /// More arguments.
+    /// Adds arguments.
     #[must_use]
     pub fn arguments<'a>(mut self, words: impl IntoIterator<Item = &'a str>) -> Self {
         self.words.extend(words.into_iter().map(OsString::from));
         self
     }
 
-    /// A variable of its environment.
+    /// Sets an environment variable of the process.
     #[must_use]
     pub fn variable(mut self, name: &str, value: impl Into<OsString>) -> Self {
         self.variables.push((name.to_owned(), value.into()));
@@ -159,14 +159,14 @@ impl BareBuilder {
         self
     }
 
-    /// What becomes of standard output and standard error.
+    /// Sets what the test does with standard output and standard error.
     #[must_use]
     pub fn streams(mut self, stdout: Stream, stderr: Stream) -> Self {
         (self.stdout, self.stderr) = (stdout, stderr);
         self
     }
 
-    /// Starts the process and waits for nothing.
+    /// Starts the process and returns at once.
     ///
     /// # Errors
     /// It cannot be started.
@@ -188,7 +188,7 @@ impl BareBuilder {
             match (pipe, stream) {
                 (Some(pipe), Stream::Read) => output.read(pipe.into(), is_console),
                 (Some(pipe), Stream::Unread) => {
-                    // So that it is full soon.
+                    // A small pipe fills soon.
                     fcntl_setpipe_size(&pipe, PIPE_BYTES)
                         .map_err(std::io::Error::from)
                         .context(|| "make a pipe small".to_owned())?;
@@ -211,32 +211,32 @@ impl BareBuilder {
     }
 }
 
-/// A process of the VMM, which ends when this is dropped.
+/// A VMM process. Dropping this ends it.
 pub struct BareGuest {
     process: GuardedChild,
     input: Option<ChildStdin>,
     output: Arc<Output>,
     directory: Arc<TempDir>,
-    /// Pipes, and whether each is the console's.
+    /// Pipes; the flag is true for the console's.
     unread: Vec<(File, bool)>,
 }
 
 impl BareGuest {
-    /// The process of the VMM.
+    /// Process id of the VMM.
     pub fn pid(&self) -> u32 {
         self.process.pid()
     }
 
-    /// Where its control socket is, and room for files of the test.
+    /// Directory of the control socket, also for files of the test.
     pub fn directory(&self) -> &Path {
         self.directory.path()
     }
 
-    /// Types a command and returns what its answer has behind `ok`.
+    /// Types a command and returns the text after `ok` in its answer.
     ///
     /// # Errors
     /// The guest answers with an error, or not in time.
-    pub fn ask(&mut self, command: &str) -> Result<String> {
+    pub fn run(&mut self, command: &str) -> Result<String> {
         let from = self.output.lock().lines.len();
         self.send(&format!("{command}\n"))?;
         let is_answer = |line: &str| line.starts_with("ok") || line.starts_with("error");
@@ -247,17 +247,17 @@ impl BareGuest {
         }
     }
 
-    /// The same for an answer that is one hexadecimal number.
+    /// Types a command whose answer is one hexadecimal number, and returns the number.
     ///
     /// # Errors
-    /// As those of [`ask`](Self::ask).
+    /// As those of [`run`](Self::run).
     pub fn number(&mut self, command: &str) -> Result<u64> {
-        let answer = self.ask(command)?;
+        let answer = self.run(command)?;
         u64::from_str_radix(&answer, 16)
             .map_err(|_| LabError::Unexpected { what: format!("`{command}`"), detail: answer })
     }
 
-    /// Types text, and waits for no answer.
+    /// Types text and does not wait for an answer.
     ///
     /// # Errors
     /// The process has ended.
@@ -266,31 +266,31 @@ impl BareGuest {
         input.context(|| "type at the guest's serial line".to_owned())
     }
 
-    /// Waits for a line of the console, from the first one on.
+    /// Waits for a console line, also among those already printed.
     ///
     /// # Errors
-    /// It does not come in time.
+    /// No such line is printed in time.
     pub fn wait_for(&mut self, what: &str, is_it: impl Fn(&str) -> bool) -> Result<String> {
         self.wait_from(0, what, is_it)
     }
 
-    /// Begins to read what was [not read](Stream::Unread) so far.
-    pub fn read_on(&mut self) {
+    /// Starts to read the streams that were [not read](Stream::Unread) so far.
+    pub fn resume_reading(&mut self) {
         for (pipe, is_console) in self.unread.drain(..) {
             self.output.read(pipe, is_console);
         }
     }
 
-    /// Waits until the pipes that nobody reads have taken all that they take.
+    /// Waits until the unread pipes are full.
     ///
     /// # Errors
-    /// They still take more after a while, or have nothing.
+    /// A pipe is empty, or still fills after a while.
     pub fn wait_for_full_pipes(&self) -> Result<()> {
         let end = Instant::now() + LIMIT;
         let mut seen = (self.unread_bytes(), Instant::now());
-        while seen.0.contains(&0) || seen.1.elapsed() < STANDS_STILL {
+        while seen.0.contains(&0) || seen.1.elapsed() < FULL_AFTER {
             if Instant::now() >= end {
-                let command = "pipes that are full".to_owned();
+                let command = "full pipes".to_owned();
                 return Err(LabError::Timeout { command, limit: LIMIT, tail: self.tail() });
             }
             thread::sleep(POLL_INTERVAL);
@@ -306,7 +306,7 @@ impl BareGuest {
         self.unread.iter().map(|(pipe, _)| ioctl_fionread(pipe).unwrap_or(0)).collect()
     }
 
-    /// Lines of the console so far.
+    /// Console lines so far.
     pub fn lines(&self) -> Vec<String> {
         self.output.lock().lines.clone()
     }
@@ -316,18 +316,18 @@ impl BareGuest {
         self.output.lock().errors.clone()
     }
 
-    /// Waits until standard error has something that `find` finds.
+    /// Waits until `find` returns a value for the text of standard error.
     ///
     /// # Errors
-    /// It does not come in time.
+    /// `find` returns none in time.
     pub fn wait_for_error<T>(&mut self, what: &str, find: impl Fn(&str) -> Option<T>) -> Result<T> {
         self.wait(what, |text| find(&text.errors))
     }
 
-    /// How the process ended, if it did.
+    /// Exit status of the process, `None` while it runs.
     ///
     /// # Errors
-    /// The system does not say.
+    /// The kernel returns an error.
     pub fn status(&mut self) -> Result<Option<ExitStatus>> {
         self.process.status()
     }
@@ -351,8 +351,8 @@ impl BareGuest {
         }
     }
 
-    /// Waits until all that an ended process printed was read; not for a child of it that has its
-    /// streams too.
+    /// Waits until the output of the ended process is read. Does not wait for a child of it that
+    /// holds the same streams.
     fn wait_for_streams(&self) {
         let is_open = |text: &mut Text| text.open > 0;
         let waited =
@@ -382,7 +382,7 @@ impl BareGuest {
         let end = Instant::now() + LIMIT;
         let output = Arc::clone(&self.output);
         loop {
-            // Looked at before the text is, so that nothing printed before the end is missed.
+            // Polled before the text is searched, so that no output before the end is missed.
             let status = self.process.status()?;
             let text = output.lock();
             if let Some(found) = find(&text) {
@@ -419,7 +419,7 @@ struct Output {
 struct Text {
     lines: Vec<String>,
     errors: String,
-    /// Streams that are read and have not ended.
+    /// Streams being read.
     open: usize,
 }
 

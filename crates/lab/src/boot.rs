@@ -1,4 +1,4 @@
-//! What a guest is made of: its initramfs and the command line of its monitor.
+//! Initramfs and command line of a guest.
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -11,58 +11,58 @@ use crate::initramfs::Initramfs;
 use crate::tool;
 use crate::uml::UmlKernel;
 
-/// The virtio device type of a balloon (virtio 1.3, 5.5.1), as `virtio_uml.device` wants it.
+/// The virtio device type of a balloon (virtio 1.3, 5.5.1), for `virtio_uml.device`.
 const BALLOON_DEVICE_TYPE: u32 = 5;
 
-/// Words for every guest's kernel: few messages, and an end instead of a hang. An emulated
-/// processor on a machine with other work stands still for longer than the usual 20 s at which
-/// Linux complains of itself: twice `watchdog_thresh`, and what RCU waits for.
+/// Arguments of every guest's kernel: few messages, and a panic instead of a hang. On a busy
+/// machine an emulated vCPU stalls for longer than Linux's usual 20 s limits: the soft lockup
+/// detector (twice `watchdog_thresh`) and the RCU stall detector.
 const COMMON_ARGUMENTS: [&str; 5] =
     ["quiet", "oops=panic", "panic=1", "watchdog_thresh=60", "rcupdate.rcu_cpu_stall_timeout=120"];
 
-/// The processor of emulated guests, without `cmpxchg16b`: after it QEMU 7.2 has wrong flags
-/// (`gen_cmpxchg16b` in `target/i386/tcg/translate.c` does not say what they are to be computed
-/// from). An interrupt that comes just then saves them, and a kernel that gets them back double
-/// faults: busy guests in an emulated machine did within minutes.
+/// CPU model of emulated guests, without `cmpxchg16b`: QEMU 7.2 computes wrong flags after it
+/// (`gen_cmpxchg16b` in `target/i386/tcg/translate.c` does not set their source). An interrupt
+/// right after it saves the wrong flags, and the kernel double faults when it restores them. Busy
+/// guests in an emulated machine did within minutes.
 const EMULATED_CPU: &str = "max,-cx16";
 
-/// The package with the emulator.
+/// Debian package of the emulator.
 const QEMU_PACKAGE: &str = "qemu-system-x86";
 
-/// What runs the guest.
+/// VMM of the guest.
 #[derive(Debug, Clone)]
 pub(crate) enum Machine {
     Uml(UmlKernel),
     Qemu(DebianKernel),
-    Monitor {
+    Vmm {
         program: PathBuf,
         kernel: PathBuf,
     },
-    /// Our own monitor with a guest that was booted before, by the command that has it.
+    /// `aerostat` with a guest that was booted before.
     Resumed {
         program: PathBuf,
         command: &'static str,
     },
 }
 
-/// A guest that is ready to be started.
+/// Command line and environment of a guest.
 pub(crate) struct Launch {
     pub(crate) words: Vec<OsString>,
     memory_dir: PathBuf,
 }
 
 impl Launch {
-    /// What the guest's process gets in its environment.
+    /// Environment variables of the guest's process.
     pub(crate) fn variables(&self) -> [(&'static str, &OsStr); 1] {
         [("TMPDIR", self.memory_dir.as_os_str())]
     }
 }
 
-/// Writes the initramfs into `directory` and puts the command line together.
+/// Writes the initramfs into `directory` and builds the command line.
 pub(crate) fn prepare(guest: &GuestBuilder, directory: &Path) -> Result<Launch> {
     let initramfs = match (&guest.initramfs, &guest.machine) {
         (Some(path), _) => path.clone(),
-        // Its guest has one already.
+        // A resumed guest has unpacked its own.
         (None, Machine::Resumed { .. }) => PathBuf::new(),
         (None, _) => {
             let path = directory.join("initramfs.cpio");
@@ -77,8 +77,8 @@ pub(crate) fn prepare(guest: &GuestBuilder, directory: &Path) -> Result<Launch> 
     match &guest.machine {
         Machine::Uml(kernel) => words.extend(uml_words(guest, kernel, &initramfs, directory)?),
         Machine::Qemu(kernel) => words.extend(qemu_words(guest, kernel, &initramfs)?),
-        Machine::Monitor { program, kernel } => {
-            words.extend(monitor_words(guest, program, kernel, &initramfs)?);
+        Machine::Vmm { program, kernel } => {
+            words.extend(vmm_words(guest, program, kernel, &initramfs)?);
         }
         Machine::Resumed { program, command } => {
             words.extend([program.into(), (*command).into()]);
@@ -88,7 +88,7 @@ pub(crate) fn prepare(guest: &GuestBuilder, directory: &Path) -> Result<Launch> 
     Ok(Launch { words, memory_dir: guest.memory_dir.clone() })
 }
 
-/// Packs what the guest unpacks first.
+/// Writes the guest's initramfs.
 pub(crate) fn write_initramfs(guest: &GuestBuilder, path: &Path) -> Result<()> {
     std::fs::write(path, pack(guest)?).context_path("write", path)
 }
@@ -106,8 +106,8 @@ fn pack(guest: &GuestBuilder) -> Result<Vec<u8>> {
     archive.finish()
 }
 
-/// Kernel messages go to standard error by way of a serial line, so that they never mix with the
-/// console of init on standard input and output.
+/// Kernel messages go to standard error through a serial line, so that they never mix with init's
+/// console on standard input and output.
 fn uml_words(
     guest: &GuestBuilder,
     kernel: &UmlKernel,
@@ -157,13 +157,13 @@ fn qemu_words(
     words.extend(["-m".into(), format!("{}M", guest.memory_mib).into()]);
     words.extend(["-kernel".into(), kernel.vmlinuz.clone().into()]);
     words.extend(["-initrd".into(), initramfs.into()]);
-    // The first serial line takes the kernel's messages, the second one is init's console.
+    // The first serial line carries the kernel's messages, the second one is init's console.
     words.extend(["-serial", "file:/dev/stderr"].map(Into::into));
     words.extend(
         ["-chardev", "stdio,id=init,signal=off", "-serial", "chardev:init"].map(Into::into),
     );
-    // On a machine with a lot of other work an emulated timer is late, which the kernel would take
-    // for a broken one, and panic.
+    // On a busy machine an emulated timer is late. The kernel would take it for a broken one and
+    // panic.
     let mut arguments = vec!["console=ttyS0", "LAB_CONSOLE=ttyS1", "no_timer_check"];
     arguments.extend(COMMON_ARGUMENTS);
     arguments.extend(guest.kernel_arguments.iter().map(String::as_str));
@@ -175,15 +175,15 @@ fn qemu_words(
     Ok(words)
 }
 
-/// The monitor's guests have one serial line, which init shares with the kernel's messages.
-fn monitor_words(
+/// A guest of `aerostat run` has one serial line, which init shares with the kernel's messages.
+fn vmm_words(
     guest: &GuestBuilder,
     program: &Path,
     kernel: &Path,
     initramfs: &Path,
 ) -> Result<Vec<OsString>> {
     if !guest.balloons.is_empty() {
-        return Err(unsupported("attach a vhost-user balloon to our own monitor"));
+        return Err(unsupported("attach a vhost-user balloon to aerostat run"));
     }
     let mut arguments = vec!["console=ttyS0", "LAB_CONSOLE=ttyS0"];
     arguments.extend(COMMON_ARGUMENTS);

@@ -1,8 +1,8 @@
 //! Expensive artifacts, made once and kept outside of the clone.
 //!
-//! Each artifact is a directory whose name holds a hash of all that went into it. It is made
-//! under a lock in a directory of another name and renamed when it is complete, so two processes
-//! do not make it twice and an interrupted one leaves nothing that looks finished.
+//! Each artifact is a directory whose name holds a hash of all its inputs. It is made under a lock
+//! in a directory of another name, which is renamed when it is complete. So two processes do not
+//! make it twice, and an interrupted one leaves nothing that looks finished.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -11,18 +11,18 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Context, LabError, Result};
 
-/// Overrides where artifacts are kept.
+/// Environment variable: directory of the artifacts.
 pub const CACHE_VARIABLE: &str = "AEROSTAT_CACHE";
 
-/// Hash bytes in a directory name: 64 bits tell a few hundred artifacts apart with ease.
+/// Hash bytes in a directory name: 64 bits are ample for a few hundred artifacts.
 const NAME_HASH_BYTES: usize = 8;
 
-/// Everything an artifact is made from.
+/// Hash of all inputs of an artifact.
 #[derive(Clone)]
 pub struct Key(Sha256);
 
 impl Key {
-    /// A key for artifacts made by this version of the recipe: raise it when the recipe changes.
+    /// Starts a key for this version of the recipe. Raise it when the recipe changes.
     pub fn new(recipe_version: u32) -> Self {
         Self(Sha256::new()).with("recipe", recipe_version.to_string())
     }
@@ -30,7 +30,7 @@ impl Key {
     /// Adds one named input.
     #[must_use]
     pub fn with(mut self, name: &str, value: impl AsRef<[u8]>) -> Self {
-        // Lengths first, so that no two lists of inputs run together into the same bytes.
+        // Lengths first, so that two lists of inputs never hash the same bytes.
         for part in [name.as_bytes(), value.as_ref()] {
             self.0.update((part.len() as u64).to_le_bytes());
             self.0.update(part);
@@ -57,7 +57,7 @@ impl Key {
     }
 }
 
-/// Where artifacts are kept: `$AEROSTAT_CACHE`, else `$XDG_CACHE_HOME/aerostat`, else
+/// Directory of the artifacts: `$AEROSTAT_CACHE`, else `$XDG_CACHE_HOME/aerostat`, else
 /// `~/.cache/aerostat`.
 ///
 /// # Errors
@@ -76,10 +76,10 @@ pub fn root() -> Result<PathBuf> {
 
 /// Returns the directory of the artifact, which `make` fills when it does not exist yet.
 ///
-/// `make` gets an empty directory that has another name while it works.
+/// `make` receives an empty directory, which has another name until it is complete.
 ///
 /// # Errors
-/// When the cache cannot be written, or what `make` returns.
+/// The cache cannot be written, or `make` fails.
 pub fn artifact(kind: &str, key: &Key, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
     artifact_in(&root()?, kind, key, make)
 }
@@ -110,7 +110,7 @@ fn artifact_in(
     Ok(finished)
 }
 
-/// Waits for the lock; it goes when the file is closed, also by the death of its process.
+/// Waits for the lock. Closing the file releases it, also when the process dies.
 fn lock(path: &Path) -> Result<File> {
     let file = File::create(path).context_path("make", path)?;
     file.lock().context_path("lock", path)?;
@@ -150,7 +150,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_key_depends_on_every_input_and_on_where_one_ends() {
+    fn a_key_depends_on_every_input_and_its_boundary() {
         let base = Key::new(1).with("a", "bc");
         assert_eq!(base.hex(), Key::new(1).with("a", "bc").hex());
         assert_ne!(base.hex(), Key::new(2).with("a", "bc").hex());
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_counts_by_names_and_contents() {
+    fn a_key_depends_on_file_names_and_contents() {
         let directory = tempfile::tempdir().unwrap();
         let hash = || Key::new(1).with_directory(directory.path()).unwrap().hex();
         fs::create_dir(directory.path().join("sub")).unwrap();
@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn many_at_once_make_it_once() {
+    fn concurrent_callers_make_an_artifact_once() {
         let root = tempfile::tempdir().unwrap();
         let made = AtomicUsize::new(0);
         std::thread::scope(|scope| {

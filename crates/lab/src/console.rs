@@ -1,7 +1,7 @@
-//! The line protocol with the guest's init, and the record of everything the guest prints.
+//! Line protocol with the guest's init, and record of all guest output.
 //!
 //! The host writes `ID COMMAND ARGUMENT...`. The guest answers with `@lab ID | TEXT` lines and
-//! one `@lab ID ok TEXT` or `@lab ID err TEXT`. All else on the console is kernel messages.
+//! one `@lab ID ok TEXT` or `@lab ID err TEXT`. All other console lines are kernel messages.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -16,28 +16,28 @@ use crate::error::{Context, LabError, Result};
 /// Begins every answer of the guest.
 const MARKER: &str = "@lab ";
 
-/// The number under which the guest says that it is ready.
+/// Command id of the guest's ready message.
 const GUEST_ID: u64 = 0;
 
-/// Lines kept in memory; a longer record needs a log file.
+/// Lines kept in memory. A log file keeps all.
 const KEPT_LINES: usize = 20_000;
 
-/// Lines of the record that go into an error.
+/// Lines of the record quoted in an error.
 const TAIL_LINES: usize = 30;
 
-/// The answer to a command that the guest could do.
+/// The guest's answer to a successful command.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Reply {
-    /// What the command printed, line by line.
+    /// Lines that the command printed.
     pub lines: Vec<String>,
-    /// Its result in a word: a number of pages, of MiB, or nothing.
+    /// Its result: a number of pages or MiB, or empty.
     pub text: String,
 }
 
-/// Until the output of a process that has ended is read to its end.
+/// Timeout for reading the rest of the output of an ended process.
 const END_OF_OUTPUT: Duration = Duration::from_secs(10);
 
-/// A piece of an answer.
+/// One line of an answer.
 #[derive(Debug, PartialEq, Eq)]
 enum Answer {
     Line(String),
@@ -45,7 +45,7 @@ enum Answer {
     Refused(String),
 }
 
-/// Finds an answer in a line, which may begin with a piece of a kernel message.
+/// Parses an answer in a line that may begin with a part of a kernel message.
 fn parse(line: &str) -> Option<(u64, Answer)> {
     let rest = &line[line.find(MARKER)? + MARKER.len()..];
     let (id, rest) = rest.split_once(' ')?;
@@ -60,7 +60,7 @@ fn parse(line: &str) -> Option<(u64, Answer)> {
     Some((id.parse().ok()?, answer))
 }
 
-/// Everything the guest printed, shared by the threads that read it.
+/// All output of the guest, shared by the reader threads.
 #[derive(Clone)]
 pub(crate) struct Record(Arc<Mutex<RecordState>>);
 
@@ -71,7 +71,7 @@ struct RecordState {
 }
 
 impl Record {
-    /// An empty record that is also written to a file, if one is given.
+    /// Returns an empty record. It also goes to the file, if given.
     pub(crate) fn new(path: Option<&Path>) -> Result<Self> {
         let file = path.map(|path| File::create(path).context_path("write the log", path));
         let file = file.transpose()?;
@@ -85,7 +85,7 @@ impl Record {
         let seconds = state.started.elapsed().as_secs_f64();
         let line = format!("[{seconds:9.3}] {source} {line}");
         if let Some(file) = &mut state.file {
-            // A full disk must not end the guest; the record in memory goes on.
+            // A full disk must not end the guest. The record in memory continues.
             let _ = writeln!(file, "{line}");
         }
         if state.lines.len() == KEPT_LINES {
@@ -103,14 +103,14 @@ impl Record {
     }
 
     fn state(&self) -> MutexGuard<'_, RecordState> {
-        // A thread that panicked while it pushed a line has done no harm to the others.
+        // The state is consistent even after a panic of a thread that pushed a line.
         self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Records the lines of a stream in a thread of its own, until the stream ends.
+    /// Records the lines of a stream until its end, in a new thread.
     ///
-    /// `each` gets every line, and whether it is whole: the last one may not be. What it holds is
-    /// dropped at the end of the stream.
+    /// Calls `each` with every line, and whether it is complete: the last one may not be. Drops
+    /// `each` at the end of the stream.
     pub(crate) fn follow(
         &self,
         source: &'static str,
@@ -133,7 +133,7 @@ impl Record {
     }
 }
 
-/// A line that the guest printed with an answer in it, or the first half of any line.
+/// A console line with an answer in it, or an incomplete line.
 struct Line {
     text: String,
     whole: bool,
@@ -145,22 +145,22 @@ pub(crate) struct Console {
     lines: Receiver<Line>,
     record: Record,
     last_id: u64,
-    /// The beginning of a line, where the guest went elsewhere in the middle of it.
+    /// Start of a line that the guest had not finished when it migrated.
     half: String,
-    /// What was printed of an answer whose end was not.
+    /// Command id and lines of an answer whose end is missing.
     unfinished: Option<(u64, Vec<String>)>,
-    /// Answers that came while nobody, or somebody else, waited for them.
+    /// Answers received while no call, or another call, waited for them.
     early: VecDeque<(u64, Answer)>,
 }
 
-/// Why a command got no answer that ends it.
-enum Silence {
+/// Why a command has no complete answer.
+enum NoAnswer {
     Timeout,
     Closed,
 }
 
 impl Console {
-    /// Talks over the two streams; `output` is read to its end by a thread.
+    /// Uses these two streams. A thread reads `output` to its end.
     pub(crate) fn new(
         input: impl Write + Send + 'static,
         output: impl Read + Send + 'static,
@@ -169,9 +169,9 @@ impl Console {
         let (sender, lines): (Sender<Line>, _) = channel();
         let mut first = true;
         record.follow("console", output, move |text, whole| {
-            // The first one may be the other half of an answer that began elsewhere.
+            // The first one may be the second half of an answer that began on the source.
             if first || !whole || text.contains(MARKER) {
-                // Nobody listens any more when the guest is being ended.
+                // The receiver is dropped while the guest is being ended.
                 let _ = sender.send(Line { text: text.to_owned(), whole });
             }
             first = false;
@@ -180,8 +180,8 @@ impl Console {
         Self { input: Box::new(input), lines, record, last_id: GUEST_ID, half, unfinished, early }
     }
 
-    /// Goes on with a guest that was moved here, where `from` has ended: with its numbers, and with
-    /// what it printed there last.
+    /// Continues with a guest that migrated here from `from`, whose process has ended. Takes over
+    /// its command ids, unread answers and unfinished line.
     pub(crate) fn continue_from(&mut self, from: &mut Self) {
         let deadline = Instant::now() + END_OF_OUTPUT;
         let mut early = VecDeque::new();
@@ -192,37 +192,37 @@ impl Console {
         self.half = std::mem::take(&mut from.half);
         self.unfinished = from.unfinished.take();
         self.early = early;
-        // Ends a command of which half was typed there. What cannot be typed is told by the next.
+        // Ends a command of which half was typed there. The next command reports an I/O error.
         let _ = self.press_return();
     }
 
-    /// Types the end of a line, which is no command.
+    /// Types an empty line.
     pub(crate) fn press_return(&mut self) -> std::io::Result<()> {
         self.input.write_all(b"\n").and_then(|()| self.input.flush())
     }
 
-    /// Waits until the guest says that it is ready.
+    /// Waits until the guest reports that it is ready.
     pub(crate) fn wait_ready(&mut self, limit: Duration) -> Result<()> {
         self.wait(GUEST_ID, "boot", limit).map(drop)
     }
 
     /// Sends a command and waits for the end of its answer.
     pub(crate) fn run(&mut self, command: &str, limit: Duration) -> Result<Reply> {
-        self.run_telling(command, limit, &mut |_| {})
+        self.run_with_lines(command, limit, &mut |_| {})
     }
 
-    /// The same; `tell` hears each line of the answer as it comes.
-    pub(crate) fn run_telling(
+    /// Sends a command and waits for the end of its answer. Calls `each` with each line at once.
+    pub(crate) fn run_with_lines(
         &mut self,
         command: &str,
         limit: Duration,
-        tell: &mut dyn FnMut(&str),
+        each: &mut dyn FnMut(&str),
     ) -> Result<Reply> {
         let id = self.send(command)?;
-        self.wait_telling(id, command, limit, tell)
+        self.wait_with_lines(id, command, limit, each)
     }
 
-    /// Sends a command; returns its number.
+    /// Sends a command and returns its id.
     pub(crate) fn send(&mut self, command: &str) -> Result<u64> {
         self.last_id += 1;
         let id = self.last_id;
@@ -230,23 +230,23 @@ impl Console {
         self.record.push("host", &format!("{id} {line}"));
         let sent = self.input.write_all(format!("{id} {line}\n").as_bytes());
         if sent.and_then(|()| self.input.flush()).is_err() {
-            return Err(self.no_answer(command, Duration::ZERO, &Silence::Closed));
+            return Err(self.no_answer(command, Duration::ZERO, &NoAnswer::Closed));
         }
         Ok(id)
     }
 
-    /// Waits for the end of the answer to the command with this number.
+    /// Waits for the end of the answer to the command with this id.
     pub(crate) fn wait(&mut self, wanted: u64, command: &str, limit: Duration) -> Result<Reply> {
-        self.wait_telling(wanted, command, limit, &mut |_| {})
+        self.wait_with_lines(wanted, command, limit, &mut |_| {})
     }
 
-    /// The same; `tell` hears each line of the answer as it comes.
-    fn wait_telling(
+    /// As [`wait`](Self::wait), and calls `each` with each line at once.
+    fn wait_with_lines(
         &mut self,
         wanted: u64,
         command: &str,
         limit: Duration,
-        tell: &mut dyn FnMut(&str),
+        each: &mut dyn FnMut(&str),
     ) -> Result<Reply> {
         let deadline = Instant::now() + limit;
         let begun = self.unfinished.take().filter(|(id, _)| *id == wanted);
@@ -254,23 +254,23 @@ impl Console {
         loop {
             let (id, answer) = match self.next_answer(deadline) {
                 Ok(answer) => answer,
-                Err(silence) => {
+                Err(reason) => {
                     self.unfinished = Some((wanted, reply.lines));
-                    return Err(self.no_answer(command, limit, &silence));
+                    return Err(self.no_answer(command, limit, &reason));
                 }
             };
             if id > wanted {
-                // The guest answers in turn.
+                // The guest answers in order.
                 self.early.push_front((id, answer));
-                return Err(LabError::NotHeard { command: command.to_owned() });
+                return Err(LabError::CommandLost { command: command.to_owned() });
             }
-            // Answers to a command that was given up on come late; they are in the record.
+            // A late answer to a command that timed out. It is in the record.
             if id < wanted {
                 continue;
             }
             match answer {
                 Answer::Line(line) => {
-                    tell(&line);
+                    each(&line);
                     reply.lines.push(line);
                 }
                 Answer::Done(text) => return Ok(Reply { text, ..reply }),
@@ -281,15 +281,15 @@ impl Console {
         }
     }
 
-    fn next_answer(&mut self, deadline: Instant) -> Result<(u64, Answer), Silence> {
+    fn next_answer(&mut self, deadline: Instant) -> Result<(u64, Answer), NoAnswer> {
         if let Some(answer) = self.early.pop_front() {
             return Ok(answer);
         }
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let line = self.lines.recv_timeout(left).map_err(|error| match error {
-                RecvTimeoutError::Timeout => Silence::Timeout,
-                RecvTimeoutError::Disconnected => Silence::Closed,
+                RecvTimeoutError::Timeout => NoAnswer::Timeout,
+                RecvTimeoutError::Disconnected => NoAnswer::Closed,
             })?;
             self.half.push_str(&line.text);
             if line.whole
@@ -300,11 +300,11 @@ impl Console {
         }
     }
 
-    fn no_answer(&self, command: &str, limit: Duration, silence: &Silence) -> LabError {
+    fn no_answer(&self, command: &str, limit: Duration, reason: &NoAnswer) -> LabError {
         let (command, tail) = (command.to_owned(), self.record.tail(TAIL_LINES));
-        match silence {
-            Silence::Timeout => LabError::Timeout { command, limit, tail },
-            Silence::Closed => {
+        match reason {
+            NoAnswer::Timeout => LabError::Timeout { command, limit, tail },
+            NoAnswer::Closed => {
                 LabError::Ended { command, status: "its console is closed".to_owned(), tail }
             }
         }
@@ -320,7 +320,7 @@ mod tests {
     const LIMIT: Duration = Duration::from_secs(10);
 
     #[test]
-    fn answers_are_found_in_lines() {
+    fn answers_are_parsed_from_lines() {
         let done = |text: &str| Answer::Done(text.to_owned());
         assert_eq!(parse("@lab 7 ok 3400"), Some((7, done("3400"))));
         assert_eq!(parse("@lab 7 ok"), Some((7, done(""))));
@@ -335,7 +335,7 @@ mod tests {
         }
     }
 
-    /// A guest that answers the first command with these bytes and keeps the console open.
+    /// A guest that prints these bytes and keeps the console open.
     fn scripted(answer: &'static [u8]) -> (Console, UnixStream) {
         let (host, mut guest) = UnixStream::pair().unwrap();
         guest.write_all(answer).unwrap();
@@ -344,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn kernel_messages_and_late_answers_are_passed_over() {
+    fn kernel_messages_and_late_answers_are_skipped() {
         let (mut console, _guest) = scripted(
             b"@lab 0 ok ready\r\n[ 2.0] noise\n@lab 0 ok late\n@lab 1 | one\n[ 3.0] x@lab 1 ok two\n",
         );
@@ -354,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn silence_is_a_timeout_that_shows_the_console() {
+    fn a_timeout_error_shows_the_console() {
         let (mut console, _guest) = scripted(b"Kernel panic - not syncing\n@lab 0 ok late\n");
         let error = loop {
             // The reading thread may not have seen the message at the first attempt.
@@ -368,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn the_end_of_the_guest_and_its_refusal_are_told_apart() {
+    fn a_refused_command_and_an_ended_guest_are_different_errors() {
         let (mut console, guest) = scripted(b"@lab 1 err no such module\n");
         let error = console.run("rmmod x", LIMIT).unwrap_err();
         assert!(matches!(error, LabError::Refused { .. }), "{error}");
@@ -378,17 +378,17 @@ mod tests {
     }
 
     #[test]
-    fn a_conversation_goes_on_where_the_guest_goes_on() {
+    fn a_console_continues_after_a_migration() {
         for waits in [true, false] {
-            conversation_goes_on(waits);
+            continue_after_migration(waits);
         }
     }
 
-    /// Whether or not somebody was waiting when the first process ended.
-    fn conversation_goes_on(waits: bool) {
+    /// With and without a call that waits when the source process ends.
+    fn continue_after_migration(waits: bool) {
         let (mut first, mut guest) = scripted(b"@lab 1 | one\n@lab 1 | tw");
         assert_eq!(first.send("anything").unwrap(), 1);
-        // A socket that is closed with bytes unread loses what it said last.
+        // A socket that is closed with unread bytes loses its last output.
         guest.read_exact(&mut [0; 11]).unwrap();
         drop(guest);
         if waits {
@@ -400,10 +400,10 @@ mod tests {
         let reply = second.wait(1, "anything", LIMIT).unwrap();
         let lines = vec!["one".into(), "two".into()];
         assert_eq!(reply, Reply { lines, text: "three".into() });
-        // One that was lost on the way is not waited for.
+        // A command lost in the migration is an error, not a timeout.
         assert_eq!((second.send("lost").unwrap(), second.send("heard").unwrap()), (2, 3));
         let error = second.wait(2, "lost", LIMIT).unwrap_err();
-        assert!(matches!(error, LabError::NotHeard { .. }), "{error}");
+        assert!(matches!(error, LabError::CommandLost { .. }), "{error}");
         assert_eq!(second.wait(3, "heard", LIMIT).unwrap(), Reply::default());
         let mut typed = [0; 16];
         guest.read_exact(&mut typed).unwrap();

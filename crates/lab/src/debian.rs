@@ -1,4 +1,4 @@
-//! Unmodified kernels as Debian ships them, fetched into the cache and not installed.
+//! Unmodified Debian kernels, fetched into the cache and not installed.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,16 +9,16 @@ use crate::guest::module_name;
 use crate::guest_build::KernelTree;
 use crate::tool;
 
-/// Raise it when the way packages are fetched changes.
+/// Raise it when the fetching of packages changes.
 const RECIPE: u32 = 3;
 
-/// Raise it when the way kernels are unpacked changes.
+/// Raise it when the unpacking of kernels changes.
 const UNPACK_RECIPE: u32 = 1;
 
 /// Paths on one command line: far below what Linux allows.
 const FILES_AT_ONCE: usize = 256;
 
-/// Modules that no lab loads and that are most of a kernel: sound, graphics, network cards, disks.
+/// Modules that no guest loads, most of a kernel package: sound, graphics, network cards, disks.
 const UNUSED_MODULES: [&str; 8] = [
     "kernel/sound",
     "kernel/drivers/gpu",
@@ -30,22 +30,22 @@ const UNUSED_MODULES: [&str; 8] = [
     "kernel/drivers/usb",
 ];
 
-/// Begins the list of needed modules in a module's information section.
+/// Starts the dependency list in a module's `.modinfo` section.
 const DEPENDS: &[u8] = b"\0depends=";
 
-/// A kernel that Debian 12 has.
+/// A kernel of Debian 12.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Release {
-    /// The cloud kernel that Debian 12 came with.
+    /// Cloud kernel of Debian 12's release.
     Cloud6_1,
-    /// The cloud kernel of the later series.
+    /// Cloud kernel of the later series.
     Cloud6_12,
-    /// The kernel for real machines of the later series, which has KVM.
+    /// Kernel for physical machines of the later series, with KVM.
     Full6_12,
 }
 
 impl Release {
-    /// The package that depends on the newest real one.
+    /// Meta package that depends on the newest kernel package.
     fn meta_package(self) -> &'static str {
         match self {
             Self::Cloud6_1 => "linux-image-cloud-amd64",
@@ -58,20 +58,20 @@ impl Release {
 /// A fetched kernel.
 #[derive(Debug, Clone)]
 pub struct DebianKernel {
-    /// The compressed kernel as boot loaders want it.
+    /// The compressed kernel (bzImage).
     pub vmlinuz: PathBuf,
-    /// What `uname -r` says in it.
+    /// Output of `uname -r`.
     pub release: String,
     module_dir: PathBuf,
 }
 
 impl DebianKernel {
-    /// One whose file is there already, where there is nothing else of it: it has no modules.
+    /// A kernel from an existing file, without modules.
     pub fn of_file(vmlinuz: impl Into<PathBuf>) -> Self {
         Self { vmlinuz: vmlinuz.into(), release: String::new(), module_dir: PathBuf::new() }
     }
 
-    /// These modules and those they need, in loading order, without what is built in.
+    /// Returns these modules and their dependencies in loading order, without built-in ones.
     ///
     /// # Errors
     /// When one of them is not in the package.
@@ -87,10 +87,10 @@ impl DebianKernel {
         Ok(order)
     }
 
-    /// The headers of this kernel, which must be installed on this machine.
+    /// Returns the headers of this kernel, which must be installed on this machine.
     ///
     /// # Errors
-    /// A missing package is named.
+    /// The package is not installed; the error names it.
     pub fn tree(&self) -> Result<KernelTree> {
         let package = format!("linux-headers-{}", self.release);
         let path = Path::new("/usr/src").join(&package);
@@ -100,10 +100,10 @@ impl DebianKernel {
         }
     }
 
-    /// The kernel as an ELF file, unpacked once: a monitor boots it without the guest's unpacking.
+    /// Returns the kernel as an ELF file, unpacked once: the guest need not decompress it.
     ///
     /// # Errors
-    /// When the kernel is packed in a way that this does not know.
+    /// The compression is neither zstd nor xz.
     pub fn vmlinux(&self) -> Result<PathBuf> {
         let image = fs::read(&self.vmlinuz).context_path("read", &self.vmlinuz)?;
         let payload = payload(&image).ok_or_else(|| LabError::Unexpected {
@@ -148,7 +148,7 @@ impl DebianKernel {
     }
 }
 
-/// The packed kernel in a bzImage.
+/// The compressed kernel in a bzImage.
 struct Payload<'a> {
     bytes: &'a [u8],
     ending: &'static str,
@@ -156,7 +156,7 @@ struct Payload<'a> {
     package: &'static str,
 }
 
-/// Finds it by the setup header (Linux's `Documentation/arch/x86/boot.rst`).
+/// Locates it by the setup header (Linux's `Documentation/arch/x86/boot.rst`).
 fn payload(image: &[u8]) -> Option<Payload<'_>> {
     let u32_at = |at: usize| {
         let bytes: [u8; 4] = image.get(at..at + 4)?.try_into().ok()?;
@@ -164,7 +164,7 @@ fn payload(image: &[u8]) -> Option<Payload<'_>> {
     };
     let setup_sectors = usize::from(*image.get(0x1f1)?);
     let start = (setup_sectors + 1) * 512 + u32_at(0x248)?;
-    // The last four bytes are the size when unpacked, which is no part of the packed file.
+    // The last four bytes are the uncompressed size, not a part of the compressed file.
     let bytes = image.get(start..start.checked_add(u32_at(0x24c)?)?.checked_sub(4)?)?;
     let (ending, program, package) = match bytes {
         [0x28, 0xb5, 0x2f, 0xfd, ..] => ("zst", "zstd", "zstd"),
@@ -174,16 +174,16 @@ fn payload(image: &[u8]) -> Option<Payload<'_>> {
     Some(Payload { bytes, ending, program, package })
 }
 
-/// Whether a path is that of a module; in names a dash and an underscore are the same.
+/// Whether a path is that of a module. Dash and underscore are equal in module names.
 fn is_module(path: &Path, name: &str) -> bool {
     path.extension().is_some_and(|extension| extension == "ko")
         && module_name(path).is_ok_and(|stem| stem.replace('-', "_") == name.replace('-', "_"))
 }
 
-/// Returns the kernel; fetches it if this machine has not done so yet.
+/// Returns the kernel, and fetches it first if it is not in the cache.
 ///
 /// # Errors
-/// When the package is not known to apt, or cannot be fetched.
+/// apt does not know the package, or it cannot be fetched.
 pub fn kernel(release: Release) -> Result<DebianKernel> {
     let package = real_package(release.meta_package())?;
     let version = candidate_version(&package)?;
@@ -198,7 +198,7 @@ pub fn kernel(release: Release) -> Result<DebianKernel> {
     })
 }
 
-/// The package with a kernel that a meta package depends on.
+/// The kernel package that a meta package depends on.
 fn real_package(meta: &str) -> Result<String> {
     let answer = tool::capture(tool::command("apt-cache").args(["depends", meta]), "apt")?;
     answer
@@ -239,7 +239,7 @@ fn fetch(package: &str, version: &str, directory: &Path) -> Result<()> {
 /// Downloads a package and extracts it, without installing it.
 pub(crate) fn unpack(package: &str, version: &str, directory: &Path, log: &Path) -> Result<()> {
     let mut download = tool::command("apt-get");
-    // apt's own user may not write into the cache.
+    // apt's sandbox user may not write into the cache.
     download.args(["-o", "APT::Sandbox::User=root", "download"]);
     download.arg(format!("{package}={version}")).current_dir(directory);
     tool::run(&mut download, "apt", log)?;
@@ -247,7 +247,7 @@ pub(crate) fn unpack(package: &str, version: &str, directory: &Path, log: &Path)
     let archive = archives.iter().find(|path| path.extension().is_some_and(|end| end == "deb"));
     let archive = archive.ok_or_else(|| LabError::Unexpected {
         what: format!("the download of {package}"),
-        detail: "no package file came".to_owned(),
+        detail: "there is no package file".to_owned(),
     })?;
     let mut extract = tool::command("dpkg-deb");
     extract.arg("--extract").arg(archive).arg(directory);
@@ -267,7 +267,7 @@ fn remove_unused_modules(modules: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The kernel would load a compressed module too, but only if it was built to.
+/// Only a kernel built with module compression loads compressed modules.
 fn decompress_modules(directory: &Path, log: &Path) -> Result<()> {
     let files = cache::files_below(directory)?;
     let is_compressed = |path: &&PathBuf| path.extension().is_some_and(|end| end == "xz");
@@ -294,7 +294,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_of_modules_do_not_tell_dashes_from_underscores() {
+    fn module_names_treat_dash_and_underscore_as_equal() {
         assert!(is_module(Path::new("kernel/kvm-amd.ko"), "kvm_amd"));
         assert!(is_module(Path::new("kvm_amd.ko"), "kvm-amd"));
         assert!(!is_module(Path::new("kvm-amd.ko.xz"), "kvm_amd"));

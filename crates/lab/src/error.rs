@@ -1,28 +1,28 @@
-//! What can go wrong in the laboratory, and what to do about it.
+//! Errors of this crate, with advice.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// The result of everything in this crate.
+/// Result of this crate's functions.
 pub type Result<T, E = LabError> = std::result::Result<T, E>;
 
-/// A laboratory that cannot run says why.
+/// Why a guest cannot be built, booted or used.
 #[derive(Debug, thiserror::Error)]
 pub enum LabError {
     /// A file or a system call of this machine failed.
     #[error("cannot {what}: {source}")]
     Io {
-        /// What was tried, with the path.
+        /// The failed operation with its path, in the infinitive.
         what: String,
-        /// What the system answered.
+        /// The kernel's error.
         source: std::io::Error,
     },
-    /// A program or file of a Debian package is not there.
+    /// A program or file of a Debian package is not installed.
     #[error("{what} is missing: install it with `apt-get install {package}`")]
     Missing {
-        /// What was looked for.
+        /// The program or file.
         what: String,
-        /// The package that has it.
+        /// The package that contains it.
         package: String,
     },
     /// A program that builds or fetches something failed.
@@ -30,27 +30,27 @@ pub enum LabError {
     Tool {
         /// The command line.
         command: String,
-        /// How it ended.
+        /// Its exit status.
         status: std::process::ExitStatus,
-        /// Everything it printed.
+        /// File with all of its output.
         log: PathBuf,
-        /// The last lines of that.
+        /// The last lines of `log`.
         tail: String,
     },
     /// A program printed or a file held something that this crate cannot read.
     #[error("{what} is not as expected: {detail}")]
     Unexpected {
-        /// What was read.
+        /// The text that was read.
         what: String,
-        /// What is odd about it.
+        /// How it differs.
         detail: String,
     },
-    /// This machine cannot do it.
+    /// This machine lacks a capability.
     #[error("this machine cannot {what}: {advice}")]
     Host {
-        /// What was tried.
+        /// The operation, in the infinitive.
         what: String,
-        /// What would help.
+        /// The missing condition, or what to do about it.
         advice: String,
     },
     /// The guest did not answer in time.
@@ -58,48 +58,48 @@ pub enum LabError {
     Timeout {
         /// The command, or the wait for the boot.
         command: String,
-        /// How long it had.
+        /// The timeout.
         limit: Duration,
         /// The last lines of its console and kernel log.
         tail: String,
     },
-    /// The guest ended while it was needed.
+    /// The guest ended during a command or its boot.
     #[error("the guest ended ({status}) during `{command}`; its last lines:\n{tail}")]
     Ended {
         /// The command, or the wait for the boot.
         command: String,
-        /// How it ended.
+        /// Exit status of its process.
         status: String,
         /// The last lines of its console and kernel log.
         tail: String,
     },
-    /// The guest answered what it was asked later.
-    #[error("the guest did not hear `{command}`")]
-    NotHeard {
+    /// The guest answered a later command, so this one was lost.
+    #[error("the guest did not receive `{command}`")]
+    CommandLost {
         /// The command.
         command: String,
     },
-    /// The guest answered that it could not do it.
+    /// The guest reported a failure of the command.
     #[error("the guest cannot `{command}`: {reason}")]
     Refused {
         /// The command.
         command: String,
-        /// The guest's words.
+        /// The guest's text.
         reason: String,
     },
 }
 
-/// Adds what was tried to an error of the system.
+/// Adds the failed operation to an I/O error.
 pub(crate) trait Context<T> {
-    /// Names the deed, in the infinitive.
+    /// Adds the operation, in the infinitive.
     fn context(self, what: impl FnOnce() -> String) -> Result<T>;
 
-    /// Names the deed and the path it was tried on.
-    fn context_path(self, deed: &str, path: &Path) -> Result<T>
+    /// Adds the operation and its path.
+    fn context_path(self, operation: &str, path: &Path) -> Result<T>
     where
         Self: Sized,
     {
-        self.context(|| format!("{deed} {}", path.display()))
+        self.context(|| format!("{operation} {}", path.display()))
     }
 }
 

@@ -1,10 +1,10 @@
-//! A FUSE file system of this process: it can lack what others have, be slow, and stop answering.
+//! A FUSE file system served by this process. It can lack features, be slow, and stop answering.
 //!
-//! It stands for FAT, exFAT, CIFS and others that a kernel may not have: no hard links, no rename
-//! flags, no holes, a directory that cannot be synced. It also stands for a network file system whose
-//! server is gone: while it is [dead](Fuse::die) it takes no request from the kernel, so that a
-//! caller waits until it is alive again, the caller is killed, or the file system is dropped. Files
-//! are kept in memory, in one directory.
+//! It replaces FAT, exFAT, CIFS and others that a test machine's kernel may not have: no hard
+//! links, no rename flags, no holes, a directory that cannot be synced. It also replaces a network
+//! file system whose server is gone: while it is [dead](Fuse::die) it reads no request from the
+//! kernel, so a caller blocks until it is revived, the caller is killed, or the file system is
+//! dropped. Files are in memory, in one directory.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -26,7 +26,7 @@ use rustix::process::{getegid, geteuid};
 
 use crate::error::{Context, Result};
 
-/// Between two looks whether the kernel has a request.
+/// Between two polls for a request of the kernel.
 const POLL_INTERVAL: Duration = Duration::from_micros(200);
 
 // Requests, `include/uapi/linux/fuse.h`.
@@ -51,33 +51,33 @@ const INTERRUPT: u32 = 36;
 const BATCH_FORGET: u32 = 42;
 const RENAME2: u32 = 45;
 
-/// Version of the protocol: any kernel since 5.9 speaks it.
+/// Protocol version, supported by every kernel since 5.9.
 const MAJOR: u32 = 7;
 const MINOR: u32 = 31;
 
-/// `FATTR_MODE` and `FATTR_SIZE`: what a `SETATTR` sets.
+/// `FATTR_MODE` and `FATTR_SIZE`: valid fields of a `SETATTR`.
 const SETS_MODE: u32 = 1;
 const SETS_SIZE: u32 = 1 << 3;
 
-/// `FOPEN_DIRECT_IO`: each read comes here. `FOPEN_NOFLUSH`: no request when a file is closed, for
+/// `FOPEN_DIRECT_IO`: every read is a request. `FOPEN_NOFLUSH`: closing a file is no request, for
 /// which the kernel would wait when it ends a process.
 const DIRECT_IO: u32 = 1;
 const NO_FLUSH: u32 = 1 << 5;
 
-/// Bytes before what a request says, and between the size and the bytes of a write.
+/// Bytes of a request's header, and between the size and the data of a write.
 const HEAD_BYTES: usize = 40;
 const WRITE_REST_BYTES: usize = 20;
 
-/// Bytes of a write, at most, and room for one.
+/// Maximum bytes of a write, and size of the request buffer.
 const MAX_WRITE: u32 = 128 << 10;
-const ROOM: usize = (128 << 10) + 4096;
+const BUFFER_BYTES: usize = (128 << 10) + 4096;
 
-/// The directory, and the mode of each file's kind.
+/// Inode number of the directory, and type bits of a directory and a file.
 const ROOT: u64 = 1;
 const DIRECTORY: u32 = 0o04_0700;
 const REGULAR: u32 = 0o10_0000;
 
-/// What the file system has.
+/// Features of the file system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Has {
     /// Hard links.
@@ -87,11 +87,11 @@ pub struct Has {
 }
 
 impl Has {
-    /// What a local file system has.
+    /// The features of a local file system.
     pub const ALL: Self = Self { links: true, rename_flags: true };
 }
 
-/// The mounted file system. It ends when this is dropped, and requests that wait fail.
+/// The mounted file system. Dropping it unmounts it, and pending requests fail.
 #[derive(Debug)]
 pub struct Fuse {
     mount: OwnedFd,
@@ -103,9 +103,9 @@ struct Files {
     has: Has,
     state: Mutex<State>,
     dead: AtomicBool,
-    over: AtomicBool,
-    /// Turns of the thread that answers, each of which looks whether it is dead.
-    turns: AtomicU64,
+    stop: AtomicBool,
+    /// Iterations of the serving thread, each of which reads `dead`.
+    iterations: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -113,12 +113,12 @@ struct State {
     names: BTreeMap<String, u64>,
     inodes: BTreeMap<u64, Inode>,
     newest: u64,
-    /// How long a read takes.
+    /// Duration of a read below `slow_to`.
     delay: Duration,
-    /// End of the read that went furthest among those that are as slow.
+    /// Only reads below this offset are slow. `furthest` is the largest end offset among them.
     slow_to: u64,
     furthest: u64,
-    /// How long a sync takes, whether one is under way, and how many fail.
+    /// Duration of a sync, whether one is under way, and how many will fail.
     sync_delay: Duration,
     syncs: bool,
     failing_syncs: u32,
@@ -132,10 +132,10 @@ struct Inode {
 }
 
 impl Fuse {
-    /// Mounts it, in no directory: [`path`](Self::path) leads there, for any process of root's.
+    /// Mounts it detached. Processes of root reach it by [`path`](Self::path).
     ///
     /// # Errors
-    /// The kernel has no FUSE, or refuses: only root may mount.
+    /// The kernel has no FUSE, or this process is not root.
     pub fn mount(has: Has) -> Result<Self> {
         let what = || "mount a FUSE file system, which only root may".to_owned();
         let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
@@ -161,36 +161,36 @@ impl Fuse {
             has,
             state: Mutex::new(State { newest: ROOT, ..State::default() }),
             dead: AtomicBool::new(false),
-            over: AtomicBool::new(false),
-            turns: AtomicU64::new(0),
+            stop: AtomicBool::new(false),
+            iterations: AtomicU64::new(0),
         });
         let served = Arc::clone(&files);
         thread::spawn(move || served.serve(&device));
         Ok(Self { mount, files })
     }
 
-    /// Where it is mounted.
+    /// Path of the directory, through `/proc/PID/fd`.
     #[must_use]
     pub fn path(&self) -> PathBuf {
         format!("/proc/{}/fd/{}", std::process::id(), self.mount.as_raw_fd()).into()
     }
 
-    /// From now on no request is taken.
+    /// Stops reading requests. Returns when the serving thread has seen it.
     pub fn die(&self) {
         self.files.dead.store(true, Ordering::SeqCst);
-        let seen = self.files.turns.load(Ordering::SeqCst);
-        // Two, since it may have looked just before.
-        while self.files.turns.load(Ordering::SeqCst) < seen + 2 {
+        let seen = self.files.iterations.load(Ordering::SeqCst);
+        // Two, since the thread may have read `dead` just before.
+        while self.files.iterations.load(Ordering::SeqCst) < seen + 2 {
             thread::sleep(POLL_INTERVAL);
         }
     }
 
-    /// What waits is answered, and so is what comes.
+    /// Answers pending and new requests again.
     pub fn revive(&self) {
         self.files.dead.store(false, Ordering::SeqCst);
     }
 
-    /// A file of these bytes.
+    /// Creates a file with these bytes.
     pub fn put(&self, name: &str, bytes: Vec<u8>) {
         let mut state = self.files.lock();
         let inode = state.make(name, 0o600);
@@ -199,36 +199,36 @@ impl Fuse {
         }
     }
 
-    /// The names in it.
+    /// File names.
     #[must_use]
     pub fn names(&self) -> Vec<String> {
         self.files.lock().names.keys().cloned().collect()
     }
 
-    /// Has each read below `to` bytes take so long.
+    /// Delays each read that starts below offset `to`.
     pub fn slow_down(&self, delay: Duration, to: u64) {
         let mut state = self.files.lock();
         (state.delay, state.slow_to) = (delay, to);
     }
 
-    /// Has each sync take so long, also one that is under way, and whatever comes behind it wait.
+    /// Delays each sync, also a running one. Later requests wait for it.
     pub fn slow_syncs(&self, delay: Duration) {
         self.files.lock().sync_delay = delay;
     }
 
-    /// Waits until a sync is under way that [takes long](Self::slow_syncs).
+    /// Waits until a [slow](Self::slow_syncs) sync is under way.
     pub fn wait_for_sync(&self) {
         while !self.files.lock().syncs {
             thread::sleep(POLL_INTERVAL);
         }
     }
 
-    /// Has so many syncs from now on fail, as the kernel tells of an error: once.
+    /// Fails the next `count` syncs. Like the kernel, it reports an error once.
     pub fn fail_syncs(&self, count: u32) {
         self.files.lock().failing_syncs = count;
     }
 
-    /// Where the last of the reads below [that limit](Self::slow_down) ended.
+    /// Largest end offset of the reads below the [slow limit](Self::slow_down).
     #[must_use]
     pub fn furthest(&self) -> u64 {
         self.files.lock().furthest
@@ -237,11 +237,11 @@ impl Fuse {
 
 impl Drop for Fuse {
     fn drop(&mut self) {
-        self.files.over.store(true, Ordering::SeqCst);
+        self.files.stop.store(true, Ordering::SeqCst);
     }
 }
 
-/// What a request says, read from its beginning.
+/// Reads the fields of a request in order.
 struct Words<'a>(&'a [u8]);
 
 impl<'a> Words<'a> {
@@ -267,7 +267,7 @@ impl<'a> Words<'a> {
     }
 }
 
-/// An answer; an error where there is no memory of its bytes.
+/// Body of the answer, or its error.
 type Answer = std::result::Result<Vec<u8>, Errno>;
 
 impl Files {
@@ -275,16 +275,16 @@ impl Files {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Answers until it is over; then the connection ends.
+    /// Answers requests until the file system is dropped. Then the connection closes.
     fn serve(&self, mut device: &File) {
-        let mut request = vec![0; ROOM];
-        while !self.over.load(Ordering::SeqCst) {
-            self.turns.fetch_add(1, Ordering::SeqCst);
+        let mut request = vec![0; BUFFER_BYTES];
+        while !self.stop.load(Ordering::SeqCst) {
+            self.iterations.fetch_add(1, Ordering::SeqCst);
             if self.dead.load(Ordering::SeqCst) {
                 thread::sleep(POLL_INTERVAL);
                 continue;
             }
-            // There is no request, or its caller is gone.
+            // There is no request, or its caller has died.
             let Ok(len) = device.read(&mut request) else {
                 thread::sleep(POLL_INTERVAL);
                 continue;
@@ -302,7 +302,7 @@ impl Files {
             };
             let len = u32::try_from(16 + body.len()).unwrap_or(u32::MAX);
             let head = [len.to_ne_bytes(), error.to_ne_bytes()].concat();
-            // The caller may be gone.
+            // The caller may have died.
             let _ = device.write(&[head, unique.to_ne_bytes().to_vec(), body].concat());
         }
     }
@@ -347,7 +347,7 @@ impl Files {
             RENAME2 => {
                 let (_, _) = (words.u64(), words.u64());
                 let (from, to) = (words.name(), words.name());
-                // The kernel has looked whether it is there.
+                // The kernel has checked that the target does not exist.
                 state.rename(&from, to)
             }
             RENAME => {
@@ -359,7 +359,7 @@ impl Files {
                 state.syncs = true;
                 drop(state);
                 let began = Instant::now();
-                while began.elapsed() < self.lock().sync_delay && !self.over.load(Ordering::SeqCst)
+                while began.elapsed() < self.lock().sync_delay && !self.stop.load(Ordering::SeqCst)
                 {
                     thread::sleep(POLL_INTERVAL);
                 }
@@ -398,7 +398,7 @@ impl State {
         Ok([long, short].concat())
     }
 
-    /// `struct fuse_entry_out` of what is there.
+    /// `struct fuse_entry_out`.
     fn entry(&mut self, node: u64) -> Vec<u8> {
         let head = [node, 0, 0, 0, 0].map(u64::to_ne_bytes).concat();
         [head, self.attributes(node).unwrap_or_default()].concat()
@@ -406,9 +406,9 @@ impl State {
 
     fn set(&mut self, node: u64, words: &mut Words<'_>) -> Answer {
         let (valid, _, _, size) = (words.u32(), words.u32(), words.u64(), words.u64());
-        // The lock's owner, three times, and the nanoseconds of two of them.
+        // The lock owner, three times, and the nanoseconds of two of them.
         let _ = [words.u64(), words.u64(), words.u64(), words.u64(), words.u64()];
-        // Those of the third.
+        // Nanoseconds of the third, and the mode.
         let (_, mode) = (words.u32(), words.u32());
         let file = self.file(node)?;
         if valid & SETS_SIZE != 0 {
@@ -455,7 +455,7 @@ impl State {
 
     fn unlink(&mut self, name: &str) -> Answer {
         let node = self.names.remove(name).ok_or(Errno::NOENT)?;
-        // Who has it open still reads it.
+        // An open file stays readable.
         self.file(node)?.links -= 1;
         Ok(Vec::new())
     }
@@ -495,9 +495,9 @@ mod tests {
 
     use super::*;
 
-    /// Needs root, as every mount does.
+    /// Needs root, like every mount.
     #[test]
-    fn it_answers_until_it_is_dead() {
+    fn a_dead_file_system_answers_no_request_until_revived() {
         let fuse = Fuse::mount(Has::ALL).unwrap();
         fuse.put("file", vec![7; 8192]);
         let path = fuse.path().join("file");

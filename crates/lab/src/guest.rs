@@ -1,4 +1,4 @@
-//! A running guest: how it is described, booted, asked and ended.
+//! A running Linux guest: builder, commands and end.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
@@ -12,24 +12,23 @@ use crate::error::{Context, LabError, Result};
 use crate::keeper::GuardedChild;
 use crate::uml::UmlKernel;
 
-/// How long a boot may take: seconds in User Mode Linux, half a minute in emulation on a machine
-/// with other work to do.
+/// Timeout of a boot: it takes seconds in User Mode Linux, half a minute in emulation on a busy
+/// machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
 
-/// How long a command may take unless the caller says otherwise: touching 4 GiB of small pages
-/// in emulation takes a minute.
+/// Default timeout of a command: touching 4 GiB of small pages in emulation takes a minute.
 const COMMAND_LIMIT: Duration = Duration::from_secs(180);
 
-/// How long the processes of a killed guest may take to give back gigabytes of memory.
+/// Timeout for a killed guest's processes to free gigabytes of memory.
 const END_LIMIT: Duration = Duration::from_secs(20);
 
-/// Where the laboratory's module is told what to do.
+/// Parameters of the module `lab_memory`.
 const LAB_PARAMETERS: &str = "/sys/module/lab_memory/parameters";
 
-/// Memory of a guest that does not say: the main measurement's.
+/// Default memory of a guest: that of the main benchmark.
 const DEFAULT_MEMORY_MIB: u64 = 4096;
 
-/// A guest that is not booted yet.
+/// Describes a guest before its boot.
 #[derive(Debug, Clone)]
 #[must_use]
 pub struct GuestBuilder {
@@ -75,7 +74,7 @@ impl GuestBuilder {
         self
     }
 
-    /// Sets the directory where User Mode Linux makes the file that is its memory.
+    /// Sets the directory of User Mode Linux's memory file.
     pub fn memory_dir(mut self, path: impl Into<PathBuf>) -> Self {
         self.memory_dir = path.into();
         self
@@ -87,31 +86,31 @@ impl GuestBuilder {
         self
     }
 
-    /// Keeps the guest on one core of this machine.
+    /// Pins the guest to one host CPU.
     pub fn cpu(mut self, cpu: Option<usize>) -> Self {
         self.cpu = cpu;
         self
     }
 
-    /// Packs a module, which the guest loads by `insmod NAME`.
+    /// Adds a module to the initramfs. The command `insmod NAME` loads it.
     pub fn module(mut self, path: impl Into<PathBuf>) -> Self {
         self.modules.push(path.into());
         self
     }
 
-    /// Packs several modules.
+    /// Adds modules to the initramfs.
     pub fn modules(mut self, paths: impl IntoIterator<Item = impl Into<PathBuf>>) -> Self {
         self.modules.extend(paths.into_iter().map(Into::into));
         self
     }
 
-    /// Adds a word to the kernel command line.
+    /// Adds an argument to the kernel command line.
     pub fn kernel_argument(mut self, argument: impl Into<String>) -> Self {
         self.kernel_arguments.push(argument.into());
         self
     }
 
-    /// Adds words to the command line of QEMU or of our own monitor, for instance devices.
+    /// Adds arguments to the command line of QEMU or `aerostat run`, such as devices.
     pub fn machine_arguments(
         mut self,
         arguments: impl IntoIterator<Item = impl Into<String>>,
@@ -126,51 +125,50 @@ impl GuestBuilder {
         self
     }
 
-    /// Boots with an archive made by [`write_initramfs`](Self::write_initramfs), instead of one
-    /// that is packed now.
+    /// Boots with an archive of [`write_initramfs`](Self::write_initramfs) instead of packing one
+    /// now.
     pub fn initramfs(mut self, path: impl Into<PathBuf>) -> Self {
         self.initramfs = Some(path.into());
         self
     }
 
-    /// Packs init and the modules into an archive, for who has no compiler when the guest boots.
+    /// Writes an initramfs with init and the modules, for a boot without a compiler.
     ///
     /// # Errors
-    /// What is missing on this machine, or the file cannot be written.
+    /// A build dependency is missing, or the file cannot be written.
     pub fn write_initramfs(&self, path: &Path) -> Result<()> {
         boot::write_initramfs(self, path)
     }
 
-    /// Boots on this QEMU instead of the machine's own.
+    /// Uses this QEMU instead of the installed one.
     pub fn qemu_program(mut self, path: impl Into<PathBuf>) -> Self {
         self.qemu_program = Some(path.into());
         self
     }
 
-    /// Boots nothing, but waits for a guest that another QEMU sends to this address, such as
-    /// `tcp:127.0.0.1:7000`. [`boot`](Self::boot) does not wait until it has come.
+    /// Does not boot, but waits for a guest that another QEMU migrates to this address, such as
+    /// `tcp:127.0.0.1:7000`. [`boot`](Self::boot) does not wait for its arrival.
     pub fn incoming(mut self, address: impl Into<String>) -> Self {
         self.incoming = Some(address.into());
         self
     }
 
-    /// Writes all that the guest prints to a file, with times.
+    /// Writes all guest output to a file, with times.
     pub fn log_file(mut self, path: impl Into<PathBuf>) -> Self {
         self.log_file = Some(path.into());
         self
     }
 
-    /// Sets how long the boot may take.
+    /// Sets the boot timeout.
     pub fn boot_limit(mut self, limit: Duration) -> Self {
         self.boot_limit = limit;
         self
     }
 
-    /// Boots the guest and waits until it takes commands.
+    /// Boots the guest and waits until it accepts commands.
     ///
     /// # Errors
-    /// What is missing on this machine, or why the guest did not come up, with the end of what it
-    /// printed.
+    /// A dependency is missing, or the guest does not boot; then the error quotes its last output.
     pub fn boot(self) -> Result<Guest> {
         let started = Instant::now();
         let directory = tempfile::Builder::new()
@@ -179,22 +177,23 @@ impl GuestBuilder {
             .context(|| "make a temporary directory".to_owned())?;
         let launch = boot::prepare(&self, directory.path())?;
         let record = Record::new(self.log_file.as_deref())?;
-        let mut kept = GuardedChild::start(&launch.words, directory.path(), &launch.variables())?;
-        let child = kept.child();
+        let mut process =
+            GuardedChild::start(&launch.words, directory.path(), &launch.variables())?;
+        let child = process.child();
         let missing = || LabError::Unexpected {
             what: "the guest's streams".to_owned(),
-            detail: "they are not there".to_owned(),
+            detail: "they are missing".to_owned(),
         };
         let input = child.stdin.take().ok_or_else(missing)?;
         let output = child.stdout.take().ok_or_else(missing)?;
         let messages = child.stderr.take().ok_or_else(missing)?;
         let (last_word, ended) = channel::<()>();
         record.follow("kernel", messages, move |_, _| {
-            // Held only to be dropped when the last process of the guest has gone.
+            // Dropped when the last process of the guest has closed its standard error.
             let _ = &last_word;
         });
         let console = Box::new(Console::new(input, output, record.clone()));
-        let mut guest = Guest { console, kept, record, ended, _directory: directory };
+        let mut guest = Guest { console, process, record, ended, _directory: directory };
         if self.incoming.is_some() || matches!(self.machine, Machine::Resumed { .. }) {
             return Ok(guest);
         }
@@ -205,41 +204,41 @@ impl GuestBuilder {
     }
 }
 
-/// A running guest; it ends when this is dropped.
+/// A running guest. Dropping this ends it.
 pub struct Guest {
     console: Box<Console>,
-    kept: GuardedChild,
+    process: GuardedChild,
     record: Record,
-    /// Disconnects when no process holds the guest's standard error any more.
+    /// Disconnects when no process holds the guest's standard error.
     ended: Receiver<()>,
     _directory: tempfile::TempDir,
 }
 
 impl Guest {
-    /// A guest in User Mode Linux.
+    /// Builds a guest in User Mode Linux.
     pub fn uml(kernel: &UmlKernel) -> GuestBuilder {
         GuestBuilder::new(Machine::Uml(kernel.clone()))
     }
 
-    /// A guest in QEMU, emulated.
+    /// Builds an emulated guest in QEMU.
     pub fn qemu(kernel: &DebianKernel) -> GuestBuilder {
         GuestBuilder::new(Machine::Qemu(kernel.clone()))
     }
 
-    /// A guest of our own monitor, which needs a KVM; `program` is `aerostat`, and `kernel` a
+    /// Builds a guest of `aerostat run`, which needs KVM. `program` is `aerostat`, and `kernel` a
     /// vmlinuz or a vmlinux.
-    pub fn monitor(program: impl Into<PathBuf>, kernel: impl Into<PathBuf>) -> GuestBuilder {
-        GuestBuilder::new(Machine::Monitor { program: program.into(), kernel: kernel.into() })
+    pub fn vmm(program: impl Into<PathBuf>, kernel: impl Into<PathBuf>) -> GuestBuilder {
+        GuestBuilder::new(Machine::Vmm { program: program.into(), kernel: kernel.into() })
     }
 
-    /// Our own monitor, which waits for a guest from another one and tells where on standard
-    /// error. [`boot`](GuestBuilder::boot) does not wait until the guest has come.
+    /// Builds an `aerostat receive`, which prints its listening address on standard error.
+    /// [`boot`](GuestBuilder::boot) does not wait for a guest.
     pub fn receiver(program: impl Into<PathBuf>) -> GuestBuilder {
         GuestBuilder::new(Machine::Resumed { program: program.into(), command: "receive" })
     }
 
-    /// Our own monitor with a guest from a file. [`boot`](GuestBuilder::boot) does not wait until
-    /// it runs, since it is ready when it does.
+    /// Builds an `aerostat restore`. [`boot`](GuestBuilder::boot) does not wait until the guest
+    /// runs: it is ready when it does.
     pub fn restored(program: impl Into<PathBuf>) -> GuestBuilder {
         GuestBuilder::new(Machine::Resumed { program: program.into(), command: "restore" })
     }
@@ -247,68 +246,68 @@ impl Guest {
     /// Runs a command of the guest's init and returns its answer.
     ///
     /// # Errors
-    /// The guest's refusal, its silence, or its end.
+    /// The command fails, times out, or the guest ends.
     pub fn run(&mut self, command: &str) -> Result<Reply> {
         self.run_within(command, COMMAND_LIMIT)
     }
 
-    /// Runs a command that may take this long.
+    /// Runs a command with this timeout.
     ///
     /// # Errors
-    /// The guest's refusal, its silence, or its end.
+    /// The command fails, times out, or the guest ends.
     pub fn run_within(&mut self, command: &str, limit: Duration) -> Result<Reply> {
         let reply = self.console.run(command, limit);
         self.explain(reply)
     }
 
-    /// Runs a command that may take this long; `tell` hears each line of its answer as it comes.
+    /// Runs a command with this timeout. Calls `each` with each line of its answer at once.
     ///
     /// # Errors
-    /// The guest's refusal, its silence, or its end.
-    pub fn run_telling(
+    /// The command fails, times out, or the guest ends.
+    pub fn run_with_lines(
         &mut self,
         command: &str,
         limit: Duration,
-        tell: &mut dyn FnMut(&str),
+        each: &mut dyn FnMut(&str),
     ) -> Result<Reply> {
-        let reply = self.console.run_telling(command, limit, tell);
+        let reply = self.console.run_with_lines(command, limit, each);
         self.explain(reply)
     }
 
-    /// Sends a command whose answer is waited for later, if the guest is still here then; returns its
-    /// number.
+    /// Sends a command and returns its id, for [`answer`](Self::answer). The guest may migrate in
+    /// between.
     ///
     /// # Errors
-    /// The guest's end.
-    pub fn ask(&mut self, command: &str) -> Result<u64> {
-        let asked = self.console.send(command);
-        self.explain(asked)
+    /// The guest ends.
+    pub fn send(&mut self, command: &str) -> Result<u64> {
+        let sent = self.console.send(command);
+        self.explain(sent)
     }
 
-    /// The answer to a command that was [asked](Self::ask).
+    /// Waits for the answer to a command that was [sent](Self::send).
     ///
     /// # Errors
-    /// The guest's refusal, its silence, or its end; and [`LabError::NotHeard`] where the guest has
-    /// answered a later command, and so did not hear this one.
+    /// The command fails, times out, or the guest ends; [`LabError::CommandLost`] if the guest has
+    /// answered a later command.
     pub fn answer(&mut self, number: u64, command: &str, limit: Duration) -> Result<Reply> {
         let reply = self.console.wait(number, command, limit);
         self.explain(reply)
     }
 
-    /// Types the end of a line that has no command in it.
+    /// Types an empty line.
     pub(crate) fn press_return(&mut self) -> Result<()> {
         self.console.press_return().context(|| "type on a guest's console".to_owned())
     }
 
-    /// Goes on with the conversation with a guest that was moved here from `from`, which has ended.
+    /// Takes over the console state of a guest that migrated here from `from`, which has ended.
     pub fn continue_from(&mut self, from: &mut Self) {
         self.console.continue_from(&mut from.console);
     }
 
-    /// Loads packed modules in this order, by the paths they were packed from.
+    /// Loads modules of the initramfs in this order. Takes their host paths.
     ///
     /// # Errors
-    /// The first module that the guest refuses.
+    /// The guest cannot load a module.
     pub fn load(&mut self, modules: &[PathBuf]) -> Result<()> {
         for module in modules {
             self.run(&format!("insmod {}", module_name(module)?))?;
@@ -316,11 +315,11 @@ impl Guest {
         Ok(())
     }
 
-    /// Fragments all free memory but `leave_mib` MiB: pins one page in every second 2 MiB, and
-    /// returns how many pages that is. Needs [`crate::guest_build::lab_module`] packed and loaded.
+    /// Fragments all free memory except `leave_mib` MiB: pins one page in every second 2 MiB, and
+    /// returns the number of pinned pages. Needs [`crate::guest_build::lab_module`] loaded.
     ///
     /// # Errors
-    /// When the module is not loaded.
+    /// The module is not loaded.
     pub fn fragment(&mut self, leave_mib: u64) -> Result<u64> {
         self.run(&format!("write {LAB_PARAMETERS}/fragment {leave_mib}"))?;
         let pinned = self.run(&format!("cat {LAB_PARAMETERS}/pinned_pages"))?.lines.join(" ");
@@ -330,20 +329,20 @@ impl Guest {
         })
     }
 
-    /// The main process of the guest, which leads its process group.
+    /// Id of the guest's main process and process group.
     pub fn pid(&self) -> u32 {
-        self.kept.pid()
+        self.process.pid()
     }
 
-    /// Everything the guest printed, with times.
+    /// All guest output, with times.
     pub fn console_log(&self) -> String {
         self.record.tail(usize::MAX)
     }
 
-    /// Switches the guest off and returns how its main process ended.
+    /// Powers the guest off and returns the exit status of its main process.
     ///
     /// # Errors
-    /// When the guest stays on.
+    /// The guest stays on.
     pub fn power_off(mut self) -> Result<ExitStatus> {
         match self.run_within("poweroff", END_LIMIT) {
             Err(LabError::Ended { .. }) => {}
@@ -356,26 +355,26 @@ impl Guest {
             }
         }
         self.wait_end()?;
-        self.kept.end()
+        self.process.end()
     }
 
-    /// Waits until the guest's main process ends by itself, and returns how it did. All that it
-    /// printed is in the record then.
+    /// Waits until the guest's main process ends, and returns its exit status. The record then has
+    /// all of its output.
     ///
     /// # Errors
-    /// When it does not end.
+    /// It does not end in time.
     pub fn wait(&mut self) -> Result<ExitStatus> {
         self.wait_end()?;
-        let status = self.kept.end()?;
+        let status = self.process.end()?;
         // It disconnects when standard error has been read to its end.
         let _ = self.ended.recv_timeout(END_LIMIT);
         Ok(status)
     }
 
-    /// Waits until the main process ended by itself.
+    /// Waits until the main process ended without a kill.
     fn wait_end(&mut self) -> Result<()> {
         let deadline = Instant::now() + END_LIMIT;
-        while self.kept.status()?.is_none() {
+        while self.process.status()?.is_none() {
             if Instant::now() > deadline {
                 let tail = self.record.tail(usize::MAX);
                 let command = "poweroff".to_owned();
@@ -387,12 +386,12 @@ impl Guest {
         Ok(())
     }
 
-    /// Replaces the mere end of the console by how the guest's process ended.
+    /// Adds the exit status of the guest's process to [`LabError::Ended`].
     fn explain<T>(&mut self, outcome: Result<T>) -> Result<T> {
         let Err(LabError::Ended { command, tail, .. }) = outcome else {
             return outcome;
         };
-        let status = match self.kept.status()? {
+        let status = match self.process.status()? {
             Some(status) => status.to_string(),
             None => "it closed its console".to_owned(),
         };
@@ -402,18 +401,18 @@ impl Guest {
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        if let Err(error) = self.kept.end() {
+        if let Err(error) = self.process.end() {
             tracing::error!("a guest may still be running: {error}");
         }
-        // Its other processes die at the same time, but only their open files tell when.
+        // The other processes die at the same time. Their open standard error shows when.
         let end = self.ended.recv_timeout(END_LIMIT);
         if end == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
-            tracing::error!("processes of the guest {} do not end", self.pid());
+            tracing::error!("processes of the guest {} have not ended", self.pid());
         }
     }
 }
 
-/// What a path is called without its directory and ending.
+/// File name without directory and extension.
 pub(crate) fn module_name(path: &Path) -> Result<String> {
     let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
     stem.ok_or_else(|| LabError::Unexpected {

@@ -1,4 +1,4 @@
-//! Builds what runs in the guests: the init, and kernel modules by kbuild.
+//! Builds the guests' init and kernel modules.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,19 +7,19 @@ use crate::cache::{self, Key};
 use crate::error::{Context, LabError, Result};
 use crate::tool;
 
-/// Raise it when the way init is built changes.
+/// Raise it when the build of init changes.
 const INIT_RECIPE: u32 = 1;
 
-/// Raise it when the way modules are built changes.
+/// Raise it when the build of modules changes.
 const MODULE_RECIPE: u32 = 1;
 
-/// Overrides the clone whose guest sources are built.
+/// Environment variable: a clone of Aerostat whose guest sources are built.
 pub const SOURCE_VARIABLE: &str = "AEROSTAT_SOURCE";
 
-/// The guest's processor and C library; linked statically, so no library goes into the initramfs.
+/// Target of init. It is linked statically, so the initramfs has no library.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// A tree that kbuild can make modules against.
+/// A tree against which kbuild builds modules.
 #[derive(Debug, Clone)]
 pub struct KernelTree {
     /// The directory with the kernel's top Makefile.
@@ -31,7 +31,7 @@ pub struct KernelTree {
 /// Builds the guests' init, once for each state of its sources.
 ///
 /// # Errors
-/// When the sources are not there or do not build.
+/// The sources are missing or do not build.
 pub fn init() -> Result<PathBuf> {
     let source = guest_source("init")?;
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
@@ -54,26 +54,26 @@ pub fn init() -> Result<PathBuf> {
     Ok(directory.join("init"))
 }
 
-/// Builds the laboratory's own module, which fragments the guest's memory.
+/// Builds the module `lab_memory`, which fragments the guest's memory.
 ///
 /// # Errors
-/// When the sources are not there or do not build.
+/// The sources are missing or do not build.
 pub fn lab_module(tree: &KernelTree) -> Result<PathBuf> {
     module("lab_memory", &guest_source("lab")?, tree)
 }
 
-/// Builds the laboratory's balloon device that is inside of the guest.
+/// Builds the module `lab_balloon`, a balloon device emulated inside the guest.
 ///
 /// # Errors
-/// When the sources are not there or do not build.
+/// The sources are missing or do not build.
 pub fn lab_balloon_module(tree: &KernelTree) -> Result<PathBuf> {
     Ok(lab_module(tree)?.with_file_name("lab_balloon.ko"))
 }
 
-/// Builds the laboratory's module that takes the shutdown of the virtio bus away.
+/// Builds the module `lab_bus`, which removes the shutdown method of the virtio bus.
 ///
 /// # Errors
-/// When the sources are not there or do not build.
+/// The sources are missing or do not build.
 pub fn lab_bus_module(tree: &KernelTree) -> Result<PathBuf> {
     Ok(lab_module(tree)?.with_file_name("lab_bus.ko"))
 }
@@ -81,8 +81,8 @@ pub fn lab_bus_module(tree: &KernelTree) -> Result<PathBuf> {
 /// Builds the guest driver for a kernel, once for each state of its sources.
 ///
 /// # Errors
-/// When the sources, the kernel's tree or the Rust compiler with its library's sources are not
-/// there, or do not build.
+/// The sources, the kernel's tree or the Rust compiler with its library's sources are missing,
+/// or the build fails.
 pub fn balloon_module(tree: &KernelTree) -> Result<PathBuf> {
     let clone = clone_root();
     let mut key = Key::new(MODULE_RECIPE)
@@ -108,7 +108,7 @@ pub fn balloon_module(tree: &KernelTree) -> Result<PathBuf> {
 /// Builds the module `name` from a directory of sources, once for each state of these.
 ///
 /// # Errors
-/// When the sources or the kernel's tree are not there, or do not build.
+/// The sources or the kernel's tree are missing, or the build fails.
 pub fn module(name: &str, source: &Path, tree: &KernelTree) -> Result<PathBuf> {
     let key = Key::new(MODULE_RECIPE)
         .with("gcc", tool::program_version("gcc", "gcc")?)

@@ -1,5 +1,5 @@
-//! Huge pages for a test, in a file system of their own: what is promised of them is not changed by
-//! who else uses huge pages.
+//! A pool of huge pages for one test, in its own hugetlbfs: other users of huge pages do not affect
+//! its reservations.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -14,27 +14,27 @@ use rustix::mount::{
 
 use crate::error::{Context, Result};
 
-/// Bytes of one of them.
+/// Size of a huge page.
 pub const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
-/// The host's pool of the usual huge pages, of 2 MiB on x86-64.
+/// The host's pool of default-size huge pages, 2 MiB on x86-64.
 const SETTING: &str = "/proc/sys/vm/nr_hugepages";
 
-/// Huge pages of the host, as many as were asked for. They go back when this is dropped.
+/// Huge pages added to the host's pool. Dropping this removes them.
 #[derive(Debug)]
 pub struct HugePool {
     pages: u64,
     before: String,
     mount: OwnedFd,
-    /// Locked: one test at a time changes the pool, of whatever process.
+    /// Locked: one test of all processes changes the pool at a time.
     _setting: File,
 }
 
 impl HugePool {
-    /// Adds `pages` to the host's pool, and mounts a hugetlbfs of so many in no directory.
+    /// Adds `pages` to the host's pool, and mounts a detached hugetlbfs of that size.
     ///
     /// # Errors
-    /// The host has not so much memory in one piece, or refuses: only root may.
+    /// The host lacks enough contiguous memory, or this process is not root.
     pub fn new(pages: u64) -> Result<Self> {
         let what = || format!("get {pages} huge pages of the host, as root");
         let setting = OpenOptions::new().read(true).write(true).open(SETTING).context(what)?;
@@ -52,10 +52,10 @@ impl HugePool {
         Ok(this)
     }
 
-    /// A new file of so many pages, of which nothing is promised yet.
+    /// Creates a file of this many pages, without a reservation.
     ///
     /// # Errors
-    /// There is one of this name.
+    /// The file exists.
     pub fn file(&self, name: &str, pages: u64) -> Result<File> {
         let path = self.path().join(name);
         let what = || format!("make {}", path.display());
@@ -65,13 +65,13 @@ impl HugePool {
         Ok(file)
     }
 
-    /// Pages of its files that are there, or that the kernel has promised to be.
+    /// Pages allocated or reserved for its files.
     ///
     /// # Errors
-    /// The kernel does not say.
+    /// The kernel returns an error.
     pub fn promised(&self) -> Result<u64> {
         let found = fstatvfs(&self.mount).map_err(io::Error::from);
-        let found = found.context(|| "ask how many huge pages are left".to_owned())?;
+        let found = found.context(|| "read the number of free huge pages".to_owned())?;
         Ok(self.pages.saturating_sub(found.f_bfree))
     }
 
@@ -82,7 +82,7 @@ impl HugePool {
 
 impl Drop for HugePool {
     fn drop(&mut self) {
-        // Nobody is left to be told.
+        // There is no caller to report an error to.
         let _ = fs::write(SETTING, &self.before);
     }
 }

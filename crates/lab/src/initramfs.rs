@@ -1,29 +1,29 @@
-//! The archive that a kernel unpacks as its first root: cpio in the "newc" format.
+//! Writes an initramfs: a cpio archive in the "newc" format.
 //!
 //! The format is described in the kernel's Documentation/driver-api/early-userspace/
-//! buffer-format.rst: a header of 13 numbers in eight hexadecimal digits each, the name with a
-//! zero byte, the contents; each of the latter two padded to a multiple of four bytes.
+//! buffer-format.rst: a header of 13 numbers of eight hexadecimal digits each, the name with a
+//! zero byte, the contents. Name and contents are padded to a multiple of four bytes.
 
 use std::collections::BTreeSet;
 use std::path::Path;
 
 use crate::error::{Context, LabError, Result};
 
-/// Begins every header.
+/// Start of every header.
 const MAGIC: &[u8; 6] = b"070701";
 
-/// The name that ends the archive.
+/// Name of the last entry.
 const TRAILER: &str = "TRAILER!!!";
 
-/// Names and contents begin at multiples of this.
+/// Alignment of names and contents.
 const ALIGNMENT_BYTES: usize = 4;
 
-/// File type bits of a mode (stat.h).
+/// File type bits of the mode (stat.h).
 const DIRECTORY: u32 = 0o040_000;
 const FILE: u32 = 0o100_000;
 const CHARACTER_DEVICE: u32 = 0o020_000;
 
-/// An archive that grows entry by entry; paths have no slash in front.
+/// Builds an archive entry by entry. Paths have no leading slash.
 #[derive(Debug, Default)]
 pub struct Initramfs {
     bytes: Vec<u8>,
@@ -32,15 +32,15 @@ pub struct Initramfs {
 }
 
 impl Initramfs {
-    /// An archive without entries.
+    /// Returns an archive without entries.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Adds a directory and those above it; one that is there already stays as it is.
+    /// Adds a directory and its parents, unless they exist.
     ///
     /// # Errors
-    /// When the archive would be too large for its format.
+    /// The archive is too large for its format.
     pub fn directory(&mut self, path: &str) -> Result<()> {
         let ends = path.match_indices('/').map(|(index, _)| index).chain([path.len()]);
         for end in ends {
@@ -52,19 +52,19 @@ impl Initramfs {
         Ok(())
     }
 
-    /// Adds a file with these permission bits, and the directories above it.
+    /// Adds a file with these permission bits, and its parent directories.
     ///
     /// # Errors
-    /// When the contents are too large for the format.
+    /// The contents are too large for the format.
     pub fn file(&mut self, path: &str, permissions: u32, contents: &[u8]) -> Result<()> {
         self.parents(path)?;
         self.entry(path, FILE | permissions, contents, (0, 0))
     }
 
-    /// Adds a file of this machine.
+    /// Adds a file of the host.
     ///
     /// # Errors
-    /// When it cannot be read or is too large for the format.
+    /// The file cannot be read or is too large for the format.
     pub fn host_file(&mut self, path: &str, permissions: u32, source: &Path) -> Result<()> {
         let contents = std::fs::read(source).context_path("read", source)?;
         self.file(path, permissions, &contents)
@@ -73,7 +73,7 @@ impl Initramfs {
     /// Adds a character device.
     ///
     /// # Errors
-    /// When the archive would be too large for its format.
+    /// The archive is too large for its format.
     pub fn character_device(
         &mut self,
         path: &str,
@@ -85,10 +85,10 @@ impl Initramfs {
         self.entry(path, CHARACTER_DEVICE | permissions, &[], (major, minor))
     }
 
-    /// Ends the archive.
+    /// Ends the archive and returns its bytes.
     ///
     /// # Errors
-    /// When the archive would be too large for its format.
+    /// The archive is too large for its format.
     pub fn finish(mut self) -> Result<Vec<u8>> {
         self.entry(TRAILER, 0, &[], (0, 0))?;
         Ok(self.bytes)
@@ -136,7 +136,7 @@ impl Initramfs {
 mod tests {
     use super::*;
 
-    /// An entry as a reader of the format sees it: name, mode, contents, device.
+    /// Name, mode, contents and device of a parsed entry.
     type Entry = (String, u32, Vec<u8>, (u32, u32));
 
     fn parse(bytes: &[u8]) -> Vec<Entry> {
@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_finds_what_was_written() {
+    fn an_archive_parses_to_the_entries_written() {
         let mut archive = Initramfs::new();
         archive.character_device("dev/console", 0o600, 5, 1).unwrap();
         archive.file("a/b/c", 0o755, b"hello").unwrap();
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_file_is_named() {
+    fn the_error_names_a_missing_file() {
         let error = Initramfs::new().host_file("x", 0o644, Path::new("/no/such")).unwrap_err();
         assert!(error.to_string().contains("/no/such"), "{error}");
     }

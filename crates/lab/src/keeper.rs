@@ -1,9 +1,9 @@
-//! Processes that end with the one that started them, however that one ends.
+//! Child processes that end with the process that started them, even if that one is killed.
 //!
-//! A dropped [`GuardedChild`] kills its process group. A harness that is killed drops nothing, so a shell
-//! in the guest's process group waits at a pipe whose other end only the harness holds: when the
-//! pipe closes, the shell kills the group, itself included. A parent death signal would not do: it
-//! goes with the thread that started the guest, and reaches the main process of the guest alone.
+//! Dropping a [`GuardedChild`] kills its process group. A harness that is killed drops nothing, so
+//! a shell in the guest's process group reads from a pipe whose other end only the harness holds:
+//! when the pipe closes, the shell kills the group, itself included. A parent death signal does not
+//! suffice: it is tied to the thread that started the guest, and reaches only the main process.
 
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -18,8 +18,8 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use crate::error::{Context, LabError, Result};
 
 /// `$1` is the pipe, `$2` a directory to remove with a killed harness, the rest is the guest.
-/// The waiting shell is nobody's child, so that a guest that waits for children never sees it.
-/// A crashed guest leaves no core file. Not every machine has the links in `/dev` that udev makes.
+/// The shell that reads the pipe is reparented, so a guest that waits for children never sees it.
+/// A crashed guest leaves no core file. Some machines lack the links in `/dev` that udev makes.
 const SCRIPT: &str = r#"
 pipe=$1 directory=$2
 shift 2
@@ -32,14 +32,14 @@ exec "$@"
 pub(crate) struct GuardedChild {
     child: Child,
     status: Option<ExitStatus>,
-    /// Closing it ends the waiting shell, and the group with it.
+    /// Closing it ends the shell that reads the other end, and the group with it.
     _alive: OwnedFd,
 }
 
 impl GuardedChild {
-    /// Starts a program in a process group of its own, with pipes for its three streams.
+    /// Starts a program in a new process group, with pipes for its three streams.
     ///
-    /// `directory` is where it runs; it is removed if the caller is killed.
+    /// `directory` is its working directory, which is removed if the caller is killed.
     pub(crate) fn start(
         words: &[OsString],
         directory: &Path,
@@ -47,8 +47,8 @@ impl GuardedChild {
     ) -> Result<Self> {
         let (watched, alive) =
             pipe_with(PipeFlags::CLOEXEC).context(|| "make a pipe".to_owned())?;
-        // The child inherits this end. That another child of this process may get it too does no
-        // harm: what counts is that nobody else holds the other end.
+        // The child inherits this end. Another child of this process may inherit it too, which is
+        // harmless: only the harness holds the other end.
         fcntl_setfd(&watched, FdFlags::empty()).context(|| "share a pipe".to_owned())?;
         let child = Command::new("/bin/sh")
             .args(["-c", SCRIPT, "keeper", &watched.as_raw_fd().to_string()])
@@ -65,7 +65,7 @@ impl GuardedChild {
         Ok(Self { child, status: None, _alive: alive })
     }
 
-    /// The main process, which leads the group.
+    /// Id of the main process and the process group.
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
@@ -75,7 +75,7 @@ impl GuardedChild {
         &mut self.child
     }
 
-    /// How the main process ended, if it did.
+    /// Exit status of the main process, `None` while it runs.
     pub(crate) fn status(&mut self) -> Result<Option<ExitStatus>> {
         if self.status.is_none() {
             self.status = self.child.try_wait().context(|| "wait for the guest".to_owned())?;
@@ -87,11 +87,11 @@ impl GuardedChild {
     pub(crate) fn end(&mut self) -> Result<ExitStatus> {
         let group = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
         let group = group.ok_or_else(|| LabError::Unexpected {
-            what: "the guest's process number".to_owned(),
+            what: "the guest's process id".to_owned(),
             detail: self.child.id().to_string(),
         })?;
-        // The number cannot be another group's by now: the main process is not yet waited for, or
-        // the waiting shell is still in the group. An error means that all have gone.
+        // The id cannot belong to another group: the main process is not reaped yet, or the shell
+        // is still in the group. An error means that all processes have ended.
         let _ = kill_process_group(group, Signal::KILL);
         let status = match self.status {
             Some(status) => status,

@@ -1,11 +1,10 @@
-//! A real KVM, also where the machine has none: a guest with its own.
+//! A working KVM, on any machine: the machine's own, or that of a nested guest.
 //!
-//! QEMU emulates the virtualisation extensions of AMD's processors, so that a kernel inside finds
-//! a working KVM ("L1"). Programs of this machine run there on its own root file system, shared
-//! read-only.
+//! QEMU emulates the virtualisation extensions of AMD's CPUs, so a kernel inside has a working KVM
+//! ("L1"). Programs of the host run there on the host's root file system, shared read-only.
 //!
-//! A `/dev/kvm` of this machine may be there and useless, so [`hardware`] boots something. What
-//! cannot be one is seen by a look ([`look`]), which costs nothing.
+//! A host's `/dev/kvm` may exist and not work, so [`hardware`] boots a guest. [`check`] detects a
+//! missing KVM without a boot.
 
 use std::ffi::OsStr;
 use std::fmt::Write;
@@ -16,39 +15,39 @@ use std::path::Path;
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use crate::available_memory;
 use crate::debian::{self, DebianKernel, Release};
 use crate::error::{LabError, Result};
 use crate::guest::Guest;
-use crate::room;
 
-/// Modules of the guest: KVM for the processor that QEMU emulates, and the shared root.
+/// Modules of the guest: KVM for the emulated CPU, and the shared root.
 const MODULES: [&str; 6] = ["virtio_pci", "9pnet_virtio", "9p", "ccp", "kvm", "kvm_amd"];
 
-/// The name of the shared root.
+/// Mount tag of the shared root.
 const ROOT_TAG: &str = "root";
 
-/// While an alarm is set, the kernel has the HPET interrupt it 64 times a second
-/// (CONFIG_HPET_EMULATE_RTC), besides the timer of its processor.
+/// While an alarm is set, the kernel has the HPET interrupt 64 times a second
+/// (CONFIG_HPET_EMULATE_RTC), in addition to the timer of its CPU.
 ///
-/// QEMU 7.2 forgets an interrupt now and then where it emulates SVM: as a guest exits, `do_vmexit`
-/// takes a bit out of a word in which another thread puts those for interrupts, without a lock. What
-/// it forgot comes with the next one; but a kernel arms its timer when it has gone off, so that there
-/// may be none. Such machines halted until somebody typed, or gave no other thread the processor
-/// while a guest was busy.
+/// QEMU 7.2 sometimes loses an interrupt when it emulates SVM: on a guest exit, `do_vmexit` clears
+/// a bit in a word in which another thread sets interrupt bits, without a lock. The next interrupt
+/// recovers the lost one. But a kernel arms its timer only after the timer has fired, so there may
+/// be no next one. Such machines hung until a key was typed, or ran no other thread while a guest
+/// was busy.
 const ALARM: &str = "/sys/class/rtc/rtc0/wakealarm";
-/// From now, in seconds: the chip knows no date, so within a day.
+/// Seconds from now: the chip keeps no date, so less than a day.
 const ALARM_AFTER: &str = "+86000";
 
-/// What the guest's kernel and a program need besides the memory of the program's own guests.
+/// Memory of the L1 kernel and a program, in addition to that of the program's guests.
 const OWN_MEMORY_MIB: u64 = 768;
 
-/// What QEMU needs to emulate it, most of it for code that it translated: at most 1 GiB.
+/// Memory of QEMU's emulation. Most is translated code: at most 1 GiB.
 const EMULATOR_MIB: u64 = 1024;
 
-/// What a monitor and a program beside it need of this machine, besides the guest's memory.
+/// Memory of a VMM and a benchmark program, in addition to the guest's.
 const MONITOR_MIB: u64 = 256;
 
-/// How a processor says that it runs guests: Intel's word and AMD's.
+/// CPU flags for virtualisation: Intel's and AMD's.
 const EXTENSIONS: [&str; 2] = ["vmx", "svm"];
 
 const DEVICE: &str = "/dev/kvm";
@@ -59,30 +58,31 @@ const PROBE_LIMIT: Duration = Duration::from_secs(20);
 /// Memory of the guest that is booted to probe.
 const PROBE_MEMORY_MIB: u64 = 256;
 
-/// How a program ended, and what it printed.
+/// Output and exit code of a program.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outcome {
-    /// Lines of standard output and standard error, in their order.
+    /// Lines of standard output and standard error, in order.
     pub lines: Vec<String>,
     /// The exit code; `None` after a signal.
     pub code: Option<i32>,
 }
 
-/// A machine with a KVM, which ends when this is dropped.
+/// A machine with KVM. Dropping this ends it.
 pub struct KvmMachine {
     guest: Guest,
 }
 
 impl KvmMachine {
-    /// Boots one with room for guests of this much memory.
+    /// Boots a machine with memory for guests of `guests_mib` in total.
     ///
     /// # Errors
-    /// What is missing on this machine, or why the boot failed.
+    /// A dependency is missing, or the boot fails.
     pub fn boot(guests_mib: u64) -> Result<Self> {
         Self::boot_with(guests_mib, &[])
     }
 
-    /// The same, with all of its memory there: what is measured first does not pay for it.
+    /// Boots a machine with all of its memory populated, so that the first measurement does not pay
+    /// for page faults.
     ///
     /// # Errors
     /// As those of [`boot`](Self::boot).
@@ -108,11 +108,11 @@ impl KvmMachine {
         Ok(Self { guest })
     }
 
-    /// Runs a program of this machine by its absolute path. Only `/run` can be written there,
-    /// which is empty at first.
+    /// Runs a program of the host by its absolute path. Only `/run` is writable, and empty at
+    /// first.
     ///
     /// # Errors
-    /// When the machine ends, or does not say within the limit how the program ended.
+    /// The machine ends, or the program does not end in time.
     pub fn run(
         &mut self,
         program: &Path,
@@ -120,20 +120,20 @@ impl KvmMachine {
         variables: &[(&str, &OsStr)],
         limit: Duration,
     ) -> Result<Outcome> {
-        self.run_telling(program, arguments, variables, limit, &mut |_| {})
+        self.run_with_lines(program, arguments, variables, limit, &mut |_| {})
     }
 
-    /// The same; `tell` hears each line as it is printed.
+    /// As [`run`](Self::run), and calls `each` with each line at once.
     ///
     /// # Errors
     /// As those of [`run`](Self::run).
-    pub fn run_telling(
+    pub fn run_with_lines(
         &mut self,
         program: &Path,
         arguments: &[&OsStr],
         variables: &[(&str, &OsStr)],
         limit: Duration,
-        tell: &mut dyn FnMut(&str),
+        each: &mut dyn FnMut(&str),
     ) -> Result<Outcome> {
         let mut command = "program".to_owned();
         for (name, value) in variables {
@@ -142,7 +142,7 @@ impl KvmMachine {
         for word in [program.as_os_str()].iter().chain(arguments) {
             command += &format!(" {}", encode(word));
         }
-        let reply = self.guest.run_telling(&command, limit, tell)?;
+        let reply = self.guest.run_with_lines(&command, limit, each)?;
         let code = match reply.text.split_once('=') {
             Some(("exit", code)) => code.parse().ok(),
             Some(("signal", _)) => None,
@@ -154,56 +154,56 @@ impl KvmMachine {
         Ok(Outcome { lines: reply.lines, code })
     }
 
-    /// Everything the machine printed, with times.
+    /// All output of the machine, with times.
     pub fn console_log(&self) -> String {
         self.guest.console_log()
     }
 }
 
-/// Whether this machine's own KVM boots a guest. Asked once for each process.
+/// Whether this machine's own KVM boots a guest. Probed once per process.
 pub fn hardware() -> bool {
-    trouble().is_none()
+    unusable().is_none()
 }
 
-/// Why this machine's own KVM boots no guest, if it does not. Asked once for each process.
-pub fn trouble() -> Option<&'static str> {
+/// Why this machine's own KVM boots no guest, `None` if it does. Probed once per process.
+pub fn unusable() -> Option<&'static str> {
     static ANSWER: OnceLock<Option<String>> = OnceLock::new();
     let ask = || {
         let error = probe().err()?.to_string();
-        tracing::info!("no use of {DEVICE}: {error}");
+        tracing::info!("{DEVICE} is unusable: {error}");
         Some(error)
     };
     ANSWER.get_or_init(ask).as_deref()
 }
 
-/// Looks for what hardware KVM cannot be without: a processor that runs guests, and a device that
-/// this user may open. It boots nothing and needs no package.
+/// Checks the preconditions of hardware KVM: a CPU with virtualisation, and a device that this
+/// user may open. Boots nothing and needs no package.
 ///
-/// `./demo` does the same before it installs anything.
+/// `./demo` checks the same before it installs anything.
 ///
 /// # Errors
-/// What is missing.
-pub fn look() -> Result<()> {
-    let processors = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    if !runs_guests(&processors) {
-        let advice = "its processor has neither vmx nor svm".to_owned();
+/// A precondition is not met; the error names it.
+pub fn check() -> Result<()> {
+    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    if !has_virtualisation(&cpuinfo) {
+        let advice = "its CPU has neither vmx nor svm".to_owned();
         return Err(LabError::Host { what: "run guests on hardware".to_owned(), advice });
     }
     open_device()
 }
 
-/// Whether this machine has the memory for guests of this much at a time, on its own KVM or in a
-/// [`KvmMachine`] that is [populated](KvmMachine::boot_populated).
+/// Checks that this machine has the memory for guests of this size at a time, on its own KVM or in
+/// a [populated](KvmMachine::boot_populated) [`KvmMachine`].
 ///
 /// # Errors
-/// How much there is, and how much is needed.
-pub fn has_room(guests_mib: u64) -> Result<()> {
+/// The error has the needed and the available amount.
+pub fn check_memory(guests_mib: u64) -> Result<()> {
     let more = if hardware() { MONITOR_MIB } else { OWN_MEMORY_MIB + EMULATOR_MIB };
-    room::check(guests_mib + more)
+    available_memory::check(guests_mib + more)
 }
 
-fn runs_guests(processors: &str) -> bool {
-    let flags = processors.lines().find(|line| line.starts_with("flags"));
+fn has_virtualisation(cpuinfo: &str) -> bool {
+    let flags = cpuinfo.lines().find(|line| line.starts_with("flags"));
     flags.is_some_and(|line| line.split_whitespace().any(|flag| EXTENSIONS.contains(&flag)))
 }
 
@@ -212,14 +212,16 @@ fn open_device() -> Result<()> {
         Ok(_) => return Ok(()),
         Err(error) => match error.kind() {
             ErrorKind::NotFound => "load the module kvm_intel or kvm_amd".to_owned(),
-            ErrorKind::PermissionDenied => "run it as root, or as one of the group kvm".to_owned(),
+            ErrorKind::PermissionDenied => {
+                "run it as root, or add the user to the group kvm".to_owned()
+            }
             _ => error.to_string(),
         },
     };
     Err(LabError::Host { what: format!("open {DEVICE}"), advice })
 }
 
-/// Boots an unmodified kernel in QEMU, so that a fault of our own monitor is not taken for one of
+/// Boots an unmodified kernel in QEMU, so that a bug of our own VMM is not taken for a failure of
 /// the machine.
 fn probe() -> Result<()> {
     open_device()?;
@@ -232,7 +234,7 @@ fn probe() -> Result<()> {
     guest.power_off().map(drop)
 }
 
-/// A word as the guest's init takes it: `%XX` for bytes that separate words, and for `%`.
+/// Encodes a word for the guest's init: `%XX` for bytes that separate words, and for `%`.
 fn encode(word: &OsStr) -> String {
     let mut text = String::new();
     for byte in word.as_bytes() {
@@ -252,18 +254,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_processor_that_runs_guests_is_known_by_its_flags() {
+    fn cpu_flags_show_virtualisation() {
         let of = |flags: &str| {
             format!("processor\t: 0\nmodel name\t: svm\nvmx flags\t: vnmi\nflags\t\t: {flags}\n")
         };
-        assert!(runs_guests(&of("fpu vmx ssse3")));
-        assert!(runs_guests(&of("fpu svm")));
-        assert!(!runs_guests(&of("fpu svm_lock hypervisor")));
-        assert!(!runs_guests(""));
+        assert!(has_virtualisation(&of("fpu vmx ssse3")));
+        assert!(has_virtualisation(&of("fpu svm")));
+        assert!(!has_virtualisation(&of("fpu svm_lock hypervisor")));
+        assert!(!has_virtualisation(""));
     }
 
     #[test]
-    fn words_are_encoded_so_that_they_stay_one_word() {
+    fn an_encoded_word_stays_one_word() {
         assert_eq!(encode(OsStr::new("a b%\tc\n")), "a%20b%25%09c%0a");
         assert_eq!(encode(OsStr::new("/usr/bin/x-y_z=1")), "/usr/bin/x-y_z=1");
         assert_eq!(encode(OsStr::new("ä")), "%c3%a4");

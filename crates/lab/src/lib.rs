@@ -1,8 +1,9 @@
-//! Boots real kernels: for the demo, the tests and the benches.
+//! Boots real kernels for the demo, the tests and the benchmarks.
 //!
 //! [`uml::kernel`] builds User Mode Linux once, [`debian::kernel`] fetches an unmodified Debian
 //! kernel once; [`Guest::uml`] and [`Guest::qemu`] boot them; [`Guest::run`] runs a command in the
-//! guest. [`kvm::KvmMachine`] has a real KVM for the monitor. A guest ends with its [`Guest`], and with the process that booted it, however it ends.
+//! guest. [`kvm::KvmMachine`] provides a KVM for the VMM. A guest ends with its [`Guest`] and with
+//! the process that booted it, even if that one is killed.
 //!
 //! ```no_run
 //! let kernel = lab::uml::kernel()?;
@@ -29,10 +30,10 @@ pub mod qemu;
 pub mod scratch;
 pub mod uml;
 
+mod available_memory;
 mod boot;
 mod error;
 mod keeper;
-mod room;
 mod sleep;
 mod tool;
 

@@ -1,4 +1,4 @@
-//! Directories for the memory of guests: tmpfs with huge pages or with small ones only.
+//! Directories for guest memory: tmpfs with huge pages or with small pages only.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -12,19 +12,19 @@ use rustix::mount::{
 
 use crate::error::{Context, LabError, Result};
 
-/// What the host can say about huge pages on tmpfs, for all of them.
+/// Host-wide setting of huge pages on tmpfs, which can override the mount option.
 const SHMEM_SETTING: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 
-/// Writing to it makes the host drop file contents that it can read again.
+/// Writing to it drops clean file contents.
 const DROP_CACHES: &str = "/proc/sys/vm/drop_caches";
 
-/// Writing to it makes the host put its free memory together.
+/// Writing to it compacts the host's free memory.
 const COMPACT: &str = "/proc/sys/vm/compact_memory";
 
-/// How often: a pass takes some 0.1 s on 24 GiB.
+/// A pass takes about 0.1 s on 24 GiB.
 const COMPACT_PASSES: u32 = 3;
 
-/// The pages that hold the guest's memory on the host.
+/// Page size of guest memory on the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Backing {
     /// 4 KiB pages.
@@ -41,7 +41,7 @@ impl Backing {
         }
     }
 
-    /// The value of the host's setting that overrides the mount option.
+    /// Value of the host-wide setting that overrides the mount option.
     fn contrary_setting(self) -> &'static str {
         match self {
             Self::Small => "[force]",
@@ -50,10 +50,10 @@ impl Backing {
     }
 }
 
-/// A tmpfs of its own, which has a path while this exists.
+/// A private tmpfs, which has a path while this exists.
 ///
-/// It is never attached to the machine's tree of mounts: it lives by its file descriptor alone, so
-/// it goes with this process, however that ends, and with the last guest that uses it.
+/// It is a detached mount that only its file descriptor keeps alive. So it disappears with this
+/// process, even if that is killed, and with the last guest that uses it.
 #[derive(Debug)]
 pub struct GuestMemoryDir {
     _mount: OwnedFd,
@@ -64,11 +64,11 @@ impl GuestMemoryDir {
     /// Makes a tmpfs of at most `size_mib` MiB.
     ///
     /// # Errors
-    /// When this process is not root, or the host overrides the size of pages.
+    /// This process is not root, or the host-wide setting overrides the page size.
     pub fn mount(backing: Backing, size_mib: u64) -> Result<Self> {
         check_setting(backing)?;
         if backing == Backing::Huge {
-            // A host whose free memory is in pieces would hand out small pages without a word.
+            // A host with fragmented memory would silently allocate small pages.
             gather_huge_pages()?;
         }
         let context = || format!("mount a tmpfs with huge={}", backing.mount_option());
@@ -96,29 +96,29 @@ impl GuestMemoryDir {
         Ok(Self { _mount: mount, path: path.into() })
     }
 
-    /// The directory, for this process and those of the same user.
+    /// The directory, for processes of the same user.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Memory that the files in it hold now, in bytes: what guests have touched and not returned.
+    /// Bytes of memory that its files hold: touched by guests and not returned.
     ///
     /// # Errors
-    /// When the system does not say.
+    /// The kernel returns an error.
     pub fn used_bytes(&self) -> Result<u64> {
         let status = statvfs(&self.path).context_path("measure", &self.path)?;
         Ok(status.f_blocks.saturating_sub(status.f_bfree).saturating_mul(status.f_frsize))
     }
 }
 
-/// Makes the host gather huge pages for what is written next. Builds leave its free memory in
-/// pieces, and tmpfs then takes small pages without a word. Needs root.
+/// Makes the host assemble huge pages for later writes. Builds fragment its free memory, and tmpfs
+/// then silently uses small pages. Needs root.
 ///
-/// File contents that are still to be written cannot be dropped, nor pages that the kernel's own
-/// objects refer to, so both go first; and one pass of compaction does not reach all.
+/// Dirty file contents and pages of kernel objects cannot be dropped or moved, so they are synced
+/// and dropped first. One pass of compaction does not reach all pages.
 ///
 /// # Errors
-/// When the host refuses.
+/// The kernel returns an error.
 pub fn gather_huge_pages() -> Result<()> {
     rustix::fs::sync();
     let write = |path: &str, what: &str| {
@@ -131,14 +131,14 @@ pub fn gather_huge_pages() -> Result<()> {
 fn check_setting(backing: Backing) -> Result<()> {
     let setting = match std::fs::read_to_string(SHMEM_SETTING) {
         Ok(setting) => setting,
-        // A host without huge pages on tmpfs has small ones.
+        // A host without huge pages on tmpfs uses small ones.
         Err(_) if backing == Backing::Small => return Ok(()),
         Err(error) => return Err(error).context(|| format!("read {SHMEM_SETTING}")),
     };
     match setting.contains(backing.contrary_setting()) {
         false => Ok(()),
         true => Err(LabError::Host {
-            what: format!("have a tmpfs with huge={}", backing.mount_option()),
+            what: format!("mount a tmpfs with huge={}", backing.mount_option()),
             advice: format!("{SHMEM_SETTING} is {}", setting.trim()),
         }),
     }
@@ -152,7 +152,7 @@ mod tests {
     const WRITTEN_BYTES: u64 = 64 << 20;
     const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
-    /// A file with one byte written and what the file system then holds.
+    /// Writes a file of one byte and returns the bytes that the file system then holds.
     fn bytes_for_one_byte(backing: Backing) -> u64 {
         let directory = GuestMemoryDir::mount(backing, SIZE_MIB).unwrap();
         std::fs::write(directory.path().join("file"), "x").unwrap();
@@ -160,13 +160,13 @@ mod tests {
     }
 
     #[test]
-    fn pages_are_as_large_as_asked_for() {
+    fn pages_have_the_requested_size() {
         assert_eq!(bytes_for_one_byte(Backing::Small), 4096);
         assert_eq!(bytes_for_one_byte(Backing::Huge), HUGE_PAGE_BYTES);
     }
 
     #[test]
-    fn what_files_hold_is_measured_and_limited() {
+    fn used_bytes_are_measured_and_limited() {
         for backing in [Backing::Small, Backing::Huge] {
             let directory = GuestMemoryDir::mount(backing, SIZE_MIB).unwrap();
             let file = directory.path().join("file");
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_left_in_the_table_of_mounts() {
+    fn the_mount_table_has_no_entry() {
         let mounts = || std::fs::read_to_string("/proc/self/mounts").unwrap();
         let before = mounts();
         let _directory = GuestMemoryDir::mount(Backing::Small, SIZE_MIB).unwrap();

@@ -1,4 +1,4 @@
-//! A QEMU that has a generic vhost-user device, which Debian 12's has not.
+//! A QEMU with a generic vhost-user device, which Debian 12's QEMU lacks.
 
 use std::path::{Path, PathBuf};
 
@@ -6,13 +6,13 @@ use crate::error::{LabError, Result};
 use crate::guest_build::clone_root;
 use crate::tool;
 
-/// What fetches it, in the clone.
+/// Script of the clone that fetches it.
 const SCRIPT: &str = "scripts/qemu-vhost-user";
 
-/// The script's exit code where this machine cannot fetch it.
-const NOT_HERE: i32 = 3;
+/// Exit code of the script if this machine cannot fetch it.
+const NOT_FETCHED: i32 = 3;
 
-/// Names of the device: since 10.1 it is called one for tests.
+/// Names of the device, which 10.1 renamed.
 const DEVICES: [&str; 2] = ["vhost-user-device-pci", "vhost-user-test-device-pci"];
 
 /// A QEMU with a generic vhost-user device.
@@ -20,30 +20,30 @@ const DEVICES: [&str; 2] = ["vhost-user-device-pci", "vhost-user-test-device-pci
 pub struct VhostUserQemu {
     /// The emulator.
     pub program: PathBuf,
-    /// What it calls the device.
+    /// Name of its device.
     pub device: &'static str,
 }
 
-/// Such a QEMU, or why this machine cannot have one.
+/// Such a QEMU, or why this machine cannot fetch one.
 pub type Found = std::result::Result<VhostUserQemu, String>;
 
-/// Fetches it if this machine has not done so yet.
+/// Returns it, and fetches it first if it is not in the cache.
 ///
 /// # Errors
-/// The script cannot be run, or fails otherwise than by not getting it.
+/// The script cannot be run, or fails for another reason than the fetch.
 pub fn vhost_user() -> Result<Found> {
     let script = clone_root().join(SCRIPT);
     let mut command = tool::command(&script.to_string_lossy());
     let output = command
         .output()
         .map_err(|source| LabError::Io { what: format!("run {}", script.display()), source })?;
-    let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    let errors = String::from_utf8_lossy(&output.stderr).trim().to_owned();
     match output.status.code() {
         Some(0) => {}
-        Some(NOT_HERE) => return Ok(Err(said)),
+        Some(NOT_FETCHED) => return Ok(Err(errors)),
         _ => {
             let what = script.display().to_string();
-            return Err(LabError::Unexpected { what, detail: said });
+            return Err(LabError::Unexpected { what, detail: errors });
         }
     }
     let program = PathBuf::from(String::from_utf8_lossy(&output.stdout).trim());
@@ -54,7 +54,7 @@ pub fn vhost_user() -> Result<Found> {
 }
 
 fn has_device(program: &Path, name: &str) -> bool {
-    let mut ask = tool::command(&program.to_string_lossy());
-    ask.args(["-device", &format!("{name},help")]);
-    ask.output().is_ok_and(|output| output.status.success())
+    let mut help = tool::command(&program.to_string_lossy());
+    help.args(["-device", &format!("{name},help")]);
+    help.output().is_ok_and(|output| output.status.success())
 }

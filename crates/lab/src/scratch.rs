@@ -1,4 +1,4 @@
-//! A directory that goes with the process that made it, however that one ends.
+//! A temporary directory that ends with the process that made it, even if that is killed.
 
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -8,23 +8,23 @@ use tempfile::TempDir;
 
 use crate::error::{Context, Result};
 
-/// Waits until the pipe closes whose other end only the harness holds. What interrupts a harness at
-/// its terminal must not end the shell before it, so that it is in a group of its own.
+/// Waits until the pipe closes whose other end only the harness holds. A terminal interrupt of the
+/// harness must not end this shell first, so it is in its own process group.
 const SCRIPT: &str = r#"read -r _; rm -rf -- "$1""#;
 
-/// Files of one run, below the directory for temporary files.
+/// A directory for the files of one run.
 #[derive(Debug)]
 pub struct Scratch {
     directory: TempDir,
-    /// Removes it when this process does not.
+    /// Shell that removes the directory if this process does not.
     sweeper: Child,
 }
 
 impl Scratch {
-    /// Makes one whose name tells of its `purpose`.
+    /// Makes a directory whose name contains `purpose`.
     ///
     /// # Errors
-    /// There is no room for it, or no shell to remove it.
+    /// The directory cannot be made, or the shell cannot be started.
     pub fn new(purpose: &str) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix(&format!("aerostat-{purpose}-")).tempdir();
         let directory = directory.context(|| "make a temporary directory".to_owned())?;
@@ -41,7 +41,7 @@ impl Scratch {
         Ok(Self { directory, sweeper })
     }
 
-    /// Where it is.
+    /// The directory.
     pub fn path(&self) -> &Path {
         self.directory.path()
     }
@@ -50,7 +50,7 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         drop(self.sweeper.stdin.take());
-        // An error would mean that somebody else waited for it.
+        // An error means that the shell is reaped already.
         let _ = self.sweeper.wait();
     }
 }
@@ -60,7 +60,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_dropped_one_leaves_nothing() {
+    fn dropping_it_removes_the_directory() {
         let scratch = Scratch::new("test").unwrap();
         let path = scratch.path().to_owned();
         std::fs::write(path.join("file"), "text").unwrap();

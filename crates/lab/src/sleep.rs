@@ -1,4 +1,4 @@
-//! Guests that sleep, which is how Linux suspends a driver and its device, and what wakes them.
+//! Suspends and wakes guests. Linux suspends a driver and its device on the way.
 
 use std::time::{Duration, Instant};
 
@@ -8,16 +8,16 @@ use crate::error::{Context, LabError, Result};
 use crate::guest::Guest;
 
 const STATE: &str = "/sys/power/state";
-/// How often it has slept.
-const SLEPT: &str = "/sys/power/suspend_stats/success";
+/// Number of suspends.
+const SUSPEND_COUNT: &str = "/sys/power/suspend_stats/success";
 
-/// Time to go to sleep and to wake, in emulation, on a machine with other work.
+/// Timeout to suspend and resume, in emulation, on a busy machine.
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// Between two calls: one that comes before the guest sleeps is not heard.
-const CALL_AGAIN: Duration = Duration::from_millis(200);
+/// Between two wake-ups: one before the suspend has no effect.
+const WAKE_INTERVAL: Duration = Duration::from_millis(200);
 
-/// What wakes a guest.
+/// How to wake a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Waker {
     /// SIGUSR1, in User Mode Linux (`arch/um`, `init_pm_wake_signal`).
@@ -27,10 +27,10 @@ pub enum Waker {
 }
 
 impl Guest {
-    /// Has the guest sleep and wakes it; it is awake when this returns.
+    /// Suspends and wakes the guest. It is awake when this returns.
     ///
     /// # Errors
-    /// Its kernel's refusal, or its silence.
+    /// The suspend fails or times out.
     pub fn sleep(&mut self, waker: Waker) -> Result<()> {
         let state = match waker {
             Waker::Signal => "mem",
@@ -39,38 +39,38 @@ impl Guest {
                 "freeze"
             }
         };
-        let before = self.slept()?;
-        self.fall_asleep(state, waker)?;
-        let after = self.slept()?;
+        let before = self.suspend_count()?;
+        self.suspend(state, waker)?;
+        let after = self.suspend_count()?;
         if after == before {
-            let what = "a guest that slept".to_owned();
-            return Err(LabError::Unexpected { what, detail: format!("{after} times before") });
+            let what = "the guest's suspend count".to_owned();
+            return Err(LabError::Unexpected { what, detail: format!("it is still {after}") });
         }
         Ok(())
     }
 
-    fn slept(&mut self) -> Result<String> {
-        Ok(self.run(&format!("cat {SLEPT}"))?.lines.join(""))
+    fn suspend_count(&mut self) -> Result<String> {
+        Ok(self.run(&format!("cat {SUSPEND_COUNT}"))?.lines.join(""))
     }
 
-    fn fall_asleep(&mut self, state: &str, waker: Waker) -> Result<()> {
+    fn suspend(&mut self, state: &str, waker: Waker) -> Result<()> {
         let command = format!("write {STATE} {state}");
-        let number = self.ask(&command)?;
+        let number = self.send(&command)?;
         let end = Instant::now() + LIMIT;
         loop {
-            match self.answer(number, &command, CALL_AGAIN) {
-                Err(LabError::Timeout { .. }) if Instant::now() < end => self.call(waker)?,
+            match self.answer(number, &command, WAKE_INTERVAL) {
+                Err(LabError::Timeout { .. }) if Instant::now() < end => self.wake(waker)?,
                 answer => return answer.map(drop),
             }
         }
     }
 
-    fn call(&mut self, waker: Waker) -> Result<()> {
+    fn wake(&mut self, waker: Waker) -> Result<()> {
         match waker {
             Waker::Signal => {
                 let pid = i32::try_from(self.pid()).ok().and_then(Pid::from_raw);
-                let called = pid.map_or(Ok(()), |pid| kill_process(pid, Signal::USR1));
-                called.context(|| "wake a guest".to_owned())
+                let sent = pid.map_or(Ok(()), |pid| kill_process(pid, Signal::USR1));
+                sent.context(|| "wake a guest".to_owned())
             }
             Waker::SerialLine(_) => self.press_return(),
         }

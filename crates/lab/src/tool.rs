@@ -1,4 +1,4 @@
-//! Runs the programs of Debian packages that build and fetch.
+//! Runs build tools and package tools of Debian.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -6,10 +6,10 @@ use std::process::{Command, Stdio};
 
 use crate::error::{Context, LabError, Result};
 
-/// Lines of a failed program's output that go into the error.
+/// Lines of a failed program's output quoted in the error.
 const TAIL_LINES: usize = 25;
 
-/// Variables of a surrounding cargo or make that would change what the program does.
+/// Variables of a surrounding cargo or make that would affect the program.
 const FOREIGN_VARIABLES: [&str; 8] = [
     "ARCH",
     "CARGO_BUILD_TARGET",
@@ -21,7 +21,7 @@ const FOREIGN_VARIABLES: [&str; 8] = [
     "RUSTFLAGS",
 ];
 
-/// A command without the variables of a surrounding build.
+/// Returns a command without the variables of a surrounding build.
 pub(crate) fn command(program: &str) -> Command {
     let mut command = Command::new(program);
     for name in FOREIGN_VARIABLES {
@@ -31,10 +31,10 @@ pub(crate) fn command(program: &str) -> Command {
     command
 }
 
-/// Runs a command to its end, with what it prints in `log`.
+/// Runs a command to its end and appends its output to `log`.
 ///
 /// # Errors
-/// A missing program is an error that names `package`.
+/// The program fails, or is missing; then the error names `package`.
 pub(crate) fn run(command: &mut Command, package: &str, log: &Path) -> Result<()> {
     let line = describe(command);
     let mut options = File::options();
@@ -53,20 +53,20 @@ pub(crate) fn run(command: &mut Command, package: &str, log: &Path) -> Result<()
     Err(LabError::Tool { command: line, status, log: log.to_owned(), tail })
 }
 
-/// Runs a command and returns what it prints; `None` when it reports a failure.
+/// Runs a command and returns its output, `None` if it fails.
 ///
 /// # Errors
-/// A missing program is an error that names `package`.
+/// The program is missing; the error names `package`.
 pub(crate) fn capture(command: &mut Command, package: &str) -> Result<Option<String>> {
     let output = command.output().map_err(|error| start_error(command, package, error))?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     Ok(output.status.success().then_some(text))
 }
 
-/// The version of an installed Debian package.
+/// Returns the version of an installed Debian package.
 ///
 /// # Errors
-/// A package that is not installed is an error that names it.
+/// The package is not installed; the error names it.
 pub(crate) fn package_version(package: &str) -> Result<String> {
     let mut query = command("dpkg-query");
     query.args(["--show", "--showformat=${db:Status-Abbrev}${Version}", package]);
@@ -80,16 +80,16 @@ pub(crate) fn package_version(package: &str) -> Result<String> {
     }
 }
 
-/// The first line that a program says about its version.
+/// Returns the first line of `PROGRAM --version`.
 ///
 /// # Errors
-/// A missing program is an error that names `package`.
+/// The program is missing; the error names `package`.
 pub(crate) fn program_version(program: &str, package: &str) -> Result<String> {
     let text = capture(command(program).arg("--version"), package)?.unwrap_or_default();
     Ok(text.lines().next().unwrap_or_default().to_owned())
 }
 
-/// The last lines of a text.
+/// Returns the last lines of a text.
 pub(crate) fn tail(text: &str, lines: usize) -> String {
     let all: Vec<&str> = text.lines().collect();
     all[all.len().saturating_sub(lines)..].join("\n")
@@ -115,19 +115,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_missing_program_names_its_package() {
+    fn the_error_of_a_missing_program_names_its_package() {
         let error = program_version("no-such-program", "some-package").unwrap_err();
         assert!(error.to_string().contains("apt-get install some-package"), "{error}");
     }
 
     #[test]
-    fn a_missing_package_is_named() {
+    fn the_error_names_a_missing_package() {
         let error = package_version("no-such-package").unwrap_err();
         assert!(error.to_string().contains("apt-get install no-such-package"), "{error}");
     }
 
     #[test]
-    fn a_failing_program_shows_its_last_lines() {
+    fn the_error_of_a_failed_program_has_its_last_lines() {
         let log = tempfile::NamedTempFile::new().unwrap();
         let mut shell = command("sh");
         shell.args(["-c", "echo first; echo why >&2; exit 3"]);

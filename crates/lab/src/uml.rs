@@ -1,7 +1,7 @@
 //! User Mode Linux 6.12, built from Debian's kernel sources.
 //!
-//! It runs at the machine's own speed without hardware virtualisation, and drives a vhost-user
-//! balloon by the kernel's own virtio code.
+//! It runs at native speed without hardware virtualisation, and drives a vhost-user balloon with
+//! the kernel's own virtio code.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,29 +12,29 @@ use crate::error::{Context, LabError, Result};
 use crate::guest_build::KernelTree;
 use crate::tool;
 
-/// The Debian package with the sources.
+/// Debian package of the sources.
 pub const SOURCE_PACKAGE: &str = "linux-source-6.12";
 
-/// Packages without which the build fails, apart from [`SOURCE_PACKAGE`].
+/// Build dependencies besides [`SOURCE_PACKAGE`].
 pub const BUILD_PACKAGES: [&str; 8] =
     ["bc", "binutils", "bison", "flex", "gcc", "libc6-dev", "make", "xz-utils"];
 
-/// The Debian package with a kernel that is ready to run, 6.1.
+/// Debian package of a prebuilt kernel, 6.1.
 pub const PACKAGE: &str = "user-mode-linux";
 
-/// Without it, external modules cannot be linked.
+/// File that external modules are linked against.
 const SYMBOLS: &str = "Module.symvers";
 
-/// Words for `make`: which kernel is meant.
+/// Arguments of `make` for the architecture.
 pub(crate) const ARCHITECTURE: [&str; 2] = ["ARCH=um", "SUBARCH=x86_64"];
 
-/// The options on top of the architecture's own.
+/// Options in addition to the architecture's defaults.
 const CONFIG: &str = include_str!("uml.config");
 
-/// Raise it when the way the kernel is built changes.
+/// Raise it when the build of the kernel changes.
 const RECIPE: u32 = 1;
 
-/// Code of devices and processors that User Mode Linux never compiles: half of the sources.
+/// Code of devices and CPUs that User Mode Linux does not compile: half of the sources.
 const UNUSED_SOURCES: [&str; 12] = [
     "Documentation/*/*",
     "arch/arm*/*.[chS]",
@@ -50,18 +50,18 @@ const UNUSED_SOURCES: [&str; 12] = [
     "tools/testing/*",
 ];
 
-/// The stock drivers that guests may load, as paths in the build tree, in loading order.
+/// Stock drivers for guests in loading order, as paths in the build tree.
 const STOCK_MODULES: [&str; 1] = ["drivers/virtio/virtio_balloon.ko"];
 
 /// A built kernel.
 #[derive(Debug, Clone)]
 pub struct UmlKernel {
-    /// The program that is the kernel.
+    /// Path of the kernel, an executable.
     pub linux: PathBuf,
-    /// The tree against which external modules are built; that of a packaged kernel
-    /// has only the modules that came with it.
+    /// The tree against which external modules are built. That of a packaged kernel only has the
+    /// modules of the package.
     pub build_tree: PathBuf,
-    /// The stock balloon driver and what it needs, in loading order.
+    /// The stock balloon driver and its dependencies, in loading order.
     pub stock_modules: Vec<PathBuf>,
 }
 
@@ -71,16 +71,16 @@ impl UmlKernel {
         self.build_tree.join(SYMBOLS).exists()
     }
 
-    /// The tree as kbuild wants it.
+    /// The tree for kbuild.
     pub fn tree(&self) -> KernelTree {
         KernelTree { path: self.build_tree.clone(), is_uml: true }
     }
 }
 
-/// Returns the kernel; builds it if this machine has not done so yet, in about three minutes.
+/// Returns the kernel. Builds it first, in about three minutes, if it is not in the cache.
 ///
 /// # Errors
-/// When a package is missing, or the build fails.
+/// A package is missing, or the build fails.
 pub fn kernel() -> Result<UmlKernel> {
     let key = Key::new(RECIPE)
         .with("source", tool::package_version(SOURCE_PACKAGE)?)
@@ -95,11 +95,11 @@ pub fn kernel() -> Result<UmlKernel> {
     })
 }
 
-/// Returns the kernel that Debian 12 ships as a program, with its own modules and no
-/// headers; fetches it if this machine has not done so yet.
+/// Returns Debian 12's prebuilt kernel, with its modules and no headers. Fetches it first if it is
+/// not in the cache.
 ///
 /// # Errors
-/// When the package is not known to apt, or cannot be fetched.
+/// apt does not know the package, or it cannot be fetched.
 pub fn packaged() -> Result<UmlKernel> {
     let version = debian::candidate_version(PACKAGE)?;
     let key = Key::new(RECIPE).with("package", PACKAGE).with("version", &version);
@@ -151,12 +151,12 @@ fn unpack(tree: &Path, log: &Path) -> Result<()> {
     tool::run(&mut tar, "tar", log)
 }
 
-/// Makes `.config`, and checks that nothing was asked for in vain.
+/// Writes `.config`, and checks that kbuild accepted every option.
 fn configure(tree: &Path, log: &Path) -> Result<()> {
     make(tree, log, &["x86_64_defconfig"])?;
     let path = tree.join(".config");
     let defaults = fs::read_to_string(&path).context_path("read", &path)?;
-    // Of two lines for one option the last one counts.
+    // Of two lines for one option the last one takes effect.
     fs::write(&path, defaults + CONFIG).context_path("write", &path)?;
     make(tree, log, &["olddefconfig"])?;
     let made = fs::read_to_string(&path).context_path("read", &path)?;
@@ -164,12 +164,12 @@ fn configure(tree: &Path, log: &Path) -> Result<()> {
         None => Ok(()),
         Some(line) => Err(LabError::Unexpected {
             what: "the kernel's configuration".to_owned(),
-            detail: format!("{line} was asked for and is not there"),
+            detail: format!("{line} was requested and is not set"),
         }),
     }
 }
 
-/// The first line of `wanted` that the configuration does not fulfil.
+/// Returns the first line of `wanted` that the configuration does not fulfil.
 fn unmet<'a>(wanted: &'a str, made: &str) -> Option<&'a str> {
     wanted.lines().filter(|line| line.starts_with("CONFIG_")).find(|line| {
         match line.strip_suffix("=n") {
@@ -192,7 +192,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_option_asked_for_in_vain_is_found() {
+    fn an_unset_option_is_reported() {
         let wanted = "# comment\nCONFIG_A=y\nCONFIG_B=n\n";
         assert_eq!(unmet(wanted, "CONFIG_A=y\n# CONFIG_B is not set\nCONFIG_BB=y\n"), None);
         assert_eq!(unmet(wanted, "CONFIG_A=m\n"), Some("CONFIG_A=y"));

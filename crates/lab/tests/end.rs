@@ -1,4 +1,4 @@
-//! A guest ends with what holds it: dropped, panicking, or killed.
+//! A guest ends when its `Guest` is dropped, also by a panic, and when its process is killed.
 
 #![allow(clippy::unwrap_used)]
 
@@ -8,26 +8,26 @@ use std::time::{Duration, Instant};
 
 use lab::{Guest, Scratch};
 
-/// Runs the test below as a process of its own, which boots a guest and waits to be killed.
+/// Environment variable: makes `victim` boot a guest and wait to be killed.
 const VICTIM_VARIABLE: &str = "LAB_TEST_VICTIM";
 
-/// How long processes may take to vanish.
+/// Timeout for processes to end.
 const LIMIT: Duration = Duration::from_secs(20);
 
 fn boot() -> Guest {
     let kernel = lab::uml::kernel().unwrap();
     let mut guest = Guest::uml(&kernel).memory_mib(256).boot().unwrap();
-    // Also gives the guest a user process, which is a process of this machine too.
+    // Starts a guest user process, which is also a host process.
     guest.run("pressure 16 0").unwrap();
     guest
 }
 
-/// The living processes of a group; dead ones that nobody waited for do not count.
+/// Returns the processes of a group, without zombies.
 fn group(leader: u32) -> Vec<u32> {
     let processes = std::fs::read_dir("/proc").unwrap().filter_map(|entry| {
         let pid: u32 = entry.ok()?.file_name().to_str()?.parse().ok()?;
         let status = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The name before the last parenthesis may hold anything.
+        // The name before the last parenthesis may contain anything.
         let fields: Vec<&str> = status.rsplit_once(')')?.1.split_whitespace().collect();
         let (state, group) = (*fields.first()?, fields.get(2)?.parse::<u32>().ok()?);
         (group == leader && state != "Z").then_some(pid)
@@ -35,11 +35,11 @@ fn group(leader: u32) -> Vec<u32> {
     processes.collect()
 }
 
-/// A killed process is there for a moment still.
+/// Waits until a killed group has ended.
 fn assert_vanishes(leader: u32) {
     let deadline = Instant::now() + LIMIT;
     while !group(leader).is_empty() {
-        assert!(Instant::now() < deadline, "still there: {:?}", group(leader));
+        assert!(Instant::now() < deadline, "still running: {:?}", group(leader));
         std::thread::sleep(Duration::from_millis(10));
     }
 }
@@ -48,7 +48,7 @@ fn assert_vanishes(leader: u32) {
 fn a_dropped_guest_leaves_no_process() {
     let guest = boot();
     let leader = guest.pid();
-    // The kernel, a user process of it, and the keeper.
+    // The kernel, its user process, and the shell of `GuardedChild`.
     assert!(group(leader).len() >= 3, "{:?}", group(leader));
     drop(guest);
     assert_vanishes(leader);
@@ -87,7 +87,7 @@ fn a_killed_harness_leaves_no_process_and_no_file() {
     assert_vanishes(leader);
     let deadline = Instant::now() + LIMIT;
     while std::fs::read_dir(temporary.path()).unwrap().count() > 0 {
-        assert!(Instant::now() < deadline, "files are still there");
+        assert!(Instant::now() < deadline, "files remain");
         std::thread::sleep(Duration::from_millis(10));
     }
 }

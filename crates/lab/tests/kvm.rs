@@ -1,4 +1,4 @@
-//! Boots a machine that has a KVM.
+//! Boots a machine with KVM.
 
 #![allow(clippy::unwrap_used)]
 
@@ -11,7 +11,7 @@ use lab::kvm::KvmMachine;
 const LIMIT: Duration = Duration::from_secs(60);
 
 #[test]
-fn programs_of_this_machine_run_where_there_is_a_kvm() {
+fn host_programs_run_in_a_machine_with_kvm() {
     let mut machine = KvmMachine::boot(64).unwrap();
     let mut shell = |script: &str| {
         let words = ["-c", script].map(OsStr::new);
@@ -24,16 +24,16 @@ fn programs_of_this_machine_run_where_there_is_a_kvm() {
     assert_eq!(outcome.lines, ["two words", "error"]);
     assert_eq!(outcome.code, Some(7));
     assert_eq!(shell("kill -s KILL $$").code, None);
-    // Nothing of this machine can be written from there, and something of its own can.
+    // The host's files are read-only there, `/run` is writable.
     assert_ne!(shell("echo x > /etc/aerostat-lab").code, Some(0));
     assert_eq!(shell("echo x > /run/aerostat-lab").code, Some(0));
     let nothing = machine.run(Path::new("/none"), &[], &[], LIMIT).unwrap();
     assert_eq!(nothing.code, Some(127), "{:?}", nothing.lines);
 }
 
-/// An interrupt that the emulator forgets comes with the next one, which must not wait for it.
+/// The next interrupt recovers one that the emulator lost, so it must not depend on it.
 #[test]
-fn a_second_clock_interrupts_the_machine_all_the_time() {
+fn the_rtc_interrupts_the_machine_continuously() {
     let mut machine = KvmMachine::boot(64).unwrap();
     let mut interrupts = || {
         let words = ["-c", "grep rtc0 /proc/interrupts"].map(OsStr::new);
@@ -41,10 +41,10 @@ fn a_second_clock_interrupts_the_machine_all_the_time() {
         let line = outcome.lines.join(" ");
         line.split_whitespace().nth(1).map(|count| count.parse::<u64>().unwrap())
     };
-    // One alone could be that of setting it.
-    let first = interrupts().expect("the line of the clock");
+    // The first one could come from setting the alarm.
+    let first = interrupts().expect("the line of rtc0");
     let begun = Instant::now();
     while interrupts() < Some(first + 10) {
-        assert!(begun.elapsed() < LIMIT, "no more than {first} interrupts");
+        assert!(begun.elapsed() < LIMIT, "no interrupt after {first}");
     }
 }

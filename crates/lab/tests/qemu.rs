@@ -1,14 +1,14 @@
-//! Boots unmodified Debian kernels in QEMU for real.
+//! Boots unmodified Debian kernels in QEMU.
 
 #![allow(clippy::unwrap_used)]
 
 use lab::Guest;
 use lab::debian::{self, DebianKernel, Release};
 
-/// Emulation is slow, so the guests are small.
+/// Emulation is slow, so guests are small.
 const MEMORY_MIB: u64 = 512;
 
-/// Memory that a test fills.
+/// Memory that the test fills.
 const FILLED_MIB: u64 = 200;
 
 fn number(guest: &mut Guest, command: &str) -> u64 {

@@ -1,13 +1,13 @@
-//! Boots User Mode Linux for real.
+//! Boots User Mode Linux.
 
 #![allow(clippy::unwrap_used)]
 
 use lab::{Backing, Guest, GuestMemoryDir, LabError};
 
-/// Memory of the guests here: small, since none of these tests is about size.
+/// Guest memory: small, since no test here depends on its size.
 const MEMORY_MIB: u64 = 512;
 
-/// Memory that a test fills: most of the guest's.
+/// Memory that the tests fill: most of the guest's.
 const FILLED_MIB: u64 = 300;
 
 fn boot(builder: impl FnOnce(lab::GuestBuilder) -> lab::GuestBuilder) -> Guest {
@@ -30,7 +30,7 @@ fn memory_is_filled_verified_and_freed() {
         assert!(directory.used_bytes().unwrap() >> 20 >= used_mib + FILLED_MIB / 2);
         assert!(number(&mut guest, "free-mib") <= free_mib - FILLED_MIB);
         assert_eq!(number(&mut guest, &format!("verify data {FILLED_MIB} 7")), 0);
-        // The comparison is worth something only if another pattern fails it everywhere.
+        // `verify` must report every page if the pattern differs.
         let pages = FILLED_MIB * 256;
         assert_eq!(number(&mut guest, &format!("verify data {FILLED_MIB} 8")), pages);
         guest.run("drop data").unwrap();
@@ -41,7 +41,7 @@ fn memory_is_filled_verified_and_freed() {
 }
 
 #[test]
-fn commands_are_answered_or_refused_but_never_ignored() {
+fn every_command_has_an_answer_or_an_error() {
     let mut guest = boot(|guest| guest);
     assert!(guest.run("meminfo").unwrap().lines[0].starts_with("MemTotal:"));
     let release = guest.run("cat /proc/sys/kernel/osrelease").unwrap().lines.join("");
@@ -58,7 +58,7 @@ fn commands_are_answered_or_refused_but_never_ignored() {
 }
 
 #[test]
-fn init_survives_more_pressure_than_there_is_memory() {
+fn init_survives_pressure_beyond_the_guests_memory() {
     let mut guest = boot(|guest| guest);
     let reply = guest.run(&format!("pressure {} 10", 2 * MEMORY_MIB)).unwrap().text;
     assert!(reply.ends_with("end=killed"), "{reply}");
@@ -76,7 +76,7 @@ fn the_stock_driver_loads_and_unloads() {
 }
 
 #[test]
-fn memory_is_fragmented_and_put_together_again() {
+fn memory_is_fragmented_and_defragmented() {
     let kernel = lab::uml::kernel().unwrap();
     let module = lab::guest_build::lab_module(&kernel.tree()).unwrap();
     let mut guest = boot(|guest| guest.module(module));
@@ -86,11 +86,11 @@ fn memory_is_fragmented_and_put_together_again() {
     let pinned = guest.fragment(64).unwrap();
     // One page in every second 2 MiB of what was free.
     assert!(pinned.abs_diff((free_mib - 64) / 4) <= 16, "{pinned} of {free_mib} MiB");
-    // The pages are pinned, nothing more: the rest is free, but in smaller pieces.
+    // Only these pages are pinned: the rest is free, in smaller blocks.
     assert!(number(&mut guest, "free-mib") + pinned / 256 + 8 >= free_mib);
     assert!(blocks(&mut guest) <= whole / 4, "{} of {whole}", blocks(&mut guest));
     guest.run("rmmod lab_memory").unwrap();
-    // The pages wait in a list of the processor's own until others go through it.
+    // The pages are in a per-CPU list until others push them out.
     guest.run(&format!("touch {FILLED_MIB}")).unwrap();
     assert!(blocks(&mut guest) >= whole * 3 / 4, "{} of {whole}", blocks(&mut guest));
 }

@@ -1,7 +1,7 @@
 //! The VMM with a guest that needs no Linux and boots in milliseconds (`guest/bare`).
 //!
-//! It runs on this machine's own KVM even where that boots no Linux. Where there is none that
-//! runs even this guest, each test runs in an emulated machine with a KVM instead, and says so.
+//! It runs on KVMs that boot no Linux guest. On a machine without any usable KVM, each test runs in
+//! an emulated machine with KVM instead, and prints so.
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -13,24 +13,24 @@ use control::Client;
 use lab::bare::{self, BareBuilder, BareGuest};
 use lab::kvm::KvmMachine;
 
-use crate::program::{program, told};
+use crate::program::{outcome, program};
 
-/// For a test in an emulated machine.
+/// Timeout of a test in an emulated machine.
 const LIMIT: Duration = Duration::from_secs(300);
 
 /// Memory of all guests of one test, in MiB.
 const GUESTS_MIB: u64 = 256;
 
-/// Set in the emulated machine.
+/// Environment variable that is set in the emulated machine.
 const INSIDE: &str = "AEROSTAT_TEST_BARE_INSIDE";
 
-/// Runs a test of bare guests where a KVM runs them: `body` here, else the whole test `name`
-/// (`module::function`) in an emulated machine.
+/// Runs a test of bare guests with KVM: `body` on this machine if its KVM works, else the whole
+/// test `name` (`module::function`) in an emulated machine.
 pub(crate) fn on_a_kvm(name: &str, body: impl FnOnce()) {
     if std::env::var_os(INSIDE).is_some() || runs_here() {
         return body();
     }
-    println!("{name}: this machine's KVM runs no bare guest; it runs in an emulated machine");
+    println!("{name}: this machine's KVM runs no bare guest; running in an emulated machine");
     let mut machine = KvmMachine::boot(GUESTS_MIB).unwrap();
     let kernel = bare::kernel().unwrap();
     let variables = [
@@ -47,11 +47,11 @@ pub(crate) fn on_a_kvm(name: &str, body: impl FnOnce()) {
     assert!(text.contains("1 passed"), "{text}");
 }
 
-/// Found out by booting one.
+/// Whether this machine's KVM boots a bare guest. Probed once.
 fn runs_here() -> bool {
     static RUNS: OnceLock<bool> = OnceLock::new();
     *RUNS.get_or_init(|| {
-        // Apart from a KVM of no use, the boot fails for what every test would fail for.
+        // If KVM exists, a boot that fails for another reason would fail every test too.
         Path::new("/dev/kvm").exists()
             && BareBuilder::run(program(), "probe").unwrap().boot().is_ok()
     })
@@ -62,12 +62,12 @@ pub(crate) fn boot(name: &str) -> BareGuest {
     builder(name).boot().unwrap_or_else(|error| panic!("{error}"))
 }
 
-/// A guest to be booted.
+/// A builder of a guest with this name.
 pub(crate) fn builder(name: &str) -> BareBuilder {
     BareBuilder::run(program(), name).unwrap()
 }
 
-/// A process that waits for a guest, with a control directory of its own, and where it listens.
+/// Starts `aerostat receive` with its own control directory. Returns it and its address.
 pub(crate) fn receiver(name: &str, words: &[&str]) -> (BareGuest, String) {
     let receiver = BareBuilder::command(program(), "receive", name).unwrap();
     let receiver = receiver.arguments(["--listen", "127.0.0.1:0", "--plain"]);
@@ -81,9 +81,9 @@ pub(crate) fn receiver(name: &str, words: &[&str]) -> (BareGuest, String) {
     (receiver, address)
 }
 
-/// Runs `aerostat` beside a guest: exit code, standard output, standard error.
+/// Runs an `aerostat` command on a guest. Returns exit code, standard output, standard error.
 pub(crate) fn aerostat(guest: &BareGuest, words: &[&str]) -> (Option<i32>, String, String) {
-    told(&command(guest, words))
+    outcome(&command(guest, words))
 }
 
 fn command(guest: &BareGuest, words: &[&str]) -> Output {
@@ -93,25 +93,25 @@ fn command(guest: &BareGuest, words: &[&str]) -> Output {
     command.output().unwrap()
 }
 
-/// The control socket of a guest.
+/// Connects to the control socket of a guest.
 pub(crate) fn client(guest: &BareGuest, name: &str) -> Client {
     Client::connect(&guest.directory().join(format!("{name}.sock"))).unwrap()
 }
 
 #[test]
-fn a_bare_guest_gives_memory_and_moves() {
-    on_a_kvm("bare::a_bare_guest_gives_memory_and_moves", || {
+fn a_bare_guest_balloons_and_migrates() {
+    on_a_kvm("bare::a_bare_guest_balloons_and_migrates", || {
         let mut guest = boot("moves");
-        guest.ask("fill 8 8 1").unwrap();
-        guest.ask("follow 1").unwrap();
+        guest.run("fill 8 8 1").unwrap();
+        guest.run("follow 1").unwrap();
         let (code, out, err) = aerostat(&guest, &["balloon", "moves", "4MiB"]);
         assert_eq!(code, Some(0), "{out}{err}");
-        guest.ask("check 8 8 1").unwrap();
+        guest.run("check 8 8 1").unwrap();
         assert_eq!(client(&guest, "moves").status().unwrap().balloon.actual_bytes, 4 << 20);
         let (mut there, address) = receiver("moves", &[]);
         let (code, out, err) = aerostat(&guest, &["migrate", "moves", &address, "--plain"]);
         assert_eq!(code, Some(0), "{out}{err}\n{}\n{}", guest.errors(), there.errors());
-        there.ask("check 8 8 1").unwrap();
+        there.run("check 8 8 1").unwrap();
         assert_eq!(there.number("target").unwrap(), 1024);
         assert!(guest.wait_for_end(Duration::from_secs(20)).unwrap().success());
         assert!(there.power_off().unwrap().success());

@@ -1,4 +1,4 @@
-//! The control socket of a real guest among clients that hang, with a guest that needs no Linux.
+//! Control socket and migration port of a real guest with clients that hang.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -12,21 +12,26 @@ use lab::bare::{BareBuilder, BareGuest};
 use crate::bare::{aerostat, boot, builder, on_a_kvm, receiver};
 use crate::program::program;
 
-/// Clients that hang: more than the server has connections.
-const CROWD: usize = 150;
+/// Number of hung clients: more than the server's connection limit.
+const HUNG_CLIENTS: usize = 150;
 
-/// What a command may take that asks for the status, with the start of its process: an operator is
-/// answered within a second whatever others do.
+/// Timeout of a status command, with the start of its process: the server answers an operator
+/// within a second whatever other clients do.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Clients that have sent a request, or a part of one, and do nothing more until they are dropped.
-fn crowd(guest: &BareGuest, name: &str, size: usize, request: &str) -> Arc<Mutex<Vec<UnixStream>>> {
+/// Opens `size` connections that send `request`, or a part of one, and hang until they are dropped.
+fn hang_clients(
+    guest: &BareGuest,
+    name: &str,
+    size: usize,
+    request: &str,
+) -> Arc<Mutex<Vec<UnixStream>>> {
     let clients = Arc::new(Mutex::new(Vec::new()));
     let (come, request) = (Arc::downgrade(&clients), request.to_owned());
     let path = guest.directory().join(format!("{name}.sock"));
     let thread = thread::spawn(move || {
         for _ in 0..size {
-            // Blocks where the server accepts nobody.
+            // Blocks if the server does not accept.
             let Ok(mut stream) = UnixStream::connect(&path) else { return };
             if stream.write_all(request.as_bytes()).is_err() {
                 return;
@@ -43,10 +48,10 @@ fn crowd(guest: &BareGuest, name: &str, size: usize, request: &str) -> Arc<Mutex
 }
 
 #[test]
-fn clients_that_hang_keep_no_operator_from_a_guest() {
-    on_a_kvm("bare_control::clients_that_hang_keep_no_operator_from_a_guest", || {
+fn hung_clients_do_not_block_the_operator() {
+    on_a_kvm("bare_control::hung_clients_do_not_block_the_operator", || {
         let mut guest = boot("busy");
-        guest.ask("follow 1").unwrap();
+        guest.run("follow 1").unwrap();
         let head = |request: &str| format!("{request} HTTP/1.1\r\nHost: x\r\n");
         let body = "Content-Length: 20\r\n\r\n{\"target";
         for request in [
@@ -57,7 +62,7 @@ fn clients_that_hang_keep_no_operator_from_a_guest() {
             head("GET /v1/openapi.json") + "\r\n",
             head("GET /metrics") + "\r\n",
         ] {
-            let hanging = crowd(&guest, "busy", CROWD, &request);
+            let hanging = hang_clients(&guest, "busy", HUNG_CLIENTS, &request);
             for _ in 0..3 {
                 let start = Instant::now();
                 let (code, out, err) = aerostat(&guest, &["status", "busy"]);
@@ -71,73 +76,73 @@ fn clients_that_hang_keep_no_operator_from_a_guest() {
 }
 
 #[test]
-fn a_process_that_waits_again_and_again_keeps_no_operator_from_waiting() {
+fn many_waiting_clients_do_not_block_the_operator() {
+    on_a_kvm("bare_control::many_waiting_clients_do_not_block_the_operator", || {
+        let mut guest = boot("waits");
+        guest.run("follow 1").unwrap();
+        // A generation that does not exist yet.
+        let wait = "GET /v1/balloon?generation=99&wait_ms=60000 HTTP/1.1\r\nHost: x\r\n\r\n";
+        let waiting = hang_clients(&guest, "waits", HUNG_CLIENTS, wait);
+        let (code, out, err) = aerostat(&guest, &["balloon", "waits", "4MiB"]);
+        assert_eq!(code, Some(0), "{out}{err}");
+        // Connections over the limit are answered with an error.
+        let mut refused = 0;
+        for client in waiting.lock().unwrap().iter_mut() {
+            client.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+            let mut answer = Vec::new();
+            let _ = client.read_to_end(&mut answer);
+            refused += usize::from(answer.starts_with(b"HTTP/1.1 503"));
+        }
+        assert!(refused > HUNG_CLIENTS / 2 && refused < HUNG_CLIENTS, "{refused}");
+        assert!(guest.power_off().unwrap().success());
+    });
+}
+
+/// Unauthenticated connections of each kind. A destination handles 64 at a time.
+const CONNECTIONS: usize = 100;
+
+/// Maximum log lines about them: 20 per thread name and minute of the test.
+const MOST_LINES: usize = 60;
+
+#[test]
+fn unauthenticated_connections_neither_flood_the_log_nor_block_a_migration() {
     on_a_kvm(
-        "bare_control::a_process_that_waits_again_and_again_keeps_no_operator_from_waiting",
+        "bare_control::unauthenticated_connections_neither_flood_the_log_nor_block_a_migration",
         || {
-            let mut guest = boot("waits");
-            guest.ask("follow 1").unwrap();
-            // A change that never comes.
-            let wait = "GET /v1/balloon?generation=99&wait_ms=60000 HTTP/1.1\r\nHost: x\r\n\r\n";
-            let waiting = crowd(&guest, "waits", CROWD, wait);
-            let (code, out, err) = aerostat(&guest, &["balloon", "waits", "4MiB"]);
-            assert_eq!(code, Some(0), "{out}{err}");
-            // Those that found no place were told so.
-            let mut refused = 0;
-            for client in waiting.lock().unwrap().iter_mut() {
-                client.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
-                let mut answer = Vec::new();
-                let _ = client.read_to_end(&mut answer);
-                refused += usize::from(answer.starts_with(b"HTTP/1.1 503"));
+            let guest = boot("wanted");
+            let (mut there, address) = receiver("wanted", &[]);
+            let mut stay = Vec::new();
+            for number in 0..CONNECTIONS {
+                let come = |bytes: &[u8]| {
+                    let mut connection = TcpStream::connect(&address).unwrap();
+                    let _ = connection.write_all(bytes);
+                    connection
+                };
+                // One closes, one sends another protocol, one sends nothing, and one sends the
+                // start of a message.
+                drop(come(b""));
+                drop(come(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"));
+                stay.push(come(b""));
+                // The first bytes of a possible message.
+                stay.push(come(&[u8::try_from(number).unwrap_or(0)]));
             }
-            assert!(refused > CROWD / 2 && refused < CROWD, "{refused}");
-            assert!(guest.power_off().unwrap().success());
+            let start = Instant::now();
+            let (code, out, err) = aerostat(&guest, &["migrate", "wanted", &address, "--plain"]);
+            let errors = there.errors();
+            assert_eq!(code, Some(0), "{out}{err}\n{errors}");
+            // The timeout of one silent connection is longer than this.
+            assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
+            there.run("ping 7").unwrap();
+            let lines = there.errors().lines().filter(|line| line.contains("handshake failed")).count();
+            assert!((1..=MOST_LINES).contains(&lines), "{lines} lines of {}", 4 * CONNECTIONS);
+            assert!(there.power_off().unwrap().success());
         },
     );
 }
 
-/// Strangers of each kind; a waiting destination greets 64 at a time.
-const STRANGERS: usize = 100;
-
-/// Lines about them: 20 for each name of a thread in each minute that the test may take.
-const MOST_LINES: usize = 60;
-
 #[test]
-fn strangers_fill_no_log_and_keep_no_guest_away() {
-    on_a_kvm("bare_control::strangers_fill_no_log_and_keep_no_guest_away", || {
-        let guest = boot("wanted");
-        let (mut there, address) = receiver("wanted", &[]);
-        let mut stay = Vec::new();
-        for number in 0..STRANGERS {
-            let come = |bytes: &[u8]| {
-                let mut stranger = TcpStream::connect(&address).unwrap();
-                let _ = stranger.write_all(bytes);
-                stranger
-            };
-            // One that hangs up, one that speaks something else, one that says nothing, and one
-            // that begins to say something.
-            drop(come(b""));
-            drop(come(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"));
-            stay.push(come(b""));
-            // The first bytes of what could be a message.
-            stay.push(come(&[u8::try_from(number).unwrap_or(0)]));
-        }
-        let start = Instant::now();
-        let (code, out, err) = aerostat(&guest, &["migrate", "wanted", &address, "--plain"]);
-        let errors = there.errors();
-        assert_eq!(code, Some(0), "{out}{err}\n{errors}");
-        // One silent stranger was waited for longer than this.
-        assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
-        there.ask("ping 7").unwrap();
-        let lines = there.errors().lines().filter(|line| line.contains("handshake failed")).count();
-        assert!((1..=MOST_LINES).contains(&lines), "{lines} lines of {}", 4 * STRANGERS);
-        assert!(there.power_off().unwrap().success());
-    });
-}
-
-#[test]
-fn a_restore_with_another_disk_says_what_is_wrong_with_it() {
-    on_a_kvm("bare_control::a_restore_with_another_disk_says_what_is_wrong_with_it", || {
+fn a_restore_with_a_wrong_disk_names_the_disk_in_its_error() {
+    on_a_kvm("bare_control::a_restore_with_a_wrong_disk_names_the_disk_in_its_error", || {
         let directory = tempfile::tempdir().unwrap();
         let disk = |name: &str, mib: u64| {
             let path = directory.path().join(name);
@@ -159,7 +164,7 @@ fn a_restore_with_another_disk_says_what_is_wrong_with_it() {
             text.lines().find(|line| line.contains("hint: ")).map(str::to_owned)
         });
         let hint = hint.unwrap();
-        // The file is as good as it was.
+        // The snapshot file is not at fault.
         assert!(!hint.contains("give a file"), "{hint}\n{}", restored.errors());
     });
 }

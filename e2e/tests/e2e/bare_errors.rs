@@ -1,5 +1,4 @@
-//! What an operator is told who does the wrong thing: what was compared, both values, and what to
-//! do.
+//! Error messages for an operator's mistakes: what was compared, both values, and a hint.
 
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -10,13 +9,13 @@ use lab::bare::{self, BareGuest};
 
 use crate::bare::{aerostat, boot, builder, client, on_a_kvm, receiver};
 use crate::kvm_move::certificates;
-use crate::program::{program, told};
+use crate::program::{outcome, program};
 
-/// For a process to end whose guest has left.
+/// Timeout for the end of a process whose guest has migrated.
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// What standard error has to have of a command that fails, with a hint.
-fn refuses(what: &str, (code, out, err): (Option<i32>, String, String), says: &[&str]) {
+/// Asserts that a command fails, that standard error has each of `says`, and a hint.
+fn fails_with(what: &str, (code, out, err): (Option<i32>, String, String), says: &[&str]) {
     assert!(code.is_some_and(|code| code != 0), "{what}: {code:?}\n{out}{err}");
     for word in says {
         assert!(err.contains(word), "{what}: no {word:?} in\n{err}");
@@ -25,12 +24,17 @@ fn refuses(what: &str, (code, out, err): (Option<i32>, String, String), says: &[
     assert!(hint.is_some_and(|hint| hint.len() > 10), "{what}: no hint in\n{err}");
 }
 
-/// Moves `guest` to who waits there, and is refused; both sides say why.
-fn not_moved(guest: &BareGuest, name: &str, there: &mut (BareGuest, String), says: &[&str]) {
-    let told = aerostat(guest, &["migrate", name, &there.1, "--plain"]);
-    refuses("migrate", told, says);
+/// Migrates `guest` to a destination that rejects it; the output of both sides has each of `says`.
+fn migrate_fails_with(
+    guest: &BareGuest,
+    name: &str,
+    there: &mut (BareGuest, String),
+    says: &[&str],
+) {
+    let output = aerostat(guest, &["migrate", name, &there.1, "--plain"]);
+    fails_with("migrate", output, says);
     for word in says {
-        // The log has quotes in quotes.
+        // The log escapes quotes.
         let is_in = |text: &str| text.replace('\\', "").contains(word).then_some(());
         let said = there.0.wait_for_error(word, is_in);
         said.unwrap_or_else(|error| panic!("{error}"));
@@ -38,24 +42,29 @@ fn not_moved(guest: &BareGuest, name: &str, there: &mut (BareGuest, String), say
 }
 
 #[test]
-fn a_guest_arrives_under_another_name_where_its_operator_says_so() {
-    on_a_kvm("bare_errors::a_guest_arrives_under_another_name_where_its_operator_says_so", || {
+fn a_guest_migrates_to_another_name_with_guest_name() {
+    on_a_kvm("bare_errors::a_guest_migrates_to_another_name_with_guest_name", || {
         let mut guest = boot("a");
-        guest.ask("fill 8 4 1").unwrap();
+        guest.run("fill 8 4 1").unwrap();
         let says = ["\"a\"", "\"b\"", "--name a", "--guest-name a"];
-        not_moved(&guest, "a", &mut receiver("b", &[]), &says);
-        // It has its new name everywhere, and is moved on by it.
+        migrate_fails_with(&guest, "a", &mut receiver("b", &[]), &says);
+        // It has its new name everywhere, and migrates on under it.
         let (mut there, address) = receiver("b", &["--guest-name", "a"]);
         let (code, out, err) = aerostat(&guest, &["migrate", "a", &address, "--plain"]);
         assert_eq!(code, Some(0), "{out}{err}\n{}", there.errors());
-        there.ask("check 8 4 1").unwrap();
+        there.run("check 8 4 1").unwrap();
         assert_eq!(client(&there, "b").status().unwrap().name, "b");
         assert!(!there.directory().join("a.sock").exists());
-        not_moved(&there, "b", &mut receiver("a", &[]), &["\"a\"", "\"b\"", "--guest-name b"]);
+        migrate_fails_with(
+            &there,
+            "b",
+            &mut receiver("a", &[]),
+            &["\"a\"", "\"b\"", "--guest-name b"],
+        );
         let (mut last, address) = receiver("a", &["--guest-name", "b"]);
         let (code, out, err) = aerostat(&there, &["migrate", "b", &address, "--plain"]);
         assert_eq!(code, Some(0), "{out}{err}\n{}", last.errors());
-        last.ask("check 8 4 1").unwrap();
+        last.run("check 8 4 1").unwrap();
         assert!(guest.wait_for_end(LIMIT).unwrap().success());
         assert!(there.wait_for_end(LIMIT).unwrap().success());
         assert!(last.power_off().unwrap().success());
@@ -63,15 +72,15 @@ fn a_guest_arrives_under_another_name_where_its_operator_says_so() {
 }
 
 #[test]
-fn a_migration_that_cannot_be_says_why() {
-    on_a_kvm("bare_errors::a_migration_that_cannot_be_says_why", || {
+fn a_failed_migration_reports_its_reason() {
+    on_a_kvm("bare_errors::a_failed_migration_reports_its_reason", || {
         let guest = builder("a").argument("--cpus").argument("2").boot().unwrap();
         let limits: [(&[&str], &[&str]); 2] = [
             (&["--max-memory", "16MiB"], &["32 MiB", "at most 16", "--max-memory"]),
             (&["--max-cpus", "1"], &["2 vCPUs", "at most 1", "--max-cpus"]),
         ];
         for (words, says) in limits {
-            not_moved(&guest, "a", &mut receiver("a", words), says);
+            migrate_fails_with(&guest, "a", &mut receiver("a", words), says);
         }
         let directory = tempfile::tempdir().unwrap();
         let tls = certificates(directory.path());
@@ -88,32 +97,32 @@ fn a_migration_that_cannot_be_says_why() {
             (&address, &missing, &["/no/cert", "No such file", "PEM"]),
             (&address, &tls, &[&format!("127.0.0.1:{port}"), "--plain"]),
         ] {
-            let told = aerostat(&guest, &[&["migrate", "a", to], words].concat());
-            refuses(to, told, says);
+            let output = aerostat(&guest, &[&["migrate", "a", to], words].concat());
+            fails_with(to, output, says);
         }
         let words = ["receive", "--name", "c", "--plain", "--listen"];
         let taken = aerostat(&guest, &[&words[..], &[&format!("127.0.0.1:{port}")]].concat());
-        refuses("a port that is taken", taken, &[&format!("127.0.0.1:{port}"), "in use"]);
+        fails_with("a port that is taken", taken, &[&format!("127.0.0.1:{port}"), "in use"]);
         drop(plain);
         assert!(guest.power_off().unwrap().success());
     });
 }
 
 #[test]
-fn a_file_that_is_no_snapshot_says_why() {
-    on_a_kvm("bare_errors::a_file_that_is_no_snapshot_says_why", || {
+fn an_invalid_snapshot_reports_its_reason() {
+    on_a_kvm("bare_errors::an_invalid_snapshot_reports_its_reason", || {
         let mut guest = boot("a");
-        guest.ask("fill 8 4 1").unwrap();
+        guest.run("fill 8 4 1").unwrap();
         let path =
             |name: &str| guest.directory().join(name).into_os_string().into_string().unwrap();
         let (good, other) = (path("good"), path("other"));
         let written = aerostat(&guest, &["snapshot", "a", &good]);
         assert_eq!(written.0, Some(0), "{}", written.2);
-        refuses("it exists", aerostat(&guest, &["snapshot", "a", &good]), &[&good, "exists"]);
+        fails_with("it exists", aerostat(&guest, &["snapshot", "a", &good]), &[&good, "exists"]);
         let nowhere = path("no/such/file");
         let refused = aerostat(&guest, &["snapshot", "a", &nowhere]);
-        refuses("no directory", refused, &[&path("no/such"), "No such file"]);
-        refuses("a disk", aerostat(&guest, &["restore", &nowhere, "--name", "b"]), &[&nowhere]);
+        fails_with("no directory", refused, &[&path("no/such"), "No such file"]);
+        fails_with("a disk", aerostat(&guest, &["restore", &nowhere, "--name", "b"]), &[&nowhere]);
         let bytes = std::fs::read(&good).unwrap();
         let len = bytes.len();
         let mut newer = bytes.clone();
@@ -130,22 +139,22 @@ fn a_file_that_is_no_snapshot_says_why() {
         ];
         for (bytes, says) in cases {
             std::fs::write(&other, bytes).unwrap();
-            let told = aerostat(&guest, &["restore", &other, "--name", "b"]);
-            refuses("restore", told, &[&[other.as_str()], says].concat());
+            let output = aerostat(&guest, &["restore", &other, "--name", "b"]);
+            fails_with("restore", output, &[&[other.as_str()], says].concat());
         }
-        // Also where the other end of a pipe never comes.
+        // Also a pipe whose other end is never opened.
         std::fs::remove_file(&other).unwrap();
         let made = Command::new("mkfifo").arg(&other).status().unwrap();
         assert!(made.success());
-        let told = aerostat(&guest, &["restore", &other, "--name", "b"]);
-        refuses("a pipe", told, &[&other, "no regular file"]);
+        let output = aerostat(&guest, &["restore", &other, "--name", "b"]);
+        fails_with("a pipe", output, &[&other, "no regular file"]);
         assert!(guest.power_off().unwrap().success());
     });
 }
 
 #[test]
-fn a_guest_that_cannot_be_run_says_why() {
-    on_a_kvm("bare_errors::a_guest_that_cannot_be_run_says_why", || {
+fn a_guest_that_cannot_start_reports_its_reason() {
+    on_a_kvm("bare_errors::a_guest_that_cannot_start_reports_its_reason", || {
         let guest = boot("a");
         let kernel = bare::kernel().unwrap().into_os_string().into_string().unwrap();
         let path =
@@ -157,29 +166,29 @@ fn a_guest_that_cannot_be_run_says_why() {
             let words = ["run", "--name", "b", "--memory", memory, "--kernel", kernel];
             aerostat(&guest, &[&words[..], more].concat())
         };
-        for (what, told, says) in [
+        for (what, output, says) in [
             ("no kernel", run("32MiB", "/no/kernel", &[]), &["/no/kernel", "No such file"][..]),
             ("a text", run("32MiB", &text, &[]), &[&text, "vmlinuz"]),
             ("a size", run("33MiB", &kernel, &[]), &["34603008", "2 MiB", "32 MiB"]),
             ("no disk", run("32MiB", &kernel, &["--disk", "/no/disk"]), &["/no/disk", "No such"]),
             ("half a disk", run("32MiB", &kernel, &["--disk", &disk]), &[&disk, "700", "512"]),
         ] {
-            refuses(what, told, says);
+            fails_with(what, output, says);
         }
         let words = ["run", "--name", "a", "--memory", "32MiB", "--kernel", &kernel];
-        refuses("its name", aerostat(&guest, &words), &[&path("a.sock"), "another process"]);
+        fails_with("its name", aerostat(&guest, &words), &[&path("a.sock"), "another process"]);
         let _socket = UnixListener::bind(&socket).unwrap();
         let words = [&words[..], &["--control", &socket]].concat();
-        refuses("its socket", aerostat(&guest, &words), &[&socket, "another process"]);
-        refuses("no KVM", without_kvm(guest.directory(), &words), &["/dev/kvm", "No such file"]);
+        fails_with("its socket", aerostat(&guest, &words), &[&socket, "another process"]);
+        fails_with("no KVM", without_kvm(guest.directory(), &words), &["/dev/kvm", "No such file"]);
         assert!(guest.power_off().unwrap().success());
     });
 }
 
-/// Runs the program where no device is.
+/// Runs the program with an empty `/dev`.
 fn without_kvm(directory: &Path, words: &[&str]) -> (Option<i32>, String, String) {
     let mut command = Command::new("unshare");
     command.args(["-m", "sh", "-c", "mount -t tmpfs none /dev && exec \"$0\" \"$@\""]);
     command.arg(program()).args(words).env(bare::RUNTIME_VARIABLE, directory);
-    told(&command.env_remove("RUST_LOG").stdin(Stdio::null()).output().unwrap())
+    outcome(&command.env_remove("RUST_LOG").stdin(Stdio::null()).output().unwrap())
 }

@@ -1,5 +1,4 @@
-//! Memory of a guest that is written to a file, comes lazily, or moves, while its balloon takes
-//! some of it.
+//! Guest memory that the balloon takes during a snapshot, a lazy restore, or dirty logging.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -17,21 +16,21 @@ use crate::program::program;
 const MIB: u64 = 1 << 20;
 const PAGE: u64 = 4096;
 
-/// Memory of the guest, of which the balloon takes the second half.
+/// Guest memory. The balloon takes its second half.
 const MEMORY_BYTES: u64 = 32 * MIB;
 const BALLOON_PAGES: u64 = MEMORY_BYTES / 2 / PAGE;
 
-/// How long it takes to read a page of the snapshot, while that is to be slow: the whole second
-/// half takes 16 s, and the balloon has to have it before.
+/// Time to read a slow page of the snapshot: the second half would take 16 s. The balloon must be
+/// faster.
 const SLOW: Duration = Duration::from_millis(4);
 
-/// Memory of the process besides the guest's, by which one may differ from another.
+/// Allowed difference in process memory besides the guest's.
 const SLACK_BYTES: u64 = 4 * MIB;
 
-/// After so long without a read nothing comes any more.
+/// After this time without a read, loading is complete.
 const QUIET: Duration = Duration::from_millis(500);
 
-/// For everything else.
+/// Timeout of everything else.
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// Restores the guest in `file`.
@@ -41,16 +40,17 @@ fn restored(name: &str, file: &Path, words: &[&str]) -> BareGuest {
     restore.start().unwrap_or_else(|error| panic!("{error}"))
 }
 
-/// Anonymous memory of a process, without the kernel's page of zeros.
+/// Anonymous memory of a process, without the kernel's zero page.
 fn anonymous_bytes(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
     line.split_whitespace().next().unwrap().parse::<u64>().unwrap() * 1024
 }
 
-/// A snapshot of a guest that has written almost all of its memory, in the directory of its socket.
+/// Takes a snapshot of a guest that has written almost all of its memory, in its socket's
+/// directory.
 fn snapshot(guest: &mut BareGuest) -> PathBuf {
-    guest.ask("fill 8 18 1").unwrap();
+    guest.run("fill 8 18 1").unwrap();
     let file = guest.directory().join("snapshot");
     let words = ["snapshot", "whole", file.to_str().unwrap()];
     let (code, out, err) = aerostat(guest, &words);
@@ -59,12 +59,12 @@ fn snapshot(guest: &mut BareGuest) -> PathBuf {
 }
 
 #[test]
-fn what_the_balloon_takes_while_memory_comes_stays_away() {
-    on_a_kvm("bare_memory::what_the_balloon_takes_while_memory_comes_stays_away", || {
+fn a_page_ballooned_during_a_lazy_restore_is_not_loaded() {
+    on_a_kvm("bare_memory::a_page_ballooned_during_a_lazy_restore_is_not_loaded", || {
         let mut guest = boot("whole");
         let file = snapshot(&mut guest);
         let mut eager = restored("eager", &file, &[]);
-        eager.ask(&format!("balloon {BALLOON_PAGES:x}")).unwrap();
+        eager.run(&format!("balloon {BALLOON_PAGES:x}")).unwrap();
         let expected = anonymous_bytes(eager.pid());
         assert!(eager.power_off().unwrap().success());
 
@@ -72,34 +72,34 @@ fn what_the_balloon_takes_while_memory_comes_stays_away() {
         slow.put("snapshot", std::fs::read(&file).unwrap());
         slow.slow_down(SLOW, PAGE + MEMORY_BYTES);
         let mut lazy = restored("lazy", &slow.path().join("snapshot"), &["--lazy"]);
-        lazy.ask(&format!("balloon {BALLOON_PAGES:x}")).unwrap();
+        lazy.run(&format!("balloon {BALLOON_PAGES:x}")).unwrap();
         let first_half = PAGE + MEMORY_BYTES / 2;
-        assert!(slow.furthest() < first_half, "memory came too fast");
+        assert!(slow.furthest() < first_half, "memory was loaded too fast");
         slow.slow_down(Duration::ZERO, PAGE + MEMORY_BYTES);
-        until_it_is_quiet(&slow, first_half);
+        wait_until_quiet(&slow, first_half);
 
         let resident = client(&lazy, "lazy").status().unwrap().resident_bytes.unwrap();
         let anonymous = anonymous_bytes(lazy.pid());
         println!("{resident} resident, {anonymous} anonymous, {expected} when restored at once");
         assert!(resident <= MEMORY_BYTES / 2, "{resident} bytes are with the host");
         assert!(anonymous <= expected + SLACK_BYTES, "{anonymous} bytes and not {expected}");
-        lazy.ask("check 8 8 1").unwrap();
-        lazy.ask("balloon 0").unwrap();
+        lazy.run("check 8 8 1").unwrap();
+        lazy.run("balloon 0").unwrap();
         assert_eq!(lazy.number("zero 10 10").unwrap(), BALLOON_PAGES);
-        lazy.ask("fill 10 10 2").unwrap();
-        lazy.ask("check 10 10 2").unwrap();
-        lazy.ask("check 8 8 1").unwrap();
+        lazy.run("fill 10 10 2").unwrap();
+        lazy.run("check 10 10 2").unwrap();
+        lazy.run("check 8 8 1").unwrap();
         assert!(lazy.power_off().unwrap().success());
         assert!(guest.power_off().unwrap().success());
     });
 }
 
-/// All that comes has come: reads went to `end`, and no further for a while.
-fn until_it_is_quiet(slow: &Fuse, end: u64) {
+/// Waits until reads have reached `end` and paused.
+fn wait_until_quiet(slow: &Fuse, end: u64) {
     let limit = Instant::now() + LIMIT;
     let (mut furthest, mut since) = (0, Instant::now());
     while furthest < end || since.elapsed() < QUIET {
-        assert!(Instant::now() < limit, "memory came up to {furthest}");
+        assert!(Instant::now() < limit, "memory is loaded up to {furthest}");
         std::thread::sleep(Duration::from_millis(20));
         if slow.furthest() != furthest {
             (furthest, since) = (slow.furthest(), Instant::now());
@@ -107,7 +107,7 @@ fn until_it_is_quiet(slow: &Fuse, end: u64) {
     }
 }
 
-/// What the guest prints.
+/// Output of the guest.
 #[derive(Clone, Default)]
 struct Printed(Arc<Mutex<String>>);
 
@@ -124,7 +124,7 @@ impl Write for Printed {
 }
 
 impl Printed {
-    /// Types a command, where there is one, and waits until so many lines begin with `ok` or
+    /// Types a command, unless it is empty, and waits until this many lines begin with `ok` or
     /// `ready`.
     fn wait(&self, machine: &Machine, command: &str, lines: usize) {
         machine.type_in(command.as_bytes()).unwrap();
@@ -163,11 +163,11 @@ fn options() -> RunOptions {
     }
 }
 
-/// A copy that was made of a page before it went to the balloon must not keep its memory: so a
-/// page that is released counts as written, and goes once more as zeros.
+/// A copy made of a page before its release must not keep host memory. So a released page counts as
+/// dirty and is sent again, as zeros.
 #[test]
-fn what_is_released_while_writes_are_noted_counts_as_written() {
-    on_a_kvm("bare_memory::what_is_released_while_writes_are_noted_counts_as_written", || {
+fn a_page_released_during_dirty_logging_is_dirty() {
+    on_a_kvm("bare_memory::a_page_released_during_dirty_logging_is_dirty", || {
         let (options, printed) = (options(), Printed::default());
         let machine = Machine::new(&options, Box::new(printed.clone())).unwrap();
         machine.load_kernel(&options).unwrap();
@@ -189,7 +189,7 @@ fn what_is_released_while_writes_are_noted_counts_as_written() {
     });
 }
 
-/// Has the balloon take its pages while writes are noted; all that was noted.
+/// Inflates the balloon during dirty logging and returns the dirty pages.
 fn released(machine: &Machine, printed: &Printed) -> PageSet {
     printed.wait(machine, "", 1);
     printed.wait(machine, "fill 8 18 1\n", 2);

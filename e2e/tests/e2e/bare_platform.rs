@@ -1,5 +1,5 @@
-//! What a guest without Linux finds of its machine, and what becomes of that when the guest is
-//! moved, written to a file and restored.
+//! Platform of a guest without Linux: CPUID and VM generation ID, across migration, snapshot and
+//! restore.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use lab::bare::{BareBuilder, BareGuest};
 use crate::bare::{aerostat, boot, on_a_kvm, receiver};
 use crate::program::program;
 
-/// Leaves of CPUID and their sub-leaves: the maker, and all those whose registers hold features.
+/// Leaves of CPUID and their sub-leaves: the vendor, and all with feature bits.
 const LEAVES: [(u32, u32); 13] = [
     (0, 0),
     (1, 0),
@@ -25,27 +25,27 @@ const LEAVES: [(u32, u32); 13] = [
     (0x8000_0021, 0),
 ];
 
-/// Where the VMM has ACPI tables, and how much of it is looked at: the first 8 KiB have the DSDT of
-/// a machine without disks.
+/// Address of the VMM's ACPI tables, and the bytes searched: without disks, the first 8 KiB include
+/// the DSDT.
 const TABLES: u32 = 0xe_0000;
 const TABLES_BYTES: u32 = 8 << 10;
 
-/// For a process to end whose guest has left.
+/// Timeout for the end of a process whose guest has migrated.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// What the guest's processor says of itself.
+/// CPUID as the guest reads it.
 fn cpuid(guest: &mut BareGuest) -> Vec<String> {
     let ask = |(leaf, subleaf): &(u32, u32)| {
         format!(
             "{leaf:x} {subleaf}: {}",
-            guest.ask(&format!("cpuid {leaf:x} {subleaf:x}")).unwrap()
+            guest.run(&format!("cpuid {leaf:x} {subleaf:x}")).unwrap()
         )
     };
     LEAVES.iter().map(ask).collect()
 }
 
-/// Moves a guest to a new process.
-fn moved(mut guest: BareGuest, name: &str) -> BareGuest {
+/// Migrates a guest to a new process and returns that.
+fn migrate(mut guest: BareGuest, name: &str) -> BareGuest {
     let (there, address) = receiver(name, &[]);
     let (code, out, err) = aerostat(&guest, &["migrate", name, &address, "--plain"]);
     assert_eq!(code, Some(0), "{out}{err}\n{}\n{}", guest.errors(), there.errors());
@@ -53,7 +53,7 @@ fn moved(mut guest: BareGuest, name: &str) -> BareGuest {
     there
 }
 
-/// Writes a guest that goes on to a file in its directory.
+/// Takes a snapshot of a running guest, in its directory.
 fn saved(guest: &BareGuest, name: &str) -> String {
     let path = guest.directory().join(format!("{name}.snapshot"));
     let path = path.into_os_string().into_string().unwrap();
@@ -62,23 +62,22 @@ fn saved(guest: &BareGuest, name: &str) -> String {
     path
 }
 
-/// A guest out of a file, beside the one whose directory the file is in.
+/// Restores a guest from a snapshot.
 fn restored(file: &str, name: &str, words: &[&str]) -> BareGuest {
     let builder = BareBuilder::command(program(), "restore", name).unwrap();
     let mut guest = builder.argument(file).arguments(words.iter().copied()).start().unwrap();
-    guest.ask("ping 1").unwrap_or_else(|error| panic!("{error}"));
+    guest.run("ping 1").unwrap_or_else(|error| panic!("{error}"));
     guest
 }
 
-/// Each stop tells the next what the guest can do. So one that told anything else than what the
-/// guest was given would be found at the one after it.
+/// Each host sends the guest's CPUID to the next one, so an error shows one migration later.
 #[test]
-fn a_guest_keeps_its_processor_wherever_it_goes() {
-    on_a_kvm("bare_platform::a_guest_keeps_its_processor_wherever_it_goes", || {
+fn cpuid_survives_migration_and_restore() {
+    on_a_kvm("bare_platform::cpuid_survives_migration_and_restore", || {
         let mut guest = boot("ring");
         let born = cpuid(&mut guest);
         for stop in 1..=3 {
-            guest = moved(guest, "ring");
+            guest = migrate(guest, "ring");
             assert_eq!(cpuid(&mut guest), born, "stop {stop}");
         }
         let file = saved(&guest, "ring");
@@ -86,15 +85,15 @@ fn a_guest_keeps_its_processor_wherever_it_goes() {
             let mut copy = restored(&file, "copy", words);
             assert_eq!(cpuid(&mut copy), born, "restored {words:?}");
             let again = saved(&copy, "copy");
-            let mut copy = moved(restored(&again, "copy", &[]), "copy");
-            assert_eq!(cpuid(&mut copy), born, "restored twice and moved {words:?}");
+            let mut copy = migrate(restored(&again, "copy", &[]), "copy");
+            assert_eq!(cpuid(&mut copy), born, "restored twice and migrated {words:?}");
             assert!(copy.power_off().unwrap().success());
         }
         assert!(guest.power_off().unwrap().success());
     });
 }
 
-/// Where the tables of the guest say that the VM generation ID is: `Name (ADDR, Package (2) {LOW,
+/// Address of the VM generation ID in the guest's ACPI tables: `Name (ADDR, Package (2) {LOW,
 /// HIGH})`, with LOW in 32 bits (ACPI 6.5, 20.2).
 fn generation_address(guest: &mut BareGuest) -> u32 {
     let mut tables = Vec::new();
@@ -117,35 +116,36 @@ fn generation(guest: &mut BareGuest, address: u32) -> [u32; 4] {
 }
 
 #[test]
-fn a_copy_has_a_generation_of_its_own_and_keeps_it_when_it_moves() {
-    on_a_kvm(
-        "bare_platform::a_copy_has_a_generation_of_its_own_and_keeps_it_when_it_moves",
-        || {
-            let mut guest = boot("first");
-            let address = generation_address(&mut guest);
-            let mut seen = vec![generation(&mut guest, address)];
-            assert_ne!(seen[0], [0; 4]);
-            let mut guest = moved(guest, "first");
-            assert_eq!(generation(&mut guest, address), seen[0], "it was moved");
-            let mut file = saved(&guest, "first");
-            let mut copies = Vec::new();
-            assert_eq!(generation(&mut guest, address), seen[0], "it was written to a file");
-            for words in [&[][..], &["--lazy"], &[]] {
-                let mut copy = restored(&file, "copy", words);
-                let id = generation(&mut copy, address);
-                assert!(!seen.contains(&id), "{words:?}: {id:x?} of {seen:x?}");
-                seen.push(id);
-                let mut copy = moved(copy, "copy");
-                assert_eq!(generation(&mut copy, address), id, "a copy was moved: {words:?}");
-                file = saved(&copy, "copy");
-                assert_eq!(generation(&mut copy, address), id, "a copy was written to a file");
-                // The next one is a copy of this copy.
-                copies.push(copy);
-            }
-            for copy in copies {
-                assert!(copy.power_off().unwrap().success());
-            }
-            assert!(guest.power_off().unwrap().success());
-        },
-    );
+fn every_restore_has_a_new_vm_generation_id() {
+    on_a_kvm("bare_platform::every_restore_has_a_new_vm_generation_id", || {
+        let mut guest = boot("first");
+        let address = generation_address(&mut guest);
+        let mut seen = vec![generation(&mut guest, address)];
+        assert_ne!(seen[0], [0; 4]);
+        let mut guest = migrate(guest, "first");
+        assert_eq!(generation(&mut guest, address), seen[0], "after a migration");
+        let mut file = saved(&guest, "first");
+        let mut copies = Vec::new();
+        assert_eq!(generation(&mut guest, address), seen[0], "after a snapshot");
+        for words in [&[][..], &["--lazy"], &[]] {
+            let mut copy = restored(&file, "copy", words);
+            let id = generation(&mut copy, address);
+            assert!(!seen.contains(&id), "{words:?}: {id:x?} of {seen:x?}");
+            seen.push(id);
+            let mut copy = migrate(copy, "copy");
+            assert_eq!(
+                generation(&mut copy, address),
+                id,
+                "after a migration of a copy: {words:?}"
+            );
+            file = saved(&copy, "copy");
+            assert_eq!(generation(&mut copy, address), id, "after a snapshot of a copy");
+            // The next copy is made from this one.
+            copies.push(copy);
+        }
+        for copy in copies {
+            assert!(copy.power_off().unwrap().success());
+        }
+        assert!(guest.power_off().unwrap().success());
+    });
 }

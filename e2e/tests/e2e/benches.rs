@@ -1,5 +1,4 @@
-//! `aerostat-lab bench` on the smallest of what it measures: what it prints has the shape
-//! that it is documented with, and what it tries works.
+//! `aerostat-lab bench` with its smallest cases: it runs, and its JSON has the documented shape.
 
 use std::collections::BTreeSet;
 use std::process::{Command, Stdio};
@@ -18,7 +17,7 @@ fn bench(arguments: &[&str]) -> Value {
 }
 
 #[test]
-fn compat_has_one_row_for_everything_and_none_fails() {
+fn compat_has_one_passing_row_for_every_case() {
     const KERNELS: [&str; 2] = ["uml-6.12", "uml-6.12 page_poison=1"];
     const FEATURES: [&str; 7] = [
         "inflate-deflate",
@@ -50,13 +49,13 @@ fn compat_has_one_row_for_everything_and_none_fails() {
         passed += u32::from(word("result") == "pass");
     }
     assert_eq!(seen.len(), KERNELS.len() * 2 * FEATURES.len(), "{report}");
-    // Ours: inflate, bitmaps, caches, sleep, twice, and poison. Stock: inflate, hints
+    // Aerostat: inflate, bitmaps, caches, sleep, twice, and poison. Stock: inflate, hints
     // and sleep, twice, and poison.
     assert_eq!(passed, 9 + 7, "{report}");
 }
 
 #[test]
-fn what_cannot_be_run_is_in_the_matrix_with_its_reason() {
+fn compat_lists_missing_vmms_with_the_reason() {
     let report = bench(&["compat", "--monitor", "cloud-hypervisor", "--monitor", "crosvm"]);
     let rows = report["rows"].as_array().unwrap();
     let monitors: BTreeSet<_> = rows.iter().map(|row| row["monitor"].as_str().unwrap()).collect();
@@ -66,7 +65,7 @@ fn what_cannot_be_run_is_in_the_matrix_with_its_reason() {
 }
 
 #[test]
-fn monitors_are_compared_on_the_same_guest() {
+fn vmms_are_compared_on_the_same_guest() {
     if let Err(why) = lab::qemu::vhost_user().unwrap() {
         println!("not run, {why}");
         return;
@@ -81,7 +80,7 @@ fn monitors_are_compared_on_the_same_guest() {
                 assert!(case[time][figure].as_f64().unwrap() > 0.0, "{time} of {case}");
             }
         }
-        // What was touched and asked for has to be the host's again.
+        // The host must have back what was touched and then ballooned.
         let (asked, returned) = (&case["asked_mib"], &case["returned_mib"]);
         assert!(returned.as_f64().unwrap() >= asked.as_f64().unwrap() * 0.8, "{case}");
         for key in ["speedup", "speedup_limit"] {
@@ -91,18 +90,18 @@ fn monitors_are_compared_on_the_same_guest() {
 }
 
 #[test]
-fn reports_are_measured_with_what_they_cost() {
+fn the_cost_of_free_page_reporting_is_measured() {
     let small = ["--guest", "1GiB", "--freed", "256MiB", "--backing", "4k", "--rounds", "1"];
     let report = bench(&[&["reporting"][..], &small].concat());
     let case = &report["cases"][0];
     for key in ["cpu_percent", "floor_percent", "own_percent", "own_cpu_ms_per_gib"] {
         assert!(case[key].as_f64().unwrap() > 0.0, "{key} of {case}");
     }
-    // Half of it even where a busy machine makes the guest late.
+    // At least half of it, even if a busy machine delays the guest.
     assert!(case["back_percent"].as_f64().unwrap() > 50.0, "{case}");
 }
 
-/// The spread of a case, which is of something.
+/// Median of a figure, which is positive.
 fn median(case: &Value, key: &str) -> f64 {
     let figures = ["min", "median", "max"].map(|figure| case[key][figure].as_f64());
     let [Some(min), Some(median), Some(max)] = figures else { panic!("{key} of {case}") };
@@ -110,9 +109,9 @@ fn median(case: &Value, key: &str) -> f64 {
     median
 }
 
-/// Our monitor leaves free memory out, and sends little more than what is in use.
+/// `aerostat` skips free memory, and sends little more than used memory.
 #[test]
-fn guests_are_moved_by_our_monitor_and_by_qemu() {
+fn guests_migrate_with_aerostat_and_with_qemu() {
     let small = ["--guest", "256MiB", "--rounds", "1", "--state", "dirtied-then-freed"];
     let cases = ["--case", "skip", "--case", "qemu-hint"];
     let report = bench(&[&["migrate"][..], &small, &cases].concat());
@@ -134,13 +133,13 @@ fn guests_are_moved_by_our_monitor_and_by_qemu() {
 }
 
 #[test]
-fn exits_of_our_monitors_guests_are_counted() {
+fn exits_of_our_vmms_guests_are_counted() {
     let small = ["--guest", "512MiB", "--rounds", "1", "--memory", "touched"];
     let report = bench(&[&["inflate", "--monitor", "kvm"][..], &small].concat());
     let cases = report["cases"].as_array().unwrap();
     let [stock, ours] = &cases[..] else { panic!("{report}") };
     assert_eq!([&stock["name"], &ours["name"]], ["stock", "bitmap"]);
-    // A message of 256 pages each, and five exits.
+    // A message has 256 pages and costs five exits.
     let messages = 384.0 * 256.0 / 256.0;
     assert!(median(stock, "kicks") >= messages, "{stock}");
     assert!(median(stock, "exits") <= 5.5 * messages, "{stock}");

@@ -1,4 +1,4 @@
-//! The command line with a real guest behind it.
+//! The command line with a real guest.
 
 use bench::Driver;
 use control::{BalloonStatus, Direction, Status};
@@ -10,16 +10,16 @@ use crate::fixture::Host;
 /// Memory of the guest, in MiB.
 const MEMORY_MIB: u64 = 1024;
 
-/// What the balloon is asked to hold.
+/// Balloon target.
 const BALLOON_BYTES: u64 = 512 << 20;
 
-/// Messages that our driver needs for that at most.
+/// Maximum messages of our driver for that.
 const MOST_MESSAGES: u64 = 10;
 
 const NAME: &str = "command-line";
 
 #[test]
-fn a_guest_is_seen_and_steered() {
+fn status_and_balloon_work_on_a_guest() {
     let host = Host::start(NAME, Backing::Small, MEMORY_MIB);
     let mut fixture = host.boot(Driver::Own);
     fixture.load_driver();
@@ -56,7 +56,7 @@ fn a_guest_is_seen_and_steered() {
 }
 
 #[test]
-fn a_guest_without_a_driver_is_waited_for_and_left_alone() {
+fn balloon_times_out_without_a_driver() {
     let host = Host::start(NAME, Backing::Small, MEMORY_MIB);
     let mut fixture = host.boot(Driver::Own);
     let (code, _, err) = host.aerostat(&["balloon", NAME, "512MiB", "--timeout", "100ms"]);
@@ -70,7 +70,7 @@ fn a_guest_without_a_driver_is_waited_for_and_left_alone() {
 }
 
 #[test]
-fn what_cannot_be_is_refused() {
+fn impossible_targets_are_errors() {
     let host = Host::start(NAME, Backing::Small, MEMORY_MIB);
     let mut fixture = host.boot(Driver::Own);
     fixture.load_driver();
@@ -80,12 +80,12 @@ fn what_cannot_be_is_refused() {
     let (code, _, err) = host.aerostat(&["balloon", NAME, "2GiB"]);
     assert_eq!(code, Some(1), "{err}");
     assert!(err.starts_with("error: a balloon of 2 GiB does not fit into a guest of "), "{err}");
-    // Nothing came of it.
+    // The target is unchanged.
     let balloon = host.wait_at_target().balloon;
     assert_eq!((balloon.generation, balloon.target_pages), (0, 0));
 }
 
-/// The figures as a scraper gets them.
+/// Checks the metrics.
 fn figures(host: &Host) {
     let text = host.client.metrics().unwrap();
     for (name, labels, value) in [
@@ -104,7 +104,7 @@ fn figures(host: &Host) {
     assert_eq!(faults, None);
 }
 
-/// Output of a command that must succeed without a complaint.
+/// Output of a command that must succeed without an error text.
 fn done(host: &Host, arguments: &[&str]) -> String {
     let (code, out, err) = host.aerostat(arguments);
     assert_eq!((code, err.as_str()), (Some(0), ""), "{arguments:?}: {out}");

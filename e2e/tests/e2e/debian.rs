@@ -11,32 +11,32 @@ use lab::{Guest, Waker, guest_build};
 /// Memory of the guests, in MiB: emulation is slow.
 const MEMORY_MIB: u64 = 512;
 
-/// What a file keeps outside of the balloon.
+/// Size of a file in guest memory.
 const KEPT_MIB: u64 = 100;
 
-/// What the balloon takes.
+/// Balloon target.
 const INFLATED_MIB: u64 = 256;
 
-/// Memory that the guest's kernel may have used for itself meanwhile.
+/// Memory that the guest's kernel may use meanwhile.
 const FREE_SLACK_MIB: u64 = 8;
 
-/// Host memory that reading all of the guest's once more may take, in MiB. Of a balloon that is
-/// looked at it would be all.
+/// Host memory that reading all guest memory may add, in MiB. If the balloon were read, it would be
+/// all of it.
 const READING_MIB: u64 = 64;
 
-/// What a module built outside of the kernel's tree and not signed means to the
-/// kernel: TAINT_OOT_MODULE and TAINT_UNSIGNED_MODULE (admin-guide/tainted-kernels).
+/// Taint of a module built out of tree and unsigned: TAINT_OOT_MODULE and TAINT_UNSIGNED_MODULE
+/// (admin-guide/tainted-kernels).
 const ALLOWED_TAINT: u64 = (1 << 12) | (1 << 13);
 
-/// The status register of a device that is in use: all bits of a driver that is content
-/// (ACKNOWLEDGE, DRIVER, FEATURES_OK and DRIVER_OK of virtio 1.2, 2.1).
+/// Status register of a device in use: ACKNOWLEDGE, DRIVER, FEATURES_OK and DRIVER_OK (virtio 1.2,
+/// 2.1).
 const READY: &str = "15";
 
 const MIB: u64 = 1 << 20;
 
 const PAGES_PER_MIB: u64 = 256;
 
-/// For the driver to mark what it gave; an emulated guest is slow.
+/// Timeout for the driver to mark ballooned pages. An emulated guest is slow.
 const MARK_LIMIT: Duration = Duration::from_secs(30);
 
 #[test]
@@ -56,7 +56,7 @@ fn runs_our_driver(release: Release) {
     let own = guest_build::balloon_module(&kernel.tree().unwrap()).unwrap();
     let mut needed = kernel.modules(&["virtio_pci"]).unwrap();
     if release == Release::Cloud6_1 {
-        // As it was before the kernel reset the device by itself.
+        // Older kernels do not reset the device at shutdown.
         needed.push(guest_build::lab_bus_module(&kernel.tree().unwrap()).unwrap());
     }
     let trace = directory.path().join("trace");
@@ -64,15 +64,15 @@ fn runs_our_driver(release: Release) {
         .memory_mib(MEMORY_MIB)
         .modules(&needed)
         .module(&own)
-        // Warnings too, not errors alone.
+        // Print warnings too.
         .kernel_argument("ignore_loglevel")
         .machine_arguments(["-device", "virtio-balloon-pci,deflate-on-oom=on"])
         .machine_arguments([
             "-qmp".to_owned(),
             format!("unix:{},server=on,wait=off", socket.display()),
         ])
-        // Shared memory: a read of what was released brings it back. (Private memory would show
-        // the page of zeros, which costs nothing.)
+        // Shared memory: reading a released page allocates it again. (Private memory would map the
+        // zero page, which costs nothing.)
         .machine_arguments([
             "-object".to_owned(),
             format!("memory-backend-memfd,id=ram,share=on,size={MEMORY_MIB}M"),
@@ -91,7 +91,7 @@ fn runs_our_driver(release: Release) {
     let devices = guest.run("ls /sys/bus/virtio/drivers/aerostat_balloon").unwrap().lines;
     assert!(devices.contains(&"virtio0".to_owned()), "{devices:?}");
 
-    memory_goes_and_comes_back(&mut guest, &mut qmp);
+    inflates_and_deflates(&mut guest, &mut qmp);
 
     let tainted = number(&mut guest, "cat /proc/sys/kernel/tainted");
     assert_eq!(tainted & !ALLOWED_TAINT, 0, "{}", guest.console_log());
@@ -100,12 +100,12 @@ fn runs_our_driver(release: Release) {
     for word in ["WARNING", "BUG", "Oops", "objtool", "unpatched", "disagrees"] {
         assert!(!log.contains(word), "{word} in\n{log}");
     }
-    leaves_the_device_alone(guest, &mut qmp, &trace);
+    resets_the_device_at_shutdown(guest, &mut qmp, &trace);
 }
 
-/// However a kernel ends, its successor does not meet a device that still goes on with what it was
-/// given: it was reset.
-fn leaves_the_device_alone(mut guest: Guest, qmp: &mut Qmp, trace: &Path) {
+/// The next kernel must not meet a device that still uses the old kernel's memory: the driver
+/// resets it at shutdown.
+fn resets_the_device_at_shutdown(mut guest: Guest, qmp: &mut Qmp, trace: &Path) {
     guest.run("drop all").unwrap();
     guest.run("insmod aerostat_balloon").unwrap();
     qmp.balloon((MEMORY_MIB - INFLATED_MIB) * MIB).unwrap();
@@ -118,20 +118,20 @@ fn leaves_the_device_alone(mut guest: Guest, qmp: &mut Qmp, trace: &Path) {
     assert_eq!(status().as_deref(), Some("0"), "the device was reset");
 }
 
-fn memory_goes_and_comes_back(guest: &mut Guest, qmp: &mut Qmp) {
+fn inflates_and_deflates(guest: &mut Guest, qmp: &mut Qmp) {
     guest.run(&format!("fill kept {KEPT_MIB} 1")).unwrap();
     let free_mib = number(guest, "free-mib");
     assert!(free_mib > INFLATED_MIB + FREE_SLACK_MIB, "{free_mib}");
-    // What nobody touches otherwise is there from now on.
+    // Touches all pages once, so that later growth is due to the test.
     guest.run("read-kcore").unwrap();
     guest.run(&format!("touch {}", INFLATED_MIB + FREE_SLACK_MIB)).unwrap();
     let before = resident_mib(guest);
     qmp.balloon((MEMORY_MIB - INFLATED_MIB) * MIB).unwrap();
-    // QEMU released what the guest had touched.
+    // QEMU released the touched pages.
     let fell_mib = before - resident_mib(guest);
     assert!(fell_mib >= INFLATED_MIB * 3 / 4, "{fell_mib} of {INFLATED_MIB} MiB");
     verify(guest, "kept", KEPT_MIB, 1);
-    nobody_looks_at_the_balloon(guest);
+    reading_all_memory_skips_the_balloon(guest);
     qmp.balloon((MEMORY_MIB - INFLATED_MIB / 2) * MIB).unwrap();
     guest.run(&format!("fill more {} 2", INFLATED_MIB / 4)).unwrap();
     qmp.balloon((MEMORY_MIB - INFLATED_MIB / 2 - 1) * MIB).unwrap();
@@ -139,7 +139,7 @@ fn memory_goes_and_comes_back(guest: &mut Guest, qmp: &mut Qmp) {
     verify(guest, "kept", KEPT_MIB, 1);
     guest.run("drop more").unwrap();
 
-    // Asleep, it has left the device; it gives the same again.
+    // A suspend resets the device. The balloon inflates again after it.
     let messages = "cat /sys/bus/virtio/devices/virtio0/balloon/messages";
     let (left, sent) = (qmp.left_bytes().unwrap(), number(guest, messages));
     guest.sleep(Waker::SerialLine("ttyS1")).unwrap();
@@ -149,25 +149,25 @@ fn memory_goes_and_comes_back(guest: &mut Guest, qmp: &mut Qmp) {
 
     guest.run("rmmod aerostat_balloon").unwrap();
     assert_eq!(qmp.left_bytes().unwrap(), MEMORY_MIB * MIB);
-    // As much as was free can be used again.
+    // All memory that was free is usable again.
     let fill_mib = free_mib - FREE_SLACK_MIB;
     guest.run(&format!("fill all {fill_mib} 3")).unwrap();
     verify(guest, "all", fill_mib, 3);
     verify(guest, "kept", KEPT_MIB, 1);
 }
 
-/// Who copies the guest's memory from within brings nothing back that the host has.
-fn nobody_looks_at_the_balloon(guest: &mut Guest) {
-    // They are marked right after the host was told of them.
+/// A memory dump taken inside the guest brings no ballooned page back to the host.
+fn reading_all_memory_skips_the_balloon(guest: &mut Guest) {
+    // The driver marks pages right after the host has acknowledged them.
     let end = Instant::now() + MARK_LIMIT;
     while number(guest, "offline") != INFLATED_MIB * PAGES_PER_MIB {
         assert!(Instant::now() < end, "{} pages are marked", number(guest, "offline"));
     }
     let before = resident_mib(guest);
-    let told = guest.run("read-kcore").unwrap().text;
+    let reply = guest.run("read-kcore").unwrap().text;
     let after = resident_mib(guest);
-    println!("{before} MiB before all of memory was read, {after} after: {told}");
-    assert!(after < before + READING_MIB, "{before} MiB before, {after} after: {told}");
+    println!("{before} MiB before all of memory was read, {after} after: {reply}");
+    assert!(after < before + READING_MIB, "{before} MiB before, {after} after: {reply}");
 }
 
 fn verify(guest: &mut Guest, file: &str, mib: u64, seed: u64) {

@@ -1,5 +1,5 @@
-//! Requests in unmodified Debian kernels, by a balloon device inside of the guest:
-//! no monitor for them offers a request queue.
+//! Requests in unmodified Debian kernels, with a balloon device inside the guest: no VMM for them
+//! has a request queue.
 
 use std::fs::File;
 use std::time::{Duration, Instant};
@@ -13,16 +13,16 @@ const MEMORY_MIB: u64 = 1024;
 /// What is read into the page cache, in MiB.
 const CACHED_MIB: u64 = 128;
 
-/// What a hold leaves, and what the guest then needs, in MiB.
+/// What a hold leaves free, and what the guest then allocates, in MiB.
 const RESERVE_MIB: u64 = 200;
 const NEEDED_MIB: u64 = 400;
 
-/// Pages that the guest uses for other things meanwhile.
+/// Pages that the guest may allocate meanwhile.
 const NOISE_PAGES: u64 = 1024;
 
 const PAGES_PER_MIB: u64 = 256;
 
-/// Time for an answer in emulation, on a machine with other work.
+/// Timeout of an answer in emulation, on a busy machine.
 const LIMIT: Duration = Duration::from_secs(60);
 
 const PARAMETERS: &str = "/sys/module/lab_balloon/parameters";
@@ -73,11 +73,11 @@ fn carries_out_requests(release: Release) {
     drops_caches(&mut guest);
     reports_free(&mut guest);
     holds_free(&mut guest);
-    assert_eq!(ask(&mut guest, 77, 0).outcome, UNKNOWN_COMMAND);
-    assert_eq!(ask(&mut guest, DROP_CACHES, 4).outcome, BAD_ARGUMENT);
+    assert_eq!(request(&mut guest, 77, 0).outcome, UNKNOWN_COMMAND);
+    assert_eq!(request(&mut guest, DROP_CACHES, 4).outcome, BAD_ARGUMENT);
 
-    // With a hold, which goes with the driver.
-    ask(&mut guest, HOLD_FREE, RESERVE_MIB * PAGES_PER_MIB);
+    // The driver unloads with a hold, which ends.
+    request(&mut guest, HOLD_FREE, RESERVE_MIB * PAGES_PER_MIB);
     guest.run("rmmod aerostat_balloon").unwrap();
     let free_mib = number(&mut guest, "free-mib");
     assert!(free_mib > RESERVE_MIB * 2, "{free_mib}");
@@ -91,7 +91,7 @@ fn carries_out_requests(release: Release) {
 
 fn drops_caches(guest: &mut Guest) {
     guest.run(&format!("read-file /dev/vda {CACHED_MIB}")).unwrap();
-    let both = ask(guest, DROP_CACHES, 3);
+    let both = request(guest, DROP_CACHES, 3);
     println!("drop caches: {both:?}");
     let [cache_before, cache_after, slab_before, slab_after] = both.values;
     assert_eq!(both.outcome, DONE);
@@ -101,13 +101,13 @@ fn drops_caches(guest: &mut Guest) {
 }
 
 fn reports_free(guest: &mut Guest) {
-    let all = ask(guest, REPORT_FREE, 12);
+    let all = request(guest, REPORT_FREE, 12);
     println!("report: {all:?}");
     let [named, free, _, _] = all.values;
     assert_eq!((all.outcome, named), (DONE, all.named_pages));
     assert!(named >= free * 98 / 100, "{all:?}");
     assert!(all.used_pages <= NOISE_PAGES, "{all:?}");
-    let large = ask(guest, REPORT_FREE, 21);
+    let large = request(guest, REPORT_FREE, 21);
     assert!(
         large.named_pages <= all.named_pages && large.named_pages.is_multiple_of(512),
         "{large:?}"
@@ -116,20 +116,20 @@ fn reports_free(guest: &mut Guest) {
 
 fn holds_free(guest: &mut Guest) {
     let reserve = RESERVE_MIB * PAGES_PER_MIB;
-    let held = ask(guest, HOLD_FREE, reserve);
+    let held = request(guest, HOLD_FREE, reserve);
     println!("hold: {held:?}");
     assert_eq!((held.outcome, held.values[0]), (DONE, held.named_pages));
     let left_mib = number(guest, "free-mib");
     assert!(left_mib.abs_diff(RESERVE_MIB) <= 8, "{left_mib}");
-    assert_eq!(ask(guest, HOLD_FREE, reserve).outcome, BUSY);
-    assert_eq!(ask(guest, RELEASE_HOLD, held.id + 1).outcome, BAD_ARGUMENT);
-    let released = ask(guest, RELEASE_HOLD, held.id);
+    assert_eq!(request(guest, HOLD_FREE, reserve).outcome, BUSY);
+    assert_eq!(request(guest, RELEASE_HOLD, held.id + 1).outcome, BAD_ARGUMENT);
+    let released = request(guest, RELEASE_HOLD, held.id);
     assert_eq!((released.outcome, released.values[0]), (DONE, held.values[0]));
 
-    let held = ask(guest, HOLD_FREE, reserve);
+    let held = request(guest, HOLD_FREE, reserve);
     assert_eq!(held.outcome, DONE);
-    let told = guest.run(&format!("pressure {NEEDED_MIB} 0")).unwrap().text;
-    assert_eq!(told, format!("taken_mib={NEEDED_MIB} end=complete"));
+    let reply = guest.run(&format!("pressure {NEEDED_MIB} 0")).unwrap().text;
+    assert_eq!(reply, format!("taken_mib={NEEDED_MIB} end=complete"));
     let lost = answer(guest);
     assert_eq!((lost.id, lost.outcome, lost.values[0]), (held.id, HOLD_LOST, held.values[0]));
     guest.run(&format!("fill data {NEEDED_MIB} 1")).unwrap();
@@ -137,7 +137,7 @@ fn holds_free(guest: &mut Guest) {
     guest.run("drop data").unwrap();
 }
 
-/// What the device says of the newest request.
+/// State of the newest request, from the device.
 #[derive(Clone, Copy, Debug)]
 #[allow(dead_code, reason = "printed")]
 struct Answer {
@@ -150,7 +150,7 @@ struct Answer {
     elapsed_ns: u64,
 }
 
-fn ask(guest: &mut Guest, command: u32, argument: u64) -> Answer {
+fn request(guest: &mut Guest, command: u32, argument: u64) -> Answer {
     guest.run(&format!("write {PARAMETERS}/ask {command} {argument}")).unwrap();
     let end = Instant::now() + LIMIT;
     loop {

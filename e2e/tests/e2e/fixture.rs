@@ -1,5 +1,4 @@
-//! A guest in User Mode Linux and the back end of its balloon, for tests: what goes wrong
-//! ends the test.
+//! A guest in User Mode Linux and its balloon back end, for tests. Errors panic.
 
 use std::fs::{File, OpenOptions};
 use std::ops::Deref;
@@ -11,17 +10,17 @@ use bench::{Driver, TestbedOptions};
 use control::{BALLOON_PAGE_BYTES, Status};
 use lab::{Backing, Guest, GuestMemoryDir};
 
-use crate::program::{program, told};
+use crate::program::{outcome, program};
 
 pub(crate) use bench::{LIMIT, REPORTED_MIB};
 
 /// Balloon pages in a MiB.
 pub(crate) const PAGES_PER_MIB: u32 = 256;
 
-/// Where the guest's memory may be, for as many guests as follow each other.
+/// Size of the guest's memory directory, as a multiple: a new guest may overlap an ending one.
 const MEMORY_DIR_FACTOR: u64 = 2;
 
-/// The host's side: a back end that listens, and room for the guest's memory.
+/// Host side: a listening back end, and a directory for guest memory.
 pub(crate) struct Host {
     host: bench::Host,
     _memory: GuestMemoryDir,
@@ -39,7 +38,7 @@ impl Host {
         Self::start_with(name, backing, memory_mib, &[])
     }
 
-    /// The same with more arguments for the back end.
+    /// Starts a host with more arguments for the back end.
     pub(crate) fn start_with(
         name: &str,
         backing: Backing,
@@ -56,12 +55,12 @@ impl Host {
         Self { host: bench::Host::start(name, &options, arguments).unwrap(), _memory: memory }
     }
 
-    /// Boots a guest that can load `driver`, and has not.
+    /// Boots a guest that can load `driver`. Does not load it.
     pub(crate) fn boot(&self, driver: Driver) -> Fixture<'_> {
         self.boot_with(driver, &[])
     }
 
-    /// The same with more words on the kernel's command line.
+    /// Boots a guest with more kernel arguments.
     pub(crate) fn boot_with(&self, driver: Driver, words: &[&str]) -> Fixture<'_> {
         let fixture = self.host.boot(driver, |guest| {
             words.iter().fold(guest, |guest, word| guest.kernel_argument(*word))
@@ -69,40 +68,40 @@ impl Host {
         Fixture { host: self, fixture: fixture.unwrap() }
     }
 
-    /// Asks the back end to end, and returns how it did.
+    /// Stops the back end and returns its exit status.
     pub(crate) fn stop(self) -> ExitStatus {
         self.host.stop().unwrap()
     }
 
-    /// Runs `aerostat`: exit code, standard output, standard error.
+    /// Runs `aerostat`. Returns exit code, standard output, standard error.
     pub(crate) fn aerostat(&self, arguments: &[&str]) -> (Option<i32>, String, String) {
         let mut command = Command::new(program());
         command.args(arguments).env("AEROSTAT_RUNTIME_DIR", self.directory());
         command.env_remove("RUST_LOG").stdin(Stdio::null());
-        told(&command.output().unwrap())
+        outcome(&command.output().unwrap())
     }
 
     pub(crate) fn status(&self) -> Status {
         self.host.status().unwrap()
     }
 
-    /// Asks for a balloon of so many pages; waits for nothing.
+    /// Sets the balloon target in pages. Does not wait.
     pub(crate) fn set_target(&self, pages: u32) {
         self.client.set_balloon(bytes(pages), Duration::ZERO).unwrap();
     }
 
-    /// Waits until `done`, which looks at what changes unannounced.
+    /// Polls the status until `done`.
     pub(crate) fn until(&self, what: &str, done: impl FnMut(&Status) -> bool) -> Status {
         well(self.host.until(what, done))
     }
 
-    /// Waits until the present change is over, and checks what then holds.
+    /// Waits until the balloon is at its target, and checks the invariants.
     pub(crate) fn wait_at_target(&self) -> Status {
         well(self.host.wait_at_target())
     }
 }
 
-/// A booted guest on its host.
+/// A booted guest with its host.
 pub(crate) struct Fixture<'a> {
     host: &'a Host,
     fixture: bench::Fixture<'a>,
@@ -126,7 +125,7 @@ impl<'a> Fixture<'a> {
         well(self.fixture.free_mib())
     }
 
-    /// The sum of some values of `/proc/meminfo`, in bytes.
+    /// Sum of some values of `/proc/meminfo`, in bytes.
     pub(crate) fn meminfo_bytes(&mut self, names: &[&str]) -> u64 {
         let lines = self.lines("meminfo");
         let kib = |name: &&str| -> u64 {
@@ -142,28 +141,28 @@ impl<'a> Fixture<'a> {
         self.lines(&format!("cat {path}")).join("").parse().unwrap()
     }
 
-    /// Runs a command in the guest and returns all but the last line of its answer.
+    /// Runs a command in the guest and returns the lines of its answer.
     pub(crate) fn lines(&mut self, command: &str) -> Vec<String> {
         self.fixture.guest.run(command).unwrap().lines
     }
 
-    /// What the guest printed so far, its kernel and its init.
+    /// Output of the guest's kernel and init so far.
     pub(crate) fn log(&self) -> String {
         self.fixture.guest.console_log()
     }
 
-    /// Fills a file and checks each of its pages.
+    /// Fills a file and verifies each of its pages.
     pub(crate) fn fill_and_verify(&mut self, file: &str, mib: u64, seed: u64) {
         self.run(&format!("fill {file} {mib} {seed}"));
         self.verify(file, mib, seed);
     }
 
-    /// Checks each page of a file.
+    /// Verifies each page of a file.
     pub(crate) fn verify(&mut self, file: &str, mib: u64, seed: u64) {
         well(self.fixture.verify(file, mib, seed));
     }
 
-    /// Fragments the guest's free memory but `leave_mib`, until [`Self::defragment`].
+    /// Fragments the guest's free memory except `leave_mib`, until [`Self::defragment`].
     pub(crate) fn fragment(&mut self, leave_mib: u64) {
         well(self.fixture.fragment(leave_mib));
     }
@@ -172,12 +171,12 @@ impl<'a> Fixture<'a> {
         well(self.fixture.defragment());
     }
 
-    /// The guest alone.
+    /// Returns the guest without its host.
     pub(crate) fn into_guest(self) -> Guest {
         self.fixture.guest
     }
 
-    /// For what walks on it.
+    /// The benchmark fixture below.
     pub(crate) fn bench(&mut self) -> &mut bench::Fixture<'a> {
         &mut self.fixture
     }
@@ -190,13 +189,13 @@ impl Deref for Fixture<'_> {
     }
 }
 
-/// What came out well; what did not says why in a form that can be read.
+/// Unwraps a result, with the error's text in the panic.
 pub(crate) fn well<T>(outcome: bench::Result<T>) -> T {
     outcome.unwrap_or_else(|error| panic!("{error}"))
 }
 
-/// The file of the memory of a guest that the process `pid` serves: deleted, and by far
-/// the largest that it has open. None where it was not given any yet.
+/// Memory file of the guest that the process `pid` serves: deleted, and by far the largest of its
+/// open files. `None` if the back end has not received it yet.
 pub(crate) fn guest_memory(pid: u32) -> Option<File> {
     let fds = std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?.flatten().map(|fd| fd.path());
     let is_deleted = |fd: &PathBuf| {
@@ -207,12 +206,12 @@ pub(crate) fn guest_memory(pid: u32) -> Option<File> {
     OpenOptions::new().read(true).write(true).open(path).ok()
 }
 
-/// Bytes of balloon pages.
+/// Balloon pages in bytes.
 pub(crate) fn bytes(pages: u32) -> u64 {
     u64::from(pages) * BALLOON_PAGE_BYTES
 }
 
-/// Balloon pages of so many MiB.
+/// MiB in balloon pages.
 pub(crate) fn pages(mib: u64) -> u32 {
     u32::try_from(mib).unwrap() * PAGES_PER_MIB
 }

@@ -1,5 +1,4 @@
-//! What a guest holds outside of its balloon stays as it is, and what it gave
-//! really goes back to the host.
+//! Guest memory outside the balloon keeps its contents, and ballooned memory returns to the host.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,34 +13,32 @@ use lab::Backing;
 use crate::fixture::{Fixture, Host, LIMIT, pages, well};
 use crate::requests::random_request;
 
-/// Makes each walk last so many minutes.
+/// Environment variable: minutes of each random run.
 const MINUTES_VARIABLE: &str = "AEROSTAT_E2E_MINUTES";
 
-/// Repeats a walk.
+/// Environment variable: seed of a random run to repeat.
 const SEED_VARIABLE: &str = "AEROSTAT_E2E_SEED";
 
-/// Steps of a walk that is not measured in minutes.
+/// Steps of a random run without a duration.
 const STEPS: u32 = 60;
 
 /// Memory of a small guest, in MiB.
 const SMALL_MIB: u64 = 1024;
 
-/// Memory of the large one: page numbers beyond 32 bits of bytes, and more than
-/// one chunk of everything.
+/// Memory of the large guest: byte addresses over 32 bits, and more than one chunk of every bitmap.
 const LARGE_MIB: u64 = 4096;
 
-/// Targets that are set and taken back at once.
+/// Targets that are set and withdrawn at once.
 const TAKEN_BACK: u32 = 20;
 
-/// How often the guest takes back all that it just gave. Where pages were
-/// released that it had taken back, one time in two would tell.
+/// How often the guest deflates all that it just inflated. A host that releases pages after their
+/// deflate fails one round in two.
 const ROUNDS: u64 = 8;
 
-/// Most memory used at once then, in MiB: what comes later is not in time.
+/// Maximum memory used at once then, in MiB: later use misses the race.
 const MOST_USED_MIB: u64 = 256;
 
-/// Part of free memory that cannot be filled: page tables, and the guest's own
-/// reserve.
+/// Part of free memory that cannot be filled: page tables, and the guest's own reserve.
 const UNFILLED_DIVISOR: u64 = 20;
 
 /// Between two requests of the host.
@@ -58,32 +55,32 @@ fn stock_driver_on_huge_pages() {
 }
 
 #[test]
-fn own_driver_on_small_pages() {
+fn aerostat_driver_on_small_pages() {
     keeps_every_byte("own-4k", Driver::Own, Backing::Small, SMALL_MIB);
 }
 
 #[test]
-fn own_driver_on_huge_pages() {
+fn aerostat_driver_on_huge_pages() {
     keeps_every_byte("own-huge", Driver::Own, Backing::Huge, SMALL_MIB);
 }
 
 #[test]
-fn own_driver_in_a_large_guest() {
+fn aerostat_driver_in_a_large_guest() {
     keeps_every_byte("own-large", Driver::Own, Backing::Small, LARGE_MIB);
 }
 
 #[test]
-fn stock_driver_that_also_reports_free_pages() {
+fn stock_driver_with_free_page_reporting() {
     let seed = seed();
     println!("repeat with {SEED_VARIABLE}={seed}");
     let host = Host::start("stock-reports", Backing::Small, SMALL_MIB);
     let mut fixture = host.boot(Driver::Stock);
     let free_mib = fixture.free_mib();
     fixture.load_driver();
-    walk(&mut fixture, seed, free_mib);
-    // Linux begins 2 s after it could; a walk may be over sooner.
+    random_run(&mut fixture, seed, free_mib);
+    // Linux reports after 2 s. A run may end sooner.
     host.until("reported", |status| status.reports.released_bytes > 0);
-    everything_is_usable_again(&mut fixture, free_mib);
+    all_memory_is_usable_again(&mut fixture, free_mib);
     let status = host.status();
     assert_eq!(status.faults.total(), 0, "{:?}", status.faults);
 }
@@ -91,24 +88,24 @@ fn stock_driver_that_also_reports_free_pages() {
 fn keeps_every_byte(name: &str, driver: Driver, backing: Backing, memory_mib: u64) {
     let seed = seed();
     println!("{name}: repeat with {SEED_VARIABLE}={seed}");
-    // What goes back by itself would hide what the balloon gave.
+    // Free page reporting would hide what the balloon released.
     let host = Host::start_with(name, backing, memory_mib, &["--without", "reporting"]);
     let mut fixture = host.boot(driver);
     let free_mib = fixture.free_mib();
     fixture.load_driver();
-    what_is_given_comes_back_to_the_host(&mut fixture);
-    targets_taken_back_at_once_are_over(&fixture, seed);
-    what_is_taken_back_at_once_stays(&mut fixture, seed);
+    ballooned_memory_returns_to_the_host(&mut fixture);
+    withdrawn_targets_take_effect(&fixture, seed);
+    pages_deflated_at_once_keep_their_contents(&mut fixture, seed);
     match driver {
-        Driver::Own => walk_beside_requests(&host, &mut fixture, seed, free_mib),
-        Driver::Stock => walk(&mut fixture, seed, free_mib),
+        Driver::Own => run_with_requests(&host, &mut fixture, seed, free_mib),
+        Driver::Stock => random_run(&mut fixture, seed, free_mib),
     }
-    everything_is_usable_again(&mut fixture, free_mib);
+    all_memory_is_usable_again(&mut fixture, free_mib);
     assert_eq!(host.status().faults.total(), 0, "{:?}", host.status().faults);
 }
 
-/// The host asks for something all the time, whether or not there is a driver.
-fn walk_beside_requests(host: &Host, fixture: &mut Fixture<'_>, seed: u64, free_mib: u64) {
+/// Requests free memory from the guest all the time, with or without a driver.
+fn run_with_requests(host: &Host, fixture: &mut Fixture<'_>, seed: u64, free_mib: u64) {
     let over = AtomicBool::new(false);
     let asked = thread::scope(|scope| {
         let asking = scope.spawn(|| {
@@ -117,40 +114,40 @@ fn walk_beside_requests(host: &Host, fixture: &mut Fixture<'_>, seed: u64, free_
             while !over.load(Ordering::Relaxed) {
                 asked += 1;
                 done += u32::from(random_request(host, &mut rng));
-                // A guest asked without a pause does nothing else.
+                // Without a pause the guest would do nothing else.
                 thread::sleep(REQUEST_PAUSE);
             }
             (asked, done)
         });
-        // Told also where the walk fails: it would be waited for in vain.
-        let ended = catch_unwind(AssertUnwindSafe(|| walk(fixture, seed, free_mib)));
+        // Stop the thread also if the run panics, since the scope joins it.
+        let ended = catch_unwind(AssertUnwindSafe(|| random_run(fixture, seed, free_mib)));
         over.store(true, Ordering::Relaxed);
         let asked = asking.join().unwrap();
         ended.map_or_else(|panic| resume_unwind(panic), |()| asked)
     });
-    // There may be none.
+    // There may be no hold.
     let _ = host.client.release_free_pages(LIMIT);
-    println!("{asked:?} requests asked and done: {:?}", host.status().requests.ended);
+    println!("{asked:?} requests sent and done: {:?}", host.status().requests.ended);
     assert!(asked.1 > 0, "{:?}", host.status().requests);
 }
 
-fn walk(fixture: &mut Fixture<'_>, seed: u64, free_mib: u64) {
+fn random_run(fixture: &mut Fixture<'_>, seed: u64, free_mib: u64) {
     let end = minutes().map(|minutes| Instant::now() + minutes);
     let plan = Plan::of_balloon(seed, free_mib);
-    let mut walk = SoakRun::new(fixture.bench(), plan);
-    let mut told = |step: &Step| println!("{step:?}");
+    let mut run = SoakRun::new(fixture.bench(), plan);
+    let mut print_step = |step: &Step| println!("{step:?}");
     for step in 1.. {
-        well(walk.step(&mut told));
+        well(run.step(&mut print_step));
         if end.map_or(step >= STEPS, |end| Instant::now() >= end) {
             break;
         }
     }
-    well(walk.end(&mut told));
+    well(run.end(&mut print_step));
 }
 
-/// All that is free was touched, so all that is inflated was the host's memory,
-/// and must be missing there to the last page that can be.
-fn what_is_given_comes_back_to_the_host(fixture: &mut Fixture<'_>) {
+/// All free memory was touched, so every ballooned page was host memory. The host must get back
+/// every page that it can.
+fn ballooned_memory_returns_to_the_host(fixture: &mut Fixture<'_>) {
     let free_mib = fixture.free_mib();
     fixture.run(&format!("touch {}", free_mib - free_mib / UNFILLED_DIVISOR));
     let before = fixture.status().resident_bytes.unwrap();
@@ -164,8 +161,8 @@ fn what_is_given_comes_back_to_the_host(fixture: &mut Fixture<'_>) {
     fixture.wait_at_target();
 }
 
-/// The guest sees some of these targets, and of others nothing.
-fn targets_taken_back_at_once_are_over(fixture: &Fixture<'_>, seed: u64) {
+/// The guest sees only some of these targets.
+fn withdrawn_targets_take_effect(fixture: &Fixture<'_>, seed: u64) {
     let mut rng = fastrand::Rng::with_seed(seed);
     for _ in 0..TAKEN_BACK {
         fixture.set_target(rng.u32(1..=pages(SMALL_MIB / 2)));
@@ -174,9 +171,9 @@ fn targets_taken_back_at_once_are_over(fixture: &Fixture<'_>, seed: u64) {
     }
 }
 
-/// The guest takes everything back and uses it while the host still releases.
-/// In pieces, it takes the host longest.
-fn what_is_taken_back_at_once_stays(fixture: &mut Fixture<'_>, seed: u64) {
+/// The guest deflates everything and uses the memory while the host still releases it. Fragmented
+/// memory takes the host longest.
+fn pages_deflated_at_once_keep_their_contents(fixture: &mut Fixture<'_>, seed: u64) {
     let mut rng = fastrand::Rng::with_seed(seed);
     let free_mib = fixture.free_mib();
     fixture.fragment(free_mib / UNFILLED_DIVISOR);
@@ -196,9 +193,9 @@ fn what_is_taken_back_at_once_stays(fixture: &mut Fixture<'_>, seed: u64) {
     fixture.defragment();
 }
 
-/// As much can be filled as before the driver came. What the guest calls free
-/// would not tell: up to an eighth of it is in lists of its processors.
-fn everything_is_usable_again(fixture: &mut Fixture<'_>, free_mib: u64) {
+/// As much memory can be filled as before the driver loaded. The guest's free count is too low: up
+/// to an eighth is in per-CPU lists.
+fn all_memory_is_usable_again(fixture: &mut Fixture<'_>, free_mib: u64) {
     fixture.unload_driver();
     let fill_mib = free_mib - free_mib / UNFILLED_DIVISOR;
     fixture.fill_and_verify("all", fill_mib, 1);

@@ -1,7 +1,7 @@
-//! Our own monitor on a real KVM, with unmodified Debian kernels in it.
+//! `aerostat run` on a real KVM, with unmodified Debian guests.
 //!
-//! Where this machine's KVM is of no use, the tests run inside of a machine that has one: this
-//! very program is started there again, with what it needs named by variables.
+//! On a machine without a usable KVM, the tests run inside an emulated machine with KVM: this test
+//! program runs there again, and environment variables name its files.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -14,57 +14,57 @@ use lab::debian::{self, Release};
 use lab::kvm::{self, KvmMachine};
 use lab::{Guest, GuestBuilder, LabError, guest_build};
 
-use crate::kvm_restore::a_guest_goes_on_in_another_machine;
-use crate::program::{program, told};
+use crate::kvm_restore::a_guest_continues_in_another_machine;
+use crate::program::{outcome, program};
 
-/// Memory of the guests and what the balloon takes of it, in MiB, unless the variables say
-/// otherwise: emulation below the KVM is slow.
+/// Memory of the guests and balloon target, in MiB, with the variables that override them.
+/// Emulation below the KVM is slow.
 const MEMORY: (&str, u64) = ("AEROSTAT_TEST_MEMORY_MIB", 384);
 const INFLATED: (&str, u64) = ("AEROSTAT_TEST_INFLATED_MIB", 192);
 
-/// What a file keeps outside of the balloon.
+/// Size of a file in guest memory.
 const KEPT_MIB: u64 = 32;
 
-/// What a hold leaves to the guest.
+/// What a hold leaves free.
 const RESERVED_MIB: u64 = 64;
 
-/// What of the guest's memory is not filled: without some for the kernel, filling the guest would
-/// end it ("System is deadlocked on memory").
+/// Guest memory that is not filled: without some for the kernel, the guest would panic ("System is
+/// deadlocked on memory").
 const NOT_FILLED: u64 = 16;
 
-/// What the guest reads into its page cache before it is told to drop it: zeros of a RAM disk.
+/// Size of a page cache that is then dropped: zeros of a RAM disk.
 const CACHED_MIB: u64 = 32;
 const DISK: &str = "brd";
 
-/// The driver of the monitor's disks.
+/// Driver of the VMM's disks.
 pub(crate) const BLOCK: &str = "virtio_blk";
 
-/// What a guest may use for other things while it tells of its free memory.
+/// Memory that the guest may use while it reports its free memory.
 const NOISE_MIB: u64 = 8;
 
-/// A driver tells of its statistics within milliseconds, and of what came free within two seconds
-/// (Linux's `page_reporting.c`); emulation is slow.
+/// Timeout of reports: a driver sends statistics within milliseconds, and freed pages within two
+/// seconds (Linux's `page_reporting.c`). Emulation is slow.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 const STATS_INTERVAL_MS: u64 = 100;
 
-/// How often a change of the balloon by our driver may interrupt the guest.
+/// Maximum exits of a balloon change with our driver.
 const MOST_EXITS: u64 = 100;
 
-/// For all that happens in the machine with the KVM, for each 384 MiB of a guest.
+/// Timeout of all tests in the machine with KVM, per 384 MiB of guest memory.
 const LIMIT: Duration = Duration::from_secs(600);
 
-/// For one command of a guest, likewise.
+/// Timeout of one guest command, likewise.
 const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 
-/// For a panic, its report, and the second that the kernel waits.
+/// Timeout of a panic, its report, and the second that the kernel waits.
 const END_LIMIT: Duration = Duration::from_secs(60);
 
-/// A guest that runs answers much faster.
+/// A running guest answers much faster.
 const PAUSE: Duration = Duration::from_secs(3);
 
 pub(crate) const MIB: u64 = 1 << 20;
 
-/// What the guests need besides the balloon's driver.
+/// Modules of the guests besides the balloon driver.
 const NEEDED: [&str; 2] = ["virtio_mmio", "pvpanic_mmio"];
 pub(crate) const STOCK: &str = "virtio_balloon";
 pub(crate) const OURS: &str = "aerostat_balloon";
@@ -75,28 +75,28 @@ pub(crate) const VMLINUX: &str = "AEROSTAT_TEST_VMLINUX";
 pub(crate) const INITRAMFS: &str = "AEROSTAT_TEST_INITRAMFS";
 pub(crate) const MODULES: &str = "AEROSTAT_TEST_MODULES";
 
-/// KVM for a guest that runs guests of its own, in loading order.
+/// KVM modules for a guest that runs nested guests, in loading order.
 pub(crate) const NESTED_MODULES: &str = "AEROSTAT_TEST_NESTED_MODULES";
 
-/// One machine for all that is to be seen there, since booting it takes most of the time.
+/// One machine for all tests inside, since its boot takes most of the time.
 #[test]
-fn debian_guests_of_our_monitor_give_memory_and_end_as_they_should() {
+fn debian_guests_of_our_vmm_balloon_pause_and_end() {
     inside_of_a_kvm("kvm::inside", mib(MEMORY));
 }
 
-/// Runs an ignored test of this program where a KVM is, with room for guests of this much memory.
+/// Runs an ignored test of this program on a KVM, with this much guest memory.
 pub(crate) fn inside_of_a_kvm(test: &str, guests_mib: u64) {
     inside_of_a_kvm_with(test, guests_mib, &[]);
 }
 
-/// The same with more variables.
+/// As [`inside_of_a_kvm`], with more environment variables.
 pub(crate) fn inside_of_a_kvm_with(test: &str, guests_mib: u64, more: &[(&str, &OsStr)]) {
     let directory = tempfile::tempdir().unwrap();
     let kernel = debian::kernel(Release::Cloud6_12).unwrap();
     let own = guest_build::balloon_module(&kernel.tree().unwrap()).unwrap();
     let mut modules = kernel.modules(&NEEDED).unwrap();
     let names = names(&modules);
-    let nested = kernel.modules(&[kvm_of_a_guest()]).unwrap();
+    let nested = kernel.modules(&[nested_kvm_module()]).unwrap();
     let nested_names = self::names(&nested);
     modules.extend(nested);
     modules.extend(kernel.modules(&[STOCK, DISK, BLOCK]).unwrap());
@@ -120,7 +120,7 @@ pub(crate) fn inside_of_a_kvm_with(test: &str, guests_mib: u64, more: &[(&str, &
     let (code, text) = if kvm::hardware() {
         let output =
             Command::new(this).args(words).envs(variables.iter().copied()).output().unwrap();
-        let (code, out, err) = told(&output);
+        let (code, out, err) = outcome(&output);
         (code, out + &err)
     } else {
         let mut machine = KvmMachine::boot(guests_mib).unwrap();
@@ -138,18 +138,17 @@ fn names(modules: &[PathBuf]) -> String {
     names.collect::<Vec<_>>().join(" ")
 }
 
-/// The module by which a guest that may would run guests of its own. The emulated machine has an
-/// AMD processor.
-fn kvm_of_a_guest() -> &'static str {
-    let processors = std::fs::read_to_string("/proc/cpuinfo").unwrap();
-    let is_intel = kvm::hardware() && processors.contains("GenuineIntel");
+/// KVM module for a guest with nested virtualisation. The emulated machine has an AMD CPU.
+fn nested_kvm_module() -> &'static str {
+    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap();
+    let is_intel = kvm::hardware() && cpuinfo.contains("GenuineIntel");
     if is_intel { "kvm_intel" } else { "kvm_amd" }
 }
 
 #[test]
-#[ignore = "is started by another test where there is a KVM"]
+#[ignore = "another test runs it on a KVM"]
 fn inside() {
-    // Started by hand it has nothing to work with.
+    // Run by hand it has no files.
     if std::env::var_os(VMLINUZ).is_none() {
         return;
     }
@@ -157,11 +156,11 @@ fn inside() {
     let path = |variable: &str| PathBuf::from(std::env::var_os(variable).unwrap());
     let modules = std::env::var(MODULES).unwrap();
     let modules: Vec<&str> = modules.split(' ').chain([OURS]).collect();
-    a_guest_goes_on_in_another_machine(path(VMLINUX), path(INITRAMFS), &modules);
-    println!("moved after {:.1?}", start.elapsed());
-    let stock = memory_goes_and_comes_back(STOCK, VMLINUX);
+    a_guest_continues_in_another_machine(path(VMLINUX), path(INITRAMFS), &modules);
+    println!("migrated after {:.1?}", start.elapsed());
+    let stock = inflates_and_deflates(STOCK, VMLINUX);
     println!("stock after {:.1?}", start.elapsed());
-    let ours = memory_goes_and_comes_back(OURS, VMLINUX);
+    let ours = inflates_and_deflates(OURS, VMLINUX);
     assert!(ours.inflate <= MOST_EXITS && ours.deflate <= MOST_EXITS, "{ours:?}");
     assert!(stock.inflate > ours.inflate, "{stock:?} {ours:?}");
     println!("ours after {:.1?}", start.elapsed());
@@ -169,16 +168,16 @@ fn inside() {
     println!("all after {:.1?}", start.elapsed());
 }
 
-/// How often changes of the balloon interrupted the guest.
+/// Exits of balloon changes.
 #[derive(Debug)]
 struct Exits {
     inflate: u64,
     deflate: u64,
 }
 
-fn memory_goes_and_comes_back(driver: &str, kernel: &str) -> Exits {
+fn inflates_and_deflates(driver: &str, kernel: &str) -> Exits {
     let start = Instant::now();
-    // What is reported is gone before the balloon could take it.
+    // Free page reporting would release the pages before the balloon does.
     let arguments = ["--cpus", "2", "--without", "reporting"];
     let mut guest = builder(driver, kernel).machine_arguments(arguments).boot().unwrap();
     println!("{driver}: booted in {:.1?}", start.elapsed());
@@ -186,9 +185,9 @@ fn memory_goes_and_comes_back(driver: &str, kernel: &str) -> Exits {
     assert_eq!(run(&mut guest, "cat /sys/devices/system/cpu/online").lines, ["0-1"]);
     run(&mut guest, &format!("fill kept {KEPT_MIB} 1"));
     if driver == OURS {
-        drops_caches_and_names_its_free_pages(&mut guest);
+        drops_caches_and_reports_free_pages(&mut guest);
     } else {
-        tells_statistics_and_hints(&mut guest);
+        reports_statistics_and_hints(&mut guest);
     }
     let free_mib = number(&mut guest, "free-mib");
     let inflated_mib = mib(INFLATED);
@@ -203,14 +202,14 @@ fn memory_goes_and_comes_back(driver: &str, kernel: &str) -> Exits {
     assert!(fell >= inflated_mib * MIB * 3 / 4, "{} MiB", fell / MIB);
     verify(&mut guest, "kept", KEPT_MIB, 1);
     let deflated = balloon(driver, 0);
-    // As much as was free before can be used again.
+    // All memory that was free is usable again.
     let fill_mib = free_mib - mib(MEMORY) / NOT_FILLED;
     run(&mut guest, &format!("fill all {fill_mib} 2"));
     verify(&mut guest, "all", fill_mib, 2);
     verify(&mut guest, "kept", KEPT_MIB, 1);
     assert_eq!(deflated.faults.total(), 0, "{:?}", deflated.faults);
     if driver == OURS {
-        pauses_and_goes_on(guest);
+        pauses_and_resumes(guest);
     } else {
         panics(guest);
     }
@@ -222,8 +221,8 @@ fn memory_goes_and_comes_back(driver: &str, kernel: &str) -> Exits {
     }
 }
 
-/// What only our driver can be asked for.
-fn drops_caches_and_names_its_free_pages(guest: &mut Guest) {
+/// Requests that need our driver.
+fn drops_caches_and_reports_free_pages(guest: &mut Guest) {
     run(guest, &format!("insmod {DISK} rd_nr=1 rd_size={}", CACHED_MIB << 10));
     run(guest, &format!("read-file /dev/ram0 {CACHED_MIB}"));
     let client = client(OURS);
@@ -255,10 +254,10 @@ fn free_pages(kind: FreeKind) -> AskFreePages {
     AskFreePages { kind, min_block_bytes: None, reserve_bytes, timeout_ms }
 }
 
-/// What any driver can be asked for.
-fn tells_statistics_and_hints(guest: &mut Guest) {
+/// Requests that every driver supports.
+fn reports_statistics_and_hints(guest: &mut Guest) {
     let client = client(STOCK);
-    // A driver tells once without being asked.
+    // A driver sends its first statistics unrequested.
     let faults = |status: &Status| status.stats.values["minor_faults"];
     let before = faults(&client.status().unwrap());
     run(guest, &format!("touch {KEPT_MIB}"));
@@ -271,10 +270,10 @@ fn tells_statistics_and_hints(guest: &mut Guest) {
     let named = client.ask_free_pages(&free_pages(FreeKind::Hint)).unwrap();
     println!("{} MiB hinted, {} ms", named.total_bytes / MIB, named.elapsed_ms);
     assert_eq!(named.kind, FreeKind::Hint);
-    // Hints are blocks of 4 MiB, so what is left of smaller ones is not among them.
+    // Hints are blocks of 4 MiB, without smaller free blocks.
     let named_mib = named.total_bytes / MIB;
-    // And it has given them back. What the processors keep free for themselves goes back to all
-    // while it looks for more, so that there may be more after it than before.
+    // The driver has returned the pages. While it allocates, per-CPU lists are drained, so there
+    // may be more free memory after than before.
     let after_mib = number(guest, "free-mib");
     assert!(after_mib + NOISE_MIB >= free_mib, "{after_mib} of {free_mib} MiB");
     assert!(named_mib <= after_mib + NOISE_MIB, "{named_mib} of {after_mib} MiB");
@@ -283,7 +282,7 @@ fn tells_statistics_and_hints(guest: &mut Guest) {
     assert!(refused.to_string().contains("no request queue"), "{refused}");
 }
 
-/// Looks until the status is as it should be some time.
+/// Polls the status until a condition holds.
 fn until(guest: &str, holds: impl Fn(&Status) -> bool) -> Status {
     let end = Instant::now() + ANSWER_TIMEOUT;
     loop {
@@ -296,13 +295,13 @@ fn until(guest: &str, holds: impl Fn(&Status) -> bool) -> Status {
     }
 }
 
-/// Sets the balloon by the command line, and tells what it took.
+/// Sets the balloon with the command line and prints its cost.
 fn balloon(guest: &str, target_mib: u64) -> Status {
     let before = status(guest);
     let size = format!("{target_mib}MiB");
     let mut command = Command::new(program());
     let output = command.args(["balloon", guest, &size, "--timeout", "120s"]).output().unwrap();
-    let (code, out, err) = told(&output);
+    let (code, out, err) = outcome(&output);
     assert_eq!(code, Some(0), "{out}{err}");
     let after = status(guest);
     assert_eq!(after.balloon.actual_bytes, target_mib * MIB);
@@ -311,7 +310,7 @@ fn balloon(guest: &str, target_mib: u64) -> Status {
     after
 }
 
-/// A panic, which is the guest's fault and so a failure.
+/// A guest panic, which is a failure with the guest at fault.
 fn panics(mut guest: Guest) {
     guest.run_within("write /proc/sysrq-trigger c", END_LIMIT).unwrap_err();
     let end = guest.wait().unwrap();
@@ -320,11 +319,11 @@ fn panics(mut guest: Guest) {
     assert!(log.contains(&format!("guest: the kernel of {STOCK} panicked")), "{log}");
 }
 
-/// It pauses, and its balloon is there meanwhile; it goes on, and switches itself off.
-fn pauses_and_goes_on(mut guest: Guest) {
+/// Pauses the guest, whose balloon stays readable, resumes it, and powers it off.
+fn pauses_and_resumes(mut guest: Guest) {
     signal(&guest, "USR1");
-    let silence = guest.run_within("free-mib", PAUSE).unwrap_err();
-    assert!(matches!(silence, LabError::Timeout { .. }), "{silence}");
+    let timeout = guest.run_within("free-mib", PAUSE).unwrap_err();
+    assert!(matches!(timeout, LabError::Timeout { .. }), "{timeout}");
     assert!(status(OURS).guest.connected);
     let refused = client(OURS).drop_caches(Caches::All, ANSWER_TIMEOUT).unwrap_err();
     assert!(refused.to_string().contains("paused"), "{refused}");
@@ -334,8 +333,7 @@ fn pauses_and_goes_on(mut guest: Guest) {
     assert!(guest.power_off().unwrap().success());
 }
 
-/// The kernel as it is installed, which unpacks itself. What is free is reported, and the monitor
-/// ends when it is asked to.
+/// Boots the installed, compressed kernel. Free pages are reported, and SIGTERM ends the VMM.
 fn reports_and_is_ended() {
     let mut guest = builder("ends", VMLINUZ).boot().unwrap();
     load(&mut guest, STOCK);
@@ -352,18 +350,18 @@ pub(crate) fn signal(guest: &Guest, name: &str) {
 
 pub(crate) fn builder(name: &str, kernel: &str) -> GuestBuilder {
     let path = |variable: &str| PathBuf::from(std::env::var_os(variable).unwrap());
-    Guest::monitor(program(), path(kernel))
+    Guest::vmm(program(), path(kernel))
         .memory_mib(mib(MEMORY))
         .initramfs(path(INITRAMFS))
         .machine_arguments(["--name", name])
 }
 
-/// A size by its variable, or as it is by itself.
+/// A size from its environment variable, or its default.
 fn mib((variable, default): (&str, u64)) -> u64 {
     std::env::var(variable).map_or(default, |text| text.parse().unwrap())
 }
 
-/// A limit for the guests' memory.
+/// A timeout, scaled by the guests' memory.
 fn scaled(limit: Duration) -> Duration {
     limit * u32::try_from(mib(MEMORY).div_ceil(MEMORY.1)).unwrap()
 }
@@ -384,7 +382,7 @@ pub(crate) fn client(guest: &str) -> Client {
     Client::connect(path).unwrap()
 }
 
-/// All that the guest printed is worth having where the guest itself is new.
+/// Runs a command. The panic of a failure has all guest output.
 pub(crate) fn run(guest: &mut Guest, command: &str) -> lab::Reply {
     let reply = guest.run_within(command, scaled(COMMAND_LIMIT));
     reply.unwrap_or_else(|error| panic!("{error}\n{}", guest.console_log()))

@@ -1,6 +1,6 @@
-//! Guests of our monitor that are moved while they run, from one process to another and back.
+//! Live migration of guests, from one `aerostat` process to another and back.
 //!
-//! `aerostat-lab soak --migrate 50 --faults 120` does for an hour what a part of this does for a moment.
+//! `aerostat-lab soak --migrate 50 --faults 120` does a longer run of the same cases.
 
 mod hostile;
 
@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use bench::soak::moves::proxy::{Fault, Harm, Moment, Proxy};
+use bench::soak::moves::proxy::{Fault, FaultKind, Proxy, Stage};
 use bench::soak::moves::{self, CaseReport, MigratingGuest, RunConfig};
 use control::Client;
 use control::api::{MigrationPhase, MigrationState, MigrationStatus, MigrationSummary};
@@ -19,59 +19,59 @@ use crate::kvm::{
     INITRAMFS, MIB, MODULES, OURS, STOCK, VMLINUX, VMLINUZ, builder, inside_of_a_kvm_with, load,
     number, run, signal, verify,
 };
-use crate::program::{program, told};
+use crate::program::{outcome, program};
 
-/// Memory of the guest, what its balloon takes, and what a file keeps, in MiB.
+/// Memory of the guest, balloon target, and size of a file in guest memory, in MiB.
 const MEMORY_MIB: u64 = 256;
 const INFLATED_MIB: u64 = 64;
 const KEPT_MIB: u64 = 32;
 
-/// What is touched of what is free then, in MiB.
+/// Part of free memory that is then touched, in MiB.
 const TOUCHED_MIB: u64 = 64;
 
-/// What the guest allocates, writes and frees all the time while it is moved.
+/// Memory that the guest allocates, writes and frees all the time while it migrates.
 const BUSY_MIB: u64 = 4;
 
-/// Guests that have memory at a time: one on its way.
+/// Guests with memory at a time: source and destination.
 const GUESTS: u64 = 2;
 
-/// Moves with a conversation on the way, by kind and number: to memory that is shared, compressed,
-/// while the balloon is deflated; to huge pages; of a guest that writes too fast.
+/// Migrations with guest commands on the way, by kind and number: to shared memory, compressed,
+/// during a deflate; to huge pages; of a throttled guest.
 const MOVES: [(&str, usize); 3] = [("own-cleared", 1), ("no-driver", 2), ("stock-busy", 0)];
 
-/// What of migrations fails at random.
+/// Case of the random faults.
 const FAULTS: (&str, usize) = ("own", 2);
 
-/// Chooses the faults; any if it is not given.
+/// Environment variable: seed of the faults, random by default.
 const SEED: &str = "AEROSTAT_E2E_SEED";
 
-/// Until a monitor whose guest is on its way, and whose peer is silent, has ended: much less than the
-/// 20 s for which it would wait for a sign of life.
+/// Timeout for SIGTERM during a migration with a silent peer: much less than the keepalive timeout
+/// of 20 s.
 const PROMPT: Duration = Duration::from_secs(8);
 
-/// For another process to begin to listen.
+/// Timeout for another process to listen.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 #[test]
-fn guests_move_to_another_process_and_back_while_they_run() {
+fn guests_live_migrate_to_another_process_and_back() {
     let seed = std::env::var_os(SEED);
     let variables: Vec<_> = seed.iter().map(|seed| (SEED, seed.as_os_str())).collect();
     inside_of_a_kvm_with("kvm_move::inside", GUESTS * MEMORY_MIB, &variables);
 }
 
 #[test]
-#[ignore = "is started by another test where there is a KVM"]
+#[ignore = "another test runs it on a KVM"]
 fn inside() {
-    // Started by hand it has nothing to work with.
+    // Run by hand it has no files.
     if std::env::var_os(VMLINUZ).is_none() {
         return;
     }
-    // Connections need it, and a machine that was just booted does not have it yet. Where it is
-    // there already, this may be forbidden.
+    // Connections need it, and a machine that just booted has it down. Where it is up, this may be
+    // forbidden.
     let _ = Command::new("ip").args(["link", "set", "lo", "up"]).status();
     let start = Instant::now();
     for driver in [OURS, STOCK] {
-        moves_there_and_back(driver);
+        migrates_there_and_back(driver);
         println!("{driver} after {:.1?}", start.elapsed());
     }
     let mut run_config = run_config();
@@ -85,9 +85,9 @@ fn inside() {
         }));
         println!("{name} after {:.1?}", start.elapsed());
     }
-    ends_promptly_while_its_guest_moves(&run_config);
+    ends_promptly_during_a_migration(&run_config);
     println!("ended after {:.1?}", start.elapsed());
-    goes_on_whatever_fails(&run_config);
+    survives_random_faults(&run_config);
     println!("faults after {:.1?}", start.elapsed());
 }
 
@@ -105,47 +105,47 @@ fn run_config() -> RunConfig {
 
 fn all_well(report: &CaseReport) {
     assert_eq!(report.problems(), Vec::<String>::new());
-    println!("{} answers on the way, {} unheard", report.answered, report.unheard);
+    println!("{} commands answered on the way, {} lost", report.answered, report.unheard);
 }
 
-/// Some of what can fail, and not what takes as long as a peer may be silent.
-fn goes_on_whatever_fails(run_config: &RunConfig) {
+/// Injects some random faults, without those that take a whole keepalive timeout.
+fn survives_random_faults(run_config: &RunConfig) {
     let (name, count) = FAULTS;
     let seed = std::env::var(SEED).ok().and_then(|seed| seed.parse().ok());
     let seed = seed.unwrap_or_else(bench::soak::any_seed);
     println!("{SEED}={seed}");
-    let chosen = moves::faults(seed).into_iter().filter(|fault| fault.harm != Harm::Stall);
+    let chosen = moves::faults(seed).into_iter().filter(|fault| fault.kind != FaultKind::Stall);
     let case = moves::Case::named(name).unwrap();
     let chosen = chosen.take(count).collect();
     all_well(&moves::fail_at(run_config, case, chosen, &mut |line| println!("{line}")));
 }
 
-/// SIGTERM while it waits for a destination of which nothing is heard.
-fn ends_promptly_while_its_guest_moves(run_config: &RunConfig) {
+/// SIGTERM while the source waits for a silent destination.
+fn ends_promptly_during_a_migration(run_config: &RunConfig) {
     let mut migrating_guest =
         MigratingGuest::boot(run_config, moves::CASES[0], moves::MEMORY_MIB).unwrap();
     let receiver = migrating_guest.receiver(&[]).unwrap();
     hostile::sources_get_nothing(&receiver);
-    let fault = Fault { moment: Moment::RoundDone, later: 0, harm: Harm::Stall, seed: 0 };
+    let fault = Fault { stage: Stage::RoundDone, later: 0, kind: FaultKind::Stall, seed: 0 };
     let proxy = Proxy::start(&receiver.address, Some(fault), Box::new(|_| {})).unwrap();
-    let departure = migrating_guest.depart(&proxy.address, &[]).unwrap();
+    let migrate = migrating_guest.start_migrate(&proxy.address, &[]).unwrap();
     let end = Instant::now() + ANSWER_TIMEOUT;
     while !proxy.has_fired() {
-        assert!(Instant::now() < end, "{:?}", departure.end());
+        assert!(Instant::now() < end, "{:?}", migrate.end());
         std::thread::sleep(Duration::from_millis(20));
     }
-    let told = Instant::now();
+    let signalled = Instant::now();
     signal(&migrating_guest.guest, "TERM");
     assert!(
         migrating_guest.guest.wait().unwrap().success(),
         "{}",
         migrating_guest.guest.console_log()
     );
-    assert!(told.elapsed() < PROMPT, "{:?}", told.elapsed());
-    // It was told so, or found that the monitor had ended.
-    let said = departure.end().unwrap();
+    assert!(signalled.elapsed() < PROMPT, "{:?}", signalled.elapsed());
+    // The client received the error, or lost its connection.
+    let said = migrate.end().unwrap();
     assert!(matches!(said.code, Some(1 | 3)), "{said:?}");
-    // Now it hears that the other side is gone, and waits for the next guest.
+    // The destination now sees the disconnect, and waits for the next guest.
     drop(proxy);
     while receiver.state() != Some(MigrationState::Waiting) {
         assert!(Instant::now() < end, "{:?}", receiver.state());
@@ -153,42 +153,43 @@ fn ends_promptly_while_its_guest_moves(run_config: &RunConfig) {
     }
 }
 
-/// The source hears that the destination is prepared, and nothing it says to that arrives.
+/// A proxy that loses the commit: the source sees the prepared destination, and nothing that it
+/// sends after that arrives.
 pub(crate) fn loses_the_commit(to: &str) -> Proxy {
-    let fault = Fault { moment: Moment::HandOver, later: 0, harm: Harm::Cut, seed: 0 };
+    let fault = Fault { stage: Stage::Commit, later: 0, kind: FaultKind::Cut, seed: 0 };
     Proxy::start(to, Some(fault), Box::new(|_| {})).unwrap()
 }
 
-fn moves_there_and_back(driver: &str) {
-    // What it reports goes back to the host.
+fn migrates_there_and_back(driver: &str) {
+    // Free page reporting would release pages too.
     let first = builder(driver, VMLINUX).machine_arguments(["--without", "reporting"]);
     let mut first = first.memory_mib(MEMORY_MIB).boot().unwrap();
     load(&mut first, driver);
     run(&mut first, &format!("fill kept {KEPT_MIB} 1"));
     balloon(driver, INFLATED_MIB);
-    // The stock driver allocates what it hints, and where an emulated KVM has to find memory for it
+    // The stock driver allocates the pages that it hints. If an emulated KVM has to allocate them
     // first, that may take longer than a migration waits.
     run(&mut first, &format!("touch {TOUCHED_MIB}"));
-    let text = not_moved(driver, "127.0.0.1:1", &[]);
+    let text = migrate_fails(driver, "127.0.0.1:1", &[]);
     assert!(text.contains("still runs here"), "{text}");
     run(&mut first, &format!("busy {BUSY_MIB}"));
 
-    // Its name is taken until the guest has left.
+    // The name is in use until the guest has migrated.
     let directory = tempfile::tempdir().unwrap();
     let control = directory.path().join("control").into_os_string().into_string().unwrap();
     let (mut second, address) = receiver(driver, &["--plain", "--control", &control]);
     if driver == OURS {
-        goes_on_when_it_is_cancelled(driver, &address);
+        continues_after_a_cancelled_migration(driver, &address);
     }
-    let summary = moved(driver, &address, &["--plain"]);
+    let summary = migrate(driver, &address, &["--plain"]);
     assert!(first.wait().unwrap().success(), "{}", first.console_log());
     run(&mut second, "idle");
     verify(&mut second, "kept", KEPT_MIB, 1);
-    left_out(&summary, INFLATED_MIB);
+    skips_free_memory(&summary, INFLATED_MIB);
 
-    // What the balloon had is the guest's again, and is as good as any memory.
+    // Ballooned memory is the guest's again, and usable.
     balloon(&control, 0);
-    all_is_usable(&mut second);
+    all_memory_is_usable(&mut second);
 
     if driver == STOCK {
         return resolved_at_the_destination(second, &control);
@@ -197,15 +198,15 @@ fn moves_there_and_back(driver: &str) {
     let tls = tls.each_ref().map(String::as_str);
     let (mut third, address) = receiver(driver, &tls);
     let address = address.replace("127.0.0.1", "localhost");
-    let summary = moved(&control, &address, &[&tls[..], &["--drop-caches"]].concat());
+    let summary = migrate(&control, &address, &[&tls[..], &["--drop-caches"]].concat());
     assert!(second.wait().unwrap().success(), "{}", second.console_log());
     verify(&mut third, "kept", KEPT_MIB, 1);
-    left_out(&summary, 0);
+    skips_free_memory(&summary, 0);
     resolved_at_the_source(third, driver, &control);
 }
 
-/// Ctrl-C; the destination waits for the next.
-fn goes_on_when_it_is_cancelled(guest: &str, to: &str) {
+/// Ctrl-C cancels; the destination waits for the next migration.
+fn continues_after_a_cancelled_migration(guest: &str, to: &str) {
     let mut command = Command::new(program());
     command.args(["migrate", guest, to, "--plain", "--bandwidth", "1MiB"]);
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
@@ -216,52 +217,52 @@ fn goes_on_when_it_is_cancelled(guest: &str, to: &str) {
     }
     let mut kill = Command::new("kill");
     assert!(kill.args(["-s", "INT", &child.id().to_string()]).status().unwrap().success());
-    let (code, out, err) = told(&child.wait_with_output().unwrap());
+    let (code, out, err) = outcome(&child.wait_with_output().unwrap());
     assert_eq!(code, Some(1), "{out}{err}");
     assert!(err.contains("still runs here: cancelled"), "{err}");
 }
 
-/// The offer of the guest is lost, and the source asks for it.
+/// The commit is lost, and the source asks the destination for the outcome.
 fn resolved_at_the_source(mut third: Guest, name: &str, control: &str) {
     let (mut fourth, address) = receiver(name, &["--plain", "--control", control]);
     let network = loses_the_commit(&address);
-    in_doubt(&third, name, control, &network.address);
-    // Nobody is asked in vain.
+    leave_in_doubt(&third, name, control, &network.address);
+    // The source only a source can ask a process that has no answer.
     let text = resolve(control, &[]).unwrap_err();
     assert!(text.contains("only a source can ask"), "{text}");
     let text = resolve(name, &[]).unwrap();
     assert!(text.contains("runs on the other side"), "{text}");
     assert!(third.wait().unwrap().success(), "{}", third.console_log());
-    goes_on(&mut fourth, control);
+    continues(&mut fourth, control);
     assert!(fourth.power_off().unwrap().success());
 }
 
-/// The same, and an operator says what is true: once that the guest stays, once that it has come.
+/// The commit is lost. Once the operator keeps the guest at the source, once at the destination.
 fn resolved_at_the_destination(mut second: Guest, control: &str) {
     let (mut third, address) = receiver(STOCK, &["--plain"]);
     let network = loses_the_commit(&address);
-    in_doubt(&second, control, STOCK, &network.address);
+    leave_in_doubt(&second, control, STOCK, &network.address);
     let text = resolve(STOCK, &["--discard"]).unwrap();
     assert!(text.contains("is discarded"), "{text}");
-    // Its source may be dead: whether it asks or not, the next guest can come.
-    waits(STOCK);
+    // The source may be dead: whether it asks or not, the next migration is accepted.
+    until_it_waits(STOCK);
     let text = resolve(control, &[]).unwrap();
     assert!(text.contains("runs here"), "{text}");
     verify(&mut second, "kept", KEPT_MIB, 1);
-    // Also what it had hinted.
-    all_is_usable(&mut second);
+    // Also the hinted pages.
+    all_memory_is_usable(&mut second);
 
     let network = loses_the_commit(&address);
-    in_doubt(&second, control, STOCK, &network.address);
+    leave_in_doubt(&second, control, STOCK, &network.address);
     drop(second);
     let text = resolve(STOCK, &["--run-here"]).unwrap();
     assert!(text.contains("runs here"), "{text}");
-    goes_on(&mut third, STOCK);
+    continues(&mut third, STOCK);
     assert!(third.power_off().unwrap().success());
 }
 
-/// Its monitor waits for a guest again.
-fn waits(name: &str) {
+/// Waits until the destination waits for a guest again.
+fn until_it_waits(name: &str) {
     let end = Instant::now() + ANSWER_TIMEOUT;
     while state(name) != MigrationState::Waiting {
         assert!(Instant::now() < end, "{:?}", client(name).migration());
@@ -269,16 +270,16 @@ fn waits(name: &str) {
     }
 }
 
-/// A guest that came after a doubt is as good as any.
-fn goes_on(guest: &mut Guest, name: &str) {
+/// A guest that was in doubt works like any other.
+fn continues(guest: &mut Guest, name: &str) {
     verify(guest, "kept", KEPT_MIB, 1);
-    all_is_usable(guest);
+    all_memory_is_usable(guest);
     assert_eq!(state(name), MigrationState::Arrived);
     let faults = client(name).status().unwrap().faults;
     assert_eq!(faults.total(), 0, "{faults:?}");
 }
 
-/// Words that name a certificate for this host, its key and the authority.
+/// Arguments for a certificate of this host, its key and the authority.
 pub(crate) fn certificates(directory: &Path) -> [String; 6] {
     let mut params = CertificateParams::new([]).unwrap();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -301,9 +302,9 @@ pub(crate) fn certificates(directory: &Path) -> [String; 6] {
     ]
 }
 
-/// The guest stands still on both sides, whoever says that it shall go on.
-pub(crate) fn in_doubt(guest: &Guest, from: &str, there: &str, to: &str) {
-    let text = not_moved(from, to, &["--connections", "1"]);
+/// Leaves a migration in doubt: the guest is paused on both sides, and SIGUSR2 does not resume it.
+pub(crate) fn leave_in_doubt(guest: &Guest, from: &str, there: &str, to: &str) {
+    let text = migrate_fails(from, to, &["--connections", "1"]);
     assert!(text.contains("in doubt") && text.contains("aerostat resolve"), "{text}");
     assert_eq!(state(from), MigrationState::InDoubt);
     let end = Instant::now() + ANSWER_TIMEOUT;
@@ -318,8 +319,8 @@ pub(crate) fn in_doubt(guest: &Guest, from: &str, there: &str, to: &str) {
     }
 }
 
-/// Fills what is free, and most of it is.
-fn all_is_usable(guest: &mut Guest) {
+/// Fills free memory, which is most of it.
+fn all_memory_is_usable(guest: &mut Guest) {
     let free_mib = number(guest, "free-mib");
     assert!(free_mib > MEMORY_MIB / 3, "{free_mib} MiB");
     let all_mib = free_mib - MEMORY_MIB / 8;
@@ -328,7 +329,7 @@ fn all_is_usable(guest: &mut Guest) {
     run(guest, "drop all");
 }
 
-/// A process that waits for a guest of this name, and where.
+/// Starts `aerostat receive` for a guest of this name. Returns it and its address.
 pub(crate) fn receiver(name: &str, arguments: &[&str]) -> (Guest, String) {
     let words = ["--name", name, "--listen", "127.0.0.1:0"];
     let words = words.iter().chain(arguments).copied();
@@ -345,10 +346,10 @@ pub(crate) fn receiver(name: &str, arguments: &[&str]) -> (Guest, String) {
     }
 }
 
-pub(crate) fn moved(guest: &str, to: &str, arguments: &[&str]) -> MigrationSummary {
+pub(crate) fn migrate(guest: &str, to: &str, arguments: &[&str]) -> MigrationSummary {
     let mut command = Command::new(program());
     command.args(["migrate", guest, to, "--json"]).args(arguments);
-    let (code, out, err) = told(&command.output().unwrap());
+    let (code, out, err) = outcome(&command.output().unwrap());
     assert_eq!(code, Some(0), "{out}{err}");
     println!("{out}");
     let status: MigrationStatus = serde_json::from_str(&out).unwrap();
@@ -356,19 +357,19 @@ pub(crate) fn moved(guest: &str, to: &str, arguments: &[&str]) -> MigrationSumma
     status.summary.unwrap()
 }
 
-fn not_moved(guest: &str, to: &str, arguments: &[&str]) -> String {
+fn migrate_fails(guest: &str, to: &str, arguments: &[&str]) -> String {
     let mut command = Command::new(program());
     command.args(["migrate", guest, to, "--plain"]).args(arguments);
-    let (code, out, err) = told(&command.output().unwrap());
+    let (code, out, err) = outcome(&command.output().unwrap());
     assert_eq!(code, Some(1), "{out}{err}");
     err
 }
 
-/// What is said of success, or of failure.
+/// Runs `aerostat resolve`. Returns the text of its success or failure.
 pub(crate) fn resolve(guest: &str, arguments: &[&str]) -> Result<String, String> {
     let mut command = Command::new(program());
     let (code, out, err) =
-        told(&command.args(["resolve", guest]).args(arguments).output().unwrap());
+        outcome(&command.args(["resolve", guest]).args(arguments).output().unwrap());
     match code {
         Some(0) => Ok(out),
         Some(1) => Err(err),
@@ -380,7 +381,7 @@ fn state(guest: &str) -> MigrationState {
     client(guest).migration().unwrap().state
 }
 
-/// Of a guest by its name or its socket.
+/// Connects to a guest by its name or socket.
 fn client(guest: &str) -> Client {
     if guest.contains('/') {
         return Client::connect(Path::new(guest)).unwrap();
@@ -388,9 +389,8 @@ fn client(guest: &str) -> Client {
     Client::connect(&control::socket_path(&guest.parse().unwrap()).unwrap()).unwrap()
 }
 
-/// Free memory and that of the balloon was not sent: nothing of the former but what is in blocks
-/// that the driver does not name.
-fn left_out(summary: &MigrationSummary, balloon_mib: u64) {
+/// Free and ballooned memory was not sent, except free blocks too small for the driver to report.
+fn skips_free_memory(summary: &MigrationSummary, balloon_mib: u64) {
     let MigrationSummary { memory_bytes, balloon_bytes, free_bytes, sent_bytes, .. } = *summary;
     assert_eq!((memory_bytes, balloon_bytes), (MEMORY_MIB * MIB, balloon_mib * MIB));
     let unused = free_bytes + balloon_bytes;
@@ -403,7 +403,7 @@ fn balloon(guest: &str, target_mib: u64) {
     let size = format!("{target_mib}MiB");
     let mut command = Command::new(program());
     let output = command.args(["balloon", guest, &size, "--timeout", "60s"]).output().unwrap();
-    let (code, out, err) = told(&output);
+    let (code, out, err) = outcome(&output);
     assert_eq!(code, Some(0), "{out}{err}");
     let status = client(guest).status().unwrap();
     assert_eq!(status.balloon.actual_bytes, target_mib * MIB);

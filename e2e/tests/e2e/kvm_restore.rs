@@ -1,5 +1,5 @@
-//! A guest of our monitor that goes on in another machine: memory copied while it ran, then what
-//! it wrote meanwhile, then its state.
+//! A guest that continues in another machine of the same process: memory is copied while it runs,
+//! then its dirty pages, then its state.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -15,35 +15,35 @@ use vmm::{End, GuestRam, HostOptions, Machine, MemoryKind, RunOptions, Section, 
 const MIB: u64 = 1 << 20;
 const PAGE: u64 = 4096;
 
-/// Memory of the guest, what its balloon takes, and what files keep, in MiB.
+/// Memory of the guest, balloon target, and size of files in guest memory, in MiB.
 const MEMORY_MIB: u64 = 256;
 const INFLATED_MIB: u64 = 64;
 const KEPT_MIB: u64 = 32;
 const INFLATED_PAGES: u64 = INFLATED_MIB * MIB / PAGE;
 
-/// What the guest writes while its memory is copied, in MiB.
+/// Memory that the guest writes while it is copied, in MiB.
 const WRITTEN_MIB: u64 = 16;
 
-/// For one answer.
+/// Timeout of one answer.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// How long it is watched how much a guest runs.
+/// Sampling time of the guest's CPU time.
 const WATCHED: Duration = Duration::from_secs(1);
 
-/// Pages that are copied at once.
+/// Pages per copy.
 const CHUNK_PAGES: u64 = 256;
 
-pub(crate) fn a_guest_goes_on_in_another_machine(
+pub(crate) fn a_guest_continues_in_another_machine(
     kernel: PathBuf,
     initramfs: PathBuf,
     modules: &[&str],
 ) {
     let options = options(kernel, initramfs);
-    let mut talk = Talk::new();
-    let first = Machine::new(&options, talk.output()).unwrap();
+    let mut console = GuestConsole::new();
+    let first = Machine::new(&options, console.output()).unwrap();
     first.load_kernel(&options).unwrap();
     let (second, state) =
-        running(&first, End::Stopped, || leaves(&first, &options, &mut talk, modules));
+        running(&first, End::Stopped, || leaves(&first, &options, &mut console, modules));
     let bad = state.iter().skip(1).cloned().collect::<Vec<_>>();
     assert!(second.load(&bad).unwrap_err().to_string().starts_with("sender: "));
     drop(first);
@@ -51,24 +51,24 @@ pub(crate) fn a_guest_goes_on_in_another_machine(
     second.load(&state).unwrap();
     let (guest, host) = (second.cpu_features(), vmm::CpuFeatures::of_host().unwrap());
     assert_eq!(guest.vendor, host.vendor);
-    // Less than all where something is hidden from guests.
+    // The guest has fewer features than the host if some are masked.
     let has = |(id, bits): &(u64, u64)| {
         host.words.iter().any(|(known, all)| known == id && bits & !all == 0)
     };
     assert!(!guest.words.is_empty() && guest.words.iter().all(has), "{guest:?} {host:?}");
-    running(&second, End::PoweredOff, || goes_on(&second, &mut talk));
+    running(&second, End::PoweredOff, || goes_on(&second, &mut console));
 }
 
-/// Processor time that the guest takes in a while, which it uses to the full.
+/// CPU time of a busy guest in the sampling time, in ticks.
 fn used(percent: u8, machine: &Machine) -> u64 {
     machine.set_throttle(percent);
     let ticks = || -> u64 {
         let tasks = std::fs::read_dir("/proc/self/task").unwrap();
         let stats = tasks
             .filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("stat")).ok());
-        let of_processors = stats.filter(|stat| stat.contains("(cpu"));
+        let of_vcpus = stats.filter(|stat| stat.contains("(cpu"));
         // User and kernel time, fields 14 and 15 of proc(5); a guest's time is in the former.
-        of_processors
+        of_vcpus
             .map(|stat| {
                 let fields = stat.rsplit(')').next().unwrap().split_whitespace().skip(11).take(2);
                 fields.map(|field| field.parse::<u64>().unwrap()).sum::<u64>()
@@ -80,37 +80,37 @@ fn used(percent: u8, machine: &Machine) -> u64 {
     ticks() - before
 }
 
-/// Memory and state of a guest that stands still at the end, in a new machine and beside it.
+/// Copies memory and state of a guest, paused at the end, to a new machine.
 fn leaves(
     first: &Machine,
     options: &RunOptions,
-    talk: &mut Talk,
+    console: &mut GuestConsole,
     modules: &[&str],
 ) -> (Machine, Vec<Section>) {
-    talk.until_ready();
+    console.until_ready();
     for module in modules {
-        talk.ask(first, &format!("insmod {module}"));
+        console.run(first, &format!("insmod {module}"));
     }
-    talk.ask(first, &format!("fill kept {KEPT_MIB} 1"));
+    console.run(first, &format!("fill kept {KEPT_MIB} 1"));
     set_target(first, INFLATED_PAGES);
-    talk.ask(first, "busy 8");
+    console.run(first, "busy 8");
     let [free, throttled] = [0, 90].map(|percent| used(percent, first));
     println!("{free} ticks, throttled {throttled}");
-    // A tenth is asked for; rests are late where the host has other work.
+    // Throttled to a tenth. Its pauses are late on a busy host.
     assert!(throttled * 4 < free * 3, "{free} ticks, throttled {throttled}");
     first.set_throttle(0);
-    talk.ask(first, "idle");
+    console.run(first, "idle");
     first.start_dirty_log().unwrap();
 
-    // The guest writes while its memory is copied for the first time.
-    let second = Machine::new(options, talk.output()).unwrap();
+    // The guest writes during the first copy of its memory.
+    let second = Machine::new(options, console.output()).unwrap();
     let (from, to) = (first.ram(), second.ram());
-    talk.say(first, &format!("fill written {WRITTEN_MIB} 2"));
+    console.send(first, &format!("fill written {WRITTEN_MIB} 2"));
     for region in first.regions() {
         copy(&from, &to, region);
     }
-    assert_eq!(talk.answer(), "ok");
-    talk.ask(first, &format!("fill late {WRITTEN_MIB} 3"));
+    assert_eq!(console.answer(), "ok");
+    console.run(first, &format!("fill late {WRITTEN_MIB} 3"));
 
     first.pause().unwrap();
     let start = Instant::now();
@@ -122,7 +122,7 @@ fn leaves(
     let bytes: usize = state.iter().map(|section| section.bytes.len()).sum();
     let elapsed = start.elapsed();
     println!("{} pages written meanwhile, {bytes} bytes of state, {elapsed:.1?}", dirty.len());
-    // Nothing is written any more, and pages of the balloon are of no worth.
+    // The guest writes nothing now, and ballooned pages need no copy.
     assert!(self::dirty(first).is_empty());
     let ballooned = first.ballooned_pages();
     assert_eq!(ballooned.len(), INFLATED_PAGES);
@@ -130,37 +130,37 @@ fn leaves(
     (second, state)
 }
 
-/// The conversation goes on, and everything is where it was.
-fn goes_on(second: &Machine, talk: &mut Talk) {
-    verify(talk, second, "kept", KEPT_MIB, 1);
-    verify(talk, second, "written", WRITTEN_MIB, 2);
-    verify(talk, second, "late", WRITTEN_MIB, 3);
-    assert_eq!(talk.ask(second, "cat /sys/devices/system/cpu/online").0, ["0-1"]);
+/// The console continues, and all memory has its contents.
+fn goes_on(second: &Machine, console: &mut GuestConsole) {
+    verify(console, second, "kept", KEPT_MIB, 1);
+    verify(console, second, "written", WRITTEN_MIB, 2);
+    verify(console, second, "late", WRITTEN_MIB, 3);
+    assert_eq!(console.run(second, "cat /sys/devices/system/cpu/online").0, ["0-1"]);
     let balloon = second.balloon();
     assert_eq!(u64::from(balloon.status().balloon.actual_pages), INFLATED_PAGES);
     let id = balloon.submit(GuestAsk::DropCaches(Caches::All), LIMIT).unwrap();
     balloon.wait_request(id, LIMIT).unwrap().unwrap();
     set_target(second, 0);
-    let free: u64 = talk.ask(second, "free-mib").1.parse().unwrap();
+    let free: u64 = console.run(second, "free-mib").1.parse().unwrap();
     assert!(free > INFLATED_MIB, "{free} MiB");
     let all = free - MEMORY_MIB / 16;
-    talk.ask(second, &format!("fill all {all} 4"));
-    verify(talk, second, "all", all, 4);
-    verify(talk, second, "kept", KEPT_MIB, 1);
+    console.run(second, &format!("fill all {all} 4"));
+    verify(console, second, "all", all, 4);
+    verify(console, second, "kept", KEPT_MIB, 1);
     let status = balloon.status();
     assert_eq!(status.faults.total(), 0, "{:?}", status.faults);
-    talk.say(second, "poweroff");
+    console.send(second, "poweroff");
 }
 
-/// Runs `deed` while the machine's devices are served; the guest then ends as expected, or the
+/// Runs `action` while the machine's devices are served. The guest then ends as expected, or the
 /// serving is stopped.
-fn running<T>(machine: &Machine, end: End, deed: impl FnOnce() -> T) -> T {
+fn running<T>(machine: &Machine, end: End, action: impl FnOnce() -> T) -> T {
     let requests = Signals::new().unwrap();
     let stop = requests.stopper();
     thread::scope(|scope| {
         let serving = scope.spawn(|| machine.serve(&requests));
         machine.resume();
-        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(deed));
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(action));
         if end == End::Stopped || outcome.is_err() {
             stop();
         }
@@ -218,7 +218,7 @@ fn fill(ram: &GuestRam, pages: PageRange, byte: u8) {
     ram.write(pages, &vec![byte; usize::try_from(pages.pages() * PAGE).unwrap()]).unwrap();
 }
 
-/// What was written since the last call.
+/// Pages written since the last call.
 fn dirty(machine: &Machine) -> PageSet {
     let (regions, mut pages) = (machine.regions(), PageSet::new());
     let noted = machine.take_dirty(|region, words| {
@@ -228,22 +228,22 @@ fn dirty(machine: &Machine) -> PageSet {
     pages
 }
 
-fn verify(talk: &mut Talk, machine: &Machine, file: &str, mib: u64, seed: u64) {
-    let (_, text) = talk.ask(machine, &format!("verify {file} {mib} {seed}"));
+fn verify(console: &mut GuestConsole, machine: &Machine, file: &str, mib: u64, seed: u64) {
+    let (_, text) = console.run(machine, &format!("verify {file} {mib} {seed}"));
     assert_eq!(text, "0", "wrong pages in {file}");
 }
 
-/// The conversation with the guest's init, which outlives a machine.
-struct Talk {
+/// The console of the guest's init, which outlives a machine.
+struct GuestConsole {
     sender: Sender<Vec<u8>>,
     receiver: Receiver<Vec<u8>>,
-    /// What was printed since the last whole line.
+    /// Output since the last complete line.
     open: Vec<u8>,
     number: u64,
     log: String,
 }
 
-/// A serial line's end.
+/// Output of a serial line.
 struct Output(Sender<Vec<u8>>);
 
 impl Write for Output {
@@ -256,7 +256,7 @@ impl Write for Output {
     }
 }
 
-impl Talk {
+impl GuestConsole {
     fn new() -> Self {
         let (sender, receiver) = channel();
         Self { sender, receiver, open: Vec::new(), number: 0, log: String::new() }
@@ -279,7 +279,7 @@ impl Talk {
             let left = end.saturating_duration_since(Instant::now());
             match self.receiver.recv_timeout(left) {
                 Ok(bytes) => self.open.extend(bytes),
-                Err(_) => panic!("the guest says nothing:\n{}", self.log),
+                Err(_) => panic!("the guest prints nothing:\n{}", self.log),
             }
         }
     }
@@ -288,26 +288,26 @@ impl Talk {
         while !self.line().contains("@lab 0 ok") {}
     }
 
-    fn say(&mut self, machine: &Machine, command: &str) {
+    fn send(&mut self, machine: &Machine, command: &str) {
         self.number += 1;
         machine.type_in(format!("{} {command}\n", self.number).as_bytes()).unwrap();
     }
 
-    /// The first word of the answer to what was said last.
+    /// First word of the answer to the last command.
     fn answer(&mut self) -> String {
-        self.told().1.split(' ').next().unwrap().to_owned()
+        self.read_answer().1.split(' ').next().unwrap().to_owned()
     }
 
-    fn ask(&mut self, machine: &Machine, command: &str) -> (Vec<String>, String) {
-        self.say(machine, command);
-        let (lines, answer) = self.told();
+    fn run(&mut self, machine: &Machine, command: &str) -> (Vec<String>, String) {
+        self.send(machine, command);
+        let (lines, answer) = self.read_answer();
         let text = answer.strip_prefix("ok");
         let text = text.unwrap_or_else(|| panic!("{command}: {answer}\n{}", self.log));
         (lines, text.trim().to_owned())
     }
 
     /// Lines of the answer, and its end.
-    fn told(&mut self) -> (Vec<String>, String) {
+    fn read_answer(&mut self) -> (Vec<String>, String) {
         let marker = format!("@lab {} ", self.number);
         let mut lines = Vec::new();
         loop {

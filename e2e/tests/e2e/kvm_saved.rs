@@ -1,4 +1,4 @@
-//! Guests of our monitor in files: written while they run, and run from there; and with disks.
+//! Snapshots of running guests, their restore, and disks.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
@@ -14,69 +14,69 @@ use crate::kvm::{
     BLOCK, INITRAMFS, MIB, NESTED_MODULES, OURS, STOCK, VMLINUX, VMLINUZ, builder, inside_of_a_kvm,
     load, number, run, signal, verify,
 };
-use crate::kvm_move::{in_doubt, loses_the_commit, moved, receiver, resolve};
-use crate::program::{lab_program, program, told};
+use crate::kvm_move::{leave_in_doubt, loses_the_commit, migrate, receiver, resolve};
+use crate::program::{lab_program, outcome, program};
 
-/// Memory of the guest, what its balloon has, and what a file keeps, in MiB.
+/// Memory of the guest, balloon target, and size of a file in guest memory, in MiB.
 const MEMORY_MIB: u64 = 256;
 const INFLATED_MIB: u64 = 64;
 const KEPT_MIB: u64 = 32;
 
-/// A file system on which no snapshot has room.
+/// Size of a file system that is too small for a snapshot.
 const SMALL_MIB: u64 = 8;
 
-/// What a snapshot has besides memory: head, table, state.
+/// Size of a snapshot without memory: header, table, state.
 const OVERHEAD_BYTES: u64 = 2 << 20;
 
-/// A page of what the guest keeps is in the file behind its head.
+/// Header of the snapshot file. Pages of memory follow.
 const HEAD_BYTES: u64 = 4096;
 
-/// Disks, and a part of one that is given back.
+/// Size of a disk, and of a hole punched in it.
 const DISK_MIB: u64 = 24;
 const HOLE_MIB: u64 = 4;
 
-/// For such a disk to be copied by an emulated guest that moves meanwhile.
+/// Timeout of a copy of such a disk by an emulated guest that migrates meanwhile.
 const COPY_LIMIT: Duration = Duration::from_secs(120);
 
-/// What the kernel says when it has mixed a new generation ID into its random pool, and how it comes
-/// to print that: notices are level 5, and the guests' kernels are quiet.
+/// Kernel message for a new generation ID mixed into the random pool, and how to print it: it is a
+/// notice (level 5), and the guests' kernels are quiet.
 const RESEEDED: &str = "crng reseeded due to virtual machine fork";
 const PRINTS_NOTICES: &str = "write /proc/sys/kernel/printk 6";
 const QUIET: &str = "write /proc/sys/kernel/printk 1";
 
-/// Random values that are drawn in each copy of a guest.
+/// Random values drawn in each copy of a guest.
 const DRAWN: usize = 4;
 
-/// For a guest to end that has to.
+/// Timeout for the end of a guest.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Guests that have memory at a time: one on its way, or a file of one.
+/// Guests with memory at a time: source and destination, or the file of one.
 const GUESTS: u64 = 2;
 
 #[test]
-fn guests_come_out_of_files_and_have_disks() {
+fn guests_restore_from_snapshots_and_use_disks() {
     inside_of_a_kvm("kvm_saved::inside", GUESTS * MEMORY_MIB);
 }
 
 #[test]
-#[ignore = "is started by another test where there is a KVM"]
+#[ignore = "another test runs it on a KVM"]
 fn inside() {
-    // Started by hand it has nothing to work with.
+    // Run by hand it has no files.
     if std::env::var_os(VMLINUZ).is_none() {
         return;
     }
     let start = Instant::now();
-    a_guest_comes_out_of_a_file();
+    a_guest_restores_from_a_snapshot();
     println!("files after {:.1?}", start.elapsed());
-    a_guest_with_a_kvm_of_its_own_is_refused_before_it_is_sent();
+    a_guest_that_uses_nested_kvm_cannot_migrate();
     println!("nested after {:.1?}", start.elapsed());
-    disks_are_read_written_and_moved_with();
+    disks_work_before_and_after_a_migration();
     println!("disks after {:.1?}", start.elapsed());
-    the_demo_shows_a_guest_that_moves();
+    the_demo_shows_a_live_migration();
     println!("demo after {:.1?}", start.elapsed());
 }
 
-fn a_guest_comes_out_of_a_file() {
+fn a_guest_restores_from_a_snapshot() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("guest.snapshot");
     let mut guest = builder(OURS, VMLINUX).memory_mib(MEMORY_MIB).boot().unwrap();
@@ -87,7 +87,7 @@ fn a_guest_comes_out_of_a_file() {
     a_full_disk_leaves_no_file(&mut guest, &directory.path().join("small"));
 
     assert!(!virtualizes(&mut guest));
-    // It finds no processor for that.
+    // The vCPU does not have virtualisation.
     let (last, first) = nested_modules();
     first.iter().for_each(|module| drop(run(&mut guest, &format!("insmod {module}"))));
     guest.run(&format!("insmod {last}")).unwrap_err();
@@ -99,7 +99,7 @@ fn a_guest_comes_out_of_a_file() {
     assert!(summary.free_bytes > 0 && summary.downtime.total_ms > 0.0, "{summary:?}");
     let size = fs::metadata(&file).unwrap();
     assert!(size.len() > MEMORY_MIB * MIB);
-    // What is free, in the balloon or zeros takes no room.
+    // Free, ballooned and zero pages take no space.
     let most = summary.sent_bytes + OVERHEAD_BYTES;
     let allocated = size.blocks() * 512;
     println!("{} MiB allocated, {summary:?}", allocated / MIB);
@@ -107,7 +107,7 @@ fn a_guest_comes_out_of_a_file() {
     let path = file.to_str().unwrap();
     let (code, text) = aerostat(&["snapshot", OURS, path]);
     assert!(code == Some(1) && text.contains("exists"), "{text}");
-    // It goes on, and what it does now is not in the file.
+    // The guest continues, and its later writes are not in the file.
     run(&mut guest, "drop kept");
     run(&mut guest, &format!("fill kept {KEPT_MIB} 2"));
     assert!(guest.power_off().unwrap().success());
@@ -119,7 +119,7 @@ fn a_guest_comes_out_of_a_file() {
         run(&mut guest, QUIET);
         verify(&mut guest, "kept", KEPT_MIB, 1);
         if lazy {
-            // What the balloon had, and what is still to come.
+            // Uses the ballooned memory and the pages not loaded yet.
             let (code, text) = aerostat(&["balloon", "again", "0", "--timeout", "60s"]);
             assert_eq!(code, Some(0), "{text}");
             let free_mib = number(&mut guest, "free-mib") - MEMORY_MIB / 8;
@@ -128,7 +128,7 @@ fn a_guest_comes_out_of_a_file() {
             verify(&mut guest, "kept", KEPT_MIB, 1);
             assert!(guest.power_off().unwrap().success());
         } else {
-            // A reset ends it as well, and is no failure.
+            // A reset ends it too, and is no failure.
             let end = guest.run_within("write /proc/sysrq-trigger b", ANSWER_TIMEOUT).unwrap_err();
             assert!(matches!(end, LabError::Ended { .. }), "{end}");
             assert!(guest.wait().unwrap().success(), "{}", guest.console_log());
@@ -140,7 +140,7 @@ fn a_guest_comes_out_of_a_file() {
     damaged_files_are_refused(&file);
 }
 
-/// A copy hears that it is one.
+/// Waits until the kernel has detected the new generation ID.
 fn reseeds(guest: &Guest) {
     let end = Instant::now() + ANSWER_TIMEOUT;
     while !guest.console_log().contains(RESEEDED) {
@@ -149,14 +149,14 @@ fn reseeds(guest: &Guest) {
     }
 }
 
-/// What a program that needs random values would get.
+/// Random values as a program in the guest gets them.
 fn drawn(guest: &mut Guest) -> Vec<String> {
     let draw = |_| run(guest, "cat /proc/sys/kernel/random/uuid").lines.concat();
     (0..DRAWN).map(draw).collect()
 }
 
-/// The guest's kernel is ready to run guests, as it is by itself where its distribution loads KVM.
-fn a_guest_with_a_kvm_of_its_own_is_refused_before_it_is_sent() {
+/// The guest's kernel has virtualization enabled, as where a distribution loads KVM at boot.
+fn a_guest_that_uses_nested_kvm_cannot_migrate() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("guest.snapshot");
     let path = file.to_str().unwrap();
@@ -167,7 +167,7 @@ fn a_guest_with_a_kvm_of_its_own_is_refused_before_it_is_sent() {
     first.iter().for_each(|module| drop(run(&mut guest, &format!("insmod {module}"))));
     let refused = |guest: &mut Guest, name: &str| {
         run(guest, &format!("insmod {last}"));
-        // Nobody listens there, and nobody is asked to.
+        // The command fails before it connects: there is no listener.
         for command in [&["snapshot", name, path][..], &["migrate", name, "127.0.0.1:1", "--plain"]]
         {
             let (code, text) = aerostat(command);
@@ -175,7 +175,7 @@ fn a_guest_with_a_kvm_of_its_own_is_refused_before_it_is_sent() {
             assert!(code == Some(1) && said && text.contains("still runs"), "{command:?} {text}");
         }
         assert!(fs::read_dir(directory.path()).unwrap().next().is_none());
-        // The kernel names modules so, whatever their files are called.
+        // The kernel's module names have underscores, whatever the file name.
         run(guest, &format!("rmmod {}", last.replace('-', "_")));
     };
     refused(&mut guest, STOCK);
@@ -189,14 +189,14 @@ fn a_guest_with_a_kvm_of_its_own_is_refused_before_it_is_sent() {
     assert!(guest.power_off().unwrap().success());
 }
 
-/// Whether a guest's processor can run guests.
+/// Whether a guest's vCPU has virtualisation.
 fn virtualizes(guest: &mut Guest) -> bool {
     let lines = run(guest, "cat /proc/cpuinfo").lines;
     let flags = lines.iter().find(|line| line.starts_with("flags")).unwrap();
     flags.split_whitespace().any(|flag| ["svm", "vmx"].contains(&flag))
 }
 
-/// The module that switches virtualization on, and those that it needs.
+/// The module that switches virtualization on, and its dependencies.
 fn nested_modules() -> (String, Vec<String>) {
     let names = std::env::var(NESTED_MODULES).unwrap();
     let mut names: Vec<_> = names.split(' ').map(str::to_owned).collect();
@@ -228,7 +228,7 @@ fn damaged_files_are_refused(file: &Path) {
     let path = file.to_str().unwrap();
     let (code, text) = aerostat(&["restore", path, "--name", "again"]);
     assert!(code == Some(1) && text.contains("damaged"), "{code:?} {text}");
-    // Lazily it is found when its turn comes; the guest ends then.
+    // A lazy restore finds the damage when it loads the page, and ends the guest.
     let (code, text) = aerostat(&["restore", path, "--name", "again", "--lazy"]);
     assert!(code == Some(1) && text.contains("damaged"), "{code:?} {text}");
     open.write_all_at(&byte, page).unwrap();
@@ -239,7 +239,7 @@ fn damaged_files_are_refused(file: &Path) {
     assert!(code == Some(1) && text.contains(&both), "{code:?} {text}");
 }
 
-/// The first byte of memory that the file has.
+/// Offset of the first memory byte in the file.
 fn first_data(file: &File) -> u64 {
     rustix::fs::seek(file, rustix::fs::SeekFrom::Data(HEAD_BYTES)).unwrap()
 }
@@ -265,15 +265,15 @@ fn saved(file: &Path, arguments: &[&str]) -> MigrationSummary {
 fn saved_as(name: &str, file: &Path, arguments: &[&str]) -> MigrationSummary {
     let mut command = Command::new(program());
     command.args(["snapshot", name, file.to_str().unwrap(), "--json"]).args(arguments);
-    let (code, out, err) = told(&command.output().unwrap());
+    let (code, out, err) = outcome(&command.output().unwrap());
     assert_eq!(code, Some(0), "{out}{err}");
     let status: MigrationStatus = serde_json::from_str(&out).unwrap();
     assert_eq!(status.state, MigrationState::Saved);
     status.summary.unwrap()
 }
 
-/// A disk that is only read, and one that takes all of it while its guest is moved.
-fn disks_are_read_written_and_moved_with() {
+/// A read-only disk, and one to which it is copied while the guest migrates.
+fn disks_work_before_and_after_a_migration() {
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name).into_os_string().into_string().unwrap();
     let (from, to) = (path("from"), path("to"));
@@ -298,7 +298,7 @@ fn disks_are_read_written_and_moved_with() {
     is_in_use(&to);
 
     let control = path("control");
-    // Connections need it, as in the test of moving.
+    // Connections need it, as in `kvm_move`.
     let _ = Command::new("ip").args(["link", "set", "lo", "up"]).status();
     let (mut without, address) = receiver(STOCK, &["--plain", "--control", &control]);
     let (code, text) = aerostat(&["migrate", STOCK, &address, "--plain"]);
@@ -309,7 +309,7 @@ fn disks_are_read_written_and_moved_with() {
 
     let there = [&["--plain", "--control", &control], &disks[..]].concat();
     let (mut second, address) = receiver(STOCK, &there);
-    one_side_has_the_disks(&first, &control, &address, &to);
+    only_one_side_owns_the_disks(&first, &control, &address, &to);
     assert!(first.wait().unwrap().success(), "{}", first.console_log());
     run(&mut second, "copy /dev/vda /dev/vdb 8");
     assert_eq!(fs::read(&to).unwrap()[..8 << 20], contents[..8 << 20]);
@@ -317,11 +317,11 @@ fn disks_are_read_written_and_moved_with() {
 
     let (mut third, address) = receiver(STOCK, &[&["--plain"], &disks[..]].concat());
     let copy = format!("copy /dev/vda /dev/vdb {DISK_MIB}");
-    let copying = second.ask(&copy).unwrap();
-    let summary = moved(&control, &address, &["--plain"]);
+    let copying = second.send(&copy).unwrap();
+    let summary = migrate(&control, &address, &["--plain"]);
     println!("with disks: {:?}", summary.downtime);
     assert!(second.wait().unwrap().success(), "{}", second.console_log());
-    // The copy may end before the move or after it.
+    // The copy may end before or after the migration.
     third.continue_from(&mut second);
     let copied = third.answer(copying, &copy, COPY_LIMIT);
     copied.unwrap_or_else(|error| panic!("{error}\n{}", third.console_log()));
@@ -338,7 +338,7 @@ fn disks_are_read_written_and_moved_with() {
     assert!(third.wait().unwrap().success(), "{}", third.console_log());
 }
 
-/// No other guest begins with this disk.
+/// Asserts that no other guest can use this disk.
 fn is_in_use(disk: &str) {
     let kernel = std::env::var(VMLINUX).unwrap();
     let other = ["run", "--name", "other", "--memory", "32MiB", "--kernel", &kernel, "--disk"];
@@ -349,11 +349,11 @@ fn is_in_use(disk: &str) {
     }
 }
 
-/// The offer of the guest is lost. Nobody else gets its disks meanwhile, and of two operators who
-/// each want it to run on their side, one does.
-fn one_side_has_the_disks(first: &Guest, control: &str, address: &str, disk: &str) {
+/// The commit is lost. No other guest can use the disks meanwhile. If two operators each run the
+/// guest on their side, one of them fails.
+fn only_one_side_owns_the_disks(first: &Guest, control: &str, address: &str, disk: &str) {
     let network = loses_the_commit(address);
-    in_doubt(first, STOCK, control, &network.address);
+    leave_in_doubt(first, STOCK, control, &network.address);
     is_in_use(disk);
     let text = resolve(control, &["--run-here"]).unwrap();
     assert!(text.contains("runs here"), "{text}");
@@ -363,27 +363,27 @@ fn one_side_has_the_disks(first: &Guest, control: &str, address: &str, disk: &st
     assert!(text.contains("runs on the other side"), "{text}");
 }
 
-/// As it is started where it found a KVM.
-fn the_demo_shows_a_guest_that_moves() {
+/// Runs the demo as on a host with KVM.
+fn the_demo_shows_a_live_migration() {
     let [kernel, initramfs] = [VMLINUX, INITRAMFS].map(|name| std::env::var(name).unwrap());
     let words = ["demo", "--migrate", "--parts", &kernel, &initramfs, "virtio_mmio", OURS];
     let (code, text) = run_to_end(&lab_program(), &words);
     assert_eq!(code, Some(0), "{text}");
     let lines = |what: &str| text.lines().filter(|line| line.contains(what)).count();
-    // It answers before, meanwhile and after.
-    assert!(lines("first process   the guest says: up for") > 4, "{text}");
-    assert!(lines("second process  the guest says: up for") >= 4, "{text}");
-    for told in ["round 0", "written before are as they were", "moved to the second"] {
-        assert_eq!(lines(told), 1, "{told} in {text}");
+    // The guest answers before, during and after the migration.
+    assert!(lines("first process   the guest answers: up for") > 4, "{text}");
+    assert!(lines("second process  the guest answers: up for") >= 4, "{text}");
+    for expected in ["round 0", "written before are unchanged", "moved to the second"] {
+        assert_eq!(lines(expected), 1, "{expected} in {text}");
     }
 }
 
-/// Exit code, and all that was printed.
+/// Runs `aerostat`. Returns its exit code and all output.
 fn aerostat(words: &[&str]) -> (Option<i32>, String) {
     run_to_end(program(), words)
 }
 
 fn run_to_end(program: &Path, words: &[&str]) -> (Option<i32>, String) {
-    let (code, out, err) = told(&Command::new(program).args(words).output().unwrap());
+    let (code, out, err) = outcome(&Command::new(program).args(words).output().unwrap());
     (code, out + &err)
 }

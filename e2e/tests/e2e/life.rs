@@ -1,4 +1,4 @@
-//! Guests come and go, and the back end outlives them, until it is told to end.
+//! The back end outlives its guests, and ends on SIGTERM.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
@@ -11,13 +11,13 @@ use crate::fixture::{Host, pages};
 /// Memory of the guests, in MiB.
 const MEMORY_MIB: u64 = 1024;
 
-/// What is touched, so that releasing it takes the host a while.
+/// Touched memory, so that its release takes the host a while.
 const TOUCHED_MIB: u64 = 800;
 
-/// What the balloon shall hold when the guest dies.
+/// Balloon target when the guest dies.
 const INFLATED_MIB: u64 = 700;
 
-/// What the next guest keeps beside that.
+/// Size of a file in the next guest's memory.
 const KEPT_MIB: u64 = 100;
 
 #[test]
@@ -26,7 +26,7 @@ fn back_end_outlives_guests_with_the_stock_driver() {
 }
 
 #[test]
-fn back_end_outlives_guests_with_the_own_driver() {
+fn back_end_outlives_guests_with_the_aerostat_driver() {
     outlives_guests("own-dies", Driver::Own);
 }
 
@@ -36,15 +36,15 @@ fn outlives_guests(name: &str, driver: Driver) {
     fixture.load_driver();
     fixture.run(&format!("touch {TOUCHED_MIB}"));
     host.set_target(pages(INFLATED_MIB));
-    // The stock driver is on its way then; ours is there, and the host is not.
+    // The stock driver is still inflating. Ours is done, and the host still releases.
     let dying = host.until("in the middle", |status| status.balloon.actual_pages > 0);
     drop(fixture);
     println!("died at {:?}, {:?}", dying.balloon, dying.release);
-    nobody_is_there(&host);
+    assert_disconnected(&host);
 
     let mut next = host.boot(driver);
     next.load_driver();
-    // Its target stayed set.
+    // The target remains set.
     let status = host.wait_at_target();
     assert_eq!(status.balloon.actual_pages, pages(INFLATED_MIB), "{status:?}");
     next.fill_and_verify("kept", KEPT_MIB, 1);
@@ -55,13 +55,13 @@ fn outlives_guests(name: &str, driver: Driver) {
     next.run("drop more");
     host.set_target(pages(INFLATED_MIB));
     host.wait_at_target();
-    // A change that was over is not over any more when its guest goes.
+    // The balloon is not at its target when the guest disconnects.
     drop(next);
-    nobody_is_there(&host);
+    assert_disconnected(&host);
     assert!(host.stop().success());
 }
 
-fn nobody_is_there(host: &Host) {
+fn assert_disconnected(host: &Host) {
     let left = host.until("gone", |status| !status.guest.connected);
     assert_eq!(left.pid, host.backend.pid());
     assert_eq!((left.guest.driver, left.guest.memory_bytes), (control::Driver::None, 0));
@@ -74,7 +74,7 @@ fn nobody_is_there(host: &Host) {
 }
 
 #[test]
-fn sigterm_ends_the_back_end_in_the_middle_of_a_change() {
+fn sigterm_ends_the_back_end_during_a_balloon_change() {
     let host = Host::start("stopped", Backing::Small, MEMORY_MIB);
     let mut fixture = host.boot(Driver::Stock);
     fixture.load_driver();

@@ -1,13 +1,12 @@
-//! The whole of Aerostat on real kernels: guests in User Mode Linux with the
-//! back end of the release build, unmodified Debian kernels in QEMU, and the same
-//! in our own monitor on a real KVM.
+//! End-to-end tests of Aerostat on real kernels: guests in User Mode Linux with the vhost-user back
+//! end, unmodified Debian kernels in QEMU, and the same in `aerostat run` on a real KVM.
 //!
-//! `AEROSTAT_PROGRAM` names the back end's program; without it, it is built.
-//! `AEROSTAT_E2E_MINUTES` lets each random test run so long instead of for a
-//! number of steps, `AEROSTAT_E2E_SEED` repeats one.
+//! `AEROSTAT_PROGRAM` names the `aerostat` program, by default the release build.
+//! `AEROSTAT_E2E_MINUTES` sets the duration of each random test instead of a number of steps,
+//! `AEROSTAT_E2E_SEED` repeats one.
 
 #![forbid(unsafe_code)]
-#![allow(clippy::unwrap_used, reason = "a test fails by a panic")]
+#![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
 mod bare;
 mod bare_control;
@@ -28,13 +27,13 @@ mod kvm_restore;
 mod kvm_saved;
 mod life;
 mod monitor;
+mod notification_blocker;
 mod package;
 mod page_types;
 mod panics;
 mod pressure;
 mod program;
 mod requests;
-mod silence;
 mod soak;
 mod specification;
 mod stuck;

@@ -1,9 +1,8 @@
-//! Our back end under QEMU's generic vhost-user device, with an unmodified Debian
-//! kernel in the guest.
+//! Our back end with QEMU's generic vhost-user device and an unmodified Debian guest.
 
 use std::time::{Duration, Instant};
 
-use bench::{Device, Driver, QemuBedOptions, QemuFixture};
+use bench::{Device, Driver, QemuFixture, QemuFixtureOptions};
 use control::{BALLOON_PAGE_BYTES, Client, Status};
 use lab::Guest;
 use lab::debian::{self, Release};
@@ -14,16 +13,16 @@ use crate::program::program;
 /// Memory of the guests, in MiB: emulation is slow.
 const MEMORY_MIB: u64 = 512;
 
-/// What a file keeps outside of the balloon.
+/// Size of a file in guest memory.
 const KEPT_MIB: u64 = 60;
 
-/// What the guest has touched before the balloon takes it.
+/// Memory that the guest touches before the balloon takes it.
 const TOUCHED_MIB: u64 = 250;
 
-/// What the balloon takes.
+/// Balloon target.
 const INFLATED_MIB: u64 = 200;
 
-/// How long a change of the balloon may take in emulation.
+/// Timeout of a balloon change in emulation.
 const SETTLE: Duration = Duration::from_secs(20);
 
 #[test]
@@ -44,7 +43,7 @@ fn balloons(name: &str, driver: Driver) {
             return;
         }
     };
-    let options = QemuBedOptions {
+    let options = QemuFixtureOptions {
         program: program().to_owned(),
         qemu,
         kernel: debian::kernel(Release::Cloud6_12).unwrap(),
@@ -74,7 +73,7 @@ fn balloons(name: &str, driver: Driver) {
     verify(guest, "kept", KEPT_MIB, 1);
     guest.run("drop more").unwrap();
 
-    // A driver that leaves with a balloon, and comes again.
+    // The driver unloads with a balloon, and loads again.
     settle(&client, INFLATED_MIB / 2);
     guest.run(&format!("rmmod {driver}")).unwrap();
     guest.run(&format!("fill all {INFLATED_MIB} 3")).unwrap();
@@ -89,7 +88,7 @@ fn balloons(name: &str, driver: Driver) {
     assert!(fixture.end().unwrap().success());
 }
 
-/// Sets the target and waits until it is reached and all is released.
+/// Sets the target and waits until the balloon has reached it and the host has released all.
 fn settle(client: &Client, mib: u64) -> Status {
     let set = client.set_balloon(mib << 20, SETTLE).unwrap();
     let end = Instant::now() + SETTLE;

@@ -1,4 +1,4 @@
-//! The package for guests: what DKMS does with it, where there is no Rust.
+//! The DKMS package for guests, built without Rust.
 
 use std::ffi::OsString;
 use std::fs;
@@ -10,14 +10,14 @@ use lab::debian::{self, Release};
 
 use crate::program::{cargo, succeed};
 
-/// What DKMS runs where `dkms.conf` has no `MAKE` of its own (dkms(8)).
+/// DKMS's default for `MAKE` in `dkms.conf` (dkms(8)).
 const DEFAULT_MAKE: &str = "make -C $kernel_source_dir M=$dkms_tree/$module/$module_version/build";
 
-/// Where programs of Debian's packages are.
+/// Directories of Debian's programs.
 const PROGRAM_DIRECTORIES: [&str; 2] = ["/usr/sbin", "/usr/bin"];
 
-/// Kernels as distributions name them: 6.1 and later, with and without a third number.
-const SERVED: [&str; 16] = [
+/// Kernel releases that the package supports: 6.1 and later, as distributions name them.
+const SUPPORTED: [&str; 16] = [
     "6.1.0-57-amd64",
     "6.1",
     "6.9.7-amd64",
@@ -36,8 +36,8 @@ const SERVED: [&str; 16] = [
     "19.0_1",
 ];
 
-/// And those before.
-const NOT_SERVED: [&str; 6] =
+/// Kernel releases that it does not support.
+const UNSUPPORTED: [&str; 6] =
     ["5.10.0-33-amd64", "5.19-amd64", "6.0.12-amd64", "6.0-amd64", "4.19.0", "3.16-6.1"];
 
 #[test]
@@ -47,7 +47,7 @@ fn the_package_builds_for_debian_kernels_without_rust() {
     let source = only_entry(&unpacked.join("usr/src"));
     let settings = fs::read_to_string(source.join("dkms.conf")).unwrap();
     let programs = directory.path().join("programs");
-    link_programs_but_rust(&programs);
+    link_programs_except_rust(&programs);
     for release in [Release::Cloud6_12, Release::Cloud6_1] {
         let kernel = debian::kernel(release).unwrap();
         let tree = kernel.tree().unwrap().path;
@@ -68,15 +68,15 @@ fn the_package_builds_for_debian_kernels_without_rust() {
         assert_eq!(alias.trim(), "virtio:d00000005v*");
         assert!(is_for(&settings, &kernel.release), "{settings}");
     }
-    for release in SERVED {
+    for release in SUPPORTED {
         assert!(is_for(&settings, release), "{release}: {settings}");
     }
-    for release in NOT_SERVED {
+    for release in UNSUPPORTED {
         assert!(!is_for(&settings, release), "{release}: {settings}");
     }
 }
 
-/// Makes the package and unpacks it.
+/// Builds the package and unpacks it.
 fn unpack(directory: &Path) -> PathBuf {
     let mut package = cargo();
     package.args(["xtask", "package", "--out"]).arg(directory.join("package"));
@@ -87,7 +87,7 @@ fn unpack(directory: &Path) -> PathBuf {
     unpacked
 }
 
-/// Runs what DKMS would, and returns all that was said.
+/// Runs the build as DKMS does, and returns its output.
 fn make(settings: &str, dkms: &Path, tree: &Path, release: &str, programs: &Path) -> String {
     let line = settings.lines().find_map(|line| line.strip_prefix("MAKE[0]="));
     let line = line.map_or(DEFAULT_MAKE, |line| line.trim_matches('"'));
@@ -106,15 +106,15 @@ fn setting<'a>(settings: &'a str, name: &str) -> &'a str {
     line.unwrap_or_else(|| panic!("no {name} in {settings}")).trim_matches('"')
 }
 
-/// Whether DKMS takes the package to be for a kernel (it uses bash's `=~`).
+/// Whether DKMS builds the package for a kernel (it uses bash's `=~`).
 fn is_for(settings: &str, release: &str) -> bool {
     let pattern = setting(settings, "BUILD_EXCLUSIVE_KERNEL");
     let test = ["-c", "[[ $0 =~ $1 ]]", release, pattern];
     Command::new("bash").args(test).status().unwrap().success()
 }
 
-/// A directory with all programs of this machine but those of Rust.
-fn link_programs_but_rust(directory: &Path) {
+/// Makes a directory with all programs of this machine except Rust's.
+fn link_programs_except_rust(directory: &Path) {
     fs::create_dir(directory).unwrap();
     for entry in PROGRAM_DIRECTORIES.iter().flat_map(|from| fs::read_dir(from).unwrap()) {
         let program = entry.unwrap();

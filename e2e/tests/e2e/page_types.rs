@@ -1,5 +1,5 @@
-//! What the guest's kernel is told of ballooned pages: that nobody may look at them (who copies its
-//! memory from within goes by that, as `debian.rs` shows), and how many came and went.
+//! Page types and counters of ballooned pages in the guest's kernel. A memory dump inside the guest
+//! skips pages that are marked offline (see `debian.rs`).
 
 use std::time::Instant;
 
@@ -12,22 +12,22 @@ use crate::requests::{LIMIT, hold};
 /// Memory of the guests, in MiB.
 const MEMORY_MIB: u64 = 1024;
 
-/// What the balloon takes.
+/// Balloon target.
 const INFLATED_MIB: u64 = 700;
 
-/// What stays free when all is filled, in MiB: the kernel needs some.
+/// Memory left unfilled for the kernel, in MiB.
 const UNFILLED_MIB: u64 = 48;
 
-/// What a hold leaves, in MiB.
+/// Free memory that a hold leaves, in MiB.
 const RESERVE_MIB: u64 = 150;
 
 #[test]
-fn stock_driver_marks_what_it_holds() {
+fn stock_driver_marks_ballooned_pages_offline() {
     marks_what_it_holds("stock-types", Driver::Stock);
 }
 
 #[test]
-fn own_driver_marks_what_it_holds() {
+fn aerostat_driver_marks_ballooned_pages_offline() {
     marks_what_it_holds("own-types", Driver::Own);
 }
 
@@ -56,7 +56,7 @@ fn marks_what_it_holds(name: &str, driver: Driver) {
 }
 
 #[test]
-fn a_hold_marks_what_it_holds() {
+fn held_pages_are_marked_offline() {
     let host = Host::start("held-types", Backing::Small, MEMORY_MIB);
     let mut fixture = host.boot(Driver::Own);
     fixture.load_driver();
@@ -67,11 +67,11 @@ fn a_hold_marks_what_it_holds() {
     until_offline(&mut fixture, held_pages);
     host.client.release_free_pages(LIMIT).unwrap();
     assert_eq!(offline_pages(&mut fixture), 0);
-    // A hold is no balloon.
+    // Held pages are not counted as ballooned.
     assert_eq!(events(&mut fixture), (0, 0));
 }
 
-/// Our driver marks pages right after the host was told of them.
+/// Our driver marks pages right after the host has acknowledged them.
 fn until_offline(fixture: &mut Fixture<'_>, pages: u64) {
     let end = Instant::now() + LIMIT;
     while offline_pages(fixture) != pages {
@@ -79,18 +79,18 @@ fn until_offline(fixture: &mut Fixture<'_>, pages: u64) {
     }
 }
 
-/// Pages that nobody but their owner may look at.
+/// Pages that the guest's kernel has marked offline.
 fn offline_pages(fixture: &mut Fixture<'_>) -> u64 {
     fixture.run("offline").parse().unwrap()
 }
 
-/// The balloon as the kernel counted it. (Ours may give back more than it takes at last.)
+/// Size of the balloon by the kernel's event counters. (Ours may return more than it takes.)
 fn held_by_events(fixture: &mut Fixture<'_>) -> u64 {
     let (taken, given_back) = events(fixture);
     taken - given_back
 }
 
-/// What the kernel counted of all balloons, in pages: taken, given back.
+/// The kernel's counters of all balloons, in pages: inflated, deflated.
 fn events(fixture: &mut Fixture<'_>) -> (u64, u64) {
     let lines = fixture.lines("cat /proc/vmstat");
     let count = |name: &str| -> u64 {

@@ -1,4 +1,4 @@
-//! Nobody reads the log, or a thread panics: guests go on, and after a migration a guest runs on
+//! Blocked logs and panicking threads: guests continue, and after a migration a guest runs on
 //! exactly one side.
 
 use std::fs::OpenOptions;
@@ -18,17 +18,17 @@ use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, pr
 use crate::bare::{aerostat, boot, builder, client, on_a_kvm};
 use crate::program::program;
 
-/// Far more than anything here takes, and less than a test is waited for.
+/// Far longer than any step, and shorter than the timeout of a test.
 const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What has a build for tests panic (`crates/diagnostics`).
+/// Environment variable: where a test build panics (`crates/diagnostics`).
 const PANIC: &str = "AEROSTAT_TEST_PANIC";
 
-/// A log that is not read: its reader is gone, or reads nothing.
-const DEAF: [Stream; 2] = [Stream::Closed, Stream::Unread];
+/// A log that is not read: its reader has closed it, or does not read.
+const BLOCKED_LOGS: [Stream; 2] = [Stream::Closed, Stream::Unread];
 
-/// Fills the pipe that is the standard error of a process which nobody reads. Whoever writes to it
-/// now waits for ever.
+/// Fills the pipe that is the standard error of a process and that the test does not read. Every
+/// write to it now blocks.
 fn fill_log(guest: &BareGuest, stream: Stream) {
     if stream != Stream::Unread {
         return;
@@ -52,7 +52,7 @@ fn signal(guest: &BareGuest, signal: Signal) {
     kill_process(pid, signal).unwrap();
 }
 
-/// A process that waits for a guest at an address which is not read from its log.
+/// Starts `aerostat receive` at a known address, so that its log need not be read.
 fn receiver(name: &str, stream: Stream, panics: &str) -> (BareGuest, String) {
     let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let receiver = BareBuilder::command(program(), "receive", name).unwrap();
@@ -60,7 +60,7 @@ fn receiver(name: &str, stream: Stream, panics: &str) -> (BareGuest, String) {
     let receiver = receiver.arguments(words).variable(PANIC, panics);
     let receiver = receiver.streams(Stream::Read, stream).start().unwrap();
     let end = Instant::now() + TEST_TIMEOUT;
-    // One that hangs up at once is logged, too.
+    // A connection that closes at once is also logged.
     while TcpStream::connect(address).is_err() {
         assert!(Instant::now() < end, "{}", receiver.errors());
         thread::sleep(Duration::from_millis(5));
@@ -68,7 +68,7 @@ fn receiver(name: &str, stream: Stream, panics: &str) -> (BareGuest, String) {
     (receiver, address.to_string())
 }
 
-/// Waits until a receiver waits for a guest.
+/// Waits until the destination waits for a guest.
 fn until_it_waits(receiver: &BareGuest, name: &str) {
     let socket = receiver.directory().join(format!("{name}.sock"));
     let state = || Client::connect(&socket)?.migration().map(|status| status.state);
@@ -79,17 +79,17 @@ fn until_it_waits(receiver: &BareGuest, name: &str) {
     }
 }
 
-/// A migration that has ended, however it did.
+/// States of an ended migration.
 const OVER: [MigrationState; 4] =
     [MigrationState::Failed, MigrationState::Moved, MigrationState::InDoubt, MigrationState::Stuck];
 
-/// Waits until the guest has answered whatever was typed before, and this.
+/// Waits until the guest has answered all earlier commands, and this one.
 fn answers(guest: &mut BareGuest) {
     guest.send("\nping 70\n").unwrap();
     guest.wait_for("an answer", |line| line == "ok 70").unwrap();
 }
 
-/// The state of the newest migration, once it is one of these.
+/// Waits until the newest migration has one of these states.
 fn until_state(client: &Client, states: &[MigrationState]) -> MigrationState {
     let end = Instant::now() + TEST_TIMEOUT;
     loop {
@@ -103,19 +103,19 @@ fn until_state(client: &Client, states: &[MigrationState]) -> MigrationState {
 }
 
 #[test]
-fn a_guest_moves_whoever_reads_the_log() {
-    on_a_kvm("panics::a_guest_moves_whoever_reads_the_log", || {
-        for stream in DEAF {
+fn a_blocked_log_does_not_stop_a_migration() {
+    on_a_kvm("panics::a_blocked_log_does_not_stop_a_migration", || {
+        for stream in BLOCKED_LOGS {
             let name = "moves";
             let here = builder(name).argument("-vv").streams(Stream::Read, stream);
             let mut here = here.boot().unwrap();
             fill_log(&here, stream);
-            here.ask("fill 8 8 1").unwrap();
+            here.run("fill 8 8 1").unwrap();
             let (mut there, address) = receiver(name, stream, "");
             fill_log(&there, stream);
             let (code, out, err) = aerostat(&here, &["migrate", name, &address, "--plain"]);
             assert_eq!(code, Some(0), "{stream:?}: {out}{err}");
-            there.ask("check 8 8 1").unwrap();
+            there.run("check 8 8 1").unwrap();
             assert!(here.wait_for_end(TEST_TIMEOUT).unwrap().success(), "{stream:?}");
             let host = client(&there, name).status().unwrap().faults.host;
             assert!(!host.contains_key("thread_panicked"), "{stream:?}: {host:?}");
@@ -125,15 +125,15 @@ fn a_guest_moves_whoever_reads_the_log() {
 }
 
 #[test]
-fn a_guest_that_cannot_move_stays_whoever_reads_the_log() {
-    on_a_kvm("panics::a_guest_that_cannot_move_stays_whoever_reads_the_log", || {
-        for stream in DEAF {
+fn a_blocked_log_does_not_stop_a_failed_migration() {
+    on_a_kvm("panics::a_blocked_log_does_not_stop_a_failed_migration", || {
+        for stream in BLOCKED_LOGS {
             let mut here = builder("stays").streams(Stream::Read, stream).boot().unwrap();
             fill_log(&here, stream);
-            // Nobody listens there: the port of a listener that is gone.
-            let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+            // The port of a closed listener.
+            let closed_port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
             let source = client(&here, "stays");
-            start_migration(&source, &nobody.to_string());
+            start_migration(&source, &closed_port.to_string());
             assert_eq!(until_state(&source, &OVER), MigrationState::Failed, "{stream:?}");
             assert_eq!(here.number("ping 7").unwrap(), 7);
             assert!(here.power_off().unwrap().success(), "{stream:?}");
@@ -142,20 +142,20 @@ fn a_guest_that_cannot_move_stays_whoever_reads_the_log() {
 }
 
 #[test]
-fn a_guest_is_paused_and_resumed_whoever_reads_the_log() {
-    on_a_kvm("panics::a_guest_is_paused_and_resumed_whoever_reads_the_log", || {
-        for stream in DEAF {
+fn a_blocked_log_does_not_stop_pause_and_resume() {
+    on_a_kvm("panics::a_blocked_log_does_not_stop_pause_and_resume", || {
+        for stream in BLOCKED_LOGS {
             let here = builder("paused").argument("-v").streams(Stream::Read, stream);
             let mut here = here.boot().unwrap();
             fill_log(&here, stream);
-            // Each is logged. Which of two that come at once is served first is not said, so the
-            // guest is let go on once more until it answers.
+            // Each is logged. The order of two concurrent signals is not defined, so the guest is
+            // resumed until it answers.
             signal(&here, Signal::USR1);
             here.send("ping 70\n").unwrap();
             let end = Instant::now() + TEST_TIMEOUT;
             while !here.lines().contains(&"ok 70".to_owned()) {
                 signal(&here, Signal::USR2);
-                assert!(Instant::now() < end, "{stream:?}: the guest stands still");
+                assert!(Instant::now() < end, "{stream:?}: the guest is paused");
                 thread::sleep(Duration::from_millis(20));
             }
             assert_eq!(here.status().unwrap(), None, "{stream:?}");
@@ -170,7 +170,7 @@ fn a_guest_is_paused_and_resumed_whoever_reads_the_log() {
 /// Drives the guest's first disk from here, by reads and writes of its memory and registers.
 struct Disk<'a>(&'a mut BareGuest);
 
-/// The window of device 1, in guest memory a place for a ring of four, and one for a request.
+/// The window of device 1, guest addresses of a virtqueue of four and of a request.
 const DISK: u32 = 0xc000_1000;
 const RING: u32 = 0x00a0_0000;
 const REQUEST: u32 = 0x00a1_0000;
@@ -185,7 +185,7 @@ const UNWRITTEN: u32 = 0xff;
 
 impl Disk<'_> {
     fn write(&mut self, address: u32, value: u32) {
-        self.0.ask(&format!("write {address:x} {value:x}")).unwrap();
+        self.0.run(&format!("write {address:x} {value:x}")).unwrap();
     }
 
     fn start(&mut self) {
@@ -212,7 +212,7 @@ impl Disk<'_> {
     }
 
     /// Sends request number `number`, from 1, and returns its status byte once it is back.
-    fn ask(&mut self, number: u32, kind: u32) -> u32 {
+    fn request(&mut self, number: u32, kind: u32) -> u32 {
         const NEXT: u32 = 1;
         const DEVICE_WRITES: u32 = 2;
         let of_data = if kind == WRITE { 0 } else { DEVICE_WRITES };
@@ -230,7 +230,7 @@ impl Disk<'_> {
                 self.write(at, value);
             }
         }
-        // Every entry of the ring is the chain at 0.
+        // Every available entry is the chain at 0.
         self.write(RING + 0x1000, number << 16);
         self.write(DISK + NOTIFY, 0);
         let end = Instant::now() + TEST_TIMEOUT;
@@ -244,7 +244,7 @@ impl Disk<'_> {
     }
 }
 
-/// A disk that can be opened, and not written: its file is sealed.
+/// A disk that can be opened but not written: its file is sealed.
 fn sealed_disk() -> (std::os::fd::OwnedFd, String) {
     let file = memfd_create("disk", MemfdFlags::ALLOW_SEALING | MemfdFlags::CLOEXEC).unwrap();
     ftruncate(&file, 1 << 20).unwrap();
@@ -254,23 +254,23 @@ fn sealed_disk() -> (std::os::fd::OwnedFd, String) {
 }
 
 #[test]
-fn a_write_that_fails_on_the_host_ends_whoever_reads_the_log() {
-    on_a_kvm("panics::a_write_that_fails_on_the_host_ends_whoever_reads_the_log", || {
-        for stream in DEAF {
+fn a_blocked_log_does_not_stop_a_disk_error() {
+    on_a_kvm("panics::a_blocked_log_does_not_stop_a_disk_error", || {
+        for stream in BLOCKED_LOGS {
             let (_file, path) = sealed_disk();
             let guest = builder("disk").arguments(["--disk", &path]);
             let mut guest = guest.streams(Stream::Read, stream).boot().unwrap();
             fill_log(&guest, stream);
             let mut disk = Disk(&mut guest);
             disk.start();
-            assert_eq!(disk.ask(1, WRITE), IO_ERROR, "{stream:?}");
-            assert_eq!(disk.ask(2, GET_ID), OK, "the disk goes on: {stream:?}");
+            assert_eq!(disk.request(1, WRITE), IO_ERROR, "{stream:?}");
+            assert_eq!(disk.request(2, GET_ID), OK, "the disk continues: {stream:?}");
             assert!(guest.power_off().unwrap().success(), "{stream:?}");
         }
     });
 }
 
-/// Whether the program can be told to panic: a build for tests.
+/// Whether the program is a test build, which can panic on demand.
 fn panics_on_demand() -> bool {
     let bytes = std::fs::read(program()).unwrap();
     let can = bytes.windows(PANIC.len()).any(|bytes| bytes == PANIC.as_bytes());
@@ -280,7 +280,7 @@ fn panics_on_demand() -> bool {
     can
 }
 
-/// Begins to move the guest `name` to `address`, slowly enough that the guest does something.
+/// Starts a migration slow enough for guest activity.
 fn start_migration(client: &Client, address: &str) {
     let bandwidth = Some(8 << 20);
     let ask = StartMigration {
@@ -291,35 +291,34 @@ fn start_migration(client: &Client, address: &str) {
     client.start_migration(&ask).unwrap();
 }
 
-/// Anything that panics before the guest is offered calls the migration off, and the guest goes on
-/// at its source.
+/// A panic before the commit aborts the migration, and the guest continues at its source.
 #[test]
-fn a_panic_before_the_guest_is_offered_calls_the_migration_off() {
-    let name = "panics::a_panic_before_the_guest_is_offered_calls_the_migration_off";
+fn a_panic_before_the_commit_aborts_the_migration() {
+    let name = "panics::a_panic_before_the_commit_aborts_the_migration";
     on_a_kvm(name, || {
         if !panics_on_demand() {
             return;
         }
         for point in ["connect", "round", "share", "pause", "last round", "pause limit"] {
-            assert_called_off(point, "", "");
+            assert_aborted(point, "", "");
         }
         for point in ["state", "commit"] {
-            assert_called_off(point, "", "");
+            assert_aborted(point, "", "");
         }
-        // A notification of the balloon, and another access to its registers.
-        assert_called_off("device,after=round", "", "write c0000050 0\n");
-        assert_called_off("processor,after=round", "", "write c0000024 0\n");
+        // A notification of the balloon, and another register access.
+        assert_aborted("device,after=round", "", "write c0000050 0\n");
+        assert_aborted("processor,after=round", "", "write c0000024 0\n");
         for point in ["taken round", "share", "loaded", "start"] {
-            assert_called_off("", point, "");
+            assert_aborted("", point, "");
         }
     });
 }
 
-/// `meanwhile` is typed while the guest moves.
-fn assert_called_off(at_source: &str, at_destination: &str, meanwhile: &str) {
+/// Types `meanwhile` during the migration.
+fn assert_aborted(at_source: &str, at_destination: &str, meanwhile: &str) {
     let what = format!("source {at_source:?}, destination {at_destination:?}");
     let mut here = builder("stays").variable(PANIC, at_source).boot().unwrap();
-    here.ask("fill 8 4 1").unwrap();
+    here.run("fill 8 4 1").unwrap();
     let (mut there, address) = receiver("stays", Stream::Read, at_destination);
     let source = client(&here, "stays");
     start_migration(&source, &address);
@@ -332,29 +331,29 @@ fn assert_called_off(at_source: &str, at_destination: &str, meanwhile: &str) {
     let state = until_state(&source, &OVER);
     assert_eq!(state, MigrationState::Failed, "{what}\n{}\n{}", here.errors(), there.errors());
     answers(&mut here);
-    here.ask("check 8 4 1").unwrap();
+    here.run("check 8 4 1").unwrap();
     assert!(there.lines().is_empty(), "{what}: it runs there");
-    // Both sides are as good as before: the guest moves now.
+    // Both sides still work: the next migration succeeds.
     assert_eq!(there.status().unwrap(), None, "{what}: {}", there.errors());
     let (code, out, err) = aerostat(&here, &["migrate", "stays", &address, "--plain"]);
     assert_eq!(code, Some(0), "{what}: {out}{err}\n{}\n{}", here.errors(), there.errors());
-    there.ask("check 8 4 1").unwrap();
+    there.run("check 8 4 1").unwrap();
     assert!(here.wait_for_end(TEST_TIMEOUT).unwrap().success(), "{what}");
     assert!(there.power_off().unwrap().success(), "{what}");
 }
 
-/// A panic when the other side may have the guest leaves a doubt that can be resolved, and no
-/// second guest.
+/// A panic after the commit leaves the migration in doubt. It can be resolved, and the guest runs
+/// once.
 #[test]
-fn a_panic_once_the_guest_is_offered_leaves_it_on_one_side() {
-    on_a_kvm("panics::a_panic_once_the_guest_is_offered_leaves_it_on_one_side", || {
+fn a_panic_after_the_commit_leaves_the_guest_on_one_side() {
+    on_a_kvm("panics::a_panic_after_the_commit_leaves_the_guest_on_one_side", || {
         if !panics_on_demand() {
             return;
         }
         assert_on_one_side("switched over", "");
         assert_on_one_side("", "prepared");
         assert_on_one_side("", "running");
-        // Who resolves it panics, at either side.
+        // The thread that resolves it panics, on either side.
         assert_on_one_side("resolve", "running");
         assert_on_one_side("switched over", "answer");
     });
@@ -363,13 +362,13 @@ fn a_panic_once_the_guest_is_offered_leaves_it_on_one_side() {
 fn assert_on_one_side(at_source: &str, at_destination: &str) {
     let what = format!("source {at_source:?}, destination {at_destination:?}");
     let mut here = builder("doubt").variable(PANIC, at_source).boot().unwrap();
-    here.ask("fill 8 4 1").unwrap();
+    here.run("fill 8 4 1").unwrap();
     let (mut there, address) = receiver("doubt", Stream::Read, at_destination);
     let source = client(&here, "doubt");
     start_migration(&source, &address);
     let state = until_state(&source, &OVER);
     assert_eq!(state, MigrationState::InDoubt, "{what}\n{}\n{}", here.errors(), there.errors());
-    // A word that fails changes nothing, and can be said again.
+    // A failed resolve changes nothing, and can be repeated.
     let mut resolved = source.resolve_migration(ResolveAction::Ask);
     if resolved.is_err() {
         assert_eq!(source.migration().unwrap().state, MigrationState::InDoubt, "{what}");
@@ -377,19 +376,19 @@ fn assert_on_one_side(at_source: &str, at_destination: &str) {
     }
     resolved.unwrap_or_else(|error| panic!("{what}: {error}\n{}", there.errors()));
     for (guest, point) in [(&mut here, at_source), (&mut there, at_destination)] {
-        let told = format!("requested by a test at `{point}`");
-        let is_told = |text: &str| (point.is_empty() || text.contains(&told)).then_some(());
-        guest.wait_for_error(&what, is_told).unwrap();
+        let expected = format!("requested by a test at `{point}`");
+        let is_logged = |text: &str| (point.is_empty() || text.contains(&expected)).then_some(());
+        guest.wait_for_error(&what, is_logged).unwrap();
     }
-    there.ask("check 8 4 1").unwrap();
+    there.run("check 8 4 1").unwrap();
     assert!(here.wait_for_end(TEST_TIMEOUT).unwrap().success(), "{what}");
     assert!(there.power_off().unwrap().success(), "{what}");
 }
 
-/// A process that cannot take connections for a while answers its source after that.
+/// A destination that cannot accept connections for a while answers its source later.
 #[test]
-fn a_source_is_answered_by_a_host_that_had_no_file_descriptor_left() {
-    let name = "panics::a_source_is_answered_by_a_host_that_had_no_file_descriptor_left";
+fn a_destination_that_ran_out_of_file_descriptors_answers_its_source() {
+    let name = "panics::a_destination_that_ran_out_of_file_descriptors_answers_its_source";
     on_a_kvm(name, || {
         if !panics_on_demand() {
             return;
@@ -398,7 +397,7 @@ fn a_source_is_answered_by_a_host_that_had_no_file_descriptor_left() {
         let (mut there, address) = receiver("asks", Stream::Read, "");
         let pid = Pid::from_raw(there.pid().cast_signed()).unwrap();
         let usual = getrlimit(Resource::Nofile);
-        // It has three open files at least.
+        // A process has at least three open files.
         let limit = |files| {
             let limits = Rlimit { current: files, maximum: usual.maximum };
             prlimit(Some(pid), Resource::Nofile, limits).unwrap();
@@ -408,7 +407,7 @@ fn a_source_is_answered_by_a_host_that_had_no_file_descriptor_left() {
             said.then_some(())
         };
         let source = client(&here, "asks");
-        // Who waits for a guest, and has opened all files that it needs for that.
+        // The destination waits, and has opened all files that waiting needs.
         until_it_waits(&there, "asks");
         limit(Some(3));
         let late = TcpStream::connect(&address).unwrap();
@@ -417,15 +416,15 @@ fn a_source_is_answered_by_a_host_that_had_no_file_descriptor_left() {
         limit(usual.current);
         start_migration(&source, &address);
         assert_eq!(until_state(&source, &OVER), MigrationState::InDoubt, "{}", there.errors());
-        // Who has one. It serves the guest's devices already.
-        there.ask("balloon 1").unwrap();
+        // The destination has the guest, and already serves its devices.
+        there.run("balloon 1").unwrap();
         let said = there.errors().matches("Too many open files").count();
         limit(Some(3));
         thread::scope(|scope| {
             let asks = scope.spawn(|| source.resolve_migration(ResolveAction::Ask));
             there.wait_for_error("an error", |text| refused(text, said + 1)).unwrap();
             limit(usual.current);
-            // It may have waited in vain.
+            // The earlier attempt may have failed.
             if asks.join().unwrap().is_err() {
                 let resolved = source.resolve_migration(ResolveAction::Ask);
                 resolved.unwrap_or_else(|error| panic!("{error}\n{}", there.errors()));
@@ -437,39 +436,39 @@ fn a_source_is_answered_by_a_host_that_had_no_file_descriptor_left() {
     });
 }
 
-/// Nobody loses the guest with whatever panics beside it, and status tells of it.
+/// A panic of any thread leaves the guest running, and the status counts it.
 #[test]
-fn a_thread_that_panics_takes_no_guest_along() {
-    on_a_kvm("panics::a_thread_that_panics_takes_no_guest_along", || {
+fn a_thread_panic_does_not_end_the_guest() {
+    on_a_kvm("panics::a_thread_panic_does_not_end_the_guest", || {
         if !panics_on_demand() {
             return;
         }
-        // With what the guest is to do for it: a notification, and a write to a register.
-        assert_goes_on("device", "write c0000050 0\n");
-        assert_goes_on("processor,after=loop", "write c0000024 0\n");
+        // With the guest action that reaches the point: a notification, and a register write.
+        assert_continues("device", "write c0000050 0\n");
+        assert_continues("processor,after=loop", "write c0000024 0\n");
         for point in ["loop", "stdin", "control", "log", "reclaimer"] {
-            assert_goes_on(point, "");
+            assert_continues(point, "");
         }
     });
 }
 
-fn assert_goes_on(point: &str, typed: &str) {
+fn assert_continues(point: &str, typed: &str) {
     let mut guest = builder("panics").argument("-v").variable(PANIC, point).boot().unwrap();
     let set = |guest: &BareGuest| {
         let client = Client::connect(&guest.directory().join("panics.sock"));
         client.and_then(|client| client.set_balloon(1 << 20, Duration::ZERO))
     };
     let first = set(&guest);
-    // Who accepts drops the connection that it panics at.
+    // The accepting thread drops the connection on which it panics.
     assert!(first.is_ok() || point == "control", "{point}: {first:?}");
     set(&guest).unwrap();
     guest.send(typed).unwrap();
-    // Logged.
+    // The panic is logged.
     signal(&guest, Signal::USR2);
-    let told = format!("requested by a test at `{}`", point.split(',').next().unwrap());
-    let told = |text: &str| text.contains(&told).then_some(());
+    let expected = format!("requested by a test at `{}`", point.split(',').next().unwrap());
+    let expected = |text: &str| text.contains(&expected).then_some(());
     guest.send("\n").unwrap();
-    guest.wait_for_error(point, told).unwrap();
+    guest.wait_for_error(point, expected).unwrap();
     answers(&mut guest);
     let faults = client(&guest, "panics").status().unwrap().faults;
     assert_eq!(faults.host["thread_panicked"], 1, "{point}: {faults:?}");
@@ -477,39 +476,39 @@ fn assert_goes_on(point: &str, typed: &str) {
     assert!(guest.wait_for_end(TEST_TIMEOUT).unwrap().success(), "{point}");
 }
 
-/// Writing a guest to a file is called off like a migration, and the guest goes on.
+/// A panic aborts a snapshot like a migration, and the guest continues.
 #[test]
-fn a_snapshot_whose_threads_panic_leaves_the_guest_as_it_was() {
-    on_a_kvm("panics::a_snapshot_whose_threads_panic_leaves_the_guest_as_it_was", || {
+fn a_panic_during_a_snapshot_leaves_the_guest_running() {
+    on_a_kvm("panics::a_panic_during_a_snapshot_leaves_the_guest_running", || {
         if !panics_on_demand() {
             return;
         }
         for point in ["round", "pause", "last round", "state", "commit", "switched over"] {
             let mut guest = builder("saved").variable(PANIC, point).boot().unwrap();
-            guest.ask("fill 8 4 1").unwrap();
+            guest.run("fill 8 4 1").unwrap();
             let file = guest.directory().join("saved.aero");
             let words = ["snapshot", "saved", file.to_str().unwrap()];
             let (code, out, err) = aerostat(&guest, &words);
             assert_eq!(code, Some(1), "{point}: {out}{err}");
             assert!(err.contains("panicked") && !file.exists(), "{point}: {err}");
-            guest.ask("check 8 4 1").unwrap();
+            guest.run("check 8 4 1").unwrap();
             let (code, out, err) = aerostat(&guest, &words);
             assert_eq!(code, Some(0), "{point}: {out}{err}");
-            guest.ask("check 8 4 1").unwrap();
+            guest.run("check 8 4 1").unwrap();
             assert!(guest.power_off().unwrap().success(), "{point}");
         }
     });
 }
 
-/// A guest whose memory comes no more ends, with the reason; whoever watches that it comes may panic.
+/// A guest whose memory cannot be loaded ends, with the reason. The thread that watches may panic.
 #[test]
-fn a_lazy_restore_ends_with_what_fills_memory_and_with_nothing_else() {
-    on_a_kvm("panics::a_lazy_restore_ends_with_what_fills_memory_and_with_nothing_else", || {
+fn only_a_panic_of_the_loading_thread_ends_a_lazy_restore() {
+    on_a_kvm("panics::only_a_panic_of_the_loading_thread_ends_a_lazy_restore", || {
         if !panics_on_demand() {
             return;
         }
         let mut guest = boot("lazy");
-        guest.ask("fill 8 4 1").unwrap();
+        guest.run("fill 8 4 1").unwrap();
         let file = guest.directory().join("lazy.aero");
         let file = file.to_str().unwrap();
         let (code, out, err) = aerostat(&guest, &["snapshot", "lazy", file]);
@@ -519,7 +518,7 @@ fn a_lazy_restore_ends_with_what_fills_memory_and_with_nothing_else() {
             restored.arguments(["--lazy", file]).variable(PANIC, panics).start().unwrap()
         };
         let mut watched = restore("watch,times=3");
-        watched.ask("check 8 4 1").unwrap();
+        watched.run("check 8 4 1").unwrap();
         assert!(watched.power_off().unwrap().success());
         let mut lost = restore("filling");
         assert_eq!(lost.wait_for_end(TEST_TIMEOUT).unwrap().code(), Some(1), "{}", lost.errors());
@@ -529,10 +528,10 @@ fn a_lazy_restore_ends_with_what_fills_memory_and_with_nothing_else() {
     });
 }
 
-/// The disk's request is told to have failed, and the next one is carried out.
+/// The disk's request fails, and the next one succeeds.
 #[test]
-fn a_disk_that_panics_answers_with_an_error() {
-    on_a_kvm("panics::a_disk_that_panics_answers_with_an_error", || {
+fn a_panic_of_a_disk_thread_fails_its_request() {
+    on_a_kvm("panics::a_panic_of_a_disk_thread_fails_its_request", || {
         if !panics_on_demand() {
             return;
         }
@@ -541,18 +540,18 @@ fn a_disk_that_panics_answers_with_an_error() {
         let mut guest = guest.boot().unwrap();
         let mut disk = Disk(&mut guest);
         disk.start();
-        assert_eq!(disk.ask(1, GET_ID), IO_ERROR);
-        assert_eq!(disk.ask(2, GET_ID), OK);
+        assert_eq!(disk.request(1, GET_ID), IO_ERROR);
+        assert_eq!(disk.request(2, GET_ID), OK);
         let is_named = |text: &str| text.contains("disk0").then_some(());
         guest.wait_for_error("the thread's name", is_named).unwrap();
         assert!(guest.power_off().unwrap().success());
     });
 }
 
-/// A loop that panics at each turn ends the process, with a reason.
+/// A loop that panics in every iteration ends the process, with a reason.
 #[test]
-fn a_loop_that_only_panics_ends_the_process_with_a_reason() {
-    on_a_kvm("panics::a_loop_that_only_panics_ends_the_process_with_a_reason", || {
+fn a_device_loop_that_always_panics_ends_the_process() {
+    on_a_kvm("panics::a_device_loop_that_always_panics_ends_the_process", || {
         if !panics_on_demand() {
             return;
         }
@@ -563,13 +562,13 @@ fn a_loop_that_only_panics_ends_the_process_with_a_reason() {
             if guest.status().unwrap().is_some() {
                 break;
             }
-            // Each other target wakes the loop.
+            // Each new target wakes the loop.
             let _ = client.set_balloon(mib << 20, Duration::ZERO);
             assert!(Instant::now() < end, "{}", guest.errors());
         }
         assert_eq!(guest.wait_for_end(TEST_TIMEOUT).unwrap().code(), Some(1));
-        let told = "host: serving the guest's devices failed: it panicked";
-        guest.wait_for_error("the reason", |text| text.contains(told).then_some(())).unwrap();
+        let expected = "host: serving the guest's devices failed: it panicked";
+        guest.wait_for_error("the reason", |text| text.contains(expected).then_some(())).unwrap();
     });
 }
 
@@ -577,10 +576,10 @@ fn boot_with(panics: &str) -> BareGuest {
     builder("loop").variable(PANIC, panics).boot().unwrap()
 }
 
-/// Without anything that panics, the same guest says the same: the points are harmless.
+/// Without the variable, the same guest reports no panic: the points are harmless.
 #[test]
-fn nothing_panics_unasked() {
-    on_a_kvm("panics::nothing_panics_unasked", || {
+fn no_point_panics_without_the_variable() {
+    on_a_kvm("panics::no_point_panics_without_the_variable", || {
         let mut guest = boot("calm");
         assert_eq!(guest.number("ping 7").unwrap(), 7);
         let faults = client(&guest, "calm").status().unwrap().faults;

@@ -1,10 +1,10 @@
-//! The `aerostat` program, as a user runs it.
+//! The `aerostat` program.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 
-/// Names the program, for those who have it elsewhere.
+/// Environment variable: path of the program, instead of a build.
 const PROGRAM_VARIABLE: &str = "AEROSTAT_PROGRAM";
 
 /// Root of the repository.
@@ -19,12 +19,12 @@ pub(crate) fn cargo() -> Command {
     cargo
 }
 
-/// The `aerostat-lab` beside it.
+/// The `aerostat-lab` next to it.
 pub(crate) fn lab_program() -> PathBuf {
     program().with_file_name("aerostat-lab")
 }
 
-/// The release build of `aerostat`, up to date.
+/// The up-to-date release build of `aerostat`.
 pub(crate) fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| match std::env::var_os(PROGRAM_VARIABLE) {
@@ -42,19 +42,19 @@ fn build() -> PathBuf {
         let is_program = message["target"]["name"] == "aerostat";
         message["executable"].as_str().filter(|_| is_program).map(PathBuf::from)
     });
-    programs.next().expect("cargo tells where the program is")
+    programs.next().expect("cargo prints the program's path")
 }
 
 /// Standard output and standard error of a command that must succeed.
 pub(crate) fn succeed(command: &mut Command) -> (String, String) {
     let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    let (code, out, err) = told(&output);
+    let (code, out, err) = outcome(&output);
     assert_eq!(code, Some(0), "{command:?}\n{out}{err}");
     (out, err)
 }
 
 /// Exit code, standard output and standard error.
-pub(crate) fn told(output: &Output) -> (Option<i32>, String, String) {
+pub(crate) fn outcome(output: &Output) -> (Option<i32>, String, String) {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (output.status.code(), text(&output.stdout), text(&output.stderr))
 }

@@ -1,4 +1,4 @@
-//! What the host asks of a guest's kernel, and what that says of its memory.
+//! Requests to a guest's kernel: drop caches, report and hold free pages.
 
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,47 +15,47 @@ use crate::fixture::{Fixture, Host};
 /// Memory of most guests, in MiB.
 const MEMORY_MIB: u64 = 1024;
 
-/// Memory of those on which is measured.
+/// Memory of guests with a measurement.
 const LARGE_MIB: u64 = 4096;
 
 const MIB: u64 = 1 << 20;
 
-/// Time for a request, on a machine with a lot of other work.
+/// Timeout of a request on a busy machine.
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
-/// What the guest reads into its page cache, in MiB.
+/// Size of a file that the guest reads into its page cache, in MiB.
 const CACHED_MIB: u64 = 2048;
 
-/// Pages that a guest allocates because it is asked where its free ones are.
+/// Pages that a guest may allocate while it answers.
 const NOISE_PAGES: u64 = 256;
 
-/// Ranges of pages to ask a guest for with one line: its terminal takes 4 KiB.
+/// Page ranges in one command line: the guest's terminal accepts 4 KiB.
 const RANGES: usize = 200;
 
-/// What a file holds while requests go on, in MiB.
+/// Size of a file in guest memory during requests, in MiB.
 const KEPT_MIB: u64 = 100;
 
-/// What a hold leaves to the guest, in MiB.
+/// Free memory that a hold leaves, in MiB.
 const RESERVE_MIB: u64 = 200;
 
-/// What the guest then needs: more than that, less than all.
+/// Allocation of the guest then: more than that, less than all.
 const NEEDED_MIB: u64 = 500;
 
-/// Requests that are cancelled, beside a busy process and alone.
+/// Requests that are cancelled, with and without a busy process.
 const CANCELS: u64 = 40;
 
 /// Requests of random kinds, while the guest allocates.
 const RANDOM_REQUESTS: u32 = 200;
 
 pub(crate) fn snapshot() -> AskFreePages {
-    ask(FreeKind::Snapshot, None)
+    request(FreeKind::Snapshot, None)
 }
 
 pub(crate) fn hold(reserve_mib: u64) -> AskFreePages {
-    ask(FreeKind::Hold, Some(reserve_mib * MIB))
+    request(FreeKind::Hold, Some(reserve_mib * MIB))
 }
 
-fn ask(kind: FreeKind, reserve_bytes: Option<u64>) -> AskFreePages {
+fn request(kind: FreeKind, reserve_bytes: Option<u64>) -> AskFreePages {
     let timeout_ms = u64::try_from(LIMIT.as_millis()).unwrap();
     AskFreePages { kind, min_block_bytes: None, reserve_bytes, timeout_ms }
 }
@@ -67,7 +67,7 @@ fn boot(host: &Host) -> Fixture<'_> {
     fixture
 }
 
-/// No mistake of anybody, and none that the guest's kernel saw.
+/// Asserts that neither back end nor guest kernel reports a fault.
 fn all_well(fixture: &Fixture<'_>) {
     assert_eq!(fixture.status().faults.total(), 0, "{:?}", fixture.status().faults);
     let complaints = bench::guest_complaints(&fixture.log());
@@ -79,7 +79,7 @@ fn near(found: u64, wanted: u64, slack: u64) -> bool {
 }
 
 #[test]
-fn cached_files_are_dropped() {
+fn drop_caches_frees_cached_files() {
     let host = Host::start("drops", Backing::Small, LARGE_MIB);
     let mut fixture = boot(&host);
     let files = tempfile::tempdir().unwrap();
@@ -106,7 +106,7 @@ fn cached_files_are_dropped() {
     let back = fixture.meminfo_bytes(&["MemFree"]);
     assert!(back >= free - CACHED_MIB * MIB / 50, "{free} before the file, {back} after");
 
-    // One kind alone leaves the other.
+    // Each kind of cache can be dropped alone.
     fixture.run("read-file /host/cached 100");
     let slab_alone = host.client.drop_caches(Caches::Slab, LIMIT).unwrap();
     assert!(slab_alone.page_cache.after_bytes >= 99 * MIB, "{slab_alone:?}");
@@ -116,23 +116,23 @@ fn cached_files_are_dropped() {
 }
 
 #[test]
-fn a_snapshot_is_what_the_free_lists_hold() {
+fn a_free_page_report_matches_the_free_lists() {
     let host = Host::start("snapshot", Backing::Small, LARGE_MIB);
     let mut fixture = boot(&host);
-    names_free_memory(&mut fixture, "idle");
+    reports_free_memory(&mut fixture, "idle");
     fixture.fragment(LARGE_MIB / 16);
-    names_free_memory(&mut fixture, "fragmented");
+    reports_free_memory(&mut fixture, "fragmented");
     fixture.defragment();
     fixture.run(&format!("fill kept {} 1", LARGE_MIB * 3 / 4));
-    names_free_memory(&mut fixture, "nearly full");
-    // Larger blocks alone.
+    reports_free_memory(&mut fixture, "nearly full");
+    // Only larger blocks.
     let large = AskFreePages { min_block_bytes: Some(2 * MIB), ..snapshot() };
     let large = host.client.ask_free_pages(&large).unwrap();
     assert!(large.blocks.iter().all(|block| block.block_bytes >= 2 * MIB), "{large:?}");
     all_well(&fixture);
 }
 
-fn names_free_memory(fixture: &mut Fixture<'_>, state: &str) {
+fn reports_free_memory(fixture: &mut Fixture<'_>, state: &str) {
     let free = fixture.client.ask_free_pages(&snapshot()).unwrap();
     println!(
         "{state}: {} of {} MiB in {:.1} ms, guest {:.1} ms, lock {} ns, {:?}",
@@ -150,7 +150,7 @@ fn names_free_memory(fixture: &mut Fixture<'_>, state: &str) {
     assert!(used <= NOISE_PAGES, "{used} pages named are in use: {state}");
 }
 
-/// Pages of the newest answer that the guest's kernel does not count as free.
+/// Pages of the newest report that the guest's kernel does not count as free.
 fn used_pages(fixture: &mut Fixture<'_>) -> u64 {
     let mut bitmap = Vec::new();
     let place = fixture.client.free_pages_bitmap(&mut bitmap).unwrap();
@@ -188,7 +188,7 @@ fn a_hold_is_kept_until_it_is_released() {
     let left = fixture.meminfo_bytes(&["MemFree"]);
     assert!(near(left, RESERVE_MIB * MIB, 4 * MIB), "{left}: {held:?}");
     assert!(near(held.total_bytes, free - left, 4 * MIB), "{free} {left}: {held:?}");
-    // The guest lives with what it has, and with a balloon beside.
+    // The guest works with the rest, and with a balloon.
     fixture.fill_and_verify("more", KEPT_MIB / 2, 2);
     assert!(host.client.ask_free_pages(&hold(0)).is_err(), "a second hold");
     host.client.drop_caches(Caches::All, LIMIT).unwrap();
@@ -198,7 +198,7 @@ fn a_hold_is_kept_until_it_is_released() {
     let back = fixture.meminfo_bytes(&["MemFree"]);
     assert!(near(back, free, 4 * MIB), "{free} {back}");
     assert_eq!(host.status().requests.hold, None);
-    // As little as possible for the guest is not nothing.
+    // The smallest reserve is not zero.
     host.client.ask_free_pages(&hold(0)).unwrap();
     let floor = fixture.meminfo_bytes(&["MemFree"]);
     assert!(floor >= MEMORY_MIB * MIB / 33, "{floor}");
@@ -208,14 +208,14 @@ fn a_hold_is_kept_until_it_is_released() {
 }
 
 #[test]
-fn a_hold_is_lost_to_a_guest_that_needs_it() {
+fn a_guest_under_pressure_takes_its_hold_back() {
     let host = Host::start("lost", Backing::Small, MEMORY_MIB);
     let mut fixture = boot(&host);
     fixture.run(&format!("fill kept {KEPT_MIB} 1"));
     for round in 0..5 {
         host.client.ask_free_pages(&hold(RESERVE_MIB)).unwrap();
-        let told = fixture.run(&format!("pressure {NEEDED_MIB} 0"));
-        assert_eq!(told, format!("taken_mib={NEEDED_MIB} end=complete"), "{round}");
+        let reply = fixture.run(&format!("pressure {NEEDED_MIB} 0"));
+        assert_eq!(reply, format!("taken_mib={NEEDED_MIB} end=complete"), "{round}");
         assert_eq!(host.status().requests.hold, None, "{round}");
         fixture.fill_and_verify("used", NEEDED_MIB, round);
         fixture.run("drop used");
@@ -232,24 +232,24 @@ fn a_request_can_be_cancelled() {
     let mut fixture = boot(&host);
     fixture.fragment(MEMORY_MIB / 16);
     let free = fixture.meminfo_bytes(&["MemFree"]);
-    // Beside a busy process a report takes tens of milliseconds, so there is time
-    // to stop it; alone, most are over before.
+    // With a busy process a report takes tens of milliseconds, which is time to cancel it. Alone,
+    // most are done before.
     fixture.run("busy 100");
-    let stopped = (0..CANCELS).filter(|round| asked_and_cancelled(&host, *round)).count();
+    let stopped = (0..CANCELS).filter(|round| request_and_cancel(&host, *round)).count();
     fixture.run("idle");
     println!("{stopped} of {CANCELS} were stopped");
     assert!(stopped > 0, "no request was stopped");
     for round in 0..CANCELS {
-        asked_and_cancelled(&host, round);
+        request_and_cancel(&host, round);
     }
     let back = fixture.meminfo_bytes(&["MemFree"]);
     assert!(near(back, free, 4 * MIB), "{free} {back}");
-    names_free_memory(&mut fixture, "after cancels");
+    reports_free_memory(&mut fixture, "after cancels");
     all_well(&fixture);
 }
 
-/// Asks, and cancels until there is an end. True where the request was stopped.
-fn asked_and_cancelled(host: &Host, round: u64) -> bool {
+/// Sends a request and cancels until it ends. Returns whether it was cancelled.
+fn request_and_cancel(host: &Host, round: u64) -> bool {
     let request = if round.is_multiple_of(2) { snapshot() } else { hold(RESERVE_MIB) };
     let asked = thread::scope(|scope| {
         let asking = scope.spawn(|| host.client.ask_free_pages(&request));
@@ -260,14 +260,14 @@ fn asked_and_cancelled(host: &Host, round: u64) -> bool {
         asking.join().unwrap()
     });
     if matches!(asked, Ok(FreePages { kind: FreeKind::Hold, .. })) {
-        // A busy guest may have taken it back by itself.
+        // A busy guest may have taken the hold back.
         let _ = host.client.release_free_pages(LIMIT);
     }
     asked.is_err()
 }
 
 #[test]
-fn the_driver_leaves_in_the_middle_of_requests() {
+fn the_driver_unloads_during_requests() {
     let host = Host::start("leaves", Backing::Small, MEMORY_MIB);
     let mut fixture = boot(&host);
     let free = fixture.meminfo_bytes(&["MemFree"]);
@@ -296,7 +296,7 @@ fn the_driver_leaves_in_the_middle_of_requests() {
 }
 
 #[test]
-fn requests_of_all_kinds_while_the_guest_allocates() {
+fn random_requests_while_the_guest_allocates() {
     let host = Host::start("random", Backing::Small, MEMORY_MIB);
     let mut fixture = boot(&host);
     fixture.run(&format!("fill kept {KEPT_MIB} 1"));
@@ -311,8 +311,7 @@ fn requests_of_all_kinds_while_the_guest_allocates() {
     all_well(&fixture);
 }
 
-/// Asks for something; true where the guest did it. What is not possible now is
-/// no error.
+/// Sends a random request. Returns whether the guest did it. An impossible request is no error.
 pub(crate) fn random_request(host: &Host, rng: &mut Rng) -> bool {
     let client = &host.client;
     match rng.u8(0..5) {

@@ -1,5 +1,5 @@
-//! `aerostat-lab soak` finds what is wrong. That it finds nothing where nothing is wrong, `check`
-//! looks at, for some minutes beside the fuzzing.
+//! `aerostat-lab soak` finds a planted corruption. `check` runs it without one, for some minutes
+//! next to the fuzzing.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -14,17 +14,17 @@ use bench::soak::plan::{PatternFile, Step};
 use bench::soak::plan_for;
 
 use crate::fixture::{LIMIT, guest_memory};
-use crate::program::{lab_program, told};
+use crate::program::{lab_program, outcome};
 
-/// What the guests' init writes into its files.
+/// The pattern that the guests' init writes into its files.
 #[path = "../../../guest/init/src/pattern.rs"]
-#[allow(dead_code, reason = "init needs more of it")]
+#[allow(dead_code, reason = "init uses more of it")]
 mod pattern;
 
-/// Memory of the guest, in MiB: little, so that it is soon looked through.
+/// Memory of the guest, in MiB: little, so that it is searched fast.
 const MEMORY_MIB: u64 = 256;
 
-/// Read at once.
+/// Bytes per read.
 const CHUNK_BYTES: usize = 1 << 20;
 
 /// Bytes of a page of the guest.
@@ -32,24 +32,24 @@ const PAGE: usize = pattern::PAGE_BYTES;
 
 const SEED: u64 = 7;
 
-/// The page that is changed.
+/// The page that is corrupted.
 const PAGE_NUMBER: u64 = 3;
 
-/// What is written over it: neither zeros nor a pattern.
+/// The corruption: neither zeros nor a pattern.
 const PLANTED: [u8; PAGE] = [0x5c; PAGE];
 
-/// Between two looks at the guest's memory.
+/// Between two scans of the guest's memory.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 #[test]
-fn a_page_that_changes_behind_the_guests_back_is_named() {
+fn soak_names_a_corrupted_page() {
     let file = kept_file();
-    println!("{file:?} shall be changed");
+    println!("corrupting {file:?}");
     let directory = tempfile::tempdir().unwrap();
     let soak = Command::new(lab_program())
         .args(["soak", "--minutes", "2", "--driver", "own", "--backing", "4k"])
         .args(["--memory", &format!("{MEMORY_MIB}MiB"), "--seed", &SEED.to_string()])
-        // Where it keeps the logs of what failed.
+        // For the logs of failures.
         .env("TMPDIR", directory.path())
         .env_remove("RUST_LOG")
         .stdin(Stdio::null())
@@ -58,8 +58,8 @@ fn a_page_that_changes_behind_the_guests_back_is_named() {
         .spawn()
         .unwrap();
     let (planted, output) = plant(soak, &file);
-    let (code, out, err) = told(&output);
-    println!("{planted} copies were changed\n{out}{err}");
+    let (code, out, err) = outcome(&output);
+    println!("{planted} copies were corrupted\n{out}{err}");
     assert_eq!(code, Some(1));
     let wrong = format!(
         "wrong pages in own-4k: 1 of {}: page {PAGE_NUMBER} holds 0x5c5c5c5c5c5c5c5c",
@@ -73,7 +73,7 @@ fn a_page_that_changes_behind_the_guests_back_is_named() {
     assert!(row.ends_with(" 1 |"), "{row}");
 }
 
-/// A file that is filled early and that two looks at every byte find still there.
+/// A file of the plan that is filled early and verified twice.
 fn kept_file() -> PatternFile {
     let mut plan = plan_for(SEED, Driver::Own, HostPages::Small, MEMORY_MIB);
     let mut checks: BTreeMap<String, (PatternFile, u32)> = BTreeMap::new();
@@ -93,8 +93,8 @@ fn kept_file() -> PatternFile {
     panic!("seed {SEED} keeps no file for long; take another one");
 }
 
-/// Changes the page wherever it is, until the program ends: the file's page, and what is left
-/// of it in the buffer that it was written from.
+/// Corrupts the page wherever it is, until the program ends: in the file, and in the buffer from
+/// which it was written.
 fn plant(mut soak: Child, file: &PatternFile) -> (u32, std::process::Output) {
     let mut wanted = [0; PAGE];
     pattern::generate(&mut wanted, file.seed, PAGE_NUMBER);
@@ -106,17 +106,17 @@ fn plant(mut soak: Child, file: &PatternFile) -> (u32, std::process::Output) {
         planted += memory.map_or(0, |memory| overwrite(&memory, &wanted));
         std::thread::sleep(POLL_INTERVAL);
     }
-    // One that goes on for ever fails the test as well.
+    // A program that never ends fails the test too.
     let _ = soak.kill();
     (planted, soak.wait_with_output().unwrap())
 }
 
-/// Writes over each page that holds `wanted`; tells how many there were.
+/// Overwrites each page that holds `wanted`. Returns their number.
 fn overwrite(memory: &File, wanted: &[u8]) -> u32 {
     let mut chunk = vec![0; CHUNK_BYTES];
     let mut found = 0;
     for at in (0..memory.metadata().unwrap().len()).step_by(CHUNK_BYTES) {
-        // A guest that has ended takes its memory with it.
+        // The memory of an ended guest is gone.
         let read = memory.read_at(&mut chunk, at).unwrap();
         for (page, offset) in chunk[..read].chunks(PAGE).zip((at..).step_by(PAGE)) {
             if page == wanted {
@@ -128,7 +128,7 @@ fn overwrite(memory: &File, wanted: &[u8]) -> u32 {
     found
 }
 
-/// The processes that a process has started.
+/// Child processes of a process.
 fn children(pid: u32) -> Vec<u32> {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     let listed =

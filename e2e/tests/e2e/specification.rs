@@ -1,5 +1,4 @@
-//! What the virtio specification has besides inflating and deflating, with the
-//! kernel's own driver.
+//! Optional features of the virtio balloon specification, with the kernel's own driver.
 
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -18,10 +17,10 @@ use crate::fixture::{Fixture, Host, LIMIT, REPORTED_MIB, guest_memory, pages};
 /// Memory of most guests here, in MiB.
 const MEMORY_MIB: u64 = 1024;
 
-/// How often guests are asked for statistics here.
+/// Statistics interval.
 const STATS_MS: u64 = 100;
 
-/// What Linux 6.12 tells without huge pages in the guest.
+/// Statistics of Linux 6.12 without huge pages in the guest.
 const STATISTICS: [&str; 14] = [
     "allocation_stalls",
     "async_reclaimed_bytes",
@@ -39,18 +38,17 @@ const STATISTICS: [&str; 14] = [
     "total_bytes",
 ];
 
-/// Between two looks at what is measured.
+/// Between two polls of a measured value.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Linux begins to report 2 s after memory was freed, and reports a part of it
-/// every 2 s (mm/page_reporting.c).
+/// Linux starts to report 2 s after memory was freed, and reports a part of it every 2 s
+/// (mm/page_reporting.c).
 const REPORTS_LIMIT: Duration = Duration::from_secs(10);
 
-/// After so long without a report there is none to come.
+/// After this time without a report, reporting is complete.
 const REPORTS_PAUSE: Duration = Duration::from_millis(4500);
 
-/// Waits for statistics that were made after now: what comes next may have been
-/// on its way, so that is for what comes after it.
+/// Waits for statistics taken after this call: the next may be on its way, so the one after it.
 fn fresh(host: &Host) -> Status {
     newer(host);
     newer(host)
@@ -58,22 +56,22 @@ fn fresh(host: &Host) -> Status {
 
 fn newer(host: &Host) -> Status {
     let before = Instant::now();
-    host.until("told", |status| {
+    host.until("statistics", |status| {
         let age = status.stats.age_ms.map(Duration::from_millis);
-        // An age is cut to whole milliseconds.
+        // The age is in whole milliseconds, rounded down.
         let age = age.map(|age| age + Duration::from_millis(1));
         !status.stats.stale && age.is_some_and(|age| age < before.elapsed())
     })
 }
 
 #[test]
-fn statistics_are_those_of_the_guest() {
+fn statistics_match_the_guest() {
     let host = Host::start("statistics", Backing::Small, MEMORY_MIB);
     let mut fixture = host.boot(Driver::Stock);
     assert_eq!(host.status().stats.age_ms, None);
     fixture.load_driver();
-    // The driver's first buffer is its first values; nobody asks for more.
-    let status = host.until("told", |status| status.stats.age_ms.is_some());
+    // The driver's first buffer has its first values. No further ones are requested.
+    let status = host.until("statistics", |status| status.stats.age_ms.is_some());
     assert!(status.stats.stale && status.stats.interval_ms == 0, "{status:?}");
     let names: Vec<&str> = status.stats.values.keys().map(String::as_str).collect();
     assert_eq!(names, STATISTICS);
@@ -81,8 +79,8 @@ fn statistics_are_those_of_the_guest() {
     host.client.set_stats(STATS_MS).unwrap();
     let before = fresh(&host).stats.values;
     let free_mib = fixture.free_mib();
-    let told_mib = before["free_bytes"] >> 20;
-    assert!(told_mib.abs_diff(free_mib) <= 8, "{told_mib} and {free_mib} MiB are free");
+    let reported_mib = before["free_bytes"] >> 20;
+    assert!(reported_mib.abs_diff(free_mib) <= 8, "{reported_mib} and {free_mib} MiB are free");
     let (total, available) = (before["total_bytes"], before["available_bytes"]);
     assert!((MEMORY_MIB * 9 / 10..=MEMORY_MIB).contains(&(total >> 20)), "{total}");
     assert!((total / 2..total).contains(&available), "{available}");
@@ -121,14 +119,16 @@ fn the_command_line_shows_and_watches_statistics() {
     assert!(metrics.contains(r#"aerostat_guest_stat{guest="watched",stat="free_bytes"} "#));
 }
 
-/// What a driver without a request queue can be asked for, and what not.
+/// Requests to a driver without a request queue, possible and not.
 #[test]
-fn a_stock_guest_shows_its_free_memory_and_says_what_it_cannot() {
+fn a_stock_driver_reports_free_pages_and_has_no_request_queue() {
     const NAME: &str = "shown";
     let host = Host::start(NAME, Backing::Small, MEMORY_MIB);
     let mut fixture = host.boot(Driver::Stock);
     fixture.load_driver();
-    host.until("there", |status| status.guest.features.iter().any(|f| f == "free-page-hint"));
+    host.until("a ready driver", |status| {
+        status.guest.features.iter().any(|f| f == "free-page-hint")
+    });
     fixture.run("fill some 300 1");
     let free_mib = fixture.free_mib();
     let (code, out, err) = host.aerostat(&["free-pages", NAME]);
@@ -152,14 +152,15 @@ fn a_stock_guest_shows_its_free_memory_and_says_what_it_cannot() {
     // A driver that stops may only pause; one that starts has said nothing yet.
     fixture.unload_driver();
     fixture.load_driver();
-    host.until("there", |status| status.guest.features.iter().any(|f| f == "free-page-hint"));
-    assert!(host.client.free_pages().is_err(), "another driver's word");
+    host.until("a ready driver", |status| {
+        status.guest.features.iter().any(|f| f == "free-page-hint")
+    });
+    assert!(host.client.free_pages().is_err(), "the report of another driver");
 }
 
-/// A back end in this process, whose hints can be looked at while the guest keeps
-/// the pages.
+/// A back end in this process, so that hinted pages can be inspected while the guest keeps them.
 #[test]
-fn hinted_pages_hold_nothing_that_the_guest_needs() {
+fn hinted_pages_can_be_discarded() {
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("monitor");
     let listener = UnixListener::bind(&socket).unwrap();
@@ -167,7 +168,7 @@ fn hinted_pages_hold_nothing_that_the_guest_needs() {
     let (stop, stopped) = UnixStream::pair().unwrap();
     std::thread::scope(|threads| {
         let serving = threads.spawn(|| backend.listen(&listener, &stopped));
-        // Dropped when a test fails as well.
+        // Also dropped if a test fails.
         let stop = stop;
         hints_are_tested(&backend, &socket);
         drop(stop);
@@ -187,11 +188,11 @@ fn hints_are_tested(backend: &Backend, socket: &Path) {
         .boot()
         .unwrap();
     let mut run = |command: &str| guest.run(command).unwrap().text;
-    assert!(balloon.start_hints().is_err(), "no driver is there");
+    assert!(balloon.start_hints().is_err(), "there is no driver");
     run("insmod virtio_balloon");
     run("touch 700");
     for round in 0..4 {
-        // The first time the guest is idle.
+        // The guest is idle in the first round.
         if round == 1 {
             run("fill kept 300 7");
         }
@@ -205,13 +206,13 @@ fn hints_are_tested(backend: &Backend, socket: &Path) {
         assert_eq!(hints.outcome, HintOutcome::Complete);
         assert!(hinted_mib * 100 >= free_mib * 98, "{hinted_mib} of {free_mib} MiB");
         assert_eq!(hints.list.iter().map(|run| run.pages).sum::<u64>(), hints.pages);
-        // What a destination would have that did not get these pages.
+        // The memory of a destination that did not receive these pages.
         lose(&hints.list);
         balloon.end_hints(id).unwrap();
         if round > 0 {
             assert_eq!(run("verify kept 300 7"), "0", "wrong pages");
         }
-        // Everything is usable again, and holds what it is given.
+        // All memory is usable again.
         let usable_mib = free_mib * 9 / 10 - REPORTED_MIB;
         run(&format!("fill all {usable_mib} {round}"));
         assert_eq!(run(&format!("verify all {usable_mib} {round}")), "0");
@@ -219,7 +220,7 @@ fn hints_are_tested(backend: &Backend, socket: &Path) {
     }
     let faults = balloon.status().faults;
     assert_eq!(faults.total(), 0, "{faults:?}");
-    // A guest that is paused does not answer.
+    // A paused guest does not answer.
     let pid = rustix::process::Pid::from_raw(guest.pid().cast_signed()).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
     let id = balloon.start_hints().unwrap();
@@ -230,13 +231,12 @@ fn hints_are_tested(backend: &Backend, socket: &Path) {
     assert_eq!(guest.run("verify kept 300 7").unwrap().text, "0");
 }
 
-/// Punches these pages out of the guest's memory, whose file the back end in this
-/// process was given.
+/// Punches these pages out of the guest's memory file, which the back end in this process has open.
 fn lose(runs: &[PageRun]) {
     let file = guest_memory(std::process::id()).expect("the guest's memory is open here");
     for run in runs {
         let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        // User Mode Linux: the address in the file is that of the guest.
+        // User Mode Linux: file offsets are guest addresses.
         let (at, len) = (run.start * BALLOON_PAGE_BYTES, run.pages * BALLOON_PAGE_BYTES);
         assert!(at + len <= file.metadata().unwrap().size(), "{run:?}");
         fallocate(&file, how, at, len).unwrap();
@@ -246,7 +246,7 @@ fn lose(runs: &[PageRun]) {
     assert!(left <= (MEMORY_MIB << 20) - hinted, "{left} bytes are left beside {hinted}");
 }
 
-/// Waits until the guest has reported all that it will.
+/// Waits until the guest's reporting is complete.
 fn until_reported(host: &Host) {
     let (mut last, mut since) = (u64::MAX, Instant::now());
     host.until("at rest", |status| {
@@ -259,9 +259,9 @@ fn until_reported(host: &Host) {
 }
 
 #[test]
-fn what_the_guest_frees_is_back_at_the_host() {
+fn freed_memory_is_reported_and_returned_to_the_host() {
     const FREED_MIB: u64 = 1024;
-    // With less memory Linux reports less at a time, and needs 9 s of the 10.
+    // With less memory Linux reports less at a time, and takes 9 s of the 10.
     let host = Host::start("reports", Backing::Small, 3 * MEMORY_MIB);
     let mut fixture = host.boot(Driver::Stock);
     fixture.load_driver();
@@ -289,7 +289,7 @@ fn what_the_guest_frees_is_back_at_the_host() {
     assert_eq!(host.status().faults.total(), 0, "{:?}", host.status().faults);
 }
 
-/// What a kernel does with free pages, and what its driver then says.
+/// How a kernel clears free pages, and the poison that its driver reports.
 struct Poison {
     name: &'static str,
     word: &'static str,
@@ -319,17 +319,17 @@ const POISONS: [Poison; 3] = [
 ];
 
 #[test]
-fn guests_that_clear_what_they_allocate_are_served() {
+fn guests_with_init_on_alloc_work() {
     serves(&POISONS[0]);
 }
 
 #[test]
-fn guests_that_clear_what_they_free_are_served() {
+fn guests_with_init_on_free_work() {
     serves(&POISONS[1]);
 }
 
 #[test]
-fn guests_that_poison_what_they_free_are_served() {
+fn guests_with_page_poison_work() {
     serves(&POISONS[2]);
 }
 
@@ -338,7 +338,7 @@ fn serves(poison: &Poison) {
     let mut fixture = host.boot_with(Driver::Stock, &[poison.word]);
     fixture.run("touch 700");
     fixture.load_driver();
-    let status = host.until("there", |status| status.stats.age_ms.is_some());
+    let status = host.until("a ready driver", |status| status.stats.age_ms.is_some());
     assert_eq!(status.guest.poison_val, poison.poison_val, "{status:?}");
     assert!(status.guest.features.iter().any(|name| name == "reporting"), "{status:?}");
     fixture.fill_and_verify("kept", 200, 1);
@@ -355,7 +355,7 @@ fn serves(poison: &Poison) {
     until_reported(&host);
     let reports = host.status().reports;
     println!("{}: {reports:?}", poison.name);
-    // Everything that is free is taken once, and looked at by the kernel then.
+    // All free pages are allocated once. The kernel checks them then.
     let free_mib = fixture.free_mib();
     fixture.fill_and_verify("all", free_mib - free_mib / 20, 9);
     fixture.verify("kept", 200, 1);
@@ -366,7 +366,7 @@ fn serves(poison: &Poison) {
     assert_eq!(host.status().faults.total(), 0, "{:?}", host.status().faults);
 }
 
-/// What a kernel says that finds its poison changed (mm/page_poison.c).
+/// Asserts that the kernel found no changed poison (mm/page_poison.c).
 fn not_corrupted(fixture: &Fixture<'_>) {
     let log = fixture.log();
     for word in ["pagealloc:", "corruption", "bit error"] {
@@ -376,20 +376,20 @@ fn not_corrupted(fixture: &Fixture<'_>) {
 
 /// Without the feature, a driver that poisons does not report at all.
 #[test]
-fn a_guest_that_poisons_reports_nothing_where_it_cannot_say_so() {
+fn a_guest_that_poisons_without_the_feature_reports_nothing() {
     let host =
         Host::start_with("no-poison", Backing::Small, MEMORY_MIB / 4, &["--without", "poison"]);
     let mut fixture = host.boot_with(Driver::Stock, &["page_poison=1"]);
     fixture.load_driver();
-    let status = host.until("there", |status| status.stats.age_ms.is_some());
+    let status = host.until("a ready driver", |status| status.stats.age_ms.is_some());
     for absent in ["reporting", "page-poison"] {
         assert!(!status.guest.features.iter().any(|name| name == absent), "{status:?}");
     }
 }
 
-/// Queues have other numbers with each set of features; each works under each.
+/// Queue numbers differ with each feature set. Every queue works with every set.
 #[test]
-fn every_set_of_queues_is_numbered_as_the_kernel_numbers_it() {
+fn queue_numbers_match_the_kernel_for_every_feature_set() {
     for subset in 0..8u32 {
         let offers = |bit: u32| subset >> bit & 1 == 1;
         let names = ["stats", "hint", "reporting"];

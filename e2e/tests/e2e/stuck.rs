@@ -1,5 +1,5 @@
-//! Nobody reads, nothing answers, a disk is dead: the guest goes on where it can, its operator is
-//! answered, and the process ends when it is told to.
+//! Blocked consoles, silent peers and dead disks: the guest continues where it can, the operator is
+//! answered, and the process ends on SIGTERM.
 
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -17,21 +17,21 @@ use vmm::raw::Disk;
 use crate::bare::{aerostat, boot, builder, on_a_kvm, receiver};
 use crate::program::program;
 
-/// A process ends within 10 s of SIGTERM, whatever is stuck; a machine with much else to do takes
-/// longer to end it (11.4 s seen). Without a limit it would not end at all.
-const END: Duration = Duration::from_secs(20);
+/// A process ends within 10 s of SIGTERM, whatever is stuck. A busy machine takes longer to end it
+/// (11.4 s seen). Without the watchdog it would not end at all.
+const END_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// For what takes milliseconds on a quiet machine.
+/// Timeout of what takes milliseconds on an idle machine.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Prints 16 KiB, more than a pipe of the laboratory has room for that nobody reads (4 KiB).
+/// Prints 16 KiB, more than the capacity of an unread pipe here (4 KiB).
 const FLOOD: &str = "flood 4000";
 const FLOOD_BYTES: usize = 0x4000;
 
-/// What the VMM writes in place of what nobody read in time begins so.
+/// Start of the VMM's text in place of dropped console output.
 const DROPPED: &str = "[host: ";
 
-/// A guest that goes on printing on a console that nobody reads, whose pipe is full.
+/// A guest that prints all the time on an unread console, whose pipe is full.
 fn unread(name: &str) -> BareGuest {
     let mut guest = builder(name).streams(Stream::Unread, Stream::Read).start().unwrap();
     is_up(&guest, name);
@@ -49,12 +49,12 @@ fn is_up(guest: &BareGuest, name: &str) {
     }
 }
 
-/// Sends SIGTERM; how the process ended, and how long that took.
+/// Sends SIGTERM. Returns the exit status and the time to the end.
 fn terminate(guest: &mut BareGuest) -> (std::process::ExitStatus, Duration) {
     let pid = Pid::from_raw(guest.pid().cast_signed()).unwrap();
     let began = Instant::now();
     kill_process(pid, Signal::TERM).unwrap();
-    (guest.wait_for_end(2 * END).unwrap(), began.elapsed())
+    (guest.wait_for_end(2 * END_TIMEOUT).unwrap(), began.elapsed())
 }
 
 /// The numbers of `tick N`.
@@ -64,8 +64,8 @@ fn ticks(lines: &[String]) -> Vec<u32> {
 }
 
 #[test]
-fn a_console_that_nobody_reads_stops_nobody() {
-    on_a_kvm("stuck::a_console_that_nobody_reads_stops_nobody", || {
+fn an_unread_console_does_not_block_the_guest() {
+    on_a_kvm("stuck::an_unread_console_does_not_block_the_guest", || {
         let mut guest = unread("unread");
         let file = guest.directory().join("unread.snapshot");
         let file = file.to_str().unwrap();
@@ -76,9 +76,9 @@ fn a_console_that_nobody_reads_stops_nobody() {
         let (mut there, address) = receiver("unread", &[]);
         let (code, out, err) = aerostat(&guest, &["migrate", "unread", &address, "--plain"]);
         assert_eq!(code, Some(0), "{out}{err}\n{}\n{}", guest.errors(), there.errors());
-        // It prints there, and what it printed here is still to be had here.
+        // It prints there, and its earlier output is still readable here.
         there.wait_for("a tick", |line| line.starts_with("tick ")).unwrap();
-        guest.read_on();
+        guest.resume_reading();
         assert!(guest.wait_for_end(ANSWER_TIMEOUT).unwrap().success());
         let is_never = |_: &str| false;
         guest.wait_for("the end of the pipe", is_never).unwrap_err();
@@ -89,33 +89,33 @@ fn a_console_that_nobody_reads_stops_nobody() {
         let both = [ticks(&here), ticks(&there_lines)].concat();
         assert!(both.windows(2).all(|pair| pair[0] < pair[1]), "{both:?}");
         let (status, took) = terminate(&mut there);
-        assert!(status.success() && took < END, "{status} {took:?} {}", there.errors());
+        assert!(status.success() && took < END_TIMEOUT, "{status} {took:?} {}", there.errors());
     });
 }
 
 #[test]
-fn a_process_whose_console_nobody_reads_ends_when_told() {
-    on_a_kvm("stuck::a_process_whose_console_nobody_reads_ends_when_told", || {
+fn an_unread_console_does_not_block_sigterm() {
+    on_a_kvm("stuck::an_unread_console_does_not_block_sigterm", || {
         let mut guest = unread("deaf");
         let (status, took) = terminate(&mut guest);
-        assert!(status.success() && took < END, "{status} {took:?}");
+        assert!(status.success() && took < END_TIMEOUT, "{status} {took:?}");
         let said = |text: &str| text.contains("the console was not read in time").then_some(());
         guest.wait_for_error("what is lost", said).unwrap();
-        guest.read_on();
+        guest.resume_reading();
         assert!(guest.wait_for("the first line", |line| line.starts_with("ready ")).is_ok());
     });
 }
 
-/// A process that is told to end waits for whoever reads its console, and can still be asked then.
+/// A process that ends waits for the reader of its console, and still answers requests then.
 #[test]
-fn a_guest_whose_process_ends_is_not_moved_any_more() {
-    on_a_kvm("stuck::a_guest_whose_process_ends_is_not_moved_any_more", || {
+fn an_ending_process_does_not_migrate_its_guest() {
+    on_a_kvm("stuck::an_ending_process_does_not_migrate_its_guest", || {
         let mut guest = unread("late");
         let (mut there, address) = receiver("late", &[]);
         let pid = Pid::from_raw(guest.pid().cast_signed()).unwrap();
         kill_process(pid, Signal::TERM).unwrap();
         let mut refused = false;
-        // What is begun before the process has heard that it is to end is called off.
+        // A migration that starts before the process handles SIGTERM is aborted.
         while guest.status().unwrap().is_none() {
             let words = ["migrate", "late", &address, "--plain"];
             let (code, out, err) = aerostat(&guest, &words);
@@ -129,13 +129,13 @@ fn a_guest_whose_process_ends_is_not_moved_any_more() {
 }
 
 #[test]
-fn what_nobody_read_comes_in_order_when_somebody_does() {
-    on_a_kvm("stuck::what_nobody_read_comes_in_order_when_somebody_does", || {
+fn late_console_output_arrives_in_order() {
+    on_a_kvm("stuck::late_console_output_arrives_in_order", || {
         let mut guest = unread("late");
-        guest.read_on();
+        guest.resume_reading();
         guest.wait_for("a tick", |line| line.starts_with("tick ")).unwrap();
-        guest.ask("tick 0").unwrap();
-        assert_eq!(guest.ask("ping 7").unwrap(), "7");
+        guest.run("tick 0").unwrap();
+        assert_eq!(guest.run("ping 7").unwrap(), "7");
         let lines = guest.lines();
         assert!(!lines.iter().any(|line| line.contains(DROPPED)), "{lines:?}");
         assert_eq!(flooded(&lines), FLOOD_BYTES / 64 * 63);
@@ -145,14 +145,14 @@ fn what_nobody_read_comes_in_order_when_somebody_does() {
     });
 }
 
-/// What is printed last is there although the process ends at once.
+/// The last output arrives although the process ends at once.
 #[test]
-fn who_reads_a_flood_gets_all_of_it() {
-    on_a_kvm("stuck::who_reads_a_flood_gets_all_of_it", || {
+fn no_console_output_is_lost_at_exit() {
+    on_a_kvm("stuck::no_console_output_is_lost_at_exit", || {
         let mut guest = boot("flood");
         guest.send(&format!("{FLOOD}\noff\n")).unwrap();
         assert!(guest.wait_for_end(ANSWER_TIMEOUT).unwrap().success());
-        // The pipe has ended, and all of it was read.
+        // The pipe is closed, and all of it was read.
         guest.wait_for("what is not printed", |_| false).unwrap_err();
         let lines = guest.lines();
         assert!(!lines.iter().any(|line| line.contains(DROPPED)), "{lines:?}");
@@ -161,7 +161,7 @@ fn who_reads_a_flood_gets_all_of_it() {
     });
 }
 
-/// How much of the flood is there, without line feeds.
+/// Bytes of the flood, without line feeds.
 fn flooded(lines: &[String]) -> usize {
     lines.iter().filter(|line| line.starts_with('x')).map(String::len).sum()
 }
@@ -169,7 +169,7 @@ fn flooded(lines: &[String]) -> usize {
 /// Bytes of a disk.
 const DISK_BYTES: usize = 64 << 10;
 
-/// The name of a file on a file system that can die.
+/// Name of the file on a file system that can die.
 const DISK: &str = "disk";
 
 /// A file system with a file of these contents.
@@ -179,19 +179,19 @@ fn disk_of(contents: Vec<u8>) -> Fuse {
     disk
 }
 
-/// A guest whose disk has answered once and does not answer any more, with a request under way.
+/// A guest whose disk has answered once and is now dead, with a pending request.
 fn with_a_dead_disk(name: &str) -> (BareGuest, Fuse) {
     let disk = disk_of(vec![7; DISK_BYTES]);
     let word = format!("{},readonly", disk.path().join(DISK).display());
     let mut guest = builder(name).argument("--disk").argument(word).boot().unwrap();
-    guest.ask("disk 1 0 3").unwrap();
+    guest.run("disk 1 0 3").unwrap();
     done(&mut guest, 1);
     disk.die();
-    guest.ask("disk 1 0 5").unwrap();
+    guest.run("disk 1 0 5").unwrap();
     (guest, disk)
 }
 
-/// Waits until so many requests to a disk have come back since it was started.
+/// Waits until this many requests to a disk have completed since its start.
 fn done(guest: &mut BareGuest, count: u64) {
     let end = Instant::now() + ANSWER_TIMEOUT;
     while guest.number("done").unwrap() != count {
@@ -199,11 +199,11 @@ fn done(guest: &mut BareGuest, count: u64) {
     }
 }
 
-/// How the guest stands still is not known while its disk has a request: it goes on, and whoever
-/// wanted that is told why. What was to stop is done after all.
+/// A guest with a pending disk request cannot be paused: it continues, and the caller receives the
+/// reason. The request completes later.
 #[test]
-fn a_guest_whose_disk_is_dead_is_not_stopped_and_goes_on() {
-    on_a_kvm("stuck::a_guest_whose_disk_is_dead_is_not_stopped_and_goes_on", || {
+fn a_snapshot_with_a_dead_disk_fails_and_the_guest_continues() {
+    on_a_kvm("stuck::a_snapshot_with_a_dead_disk_fails_and_the_guest_continues", || {
         let (mut guest, disk) = with_a_dead_disk("dead");
         let file = guest.directory().join("dead.snapshot");
         let (code, out, err) = aerostat(&guest, &["snapshot", "dead", file.to_str().unwrap()]);
@@ -212,12 +212,12 @@ fn a_guest_whose_disk_is_dead_is_not_stopped_and_goes_on() {
         assert_eq!(code, Some(1), "{out}{err}");
         assert!(err.contains(path) && err.contains("did not finish a request"), "{out}{err}");
         assert!(!file.exists());
-        assert_eq!(guest.ask("ping 5").unwrap(), "5");
+        assert_eq!(guest.run("ping 5").unwrap(), "5");
         disk.revive();
         done(&mut guest, 2);
-        guest.ask("disk 1 0 6").unwrap();
+        guest.run("disk 1 0 6").unwrap();
         done(&mut guest, 3);
-        // The same is possible now.
+        // A snapshot is possible now.
         let (code, out, err) = aerostat(&guest, &["snapshot", "dead", file.to_str().unwrap()]);
         assert_eq!(code, Some(0), "{out}{err}");
         assert!(guest.power_off().unwrap().success());
@@ -225,22 +225,21 @@ fn a_guest_whose_disk_is_dead_is_not_stopped_and_goes_on() {
 }
 
 #[test]
-fn a_process_whose_disk_is_dead_ends_when_told_and_says_what_is_lost() {
-    on_a_kvm("stuck::a_process_whose_disk_is_dead_ends_when_told_and_says_what_is_lost", || {
+fn a_dead_disk_does_not_block_shutdown() {
+    on_a_kvm("stuck::a_dead_disk_does_not_block_shutdown", || {
         let (mut guest, _disk) = with_a_dead_disk("lost");
         let (status, took) = terminate(&mut guest);
-        assert!(status.success() && took < END, "{status} {took:?} {}", guest.errors());
-        let said =
-            |text: &str| text.contains("requests of the guest to this disk are lost").then_some(());
+        assert!(status.success() && took < END_TIMEOUT, "{status} {took:?} {}", guest.errors());
+        let said = |text: &str| text.contains("requests of the guest to this disk are lost").then_some(());
         guest.wait_for_error("what is lost", said).unwrap();
     });
 }
 
-/// Who resets a disk, which a driver does that waits in vain, does not wait for it: neither does the
-/// guest's processor, nor whoever serves its other devices.
+/// A driver resets a disk that does not answer. Neither the vCPU nor the device loop waits for that
+/// disk.
 #[test]
-fn a_guest_that_resets_a_dead_disk_goes_on_with_its_other_devices() {
-    on_a_kvm("stuck::a_guest_that_resets_a_dead_disk_goes_on_with_its_other_devices", || {
+fn resetting_a_dead_disk_does_not_block_other_devices() {
+    on_a_kvm("stuck::resetting_a_dead_disk_does_not_block_other_devices", || {
         let (dead, alive) = (disk_of(vec![7; DISK_BYTES]), disk_of(vec![8; DISK_BYTES]));
         let mut guest = builder("reset");
         for disk in [&dead, &alive] {
@@ -248,23 +247,23 @@ fn a_guest_that_resets_a_dead_disk_goes_on_with_its_other_devices() {
             guest = guest.argument("--disk").argument(word);
         }
         let mut guest = guest.boot().unwrap();
-        guest.ask("disk 1 0 3").unwrap();
+        guest.run("disk 1 0 3").unwrap();
         done(&mut guest, 1);
         dead.die();
-        guest.ask("disk 1 0 5").unwrap();
-        // Until the disk's thread waits for its file.
+        guest.run("disk 1 0 5").unwrap();
+        // Until the disk's I/O thread waits for its file.
         std::thread::sleep(Duration::from_millis(200));
-        guest.ask("reset 1").unwrap();
+        guest.run("reset 1").unwrap();
         // The console, the balloon, another disk, and the API.
-        assert_eq!(guest.ask("ping 5").unwrap(), "5");
-        guest.ask("follow 1").unwrap();
+        assert_eq!(guest.run("ping 5").unwrap(), "5");
+        guest.run("follow 1").unwrap();
         let (code, out, err) = aerostat(&guest, &["balloon", "reset", "4MiB"]);
         assert_eq!(code, Some(0), "{out}{err}");
-        guest.ask("disk 2 0 3").unwrap();
+        guest.run("disk 2 0 3").unwrap();
         done(&mut guest, 1);
-        // What is under way of before the reset keeps it from coming to a stop, and the next request
-        // of the same disk from its turn.
-        guest.ask("disk 1 0 6").unwrap();
+        // The pending request of before the reset still prevents a pause, and delays the next
+        // request of the same disk.
+        guest.run("disk 1 0 6").unwrap();
         let file = guest.directory().join("reset.snapshot");
         let (code, out, err) = aerostat(&guest, &["snapshot", "reset", file.to_str().unwrap()]);
         assert_eq!(code, Some(1), "{out}{err}");
@@ -276,9 +275,9 @@ fn a_guest_that_resets_a_dead_disk_goes_on_with_its_other_devices() {
     });
 }
 
-/// A driver that has reset its disk uses that memory for something else.
+/// A driver that has reset its disk reuses the request's memory.
 #[test]
-fn a_disk_that_was_reset_touches_no_memory_when_it_answers_at_last() {
+fn a_reset_disk_writes_no_guest_memory() {
     const RING: u64 = 0x1000;
     const HEADER: u64 = 0x8000;
     const DATA: u64 = 0x1_0000;
@@ -291,7 +290,7 @@ fn a_disk_that_was_reset_touches_no_memory_when_it_answers_at_last() {
     let mut disk = Disk::new(&options, &[(0, MEMORY_BYTES)], ring.queue(), 512).unwrap();
     let features = disk.features();
     disk.start(features, ring.queue());
-    // The header stays as it is: a read of the first sector.
+    // The header stays zero: a read of the first sector.
     let read = |ring: &mut GuestRing, disk: &Disk, at: u64| {
         let chain =
             [Buffer::readable(HEADER, 16), Buffer::writable(at, 512), Buffer::writable(STATUS, 1)];
@@ -307,7 +306,7 @@ fn a_disk_that_was_reset_touches_no_memory_when_it_answers_at_last() {
     assert!(disk.serve_once());
     disk.until_busy();
     ring.reset(disk.memory());
-    // A reset that waits for the file does not do so for ever.
+    // A reset that waited for the file would never return.
     let (is_reset, was_reset) = channel::<()>();
     let late = Arc::clone(&file);
     let late = std::thread::spawn(move || {
@@ -328,14 +327,14 @@ fn a_disk_that_was_reset_touches_no_memory_when_it_answers_at_last() {
     assert_eq!(byte(&disk, DATA), 0);
 }
 
-/// A queue that lies in memory which does not come keeps whoever serves the devices: the watchdog
-/// ends the process.
+/// A virtqueue in memory that cannot be loaded blocks the device loop: the watchdog ends the
+/// process.
 #[test]
-fn a_process_in_which_everything_is_stuck_ends_when_told() {
-    on_a_kvm("stuck::a_process_in_which_everything_is_stuck_ends_when_told", || {
+fn the_watchdog_ends_a_stuck_process() {
+    on_a_kvm("stuck::the_watchdog_ends_a_stuck_process", || {
         let (mut lazy, disk) = lazily("stuck");
         disk.die();
-        // The balloon's first queue, 16 entries anew from 10 MiB on.
+        // Restarts the balloon's first queue with 16 entries at 10 MiB.
         for (register, value) in [
             (0x70, 0),
             (0x70, 3),
@@ -354,7 +353,7 @@ fn a_process_in_which_everything_is_stuck_ends_when_told() {
         }
         std::thread::sleep(Duration::from_millis(500));
         let (status, took) = terminate(&mut lazy);
-        assert!(took < END, "{took:?} {}", lazy.errors());
+        assert!(took < END_TIMEOUT, "{took:?} {}", lazy.errors());
         assert_eq!(status.code(), Some(1));
         let said = |text: &str| text.contains("and is cut off").then_some(());
         lazy.wait_for_error("why it is cut off", said).unwrap();
@@ -362,8 +361,8 @@ fn a_process_in_which_everything_is_stuck_ends_when_told() {
 }
 
 #[test]
-fn a_snapshot_to_a_dead_disk_keeps_nobody() {
-    on_a_kvm("stuck::a_snapshot_to_a_dead_disk_keeps_nobody", || {
+fn a_snapshot_to_a_dead_disk_blocks_neither_guest_nor_shutdown() {
+    on_a_kvm("stuck::a_snapshot_to_a_dead_disk_blocks_neither_guest_nor_shutdown", || {
         let mut guest = boot("save");
         let disk = Fuse::mount(Has::ALL).unwrap();
         disk.die();
@@ -374,19 +373,19 @@ fn a_snapshot_to_a_dead_disk_keeps_nobody() {
         let mut snapshot = snapshot.unwrap();
         std::thread::sleep(Duration::from_millis(500));
         assert_eq!(aerostat(&guest, &["status", "save"]).0, Some(0));
-        assert_eq!(guest.ask("ping 5").unwrap(), "5");
+        assert_eq!(guest.run("ping 5").unwrap(), "5");
         let (status, took) = terminate(&mut guest);
-        assert!(status.success() && took < END, "{status} {took:?} {}", guest.errors());
+        assert!(status.success() && took < END_TIMEOUT, "{status} {took:?} {}", guest.errors());
         let said = |text: &str| text.contains("before the snapshot is complete").then_some(());
         guest.wait_for_error("what is lost", said).unwrap();
         assert!(!snapshot.wait().unwrap().success());
     });
 }
 
-/// A guest that runs, and 8 MiB of whose memory, from 8 MiB on, will take seconds to come.
+/// A running guest whose memory from 8 to 16 MiB takes seconds to load.
 fn lazily(name: &str) -> (BareGuest, Fuse) {
     let mut guest = boot("first");
-    guest.ask("fill 8 8 1").unwrap();
+    guest.run("fill 8 8 1").unwrap();
     let file = guest.directory().join("first.snapshot");
     let (code, out, err) = aerostat(&guest, &["snapshot", "first", file.to_str().unwrap()]);
     assert_eq!(code, Some(0), "{out}{err}");
@@ -396,36 +395,36 @@ fn lazily(name: &str) -> (BareGuest, Fuse) {
     let command = BareBuilder::command(program(), "restore", name).unwrap();
     let command = command.argument("--lazy").argument(disk.path().join(DISK));
     let mut lazy = command.start().unwrap();
-    assert_eq!(lazy.ask("ping 5").unwrap(), "5", "{}", lazy.errors());
+    assert_eq!(lazy.run("ping 5").unwrap(), "5", "{}", lazy.errors());
     (lazy, disk)
 }
 
-/// The guest waits for memory that does not come.
+/// The guest waits for memory that cannot be loaded.
 #[test]
-fn a_guest_whose_snapshot_is_on_a_dead_disk_ends_when_told() {
-    on_a_kvm("stuck::a_guest_whose_snapshot_is_on_a_dead_disk_ends_when_told", || {
+fn a_lazy_restore_from_a_dead_disk_does_not_block_shutdown() {
+    on_a_kvm("stuck::a_lazy_restore_from_a_dead_disk_does_not_block_shutdown", || {
         let (mut lazy, disk) = lazily("lazy");
         disk.die();
         lazy.send("check 8 8 1\n").unwrap();
         std::thread::sleep(Duration::from_millis(500));
         assert_eq!(aerostat(&lazy, &["status", "lazy"]).0, Some(0));
         let (status, took) = terminate(&mut lazy);
-        assert!(took < END, "{status} {took:?} {}", lazy.errors());
+        assert!(took < END_TIMEOUT, "{status} {took:?} {}", lazy.errors());
         let said = |text: &str| text.contains("file does not answer").then_some(());
         lazy.wait_for_error("why", said).unwrap();
     });
 }
 
-/// A file that does not answer keeps a process whose guest does not run yet as little.
+/// The same for a process whose guest does not run yet.
 #[test]
-fn a_restore_from_a_dead_disk_ends_when_told() {
-    on_a_kvm("stuck::a_restore_from_a_dead_disk_ends_when_told", || {
+fn a_restore_from_a_dead_disk_does_not_block_shutdown() {
+    on_a_kvm("stuck::a_restore_from_a_dead_disk_does_not_block_shutdown", || {
         let disk = disk_of(vec![0; DISK_BYTES]);
         disk.die();
         let command = BareBuilder::command(program(), "restore", "none").unwrap();
         let mut none = command.argument(disk.path().join(DISK)).start().unwrap();
         std::thread::sleep(Duration::from_millis(500));
         let (_, took) = terminate(&mut none);
-        assert!(took < END, "{took:?} {}", none.errors());
+        assert!(took < END_TIMEOUT, "{took:?} {}", none.errors());
     });
 }

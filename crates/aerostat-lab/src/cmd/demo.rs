@@ -1,5 +1,5 @@
-//! `aerostat-lab demo`: the four stages of taking memory, the old way and ours, and
-//! what a guest's kernel can be asked for; or a guest that moves.
+//! `aerostat-lab demo`: the four stages of an inflate, the old way and ours, and requests to the
+//! guest's kernel; or a live migration.
 
 mod kvm;
 mod table;
@@ -7,10 +7,10 @@ mod table;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use bench::demo_move::{self, Parts};
+use bench::demo_migrate::{self, Parts};
 use bench::inflate::{self, Case, CaseReport, HostPages, MemoryState, Report};
-use bench::monitor_choice::{self, Choice, Preference};
 use bench::requests::{self, Tour};
+use bench::vmm_choice::{self, Choice, Preference};
 use clap::{Args, ValueEnum};
 use control::Size;
 use control::api::{BALLOON_PAGE_BYTES, FreePages};
@@ -23,40 +23,39 @@ use cli::output::print;
 use cli::progress::Steps;
 use table::{Row, header};
 
-/// Size of the guest, and of the balloon, in MiB: those of the measurement of 2016.
+/// Size of the guest and of the balloon, in MiB: those of the 2016 measurement.
 const GUEST_MIB: u64 = 4096;
 
-/// States of the guest's memory, and what is said of them.
+/// States of the guest's memory, and their titles.
 const MEMORY: [MemoryState; 2] = [MemoryState::Idle, MemoryState::Touched];
 const TITLES: [(MemoryState, &str); 2] = [
-    (MemoryState::Idle, "MemoryState that the guest never used"),
-    (MemoryState::Touched, "MemoryState that the guest used and freed"),
+    (MemoryState::Idle, "Memory that the guest never used"),
+    (MemoryState::Touched, "Memory that the guest used and freed"),
 ];
 
-/// Boots a 4 GiB guest and takes 3 GiB from it, the old way and the new one
+/// Boots a 4 GiB guest and balloons 3 GiB of it, the old and the new way
 ///
-/// With --migrate, a guest answers while it moves from one process to another.
+/// With --migrate, a guest answers while it migrates from one process to another.
 #[derive(Debug, Args)]
 pub(crate) struct DemoArgs {
-    /// What runs the guest
+    /// VMM of the guest
     #[arg(long, value_enum, default_value = "auto", conflicts_with = "migrate")]
     monitor: MonitorArg,
 
-    /// Show a guest that moves while it runs
+    /// Show a live migration
     #[arg(long)]
     migrate: bool,
 
-    /// What the guest that moves is made of, where a KVM was found: kernel,
-    /// initial RAM disk, modules
+    /// Files of the guest to migrate, on a KVM: kernel, initramfs, modules
     #[arg(long, hide = true, num_args = 3.., requires = "migrate")]
     parts: Vec<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum MonitorArg {
-    /// Our own monitor where hardware KVM boots a guest, else User Mode Linux
+    /// `aerostat run` if hardware KVM boots a guest, else User Mode Linux
     Auto,
-    /// Our own monitor, in a machine with an emulated KVM where this one's is of no use
+    /// `aerostat run`, on an emulated KVM if this machine has no usable one
     Kvm,
     /// User Mode Linux, with our vhost-user back end
     Uml,
@@ -78,45 +77,45 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
             let choice = choose(args.monitor.into())?;
             balloon(choice, kvm::show, |why| on_uml(why.as_deref()))
         }
-        (true, [kernel, initramfs, modules @ ..]) => moves(kernel, initramfs, modules),
-        (true, _) => finds_a_kvm(),
+        (true, [kernel, initramfs, modules @ ..]) => migrate(kernel, initramfs, modules),
+        (true, _) => run_on_kvm(),
     }
 }
 
-/// Starts this program once more where a guest can be moved.
-fn finds_a_kvm() -> Result<(), Failure> {
-    print("A guest moves from one process to another, and answers meanwhile.\n")?;
+/// Runs this program again on a KVM.
+fn run_on_kvm() -> Result<(), Failure> {
+    print("A guest migrates from one process to another, and answers meanwhile.\n")?;
     let words = |parts: &Parts| {
         let mut words: Vec<OsString> = ["demo", "--migrate", "--parts"].map(Into::into).into();
         words.extend([parts.kernel.clone().into(), parts.initramfs.clone().into()]);
         words.extend(parts.modules.iter().map(Into::into));
         words
     };
-    // A reader that has gone is no reason to leave a guest behind.
+    // A closed output must not leave a guest running.
     let mut say = |line: &str| drop(print(&format!("{line}\n")));
-    demo_move::show(words, &mut say).map_err(failure)
+    demo_migrate::show(words, &mut say).map_err(failure)
 }
 
-fn moves(kernel: &Path, initramfs: &Path, modules: &[PathBuf]) -> Result<(), Failure> {
+fn migrate(kernel: &Path, initramfs: &Path, modules: &[PathBuf]) -> Result<(), Failure> {
     let modules = modules.iter().map(|name| name.display().to_string()).collect();
     let parts = Parts { kernel: kernel.into(), initramfs: initramfs.into(), modules };
     let say = |line: &str| drop(print(&format!("{line}\n")));
-    let summary = demo_move::carry_out(&program()?, &parts, &say).map_err(failure)?;
+    let summary = demo_migrate::carry_out(&program()?, &parts, &say).map_err(failure)?;
     print(&format!("\n{}", migration_summary::text("the guest", "the second process", &summary)))
 }
 
-fn choose(asked: Preference) -> Result<Choice, Failure> {
+fn choose(preference: Preference) -> Result<Choice, Failure> {
     let steps = Steps::start();
-    let choice = monitor_choice::choose(asked);
+    let choice = vmm_choice::choose(preference);
     steps.end();
     if choice == (Choice::Kvm { or_uml: true }) {
-        // User Mode Linux needs more memory, so it is no way out.
-        bench::kvm::has_room(GUEST_MIB).map_err(failure)?;
+        // User Mode Linux needs more memory, so it is no alternative.
+        bench::kvm::check_memory(GUEST_MIB).map_err(failure)?;
     }
     Ok(choice)
 }
 
-/// Shows the balloon on the monitor that was chosen.
+/// Shows the balloon with the selected VMM.
 fn balloon(
     choice: Choice,
     on_kvm: impl FnOnce() -> Result<(), Failure>,
@@ -127,7 +126,7 @@ fn balloon(
         Choice::Kvm { or_uml: false } => on_kvm(),
         Choice::Kvm { or_uml: true } => on_kvm().or_else(|failure| {
             diagnostics::say!("{failure}");
-            on_uml(Some("our own monitor failed on this machine's KVM".to_owned()))
+            on_uml(Some("`aerostat run` failed on this machine's KVM".to_owned()))
         }),
     }
 }
@@ -141,11 +140,11 @@ fn on_uml(why: Option<&str>) -> Result<(), Failure> {
         backing: vec![HostPages::Small],
     };
     print(&format!(
-        "Takes 3 GiB from a 4 GiB guest, a real Linux kernel in user mode, and gives them back.\n\
+        "Balloons 3 GiB of a 4 GiB guest, a real Linux kernel in user mode, and deflates.\n\
          No KVM is used{}.\n\
-         `demo --monitor kvm` and `demo --migrate` show our own monitor, which needs one.\n\
-         The first run builds that kernel, which takes some minutes.\n\n",
-        why.map(|why| format!(", since {why}")).unwrap_or_default()
+         `demo --monitor kvm` and `demo --migrate` show `aerostat run`, which needs KVM.\n\
+         The first run builds that kernel, which takes a few minutes.\n\n",
+        why.map(|why| format!(", because {why}")).unwrap_or_default()
     ))?;
     let steps = Steps::start();
     let report = inflate::run(&options, &mut |step| steps.show(step)).map_err(failure)?;
@@ -174,7 +173,7 @@ fn picture(report: &Report) -> String {
             text += &match memory {
                 MemoryState::Idle => "\n\n".to_owned(),
                 _ => format!(
-                    "; the host kernel alone needs {:.0} ms to take so much memory back\n\n",
+                    "; the host kernel alone needs {:.0} ms to release as much memory\n\n",
                     floor.floor_ms
                 ),
             };
@@ -183,13 +182,13 @@ fn picture(report: &Report) -> String {
     text + "One run each; `aerostat-lab bench inflate` measures properly.\n"
 }
 
-/// The guest's memory before its caches are dropped, after, and with the balloon.
+/// The guest's memory before and after its caches are dropped, and with the balloon.
 fn story(tour: &Tour) -> String {
     let (dropped, inflated) = (&tour.dropped, &tour.inflated);
     let mib = |bytes: u64| Size(bytes >> 20 << 20);
     let memory = |free: &FreePages| {
         format!(
-            "{} of {} free, asked in {:.1} ms{}",
+            "{} of {} free, reported in {:.1} ms{}",
             mib(free.total_bytes),
             mib(free.memory_bytes),
             free.elapsed_ms,
@@ -197,8 +196,8 @@ fn story(tour: &Tour) -> String {
         )
     };
     format!(
-        "\nWhat the guest's kernel says of its memory after it has read a file: {}\n\
-         It was asked to drop its caches, and gave up {} in {:.1} ms: {}\n\
+        "\nFree memory of the guest after it has read a file: {}\n\
+         On request it dropped its caches, which freed {} in {:.1} ms: {}\n\
          The balloon took {} in {:.1} ms: {}\n\
          On a guest of yours: aerostat free-pages NAME, aerostat drop-caches NAME,\n\
          aerostat balloon NAME 3GiB --drop-caches.\n",
@@ -235,7 +234,8 @@ mod tests {
     use super::*;
     use cli::failure::Exit;
 
-    /// What is shown, in its order, where our monitor works or does not; and how it ends.
+    /// The demos shown in order, with `aerostat run` working or not, and whether the command
+    /// succeeds.
     fn shown(choice: Choice, works: bool) -> (Vec<String>, bool) {
         let shown = RefCell::new(Vec::new());
         let on_kvm = || {
@@ -252,20 +252,20 @@ mod tests {
     }
 
     #[test]
-    fn where_our_monitor_fails_user_mode_linux_is_shown_and_the_reason_said() {
+    fn user_mode_linux_is_shown_with_the_reason_if_kvm_fails() {
         let (both, is_ok) = shown(Choice::Kvm { or_uml: true }, false);
         assert!(is_ok && both.len() == 2 && both[0] == "kvm", "{both:?}");
-        assert!(both[1].starts_with("uml our own monitor failed"), "{both:?}");
+        assert!(both[1].starts_with("uml `aerostat run` failed"), "{both:?}");
         assert_eq!(shown(Choice::Kvm { or_uml: true }, true), (vec!["kvm".to_owned()], true));
     }
 
     #[test]
-    fn who_asked_for_our_monitor_hears_of_its_failure() {
+    fn an_explicit_kvm_choice_fails_without_a_fallback() {
         assert_eq!(shown(Choice::Kvm { or_uml: false }, false), (vec!["kvm".to_owned()], false));
     }
 
     #[test]
-    fn user_mode_linux_is_told_why_it_is_shown() {
+    fn user_mode_linux_is_shown_with_the_reason() {
         let why = Choice::Uml { why: Some("of this".to_owned()) };
         assert_eq!(shown(why, true), (vec!["uml of this".to_owned()], true));
     }

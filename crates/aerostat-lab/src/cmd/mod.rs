@@ -1,5 +1,4 @@
-//! The commands, one file each: its arguments, and `run`, which calls `bench` and prints what
-//! that reports.
+//! The commands, one file each: arguments, and `run`, which calls `bench` and prints its report.
 
 mod bench;
 mod demo;
@@ -8,7 +7,7 @@ mod soak;
 use clap::Subcommand;
 use cli::failure::Failure;
 
-/// What to do.
+/// A command.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     Bench(bench::BenchArgs),

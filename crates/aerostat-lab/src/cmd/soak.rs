@@ -1,4 +1,4 @@
-//! `aerostat-lab soak`: everything that can be done with guests, at random, for a while.
+//! `aerostat-lab soak`: random operations on guests.
 
 mod moves;
 
@@ -18,28 +18,28 @@ use cli::failure::{Exit, Failure};
 use cli::output::{print, print_json};
 use cli::progress::Steps;
 
-/// Between two lines of progress where there is no terminal.
+/// Between two lines of progress without a terminal.
 const LINES: Duration = Duration::from_secs(60);
 
-/// Longest run: a week.
+/// Maximum duration: a week.
 const MAX_MINUTES: u64 = 7 * 24 * 60;
 
-/// Does at random all that can be done with guests, and has them verify their memory
+/// Runs random operations on guests that verify their memory
 ///
-/// Boots guests, inflates and deflates their balloons, lets them report free pages, asks
-/// for hints, statistics, caches and free pages, unloads and loads their drivers, while they
-/// allocate, verify and free memory. Fails where a page is wrong, a fault is counted, a log
-/// complains or the back end's memory grows. SIGINT ends it before its time, with a report.
+/// Boots guests, inflates and deflates their balloons, uses free page reporting, hints,
+/// statistics and requests, and reloads their drivers, while the guests allocate, verify and
+/// free memory. Fails if a page is wrong, a fault is counted, a log has errors or the back
+/// end's memory grows. SIGINT ends it early, with a report.
 ///
-/// With --migrate or --faults it moves guests of `aerostat run` instead, from process to
-/// process.
+/// With --migrate or --faults it migrates guests of `aerostat run` from process to process
+/// instead.
 #[derive(Debug, Args)]
 pub(crate) struct SoakArgs {
-    /// How long
+    /// Duration
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=MAX_MINUTES))]
     minutes: u64,
 
-    /// Repeats the steps of another run; any if it is not given
+    /// Seed of the steps, to repeat a run [default: random]
     #[arg(long)]
     seed: Option<u64>,
 
@@ -47,15 +47,15 @@ pub(crate) struct SoakArgs {
     #[arg(long)]
     json: bool,
 
-    /// The guests' driver; with both, guests of both kinds run at the same time
+    /// Driver of the guests; with both, guests of both kinds run at the same time
     #[arg(long, value_enum, default_value_t = DriverArg::Both)]
     driver: DriverArg,
 
-    /// Memory of each guest, 256MiB at least
+    /// Memory of each guest, at least 256MiB
     #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = memory)]
     memory: Size,
 
-    /// Only this kind of host pages; a guest of each kind otherwise
+    /// Only this host page size [default: one guest of each]
     #[arg(long, value_enum)]
     backing: Vec<BackingArg>,
 
@@ -69,7 +69,7 @@ enum DriverArg {
     Stock,
     /// Aerostat's
     Own,
-    /// Each in guests of its own
+    /// Both, in separate guests
     Both,
 }
 
@@ -102,7 +102,7 @@ pub(crate) fn run(args: &SoakArgs) -> Result<(), Failure> {
     verdict(&report.problems, format!("repeat the same steps with --seed {}", report.seed))
 }
 
-/// A failure where there are problems.
+/// A failure if there are problems.
 fn verdict(problems: &[String], hint: String) -> Result<(), Failure> {
     if problems.is_empty() {
         return Ok(());
@@ -113,12 +113,12 @@ fn verdict(problems: &[String], hint: String) -> Result<(), Failure> {
 fn memory(text: &str) -> Result<Size, String> {
     let size: Size = text.parse().map_err(|error: control::ParseSizeError| error.to_string())?;
     match size.0 >> 20 < LEAST_MEMORY_MIB {
-        true => Err(format!("a guest needs {LEAST_MEMORY_MIB} MiB at least")),
+        true => Err(format!("a guest needs {LEAST_MEMORY_MIB} MiB")),
         false => Ok(size),
     }
 }
 
-/// Set by SIGINT or SIGTERM; the second one ends the process at once.
+/// A flag that SIGINT or SIGTERM sets. The second signal ends the process at once.
 fn stop_flag() -> io::Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
@@ -128,7 +128,7 @@ fn stop_flag() -> io::Result<Arc<AtomicBool>> {
     Ok(stop)
 }
 
-/// A column for each guest: plain text and Markdown both.
+/// A column per guest, readable as plain text and as Markdown.
 fn table(report: &Report) -> String {
     let mut text = format!("seed {}, guests of {} MiB\n\n", report.seed, report.memory_mib);
     let mut row = |what: &str, value: &dyn Fn(&GuestReport) -> String| {
@@ -155,14 +155,14 @@ fn table(report: &Report) -> String {
     let mib = |bytes: u64| format!("{} MiB", bytes >> 20);
     let kib = |bytes: u64| format!("{} KiB", bytes >> 10);
     row("verified", &|guest| mib(guest.tally.verified_bytes));
-    row("reported by itself", &|guest| match guest.driver {
+    row("free pages reported", &|guest| match guest.driver {
         Driver::Stock => mib(guest.reported_bytes),
         Driver::Own => "-".to_owned(),
     });
     row("wrong pages", &|guest| guest.tally.wrong_pages.to_string());
     row("faults", &|guest| guest.faults.total().to_string());
-    row("complaints, guest", &|guest| guest.guest_complaints.len().to_string());
-    row("complaints, back end", &|guest| guest.backend_complaints.len().to_string());
+    row("log errors, guest", &|guest| guest.guest_complaints.len().to_string());
+    row("log errors, back end", &|guest| guest.backend_complaints.len().to_string());
     row("heap: warmed up", &|guest| kib(guest.resident.start_bytes));
     row("heap: highest", &|guest| kib(guest.resident.highest_bytes));
     row("heap: at the end", &|guest| kib(guest.resident.end_bytes));

@@ -1,4 +1,4 @@
-//! What the balloon itself does.
+//! Checks of the balloon itself.
 
 use control::Driver as Spoken;
 
@@ -6,15 +6,15 @@ use super::subject::{LIMIT, MIB, Subject, ensure};
 use super::{Feature, Outcome, request_checks};
 use crate::error::Result;
 
-/// What the guest has touched before the balloon takes it, and what it takes.
+/// Memory that the guest touches before, and balloon target, in MiB.
 const TOUCHED_MIB: u64 = 250;
 const INFLATED_MIB: u64 = 200;
 
-/// How often memory is taken back at once. Where pages were released that the guest
-/// had taken back, one time in two would tell.
+/// How often memory is deflated at once. A host that releases pages after their deflate fails one
+/// round in two.
 const BOUNCES: u64 = 6;
 
-/// What the guest needs that has given as much as that: more than it has left.
+/// Balloon target under pressure, and allocation of the guest then: more than it has free.
 const STARVING_MIB: u64 = 320;
 const NEEDED_MIB: u64 = 120;
 
@@ -30,15 +30,15 @@ pub(super) fn inflates_and_deflates(subject: &mut Subject) -> Result<Outcome> {
     )))
 }
 
-pub(super) fn takes_back_at_once(subject: &mut Subject) -> Result<Outcome> {
+pub(super) fn deflates_at_once(subject: &mut Subject) -> Result<Outcome> {
     let mut verified_mib = 0;
     for round in 0..BOUNCES {
-        // Memory that the host really has takes it time to release.
+        // Memory that is allocated takes the host time to release.
         subject.run(&format!("touch {TOUCHED_MIB}"))?;
         subject.client.set_balloon(INFLATED_MIB * MIB, std::time::Duration::ZERO)?;
         let half = INFLATED_MIB * MIB / 2;
-        // A front end that keeps the guest's size to itself has it told by messages.
-        subject.until("on its way", LIMIT, |status| {
+        // If the front end does not pass config writes on, the size is known from messages.
+        subject.until("inflating", LIMIT, |status| {
             let given = status.balloon.last_change.as_ref().map_or(0, |change| change.messages);
             status.balloon.actual_bytes >= half || given > 0
         })?;
@@ -46,7 +46,7 @@ pub(super) fn takes_back_at_once(subject: &mut Subject) -> Result<Outcome> {
         verified_mib += subject.use_and_verify(TOUCHED_MIB, round)?;
     }
     subject.no_faults()?;
-    Ok(Outcome::Passed(format!("taken back {BOUNCES} times; {verified_mib} MiB verified")))
+    Ok(Outcome::Passed(format!("deflated at once {BOUNCES} times; {verified_mib} MiB verified")))
 }
 
 pub(super) fn sends_bitmaps(subject: &mut Subject) -> Result<Outcome> {
@@ -66,15 +66,15 @@ pub(super) fn sends_bitmaps(subject: &mut Subject) -> Result<Outcome> {
     )))
 }
 
-/// Rings are used by all that is sent: many small changes, so that notifications
-/// are needed and left out.
+/// Many small changes, so that notifications are needed and suppressed. All messages use the
+/// virtqueue's features.
 pub(super) fn uses_ring(subject: &mut Subject) -> Result<Outcome> {
     const STEPS: u64 = 8;
     const STEP_MIB: u64 = 25;
     let mut messages = 0;
     for step in (0..=STEPS).chain((0..STEPS).rev()) {
         let set = subject.client.set_balloon(step * STEP_MIB * MIB, LIMIT)?;
-        ensure(set.at_target, || format!("it stayed at {} bytes", set.actual_bytes))?;
+        ensure(set.at_target, || format!("it is still at {} bytes", set.actual_bytes))?;
         messages += set.last_change.map_or(0, |change| change.messages);
     }
     let verified_mib = subject.use_and_verify(TOUCHED_MIB, 4)?;
@@ -85,20 +85,20 @@ pub(super) fn uses_ring(subject: &mut Subject) -> Result<Outcome> {
     )))
 }
 
-pub(super) fn yields(subject: &mut Subject) -> Result<Outcome> {
+pub(super) fn deflates_under_pressure(subject: &mut Subject) -> Result<Outcome> {
     let free_mib = subject.number("free-mib")?;
     let inflated_mib = free_mib.min(STARVING_MIB + NEEDED_MIB / 2) - NEEDED_MIB / 2;
     subject.balloon(inflated_mib)?;
     let needed_mib = free_mib - inflated_mib + NEEDED_MIB;
-    let told = subject.run(&format!("pressure {needed_mib} 0"))?;
-    ensure(told == format!("taken_mib={needed_mib} end=complete"), || told.clone())?;
+    let reported = subject.run(&format!("pressure {needed_mib} 0"))?;
+    ensure(reported == format!("taken_mib={needed_mib} end=complete"), || reported.clone())?;
     let yielded = subject
         .until("smaller", LIMIT, |status| status.balloon.actual_bytes < inflated_mib * MIB)?;
     subject.client.set_balloon(0, LIMIT)?;
     let verified_mib = subject.use_and_verify(TOUCHED_MIB, 5)?;
     subject.no_faults()?;
     Ok(Outcome::Passed(format!(
-        "{inflated_mib} MiB shrank to {} when {needed_mib} were needed; {verified_mib} MiB verified",
+        "{inflated_mib} MiB deflated to {} when {needed_mib} were needed; {verified_mib} MiB verified",
         yielded.balloon.actual_bytes / MIB
     )))
 }
@@ -119,7 +119,7 @@ pub(super) fn reloads(subject: &mut Subject) -> Result<Outcome> {
 pub(super) fn sleeps(subject: &mut Subject) -> Result<Outcome> {
     subject.balloon(INFLATED_MIB)?;
     subject.sleep()?;
-    // Where the driver left the device meanwhile, it gives all once more.
+    // If the driver reset the device for the suspend, it inflates again.
     subject.until("as large as before", LIMIT, |status| {
         status.balloon.at_target && status.balloon.actual_bytes == INFLATED_MIB * MIB
     })?;
@@ -129,7 +129,7 @@ pub(super) fn sleeps(subject: &mut Subject) -> Result<Outcome> {
     subject.balloon(0)?;
     let verified_mib = subject.use_and_verify(TOUCHED_MIB, 8)?;
     if subject.target().cannot(Feature::FreePages).is_none() {
-        request_checks::names_free_pages(subject)?;
+        request_checks::reports_free_pages(subject)?;
     }
     Ok(Outcome::Passed(format!(
         "slept with {INFLATED_MIB} MiB and with half of that; {verified_mib} MiB verified"

@@ -1,4 +1,4 @@
-//! What the host asks of our driver.
+//! Checks of requests to our driver.
 
 use control::api::{AskFreePages, Caches, FreeKind, HoldState};
 
@@ -7,16 +7,16 @@ use super::subject::{CACHED_MIB, LIMIT, MIB, Subject, ensure};
 use crate::error::Result;
 use crate::requests::used_pages;
 
-/// What is used to see that memory holds what it is given.
+/// Memory that is filled and verified, in MiB.
 const USED_MIB: u64 = 250;
 
-/// What a hold leaves to the guest.
+/// Free memory that a hold leaves.
 const RESERVE_MIB: u64 = 150;
 
-/// How far the guest's own word may be off: it does other things too.
+/// Tolerance of the guest's free memory, which changes meanwhile.
 const SLACK_MIB: u64 = 8;
 
-/// Pages that the guest uses for other things meanwhile.
+/// Pages that the guest may allocate meanwhile.
 const NOISE_PAGES: u64 = 1024;
 
 pub(super) fn drops_caches(subject: &mut Subject) -> Result<Outcome> {
@@ -35,44 +35,46 @@ pub(super) fn drops_caches(subject: &mut Subject) -> Result<Outcome> {
     )))
 }
 
-pub(super) fn names_free_pages(subject: &mut Subject) -> Result<Outcome> {
+pub(super) fn reports_free_pages(subject: &mut Subject) -> Result<Outcome> {
     let free_mib = subject.number("free-mib")?;
-    let named = subject.client.ask_free_pages(&ask(FreeKind::Snapshot, None))?;
+    let named = subject.client.ask_free_pages(&request(FreeKind::Snapshot, None))?;
     let named_mib = named.total_bytes / MIB;
     ensure(named_mib.abs_diff(free_mib) <= SLACK_MIB, || {
-        format!("{named_mib} MiB were named, {free_mib} MiB are free")
+        format!("{named_mib} MiB were reported, {free_mib} MiB are free")
     })?;
     let client = subject.second_client()?;
     let used = used_pages(&client, subject.guest())?;
-    ensure(used <= NOISE_PAGES, || format!("{used} pages named are in use"))?;
+    ensure(used <= NOISE_PAGES, || format!("{used} reported pages are in use"))?;
     let verified_mib = subject.use_and_verify(USED_MIB, 32)?;
     subject.no_faults()?;
     Ok(Outcome::Passed(format!(
-        "{named_mib} of {free_mib} MiB free in {:.1} ms, {used} pages of them in use by now; {verified_mib} MiB verified",
+        "{named_mib} of {free_mib} MiB free in {:.1} ms, {used} pages of them in use since; {verified_mib} MiB verified",
         named.elapsed_ms
     )))
 }
 
 pub(super) fn holds_free_pages(subject: &mut Subject) -> Result<Outcome> {
     let reserve = Some(RESERVE_MIB * MIB);
-    let held = subject.client.ask_free_pages(&ask(FreeKind::Hold, reserve))?;
+    let held = subject.client.ask_free_pages(&request(FreeKind::Hold, reserve))?;
     let left_mib = subject.number("free-mib")?;
     ensure(left_mib.abs_diff(RESERVE_MIB) <= SLACK_MIB, || format!("{left_mib} MiB were left"))?;
-    // What the guest needs beyond that ends the hold.
+    // An allocation beyond that ends the hold.
     let verified_mib = subject.use_and_verify(USED_MIB, 33)?;
     let hold = subject.status()?.requests.hold;
-    ensure(hold != Some(HoldState::Kept), || "a hold outlived the guest's need".to_owned())?;
+    ensure(hold != Some(HoldState::Kept), || {
+        "the hold still exists after the guest needed its memory".to_owned()
+    })?;
     let held_mib = held.total_bytes / MIB;
-    let again = subject.client.ask_free_pages(&ask(FreeKind::Hold, reserve))?;
+    let again = subject.client.ask_free_pages(&request(FreeKind::Hold, reserve))?;
     let released = subject.client.release_free_pages(LIMIT)?;
     ensure(released.released_bytes == again.total_bytes, || format!("{released:?}"))?;
     subject.no_faults()?;
     Ok(Outcome::Passed(format!(
-        "{held_mib} MiB held, lost to the guest's need, held again and released; {verified_mib} MiB verified"
+        "{held_mib} MiB held, taken back by the guest, held again and released; {verified_mib} MiB verified"
     )))
 }
 
-fn ask(kind: FreeKind, reserve_bytes: Option<u64>) -> AskFreePages {
+fn request(kind: FreeKind, reserve_bytes: Option<u64>) -> AskFreePages {
     let timeout_ms = u64::try_from(LIMIT.as_millis()).unwrap_or(u64::MAX);
     AskFreePages { kind, min_block_bytes: None, reserve_bytes, timeout_ms }
 }

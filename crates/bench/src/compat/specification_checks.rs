@@ -1,4 +1,4 @@
-//! What the specification has beside the balloon.
+//! Checks of optional features of the virtio balloon specification.
 
 use std::time::{Duration, Instant};
 
@@ -6,49 +6,49 @@ use super::Outcome;
 use super::subject::{LIMIT, MIB, Subject, ensure};
 use crate::error::Result;
 
-/// How often the guest is asked for statistics.
+/// Statistics interval.
 const STATS_MS: u64 = 200;
 
-/// How far the guest's own word may be off, in MiB: it does other things too.
+/// Tolerance of the guest's free memory, in MiB, which changes meanwhile.
 const FREE_SLACK_MIB: u64 = 12;
 
 /// Linux hints whole blocks of the largest order.
 const HINTED_PERCENT: u64 = 85;
 
-/// Time for what a guest says of its free memory to be true.
+/// Timeout for a report to match the guest's free memory.
 const SETTLE_LIMIT: Duration = Duration::from_secs(20);
 
-/// What is used to see that memory holds what it is given.
+/// Memory that is filled and verified, in MiB.
 const USED_MIB: u64 = 250;
 
-/// What is freed to be reported, and how much of it has to come back.
+/// Memory that is freed, and the percentage that must be reported.
 const FREED_MIB: u64 = 200;
 const REPORTED_PERCENT: u64 = 90;
 
-/// Linux reports a part of what is free every 2 s (mm/page_reporting.c).
+/// Linux reports a part of free memory every 2 s (mm/page_reporting.c).
 const REPORTS_LIMIT: Duration = Duration::from_secs(30);
 
-pub(super) fn tells_statistics(subject: &mut Subject) -> Result<Outcome> {
+pub(super) fn reports_statistics(subject: &mut Subject) -> Result<Outcome> {
     subject.client.set_stats(STATS_MS)?;
-    // What comes next may have been on its way, so that is for what comes after it.
+    // The next statistics may be on their way, so this waits for those after them.
     for _ in 0..2 {
         let asked = Instant::now();
-        subject.until("told", LIMIT, |status| {
+        subject.until("reporting statistics", LIMIT, |status| {
             let age = status.stats.age_ms.map(|ms| Duration::from_millis(ms + 1));
             !status.stats.stale && age.is_some_and(|age| age < asked.elapsed())
         })?;
     }
     let limit = Instant::now() + SETTLE_LIMIT;
-    let told = loop {
-        let told = subject.status()?.stats.values;
+    let reported = loop {
+        let reported = subject.status()?.stats.values;
         let free_mib = subject.number("free-mib")?;
-        let told_mib = told.get("free_bytes").copied().unwrap_or_default() / MIB;
-        if told_mib.abs_diff(free_mib) <= FREE_SLACK_MIB {
-            break told;
+        let reported_mib = reported.get("free_bytes").copied().unwrap_or_default() / MIB;
+        if reported_mib.abs_diff(free_mib) <= FREE_SLACK_MIB {
+            break reported;
         }
-        // What is being reported is not free for that moment.
+        // Pages being reported are not free for that moment.
         ensure(Instant::now() < limit, || {
-            format!("{told_mib} MiB are told, {free_mib} MiB are free")
+            format!("{reported_mib} MiB are reported free, {free_mib} MiB are free")
         })?;
         std::thread::sleep(Duration::from_millis(STATS_MS));
     };
@@ -57,7 +57,7 @@ pub(super) fn tells_statistics(subject: &mut Subject) -> Result<Outcome> {
     subject.no_faults()?;
     Ok(Outcome::Passed(format!(
         "{} values, free memory as in /proc/meminfo; {verified_mib} MiB verified",
-        told.len()
+        reported.len()
     )))
 }
 
@@ -71,23 +71,25 @@ pub(super) fn hints(subject: &mut Subject) -> Result<Outcome> {
         if all && hinted_mib <= free_mib + FREE_SLACK_MIB {
             break (hinted_mib, free_mib);
         }
-        // What is being reported is not free for that moment.
+        // Pages being reported are not free for that moment.
         ensure(Instant::now() < limit, || {
-            format!("{hinted_mib} of {free_mib} MiB free were named")
+            format!("{hinted_mib} of {free_mib} MiB free were hinted")
         })?;
     };
     let verified_mib = subject.use_and_verify(USED_MIB, 12)?;
     subject.no_faults()?;
     Ok(Outcome::Passed(format!(
-        "{hinted_mib} of {free_mib} MiB free named; {verified_mib} MiB verified"
+        "{hinted_mib} of {free_mib} MiB free hinted; {verified_mib} MiB verified"
     )))
 }
 
 pub(super) fn poisons(subject: &mut Subject) -> Result<Outcome> {
-    let (told, wanted) = (subject.status()?.guest.poison_val, subject.target().poison_val());
+    let (reported, wanted) = (subject.status()?.guest.poison_val, subject.target().poison_val());
     // QEMU 8.2 drops what the driver writes.
-    let passed_on = subject.target().monitor != super::MonitorChoice::Qemu;
-    ensure(!passed_on || told == wanted, || format!("{told:?} was told, not {wanted:?}"))?;
+    let passed_on = subject.target().monitor != super::VmmChoice::Qemu;
+    ensure(!passed_on || reported == wanted, || {
+        format!("the driver reports {reported:?}, not {wanted:?}")
+    })?;
     let mut verified_mib = 0;
     for round in 0..3 {
         subject.run(&format!("touch {USED_MIB}"))?;
@@ -95,14 +97,14 @@ pub(super) fn poisons(subject: &mut Subject) -> Result<Outcome> {
         subject.balloon(0)?;
         verified_mib += subject.use_and_verify(USED_MIB, 20 + round)?;
     }
-    // Everything that is free is taken once, and looked at by the kernel then.
+    // All free pages are allocated once. The kernel checks them then.
     let free_mib = subject.number("free-mib")?;
     verified_mib += subject.use_and_verify(free_mib - free_mib / 10, 29)?;
     subject.no_faults()?;
     let value =
-        told.filter(|_| passed_on).map_or("not passed on".to_owned(), |v| format!("{v:#x}"));
+        reported.filter(|_| passed_on).map_or("not passed on".to_owned(), |v| format!("{v:#x}"));
     Ok(Outcome::Passed(format!(
-        "poison {value}, the kernel found it whole; {verified_mib} MiB verified"
+        "poison {value}, the kernel found it unchanged; {verified_mib} MiB verified"
     )))
 }
 
@@ -122,11 +124,11 @@ pub(super) fn reports(subject: &mut Subject) -> Result<Outcome> {
     })?;
     let took = freed_at.elapsed().as_secs_f64();
     ensure(!keeps || after.reports.released_bytes == 0, || {
-        "pages were released that the kernel expects its poison in".to_owned()
+        "pages were released in which the kernel expects its poison".to_owned()
     })?;
     let verified_mib = subject.use_and_verify(USED_MIB, 14)?;
     subject.no_faults()?;
-    let done = if keeps { "reported, left to the guest's poison" } else { "back at the host" };
+    let done = if keeps { "reported, kept for the guest's poison" } else { "returned to the host" };
     Ok(Outcome::Passed(format!(
         "{REPORTED_PERCENT} % of {FREED_MIB} MiB {done} in {took:.1} s; {verified_mib} MiB verified"
     )))

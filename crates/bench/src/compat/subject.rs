@@ -1,4 +1,4 @@
-//! A booted guest that goes through the features, and what is asked of it.
+//! A booted guest that runs the features.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -8,33 +8,33 @@ use control::{Client, Status};
 use lab::{Backing, Guest, GuestMemoryDir, Scratch, Waker};
 
 use super::Feature;
-use super::target::{KernelChoice, MonitorChoice, Target};
+use super::target::{KernelChoice, Target, VmmChoice};
 use crate::backend::Backend;
 use crate::error::{BenchError, Result, host};
-use crate::qemu_fixture::{Device, QemuBedOptions, QemuFixture};
+use crate::qemu_fixture::{Device, QemuFixture, QemuFixtureOptions};
 
 /// Memory of the guests, in MiB: emulation is slow.
 pub(super) const MEMORY_MIB: u64 = 512;
 
-/// What a file keeps outside of the balloon, all the time.
+/// Size of a file in guest memory that is kept throughout.
 const KEPT_MIB: u64 = 60;
 const KEPT_SEED: u64 = 1;
 
-/// What can be read into the page cache.
+/// Size of the file for the page cache.
 pub(super) const CACHED_MIB: u64 = 64;
 
-/// Time for anything in emulation, on a machine with other work.
+/// Timeout of any step in emulation, on a busy machine.
 pub(super) const LIMIT: Duration = Duration::from_secs(60);
 
-/// Between two looks at what nobody announces.
+/// Between two polls of the status.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Host memory that may be there beyond what the guest has left.
+/// Host memory allowed beyond the guest's own.
 const RESIDENT_SLACK_BYTES: u64 = 8 << 20;
 
 pub(super) const MIB: u64 = 1 << 20;
 
-/// What a kernel says that finds its poison changed (mm/page_poison.c), or a bug.
+/// Kernel messages of a changed poison (mm/page_poison.c) or a bug.
 const BAD_WORDS: [&str; 7] =
     ["WARNING:", "BUG:", "Oops", "pagealloc:", "corruption", "bit error", "refused"];
 
@@ -43,12 +43,12 @@ pub(super) fn ensure(holds: bool, what: impl FnOnce() -> String) -> Result<()> {
     if holds { Ok(()) } else { Err(BenchError::Wrong { what: what() }) }
 }
 
-/// A guest with its driver loaded, and a file that it keeps.
+/// A guest with its driver loaded and a filled file.
 pub(super) struct Subject {
     target: Target,
     machine: Machine,
     pub(super) client: Client,
-    /// What the file for the page cache is called in the guest.
+    /// Guest path of the file for the page cache.
     cached: &'static str,
     _files: Scratch,
 }
@@ -58,7 +58,7 @@ enum Machine {
     Qemu(Box<QemuFixture>),
 }
 
-/// A subject, or why there is none.
+/// A subject, or why this machine cannot boot it.
 pub(super) type Started = std::result::Result<Subject, String>;
 
 impl Subject {
@@ -69,11 +69,11 @@ impl Subject {
         let file = std::fs::File::create(files.path().join("cached")).map_err(failed)?;
         file.set_len((CACHED_MIB + 1) * MIB).map_err(failed)?;
         let (machine, client, cached) = match target.monitor {
-            MonitorChoice::Uml => match start_uml(target, program, files.path())? {
+            VmmChoice::Uml => match start_uml(target, program, files.path())? {
                 Ok((machine, client)) => (machine, client, "/host/cached"),
                 Err(why) => return Ok(Err(why)),
             },
-            MonitorChoice::Qemu => match start_qemu(target, program, files.path())? {
+            VmmChoice::Qemu => match start_qemu(target, program, files.path())? {
                 Ok((machine, client)) => (machine, client, "/dev/vda"),
                 Err(why) => return Ok(Err(why)),
             },
@@ -87,7 +87,7 @@ impl Subject {
         &self.target
     }
 
-    /// Before each feature: the balloon is empty, and what has to be negotiated is.
+    /// Before each feature: empties the balloon, and checks that the feature is negotiated.
     pub(super) fn begin(&mut self, feature: Feature) -> Result<()> {
         self.client.set_balloon(0, LIMIT)?;
         let Some(name) = negotiated_name(feature) else { return Ok(()) };
@@ -101,7 +101,7 @@ impl Subject {
         Ok(self.guest().run(command)?.text)
     }
 
-    /// A command whose answer is a number.
+    /// Runs a command whose answer is a number.
     pub(super) fn number(&mut self, command: &str) -> Result<u64> {
         let answer = self.run(command)?;
         let number = answer.parse();
@@ -115,7 +115,7 @@ impl Subject {
         }
     }
 
-    /// A client for those who also need the guest.
+    /// A second client, to use while the guest is borrowed.
     pub(super) fn second_client(&self) -> Result<Client> {
         let backend = match &self.machine {
             Machine::Uml { backend, .. } => Some(&**backend),
@@ -133,7 +133,7 @@ impl Subject {
         }
     }
 
-    /// Loads the driver, or takes it out.
+    /// Loads the driver.
     pub(super) fn load_driver(&mut self) -> Result<()> {
         let command = format!("insmod {}", self.target.driver.module_name());
         self.run(&command).map(drop)
@@ -144,7 +144,7 @@ impl Subject {
         self.run(&command).map(drop)
     }
 
-    /// Has the guest sleep; it is awake when this returns.
+    /// Suspends and wakes the guest.
     pub(super) fn sleep(&mut self) -> Result<()> {
         match &mut self.machine {
             Machine::Uml { guest, .. } => Ok(guest.sleep(Waker::Signal)?),
@@ -174,8 +174,8 @@ impl Subject {
         }
     }
 
-    /// Makes the balloon hold so many MiB, and checks that what it holds costs the
-    /// host nothing and that nobody did anything wrong.
+    /// Sets the balloon to this many MiB and waits. Checks that ballooned pages cost the host
+    /// nothing, and that there are no faults.
     pub(super) fn balloon(&mut self, mib: u64) -> Result<BalloonChange> {
         let set = self.client.set_balloon(mib * MIB, LIMIT)?;
         let settled = self.client.wait(set.generation, LIMIT)?;
@@ -194,24 +194,24 @@ impl Subject {
         Ok(change)
     }
 
-    /// Uses `mib` MiB that are free and checks what they hold, and the file that is
-    /// kept; returns how much was verified.
+    /// Fills and verifies `mib` MiB of free memory, and verifies the kept file. Returns the MiB
+    /// verified.
     pub(super) fn use_and_verify(&mut self, mib: u64, seed: u64) -> Result<u64> {
         self.run(&format!("fill used {mib} {seed}"))?;
         let wrong = self.number(&format!("verify used {mib} {seed}"));
         self.run("drop used")?;
-        ensure(wrong? == 0, || "memory that came back does not hold what it is given".to_owned())?;
+        ensure(wrong? == 0, || "deflated memory has wrong contents".to_owned())?;
         self.verify_kept()?;
         Ok(mib + KEPT_MIB)
     }
 
-    /// Checks the file that was there before all else.
+    /// Verifies the kept file.
     pub(super) fn verify_kept(&mut self) -> Result<()> {
         let wrong = self.number(&format!("verify kept {KEPT_MIB} {KEPT_SEED}"))?;
-        ensure(wrong == 0, || format!("{wrong} pages of {KEPT_MIB} MiB are not what they were"))
+        ensure(wrong == 0, || format!("{wrong} pages of {KEPT_MIB} MiB have wrong contents"))
     }
 
-    /// Nobody broke the protocol and the guest's kernel complained of nothing.
+    /// Checks that the device counted no faults and the guest's kernel logged no error.
     pub(super) fn no_faults(&mut self) -> Result<()> {
         let faults = self.status()?.faults;
         ensure(faults.total() == 0, || format!("{faults:?}"))?;
@@ -220,14 +220,14 @@ impl Subject {
         ensure(bad.is_none(), || format!("the guest's kernel: {}", bad.unwrap_or_default()))
     }
 
-    /// Has the guest read a file, which fills its page cache.
+    /// Makes the guest read a file into its page cache.
     pub(super) fn read_file(&mut self) -> Result<()> {
         let command = format!("read-file {} {CACHED_MIB}", self.cached);
         self.run(&command).map(drop)
     }
 }
 
-/// What the device calls a feature that has to be negotiated.
+/// The device's name of a feature that is negotiated.
 const fn negotiated_name(feature: Feature) -> Option<&'static str> {
     Some(match feature {
         Feature::MustTellHost => "must-tell-host",
@@ -289,7 +289,7 @@ fn start_qemu(target: &Target, program: &Path, files: &Path) -> Result<Booted> {
     let KernelChoice::Debian(release) = target.kernel else {
         return Ok(Err("QEMU runs no User Mode Linux".to_owned()));
     };
-    let options = QemuBedOptions {
+    let options = QemuFixtureOptions {
         program: program.to_owned(),
         qemu,
         kernel: lab::debian::kernel(release)?,

@@ -1,11 +1,11 @@
-//! What is run, what cannot be, and why.
+//! Targets that are run, and those that cannot be, with the reason.
 
 use lab::debian::Release;
 
 use super::{CompatOptions, Feature, Row, Verdict, chosen, driver_name};
 use crate::testbed::Driver;
 
-/// A kernel of the lab.
+/// A guest kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KernelChoice {
     /// User Mode Linux 6.1 as Debian packages it.
@@ -28,16 +28,16 @@ impl KernelChoice {
     }
 }
 
-/// A monitor that is run.
+/// A VMM that is run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MonitorChoice {
-    /// User Mode Linux is its own.
+pub enum VmmChoice {
+    /// User Mode Linux, without another VMM.
     Uml,
     /// QEMU's generic vhost-user device, in emulation.
     Qemu,
 }
 
-impl MonitorChoice {
+impl VmmChoice {
     /// The name in the report.
     pub const fn name(self) -> &'static str {
         match self {
@@ -47,29 +47,29 @@ impl MonitorChoice {
     }
 }
 
-/// One guest.
+/// One guest configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Target {
     /// Its kernel.
     pub kernel: KernelChoice,
-    /// What runs it.
-    pub monitor: MonitorChoice,
+    /// Its VMM.
+    pub monitor: VmmChoice,
     /// Its driver.
     pub driver: Driver,
-    /// A word on its kernel's command line about free pages.
+    /// Its kernel argument about free pages.
     pub poison: Option<&'static str>,
 }
 
-/// A monitor that is not run, with all kernels and drivers.
+/// A VMM that is not run with any kernel and driver.
 #[derive(Clone, Copy, Debug)]
 pub struct Absent {
     /// Its name in the report.
     pub monitor: &'static str,
-    /// Why not.
+    /// The reason.
     pub why: &'static str,
 }
 
-/// Monitors that nobody can fetch here.
+/// VMMs that no package registry has.
 pub const ABSENT: [Absent; 3] = [
     Absent {
         monitor: "qemu-9+",
@@ -85,16 +85,16 @@ pub const ABSENT: [Absent; 3] = [
     },
 ];
 
-/// Kernels that write something into pages that are freed or allocated. Debian's are
-/// built without `page_poison`, and clear what they allocate unless told otherwise.
+/// Kernel arguments that make the kernel write to freed or allocated pages. Debian's kernels are
+/// built without `page_poison`, and clear allocated pages by default.
 const POISONS: [&str; 3] = ["page_poison=1", "init_on_free=1", "init_on_alloc=1"];
 
 const DRIVERS: [Driver; 2] = [Driver::Stock, Driver::Own];
 
 impl Target {
-    /// All that can be tried, in the order of the report.
+    /// All targets, in the order of the report.
     pub fn all() -> Vec<Self> {
-        let (uml, qemu) = (MonitorChoice::Uml, MonitorChoice::Qemu);
+        let (uml, qemu) = (VmmChoice::Uml, VmmChoice::Qemu);
         let newest = KernelChoice::Debian(Release::Cloud6_12);
         let kernels = [
             (KernelChoice::UmlPackaged, uml, &[][..]),
@@ -122,8 +122,8 @@ impl Target {
         }
     }
 
-    /// What the driver says that its kernel fills free pages with
-    /// (drivers/virtio/virtio_balloon.c, `virtballoon_probe`).
+    /// The poison value that the driver reports for its kernel (drivers/virtio/virtio_balloon.c,
+    /// `virtballoon_probe`).
     pub fn poison_val(&self) -> Option<u32> {
         match self.poison {
             Some("page_poison=1") => Some(0xaaaa_aaaa),
@@ -132,9 +132,9 @@ impl Target {
         }
     }
 
-    /// Why a feature cannot be had with this kernel, monitor or driver.
+    /// Why a feature is impossible with this kernel, VMM or driver.
     pub fn cannot(&self, feature: Feature) -> Option<&'static str> {
-        let (stock, uml) = (self.driver == Driver::Stock, self.monitor == MonitorChoice::Uml);
+        let (stock, uml) = (self.driver == Driver::Stock, self.monitor == VmmChoice::Uml);
         match feature {
             Feature::PageBitmap | Feature::DropCaches | Feature::FreePages | Feature::HoldPages
                 if stock =>
@@ -142,7 +142,7 @@ impl Target {
                 Some("Linux's own driver has no such feature")
             }
             Feature::Stats | Feature::FreePageHint | Feature::Reporting if !stock => {
-                Some("our driver does not negotiate it: the request queue does that work")
+                Some("our driver does not negotiate it: the request queue replaces it")
             }
             Feature::RingIndirectDesc if stock => {
                 Some("Linux's own driver turns it off, so as not to allocate while it reports")
@@ -151,13 +151,13 @@ impl Target {
                 Some("QEMU 8.2's queues have 4 entries, and Linux starts none with under 32")
             }
             Feature::PagePoison if self.poison_val().is_none() => {
-                Some("this kernel writes nothing into what it frees")
+                Some("this kernel writes nothing to freed pages")
             }
             Feature::BackEndReconnect if uml => {
-                Some("virtio_uml does not connect again; crates/aerostat/tests/back_end does")
+                Some("virtio_uml does not reconnect; crates/aerostat/tests/back_end does")
             }
             Feature::BackEndReconnect => Some(
-                "QEMU does not initialise its generic device anew; crates/aerostat/tests/back_end does",
+                "QEMU does not reinitialise its generic device; crates/aerostat/tests/back_end does",
             ),
             _ => None,
         }
@@ -165,7 +165,7 @@ impl Target {
 }
 
 impl Absent {
-    /// An entry for each driver and feature.
+    /// One row per driver and feature.
     pub(super) fn rows(&self, options: &CompatOptions) -> Vec<Row> {
         let mut rows = Vec::new();
         for driver in DRIVERS.map(driver_name).into_iter().filter(|d| chosen(&options.drivers, d)) {

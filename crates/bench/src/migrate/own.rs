@@ -1,4 +1,4 @@
-//! Moves a guest from our monitor to our monitor.
+//! Migrates a guest from `aerostat` to `aerostat`.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -13,19 +13,19 @@ use crate::kvm::GuestFiles;
 use crate::kvm_host::address_of;
 use crate::testbed::Driver;
 
-/// The guest, which has the same name at both sides, and so other sockets.
+/// Name of the guest on both sides, which therefore use different sockets.
 const NAME: &str = "bench-migrate";
 
-/// For a guest to be moved.
+/// Timeout of a migration.
 const MOVE_LIMIT: Duration = Duration::from_secs(1200);
 
-/// Between two looks: each costs the one processor of an emulated host some time.
+/// Between two polls: each costs the only CPU of an emulated host some time.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
-/// What a guest reports by itself would be gone before it is moved.
+/// Free page reporting would release memory before the migration.
 const WITHOUT: [&str; 2] = ["--without", "reporting"];
 
-/// A guest, and a process that waits for it.
+/// A guest and its destination process.
 pub(super) struct Fixture {
     pub(super) source: Guest,
     destination: Guest,
@@ -40,11 +40,11 @@ impl Fixture {
         let socket = |side: &str| directory.path().join(side).to_string_lossy().into_owned();
         let (here, there) = (socket("source"), socket("destination"));
         let mut source = files
-            .monitor(program, NAME, scenario.guest_mib)
+            .vmm(program, NAME, scenario.guest_mib)
             .machine_arguments(["--control", &here])
             .machine_arguments(WITHOUT)
             .boot()?;
-        files.load_monitor(&mut source, Driver::Own)?;
+        files.load_balloon_driver(&mut source, Driver::Own)?;
         let destination = Guest::receiver(program)
             .machine_arguments(["--name", NAME, "--listen", "127.0.0.1:0", "--plain"])
             .machine_arguments(["--control", &there])
@@ -54,7 +54,7 @@ impl Fixture {
         Ok(Self { source, destination, address, client, _directory: directory })
     }
 
-    /// Moves the guest; returns where it runs then.
+    /// Migrates the guest and returns it at its destination.
     pub(super) fn go(mut self, case: Case) -> Result<(Guest, MigrationSample)> {
         self.client.start_migration(&StartMigration {
             to: self.address.clone(),
@@ -71,25 +71,25 @@ impl Fixture {
                 break status;
             }
         };
-        let moved = moved(&status).ok_or_else(|| {
-            wrong(format!("the guest was not moved: {status:?}\n{}", self.source.console_log()))
+        let moved = sample(&status).ok_or_else(|| {
+            wrong(format!("the guest was not migrated: {status:?}\n{}", self.source.console_log()))
         })?;
         let left = self.source.wait()?;
         if !left.success() {
             let log = self.source.console_log();
-            return Err(wrong(format!("its monitor ended with {left}\n{log}")));
+            return Err(wrong(format!("its VMM ended with {left}\n{log}")));
         }
         Ok((self.destination, moved))
     }
 }
 
-/// As many as `aerostat migrate` opens by itself.
+/// The default of `aerostat migrate`.
 fn connections() -> u8 {
     std::thread::available_parallelism()
         .map_or(1, |count| u8::try_from(count.get()).unwrap_or(4).min(4))
 }
 
-fn moved(status: &MigrationStatus) -> Option<MigrationSample> {
+fn sample(status: &MigrationStatus) -> Option<MigrationSample> {
     let summary = status.summary.as_ref().filter(|_| status.state == MigrationState::Moved)?;
     let down = &summary.downtime;
     let again = summary.rounds.iter().skip(1).map(|round| round.bytes).sum();
@@ -99,7 +99,7 @@ fn moved(status: &MigrationStatus) -> Option<MigrationSample> {
         format!("{bytes:.1}/{sent:.1} MiB in {:.0} ms", round.took_ms)
     });
     let detail = format!(
-        "moving {:.0} ms, free pages named in {:.1} ms, rounds {}; stopping {:.1}, log {:.1}, last pages {:.1}, saving {:.1}, state {:.1} (loading {:.1}), switchover {:.1} (starting {:.1})",
+        "migration {:.0} ms, free pages reported in {:.1} ms, rounds {}; stopping {:.1}, log {:.1}, last pages {:.1}, saving {:.1}, state {:.1} (loading {:.1}), switchover {:.1} (starting {:.1})",
         summary.total_ms,
         summary.free_answer_ms.unwrap_or_default(),
         rounds.collect::<Vec<_>>().join(", "),

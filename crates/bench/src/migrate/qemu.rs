@@ -1,4 +1,4 @@
-//! Moves a guest from QEMU to QEMU.
+//! Migrates a guest from QEMU to QEMU.
 
 use std::net::TcpListener;
 use std::path::Path;
@@ -12,13 +12,13 @@ use crate::kvm::{GuestFiles, command};
 use crate::qmp::{QemuMigration, Qmp};
 use crate::testbed::Driver;
 
-/// What two processes of QEMU need beside their guests' memory, in MiB.
+/// Memory of two QEMU processes in addition to their guests', in MiB.
 pub(super) const OWN_MEMORY_MIB: u64 = 256;
 
-/// Modules of the stock driver on PCI are built in, but for itself.
+/// Its dependencies on PCI are built in.
 const DRIVER: Driver = Driver::Stock;
 
-/// A guest, and a process that waits for it.
+/// A guest and its destination process.
 pub(super) struct Fixture {
     pub(super) source: Guest,
     destination: Guest,
@@ -40,13 +40,13 @@ impl Fixture {
             .machine_arguments(qmp_arguments(&there))
             .incoming(&address)
             .boot()?;
-        // It answers when it listens.
+        // It answers once it listens.
         Qmp::wait(&there)?.query_status()?;
         let qmp = Qmp::connect(&socket)?;
         Ok(Self { source, destination, address, qmp, _directory: directory })
     }
 
-    /// Moves the guest; returns where it runs then.
+    /// Migrates the guest and returns it at its destination.
     pub(super) fn go(mut self) -> Result<(Guest, MigrationSample)> {
         let moved = self.qmp.migrate(&self.address)?;
         drop(self.source);
@@ -58,7 +58,7 @@ fn qmp_arguments(socket: &Path) -> [String; 2] {
     ["-qmp".to_owned(), format!("unix:{},server=on,wait=off", socket.display())]
 }
 
-/// What it says of itself.
+/// QEMU's version.
 pub(super) fn version() -> Result<String> {
     let output = Command::new("qemu-system-x86_64").arg("--version").output();
     let output = output.map_err(host("running QEMU"))?;
@@ -66,10 +66,10 @@ pub(super) fn version() -> Result<String> {
     Ok(text.lines().next().unwrap_or_default().to_owned())
 }
 
-/// Both sides are made alike. Hints need a thread of their own (`hw/virtio/virtio-balloon.c`).
+/// Builds either side. Hints need an I/O thread (`hw/virtio/virtio-balloon.c`).
 fn builder(hint: bool, scenario: Scenario, files: &GuestFiles) -> GuestBuilder {
     let builder = files.qemu(scenario.guest_mib);
-    // Threads have names then, for who looks where time goes.
+    // Thread names help profiling.
     let builder = builder.machine_arguments(["-name", "lab,debug-threads=on"]);
     if hint {
         builder.machine_arguments(["-object", "iothread,id=hints"]).machine_arguments([
@@ -81,7 +81,7 @@ fn builder(hint: bool, scenario: Scenario, files: &GuestFiles) -> GuestBuilder {
     }
 }
 
-/// One that nobody used a moment ago.
+/// A port that was free a moment ago.
 fn free_port() -> Result<u16> {
     let listener = TcpListener::bind("127.0.0.1:0").map_err(host("listening"))?;
     Ok(listener.local_addr().map_err(host("listening"))?.port())

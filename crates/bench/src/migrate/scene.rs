@@ -1,4 +1,4 @@
-//! What the guest's memory holds when it is moved, and what of it has to be there afterwards.
+//! State of the guest's memory before a migration, and its verification afterwards.
 
 use lab::Guest;
 
@@ -6,27 +6,27 @@ use super::{GuestState, Scenario};
 use crate::error::{BenchError, Result};
 use crate::kvm::{GuestFiles, command, number};
 
-/// What is kept in all states, and what the guest writes anew after the move, in MiB.
+/// File that is kept in all states, and new file after the migration, in MiB.
 const KEPT_MIB: u64 = 32;
 const NEW_MIB: u64 = 64;
 
-/// Memory that is written and freed, in percent of the guest, and at most of what is free.
+/// Memory that is written and freed, in percent of the guest, and its limit of free memory.
 const DIRTIED_PERCENT: u64 = 85;
 const FREE_PERCENT: u64 = 90;
 
-/// The page cache, and the device that it is of.
+/// Size of the page cache, and its device.
 const CACHED_MIB: u64 = 256;
 const DEVICE: &str = "/dev/zram0";
 
-/// What the write load uses at most.
+/// Maximum memory of the write load.
 const LOAD_MIB: u64 = 16;
 
-/// Patterns.
+/// Seed of the patterns.
 const SEED: u64 = 1;
 
 const PAGE_BYTES: u64 = 4096;
 
-/// Brings the guest into its state; returns what it then has in use that is not zeros, in bytes.
+/// Sets the guest's state. Returns its used memory that is not zero, in bytes.
 pub(super) fn set(guest: &mut Guest, scenario: Scenario, files: &GuestFiles) -> Result<u64> {
     command(guest, &format!("fill kept {KEPT_MIB} {SEED}"))?;
     if matches!(scenario.state, GuestState::DirtiedThenFreed | GuestState::PageCache) {
@@ -50,7 +50,7 @@ pub(super) fn set(guest: &mut Guest, scenario: Scenario, files: &GuestFiles) -> 
     Ok(held.ok_or_else(odd)? * PAGE_BYTES)
 }
 
-/// Looks at everything that the guest wrote, where it runs now, and has it use free memory.
+/// Verifies all memory that the guest wrote, and makes it use free memory.
 pub(super) fn verify(guest: &mut Guest, scenario: Scenario) -> Result<()> {
     if scenario.state == GuestState::WriteLoad {
         let answer = command(guest, "calm")?;
@@ -70,7 +70,10 @@ fn all_right(guest: &mut Guest, line: &str) -> Result<()> {
     match number(guest, line)? {
         0 => Ok(()),
         wrong => Err(BenchError::Wrong {
-            what: format!("{wrong} wrong after a move, by `{line}`\n{}", guest.console_log()),
+            what: format!(
+                "{wrong} wrong after the migration, by `{line}`\n{}",
+                guest.console_log()
+            ),
         }),
     }
 }

@@ -1,4 +1,4 @@
-//! A guest that has read a large file gives its cache up.
+//! A guest that has read a large file drops its cache.
 
 use std::fs::File;
 
@@ -19,18 +19,17 @@ const FILE_MIB: u64 = 2048;
 pub struct DropCachesReport {
     /// Size of the guest.
     pub guest_mib: u64,
-    /// Size of the file that it had read.
+    /// Size of the file.
     pub file_mib: u64,
-    /// From the request until the answer, seen from the host.
+    /// From the request to the answer, on the host.
     pub wall_ms: Spread,
-    /// The same by the guest's own clock.
+    /// The same by the guest's clock.
     pub guest_ms: Spread,
-    /// Page cache given up, of the file's size: the least of the rounds.
+    /// Dropped page cache, in percent of the file: minimum of the rounds.
     pub freed_percent: f64,
-    /// Rise of the guest's MemFree, of the file's size: the least of the rounds.
+    /// Rise of the guest's MemFree, in percent of the file: minimum of the rounds.
     pub mem_free_rise_percent: f64,
-    /// How far the answer was from the guest's own /proc/meminfo: the most of the
-    /// rounds.
+    /// Difference of the answer and the guest's /proc/meminfo: maximum of the rounds.
     pub meminfo_off_percent: f64,
 }
 
@@ -88,7 +87,7 @@ fn one_round(fixture: &mut Testbed) -> Result<Round> {
     })
 }
 
-/// Gives the guest a large file to read; it is there as long as the result is.
+/// Mounts a large file in the guest. Dropping the result removes it.
 pub(super) fn mount_file(fixture: &mut Testbed) -> Result<Scratch> {
     let files = Scratch::new("files")?;
     let file = File::create(files.path().join("cached")).map_err(host("making a file"))?;
@@ -97,13 +96,13 @@ pub(super) fn mount_file(fixture: &mut Testbed) -> Result<Scratch> {
     Ok(files)
 }
 
-/// Has the guest read it.
+/// Makes the guest read it.
 pub(super) fn read_file(fixture: &mut Testbed) -> Result<()> {
     fixture.guest.run(&format!("read-file /host/cached {FILE_MIB}"))?;
     Ok(())
 }
 
-/// What the guest's kernel could drop of files.
+/// Droppable file cache of the guest.
 fn cache_bytes(fixture: &mut Testbed) -> Result<u64> {
     let files = meminfo_bytes(fixture, "Cached")? + meminfo_bytes(fixture, "Buffers")?;
     Ok(files.saturating_sub(meminfo_bytes(fixture, "Shmem")?))

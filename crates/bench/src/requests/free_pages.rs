@@ -1,4 +1,4 @@
-//! A guest names its free memory.
+//! A guest reports its free memory.
 
 use control::Client;
 use control::api::{AskFreePages, FreeKind, FreePages};
@@ -10,7 +10,7 @@ use crate::error::{BenchError, Result};
 use crate::sample::Spread;
 use crate::testbed::Testbed;
 
-/// Ranges of pages to ask a guest for with one line: its terminal takes 4 KiB.
+/// Page ranges in one command line: the guest's terminal accepts 4 KiB.
 const RANGES: usize = 200;
 
 /// State of the guest's memory.
@@ -19,31 +19,31 @@ const RANGES: usize = 200;
 pub enum State {
     /// Never used.
     Idle,
-    /// One page pinned in every second 2 MiB, all else free in pieces.
+    /// One page pinned in every second 2 MiB, all other memory free.
     Fragmented,
 }
 
-/// Naming the free memory of one guest.
+/// Free-page reports of one guest.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FreePagesReport {
-    /// What is promised of the pages.
+    /// Report or hold.
     pub kind: FreeKind,
     /// State of the guest's memory.
     pub state: State,
     /// Size of the guest.
     pub guest_mib: u64,
-    /// From the request until the answer, seen from the host.
+    /// From the request to the answer, on the host.
     pub wall_ms: Spread,
-    /// The same by the guest's own clock.
+    /// The same by the guest's clock.
     pub guest_ms: Spread,
-    /// Longest time that a lock was held, in microseconds, of all rounds.
+    /// Longest lock hold time of all rounds, in microseconds.
     pub lock_us_max: f64,
-    /// Memory named, of the guest's own MemFree: the least of the rounds.
+    /// Reported memory, in percent of the guest's MemFree: minimum of the rounds.
     pub mem_free_percent: f64,
-    /// Blocks named, of all sizes.
+    /// Reported blocks of all sizes.
     pub blocks: u64,
-    /// Pages named that the guest's /proc/kpageflags does not call free: the most
-    /// of the rounds. The question itself needs some. Not asked of a hold.
+    /// Reported pages that the guest's /proc/kpageflags does not count as free: maximum of the
+    /// rounds. The request itself uses some. Not measured for a hold.
     pub used_pages: u64,
 }
 
@@ -66,7 +66,7 @@ pub(super) fn measure(
         };
         add(FreeKind::Snapshot, State::Idle, &mut fixture)?;
         add(FreeKind::Hold, State::Idle, &mut fixture)?;
-        // It uses all of the guest's memory once, which is enough to do at one size.
+        // It uses all of the guest's memory, so one size is enough.
         if guest_mib == GUEST_MIB {
             fixture.guest.run("insmod lab_memory")?;
             fixture.guest.fragment(UNFRAGMENTED_MIB)?;
@@ -88,8 +88,8 @@ fn of_guest(
     let (mut answers, mut percent, mut used): (Vec<FreePages>, _, _) = (Vec::new(), 100.0f64, 0);
     for _ in 0..rounds {
         let free = meminfo_bytes(fixture, "MemFree")?;
-        let answer = ask(&fixture.client, kind)?;
-        // A hold leaves the guest what it was asked to.
+        let answer = request(&fixture.client, kind)?;
+        // A hold leaves the requested reserve.
         let left = if kind == FreeKind::Hold { meminfo_bytes(fixture, "MemFree")? } else { 0 };
         let named = answer.total_bytes as f64 * 100.0 / free.saturating_sub(left).max(1) as f64;
         percent = percent.min(named);
@@ -114,14 +114,14 @@ fn of_guest(
     })
 }
 
-/// Asks for free pages.
-pub(super) fn ask(client: &Client, kind: FreeKind) -> Result<FreePages> {
+/// Requests free pages.
+pub(super) fn request(client: &Client, kind: FreeKind) -> Result<FreePages> {
     let timeout_ms = u64::try_from(LIMIT.as_millis()).unwrap_or(u64::MAX);
     let ask = AskFreePages { kind, min_block_bytes: None, reserve_bytes: None, timeout_ms };
     Ok(client.ask_free_pages(&ask)?)
 }
 
-/// Pages of the newest answer that the guest's kernel does not count as free.
+/// Pages of the newest report that the guest's kernel does not count as free.
 ///
 /// # Errors
 /// The guest or its back end does not answer as expected.

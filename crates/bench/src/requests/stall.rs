@@ -1,5 +1,5 @@
-//! How long a guest's process waits for memory while the guest names its free
-//! pages, against how long it waits anyway.
+//! How long a guest process waits for memory while the guest reports its free pages, compared to
+//! how long it waits otherwise.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -8,29 +8,28 @@ use std::time::Duration;
 use control::api::FreeKind;
 use serde::{Deserialize, Serialize};
 
-use super::free_pages::ask;
+use super::free_pages::request;
 use super::{GUEST_MIB, RequestsOptions, UNFRAGMENTED_MIB, start};
 use crate::error::{BenchError, Result};
 use crate::sample::Spread;
 use crate::testbed::Testbed;
 
-/// How long the guest measures, in ms.
+/// Measuring time in the guest, in ms.
 const METER_MS: u64 = 1000;
 
-/// Between two requests: a guest has one CPU, and reports without a pause would
-/// be one more process that wants half of it.
+/// Between two requests: a guest has one vCPU, and continuous reports would compete for half of it.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// The longest wait of a process that allocates and frees 64 KiB all the time.
+/// Longest wait of a process that allocates and frees 64 KiB all the time.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StallReport {
-    /// Size of the guest; its free memory is in pieces.
+    /// Size of the guest. Its free memory is fragmented.
     pub guest_mib: u64,
     /// Longest wait without a report, of each round, in ms.
     pub alone_ms: Spread,
     /// Longest wait while reports run, of each round, in ms.
     pub with_ms: Spread,
-    /// What the reports added: the difference of the medians, in ms.
+    /// Difference of the medians, in ms.
     pub added_ms: f64,
     /// Reports in all rounds.
     pub reports: u64,
@@ -49,7 +48,7 @@ pub(super) fn measure(
         let longest_alone = longest_ms(&mut fixture)?;
         let (longest_with, asked) = longest_beside_reports(&mut fixture)?;
         progress(&format!(
-            "round {round}, longest wait {longest_alone:.3} ms alone, {longest_with:.3} ms beside {asked} reports"
+            "round {round}, longest wait {longest_alone:.3} ms alone, {longest_with:.3} ms with {asked} reports"
         ));
         alone.push(longest_alone);
         with.push(longest_with);
@@ -67,7 +66,7 @@ fn longest_beside_reports(fixture: &mut Testbed) -> Result<(f64, u64)> {
         let asking = scope.spawn(|| {
             let mut asked = 0;
             while !over.load(Ordering::Relaxed) {
-                ask(&client, FreeKind::Snapshot)?;
+                request(&client, FreeKind::Snapshot)?;
                 asked += 1;
                 thread::sleep(PAUSE);
             }

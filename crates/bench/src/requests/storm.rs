@@ -1,5 +1,4 @@
-//! Requests of random kinds, one after the other and several at once, while the
-//! guest allocates: each is answered once.
+//! Random requests, sequential and concurrent, while the guest allocates: each has one answer.
 
 use std::thread;
 use std::time::Instant;
@@ -11,13 +10,13 @@ use serde::{Deserialize, Serialize};
 use super::{GUEST_MIB, LIMIT, MIB, RequestsOptions, start};
 use crate::error::Result;
 
-/// Operators at once.
+/// Concurrent clients.
 const CLIENTS: u64 = 4;
 
-/// What the busy process in the guest uses at most, in MiB.
+/// Maximum memory of the busy process in the guest, in MiB.
 const BUSY_MIB: u64 = 1024;
 
-/// A file that has to be the same afterwards, in MiB.
+/// Size of a file that must be unchanged afterwards, in MiB.
 const KEPT_MIB: u64 = 256;
 
 /// The status of a request that ran out of time.
@@ -26,19 +25,19 @@ const TIMED_OUT: u16 = 504;
 /// Requests while the guest was busy.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StormReport {
-    /// Requests made.
+    /// Requests sent.
     pub requests: u64,
     /// Those that the guest did.
     pub done: u64,
-    /// Those that ended with a reason, such as a second hold.
+    /// Those that ended with an error, such as a second hold.
     pub refused: u64,
-    /// Those that nobody answered: out of time, or no word from the back end.
+    /// Those without an answer: timeout, or none from the back end.
     pub lost: u64,
-    /// Answers that the device counted as a fault: not asked for, or twice.
+    /// Answers that the device counted as a fault: unrequested or repeated.
     pub faults: u64,
-    /// Pages of the guest's file that were not what they had been.
+    /// Pages of the guest's file with wrong contents.
     pub wrong_pages: u64,
-    /// All of it, in seconds.
+    /// Total time, in seconds.
     pub wall_s: f64,
 }
 
@@ -56,7 +55,7 @@ pub(super) fn measure(
         let asking = clients.iter().zip(1..).map(|(client, seed)| {
             scope.spawn(move || ask_at_random(client, seed, options.storm / CLIENTS))
         });
-        // All of them begin before one is waited for.
+        // All threads start before one is joined.
         let asking: Vec<_> = asking.collect();
         let ends = asking.into_iter().map(|client| client.join().unwrap_or_default());
         ends.fold(Ends::default(), Ends::and)
@@ -104,12 +103,12 @@ impl Ends {
     }
 }
 
-/// Makes so many requests, one after the other.
+/// Sends this many requests, one after the other.
 fn ask_at_random(client: &Client, seed: u64, requests: u64) -> Ends {
     let mut random = seed;
     let mut ends = Ends::default();
     for _ in 0..requests {
-        // xorshift: any sequence does that does not repeat soon.
+        // xorshift: any sequence with a long period will do.
         random ^= random << 13;
         random ^= random >> 7;
         random ^= random << 17;

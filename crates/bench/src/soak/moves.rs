@@ -1,9 +1,8 @@
-//! `soak --migrate`: guests of our monitor that are moved from process to process, again and again,
-//! while they verify their memory and answer on their serial line; and what becomes of them when
-//! something fails at any moment of it.
+//! `soak --migrate`: migrates guests of `aerostat run` repeatedly from process to process while
+//! they verify their memory and answer on their serial line, and injects faults at every stage.
 //!
-//! Where this machine's KVM is of no use, all of it runs inside of a machine that has one: the
-//! program is started there again, with what it needs named by variables.
+//! On a machine without a usable KVM, all of it runs inside an emulated machine with KVM: the
+//! program runs there again, and environment variables name its files.
 
 mod case;
 mod endure;
@@ -27,52 +26,54 @@ pub use crate::kvm_host::raise_loopback;
 pub use case::{CASES, Case};
 pub use endure::{MEMORY_MIB, endure};
 pub use faults::{fail, fail_at, faults};
-pub use migrating_guest::{Conversation, Departure, MigratingGuest, Receiver, Said};
+pub use migrating_guest::{
+    CommandOutput, ConsoleCommands, MigrateCommand, MigratingGuest, Receiver,
+};
 pub use report::{CaseReport, FaultCount, Report};
 pub use run_config::RunConfig;
 
 use crate::error::{Result, host, wrong};
 use crate::kvm_host::this_program;
 
-/// For a guest's boot and end in an emulated KVM, and for each of its moves.
+/// Timeouts of a guest's boot and end on an emulated KVM, and of each migration.
 const BASE_LIMIT: Duration = Duration::from_secs(600);
 const MOVE_LIMIT: Duration = Duration::from_secs(120);
 
-/// Guests that have memory at a time: one on its way.
+/// Guests with memory at a time: source and destination.
 const GUESTS: u64 = 2;
 
-/// What to do.
+/// Options of the soak.
 #[derive(Clone, Debug)]
 pub struct MoveOptions {
     /// The `aerostat` program.
     pub program: PathBuf,
-    /// Moves and faults of each guest.
+    /// Migrations and faults of each guest.
     pub moves: usize,
     /// Kinds of guests.
     pub cases: Vec<Case>,
 }
 
-/// What the program is asked where a KVM is: one kind of guest.
+/// Arguments of the program on a KVM: one kind of guest.
 pub type Inside<'a> = dyn Fn(&Case) -> Vec<OsString> + 'a;
 
-/// Moves guests of all kinds, one after the other. `inside` makes the words that have the program
-/// do it for one kind and print [`CaseReport`]s as JSON, each in a line; `told` hears how far it is.
+/// Migrates guests of all kinds, one after the other. `inside` returns the arguments with which the
+/// program does one kind and prints [`CaseReport`]s as JSON lines. Calls `progress` with each line.
 ///
 /// # Errors
-/// This machine has no room for files. All else that goes wrong, or is missing, is in the report.
+/// A temporary directory cannot be made. All other errors are in the report.
 pub fn run(
     options: &MoveOptions,
     inside: &Inside<'_>,
-    told: &mut dyn FnMut(&str),
+    progress: &mut dyn FnMut(&str),
 ) -> Result<Report> {
     let directory = Scratch::new("moves")?;
-    let mut kits: Vec<(Release, RunConfig)> = Vec::new();
+    let mut run_configs: Vec<(Release, RunConfig)> = Vec::new();
     let mut reports = Vec::new();
     for case in &options.cases {
-        told(&format!("{}: {} moves", case.name, options.moves));
-        let told_of = kit_of(case, options, directory.path(), &mut kits)
-            .and_then(|run_config| run_case(run_config, &inside(case), options.moves, told));
-        reports.extend(told_of.unwrap_or_else(|error| {
+        progress(&format!("{}: {} migrations", case.name, options.moves));
+        let result = run_config_for(case, options, directory.path(), &mut run_configs)
+            .and_then(|run_config| run_case(run_config, &inside(case), options.moves, progress));
+        reports.extend(result.unwrap_or_else(|error| {
             let mut report = CaseReport::new(case.name);
             report.failure = Some(error.to_string());
             vec![report]
@@ -81,28 +82,28 @@ pub fn run(
     Ok(Report::new(reports))
 }
 
-/// The files of a kind of guest, made once for each kernel.
-fn kit_of<'a>(
+/// Files of a kind of guest, made once per kernel.
+fn run_config_for<'a>(
     case: &Case,
     options: &MoveOptions,
     directory: &Path,
-    kits: &'a mut Vec<(Release, RunConfig)>,
+    run_configs: &'a mut Vec<(Release, RunConfig)>,
 ) -> Result<&'a RunConfig> {
     let is_there = |run_config: &(Release, RunConfig)| run_config.0 == case.release;
-    if !kits.iter().any(is_there) {
+    if !run_configs.iter().any(is_there) {
         let run_config = RunConfig::prepare(&options.program, case.release, directory)?;
-        kits.push((case.release, run_config));
+        run_configs.push((case.release, run_config));
     }
-    let run_config = kits.iter().find(|run_config| run_config.0 == case.release);
+    let run_config = run_configs.iter().find(|run_config| run_config.0 == case.release);
     run_config.map(|run_config| &run_config.1).ok_or_else(|| wrong("a kernel is missing".into()))
 }
 
-/// Has the program do one kind where a KVM is.
+/// Runs the program for one kind on a KVM.
 fn run_case(
     run_config: &RunConfig,
     words: &[OsString],
     moves: usize,
-    told: &mut dyn FnMut(&str),
+    progress: &mut dyn FnMut(&str),
 ) -> Result<Vec<CaseReport>> {
     let moves = u32::try_from(moves).unwrap_or(u32::MAX);
     let limit = MOVE_LIMIT.saturating_mul(moves).saturating_add(BASE_LIMIT);
@@ -110,29 +111,29 @@ fn run_case(
     let variables = RunConfig::borrowed(&variables);
     let words: Vec<&OsStr> = words.iter().map(OsString::as_os_str).collect();
     let mut lines = Vec::new();
-    let mut hear = |line: &str| {
-        if line.starts_with("move ") || line.starts_with("fault ") {
-            told(line);
+    let mut each = |line: &str| {
+        if line.starts_with("migration ") || line.starts_with("fault ") {
+            progress(line);
         }
         lines.push(line.to_owned());
     };
     let program = this_program()?;
     if kvm::hardware() {
-        run_here(&program, &words, &variables, &mut hear)?;
+        run_here(&program, &words, &variables, &mut each)?;
     } else {
         let mut machine = KvmMachine::boot(GUESTS * MEMORY_MIB)?;
-        machine.run_telling(&program, &words, &variables, limit, &mut hear)?;
+        machine.run_with_lines(&program, &words, &variables, limit, &mut each)?;
     }
     let reports = lines.iter().filter_map(|line| serde_json::from_str(line).ok());
     match reports.collect::<Vec<CaseReport>>() {
         none if none.is_empty() => {
-            Err(wrong(format!("the program told nothing:\n{}", lines.join("\n"))))
+            Err(wrong(format!("the program printed no report:\n{}", lines.join("\n"))))
         }
         reports => Ok(reports),
     }
 }
 
-/// Runs a program of this machine; `each` hears what it prints.
+/// Runs a program on this machine. Calls `each` with each line of its output.
 fn run_here(
     program: &Path,
     words: &[&OsStr],
@@ -144,18 +145,18 @@ fn run_here(
     let mut command = Command::new(program);
     command.args(words).envs(variables.iter().copied()).stdout(write).stderr(errors);
     let child = command.spawn();
-    // Holds the pipe's other end, which would keep it open for ever.
+    // The command holds the pipe's write end, which would keep it open.
     drop(command);
     let mut child = child.map_err(host("starting the program"))?;
     BufReader::new(read).lines().map_while(std::io::Result::ok).for_each(|line| each(&line));
     child.wait().map_err(host("waiting for the program")).map(drop)
 }
 
-/// The files that this process was given by [`run`].
+/// The files that [`run`] named in the environment.
 ///
 /// # Errors
-/// It was started by hand.
-pub fn given_kit(program: &Path) -> Result<RunConfig> {
+/// The process was started by hand.
+pub fn given_run_config(program: &Path) -> Result<RunConfig> {
     RunConfig::given(program)
-        .ok_or_else(|| wrong("this is started by `aerostat-lab soak --migrate`".into()))
+        .ok_or_else(|| wrong("this command is started by `aerostat-lab soak --migrate`".into()))
 }

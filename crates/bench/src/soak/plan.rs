@@ -1,9 +1,8 @@
-//! What is done to a guest and its balloon, at random and yet the same for the same seed.
+//! Random operations on a guest and its balloon, reproducible from a seed.
 //!
-//! The plan knows what files, balloon and hold take of the guest's memory after each step,
-//! so that it never asks for more than there is: a guest whose only process is its init
-//! does not survive running out of memory. It sees no guest; [`super::walk`] does what it
-//! says.
+//! The plan tracks the guest memory that files, balloon and hold use after each step, so that it
+//! never uses more than there is: a guest whose only process is its init does not survive running
+//! out of memory. It has no access to a guest. [`super::soak_run`] executes it.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -17,125 +16,123 @@ use crate::testbed::Driver;
 /// Balloon pages in a MiB.
 const PAGES_PER_MIB: u32 = 256;
 
-/// Part of the guest's memory that is left alone, where nobody says what is free: its
-/// kernel, the allocator's reserves, and what is in lists of its processors.
+/// Part of the guest's memory that the plan does not use, if free memory is not measured: the
+/// kernel, the allocator's reserves, and per-CPU lists.
 const RESERVE_DIVISOR: u64 = 4;
 
-/// Small changes of the target, in pages: within one of the host's huge pages
-/// and over a few.
+/// Small changes of the target, in pages: within one huge page of the host and over a few.
 const NUDGE_PAGES: u32 = 2000;
 
-/// Choices between two looks at every byte.
+/// Choices between two verifications of all memory.
 const CHECK_CHOICES: u32 = 5;
 
-/// What the guest's other process may use, in MiB: a part of what there is, and enough
-/// for whole blocks.
+/// Memory of the guest's second process: a part of the usable memory, and enough for whole blocks.
 const CHURN_DIVISOR: u64 = 4;
 const LEAST_CHURN_MIB: u64 = 16;
 
-/// Linux reports where more is free than one report takes (32 blocks of 4 MiB) above its
-/// low watermark (`page_reporting_process_zone`), so less room would report nothing.
-const REPORTS_ROOM_MIB: u64 = 256;
+/// Linux reports if more memory is free than one report takes (32 blocks of 4 MiB) above its low
+/// watermark (`page_reporting_process_zone`), so with less free memory it would report nothing.
+const REPORTS_FREE_MIB: u64 = 256;
 
-/// What a hold leaves to the guest, in MiB.
+/// Free memory that a hold leaves, in MiB.
 const HOLD_RESERVE_MIB: std::ops::Range<u64> = 64..400;
 
-/// How often the guest is asked for statistics, in milliseconds.
+/// Statistics interval, in milliseconds.
 const STATISTICS_MS: std::ops::RangeInclusive<u64> = 100..=500;
 
-/// Memory that holds a pattern.
+/// A file filled with a pattern.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PatternFile {
     /// Its name in the guest.
     pub name: String,
     /// Its size in MiB.
     pub mib: u64,
-    /// Which pattern.
+    /// Seed of the pattern.
     pub seed: u64,
 }
 
-/// One thing that is done.
+/// One operation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// A new target, reached before the next step or not.
+    /// Sets a new target.
     Target {
         /// Balloon pages.
         pages: u32,
-        /// Whether it is waited for.
-        settle: bool,
+        /// Whether to wait until it is reached.
+        wait: bool,
     },
-    /// Up and down again before the host can have released all, and the guest uses its
-    /// pages at once.
+    /// Inflates and deflates before the host can have released all, and uses the deflated pages at
+    /// once.
     Bounce {
-        /// Touched before: memory that the host really has takes it time to release.
+        /// Touched before: allocated memory takes the host time to release.
         touch_mib: u64,
-        /// The target on the way up.
+        /// Target of the inflate.
         high: u32,
-        /// What the guest has to have given when it turns.
+        /// Balloon size at which the deflate starts.
         enough: u32,
-        /// The target on the way down.
+        /// Target of the deflate.
         low: u32,
-        /// What it then fills: the allocator hands out first what came back last.
+        /// File that is then filled: the allocator first reuses the last pages freed.
         file: Option<PatternFile>,
     },
-    /// A new file takes some of the memory that is left.
+    /// Fills a new file.
     Fill(PatternFile),
-    /// A file's memory is freed.
+    /// Deletes a file.
     Drop(String),
-    /// One file is verified.
+    /// Verifies a file.
     Verify(PatternFile),
-    /// The change is over, and every file is verified.
+    /// Waits for the balloon and verifies every file.
     Check,
-    /// From now on the host releases so.
+    /// Sets the host's release mode.
     Mode(ReleaseMode),
-    /// The driver goes, with what it holds; what it gave back is used, and it comes back.
+    /// Unloads the driver with its balloon, uses the memory, and loads the driver again.
     Reload {
-        /// What is filled and verified without it.
+        /// File that is filled and verified meanwhile.
         interlude: PatternFile,
     },
-    /// Free memory falls into pieces.
+    /// Fragments free memory.
     Fragment,
-    /// It is put together again.
+    /// Ends the fragmentation.
     Defragment,
-    /// A process of the guest begins to allocate, verify and free all the time.
+    /// Starts a guest process that allocates, verifies and frees all the time.
     Churn {
-        /// What it uses at most.
+        /// Its maximum memory.
         mib: u64,
-        /// Which sizes and patterns.
+        /// Seed of its sizes and patterns.
         seed: u64,
     },
-    /// It ends.
+    /// Ends that process.
     Calm,
-    /// The guest is asked what it does not use, by the specification's hints.
+    /// Requests free page hints.
     Hints,
-    /// Memory is touched and freed, and the guest reports it by itself.
+    /// Touches and frees memory, and waits for free page reporting.
     Reports {
-        /// How much.
+        /// Memory to touch.
         touch_mib: u64,
     },
-    /// The guest is asked for statistics from now on.
+    /// Sets the statistics interval.
     Statistics {
-        /// How often.
+        /// The interval, in milliseconds.
         interval_ms: u64,
     },
-    /// The guest's kernel drops caches.
+    /// Drops the guest's caches.
     DropCaches(Caches),
-    /// The guest's kernel names its free pages.
+    /// Requests a free-page report.
     Snapshot {
-        /// No smaller blocks.
+        /// Minimum block size.
         min_block_bytes: Option<u64>,
     },
-    /// The guest's driver takes its free pages and keeps them.
+    /// Requests a hold.
     Hold {
-        /// What it leaves to the guest.
+        /// Free memory that it leaves.
         reserve_mib: u64,
     },
-    /// It gives them back, where the guest has not taken them before.
+    /// Releases the hold, unless the guest has taken it back.
     ReleaseHold,
 }
 
 impl Step {
-    /// The word for steps of this kind.
+    /// Name of this kind of step.
     pub const fn name(&self) -> &'static str {
         match self {
             Self::Target { .. } => "target",
@@ -161,7 +158,7 @@ impl Step {
     }
 }
 
-/// What the dice decide; one or more steps each.
+/// A random choice of one or more steps.
 #[derive(Clone, Copy, Debug)]
 enum Choice {
     Target,
@@ -183,11 +180,11 @@ enum Choice {
     Hold,
 }
 
-/// Choices with how often each is taken.
-type Shares = &'static [(Choice, u32)];
+/// Choices with their weights.
+type Weights = &'static [(Choice, u32)];
 
-/// What concerns the balloon alone.
-const BALLOON: Shares = &[
+/// Choices for the balloon alone.
+const BALLOON: Weights = &[
     (Choice::Target, 5),
     (Choice::Bounce, 5),
     (Choice::Nudge, 3),
@@ -200,43 +197,43 @@ const BALLOON: Shares = &[
     (Choice::Fragment, 1),
 ];
 
-/// What the stock driver can do besides.
-const SPECIFICATION: Shares =
+/// Further choices with the stock driver.
+const SPECIFICATION: Weights =
     &[(Choice::Churn, 2), (Choice::Hints, 4), (Choice::Reports, 1), (Choice::Statistics, 2)];
 
-/// What our driver can do besides.
-const REQUESTS: Shares =
+/// Further choices with our driver.
+const REQUESTS: Weights =
     &[(Choice::Churn, 2), (Choice::DropCaches, 3), (Choice::Snapshot, 4), (Choice::Hold, 3)];
 
 /// An endless plan.
 #[derive(Clone, Debug)]
 pub struct Plan {
     rng: Rng,
-    shares: Vec<(Choice, u32)>,
-    /// What files, balloon and churn may take together, in MiB.
+    weights: Vec<(Choice, u32)>,
+    /// Memory for files, balloon and churn together, in MiB.
     usable_mib: u64,
     files: BTreeMap<String, PatternFile>,
     files_made: u64,
-    /// The target.
+    /// Current target.
     target: u32,
-    /// The most that the balloon may still hold on its way there.
+    /// Maximum size of the balloon until it reaches the target.
     peak: u32,
     churn_mib: u64,
     fragmented: bool,
-    /// True where there may be a hold: the guest takes one back when it needs it.
+    /// Whether there may be a hold. The guest may take it back at any time.
     held: bool,
     choices_since_check: u32,
     planned: VecDeque<Step>,
 }
 
 impl Plan {
-    /// What can be done to the balloon of a guest in which `free_mib` MiB are free when
-    /// nothing is held for the host, with whatever driver, where others ask the guest for something meanwhile.
+    /// Plan for the balloon alone, with any driver, in a guest with `free_mib` MiB free while there
+    /// is no hold. Other threads may send requests meanwhile.
     pub fn of_balloon(seed: u64, free_mib: u64) -> Self {
         Self::new(seed, free_mib - free_mib / 8 - REPORTED_MIB, BALLOON.to_vec())
     }
 
-    /// All that can be done with a guest of `memory_mib` MiB with this driver.
+    /// Plan of all operations on a guest of `memory_mib` MiB with this driver.
     pub fn of_everything(seed: u64, memory_mib: u64, driver: Driver) -> Self {
         let besides = match driver {
             Driver::Stock => SPECIFICATION,
@@ -247,15 +244,15 @@ impl Plan {
         plan
     }
 
-    /// What [`of_everything`](Self::of_everything) takes of a guest at most, in MiB.
+    /// Maximum memory that [`of_everything`](Self::of_everything) uses, in MiB.
     pub const fn usable_mib(memory_mib: u64) -> u64 {
         memory_mib - memory_mib / RESERVE_DIVISOR
     }
 
-    fn new(seed: u64, usable_mib: u64, shares: Vec<(Choice, u32)>) -> Self {
+    fn new(seed: u64, usable_mib: u64, weights: Vec<(Choice, u32)>) -> Self {
         Self {
             rng: Rng::with_seed(seed),
-            shares,
+            weights,
             usable_mib,
             files: BTreeMap::new(),
             files_made: 0,
@@ -269,7 +266,7 @@ impl Plan {
         }
     }
 
-    /// What comes next.
+    /// Returns the next step.
     pub fn next_step(&mut self) -> Step {
         loop {
             if let Some(step) = self.planned.pop_front() {
@@ -281,7 +278,7 @@ impl Plan {
                 continue;
             }
             self.choices_since_check += 1;
-            // Room for balloons: files alone are soon all there is.
+            // Frees memory for balloons, which files would soon use up.
             while self.files_mib() > self.usable_mib / 2 {
                 self.drop_one();
             }
@@ -289,7 +286,7 @@ impl Plan {
         }
     }
 
-    /// What brings the guest to an end where all of its memory is free and was verified.
+    /// Final steps: verify and free all memory.
     pub fn ending(mut self) -> impl Iterator<Item = Step> {
         self.calm();
         self.release_hold();
@@ -304,16 +301,16 @@ impl Plan {
         self.planned.into_iter()
     }
 
-    /// The files that there are once all that is planned was done.
+    /// Files that exist after all planned steps.
     pub fn files(&self) -> impl Iterator<Item = &PatternFile> {
         self.files.values()
     }
 
     fn choose(&mut self) {
-        let mut ticket = self.rng.u32(0..self.shares.iter().map(|(_, share)| share).sum());
-        let chosen = self.shares.iter().find(|(_, share)| {
-            let hit = ticket < *share;
-            ticket = ticket.wrapping_sub(*share);
+        let mut ticket = self.rng.u32(0..self.weights.iter().map(|(_, weight)| weight).sum());
+        let chosen = self.weights.iter().find(|(_, weight)| {
+            let hit = ticket < *weight;
+            ticket = ticket.wrapping_sub(*weight);
             hit
         });
         match chosen.map_or(Choice::Verify, |(choice, _)| *choice) {
@@ -356,20 +353,20 @@ impl Plan {
     fn new_target(&mut self) {
         let most = self.most_pages();
         let pages = if self.rng.u8(0..4) == 0 { 0 } else { self.rng.u32(0..=most) };
-        let settle = self.rng.bool();
-        self.set_target(pages, settle);
+        let wait = self.rng.bool();
+        self.set_target(pages, wait);
     }
 
     fn bounce(&mut self) {
         self.release_hold();
         self.peak = self.target;
-        let touch_mib = self.room_mib();
+        let touch_mib = self.available_mib();
         let most = self.most_pages();
         let high = self.rng.u32(most / 2..=most);
         let (enough, low) = (self.rng.u32(0..=high), self.rng.u32(0..=high / 2));
         (self.target, self.peak) = (low, low);
         let freed_mib = u64::from((high - low).div_ceil(PAGES_PER_MIB));
-        let mib = self.rng.u64(freed_mib / 2..=freed_mib).min(self.room_mib());
+        let mib = self.rng.u64(freed_mib / 2..=freed_mib).min(self.available_mib());
         let file = self.new_file(mib);
         self.planned.push_back(Step::Bounce { touch_mib, high, enough, low, file });
     }
@@ -384,7 +381,7 @@ impl Plan {
     }
 
     fn fill_some(&mut self) {
-        let mib = self.rng.u64(0..=self.room_mib());
+        let mib = self.rng.u64(0..=self.available_mib());
         let file = self.new_file(mib);
         self.planned.extend(file.map(Step::Fill));
     }
@@ -408,15 +405,15 @@ impl Plan {
     }
 
     fn reload(&mut self) {
-        // The driver may hold the most until it is gone, and the host go on for a moment.
-        let (mib, seed) = (self.room_mib(), self.rng.u64(..));
+        // The balloon may have its maximum size until the driver unloads, and shrinks after that.
+        let (mib, seed) = (self.available_mib(), self.rng.u64(..));
         let interlude = PatternFile { name: "interlude".to_owned(), mib, seed };
         self.planned.push_back(Step::Reload { interlude });
         (self.peak, self.held) = (self.target, false);
     }
 
     fn fragment(&mut self) {
-        // The lab's module takes all that is free for a moment.
+        // The module `lab_memory` allocates all free memory for a moment.
         let churned = self.churn_mib > 0;
         self.calm();
         self.release_hold();
@@ -430,7 +427,7 @@ impl Plan {
     }
 
     fn churn(&mut self) {
-        let most = self.room_mib().min(self.usable_mib / CHURN_DIVISOR);
+        let most = self.available_mib().min(self.usable_mib / CHURN_DIVISOR);
         if most >= LEAST_CHURN_MIB {
             self.churn_mib = self.rng.u64(LEAST_CHURN_MIB..=most);
             let seed = self.rng.u64(..);
@@ -446,14 +443,14 @@ impl Plan {
     }
 
     fn reports(&mut self) {
-        let touch_mib = self.room_mib();
-        if touch_mib >= REPORTS_ROOM_MIB && !self.fragmented {
+        let touch_mib = self.available_mib();
+        if touch_mib >= REPORTS_FREE_MIB && !self.fragmented {
             self.planned.push_back(Step::Reports { touch_mib });
         }
     }
 
     fn hold(&mut self) {
-        // A balloon that grows would have to take from the hold.
+        // A growing balloon would take the hold's pages.
         self.set_target(self.target, true);
         let reserve_mib = self.rng.u64(HOLD_RESERVE_MIB);
         self.planned.push_back(Step::Hold { reserve_mib });
@@ -472,11 +469,11 @@ impl Plan {
         self.planned.push_back(Step::Check);
     }
 
-    fn set_target(&mut self, pages: u32, settle: bool) {
+    fn set_target(&mut self, pages: u32, wait: bool) {
         self.release_hold();
-        self.planned.push_back(Step::Target { pages, settle });
+        self.planned.push_back(Step::Target { pages, wait });
         self.target = pages;
-        self.peak = if settle { pages } else { self.peak.max(pages) };
+        self.peak = if wait { pages } else { self.peak.max(pages) };
     }
 
     fn new_file(&mut self, mib: u64) -> Option<PatternFile> {
@@ -499,14 +496,14 @@ impl Plan {
         self.files.values().map(|file| file.mib).sum()
     }
 
-    /// What the balloon may hold beside the rest.
+    /// Maximum balloon size next to the files.
     fn most_pages(&self) -> u32 {
         let mib = self.usable_mib.saturating_sub(self.files_mib() + self.churn_mib);
         u32::try_from(mib).unwrap_or(u32::MAX).saturating_mul(PAGES_PER_MIB)
     }
 
-    /// What files may still take beside the rest.
-    fn room_mib(&self) -> u64 {
+    /// Memory left for more files.
+    fn available_mib(&self) -> u64 {
         let peak_mib = u64::from(self.peak.div_ceil(PAGES_PER_MIB));
         self.usable_mib.saturating_sub(self.files_mib() + self.churn_mib + peak_mib)
     }
@@ -528,18 +525,18 @@ mod tests {
 
     fn steps(mut plan: Plan, count: usize) -> Vec<Step> {
         let mut steps: Vec<_> = (0..count).map(|_| plan.next_step()).collect();
-        // What is planned already belongs to the ending.
+        // Steps planned already belong to the ending.
         steps.extend(plan.ending());
         steps
     }
 
-    /// A guest as the steps leave it, told by them alone.
+    /// Guest memory derived from the steps alone.
     #[derive(Default)]
     struct Model {
         files: BTreeMap<String, PatternFile>,
         names: BTreeSet<String>,
         target: u32,
-        /// The most that the balloon may hold until it has settled.
+        /// Maximum balloon size until it reaches its target.
         peak: u32,
         churn_mib: u64,
         fragmented: bool,
@@ -563,43 +560,43 @@ mod tests {
         }
 
         fn target(&mut self, pages: u32) {
-            assert!(!self.held || pages <= self.target, "grows beside a hold");
+            assert!(!self.held || pages <= self.target, "grows during a hold");
             self.target = pages;
             self.peak = self.peak.max(pages);
             self.fits(0);
         }
 
-        fn settle(&mut self) {
+        fn wait(&mut self) {
             self.peak = self.target;
         }
 
         fn apply(&mut self, step: &Step, driver: Driver) {
             match step {
-                Step::Target { pages, settle } => {
+                Step::Target { pages, wait } => {
                     self.target(*pages);
-                    if *settle {
-                        self.settle();
+                    if *wait {
+                        self.wait();
                     }
                 }
                 Step::Bounce { touch_mib, high, enough, low, file } => {
                     assert!(!self.held && enough <= high && low <= high);
-                    self.settle();
+                    self.wait();
                     self.fits(*touch_mib);
                     self.target(*high);
                     self.target(*low);
-                    // It waits until the guest holds that; the touched is free again.
-                    self.settle();
+                    // It waits for that size. The touched memory is free again.
+                    self.wait();
                     file.iter().for_each(|file| self.fill(file));
                 }
                 Step::Fill(file) => self.fill(file),
                 Step::Drop(name) => drop(self.files.remove(name).unwrap()),
                 Step::Verify(file) => assert_eq!(self.files.get(&file.name), Some(file)),
-                Step::Check => self.settle(),
+                Step::Check => self.wait(),
                 Step::Mode(mode) => assert_ne!(*mode, ReleaseMode::PerPage),
                 Step::Reload { interlude } => {
                     self.fits(interlude.mib);
                     self.held = false;
-                    self.settle();
+                    self.wait();
                 }
                 Step::Fragment | Step::Defragment => {
                     assert!(!self.held && self.churn_mib == 0 && self.peak == self.target);
@@ -629,26 +626,26 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_step_asks_for_what_is_not_there(seed: u64, stock: bool, count in 0usize..400) {
+        fn no_step_uses_more_than_the_free_memory(seed: u64, stock: bool, count in 0usize..400) {
             let driver = if stock { Driver::Stock } else { Driver::Own };
             let mut model = Model::default();
             for step in steps(plan(seed, driver), count) {
                 model.apply(&step, driver);
             }
-            // All is verified and given back in the end.
+            // The ending verifies and frees all memory.
             prop_assert_eq!((model.files.len(), model.used_mib(), model.target), (0, 0, 0));
             prop_assert!(!model.fragmented && !model.held);
         }
 
         #[test]
-        fn a_seed_has_one_plan(seed: u64) {
+        fn the_same_seed_gives_the_same_plan(seed: u64) {
             let again = || steps(plan(seed, Driver::Own), 200);
             prop_assert_eq!(again(), again());
             prop_assert_ne!(again(), steps(plan(seed ^ 1, Driver::Own), 200));
         }
 
         #[test]
-        fn every_byte_is_looked_at_again_and_again(seed: u64) {
+        fn all_memory_is_verified_repeatedly(seed: u64) {
             // Each choice is a few steps.
             let seen = steps(plan(seed, Driver::Stock), 400);
             let checks = seen.iter().filter(|step| **step == Step::Check).count();
@@ -657,7 +654,7 @@ mod tests {
     }
 
     #[test]
-    fn every_kind_of_step_comes() {
+    fn a_plan_has_every_kind_of_step() {
         let kinds = |driver| -> BTreeSet<_> {
             steps(plan(1, driver), 2000).iter().map(Step::name).collect()
         };
@@ -683,12 +680,12 @@ mod tests {
     }
 
     #[test]
-    fn the_balloon_alone_needs_no_particular_driver() {
+    fn a_balloon_plan_works_with_both_drivers() {
         let mut plan = Plan::of_balloon(3, 800);
         let mut model = Model::default();
         for _ in 0..500 {
             let step = plan.next_step();
-            // Neither driver can do what is the other's.
+            // Neither driver supports the other's features.
             model.apply(&step, Driver::Own);
             model.apply(&Step::Check, Driver::Stock);
             assert!(!matches!(

@@ -1,4 +1,4 @@
-//! What a soak did and found.
+//! Report of a soak.
 
 use std::path::PathBuf;
 
@@ -14,52 +14,52 @@ use crate::testbed::Driver;
 /// What `soak --json` prints.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
-    /// Repeats it.
+    /// Seed, to repeat the soak.
     pub seed: u64,
     /// Memory of each guest.
     pub memory_mib: u64,
-    /// One for each guest.
+    /// One per guest.
     pub guests: Vec<GuestReport>,
-    /// All that went wrong; a good soak has none.
+    /// All problems. A good soak has none.
     pub problems: Vec<String>,
 }
 
-/// One guest's part.
+/// Report of one guest.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GuestReport {
     /// Its name: driver and backing.
     pub name: String,
     /// Its driver.
     pub driver: Driver,
-    /// The host's pages behind it.
+    /// The host's page size.
     pub backing: HostPages,
-    /// How long the walk took, without booting and the last look.
+    /// Duration of the steps, without boot and final verification.
     pub walked_s: f64,
-    /// What was done and seen.
+    /// Steps and results.
     #[serde(flatten)]
     pub tally: Tally,
-    /// What the guest reported by itself and the host released.
+    /// Memory released by free page reporting.
     pub reported_bytes: u64,
-    /// What the device counted.
+    /// Faults that the device counted.
     pub faults: Faults,
-    /// Lines of the guest's log that complain.
+    /// Error lines of the guest's log.
     pub guest_complaints: Vec<String>,
-    /// Lines of the back end's log that complain.
+    /// Error lines of the back end's log.
     pub backend_complaints: Vec<String>,
     /// Memory of the back end.
     pub resident: Resident,
-    /// What ended the walk before its time.
+    /// The error that ended the soak early.
     pub failure: Option<String>,
-    /// Where its logs are, where something went wrong.
+    /// Directory of its logs, if there are problems.
     pub logs: Option<PathBuf>,
 }
 
 impl Report {
-    /// Sums up what `expected` guests did, of which some may have told nothing.
+    /// Sums up the reports. `expected` is the number of guests, some of which may have none.
     pub(super) fn new(options: &SoakOptions, expected: usize, guests: Vec<GuestReport>) -> Self {
         let mut problems: Vec<String> = guests.iter().flat_map(GuestReport::problems).collect();
         if guests.len() < expected {
-            problems.push(format!("{} guests told nothing", expected - guests.len()));
+            problems.push(format!("{} guests have no report", expected - guests.len()));
         }
         Self { seed: options.seed, memory_mib: options.memory_mib, guests, problems }
     }
@@ -83,7 +83,7 @@ impl GuestReport {
         }
     }
 
-    /// All that went wrong with this guest.
+    /// Problems of this guest.
     pub fn problems(&self) -> Vec<String> {
         let mut problems: Vec<String> = self.failure.iter().cloned().collect();
         for (kind, count) in self.tally.steps.iter().filter(|(_, count)| count.failed > 0) {
@@ -99,10 +99,10 @@ impl GuestReport {
             [("guest", &self.guest_complaints), ("back end", &self.backend_complaints)]
         {
             if let Some(first) = lines.first() {
-                problems.push(format!("{} complaints of the {whose}: {first}", lines.len()));
+                problems.push(format!("{} error lines of the {whose}: {first}", lines.len()));
             }
         }
-        // Of a walk that failed, what there is of it says nothing of the memory.
+        // The samples of a failed run are too few to judge the memory.
         if self.failure.is_none() && !self.resident.flat {
             problems.push(format!(
                 "the back end's memory is not flat: it rose by {:.0} KiB, {:.0} are allowed",
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn each_thing_that_is_wrong_is_a_problem() {
+    fn every_error_is_a_problem() {
         type Make = fn(&mut GuestReport);
         let wrongs: [(&str, Make); 7] = [
             ("ended", |guest| guest.failure = Some("the guest ended".to_owned())),
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_tells_nothing_is_a_problem() {
+    fn a_guest_without_a_report_is_a_problem() {
         let options = SoakOptions {
             program: "aerostat".into(),
             duration: std::time::Duration::ZERO,
@@ -167,6 +167,6 @@ mod tests {
             memory_mib: 512,
         };
         assert!(Report::new(&options, 1, vec![good()]).problems.is_empty());
-        assert_eq!(Report::new(&options, 2, vec![good()]).problems, ["1 guests told nothing"]);
+        assert_eq!(Report::new(&options, 2, vec![good()]).problems, ["1 guests have no report"]);
     }
 }

@@ -1,4 +1,4 @@
-//! Memory of the back end's process over time, and whether it stays the same.
+//! Memory of the back end process over time, and whether it grows.
 
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
@@ -8,68 +8,65 @@ use serde::{Deserialize, Serialize};
 
 use crate::proc_text::kib;
 
-/// Between two looks.
+/// Between two samples.
 const PERIOD: Duration = Duration::from_secs(1);
 
-/// What the fitted line may rise by over all that was measured, in bytes, where the memory
-/// is called flat.
+/// Maximum rise of the fitted line over all samples, in bytes, for flat memory.
 ///
-/// What the back end keeps is a few sets of pages with at most one bit for each page of the
-/// guest, 32 KiB for 1 GiB, and answers of some 100 KiB for as long as a request lasts; so
-/// several hundred KiB may come and go with what a guest does, and 512 KiB are more than
-/// that. What is lost with each step adds up: 512 KiB in an hour with three steps a second
-/// is 50 bytes a step.
+/// The back end keeps a few page sets with at most one bit per guest page, 32 KiB for 1 GiB, and
+/// answers of about 100 KiB for the duration of a request. So several hundred KiB come and go with
+/// the guest's activity, and 512 KiB are more than that. A leak per step adds up: 512 KiB in an
+/// hour with three steps a second is 50 bytes a step.
 ///
-/// Measured over an hour of four guests, the heap rose by 272 to 444 KiB by that line, most
-/// of it in the first ten minutes: the arenas of the allocator's threads reach their size.
+/// Over an hour with four guests, the line of the heap rose by 272 to 444 KiB, most of it in the
+/// first ten minutes, until the allocator's per-thread arenas reach their size.
 pub const MAX_RISE_BYTES: f64 = (512 << 10) as f64;
 
-/// The part of the run whose samples do not count: buffers reach their size, and the
-/// allocator its arenas.
+/// The part of the run whose samples are ignored: buffers and the allocator's arenas reach their
+/// size.
 const WARM_UP_DIVISOR: u32 = 5;
 const MAX_WARM_UP: Duration = Duration::from_secs(60);
 
-/// A process's memory at one moment.
+/// Memory of a process at one time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sample {
-    /// Since the first one.
+    /// Time since the first sample.
     pub at: Duration,
-    /// Its own: heap and stacks.
+    /// Heap and stacks.
     pub own_bytes: u64,
-    /// The parts of the program and its libraries that ran so far, which the kernel drops
-    /// when it likes.
+    /// Resident pages of the program and its libraries, which the kernel may drop.
     pub program_bytes: u64,
-    /// Guest memory that it has mapped and looked at, which is the guest's.
+    /// Guest memory resident through its mapping.
     pub guest_bytes: u64,
 }
 
-/// How a process's memory went.
+/// Memory of a process over time.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Resident {
-    /// Samples after the warm-up, of heap and stacks.
+    /// Number of samples after the warm-up.
     pub samples: usize,
     /// Time that they cover.
     pub minutes: f64,
-    /// The first of them, in bytes.
+    /// First sample of heap and stacks, in bytes.
     pub start_bytes: u64,
-    /// The highest.
+    /// Maximum.
     pub highest_bytes: u64,
-    /// The last.
+    /// Last sample.
     pub end_bytes: u64,
     /// Least-squares slope.
     pub slope_bytes_per_minute: f64,
-    /// What that line rises by from the first sample to the last.
+    /// Rise of that line from the first sample to the last.
     pub rise_bytes: f64,
-    /// Whether that is no more than [`MAX_RISE_BYTES`].
+    /// Whether the rise is at most [`MAX_RISE_BYTES`].
     pub flat: bool,
-    /// The most of the program that was resident.
+    /// Maximum resident bytes of the program.
     pub program_highest_bytes: u64,
-    /// The most guest memory that was resident through the process's mapping.
+    /// Maximum guest memory resident through the process's mapping.
     pub guest_highest_bytes: u64,
 }
 
 impl Resident {
-    /// Sums up samples of a run.
+    /// Summarises the samples of a run.
     pub fn of(samples: &[Sample]) -> Self {
         let end = samples.last().map_or(Duration::ZERO, |sample| sample.at);
         let warm = (end / WARM_UP_DIVISOR).min(MAX_WARM_UP);
@@ -96,8 +93,7 @@ impl Resident {
     }
 }
 
-/// The slope of the line with the least squares, in bytes a minute; 0 of less than two
-/// different times.
+/// Slope of the least-squares line, in bytes per minute; 0 with fewer than two different times.
 #[expect(clippy::cast_precision_loss, reason = "bytes of a process are far below 2^53")]
 fn slope_per_minute(samples: &[Sample]) -> f64 {
     let points = || samples.iter().map(|s| (s.at.as_secs_f64() / 60.0, s.own_bytes as f64));
@@ -110,14 +106,14 @@ fn slope_per_minute(samples: &[Sample]) -> f64 {
     if spread > 0.0 { together / spread } else { 0.0 }
 }
 
-/// Looks at a process once a second in a thread of its own.
+/// Samples a process once a second in a thread.
 pub struct Watch {
     stop: Sender<()>,
     thread: JoinHandle<Vec<Sample>>,
 }
 
 impl Watch {
-    /// Begins to look at the process `pid`.
+    /// Starts to sample the process `pid`.
     pub fn start(pid: u32) -> Self {
         let (stop, stopped) = channel();
         let thread = std::thread::spawn(move || {
@@ -133,14 +129,14 @@ impl Watch {
         Self { stop, thread }
     }
 
-    /// Ends, and tells what was seen.
+    /// Stops and returns the samples.
     pub fn end(self) -> Vec<Sample> {
         drop(self.stop);
         self.thread.join().unwrap_or_default()
     }
 }
 
-/// Nothing where the process has gone.
+/// `None` if the process has ended.
 fn sample(pid: u32, at: Duration) -> Option<Sample> {
     parse(&std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?, at)
 }
@@ -180,20 +176,20 @@ mod tests {
     }
 
     #[test]
-    fn what_goes_up_and_down_is_flat_and_what_grows_is_not() {
+    fn varying_memory_is_flat_and_growing_memory_is_not() {
         let wave = |second: u64| (10 << 20) + (second * 7919 % 61) * (400 << 10) / 61;
         assert!(Resident::of(&series(180, wave)).flat);
         assert!(Resident::of(&series(3600, wave)).flat);
-        // 64 bytes for each of 4 steps a second are lost.
+        // A leak of 64 bytes in each of 4 steps per second.
         assert!(!Resident::of(&series(3600, |second| wave(second) + 256 * second)).flat);
-        // A page a second, in the shortest run.
+        // A leak of a page per second, in the shortest run.
         assert!(!Resident::of(&series(180, |second| wave(second) + 4096 * second)).flat);
-        // What is given back is no reason to complain.
+        // Falling memory is no problem.
         assert!(Resident::of(&series(180, |second| (90 << 20) - 4096 * second)).flat);
     }
 
     #[test]
-    fn the_warm_up_does_not_count() {
+    fn the_warm_up_is_ignored() {
         let step = |second: u64| if second < 60 { second << 20 } else { 60 << 20 };
         assert_eq!(Resident::of(&series(3600, step)).rise_bytes, 0.0);
         assert!(!Resident::of(&series(100, step)).flat);
@@ -202,13 +198,13 @@ mod tests {
     #[test]
     fn few_samples_have_no_slope() {
         assert_eq!(Resident::of(&[]), Resident::default());
-        assert!(!Resident::default().flat, "nothing was seen");
+        assert!(!Resident::default().flat, "there are no samples");
         let one = Resident::of(&series(1, |_| 5));
         assert_eq!((one.slope_bytes_per_minute, one.highest_bytes), (0.0, 5));
     }
 
     #[test]
-    fn the_kernels_words_are_read() {
+    fn proc_status_is_parsed() {
         let status =
             "Name:\tx\nVmRSS:\t 9 kB\nRssAnon:\t 2 kB\nRssFile:\t 3 kB\nRssShmem:\t 4 kB\n";
         let sample = parse(status, Duration::ZERO).unwrap();

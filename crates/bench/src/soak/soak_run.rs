@@ -1,4 +1,4 @@
-//! Does to a guest and its balloon what the plan says, and looks at what must then hold.
+//! Executes a plan on a guest and its balloon, and checks the invariants.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -13,44 +13,44 @@ use crate::fixture::Fixture;
 use crate::host::LIMIT;
 use crate::testbed::Driver;
 
-/// Part of the guest's memory that fragmenting leaves alone. Of the free memory it would
-/// be nothing while there is a hold.
+/// Part of the guest's memory that is not fragmented. A part of free memory would be nothing during
+/// a hold.
 const UNFRAGMENTED_DIVISOR: u64 = 8;
 
-/// Part of the guest's memory that Linux may keep in lists of its processors, above all
-/// after the stock driver gave single pages back: `MemFree` does not count it.
+/// Part of the guest's memory that Linux may keep in per-CPU lists, above all after the stock
+/// driver deflated single pages: `MemFree` does not count it.
 const UNCOUNTED_DIVISOR: u64 = 8;
 
-/// What the guest needs for itself meanwhile.
+/// Memory that the guest may use meanwhile.
 const SLACK_MIB: u64 = 32;
 
-/// Asks how many free blocks of each size there are; the last column is order 10, 4 MiB.
+/// Prints the free blocks of each order. The last column is order 10, 4 MiB.
 const FREE_BLOCKS: &str = "cat /proc/buddyinfo";
 const BLOCK_MIB: u64 = 4;
 
-/// Whole blocks that have to have been touched where a report of some is waited for.
+/// Minimum memory in touched whole blocks for which a report is expected.
 const LEAST_REPORTED_MIB: u64 = 64;
 
-/// Between two questions to the guest.
+/// Between two commands to the guest.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Steps of a kind.
+/// Number of steps of a kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Count {
-    /// Those that were begun.
+    /// Started.
     pub steps: u64,
-    /// Those among them that failed.
+    /// Failed.
     pub failed: u64,
 }
 
-/// What was done and seen so far.
+/// Results so far.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tally {
     /// Steps by kind.
     pub steps: BTreeMap<String, Count>,
-    /// Bytes whose contents were looked at.
+    /// Verified bytes.
     pub verified_bytes: u64,
-    /// Pages that did not hold what the guest had written.
+    /// Pages with wrong contents.
     pub wrong_pages: u64,
 }
 
@@ -65,29 +65,29 @@ impl Tally {
     }
 }
 
-/// A guest with its driver loaded on its way through a plan.
+/// Execution of a plan on a guest with its driver loaded.
 pub struct SoakRun<'a, 'b> {
     fixture: &'a mut Fixture<'b>,
     plan: Plan,
-    /// Files that there are now.
+    /// Existing files.
     files: BTreeMap<String, PatternFile>,
     churn_mib: u64,
     tally: Tally,
 }
 
 impl<'a, 'b> SoakRun<'a, 'b> {
-    /// A walk that begins with an empty balloon and no files.
+    /// Starts with an empty balloon and no files.
     pub fn new(fixture: &'a mut Fixture<'b>, plan: Plan) -> Self {
         Self { fixture, plan, files: BTreeMap::new(), churn_mib: 0, tally: Tally::default() }
     }
 
-    /// Does one thing; `told` hears before what.
+    /// Executes the next step. Calls `started` with it first.
     ///
     /// # Errors
-    /// What went wrong. The guest is not where the plan believes it then.
-    pub fn step(&mut self, told: &mut dyn FnMut(&Step)) -> Result<()> {
+    /// The step fails. The guest's state then differs from the plan's.
+    pub fn step(&mut self, started: &mut dyn FnMut(&Step)) -> Result<()> {
         let step = self.plan.next_step();
-        self.take(&step, told)
+        self.take(&step, started)
     }
 
     /// Waits for the balloon and verifies every byte of every file.
@@ -100,24 +100,24 @@ impl<'a, 'b> SoakRun<'a, 'b> {
         files.iter().try_for_each(|file| self.verify(file))
     }
 
-    /// Empties the balloon, verifies everything once more, and frees it.
+    /// Empties the balloon, verifies all files, and frees them.
     ///
     /// # Errors
     /// As [`step`](Self::step).
-    pub fn end(&mut self, told: &mut dyn FnMut(&Step)) -> Result<()> {
+    pub fn end(&mut self, started: &mut dyn FnMut(&Step)) -> Result<()> {
         for step in self.plan.clone().ending() {
-            self.take(&step, told)?;
+            self.take(&step, started)?;
         }
         Ok(())
     }
 
-    /// What was done and seen so far.
+    /// Results so far.
     pub const fn tally(&self) -> &Tally {
         &self.tally
     }
 
-    fn take(&mut self, step: &Step, told: &mut dyn FnMut(&Step)) -> Result<()> {
-        told(step);
+    fn take(&mut self, step: &Step, started: &mut dyn FnMut(&Step)) -> Result<()> {
+        started(step);
         let done = self.act(step);
         let count = self.tally.steps.entry(step.name().to_owned()).or_default();
         count.steps += 1;
@@ -131,9 +131,9 @@ impl<'a, 'b> SoakRun<'a, 'b> {
     fn act(&mut self, step: &Step) -> Result<()> {
         let host = self.fixture.host;
         match step {
-            Step::Target { pages, settle } => {
+            Step::Target { pages, wait } => {
                 host.set_target(*pages)?;
-                if *settle {
+                if *wait {
                     host.wait_at_target()?;
                 }
                 Ok(())
@@ -181,9 +181,9 @@ impl<'a, 'b> SoakRun<'a, 'b> {
         host.wait_at_target()?;
         self.fixture.run(&format!("touch {touch_mib}"))?;
         host.set_target(high)?;
-        host.until("on its way", |status| status.balloon.actual_pages >= enough)?;
+        host.until("inflating", |status| status.balloon.actual_pages >= enough)?;
         host.set_target(low)?;
-        // Not until all is released: the guest does not wait for that either.
+        // Does not wait for the release, as the guest does not.
         host.until("down again", |status| status.balloon.actual_pages == low)?;
         match file {
             Some(file) => self.fill(file).and_then(|()| self.verify(file)),
@@ -232,38 +232,38 @@ impl<'a, 'b> SoakRun<'a, 'b> {
         self.tally.verified_bytes += pages * control::BALLOON_PAGE_BYTES;
         match wrong {
             0 => Ok(()),
-            _ => Err(self.fixture.wrong_pages("its churn", wrong, reply.lines)),
+            _ => Err(self.fixture.wrong_pages("the churn file", wrong, reply.lines)),
         }
     }
 
     fn hints(&mut self) -> Result<()> {
         let host = self.fixture.host;
-        self.driver_is_there()?;
+        self.wait_for_driver()?;
         let before_mib = self.free_or_in_balloon_mib()?;
         let hints = host.client.hints(LIMIT)?;
         if hints.outcome != HintOutcome::Complete {
-            return Err(host.not_in_time("asked", host.status()?));
+            return Err(host.timeout_error("given hints", host.status()?));
         }
-        // The stock driver gives the pages back a moment after the end, and who fills
-        // what is free before that is out of memory.
+        // The stock driver returns the pages a moment after the end. Filling free memory before
+        // that would exhaust it.
         let enough = before_mib.saturating_sub(SLACK_MIB + self.uncounted_mib());
         let end = Instant::now() + LIMIT;
         while self.free_or_in_balloon_mib()? < enough {
             if Instant::now() >= end {
                 let what = format!("free of hints ({enough} of {before_mib} MiB)");
-                return Err(host.not_in_time(&what, host.status()?));
+                return Err(host.timeout_error(&what, host.status()?));
             }
             std::thread::sleep(POLL_INTERVAL);
         }
         Ok(())
     }
 
-    /// What the guest may say too little or too much of when it is asked what is free.
+    /// Tolerance of the guest's free memory.
     fn uncounted_mib(&self) -> u64 {
         self.churn_mib + self.fixture.host.memory_mib() / UNCOUNTED_DIVISOR
     }
 
-    /// What stays the same while the balloon is on its way to its target.
+    /// Free and ballooned memory, a constant while the balloon changes.
     fn free_or_in_balloon_mib(&mut self) -> Result<u64> {
         let balloon_bytes = self.fixture.host.status()?.balloon.actual_bytes;
         Ok(self.fixture.free_mib()? + (balloon_bytes >> 20))
@@ -271,12 +271,12 @@ impl<'a, 'b> SoakRun<'a, 'b> {
 
     fn reports(&mut self, touch_mib: u64) -> Result<()> {
         let host = self.fixture.host;
-        self.driver_is_there()?;
+        self.wait_for_driver()?;
         let before = host.status()?.reports.messages;
         let (free_mib, blocks_mib) = (self.fixture.free_mib()?, self.whole_blocks_mib()?);
         self.fixture.run(&format!("touch {touch_mib}"))?;
-        // Linux reports whole blocks that were in use since the last time. What is free in
-        // pieces is touched first, so it takes more than that to come to such blocks.
+        // Linux reports whole blocks used since the last report. Fragmented free memory is touched
+        // first, so more must be touched to reach whole blocks.
         let pieces_mib = free_mib.saturating_sub(blocks_mib) + self.uncounted_mib();
         if touch_mib < pieces_mib + LEAST_REPORTED_MIB {
             return Ok(());
@@ -292,7 +292,7 @@ impl<'a, 'b> SoakRun<'a, 'b> {
         }
     }
 
-    /// Free memory in the largest blocks that the guest's allocator has.
+    /// Free memory in blocks of the guest allocator's largest order.
     fn whole_blocks_mib(&mut self) -> Result<u64> {
         let reply = self.fixture.guest.run(FREE_BLOCKS)?;
         let of_zone = |line: &String| line.split_whitespace().next_back()?.parse::<u64>().ok();
@@ -303,17 +303,17 @@ impl<'a, 'b> SoakRun<'a, 'b> {
         })
     }
 
-    /// Waits for statistics that were made after now: what comes next may have been on its
-    /// way, so that is for what comes after it.
+    /// Waits for statistics taken after this call: the next may be on their way, so those after
+    /// them.
     fn statistics(&mut self, interval_ms: u64) -> Result<()> {
         let host = self.fixture.host;
-        self.driver_is_there()?;
+        self.wait_for_driver()?;
         host.client.set_stats(interval_ms)?;
         for _ in 0..2 {
             let asked = Instant::now();
-            host.until("told", |status| {
+            host.until("reporting statistics", |status| {
                 let age = status.stats.age_ms.map(Duration::from_millis);
-                // An age is cut to whole milliseconds.
+                // The age is in whole milliseconds, rounded down.
                 let age = age.map(|age| age + Duration::from_millis(1));
                 !status.stats.stale && age.is_some_and(|age| age < asked.elapsed())
             })?;
@@ -322,7 +322,7 @@ impl<'a, 'b> SoakRun<'a, 'b> {
     }
 
     fn drop_caches(&mut self, what: Caches) -> Result<()> {
-        self.driver_is_there()?;
+        self.wait_for_driver()?;
         Ok(self.fixture.host.client.drop_caches(what, LIMIT).map(drop)?)
     }
 
@@ -332,7 +332,7 @@ impl<'a, 'b> SoakRun<'a, 'b> {
         min_block_bytes: Option<u64>,
         reserve_bytes: Option<u64>,
     ) -> Result<()> {
-        self.driver_is_there()?;
+        self.wait_for_driver()?;
         let timeout_ms = u64::try_from(LIMIT.as_millis()).unwrap_or(u64::MAX);
         let ask = AskFreePages { kind, min_block_bytes, reserve_bytes, timeout_ms };
         Ok(self.fixture.host.client.ask_free_pages(&ask).map(drop)?)
@@ -341,19 +341,19 @@ impl<'a, 'b> SoakRun<'a, 'b> {
     fn release_hold(&mut self) -> Result<()> {
         let host = self.fixture.host;
         match host.client.release_free_pages(LIMIT) {
-            // The guest needed it, and has it back.
+            // The guest has taken it back.
             Err(ControlError::Answered { .. }) if host.status()?.requests.hold.is_none() => Ok(()),
             outcome => Ok(outcome.map(drop)?),
         }
     }
 
-    /// Waits until the driver, which may have been loaded just now, can be asked.
-    fn driver_is_there(&self) -> Result<()> {
+    /// Waits until the driver accepts requests. It may be loading.
+    fn wait_for_driver(&self) -> Result<()> {
         let driver = self.fixture.driver;
         let is_there = |status: &Status| match driver {
             Driver::Stock => status.guest.features.iter().any(|name| name == "free-page-hint"),
             Driver::Own => status.requests.possible,
         };
-        self.fixture.host.until("ready to be asked", is_there).map(drop)
+        self.fixture.host.until("ready for requests", is_there).map(drop)
     }
 }

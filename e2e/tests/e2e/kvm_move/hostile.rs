@@ -1,4 +1,4 @@
-//! Sources that are none, at the address of a process that waits for a guest.
+//! Hostile sources that connect to a waiting destination.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -9,25 +9,25 @@ use control::api::MigrationState;
 use migration::MigrationId;
 use migration::raw::Speaker;
 
-/// Kinds of frames; docs/migration.md.
+/// Kinds of frames (docs/migration.md).
 const HELLO: u16 = 1;
 const DESCRIBE: u16 = 3;
 const CHUNK: u16 = 6;
 const STATE_END: u16 = 11;
 const COMMIT: u16 = 13;
 
-/// What a process has that waits, and a little more.
+/// Memory of a waiting process, with a margin.
 const MOST_KIB: u64 = 48 << 10;
 
-/// For the process to hang up, and to wait again.
+/// Timeout for the process to close the connection, and to wait again.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
 const ID: [u8; 16] = [9; 16];
 
-/// Each is hung up on; nothing is made for it; the process waits for the next one.
+/// The destination closes each connection, allocates nothing for it, and waits again.
 pub(super) fn sources_get_nothing(receiver: &Receiver) {
     let before_kib = resident_kib(receiver.guest.pid());
-    // A frame longer than any: nobody makes room for it.
+    // A frame longer than allowed: the destination does not allocate it.
     let mut long = hello(1);
     long.extend(Speaker::keyed(MigrationId(ID), 0, true).frame(DESCRIBE, &[], &[]));
     let length = long.len() - 12;
@@ -36,14 +36,14 @@ pub(super) fn sources_get_nothing(receiver: &Receiver) {
         b"GET / HTTP/1.1\r\nHost: here\r\n\r\n".to_vec(),
         vec![0xff; 1 << 16],
         long,
-        // Someone who has said hello and says everything but what comes next.
+        // A valid hello, then every frame except the expected one.
         [hello(1), keyed(COMMIT, &[])].concat(),
         [hello(1), keyed(STATE_END, &[0; 16])].concat(),
         [hello(1), keyed(CHUNK, &[0; 40])].concat(),
-        // More connections than there may be.
+        // More connections than allowed.
         hello(17),
         hello(0),
-        // 16 TiB, twice as much as that, and no memory at all.
+        // 16 TiB, twice that, and no memory at all.
         [hello(1), describe(&[(0, 1 << 32)])].concat(),
         [hello(1), describe(&[(0, 1 << 33), (1 << 40, 1 << 33)])].concat(),
         [hello(1), describe(&[])].concat(),
@@ -52,11 +52,11 @@ pub(super) fn sources_get_nothing(receiver: &Receiver) {
     for (number, bytes) in said.iter().enumerate() {
         let mut source = TcpStream::connect(&receiver.address).unwrap();
         source.set_read_timeout(Some(ANSWER_TIMEOUT)).unwrap();
-        // It may have hung up before all of it was said.
+        // It may have closed the connection before all was sent.
         let _ = source.write_all(bytes);
         let began = Instant::now();
         let _ = source.read_to_end(&mut Vec::new());
-        assert!(began.elapsed() < ANSWER_TIMEOUT, "{number} is listened to");
+        assert!(began.elapsed() < ANSWER_TIMEOUT, "{number} is still connected");
         let state = receiver.state();
         assert!(state.is_some(), "{number} ended it: {}", receiver.guest.console_log());
     }
@@ -71,7 +71,7 @@ pub(super) fn sources_get_nothing(receiver: &Receiver) {
     assert!(after_kib < MOST_KIB, "{after_kib} KiB, and {before_kib} before");
 }
 
-/// A greeting with so many connections to come.
+/// A hello that announces `count` connections.
 fn hello(count: u8) -> Vec<u8> {
     let mut body = b"AEROSTAT".to_vec();
     body.extend([1, 0, 1, 0, 1, 0, count, 0]);
@@ -84,7 +84,7 @@ fn keyed(kind: u16, body: &[u8]) -> Vec<u8> {
     Speaker::keyed(MigrationId(ID), 0, true).frame(kind, body, &[])
 }
 
-/// A guest with this memory, whose name is the right one.
+/// Describes a guest with this memory and the right name.
 fn describe(regions: &[(u64, u64)]) -> Vec<u8> {
     let count = |count: usize| u32::try_from(count).unwrap().to_le_bytes();
     let text = |text: &[u8]| [&count(text.len())[..], text].concat();

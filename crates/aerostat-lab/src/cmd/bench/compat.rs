@@ -1,4 +1,4 @@
-//! `aerostat-lab bench compat`: what works with which kernel, monitor and driver.
+//! `aerostat-lab bench compat`: features by kernel, VMM and driver.
 
 use std::collections::BTreeMap;
 
@@ -9,18 +9,18 @@ use super::{failure, program};
 use cli::failure::Failure;
 use cli::output::{print, print_json};
 
-/// Tries every feature with every kernel, monitor and driver of the lab
+/// Tests every feature with every kernel, VMM and driver
 #[derive(Debug, Args)]
 pub(super) struct CompatArgs {
     /// Print the report as JSON
     #[arg(long)]
     json: bool,
 
-    /// Only this kernel, by its name in the report; may be given several times
+    /// Only this kernel, by its name in the report (repeatable)
     #[arg(long, value_name = "NAME")]
     kernel: Vec<String>,
 
-    /// Only this monitor; may be given several times
+    /// Only this VMM (repeatable)
     #[arg(long, value_name = "NAME")]
     monitor: Vec<String>,
 
@@ -28,7 +28,7 @@ pub(super) struct CompatArgs {
     #[arg(long, value_name = "NAME")]
     driver: Vec<String>,
 
-    /// Only this feature; may be given several times
+    /// Only this feature (repeatable)
     #[arg(long, value_name = "NAME")]
     feature: Vec<String>,
 }
@@ -52,12 +52,12 @@ pub(super) fn run(args: &CompatArgs) -> Result<(), Failure> {
         0 => Ok(()),
         some => {
             let what = std::io::Error::other(format!("{some} of {} failed", report.rows.len()));
-            Err(Failure::new(&what, "the details of the failed rows say what was seen"))
+            Err(Failure::new(&what, "see the details of the failed rows"))
         }
     }
 }
 
-/// Markdown: guests down, features across, and why what was not run was not.
+/// Markdown table: a row per guest, a column per feature, and the reasons of cases not run.
 fn table(report: &Report) -> String {
     let mut features: Vec<&str> = Vec::new();
     let mut guests: Vec<[&str; 3]> = Vec::new();
@@ -71,7 +71,7 @@ fn table(report: &Report) -> String {
     }
     let cells: BTreeMap<_, _> =
         report.rows.iter().map(|row| ((guest(row), row.feature.as_str()), row.result)).collect();
-    let mut text = format!("| kernel | monitor | driver | {} |\n", features.join(" | "));
+    let mut text = format!("| kernel | VMM | driver | {} |\n", features.join(" | "));
     text += &format!("|{}\n", "---|".repeat(features.len() + 3));
     for guest in guests {
         let marks = features.iter().map(|feature| match cells.get(&(guest, *feature)) {
@@ -88,7 +88,7 @@ fn table(report: &Report) -> String {
     text
 }
 
-/// Each reason once, with what it is given for.
+/// Each reason once, with its cases.
 fn reasons(report: &Report, title: &str, verdict: Verdict) -> String {
     let mut whys: BTreeMap<&str, Vec<String>> = BTreeMap::new();
     for row in report.rows.iter().filter(|row| row.result == verdict) {
@@ -131,19 +131,19 @@ mod tests {
     }
 
     #[test]
-    fn a_table_has_a_line_for_each_guest_and_says_why() {
+    fn a_table_has_a_row_per_guest_and_the_reasons() {
         let report = Report {
             rows: vec![
                 row("a", "stats", Verdict::Pass, "14 values"),
                 row("a", "reporting", Verdict::NotRun, "no queue"),
-                row("b", "stats", Verdict::Fail, "none came"),
+                row("b", "stats", Verdict::Fail, "no values"),
                 row("b", "reporting", Verdict::NotRun, "no queue"),
             ],
         };
         let text = table(&report);
         assert!(text.contains("| a | uml | stock | pass | - |\n"), "{text}");
         assert!(text.contains("| b | uml | stock | **fail** | - |\n"), "{text}");
-        assert!(text.contains("\nFailed:\n\n- stats with b, uml, stock: none came\n"), "{text}");
+        assert!(text.contains("\nFailed:\n\n- stats with b, uml, stock: no values\n"), "{text}");
         assert!(text.ends_with("\nNot run:\n\n- reporting: no queue\n"), "{text}");
     }
 }

@@ -1,4 +1,4 @@
-//! `aerostat-lab bench inflate`: takes memory from guests and compares.
+//! `aerostat-lab bench inflate`: inflates balloons and compares.
 
 use std::path::PathBuf;
 
@@ -11,38 +11,38 @@ use super::{BackingArg, chosen, failure, name, program};
 use cli::failure::{Exit, Failure};
 use cli::output::{print, print_json};
 
-/// Takes memory from guests: page by page, with the stock driver, with ours
+/// Inflates balloons: page by page, with the stock driver, with ours
 #[derive(Debug, Args)]
 pub(super) struct InflateArgs {
     /// Print the report as JSON
     #[arg(long)]
     json: bool,
 
-    /// Draw the report into this SVG file
+    /// Draw the report in this SVG file
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
 
-    /// Rounds; every case is run once in each
+    /// Rounds, with each case once per round
     #[arg(long, default_value_t = 5)]
     rounds: usize,
 
-    /// Size of the guests; may be given several times
+    /// Size of the guests (repeatable)
     #[arg(long, value_name = "SIZE", default_value = "4GiB")]
     guest: Vec<Size>,
 
-    /// Only this state of the guest's memory; may be given several times
+    /// Only this state of the guest's memory (repeatable)
     #[arg(long, value_enum)]
     memory: Vec<MemoryArg>,
 
-    /// Only this kind of host pages; may be given several times
+    /// Only this host page size (repeatable)
     #[arg(long, value_enum)]
     backing: Vec<BackingArg>,
 
-    /// What runs the guests
+    /// VMM of the guests
     #[arg(long, value_enum, default_value = "uml")]
     monitor: MonitorArg,
 
-    /// A word for the kernel of guests of our monitor; may be given several times
+    /// Kernel argument for guests of `aerostat run` (repeatable)
     #[arg(long, value_name = "WORD", default_value = kvm_inflate::KERNEL_ARGUMENT)]
     kernel_argument: Vec<String>,
 }
@@ -51,7 +51,7 @@ pub(super) struct InflateArgs {
 enum MonitorArg {
     /// User Mode Linux, with our vhost-user back end
     Uml,
-    /// Our own monitor, in a machine with an emulated KVM where this one's is of no use
+    /// `aerostat run`, on an emulated KVM if this machine has no usable one
     Kvm,
 }
 
@@ -59,9 +59,9 @@ enum MonitorArg {
 enum MemoryArg {
     /// Never touched
     Idle,
-    /// Written to and freed
+    /// Written and freed
     Touched,
-    /// Written to, with pinned pages in every second 2 MiB
+    /// Written, with pinned pages in every second 2 MiB
     Fragmented,
 }
 
@@ -92,8 +92,8 @@ fn run_kvm(args: &InflateArgs) -> Result<(), Failure> {
         || args.svg.is_some()
         || !args.backing.is_empty()
     {
-        let what = "fragmented memory, --backing and --svg are for guests of User Mode Linux";
-        return Err(Failure { what: what.into(), hint: "leave it out".into(), exit: Exit::Failed });
+        let what = "fragmented memory, --backing and --svg need User Mode Linux guests";
+        return Err(Failure { what: what.into(), hint: "omit it".into(), exit: Exit::Failed });
     }
     let words = &args.kernel_argument;
     let report = kvm_inflate::measure(options, words, &mut |step| diagnostics::say!("{step}"))
@@ -119,7 +119,7 @@ fn run_uml(args: &InflateArgs) -> Result<(), Failure> {
     if args.json { print_json(&report) } else { print(&table(&report)) }
 }
 
-/// Two tables that are plain text and Markdown both.
+/// Two tables, readable as plain text and as Markdown.
 fn table(report: &Report) -> String {
     let mut text = format!(
         "| guest | host pages | memory | case | wall ms {:>19} | deflate ms | messages | calls  | returned |\n\

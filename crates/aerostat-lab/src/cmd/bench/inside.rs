@@ -1,4 +1,4 @@
-//! `aerostat-lab bench inside`: what other benches start where a KVM is.
+//! `aerostat-lab bench inside`: started by other benchmarks on a KVM.
 
 use clap::Args;
 
@@ -6,15 +6,15 @@ use super::{failure, program};
 use cli::failure::Failure;
 use cli::output::print;
 
-/// Carries out a measurement where a KVM is; other benches start it
+/// Runs a measurement on a KVM; other benchmarks start it
 #[derive(Debug, Args)]
 pub(super) struct InsideArgs {
-    /// What to measure, as those benches write it
+    /// The task as JSON
     order: String,
 }
 
 pub(super) fn run(args: &InsideArgs) -> Result<(), Failure> {
-    // Whoever started it reads all of it, or is gone.
+    // The parent reads all of it, or has ended.
     let mut say = |line: &str| drop(print(&format!("{line}\n")));
     bench::kvm::inside(&program()?, &args.order, &mut say).map_err(failure)
 }

@@ -1,4 +1,4 @@
-//! `aerostat-lab bench migrate`: moves guests with our monitor and with QEMU, and compares.
+//! `aerostat-lab bench migrate`: migrates guests with `aerostat` and with QEMU, and compares.
 
 use std::time::Duration;
 
@@ -11,33 +11,33 @@ use super::{chosen, failure, name};
 use cli::failure::Failure;
 use cli::output::{print, print_json};
 
-/// For each move with its boots, for each GiB of a guest.
+/// Timeout of a migration with its boots, per GiB of a guest.
 const MOVE_LIMIT: Duration = Duration::from_secs(600);
 
-/// Moves guests: our monitor without free memory and with it, QEMU without hints and with them
+/// Migrates guests: aerostat without and with free memory, QEMU without and with hints
 #[derive(Debug, Args)]
 pub(super) struct MigrateArgs {
     /// Print the report as JSON
     #[arg(long)]
     json: bool,
 
-    /// Rounds; every case is run once in each
+    /// Rounds, with each case once per round
     #[arg(long, default_value_t = 3)]
     rounds: usize,
 
-    /// Size of the guests; may be given several times
+    /// Size of the guests (repeatable)
     #[arg(long, value_name = "SIZE", default_value = "1GiB")]
     guest: Vec<Size>,
 
-    /// Only guests in this state; may be given several times
+    /// Only guests in this state (repeatable)
     #[arg(long, value_enum)]
     state: Vec<StateArg>,
 
-    /// Only this case; may be given several times
+    /// Only this case (repeatable)
     #[arg(long, value_enum)]
     case: Vec<CaseArg>,
 
-    /// A word for the guests' kernel; may be given several times
+    /// Kernel argument of the guests (repeatable)
     #[arg(long, value_name = "WORD", default_value = "init_on_alloc=0")]
     kernel_argument: Vec<String>,
 }
@@ -56,11 +56,11 @@ enum StateArg {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum CaseArg {
-    /// Our monitor, without free memory
+    /// aerostat, without free memory
     Skip,
-    /// The same, caches dropped first
+    /// The same, after dropping caches
     SkipDropCaches,
-    /// Our monitor, with free memory
+    /// aerostat, with free memory
     NoSkip,
     /// QEMU
     Qemu,
@@ -100,7 +100,7 @@ pub(super) fn run(args: &MigrateArgs) -> Result<(), Failure> {
 
 fn table(report: &Report) -> String {
     const MIB: f64 = (1u64 << 20) as f64;
-    let mut text = "| guest | state | case | ms (min .. max) | downtime ms (min .. max) | sent | in use | written meanwhile | skipped: free | zeros |\n\
+    let mut text = "| guest | state | case | ms (min .. max) | downtime ms (min .. max) | sent | in use | sent again | skipped: free | zeros |\n\
                     |---|---|---|---|---|---|---|---|---|---|\n"
         .to_owned();
     for case in &report.cases {

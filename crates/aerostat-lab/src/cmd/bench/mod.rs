@@ -1,4 +1,4 @@
-//! `aerostat-lab bench`: measures on real guests.
+//! `aerostat-lab bench`: benchmarks with real guests.
 
 mod compat;
 mod inflate;
@@ -15,7 +15,7 @@ use clap::{Args, Subcommand, ValueEnum};
 
 use cli::failure::{Exit, Failure};
 
-/// Measures on real guests, which it boots
+/// Boots guests and measures
 #[derive(Debug, Args)]
 pub(crate) struct BenchArgs {
     #[command(subcommand)]
@@ -34,7 +34,7 @@ enum What {
     Requests(requests::RequestsArgs),
 }
 
-/// The host's pages behind guests.
+/// Host page size of guest memory.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum BackingArg {
     /// tmpfs with 4 KiB pages
@@ -45,7 +45,7 @@ pub(crate) enum BackingArg {
 }
 
 impl BackingArg {
-    /// All kinds where none was asked for.
+    /// The selected sizes, or all if none was selected.
     pub(crate) fn chosen(asked: &[Self]) -> Vec<HostPages> {
         chosen(asked, &HostPages::ALL, |backing| match backing {
             Self::Small => HostPages::Small,
@@ -66,10 +66,10 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
     }
 }
 
-/// The program that operators run.
+/// The measured program.
 const AEROSTAT: &str = "aerostat";
 
-/// The `aerostat` beside this program, which is what is measured.
+/// Path of the measured `aerostat`, in this program's directory.
 pub(crate) fn program() -> Result<PathBuf, Failure> {
     let this = std::env::current_exe()
         .map_err(|error| Failure::new(&error, "run aerostat-lab by its full path"))?;
@@ -85,15 +85,15 @@ pub(crate) fn program() -> Result<PathBuf, Failure> {
 }
 
 pub(crate) fn failure(error: bench::BenchError) -> Failure {
-    Failure::new(&error, "./check sets up all that a bench needs; it has to run as root")
+    Failure::new(&error, "run ./check once as root, which installs all that a benchmark needs")
 }
 
-/// What was asked for; all of it where nothing was.
+/// The selected values, or all if none was selected.
 fn chosen<A: Copy, T: Copy>(asked: &[A], all: &[T], each: impl Fn(A) -> T) -> Vec<T> {
     if asked.is_empty() { all.to_vec() } else { asked.iter().map(|arg| each(*arg)).collect() }
 }
 
-/// The word that JSON has for it.
+/// Name in JSON.
 fn name(value: &impl serde::Serialize) -> String {
     serde_json::to_value(value)
         .ok()

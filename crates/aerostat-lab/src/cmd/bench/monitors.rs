@@ -9,14 +9,14 @@ use super::{chosen, failure, name, program};
 use cli::failure::Failure;
 use cli::output::{print, print_json};
 
-/// Takes memory from emulated guests with the stock driver: QEMU's device, ours
+/// Inflates balloons of emulated guests with the stock driver: QEMU's device, ours
 #[derive(Debug, Args)]
 pub(super) struct MonitorsArgs {
     /// Print the report as JSON
     #[arg(long)]
     json: bool,
 
-    /// Rounds; every case is run once in each
+    /// Rounds, with each case once per round
     #[arg(long, default_value_t = 5)]
     rounds: usize,
 
@@ -24,11 +24,11 @@ pub(super) struct MonitorsArgs {
     #[arg(long, value_name = "SIZE", default_value = "4GiB")]
     guest: Size,
 
-    /// Only this state of the guest's memory; may be given several times
+    /// Only this state of the guest's memory (repeatable)
     #[arg(long, value_enum)]
     memory: Vec<MemoryArg>,
 
-    /// A word for the guests' kernel; may be given several times
+    /// Kernel argument of the guests (repeatable)
     #[arg(long, value_name = "WORD", default_value = "init_on_alloc=0")]
     kernel_argument: Vec<String>,
 }
@@ -37,7 +37,7 @@ pub(super) struct MonitorsArgs {
 enum MemoryArg {
     /// Never touched
     Idle,
-    /// Written to and freed
+    /// Written and freed
     Touched,
 }
 
@@ -60,7 +60,7 @@ pub(super) fn run(args: &MonitorsArgs) -> Result<(), Failure> {
 }
 
 fn table(report: &Report) -> String {
-    let mut text = "| memory | device | wall ms (min .. max) | faster | at most | CPU ms of monitor and back end | of that in the guest's thread | without the guest's work | returned | deflate ms |\n\
+    let mut text = "| memory | device | wall ms (min .. max) | faster | at most | CPU ms of VMM and back end | of that in the vCPU thread | without the guest's work | returned | deflate ms |\n\
                     |---|---|---|---|---|---|---|---|---|---|\n"
         .to_owned();
     for case in &report.cases {

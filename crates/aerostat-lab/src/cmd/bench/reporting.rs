@@ -1,4 +1,4 @@
-//! `aerostat-lab bench reporting`: memory that guests give back by themselves.
+//! `aerostat-lab bench reporting`: free page reporting.
 
 use bench::reporting::{self, Report};
 use clap::Args;
@@ -8,7 +8,7 @@ use super::{BackingArg, failure, name, program};
 use cli::failure::Failure;
 use cli::output::{print, print_json};
 
-/// Has a guest free memory and measures when it is back, and what that costs
+/// Measures how fast freed memory returns to the host, and the cost
 #[derive(Debug, Args)]
 pub(super) struct ReportingArgs {
     /// Print the report as JSON
@@ -19,7 +19,7 @@ pub(super) struct ReportingArgs {
     #[arg(long, default_value_t = 5)]
     rounds: usize,
 
-    /// Size of the guest: the less is free, the less does Linux report at a time
+    /// Size of the guest: with less free memory, Linux reports less at a time
     #[arg(long, value_name = "SIZE", default_value = "16GiB")]
     guest: Size,
 
@@ -27,7 +27,7 @@ pub(super) struct ReportingArgs {
     #[arg(long, value_name = "SIZE", default_value = "3GiB")]
     freed: Size,
 
-    /// Only this kind of host pages; may be given several times
+    /// Only this host page size (repeatable)
     #[arg(long, value_enum)]
     backing: Vec<BackingArg>,
 }

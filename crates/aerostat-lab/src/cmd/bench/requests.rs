@@ -1,4 +1,4 @@
-//! `aerostat-lab bench requests`: asks guests to drop caches and to name free memory.
+//! `aerostat-lab bench requests`: requests to drop caches and to report free memory.
 
 use bench::requests::{self, Report};
 use clap::Args;
@@ -8,22 +8,22 @@ use super::{failure, name, program};
 use cli::failure::Failure;
 use cli::output::{print, print_json};
 
-/// Asks guests to drop caches and to name free memory, and what that costs them
+/// Measures requests to drop caches and to report free memory, and their cost
 #[derive(Debug, Args)]
 pub(super) struct RequestsArgs {
     /// Print the report as JSON
     #[arg(long)]
     json: bool,
 
-    /// Rounds; everything is done once in each
+    /// Rounds
     #[arg(long, default_value_t = 5)]
     rounds: usize,
 
-    /// Size of the guests that name their free memory; may be given several times
+    /// Size of the guests for free-page reports (repeatable)
     #[arg(long, value_name = "SIZE", default_values = ["1GiB", "4GiB", "16GiB"])]
     guest: Vec<Size>,
 
-    /// Requests of random kinds
+    /// Number of random requests
     #[arg(long, default_value_t = 1000)]
     storm: u64,
 }
@@ -51,7 +51,7 @@ fn text(report: &Report) -> String {
         dropped.wall_ms.max,
         dropped.meminfo_off_percent,
     );
-    text += "| guest | state | kind | wall ms (min .. max) | of MemFree | blocks | longest lock | used pages named |\n\
+    text += "| guest | state | kind | wall ms (min .. max) | of MemFree | blocks | longest lock | used pages reported |\n\
              |---|---|---|---|---|---|---|---|\n";
     for free in &report.free_pages {
         text += &format!(
@@ -70,7 +70,7 @@ fn text(report: &Report) -> String {
     }
     let (stall, storm) = (&report.stall, &report.storm);
     text += &format!(
-        "\nstall: longest wait for memory {:.3} ms alone, {:.3} ms beside {} reports: {:.3} ms more\n",
+        "\nstall: longest wait for memory {:.3} ms alone, {:.3} ms with {} reports: {:.3} ms more\n",
         stall.alone_ms.median, stall.with_ms.median, stall.reports, stall.added_ms,
     );
     text += &format!(

@@ -1,6 +1,6 @@
-//! The balloon in our own monitor: a Debian guest on KVM, with the stock driver and with ours.
+//! The balloon in `aerostat run`: a Debian guest on KVM, with the stock driver and with ours.
 
-use bench::kvm::Place;
+use bench::kvm::KvmLocation;
 use bench::kvm_inflate::{self, Case, CaseReport, KERNEL_ARGUMENT, KvmInflateOptions, Report};
 
 use super::table::{Row, header};
@@ -10,14 +10,14 @@ use cli::failure::Failure;
 use cli::output::print;
 use cli::progress::Steps;
 
-/// Takes memory from both guests, and shows what that took.
+/// Inflates the balloons of both guests and shows the times.
 pub(super) fn show() -> Result<(), Failure> {
     print(
-        "Takes 3 GiB from a 4 GiB guest, an unmodified Debian kernel in our own monitor, and gives\n\
-         them back. The first run fetches that kernel.\n",
+        "Balloons 3 GiB of a 4 GiB guest, an unmodified Debian kernel in `aerostat run`, and\n\
+         deflates. The first run fetches that kernel.\n",
     )?;
     let steps = Steps::start();
-    let place = Place::find();
+    let place = KvmLocation::find();
     steps.end();
     print(&format!("{}\n\n", where_it_runs(place)))?;
     let options =
@@ -29,17 +29,17 @@ pub(super) fn show() -> Result<(), Failure> {
     print(&picture(&report.map_err(failure)?, place))
 }
 
-const fn where_it_runs(place: Place) -> &'static str {
+const fn where_it_runs(place: KvmLocation) -> &'static str {
     match place {
-        Place::Hardware => "The guest runs on the KVM of this machine.",
-        Place::Emulated => {
-            "This machine's KVM boots no guest, so QEMU emulates a machine that has one. The guest runs\n\
-             in it, much slower than on hardware: all of it takes some minutes."
+        KvmLocation::Hardware => "The guest runs on the KVM of this machine.",
+        KvmLocation::Emulated => {
+            "This machine's KVM boots no guest, so QEMU emulates a machine with KVM. The guest runs\n\
+             in it, much slower than on hardware: all of it takes a few minutes."
         }
     }
 }
 
-fn picture(report: &Report, place: Place) -> String {
+fn picture(report: &Report, place: KvmLocation) -> String {
     let mut text = String::new();
     for (memory, title) in super::TITLES {
         text += &header(title, true);
@@ -53,15 +53,17 @@ fn picture(report: &Report, place: Place) -> String {
         }
     }
     text += &format!(
-        "Exits: how often the guest left its processor because of the balloon. Its kernel, {}, was\n\
-         told {}. One run each; `aerostat-lab bench inflate --monitor kvm` measures properly.\n",
+        "Exits: vCPU exits because of the balloon. The guest's kernel, {}, has\n\
+         {}. One run each; `aerostat-lab bench inflate --monitor kvm` measures properly.\n",
         report.kernel,
         report.kernel_arguments.join(" "),
     );
     text += match place {
-        Place::Hardware => "All of it ran on hardware KVM: the times are those of this machine.\n",
-        Place::Emulated => {
-            "All of it ran in an L1, a machine with a KVM that QEMU emulates: the times are of the \
+        KvmLocation::Hardware => {
+            "All of it ran on hardware KVM: the times are those of this machine.\n"
+        }
+        KvmLocation::Emulated => {
+            "All of it ran in an L1, a machine with KVM that QEMU emulates: the times are of the \
              emulation.\n"
         }
     };
@@ -122,13 +124,13 @@ mod tests {
 
     #[test]
     fn the_table_has_both_drivers_idle_and_touched() {
-        let text = picture(&report(), Place::Hardware);
+        let text = picture(&report(), KvmLocation::Hardware);
         let lines: Vec<&str> = text.lines().collect();
         for (title, from) in [("never used", 0), ("used and freed", 5)] {
             let words: Vec<&str> = lines[from].split_whitespace().rev().take(9).collect();
             assert!(lines[from].contains(title), "{text}");
             assert!(words.contains(&"exits"), "{text}");
-            // A figure stands below the end of its title.
+            // Figures are aligned with the end of their title.
             for row in [1, 2] {
                 assert_eq!(lines[from + row].len(), lines[from].len(), "{text}");
             }
@@ -140,10 +142,10 @@ mod tests {
     }
 
     #[test]
-    fn the_last_line_says_whose_times_they_are() {
+    fn the_last_line_names_the_kvm() {
         let last = |place| picture(&report(), place).lines().last().unwrap_or_default().to_owned();
-        assert!(last(Place::Hardware).contains("ran on hardware KVM"));
-        assert!(last(Place::Emulated).contains("ran in an L1"));
-        assert!(last(Place::Emulated).ends_with("the times are of the emulation."));
+        assert!(last(KvmLocation::Hardware).contains("ran on hardware KVM"));
+        assert!(last(KvmLocation::Emulated).contains("ran in an L1"));
+        assert!(last(KvmLocation::Emulated).ends_with("the times are of the emulation."));
     }
 }

@@ -1,20 +1,20 @@
-//! The table that both monitors' demos show.
+//! The table of both VMMs' demos.
 
 use bench::inflate::StagesMs;
 
-/// One way to take memory, and what it came to.
+/// Result of one case.
 pub(super) struct Row {
     pub(super) what: &'static str,
     pub(super) stages_ms: StagesMs,
     pub(super) wall_ms: f64,
     pub(super) messages: u64,
-    /// Where somebody counts them.
+    /// vCPU exits, if counted.
     pub(super) exits: Option<f64>,
     pub(super) returned_mib: f64,
     pub(super) deflate_ms: f64,
 }
 
-/// What stands above some rows; `exits` where they have them.
+/// Header of rows. `exits` adds their column.
 pub(super) fn header(title: &str, exits: bool) -> String {
     let exits = if exits { format!("{:>9}", "exits") } else { String::new() };
     format!(

@@ -1,4 +1,4 @@
-//! `aerostat-lab soak --migrate` and `--faults`: guests that are moved again and again.
+//! `aerostat-lab soak --migrate` and `--faults`: repeated migrations and injected faults.
 
 use std::ffi::OsString;
 
@@ -10,32 +10,33 @@ use cli::failure::Failure;
 use cli::output::{print, print_json};
 use cli::progress::Steps;
 
-/// Most moves of a guest: weeks.
+/// Maximum migrations of a guest: weeks.
 const MAX_MOVES: u64 = 1_000_000;
 
-const KINDS: &str = "Guests that are moved";
+const KINDS: &str = "Migration";
 
 #[derive(Debug, Args)]
 pub(crate) struct MovesArgs {
-    /// Move each guest so many times from process to process, on KVM (an emulated one where the
-    /// machine's is of no use), while it verifies its memory, answers on its serial line and
+    /// Migrate each guest this many times from process to process, on KVM (an emulated one if this
+    /// machine has no usable one), while it verifies its memory, answers on its serial line and
     /// changes its balloon
     #[arg(long, value_name = "N", help_heading = KINDS, conflicts_with_all = ["minutes", "driver", "memory", "backing"],
           value_parser = clap::value_parser!(u64).range(1..=MAX_MOVES))]
     migrate: Option<u64>,
 
-    /// Let so many migrations of each guest fail: the network breaks, stalls or changes what goes
-    /// over it, or a side is killed, at any moment; the guest has to go on, on one side
+    /// Inject this many faults into migrations of each guest: the network breaks, stalls or
+    /// corrupts data, or a side is killed, at any stage; the guest must continue on exactly one
+    /// side
     #[arg(long, value_name = "N", help_heading = KINDS, conflicts_with_all = ["minutes", "driver", "memory", "backing"],
           value_parser = clap::value_parser!(u64).range(1..=MAX_MOVES))]
     faults: Option<u64>,
 
     /// Only this kind of guest: own, stock, own-cleared, stock-cleared, own-poisoned,
-    /// stock-poisoned, no-driver, own-busy or stock-busy; each in turn otherwise
+    /// stock-poisoned, no-driver, own-busy or stock-busy; all in turn by default
     #[arg(long, value_name = "KIND", help_heading = KINDS, value_parser = kind)]
     guest: Vec<Case>,
 
-    /// Given by this program to itself, where the KVM is
+    /// Set by this program for itself, on a KVM
     #[arg(long, hide = true)]
     inside: bool,
 }
@@ -64,10 +65,10 @@ pub(super) fn run(args: &MovesArgs, seed: Option<u64>, json: bool) -> Result<(),
     } else {
         print(&table(&report))?;
     }
-    super::verdict(&report.problems, format!("the same faults come with --seed {seed}"))
+    super::verdict(&report.problems, format!("repeat the same faults with --seed {seed}"))
 }
 
-/// What this program is asked where the KVM is.
+/// Arguments of this program on the KVM.
 fn words(args: &MovesArgs, seed: u64, case: &Case) -> Vec<OsString> {
     let mut words = vec!["soak".to_owned(), "--inside".to_owned()];
     words.extend(["--guest".to_owned(), case.name.to_owned()]);
@@ -78,23 +79,23 @@ fn words(args: &MovesArgs, seed: u64, case: &Case) -> Vec<OsString> {
     words.into_iter().map(OsString::from).collect()
 }
 
-/// One kind of guest, where a KVM is.
+/// Runs one kind of guest, on a KVM.
 fn inside(args: &MovesArgs, seed: u64) -> Result<(), Failure> {
-    let run_config = moves::given_kit(&program()?).map_err(failure)?;
+    let run_config = moves::given_run_config(&program()?).map_err(failure)?;
     moves::raise_loopback();
-    let tell = &mut |step: &str| diagnostics::say!("{step}");
+    let progress = &mut |step: &str| diagnostics::say!("{step}");
     let mut reports = Vec::new();
     for case in &args.guest {
         if args.migrate.is_some() {
-            reports.push(moves::endure(&run_config, *case, 0..number(args.migrate), tell));
+            reports.push(moves::endure(&run_config, *case, 0..number(args.migrate), progress));
         }
         if args.faults.is_some() {
-            reports.push(moves::fail(&run_config, *case, number(args.faults), seed, tell));
+            reports.push(moves::fail(&run_config, *case, number(args.faults), seed, progress));
         }
     }
     for report in reports {
         let text = serde_json::to_string(&report);
-        let text = text.map_err(|error| Failure::new(&error, "this is a fault of this program"))?;
+        let text = text.map_err(|error| Failure::new(&error, "report this bug"))?;
         print(&format!("{text}\n"))?;
     }
     Ok(())
@@ -111,11 +112,11 @@ fn kind(name: &str) -> Result<Case, String> {
     })
 }
 
-/// A line for each kind of guest: plain text and Markdown both.
+/// A row per kind of guest, readable as plain text and as Markdown.
 fn table(report: &Report) -> String {
     let mut text = String::from(
-        "| guest          | moves | total ms: least, median, most | downtime ms      | rounds | \
-         throttle | answered | unheard | verified   | wrong | complaints | minutes |\n\
+        "| guest          | moves | total ms: min, median, max  | downtime ms      | rounds | \
+         throttle | answered | lost    | verified   | wrong | log errors | minutes |\n\
          |---|---|---|---|---|---|---|---|---|---|---|---|\n",
     );
     for case in report.cases.iter().filter(|case| case.seed.is_none()) {

@@ -1,4 +1,4 @@
-//! Kinds of guests that are moved, and what differs from one move to the next.
+//! Kinds of guests that migrate, and the variations between migrations.
 
 use lab::debian::Release;
 
@@ -9,13 +9,13 @@ use crate::testbed::Driver;
 pub struct Case {
     /// Its name, and that of its guests.
     pub name: &'static str,
-    /// Its kernel. Debian builds those for clouds without page poisoning.
+    /// Its kernel. Debian's cloud kernels are built without page poisoning.
     pub release: Release,
-    /// What serves the balloon in it, if anything does.
+    /// Its balloon driver, if any.
     pub driver: Option<Driver>,
-    /// Words for its kernel.
+    /// Its kernel arguments.
     pub words: &'static [&'static str],
-    /// It writes all the time, and faster than can be sent.
+    /// Whether it writes all the time, and faster than the network sends.
     pub busy: bool,
 }
 
@@ -23,11 +23,11 @@ const CLOUD: Release = Release::Cloud6_12;
 const OWN: Option<Driver> = Some(Driver::Own);
 const STOCK: Option<Driver> = Some(Driver::Stock);
 
-/// What finds in a free page what was not there when it was freed.
+/// Kernel arguments that detect changes of free pages.
 const CLEARED: &[&str] = &["init_on_free=1"];
 const POISONED: &[&str] = &["page_poison=1"];
 
-/// All kinds. Without words a kernel clears what it allocates, as Debian's do.
+/// All kinds. Debian's kernels clear allocated pages by default.
 pub const CASES: [Case; 9] = [
     Case { name: "own", release: CLOUD, driver: OWN, words: &[], busy: false },
     Case { name: "stock", release: CLOUD, driver: STOCK, words: &[], busy: false },
@@ -52,10 +52,10 @@ pub const CASES: [Case; 9] = [
     Case { name: "stock-busy", release: CLOUD, driver: STOCK, words: &[], busy: true },
 ];
 
-/// What backs the memory of a guest that comes.
+/// Memory options of the destination.
 const RECEIVERS: [&[&str]; 3] = [&[], &["--shared"], &["--huge"]];
 
-/// How it is sent. Only our driver can be asked to drop caches.
+/// Options of the source. Only our driver can drop caches.
 const SENDERS: [&[&str]; 5] = [
     &[],
     &["--compress", "1"],
@@ -64,18 +64,18 @@ const SENDERS: [&[&str]; 5] = [
     &["--send-free", "--connections", "16"],
 ];
 
-/// For a guest that writes faster than can be sent it takes a network that is slow, or the round is
-/// over before it has written anything.
+/// A guest that writes faster than the network sends needs a slow network. Else the round ends
+/// before it has written anything.
 const SLOW: &[&str] = &["--bandwidth", "12MiB"];
 
-/// What becomes of the balloon around a move.
+/// Balloon target of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Target {
-    /// It stays.
+    /// Unchanged.
     Stays,
-    /// Reaches this part of what it can be, in per cent, before the guest leaves.
+    /// Reaches this percentage of the maximum before the migration.
     Before(u64),
-    /// Is asked for while the guest is on its way.
+    /// Is set during the migration.
     Meanwhile(u64),
 }
 
@@ -89,7 +89,7 @@ const TARGETS: [Target; 7] = [
     Target::Before(0),
 ];
 
-/// One move.
+/// Options of one migration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Turn {
     pub(super) receiver: Vec<&'static str>,
@@ -98,13 +98,13 @@ pub(super) struct Turn {
 }
 
 impl Case {
-    /// The kind of this name.
+    /// The kind with this name.
     pub fn named(name: &str) -> Option<Self> {
         CASES.into_iter().find(|case| case.name == name)
     }
 
-    /// The move with this number. The cycles have lengths that share no factor, so that everything
-    /// comes together with everything within 105 moves.
+    /// Options of migration `number`. The cycle lengths have no common factor, so all combinations
+    /// occur within 105 migrations.
     pub(super) fn turn(&self, number: usize) -> Turn {
         fn of<T: Copy>(all: &[T], number: usize) -> T {
             all[number % all.len()]
@@ -130,14 +130,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn everything_comes_together_with_everything() {
+    fn all_option_combinations_occur() {
         let mut turns: Vec<Turn> = Vec::new();
         for turn in (0..105).map(|number| CASES[0].turn(number)) {
             if !turns.contains(&turn) {
                 turns.push(turn);
             }
         }
-        // The balloon stays in two of the seven.
+        // The target is unchanged in two of seven.
         assert_eq!(turns.len(), RECEIVERS.len() * SENDERS.len() * (TARGETS.len() - 1));
         assert!(
             (0..10).all(

@@ -1,4 +1,4 @@
-//! A guest is moved many times, and has to be right each time.
+//! Migrates a guest many times and verifies it each time.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -14,83 +14,82 @@ use crate::error::{BenchError, Result, wrong};
 use crate::logs::{backend_complaints, guest_complaints};
 use crate::threads;
 
-/// What is where in a guest of the least memory, in MiB: a file that stays, what a process writes,
-/// checks and frees all the time, and what the balloon takes at most. More memory is free.
+/// Memory use of a guest with the minimum memory, in MiB: a file that is kept, the memory that a
+/// process writes, verifies and frees all the time, and the maximum balloon. The rest is free.
 pub const MEMORY_MIB: u64 = 192;
 pub(super) const KEPT_MIB: u64 = 24;
 const CHURN_MIB: u64 = 8;
 const BALLOON_MIB: u64 = 48;
 
-/// What a busy guest writes over and over: more than a limit of 300 ms and 12 MiB in a second
-/// leave to be written.
+/// Memory that a busy guest rewrites all the time: more than the dirty limit of 300 ms at 12 MiB/s.
 const BUSY_MIB: u64 = 6;
 
-/// What stays free when everything is filled.
+/// Memory left free when all is filled.
 const RESERVE_MIB: u64 = 24;
 
-/// Moves between two times at which everything is filled.
+/// Migrations between two fills of all memory.
 const FILL_EVERY: usize = 10;
 
-/// What a guest says when it has booted.
+/// Line of a guest that has booted.
 const BOOTED: &str = "@lab 0 ok ready";
 
 const MIB: u64 = 1 << 20;
 
-/// Moves a guest there and back, with what differs from move to move as of these numbers; `told`
-/// hears of each. Every tenth time all of the guest's memory is filled.
+/// Migrates a guest there and back, with the options of these numbers. Calls `progress` with each
+/// migration. Fills all guest memory after every tenth.
 pub fn endure(
     run_config: &RunConfig,
     case: Case,
     moves: Range<usize>,
-    told: &mut dyn FnMut(&str),
+    progress: &mut dyn FnMut(&str),
 ) -> CaseReport {
     let began = Instant::now();
     let mut report = CaseReport::new(case.name);
-    if let Err(error) = walk(run_config, case, moves, &mut report, told) {
+    if let Err(error) = migrate_repeatedly(run_config, case, moves, &mut report, progress) {
         report.failure = Some(error.to_string());
     }
     report.took_s = began.elapsed().as_secs_f64();
     report
 }
 
-fn walk(
+fn migrate_repeatedly(
     run_config: &RunConfig,
     case: Case,
     moves: Range<usize>,
     report: &mut CaseReport,
-    told: &mut dyn FnMut(&str),
+    progress: &mut dyn FnMut(&str),
 ) -> Result<()> {
     let mut migrating_guest = MigratingGuest::boot(run_config, case, MEMORY_MIB)?;
     migrating_guest.run(&format!("fill kept {KEPT_MIB} 1"))?;
-    let mut walk = SoakRun { case, migrating_guest, target_mib: 0, report };
-    walk.begin(0)?;
+    let mut run = SoakRun { case, migrating_guest, target_mib: 0, report };
+    run.begin(0)?;
     for number in moves {
         let turn = case.turn(number);
-        let moved = walk.go(&turn);
-        let status = moved.map_err(|error| {
-            let guest = &walk.migrating_guest.guest;
+        let migrated = run.go(&turn);
+        let status = migrated.map_err(|error| {
+            let guest = &run.migrating_guest.guest;
             let (threads, log) = (threads::of(guest.pid()), guest.console_log());
-            wrong(format!("move {number}, {turn:?}: {error}\n{threads}{log}"))
+            wrong(format!("migration {number}, {turn:?}: {error}\n{threads}{log}"))
         })?;
-        told(&line(number, &turn, &status));
+        progress(&line(number, &turn, &status));
         if number % FILL_EVERY == FILL_EVERY - 1 {
-            walk.fills_everything(number as u64)?;
+            run.fill_everything(number as u64)?;
         }
     }
-    walk.end()
+    run.end()
 }
 
-/// A guest on its way.
+/// State of the run.
 struct SoakRun<'a, 'b> {
     case: Case,
     migrating_guest: MigratingGuest<'a>,
-    /// What the balloon was told to hold.
+    /// Balloon target.
     target_mib: u64,
     report: &'b mut CaseReport,
 }
 
 impl SoakRun<'_, '_> {
-    /// What runs beside everything else.
+    /// Starts the background load.
     fn begin(&mut self, seed: u64) -> Result<()> {
         self.migrating_guest.run(&format!("churn {CHURN_MIB} {}", seed + 1))?;
         if self.case.busy {
@@ -122,21 +121,21 @@ impl SoakRun<'_, '_> {
         }
     }
 
-    /// One move.
+    /// Migrates once.
     fn go(&mut self, turn: &Turn) -> Result<MigrationStatus> {
         if let Target::Before(percent) = turn.target {
             self.set(percent)?;
             self.resolves()?;
         }
         let receiver = self.migrating_guest.receiver(&turn.receiver)?;
-        let mut departure = self.migrating_guest.depart(&receiver.address, &turn.sender)?;
+        let mut migrate = self.migrating_guest.start_migrate(&receiver.address, &turn.sender)?;
         let mut wanted = match turn.target {
             Target::Meanwhile(percent) => Some(percent),
             _ => None,
         };
         let target_mib = &mut self.target_mib;
-        let mut talk = self.migrating_guest.converse(&mut departure, |migrating_guest| {
-            // Refused where the guest has left just now, or is about to; it is asked there then.
+        let mut commands = self.migrating_guest.run_commands(&mut migrate, |migrating_guest| {
+            // Fails if the guest is about to leave or has left. It is then set at the destination.
             if let Some(percent) = wanted
                 && let Ok(client) = migrating_guest.client()
                 && client.set_balloon(mib_of(percent) * MIB, Duration::ZERO).is_ok()
@@ -146,22 +145,23 @@ impl SoakRun<'_, '_> {
             }
             Ok(())
         })?;
-        let said = departure.end()?;
-        let status = said.moved()?;
+        let said = migrate.end()?;
+        let status = said.migrated()?;
         let log = self.migrating_guest.guest.console_log();
-        self.report.unheard += u64::from(self.migrating_guest.arrive(receiver, &mut talk)?);
-        self.report.answered += talk.answered;
-        self.note_complaints(&log);
+        self.report.unheard +=
+            u64::from(self.migrating_guest.finish_migration(receiver, &mut commands)?);
+        self.report.answered += commands.answered;
+        self.add_complaints(&log);
         self.report.add(&status);
         if let Some(percent) = wanted {
             self.set(percent)?;
         }
-        self.is_whole()?;
+        self.verify_all()?;
         Ok(status)
     }
 
-    /// The guest came with all that it had.
-    fn is_whole(&mut self) -> Result<()> {
+    /// Verifies the guest after the migration.
+    fn verify_all(&mut self) -> Result<()> {
         let status = self.migrating_guest.client()?.status()?;
         let target_mib = status.balloon.target_bytes / MIB;
         if target_mib != self.target_mib {
@@ -210,8 +210,8 @@ impl SoakRun<'_, '_> {
         }
     }
 
-    /// All that is free, and all that was in the balloon, is as good as any memory.
-    fn fills_everything(&mut self, seed: u64) -> Result<()> {
+    /// Fills and verifies all free and all ballooned memory.
+    fn fill_everything(&mut self, seed: u64) -> Result<()> {
         self.calm()?;
         if self.case.driver.is_some() {
             self.set(0)?;
@@ -228,7 +228,7 @@ impl SoakRun<'_, '_> {
         self.begin(seed)
     }
 
-    fn note_complaints(&mut self, log: &str) {
+    fn add_complaints(&mut self, log: &str) {
         self.report.complaints.extend(complaints(log));
         self.report.complaints.extend(backend_complaints(log));
     }
@@ -236,14 +236,13 @@ impl SoakRun<'_, '_> {
     fn end(mut self) -> Result<()> {
         self.calm()?;
         let log = self.migrating_guest.guest.console_log();
-        self.note_complaints(&log);
+        self.add_complaints(&log);
         let ended = self.migrating_guest.guest.power_off()?;
-        if ended.success() { Ok(()) } else { Err(wrong(format!("the monitor: {ended}"))) }
+        if ended.success() { Ok(()) } else { Err(wrong(format!("the VMM: {ended}"))) }
     }
 }
 
-/// Of a guest. What its kernel says while it boots is of the machine: an emulated one has its
-/// oddities.
+/// Error lines of a guest. Its boot is excluded, which logs oddities of the emulated machine.
 pub(super) fn complaints(log: &str) -> Vec<String> {
     guest_complaints(log.find(BOOTED).and_then(|at| log.get(at..)).unwrap_or(log))
 }
@@ -255,7 +254,7 @@ const fn mib_of(percent: u64) -> u64 {
 fn line(number: usize, turn: &Turn, status: &MigrationStatus) -> String {
     let summary = status.summary.clone().unwrap_or_default();
     format!(
-        "move {number} {} {} {:?}: {:.0} ms, stood {:.0} ms, {} rounds, {} MiB sent, throttle {} %",
+        "migration {number} {} {} {:?}: {:.0} ms, downtime {:.0} ms, {} rounds, {} MiB sent, throttle {} %",
         turn.receiver.join(" "),
         turn.sender.join(" "),
         turn.target,

@@ -1,4 +1,4 @@
-//! A guest that goes from one process to another, with the conversation on its serial line.
+//! A guest that migrates between processes, with its serial console.
 
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -13,73 +13,73 @@ use super::run_config::RunConfig;
 use crate::error::{BenchError, Result, host, wrong};
 use crate::kvm_host::address_of;
 
-/// For one command of a guest in an emulated KVM, on a machine with other work.
+/// Timeout of a guest command on an emulated KVM on a busy machine.
 pub(super) const LIMIT: Duration = Duration::from_secs(120);
 
-/// Between two looks at what nobody announces.
+/// Between two polls.
 pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// For an answer, between two looks at whether the guest has left.
+/// Timeout of one wait for an answer, between two polls of the migration.
 const SLICE: Duration = Duration::from_millis(500);
 
-/// Between two questions: an emulated KVM has one processor for everything.
+/// Between two commands: an emulated KVM has one CPU for everything.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// What is asked while a guest is on its way: a little work, much text, and memory that is read.
-const QUESTIONS: [&str; 3] = ["free-mib", "cat /proc/meminfo", "verify asked 1 77"];
+/// Commands during a migration: a little work, much text, and a read of memory.
+const COMMANDS: [&str; 3] = ["free-mib", "cat /proc/meminfo", "verify asked 1 77"];
 
-/// A guest, and the process that has it.
+/// A guest and its current process.
 pub struct MigratingGuest<'a> {
     run_config: &'a RunConfig,
     case: Case,
     directory: Scratch,
-    /// Its monitor's process and its serial line.
+    /// Its VMM process and serial line.
     pub guest: Guest,
     /// Its control socket.
     pub control: PathBuf,
     processes: u32,
 }
 
-/// A process that waits for a guest.
+/// A destination.
 pub struct Receiver {
     /// The process.
     pub guest: Guest,
     /// Its control socket.
     pub control: PathBuf,
-    /// Where it waits.
+    /// Its address.
     pub address: String,
 }
 
-/// An `aerostat migrate` under way.
-pub struct Departure {
+/// A running `aerostat migrate`.
+pub struct MigrateCommand {
     child: Option<Child>,
 }
 
-/// How an `aerostat migrate` ended, and what it said.
+/// Result of an `aerostat` command.
 #[derive(Debug)]
-pub struct Said {
+pub struct CommandOutput {
     /// Its exit code.
     pub code: Option<i32>,
-    /// What it printed.
+    /// Standard output.
     pub out: String,
-    /// What it complained of.
+    /// Standard error.
     pub err: String,
 }
 
-/// What was said on the serial line while a guest was on its way.
+/// Commands on the serial line during a migration.
 #[derive(Debug, Default)]
-pub struct Conversation {
-    /// Answers.
+pub struct ConsoleCommands {
+    /// Number of answers.
     pub answered: u64,
-    /// What was asked last, and not answered before the guest left.
-    pub open: Option<(u64, String)>,
+    /// Last command, if not answered before the guest left.
+    pub pending: Option<(u64, String)>,
 }
 
 impl<'a> MigratingGuest<'a> {
     /// Boots a guest and loads its driver.
     ///
     /// # Errors
-    /// Why it did not come up.
+    /// The guest does not boot.
     pub fn boot(run_config: &'a RunConfig, case: Case, memory_mib: u64) -> Result<Self> {
         let directory = Scratch::new("moves")?;
         let control = directory.path().join("0");
@@ -93,10 +93,10 @@ impl<'a> MigratingGuest<'a> {
         Ok(migrating_guest)
     }
 
-    /// Starts a process that waits for this guest.
+    /// Starts a destination for this guest.
     ///
     /// # Errors
-    /// It does not begin to listen.
+    /// It does not listen in time.
     pub fn receiver(&mut self, arguments: &[&str]) -> Result<Receiver> {
         let control = self.directory.path().join(self.processes.to_string());
         self.processes += 1;
@@ -110,11 +110,11 @@ impl<'a> MigratingGuest<'a> {
         Ok(Receiver { guest, control, address })
     }
 
-    /// Has the guest leave.
+    /// Starts an `aerostat migrate`.
     ///
     /// # Errors
     /// The program cannot be started.
-    pub fn depart(&self, to: &str, arguments: &[&str]) -> Result<Departure> {
+    pub fn start_migrate(&self, to: &str, arguments: &[&str]) -> Result<MigrateCommand> {
         let child = Command::new(&self.run_config.program)
             .arg("migrate")
             .arg(&self.control)
@@ -124,54 +124,54 @@ impl<'a> MigratingGuest<'a> {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn();
-        Ok(Departure { child: Some(child.map_err(host("starting a program"))?) })
+        Ok(MigrateCommand { child: Some(child.map_err(host("starting a program"))?) })
     }
 
-    /// Asks and listens until the migration is over; `each` is called before each question.
+    /// Sends commands until the migration ends. Calls `each` before each one.
     ///
     /// # Errors
-    /// The guest says something wrong.
-    pub fn converse(
+    /// An answer is wrong.
+    pub fn run_commands(
         &mut self,
-        departure: &mut Departure,
+        migrate: &mut MigrateCommand,
         mut each: impl FnMut(&mut Self) -> Result<()>,
-    ) -> Result<Conversation> {
-        let mut talk = Conversation::default();
-        for question in QUESTIONS.iter().cycle() {
-            if departure.is_over()? {
+    ) -> Result<ConsoleCommands> {
+        let mut commands = ConsoleCommands::default();
+        for command in COMMANDS.iter().cycle() {
+            if migrate.is_over()? {
                 break;
             }
             each(self)?;
-            let number = match self.guest.ask(question) {
+            let number = match self.guest.send(command) {
                 Ok(number) => number,
                 Err(LabError::Ended { .. }) => break,
                 Err(error) => return Err(error.into()),
             };
-            talk.open = Some((number, (*question).to_owned()));
-            match self.listen(number, question, departure)? {
-                Some(reply) => check(question, &reply)?,
-                None => return Ok(talk),
+            commands.pending = Some((number, (*command).to_owned()));
+            match self.wait_for_answer(number, command, migrate)? {
+                Some(reply) => check(command, &reply)?,
+                None => return Ok(commands),
             }
-            (talk.answered, talk.open) = (talk.answered + 1, None);
+            (commands.answered, commands.pending) = (commands.answered + 1, None);
             std::thread::sleep(PAUSE);
         }
-        Ok(talk)
+        Ok(commands)
     }
 
-    /// `None` where the guest has left before it answered, or has stopped.
-    fn listen(
+    /// `None` if the guest has left before it answered, or is paused.
+    fn wait_for_answer(
         &mut self,
         number: u64,
-        question: &str,
-        departure: &mut Departure,
+        command: &str,
+        migrate: &mut MigrateCommand,
     ) -> Result<Option<Reply>> {
         let end = Instant::now() + LIMIT;
         loop {
-            let over = departure.is_over()?;
-            match self.guest.answer(number, question, SLICE) {
+            let over = migrate.is_over()?;
+            match self.guest.answer(number, command, SLICE) {
                 Ok(reply) => return Ok(Some(reply)),
                 Err(LabError::Ended { .. }) => return Ok(None),
-                // It stands still, by its operator's word or because nobody knows where it is.
+                // The guest is paused, by its operator or because it is in doubt.
                 Err(LabError::Timeout { .. }) if over => return Ok(None),
                 Err(LabError::Timeout { .. }) if Instant::now() < end => {}
                 Err(error) => return Err(error.into()),
@@ -179,53 +179,57 @@ impl<'a> MigratingGuest<'a> {
         }
     }
 
-    /// The guest is at `receiver`'s now. Hears the answers that it still owes; true where a question
-    /// was typed when nobody was there to hear it.
+    /// Moves this to the destination's process, and waits for the pending answer. Returns whether a
+    /// command was lost.
     ///
     /// # Errors
-    /// The process that it left does not end well, or the guest does not answer.
-    pub fn arrive(&mut self, receiver: Receiver, talk: &mut Conversation) -> Result<bool> {
+    /// The source process fails, or the guest does not answer.
+    pub fn finish_migration(
+        &mut self,
+        receiver: Receiver,
+        commands: &mut ConsoleCommands,
+    ) -> Result<bool> {
         let ended = self.guest.wait()?;
         if !ended.success() {
             return Err(wrong(format!("the source: {ended}\n{}", self.guest.console_log())));
         }
-        self.take(receiver);
-        self.catch_up(talk)
+        self.switch_to(receiver);
+        self.wait_for_pending(commands)
     }
 
-    /// The guest is there now, whatever became of the process that had it.
-    pub fn take(&mut self, receiver: Receiver) {
+    /// Moves this to the destination's process. Ignores how the source ended.
+    pub fn switch_to(&mut self, receiver: Receiver) {
         let mut left = std::mem::replace(&mut self.guest, receiver.guest);
         self.guest.continue_from(&mut left);
         self.control = receiver.control;
     }
 
-    /// Hears the answer to what is open, if the question was heard.
+    /// Waits for the pending answer. Returns whether its command was lost.
     ///
     /// # Errors
     /// The guest does not answer.
-    pub fn catch_up(&mut self, talk: &mut Conversation) -> Result<bool> {
-        let Some((number, question)) = talk.open.take() else { return Ok(false) };
+    pub fn wait_for_pending(&mut self, commands: &mut ConsoleCommands) -> Result<bool> {
+        let Some((number, command)) = commands.pending.take() else { return Ok(false) };
         let probe = "free-mib";
-        let later = self.guest.ask(probe)?;
-        let unheard = match self.guest.answer(number, &question, LIMIT) {
+        let later = self.guest.send(probe)?;
+        let lost = match self.guest.answer(number, &command, LIMIT) {
             Ok(reply) => {
-                check(&question, &reply)?;
-                talk.answered += 1;
+                check(&command, &reply)?;
+                commands.answered += 1;
                 false
             }
-            // Half of it was heard, or none.
-            Err(LabError::NotHeard { .. } | LabError::Refused { .. }) => true,
+            // Half of it was received, or nothing.
+            Err(LabError::CommandLost { .. } | LabError::Refused { .. }) => true,
             Err(error) => return Err(error.into()),
         };
         self.guest.answer(later, probe, LIMIT)?;
-        Ok(unheard)
+        Ok(lost)
     }
 
     /// Runs a command in the guest.
     ///
     /// # Errors
-    /// Its refusal, its silence, or its end.
+    /// The command fails, times out, or the guest ends.
     pub fn run(&mut self, command: &str) -> Result<Reply> {
         Ok(self.guest.run_within(command, LIMIT)?)
     }
@@ -233,14 +237,14 @@ impl<'a> MigratingGuest<'a> {
     /// Runs a command whose answer is a number.
     ///
     /// # Errors
-    /// As [`run`](Self::run), or it is none.
+    /// As [`run`](Self::run), or the answer is no number.
     pub fn number(&mut self, command: &str) -> Result<u64> {
         let answer = self.run(command)?.text;
         let number = answer.parse();
         number.map_err(|_| BenchError::GuestAnswer { command: command.to_owned(), answer })
     }
 
-    /// Checks each page of a file.
+    /// Verifies each page of a file.
     ///
     /// # Errors
     /// [`BenchError::WrongPages`], and as [`run`](Self::run).
@@ -254,43 +258,43 @@ impl<'a> MigratingGuest<'a> {
         Err(BenchError::WrongPages { name, file, pages, named: reply.lines })
     }
 
-    /// The control API of the process that has it.
+    /// Connects to the control API of its process.
     ///
     /// # Errors
-    /// The process is not there.
+    /// The process has ended.
     pub fn client(&self) -> Result<Client> {
         Ok(Client::connect(&self.control)?)
     }
 
-    /// Resolves a doubt by the command line: `aerostat resolve`.
+    /// Runs `aerostat resolve`.
     ///
     /// # Errors
     /// The program cannot be started.
-    pub fn resolve(&self, control: &std::path::Path, arguments: &[&str]) -> Result<Said> {
+    pub fn resolve(&self, control: &std::path::Path, arguments: &[&str]) -> Result<CommandOutput> {
         let output = Command::new(&self.run_config.program)
             .arg("resolve")
             .arg(control)
             .args(arguments)
             .output()
             .map_err(host("starting a program"))?;
-        Ok(Said::of(&output))
+        Ok(CommandOutput::of(&output))
     }
 }
 
 impl Receiver {
-    /// Where its migration stands; `None` where the process is dead.
+    /// State of its migration, `None` if the process is dead.
     pub fn state(&self) -> Option<MigrationState> {
         state(&self.control)
     }
 }
 
-/// Where a process's migration stands; `None` where the process is dead.
+/// State of a process's migration, `None` if the process is dead.
 pub(super) fn state(control: &std::path::Path) -> Option<MigrationState> {
     Some(Client::connect(control).ok()?.migration().ok()?.state)
 }
 
-impl Departure {
-    /// True where it has ended.
+impl MigrateCommand {
+    /// Whether it has ended.
     fn is_over(&mut self) -> Result<bool> {
         let Some(child) = &mut self.child else { return Ok(true) };
         Ok(child.try_wait().map_err(host("waiting for a program"))?.is_some())
@@ -300,44 +304,44 @@ impl Departure {
     ///
     /// # Errors
     /// It cannot be waited for.
-    pub fn end(mut self) -> Result<Said> {
+    pub fn end(mut self) -> Result<CommandOutput> {
         let child = self.child.take().ok_or_else(|| wrong("it has ended already".into()))?;
         let output = child.wait_with_output().map_err(host("waiting for a program"))?;
-        Ok(Said::of(&output))
+        Ok(CommandOutput::of(&output))
     }
 }
 
-impl Drop for Departure {
+impl Drop for MigrateCommand {
     fn drop(&mut self) {
         if let Some(mut child) = self.child.take() {
-            // One that has ended cannot be killed.
+            // An ended process cannot be killed.
             let _ = child.kill();
             let _ = child.wait();
         }
     }
 }
 
-impl Said {
+impl CommandOutput {
     fn of(output: &std::process::Output) -> Self {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         Self { code: output.status.code(), out: text(&output.stdout), err: text(&output.stderr) }
     }
 
-    /// What is said of a guest that moved.
+    /// Status of a successful migration.
     ///
     /// # Errors
-    /// It did not.
-    pub fn moved(&self) -> Result<MigrationStatus> {
+    /// The migration failed.
+    pub fn migrated(&self) -> Result<MigrationStatus> {
         let status = serde_json::from_str(&self.out).ok();
         let moved = status.filter(|status: &MigrationStatus| {
             self.code == Some(0) && status.state == MigrationState::Moved
         });
-        moved.ok_or_else(|| wrong(format!("not moved: {self:?}")))
+        moved.ok_or_else(|| wrong(format!("not migrated: {self:?}")))
     }
 }
 
-fn check(question: &str, reply: &Reply) -> Result<()> {
-    let right = match question {
+fn check(command: &str, reply: &Reply) -> Result<()> {
+    let right = match command {
         "free-mib" => reply.text.parse::<u64>().is_ok(),
         "cat /proc/meminfo" => {
             let has = |name: &str| reply.lines.iter().any(|line| line.starts_with(name));
@@ -349,5 +353,5 @@ fn check(question: &str, reply: &Reply) -> Result<()> {
         return Ok(());
     }
     let answer = format!("{reply:?}");
-    Err(BenchError::GuestAnswer { command: question.to_owned(), answer })
+    Err(BenchError::GuestAnswer { command: command.to_owned(), answer })
 }

@@ -1,7 +1,7 @@
-//! A network between two sides of a migration that fails in one moment of it.
+//! A proxy between the two sides of a migration that injects one fault.
 //!
-//! It knows frames (docs/migration.md, "Bytes") and passes them on, one by one, until the one that
-//! was chosen comes by. What is connected later is left alone, so that a doubt can be resolved.
+//! It parses frames (docs/migration.md, "Bytes") and passes them on, up to the chosen one. It does
+//! not touch later connections, so that an in-doubt migration can be resolved.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -14,13 +14,13 @@ use migration::raw::{Speaker, content_sum};
 
 use crate::error::{Result, host};
 
-/// A frame's head, and where its kind and the lengths of body and payload are.
+/// Bytes of a frame header, and offsets of its kind and the lengths of body and payload.
 const HEAD_BYTES: usize = 24;
 const KIND: usize = 8;
 const BODY: usize = 12;
 const PAYLOAD: usize = 16;
 
-/// Where a hello's body has the number of its connection and the migration's id.
+/// Offsets of connection index and migration id in the body of a hello.
 const HELLO_INDEX: usize = 13;
 const HELLO_ID: usize = 16;
 
@@ -30,55 +30,55 @@ const ROUND_START: u16 = 5;
 const STATE: u16 = 10;
 const HELLO: u16 = 1;
 
-/// Between two looks of a connection that stalls.
+/// Between two polls of a stalled connection.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Which side a frame comes from, or which one is to be killed.
+/// Sender of a frame, or the side whose process is killed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
-    /// Where the guest is at first.
+    /// The source.
     Source,
-    /// Where it goes.
+    /// The destination.
     Destination,
 }
 
-/// The moment at which something fails: when the first such frame comes by, or one of the next.
+/// The stage of a fault: the first such frame, or a later one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Moment {
-    /// The source greets.
+pub enum Stage {
+    /// The source's hello.
     Hello,
-    /// The destination greets.
+    /// The destination's hello.
     Welcome,
     /// The source describes the guest.
     Describe,
-    /// The destination has made it.
+    /// The destination has allocated it.
     Ready,
     /// The first round begins.
     FirstRound,
-    /// Pages of the first round go.
+    /// Pages of the first round.
     FirstPages,
-    /// The first round is over.
+    /// The first round ends.
     RoundDone,
-    /// Pages of a later round go.
+    /// Pages of a later round.
     LaterPages,
-    /// The guest stands; the last round begins.
+    /// The guest is paused; the last round begins.
     LastRound,
-    /// Pages of the last round go.
+    /// Pages of the last round.
     LastPages,
-    /// State goes.
+    /// Part of the state.
     State,
-    /// All of the state went.
+    /// End of the state.
     StateEnd,
-    /// The destination could run the guest.
+    /// The destination is prepared to run the guest.
     Prepared,
-    /// The source gives it away.
-    HandOver,
-    /// The destination runs it.
+    /// The source commits.
+    Commit,
+    /// The destination runs the guest.
     Running,
 }
 
-impl Moment {
-    /// All of them, in their order.
+impl Stage {
+    /// All stages in order.
     pub const ALL: [Self; 15] = [
         Self::Hello,
         Self::Welcome,
@@ -93,21 +93,21 @@ impl Moment {
         Self::State,
         Self::StateEnd,
         Self::Prepared,
-        Self::HandOver,
+        Self::Commit,
         Self::Running,
     ];
 
-    /// One of many frames that go in this direction: what follows it is known to come.
-    pub(super) const fn is_of_many(self) -> bool {
+    /// Whether more frames of this kind follow.
+    pub(super) const fn is_repeated(self) -> bool {
         matches!(self, Self::FirstPages | Self::LaterPages | Self::LastPages | Self::State)
     }
 
-    /// The destination may have the guest, and not know whether it runs at the source.
-    pub const fn is_in_the_change(self) -> bool {
-        matches!(self, Self::Prepared | Self::HandOver | Self::Running)
+    /// Whether the destination may have the guest without knowing whether the source runs it.
+    pub const fn is_in_doubt(self) -> bool {
+        matches!(self, Self::Prepared | Self::Commit | Self::Running)
     }
 
-    /// Who says it.
+    /// Sender of the frame.
     pub const fn side(self) -> Side {
         match self {
             Self::Welcome | Self::Ready | Self::RoundDone | Self::Prepared | Self::Running => {
@@ -134,30 +134,30 @@ impl Moment {
             Self::State => frame.kind == STATE,
             Self::StateEnd => frame.kind == 11,
             Self::Prepared => frame.kind == 12,
-            Self::HandOver => frame.kind == 13,
+            Self::Commit => frame.kind == 13,
             Self::Running => frame.kind == 14,
         }
     }
 }
 
-/// What happens then.
+/// The fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Harm {
-    /// Every connection breaks before the frame.
+pub enum FaultKind {
+    /// All connections break before the frame.
     Cut,
-    /// Every connection breaks behind it.
+    /// All connections break after it.
     CutBehind,
-    /// Every connection breaks in the middle of it.
+    /// All connections break in the middle of it.
     CutWithin,
-    /// Nothing goes any more, in either direction, and nobody says so.
+    /// Nothing arrives any more in either direction, without an error.
     Stall,
-    /// A bit of it changes.
+    /// A bit of it is flipped.
     Corrupt,
-    /// It comes behind the next one of its connection.
+    /// It arrives after the next one of its connection.
     Reorder,
-    /// It comes twice.
+    /// It arrives twice.
     Repeat,
-    /// Whoever says it is hostile: parts of it change, and its check sums are right.
+    /// The sender is hostile: parts of it change, with correct checksums.
     Forge,
     /// The source's process is killed.
     KillSource,
@@ -165,8 +165,8 @@ pub enum Harm {
     KillDestination,
 }
 
-impl Harm {
-    /// All of them.
+impl FaultKind {
+    /// All faults.
     pub const ALL: [Self; 10] = [
         Self::Cut,
         Self::CutBehind,
@@ -180,20 +180,20 @@ impl Harm {
         Self::KillDestination,
     ];
 
-    /// Whether it makes a difference in this moment, and one that shows: pages that are forged well
-    /// are pages of another guest, and whom a destination lets in may send those.
-    pub const fn fits(self, moment: Moment) -> bool {
+    /// Whether it has a visible effect at this stage. Forged pages are only pages of another guest,
+    /// which an authenticated source may send.
+    pub const fn fits(self, stage: Stage) -> bool {
         match self {
-            Self::Reorder | Self::Repeat => moment.is_of_many(),
+            Self::Reorder | Self::Repeat => stage.is_repeated(),
             Self::Forge => {
-                let says_nothing = matches!(moment, Moment::Hello | Moment::HandOver);
-                !says_nothing && (!moment.is_of_many() || matches!(moment, Moment::State))
+                let has_no_content = matches!(stage, Stage::Hello | Stage::Commit);
+                !has_no_content && (!stage.is_repeated() || matches!(stage, Stage::State))
             }
             _ => true,
         }
     }
 
-    /// Which side's process it ends.
+    /// Side whose process it kills.
     pub const fn kills(self) -> Option<Side> {
         match self {
             Self::KillSource => Some(Side::Source),
@@ -203,25 +203,25 @@ impl Harm {
     }
 }
 
-/// What is to fail.
+/// A fault to inject.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {
-    /// When.
-    pub moment: Moment,
-    /// So many such frames later.
+    /// Stage.
+    pub stage: Stage,
+    /// Number of such frames to skip.
     pub later: u32,
-    /// What.
-    pub harm: Harm,
-    /// Chooses what changes.
+    /// Kind.
+    pub kind: FaultKind,
+    /// Seed of the changes.
     pub seed: u64,
 }
 
-/// Ends a process.
+/// Kills the process of a side.
 pub type Kill = Box<dyn Fn(Side) + Send + Sync>;
 
-/// The network. It goes with this.
+/// The proxy. Dropping it closes its connections.
 pub struct Proxy {
-    /// Where the source is to connect to.
+    /// Address for the source.
     pub address: String,
     shared: Arc<Shared>,
 }
@@ -232,16 +232,16 @@ struct Shared {
     fired: AtomicBool,
     over: AtomicBool,
     last_round: AtomicU32,
-    /// All ends of what was connected before the fault.
+    /// All sockets connected before the fault.
     ends: Mutex<Vec<TcpStream>>,
     kill: Kill,
 }
 
 impl Proxy {
-    /// Passes connections on to `to`; without a `fault` all of them, whole.
+    /// Passes connections on to `to`, unchanged without a `fault`.
     ///
     /// # Errors
-    /// The host has no port left.
+    /// The host has no free port.
     pub fn start(to: &str, fault: Option<Fault>, kill: Kill) -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").map_err(host("listening"))?;
         let address = listener.local_addr().map_err(host("listening"))?.to_string();
@@ -260,7 +260,7 @@ impl Proxy {
                 if served.over.load(Ordering::Relaxed) {
                     break;
                 }
-                // The destination may be dead by then.
+                // The destination may be dead.
                 let Ok(destination) = TcpStream::connect(&to) else { continue };
                 let Ok(pump) = Pump::of(&served, source, destination) else { continue };
                 pump.into_iter().for_each(|pump| drop(std::thread::spawn(move || pump.run())));
@@ -269,7 +269,7 @@ impl Proxy {
         Ok(Self { address, shared })
     }
 
-    /// Whether the moment has come.
+    /// Whether the fault was injected.
     pub fn has_fired(&self) -> bool {
         self.shared.fired.load(Ordering::SeqCst)
     }
@@ -293,11 +293,11 @@ impl Shared {
         self.ends.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The fault, if this is its frame. Once.
-    fn strikes(&self, side: Side, frame: &Frame) -> Option<Fault> {
-        let fault = self.fault.filter(|fault| fault.moment.side() == side)?;
+    /// Returns the fault if this is its frame, once.
+    fn fault_for(&self, side: Side, frame: &Frame) -> Option<Fault> {
+        let fault = self.fault.filter(|fault| fault.stage.side() == side)?;
         if self.fired.load(Ordering::SeqCst)
-            || !fault.moment.is(frame, self.last_round.load(Ordering::SeqCst))
+            || !fault.stage.is(frame, self.last_round.load(Ordering::SeqCst))
         {
             return None;
         }
@@ -314,9 +314,9 @@ struct Pump {
     side: Side,
     from: TcpStream,
     to: TcpStream,
-    /// Connected after the fault.
+    /// Whether it was connected after the fault.
     is_later: bool,
-    speaker: Arc<Mutex<Option<[Speaker; 2]>>>,
+    writer: Arc<Mutex<Option<[Speaker; 2]>>>,
 }
 
 impl Pump {
@@ -330,14 +330,14 @@ impl Pump {
         let back = [source.try_clone()?, destination.try_clone()?];
         shared.ends().extend(copies);
         let [back_to, back_from] = back;
-        let speaker = Arc::new(Mutex::new(None));
+        let writer = Arc::new(Mutex::new(None));
         let pump = |side, from, to| Self {
             shared: Arc::clone(shared),
             side,
             from,
             to,
             is_later,
-            speaker: Arc::clone(&speaker),
+            writer: Arc::clone(&writer),
         };
         Ok([pump(Side::Source, source, destination), pump(Side::Destination, back_from, back_to)])
     }
@@ -350,17 +350,17 @@ impl Pump {
                 self.shared.last_round.store(frame.word(0), Ordering::SeqCst);
             }
             self.forges().then(|| self.seal(&mut frame));
-            let strikes = if self.is_later { None } else { self.shared.strikes(self.side, &frame) };
+            let fault = if self.is_later { None } else { self.shared.fault_for(self.side, &frame) };
             if self.is_stalled() {
                 return self.wait();
             }
-            let passed = match strikes {
+            let passed = match fault {
                 None => self.pass(&frame),
-                Some(fault) if fault.harm == Harm::Reorder => {
+                Some(fault) if fault.kind == FaultKind::Reorder => {
                     held = Some(frame);
                     continue;
                 }
-                Some(fault) => self.harm(fault, frame),
+                Some(fault) => self.inject(fault, frame),
             };
             let then = held.take().map_or(Ok(()), |held| self.pass(&held));
             if passed.and(then).is_err() {
@@ -375,76 +375,76 @@ impl Pump {
         self.to.write_all(&frame.bytes)
     }
 
-    fn harm(&mut self, fault: Fault, mut frame: Frame) -> io::Result<()> {
+    fn inject(&mut self, fault: Fault, mut frame: Frame) -> io::Result<()> {
         let mut random = fastrand::Rng::with_seed(fault.seed);
-        match fault.harm {
-            Harm::Cut => self.shared.close(),
-            Harm::CutBehind => {
+        match fault.kind {
+            FaultKind::Cut => self.shared.close(),
+            FaultKind::CutBehind => {
                 self.pass(&frame)?;
                 self.shared.close();
             }
-            Harm::CutWithin => {
+            FaultKind::CutWithin => {
                 let half = frame.bytes.get(..frame.bytes.len() / 2).unwrap_or_default();
                 self.to.write_all(half)?;
                 self.shared.close();
             }
-            Harm::Stall => self.wait(),
-            Harm::Corrupt => {
+            FaultKind::Stall => self.wait(),
+            FaultKind::Corrupt => {
                 frame.flip(&mut random);
                 self.pass(&frame)?;
             }
-            Harm::Repeat => {
+            FaultKind::Repeat => {
                 self.pass(&frame)?;
                 self.pass(&frame)?;
             }
-            Harm::Forge => {
+            FaultKind::Forge => {
                 frame.forge(&mut random);
-                // It was sealed as it was read, which is where it is in its connection.
-                if let Some(mut speaker) = frame.sealed {
-                    frame.bytes = speaker.frame(frame.kind, frame.body(), frame.payload());
+                // Its checksum is that of its position in the connection.
+                if let Some(mut writer) = frame.sealed {
+                    frame.bytes = writer.frame(frame.kind, frame.body(), frame.payload());
                 }
                 self.pass(&frame)?;
             }
-            Harm::KillSource => (self.shared.kill)(Side::Source),
-            Harm::KillDestination => (self.shared.kill)(Side::Destination),
-            Harm::Reorder => {}
+            FaultKind::KillSource => (self.shared.kill)(Side::Source),
+            FaultKind::KillDestination => (self.shared.kill)(Side::Destination),
+            FaultKind::Reorder => {}
         }
-        match fault.harm {
-            Harm::Corrupt | Harm::Repeat | Harm::Forge => Ok(()),
+        match fault.kind {
+            FaultKind::Corrupt | FaultKind::Repeat | FaultKind::Forge => Ok(()),
             _ => Err(io::ErrorKind::ConnectionAborted.into()),
         }
     }
 
     fn forges(&self) -> bool {
-        self.shared.fault.is_some_and(|fault| fault.harm == Harm::Forge)
+        self.shared.fault.is_some_and(|fault| fault.kind == FaultKind::Forge)
     }
 
-    /// Keeps where a frame is in its connection, with which its check sum can be made again.
+    /// Tracks the position of a frame in its connection, to recompute its checksum.
     fn seal(&self, frame: &mut Frame) {
-        let mut speakers = self.speaker.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut writers = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
         if frame.kind == HELLO && self.side == Side::Source {
             let id = frame.body().get(HELLO_ID..).and_then(<[u8]>::first_chunk);
             let index = frame.body().get(HELLO_INDEX).copied();
             if let (Some(id), Some(index)) = (id, index) {
-                let speaker = |is_source| Speaker::keyed(MigrationId(*id), index, is_source);
-                *speakers = Some([speaker(true), speaker(false)]);
+                let writer = |is_source| Speaker::keyed(MigrationId(*id), index, is_source);
+                *writers = Some([writer(true), writer(false)]);
             }
             return;
         }
         let number = usize::from(self.side == Side::Destination);
-        if let Some(speaker) = speakers.as_mut().and_then(|speakers| speakers.get_mut(number)) {
-            frame.sealed = Some(*speaker);
-            // Counts it.
-            speaker.frame(frame.kind, &[], &[]);
+        if let Some(writer) = writers.as_mut().and_then(|writers| writers.get_mut(number)) {
+            frame.sealed = Some(*writer);
+            // Advances the position.
+            writer.frame(frame.kind, &[], &[]);
         }
     }
 
     fn is_stalled(&self) -> bool {
-        let stalls = self.shared.fault.is_some_and(|fault| fault.harm == Harm::Stall);
+        let stalls = self.shared.fault.is_some_and(|fault| fault.kind == FaultKind::Stall);
         stalls && !self.is_later && self.shared.fired.load(Ordering::SeqCst)
     }
 
-    /// Nothing is heard of either side any more.
+    /// Blocks until the proxy is dropped.
     fn wait(&self) {
         while !self.shared.over.load(Ordering::Relaxed) {
             std::thread::sleep(POLL_INTERVAL);
@@ -452,7 +452,7 @@ impl Pump {
     }
 }
 
-/// A frame as it came.
+/// A frame.
 struct Frame {
     kind: u16,
     bytes: Vec<u8>,
@@ -484,14 +484,14 @@ impl Frame {
         self.bytes.get(HEAD_BYTES + self.body_bytes..).unwrap_or_default()
     }
 
-    /// A number in its body.
+    /// A 32-bit number in its body.
     fn word(&self, at: usize) -> u32 {
         let bytes = self.body().get(at..).and_then(<[u8]>::first_chunk).copied();
         u32::from_le_bytes(bytes.unwrap_or_default())
     }
 
-    /// Changes a bit: of the check sum where there is nothing else, and not of the lengths, which
-    /// would only have more waited for.
+    /// Flips a bit: in the checksum if the frame has no body, and never in the lengths, which would
+    /// only make the receiver wait for more.
     fn flip(&mut self, random: &mut fastrand::Rng) {
         let len = self.bytes.len();
         let at = if len > HEAD_BYTES { random.usize(HEAD_BYTES..len) } else { random.usize(..8) };
@@ -500,12 +500,12 @@ impl Frame {
         }
     }
 
-    /// Changes some of it, as somebody would who looks for trouble: numbers become large or small,
-    /// and most is left as it was. The sum of a state's part is right.
+    /// Changes a few fields like an attacker: numbers become large or small. The checksum of a
+    /// state part is correct.
     fn forge(&mut self, random: &mut fastrand::Rng) {
         let body = HEAD_BYTES..HEAD_BYTES + self.body_bytes;
-        let place = if self.kind == STATE { body.end..self.bytes.len() } else { body };
-        let Some(bytes) = self.bytes.get_mut(place).filter(|bytes| !bytes.is_empty()) else {
+        let range = if self.kind == STATE { body.end..self.bytes.len() } else { body };
+        let Some(bytes) = self.bytes.get_mut(range).filter(|bytes| !bytes.is_empty()) else {
             return;
         };
         for _ in 0..random.usize(1..=3) {
@@ -515,8 +515,8 @@ impl Frame {
         }
         if self.kind == STATE {
             let long = |at: usize| u64::from(self.word(at)) | u64::from(self.word(at + 4)) << 32;
-            let place = [u64::from(self.word(0)), u64::from(self.word(4)), long(8), long(16)];
-            let sum = content_sum(self.payload(), place).to_le_bytes();
+            let fields = [u64::from(self.word(0)), u64::from(self.word(4)), long(8), long(16)];
+            let sum = content_sum(self.payload(), fields).to_le_bytes();
             if let Some(to) = self.bytes.get_mut(HEAD_BYTES + 24..HEAD_BYTES + 32) {
                 to.copy_from_slice(&sum);
             }
@@ -524,7 +524,7 @@ impl Frame {
     }
 }
 
-/// One that is closed already is closed.
+/// Closes a connection. An error means that it is closed already.
 fn close(stream: &TcpStream) {
     let _ = stream.shutdown(Shutdown::Both);
 }
@@ -533,39 +533,39 @@ fn close(stream: &TcpStream) {
 mod tests {
     use super::*;
 
-    /// What a fault makes of three frames that a source says.
-    fn passed(harm: Harm) -> Vec<u8> {
+    /// Bytes that arrive of a source's three frames with a fault.
+    fn passed(kind: FaultKind) -> Vec<u8> {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let to = listener.local_addr().unwrap().to_string();
-        let fault = Fault { moment: Moment::FirstPages, later: 1, harm, seed: 1 };
+        let fault = Fault { stage: Stage::FirstPages, later: 1, kind, seed: 1 };
         let proxy = Proxy::start(&to, Some(fault), Box::new(|_| {})).unwrap();
         let mut source = TcpStream::connect(&proxy.address).unwrap();
         let (mut destination, _) = listener.accept().unwrap();
         source.write_all(&frames()).unwrap();
         source.shutdown(Shutdown::Write).unwrap();
-        let mut heard = Vec::new();
-        // Where it is cut, the other end may be told so.
-        let _ = destination.read_to_end(&mut heard);
+        let mut received = Vec::new();
+        // A cut connection may return an error.
+        let _ = destination.read_to_end(&mut received);
         assert!(proxy.has_fired());
-        heard
+        received
     }
 
     fn frames() -> Vec<u8> {
-        let mut speaker = Speaker::keyed(MigrationId([3; 16]), 0, true);
-        (0..3u8).flat_map(|number| speaker.frame(CHUNK, &[0, 0, 0, 0, number], &[number])).collect()
+        let mut writer = Speaker::keyed(MigrationId([3; 16]), 0, true);
+        (0..3u8).flat_map(|number| writer.frame(CHUNK, &[0, 0, 0, 0, number], &[number])).collect()
     }
 
     #[test]
-    fn one_frame_is_harmed_and_no_other() {
+    fn a_fault_changes_only_its_frame() {
         let whole = frames();
         let (len, one) = (whole.len(), whole.len() / 3);
         let (first, second, third) = (&whole[..one], &whole[one..2 * one], &whole[2 * one..]);
-        assert_eq!(passed(Harm::Cut), first);
-        assert_eq!(passed(Harm::CutBehind), whole[..2 * one]);
-        assert_eq!(passed(Harm::CutWithin), whole[..one + one / 2]);
-        assert_eq!(passed(Harm::Reorder), [first, third, second].concat());
-        assert_eq!(passed(Harm::Repeat), [first, second, second, third].concat());
-        let corrupt = passed(Harm::Corrupt);
+        assert_eq!(passed(FaultKind::Cut), first);
+        assert_eq!(passed(FaultKind::CutBehind), whole[..2 * one]);
+        assert_eq!(passed(FaultKind::CutWithin), whole[..one + one / 2]);
+        assert_eq!(passed(FaultKind::Reorder), [first, third, second].concat());
+        assert_eq!(passed(FaultKind::Repeat), [first, second, second, third].concat());
+        let corrupt = passed(FaultKind::Corrupt);
         let bits = |(a, b): (&u8, &u8)| (a ^ b).count_ones();
         assert_eq!((corrupt.len(), corrupt.iter().zip(&whole).map(bits).sum::<u32>()), (len, 1));
         assert_eq!((&corrupt[..one], &corrupt[2 * one..]), (first, third));

@@ -1,74 +1,74 @@
-//! What came of moving guests.
+//! Report of migrations and faults.
 
 use control::api::MigrationStatus;
 use serde::{Deserialize, Serialize};
 
 use crate::sample::Spread;
 
-/// Complaints that are quoted; the others are counted.
+/// Number of quoted error lines. The others are counted.
 const NAMED: usize = 5;
 
-/// What came of all.
+/// Report of all kinds of guests.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
-    /// Each kind of guest: what came of moving it, and of letting its migrations fail.
+    /// Reports per kind of guest, of migrations and of faults.
     pub cases: Vec<CaseReport>,
-    /// Everything that went wrong, in a line each; empty where nothing did.
+    /// All problems, one line each.
     pub problems: Vec<String>,
 }
 
-/// What came of one kind of guest.
+/// Report of one kind of guest.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct CaseReport {
     /// The kind.
     pub name: String,
-    /// Moves that went well.
+    /// Successful migrations.
     pub moves: u64,
-    /// How long they took.
+    /// Their duration.
     pub total_ms: Spread,
-    /// How long the guest stood still.
+    /// Downtime.
     pub downtime_ms: Spread,
-    /// Contents that were sent, in all moves together.
+    /// Sent page contents, in total.
     pub sent_bytes: u64,
-    /// On the network, in all moves together.
+    /// Bytes on the network, in total.
     pub wire_bytes: u64,
-    /// Most rounds of a move.
+    /// Maximum rounds of a migration.
     pub most_rounds: u64,
-    /// How far the guest was held back at most, in per cent.
+    /// Maximum vCPU throttling, in percent.
     pub most_throttle: u8,
-    /// What the guest was asked while it was on its way, and answered.
+    /// Commands that the guest answered during migrations.
     pub answered: u64,
-    /// What was typed while nobody was there to hear it.
+    /// Commands typed after the guest had left, and lost.
     pub unheard: u64,
-    /// Bytes whose contents were looked at.
+    /// Verified bytes.
     pub verified_bytes: u64,
-    /// Pages that did not hold what the guest had written.
+    /// Pages with wrong contents.
     pub wrong_pages: u64,
-    /// Faults of the network or of a side, by what came of them.
+    /// Injected faults by outcome.
     pub faults: Vec<FaultCount>,
-    /// What they were chosen by.
+    /// Seed of the faults.
     pub seed: Option<u64>,
-    /// Lines of guests and monitors that complain.
+    /// Error lines of guests and VMMs.
     pub complaints: Vec<String>,
-    /// How long it took.
+    /// Total time, in seconds.
     pub took_s: f64,
-    /// What ended it before its time.
+    /// The error that ended it early.
     pub failure: Option<String>,
     #[serde(default, skip)]
     samples: Vec<(f64, f64)>,
 }
 
-/// Faults of a kind that ended in the same way.
+/// Number of faults with the same outcome.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FaultCount {
-    /// What was done, when, and what came of it.
+    /// Stage, fault and outcome.
     pub what: String,
-    /// How often.
+    /// Their number.
     pub count: u64,
 }
 
 impl Report {
-    /// Sums up.
+    /// Sums up the cases.
     pub fn new(cases: Vec<CaseReport>) -> Self {
         let problems = cases.iter().flat_map(CaseReport::problems).collect();
         Self { cases, problems }
@@ -80,7 +80,7 @@ impl CaseReport {
         Self { name: name.to_owned(), ..Self::default() }
     }
 
-    /// One more move that went well.
+    /// Adds a successful migration.
     pub(super) fn add(&mut self, status: &MigrationStatus) {
         let summary = status.summary.clone().unwrap_or_default();
         self.moves += 1;
@@ -93,7 +93,7 @@ impl CaseReport {
         self.most_throttle = self.most_throttle.max(summary.throttle_percent);
     }
 
-    /// One more fault, with what came of it.
+    /// Adds a fault with its outcome.
     pub(super) fn count_fault(&mut self, what: &str) {
         match self.faults.iter_mut().find(|fault| fault.what == what) {
             Some(fault) => fault.count += 1,
@@ -101,7 +101,7 @@ impl CaseReport {
         }
     }
 
-    /// All that went wrong.
+    /// All problems.
     pub fn problems(&self) -> Vec<String> {
         let mut problems: Vec<String> = self.failure.iter().cloned().collect();
         if self.wrong_pages > 0 {
@@ -110,7 +110,7 @@ impl CaseReport {
         if !self.complaints.is_empty() {
             let some: Vec<&str> =
                 self.complaints.iter().take(NAMED).map(|line| line.trim_end()).collect();
-            problems.push(format!("{} complaints: {}", self.complaints.len(), some.join("; ")));
+            problems.push(format!("{} error lines: {}", self.complaints.len(), some.join("; ")));
         }
         problems.iter().map(|problem| format!("{}: {problem}", self.name)).collect()
     }
@@ -121,7 +121,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_thing_that_is_wrong_is_a_problem() {
+    fn every_error_is_a_problem() {
         let good = CaseReport::new("own");
         assert!(good.problems().is_empty());
         let wrongs = [
@@ -130,11 +130,11 @@ mod tests {
             CaseReport { complaints: vec!["BUG".into()], ..good },
         ];
         let problems = Report::new(wrongs.to_vec()).problems;
-        assert_eq!(problems, ["own: ended", "own: 1 wrong pages", "own: 1 complaints: BUG"]);
+        assert_eq!(problems, ["own: ended", "own: 1 wrong pages", "own: 1 error lines: BUG"]);
     }
 
     #[test]
-    fn faults_of_a_kind_are_counted_together() {
+    fn faults_with_the_same_outcome_are_counted_together() {
         let mut report = CaseReport::new("own");
         ["cut", "stalled", "cut"].iter().for_each(|what| report.count_fault(what));
         let counts: Vec<_> = report.faults.iter().map(|fault| fault.count).collect();

@@ -1,4 +1,4 @@
-//! What guests of our monitor are made of, as files, for where a KVM is.
+//! Files of guests of `aerostat run`, for a process on a KVM.
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -12,37 +12,37 @@ use super::migrating_guest::LIMIT;
 use crate::error::{Result, host, wrong};
 use crate::testbed::Driver;
 
-/// What the guests need besides the balloon's driver.
+/// Modules of the guests besides the balloon driver.
 const NEEDED: [&str; 2] = ["virtio_mmio", "pvpanic_mmio"];
 
-/// Name the files to who runs in a machine with a KVM.
+/// Environment variables that name the files in a machine with KVM.
 const KERNEL: &str = "AEROSTAT_MOVES_KERNEL";
 const INITRAMFS: &str = "AEROSTAT_MOVES_INITRAMFS";
 const MODULES: &str = "AEROSTAT_MOVES_MODULES";
 
-/// Words for every guest: warnings are to be seen too.
+/// Kernel argument of every guest: print warnings too.
 const KERNEL_ARGUMENT: &str = "loglevel=5";
 
-/// A kernel with all that its guests load.
+/// A kernel with the modules of its guests.
 #[derive(Clone, Debug)]
 pub struct RunConfig {
     /// The `aerostat` program.
     pub program: PathBuf,
-    /// A vmlinux.
+    /// The kernel, a vmlinux.
     pub kernel: PathBuf,
-    /// The guests' init, with modules.
+    /// Initramfs with init and modules.
     pub initramfs: PathBuf,
-    /// What guests load before the balloon's driver, in this order.
+    /// Modules before the balloon driver, in loading order.
     pub modules: Vec<String>,
     /// A VM snapshot of a guest that has booted; see [`boot_once`](Self::boot_once).
     pub booted: Option<PathBuf>,
 }
 
 impl RunConfig {
-    /// Puts one together in `directory`.
+    /// Makes the files in `directory`.
     ///
     /// # Errors
-    /// What is missing on this machine.
+    /// A dependency is missing.
     pub fn prepare(program: &Path, release: Release, directory: &Path) -> Result<Self> {
         let kernel = debian::kernel(release)?;
         let own = guest_build::balloon_module(&kernel.tree()?)?;
@@ -57,7 +57,7 @@ impl RunConfig {
         Ok(Self { program, kernel, initramfs, modules, booted: None })
     }
 
-    /// For the process that is to use it.
+    /// Environment variables for the process that uses it.
     pub fn variables(&self) -> [(&'static str, OsString); 3] {
         [
             (KERNEL, self.kernel.clone().into()),
@@ -66,7 +66,7 @@ impl RunConfig {
         ]
     }
 
-    /// The one that this process was given, if it was.
+    /// The files named in the environment, if any.
     pub fn given(program: &Path) -> Option<Self> {
         let path = |name: &str| std::env::var_os(name).map(PathBuf::from);
         let modules = std::env::var(MODULES).ok()?;
@@ -79,11 +79,11 @@ impl RunConfig {
         })
     }
 
-    /// Boots a guest and writes it to `file`, from which every guest is restored that needs no other
-    /// kernel arguments: a boot on an emulated KVM takes many times as long.
+    /// Boots a guest and takes a VM snapshot of it in `file`. Every guest without other kernel
+    /// arguments is restored from it: a boot on an emulated KVM takes many times as long.
     ///
     /// # Errors
-    /// The guest does not come up, or cannot be saved.
+    /// The guest does not boot, or the snapshot fails.
     pub fn boot_once(&mut self, memory_mib: u64, file: PathBuf) -> Result<()> {
         let control = file.with_extension("control");
         let mut guest = self.guest(&CASES[0], memory_mib, &control).boot()?;
@@ -101,7 +101,7 @@ impl RunConfig {
         Ok(())
     }
 
-    /// A guest of this case that takes commands, with all modules but the balloon's driver.
+    /// Starts a guest of this case, with all modules except the balloon driver loaded.
     pub(super) fn start(&self, case: &Case, memory_mib: u64, control: &Path) -> Result<Guest> {
         if let (Some(file), true) = (&self.booted, case.words.is_empty()) {
             let mut guest = Guest::restored(&self.program)
@@ -119,9 +119,9 @@ impl RunConfig {
         Ok(guest)
     }
 
-    /// A guest of our monitor.
+    /// Builds a guest of `aerostat run`.
     fn guest(&self, case: &Case, memory_mib: u64, control: &Path) -> GuestBuilder {
-        let builder = Guest::monitor(&self.program, &self.kernel)
+        let builder = Guest::vmm(&self.program, &self.kernel)
             .memory_mib(memory_mib)
             .initramfs(&self.initramfs)
             .machine_arguments(["--name", case.name, "--control"])
@@ -136,7 +136,7 @@ impl RunConfig {
         self.modules.iter().map(String::as_str).chain(driver)
     }
 
-    /// Variables as the lab takes them.
+    /// Borrows environment variables for `lab`.
     pub(super) fn borrowed<'a>(
         variables: &'a [(&'static str, OsString)],
     ) -> Vec<(&'static str, &'a OsStr)> {

@@ -1,5 +1,5 @@
-//! A back end that is there and does not answer: what stands between it and the guest keeps the
-//! guest's notifications to itself. Configuration space and everything else go on.
+//! An unresponsive back end: a proxy between it and the guest withholds the guest's notifications.
+//! Configuration space and other messages pass.
 
 use std::fs;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
@@ -22,36 +22,36 @@ use rustix::net::{
 /// Request, flags and size of a vhost-user message.
 const HEADER_BYTES: usize = 12;
 
-/// The message that brings the file of a queue's notifications, and the part of its number that is
-/// the queue (vhost-user.rst, `VHOST_USER_SET_VRING_KICK`).
+/// The message with a queue's kick file descriptor, and the part of its payload that is the queue
+/// index (vhost-user.rst, `VHOST_USER_SET_VRING_KICK`).
 const SET_VRING_KICK: u32 = 12;
 const QUEUE_MASK: u64 = 0xff;
 
-/// Files that one message of the lab's front end brings at most: one for each memory region.
+/// Maximum file descriptors of a message from the test's front end: one per memory region.
 const MAX_FDS: usize = 8;
 
-/// Between two looks whether there is an end to it.
+/// Between two polls of the state.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// The queues of a balloon of which our driver negotiated all but statistics, hints and reports.
+/// Queue masks with our driver, which negotiates all but statistics, hints and reports.
 pub(crate) const EVERY_QUEUE: u64 = u64::MAX;
 pub(crate) const REQUEST_QUEUE: u64 = 1 << 2;
 
 #[derive(Default)]
 struct State {
-    /// Queues that are kept silent, a bit for each.
-    silent: AtomicU64,
-    over: AtomicBool,
+    /// Bit mask of queues whose notifications are withheld.
+    blocked: AtomicU64,
+    stop: AtomicBool,
 }
 
-/// Stands before a back end until it is dropped.
-pub(crate) struct Silencer {
+/// A proxy in front of a back end, until it is dropped.
+pub(crate) struct NotificationBlocker {
     state: Arc<State>,
 }
 
-impl Silencer {
-    /// Takes the place of the back end that listens at `socket`.
-    pub(crate) fn before(socket: &Path) -> Self {
+impl NotificationBlocker {
+    /// Takes over the socket of the back end.
+    pub(crate) fn in_front_of(socket: &Path) -> Self {
         let behind = socket.with_extension("behind");
         fs::rename(socket, &behind).unwrap();
         let listener = UnixListener::bind(socket).unwrap();
@@ -68,29 +68,29 @@ impl Silencer {
         Self { state }
     }
 
-    /// The back end sees nothing more of these queues.
-    pub(crate) fn silence(&self, queues: u64) {
-        self.state.silent.store(queues, Ordering::Relaxed);
+    /// Withholds notifications of these queues.
+    pub(crate) fn block(&self, queues: u64) {
+        self.state.blocked.store(queues, Ordering::Relaxed);
     }
 
-    /// It sees what has come meanwhile, and all that comes.
-    pub(crate) fn end(&self) {
-        self.silence(0);
+    /// Sends the withheld notifications and passes later ones.
+    pub(crate) fn unblock(&self) {
+        self.block(0);
     }
 }
 
-impl Drop for Silencer {
+impl Drop for NotificationBlocker {
     fn drop(&mut self) {
-        self.end();
-        self.state.over.store(true, Ordering::Relaxed);
+        self.unblock();
+        self.state.stop.store(true, Ordering::Relaxed);
     }
 }
 
-/// Passes messages on until one side has gone; with a state, takes the notifications apart.
+/// Passes messages on until one side disconnects. With a state, intercepts notifications.
 fn pass_on(from: &UnixStream, to: &UnixStream, state: Option<&Arc<State>>) {
     while let Ok((message, mut fds)) = receive(from) {
         if let Some(state) = state {
-            stand_between(&message, &mut fds, state);
+            intercept(&message, &mut fds, state);
         }
         if send(to, &message, &fds).is_err() {
             return;
@@ -98,7 +98,7 @@ fn pass_on(from: &UnixStream, to: &UnixStream, state: Option<&Arc<State>>) {
     }
 }
 
-fn stand_between(message: &[u8], fds: &mut [OwnedFd], state: &Arc<State>) {
+fn intercept(message: &[u8], fds: &mut [OwnedFd], state: &Arc<State>) {
     let request = u32::from_ne_bytes(message[..4].try_into().unwrap());
     let (SET_VRING_KICK, [kick]) = (request, fds) else { return };
     let number = u64::from_ne_bytes(message[HEADER_BYTES..][..8].try_into().unwrap());
@@ -110,11 +110,11 @@ fn stand_between(message: &[u8], fds: &mut [OwnedFd], state: &Arc<State>) {
     thread::spawn(move || relay(&guest, &back_end, queue, &state));
 }
 
-/// Passes a queue's notifications on as long as it is not kept silent.
+/// Passes a queue's notifications on unless they are withheld.
 fn relay(guest: &OwnedFd, back_end: &OwnedFd, queue: u64, state: &State) {
     let wait = Timespec::try_from(POLL_INTERVAL).unwrap();
-    while !state.over.load(Ordering::Relaxed) {
-        if state.silent.load(Ordering::Relaxed) & queue != 0 {
+    while !state.stop.load(Ordering::Relaxed) {
+        if state.blocked.load(Ordering::Relaxed) & queue != 0 {
             thread::sleep(POLL_INTERVAL);
             continue;
         }
@@ -123,8 +123,8 @@ fn relay(guest: &OwnedFd, back_end: &OwnedFd, queue: u64, state: &State) {
             continue;
         }
         let mut count = [0; 8];
-        // It became silent since.
-        if state.silent.load(Ordering::Relaxed) & queue == 0 && read(guest, &mut count).is_ok() {
+        // The queue was blocked meanwhile.
+        if state.blocked.load(Ordering::Relaxed) & queue == 0 && read(guest, &mut count).is_ok() {
             let _ = write(back_end, &1u64.to_ne_bytes());
         }
     }

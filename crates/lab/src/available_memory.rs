@@ -1,12 +1,12 @@
-//! Memory that this machine has for guests. Without a look, a guest too many is ended by the kernel
-//! in the middle of its work, or something else is.
+//! Available memory of this machine. Without this check, the kernel would kill a guest, or another
+//! process, in the middle of its work.
 
 use crate::error::{Context, LabError, Result};
 
-/// Where the kernel says what can be had without taking it from others.
+/// The kernel's estimate of available memory.
 const MEMORY: &str = "/proc/meminfo";
 
-/// Checks that this machine has as much memory available.
+/// Checks that this machine has this much memory available.
 pub(crate) fn check(needed_mib: u64) -> Result<()> {
     let text = std::fs::read_to_string(MEMORY).context(|| format!("read {MEMORY}"))?;
     let available_mib = available_mib(&text).ok_or_else(|| LabError::Unexpected {
@@ -40,7 +40,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_much_is_said_before_it_is_taken() {
+    fn too_little_memory_is_an_error() {
         check(1).unwrap();
         let error = check(1 << 40).unwrap_err().to_string();
         assert!(error.contains("MiB available"), "{error}");

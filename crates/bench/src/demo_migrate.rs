@@ -1,7 +1,7 @@
-//! `demo --migrate`: a guest that moves from one process to another while somebody talks to it.
+//! `demo --migrate`: a guest that migrates from one process to another while it answers commands.
 //!
-//! [`show`] finds a KVM: this machine's own where it boots a guest, else that of a machine which
-//! QEMU emulates. There the program is started once more, and [`carry_out`] does it.
+//! [`show`] selects a KVM: this machine's own if it boots a guest, else that of a machine that QEMU
+//! emulates. It runs the program there again, and [`carry_out`] does the migration.
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -17,72 +17,72 @@ use lab::{Guest, LabError, Scratch, guest_build};
 use crate::error::{BenchError, Result, wrong};
 use crate::kvm_host;
 
-/// Memory of the guest, what a file keeps of it, and what its balloon has.
+/// Memory of the guest, size of a file in it, and its balloon, in MiB.
 const GUEST_MIB: u64 = 512;
 const KEPT_MIB: u64 = 64;
 const BALLOON_MIB: u64 = 128;
 
-/// What the guest allocates, writes and frees all the time.
+/// Memory that the guest allocates, writes and frees all the time.
 const BUSY_MIB: u64 = 8;
 
 /// The pattern of the file.
 const SEED: u64 = 1;
 
-/// What the guest needs, in the order of loading; our driver comes last.
+/// Modules of the guest in loading order, before our driver.
 const NEEDED: [&str; 1] = ["virtio_mmio"];
 
 /// Name of the guest.
 const NAME: &str = "demo";
 
-/// All of it, below an emulated KVM on a busy machine.
+/// Timeout of everything, on an emulated KVM on a busy machine.
 const LIMIT: Duration = Duration::from_secs(300);
 
-/// One answer, or the start of one process.
+/// Timeout of one answer, and of the start of one process.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Questions before the guest leaves, and after it has come.
-const QUESTIONS: usize = 4;
+/// Commands before the guest migrates, and after.
+const COMMANDS: usize = 4;
 
-/// Between two questions, and between two looks how far the migration is.
+/// Between two commands, and between two polls of the migration.
 const PAUSE: Duration = Duration::from_millis(250);
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// What the guest is made of: files that the machine with a KVM has under the same names.
+/// Files of the guest. The machine with KVM has them under the same paths.
 #[derive(Clone, Debug)]
 pub struct Parts {
-    /// A kernel with a PVH entry.
+    /// A kernel with a PVH entry point.
     pub kernel: PathBuf,
-    /// Init and modules.
+    /// Initramfs with init and the modules.
     pub initramfs: PathBuf,
-    /// Modules, in the order of loading.
+    /// Modules in loading order.
     pub modules: Vec<String>,
 }
 
-/// Has this program started where a KVM is, with the words that `command` makes of the parts, and
-/// tells what it prints; first of all whose KVM it is.
+/// Runs this program again on a KVM, with the arguments that `command` returns for the files. Calls
+/// `say` with each line of its output, after a line about the KVM.
 ///
 /// # Errors
-/// There is no such machine, or the program failed there.
+/// There is no KVM, or the program fails.
 pub fn show(command: impl Fn(&Parts) -> Vec<OsString>, say: &mut dyn FnMut(&str)) -> Result<()> {
     let directory = Scratch::new("demo")?;
     let parts = prepare(directory.path())?;
     let words = command(&parts);
     let words: Vec<&OsStr> = words.iter().map(OsString::as_os_str).collect();
     if kvm::hardware() {
-        say("The guest runs in our own monitor, on the KVM of this machine.");
+        say("The guest runs in `aerostat run`, on the KVM of this machine.");
         return ended(kvm_host::start_again(&words, say)?);
     }
-    say("This machine's KVM boots no guest, so QEMU emulates a machine that has one;");
-    say("the guest runs in it, in our own monitor, slower than on hardware.");
+    say("This machine's KVM boots no guest, so QEMU emulates a machine with KVM;");
+    say("the guest runs in it, in `aerostat run`, slower than on hardware.");
     let mut machine = KvmMachine::boot(2 * GUEST_MIB)?;
-    let outcome = machine.run_telling(&kvm_host::this_program()?, &words, &[], LIMIT, say)?;
+    let outcome = machine.run_with_lines(&kvm_host::this_program()?, &words, &[], LIMIT, say)?;
     ended(outcome.code)
 }
 
 fn ended(code: Option<i32>) -> Result<()> {
     match code {
         Some(0) => Ok(()),
-        code => Err(wrong(format!("the guest was not moved ({code:?})"))),
+        code => Err(wrong(format!("the guest was not migrated ({code:?})"))),
     }
 }
 
@@ -96,10 +96,10 @@ fn prepare(directory: &Path) -> Result<Parts> {
     Ok(Parts { kernel: kernel.vmlinux()?, initramfs, modules: names.collect() })
 }
 
-/// Boots the guest, moves it, and tells so line by line.
+/// Boots the guest, migrates it, and prints each step.
 ///
 /// # Errors
-/// It could not be moved, or its memory is not what it was.
+/// The migration fails, or the guest's memory has changed.
 pub fn carry_out(
     program: &Path,
     parts: &Parts,
@@ -107,25 +107,25 @@ pub fn carry_out(
 ) -> Result<MigrationSummary> {
     kvm_host::raise_loopback();
     let directory = Scratch::new("demo")?;
-    let scene = Scene { began: Instant::now(), say, directory };
-    scene.tell("host", &format!("boots a guest of {GUEST_MIB} MiB in the first process"));
-    let mut first = scene.boot(program, parts)?;
-    scene.tell("host", "starts the second process, which waits for the guest");
-    let (mut second, address) = scene.receiver(program)?;
-    for _ in 0..QUESTIONS {
-        scene.ask(&mut first, "first process")?;
+    let demo = Demo { began: Instant::now(), say, directory };
+    demo.print("host", &format!("boots a guest of {GUEST_MIB} MiB in the first process"));
+    let mut first = demo.boot(program, parts)?;
+    demo.print("host", "starts the second process, which waits for the guest");
+    let (mut second, address) = demo.receiver(program)?;
+    for _ in 0..COMMANDS {
+        demo.uptime(&mut first, "first process")?;
         thread::sleep(PAUSE);
     }
-    let (last, summary) = scene.move_to(&mut first, &address)?;
-    // What was asked of the first one last may be answered by the second.
+    let (last, summary) = demo.migrate_to(&mut first, &address)?;
+    // The destination may answer the last command to the source.
     second.continue_from(&mut first);
-    let silence = scene.ask(&mut second, "second process")?.duration_since(last);
-    for _ in 1..QUESTIONS {
+    let pause = demo.uptime(&mut second, "second process")?.duration_since(last);
+    for _ in 1..COMMANDS {
         thread::sleep(PAUSE);
-        scene.ask(&mut second, "second process")?;
+        demo.uptime(&mut second, "second process")?;
     }
     first.wait()?;
-    scene.tell("host", "the first process has ended");
+    demo.print("host", "the first process has ended");
     second.run_within("idle", ANSWER_TIMEOUT)?;
     let verified = second.run_within(&format!("verify kept {KEPT_MIB} {SEED}"), ANSWER_TIMEOUT)?;
     if verified.text != "0" {
@@ -133,23 +133,26 @@ pub fn carry_out(
         let pages = verified.text.parse().unwrap_or(0);
         return Err(BenchError::WrongPages { name, file, pages, named: verified.lines });
     }
-    let kept = format!("all of the {KEPT_MIB} MiB that were written before are as they were");
-    scene.tell("second process", &kept);
+    let kept = format!("all of the {KEPT_MIB} MiB that were written before are unchanged");
+    demo.print("second process", &kept);
     second.power_off()?;
-    let silence = silence.as_millis();
-    scene.tell("host", &format!("{silence} ms from the first one's last answer to the other's"));
+    let pause = pause.as_millis();
+    demo.print(
+        "host",
+        &format!("{pause} ms from the source's last answer to the destination's first"),
+    );
     Ok(summary)
 }
 
-/// What goes on, and when.
-struct Scene<'a> {
+/// State of the demo.
+struct Demo<'a> {
     began: Instant,
     say: &'a (dyn Fn(&str) + Sync),
     directory: Scratch,
 }
 
-impl Scene<'_> {
-    fn tell(&self, who: &str, what: &str) {
+impl Demo<'_> {
+    fn print(&self, who: &str, what: &str) {
         (self.say)(&format!("{:7.2} s  {who:<15} {what}", self.began.elapsed().as_secs_f64()));
     }
 
@@ -159,7 +162,7 @@ impl Scene<'_> {
 
     fn boot(&self, program: &Path, parts: &Parts) -> Result<Guest> {
         let control = self.control("first").display().to_string();
-        let mut guest = Guest::monitor(program, &parts.kernel)
+        let mut guest = Guest::vmm(program, &parts.kernel)
             .memory_mib(GUEST_MIB)
             .initramfs(&parts.initramfs)
             .machine_arguments(["--name", NAME, "--control", &control])
@@ -175,7 +178,7 @@ impl Scene<'_> {
             return Err(BenchError::NotReached { name: NAME.into(), actual_pages, target_pages });
         }
         guest.run_within(&format!("busy {BUSY_MIB}"), ANSWER_TIMEOUT)?;
-        self.tell(
+        self.print(
             "first process",
             &format!(
                 "the guest keeps {KEPT_MIB} MiB with a pattern, its balloon has {BALLOON_MIB} MiB, \
@@ -193,19 +196,19 @@ impl Scene<'_> {
         Ok((receiver, address))
     }
 
-    /// Asks the guest for its own clock; when it had answered.
-    fn ask(&self, guest: &mut Guest, process: &str) -> Result<Instant> {
-        let asked = Instant::now();
+    /// Reads the guest's uptime. Returns the time of the answer.
+    fn uptime(&self, guest: &mut Guest, process: &str) -> Result<Instant> {
+        let sent = Instant::now();
         let reply = guest.run_within("cat /proc/uptime", ANSWER_TIMEOUT)?;
         let up = reply.lines.first().and_then(|line| line.split(' ').next()).unwrap_or("?");
-        let ms = asked.elapsed().as_millis();
-        self.tell(process, &format!("the guest says: up for {up} s (answered in {ms} ms)"));
+        let ms = sent.elapsed().as_millis();
+        self.print(process, &format!("the guest answers: up for {up} s (answered in {ms} ms)"));
         Ok(Instant::now())
     }
 
-    /// Moves the guest, and talks to it until it has left: when it answered last, and what it
-    /// came to.
-    fn move_to(&self, first: &mut Guest, address: &str) -> Result<(Instant, MigrationSummary)> {
+    /// Migrates the guest, and sends it commands until it has left. Returns the time of its last
+    /// answer, and the result.
+    fn migrate_to(&self, first: &mut Guest, address: &str) -> Result<(Instant, MigrationSummary)> {
         let client = Client::connect(&self.control("first"))?;
         client.start_migration(&StartMigration {
             to: address.to_owned(),
@@ -213,13 +216,13 @@ impl Scene<'_> {
             ..StartMigration::default()
         })?;
         thread::scope(|scope| {
-            // A client has a loop of its own, which one thread uses.
+            // A client has its own event loop for one thread.
             let watching = scope.spawn(move || self.watch(&client));
             let mut last = Instant::now();
             let left = loop {
-                match self.ask(first, "first process") {
+                match self.uptime(first, "first process") {
                     Ok(when) => last = when,
-                    // What was asked now is answered on the other side, to nobody.
+                    // The destination answers this command, and the answer is not read.
                     Err(BenchError::Lab(LabError::Ended { .. })) => break Ok(()),
                     Err(error) => break Err(error),
                 }
@@ -231,18 +234,18 @@ impl Scene<'_> {
             let panicked = |_| wrong("a thread panicked".into());
             let status = watching.join().map_err(panicked)??;
             left?;
-            let why = || wrong(format!("the guest was not moved: {status:?}"));
+            let why = || wrong(format!("the guest was not migrated: {status:?}"));
             Ok((last, status.summary.clone().ok_or_else(why)?))
         })
     }
 
-    /// Tells each phase until the migration is over.
+    /// Prints each phase until the migration ends.
     fn watch(&self, client: &Client) -> Result<MigrationStatus> {
-        let mut told = String::new();
+        let mut printed = String::new();
         loop {
             let status = client.migration()?;
             if status.state == MigrationState::Moved {
-                self.tell("migration", "the guest runs in the second process");
+                self.print("migration", "the guest runs in the second process");
             }
             if status.state.is_over() {
                 return Ok(status);
@@ -253,9 +256,9 @@ impl Scene<'_> {
                 Some(name) => name,
                 None => String::new(),
             };
-            if !phase.is_empty() && phase != told {
-                self.tell("migration", &phase);
-                told = phase;
+            if !phase.is_empty() && phase != printed {
+                self.print("migration", &phase);
+                printed = phase;
             }
             thread::sleep(POLL_INTERVAL);
         }
