@@ -1,8 +1,8 @@
 //! Compiles the Rust half of the guest module to one relocatable object.
 //!
-//! Kernels build without Rust, so nothing of theirs is used: `core` comes from
-//! the sources of the compiler, everything is linked into one object here, and
-//! the object is checked for what a kernel could not link or would not run.
+//! Kernels are built without Rust, so nothing of theirs is used: `core` is compiled from the
+//! compiler's sources, everything is linked into one object, and the object is checked for symbols
+//! and instructions that a kernel cannot link or run.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,17 +13,17 @@ use clap::ValueEnum;
 
 use crate::process::{output, root};
 
-/// Kernels that one object suits.
+/// Kind of kernel that one object works with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Flavour {
-    /// Kernels of distributions for x86-64, 6.1 and later.
+    /// Distribution kernels for x86-64, 6.1 and later.
     X86,
     /// User Mode Linux on x86-64.
     Um,
 }
 
-/// Flags of every flavour: no unwinding, one object, no SSE (the target has
-/// none), no red zone, no jump tables since those are indirect branches.
+/// Flags of every flavour: no unwinding, one object, no SSE (the target has none), no red zone, no
+/// jump tables because they are indirect branches.
 const COMMON_FLAGS: &[&str] = &[
     "--target=x86_64-unknown-none",
     "-Cpanic=abort",
@@ -38,13 +38,13 @@ const COMMON_FLAGS: &[&str] = &[
     "-Coverflow-checks=n",
     "-Cdebug-assertions=n",
     "-Zfunction-sections=no",
-    // Else a call to the kernel goes through a pointer in a GOT.
+    // Otherwise calls to the kernel go through a GOT.
     "-Zplt=yes",
 ];
 
-/// What kernels with IBT, return thunks and call depth tracking rely on, and
-/// others ignore: `endbr64`, returns through the thunk that every 6.1 and later
-/// exports, and 16 bytes in front of each function for the kernel to patch.
+/// Requirements of kernels with IBT, return thunks and call depth tracking, ignored by others:
+/// `endbr64`, returns through the thunk that every kernel since 6.1 exports, and 16 bytes before
+/// each function for the kernel to patch.
 const X86_FLAGS: &[&str] = &[
     "-Ccode-model=kernel",
     "-Zcf-protection=branch",
@@ -55,24 +55,23 @@ const X86_FLAGS: &[&str] = &[
 /// UML loads modules above 4 GiB.
 const UM_FLAGS: &[&str] = &["-Ccode-model=large"];
 
-/// Sections that no kernel needs. `__patchable_function_entries` lists the
-/// padding for tools that do not run here.
+/// Sections that no kernel needs. `__patchable_function_entries` lists the padding for tools that
+/// are not used here.
 const DROPPED_SECTIONS: &[&str] =
     &[".llvmbc", ".llvmcmd", ".comment", "__patchable_function_entries", ".note.gnu.property"];
 
-/// What the object may ask of a kernel apart from the shim: memory functions
-/// and the return thunk.
+/// Symbols that the object may import besides the shim: memory functions and the return thunk.
 const KERNEL_SYMBOLS: &[&str] = &["memcpy", "memmove", "memset", "memcmp", "__x86_return_thunk"];
 
-const GLUE_PREFIX: &str = "aerostat_shim_";
+const SHIM_PREFIX: &str = "aerostat_shim_";
 
-/// Crates in the order of their dependencies, and where their roots are.
+/// Crates in dependency order, with their root files.
 const CRATES: &[(&str, &str)] = &[
     ("balloon_abi", "crates/balloon-abi/src/lib.rs"),
     ("balloon_driver", "crates/balloon-driver/src/lib.rs"),
 ];
 
-/// A compiler whose library sources are at hand.
+/// A compiler with its library sources.
 pub(crate) struct Compiler {
     rustc: PathBuf,
     library: PathBuf,
@@ -80,7 +79,7 @@ pub(crate) struct Compiler {
 }
 
 impl Compiler {
-    /// The first of `$RUSTC`, `rustc` and `/usr/bin/rustc` with library sources.
+    /// Returns the first of `$RUSTC`, `rustc` and `/usr/bin/rustc` with library sources.
     pub(crate) fn find() -> Result<Self> {
         let named = std::env::var_os("RUSTC").map(PathBuf::from);
         let candidates =
@@ -102,20 +101,20 @@ impl Compiler {
     }
 }
 
-/// A built object. Nobody builds it anew as long as this lives.
+/// A built object. It is locked against a rebuild while this exists.
 pub(crate) struct Object {
     path: PathBuf,
     _lock: fs::File,
 }
 
 impl Object {
-    /// Where it is.
+    /// Path of the object.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 }
 
-/// Builds `aerostat_core.o` of `flavour`; waits for others that do the same.
+/// Builds `aerostat_core.o` of `flavour`; waits for concurrent builds.
 pub(crate) fn build(compiler: &Compiler, flavour: Flavour) -> Result<Object> {
     let name = format!("{flavour:?}").to_lowercase();
     let dir = root().join("target/module").join(name);
@@ -152,8 +151,8 @@ impl Build<'_> {
         COMMON_FLAGS.iter().chain(own).copied()
     }
 
-    /// Compiles `core` and the stand-in for `compiler_builtins`, unless that
-    /// was done with the same compiler and flags.
+    /// Compiles `core` and the replacement of `compiler_builtins`, unless that was done with the
+    /// same compiler and flags.
     fn library(&self) -> Result<()> {
         let stamp = self.dir.join("library.stamp");
         let key = format!("{}{:?}", self.compiler.version, self.flags().collect::<Vec<_>>());
@@ -175,11 +174,11 @@ impl Build<'_> {
         remap.push("=.");
         let (_, warnings) = output(
             Command::new(&self.compiler.rustc)
-                // The flags of kernels are unstable ones.
+                // The kernel flags are unstable.
                 .env("RUSTC_BOOTSTRAP", "1")
                 .args(self.flags())
                 .args(["--edition=2024", "--crate-name", name, "--crate-type", kind])
-                // Nothing of the host's library may slip in.
+                // The host's library must not be linked.
                 .args(["--sysroot", "/nonexistent"])
                 .args(extra)
                 .arg(remap)
@@ -211,15 +210,15 @@ impl Build<'_> {
     }
 }
 
-/// Refuses an object that would not link, or would not be safe to run, in a
-/// kernel of the flavour.
+/// Fails for an object that would not link, or would not be safe to run, in a kernel of the
+/// flavour.
 fn check(object: &Path, flavour: Flavour) -> Result<()> {
     let (symbols, _) = output(Command::new("nm").arg("-u").arg(object))?;
     for line in symbols.lines() {
         let symbol = line.trim().trim_start_matches("U ").trim();
         ensure!(
-            symbol.starts_with(GLUE_PREFIX) || KERNEL_SYMBOLS.contains(&symbol),
-            "{}: needs {symbol}, which kernels do not have",
+            symbol.starts_with(SHIM_PREFIX) || KERNEL_SYMBOLS.contains(&symbol),
+            "{}: needs {symbol}, which kernels do not export",
             object.display()
         );
     }
@@ -237,8 +236,7 @@ fn check_instruction(line: &str, flavour: Flavour) -> Result<()> {
         "uses floating point or vector registers: {instruction}"
     );
     let mnemonic = instruction.split_whitespace().next().unwrap_or_default();
-    // Without retpolines there must be nothing to retpoline. The large code
-    // model of UML cannot do without.
+    // Without retpolines there must be no indirect branch. UML's large code model needs them.
     let branches = mnemonic.starts_with("call") || mnemonic.starts_with("jmp");
     ensure!(
         flavour == Flavour::Um || !(branches && instruction.contains('*')),
@@ -256,7 +254,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn instructions_that_a_kernel_forbids_are_found() {
+    fn forbidden_instructions_are_detected() {
         let line = |instruction: &str| format!("  40:\t{instruction}");
         for bad in ["call   *%rax", "jmp    *0x0(,%rax,8)", "ret", "movups %xmm0,(%rdi)"] {
             assert!(check_instruction(&line(bad), Flavour::X86).is_err(), "{bad}");

@@ -1,7 +1,7 @@
 //! `cargo xtask fuzz`: builds the fuzz targets with coverage and runs them.
 //!
-//! Works with a stable compiler and without cargo-fuzz: the coverage pass is a
-//! part of LLVM, and the flags below are those that cargo-fuzz would give.
+//! Works with a stable compiler and without cargo-fuzz: the coverage pass is part of LLVM, and the
+//! flags below are those of cargo-fuzz.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::process::{output, root};
 
-/// Counters for each edge, compared values as hints, no sanitizer.
+/// Edge counters, comparison operands as hints, no sanitizer.
 const COVERAGE_FLAGS: &str = "-Cpasses=sancov-module \
     -Cllvm-args=-sanitizer-coverage-level=4 \
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
@@ -22,37 +22,37 @@ const COVERAGE_FLAGS: &str = "-Cpasses=sancov-module \
     -Cllvm-args=-sanitizer-coverage-trace-compares \
     -Ccodegen-units=1";
 
-/// Bytes of an input; scripts of a few dozen steps.
+/// Maximum bytes of an input: a script of a few dozen steps.
 const MAX_INPUT_BYTES: usize = 1024;
-/// Memory of a target in MiB. They take some 30; a guest that makes the device
-/// allocate without bound is to be found.
+/// Memory limit of a target in MiB. Targets need about 30. The limit detects a device that
+/// allocates without bound.
 const RSS_LIMIT_MIB: usize = 512;
-/// Seconds that one input may take; they take milliseconds.
+/// Timeout of one input in seconds. Inputs take milliseconds.
 const INPUT_TIMEOUT_S: usize = 20;
 
-/// Fuzzes the host's side with hostile guests and front ends.
+/// Fuzzes the host side with hostile guests, front ends and peers.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Targets to run; all of them unless given.
+    /// Targets to run [default: all]
     targets: Vec<String>,
     /// Seconds for each target.
     #[arg(long, default_value_t = 60)]
     seconds: u64,
-    /// Targets to run at the same time.
+    /// Targets to run in parallel.
     #[arg(long, default_value_t = 2)]
     jobs: usize,
-    /// Put the fewest inputs that reach all that was reached into fuzz/corpus.
+    /// Minimize the corpus in fuzz/corpus to the inputs that reach all covered edges.
     #[arg(long)]
     keep: bool,
 }
 
-/// Where a target's things are.
+/// Paths of a target.
 struct Target {
     name: String,
     program: PathBuf,
-    /// The committed inputs.
+    /// Committed inputs.
     corpus: PathBuf,
-    /// Inputs found in this run, what made it fail, and its log.
+    /// Inputs found in this run, failing inputs, and its log.
     scratch: PathBuf,
 }
 
@@ -113,7 +113,7 @@ fn build(fuzz: &Path, names: &[String]) -> Result<PathBuf> {
     let target_dir = std::env::var_os("CARGO_TARGET_DIR")
         .map_or_else(|| fuzz.join("target"), |shared| PathBuf::from(shared).join("fuzz"));
     let mut cargo = Command::new("cargo");
-    // With a --target, build scripts and macros are spared the coverage flags.
+    // With --target, build scripts and macros are built without the coverage flags.
     cargo.args(["build", "--release", "--quiet", "--target", &host]);
     cargo.arg("--manifest-path").arg(steady(fuzz, &target_dir)?.join("Cargo.toml"));
     cargo.arg("--target-dir").arg(&target_dir);
@@ -126,8 +126,8 @@ fn build(fuzz: &Path, names: &[String]) -> Result<PathBuf> {
     Ok(target_dir.join(host).join("release"))
 }
 
-/// The way to `fuzz` over a link beside what is built. Cargo knows crates from outside of
-/// a workspace by their whole path, and would build all anew for each clone.
+/// Path to `fuzz` through a link in the target directory. Cargo identifies crates outside of a
+/// workspace by their full path, and would rebuild everything for each clone.
 fn steady(fuzz: &Path, target_dir: &Path) -> Result<PathBuf> {
     let (root, link) = (root(), target_dir.join("clone"));
     fs::create_dir_all(target_dir).with_context(|| target_dir.display().to_string())?;
@@ -145,7 +145,7 @@ fn host_triple() -> Result<String> {
 }
 
 impl Target {
-    /// Runs the target and returns a line that says what came of it.
+    /// Runs the target and returns a line with the result.
     fn fuzz(&self, args: &Args) -> Result<String> {
         let (found, artifacts) = (self.scratch.join("corpus"), self.scratch.join("artifacts"));
         if self.scratch.exists() {
@@ -193,7 +193,7 @@ impl Target {
         self.scratch.join(name)
     }
 
-    /// Runs `command` with its output in a log, and returns that too.
+    /// Runs `command` with its output in a log. Returns its status and the log.
     fn logged(&self, mut command: Command, name: &str) -> Result<(ExitStatus, String)> {
         let path = self.log(name);
         let log = fs::File::create(&path)?;
@@ -202,7 +202,7 @@ impl Target {
         Ok((status, String::from_utf8_lossy(&fs::read(&path)?).into_owned()))
     }
 
-    /// What failed, where the input is, and how to see it again.
+    /// Describes the failure, with the input and the command to reproduce it.
     fn failure(&self, status: ExitStatus, log: &str, artifacts: &Path) -> Result<String> {
         let why = log
             .lines()
@@ -211,19 +211,18 @@ impl Target {
         let mut text = format!("{}: {status}: {why}", self.name);
         for entry in fs::read_dir(artifacts)? {
             let input = entry?.path();
-            text += &format!("\n  again: {} {}", self.program.display(), input.display());
+            text += &format!("\n  reproduce: {} {}", self.program.display(), input.display());
         }
         text += &format!("\n  log: {}", self.log("log").display());
         Ok(text)
     }
 
-    /// Replaces the committed corpus by the fewest inputs, old and new, that reach
-    /// all edges.
+    /// Replaces the committed corpus with the fewest inputs, old and new, that reach all edges.
     fn keep(&self, found: &Path, artifacts: &Path) -> Result<()> {
         let merged = self.scratch.join("merged");
         fs::create_dir_all(&merged)?;
         let mut merge = self.command(artifacts);
-        // Without counters, an input is kept for an edge, not for how often it ran.
+        // Without counters, an input is kept for an edge, not for its hit count.
         merge.args(["-set_cover_merge=1", "-use_counters=0"]);
         merge.args([&merged, found, &self.corpus]);
         let (status, log) = self.logged(merge, "merge-log")?;
@@ -238,7 +237,7 @@ impl Target {
     }
 }
 
-/// What libFuzzer says at the end.
+/// Final statistics of libFuzzer.
 #[derive(Debug, PartialEq)]
 struct Reached {
     runs: u64,
@@ -268,7 +267,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_line_counts() {
+    fn statistics_are_read_from_the_last_line() {
         let log = "INFO: Loaded 1 modules   (2181 inline 8-bit counters): 2181 [0x1, 0x2), \n\
             #2\tINITED cov: 77 ft: 77 corp: 1/1b exec/s: 0 rss: 27Mb\n\
             #435124\tDONE   cov: 756 ft: 2965 corp: 663/28Kb lim: 512 exec/s: 16735 rss: 29Mb\n\
@@ -279,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_targets_are_refused() {
+    fn unknown_targets_are_errors() {
         let all = ["a".to_owned(), "b".to_owned()];
         assert_eq!(choose(&all, &[]).unwrap(), all);
         assert_eq!(choose(&all, &["b".to_owned()]).unwrap(), ["b"]);

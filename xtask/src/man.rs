@@ -8,7 +8,7 @@ use crate::process::{output, root};
 #[derive(clap::Args)]
 pub(crate) struct Args {}
 
-/// The command line is a program, no library, so its own test writes them.
+/// The command line is a program, not a library, so a test of it writes them.
 pub(crate) fn run(_args: &Args) -> anyhow::Result<()> {
     let mut cargo = Command::new("cargo");
     cargo.args(["test", "--quiet", "--package", "aerostat", "--bin", "aerostat", "man::"]);

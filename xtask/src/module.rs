@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use crate::core_object::{self, Compiler, Flavour};
 use crate::process::{output, root};
 
-/// Files of `guest/linux` that a kernel build needs beside the Rust object.
+/// Files of `guest/linux` for a kernel build, besides the Rust object.
 pub(crate) const KERNEL_SOURCES: &[&str] = &[
     "Kbuild",
     "main.c",
@@ -24,7 +24,7 @@ pub(crate) const KERNEL_SOURCES: &[&str] = &[
     "requests.h",
 ];
 
-/// What kbuild calls a prebuilt object.
+/// kbuild's name for a prebuilt object.
 pub(crate) const SHIPPED_OBJECT: &str = "aerostat_core.o_shipped";
 
 const MODULE: &str = "aerostat_balloon.ko";
@@ -35,7 +35,7 @@ pub(crate) struct Args {
     /// The kernel's build tree, such as /lib/modules/VERSION/build.
     #[arg(long)]
     kernel: PathBuf,
-    /// What kind of kernel it is.
+    /// Kind of the kernel.
     #[arg(long, value_enum, default_value = "x86")]
     flavour: Flavour,
     /// Directory for aerostat_balloon.ko.
@@ -43,7 +43,7 @@ pub(crate) struct Args {
     out: PathBuf,
 }
 
-/// Builds the module, prints its path.
+/// Builds the module and prints its path.
 pub(crate) fn run(args: &Args) -> Result<()> {
     let object = core_object::build(&Compiler::find()?, args.flavour)?;
     fs::create_dir_all(&args.out)?;
@@ -57,7 +57,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Puts together the directory that kbuild is pointed at.
+/// Fills the directory for kbuild.
 pub(crate) fn lay_out(object: &Path, dir: &Path) -> Result<()> {
     fs::create_dir_all(dir)?;
     let sources = root().join("guest/linux");
@@ -67,7 +67,7 @@ pub(crate) fn lay_out(object: &Path, dir: &Path) -> Result<()> {
     copy_if_changed(object, &dir.join(SHIPPED_OBJECT))
 }
 
-/// Leaves equal files alone: make goes by their age.
+/// Does not touch equal files: make compares their times.
 fn copy_if_changed(from: &Path, to: &Path) -> Result<()> {
     let new = fs::read(from).with_context(|| from.display().to_string())?;
     if fs::read(to).is_ok_and(|old| old == new) {

@@ -1,7 +1,7 @@
-//! `cargo xtask package`: the Debian package that brings the guest module.
+//! `cargo xtask package`: the Debian package with the guest module.
 //!
-//! A guest needs its kernel's headers and a C compiler; DKMS builds the shim
-//! and links it with the Rust object, which comes prebuilt.
+//! A guest needs its kernel's headers and a C compiler. DKMS builds the shim and links it with the
+//! prebuilt Rust object.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -27,7 +27,7 @@ pub(crate) struct Args {
     out: PathBuf,
 }
 
-/// Builds the package, prints its path.
+/// Builds the package and prints its path.
 pub(crate) fn run(args: &Args) -> Result<()> {
     let object = core_object::build(&Compiler::find()?, Flavour::X86)?;
     fs::create_dir_all(&args.out)?;
@@ -57,7 +57,7 @@ fn fill(tree: &Path, object: &Path) -> Result<()> {
     write(&copyright, &template("copyright")?, PLAIN)?;
     let debian = tree.join("DEBIAN");
     write(&debian.join("control"), &template("control")?, PLAIN)?;
-    // An initramfs that holds the stock driver would load it first.
+    // An initramfs with the stock driver would load that first.
     write(&debian.join("triggers"), "activate-noawait update-initramfs\n", PLAIN)?;
     for script in ["postinst", "prerm"] {
         write(&debian.join(script), &template(script)?, EXECUTABLE)?;

@@ -1,11 +1,11 @@
-//! Runs other programs and says what failed.
+//! Runs other programs.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-/// Standard output and standard error of `command`, which must succeed.
+/// Returns standard output and standard error of `command`, which must succeed.
 pub(crate) fn output(command: &mut Command) -> Result<(String, String)> {
     let name = command.get_program().to_string_lossy().into_owned();
     let output = command.output().with_context(|| format!("cannot run {name}"))?;

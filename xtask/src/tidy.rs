@@ -1,4 +1,4 @@
-//! `cargo xtask tidy`: checks what ARCHITECTURE.md forbids and no compiler checks.
+//! `cargo xtask tidy`: checks rules of ARCHITECTURE.md that no compiler checks.
 
 use std::fs;
 use std::path::Path;
@@ -32,11 +32,11 @@ pub(crate) fn run(_args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// The text files of the repository, with their paths from its root.
+/// Text files of the repository, with their paths from its root.
 struct Files(Vec<(String, String)>);
 
 impl Files {
-    /// What git knows or would take. Files that are no text are left out.
+    /// Reads tracked files and untracked files that are not ignored. Skips binary files.
     fn read(root: &Path) -> Result<Self> {
         let mut git = Command::new("git");
         git.arg("-C").arg(root).args(["ls-files", "--cached", "--others", "--exclude-standard"]);
@@ -45,7 +45,7 @@ impl Files {
         for path in list.lines() {
             let bytes = match fs::read(root.join(path)) {
                 Ok(bytes) => bytes,
-                // Removed and not yet committed, or a link to nowhere.
+                // Removed but not committed, or a dangling link.
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
                 Err(error) => return Err(error).context(path.to_owned()),
             };

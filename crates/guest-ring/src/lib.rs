@@ -1,10 +1,8 @@
-//! The driver's side of a split virtqueue in guest memory, for tests and fuzz
-//! targets of the devices. Nothing that ships depends on it.
+//! The driver side of a split virtqueue in guest memory, for tests and fuzz targets of the devices.
+//! No shipped crate depends on it.
 //!
-//! It writes whatever it is told: an honest chain with [`GuestRing::send`], or
-//! any descriptor, any head and any index with the calls below it. Reading the
-//! used ring is how a test learns that a chain was returned. [`naive`] says what
-//! a message means.
+//! It writes valid chains with [`GuestRing::send`], or any descriptor, head and index with the
+//! calls below it. A test reads the used ring to detect returned chains. [`naive`] parses messages.
 
 #![forbid(unsafe_code)]
 
@@ -29,7 +27,7 @@ const AVAIL_ENTRY_BYTES: u64 = 2;
 const USED_HEADER_BYTES: u64 = 4;
 const USED_ENTRY_BYTES: u64 = 8;
 const EVENT_BYTES: u64 = 2;
-/// Distance of the ring's parts; larger than any of them needs.
+/// Alignment of the vring's parts: larger than any of them needs.
 const PART_ALIGN_BYTES: u64 = 16;
 
 /// One buffer of a chain.
@@ -37,9 +35,9 @@ const PART_ALIGN_BYTES: u64 = 16;
 pub struct Buffer {
     /// Guest physical address.
     pub addr: u64,
-    /// Bytes.
+    /// Length in bytes.
     pub len: u32,
-    /// True where the device is to write.
+    /// Whether the device writes it.
     pub writable: bool,
 }
 
@@ -58,13 +56,13 @@ impl Buffer {
 /// A returned chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Used {
-    /// The chain's first descriptor.
+    /// Head descriptor of the chain.
     pub head: u32,
-    /// Bytes that the device says it wrote.
+    /// Bytes written according to the device.
     pub written_bytes: u32,
 }
 
-/// A ring that a driver set up in guest memory.
+/// A vring in guest memory.
 #[derive(Clone, Debug)]
 pub struct GuestRing {
     size: u16,
@@ -77,11 +75,11 @@ pub struct GuestRing {
 }
 
 impl GuestRing {
-    /// A ring of `size` entries (a power of two) at guest physical address
-    /// `start`, which takes [`bytes`](Self::bytes) from there.
+    /// A vring of `size` entries (a power of two) at guest physical address `start`, which takes
+    /// [`bytes`](Self::bytes) from there.
     ///
-    /// `start` must be a multiple of 16 and not 0: `virtio-queue` takes an
-    /// available ring at address 0 as one that was never set up.
+    /// `start` must be a multiple of 16 and not 0: `virtio-queue` treats an available ring at
+    /// address 0 as one that was never set up.
     pub const fn new(start: u64, size: u16) -> Self {
         let avail = start + size as u64 * DESCRIPTOR_BYTES;
         let avail_bytes = AVAIL_HEADER_BYTES + size as u64 * AVAIL_ENTRY_BYTES + EVENT_BYTES;
@@ -89,13 +87,13 @@ impl GuestRing {
         Self { size, table: start, avail, used, next_slot: 0, avail_idx: 0, used_idx: 0 }
     }
 
-    /// Bytes of guest memory that a ring of `size` entries takes.
+    /// Bytes of guest memory that a vring of `size` entries takes.
     pub const fn bytes(size: u16) -> u64 {
         let ring = Self::new(0, size);
         ring.used + USED_HEADER_BYTES + size as u64 * USED_ENTRY_BYTES + EVENT_BYTES
     }
 
-    /// Entries of the ring.
+    /// Number of entries.
     pub const fn size(&self) -> u16 {
         self.size
     }
@@ -120,10 +118,10 @@ impl GuestRing {
         self.used + 2
     }
 
-    /// The device's view of the ring, ready to be served.
+    /// Device-side queue of this vring, ready.
     ///
     /// # Panics
-    /// Where `size` is no power of two or an address is not aligned.
+    /// `size` is no power of two or an address is not aligned.
     pub fn queue(&self) -> Queue {
         let mut queue = Queue::new(self.size).expect("a power of two");
         queue.try_set_desc_table_address(GuestAddress(self.table)).expect("aligned");
@@ -133,7 +131,7 @@ impl GuestRing {
         queue
     }
 
-    /// Forgets what was sent and zeroes the ring, as a driver that starts anew.
+    /// Zeroes the vring and its state, like a driver that restarts.
     pub fn reset(&mut self, memory: &impl GuestMemory) {
         for at in 0..Self::bytes(self.size) {
             let _ = memory.write_obj(0u8, GuestAddress(self.table + at));
@@ -141,8 +139,8 @@ impl GuestRing {
         *self = Self::new(self.table, self.size);
     }
 
-    /// Links `buffers` into a chain, makes it available and returns its head.
-    /// A chain of no buffers is one descriptor that names nothing.
+    /// Links `buffers` into a chain, makes it available and returns its head. An empty chain is one
+    /// descriptor of address and length 0.
     pub fn send(&mut self, memory: &impl GuestMemory, buffers: &[Buffer]) -> u16 {
         let head = self.next_slot % self.size;
         let slots = u16::try_from(buffers.len()).unwrap_or(self.size).min(self.size);
@@ -162,8 +160,8 @@ impl GuestRing {
         head
     }
 
-    /// Writes descriptor `index` of the table, which may lie beyond it. Where
-    /// there is no memory nothing is written.
+    /// Writes descriptor `index` of the table, which may lie beyond it. Writes nothing if there is
+    /// no memory.
     pub fn write_descriptor(
         &self,
         memory: &impl GuestMemory,
@@ -173,7 +171,7 @@ impl GuestRing {
         write_descriptor(memory, self.table, index, descriptor)
     }
 
-    /// Makes the chain at `head` available, whatever `head` is.
+    /// Makes the chain at `head` available, also if `head` is invalid.
     pub fn publish(&mut self, memory: &impl GuestMemory, head: u16) {
         let slot = u64::from(self.avail_idx % self.size);
         let at = self.avail + AVAIL_HEADER_BYTES + slot * AVAIL_ENTRY_BYTES;
@@ -181,23 +179,23 @@ impl GuestRing {
         self.set_avail_idx(memory, self.avail_idx.wrapping_add(1));
     }
 
-    /// Writes the index of the available ring, whatever it is.
+    /// Writes any index of the available ring.
     pub fn set_avail_idx(&mut self, memory: &impl GuestMemory, idx: u16) {
         self.avail_idx = idx;
         let _ = memory.write_obj(idx.to_le(), GuestAddress(self.avail + 2));
     }
 
-    /// What the driver last wrote as the index of the available ring.
+    /// The last written index of the available ring.
     pub const fn avail_idx(&self) -> u16 {
         self.avail_idx
     }
 
-    /// The descriptor that the next chain begins with.
+    /// First descriptor of the next chain.
     pub const fn next_slot(&self) -> u16 {
         self.next_slot % self.size
     }
 
-    /// The next returned chain, if the device returned one.
+    /// Takes the next returned chain, if any.
     pub fn take_used(&mut self, memory: &impl GuestMemory) -> Option<Used> {
         let idx: u16 = memory.read_obj(GuestAddress(self.used_idx_addr())).ok()?;
         if u16::from_le(idx) == self.used_idx {
@@ -212,8 +210,8 @@ impl GuestRing {
     }
 }
 
-/// Writes entry `index` of the descriptor table at `table`, for instance of an
-/// indirect one. False where there is no memory.
+/// Writes entry `index` of the descriptor table at `table`, such as an indirect one. Returns false
+/// if there is no memory.
 pub fn write_descriptor(
     memory: &impl GuestMemory,
     table: u64,
@@ -232,7 +230,7 @@ mod tests {
     use vm_memory::GuestMemoryMmap;
 
     #[test]
-    fn a_queue_sees_what_was_sent_and_the_driver_what_was_returned() {
+    fn sent_chains_reach_the_device_and_returned_chains_the_driver() {
         let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
         let mut ring = GuestRing::new(0x1000, 4);
         let mut queue = ring.queue();
@@ -255,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn the_parts_of_a_ring_do_not_overlap() {
+    fn the_parts_of_a_vring_do_not_overlap() {
         for size in [1, 2, 16, 256, 32768] {
             let ring = GuestRing::new(0x1000, size);
             let entries = u64::from(size);

@@ -1,39 +1,39 @@
-//! What a message says, read bit by bit into a `BTreeSet` of page numbers.
+//! A message parsed bit by bit into a `BTreeSet` of page numbers.
 //!
-//! The model that the device is held to. It is written from `docs/protocol.md`
-//! and shares no code with the crates under test, and so no mistake.
+//! The reference model for the device. It is written from `docs/protocol.md` and shares no code
+//! with the crates under test, so it shares no bug with them.
 
 use std::collections::BTreeSet;
 
-/// What a message says.
+/// Meaning of a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Meaning {
-    /// These pages. So many others lie outside of memory and are left out
-    /// (classic messages only).
+    /// These pages, and the number of pages outside of memory, which are ignored (classic messages
+    /// only).
     Pages(BTreeSet<u64>, u64),
-    /// The message is refused, for one of these reasons.
+    /// The message is invalid, for one of these reasons.
     Refused(Vec<Reason>),
 }
 
-/// Why a page-bitmap message is refused.
+/// Why a page-bitmap message is invalid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reason {
-    /// No run of records.
+    /// Not a sequence of records.
     Malformed,
     /// A page that does not exist.
     Outside,
-    /// A page that stands there twice.
+    /// A duplicate page.
     Repeated,
 }
 
-/// Reads an array of page numbers.
+/// Parses an array of page numbers.
 pub fn page_numbers(message: &[u8], exists: impl Fn(u64) -> bool) -> Meaning {
     let named = message.chunks_exact(4).map(number);
     let (inside, outside): (Vec<u64>, Vec<u64>) = named.partition(|page| exists(*page));
     Meaning::Pages(inside.into_iter().collect(), outside.len() as u64)
 }
 
-/// Reads page-bitmap records.
+/// Parses page-bitmap records.
 pub fn records(message: &[u8], exists: impl Fn(u64) -> bool) -> Meaning {
     let mut pages = BTreeSet::new();
     let (mut outside, mut repeated) = (false, false);
@@ -68,7 +68,7 @@ pub fn records(message: &[u8], exists: impl Fn(u64) -> bool) -> Meaning {
             }
         }
     }
-    // A page that does not exist may stand there twice; that is not looked for.
+    // Duplicates of a page that does not exist are not checked.
     let reasons = [
         (malformed, Reason::Malformed),
         (outside, Reason::Outside),
@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_say_what_the_protocol_page_says() {
+    fn messages_parse_as_documented() {
         let all = |page| page < 0x1000;
         let pages = |pages: &[u64]| Meaning::Pages(pages.iter().copied().collect(), 0);
         assert_eq!(records(&record(3, 12, &[]), all), pages(&[3]));
@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_are_refused_for_what_is_wrong_with_them() {
+    fn invalid_messages_have_the_right_reason() {
         let all = |page| page < 0x1000;
         let refused = |message: &[u8], why| match records(message, all) {
             Meaning::Refused(reasons) => assert!(reasons.contains(&why), "{reasons:?}"),

@@ -1,12 +1,12 @@
-//! A [`Reclaim`] that knows what may be asked of it.
+//! A [`Reclaim`] that checks its calls.
 
 use balloon_device::{BalloonDevice, MemoryLayout, Reclaim};
 use page_set::PageSet;
 
-/// Pages that a host would still be allowed to release at any time.
+/// Tracks the pages that a host may release at any time.
 #[derive(Debug, Default)]
 pub(crate) struct Checked {
-    /// The guest's offer.
+    /// Guest memory.
     layout: MemoryLayout,
     may_release: PageSet,
 }
@@ -18,7 +18,7 @@ impl Checked {
 
     fn check(&self, pages: &PageSet) {
         for range in pages.ranges() {
-            assert!(self.layout.covers(range), "release of {range:?}, which is no memory");
+            assert!(self.layout.covers(range), "release of {range:?}, outside of guest memory");
         }
     }
 }
@@ -35,7 +35,7 @@ impl Reclaim for Checked {
 
     fn release_free(&mut self, pages: &PageSet) {
         self.check(pages);
-        assert!(!self.may_release.intersects(pages), "{pages:?} are given and reported");
+        assert!(!self.may_release.intersects(pages), "{pages:?} are both ballooned and reported");
     }
 
     fn cancel(&mut self, pages: &PageSet) {
@@ -49,12 +49,12 @@ impl Reclaim for Checked {
     fn flush(&mut self) {}
 }
 
-/// What has to hold between any two steps.
+/// Invariants between any two steps.
 pub(crate) fn check(balloon: &BalloonDevice<Checked>) {
     for range in balloon.held().ranges() {
-        assert!(balloon.layout().covers(range), "{range:?} is held and no memory");
+        assert!(balloon.layout().covers(range), "ballooned {range:?} is outside of guest memory");
     }
     let mut outside = balloon.reclaim().may_release.clone();
     outside.subtract(balloon.held());
-    assert!(outside.is_empty(), "{outside:?} may be released and is not in the balloon");
+    assert!(outside.is_empty(), "{outside:?} may be released but is not in the balloon");
 }

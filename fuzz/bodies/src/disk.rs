@@ -1,4 +1,4 @@
-//! A disk of the monitor: rings, chains and requests of a script, with a model of what is on it.
+//! A disk of the VMM: vrings, chains and requests of a script, with a model of the disk's contents.
 
 mod model;
 
@@ -18,33 +18,33 @@ use vmm::raw::Disk;
 use crate::script::Script;
 use model::{Image, Model, SECTOR, SECTORS};
 
-/// Two neighbours, a gap, one more.
+/// Two adjacent regions, a gap, one more.
 const REGIONS: [(u64, usize); 3] = [(0x1_0000, 0x1_0000), (0x2_0000, 0x1_8000), (0x4_0000, 0x8000)];
 const RING: u64 = 0x1_0000;
-/// Tables of descriptors, headers and places for a status of the chains that wait.
+/// Descriptor tables, headers and status bytes of pending chains.
 const TABLES: u64 = 0x1_4000;
 const TABLE_BYTES: u64 = 160 * 16;
 const HEADERS: u64 = 0x1_c000;
 const STATUSES: u64 = 0x1_d000;
-/// Where data are, and no part of a ring.
+/// Data buffers, outside of the vring.
 const DATA: u64 = 0x2_0000;
 const DATA_END: u64 = 0x3_8000;
 const MORE_DATA: u64 = 0x4_0000;
 const MORE_DATA_END: u64 = 0x4_8000;
 /// A status that no device writes.
 const UNTOUCHED: u8 = 0xee;
-/// Chains that wait at a time.
+/// Maximum pending chains.
 const MAX_CHAINS: usize = 12;
-/// Steps of a script; a longer one finds nothing that two shorter ones do not.
+/// Maximum steps of a script. A longer one finds nothing that two shorter ones do not.
 const MAX_STEPS: usize = 100;
-/// Bits of features (virtio 1.3, 5.2.3 and 6).
+/// Feature bits (virtio 1.3, 5.2.3 and 6).
 const FLUSH: u64 = 1 << 9;
 const EVENT_IDX: u64 = 1 << 29;
 
-/// The ring of a disk.
+/// The virtqueue of a disk.
 ///
 /// # Panics
-/// Where something that has to hold does not.
+/// An invariant does not hold.
 pub fn disk_queue(data: &[u8]) {
     let mut script = Script::new(data);
     let mut world = World::new(&mut script);
@@ -55,7 +55,7 @@ pub fn disk_queue(data: &[u8]) {
         world.step(&mut script);
     }
     world.kick(false);
-    world.ends_well();
+    world.serves_a_valid_driver();
 }
 
 struct World {
@@ -64,7 +64,7 @@ struct World {
     ring: GuestRing,
     features: u64,
     model: Model,
-    /// Chains that wait in the ring, if no wild word is there.
+    /// Pending chains, unless the script wrote to the vring directly.
     waiting: Vec<(u16, Vec<Buffer>)>,
     slots: usize,
     wild: bool,
@@ -81,28 +81,28 @@ impl World {
         let read_only = script.pick([false, false, false, true]);
         let ring = GuestRing::new(RING, script.pick([64, 16, 4, 1, 256]));
         let options = DiskOptions { path, read_only };
-        // As a block device has it, or a file.
+        // The discard unit of a block device, or of a file.
         let unit_bytes = if ring.size() == 16 { 4096 } else { 1 };
         let device = Disk::new(&options, &REGIONS, ring.queue(), unit_bytes).expect("a small disk");
         let model = Model { disk, read_only, unit_bytes, unknown: Vec::new() };
         let (waiting, slots, wild) = (Vec::new(), 0, false);
         let mut world = Self { disk: device, file, ring, features: 0, model, waiting, slots, wild };
-        world.start_anew(script.u8());
+        world.restart_driver(script.u8());
         world
     }
 
     fn step(&mut self, script: &mut Script<'_>) {
         match script.u8() % 16 {
-            0..=5 => self.ask(script),
+            0..=5 => self.request(script),
             6 | 7 => self.kick(false),
             8 => self.kick(true),
             9 => self.fill(script),
-            10 => self.start_anew(script.u8()),
+            10 => self.restart_driver(script.u8()),
             11 => {
-                // Something is under way.
+                // A request is running.
                 self.disk.serve_once();
-                self.start_anew(script.u8());
-                self.look_again();
+                self.restart_driver(script.u8());
+                self.sync_model();
             }
             12 => {
                 let table = script.pick([self.ring.table(), TABLES]);
@@ -122,8 +122,8 @@ impl World {
         }
     }
 
-    /// A request of any shape.
-    fn ask(&mut self, script: &mut Script<'_>) {
+    /// Sends a request of any shape.
+    fn request(&mut self, script: &mut Script<'_>) {
         if self.waiting.len() >= MAX_CHAINS {
             return;
         }
@@ -157,11 +157,11 @@ impl World {
             buffers.push(Buffer { writable, ..buffer });
         }
         if shape & 2 != 0 && shape & 4 == 0 {
-            // In the order that they must have.
+            // In the required order.
             buffers.sort_by_key(|buffer| buffer.writable);
         }
         match (shape >> 4) % 4 {
-            // Behind the data, in one buffer with them.
+            // The status follows the data in the same buffer.
             1 if buffers.last().is_some_and(|last| last.writable && last.len < 1 << 20) => {
                 let last = buffers.last_mut().expect("there is one");
                 last.len += 1;
@@ -172,15 +172,15 @@ impl World {
         self.send(buffers, shape & 8 != 0);
     }
 
-    /// Makes a chain available, in the ring where there is room, or as a table.
+    /// Makes a chain available, in free descriptors or as an indirect table.
     fn send(&mut self, buffers: Vec<Buffer>, indirect: bool) {
         let size = usize::from(self.ring.size());
-        let room = size - self.slots;
+        let free = size - self.slots;
         let memory = self.disk.memory();
-        if room == 0 {
+        if free == 0 {
             return;
         }
-        if !indirect && buffers.len() <= room {
+        if !indirect && buffers.len() <= free {
             self.slots += buffers.len();
             let head = self.ring.send(memory, &buffers);
             self.waiting.push((head, buffers));
@@ -200,7 +200,7 @@ impl World {
         self.waiting.push((head, buffers));
     }
 
-    /// Data anywhere but where the ring is.
+    /// A data buffer anywhere outside of the vring.
     fn buffer(&self, script: &mut Script<'_>) -> Buffer {
         let offset = u64::from(script.u8());
         let at = match script.u8() % 8 {
@@ -232,7 +232,7 @@ impl World {
         Buffer::readable(at, len)
     }
 
-    /// A list of what is to be discarded or cleared.
+    /// A list of segments to discard or zero.
     fn ranges(&self, script: &mut Script<'_>) -> Buffer {
         let mut list = Vec::new();
         for _ in 0..=script.u8() % 3 {
@@ -271,7 +271,7 @@ impl World {
         Descriptor::new(addr, len, flags, u16::from(script.u8() % 70))
     }
 
-    /// Parts of the ring at any address, in memory or not; or any of its words.
+    /// Moves parts of the vring to any address, in memory or not; or writes to the vring.
     fn ring_elsewhere(&mut self, script: &mut Script<'_>) {
         self.wild = true;
         let near = [RING, TABLES, DATA, DATA_END - 64, MORE_DATA_END - 64, 0, u64::MAX - 63];
@@ -292,40 +292,46 @@ impl World {
         };
     }
 
-    /// Has what waits carried out, with a pause in the middle if there is to be one.
+    /// Serves all pending chains, with a pause in between if `pauses`.
     fn kick(&mut self, pauses: bool) {
         if self.wild {
-            return self.wild_kick(pauses);
+            return self.kick_unknown_ring(pauses);
         }
         let chains: Vec<_> = self.waiting.iter().map(|(_, chain)| chain.clone()).collect();
         let outcome = self.model.carry_out(&chains, self.image());
-        assert!(!pauses || (self.disk.serve_once() && self.disk.pause()), "a good ring is refused");
-        assert!(self.disk.serve(), "a good ring is refused");
+        assert!(
+            !pauses || (self.disk.serve_once() && self.disk.pause()),
+            "a valid vring is rejected"
+        );
+        assert!(self.disk.serve(), "a valid vring is rejected");
         for (number, (head, chain)) in std::mem::take(&mut self.waiting).iter().enumerate() {
-            let used = self.ring.take_used(self.disk.memory()).expect("it comes back");
-            assert_eq!(used.head, u32::from(*head), "chains come back in another order");
+            let used = self.ring.take_used(self.disk.memory()).expect("a returned chain");
+            assert_eq!(used.head, u32::from(*head), "chains are returned out of order");
             if let Some(written) = outcome.written.get(number) {
                 assert_eq!(used.written_bytes, *written, "{chain:x?}");
             }
         }
-        assert!(self.ring.take_used(self.disk.memory()).is_none(), "more comes back than was sent");
+        assert!(
+            self.ring.take_used(self.disk.memory()).is_none(),
+            "more chains are returned than were sent"
+        );
         self.slots = 0;
         if outcome.written.len() == chains.len() {
             self.compare_memory(outcome.memory);
             self.compare_disk();
         }
-        self.look_again();
+        self.sync_model();
     }
 
-    /// Nobody knows what is in the ring. It is served or refused, and the guest starts anew.
-    fn wild_kick(&mut self, pauses: bool) {
+    /// Serves a vring of unknown contents. It is served or rejected, and the driver restarts.
+    fn kick_unknown_ring(&mut self, pauses: bool) {
         if pauses {
             self.disk.serve_once();
             self.disk.pause();
         }
         let _ = self.disk.serve();
         self.start_ring();
-        self.look_again();
+        self.sync_model();
     }
 
     fn compare_memory(&self, mut expected: Image) {
@@ -335,7 +341,7 @@ impl World {
             let (from, to) = (index(*at), index(at + len));
             expected.bytes[from..to].copy_from_slice(&now.bytes[from..to]);
         }
-        same(&now.bytes, &expected.bytes, "memory is not as it should be");
+        same(&now.bytes, &expected.bytes, "memory differs from the model");
     }
 
     fn compare_disk(&mut self) {
@@ -344,11 +350,11 @@ impl World {
             let (from, to) = (index(from * SECTOR), index(to * SECTOR));
             self.model.disk[from..to].copy_from_slice(&now[from..to]);
         }
-        same(&now, &self.model.disk, "the disk is not as it should be");
+        same(&now, &self.model.disk, "the disk differs from the model");
     }
 
-    /// What is on the disk is what is on it; nothing else where it cannot be written.
-    fn look_again(&mut self) {
+    /// Updates the model to the disk's contents. A read-only disk must be unchanged.
+    fn sync_model(&mut self) {
         let now = self.contents();
         assert!(!self.model.read_only || now == self.model.disk, "a read-only disk is written");
         self.model.disk = now;
@@ -373,8 +379,8 @@ impl World {
         let _ = self.disk.memory().write_slice(bytes, GuestAddress(at));
     }
 
-    /// A driver starts anew; what waits is forgotten.
-    fn start_anew(&mut self, choice: u8) {
+    /// Restarts the driver. Pending chains are dropped.
+    fn restart_driver(&mut self, choice: u8) {
         let mut features = self.disk.features();
         for (bit, feature) in (0..).zip([FLUSH, EVENT_IDX]) {
             if choice >> bit & 1 == 1 {
@@ -386,7 +392,7 @@ impl World {
     }
 
     fn start_ring(&mut self) {
-        // First, since what is under way may write where the ring is.
+        // First, since a running request may write to the vring.
         self.disk.start(self.features, Queue::new(1).expect("a size"));
         // Its file is written until then.
         self.disk.until_idle();
@@ -399,10 +405,10 @@ impl World {
         self.wild = false;
     }
 
-    /// Whatever happened, an honest driver that starts now is served.
-    fn ends_well(&mut self) {
+    /// After any script, a valid driver is served.
+    fn serves_a_valid_driver(&mut self) {
         self.ring = GuestRing::new(RING, 16);
-        self.start_anew(0);
+        self.restart_driver(0);
         let data: Vec<u8> = (0..128).flat_map(|at| pattern(at, 0x55)).collect();
         self.put(DATA, &data);
         let (ok, refused) = (0, 1);
@@ -413,7 +419,7 @@ impl World {
         if !self.model.read_only {
             let mut back = vec![0; data.len()];
             self.disk.memory().read_slice(&mut back, GuestAddress(MORE_DATA)).expect("memory");
-            assert!(back == data, "what was written is not what is read");
+            assert!(back == data, "the data read differ from the data written");
         }
     }
 
@@ -427,15 +433,15 @@ impl World {
     }
 }
 
-/// All at once: byte by byte it would be most of what the fuzzer counts and waits for.
+/// One comparison: byte by byte, it would dominate the fuzzer's edge counters and time.
 fn same(now: &[u8], expected: &[u8], what: &str) {
     if now != expected {
         let at = now.iter().zip(expected).position(|(now, then)| now != then);
-        panic!("{what}, from {at:x?} on");
+        panic!("{what}, from {at:x?}");
     }
 }
 
-/// Bytes of which no two sectors are the same.
+/// Bytes that differ in every sector.
 fn pattern(at: u64, seed: u8) -> [u8; 8] {
     (at * 0x9e37_79b9 + u64::from(seed)).to_le_bytes()
 }

@@ -1,5 +1,5 @@
-//! The queues of statistics, hints and reports: chains of a script, and a host
-//! that asks and stops asking at any time.
+//! The queues of statistics, hints and reporting: chains of a script, and a host that starts and
+//! stops requests at any time.
 
 use std::time::Instant;
 
@@ -14,13 +14,13 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use crate::checked::{Checked, check};
 use crate::script::Script;
 
-/// Guest memory: two neighbours, a gap, one more.
+/// Guest memory: two adjacent regions, a gap, one more.
 const REGIONS: [(u64, u64); 3] =
     [(0x10_0000, 0x30_0000), (0x40_0000, 0x40_0000), (0xa0_0000, 0x50_0000)];
 const RING: u64 = 0x10_0000;
 const STRINGS: u64 = 0x11_0000;
 const STRINGS_END: u64 = 0x12_0000;
-/// The balloon's ring, and an honest driver's, with a message behind each.
+/// The balloon's vring, and a valid driver's, each followed by a message.
 const BALLOON: u64 = 0xee_0000;
 const HONEST: u64 = 0xed_0000;
 const MESSAGE: u64 = 0x1000;
@@ -31,7 +31,7 @@ const MAX_STEPS: usize = 200;
 /// The statistics queue.
 ///
 /// # Panics
-/// Where something that has to hold does not.
+/// An invariant does not hold.
 pub fn stats_queue(data: &[u8]) {
     World::new(Vq::Stats).run(data);
 }
@@ -39,15 +39,15 @@ pub fn stats_queue(data: &[u8]) {
 /// The queue of free page hints.
 ///
 /// # Panics
-/// Where something that has to hold does not.
+/// An invariant does not hold.
 pub fn hint_queue(data: &[u8]) {
     World::new(Vq::FreePage).run(data);
 }
 
-/// The queue of free page reports.
+/// The queue of free page reporting.
 ///
 /// # Panics
-/// Where something that has to hold does not.
+/// An invariant does not hold.
 pub fn reporting_queue(data: &[u8]) {
     World::new(Vq::Reporting).run(data);
 }
@@ -93,7 +93,7 @@ impl World {
         features
     }
 
-    /// Some of the regions are guest memory.
+    /// Sets some of the regions as guest memory.
     fn place(&mut self, which: u8) {
         let regions = (0..).zip(REGIONS).filter(|(bit, _)| which >> bit & 1 == 1).map(|(_, r)| r);
         let layout = MemoryLayout::new(regions).expect("well-formed");
@@ -111,7 +111,7 @@ impl World {
             self.check();
         }
         self.kick();
-        self.ends_well();
+        self.serves_a_valid_driver();
     }
 
     fn step(&mut self, script: &mut Script<'_>) {
@@ -124,7 +124,7 @@ impl World {
             5 | 6 => self.kick(),
             7 => self.host(script.u8()),
             8 => {
-                // In the balloon from now on, or not any more.
+                // Inflates or deflates the page.
                 let (page, pages) = (script.u64_up_to(0xeb0), u64::from(script.u8() % 64));
                 let vq = if script.flag() { Vq::Inflate } else { Vq::Deflate };
                 self.balloon_message(vq, page, pages);
@@ -133,7 +133,7 @@ impl World {
                 let poison = [script.u8(); 4];
                 let _ = self.balloon.write_config(12, &poison, Instant::now());
             }
-            10 => self.start_anew(script.u8()),
+            10 => self.restart_driver(script.u8()),
             11 => self.place(script.u8()),
             12 => {
                 let (addr, len) = (script.u64_up_to(0xf10) << 12, script.u64_up_to(1 << 13));
@@ -155,12 +155,12 @@ impl World {
         }
     }
 
-    /// Bytes to be read, or pages that are named.
+    /// A message, or a buffer of pages.
     fn buffer(&mut self, script: &mut Script<'_>) -> Buffer {
         match script.u8() % 8 {
             0 => {
                 let number = match script.u8() {
-                    // The last number, or near it.
+                    // The last id, or one near it.
                     back @ 128.. => self
                         .balloon
                         .hinting()
@@ -224,7 +224,7 @@ impl World {
             }
             Err(_) => self.start_ring(),
         }
-        assert_eq!(*self.balloon.held(), held, "the balloon is another matter");
+        assert_eq!(*self.balloon.held(), held, "the queue changed the balloon");
     }
 
     fn start_ring(&mut self) {
@@ -234,7 +234,7 @@ impl World {
         self.queue.set_event_idx(self.balloon.negotiated().contains(Features::RING_EVENT_IDX));
     }
 
-    fn start_anew(&mut self, choice: u8) {
+    fn restart_driver(&mut self, choice: u8) {
         self.balloon.reset(self.features(choice));
         let phase = self.balloon.hinting().phase();
         assert!(matches!(phase, HintPhase::Idle | HintPhase::Lost), "{phase:?}");
@@ -256,7 +256,7 @@ impl World {
         assert_eq!(asks, command > 1);
     }
 
-    /// An honest chain on a ring of its own, which comes back unless it is kept.
+    /// Sends a valid chain on a separate vring. It is returned unless it is kept pending.
     fn honest(&mut self, at: u64, vq: Vq, bytes: &[u8], pages: &[Buffer]) -> (GuestRing, Queue) {
         let mut ring = GuestRing::new(at, 4);
         ring.reset(&self.memory);
@@ -279,8 +279,8 @@ impl World {
         assert!(ring.take_used(&self.memory).is_some());
     }
 
-    /// Whatever happened, an honest driver that starts now is served.
-    fn ends_well(&mut self) {
+    /// After any script, a valid driver is served.
+    fn serves_a_valid_driver(&mut self) {
         self.place(7);
         self.balloon.reset(self.vq.feature() | Features::VERSION_1);
         let faults = self.balloon.faults().total();

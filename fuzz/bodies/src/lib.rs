@@ -1,9 +1,7 @@
-//! The fuzz targets as functions of bytes. Each panics where something that has
-//! to hold does not.
+//! The fuzz targets as functions of bytes. Each panics if an invariant does not hold.
 //!
-//! Bytes are read as a script of small steps, so that every input is a valid
-//! script, the fuzzer's changes stay small, and honest steps are as near as
-//! hostile ones.
+//! Bytes are read as a script of small steps, so every input is a valid script, the fuzzer's
+//! changes are small, and valid steps are as likely as hostile ones.
 
 #![forbid(unsafe_code)]
 
@@ -27,10 +25,10 @@ pub use records::records;
 pub use requests::request_queue;
 pub use vhost_user::vhost_user;
 
-/// A target's body.
+/// Function of a target.
 pub type Body = fn(&[u8]);
 
-/// Every target by its name, which is that of its corpus as well.
+/// All targets by name, which is also the name of the corpus.
 pub const TARGETS: [(&str, Body); 11] = [
     ("disk_queue", disk_queue),
     ("stats_queue", stats_queue),

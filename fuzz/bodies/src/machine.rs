@@ -1,26 +1,26 @@
-//! Machines that a hostile peer describes, and their states.
+//! Machine descriptions and states of a hostile peer.
 
 use vmm::raw::{self, Devices};
 use vmm::{MAX_CPUS, Section};
 
 use crate::script::Script;
 
-/// Memory of the machine, in bytes: the least that there can be.
+/// Memory of the machine, in bytes: the minimum.
 const MEMORY_BYTES: u64 = 32 << 20;
 
-/// Processors of the machine.
+/// vCPUs of the machine.
 const CPUS: u8 = 1;
 
 /// Changes of one script.
 const MAX_CHANGES: usize = 32;
 
-/// Where parts of the state have what is worth changing: numbers of 16 to 64 bits.
+/// Widths of the numbers to change, in bytes.
 const WIDTHS: [usize; 4] = [1, 2, 4, 8];
 
-/// A description, or a state.
+/// A description or a state.
 ///
 /// # Panics
-/// Where something that has to hold does not.
+/// An invariant does not hold.
 pub fn machine(data: &[u8]) {
     let mut script = Script::new(data);
     if script.pick([false, true, true, true]) {
@@ -40,7 +40,7 @@ fn description(script: &mut Script<'_>) {
         4 => script.u64(),
         _ => u64::from(script.u16()) << 20,
     };
-    // Memory that no machine can have is refused before anything is described.
+    // Impossible memory layouts are rejected before the description.
     let Ok(mut description) = raw::description(cpus, memory_bytes) else { return };
     let honest = description.clone();
     let max_cpus = script.pick([MAX_CPUS, 1, 2]);
@@ -51,10 +51,10 @@ fn description(script: &mut Script<'_>) {
         Ok((cpus, memory_bytes)) => {
             assert!((1..=max_cpus).contains(&cpus) && memory_bytes <= vmm::MAX_MEMORY_BYTES);
             let pages = memory_bytes / 4096;
-            assert_eq!(pages, description.layout.pages(), "memory that was not described");
+            assert_eq!(pages, description.layout.pages(), "memory differs from the description");
         }
         Err(error) => {
-            // More than the operator of this side allows is nobody else's fault.
+            // Exceeding the operator's limits is the operator's fault.
             let text = error.to_string();
             assert!(text.starts_with("sender: ") || text.starts_with("operator: "), "{text}");
             let is_honest = description == honest && (1..=max_cpus).contains(&cpus);
@@ -75,10 +75,10 @@ fn state(script: &mut Script<'_>) {
     }
     match devices.take(&sections) {
         Ok(taken) => {
-            // There are several forms of a state, and one that is written.
+            // A state has several valid forms, and one canonical form.
             let again = self::devices().take(&taken);
             let is_same = again.is_ok_and(|again| again == taken);
-            assert!(is_same, "what was taken is understood as something else");
+            assert!(is_same, "the state saved again differs");
         }
         Err(error) => {
             assert!(error.to_string().starts_with("sender: "), "{error}");
@@ -88,13 +88,13 @@ fn state(script: &mut Script<'_>) {
     assert!(devices.holds_only_memory());
 }
 
-/// The host has memory and files for two machines.
+/// Devices of a small machine.
 fn devices() -> Devices {
     Devices::new(CPUS, MEMORY_BYTES).expect("a small machine")
 }
 
 fn step(script: &mut Script<'_>, sections: &mut Vec<Section>) {
-    // The transport and the balloon more often than what is KVM's to judge.
+    // Transport and balloon more often than state that KVM validates.
     let names = ["virtio0", "balloon", "virtio0", "balloon", "ports", "irqchip", "cpu0", "cpu1"];
     let name = script.pick(names);
     let at = sections.iter().position(|section| section.name == name);
@@ -116,7 +116,7 @@ fn step(script: &mut Script<'_>, sections: &mut Vec<Section>) {
     }
 }
 
-/// Writes a number somewhere, cuts, or adds something.
+/// Writes a number somewhere, truncates, or appends.
 fn change(script: &mut Script<'_>, bytes: &mut Vec<u8>) {
     let at = usize::from(script.u16()) % bytes.len().max(1);
     match script.u8() % 8 {

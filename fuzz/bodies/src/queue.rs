@@ -1,4 +1,4 @@
-//! A queue of the device: rings, descriptors and messages of a script.
+//! The inflate or deflate queue: vrings, descriptors and messages of a script.
 
 use std::time::Instant;
 
@@ -12,33 +12,33 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use crate::checked::{Checked, check};
 use crate::script::Script;
 
-/// Guest memory: two neighbours, a gap, one more.
+/// Guest memory: two adjacent regions, a gap, one more.
 const REGIONS: [(u64, u64); 3] =
     [(0x10_0000, 0x30_0000), (0x40_0000, 0x40_0000), (0xa0_0000, 0x50_0000)];
 const END: u64 = 0xf0_0000;
 const RING: u64 = 0x10_0000;
-/// Where the script's strings are written, one behind the other.
+/// The script's strings, one after the other.
 const STRINGS: u64 = 0x11_0000;
 const STRINGS_END: u64 = 0x12_0000;
 const STATUS: u64 = 0x10_f000;
-/// An honest driver's ring and message, which no step touches.
+/// A valid driver's vring and message, which no step changes.
 const HONEST: u64 = 0xef_0000;
 const HONEST_PAGE: u64 = END / 4096 - 1;
-/// Steps of a script; a longer one finds nothing that two shorter ones do not.
+/// Maximum steps of a script. A longer one finds nothing that two shorter ones do not.
 const MAX_STEPS: usize = 200;
 
-/// The inflate queue, beginning with an empty balloon.
+/// The inflate queue, starting with an empty balloon.
 ///
 /// # Panics
-/// Where something that has to hold does not.
+/// An invariant does not hold.
 pub fn inflate_queue(data: &[u8]) {
     run(Vq::Inflate, data);
 }
 
-/// The deflate queue, beginning with a balloon that holds a part of memory.
+/// The deflate queue, starting with a part of memory in the balloon.
 ///
 /// # Panics
-/// Where something that has to hold does not.
+/// An invariant does not hold.
 pub fn deflate_queue(data: &[u8]) {
     run(Vq::Deflate, data);
 }
@@ -64,7 +64,7 @@ fn run(vq: Vq, data: &[u8]) {
         world.step(vq, &mut script);
     }
     world.kick(vq);
-    world.ends_well();
+    world.serves_a_valid_driver();
 }
 
 impl World {
@@ -105,10 +105,10 @@ impl World {
                 self.write(string);
             }
             11 => self.ring_elsewhere(script),
-            12 => self.start_anew(features(script.u8())),
+            12 => self.restart_driver(features(script.u8())),
             13 => self.move_memory(script.u8()),
             14 => self.config(script),
-            // Any two bytes of the rings.
+            // Writes any two bytes of the vring.
             _ => {
                 let at = RING + u64::from(script.u16() % 0x2000);
                 let _ = self.memory.write_obj(script.u16(), GuestAddress(at));
@@ -116,7 +116,7 @@ impl World {
         }
     }
 
-    /// A chain of one or two messages and room for a status, in any order.
+    /// A chain of one or two messages and a status buffer, in any order.
     fn honest_shape(&mut self, script: &mut Script<'_>) {
         let mut message = Vec::new();
         for _ in 0..script.u8() % 4 {
@@ -146,7 +146,7 @@ impl World {
         self.ring.send(&self.memory, chain);
     }
 
-    /// Writes bytes where there is room and returns them as a buffer.
+    /// Writes bytes to free memory and returns them as a buffer.
     fn write(&mut self, bytes: &[u8]) -> Buffer {
         if self.strings + bytes.len() as u64 > STRINGS_END {
             self.strings = STRINGS;
@@ -173,7 +173,7 @@ impl World {
         Descriptor::new(addr.wrapping_add(offset), len, flags, u16::from(script.u8()))
     }
 
-    /// Serves the queue; what was returned is what the drain says.
+    /// Serves the queue, and checks the number of returned chains.
     fn kick(&mut self, vq: Vq) {
         let (used, config) = (self.queue.next_used(), self.balloon.config());
         let result = self.balloon.process_queue(vq, &self.memory, &mut self.queue);
@@ -193,14 +193,14 @@ impl World {
         self.queue.set_event_idx(self.balloon.negotiated().contains(Features::RING_EVENT_IDX));
     }
 
-    fn start_anew(&mut self, features: Features) {
+    fn restart_driver(&mut self, features: Features) {
         self.balloon.reset(features);
         assert!(self.balloon.held().is_empty());
         self.start_ring();
         check(&self.balloon);
     }
 
-    /// Parts of the ring at any address, in memory or not.
+    /// Moves parts of the vring to any address, in memory or not.
     fn ring_elsewhere(&mut self, script: &mut Script<'_>) {
         let base = script.pick([END - 64, 0x40_0000 - 64, 0x80_0000 - 64, 0, u64::MAX - 63, RING]);
         let at = GuestAddress(base.wrapping_add(u64::from(script.u8())));
@@ -236,8 +236,8 @@ impl World {
         assert_eq!(after.free_page_hint_cmd_id, before.free_page_hint_cmd_id);
     }
 
-    /// Whatever happened, an honest driver that starts now is served.
-    fn ends_well(&mut self) {
+    /// After any script, a valid driver is served.
+    fn serves_a_valid_driver(&mut self) {
         let layout = MemoryLayout::new(REGIONS).expect("well-formed");
         self.balloon.reclaim_mut().set_layout(layout.clone());
         self.balloon.set_layout(layout);
@@ -248,7 +248,7 @@ impl World {
         assert!(self.balloon.held().is_empty());
     }
 
-    /// An honest message about `pages` pages at `start`, on a ring of its own.
+    /// Sends a valid message of `pages` pages at `start`, on a separate vring.
     fn honest(&mut self, vq: Vq, start: u64, pages: u64) {
         let mut ring = GuestRing::new(HONEST, 4);
         ring.reset(&self.memory);
@@ -274,7 +274,7 @@ impl World {
 fn features(choice: u8) -> Features {
     let mut features = Features::VERSION_1;
     for (bit, feature) in (0..).zip([
-        // Inverted: the first input that is tried speaks bitmaps.
+        // Inverted, so that the first input tried uses bitmaps.
         Features::PAGE_BITMAP,
         Features::MUST_TELL_HOST,
         Features::RING_EVENT_IDX,

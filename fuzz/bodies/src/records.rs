@@ -1,5 +1,5 @@
-//! Both forms of message: the device's decoder against the naive reader, and the
-//! encoder against the decoder.
+//! Both message formats: the device's decoder against the naive parser, and the encoder against the
+//! decoder.
 
 use balloon_abi::record::{self, Records};
 use balloon_device::{Fault, Faults, MemoryLayout, decode_bitmap, decode_pfn_array};
@@ -8,7 +8,7 @@ use page_set::{PageRange, PageSet};
 
 use crate::script::Script;
 
-/// Regions of guest memory in balloon pages; small, for the model's sake.
+/// Regions of guest memory in balloon pages, small for the model.
 const LAYOUTS: [&[(u64, u64)]; 4] = [
     &[(0, 0x1000)],
     &[(0x100, 0x700), (0xa00, 0x500)],
@@ -16,10 +16,10 @@ const LAYOUTS: [&[(u64, u64)]; 4] = [
     &[],
 ];
 
-/// Decodes a message of either form and compares.
+/// Decodes a message of either format and compares.
 ///
 /// # Panics
-/// Where the two readers do not agree.
+/// The two decoders disagree.
 pub fn records(data: &[u8]) {
     let mut script = Script::new(data);
     let regions = script.pick(LAYOUTS);
@@ -29,7 +29,7 @@ pub fn records(data: &[u8]) {
         |page: u64| regions.iter().any(|(start, pages)| (*start..start + pages).contains(&page));
     let classic = script.flag();
     let mut message = Vec::new();
-    // Some records that are made for it, then whatever bytes there are.
+    // Some generated records, then the remaining bytes.
     for _ in 0..script.u8() % 8 {
         message.extend(script.record(0x1100));
     }
@@ -52,9 +52,9 @@ pub fn records(data: &[u8]) {
                 Fault::MalformedRecord => Reason::Malformed,
                 Fault::OutsideMemory => Reason::Outside,
                 Fault::RepeatedPage => Reason::Repeated,
-                other => panic!("{other:?} is no fault of records"),
+                other => panic!("{other:?} is not a fault of records"),
             };
-            assert!(reasons.contains(&reason), "{fault:?} is not of {reasons:?}");
+            assert!(reasons.contains(&reason), "{fault:?} is not one of {reasons:?}");
         }
         (device, model) => panic!("{device:?} against {model:?}"),
     }
@@ -64,7 +64,7 @@ fn each(pages: &PageSet) -> std::collections::BTreeSet<u64> {
     pages.ranges().flat_map(|range: PageRange| range.start()..range.end()).collect()
 }
 
-/// Every record that is read is written as it was.
+/// Encodes every decoded record to the same bytes.
 fn reencode(message: &[u8]) {
     let mut rest = message;
     for record in Records::new(message).flatten() {
@@ -72,7 +72,7 @@ fn reencode(message: &[u8]) {
         let words: Vec<u64> = if header.words == 0 { vec![] } else { record.words().collect() };
         let mut out = [0; 512];
         let len = record::encode(&mut out, header.start_pfn, header.granule_shift, &words)
-            .expect("what was read can be written")
+            .expect("a decoded record can be encoded")
             .expect("a record has at most 512 bytes");
         let (was, behind) = rest.split_at(len);
         assert_eq!(out[..len], *was);

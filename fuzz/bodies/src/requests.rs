@@ -15,18 +15,18 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use crate::checked::{Checked, check};
 use crate::script::Script;
 
-/// Guest memory: two neighbours, a gap, one more.
+/// Guest memory: two adjacent regions, a gap, one more.
 const REGIONS: [(u64, u64); 3] =
     [(0x10_0000, 0x30_0000), (0x40_0000, 0x40_0000), (0xa0_0000, 0x50_0000)];
 const END_PAGE: u64 = 0xf00;
 const RING: u64 = 0x10_0000;
 const RING_SIZE: u16 = 16;
 const INFLATE_RING: u64 = 0x10_4000;
-/// Room for a request at each descriptor.
+/// A request buffer for each descriptor.
 const SLOTS: u64 = 0x10_8000;
 const MESSAGE: u64 = 0x11_0000;
 const STATUS: u64 = 0x10_f000;
-/// Steps of a script; a longer one finds nothing that two shorter ones do not.
+/// Maximum steps of a script. A longer one finds nothing that two shorter ones do not.
 const MAX_STEPS: usize = 200;
 
 const FEATURES: Features = Features::VERSION_1
@@ -34,10 +34,10 @@ const FEATURES: Features = Features::VERSION_1
     .union(Features::PAGE_BITMAP)
     .union(Features::REQUEST_VQ);
 
-/// The request queue of a device that is asked for things meanwhile.
+/// The request queue of a device with concurrent requests.
 ///
 /// # Panics
-/// Where something that has to hold does not.
+/// An invariant does not hold.
 pub fn request_queue(data: &[u8]) {
     let mut script = Script::new(data);
     let mut world = World::new();
@@ -48,7 +48,7 @@ pub fn request_queue(data: &[u8]) {
         world.step(&mut script);
         world.holds();
     }
-    world.ends_well();
+    world.serves_a_valid_driver();
 }
 
 struct World {
@@ -59,10 +59,9 @@ struct World {
     start: Instant,
     seconds: u64,
     open: BTreeSet<u32>,
-    /// The newest id that the driver saw, or made up.
+    /// The last id that the driver received or invented.
     last: u32,
-    /// The script wrote into the ring itself, so what the device put there may be
-    /// gone.
+    /// Whether the script wrote to the vring directly, so the device's entries there may be lost.
     spoiled: bool,
 }
 
@@ -119,7 +118,7 @@ impl World {
                 let descriptor = Descriptor::new(addr, len, flags, next);
                 self.ring.write_descriptor(&self.memory, next % RING_SIZE, descriptor);
             }
-            // Any two bytes of the ring.
+            // Writes any two bytes of the vring.
             _ => {
                 let at = RING + u64::from(script.u16() % 0x400);
                 let _ = self.memory.write_obj(script.u16(), GuestAddress(at));
@@ -148,7 +147,7 @@ impl World {
         }
     }
 
-    /// A waiting chain.
+    /// Sends a chain for a request.
     fn wait(&mut self) {
         let at = SLOTS + u64::from(self.ring.next_slot()) * 16;
         let room = u32::try_from(REQUEST_BYTES).expect("short");
@@ -156,7 +155,7 @@ impl World {
         self.serve();
     }
 
-    /// An answer, mostly to what runs and mostly well-formed.
+    /// Sends an answer, mostly to the running request and mostly well-formed.
     fn answer(&mut self, script: &mut Script<'_>) {
         let running = self.balloon.requests().running().map(|(id, _)| id);
         let id = match script.u8() % 8 {
@@ -198,7 +197,7 @@ impl World {
         let used = self.queue.next_used();
         let served = self.balloon.process_queue(Vq::Request, &self.memory, &mut self.queue);
         let returned = usize::from(self.queue.next_used().wrapping_sub(used));
-        // What comes back are chains of this drain, and what waited before.
+        // Returned chains are those of this drain and pending ones of before.
         assert!(returned <= MAX_CHAINS_PER_DRAIN + usize::from(RING_SIZE));
         match served {
             Ok(drained) => assert!(returned > 0 || !drained.notify),
@@ -247,7 +246,7 @@ impl World {
         self.spoiled = false;
     }
 
-    /// Pages go into the balloon, on a ring of their own.
+    /// Inflates pages, on a separate vring.
     fn inflate(&mut self, script: &mut Script<'_>) {
         let mut ring = GuestRing::new(INFLATE_RING, 4);
         ring.reset(&self.memory);
@@ -259,8 +258,8 @@ impl World {
         assert!(served.is_ok());
     }
 
-    /// Whatever was done: what ended has one outcome, what has not is open, and
-    /// pages that are named as free are pages that exist.
+    /// Invariants: every ended request has one outcome, all others are open, and pages reported
+    /// free exist.
     fn holds(&mut self) {
         let Self { balloon, open, .. } = self;
         let requests = balloon.requests_mut();
@@ -280,8 +279,8 @@ impl World {
         check(&self.balloon);
     }
 
-    /// An honest driver that starts now is asked, and its answer arrives.
-    fn ends_well(&mut self) {
+    /// After any script, a valid driver receives a request, and its answer arrives.
+    fn serves_a_valid_driver(&mut self) {
         let layout = MemoryLayout::new(REGIONS).expect("well-formed");
         self.balloon.reclaim_mut().set_layout(layout.clone());
         self.balloon.set_layout(layout);

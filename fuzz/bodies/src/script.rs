@@ -1,6 +1,6 @@
-//! Bytes as a script: numbers and strings of bytes, until there are no more.
+//! Reads bytes as a script: numbers and byte strings, until the end.
 
-/// Reads a script; beyond its end everything is zero.
+/// Reads a script. Beyond its end all values are zero.
 pub(crate) struct Script<'a> {
     rest: &'a [u8],
 }
@@ -44,13 +44,13 @@ impl<'a> Script<'a> {
         bytes
     }
 
-    /// A string of bytes with its length (up to 255) before it.
+    /// A byte string with its length (up to 255) before it.
     pub(crate) fn string(&mut self) -> &'a [u8] {
         let len = self.u8().into();
         self.bytes(len)
     }
 
-    /// A record that is mostly well-formed: granule, place, a bitmap of a few words.
+    /// A record that is mostly well-formed: granule, start, a bitmap of a few words.
     pub(crate) fn record(&mut self, pages: u64) -> Vec<u8> {
         let shift = self.pick([12u64, 12, 21, 13, 16, 22, 30, 11, 31, 63]);
         let start = self.u64_up_to(pages) >> shift.saturating_sub(12).min(40)

@@ -1,7 +1,7 @@
-//! The vhost-user loop: a front end that sends anything and hangs up anywhere.
+//! The vhost-user loop: a front end that sends anything and disconnects anywhere.
 //!
-//! All that a front end says is in the socket before the loop begins, and so is
-//! its end, so one thread is enough and an input always does the same.
+//! All messages of a front end and its disconnect are in the socket before the loop starts. So one
+//! thread suffices, and an input is deterministic.
 
 use std::fs::File;
 use std::io::{IoSlice, Write};
@@ -21,25 +21,25 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 use crate::script::Script;
 
-/// The file behind guest memory is larger than what the guest is offered: what
-/// lies around that must stay as it is.
+/// The file behind guest memory is larger than the shared region. The bytes around the region must
+/// not change.
 const GUARD: usize = 0x4000;
 const GUARD_BYTES: u64 = GUARD as u64;
 const GUEST: usize = 0x10_0000;
 const GUEST_BYTES: u64 = GUEST as u64;
 const GUEST_AT: u64 = 0x1000_0000;
-/// Where the front end says that it has guest memory mapped.
+/// The front end's mapping address of guest memory.
 const USER_AT: u64 = 0x7f00_0000_0000;
-/// Rings of the two queues, and where messages lie.
+/// Vrings of the two queues, and the messages.
 const RINGS: [u64; 2] = [GUEST_AT, GUEST_AT + 0x1000];
 const RING_SIZE: u16 = 16;
 const MESSAGES: u64 = GUEST_AT + 0x4000;
 const MESSAGES_END: u64 = GUEST_AT + 0x8000;
-/// A page that an honest guest gives.
+/// A page that a valid guest inflates.
 const HONEST_PAGE: u64 = (GUEST_AT + GUEST_BYTES) / 4096 - 1;
 
-/// Steps of a script, and bytes that they may send: less than a socket holds, so
-/// that sending never waits.
+/// Maximum steps of a script, and bytes that they may send: less than a socket buffer, so that
+/// sending never blocks.
 const MAX_STEPS: usize = 64;
 const MAX_SENT_BYTES: usize = 0x8000;
 
@@ -49,7 +49,7 @@ const PAGE_BITMAP: u64 = 1 << 60;
 /// `CONFIG` and `BACKEND_REQ`.
 const CONFIG_AND_CHANNEL: u64 = 1 << 9 | 1 << 5;
 
-/// Requests by their numbers in the vhost-user protocol.
+/// Request numbers of the vhost-user protocol.
 mod request {
     pub(super) const SET_FEATURES: u32 = 2;
     pub(super) const SET_OWNER: u32 = 3;
@@ -68,10 +68,10 @@ mod request {
     pub(super) const SET_CONFIG: u32 = 25;
 }
 
-/// Sessions of a hostile front end, then one of an honest one.
+/// Sessions of a hostile front end, then one of a valid front end.
 ///
 /// # Panics
-/// Where something that has to hold does not.
+/// An invariant does not hold.
 pub fn vhost_user(data: &[u8]) {
     let mut script = Script::new(data);
     let release =
@@ -94,7 +94,7 @@ pub fn vhost_user(data: &[u8]) {
     honest(&backend, release);
 }
 
-/// An honest front end is served, whatever came before it.
+/// After any script, a valid front end is served.
 fn honest(backend: &Backend, release: ReleaseMode) {
     let mut front_end = FrontEnd::new();
     let page = GuestAddress(HONEST_PAGE * 4096);
@@ -102,8 +102,8 @@ fn honest(backend: &Backend, release: ReleaseMode) {
     front_end.add_message(0, &(HONEST_PAGE | 12 << 52).to_le_bytes());
     front_end.set_up(PAGE_BITMAP | VERSION_1 | PROTOCOL_FEATURES | 1);
     let outcome = front_end.serve(backend, false);
-    assert!(matches!(outcome, Some(End::HungUp)), "an honest front end is not served");
-    // In the background it may be released or not, but nothing else.
+    assert!(matches!(outcome, Some(End::HungUp)), "a valid front end is not served");
+    // In the background the page may be released or not. Nothing else may change it.
     let left: u64 = front_end.memory.read_obj(page).expect("memory");
     assert!(left == 0 || (left == 7 && release == ReleaseMode::Background), "{left}");
 }
@@ -116,9 +116,9 @@ struct FrontEnd {
     memory: GuestMemoryMmap,
     rings: [GuestRing; 2],
     messages: u64,
-    /// PendingChains so that what was sent is not hung up.
+    /// Kept open, so that the back end's ends are not disconnected.
     fds: Vec<OwnedFd>,
-    /// The back end was offered exactly the guest's part of the file.
+    /// Whether the back end has mapped exactly the guest's part of the file.
     offer_is_true: bool,
 }
 
@@ -163,7 +163,7 @@ impl FrontEnd {
             }
             7 => {
                 let record = script.record(HONEST_PAGE + 2);
-                // Mostly where memory is: above `GUEST_AT`.
+                // Mostly in guest memory: above `GUEST_AT`.
                 let word = u64::from_le_bytes(record[..8].try_into().expect("a header"));
                 let mut message = word.wrapping_add(GUEST_AT / 4096).to_le_bytes().to_vec();
                 message.extend(&record[8..]);
@@ -180,7 +180,7 @@ impl FrontEnd {
             10 => self.send(request::RESET_OWNER, &[], &[]),
             11 => self.any_message(script),
             12 => {
-                // Behind this, a file may come with another table than was meant.
+                // After this, a file may arrive with another table than intended.
                 self.offer_is_true = false;
                 let bytes = script.string();
                 self.raw(bytes);
@@ -192,7 +192,7 @@ impl FrontEnd {
         }
     }
 
-    /// All that an honest front end says.
+    /// Sends all setup messages of a valid front end.
     fn set_up(&mut self, features: u64) {
         self.send(request::SET_OWNER, &[], &[]);
         self.send(request::SET_FEATURES, &[features], &[]);
@@ -212,7 +212,7 @@ impl FrontEnd {
         self.send(request::SET_MEM_TABLE, &payload, &vec![file.as_fd(); fds]);
     }
 
-    /// A memory table with something wrong in it, or nothing.
+    /// Sends a memory table with at most one wrong field.
     fn mem_table(&mut self, script: &mut Script<'_>) {
         let mut region = [GUEST_AT, GUEST_BYTES, USER_AT, GUARD_BYTES];
         let (field, by) = (usize::from(script.u8() % 8), script.u64_up_to(1 << 16));
@@ -232,7 +232,7 @@ impl FrontEnd {
         self.vring_message(what, index, script.u64_up_to(1));
     }
 
-    /// One message about queue `index`; `wrong` is zero for an honest one.
+    /// Sends one message about queue `index`. `wrong` is zero for a valid one.
     fn vring_message(&mut self, what: u8, index: u32, wrong: u64) {
         let low = |value: u64| u64::from(index) | value << 32;
         let ring = &self.rings[index as usize % 2];
@@ -269,7 +269,7 @@ impl FrontEnd {
         self.message(code, 1, payload.len(), &payload, &[]);
     }
 
-    /// Any request with any file descriptors.
+    /// Sends any request with any file descriptors.
     fn any_message(&mut self, script: &mut Script<'_>) {
         let code = u32::from(script.u8()) % 48;
         let flags = script.pick([1, 1, 1, 9, 5, 0, 2, 3, u32::MAX]);
@@ -282,7 +282,7 @@ impl FrontEnd {
         for _ in 0..script.pick([0, 1, 0, 1, 2, 8, 33, 60]) {
             let kinds =
                 [event.as_fd(), read.as_fd(), self.file.as_fd(), self.peer.as_fd(), write.as_fd()];
-            // A file that is offered this way may be offered whole.
+            // A file sent this way may be mapped completely.
             let kind = usize::from(script.u8()) % kinds.len();
             self.offer_is_true &= kind != 2;
             fds.push(kinds[kind].try_clone_to_owned().expect("a descriptor"));
@@ -291,7 +291,7 @@ impl FrontEnd {
         self.message(code, flags, size, payload, &fds);
     }
 
-    /// A message to the device in the guest's memory, in a chain with a status.
+    /// Adds a message to the device in guest memory, in a chain with a status.
     fn add_message(&mut self, index: usize, bytes: &[u8]) {
         if self.messages + bytes.len() as u64 > MESSAGES_END {
             self.messages = MESSAGES;
@@ -324,7 +324,7 @@ impl FrontEnd {
         if !fds.is_empty() {
             control.push(SendAncillaryMessage::ScmRights(fds));
         }
-        // What does not fit any more is a front end that went.
+        // A full socket counts as a disconnect.
         let _ = sendmsg(&self.socket, &[IoSlice::new(&header)], &mut control, SendFlags::NOSIGNAL);
         self.raw(payload);
         self.sent += header.len();
@@ -335,8 +335,7 @@ impl FrontEnd {
         self.sent += bytes.len();
     }
 
-    /// Lets the back end serve all of it; `None` where the front end's fault
-    /// ended the session.
+    /// Serves all messages. Returns `None` if the session ended through the front end's fault.
     fn serve(&mut self, backend: &Backend, hangs_up: bool) -> Option<End> {
         let how = if hangs_up { Shutdown::Both } else { Shutdown::Write };
         self.socket.shutdown(how).expect("a socket");
@@ -346,7 +345,10 @@ impl FrontEnd {
             for at in guards() {
                 let mut guard = [0; GUARD];
                 self.file.read_exact_at(&mut guard, at).expect("memory");
-                assert!(guard.iter().all(|byte| *byte == 0x5a), "memory outside of the offer");
+                assert!(
+                    guard.iter().all(|byte| *byte == 0x5a),
+                    "memory outside of the shared region changed"
+                );
             }
         }
         outcome

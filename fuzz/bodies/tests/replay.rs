@@ -3,8 +3,8 @@
 use std::fs;
 use std::path::Path;
 
-/// Files a corpus has at least; fewer means that it was not found.
-const LEAST_FILES: usize = 5;
+/// Minimum files of a corpus. Fewer means that the directory is wrong.
+const MIN_FILES: usize = 5;
 
 #[test]
 fn every_committed_input_is_served() {
@@ -14,7 +14,7 @@ fn every_committed_input_is_served() {
             .unwrap_or_else(|error| panic!("fuzz/corpus/{name}: {error}"))
             .map(|entry| entry.expect("a readable directory").path())
             .collect();
-        assert!(files.len() >= LEAST_FILES, "fuzz/corpus/{name} has {} files", files.len());
+        assert!(files.len() >= MIN_FILES, "fuzz/corpus/{name} has {} files", files.len());
         for file in files {
             println!("{}", file.display());
             body(&fs::read(&file).expect("a readable file"));
@@ -22,7 +22,7 @@ fn every_committed_input_is_served() {
     }
 }
 
-/// What the fuzzer starts with, and what no corpus keeps.
+/// Initial inputs of the fuzzer, which no corpus keeps.
 #[test]
 fn trivial_inputs_are_served() {
     for (_, body) in fuzz_bodies::TARGETS {

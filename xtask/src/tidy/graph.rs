@@ -1,4 +1,4 @@
-//! Which crate may depend on which: the table of ARCHITECTURE.md.
+//! Allowed dependencies between crates: the table of ARCHITECTURE.md.
 
 use std::path::Path;
 use std::process::Command;
@@ -11,14 +11,14 @@ use crate::process::output;
 
 const ARCHITECTURE: &str = "ARCHITECTURE.md";
 
-/// The head of the table, by its columns.
+/// Header of the table.
 const COLUMNS: [&str; 4] = ["crate", "content", "depends on, in the workspace", "from outside"];
 
-/// What a cell says of all crates, and of none.
+/// Cell text for all crates, and for none.
 const ANY: &str = "any";
 const NONE: &str = "-";
 
-/// Crates that a row allows. Dependencies of a crate's own tests are free.
+/// Crates that a row allows. Dev-dependencies are not restricted.
 #[derive(Debug, PartialEq)]
 enum Allowed {
     Any,
@@ -37,13 +37,13 @@ struct Row {
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct Package {
     pub(super) name: String,
-    /// Crates that it needs when it is built, not only for its tests.
+    /// Its dependencies, without dev-dependencies.
     pub(super) needs: Vec<String>,
-    /// Root files of its library and programs, from the repository's root.
+    /// Root files of its library and programs, relative to the repository's root.
     pub(super) roots: Vec<String>,
 }
 
-/// Reads the workspace.
+/// Reads the crates of the workspace.
 pub(super) fn packages(root: &Path) -> Result<Vec<Package>> {
     let mut cargo = Command::new("cargo");
     cargo.args(["metadata", "--no-deps", "--format-version", "1"]).current_dir(root);
@@ -74,7 +74,8 @@ fn is_root(target: &Value) -> bool {
     target["kind"].as_array().is_some_and(|kinds| kinds.iter().any(is))
 }
 
-/// Dependencies that the table does not allow, crates without a row, and rows without a crate.
+/// Returns dependencies that the table does not allow, crates without a row, and rows without a
+/// crate.
 pub(super) fn check(packages: &[Package], files: &Files) -> Vec<String> {
     let rows = match rows(files.get(ARCHITECTURE).unwrap_or_default()) {
         Ok(rows) => rows,
@@ -107,7 +108,7 @@ fn rows(text: &str) -> Result<Vec<Row>, String> {
     if lines.next().is_none() {
         return Err(format!("has no table of {COLUMNS:?}"));
     }
-    // The line below the head has dashes only.
+    // The line below the header has only dashes.
     let rows = lines.skip(1).take_while(|line| line.starts_with('|'));
     rows.map(|line| row(line).ok_or_else(|| format!("cannot read the row `{line}`"))).collect()
 }
@@ -115,7 +116,7 @@ fn rows(text: &str) -> Result<Vec<Row>, String> {
 fn row(line: &str) -> Option<Row> {
     let cells = cells(line);
     let [name, _, workspace, outside] = cells.as_slice() else { return None };
-    // `path/name`, or `path` (`name`) where they differ.
+    // `path/name`, or `path` (`name`) if they differ.
     let quoted: Vec<&str> = name.split('`').skip(1).step_by(2).collect();
     let name = quoted.last()?.rsplit('/').next()?.to_owned();
     Some(Row { name, workspace: allowed(workspace), outside: allowed(outside) })
@@ -123,7 +124,7 @@ fn row(line: &str) -> Option<Row> {
 
 fn cells(line: &str) -> Vec<&str> {
     let cells: Vec<&str> = line.split('|').map(str::trim).collect();
-    // What stands before the first bar and behind the last one is nothing.
+    // The text before the first bar and after the last one is empty.
     cells.get(1..cells.len().saturating_sub(1)).unwrap_or_default().to_vec()
 }
 
@@ -172,7 +173,7 @@ Text.
     }
 
     #[test]
-    fn a_crate_depends_only_on_what_its_row_allows() {
+    fn a_dependency_that_is_not_in_the_row_is_a_problem() {
         let fine = [
             package("driver", &["abi"]),
             package("device", &["abi", "vm-memory", "thiserror"]),
@@ -188,7 +189,7 @@ Text.
     }
 
     #[test]
-    fn a_crate_without_a_row_and_a_row_without_a_crate_are_found() {
+    fn a_crate_without_a_row_and_a_row_without_a_crate_are_problems() {
         let problems = checked(TABLE, &[package("attic", &[])]);
         assert_eq!(problems, ["attic: has no row in the table of ARCHITECTURE.md"]);
         let more = TABLE
@@ -198,14 +199,14 @@ Text.
     }
 
     #[test]
-    fn a_table_that_cannot_be_read_is_a_problem() {
+    fn an_invalid_table_is_a_problem() {
         assert!(checked("# Architecture\n", &[])[0].contains("has no table"));
         let short = TABLE.replace("| layouts | - | - |", "| layouts | - |");
         assert!(checked(&short, &[])[0].contains("cannot read the row"));
     }
 
     #[test]
-    fn dependencies_of_tests_do_not_count() {
+    fn dev_dependencies_are_ignored() {
         let metadata = serde_json::json!({"packages": [{
             "name": "page-set",
             "dependencies": [

@@ -1,11 +1,10 @@
-//! What the text of the repository may not hold.
+//! Forbidden text, and paths in the documentation that do not exist.
 
 use super::Files;
 
-/// What betrays the machine that something was written on: homes and work
-/// directories as absolute paths, and private mirrors of registries. Written in
-/// two halves, since this file is looked at too.
-const BETRAYALS: &[&str] = &[
+/// Text that reveals the machine on which something was written: absolute paths of home and work
+/// directories, and private registry mirrors. Split in halves, because this file is checked too.
+const MACHINE_NAMES: &[&str] = &[
     concat!("/wo", "rk/"),
     concat!("/ro", "ot/"),
     concat!("/ho", "me/"),
@@ -21,14 +20,14 @@ pub(super) fn check_words(files: &Files) -> Vec<String> {
     let mut problems = Vec::new();
     for (path, text) in files.iter() {
         for (number, line) in (1..).zip(text.lines()) {
-            let found = BETRAYALS.iter().filter(|word| names(line, word));
+            let found = MACHINE_NAMES.iter().filter(|word| names(line, word));
             problems.extend(found.map(|word| format!("{path}:{number}: names {word}")));
         }
     }
     problems
 }
 
-/// True when `line` holds `word`; an absolute path must begin there, not go on.
+/// Whether `line` contains `word`. An absolute path must start there, not continue.
 fn names(line: &str, word: &str) -> bool {
     line.match_indices(word).any(|(at, _)| {
         let before = line[..at].chars().next_back();
@@ -40,13 +39,13 @@ fn is_of_a_path(c: char) -> bool {
     c.is_alphanumeric() || "_-.~}$".contains(c)
 }
 
-/// Pages that send their reader to places in the tree.
+/// Pages with paths of the tree.
 const MAPS: [&str; 3] = ["ARCHITECTURE.md", "docs/design/decisions.md", "docs/design/paths.md"];
 
-/// What a place in the tree begins with.
+/// Prefixes of paths in the tree.
 const PLACES: [&str; 6] = ["crates/", "docs/", "e2e/", "fuzz/", "guest/", "xtask/"];
 
-/// Places that a map names and that are not there.
+/// Returns paths in [`MAPS`] that do not exist.
 pub(super) fn check_maps(files: &Files) -> Vec<String> {
     let is_there = |place: &str| {
         let place = place.trim_end_matches('/');
@@ -75,23 +74,23 @@ mod tests {
     }
 
     #[test]
-    fn each_betrayal_is_found() {
-        for word in BETRAYALS {
+    fn every_machine_name_is_a_problem() {
+        for word in MACHINE_NAMES {
             let problems = check_words(&file("docs/a.md", format!("fine\nsee {word}x\n")));
             assert_eq!(problems, [format!("docs/a.md:2: names {word}")]);
         }
     }
 
     #[test]
-    fn relative_paths_betray_nothing() {
-        for word in BETRAYALS.iter().filter(|word| word.starts_with('/')) {
+    fn relative_paths_are_allowed() {
+        for word in MACHINE_NAMES.iter().filter(|word| word.starts_with('/')) {
             let text = format!("target{word}x and $HOME{word}y and ..{word}z");
             assert_eq!(check_words(&file("a.rs", text)), Vec::<String>::new());
         }
     }
 
     #[test]
-    fn a_map_names_what_is_there() {
+    fn a_path_that_does_not_exist_is_a_problem() {
         let map = "See `crates/a/src/b.rs`, `crates/a/src/`, `fuzz/bodies` and `c.rs`.\n";
         let paths = ["crates/a/src/b.rs", "fuzz/bodies/lib.rs"];
         let mut files = file("ARCHITECTURE.md", map.to_owned());

@@ -1,26 +1,24 @@
-//! What Rust sources must say, and how long they may be.
+//! Required attributes of Rust sources, and maximum lengths.
 
 use super::Files;
 use super::graph::Package;
 
-/// Lines of a function, with its signature and closing brace: what a reader sees
-/// at once.
+/// Maximum lines of a function, with signature and closing brace: what fits on a screen.
 const MAX_FUNCTION_LINES: usize = 70;
-/// Lines of a file before its tests: one idea.
+/// Maximum lines of a file before its tests.
 const MAX_FILE_LINES: usize = 600;
 
-/// Functions (`path:name`) and files (`path`) that are longer, and why.
+/// Functions (`path:name`) and files (`path`) that may be longer, with the reason.
 const LONGER: &[(&str, &str)] = &[];
 
-/// The crates whose work cannot be done without `unsafe`. The guest module's shim
-/// is no member of the workspace.
+/// Crates that need `unsafe`. The guest module's shim is not a member of the workspace.
 const MAY_BE_UNSAFE: &[&str] = &["host-memory"];
-/// Crates with one file that cannot do without it; the others of the crate may not.
+/// Crates of which only one file may use `unsafe`.
 const ONE_UNSAFE_FILE: &[(&str, &str)] = &[("vmm", "crates/vmm/src/kvm.rs")];
-/// The crates that run inside a kernel.
+/// Crates that run in the kernel.
 const WITHOUT_STD: &[&str] = &["balloon-abi", "balloon-driver"];
 
-/// What the root files of crates fail to say.
+/// Returns missing attributes in root files of crates.
 pub(super) fn check_roots(packages: &[Package], files: &Files) -> Vec<String> {
     let mut problems = Vec::new();
     for package in packages {
@@ -37,22 +35,22 @@ pub(super) fn check_roots(packages: &[Package], files: &Files) -> Vec<String> {
         for root in &package.roots {
             let text = files.get(root).unwrap_or_default();
             let missing = wanted.iter().filter(|line| !text.lines().any(|said| said == **line));
-            problems.extend(missing.map(|line| format!("{root}: does not say {line}")));
+            problems.extend(missing.map(|line| format!("{root}: lacks {line}")));
         }
     }
     problems
 }
 
-/// Files that allow themselves what their crate denies.
+/// Returns files that allow `unsafe` although their crate denies it.
 pub(super) fn check_unsafe_files(files: &Files) -> Vec<String> {
     let allows = |text: &str| text.contains(concat!("allow(", "unsafe_code"));
     let known = |path: &str| ONE_UNSAFE_FILE.iter().any(|(_, file)| *file == path);
     let others = files.iter().filter(|(path, text)| path.ends_with(".rs") && allows(text));
     let others = others.filter(|(path, _)| !known(path));
-    others.map(|(path, _)| format!("{path}: allows itself unsafe code")).collect()
+    others.map(|(path, _)| format!("{path}: must not allow unsafe code")).collect()
 }
 
-/// Functions and files that are too long, and exceptions that are none.
+/// Returns functions and files that are too long, and stale exceptions.
 pub(super) fn check_lengths(files: &Files) -> Vec<String> {
     let sources = files.iter().filter(|(path, _)| path.ends_with(".rs"));
     let long: Vec<_> = sources.flat_map(|(path, text)| too_long(path, text)).collect();
@@ -63,7 +61,7 @@ pub(super) fn check_lengths(files: &Files) -> Vec<String> {
     over.map(|(what, lines)| format!("{what}: {lines} lines")).chain(stale).collect()
 }
 
-/// What is too long in one file, with its lines.
+/// Returns what is too long in one file, with its lines.
 fn too_long(path: &str, text: &str) -> Vec<(String, usize)> {
     let lines: Vec<&str> = text.lines().collect();
     let mut long = Vec::new();
@@ -88,7 +86,7 @@ fn lines_before_tests(lines: &[&str]) -> usize {
     tests.unwrap_or(lines.len())
 }
 
-/// The name of the function that begins on `line`, if one does.
+/// Name of the function that starts on `line`, if any.
 fn function_name(line: &str) -> Option<&str> {
     let (before, after) = line.split_once("fn ")?;
     let is_qualifier = |word: &str| {
@@ -104,8 +102,8 @@ fn function_name(line: &str) -> Option<&str> {
     (end > 0).then(|| &after[..end])
 }
 
-/// Lines of the function that begins on the first line. rustfmt closes it with a
-/// brace in the column where it began.
+/// Number of lines of the function that starts on the first line. rustfmt puts its closing brace in
+/// the same column.
 fn function_lines(lines: &[&str]) -> usize {
     let Some(first) = lines.first() else { return 0 };
     let indent = &first[..first.len() - first.trim_start().len()];
@@ -136,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn long_functions_are_found() {
+    fn long_functions_are_problems() {
         let text = format!("impl T {{\n{}}}\n{}", function("    ", 71), function("", 70));
         assert_eq!(too_long("a.rs", &text), [("a.rs:walk".to_owned(), 71)]);
     }
@@ -151,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn long_files_are_found_and_their_tests_do_not_count() {
+    fn long_files_without_their_tests_are_problems() {
         let code = "const A: u8 = 1;\n".repeat(600);
         let tests = format!("#[cfg(test)]\nmod tests {{\n{}}}\n", "// more\n".repeat(900));
         assert_eq!(too_long("a.rs", &format!("{code}{tests}")), []);
@@ -161,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_functions_are_read() {
+    fn function_names_are_parsed() {
         assert_eq!(function_name("    pub(in crate::a) async unsafe fn go() {"), Some("go"));
         assert_eq!(function_name("pub extern \"C\" fn c_side("), Some("c_side"));
         assert_eq!(function_name("    let f: fn (u8) = go;"), None);
@@ -170,18 +168,18 @@ mod tests {
     }
 
     #[test]
-    fn one_file_may_be_unsafe_and_no_other() {
+    fn only_the_listed_file_may_use_unsafe() {
         let text = concat!("#![allow(", "unsafe_code)]\n").to_owned();
         let file = |path: &str| Files(vec![(path.to_owned(), text.clone())]);
         assert_eq!(check_unsafe_files(&file("crates/vmm/src/kvm.rs")), Vec::<String>::new());
         assert_eq!(
             check_unsafe_files(&file("crates/vmm/src/mmio.rs")),
-            ["crates/vmm/src/mmio.rs: allows itself unsafe code"]
+            ["crates/vmm/src/mmio.rs: must not allow unsafe code"]
         );
     }
 
     #[test]
-    fn roots_must_forbid_unsafe_and_kernel_crates_std() {
+    fn crate_roots_must_forbid_unsafe_and_kernel_crates_std() {
         let package = |name: &str| Package {
             name: name.to_owned(),
             needs: vec![],
@@ -196,10 +194,7 @@ mod tests {
         ]);
         assert_eq!(
             check_roots(&packages, &bad),
-            [
-                "balloon-abi.rs: does not say #![no_std]",
-                "lab.rs: does not say #![forbid(unsafe_code)]",
-            ]
+            ["balloon-abi.rs: lacks #![no_std]", "lab.rs: lacks #![forbid(unsafe_code)]",]
         );
         let good = Files(vec![
             text("balloon-abi.rs", "#![no_std]\n#![forbid(unsafe_code)]\n"),

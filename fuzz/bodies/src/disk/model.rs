@@ -1,18 +1,18 @@
-//! What a disk does with requests, byte by byte, as the specification has it (virtio 1.3, 5.2.6).
-//! It shares no code with the device, and so no mistake.
+//! Byte-by-byte model of a disk's requests, from the specification (virtio 1.3, 5.2.6). It shares
+//! no code with the device, so it shares no bug with it.
 
 use guest_ring::Buffer;
 
 pub(super) const SECTOR: u64 = 512;
 
-/// Sectors of the disk: more than are copied at once, and less than a request may ask for.
+/// Sectors of the disk: more than one copy, less than one request may cover.
 pub(super) const SECTORS: u64 = 320;
 
-/// Where there is memory.
+/// Guest memory, start and end addresses.
 pub(super) const SPANS: [(u64, u64); 2] = [(0x1_0000, 0x3_8000), (0x4_0000, 0x4_8000)];
 const END: usize = 0x4_8000;
 
-/// Bytes that a request may carry: 126 buffers of 64 KiB, as the configuration space says.
+/// Maximum data of a request: 126 buffers of 64 KiB, as in the configuration space.
 const MOST_BYTES: u64 = 126 << 16;
 
 const OK: u8 = 0;
@@ -23,12 +23,12 @@ const UNSUPP: u8 = 2;
 #[derive(Clone)]
 pub(super) struct Image {
     pub(super) bytes: Vec<u8>,
-    /// What may be anything.
+    /// Ranges of unknown contents.
     pub(super) unknown: Vec<(u64, u64)>,
 }
 
 impl Image {
-    /// With what `read` finds from an address on.
+    /// Reads an image. `read` copies memory from an address.
     pub(super) fn of(mut read: impl FnMut(u64, &mut [u8])) -> Self {
         let mut bytes = vec![0; END];
         for (start, end) in SPANS {
@@ -49,11 +49,11 @@ impl Image {
         is_there
     }
 
-    fn knows(&self, at: u64, len: u64) -> bool {
+    fn is_known(&self, at: u64, len: u64) -> bool {
         !self.unknown.iter().any(|(start, bytes)| at < start + bytes && *start < at + len)
     }
 
-    /// Some of it may have been written.
+    /// Marks segments as unknown.
     fn forget(&mut self, segments: &[(u64, u64)]) {
         let there = |at: u64, len: u64| {
             let span = |(start, end): &(u64, u64)| {
@@ -76,7 +76,7 @@ fn index(number: u64) -> usize {
     usize::try_from(number).expect("below the end of memory")
 }
 
-/// A request, as its chain says.
+/// A request, parsed from its chain.
 struct Request {
     kind: u32,
     sector: u64,
@@ -86,7 +86,7 @@ struct Request {
 }
 
 impl Request {
-    /// `None` where there is nobody to be answered.
+    /// `None` if the chain has no status byte.
     fn of(buffers: &[Buffer], memory: &Image) -> Option<Self> {
         let segments = |writable| {
             let some =
@@ -125,32 +125,32 @@ fn bytes(segments: &[(u64, u64)]) -> u64 {
     segments.iter().map(|(_, len)| len).sum()
 }
 
-/// What is on the disk.
+/// Contents of the disk.
 pub(super) struct Model {
     pub(super) disk: Vec<u8>,
     pub(super) read_only: bool,
-    /// What the host gives back only whole.
+    /// Discard unit of the host.
     pub(super) unit_bytes: u64,
-    /// Sectors that may be anything, from and to.
+    /// Sectors of unknown contents, start and end.
     pub(super) unknown: Vec<(u64, u64)>,
 }
 
-/// What became of a batch of chains.
+/// Result of a batch of chains.
 pub(super) struct Outcome {
     /// Memory afterwards.
     pub(super) memory: Image,
-    /// What the device says that it wrote, chain by chain; those beyond depend on what may be
-    /// anything, and so may all that is in memory and on the disk.
+    /// Used lengths, chain by chain. Later chains depend on unknown contents; then all of memory
+    /// and disk is unknown.
     pub(super) written: Vec<u32>,
 }
 
-/// It depends on what may be anything.
-struct Blind;
+/// The result depends on unknown contents.
+struct Unknown;
 
 impl Model {
     /// Chains in the order in which they were made available.
     pub(super) fn carry_out(&mut self, chains: &[Vec<Buffer>], mut memory: Image) -> Outcome {
-        // They are read when they are taken, and carried out later.
+        // The device parses all chains first, and serves them later.
         let requests: Vec<_> = chains.iter().map(|chain| Request::of(chain, &memory)).collect();
         let mut written = Vec::new();
         for request in &requests {
@@ -160,16 +160,16 @@ impl Model {
             };
             let Ok(done) = done else { break };
             let answer = request.as_ref().zip(done).map(|(request, (status, bytes))| {
-                let told = memory.put(request.status, &[status]);
-                if told && status == OK { bytes + 1 } else { 0 }
+                let is_written = memory.put(request.status, &[status]);
+                if is_written && status == OK { bytes + 1 } else { 0 }
             });
             written.push(u32::try_from(answer.unwrap_or(0)).expect("far below 4 GiB"));
         }
         Outcome { memory, written }
     }
 
-    /// Status, and bytes that were written before it.
-    fn attempt(&mut self, it: &Request, memory: &mut Image) -> Result<Option<(u8, u64)>, Blind> {
+    /// Status, and bytes written before it.
+    fn attempt(&mut self, it: &Request, memory: &mut Image) -> Result<Option<(u8, u64)>, Unknown> {
         let done = match it.kind {
             0 => self.read(it, memory)?,
             1 | 11 | 13 if self.read_only => (IOERR, 0),
@@ -188,11 +188,11 @@ impl Model {
         (bytes.is_multiple_of(SECTOR) && end <= SECTORS).then_some((sector, end))
     }
 
-    fn read(&mut self, it: &Request, memory: &mut Image) -> Result<(u8, u64), Blind> {
+    fn read(&mut self, it: &Request, memory: &mut Image) -> Result<(u8, u64), Unknown> {
         let total = bytes(&it.into);
         let Some((sector, end)) = self.sectors(it.sector, total) else { return Ok((IOERR, 0)) };
         if self.unknown.iter().any(|(from, to)| sector < *to && *from < end) {
-            return Err(Blind);
+            return Err(Unknown);
         }
         let mut from = index(sector * SECTOR);
         for &(at, len) in &it.into {
@@ -206,7 +206,7 @@ impl Model {
         Ok((OK, total))
     }
 
-    fn write(&mut self, it: &Request, memory: &Image) -> Result<(u8, u64), Blind> {
+    fn write(&mut self, it: &Request, memory: &Image) -> Result<(u8, u64), Unknown> {
         let Some((sector, end)) = self.sectors(it.sector, bytes(&it.out)) else {
             return Ok((IOERR, 0));
         };
@@ -216,8 +216,8 @@ impl Model {
                 self.unknown.push((sector, end));
                 return Ok((IOERR, 0));
             };
-            if !memory.knows(at, len) {
-                return Err(Blind);
+            if !memory.is_known(at, len) {
+                return Err(Unknown);
             }
             self.disk[to..to + data.len()].copy_from_slice(data);
             to += data.len();
@@ -225,8 +225,7 @@ impl Model {
         Ok((OK, 0))
     }
 
-    /// Discards, or makes zeros: both read as zeros in a file that can have holes, but that parts of
-    /// units are not discarded.
+    /// Discards or zeroes: both read as zeros in a sparse file. Partial units are not discarded.
     fn clear(
         &mut self,
         it: &Request,
@@ -234,7 +233,7 @@ impl Model {
         most_ranges: u64,
         most_sectors: u32,
         may_unmap: bool,
-    ) -> Result<(u8, u64), Blind> {
+    ) -> Result<(u8, u64), Unknown> {
         let total = bytes(&it.out);
         if total == 0 || !total.is_multiple_of(16) || total > 16 * most_ranges {
             return Ok((IOERR, 0));
@@ -242,8 +241,8 @@ impl Model {
         let mut list = Vec::new();
         for &(at, len) in &it.out {
             let Some(data) = memory.get(at, len) else { return Ok((IOERR, 0)) };
-            if !memory.knows(at, len) {
-                return Err(Blind);
+            if !memory.is_known(at, len) {
+                return Err(Unknown);
             }
             list.extend_from_slice(data);
         }
@@ -262,7 +261,7 @@ impl Model {
         }
         for (from, to) in places {
             let (mut from, mut to) = (from * SECTOR, to * SECTOR);
-            // Only what is to be zeros may be unmapped.
+            // The unmap flag is only valid for zeroing.
             if !may_unmap {
                 from = from.next_multiple_of(self.unit_bytes);
                 to = (to / self.unit_bytes * self.unit_bytes).max(from);
