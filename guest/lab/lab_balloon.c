@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * A balloon device inside of the guest, for kernels that no monitor offers a request queue.
+ * A balloon device inside the guest, for kernels whose VMMs have no request queue.
  *
- * It offers Aerostat's features, accepts every message, and asks what is written to the parameter
- * "ask": COMMAND ARGUMENT, or 5 ARGUMENT to cancel the request ARGUMENT. The parameter "answer"
- * tells of the newest request: id, outcome of the newest answer, its four values, pages named,
- * how many of these were in use when the answer came, and answers.
+ * It offers Aerostat's features, accepts every message, and sends the request that is written to
+ * the parameter "ask": COMMAND ARGUMENT, or 5 ARGUMENT to cancel the request ARGUMENT. The
+ * parameter "answer" shows the newest request: id, outcome of the newest answer, its four values,
+ * pages reported, how many of these were in use when the answer arrived, and number of answers.
  */
 #include <linux/mm.h>
 #include <linux/module.h>
@@ -190,13 +190,13 @@ static const struct kernel_param_ops ask_ops = { .set = ask_set };
 static const struct kernel_param_ops answer_ops = { .get = answer_get };
 
 module_param_cb(ask, &ask_ops, NULL, 0200);
-MODULE_PARM_DESC(ask, "What to ask the driver: COMMAND ARGUMENT");
+MODULE_PARM_DESC(ask, "Request to send: COMMAND ARGUMENT");
 module_param_cb(answer, &answer_ops, NULL, 0400);
-MODULE_PARM_DESC(answer, "What it answered");
+MODULE_PARM_DESC(answer, "State of the newest request");
 
 static bool notify(struct virtqueue *vq)
 {
-	/* The driver has locks here that the answer needs. */
+	/* The driver holds locks here that the answer takes. */
 	schedule_work(&service);
 	return true;
 }
@@ -273,7 +273,7 @@ static void set_status(struct virtio_device *vdev, u8 now)
 	status = now;
 }
 
-/* From here on nothing of the driver's is touched. */
+/* After this, no memory of the driver is accessed. */
 static void reset(struct virtio_device *vdev)
 {
 	unsigned int q;
@@ -349,5 +349,5 @@ static void __exit lab_balloon_exit(void)
 }
 module_exit(lab_balloon_exit);
 
-MODULE_DESCRIPTION("A balloon device inside of a guest of Aerostat's laboratory");
+MODULE_DESCRIPTION("Balloon device inside a guest, for Aerostat's tests");
 MODULE_LICENSE("GPL");

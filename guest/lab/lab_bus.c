@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Takes away from the virtio bus what kernels before 6.15 did not have, and what was taken over
- * into the ones that the laboratory boots: that it resets every device on a shutdown. What a
- * driver does there by itself can be seen then. For kernels in which the bus is not constant.
+ * Removes the shutdown method of the virtio bus, which resets every device. Kernels before 6.15 did
+ * not have it, but stable kernels that the tests boot have a backport. Without it, a test sees what
+ * a driver itself does at shutdown. For kernels in which the bus is not constant.
  */
 #include <linux/module.h>
 #include <linux/virtio.h>
 
-/* Serves no device: only a registered driver knows its bus. */
+/* Matches no device. Only a registered driver has a pointer to its bus. */
 static const struct virtio_device_id ids[] = { { 0 } };
 
 static int no_probe(struct virtio_device *vdev)
@@ -41,5 +41,5 @@ static void __exit lab_bus_exit(void)
 }
 module_exit(lab_bus_exit);
 
-MODULE_DESCRIPTION("Takes the shutdown of the virtio bus away");
+MODULE_DESCRIPTION("Removes the shutdown method of the virtio bus");
 MODULE_LICENSE("GPL");

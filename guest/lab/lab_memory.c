@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Brings a guest's memory into the states that the laboratory measures.
+ * Fragments a guest's memory, for Aerostat's tests and benchmarks.
  *
- * Writing a number of MiB to the parameter "fragment" takes all memory but that many MiB in
- * blocks of 2 MiB, writes to every byte, and gives all back but one page in the middle of every
- * second block. What is then free has a hole in every 4 MiB. Writing to the parameter "unpin",
- * or unloading, gives the pages back too. The parameter "pinned_pages" tells how many they are.
+ * Writing a number of MiB to the parameter "fragment" allocates all memory except that many MiB in
+ * blocks of 2 MiB, writes every byte, and frees all except one page in the middle of every second
+ * block. Free memory then has a hole in every 4 MiB. Writing to the parameter "unpin", or
+ * unloading, frees these pages too. The parameter "pinned_pages" is their number.
  */
 #include <linux/list.h>
 #include <linux/mm.h>
@@ -68,7 +68,7 @@ static int fragment_set(const char *text, const struct kernel_param *param)
 		list_add(&block->lru, &blocks);
 		cond_resched();
 	}
-	/* Only now: what is freed must not be taken again. */
+	/* Only now: freed pages must not be allocated again. */
 	list_for_each_entry_safe(block, next, &blocks, lru) {
 		list_del(&block->lru);
 		if ((page_to_pfn(block) >> BLOCK_ORDER) & 1)
@@ -94,11 +94,11 @@ static const struct kernel_param_ops fragment_ops = { .set = fragment_set };
 static const struct kernel_param_ops unpin_ops = { .set = unpin_set };
 
 module_param_cb(fragment, &fragment_ops, NULL, 0200);
-MODULE_PARM_DESC(fragment, "Fragment all memory but this many MiB");
+MODULE_PARM_DESC(fragment, "Fragment all memory except this many MiB");
 module_param_cb(unpin, &unpin_ops, NULL, 0200);
-MODULE_PARM_DESC(unpin, "Give the pinned pages back");
+MODULE_PARM_DESC(unpin, "Free the pinned pages");
 module_param(pinned_pages, ulong, 0400);
-MODULE_PARM_DESC(pinned_pages, "Pages that are pinned now");
+MODULE_PARM_DESC(pinned_pages, "Number of pinned pages");
 
 static int __init lab_memory_init(void)
 {
@@ -112,5 +112,5 @@ static void __exit lab_memory_exit(void)
 }
 module_exit(lab_memory_exit);
 
-MODULE_DESCRIPTION("Memory states for Aerostat's laboratory");
+MODULE_DESCRIPTION("Memory fragmentation for Aerostat's tests");
 MODULE_LICENSE("GPL");

@@ -1,4 +1,4 @@
-//! Files whose pages are page cache that can be dropped, which those of a tmpfs are not.
+//! Files in the page cache that can be dropped, unlike those of a tmpfs.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -8,13 +8,13 @@ use rustix::mount::{MountFlags, mount};
 
 use crate::pattern::{self, PAGE_BYTES};
 
-/// Where a directory of the host is mounted.
+/// Mount point of a host directory.
 const HOST_DIRECTORY: &str = "/host";
 
-/// One system call's worth.
+/// Bytes per system call.
 const CHUNK_BYTES: usize = 1 << 20;
 
-/// Files that were read: a file of the host loses its pages with its last user.
+/// Files kept open: a hostfs file loses its pages when it is closed.
 static OPEN: Mutex<Vec<File>> = Mutex::new(Vec::new());
 
 /// Mounts a directory of the host (User Mode Linux only).
@@ -27,8 +27,8 @@ pub(crate) fn mount_host(directory: &str) -> Result<String, String> {
     Ok(String::new())
 }
 
-/// Reads the first `mib` MiB of a file or a block device, which fills the page cache. The file
-/// stays open.
+/// Reads the first `mib` MiB of a file or a block device into the page cache. The file remains
+/// open.
 pub(crate) fn read(path: &str, mib: u64) -> Result<String, String> {
     let mut file = File::open(path).map_err(|error| format!("cannot open {path}: {error}"))?;
     let mut buffer = vec![0; CHUNK_BYTES];
@@ -40,9 +40,9 @@ pub(crate) fn read(path: &str, mib: u64) -> Result<String, String> {
     Ok(mib.to_string())
 }
 
-/// Writes pages that each repeat a word of their own to a block device, and leaves them in the page
-/// cache, clean. zram keeps such a page as its word alone (`zram_drv.c`, `page_same_filled`), so
-/// the page cache is all the memory that it takes.
+/// Fills a block device with pages that each repeat one word, and leaves them clean in the page
+/// cache. zram stores such a page as its word alone (`zram_drv.c`, `page_same_filled`), so only the
+/// page cache takes memory.
 pub(crate) fn fill(path: &str, mib: u64, seed: u64) -> Result<String, String> {
     let failed = |error: std::io::Error| format!("cannot write {path}: {error}");
     let mut file = File::options().read(true).write(true).open(path).map_err(failed)?;
@@ -56,7 +56,7 @@ pub(crate) fn fill(path: &str, mib: u64, seed: u64) -> Result<String, String> {
     Ok(mib.to_string())
 }
 
-/// Reads back what [`fill`] wrote, names wrong MiB, and answers with their number.
+/// Verifies what [`fill`] wrote. Prints wrong MiB and returns their number.
 pub(crate) fn verify(
     path: &str,
     mib: u64,

@@ -1,4 +1,4 @@
-//! What the host can ask for.
+//! Commands of the host.
 
 use std::fs;
 use std::str::FromStr;
@@ -7,10 +7,10 @@ use crate::{
     cache, churn, disk, in_use, kcore, load, memory, module, page_flags, pressure, program, system,
 };
 
-/// Takes one line of an answer to the host.
+/// Sends one line of an answer to the host.
 pub(crate) type Emit<'a> = &'a mut dyn FnMut(&str) -> Result<(), String>;
 
-/// Runs one command; the text goes into the last line of the answer.
+/// Runs one command. The returned text is the last line of the answer.
 pub(crate) fn run(name: &str, arguments: &[String], emit: Emit<'_>) -> Result<String, String> {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match (name, words.as_slice()) {
@@ -51,7 +51,7 @@ pub(crate) fn run(name: &str, arguments: &[String], emit: Emit<'_>) -> Result<St
             Ok(String::new())
         }
         ("poweroff", []) => {
-            // The answer would be lost with the console, so the end of the guest is the answer.
+            // An answer could be lost with the console, so the end of the guest is the answer.
             system::power_off();
             Err("the guest is still on".to_owned())
         }

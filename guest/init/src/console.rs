@@ -1,23 +1,23 @@
 //! The line protocol with the host.
 //!
-//! The host writes `ID COMMAND ARGUMENT...`, one line a command. The guest answers with any
-//! number of `@lab ID | TEXT` lines and then exactly one `@lab ID ok TEXT` or `@lab ID err TEXT`.
-//! The marker keeps answers apart from kernel messages, and the number keeps the answer to a
-//! command that was given up on apart from the next one. Number 0 is the guest's own: it is
-//! ready, or it got a line that it could not read.
+//! The host writes `ID COMMAND ARGUMENT...`, one line a command. The guest answers with any number
+//! of `@lab ID | TEXT` lines and then exactly one `@lab ID ok TEXT` or `@lab ID err TEXT`. The
+//! marker separates answers from kernel messages. The id separates the answer to a command that
+//! timed out from the next one. The guest sends id 0: when it is ready, or after a line that it
+//! cannot parse.
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 
-/// Begins every answer.
+/// Start of every answer.
 const MARKER: &str = "@lab";
 
-/// Names the terminal to talk on, for instance `ttyS1`; set on the kernel command line.
+/// Environment variable from the kernel command line: the terminal, such as `ttyS1`.
 const TERMINAL_VARIABLE: &str = "LAB_CONSOLE";
 
-/// The terminal when none is named: the first one of User Mode Linux.
+/// Default terminal: the first one of User Mode Linux.
 const DEFAULT_TERMINAL: &str = "tty0";
 
 /// One command of the host.
@@ -26,14 +26,14 @@ pub(crate) struct Request {
     pub(crate) words: Vec<String>,
 }
 
-/// The terminal on which the host talks.
+/// The terminal to the host.
 pub(crate) struct Console {
     input: BufReader<File>,
     output: File,
 }
 
 impl Console {
-    /// Opens the terminal and takes the line discipline out of the way.
+    /// Opens the terminal and makes it raw.
     pub(crate) fn open() -> Result<Self, String> {
         let name = std::env::var(TERMINAL_VARIABLE).unwrap_or_else(|_| DEFAULT_TERMINAL.to_owned());
         let path = format!("/dev/{name}");
@@ -51,9 +51,9 @@ impl Console {
         Ok(Self { input: BufReader::new(terminal), output })
     }
 
-    /// Waits for the next command; `None` when the host has hung up.
+    /// Waits for the next command; `None` when the host has closed the console.
     ///
-    /// A line without a number is answered here, under number 0.
+    /// A line without an id is answered here, with id 0.
     pub(crate) fn next_request(&mut self) -> Result<Option<Request>, String> {
         loop {
             let mut line = Vec::new();
@@ -80,7 +80,7 @@ impl Console {
         }
     }
 
-    /// Sends one line of an answer that is not over yet.
+    /// Sends one line of an answer.
     pub(crate) fn line(&mut self, id: u64, text: &str) -> Result<(), String> {
         self.send(&format!("{MARKER} {id} | {text}\n"))
     }

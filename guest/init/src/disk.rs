@@ -1,16 +1,16 @@
-//! Block devices: what is on one goes to another, and parts of one are given back.
+//! Block devices: copies and discards.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 
 use rustix::fs::{FallocateFlags, fallocate};
 
-/// One system call's worth.
+/// Bytes per system call.
 const CHUNK_BYTES: usize = 1 << 20;
 
 const MIB: u64 = 1 << 20;
 
-/// Copies the first `mib` MiB, and has the target keep them before it answers.
+/// Copies the first `mib` MiB, and flushes the target.
 pub(crate) fn copy(from: &str, to: &str, mib: u64) -> Result<String, String> {
     let mut source = File::open(from).map_err(|error| format!("cannot open {from}: {error}"))?;
     let mut target = writable(to)?;
@@ -27,12 +27,12 @@ pub(crate) fn copy(from: &str, to: &str, mib: u64) -> Result<String, String> {
     Ok(mib.to_string())
 }
 
-/// Gives `mib` MiB from MiB `start` on back; they read as zeros then.
+/// Punches a hole of `mib` MiB at MiB `start`. It then reads as zeros.
 pub(crate) fn punch(device: &str, start: u64, mib: u64) -> Result<String, String> {
     let file = writable(device)?;
     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     fallocate(&file, flags, start * MIB, mib * MIB)
-        .map_err(|error| format!("cannot give back a part of {device}: {error}"))?;
+        .map_err(|error| format!("cannot punch a hole in {device}: {error}"))?;
     Ok(mib.to_string())
 }
 

@@ -1,8 +1,6 @@
-//! How much of the guest's memory is in use and not zero: what a move of the guest cannot do
-//! without.
+//! Guest memory that is used and not zero: the minimum that a migration must send.
 //!
-//! Which pages are free, the kernel says by their flags; what the others hold is read through
-//! `/proc/kcore`.
+//! Page flags show free pages. The contents of all others are read through `/proc/kcore`.
 
 use std::os::unix::fs::FileExt;
 
@@ -10,10 +8,10 @@ use crate::kcore::{open, segments};
 use crate::page_flags::{BUDDY, FLAGS_BYTES};
 use crate::pattern::PAGE_BYTES;
 
-/// Pages looked at at once: looking must not change much of what it sees.
+/// Pages per read: the count must not change the memory much.
 const CHUNK_PAGES: u64 = 1024;
 
-/// Counts pages, those in no free block, and those of the latter that hold anything.
+/// Counts all pages, those in no free block, and those of the latter that are not zero.
 pub(crate) fn count() -> Result<String, String> {
     let flags_file = open("/proc/kpageflags")?;
     let memory = open("/proc/kcore")?;

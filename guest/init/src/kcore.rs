@@ -1,20 +1,20 @@
-//! The guest's memory as `/proc/kcore` has it: an ELF file whose segments are the kernel's own
-//! view of memory. What copies a guest's memory from within reads it so.
+//! The guest's memory in `/proc/kcore`: an ELF file whose segments are the kernel's mappings.
+//! Memory dump tools inside a guest read it.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use crate::pattern::PAGE_BYTES;
 
-/// Bytes read at once.
+/// Bytes per read.
 const CHUNK_BYTES: usize = 1 << 20;
 
-/// Where the head of an ELF file for 64 bits says where its program headers are, and how many.
+/// Offsets in a 64-bit ELF header: program header offset and count.
 const PROGRAM_HEADERS: usize = 32;
 const PROGRAM_HEADER_COUNT: usize = 56;
 const HEAD_BYTES: usize = 64;
 
-/// One program header, and what of it is needed.
+/// Size of a program header, and offsets in it.
 const HEADER_BYTES: usize = 56;
 const LOAD: u64 = 1;
 const HEADER_OFFSET: usize = 8;
@@ -22,20 +22,19 @@ const HEADER_ADDRESS: usize = 16;
 const HEADER_PHYSICAL: usize = 24;
 const HEADER_MEMORY_BYTES: usize = 40;
 
-/// The direct map of memory begins here without randomisation, and above it otherwise; all below is
-/// no kernel's, and the kernel's own text, which is mapped once more, lies above
-/// [`TEXT`] (`Documentation/arch/x86/x86_64/mm.rst`).
+/// The direct map starts here without randomisation, and above it otherwise. Lower addresses are
+/// not the kernel's. The kernel's text, which is mapped a second time, is above [`TEXT`]
+/// (`Documentation/arch/x86/x86_64/mm.rst`).
 const TEXT: u64 = 0xffff_ffff_8000_0000;
 
-/// Memory in a row, and where `/proc/kcore` has it.
+/// Contiguous memory and its offset in `/proc/kcore`.
 pub(crate) struct Segment {
     pub(crate) offset: u64,
     pub(crate) first_page: u64,
     pub(crate) pages: u64,
 }
 
-/// Reads all memory, and answers with how many pages that were and how many of them hold
-/// anything but zeros.
+/// Reads all memory. Returns the number of pages, and of those that are not zero.
 pub(crate) fn read_all() -> Result<String, String> {
     let memory = open("/proc/kcore")?;
     let failed = |error: std::io::Error| format!("cannot read memory: {error}");

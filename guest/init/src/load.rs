@@ -1,5 +1,4 @@
-//! Load on the page allocator: a meter for how long it makes a process wait, and a process that
-//! keeps it busy.
+//! Load on the page allocator: a meter of its latency, and a process that keeps it busy.
 
 use std::fs::File;
 use std::io::Write;
@@ -15,15 +14,15 @@ pub(crate) const CHILD_ARGUMENT: &str = "busy-child";
 /// Memory of one round of the meter: some pages, from the per-CPU lists and from the zone.
 const METER_BYTES: usize = 64 << 10;
 
-/// Files of the busy process.
+/// Number of files of the busy process.
 const BUSY_FILES: usize = 64;
 
-/// What the busy process writes at a time at most.
+/// Maximum bytes per write of the busy process.
 const CHUNK_BYTES: usize = 1 << 20;
 
 static BUSY: Mutex<Option<Child>> = Mutex::new(None);
 
-/// Allocates and frees for `ms` milliseconds; tells the longest and the mean time of a round.
+/// Allocates and frees for `ms` milliseconds. Returns the longest and the mean time of a round.
 pub(crate) fn meter(ms: u64) -> Result<String, String> {
     let file = memory_file()?;
     let buffer = vec![0x3c; METER_BYTES];
@@ -52,7 +51,7 @@ pub(crate) fn start(mib: u64) -> Result<String, String> {
     Ok(String::new())
 }
 
-/// Ends it; one that is not there is no error.
+/// Ends the busy process, if any.
 pub(crate) fn stop() -> Result<String, String> {
     if let Some(mut child) = BUSY.lock().map_err(|error| error.to_string())?.take() {
         child.kill().map_err(|error| error.to_string())?;
@@ -61,12 +60,12 @@ pub(crate) fn stop() -> Result<String, String> {
     Ok(String::new())
 }
 
-/// The process that allocates.
+/// Main function of the process.
 pub(crate) fn child(arguments: &[String]) -> ExitCode {
     let Some(mib) = arguments.get(2).and_then(|word| word.parse().ok()) else {
         return ExitCode::FAILURE;
     };
-    match allocate_for_ever(mib) {
+    match keep_allocating(mib) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("init: {error}");
@@ -75,13 +74,13 @@ pub(crate) fn child(arguments: &[String]) -> ExitCode {
     }
 }
 
-fn allocate_for_ever(mib: u64) -> Result<(), String> {
+fn keep_allocating(mib: u64) -> Result<(), String> {
     let files: Vec<File> = (0..BUSY_FILES).map(|_| memory_file()).collect::<Result<_, _>>()?;
     let most = (mib << 20) / BUSY_FILES as u64;
     let buffer = vec![0xc3; CHUNK_BYTES];
     let mut random = mib | 1;
     loop {
-        // xorshift: any sequence does that does not repeat soon.
+        // xorshift: any sequence with a long period will do.
         random ^= random << 13;
         random ^= random >> 7;
         random ^= random << 17;

@@ -1,7 +1,7 @@
-//! PID 1 of the laboratory guests.
+//! PID 1 of the test guests.
 //!
-//! Mounts what it needs, says that it is ready, and then answers one command after the other on
-//! the console. See [`console`] for the protocol and [`command`] for what it can do.
+//! Mounts file systems, reports that it is ready, and then answers commands on the console. See
+//! [`console`] for the protocol and [`command`] for the commands.
 
 #![forbid(unsafe_code)]
 
@@ -25,7 +25,7 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
-    // Under pressure the allocation is done by a second process, which the kernel may kill.
+    // A second process allocates under pressure, which the kernel may kill.
     if arguments.get(1).map(String::as_str) == Some(pressure::CHILD_ARGUMENT) {
         return pressure::child(&arguments);
     }
@@ -41,12 +41,12 @@ fn main() -> ExitCode {
     if let Err(error) = serve() {
         eprintln!("init: {error}");
     }
-    // PID 1 must not return: the kernel would panic. The guest is of no use now.
+    // PID 1 must not return: the kernel would panic. Power off instead.
     system::power_off();
     ExitCode::FAILURE
 }
 
-/// Prepares the guest and answers commands until the console is hung up.
+/// Prepares the guest and answers commands until the host closes the console.
 fn serve() -> Result<(), String> {
     system::mount_all()?;
     let mut console = console::Console::open()?;

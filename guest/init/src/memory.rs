@@ -1,7 +1,7 @@
 //! Memory as files on a tmpfs.
 //!
-//! Page faults from user space are slow in User Mode Linux, so memory is written and read by
-//! `write` and `read` with one buffer: the kernel then touches it at its own speed.
+//! Page faults from user space are slow in User Mode Linux, so memory is accessed by `write` and
+//! `read` with one buffer: then the kernel touches it at full speed.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -9,7 +9,7 @@ use std::io::{Read, Write};
 use crate::pattern::{self, PAGE_BYTES};
 use crate::system::MEMORY_DIRECTORY;
 
-/// One system call's worth; large enough that the call itself costs nothing.
+/// Bytes per system call: large enough that the call costs little.
 const CHUNK_BYTES: usize = 1 << 20;
 
 /// Pages in a chunk.
@@ -18,7 +18,7 @@ const CHUNK_PAGES: u64 = (CHUNK_BYTES / PAGE_BYTES) as u64;
 /// What `touch` writes: not zero, so that no zero page can stand in for it.
 const TOUCH_BYTE: u8 = 0xa5;
 
-/// Wrong pages that are named; more say nothing new, and the console is slow.
+/// Maximum number of wrong pages to print: the console is slow.
 pub(crate) const NAMED_PAGES: u64 = 16;
 
 /// Free memory in MiB, rounded down.
@@ -43,7 +43,7 @@ pub(crate) fn touch(mib: u64) -> Result<String, String> {
     Ok(format!("{mib}"))
 }
 
-/// Keeps `mib` MiB of memory with a pattern of its own in each page.
+/// Fills a file of `mib` MiB with a pattern that differs in each page.
 pub(crate) fn fill(name: &str, mib: u64, seed: u64) -> Result<String, String> {
     write_chunks(&path_of(name)?, mib, |buffer, first_page| {
         pattern::generate(buffer, seed, first_page);
@@ -51,7 +51,7 @@ pub(crate) fn fill(name: &str, mib: u64, seed: u64) -> Result<String, String> {
     Ok(format!("{mib}"))
 }
 
-/// Reads back what [`fill`] wrote, names wrong pages, and answers with their number.
+/// Verifies what [`fill`] wrote. Prints wrong pages and returns their number.
 pub(crate) fn verify(
     name: &str,
     mib: u64,
@@ -80,14 +80,14 @@ pub(crate) fn verify(
     }
 }
 
-/// Frees what [`fill`] holds.
+/// Deletes a file of [`fill`].
 pub(crate) fn drop_file(name: &str) -> Result<String, String> {
     let path = path_of(name)?;
     fs::remove_file(&path).map_err(|error| format!("cannot remove {path}: {error}"))?;
     Ok(String::new())
 }
 
-/// Writes a file MiB by MiB; `produce` gets the buffer and the number of its first page.
+/// Writes a file MiB by MiB. `produce` fills the buffer from the number of its first page.
 fn write_chunks(
     path: &str,
     mib: u64,

@@ -5,13 +5,13 @@ use std::fs::File;
 
 use rustix::system::{delete_module, finit_module};
 
-/// Where the host puts the modules.
+/// Directory of the modules in the initramfs.
 const MODULE_DIRECTORY: &str = "/modules";
 
-/// Do not wait for a module in use: say so instead (`O_NONBLOCK` of fcntl.h).
+/// Return an error for a module in use instead of waiting (`O_NONBLOCK` of fcntl.h).
 const DELETE_NONBLOCK: i32 = 0o4000;
 
-/// Loads a module from a path, or by its name from the directory of modules.
+/// Loads a module from a path, or by its name from the module directory.
 pub(crate) fn insert(name: &str, parameters: &str) -> Result<String, String> {
     let path = match name.contains('/') {
         true => name.to_owned(),

@@ -1,4 +1,4 @@
-//! What the kernel uses its pages for, by `/proc/kpageflags`.
+//! Page flags from `/proc/kpageflags`.
 
 use std::fs::File;
 use std::io::Read;
@@ -7,13 +7,13 @@ use std::os::unix::fs::FileExt;
 /// The flag of a page in a free block (KPF_BUDDY in linux/kernel-page-flags.h).
 pub(crate) const BUDDY: u64 = 1 << 10;
 
-/// The flag of a page that nobody but its owner may look at (KPF_OFFLINE, the same).
+/// The flag of a page that only its owner may access (KPF_OFFLINE, ibid.).
 const OFFLINE: u64 = 1 << 23;
 
 /// Bytes of one page's flags.
 pub(crate) const FLAGS_BYTES: u64 = 8;
 
-/// Pages looked at with one read: looking must not change much of what it sees.
+/// Pages per read: the count must not change the flags much.
 const CHUNK_PAGES: u64 = 4096;
 
 /// Counts the pages of the ranges `first,count` that are in no free block.
@@ -37,7 +37,7 @@ pub(crate) fn not_free(ranges: &[&str]) -> Result<String, String> {
     Ok(format!("pages={pages} used={used}"))
 }
 
-/// Counts the pages that nobody but their owner may look at: those of balloons.
+/// Counts pages that are marked offline: those of balloons.
 pub(crate) fn offline() -> Result<String, String> {
     let path = "/proc/kpageflags";
     let failed = |error: std::io::Error| format!("cannot read {path}: {error}");
@@ -45,7 +45,7 @@ pub(crate) fn offline() -> Result<String, String> {
     let mut flags = vec![0; (CHUNK_PAGES * FLAGS_BYTES) as usize];
     let mut offline = 0;
     loop {
-        // The kernel gives as much as there is: what is short is the end.
+        // A short read is the end.
         let read = file.read(&mut flags).map_err(failed)?;
         let (read, _) = flags.get(..read).ok_or("too long")?.as_chunks::<8>();
         if read.is_empty() {

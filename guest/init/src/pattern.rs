@@ -24,13 +24,13 @@ pub(crate) fn word_of(seed: u64, page: u64) -> u64 {
     page_key(seed, page)
 }
 
-/// A page that does not hold what [`generate`] wrote.
+/// A page whose contents differ from [`generate`]'s.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct WrongPage {
-    /// Its number.
+    /// Page number.
     pub(crate) page: u64,
-    /// The first byte that differs, and what is in the word that it belongs to: zeros are memory
-    /// that was lost, another page's pattern is memory that was given out twice.
+    /// The first byte that differs, and the word around it: zeros mean lost memory, another page's
+    /// pattern means memory allocated twice.
     pub(crate) byte: usize,
     pub(crate) found: u64,
     pub(crate) wanted: u64,
@@ -43,7 +43,7 @@ impl fmt::Display for WrongPage {
     }
 }
 
-/// The pages of `found` that are not what [`generate`] wrote; `wanted` is scratch space.
+/// Returns pages of `found` that differ from [`generate`]'s. `wanted` is scratch space.
 pub(crate) fn wrong_pages<'a>(
     found: &'a [u8],
     wanted: &'a mut [u8],
@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn each_wrong_page_is_named_once() {
+    fn every_wrong_page_is_reported_once() {
         let mut pages = vec![0; 4 * PAGE_BYTES];
         let mut scratch = vec![0; 4 * PAGE_BYTES];
         generate(&mut pages, 1, 10);

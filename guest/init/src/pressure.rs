@@ -1,7 +1,7 @@
 //! Memory pressure that init survives.
 //!
-//! The memory is taken by a second process that offers itself to the OOM killer first. It holds
-//! it in a memfd, which is written by the kernel at full speed and is gone with the process.
+//! A second process allocates the memory, with the highest OOM score. It uses a memfd, which the
+//! kernel writes at full speed and frees with the process.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
@@ -11,19 +11,19 @@ use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 
-/// First argument of the process that takes the memory.
+/// First argument of the process that allocates the memory.
 pub(crate) const CHILD_ARGUMENT: &str = "pressure-child";
 
-/// The process that the OOM killer takes before any other.
+/// OOM score of the process that the OOM killer kills first.
 pub(crate) const OOM_SCORE_FIRST: &str = "1000";
 
-/// One system call's worth.
+/// Bytes per system call.
 const CHUNK_BYTES: usize = 1 << 20;
 
-/// How often the process says how far it is.
+/// MiB between two progress lines of the process.
 const PROGRESS_MIB: u64 = 8;
 
-/// Takes up to `mib` MiB, holds them for `hold_ms`, and tells how far it got.
+/// Allocates up to `mib` MiB and holds them for `hold_ms`. Returns the amount and how it ended.
 pub(crate) fn run(mib: u64, hold_ms: u64) -> Result<String, String> {
     let mut child = Command::new("/proc/self/exe")
         .args([CHILD_ARGUMENT, &mib.to_string(), &hold_ms.to_string()])
@@ -45,7 +45,7 @@ pub(crate) fn run(mib: u64, hold_ms: u64) -> Result<String, String> {
     Ok(format!("taken_mib={taken_mib} end={end}"))
 }
 
-/// The process that takes the memory.
+/// Main function of the process.
 pub(crate) fn child(arguments: &[String]) -> ExitCode {
     let number = |index: usize| arguments.get(index).and_then(|word| word.parse().ok());
     let (Some(mib), Some(hold_ms)) = (number(2), number(3)) else {

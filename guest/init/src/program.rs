@@ -1,7 +1,7 @@
-//! Programs of the machine that runs the laboratory, on its root file system.
+//! Runs programs of the host, on its root file system.
 //!
-//! The machine shares its root over 9p, read-only. What a program wants to write goes to `/run`,
-//! the only directory there that is the guest's own.
+//! The host shares its root over 9p, read-only. Programs can write to `/run`, the only directory
+//! there that belongs to the guest.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -16,17 +16,16 @@ use crate::command::Emit;
 /// First argument of the process that becomes the program.
 pub(crate) const CHILD_ARGUMENT: &str = "program-child";
 
-/// Where the machine's root is mounted.
+/// Mount point of the host's root.
 const ROOT: &str = "/host";
 
-/// Version of the protocol and bytes of a message: larger ones take fewer exits of the guest.
+/// 9p version and message size. Larger messages need fewer exits.
 const MOUNT_OPTIONS: &std::ffi::CStr = c"trans=virtio,version=9p2000.L,msize=524288,cache=loose";
 
-/// A program that could not be started ends with what shells say then.
+/// Exit code of a program that cannot be started, as in shells.
 const NOT_STARTED: u8 = 127;
 
-/// Mounts the root that the machine shares under `tag`, with the guest's own kernel file systems
-/// in it.
+/// Mounts the root that the host shares with `tag`, and the guest's kernel file systems in it.
 pub(crate) fn mount_root(tag: &str) -> Result<String, String> {
     fs::create_dir_all(ROOT).map_err(|error| format!("cannot make {ROOT}: {error}"))?;
     let none = MountFlags::empty();
@@ -45,9 +44,9 @@ pub(crate) fn mount_root(tag: &str) -> Result<String, String> {
     Ok(String::new())
 }
 
-/// Runs a program; its output and errors become the answer's lines, and the last line says how it
-/// ended: `exit=CODE` or `signal=NUMBER`. `NAME=VALUE` words before the program go into its
-/// environment. In words, `%XX` stands for a byte that cannot be sent as it is.
+/// Runs a program. Its output and errors are the answer's lines, and the last line is its end:
+/// `exit=CODE` or `signal=NUMBER`. `NAME=VALUE` words before the program set its environment. `%XX`
+/// in a word is an escaped byte.
 pub(crate) fn run(words: &[&str], emit: Emit<'_>) -> Result<String, String> {
     let words = words.iter().map(|word| decode(word)).collect::<Result<Vec<_>, _>>()?;
     let program = words.iter().position(|word| !word.contains('=')).ok_or("no program")?;
@@ -61,7 +60,7 @@ pub(crate) fn run(words: &[&str], emit: Emit<'_>) -> Result<String, String> {
     command.envs(variables.iter().filter_map(|word| word.split_once('=')));
     command.stdin(Stdio::null()).stdout(write).stderr(errors);
     let child = command.spawn();
-    // Holds the pipe's other end, which would keep it open for ever.
+    // The command holds the pipe's write end, which would keep it open.
     drop(command);
     let mut child = child.map_err(|error| format!("cannot start a process: {error}"))?;
     let mut lines = BufReader::new(read);
@@ -87,7 +86,7 @@ pub(crate) fn child(arguments: &[String]) -> ExitCode {
     ExitCode::from(NOT_STARTED)
 }
 
-/// Returns only where that failed.
+/// Replaces this process with the program. Returns only on an error.
 fn become_program(program: &str, words: &[String]) -> String {
     if let Err(error) = chroot(ROOT).and_then(|()| chdir("/")) {
         return format!("cannot enter {ROOT}: {error}");
@@ -121,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_are_decoded_or_refused() {
+    fn words_are_decoded_or_rejected() {
         assert_eq!(decode("a%20b%25").unwrap(), "a b%");
         assert_eq!(decode("").unwrap(), "");
         for wrong in ["%", "%2", "%zz", "%ff"] {

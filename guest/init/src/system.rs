@@ -1,4 +1,4 @@
-//! Mounts, caches, and the end.
+//! Mounts, caches, and power-off.
 
 use std::fs;
 
@@ -6,7 +6,7 @@ use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
 use rustix::system::{RebootCommand, reboot};
 
-/// Where the files that hold memory live.
+/// Directory of the files that hold memory.
 pub(crate) const MEMORY_DIRECTORY: &str = "/memory";
 
 /// Mounts the kernel's file systems and the tmpfs that holds memory.
@@ -16,7 +16,7 @@ pub(crate) fn mount_all() -> Result<(), String> {
         ("proc", "/proc", None),
         ("sysfs", "/sys", None),
         ("devtmpfs", "/dev", None),
-        // The whole of memory: the default of half would not let a test fill the guest.
+        // All of memory: with the default, half of it, a test could not fill the guest.
         ("tmpfs", MEMORY_DIRECTORY, Some(c"size=100%")),
     ] {
         fs::create_dir_all(target).map_err(|error| format!("cannot make {target}: {error}"))?;
@@ -26,7 +26,7 @@ pub(crate) fn mount_all() -> Result<(), String> {
             Err(error) => return Err(format!("cannot mount {target}: {error}")),
         }
     }
-    // Only kernels with CONFIG_DEBUG_FS have it, and nothing here depends on it.
+    // Optional: only kernels with CONFIG_DEBUG_FS have it.
     let _ = mount("debugfs", "/sys/kernel/debug", "debugfs", none, None);
     Ok(())
 }
@@ -39,7 +39,7 @@ pub(crate) fn drop_caches() -> Result<String, String> {
     Ok(String::new())
 }
 
-/// Switches the guest off; returns only when that failed.
+/// Powers the guest off. Returns only on an error.
 pub(crate) fn power_off() {
     rustix::fs::sync();
     if let Err(error) = reboot(RebootCommand::PowerOff) {
