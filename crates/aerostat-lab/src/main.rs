@@ -31,7 +31,7 @@ fn main() -> ExitCode {
     match cli.command.run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            diagnostics::say!("{failure}");
+            diagnostics::log_line!("{failure}");
             failure.exit_code()
         }
     }

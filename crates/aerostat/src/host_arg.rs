@@ -66,7 +66,7 @@ impl HostArgs {
             tracing::warn!("system calls are not restricted: --no-seccomp");
         } else {
             diagnostics::hide_backtraces();
-            sandbox::restrict_calls_of_monitor().map_err(|error| {
+            sandbox::restrict_vmm_calls().map_err(|error| {
                 Failure::new(&error, "run without the restriction with --no-seccomp")
             })?;
         }

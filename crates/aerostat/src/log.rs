@@ -44,7 +44,7 @@ impl LogArgs {
             (Some(filter), _) => EnvFilter::new(filter),
             // Not `new`, which prints parse errors to standard error.
             (None, Some(filter)) => EnvFilter::try_new(filter).unwrap_or_else(|error| {
-                diagnostics::say!("operator: RUST_LOG: {error}; ignoring it");
+                diagnostics::log_line!("operator: RUST_LOG: {error}; ignoring it");
                 EnvFilter::new(LEVELS[place])
             }),
             (None, None) => EnvFilter::new(LEVELS[place]),

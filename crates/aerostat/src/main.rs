@@ -60,11 +60,11 @@ fn main() -> ExitCode {
     match contain(|| cli.command.run()) {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(failure)) => {
-            diagnostics::say!("{failure}");
+            diagnostics::log_line!("{failure}");
             failure.exit_code()
         }
         Err(panicked) => {
-            diagnostics::say!("error: {panicked}");
+            diagnostics::log_line!("error: {panicked}");
             ExitCode::from(PANICKED)
         }
     }

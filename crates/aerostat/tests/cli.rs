@@ -16,7 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use control::api::{DEFAULT_RESERVE_BYTES, FreeKind};
-use control::{GuestAsk, Server, Status, WhyNot};
+use control::{GuestErrorKind, GuestRequest, Server, Status};
 use fake::{FakeBalloon, Guest};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -408,9 +408,13 @@ fn a_failed_request_prints_the_reason_and_sets_the_exit_code() {
     let mut host = Host::new();
     let balloon = host.start("web-1", Guest::Waits);
     let reasons = [
-        (WhyNot::NotPossible, 1, "the guest's driver cannot drop caches: it has no request queue"),
-        (WhyNot::TimedOut, 4, "the guest did not drop caches within 30000 ms"),
-        (WhyNot::Refused, 1, "the guest's kernel refused to drop caches"),
+        (
+            GuestErrorKind::NotPossible,
+            1,
+            "the guest's driver cannot drop caches: it has no request queue",
+        ),
+        (GuestErrorKind::TimedOut, 4, "the guest did not drop caches within 30000 ms"),
+        (GuestErrorKind::Refused, 1, "the guest's kernel refused to drop caches"),
     ];
     for (why, expected, what) in reasons {
         for command in [&["drop-caches", "web-1"][..], &["balloon", "web-1", "1G", "--drop-caches"]]
@@ -501,7 +505,7 @@ fn a_hold_request_has_the_given_reserve() {
         let waiting = host.command(&args).stdout(Stdio::piped()).spawn().unwrap();
         balloon.until_open(1);
         let ask = balloon.requests(|requests| requests.open.values().next().unwrap().0);
-        assert_eq!(ask, GuestAsk::Hold { reserve_bytes });
+        assert_eq!(ask, GuestRequest::Hold { reserve_bytes });
         balloon.requests(fake::Requests::answer);
         assert!(waiting.wait_with_output().unwrap().status.success());
     }

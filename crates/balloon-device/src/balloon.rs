@@ -179,7 +179,7 @@ impl<R: Reclaim> BalloonDevice<R> {
 
     /// Forgets the pending chains of a queue that was set up again without being
     /// stopped first. They cannot be returned.
-    pub fn forget_kept(&mut self, vq: Vq) {
+    pub fn forget_pending(&mut self, vq: Vq) {
         match vq {
             Vq::Stats => self.stats.pending.forget(),
             Vq::Request => self.waiting.forget(),

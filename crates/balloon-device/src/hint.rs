@@ -20,7 +20,7 @@ pub enum HintPhase {
     #[default]
     Idle,
     /// The guest has not answered yet.
-    Asked,
+    Requested,
     /// The guest names pages.
     Receiving,
     /// The guest has named all its free pages.
@@ -105,7 +105,7 @@ impl Hinting {
         let id = self.id.map_or(HintId::FIRST, HintId::next);
         self.id = Some(id);
         self.command = HintCommand::Hint(id);
-        self.phase = HintPhase::Asked;
+        self.phase = HintPhase::Requested;
         self.started = Some(now);
         self.pages = PageSet::new();
         id
@@ -114,7 +114,7 @@ impl Hinting {
     /// Stops the request. The guest keeps the hinted pages allocated.
     pub(crate) fn stop(&mut self) {
         self.command = HintCommand::Stop;
-        if matches!(self.phase, HintPhase::Asked | HintPhase::Receiving) {
+        if matches!(self.phase, HintPhase::Requested | HintPhase::Receiving) {
             self.phase = HintPhase::Stopped;
         }
     }
@@ -159,7 +159,7 @@ impl Hinting {
     pub(crate) fn receive_command(&mut self, number: u32) -> Result<(), Fault> {
         match HintCommand::from_u32(number) {
             HintCommand::Hint(id) if self.command == HintCommand::Hint(id) => {
-                if self.phase != HintPhase::Asked {
+                if self.phase != HintPhase::Requested {
                     return Err(Fault::StrayCommand);
                 }
                 self.received_id = Some(id);
@@ -265,7 +265,7 @@ mod tests {
         hinting.receive_command(0).unwrap();
         hinting.receive_command(old).unwrap();
         name(&mut hinting, 3);
-        assert_eq!((hinting.phase(), hinting.pages().len()), (HintPhase::Asked, 0));
+        assert_eq!((hinting.phase(), hinting.pages().len()), (HintPhase::Requested, 0));
         hinting.receive_command(new).unwrap();
         name(&mut hinting, 4);
         hinting.receive_command(old).unwrap();
@@ -286,7 +286,7 @@ mod tests {
         }
         hinting.start(Instant::now());
         assert_eq!(hinting.receive_command(0x8000_0001), Err(Fault::StrayCommand));
-        assert_eq!(hinting.phase(), HintPhase::Asked);
+        assert_eq!(hinting.phase(), HintPhase::Requested);
     }
 
     #[test]
@@ -371,7 +371,7 @@ mod tests {
                     }
                     Op::Command(number) => {
                         let first = number == shown && number > 1
-                            && hinting.phase() == HintPhase::Asked;
+                            && hinting.phase() == HintPhase::Requested;
                         let repeated = number == shown && number > 1 && !first;
                         let _ = hinting.receive_command(number);
                         match number {

@@ -36,7 +36,7 @@ const MAX_CANCELS: usize = balloon_abi::request::MAX_WAITING_REQUESTS + 1;
 
 /// A command to the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ask {
+pub enum DeviceRequest {
     /// Drop clean caches.
     DropCaches(Caches),
     /// Report free blocks of at least `2^min_granule_shift` bytes.
@@ -53,7 +53,7 @@ pub enum Ask {
     ReleaseHold,
 }
 
-impl Ask {
+impl DeviceRequest {
     /// The command without its argument.
     pub const fn kind(self) -> RequestKind {
         match self {
@@ -116,7 +116,7 @@ pub struct GuestRequests {
 #[derive(Clone, Copy, Debug)]
 struct WaitingRequest {
     id: u32,
-    ask: Ask,
+    ask: DeviceRequest,
     deadline: Instant,
 }
 
@@ -147,7 +147,7 @@ impl GuestRequests {
     ///
     /// # Errors
     /// See [`SubmitError`]. Nothing has changed.
-    pub fn submit(&mut self, ask: Ask, deadline: Instant) -> Result<u32, SubmitError> {
+    pub fn submit(&mut self, ask: DeviceRequest, deadline: Instant) -> Result<u32, SubmitError> {
         if !self.usable {
             return Err(SubmitError::NoQueue);
         }
@@ -159,8 +159,8 @@ impl GuestRequests {
         }
         let kept = self.hold.as_ref().is_some_and(|hold| hold.state != HoldState::Releasing);
         match ask {
-            Ask::ReleaseHold if self.hold.is_none() => return Err(SubmitError::NoHold),
-            Ask::HoldFree { .. } if kept => return Err(SubmitError::HeldAlready),
+            DeviceRequest::ReleaseHold if self.hold.is_none() => return Err(SubmitError::NoHold),
+            DeviceRequest::HoldFree { .. } if kept => return Err(SubmitError::HeldAlready),
             _ => {}
         }
         let id = self.new_id();
@@ -230,12 +230,12 @@ impl GuestRequests {
     }
 
     /// The request that the guest works on.
-    pub fn running(&self) -> Option<(u32, Ask)> {
+    pub fn running(&self) -> Option<(u32, DeviceRequest)> {
         self.running.as_ref().map(|running| (running.request.id, running.request.ask))
     }
 
     /// The request that the guest works on, else the one that will be sent next.
-    pub fn current(&self) -> Option<(u32, Ask)> {
+    pub fn current(&self) -> Option<(u32, DeviceRequest)> {
         self.running().or_else(|| self.queued.front().map(|request| (request.id, request.ask)))
     }
 
@@ -366,11 +366,13 @@ impl GuestRequests {
         }
         let request = self.queued.front()?;
         let command = match request.ask {
-            Ask::DropCaches(caches) => Command::DropCaches(caches),
-            Ask::ReportFree { min_granule_shift } => Command::ReportFree { min_granule_shift },
-            Ask::HoldFree { reserve_pages } => Command::HoldFree { reserve_pages },
+            DeviceRequest::DropCaches(caches) => Command::DropCaches(caches),
+            DeviceRequest::ReportFree { min_granule_shift } => {
+                Command::ReportFree { min_granule_shift }
+            }
+            DeviceRequest::HoldFree { reserve_pages } => Command::HoldFree { reserve_pages },
             // If the hold is already lost, the driver answers that it has none.
-            Ask::ReleaseHold => {
+            DeviceRequest::ReleaseHold => {
                 Command::ReleaseHold { hold: self.hold.as_ref().map_or(0, |hold| hold.pages.id) }
             }
         };
@@ -383,7 +385,7 @@ impl GuestRequests {
             return;
         }
         let Some(request) = self.queued.pop_front() else { return };
-        if request.ask == Ask::ReleaseHold
+        if request.ask == DeviceRequest::ReleaseHold
             && let Some(hold) = &mut self.hold
         {
             hold.state = HoldState::Releasing;
@@ -465,14 +467,15 @@ impl GuestRequests {
                 Answer { elapsed_ns: header.elapsed_ns, values, free: Some(pages) }
             }
         };
-        if request.ask == Ask::ReleaseHold {
+        if request.ask == DeviceRequest::ReleaseHold {
             self.hold = None;
         }
         self.end(request, Ok(answer), true);
     }
 
     fn failed(&mut self, request: WaitingRequest, failure: RequestFailure) {
-        let unknown = request.ask == Ask::ReleaseHold && failure == RequestFailure::BadArgument;
+        let unknown =
+            request.ask == DeviceRequest::ReleaseHold && failure == RequestFailure::BadArgument;
         // If the hold is gone here too, it was lost while the release was in flight.
         // Otherwise the driver has no hold although it reported no loss, so drop ours.
         let lost = unknown && self.hold.take().is_none();
@@ -554,7 +557,7 @@ impl Running {
             Outcome::BadArgument => RequestFailure::BadArgument,
             Outcome::Failed => RequestFailure::Refused { errno: header.values[0] },
             Outcome::Busy => RequestFailure::Busy,
-            Outcome::HoldLost if matches!(self.request.ask, Ask::HoldFree { .. }) => {
+            Outcome::HoldLost if matches!(self.request.ask, DeviceRequest::HoldFree { .. }) => {
                 RequestFailure::HoldLost
             }
             Outcome::HoldLost => return Err(Fault::MalformedAnswer),

@@ -42,7 +42,7 @@ pub struct Ending {
 
 #[derive(Debug)]
 struct State {
-    /// A loop polls [`Ending::told`] and shuts the process down.
+    /// A loop polls [`Ending::shutdown_fd`] and shuts the process down.
     is_orderly: bool,
     /// Log line for an immediate exit.
     exit_message: Option<String>,
@@ -51,7 +51,7 @@ struct State {
 }
 
 impl Ending {
-    /// Handles SIGTERM and SIGINT. Until [`in_order`](Self::in_order) they end the process
+    /// Handles SIGTERM and SIGINT. Until [`set_orderly`](Self::set_orderly) they end the process
     /// immediately, as without a handler.
     ///
     /// Blocks the signals in the calling thread and in threads that it starts from now on, so that
@@ -93,24 +93,24 @@ impl Ending {
         Ok((Arc::new(Self { state: Mutex::new(state), started, starts, requests }), signals))
     }
 
-    /// Makes the shutdown orderly from now on: the caller polls [`told`](Self::told) and ends
+    /// Makes the shutdown orderly from now on: the caller polls [`shutdown_fd`](Self::shutdown_fd) and ends
     /// the process.
-    pub fn in_order(&self) {
+    pub fn set_orderly(&self) {
         self.state().is_orderly = true;
     }
 
-    /// Sets the log line for an exit before [`in_order`](Self::in_order).
-    pub fn at_once_with(&self, message: Option<String>) {
+    /// Sets the log line for an exit before [`set_orderly`](Self::set_orderly).
+    pub fn set_exit_message(&self, message: Option<String>) {
         self.state().exit_message = message;
     }
 
     /// File descriptor that becomes readable when the orderly shutdown starts, and stays readable.
-    pub fn told(&self) -> BorrowedFd<'_> {
+    pub fn shutdown_fd(&self) -> BorrowedFd<'_> {
         self.started.as_fd()
     }
 
     /// Requests the shutdown, like a signal.
-    pub fn ask(&self) {
+    pub fn request(&self) {
         // If the stream is full, the shutdown was requested already.
         let _ = (&self.requests).write(&[1]);
     }
@@ -122,7 +122,7 @@ impl Ending {
 
     /// Returns the time limit for a wait: `usual`, or less once a shutdown was requested. The
     /// watchdog logs `waits_for` if the wait blocks.
-    pub fn patience(&self, waits_for: &'static str, usual: Duration) -> Duration {
+    pub fn limit_wait(&self, waits_for: &'static str, usual: Duration) -> Duration {
         let mut state = self.state();
         state.waits_for = waits_for;
         let left = state.requested.map(|at| ORDERLY_TIMEOUT.saturating_sub(at.elapsed()));
@@ -130,7 +130,7 @@ impl Ending {
     }
 
     /// Returns true once a shutdown was requested.
-    pub fn was_asked(&self) -> bool {
+    pub fn is_requested(&self) -> bool {
         self.state().requested.is_some()
     }
 
@@ -202,13 +202,13 @@ mod tests {
     fn waits_are_limited_once_a_shutdown_was_requested() {
         let ending = Ending::unwatched().unwrap();
         let long = Duration::from_secs(3600);
-        assert_eq!(ending.patience("a peer", long), long);
+        assert_eq!(ending.limit_wait("a peer", long), long);
         ending.state().requested = Some(Instant::now());
-        assert!(ending.was_asked());
-        assert!(ending.patience("a peer", long) <= ORDERLY_TIMEOUT);
-        assert_eq!(ending.patience("a peer", Duration::from_millis(1)), Duration::from_millis(1));
+        assert!(ending.is_requested());
+        assert!(ending.limit_wait("a peer", long) <= ORDERLY_TIMEOUT);
+        assert_eq!(ending.limit_wait("a peer", Duration::from_millis(1)), Duration::from_millis(1));
         ending.state().requested = Instant::now().checked_sub(CUT_OFF);
-        assert_eq!(ending.patience("a peer", long), Duration::ZERO);
+        assert_eq!(ending.limit_wait("a peer", long), Duration::ZERO);
         assert_eq!(ending.state().waits_for, "a peer");
     }
 }

@@ -162,14 +162,14 @@ impl HostReclaim {
     /// Returns `None` while a release is pending or in flight, else when the last release
     /// ended, if there was any.
     pub fn reached_at(&self) -> Option<Option<Instant>> {
-        let done = self.reclaimer.snapshot();
+        let done = self.reclaimer.counters();
         let idle = done.pending_pages == 0 && done.in_flight_pages == 0;
         idle.then_some(done.last_batch_at)
     }
 
     /// Returns the work done so far.
     pub fn work(&self) -> Work {
-        let done = self.reclaimer.snapshot();
+        let done = self.reclaimer.counters();
         Work {
             calls: done.calls,
             bytes: done.discarded_pages * BALLOON_PAGE_BYTES,
@@ -180,7 +180,7 @@ impl HostReclaim {
 
     /// Returns the status for the control API.
     pub fn status(&self) -> ReleaseStatus {
-        let done = self.reclaimer.snapshot();
+        let done = self.reclaimer.counters();
         ReleaseStatus {
             mode: api_mode(self.reclaimer.mode()),
             partial_huge: self.partial_huge,
@@ -195,7 +195,7 @@ impl HostReclaim {
 
     /// Returns the releases of reported pages. The device adds the other fields.
     pub fn reports(&self) -> ReportsStatus {
-        let done = self.reclaimer.snapshot();
+        let done = self.reclaimer.counters();
         ReportsStatus {
             released_bytes: done.free_pages * BALLOON_PAGE_BYTES,
             release_calls: done.free_calls,
@@ -206,7 +206,7 @@ impl HostReclaim {
 
     /// Returns the host's faults by kind.
     pub fn faults(&self) -> BTreeMap<String, u64> {
-        let done = self.reclaimer.snapshot();
+        let done = self.reclaimer.counters();
         let kinds = [
             ("release_refused", done.errors),
             ("release_panicked", done.panics),

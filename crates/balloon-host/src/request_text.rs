@@ -4,7 +4,7 @@ use std::io;
 use std::time::Duration;
 
 use balloon_device::{MAX_QUEUED_REQUESTS, RequestFailure, RequestKind, SubmitError};
-use control::{ControlError, WhyNot};
+use control::{ControlError, GuestErrorKind};
 
 /// The requested operation, as an infinitive.
 const fn action(kind: RequestKind) -> &'static str {
@@ -21,32 +21,32 @@ pub(crate) fn refused(kind: RequestKind, error: SubmitError, connected: bool) ->
     let action = action(kind);
     let (why, what, hint) = match error {
         SubmitError::NoQueue if !connected => (
-            WhyNot::NotPossible,
+            GuestErrorKind::NotPossible,
             format!("no guest is connected that could {action}"),
             "start the guest, then repeat the request",
         ),
         SubmitError::NoQueue => (
-            WhyNot::NotPossible,
+            GuestErrorKind::NotPossible,
             format!("the guest's driver cannot {action}: it has no request queue"),
             "load aerostat_balloon in the guest",
         ),
         SubmitError::Stopped => (
-            WhyNot::NotPossible,
+            GuestErrorKind::NotPossible,
             format!("the guest cannot {action} now: it is paused, or its driver was unloaded"),
             "resume the guest, or load aerostat_balloon in it",
         ),
         SubmitError::TooMany => (
-            WhyNot::TooMany,
+            GuestErrorKind::TooMany,
             format!("{MAX_QUEUED_REQUESTS} requests to the guest are queued already"),
             "wait for them, or cancel the running one with `aerostat cancel NAME`",
         ),
         SubmitError::NoHold => (
-            WhyNot::NotPossible,
+            GuestErrorKind::NotPossible,
             "the guest holds no free pages".into(),
             "create a hold first, with `aerostat free-pages NAME --hold`",
         ),
         SubmitError::HeldAlready => (
-            WhyNot::NotPossible,
+            GuestErrorKind::NotPossible,
             "the guest already holds free pages".into(),
             "release them first, with `aerostat free-pages NAME --release`",
         ),
@@ -63,12 +63,12 @@ pub(crate) fn failed(
     let action = action(kind);
     let (why, what, hint) = match failure {
         RequestFailure::TimedOut { sent: true } => (
-            WhyNot::TimedOut,
+            GuestErrorKind::TimedOut,
             format!("the guest did not {action} within {} ms", timeout.as_millis()),
             "check that the guest runs, or use a longer timeout",
         ),
         RequestFailure::TimedOut { sent: false } => (
-            WhyNot::TimedOut,
+            GuestErrorKind::TimedOut,
             format!(
                 "the guest's driver did not accept a request to {action} within {} ms",
                 timeout.as_millis()
@@ -76,22 +76,22 @@ pub(crate) fn failed(
             "check with `aerostat status NAME` whether it is busy with another request or hangs",
         ),
         RequestFailure::Cancelled => (
-            WhyNot::Stopped,
+            GuestErrorKind::Stopped,
             format!("the request to {action} was cancelled"),
             "repeat the request if this was not intended",
         ),
         RequestFailure::QueuesStopped => (
-            WhyNot::Stopped,
+            GuestErrorKind::Stopped,
             format!("the guest was paused, or its driver unloaded, before it could {action}"),
             "repeat the request once the driver runs",
         ),
         RequestFailure::DriverReset => (
-            WhyNot::Stopped,
+            GuestErrorKind::Stopped,
             format!("the guest's driver was reset before it could {action}"),
             "repeat the request once the driver runs",
         ),
         RequestFailure::HungUp => (
-            WhyNot::Stopped,
+            GuestErrorKind::Stopped,
             format!("the guest's front end disconnected before the guest could {action}"),
             "start the guest, then repeat the request",
         ),
@@ -134,7 +134,7 @@ fn refused_by_guest(kind: RequestKind, failure: RequestFailure) -> ControlError 
         ),
         other => (other.to_string(), "repeat the request"),
     };
-    ControlError::Guest { why: WhyNot::Refused, what, hint: hint.into() }
+    ControlError::Guest { why: GuestErrorKind::Refused, what, hint: hint.into() }
 }
 
 /// Returns the text of a guest's error number.

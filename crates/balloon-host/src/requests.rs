@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use balloon_abi::{Caches, Features};
 use balloon_device::{
-    Answer, Ask, FreeKind, FreePages, HoldState, MAX_OUTCOMES, RequestKind, RequestResult,
+    Answer, DeviceRequest, FreeKind, FreePages, HoldState, MAX_OUTCOMES, RequestKind, RequestResult,
 };
 use control::api::{self, BALLOON_PAGE_BYTES, BlockCount, CancelledRequest, RequestStatus};
-use control::{ControlError, FreePagesMap, GuestAnswer, GuestAsk, WhyNot};
+use control::{ControlError, FreePagesMap, GuestAnswer, GuestErrorKind, GuestRequest};
 use page_set::PageSet;
 
 use crate::request_text::{failed, refused};
@@ -56,7 +56,7 @@ impl Shared {
 
     pub(crate) fn submit_request(
         &self,
-        ask: GuestAsk,
+        ask: GuestRequest,
         timeout: Duration,
     ) -> Result<u32, ControlError> {
         let ask = device_request(ask);
@@ -115,7 +115,7 @@ impl Shared {
     ) -> Result<Option<PageSet>, ControlError> {
         // The deadline is later than the wait, so that a partial result is still available.
         let id =
-            self.submit_request(GuestAsk::Snapshot { min_block_bytes }, wait + CANCEL_TIMEOUT)?;
+            self.submit_request(GuestRequest::Snapshot { min_block_bytes }, wait + CANCEL_TIMEOUT)?;
         self.named_within(id, wait)
     }
 
@@ -149,7 +149,7 @@ impl Shared {
         let id = id.or_else(|| requests.current().map(|(id, _)| id));
         let cancelled = id.filter(|id| requests.cancel(*id, Instant::now() + CANCEL_TIMEOUT));
         let id = cancelled.ok_or_else(|| ControlError::Guest {
-            why: WhyNot::NotPossible,
+            why: GuestErrorKind::NotPossible,
             what: "there is no request to cancel".into(),
             hint: "see the guest's requests with `aerostat status NAME`".into(),
         })?;
@@ -267,20 +267,20 @@ impl State {
     }
 }
 
-fn device_request(ask: GuestAsk) -> Ask {
+fn device_request(ask: GuestRequest) -> DeviceRequest {
     match ask {
-        GuestAsk::DropCaches(what) => Ask::DropCaches(match what {
+        GuestRequest::DropCaches(what) => DeviceRequest::DropCaches(match what {
             api::Caches::PageCache => Caches::PAGE_CACHE,
             api::Caches::Slab => Caches::SLAB,
             api::Caches::All => Caches::ALL,
         }),
-        GuestAsk::Snapshot { min_block_bytes } => {
-            Ask::ReportFree { min_granule_shift: min_block_bytes.trailing_zeros() }
+        GuestRequest::Snapshot { min_block_bytes } => {
+            DeviceRequest::ReportFree { min_granule_shift: min_block_bytes.trailing_zeros() }
         }
-        GuestAsk::Hold { reserve_bytes } => {
-            Ask::HoldFree { reserve_pages: reserve_bytes / BALLOON_PAGE_BYTES }
+        GuestRequest::Hold { reserve_bytes } => {
+            DeviceRequest::HoldFree { reserve_pages: reserve_bytes / BALLOON_PAGE_BYTES }
         }
-        GuestAsk::ReleaseHold => Ask::ReleaseHold,
+        GuestRequest::ReleaseHold => DeviceRequest::ReleaseHold,
     }
 }
 
@@ -338,7 +338,7 @@ mod tests {
         }
 
         fn ask(&self) -> u32 {
-            let ask = GuestAsk::Snapshot { min_block_bytes: BALLOON_PAGE_BYTES };
+            let ask = GuestRequest::Snapshot { min_block_bytes: BALLOON_PAGE_BYTES };
             self.shared.submit_request(ask, Duration::from_secs(60)).unwrap()
         }
 

@@ -18,7 +18,7 @@ use control::api::{
     FreePageHints, GuestStatus, ReleaseMode, ReleaseStatus, ReportsStatus, StagesMs, StatsStatus,
     Status,
 };
-use control::{ControlError, FreePagesMap, GuestAnswer, GuestAsk};
+use control::{ControlError, FreePagesMap, GuestAnswer, GuestRequest};
 use rustix::event::EventfdFlags;
 
 use crate::HostError;
@@ -299,7 +299,7 @@ impl control::BalloonControl for Shared {
         self.finish_hints(id)
     }
 
-    fn submit(&self, ask: GuestAsk, timeout: Duration) -> Result<u32, ControlError> {
+    fn submit(&self, ask: GuestRequest, timeout: Duration) -> Result<u32, ControlError> {
         self.submit_request(ask, timeout)
     }
 

@@ -128,17 +128,17 @@ fn a_pause_reserves_no_pool_pages_for_the_balloon() {
     let memory = GuestMemoryMmap::from_ranges_with_files([range]).unwrap();
     let map = MemoryMap::of_guest_memory(&memory).unwrap();
     let mut guest = Guest::new(memory, map);
-    assert_eq!(pool.promised().unwrap(), CHUNKS);
+    assert_eq!(pool.reserved().unwrap(), CHUNKS);
     guest.inflate_used(2);
-    assert_eq!(pool.promised().unwrap(), CHUNKS - 2);
+    assert_eq!(pool.reserved().unwrap(), CHUNKS - 2);
 
     guest.balloon.suspend();
-    assert_eq!(pool.promised().unwrap(), CHUNKS - 2, "a pause took the pool's pages back");
+    assert_eq!(pool.reserved().unwrap(), CHUNKS - 2, "a pause took the pool's pages back");
     guest.send(Vq::Deflate, 2);
-    assert_eq!(pool.promised().unwrap(), CHUNKS);
+    assert_eq!(pool.reserved().unwrap(), CHUNKS);
     // After a reset the guest may use all pages.
     guest.inflate_used(2);
     guest.balloon.suspend();
     guest.balloon.reset(FEATURES);
-    assert_eq!(pool.promised().unwrap(), CHUNKS);
+    assert_eq!(pool.reserved().unwrap(), CHUNKS);
 }

@@ -12,7 +12,7 @@ use balloon_abi::Features;
 use balloon_host::{HostReclaim, Shared};
 use control::BalloonControl as _;
 use control::api::{PartialHuge, ReleaseMode};
-use lab::fuse::{Fuse, Has};
+use lab::fuse::{self, Fuse};
 
 /// Only a failing test waits this long.
 const TEST_TIMEOUT: Duration = Duration::from_secs(30);
@@ -30,7 +30,7 @@ fn saved_target(state_file: &Path) -> u32 {
 }
 
 fn disk() -> Option<Fuse> {
-    Fuse::mount(Has::ALL).inspect_err(|error| eprintln!("SKIPPED: {error:?}")).ok()
+    Fuse::mount(fuse::Features::ALL).inspect_err(|error| eprintln!("SKIPPED: {error:?}")).ok()
 }
 
 /// Runs `work` in a new thread and waits until it ends.

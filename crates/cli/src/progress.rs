@@ -44,7 +44,7 @@ impl Steps {
         if let Some(bar) = &self.bar {
             bar.set_message(step.to_owned());
         } else if self.last.get().is_none_or(|last| last.elapsed() >= self.pause) {
-            diagnostics::say!("{step}");
+            diagnostics::log_line!("{step}");
             self.last.set(Some(Instant::now()));
         }
     }
@@ -87,7 +87,7 @@ impl Bar {
             bar.set_position(done);
             bar.set_message(format!("{sent:#} sent"));
         } else if is_new {
-            diagnostics::say!("{phase}");
+            diagnostics::log_line!("{phase}");
         }
     }
 

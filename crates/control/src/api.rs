@@ -21,9 +21,9 @@ pub use migration::{
     StartSnapshot, TlsPaths,
 };
 pub use requests::{
-    AskFreePages, BLOCK_BYTES, BlockCount, CacheSize, Caches, CancelledRequest, CoarseMap,
-    CoarseRegion, DEFAULT_RESERVE_BYTES, DEFAULT_TIMEOUT_MS, DropCaches, DroppedCaches, FreeKind,
-    FreePages, HoldState, MAX_TIMEOUT_MS, ReleasedHold, RequestStatus,
+    BLOCK_BYTES, BlockCount, CacheSize, Caches, CancelledRequest, CoarseMap, CoarseRegion,
+    DEFAULT_RESERVE_BYTES, DEFAULT_TIMEOUT_MS, DropCaches, DroppedCaches, FreeKind, FreePages,
+    FreePagesRequest, HoldState, MAX_TIMEOUT_MS, ReleasedHold, RequestStatus,
 };
 pub use stats::{MAX_STATS_INTERVAL_MS, MIN_STATS_INTERVAL_MS, SetStats, StatsStatus};
 

@@ -11,7 +11,7 @@ use crate::free_map::FreePagesMap;
 
 /// A request to the guest's kernel. The server has validated the sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum GuestAsk {
+pub enum GuestRequest {
     /// Drop clean caches.
     DropCaches(Caches),
     /// Report free blocks.
@@ -109,7 +109,7 @@ pub trait BalloonControl: Send + Sync {
     ///
     /// # Errors
     /// [`ControlError::Guest`] if the guest cannot take the request now.
-    fn submit(&self, ask: GuestAsk, timeout: Duration) -> Result<u32, ControlError>;
+    fn submit(&self, ask: GuestRequest, timeout: Duration) -> Result<u32, ControlError>;
 
     /// Blocks until request `id` has ended or `timeout` has passed; `None` in the latter case. Each
     /// outcome is returned once.

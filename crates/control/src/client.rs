@@ -18,8 +18,8 @@ use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
 use crate::api::{
-    AskFreePages, BalloonStatus, Caches, CancelledRequest, DropCaches, DroppedCaches,
-    FreePageHints, FreePages, MigrationStatus, Problem, ReleaseMode, ReleaseStatus, ReleasedHold,
+    BalloonStatus, Caches, CancelledRequest, DropCaches, DroppedCaches, FreePageHints, FreePages,
+    FreePagesRequest, MigrationStatus, Problem, ReleaseMode, ReleaseStatus, ReleasedHold,
     ResolveAction, ResolveMigration, SetBalloon, SetRelease, SetStats, StartMigration,
     StartSnapshot, StatsStatus, Status,
 };
@@ -50,7 +50,7 @@ const CONNECT_RETRY: Duration = Duration::from_millis(20);
 
 /// Location of a bitmap's bits in guest memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BitmapPlace {
+pub struct BitmapLayout {
     /// Page number of the first bit.
     pub first_page: u64,
     /// Number of bits.
@@ -184,7 +184,7 @@ impl Client {
     ///
     /// # Errors
     /// As [`Client::status`].
-    pub fn ask_free_pages(&self, ask: &AskFreePages) -> Result<FreePages, ControlError> {
+    pub fn request_free_pages(&self, ask: &FreePagesRequest) -> Result<FreePages, ControlError> {
         let wait = Duration::from_millis(ask.timeout_ms);
         self.send_json(Method::POST, "/v1/free-pages", ask, wait)
     }
@@ -274,7 +274,7 @@ impl Client {
     ///
     /// # Errors
     /// As [`Client::status`], and [`ControlError::Broken`] if writing to `out` fails.
-    pub fn free_pages_bitmap(&self, out: &mut dyn Write) -> Result<BitmapPlace, ControlError> {
+    pub fn free_pages_bitmap(&self, out: &mut dyn Write) -> Result<BitmapLayout, ControlError> {
         let request = self.request(Method::GET, "/v1/free-pages/bitmap", Bytes::new())?;
         let limit = self.answer_timeout.saturating_add(BULK_TIMEOUT);
         self.within(limit, async {
@@ -295,13 +295,13 @@ impl Client {
         })
     }
 
-    fn place(&self, headers: &HeaderMap) -> Result<BitmapPlace, ControlError> {
+    fn place(&self, headers: &HeaderMap) -> Result<BitmapLayout, ControlError> {
         let text = |name: &str| {
             let value = headers.get(name).and_then(|value| value.to_str().ok());
             value.ok_or_else(|| self.bad_answer(format!("header {name} is missing")))
         };
         let number = |name| text(name)?.parse().map_err(|error| self.bad_answer(error));
-        Ok(BitmapPlace {
+        Ok(BitmapLayout {
             first_page: number(FIRST_PAGE_HEADER)?,
             pages: number(PAGES_HEADER)?,
             regions: text(REGIONS_HEADER)?.to_owned(),

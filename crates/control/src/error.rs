@@ -8,7 +8,7 @@ use crate::size::Size;
 
 /// Why a request to the guest failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WhyNot {
+pub enum GuestErrorKind {
     /// The current state does not allow it: no driver, no request queue, no hold.
     NotPossible,
     /// The guest has not been asked yet.
@@ -23,7 +23,7 @@ pub enum WhyNot {
     Refused,
 }
 
-impl WhyNot {
+impl GuestErrorKind {
     const fn http_status(self) -> u16 {
         match self {
             Self::NotAsked => 404,
@@ -91,7 +91,7 @@ pub enum ControlError {
     #[error("{what}")]
     Guest {
         /// Kind of failure.
-        why: WhyNot,
+        why: GuestErrorKind,
         /// What happened, and whose fault it is.
         what: String,
         /// How to fix it.

@@ -37,10 +37,10 @@ pub use api::{
     GuestStatus, HintOutcome, PartialHuge, Problem, ReleaseMode, ReleaseStatus, ReportsStatus,
     SetBalloon, SetRelease, SetStats, StagesMs, StatsStatus, Status,
 };
-pub use balloon::{BalloonControl, GuestAnswer, GuestAsk};
+pub use balloon::{BalloonControl, GuestAnswer, GuestRequest};
 pub use bitmap::{FIRST_PAGE_HEADER, ID_HEADER, PAGES_HEADER, REGIONS_HEADER};
-pub use client::{BitmapPlace, Client};
-pub use error::{ControlError, WhyNot};
+pub use client::{BitmapLayout, Client};
+pub use error::{ControlError, GuestErrorKind};
 pub use free_map::FreePagesMap;
 pub use limits::{Limits, MAX_BODY_BYTES};
 pub use name::{GuestName, MAX_NAME_BYTES};

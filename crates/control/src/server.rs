@@ -73,7 +73,7 @@ impl Server {
     ///
     /// # Errors
     /// As [`Server::bind`].
-    pub fn bind_monitor(path: &Path, vmm: Arc<dyn VmmControl>) -> Result<Self, ControlError> {
+    pub fn bind_vmm(path: &Path, vmm: Arc<dyn VmmControl>) -> Result<Self, ControlError> {
         Self::start(path, vmm, Limits::default())
     }
 

@@ -207,7 +207,7 @@ fn a_panic_of_the_balloon_fails_only_that_request() {
         fn name(&self) -> String {
             "broken".into()
         }
-        fn submit(&self, _: control::GuestAsk, _: Duration) -> Result<u32, ControlError> {
+        fn submit(&self, _: control::GuestRequest, _: Duration) -> Result<u32, ControlError> {
             panic!("a test of a panic")
         }
         fn wait_request(

@@ -435,7 +435,7 @@ fn a_peer_that_does_not_respond_does_not_delay_other_clients() {
         ended: Condvar::new(),
     });
     let path = dir.path().join("s");
-    let server = Server::bind_monitor(&path, Arc::clone(&vmm) as _).unwrap();
+    let server = Server::bind_vmm(&path, Arc::clone(&vmm) as _).unwrap();
     // Some clients stay and some disconnect; the threads that work for them all stay.
     for _ in 0..2 {
         drop(Crowd::connect(server.path(), RESOLVE));

@@ -13,9 +13,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use control::api::{
-    AskFreePages, Caches, DEFAULT_RESERVE_BYTES, FreeKind, HoldState, ReleasedHold,
+    Caches, DEFAULT_RESERVE_BYTES, FreeKind, FreePagesRequest, HoldState, ReleasedHold,
 };
-use control::{Client, GuestAsk, Limits, WhyNot};
+use control::{Client, GuestErrorKind, GuestRequest, Limits};
 use fake::{Guest, Setup, answered, setup};
 
 const GIB: u64 = 1 << 30;
@@ -32,8 +32,8 @@ fn http(path: &Path, method: &str, target: &str, body: &str) -> (u16, Vec<u8>) {
     (String::from_utf8_lossy(&answer[9..12]).parse().unwrap(), answer.split_off(end + 4))
 }
 
-fn snapshot() -> AskFreePages {
-    AskFreePages {
+fn snapshot() -> FreePagesRequest {
+    FreePagesRequest {
         kind: FreeKind::Snapshot,
         min_block_bytes: None,
         reserve_bytes: None,
@@ -62,7 +62,7 @@ fn free_pages_are_requested_shown_and_released() {
     let (status, error, hint) = answered(t.client.free_pages().unwrap_err());
     assert_eq!((status, error.as_str()), (404, "the guest has not reported its free pages yet"));
     assert!(hint.contains("aerostat free-pages"), "{hint}");
-    let free = t.client.ask_free_pages(&snapshot()).unwrap();
+    let free = t.client.request_free_pages(&snapshot()).unwrap();
     assert_eq!((free.total_bytes, free.memory_bytes), (9 * GIB / 4, 4 * GIB));
     assert_eq!(free.map.cell_pages, 2048);
     let cells = &free.map.regions[0];
@@ -70,24 +70,24 @@ fn free_pages_are_requested_shown_and_released() {
     assert_eq!(cells.free_pages.iter().sum::<u64>() * 4096, free.total_bytes);
     assert_eq!(cells.balloon_pages[448..], [2048; 64]);
     assert_eq!(t.client.free_pages().unwrap(), free);
-    let hold = AskFreePages { kind: FreeKind::Hold, ..snapshot() };
-    assert_eq!(t.client.ask_free_pages(&hold).unwrap().hold, Some(HoldState::Kept));
+    let hold = FreePagesRequest { kind: FreeKind::Hold, ..snapshot() };
+    assert_eq!(t.client.request_free_pages(&hold).unwrap().hold, Some(HoldState::Kept));
     let ReleasedHold { released_bytes, .. } = t.client.release_free_pages(TEST_TIMEOUT).unwrap();
     assert_eq!(released_bytes, 2 * GIB);
 }
 
 #[test]
 fn free_pages_are_requested_by_hints() {
-    let hint = AskFreePages { kind: FreeKind::Hint, ..snapshot() };
+    let hint = FreePagesRequest { kind: FreeKind::Hint, ..snapshot() };
     let t = setup(Guest::Obeys, Limits::default());
-    let free = t.client.ask_free_pages(&hint).unwrap();
+    let free = t.client.request_free_pages(&hint).unwrap();
     assert_eq!((free.kind, free.total_bytes), (FreeKind::Hint, 9 * GIB / 4));
     assert_eq!(t.client.free_pages().unwrap(), free);
     t.balloon.until_hints_ended(1);
 
     let silent = setup(Guest::Waits, Limits::default());
-    let hint = AskFreePages { timeout_ms: 30, ..hint };
-    assert_eq!(answered(silent.client.ask_free_pages(&hint).unwrap_err()).0, 504);
+    let hint = FreePagesRequest { timeout_ms: 30, ..hint };
+    assert_eq!(answered(silent.client.request_free_pages(&hint).unwrap_err()).0, 504);
     silent.balloon.until_hints_ended(1);
     assert_eq!(answered(silent.client.free_pages().unwrap_err()).0, 404);
 }
@@ -97,7 +97,7 @@ fn the_bitmap_has_a_bit_per_page_and_the_picture_is_an_svg() {
     let t = setup(Guest::Obeys, Limits::default());
     let mut bits = Vec::new();
     assert_eq!(answered(t.client.free_pages_bitmap(&mut bits).unwrap_err()).0, 404);
-    t.client.ask_free_pages(&snapshot()).unwrap();
+    t.client.request_free_pages(&snapshot()).unwrap();
     let place = t.client.free_pages_bitmap(&mut bits).unwrap();
     assert_eq!((place.first_page, place.pages), (0x100, 1 << 20));
     assert_eq!(place.regions, "256+1048576");
@@ -125,8 +125,8 @@ fn invalid_sizes_are_refused_before_the_guest_is_asked() {
         (FreeKind::Hint, Some(4096), None),
         (FreeKind::Hint, None, Some(4096)),
     ] {
-        let ask = AskFreePages { kind, min_block_bytes, reserve_bytes, ..snapshot() };
-        assert_eq!(answered(t.client.ask_free_pages(&ask).unwrap_err()).0, 422, "{ask:?}");
+        let ask = FreePagesRequest { kind, min_block_bytes, reserve_bytes, ..snapshot() };
+        assert_eq!(answered(t.client.request_free_pages(&ask).unwrap_err()).0, 422, "{ask:?}");
     }
     for body in [r#"{"what":"everything"}"#, r#"{"timeout_ms":-1}"#, r#"{"reserve_bytes":1}"#] {
         assert_eq!(http(t.server.path(), "POST", "/v1/drop-caches", body).0, 400, "{body}");
@@ -162,9 +162,9 @@ fn a_request_reaches_the_guest_with_its_timeout() {
         (r#"{"kind":"hold","reserve_bytes":0,"timeout_ms":7}"#, 7),
     ];
     let expected = [
-        GuestAsk::Snapshot { min_block_bytes: 2 << 20 },
-        GuestAsk::Hold { reserve_bytes: DEFAULT_RESERVE_BYTES },
-        GuestAsk::Hold { reserve_bytes: 0 },
+        GuestRequest::Snapshot { min_block_bytes: 2 << 20 },
+        GuestRequest::Hold { reserve_bytes: DEFAULT_RESERVE_BYTES },
+        GuestRequest::Hold { reserve_bytes: 0 },
     ];
     for ((body, time), expected) in asks.into_iter().zip(expected) {
         thread::scope(|scope| {
@@ -182,11 +182,11 @@ fn a_request_reaches_the_guest_with_its_timeout() {
 fn a_failed_request_returns_the_reason() {
     let t = setup(Guest::Waits, Limits::default());
     for (why, status) in [
-        (WhyNot::NotPossible, 409),
-        (WhyNot::Stopped, 409),
-        (WhyNot::Refused, 502),
-        (WhyNot::TooMany, 503),
-        (WhyNot::TimedOut, 504),
+        (GuestErrorKind::NotPossible, 409),
+        (GuestErrorKind::Stopped, 409),
+        (GuestErrorKind::Refused, 502),
+        (GuestErrorKind::TooMany, 503),
+        (GuestErrorKind::TimedOut, 504),
     ] {
         t.balloon.requests(|requests| requests.refuse = Some((why, "at once")));
         let error = t.client.drop_caches(Caches::All, TEST_TIMEOUT).unwrap_err();

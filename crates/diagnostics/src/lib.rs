@@ -38,12 +38,12 @@ static LOG: LineQueue = LineQueue::new(LOG_BYTES);
 
 /// Logs a line; never blocks, never fails. Lines are written once the log is [started](start_log).
 #[macro_export]
-macro_rules! say {
-    ($($arguments:tt)*) => { $crate::say_line(::std::format_args!($($arguments)*)) };
+macro_rules! log_line {
+    ($($arguments:tt)*) => { $crate::log_arguments(::std::format_args!($($arguments)*)) };
 }
 
-/// The function behind [`say!`].
-pub fn say_line(text: fmt::Arguments<'_>) {
+/// The function behind [`log_line!`].
+pub fn log_arguments(text: fmt::Arguments<'_>) {
     LOG.push(format!("{text}\n").as_bytes());
 }
 

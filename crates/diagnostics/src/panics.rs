@@ -40,12 +40,12 @@ fn log_panic(info: &PanicHookInfo<'_>) {
     let name = thread.name().unwrap_or("without a name").to_owned();
     let place = info.location().map(ToString::to_string).unwrap_or_default();
     let what = message(info.payload());
-    crate::say!("ERROR host: the thread `{name}` panicked at {place}: {what}");
+    crate::log_line!("ERROR host: the thread `{name}` panicked at {place}: {what}");
     if !NO_BACKTRACES.load(Ordering::SeqCst) {
         // Respects RUST_BACKTRACE.
         let trace = Backtrace::capture();
         if trace.status() == BacktraceStatus::Captured {
-            crate::say!("{trace}");
+            crate::log_line!("{trace}");
         }
     }
     if ENDS_THE_PROCESS.contains(&what.as_str()) {

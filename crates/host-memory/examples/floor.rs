@@ -161,7 +161,7 @@ fn background(
         if !reclaimer.wait_idle(RELEASE_TIMEOUT) {
             return Err("the release timed out".into());
         }
-        let ReclaimerCounters { calls, batches, release_ns, .. } = reclaimer.snapshot();
+        let ReclaimerCounters { calls, batches, release_ns, .. } = reclaimer.counters();
         let released = Duration::from_nanos(release_ns);
         println!("  given in {given:?}, {batches} batches, {released:?} in calls");
         Ok(calls)

@@ -13,7 +13,7 @@ const MESSAGE: &[u8] = b"host: cannot back the guest's memory (SIGBUS): the pool
 ///
 /// # Errors
 /// `sigaction` fails.
-pub fn say_missing_memory() -> io::Result<()> {
+pub fn log_bus_errors() -> io::Result<()> {
     // SAFETY: all zeros are a valid `sigaction`: no handler, an empty mask, no flags.
     let mut action: libc::sigaction = unsafe { mem::zeroed() };
     action.sa_sigaction = write_message as *const () as usize;
@@ -53,7 +53,7 @@ mod tests {
     #[test]
     fn a_process_that_touches_unbacked_memory_logs_and_ends() {
         if std::env::var_os(INSIDE).is_some() {
-            say_missing_memory().unwrap();
+            log_bus_errors().unwrap();
             let file = std::fs::File::from(memfd_create("gone", MemfdFlags::CLOEXEC).unwrap());
             ftruncate(&file, 8192).unwrap();
             let part = FileOffset::new(file.try_clone().unwrap(), 0);

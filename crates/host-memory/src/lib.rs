@@ -36,7 +36,7 @@ mod reserve;
 pub mod resident;
 
 pub use backed::BackedMemory;
-pub use bus_error::say_missing_memory;
+pub use bus_error::log_bus_errors;
 pub use counters::ReclaimerCounters;
 pub use discard::{Discard, DiscardCall, DiscardFailure, DiscardReport, KEPT_FAILURES};
 pub use error::HostMemoryError;
@@ -48,8 +48,8 @@ pub use observe::ObserveDiscards;
 pub use partial::PartialHuge;
 pub use pending::{Batch, PendingRelease, Retained, Take};
 pub use reclaimer::{
-    BATCH_PAGES, GRACE_MS, PARTIAL_LIMIT_PAGES, Reclaimer, ReclaimerOptions, ReleaseMode,
-    SWEEP_LOOK_MAX_MS, SWEEP_LOOK_MS, WAKE_PAGES,
+    BATCH_PAGES, PARTIAL_LIMIT_PAGES, QUIET_MS, Reclaimer, ReclaimerOptions, ReleaseMode,
+    SWEEP_INTERVAL_MAX_MS, SWEEP_INTERVAL_MS, WAKE_PAGES,
 };
 pub use region::{AnonymousMemory, Backing, Region};
 pub use reserve::{HugePool, reserve_file};

@@ -3,7 +3,7 @@
 mod drain;
 mod sweep;
 
-pub use sweep::{SWEEP_LOOK_MAX_MS, SWEEP_LOOK_MS};
+pub use sweep::{SWEEP_INTERVAL_MAX_MS, SWEEP_INTERVAL_MS};
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -35,7 +35,7 @@ pub const PARTIAL_LIMIT_PAGES: u64 = 65536;
 
 /// After a pause of this many milliseconds no more pages are expected, and the rest is
 /// released. A driver that waits for its answers sends again within one millisecond.
-pub const GRACE_MS: u64 = 10;
+pub const QUIET_MS: u64 = 10;
 
 /// How pages are released.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -361,7 +361,7 @@ impl Reclaimer {
 
     /// The counters.
     #[must_use]
-    pub fn snapshot(&self) -> ReclaimerCounters {
+    pub fn counters(&self) -> ReclaimerCounters {
         let huge_failures = self.shared.marks.failures();
         let inner = self.shared.lock();
         ReclaimerCounters {
@@ -531,7 +531,7 @@ impl Inner {
             self.flushing = false;
             return self.next_sweep();
         }
-        let pause = Duration::from_millis(GRACE_MS);
+        let pause = Duration::from_millis(QUIET_MS);
         let quiet = self.last_given.elapsed();
         let take = if self.flushing || quiet >= pause {
             Take::Any(BATCH_PAGES)

@@ -56,7 +56,7 @@ impl Guest {
     fn wait_idle(&self) {
         self.reclaimer.flush();
         assert!(self.reclaimer.wait_idle(TEST_TIMEOUT));
-        assert_eq!(self.reclaimer.snapshot().huge_failures, 0);
+        assert_eq!(self.reclaimer.counters().huge_failures, 0);
     }
 
     fn resident_pages(&self) -> u64 {

@@ -90,7 +90,7 @@ fn free_pages_do_not_wait_for_the_balloon_and_have_their_own_counters() {
     free.union_with(&pages(FREE + 20, 5));
     fixture.reclaimer.release_free(&free);
     assert_eq!(*fixture.host.seen.lock().unwrap(), [free]);
-    let done = fixture.reclaimer.snapshot();
+    let done = fixture.reclaimer.counters();
     assert_eq!((done.free_pages, done.free_calls, done.free_partial_pages), (15, 2, 0));
     assert_eq!((done.discarded_pages, done.calls, done.last_batch_at), (0, 0, None));
     assert_eq!(done.pending_pages + done.in_flight_pages, WAKE_PAGES + 3);
@@ -98,7 +98,7 @@ fn free_pages_do_not_wait_for_the_balloon_and_have_their_own_counters() {
         fixture.go.send(()).unwrap();
     }
     assert!(fixture.reclaimer.wait_idle(TEST_TIMEOUT));
-    let done = fixture.reclaimer.snapshot();
+    let done = fixture.reclaimer.counters();
     assert_eq!((done.discarded_pages, done.free_pages), (WAKE_PAGES + 3, 15));
 }
 
@@ -109,19 +109,19 @@ fn reported_parts_of_huge_pages_are_neither_released_nor_recorded() {
     let whole = FREE.next_multiple_of(CHUNK_PAGES);
     fixture.reclaimer.release_free(&pages(whole, CHUNK_PAGES + 7));
     assert_eq!(*fixture.host.seen.lock().unwrap(), [pages(whole, CHUNK_PAGES)]);
-    let done = fixture.reclaimer.snapshot();
+    let done = fixture.reclaimer.counters();
     assert_eq!((done.free_pages, done.free_partial_pages), (CHUNK_PAGES, 7));
     assert_eq!((done.waiting_pages, done.pending_pages), (0, 0));
     // A report of the rest of that huge page does not release the first part.
     fixture.reclaimer.release_free(&pages(whole + CHUNK_PAGES + 7, CHUNK_PAGES - 7));
-    assert_eq!(fixture.reclaimer.snapshot().free_pages, CHUNK_PAGES);
+    assert_eq!(fixture.reclaimer.counters().free_pages, CHUNK_PAGES);
 }
 
 #[test]
 fn a_panic_is_counted_and_the_call_returns() {
     let fixture = fixture(PartialHuge::Split, true);
     fixture.reclaimer.release_free(&pages(FREE, 4));
-    let done = fixture.reclaimer.snapshot();
+    let done = fixture.reclaimer.counters();
     assert_eq!((done.panics, done.failed_pages, done.free_pages), (1, 4, 0));
     assert!(fixture.reclaimer.is_idle());
 }

@@ -337,11 +337,11 @@ fn a_huge_page_that_came_back_for_one_page_is_released_again() {
     assert_eq!(resident_bytes(&guest.map).unwrap(), 12 * MIB, "two huge pages for two small ones");
     let end = Instant::now() + TEST_TIMEOUT;
     while resident_bytes(&guest.map).unwrap() > 8 * MIB + 2 * PAGE_BYTES {
-        assert!(Instant::now() < end, "they stay: {:?}", reclaimer.snapshot());
+        assert!(Instant::now() < end, "they stay: {:?}", reclaimer.counters());
         std::thread::sleep(Duration::from_millis(10));
     }
     assert!(guest.is_intact(page) && guest.is_intact(last));
-    assert_eq!(reclaimer.snapshot().swept_pages, 2 * (CHUNK_PAGES - 1));
+    assert_eq!(reclaimer.counters().swept_pages, 2 * (CHUNK_PAGES - 1));
 }
 
 /// The page is given up again before the next check: the guest then uses nothing of the
@@ -366,7 +366,7 @@ fn a_huge_page_that_came_back_briefly_is_released_again() {
         reclaimer.flush();
         let end = Instant::now() + TEST_TIMEOUT;
         while resident_bytes(&guest.map).unwrap() > 8 * MIB {
-            assert!(Instant::now() < end, "it stays: {:?}", reclaimer.snapshot());
+            assert!(Instant::now() < end, "it stays: {:?}", reclaimer.counters());
             std::thread::sleep(Duration::from_millis(1));
         }
     }
@@ -446,7 +446,7 @@ fn hugetlb_pages_are_released_whole_or_wait() {
     reclaimer.flush();
     assert!(reclaimer.wait_idle(TEST_TIMEOUT));
     let gone = PageSet::from(range(start + 2 * CHUNK_PAGES, 2 * CHUNK_PAGES));
-    assert_eq!(reclaimer.snapshot().waiting_pages, CHUNK_PAGES);
+    assert_eq!(reclaimer.counters().waiting_pages, CHUNK_PAGES);
     assert_eq!(before - resident_bytes(&guest.map).unwrap(), 4 * MIB);
 
     // The rest of host page 1 is given up, so it is released too.
@@ -455,7 +455,7 @@ fn hugetlb_pages_are_released_whole_or_wait() {
     assert!(reclaimer.wait_idle(TEST_TIMEOUT));
     let mut gone = gone;
     gone.insert(range(start + CHUNK_PAGES, CHUNK_PAGES));
-    let snapshot = reclaimer.snapshot();
+    let snapshot = reclaimer.counters();
     assert_eq!((snapshot.waiting_pages, snapshot.errors), (7, 0));
     guest.assert_gone(&gone, before);
 }
@@ -500,7 +500,7 @@ fn pool_pages_are_reserved_until_released_and_reserved_again() {
     let before = resident_bytes(&guest.map).unwrap();
     reclaimer.release_free(&given);
     assert_eq!(resident_bytes(&guest.map).unwrap(), before);
-    assert_eq!(reclaimer.snapshot().free_partial_pages, given.len());
+    assert_eq!(reclaimer.counters().free_partial_pages, given.len());
 }
 
 /// A guest that gives up, takes back and writes pages at random: its writes stay.
@@ -544,7 +544,7 @@ fn the_guests_writes_are_preserved() {
             assert_eq!(lost, None, "{name}, {mode:?}");
             let kept = balloon.iter().find(|&&page| guest.read(page) != (0, 0));
             assert_eq!(kept, None, "{name}, {mode:?}: released");
-            assert_eq!(reclaimer.snapshot().errors, 0);
+            assert_eq!(reclaimer.counters().errors, 0);
             drop(reclaimer);
             guest.fill();
         }

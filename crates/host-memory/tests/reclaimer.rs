@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use host_memory::{
-    BATCH_PAGES, Discard, DiscardReport, GRACE_MS, PARTIAL_LIMIT_PAGES, PartialHuge, Reclaimer,
+    BATCH_PAGES, Discard, DiscardReport, PARTIAL_LIMIT_PAGES, PartialHuge, QUIET_MS, Reclaimer,
     ReclaimerOptions, ReleaseMode, WAKE_PAGES,
 };
 use page_set::{CHUNK_PAGES, PageRange, PageSet};
@@ -122,7 +122,7 @@ fn retain_waits_only_for_the_batch_in_flight() {
     // These pages are not in flight, so this does not wait.
     fixture.reclaimer.release(&pages(WAKE_PAGES, 10));
     fixture.reclaimer.retain(&pages(WAKE_PAGES, 10));
-    assert_eq!(fixture.reclaimer.snapshot().retained_pages, 10);
+    assert_eq!(fixture.reclaimer.counters().retained_pages, 10);
 
     let returned = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -131,7 +131,7 @@ fn retain_waits_only_for_the_batch_in_flight() {
             returned.store(true, Ordering::SeqCst);
         });
         // The counter shows that it has begun to wait.
-        while fixture.reclaimer.snapshot().retain_waits == 0 {
+        while fixture.reclaimer.counters().retain_waits == 0 {
             thread::yield_now();
         }
         assert!(!returned.load(Ordering::SeqCst), "page 5 is being discarded");
@@ -149,14 +149,14 @@ fn pages_that_came_back_with_a_huge_page_are_released_again() {
     fixture.reclaimer.release(&pages(0, 2 * CHUNK_PAGES));
     assert_eq!(fixture.next_batch(), pages(0, 2 * CHUNK_PAGES));
     assert!(fixture.reclaimer.wait_idle(TEST_TIMEOUT));
-    let before = fixture.reclaimer.snapshot();
+    let before = fixture.reclaimer.counters();
     // The guest takes a page back and touches it, and the host allocates 512.
     fixture.resident.store(CHUNK_PAGES, Ordering::SeqCst);
     fixture.reclaimer.retain(&pages(7, 1));
     let mut rest = pages(0, CHUNK_PAGES);
     rest.subtract(&pages(7, 1));
     assert_eq!(fixture.next_batch(), rest, "neither the guest's page nor the complete chunk");
-    let after = fixture.reclaimer.snapshot();
+    let after = fixture.reclaimer.counters();
     assert_eq!(after.discarded_pages, before.discarded_pages, "no new release");
 }
 
@@ -173,11 +173,11 @@ fn a_page_that_is_being_swept_is_retained_only_afterwards() {
             fixture.reclaimer.retain(&pages(1, 1));
             returned.store(true, Ordering::SeqCst);
         });
-        while fixture.reclaimer.snapshot().retain_waits == 0 {
+        while fixture.reclaimer.counters().retain_waits == 0 {
             thread::yield_now();
         }
         assert!(!returned.load(Ordering::SeqCst), "page 1 is being discarded");
-        assert!(fixture.reclaimer.snapshot().in_flight_pages == 0, "a sweep is not counted");
+        assert!(fixture.reclaimer.counters().in_flight_pages == 0, "a sweep is not counted");
         fixture.go.send(Act::Release).unwrap();
     });
     let mut rest = pages(0, 3);
@@ -217,7 +217,7 @@ fn batches_are_bounded() {
     let batches: Vec<PageSet> = fixture.begun.try_iter().collect();
     assert!(batches.iter().all(|batch| batch.len() <= BATCH_PAGES));
     assert_eq!(batches.iter().map(PageSet::len).sum::<u64>(), 10 * BATCH_PAGES);
-    assert_eq!(fixture.reclaimer.snapshot().discarded_pages, 10 * BATCH_PAGES);
+    assert_eq!(fixture.reclaimer.counters().discarded_pages, 10 * BATCH_PAGES);
 }
 
 #[test]
@@ -226,7 +226,7 @@ fn a_few_pages_are_released_after_the_pause() {
     let given = Instant::now();
     fixture.reclaimer.release(&pages(1, 3));
     assert_eq!(fixture.next_batch(), pages(1, 3));
-    assert!(given.elapsed() >= Duration::from_millis(GRACE_MS), "not before");
+    assert!(given.elapsed() >= Duration::from_millis(QUIET_MS), "not before");
 }
 
 #[test]
@@ -283,13 +283,13 @@ fn parts_of_huge_pages_wait_if_configured_and_are_released_together() {
     fixture.reclaimer.release(&pages(0, 300));
     fixture.reclaimer.flush();
     assert!(fixture.reclaimer.wait_idle(TEST_TIMEOUT));
-    let snapshot = fixture.reclaimer.snapshot();
+    let snapshot = fixture.reclaimer.counters();
     assert_eq!((snapshot.waiting_pages, snapshot.discarded_pages), (300, 0));
 
     fixture.reclaimer.release(&pages(300, CHUNK_PAGES - 300));
     fixture.reclaimer.flush();
     assert!(fixture.reclaimer.wait_idle(TEST_TIMEOUT));
-    assert_eq!(fixture.reclaimer.snapshot().waiting_pages, 0);
+    assert_eq!(fixture.reclaimer.counters().waiting_pages, 0);
     assert_eq!(fixture.next_batch(), pages(0, CHUNK_PAGES));
 
     // Waiting pages can be taken back, and the setting can change.
@@ -298,7 +298,7 @@ fn parts_of_huge_pages_wait_if_configured_and_are_released_together() {
     fixture.reclaimer.flush();
     assert!(fixture.reclaimer.wait_idle(TEST_TIMEOUT));
     fixture.reclaimer.retain(&pages(0, 100));
-    assert_eq!(fixture.reclaimer.snapshot().waiting_pages, 200);
+    assert_eq!(fixture.reclaimer.counters().waiting_pages, 200);
     fixture.reclaimer.set_partial_huge(PartialHuge::Split);
     assert_eq!(fixture.next_batch(), pages(100, 200));
 }
@@ -310,7 +310,7 @@ fn immediate_mode_releases_before_it_returns() {
         let mut given = pages(3, 5 * BATCH_PAGES);
         given.union_with(&pages(10 * BATCH_PAGES, 1));
         fixture.reclaimer.release(&given);
-        let snapshot = fixture.reclaimer.snapshot();
+        let snapshot = fixture.reclaimer.counters();
         // The next batch may be a sweep by the worker.
         assert_eq!(fixture.next_batch(), given, "in one batch");
         assert_eq!((snapshot.pending_pages, snapshot.discarded_pages), (0, given.len()));
@@ -323,7 +323,7 @@ fn changing_the_mode_releases_what_is_pending_first() {
     let fixture = Fixture::new(true, ReleaseMode::Background).open(3);
     fixture.reclaimer.release(&pages(0, 3));
     fixture.reclaimer.set_mode(ReleaseMode::Immediate);
-    let snapshot = fixture.reclaimer.snapshot();
+    let snapshot = fixture.reclaimer.counters();
     assert_eq!((snapshot.pending_pages, snapshot.discarded_pages), (0, 3));
 }
 
@@ -337,7 +337,7 @@ fn a_panic_or_a_refusal_is_counted_and_the_next_batch_runs() {
         // No longer in flight, so this must return.
         fixture.reclaimer.retain(&pages(0, WAKE_PAGES));
     }
-    let snapshot = fixture.reclaimer.snapshot();
+    let snapshot = fixture.reclaimer.counters();
     assert_eq!((snapshot.panics, snapshot.errors, snapshot.batches), (1, 1, 3));
     assert_eq!(snapshot.failed_pages, 2 * WAKE_PAGES);
     assert_eq!(snapshot.discarded_pages, WAKE_PAGES);
@@ -525,7 +525,7 @@ fn no_page_is_discarded_after_it_was_retained() {
         // A sweep may be in progress, which `wait_idle` ignores.
         assert!(reclaimer.wait_idle(TEST_TIMEOUT));
         assert_eq!(owners.broken.load(Ordering::SeqCst), 0, "discarded under the guest");
-        let (snapshot, seen) = (reclaimer.snapshot(), owners.seen.load(Ordering::SeqCst));
+        let (snapshot, seen) = (reclaimer.counters(), owners.seen.load(Ordering::SeqCst));
         assert_eq!(snapshot.discarded_pages + snapshot.swept_pages, seen);
         assert!(
             seen > 0 && snapshot.retained_pages > 0 && snapshot.retain_waits > 0,
@@ -589,7 +589,7 @@ fn release_now_leaves_nothing_pending_in_any_mode() {
             [whole],
             "released when it returns"
         );
-        let snapshot = fixture.reclaimer.snapshot();
+        let snapshot = fixture.reclaimer.counters();
         assert_eq!(
             (snapshot.waiting_pages, snapshot.pending_pages),
             (0, 0),

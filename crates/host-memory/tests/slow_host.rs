@@ -98,7 +98,7 @@ impl Fixture {
         let guest = thread::spawn(move || {
             reclaimer.release(&pages(given, 3));
             reclaimer.retain(&pages(taken_back, 1));
-            let pending = reclaimer.snapshot().pending_pages;
+            let pending = reclaimer.counters().pending_pages;
             reclaimer.retain(&pages(given, 3));
             done.send(pending).unwrap();
         });

@@ -79,14 +79,14 @@ const REGULAR: u32 = 0o10_0000;
 
 /// Features of the file system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Has {
+pub struct Features {
     /// Hard links.
     pub links: bool,
     /// `renameat2` with `RENAME_NOREPLACE`.
     pub rename_flags: bool,
 }
 
-impl Has {
+impl Features {
     /// The features of a local file system.
     pub const ALL: Self = Self { links: true, rename_flags: true };
 }
@@ -100,7 +100,7 @@ pub struct Fuse {
 
 #[derive(Debug)]
 struct Files {
-    has: Has,
+    has: Features,
     state: Mutex<State>,
     dead: AtomicBool,
     stop: AtomicBool,
@@ -136,7 +136,7 @@ impl Fuse {
     ///
     /// # Errors
     /// The kernel has no FUSE, or this process is not root.
-    pub fn mount(has: Has) -> Result<Self> {
+    pub fn mount(has: Features) -> Result<Self> {
         let what = || "mount a FUSE file system, which only root may".to_owned();
         let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
         let mut options = OpenOptions::new();
@@ -498,7 +498,7 @@ mod tests {
     /// Needs root, like every mount.
     #[test]
     fn a_dead_file_system_answers_no_request_until_revived() {
-        let fuse = Fuse::mount(Has::ALL).unwrap();
+        let fuse = Fuse::mount(Features::ALL).unwrap();
         fuse.put("file", vec![7; 8192]);
         let path = fuse.path().join("file");
         assert_eq!(fs::read(&path).unwrap(), vec![7; 8192]);

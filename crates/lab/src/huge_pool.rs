@@ -69,7 +69,7 @@ impl HugePool {
     ///
     /// # Errors
     /// The kernel returns an error.
-    pub fn promised(&self) -> Result<u64> {
+    pub fn reserved(&self) -> Result<u64> {
         let found = fstatvfs(&self.mount).map_err(io::Error::from);
         let found = found.context(|| "read the number of free huge pages".to_owned())?;
         Ok(self.pages.saturating_sub(found.f_bfree))

@@ -34,8 +34,8 @@ mod wire;
 mod worker_pool;
 
 pub use destination::{
-    Asking, DestinationConfig, DestinationGuest, DestinationOwnership, ReceiveFailure, Received,
-    receive,
+    DestinationConfig, DestinationGuest, DestinationOwnership, ReceiveFailure, Received,
+    ResolveRequest, receive,
 };
 pub use error::MigrationError;
 pub use resolution::Resolution;

@@ -8,11 +8,11 @@ use crate::wire::stream::{Place, Side};
 
 /// Encodes frames of one connection in one direction.
 #[derive(Clone, Copy, Debug)]
-pub struct Speaker {
+pub struct FrameWriter {
     place: Place,
 }
 
-impl Speaker {
+impl FrameWriter {
     /// Before the hello.
     #[must_use]
     pub fn new() -> Self {
@@ -35,7 +35,7 @@ impl Speaker {
     }
 }
 
-impl Default for Speaker {
+impl Default for FrameWriter {
     fn default() -> Self {
         Self::new()
     }

@@ -178,7 +178,7 @@ impl Setup {
         let destination = &mut self.destination;
         thread::scope(|scope| {
             let answered = scope.spawn(|| ownership.answer(theirs, 20 * STALL, destination));
-            let asked = doubt.ask(&mut self.source, &mut || {
+            let asked = doubt.resolve(&mut self.source, &mut || {
                 mine.take().ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected))
             });
             answered.join().expect("no panic").is_ok() && asked.is_ok()

@@ -8,17 +8,17 @@ use std::fs;
 use std::sync::Arc;
 
 use common::{Destination, Source, World, compare, quick_destination, quick_source};
-use lab::fuse::{Fuse, Has};
+use lab::fuse::{Features, Fuse};
 use migration::SourceGuest;
 use migration::observer::Silent;
 use migration::snapshot::{After, restore, snapshot};
 
 /// FAT, exFAT and some CIFS; NFS and 9p; a file system with neither feature. None has holes, or can
 /// sync a directory.
-const FILE_SYSTEMS: [Has; 3] = [
-    Has { links: false, rename_flags: true },
-    Has { links: true, rename_flags: false },
-    Has { links: false, rename_flags: false },
+const FILE_SYSTEMS: [Features; 3] = [
+    Features { links: false, rename_flags: true },
+    Features { links: true, rename_flags: false },
+    Features { links: false, rename_flags: false },
 ];
 
 #[test]

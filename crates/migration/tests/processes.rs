@@ -116,7 +116,7 @@ fn a_killed_destination_leaves_the_guest_at_the_source() {
     if let Some(SourceGuest::InDoubt(doubt)) = guest {
         assert!(!source.runs());
         let mut unreachable = TcpConnector::new("127.0.0.1:9", Security::PlainOnLoopback).unwrap();
-        doubt.ask(&mut source, &mut unreachable).unwrap_err();
+        doubt.resolve(&mut source, &mut unreachable).unwrap_err();
         assert!(!source.runs(), "still in doubt");
         doubt.run_here(&mut source).unwrap();
         assert!(source.runs());

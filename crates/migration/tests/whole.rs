@@ -16,7 +16,7 @@ use common::{
 };
 use migration::link::Accept as _;
 use migration::observer::{Observer, Phase, Progress, Silent};
-use migration::raw::Speaker;
+use migration::raw::FrameWriter;
 use migration::traits::SourceMachine as _;
 use migration::{
     DestinationConfig, DestinationGuest, MigrationError, MigrationId, ReceiveFailure, Received,
@@ -51,7 +51,7 @@ fn moves(writes: u64, pattern: u32, config: &SourceConfig) -> (Summary, Received
     let (summary, received) = (sent.unwrap(), received.unwrap());
     assert!(destination.runs() && !source.runs());
     assert!(world.relinquished.load(Ordering::SeqCst));
-    assert!(received.source_knows);
+    assert!(received.source_notified);
     compare(&source, &destination);
     (summary, received)
 }
@@ -276,7 +276,7 @@ fn asked(id: MigrationId, there: &DestinationConfig) -> u32 {
     hello.extend([1, 0, 1, 0, 2, 0, 1, 0]);
     hello.extend(id.0);
     hello.extend([0; 8]);
-    peer.write_all(&Speaker::new().frame(1, &hello, &[])).unwrap();
+    peer.write_all(&FrameWriter::new().frame(1, &hello, &[])).unwrap();
     let mut destination = Destination::new(&Arc::new(World::default()));
     thread::scope(|scope| {
         scope.spawn(|| receive(there, &mut destination, &mut incoming, &mut Silent).unwrap_err());

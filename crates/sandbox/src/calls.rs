@@ -105,7 +105,7 @@ pub fn restrict_calls(network: Network) -> Result<(), SandboxError> {
 ///
 /// # Errors
 /// As [`restrict_calls`].
-pub fn restrict_calls_of_monitor() -> Result<(), SandboxError> {
+pub fn restrict_vmm_calls() -> Result<(), SandboxError> {
     let failed = |error: seccompiler::BackendError| SandboxError::Calls(error.into());
     let refused = vmm::refused().map_err(failed)?;
     let allowed = || {

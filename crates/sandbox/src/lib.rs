@@ -9,7 +9,7 @@
 mod calls;
 mod files;
 
-pub use calls::{Network, restrict_calls, restrict_calls_of_monitor};
+pub use calls::{Network, restrict_calls, restrict_vmm_calls};
 pub use files::{Restricted, restrict_files};
 
 /// The process could not be restricted.

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use rustix::net::{AddressFamily, SocketType};
-use sandbox::{Network, Restricted, restrict_calls, restrict_calls_of_monitor, restrict_files};
+use sandbox::{Network, Restricted, restrict_calls, restrict_files, restrict_vmm_calls};
 
 /// The attempt that the process must make.
 const ATTEMPT: &str = "AEROSTAT_SANDBOX_ATTEMPT";
@@ -91,7 +91,7 @@ fn files_outside_the_directories_cannot_be_opened_created_or_removed() {
 /// Applies the restrictions for the attempt, and returns its name without the prefix.
 fn restrict<'a>(name: &'a str, dir: &Path) -> (&'a str, Restricted) {
     if let Some(name) = name.strip_prefix(VMM) {
-        restrict_calls_of_monitor().unwrap();
+        restrict_vmm_calls().unwrap();
         return (name, Restricted::Not);
     }
     let restricted = restrict_files(&[dir]).unwrap();

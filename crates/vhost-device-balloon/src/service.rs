@@ -87,7 +87,7 @@ impl Service {
         allow_files(FILES_OF_PROCESS + FILES_PER_GUEST * options.len() as u64)?;
         let guests = options.iter().map(Guest::start).collect::<Result<_, _>>()?;
         // From now on the shutdown must remove sockets.
-        ending.in_order();
+        ending.set_orderly();
         Ok(Self { guests, ending })
     }
 
@@ -100,7 +100,7 @@ impl Service {
         let threads = self.guests.into_iter().map(|guest| {
             let ending = Arc::clone(&self.ending);
             let thread = thread::Builder::new().name(format!("guest {}", guest.name));
-            let spawned = thread.spawn(move || guest.serve_despite_panics(&ending.told()));
+            let spawned = thread.spawn(move || guest.serve_despite_panics(&ending.shutdown_fd()));
             // Logged now: the result is returned after the others have ended.
             spawned.inspect_err(|error| tracing::error!(%error, "host: a guest has no thread"))
         });

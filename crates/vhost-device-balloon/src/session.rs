@@ -180,7 +180,7 @@ impl<'a> Session<'a> {
             Ok(false) => {}
             Err(error) => {
                 vring.stop();
-                device.forget_kept(Vq::Stats);
+                device.forget_pending(Vq::Stats);
                 if shared.may_log() {
                     tracing::warn!(%error, "queue stopped");
                 }
@@ -232,7 +232,7 @@ impl<'a> Session<'a> {
         let Some(vq) = device.queues().vq(index) else { return };
         let drained = device.process_queue(vq, &memory.map, &mut vring.queue);
         if drained.is_err() {
-            device.forget_kept(vq);
+            device.forget_pending(vq);
         }
         drop(device);
         if matches!(vq, Vq::Inflate | Vq::Deflate) {
@@ -479,7 +479,7 @@ impl<'a> Session<'a> {
                 }
             }
         }
-        device.forget_kept(vq);
+        device.forget_pending(vq);
     }
 
     /// Handles the start of a driver: the balloon is empty.

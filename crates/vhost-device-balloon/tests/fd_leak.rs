@@ -9,7 +9,7 @@ use std::os::fd::AsFd;
 
 use control::api::ReleaseMode;
 
-use support::driver::{BITMAP, Monitor, Vm};
+use support::driver::{BITMAP, Vm, Vmm};
 use support::front_end::request;
 use support::guest::data_pages;
 use support::server::Server;
@@ -22,7 +22,7 @@ fn open_files() -> usize {
 
 fn bad_session(server: &Server, kind: usize) {
     let (front, served) = server.connect();
-    let mut vm = Vm::boot(Monitor::Uml, front, BITMAP);
+    let mut vm = Vm::boot(Vmm::Uml, front, BITMAP);
     vm.inflate(&data_pages().take(8).collect());
     let many = |count| vec![vm.guest.file.as_fd(); count];
     match kind {

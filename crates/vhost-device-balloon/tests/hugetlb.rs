@@ -13,7 +13,7 @@ use control::api::ReleaseMode;
 use lab::huge_pool::{HUGE_PAGE_BYTES, HugePool};
 use vhost_device_balloon::{End, SessionError, Violation};
 
-use support::driver::{BITMAP, Monitor, Vm, mem_table};
+use support::driver::{BITMAP, Vm, Vmm, mem_table};
 use support::front_end::request;
 use support::guest::{BASE, BYTES, FIRST_PAGE, Guest, PAGES, data_pages};
 use support::server::Server;
@@ -64,20 +64,20 @@ fn a_disconnect_reserves_no_huge_pages() {
     let (front, served) = server.connect();
     let guest = Guest::at(pool.file("guest", HUGE_PAGES).unwrap(), 0);
     guest.write_patterns(data_pages());
-    let mut vm = Vm::new(Monitor::Uml, front, guest);
+    let mut vm = Vm::new(Vmm::Uml, front, guest);
     vm.attach();
     vm.probe(BITMAP);
-    assert_eq!(pool.promised().unwrap(), HUGE_PAGES);
+    assert_eq!(pool.reserved().unwrap(), HUGE_PAGES);
     let second: BTreeSet<u64> = (FIRST_PAGE + PAGES / HUGE_PAGES..FIRST_PAGE + PAGES).collect();
     vm.inflate(&second);
-    assert_eq!(pool.promised().unwrap(), HUGE_PAGES - 1);
+    assert_eq!(pool.reserved().unwrap(), HUGE_PAGES - 1);
     vm.deflate(&second);
-    assert_eq!(pool.promised().unwrap(), HUGE_PAGES);
+    assert_eq!(pool.reserved().unwrap(), HUGE_PAGES);
 
     vm.guest.write_patterns(second.iter().copied());
     vm.inflate(&second);
     drop(vm);
     assert_eq!(served.outcome().unwrap(), End::HungUp);
-    assert_eq!(pool.promised().unwrap(), HUGE_PAGES - 1, "reserved for a guest that is gone");
+    assert_eq!(pool.reserved().unwrap(), HUGE_PAGES - 1, "reserved for a guest that is gone");
     assert_eq!(mappings("guest"), 0);
 }

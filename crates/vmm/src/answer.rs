@@ -9,7 +9,7 @@ use diagnostics::{contain, panic_point};
 use migration::limits::STALL_PAUSED;
 use migration::link::Accept as _;
 use migration::tcp::{TcpAcceptor, TcpLink};
-use migration::{Asking, MigrationError, Resolution};
+use migration::{MigrationError, Resolution, ResolveRequest};
 
 use crate::controller::{Arrived, locked};
 use crate::error::Error;
@@ -97,7 +97,7 @@ fn answer(arrived: &Mutex<Arrived>, acceptor: &mut TcpAcceptor, mut until: Optio
 
 fn answer_one(link: TcpLink, arrived: &Mutex<Arrived>) -> Result<(), MigrationError> {
     // Not under the lock: a slow peer would block the operator.
-    let asking = Asking::hear(link, STALL_PAUSED)?;
+    let asking = ResolveRequest::read(link, STALL_PAUSED)?;
     let mut arrived = locked(arrived);
     let Arrived { ownership, guest } = &mut *arrived;
     ownership.answer_to(asking, guest)

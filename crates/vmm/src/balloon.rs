@@ -29,7 +29,7 @@ impl VirtioBalloon {
     }
 
     fn broken(&self, vq: Vq, error: &QueueError) -> Served {
-        self.shared.device().forget_kept(vq);
+        self.shared.device().forget_pending(vq);
         if self.shared.may_log() {
             tracing::warn!(%error, "virtqueue stopped");
         }
@@ -133,7 +133,7 @@ impl Device for VirtioBalloon {
     fn drop_queue(&mut self, index: usize) {
         let mut device = self.shared.device();
         if let Some(vq) = device.queues().vq(index) {
-            device.forget_kept(vq);
+            device.forget_pending(vq);
         }
     }
 

@@ -190,7 +190,7 @@ impl Machine {
             let event = EpollEvent::new(EventSet::IN, data);
             poll.ctl(ControlOperation::Add, file.as_raw_fd(), event)
         };
-        add(&requests.ending().told(), EVENT_STOP)?;
+        add(&requests.ending().shutdown_fd(), EVENT_STOP)?;
         add(&requests.pause, EVENT_PAUSE)?;
         add(&requests.resume, EVENT_RESUME)?;
         add(self.balloon.wake(), EVENT_WAKE)?;

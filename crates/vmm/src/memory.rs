@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use host_memory::{
     HostPages, Huge, MemoryMap, ObserveDiscards, Region, advise_huge, huge_by_default,
-    reserve_file, say_missing_memory,
+    log_bus_errors, reserve_file,
 };
 use page_set::{PAGE_BYTES, PageRange, PageSet};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -81,7 +81,7 @@ impl MachineMemory {
     pub(crate) fn new(bytes: u64, kind: MemoryKind) -> Result<Self, Error> {
         let ranges = layout::ranges(bytes)?;
         // Memory can still be missing: a cgroup limit, a failed memory module.
-        say_missing_memory().map_err(Error::host::<std::io::Error>("a signal handler"))?;
+        log_bus_errors().map_err(Error::host::<std::io::Error>("a signal handler"))?;
         let file = kind.shared.then(|| memory_file(bytes, kind.huge)).transpose()?;
         let mut offset = 0;
         let mut regions = Vec::new();

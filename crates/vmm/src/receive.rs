@@ -54,7 +54,7 @@ pub fn receive(options: &ReceiveOptions, listens: impl Fn(SocketAddr)) -> Result
     let controller = MigrationController::new(None);
     // Before the guest arrives, so that the control API is available as soon as it runs.
     let _control =
-        Server::bind_monitor(&options.host.control, Arc::new(ControlApi(Arc::clone(&controller))))?;
+        Server::bind_vmm(&options.host.control, Arc::new(ControlApi(Arc::clone(&controller))))?;
     let address = acceptor.address().map_err(Error::host("getsockname"))?;
     listens(address);
     let mut deadline = options.wait.map(|wait| Instant::now() + wait);
@@ -73,7 +73,7 @@ pub fn receive(options: &ReceiveOptions, listens: impl Fn(SocketAddr)) -> Result
         let failure = match arrived {
             Ok(received) => {
                 tracing::info!(id = %received.ownership.id(), us = received.total_us, "arrived");
-                let until = received.source_knows.then(|| Instant::now() + ANSWER_TIMEOUT);
+                let until = received.source_notified.then(|| Instant::now() + ANSWER_TIMEOUT);
                 let arrived = Arrived { ownership: received.ownership, guest };
                 if let Err((error, _)) =
                     Answering::start(&Arc::new(Mutex::new(arrived)), acceptor, until)
@@ -138,12 +138,12 @@ fn failed(
             controller.arrived_in_doubt(&arrived, &error);
             let message = "the in-doubt guest ends here; whether it runs at its source is unknown: \
                          resolve it there with `aerostat resolve`";
-            requests.ending().at_once_with(Some(message.to_owned()));
+            requests.ending().set_exit_message(Some(message.to_owned()));
             let answering = answer_if_possible(&arrived, acceptor);
             if controller.until_resolved() {
                 return Ok(None);
             }
-            requests.ending().at_once_with(None);
+            requests.ending().set_exit_message(None);
             match answering {
                 Ok(answering) => answering.join().map(Some),
                 Err(acceptor) => Ok(Some(acceptor)),

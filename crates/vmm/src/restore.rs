@@ -9,7 +9,7 @@ use control::Server;
 use diagnostics::{contain, panic_point};
 use migration::DestinationConfig;
 use migration::observer::Silent;
-use migration::snapshot::{self, Filling, SnapshotFile};
+use migration::snapshot::{self, LazyRestore, SnapshotFile};
 
 use crate::controller::{ControlApi, MigrationController, MigrationTarget};
 use crate::error::Error;
@@ -48,7 +48,7 @@ pub fn restore(options: &RestoreOptions) -> Result<End, Error> {
     let machine = SnapshotFile::open(&options.file)?.description().machine.clone();
     let controller = MigrationController::new(None);
     let _control =
-        Server::bind_monitor(&options.host.control, Arc::new(ControlApi(Arc::clone(&controller))))?;
+        Server::bind_vmm(&options.host.control, Arc::new(ControlApi(Arc::clone(&controller))))?;
     let mut guest = MigrationTarget::new(options.host.clone(), MAX_CPUS, &controller)?.copy();
     let config = DestinationConfig {
         max_memory_bytes: MAX_MEMORY_BYTES,
@@ -77,7 +77,7 @@ pub fn restore(options: &RestoreOptions) -> Result<End, Error> {
 /// Serves a guest while its memory is read.
 fn fill(
     mut guest: MigrationTarget,
-    filling: Filling,
+    filling: LazyRestore,
     controller: &Arc<MigrationController>,
     requests: &Signals,
 ) -> Result<End, Error> {
@@ -123,7 +123,7 @@ impl Drop for SetOnDrop<'_> {
 
 /// Waits for the guest's end. Returns true, with the guest halted, if reading its memory fails
 /// before.
-fn watch(filling: &Filling, machine: &Machine, over: &AtomicBool) -> bool {
+fn watch(filling: &LazyRestore, machine: &Machine, over: &AtomicBool) -> bool {
     while !over.load(Ordering::Relaxed) {
         panic_point("watch");
         if filling.has_failed() {
@@ -137,7 +137,7 @@ fn watch(filling: &Filling, machine: &Machine, over: &AtomicBool) -> bool {
 }
 
 /// As [`watch`], but starts again after a panic.
-fn watch_across_panics(filling: &Filling, machine: &Machine, over: &AtomicBool) -> bool {
+fn watch_across_panics(filling: &LazyRestore, machine: &Machine, over: &AtomicBool) -> bool {
     loop {
         match contain(|| watch(filling, machine, over)) {
             Ok(is_lost) => return is_lost,

@@ -34,7 +34,7 @@ pub fn run(options: &RunOptions) -> Result<End, Error> {
     let controller = MigrationController::new(Some(Arc::clone(&machine)));
     requests.take_stop();
     let _control =
-        Server::bind_monitor(&options.host.control, Arc::new(ControlApi(Arc::clone(&controller))))?;
+        Server::bind_vmm(&options.host.control, Arc::new(ControlApi(Arc::clone(&controller))))?;
     tracing::info!(
         name = options.host.name,
         cpus = options.cpus,
@@ -64,11 +64,11 @@ pub(crate) fn serve_to_end(
 
 /// Waits until the console's reader has received all output of a guest that has ended.
 fn end_console(machine: &Machine, ending: &Ending) {
-    let usual = if ending.was_asked() { CONSOLE_STOP_TIMEOUT } else { CONSOLE_DRAIN_TIMEOUT };
-    let limit = ending.patience("the console's reader", usual);
+    let usual = if ending.is_requested() { CONSOLE_STOP_TIMEOUT } else { CONSOLE_DRAIN_TIMEOUT };
+    let limit = ending.limit_wait("the console's reader", usual);
     let LostOutput { dropped, left } = machine.bus.ports.finish_output(limit);
     if dropped > 0 || left > 0 {
         tracing::warn!(dropped, left, "host: the console was not read in time; output is lost");
     }
-    ending.patience("the control socket, and the threads of the guest", Duration::MAX);
+    ending.limit_wait("the control socket, and the threads of the guest", Duration::MAX);
 }

@@ -42,7 +42,7 @@ impl Signals {
 
     /// From now on stop signals end the guest cleanly.
     pub(crate) fn take_stop(&self) {
-        self.ending.in_order();
+        self.ending.set_orderly();
     }
 
     /// The stop request and its timeouts.
@@ -53,7 +53,7 @@ impl Signals {
     /// Returns a function that stops this process like the operator.
     pub(crate) fn operator_stopper(&self) -> impl Fn() + Send + Sync + use<> {
         let ending = Arc::clone(&self.ending);
-        move || ending.ask()
+        move || ending.request()
     }
 
     /// Returns a function that stops this process without a request of the operator.

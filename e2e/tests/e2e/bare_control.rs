@@ -133,7 +133,8 @@ fn unauthenticated_connections_neither_flood_the_log_nor_block_a_migration() {
             // The timeout of one silent connection is longer than this.
             assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
             there.run("ping 7").unwrap();
-            let lines = there.errors().lines().filter(|line| line.contains("handshake failed")).count();
+            let lines =
+                there.errors().lines().filter(|line| line.contains("handshake failed")).count();
             assert!((1..=MOST_LINES).contains(&lines), "{lines} lines of {}", 4 * CONNECTIONS);
             assert!(there.power_off().unwrap().success());
         },

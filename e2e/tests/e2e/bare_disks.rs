@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use control::api::{MigrationPhase, MigrationStatus, StartMigration};
 use lab::bare::{BareBuilder, BareGuest};
-use lab::fuse::{Fuse, Has};
+use lab::fuse::{Features, Fuse};
 
 use crate::bare::{aerostat, builder, client, on_a_kvm, receiver};
 use crate::program::program;
@@ -106,7 +106,7 @@ const FLUSHES: u32 = 4;
 #[test]
 fn a_disk_write_error_reaches_the_guest_before_it_migrates() {
     on_a_kvm("bare_disks::a_disk_write_error_reaches_the_guest_before_it_migrates", || {
-        let (directory, fuse) = (tempfile::tempdir().unwrap(), Fuse::mount(Has::ALL).unwrap());
+        let (directory, fuse) = (tempfile::tempdir().unwrap(), Fuse::mount(Features::ALL).unwrap());
         fuse.put("disk", fs::read(image(directory.path(), "a", 1)).unwrap());
         let path = fuse.path().join("disk");
         let mut guest = with_disks(builder("disks"), &[&path], "").boot().unwrap();
@@ -135,7 +135,7 @@ fn a_disk_write_error_reaches_the_guest_before_it_migrates() {
 #[test]
 fn a_flush_error_survives_a_disk_reset() {
     on_a_kvm("bare_disks::a_flush_error_survives_a_disk_reset", || {
-        let (directory, fuse) = (tempfile::tempdir().unwrap(), Fuse::mount(Has::ALL).unwrap());
+        let (directory, fuse) = (tempfile::tempdir().unwrap(), Fuse::mount(Features::ALL).unwrap());
         fuse.put("disk", fs::read(image(directory.path(), "a", 1)).unwrap());
         let path = fuse.path().join("disk");
         let mut guest = with_disks(builder("disks"), &[&path], "").boot().unwrap();
@@ -165,7 +165,8 @@ fn disks_are_synced_before_connecting_and_the_sync_can_be_cancelled() {
     on_a_kvm(
         "bare_disks::disks_are_synced_before_connecting_and_the_sync_can_be_cancelled",
         || {
-            let (directory, fuse) = (tempfile::tempdir().unwrap(), Fuse::mount(Has::ALL).unwrap());
+            let (directory, fuse) =
+                (tempfile::tempdir().unwrap(), Fuse::mount(Features::ALL).unwrap());
             fuse.put("disk", fs::read(image(directory.path(), "a", 1)).unwrap());
             let path = fuse.path().join("disk");
             let mut guest = with_disks(builder("disks"), &[&path], "").boot().unwrap();
@@ -239,7 +240,7 @@ fn a_disk_mismatch_error_escapes_names_and_has_a_hint() {
 #[test]
 fn a_guest_with_a_slow_disk_migrates() {
     on_a_kvm("bare_disks::a_guest_with_a_slow_disk_migrates", || {
-        let (directory, fuse) = (tempfile::tempdir().unwrap(), Fuse::mount(Has::ALL).unwrap());
+        let (directory, fuse) = (tempfile::tempdir().unwrap(), Fuse::mount(Features::ALL).unwrap());
         fuse.put("disk", fs::read(image(directory.path(), "a", 1)).unwrap());
         let path = fuse.path().join("disk");
         let guest = with_disks(builder("disks"), &[&path], ",readonly").boot().unwrap();
@@ -257,7 +258,8 @@ fn a_destination_with_a_dead_disk_reports_it_and_accepts_the_next_migration() {
     on_a_kvm(
         "bare_disks::a_destination_with_a_dead_disk_reports_it_and_accepts_the_next_migration",
         || {
-            let (directory, fuse) = (tempfile::tempdir().unwrap(), Fuse::mount(Has::ALL).unwrap());
+            let (directory, fuse) =
+                (tempfile::tempdir().unwrap(), Fuse::mount(Features::ALL).unwrap());
             let disk = image(directory.path(), "a", 1);
             fuse.put("disk", fs::read(&disk).unwrap());
             let mut guest = with_disks(builder("disks"), &[&disk], ",readonly").boot().unwrap();

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use lab::bare::{self, BareBuilder, BareGuest};
-use lab::fuse::{Fuse, Has};
+use lab::fuse::{Features, Fuse};
 use page_set::{PageRange, PageSet};
 use vmm::{End, HostOptions, Machine, MemoryKind, RunOptions, Signals};
 
@@ -68,7 +68,7 @@ fn a_page_ballooned_during_a_lazy_restore_is_not_loaded() {
         let expected = anonymous_bytes(eager.pid());
         assert!(eager.power_off().unwrap().success());
 
-        let slow = Fuse::mount(Has::ALL).unwrap();
+        let slow = Fuse::mount(Features::ALL).unwrap();
         slow.put("snapshot", std::fs::read(&file).unwrap());
         slow.slow_down(SLOW, PAGE + MEMORY_BYTES);
         let mut lazy = restored("lazy", &slow.path().join("snapshot"), &["--lazy"]);

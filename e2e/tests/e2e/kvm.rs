@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use control::Client;
-use control::api::{AskFreePages, Caches, Driver, FreeKind, Status};
+use control::api::{Caches, Driver, FreeKind, FreePagesRequest, Status};
 use lab::debian::{self, Release};
 use lab::kvm::{self, KvmMachine};
 use lab::{Guest, GuestBuilder, LabError, guest_build};
@@ -232,12 +232,12 @@ fn drops_caches_and_reports_free_pages(guest: &mut Guest) {
     assert!(dropped.slab.after_bytes > 0, "{dropped:?}");
 
     let free_mib = number(guest, "free-mib");
-    let named = client.ask_free_pages(&free_pages(FreeKind::Snapshot)).unwrap();
+    let named = client.request_free_pages(&free_pages(FreeKind::Snapshot)).unwrap();
     println!("{} MiB free, {} ms", named.total_bytes / MIB, named.elapsed_ms);
     assert_eq!((named.kind, named.memory_bytes), (FreeKind::Snapshot, mib(MEMORY) * MIB));
     let named_mib = named.total_bytes / MIB;
     assert!(named_mib.abs_diff(free_mib) <= NOISE_MIB, "{named_mib} of {free_mib} MiB");
-    let held = client.ask_free_pages(&free_pages(FreeKind::Hold)).unwrap();
+    let held = client.request_free_pages(&free_pages(FreeKind::Hold)).unwrap();
     let held_mib = held.total_bytes / MIB;
     assert!(held_mib >= free_mib - RESERVED_MIB - NOISE_MIB, "{held_mib} of {free_mib} MiB");
     assert!(number(guest, "free-mib") <= RESERVED_MIB + NOISE_MIB);
@@ -248,10 +248,10 @@ fn drops_caches_and_reports_free_pages(guest: &mut Guest) {
     assert_eq!([done("drop-caches"), done("report-free"), done("hold-free")], [1, 1, 1]);
 }
 
-fn free_pages(kind: FreeKind) -> AskFreePages {
+fn free_pages(kind: FreeKind) -> FreePagesRequest {
     let reserve_bytes = (kind == FreeKind::Hold).then_some(RESERVED_MIB * MIB);
     let timeout_ms = u64::try_from(ANSWER_TIMEOUT.as_millis()).unwrap();
-    AskFreePages { kind, min_block_bytes: None, reserve_bytes, timeout_ms }
+    FreePagesRequest { kind, min_block_bytes: None, reserve_bytes, timeout_ms }
 }
 
 /// Requests that every driver supports.
@@ -267,7 +267,7 @@ fn reports_statistics_and_hints(guest: &mut Guest) {
     client.set_stats(0).unwrap();
 
     let free_mib = number(guest, "free-mib");
-    let named = client.ask_free_pages(&free_pages(FreeKind::Hint)).unwrap();
+    let named = client.request_free_pages(&free_pages(FreeKind::Hint)).unwrap();
     println!("{} MiB hinted, {} ms", named.total_bytes / MIB, named.elapsed_ms);
     assert_eq!(named.kind, FreeKind::Hint);
     // Hints are blocks of 4 MiB, without smaller free blocks.

@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use control::GuestAsk;
+use control::GuestRequest;
 use control::api::Caches;
 use page_set::{PageRange, PageSet};
 use vmm::{End, GuestRam, HostOptions, Machine, MemoryKind, RunOptions, Section, Signals};
@@ -138,7 +138,7 @@ fn goes_on(second: &Machine, console: &mut GuestConsole) {
     assert_eq!(console.run(second, "cat /sys/devices/system/cpu/online").0, ["0-1"]);
     let balloon = second.balloon();
     assert_eq!(u64::from(balloon.status().balloon.actual_pages), INFLATED_PAGES);
-    let id = balloon.submit(GuestAsk::DropCaches(Caches::All), LIMIT).unwrap();
+    let id = balloon.submit(GuestRequest::DropCaches(Caches::All), LIMIT).unwrap();
     balloon.wait_request(id, LIMIT).unwrap().unwrap();
     set_target(second, 0);
     let free: u64 = console.run(second, "free-mib").1.parse().unwrap();

@@ -61,7 +61,7 @@ fn held_pages_are_marked_offline() {
     let mut fixture = host.boot(Driver::Own);
     fixture.load_driver();
     host.until("ready for requests", |status| status.requests.possible);
-    let held = host.client.ask_free_pages(&hold(RESERVE_MIB)).unwrap();
+    let held = host.client.request_free_pages(&hold(RESERVE_MIB)).unwrap();
     let held_pages = held.total_bytes / control::BALLOON_PAGE_BYTES;
     assert!(held_pages > 0, "{held:?}");
     until_offline(&mut fixture, held_pages);

@@ -162,7 +162,7 @@ fn a_guest_deflates_when_the_host_does_not_return_a_hold() {
     host.until("ready for requests", |status| status.requests.possible);
     host.set_target(pages(HELD_INFLATED_MIB));
     host.wait_at_target();
-    host.client.ask_free_pages(&hold(HELD_RESERVE_MIB)).unwrap();
+    host.client.request_free_pages(&hold(HELD_RESERVE_MIB)).unwrap();
     let held = fixture.counter("held");
     blocker.block(REQUEST_QUEUE);
     let began = Instant::now();
@@ -185,7 +185,7 @@ fn a_hold_in_use_by_the_host_is_not_taken_at_shutdown() {
     let mut fixture = host.boot(Driver::Own);
     fixture.load_driver();
     host.until("ready for requests", |status| status.requests.possible);
-    host.client.ask_free_pages(&hold(HELD_RESERVE_MIB)).unwrap();
+    host.client.request_free_pages(&hold(HELD_RESERVE_MIB)).unwrap();
     assert!(fixture.counter("held") > 0);
     blocker.block(REQUEST_QUEUE);
     // The balloon needs the held pages, and the host does not answer. The kernel shuts down during

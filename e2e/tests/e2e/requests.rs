@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bench::Driver;
-use control::api::{AskFreePages, Caches, FreeKind, FreePages, HoldState};
+use control::api::{Caches, FreeKind, FreePages, FreePagesRequest, HoldState};
 use fastrand::Rng;
 use lab::Backing;
 
@@ -47,17 +47,17 @@ const CANCELS: u64 = 40;
 /// Requests of random kinds, while the guest allocates.
 const RANDOM_REQUESTS: u32 = 200;
 
-pub(crate) fn snapshot() -> AskFreePages {
+pub(crate) fn snapshot() -> FreePagesRequest {
     request(FreeKind::Snapshot, None)
 }
 
-pub(crate) fn hold(reserve_mib: u64) -> AskFreePages {
+pub(crate) fn hold(reserve_mib: u64) -> FreePagesRequest {
     request(FreeKind::Hold, Some(reserve_mib * MIB))
 }
 
-fn request(kind: FreeKind, reserve_bytes: Option<u64>) -> AskFreePages {
+fn request(kind: FreeKind, reserve_bytes: Option<u64>) -> FreePagesRequest {
     let timeout_ms = u64::try_from(LIMIT.as_millis()).unwrap();
-    AskFreePages { kind, min_block_bytes: None, reserve_bytes, timeout_ms }
+    FreePagesRequest { kind, min_block_bytes: None, reserve_bytes, timeout_ms }
 }
 
 fn boot(host: &Host) -> Fixture<'_> {
@@ -126,14 +126,14 @@ fn a_free_page_report_matches_the_free_lists() {
     fixture.run(&format!("fill kept {} 1", LARGE_MIB * 3 / 4));
     reports_free_memory(&mut fixture, "nearly full");
     // Only larger blocks.
-    let large = AskFreePages { min_block_bytes: Some(2 * MIB), ..snapshot() };
-    let large = host.client.ask_free_pages(&large).unwrap();
+    let large = FreePagesRequest { min_block_bytes: Some(2 * MIB), ..snapshot() };
+    let large = host.client.request_free_pages(&large).unwrap();
     assert!(large.blocks.iter().all(|block| block.block_bytes >= 2 * MIB), "{large:?}");
     all_well(&fixture);
 }
 
 fn reports_free_memory(fixture: &mut Fixture<'_>, state: &str) {
-    let free = fixture.client.ask_free_pages(&snapshot()).unwrap();
+    let free = fixture.client.request_free_pages(&snapshot()).unwrap();
     println!(
         "{state}: {} of {} MiB in {:.1} ms, guest {:.1} ms, lock {} ns, {:?}",
         free.total_bytes / MIB,
@@ -177,7 +177,7 @@ fn a_hold_is_kept_until_it_is_released() {
     let mut fixture = boot(&host);
     fixture.run(&format!("fill kept {KEPT_MIB} 1"));
     let free = fixture.meminfo_bytes(&["MemFree"]);
-    let held = host.client.ask_free_pages(&hold(RESERVE_MIB)).unwrap();
+    let held = host.client.request_free_pages(&hold(RESERVE_MIB)).unwrap();
     println!(
         "held: {} MiB in {:.1} ms, {:?}",
         held.total_bytes / MIB,
@@ -190,7 +190,7 @@ fn a_hold_is_kept_until_it_is_released() {
     assert!(near(held.total_bytes, free - left, 4 * MIB), "{free} {left}: {held:?}");
     // The guest works with the rest, and with a balloon.
     fixture.fill_and_verify("more", KEPT_MIB / 2, 2);
-    assert!(host.client.ask_free_pages(&hold(0)).is_err(), "a second hold");
+    assert!(host.client.request_free_pages(&hold(0)).is_err(), "a second hold");
     host.client.drop_caches(Caches::All, LIMIT).unwrap();
     let released = host.client.release_free_pages(LIMIT).unwrap();
     assert_eq!(released.released_bytes, held.total_bytes);
@@ -199,7 +199,7 @@ fn a_hold_is_kept_until_it_is_released() {
     assert!(near(back, free, 4 * MIB), "{free} {back}");
     assert_eq!(host.status().requests.hold, None);
     // The smallest reserve is not zero.
-    host.client.ask_free_pages(&hold(0)).unwrap();
+    host.client.request_free_pages(&hold(0)).unwrap();
     let floor = fixture.meminfo_bytes(&["MemFree"]);
     assert!(floor >= MEMORY_MIB * MIB / 33, "{floor}");
     fixture.verify("kept", KEPT_MIB, 1);
@@ -213,7 +213,7 @@ fn a_guest_under_pressure_takes_its_hold_back() {
     let mut fixture = boot(&host);
     fixture.run(&format!("fill kept {KEPT_MIB} 1"));
     for round in 0..5 {
-        host.client.ask_free_pages(&hold(RESERVE_MIB)).unwrap();
+        host.client.request_free_pages(&hold(RESERVE_MIB)).unwrap();
         let reply = fixture.run(&format!("pressure {NEEDED_MIB} 0"));
         assert_eq!(reply, format!("taken_mib={NEEDED_MIB} end=complete"), "{round}");
         assert_eq!(host.status().requests.hold, None, "{round}");
@@ -252,7 +252,7 @@ fn a_request_can_be_cancelled() {
 fn request_and_cancel(host: &Host, round: u64) -> bool {
     let request = if round.is_multiple_of(2) { snapshot() } else { hold(RESERVE_MIB) };
     let asked = thread::scope(|scope| {
-        let asking = scope.spawn(|| host.client.ask_free_pages(&request));
+        let asking = scope.spawn(|| host.client.request_free_pages(&request));
         thread::sleep(Duration::from_micros(100 * round));
         while !asking.is_finished() {
             let _ = host.client.cancel();
@@ -316,8 +316,8 @@ pub(crate) fn random_request(host: &Host, rng: &mut Rng) -> bool {
     let client = &host.client;
     match rng.u8(0..5) {
         0 => client.drop_caches(Caches::All, LIMIT).is_ok(),
-        1 => client.ask_free_pages(&hold(rng.u64(64..400))).is_ok(),
+        1 => client.request_free_pages(&hold(rng.u64(64..400))).is_ok(),
         2 => client.release_free_pages(LIMIT).is_ok(),
-        _ => client.ask_free_pages(&snapshot()).is_ok(),
+        _ => client.request_free_pages(&snapshot()).is_ok(),
     }
 }

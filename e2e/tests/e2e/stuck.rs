@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use guest_ring::{Buffer, GuestRing};
 use lab::bare::{self, BareBuilder, BareGuest, Stream};
-use lab::fuse::{Fuse, Has};
+use lab::fuse::{Features, Fuse};
 use rustix::process::{Pid, Signal, kill_process};
 use vm_memory::{Bytes, GuestAddress};
 use vmm::DiskOptions;
@@ -174,7 +174,7 @@ const DISK: &str = "disk";
 
 /// A file system with a file of these contents.
 fn disk_of(contents: Vec<u8>) -> Fuse {
-    let disk = Fuse::mount(Has::ALL).unwrap();
+    let disk = Fuse::mount(Features::ALL).unwrap();
     disk.put(DISK, contents);
     disk
 }
@@ -230,7 +230,8 @@ fn a_dead_disk_does_not_block_shutdown() {
         let (mut guest, _disk) = with_a_dead_disk("lost");
         let (status, took) = terminate(&mut guest);
         assert!(status.success() && took < END_TIMEOUT, "{status} {took:?} {}", guest.errors());
-        let said = |text: &str| text.contains("requests of the guest to this disk are lost").then_some(());
+        let said =
+            |text: &str| text.contains("requests of the guest to this disk are lost").then_some(());
         guest.wait_for_error("what is lost", said).unwrap();
     });
 }
@@ -364,7 +365,7 @@ fn the_watchdog_ends_a_stuck_process() {
 fn a_snapshot_to_a_dead_disk_blocks_neither_guest_nor_shutdown() {
     on_a_kvm("stuck::a_snapshot_to_a_dead_disk_blocks_neither_guest_nor_shutdown", || {
         let mut guest = boot("save");
-        let disk = Fuse::mount(Has::ALL).unwrap();
+        let disk = Fuse::mount(Features::ALL).unwrap();
         disk.die();
         let mut command = Command::new(program());
         command.args(["snapshot", "save"]).arg(disk.path().join("save.snapshot"));

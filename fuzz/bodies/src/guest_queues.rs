@@ -228,7 +228,7 @@ impl World {
     }
 
     fn start_ring(&mut self) {
-        self.balloon.forget_kept(self.vq);
+        self.balloon.forget_pending(self.vq);
         self.ring.reset(&self.memory);
         self.queue = self.ring.queue();
         self.queue.set_event_idx(self.balloon.negotiated().contains(Features::RING_EVENT_IDX));
@@ -247,12 +247,12 @@ impl World {
         let is_memory = |range| self.balloon.layout().covers(range);
         assert!(hinting.pages().ranges().all(is_memory));
         let none_yet =
-            matches!(hinting.phase(), HintPhase::Idle | HintPhase::Asked | HintPhase::Lost);
+            matches!(hinting.phase(), HintPhase::Idle | HintPhase::Requested | HintPhase::Lost);
         assert!(!none_yet || hinting.pages().is_empty());
         let stats = self.balloon.stats().values();
         assert!(stats.len() <= MAX_STATS && stats.is_sorted_by_key(|stat| stat.tag));
         let command = self.balloon.config().free_page_hint_cmd_id;
-        let asks = matches!(hinting.phase(), HintPhase::Asked | HintPhase::Receiving);
+        let asks = matches!(hinting.phase(), HintPhase::Requested | HintPhase::Receiving);
         assert_eq!(asks, command > 1);
     }
 

@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 
 use balloon_abi::request::{ANSWER_HEADER_BYTES, REQUEST_BYTES};
 use balloon_abi::{AnswerHeader, Caches, Features, Outcome, Request, Vq};
-use balloon_device::{Ask, BalloonDevice, MAX_CHAINS_PER_DRAIN, MAX_QUEUED_REQUESTS, MemoryLayout};
+use balloon_device::{
+    BalloonDevice, DeviceRequest, MAX_CHAINS_PER_DRAIN, MAX_QUEUED_REQUESTS, MemoryLayout,
+};
 use guest_ring::{Buffer, GuestRing, Used};
 use page_set::PageSet;
 use virtio_queue::desc::split::Descriptor;
@@ -133,10 +135,10 @@ impl World {
 
     fn submit(&mut self, script: &mut Script<'_>) {
         let ask = script.pick([
-            Ask::ReportFree { min_granule_shift: 12 },
-            Ask::HoldFree { reserve_pages: 5 },
-            Ask::DropCaches(Caches::ALL),
-            Ask::ReleaseHold,
+            DeviceRequest::ReportFree { min_granule_shift: 12 },
+            DeviceRequest::HoldFree { reserve_pages: 5 },
+            DeviceRequest::DropCaches(Caches::ALL),
+            DeviceRequest::ReleaseHold,
         ]);
         let deadline = self.now(u64::from(script.u8() % 32));
         if let Ok(id) = self.balloon.requests_mut().submit(ask, deadline) {
@@ -225,7 +227,7 @@ impl World {
                 let _ = self.balloon.return_unused(Vq::Request, &self.memory, &mut self.queue);
                 self.balloon.suspend();
             }
-            1 => self.balloon.forget_kept(Vq::Request),
+            1 => self.balloon.forget_pending(Vq::Request),
             2 => {
                 let (keep, _) = REGIONS.split_at(usize::from(how / 4 % 4));
                 let layout = MemoryLayout::new(keep.iter().copied()).expect("well-formed");
@@ -240,7 +242,7 @@ impl World {
     }
 
     fn start_ring(&mut self) {
-        self.balloon.forget_kept(Vq::Request);
+        self.balloon.forget_pending(Vq::Request);
         self.ring.reset(&self.memory);
         self.queue = self.ring.queue();
         self.spoiled = false;
@@ -290,7 +292,8 @@ impl World {
         assert!(self.open.is_empty());
         let faults = self.balloon.faults().total();
         let deadline = self.now(1);
-        let asked = self.balloon.requests_mut().submit(Ask::DropCaches(Caches::ALL), deadline);
+        let asked =
+            self.balloon.requests_mut().submit(DeviceRequest::DropCaches(Caches::ALL), deadline);
         let id = asked.expect("a driver that has just started");
         self.wait();
         assert_eq!(self.last, id);

@@ -125,7 +125,7 @@ fn balloon(
         Choice::Uml { why } => on_uml(why),
         Choice::Kvm { or_uml: false } => on_kvm(),
         Choice::Kvm { or_uml: true } => on_kvm().or_else(|failure| {
-            diagnostics::say!("{failure}");
+            diagnostics::log_line!("{failure}");
             on_uml(Some("`aerostat run` failed on this machine's KVM".to_owned()))
         }),
     }

@@ -199,7 +199,7 @@ impl Progress {
                 bar.set_position(balloon.actual_bytes.abs_diff(*from_bytes));
                 bar.set_message(text);
             }
-            Self::Lines => diagnostics::say!("{text}"),
+            Self::Lines => diagnostics::log_line!("{text}"),
             Self::Silent => {}
         }
     }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
-use control::api::{AskFreePages, FreeKind, FreePages, HoldState};
+use control::api::{FreeKind, FreePages, FreePagesRequest, HoldState};
 use control::{Client, Size};
 
 use crate::guest_arg::{GuestArg, guest_timeout};
@@ -64,7 +64,7 @@ pub(crate) fn run(args: &FreePagesArgs) -> Result<(), Failure> {
     if args.release {
         return release(args, &client);
     }
-    let free = client.ask_free_pages(&AskFreePages {
+    let free = client.request_free_pages(&FreePagesRequest {
         kind: kind(args, &client)?,
         min_block_bytes: args.min_block.map(|size| size.0),
         reserve_bytes: args.reserve.map(|size| size.0),

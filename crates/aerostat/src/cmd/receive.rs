@@ -80,7 +80,8 @@ pub(crate) fn run(args: ReceiveArgs) -> Result<(), Failure> {
         wait: args.wait,
     };
     // Standard output is the guest's console.
-    let on_listening = |address| diagnostics::say!("{}: listening on {address}", options.host.name);
+    let on_listening =
+        |address| diagnostics::log_line!("{}: listening on {address}", options.host.name);
     args.host.restrict_calls()?;
     ended(&options.host.name, vmm::receive(&options, on_listening))
 }

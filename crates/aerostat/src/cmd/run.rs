@@ -97,7 +97,7 @@ pub(crate) fn ended(name: &str, end: Result<End, Error>) -> Result<(), Failure> 
     match end.map_err(failure)? {
         End::PoweredOff | End::Reset | End::Stopped => Ok(()),
         End::Moved => {
-            diagnostics::say!("{name}: migrated to another host");
+            diagnostics::log_line!("{name}: migrated to another host");
             Ok(())
         }
         End::Panicked => Err(Failure {

@@ -12,7 +12,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::PROGRAM;
 use crate::support::TEST_TIMEOUT;
-use crate::support::driver::{ASKABLE, BITMAP, CLASSIC};
+use crate::support::driver::{BITMAP, CLASSIC, WITH_REQUESTS};
 use crate::support::guest::data_pages;
 use crate::support::process::Program;
 use crate::traffic::{Random, Traffic};
@@ -43,7 +43,7 @@ fn the_stock_driver_without_inflight_tracking() {
 
 #[test]
 fn aerostats_driver_with_inflight_tracking() {
-    survives_kills(ASKABLE, true, 3);
+    survives_kills(WITH_REQUESTS, true, 3);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_sea
 use rustix::process::Signal;
 
 use crate::PROGRAM;
-use crate::support::driver::{CLASSIC, INFLATE, Monitor, RING_SIZE, Vm, mem_table, vring_addr};
+use crate::support::driver::{CLASSIC, INFLATE, RING_SIZE, Vm, Vmm, mem_table, vring_addr};
 use crate::support::front_end::{FrontEnd, PROTOCOL_FEATURES, eventfd, request};
 use crate::support::guest::{BASE, BYTES, FILE_OFFSET, Guest, USER_BASE, data_pages};
 use crate::support::process::Program;
@@ -26,7 +26,7 @@ fn two_guests(arguments: &[&str]) -> Program {
 }
 
 fn sealed_vm(program: &mut Program, socket: &str) -> Vm {
-    let mut vm = Vm::new(Monitor::Qemu, program.connect(socket), Guest::sealed());
+    let mut vm = Vm::new(Vmm::Qemu, program.connect(socket), Guest::sealed());
     vm.attach();
     vm.probe(CLASSIC);
     vm
@@ -97,7 +97,7 @@ fn the_log_lines_of_one_front_end_are_limited() {
 fn unsealed_memory_is_accepted_with_the_option() {
     let mut program = two_guests(&["--unsealed-memory", "accept"]);
     let front = program.connect("one.vhost");
-    let mut vm = Vm::boot(Monitor::Qemu, front, CLASSIC);
+    let mut vm = Vm::boot(Vmm::Qemu, front, CLASSIC);
     vm.inflate(&data_pages().take(5).collect());
     assert_eq!(program.client("one").status().unwrap().faults.total(), 0);
     let seals = SealFlags::SHRINK;
@@ -115,7 +115,7 @@ fn the_back_ends_memory_is_bounded_by_the_guests_memory() {
     let mut program = Program::one_guest(PROGRAM, &["--max-guest-memory", "600GiB"]);
     program.start();
     let front = program.connect("vm.vhost");
-    let mut vm = Vm::boot(Monitor::Qemu, front, CLASSIC);
+    let mut vm = Vm::boot(Vmm::Qemu, front, CLASSIC);
     let sparse = memfd_create("sparse", MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&sparse, CLAIMED).unwrap();
     let regions = [[BASE, BYTES, USER_BASE, FILE_OFFSET], [START, CLAIMED, START, 0]];

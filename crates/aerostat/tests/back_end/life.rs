@@ -5,7 +5,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use rustix::process::Signal;
 
 use crate::PROGRAM;
-use crate::support::driver::{CLASSIC, Monitor, Vm};
+use crate::support::driver::{CLASSIC, Vm, Vmm};
 use crate::support::front_end::FrontEnd;
 use crate::support::guest::data_pages;
 use crate::support::process::Program;
@@ -16,7 +16,7 @@ fn a_stop_finishes_the_release_and_removes_the_sockets() {
         let mut program = Program::one_guest(PROGRAM, &[]);
         program.start();
         let front = program.connect("vm.vhost");
-        let mut vm = Vm::boot(Monitor::Qemu, front, CLASSIC);
+        let mut vm = Vm::boot(Vmm::Qemu, front, CLASSIC);
         let pages = data_pages().take(700).collect();
         vm.inflate(&pages);
         let (status, log) = program.end(signal);
@@ -59,7 +59,7 @@ fn a_front_end_that_listens() {
         let (stream, _) = listener.accept().unwrap();
         drop(listener);
         std::fs::remove_file(program.path("vm.vhost")).unwrap();
-        let mut vm = Vm::boot(Monitor::Qemu, FrontEnd::new(stream), CLASSIC);
+        let mut vm = Vm::boot(Vmm::Qemu, FrontEnd::new(stream), CLASSIC);
         let pages = data_pages().take(100).collect();
         vm.inflate(&pages);
         vm.deflate(&pages);
@@ -75,7 +75,7 @@ fn a_removed_state_file_is_created_again() {
     let mut program = Program::one_guest(PROGRAM, &[]);
     program.start();
     let front = program.connect("vm.vhost");
-    let mut vm = Vm::boot(Monitor::Qemu, front, CLASSIC);
+    let mut vm = Vm::boot(Vmm::Qemu, front, CLASSIC);
     std::fs::remove_file(program.path("vm.state")).unwrap();
     program.client("vm").set_balloon(300 * 4096, std::time::Duration::ZERO).unwrap();
     vm.inflate(&data_pages().take(300).collect());
@@ -108,7 +108,7 @@ fn the_target_survives_a_restart_and_the_balloon_its_driver_only() {
     program.start();
     let front = program.connect("vm.vhost");
     program.client("vm").set_balloon(300 * 4096, std::time::Duration::ZERO).unwrap();
-    let mut vm = Vm::boot(Monitor::Qemu, front, CLASSIC);
+    let mut vm = Vm::boot(Vmm::Qemu, front, CLASSIC);
     vm.inflate(&data_pages().take(300).collect());
     vm.front.write_actual(300);
     vm.front.barrier();
@@ -116,7 +116,7 @@ fn the_target_survives_a_restart_and_the_balloon_its_driver_only() {
     drop(vm);
     program.start();
     let front = program.connect("vm.vhost");
-    let vm = Vm::boot(Monitor::Qemu, front, CLASSIC);
+    let vm = Vm::boot(Vmm::Qemu, front, CLASSIC);
     assert_eq!(vm.front.num_pages(), 300);
     let status = program.client("vm").status().unwrap();
     assert_eq!((status.balloon.target_pages, status.balloon.actual_pages), (300, 0));

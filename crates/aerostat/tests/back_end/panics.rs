@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 
 use crate::PROGRAM;
-use crate::support::driver::{CLASSIC, Monitor, Vm};
+use crate::support::driver::{CLASSIC, Vm, Vmm};
 use crate::support::guest::{Guest, data_pages};
 use crate::support::process::Program;
 
@@ -25,7 +25,7 @@ fn two_guests(panics: &str) -> Program {
 }
 
 fn vm(program: &mut Program, socket: &str) -> Vm {
-    let mut vm = Vm::new(Monitor::Qemu, program.connect(socket), Guest::sealed());
+    let mut vm = Vm::new(Vmm::Qemu, program.connect(socket), Guest::sealed());
     vm.attach();
     vm.probe(CLASSIC);
     vm
@@ -43,7 +43,7 @@ fn a_closed_log_does_not_affect_guests() {
     let mut program = two_guests("");
     let mut two = vm(&mut program, "two.vhost");
     assert_served(&mut two);
-    program.hang_up_its_log();
+    program.close_its_log();
     for _ in 0..20 {
         drop(program.connect("one.vhost"));
         drop(UnixStream::connect(program.path("one.vhost")).unwrap());

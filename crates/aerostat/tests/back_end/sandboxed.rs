@@ -1,7 +1,7 @@
 //! Every thread of the back end is sandboxed.
 
 use crate::PROGRAM;
-use crate::support::driver::{ASKABLE, Monitor, Vm};
+use crate::support::driver::{Vm, Vmm, WITH_REQUESTS};
 use crate::support::guest::data_pages;
 use crate::support::process::{Program, of_each_thread};
 
@@ -9,7 +9,7 @@ fn threads_of(arguments: &[&str], name: &str) -> Vec<String> {
     let mut program = Program::one_guest(PROGRAM, arguments);
     program.start();
     let front = program.connect("vm.vhost");
-    let mut vm = Vm::boot(Monitor::Qemu, front, ASKABLE);
+    let mut vm = Vm::boot(Vmm::Qemu, front, WITH_REQUESTS);
     vm.inflate(&data_pages().take(10).collect());
     program.client("vm").status().unwrap();
     let threads = of_each_thread(program.pid(), name);

@@ -11,7 +11,7 @@ use guest_ring::Buffer;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::support::TEST_TIMEOUT;
-use crate::support::driver::{DEFLATE, INFLATE, MESSAGE, Monitor, REQUEST, Vm};
+use crate::support::driver::{DEFLATE, INFLATE, MESSAGE, REQUEST, Vm, Vmm};
 use crate::support::front_end::{FrontEnd, OFFERED_PROTOCOL, PROTOCOL_FEATURES, eventfd, request};
 use crate::support::guest::{BASE, Guest, USER_BASE, data_pages};
 
@@ -48,7 +48,7 @@ impl Traffic {
     /// Boots a guest behind `front`, with inflight tracking if `tracks`.
     pub(crate) fn boot(front: FrontEnd, features: Features, tracks: bool, seed: u64) -> Self {
         let mut traffic = Self {
-            vm: Vm::new(Monitor::Qemu, front, Guest::new()),
+            vm: Vm::new(Vmm::Qemu, front, Guest::new()),
             features,
             balloon: BTreeSet::new(),
             in_flight: [BTreeMap::new(), BTreeMap::new()],
@@ -79,8 +79,8 @@ impl Traffic {
     fn negotiate(&mut self) {
         let front = &self.vm.front;
         front.send(request::SET_OWNER, &[], &[]);
-        assert_ne!(front.ask_u64(request::GET_FEATURES) & PROTOCOL_FEATURES, 0);
-        assert_eq!(front.ask_u64(request::GET_PROTOCOL_FEATURES), OFFERED_PROTOCOL);
+        assert_ne!(front.request_u64(request::GET_FEATURES) & PROTOCOL_FEATURES, 0);
+        assert_eq!(front.request_u64(request::GET_PROTOCOL_FEATURES), OFFERED_PROTOCOL);
         front.send_u64(request::SET_PROTOCOL_FEATURES, OFFERED_PROTOCOL);
         self.vm.send_channel();
     }
@@ -88,7 +88,7 @@ impl Traffic {
     fn ask_for_inflight(&mut self) {
         let asked =
             [[0u64; 2].map(u64::to_ne_bytes).concat(), [3u16, 256].map(u16::to_ne_bytes).concat()];
-        let (answer, fd) = self.vm.front.ask_for_file(request::GET_INFLIGHT_FD, &asked.concat());
+        let (answer, fd) = self.vm.front.request_file(request::GET_INFLIGHT_FD, &asked.concat());
         self.inflight = Some((answer, File::from(fd)));
     }
 

@@ -99,7 +99,7 @@ fn a_command_of_the_wrong_length_is_refused() {
         let id = guest.balloon.start_hinting(Instant::now()).unwrap().get();
         guest.write(MESSAGE, &u64::from(id).to_le_bytes());
         guest.send_chain(Vq::FreePage, &[Buffer::readable(MESSAGE, len)]);
-        let phase = if fault.is_none() { HintPhase::Receiving } else { HintPhase::Asked };
+        let phase = if fault.is_none() { HintPhase::Receiving } else { HintPhase::Requested };
         assert_eq!(guest.balloon.hinting().phase(), phase, "{len} bytes");
         assert_eq!(guest.balloon.faults().total(), u64::from(fault.is_some()));
         assert!(fault.is_none_or(|fault| guest.balloon.faults().get(fault) == 1));

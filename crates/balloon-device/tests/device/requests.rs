@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use balloon_abi::request::{ANSWER_HEADER_BYTES, REQUEST_BYTES};
 use balloon_abi::{AnswerHeader, Caches, Command, Features, Outcome, Request, Vq};
 use balloon_device::{
-    Ask, Fault, HoldState, MAX_OUTCOMES, MAX_QUEUED_REQUESTS, MemoryLayout, RequestFailure,
-    RequestKind, SubmitError,
+    DeviceRequest, Fault, HoldState, MAX_OUTCOMES, MAX_QUEUED_REQUESTS, MemoryLayout,
+    RequestFailure, RequestKind, SubmitError,
 };
 use guest_ring::{Buffer, Used};
 use page_set::PageSet;
@@ -14,12 +14,12 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::guest::{BITMAP, Guest, MESSAGE, MIB, RING_SIZE, STATUS, Side, record_bytes};
 
-pub(crate) const ASKABLE: Features = BITMAP.union(Features::REQUEST_VQ);
+pub(crate) const WITH_REQUESTS: Features = BITMAP.union(Features::REQUEST_VQ);
 const REQUEST_RING: u64 = MIB + 0x2000;
 const SLOTS: u64 = MIB + 0x3000;
-pub(crate) const DROP: Ask = Ask::DropCaches(Caches::ALL);
-pub(crate) const SNAPSHOT: Ask = Ask::ReportFree { min_granule_shift: 12 };
-pub(crate) const HOLD: Ask = Ask::HoldFree { reserve_pages: 7 };
+pub(crate) const DROP: DeviceRequest = DeviceRequest::DropCaches(Caches::ALL);
+pub(crate) const SNAPSHOT: DeviceRequest = DeviceRequest::ReportFree { min_granule_shift: 12 };
+pub(crate) const HOLD: DeviceRequest = DeviceRequest::HoldFree { reserve_pages: 7 };
 
 /// A guest with a request queue.
 pub(crate) struct Fixture {
@@ -38,7 +38,7 @@ pub(crate) enum Returned {
 
 impl Fixture {
     pub(crate) fn new() -> Self {
-        let guest = Guest::new(ASKABLE);
+        let guest = Guest::new(WITH_REQUESTS);
         Self { guest, queue: Side::new(REQUEST_RING), start: Instant::now() }
     }
 
@@ -47,7 +47,7 @@ impl Fixture {
         self.start + Duration::from_secs(seconds)
     }
 
-    pub(crate) fn submit(&mut self, ask: Ask) -> u32 {
+    pub(crate) fn submit(&mut self, ask: DeviceRequest) -> u32 {
         let deadline = self.at(100);
         self.guest.balloon.requests_mut().submit(ask, deadline).unwrap()
     }
@@ -207,7 +207,7 @@ fn an_impossible_request_is_refused() {
     let mut fixture = Fixture::new();
     let now = fixture.start;
     let submit = |fixture: &mut Fixture, ask| fixture.guest.balloon.requests_mut().submit(ask, now);
-    assert_eq!(submit(&mut fixture, Ask::ReleaseHold), Err(SubmitError::NoHold));
+    assert_eq!(submit(&mut fixture, DeviceRequest::ReleaseHold), Err(SubmitError::NoHold));
     for _ in 0..MAX_QUEUED_REQUESTS {
         submit(&mut fixture, DROP).unwrap();
     }
@@ -241,7 +241,7 @@ fn a_hold_ends_on_release_loss_or_driver_reset() {
     assert_eq!(fixture.answer(id, Outcome::HoldLost, [16, 0, 0, 0], &[]), 4, "the hold is gone");
 
     let id = hold(&mut fixture);
-    let release = fixture.submit(Ask::ReleaseHold);
+    let release = fixture.submit(DeviceRequest::ReleaseHold);
     assert_eq!(fixture.take().command, Command::ReleaseHold { hold: id });
     assert_eq!(state(&fixture), Some(HoldState::Releasing));
     assert_eq!(fixture.answer(release, Outcome::Done, [16, 0, 0, 0], &[]), 0);
@@ -249,7 +249,7 @@ fn a_hold_ends_on_release_loss_or_driver_reset() {
 
     // Lost while the release is in flight.
     let id = hold(&mut fixture);
-    let release = fixture.submit(Ask::ReleaseHold);
+    let release = fixture.submit(DeviceRequest::ReleaseHold);
     fixture.take();
     assert_eq!(fixture.answer(id, Outcome::HoldLost, [16, 0, 0, 0], &[]), 0);
     assert_eq!(fixture.answer(release, Outcome::BadArgument, [0; 4], &[]), 0);
@@ -257,16 +257,16 @@ fn a_hold_ends_on_release_loss_or_driver_reset() {
 
     // A release that gets no answer may be requested again.
     hold(&mut fixture);
-    fixture.submit(Ask::ReleaseHold);
+    fixture.submit(DeviceRequest::ReleaseHold);
     fixture.take();
     let late = fixture.at(1000);
     assert!(fixture.guest.balloon.requests_mut().expire(late));
     assert_eq!(state(&fixture), Some(HoldState::Releasing));
-    fixture.submit(Ask::ReleaseHold);
+    fixture.submit(DeviceRequest::ReleaseHold);
 
     fixture.guest.balloon.suspend();
     assert_eq!(state(&fixture), Some(HoldState::Releasing));
-    fixture.guest.balloon.reset(ASKABLE);
+    fixture.guest.balloon.reset(WITH_REQUESTS);
     assert_eq!(state(&fixture), None);
     assert!(fixture.guest.balloon.requests().newest().is_none());
 }
@@ -301,7 +301,7 @@ fn pending_chains_are_returned_before_the_queue_stops() {
     // Chains of a vring that is gone are dropped.
     fixture.post_waiting();
     fixture.serve();
-    fixture.guest.balloon.forget_kept(Vq::Request);
+    fixture.guest.balloon.forget_pending(Vq::Request);
     fixture.submit(DROP);
     fixture.serve();
     assert_eq!(fixture.returned(), None);

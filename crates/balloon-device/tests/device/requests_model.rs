@@ -4,15 +4,15 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use balloon_abi::{Command, Outcome, Vq};
-use balloon_device::{Ask, MAX_OUTCOMES, MAX_QUEUED_REQUESTS};
+use balloon_device::{DeviceRequest, MAX_OUTCOMES, MAX_QUEUED_REQUESTS};
 use proptest::prelude::*;
 
 use crate::guest::record_bytes;
-use crate::requests::{ASKABLE, DROP, Fixture, HOLD, Returned, SNAPSHOT, answer};
+use crate::requests::{DROP, Fixture, HOLD, Returned, SNAPSHOT, WITH_REQUESTS, answer};
 
 #[derive(Clone, Debug)]
 enum Step {
-    Submit { ask: Ask, seconds: u64 },
+    Submit { ask: DeviceRequest, seconds: u64 },
     Cancel { back: u32 },
     Wait,
     Answer { back: u32, outcome: u32, records: u8 },
@@ -23,7 +23,7 @@ enum Step {
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    let ask = prop_oneof![Just(DROP), Just(SNAPSHOT), Just(HOLD), Just(Ask::ReleaseHold)];
+    let ask = prop_oneof![Just(DROP), Just(SNAPSHOT), Just(HOLD), Just(DeviceRequest::ReleaseHold)];
     prop_oneof![
         6 => (ask, 0..20u64).prop_map(|(ask, seconds)| Step::Submit { ask, seconds }),
         1 => (0..4u32).prop_map(|back| Step::Cancel { back }),
@@ -71,7 +71,7 @@ impl Model {
         assert!(self.open.len() <= MAX_QUEUED_REQUESTS + 1 && self.open.len() < MAX_OUTCOMES);
     }
 
-    fn submit(&mut self, fixture: &mut Fixture, ask: Ask, deadline: Instant) {
+    fn submit(&mut self, fixture: &mut Fixture, ask: DeviceRequest, deadline: Instant) {
         if let Ok(id) = fixture.guest.balloon.requests_mut().submit(ask, deadline) {
             assert!(id > self.newest, "ids are new");
             self.newest = id;
@@ -90,7 +90,7 @@ impl Model {
 
     /// Starts another driver.
     fn reset(&mut self, fixture: &mut Fixture) {
-        fixture.guest.balloon.reset(ASKABLE);
+        fixture.guest.balloon.reset(WITH_REQUESTS);
         fixture.queue.set_up(&fixture.guest.memory);
         self.collect(fixture);
         assert!(self.open.is_empty());
@@ -178,7 +178,7 @@ proptest! {
             // Returned chains could wait again; to set up a new vring is simpler.
             if waiting == 6 && fixture.guest.balloon.requests().running().is_none() {
                 let Fixture { guest, queue, .. } = &mut fixture;
-                guest.balloon.forget_kept(Vq::Request);
+                guest.balloon.forget_pending(Vq::Request);
                 queue.set_up(&guest.memory);
                 waiting = 0;
             }

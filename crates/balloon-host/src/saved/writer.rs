@@ -58,14 +58,8 @@ impl StateWriter {
     /// The host has no thread left.
     pub(crate) fn start(mut file: StateFile) -> io::Result<Self> {
         let saved = file.saved();
-        let queue = Queue {
-            newest: saved,
-            queued: 0,
-            tried: 0,
-            idle: false,
-            late: false,
-            stopped: false,
-        };
+        let queue =
+            Queue { newest: saved, queued: 0, tried: 0, idle: false, late: false, stopped: false };
         let shared = Arc::new(Shared {
             queue: Mutex::new(queue),
             queued: Condvar::new(),

@@ -97,7 +97,7 @@ impl State {
         let newest = hinting.id().is_some_and(|newest| newest.get() == id);
         let outcome = match hinting.phase() {
             _ if !newest => HintOutcome::Replaced,
-            HintPhase::Asked | HintPhase::Receiving => HintOutcome::InProgress,
+            HintPhase::Requested | HintPhase::Receiving => HintOutcome::InProgress,
             HintPhase::Complete => HintOutcome::Complete,
             HintPhase::Lost => HintOutcome::Lost,
             HintPhase::Idle | HintPhase::Stopped => HintOutcome::Replaced,

@@ -1,6 +1,6 @@
 //! Checks of requests to our driver.
 
-use control::api::{AskFreePages, Caches, FreeKind, HoldState};
+use control::api::{Caches, FreeKind, FreePagesRequest, HoldState};
 
 use super::Outcome;
 use super::subject::{CACHED_MIB, LIMIT, MIB, Subject, ensure};
@@ -37,7 +37,7 @@ pub(super) fn drops_caches(subject: &mut Subject) -> Result<Outcome> {
 
 pub(super) fn reports_free_pages(subject: &mut Subject) -> Result<Outcome> {
     let free_mib = subject.number("free-mib")?;
-    let named = subject.client.ask_free_pages(&request(FreeKind::Snapshot, None))?;
+    let named = subject.client.request_free_pages(&request(FreeKind::Snapshot, None))?;
     let named_mib = named.total_bytes / MIB;
     ensure(named_mib.abs_diff(free_mib) <= SLACK_MIB, || {
         format!("{named_mib} MiB were reported, {free_mib} MiB are free")
@@ -55,7 +55,7 @@ pub(super) fn reports_free_pages(subject: &mut Subject) -> Result<Outcome> {
 
 pub(super) fn holds_free_pages(subject: &mut Subject) -> Result<Outcome> {
     let reserve = Some(RESERVE_MIB * MIB);
-    let held = subject.client.ask_free_pages(&request(FreeKind::Hold, reserve))?;
+    let held = subject.client.request_free_pages(&request(FreeKind::Hold, reserve))?;
     let left_mib = subject.number("free-mib")?;
     ensure(left_mib.abs_diff(RESERVE_MIB) <= SLACK_MIB, || format!("{left_mib} MiB were left"))?;
     // An allocation beyond that ends the hold.
@@ -65,7 +65,7 @@ pub(super) fn holds_free_pages(subject: &mut Subject) -> Result<Outcome> {
         "the hold still exists after the guest needed its memory".to_owned()
     })?;
     let held_mib = held.total_bytes / MIB;
-    let again = subject.client.ask_free_pages(&request(FreeKind::Hold, reserve))?;
+    let again = subject.client.request_free_pages(&request(FreeKind::Hold, reserve))?;
     let released = subject.client.release_free_pages(LIMIT)?;
     ensure(released.released_bytes == again.total_bytes, || format!("{released:?}"))?;
     subject.no_faults()?;
@@ -74,7 +74,7 @@ pub(super) fn holds_free_pages(subject: &mut Subject) -> Result<Outcome> {
     )))
 }
 
-fn request(kind: FreeKind, reserve_bytes: Option<u64>) -> AskFreePages {
+fn request(kind: FreeKind, reserve_bytes: Option<u64>) -> FreePagesRequest {
     let timeout_ms = u64::try_from(LIMIT.as_millis()).unwrap_or(u64::MAX);
-    AskFreePages { kind, min_block_bytes: None, reserve_bytes, timeout_ms }
+    FreePagesRequest { kind, min_block_bytes: None, reserve_bytes, timeout_ms }
 }

@@ -1,7 +1,7 @@
 //! A guest reports its free memory.
 
 use control::Client;
-use control::api::{AskFreePages, FreeKind, FreePages};
+use control::api::{FreeKind, FreePages, FreePagesRequest};
 use lab::Guest;
 use serde::{Deserialize, Serialize};
 
@@ -117,8 +117,8 @@ fn of_guest(
 /// Requests free pages.
 pub(super) fn request(client: &Client, kind: FreeKind) -> Result<FreePages> {
     let timeout_ms = u64::try_from(LIMIT.as_millis()).unwrap_or(u64::MAX);
-    let ask = AskFreePages { kind, min_block_bytes: None, reserve_bytes: None, timeout_ms };
-    Ok(client.ask_free_pages(&ask)?)
+    let ask = FreePagesRequest { kind, min_block_bytes: None, reserve_bytes: None, timeout_ms };
+    Ok(client.request_free_pages(&ask)?)
 }
 
 /// Pages of the newest report that the guest's kernel does not count as free.

@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::Instant;
 
-use control::api::{AskFreePages, Caches, FreeKind};
+use control::api::{Caches, FreeKind, FreePagesRequest};
 use control::{Client, ControlError};
 use serde::{Deserialize, Serialize};
 
@@ -114,8 +114,8 @@ fn ask_at_random(client: &Client, seed: u64, requests: u64) -> Ends {
         random ^= random << 17;
         let free_pages = |kind, reserve_bytes| {
             let timeout_ms = u64::try_from(LIMIT.as_millis()).unwrap_or(u64::MAX);
-            let ask = AskFreePages { kind, min_block_bytes: None, reserve_bytes, timeout_ms };
-            client.ask_free_pages(&ask)
+            let ask = FreePagesRequest { kind, min_block_bytes: None, reserve_bytes, timeout_ms };
+            client.request_free_pages(&ask)
         };
         match random % 5 {
             0 => ends.count(client.drop_caches(Caches::All, LIMIT)),

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use control::api::{AskFreePages, Caches, FreeKind};
+use control::api::{Caches, FreeKind, FreePagesRequest};
 use control::{ControlError, HintOutcome, Status};
 use serde::{Deserialize, Serialize};
 
@@ -244,7 +244,7 @@ impl<'a, 'b> SoakRun<'a, 'b> {
         if hints.outcome != HintOutcome::Complete {
             return Err(host.timeout_error("given hints", host.status()?));
         }
-        // The stock driver returns the pages a moment after the end. Filling free memory before
+        // The stock driver returns the pages a moment after the end. LazyRestore free memory before
         // that would exhaust it.
         let enough = before_mib.saturating_sub(SLACK_MIB + self.uncounted_mib());
         let end = Instant::now() + LIMIT;
@@ -334,8 +334,8 @@ impl<'a, 'b> SoakRun<'a, 'b> {
     ) -> Result<()> {
         self.wait_for_driver()?;
         let timeout_ms = u64::try_from(LIMIT.as_millis()).unwrap_or(u64::MAX);
-        let ask = AskFreePages { kind, min_block_bytes, reserve_bytes, timeout_ms };
-        Ok(self.fixture.host.client.ask_free_pages(&ask).map(drop)?)
+        let ask = FreePagesRequest { kind, min_block_bytes, reserve_bytes, timeout_ms };
+        Ok(self.fixture.host.client.request_free_pages(&ask).map(drop)?)
     }
 
     fn release_hold(&mut self) -> Result<()> {

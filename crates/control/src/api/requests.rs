@@ -97,7 +97,7 @@ impl CacheSize {
 /// Body of `POST /v1/free-pages`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-pub struct AskFreePages {
+pub struct FreePagesRequest {
     /// Kind of request; default `snapshot`.
     #[serde(default)]
     pub kind: FreeKind,

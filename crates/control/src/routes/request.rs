@@ -13,14 +13,14 @@ use serde::Deserialize;
 use utoipa::IntoParams;
 
 use crate::api::{
-    AskFreePages, BALLOON_PAGE_BYTES, BLOCK_BYTES, CacheSize, Caches, CancelledRequest,
-    DEFAULT_RESERVE_BYTES, DEFAULT_TIMEOUT_MS, DropCaches, DroppedCaches, FreeKind, FreePages,
-    Problem, ReleasedHold,
+    BALLOON_PAGE_BYTES, BLOCK_BYTES, CacheSize, Caches, CancelledRequest, DEFAULT_RESERVE_BYTES,
+    DEFAULT_TIMEOUT_MS, DropCaches, DroppedCaches, FreeKind, FreePages, FreePagesRequest, Problem,
+    ReleasedHold,
 };
 use crate::app::{App, query};
-use crate::balloon::{BalloonControl, GuestAnswer, GuestAsk};
+use crate::balloon::{BalloonControl, GuestAnswer, GuestRequest};
 use crate::bitmap::{self, Bitmap};
-use crate::error::{ControlError, WhyNot};
+use crate::error::{ControlError, GuestErrorKind};
 use crate::free_map::FreePagesMap;
 use crate::guest_routes;
 use crate::limits::{ANSWER_MARGIN, WAIT_SLICE};
@@ -49,7 +49,7 @@ pub(crate) async fn post_drop_caches(
     request: Request,
 ) -> Result<Json<DroppedCaches>, ControlError> {
     let ask: DropCaches = app.body(request).await?;
-    let answer = app.ask(GuestAsk::DropCaches(ask.what), ask.timeout_ms).await?;
+    let answer = app.ask(GuestRequest::DropCaches(ask.what), ask.timeout_ms).await?;
     let [page_before, page_after, slab_before, slab_after] =
         answer.values.map(|pages| pages.saturating_mul(BALLOON_PAGE_BYTES));
     // A cache that was not requested may change too, but not because of this request.
@@ -71,7 +71,7 @@ pub(crate) async fn post_drop_caches(
 
 /// Requests the guest's free pages: a report, or a hold that lasts until the guest needs the
 /// memory.
-#[utoipa::path(post, tag = "guest", path = "/v1/free-pages", request_body = AskFreePages, responses(
+#[utoipa::path(post, tag = "guest", path = "/v1/free-pages", request_body = FreePagesRequest, responses(
     (status = 200, description = "The free pages", body = FreePages),
     (status = 409, description = "The guest's driver does not support it, or the request was cancelled", body = Problem),
     (status = 422, description = "A size or timeout is invalid", body = Problem),
@@ -84,7 +84,7 @@ pub(crate) async fn post_free_pages(
     State(app): State<App>,
     request: Request,
 ) -> Result<Json<FreePages>, ControlError> {
-    let ask: AskFreePages = app.body(request).await?;
+    let ask: FreePagesRequest = app.body(request).await?;
     let Some(asked) = guest_ask(&ask)? else { return hinted(app, ask.timeout_ms).await };
     let answer = app.ask(asked, ask.timeout_ms).await?;
     let map = answer.free.ok_or_else(|| ControlError::Failed {
@@ -177,7 +177,7 @@ pub(crate) async fn delete_free_pages(
     timeout: Result<Query<TimeoutParam>, QueryRejection>,
 ) -> Result<Json<ReleasedHold>, ControlError> {
     let timeout_ms = query(timeout)?.timeout_ms.unwrap_or(DEFAULT_TIMEOUT_MS);
-    let answer = app.ask(GuestAsk::ReleaseHold, timeout_ms).await?;
+    let answer = app.ask(GuestRequest::ReleaseHold, timeout_ms).await?;
     Ok(Json(ReleasedHold {
         id: answer.id,
         released_bytes: answer.values[0].saturating_mul(BALLOON_PAGE_BYTES),
@@ -206,7 +206,7 @@ fn balloon_stopped() -> ControlError {
 
 fn newest(balloon: &dyn BalloonControl) -> Result<FreePagesMap, ControlError> {
     balloon.free_pages().ok_or_else(|| ControlError::Guest {
-        why: WhyNot::NotAsked,
+        why: GuestErrorKind::NotAsked,
         what: "the guest has not reported its free pages yet".into(),
         hint: "request them with POST /v1/free-pages or `aerostat free-pages NAME`".into(),
     })
@@ -214,7 +214,7 @@ fn newest(balloon: &dyn BalloonControl) -> Result<FreePagesMap, ControlError> {
 
 /// Checks the sizes of a request for free pages; `None` for one by hints, which does not use the
 /// request queue.
-fn guest_ask(ask: &AskFreePages) -> Result<Option<GuestAsk>, ControlError> {
+fn guest_ask(ask: &FreePagesRequest) -> Result<Option<GuestRequest>, ControlError> {
     let refused = |what: String, hint: &str| ControlError::BadSize { what, hint: hint.into() };
     match ask.kind {
         FreeKind::Snapshot => {
@@ -231,7 +231,7 @@ fn guest_ask(ask: &AskFreePages) -> Result<Option<GuestAsk>, ControlError> {
                     "use a power of two from 4096 to 1073741824",
                 ));
             }
-            Ok(Some(GuestAsk::Snapshot { min_block_bytes: bytes }))
+            Ok(Some(GuestRequest::Snapshot { min_block_bytes: bytes }))
         }
         FreeKind::Hint => {
             if ask.min_block_bytes.is_some() || ask.reserve_bytes.is_some() {
@@ -256,7 +256,7 @@ fn guest_ask(ask: &AskFreePages) -> Result<Option<GuestAsk>, ControlError> {
                     "use a multiple of 4096",
                 ));
             }
-            Ok(Some(GuestAsk::Hold { reserve_bytes: bytes }))
+            Ok(Some(GuestRequest::Hold { reserve_bytes: bytes }))
         }
     }
 }
@@ -311,7 +311,7 @@ impl Drop for CancelOnDrop {
 fn submit(
     balloon: &dyn BalloonControl,
     state: &Mutex<Submission>,
-    ask: GuestAsk,
+    ask: GuestRequest,
     timeout: Duration,
 ) -> Result<Option<u32>, ControlError> {
     let id = balloon.submit(ask, timeout)?;
@@ -341,7 +341,7 @@ impl App {
     }
 
     /// Sends a request to the guest and waits for the response.
-    async fn ask(&self, ask: GuestAsk, timeout_ms: u64) -> Result<GuestAnswer, ControlError> {
+    async fn ask(&self, ask: GuestRequest, timeout_ms: u64) -> Result<GuestAnswer, ControlError> {
         let timeout = self.request_time(timeout_ms)?;
         // Taken before the request is submitted, so that a refusal has no effect.
         let _waiter = self.any_waiter()?;

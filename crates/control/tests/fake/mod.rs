@@ -12,7 +12,7 @@ use control::api::{
     BALLOON_PAGE_BYTES, BalloonChange, BalloonStatus, CancelledRequest, Direction, Driver,
     FreePageHints, GuestStatus, HintOutcome, ReleaseMode, ReleaseStatus, StatsStatus, Status,
 };
-use control::{BalloonControl, ControlError, FreePagesMap, GuestAnswer, GuestAsk};
+use control::{BalloonControl, ControlError, FreePagesMap, GuestAnswer, GuestRequest};
 
 #[allow(unused_imports, reason = "every test file uses its own part")]
 pub(crate) use requests::{Requests, free_pages};
@@ -158,7 +158,7 @@ impl BalloonControl for FakeBalloon {
         self.lock().status.name.clone()
     }
 
-    fn submit(&self, ask: GuestAsk, timeout: Duration) -> Result<u32, ControlError> {
+    fn submit(&self, ask: GuestRequest, timeout: Duration) -> Result<u32, ControlError> {
         let mut state = self.lock();
         let id = state.requests.submit(ask, timeout, self.guest == Guest::Obeys)?;
         self.changed.notify_all();

@@ -7,7 +7,7 @@ use std::time::Duration;
 use control::api::{
     BALLOON_PAGE_BYTES, BlockCount, CancelledRequest, FreeKind, FreePages, HoldState,
 };
-use control::{ControlError, FreePagesMap, GuestAnswer, GuestAsk, WhyNot};
+use control::{ControlError, FreePagesMap, GuestAnswer, GuestErrorKind, GuestRequest};
 use page_set::{PageRange, PageSet};
 
 use super::GUEST_BYTES;
@@ -19,17 +19,17 @@ const FIRST_PAGE: u64 = 0x100;
 pub(crate) struct Requests {
     last_id: u32,
     /// Open requests with their timeouts.
-    pub(crate) open: BTreeMap<u32, (GuestAsk, Duration)>,
+    pub(crate) open: BTreeMap<u32, (GuestRequest, Duration)>,
     pub(crate) ended: BTreeMap<u32, Result<GuestAnswer, ControlError>>,
     pub(crate) newest: Option<FreePagesMap>,
     /// Error for the next request.
-    pub(crate) refuse: Option<(WhyNot, &'static str)>,
+    pub(crate) refuse: Option<(GuestErrorKind, &'static str)>,
 }
 
 impl Requests {
     pub(super) fn submit(
         &mut self,
-        ask: GuestAsk,
+        ask: GuestRequest,
         timeout: Duration,
         obeys: bool,
     ) -> Result<u32, ControlError> {
@@ -50,10 +50,10 @@ impl Requests {
         let mut answer =
             GuestAnswer { id, elapsed_ms: 12.5, guest_ms: 11.25, ..GuestAnswer::default() };
         match ask {
-            GuestAsk::DropCaches(_) => answer.values = [1 << 18, 1 << 16, 1 << 10, 1 << 9],
-            GuestAsk::Snapshot { .. } => answer.free = Some(free_pages(id, FreeKind::Snapshot)),
-            GuestAsk::Hold { .. } => answer.free = Some(free_pages(id, FreeKind::Hold)),
-            GuestAsk::ReleaseHold => answer.values[0] = 1 << 19,
+            GuestRequest::DropCaches(_) => answer.values = [1 << 18, 1 << 16, 1 << 10, 1 << 9],
+            GuestRequest::Snapshot { .. } => answer.free = Some(free_pages(id, FreeKind::Snapshot)),
+            GuestRequest::Hold { .. } => answer.free = Some(free_pages(id, FreeKind::Hold)),
+            GuestRequest::ReleaseHold => answer.values[0] = 1 << 19,
         }
         if answer.free.is_some() {
             self.newest.clone_from(&answer.free);
@@ -62,7 +62,7 @@ impl Requests {
     }
 
     /// Fails the oldest open request.
-    pub(crate) fn fail(&mut self, why: WhyNot, what: &str) {
+    pub(crate) fn fail(&mut self, why: GuestErrorKind, what: &str) {
         let (id, _) = self.open.pop_first().expect("an open request");
         let error = ControlError::Guest { why, what: what.into(), hint: "look there".into() };
         self.ended.insert(id, Err(error));
@@ -72,7 +72,7 @@ impl Requests {
         let id = id.or(self.open.keys().next().copied()).filter(|id| self.open.contains_key(id));
         let Some(id) = id else {
             return Err(ControlError::Guest {
-                why: WhyNot::NotPossible,
+                why: GuestErrorKind::NotPossible,
                 what: "there is no request to stop".into(),
                 hint: "look there".into(),
             });
@@ -81,7 +81,7 @@ impl Requests {
         self.ended.insert(
             id,
             Err(ControlError::Guest {
-                why: WhyNot::Stopped,
+                why: GuestErrorKind::Stopped,
                 what: "the request was stopped".into(),
                 hint: "ask again".into(),
             }),

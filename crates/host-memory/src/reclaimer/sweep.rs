@@ -11,7 +11,7 @@ use crate::PartialHuge;
 
 /// Interval of the worker's checks whether huge pages have come back, in milliseconds. A
 /// check is one fstat; the host should not lack the memory for long.
-pub const SWEEP_LOOK_MS: u64 = 1000;
+pub const SWEEP_INTERVAL_MS: u64 = 1000;
 
 /// Page numbers that a check processes under the lock at a time (64 GiB): at most 2 MiB are
 /// copied for them, which takes some 0.3 ms.
@@ -19,7 +19,7 @@ const CHECK_PAGES: u64 = 1 << 24;
 
 /// Maximal interval of checks, in milliseconds, while sweeps find nothing: a sweep may take
 /// a microsecond or two for each given range.
-pub const SWEEP_LOOK_MAX_MS: u64 = 64_000;
+pub const SWEEP_INTERVAL_MAX_MS: u64 = 64_000;
 
 /// When to check for huge pages that came back.
 pub(super) struct SweepTimer {
@@ -39,7 +39,7 @@ impl SweepTimer {
     pub(super) fn new() -> Self {
         Self {
             at: Instant::now(),
-            interval: Duration::from_millis(SWEEP_LOOK_MS),
+            interval: Duration::from_millis(SWEEP_INTERVAL_MS),
             swept_to: None,
             sweeping_from: None,
             taken_back: false,
@@ -49,7 +49,7 @@ impl SweepTimer {
 
     /// Schedules the next check after the minimal interval.
     pub(super) fn soon(&mut self) {
-        self.interval = Duration::from_millis(SWEEP_LOOK_MS);
+        self.interval = Duration::from_millis(SWEEP_INTERVAL_MS);
         self.at = Instant::now() + self.interval;
     }
 }
@@ -141,9 +141,9 @@ impl Inner {
         self.sweep_timer.swept_to = resident;
         let found = before.saturating_sub(self.sweep_timer.swept_to.unwrap_or(before));
         self.sweep_timer.interval = if found >= CHUNK_PAGES {
-            Duration::from_millis(SWEEP_LOOK_MS)
+            Duration::from_millis(SWEEP_INTERVAL_MS)
         } else {
-            (self.sweep_timer.interval * 2).min(Duration::from_millis(SWEEP_LOOK_MAX_MS))
+            (self.sweep_timer.interval * 2).min(Duration::from_millis(SWEEP_INTERVAL_MAX_MS))
         };
         self.sweep_timer.at = now + self.sweep_timer.interval;
     }

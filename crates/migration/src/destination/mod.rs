@@ -23,7 +23,7 @@ mod ownership;
 mod round;
 mod state;
 
-pub use ownership::{Asking, DestinationOwnership};
+pub use ownership::{DestinationOwnership, ResolveRequest};
 pub(crate) use state::StateParts;
 
 use gather::Group;
@@ -69,7 +69,7 @@ pub struct Received {
     pub ownership: DestinationOwnership,
     /// False if *running* could not be sent to the source. The guest stays paused there, in doubt,
     /// until the source requests the status.
-    pub source_knows: bool,
+    pub source_notified: bool,
     /// Pages whose contents arrived, counted once per arrival.
     pub received_pages: u64,
     /// Rounds, the last one included.
@@ -168,9 +168,9 @@ pub fn receive<M: DestinationMachine, A: Accept>(
         panic_point("running");
         first.send(&Control::Running { resume_us: us(resume) })
     });
-    let source_knows = sent.is_ok();
+    let source_notified = sent.is_ok();
     let total_us = us(started.elapsed());
-    Ok(Received { ownership, source_knows, received_pages, rounds, total_us })
+    Ok(Received { ownership, source_notified, received_pages, rounds, total_us })
 }
 
 /// Sends the source the reason, if possible.

@@ -26,17 +26,17 @@ pub struct DestinationOwnership {
 
 /// A peer that connected and sent its hello. Apart from [`DestinationOwnership`], so that a peer
 /// which is slow to send it does not block access to the guest.
-pub struct Asking<L> {
+pub struct ResolveRequest<L> {
     hello: Hello,
     stream: Stream<L>,
 }
 
-impl<L: Link> Asking<L> {
+impl<L: Link> ResolveRequest<L> {
     /// Reads the hello of a connection.
     ///
     /// # Errors
     /// There is no hello.
-    pub fn hear(link: L, stall: Duration) -> Result<Self, MigrationError> {
+    pub fn read(link: L, stall: Duration) -> Result<Self, MigrationError> {
         let (hello, stream) = read_hello(link, stall)?;
         Ok(Self { hello, stream })
     }
@@ -141,7 +141,7 @@ impl DestinationOwnership {
         stall: Duration,
         machine: &mut M,
     ) -> Result<(), MigrationError> {
-        self.answer_to(Asking::hear(link, stall)?, machine)
+        self.answer_to(ResolveRequest::read(link, stall)?, machine)
     }
 
     /// The same for a peer whose hello was read already.
@@ -150,10 +150,10 @@ impl DestinationOwnership {
     /// As [`answer`](Self::answer).
     pub fn answer_to<M: DestinationMachine, L: Link>(
         &mut self,
-        asking: Asking<L>,
+        asking: ResolveRequest<L>,
         machine: &mut M,
     ) -> Result<(), MigrationError> {
-        let Asking { hello, mut stream } = asking;
+        let ResolveRequest { hello, mut stream } = asking;
         if hello.purpose == Purpose::Migrate {
             let reason =
                 "another guest arrived there before: it runs there, or must be resolved first";

@@ -36,7 +36,7 @@ const JOIN_POLL_INTERVAL: Duration = Duration::from_millis(1);
 /// are filled with zeros then, never from the file. Dropping this ends that, so the guest must have
 /// ended first.
 #[derive(Debug)]
-pub struct Filling {
+pub struct LazyRestore {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<Result<(), MigrationError>>>,
 }
@@ -80,7 +80,7 @@ pub fn restore_lazily<M: DestinationMachine>(
     machine: &mut M,
     path: &Path,
     observer: &mut dyn Observer,
-) -> Result<Filling, MigrationError> {
+) -> Result<LazyRestore, MigrationError> {
     let begun = begin(config, machine, path, observer);
     if begun.is_err() {
         machine.destroy();
@@ -93,7 +93,7 @@ fn begin<M: DestinationMachine>(
     machine: &mut M,
     path: &Path,
     observer: &mut dyn Observer,
-) -> Result<Filling, MigrationError> {
+) -> Result<LazyRestore, MigrationError> {
     observer.phase(Phase::Negotiate);
     let snapshot = SnapshotFile::open(path)?;
     check(config, &machine.cpu_features(), snapshot.description())
@@ -113,7 +113,7 @@ fn begin<M: DestinationMachine>(
     let thread = thread::Builder::new().name("filling".to_owned()).spawn(|| filler.run());
     let thread =
         thread.map_err(|error| MigrationError::machine("starting a thread")(Box::new(error)))?;
-    let filling = Filling { shared: Arc::clone(&shared), thread: Some(thread) };
+    let filling = LazyRestore { shared: Arc::clone(&shared), thread: Some(thread) };
     observer.phase(Phase::State);
     let loaded = machine.load_state(state);
     if shared.advance(Stage::Running) == Stage::Failed {
@@ -125,7 +125,7 @@ fn begin<M: DestinationMachine>(
     Ok(filling)
 }
 
-impl Filling {
+impl LazyRestore {
     /// Pages that were placed or discarded, and all pages.
     #[must_use]
     pub fn pages(&self) -> (u64, u64) {
@@ -165,7 +165,7 @@ impl Filling {
     }
 }
 
-impl Drop for Filling {
+impl Drop for LazyRestore {
     fn drop(&mut self) {
         if let Err(error) = self.end() {
             tracing::error!(error = error.chain(), "cannot load the guest's memory");

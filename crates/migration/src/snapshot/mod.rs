@@ -19,6 +19,6 @@ mod write;
 
 #[cfg(feature = "raw")]
 pub(crate) use format::seal;
-pub use lazy::{Filling, restore_lazily};
+pub use lazy::{LazyRestore, restore_lazily};
 pub use read::{Restored, SnapshotFile, restore};
 pub use write::{After, snapshot};

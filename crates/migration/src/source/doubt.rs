@@ -38,7 +38,7 @@ impl SourceDoubt {
     /// # Errors
     /// The destination cannot be reached, or has no record of the migration. The guest stays paused
     /// and in doubt.
-    pub fn ask<M: SourceMachine, C: Connect>(
+    pub fn resolve<M: SourceMachine, C: Connect>(
         &self,
         machine: &mut M,
         connect: &mut C,

@@ -18,22 +18,22 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::some_pages;
 use crate::support::driver::{
-    DEFLATE, INFLATE, Monitor, RING_SIZE, UNTOLD, Vm, mem_table, vring_addr,
+    DEFLATE, INFLATE, NO_TELL_HOST, RING_SIZE, Vm, Vmm, mem_table, vring_addr,
 };
 use crate::support::front_end::{FrontEnd, OFFERED_PROTOCOL, PROTOCOL_FEATURES, eventfd, request};
 use crate::support::guest::{BASE, BYTES, FILE_OFFSET, Guest, PAGE, USER_BASE, data_pages};
 use crate::support::server::Server;
 
-const FEATURES: Features = UNTOLD.union(Features::RING_EVENT_IDX);
+const FEATURES: Features = NO_TELL_HOST.union(Features::RING_EVENT_IDX);
 
 /// Like `negotiate_features_vhost_user`.
 fn negotiate(vm: &Vm) {
     let front = &vm.front;
     front.send(request::SET_OWNER, &[], &[]);
-    assert_ne!(front.ask_u64(request::GET_FEATURES) & PROTOCOL_FEATURES, 0);
-    assert_eq!(front.ask_u64(request::GET_PROTOCOL_FEATURES), OFFERED_PROTOCOL);
+    assert_ne!(front.request_u64(request::GET_FEATURES) & PROTOCOL_FEATURES, 0);
+    assert_eq!(front.request_u64(request::GET_PROTOCOL_FEATURES), OFFERED_PROTOCOL);
     front.send_u64(request::SET_PROTOCOL_FEATURES, OFFERED_PROTOCOL);
-    assert_eq!(front.ask_u64(request::GET_QUEUE_NUM), 6);
+    assert_eq!(front.request_u64(request::GET_QUEUE_NUM), 6);
 }
 
 /// Like `setup_vhost_user`. Guest memory is two regions of one file, as around the
@@ -52,7 +52,7 @@ fn set_up(vm: &mut Vm, inflight: &mut Option<(Vec<u8>, File)>) {
     }
     let (description, file) = inflight.get_or_insert_with(|| {
         let requested = [vec![0; 16], 2u16.to_ne_bytes().into(), RING_SIZE.to_ne_bytes().into()];
-        let (answer, fd) = vm.front.ask_for_file(request::GET_INFLIGHT_FD, &requested.concat());
+        let (answer, fd) = vm.front.request_file(request::GET_INFLIGHT_FD, &requested.concat());
         (answer, File::from(fd))
     });
     vm.front.send(request::SET_INFLIGHT_FD, description, &[file.as_fd()]);
@@ -75,7 +75,7 @@ fn set_up(vm: &mut Vm, inflight: &mut Option<(Vec<u8>, File)>) {
 }
 
 fn boot(front: FrontEnd) -> (Vm, Option<(Vec<u8>, File)>) {
-    let mut vm = Vm::new(Monitor::Qemu, front, Guest::new());
+    let mut vm = Vm::new(Vmm::Qemu, front, Guest::new());
     vm.reset_rings();
     negotiate(&vm);
     let mut inflight = None;

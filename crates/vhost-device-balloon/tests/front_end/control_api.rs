@@ -10,7 +10,7 @@ use control::api::ReleaseMode;
 use vhost_device_balloon::End;
 
 use crate::support::TEST_TIMEOUT;
-use crate::support::driver::{BITMAP, CLASSIC, Monitor, Vm};
+use crate::support::driver::{BITMAP, CLASSIC, Vm, Vmm};
 use crate::support::guest::{PAGES, data_pages};
 use crate::support::server::Server;
 use crate::{assert_balloons, some_pages};
@@ -19,7 +19,7 @@ use crate::{assert_balloons, some_pages};
 fn a_wait_ends_when_the_target_is_reached() {
     let server = Server::new(ReleaseMode::Background);
     let (front, _served) = server.connect();
-    let mut vm = Vm::boot(Monitor::Uml, front, CLASSIC);
+    let mut vm = Vm::boot(Vmm::Uml, front, CLASSIC);
     let pages = some_pages();
     let generation = server.balloon.set_target(pages.len() as u32).unwrap();
     let (done, waited) = mpsc::channel();
@@ -72,7 +72,7 @@ fn a_target_that_the_guest_already_has_is_reached() {
 fn each_guest_must_reach_the_target() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
-    let mut vm = Vm::boot(Monitor::Uml, front, CLASSIC);
+    let mut vm = Vm::boot(Vmm::Uml, front, CLASSIC);
     let pages = some_pages();
     let generation = server.balloon.set_target(pages.len() as u32).unwrap();
     vm.inflate(&pages);
@@ -86,7 +86,7 @@ fn each_guest_must_reach_the_target() {
 
     // After a reset the balloon is empty, which is a target of zero.
     let (front, served) = server.connect();
-    let vm = Vm::boot(Monitor::Uml, front, CLASSIC);
+    let vm = Vm::boot(Vmm::Uml, front, CLASSIC);
     vm.front.write_actual(pages.len() as u32);
     vm.front.barrier();
     let generation = server.balloon.set_target(0).unwrap();
@@ -100,7 +100,7 @@ fn each_guest_must_reach_the_target() {
 fn a_target_above_guest_memory_is_refused() {
     let server = Server::new(ReleaseMode::Background);
     let (front, _served) = server.connect();
-    let vm = Vm::boot(Monitor::Uml, front, CLASSIC);
+    let vm = Vm::boot(Vmm::Uml, front, CLASSIC);
     vm.front.barrier();
     server.balloon.set_target(PAGES as u32).unwrap();
     for pages in [PAGES as u32 + 1, u32::MAX] {
@@ -117,7 +117,7 @@ fn a_target_set_before_the_guest_may_exceed_its_memory() {
     let server = Server::new(ReleaseMode::Background);
     server.balloon.set_target(u32::MAX).unwrap();
     let (front, _served) = server.connect();
-    let mut vm = Vm::boot(Monitor::Uml, front, BITMAP);
+    let mut vm = Vm::boot(Vmm::Uml, front, BITMAP);
     assert_eq!(vm.front.num_pages(), u32::MAX);
     vm.front.write_actual(u32::MAX);
     vm.front.barrier();
@@ -130,7 +130,7 @@ fn a_target_set_before_the_guest_may_exceed_its_memory() {
 fn the_release_mode_changes_while_the_guest_inflates() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
-    let mut vm = Vm::boot(Monitor::Uml, front, CLASSIC);
+    let mut vm = Vm::boot(Vmm::Uml, front, CLASSIC);
     let modes = [ReleaseMode::Immediate, ReleaseMode::PerPage, ReleaseMode::Background];
     let balloon = Arc::clone(&server.balloon);
     let (stop, stopped) = mpsc::channel::<()>();
@@ -163,7 +163,7 @@ fn the_release_mode_changes_while_the_guest_inflates() {
 fn a_new_mode_applies_from_the_next_message_on() {
     let server = Server::new(ReleaseMode::Background);
     let (front, _served) = server.connect();
-    let mut vm = Vm::boot(Monitor::Uml, front, CLASSIC);
+    let mut vm = Vm::boot(Vmm::Uml, front, CLASSIC);
     for mode in [ReleaseMode::Immediate, ReleaseMode::PerPage] {
         server.balloon.set_release_mode(ReleaseMode::Background).unwrap();
         let first: BTreeSet<u64> = data_pages().take(3).collect();
@@ -184,7 +184,7 @@ fn a_new_mode_applies_from_the_next_message_on() {
 fn a_stop_ends_the_session() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
-    let vm = Vm::boot(Monitor::Uml, front, CLASSIC);
+    let vm = Vm::boot(Vmm::Uml, front, CLASSIC);
     vm.front.barrier();
     server.stop();
     assert_eq!(served.outcome().unwrap(), End::Stopped);

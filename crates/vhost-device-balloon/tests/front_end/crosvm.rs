@@ -10,7 +10,7 @@ use control::api::ReleaseMode;
 use vhost_device_balloon::End;
 
 use crate::assert_balloons;
-use crate::support::driver::{BITMAP, CLASSIC, Monitor, RING_SIZE, Vm, vring_addr};
+use crate::support::driver::{BITMAP, CLASSIC, RING_SIZE, Vm, Vmm, vring_addr};
 use crate::support::front_end::{OFFERED_PROTOCOL, PROTOCOL_FEATURES, eventfd, request};
 use crate::support::guest::{BASE, Guest, USER_BASE};
 use crate::support::server::Server;
@@ -20,11 +20,11 @@ const PROTOCOL: u64 = OFFERED_PROTOCOL & !(1 << 12);
 
 fn connect(vm: &mut Vm) {
     vm.front.send(request::SET_OWNER, &[], &[]);
-    assert_ne!(vm.front.ask_u64(request::GET_FEATURES) & PROTOCOL_FEATURES, 0);
-    assert_eq!(vm.front.ask_u64(request::GET_PROTOCOL_FEATURES) & PROTOCOL, PROTOCOL);
+    assert_ne!(vm.front.request_u64(request::GET_FEATURES) & PROTOCOL_FEATURES, 0);
+    assert_eq!(vm.front.request_u64(request::GET_PROTOCOL_FEATURES) & PROTOCOL, PROTOCOL);
     vm.front.send_u64(request::SET_PROTOCOL_FEATURES, PROTOCOL);
     vm.send_channel();
-    assert_eq!(vm.front.ask_u64(request::GET_QUEUE_NUM), 6);
+    assert_eq!(vm.front.request_u64(request::GET_QUEUE_NUM), 6);
 }
 
 fn activate(vm: &mut Vm, features: Features) {
@@ -62,7 +62,7 @@ fn reset(vm: &Vm) {
 fn a_guest_boots_and_reboots() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
-    let mut vm = Vm::new(Monitor::Qemu, front, Guest::new());
+    let mut vm = Vm::new(Vmm::Qemu, front, Guest::new());
     connect(&mut vm);
     for features in [CLASSIC, BITMAP, BITMAP | Features::RING_EVENT_IDX, CLASSIC] {
         activate(&mut vm, features);

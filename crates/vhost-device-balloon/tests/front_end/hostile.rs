@@ -11,7 +11,7 @@ use rustix::fs::{Mode, OFlags, open};
 use vhost_device_balloon::{End, SessionError, Violation};
 
 use crate::assert_serves;
-use crate::support::driver::{CLASSIC, DEFLATE, INFLATE, Monitor, Vm, mem_table, vring_addr};
+use crate::support::driver::{CLASSIC, DEFLATE, INFLATE, Vm, Vmm, mem_table, vring_addr};
 use crate::support::front_end::{
     FLAGS, PROTOCOL_FEATURES, eventfd, longs, message, request, words,
 };
@@ -84,7 +84,7 @@ pub(crate) fn outcome_of(
     attack: impl FnOnce(&mut Vm),
 ) -> Result<End, SessionError> {
     let (front, served) = server.connect();
-    let mut vm = Vm::new(Monitor::Uml, front, Guest::sparse());
+    let mut vm = Vm::new(Vmm::Uml, front, Guest::sparse());
     stage.reach(&mut vm);
     attack(&mut vm);
     vm.front.finish();
@@ -106,7 +106,7 @@ fn assert_violation(stage: Stage, expected: Violation, attack: impl FnOnce(&mut 
         other => panic!("expected {expected:?} at {stage:?}, found {other:?}"),
     }
     assert_eq!(server.front_end_faults("protocol_violation"), 1);
-    assert_serves(&server, Monitor::Uml, CLASSIC);
+    assert_serves(&server, Vmm::Uml, CLASSIC);
 }
 
 /// A sparse file of any size costs its front end nothing.
@@ -132,7 +132,7 @@ fn guest_memory_above_the_limit_is_refused() {
             }
             other => panic!("{bytes} bytes twice, of a host of {host}: {other:?}"),
         }
-        assert_serves(&server, Monitor::Uml, CLASSIC);
+        assert_serves(&server, Vmm::Uml, CLASSIC);
     }
 }
 
@@ -145,7 +145,7 @@ fn assert_unmappable(attack: impl FnOnce(&mut Vm)) {
         other => panic!("expected unmappable memory, found {other:?}"),
     }
     assert_eq!(server.front_end_faults("unmappable_memory"), 1);
-    assert_serves(&server, Monitor::Uml, CLASSIC);
+    assert_serves(&server, Vmm::Uml, CLASSIC);
 }
 
 fn dir() -> OwnedFd {
@@ -199,7 +199,7 @@ fn a_disconnect_in_the_middle_of_a_message_is_a_fault() {
         }
     }
     assert_eq!(server.front_end_faults("truncated_message"), 2 * (bytes.len() as u64 - 1));
-    assert_serves(&server, Monitor::Uml, CLASSIC);
+    assert_serves(&server, Vmm::Uml, CLASSIC);
 }
 
 #[test]
@@ -207,7 +207,7 @@ fn a_disconnect_between_messages_is_no_fault() {
     let server = Server::new(ReleaseMode::Background);
     for stage in Stage::ALL {
         assert_eq!(outcome_of(&server, stage, |_| {}).unwrap(), End::HungUp);
-        assert_serves(&server, Monitor::Uml, CLASSIC);
+        assert_serves(&server, Vmm::Uml, CLASSIC);
     }
     assert_eq!(server.status().faults.total(), 0);
 }
@@ -264,7 +264,7 @@ fn a_long_payload_is_accepted() {
         vm.front.send(request::SET_FEATURES, &features, &[]);
     });
     assert_eq!(outcome.unwrap(), End::HungUp);
-    assert_serves(&server, Monitor::Uml, CLASSIC);
+    assert_serves(&server, Vmm::Uml, CLASSIC);
 }
 
 #[test]
@@ -409,7 +409,7 @@ fn an_overlapping_vring_or_a_wrong_base_affects_no_other_queue() {
         }
     }
     assert!(server.guest_faults("bad_ring") > 0);
-    assert_serves(&server, Monitor::Uml, CLASSIC);
+    assert_serves(&server, Vmm::Uml, CLASSIC);
 }
 
 #[test]
@@ -490,7 +490,7 @@ fn a_file_that_is_no_memory_is_refused() {
             vm.front.send(request::SET_MEM_TABLE, &table, &[file.as_fd()]);
         });
         assert!(outcome.is_err(), "{file:?} was accepted as memory");
-        assert_serves(&server, Monitor::Uml, CLASSIC);
+        assert_serves(&server, Vmm::Uml, CLASSIC);
     }
 }
 
@@ -559,7 +559,7 @@ fn unexpected_files_are_closed() {
     });
     let expected = Violation::FdCount { request: request::SET_MEM_TABLE, count: 0 };
     assert!(matches!(outcome, Err(SessionError::Violation(found)) if found == expected));
-    assert_serves(&server, Monitor::Uml, CLASSIC);
+    assert_serves(&server, Vmm::Uml, CLASSIC);
 }
 
 /// Only an eventfd, pipe or socket can be a kick or call: writing to a file on a disk

@@ -10,7 +10,7 @@ use vhost_device_balloon::{SessionError, Violation};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::assert_serves;
-use crate::support::driver::{ASKABLE, CLASSIC, INFLATE, Monitor, RING_SIZE, Vm};
+use crate::support::driver::{CLASSIC, INFLATE, RING_SIZE, Vm, Vmm, WITH_REQUESTS};
 use crate::support::front_end::{FrontEnd, PROTOCOL_FEATURES, request};
 use crate::support::guest::{Guest, USER_BASE, data_pages, memfd};
 use crate::support::server::Server;
@@ -22,7 +22,7 @@ fn description(size: u64, offset: u64, queues: u16, queue_size: u16) -> Vec<u8> 
 }
 
 fn attached(front: FrontEnd) -> Vm {
-    let mut vm = Vm::new(Monitor::Qemu, front, Guest::new());
+    let mut vm = Vm::new(Vmm::Qemu, front, Guest::new());
     vm.attach();
     vm
 }
@@ -50,7 +50,7 @@ fn an_invalid_description_is_refused() {
     for (size, offset) in [(0, 0), (queue, 0), (u64::MAX, u64::MAX), (3 * queue, 1 << 40)] {
         refused(request::SET_INFLIGHT_FD, description(size, offset, 3, RING_SIZE), true);
     }
-    assert_serves(&server, Monitor::Uml, CLASSIC);
+    assert_serves(&server, Vmm::Uml, CLASSIC);
 }
 
 #[test]
@@ -127,10 +127,10 @@ fn invalid_contents_are_ignored() {
             }
         }
         file.write_all_at(&bytes, 0).unwrap();
-        run(&server, &file, if round % 2 == 0 { CLASSIC } else { ASKABLE }).unwrap();
+        run(&server, &file, if round % 2 == 0 { CLASSIC } else { WITH_REQUESTS }).unwrap();
     }
     assert_eq!(server.status().faults.total(), 0);
-    assert_serves(&server, Monitor::Uml, CLASSIC);
+    assert_serves(&server, Vmm::Uml, CLASSIC);
 }
 
 /// A truncated region cannot be written: this is the front end's fault and ends its
@@ -155,5 +155,5 @@ fn a_truncated_region_ends_the_session() {
     vm.front.finish();
     let outcome = served.outcome();
     assert!(matches!(outcome, Err(SessionError::Violation(Violation::Inflight))), "{outcome:?}");
-    assert_serves(&server, Monitor::Uml, CLASSIC);
+    assert_serves(&server, Vmm::Uml, CLASSIC);
 }

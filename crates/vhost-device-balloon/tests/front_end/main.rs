@@ -28,7 +28,7 @@ use balloon_abi::Features;
 use vhost_device_balloon::End;
 
 use support::TEST_TIMEOUT;
-use support::driver::{Monitor, Vm};
+use support::driver::{Vm, Vmm};
 use support::guest::data_pages;
 use support::server::Server;
 
@@ -40,7 +40,7 @@ fn some_pages() -> BTreeSet<u64> {
 
 /// Runs a complete session: target, inflate, release, deflate, end. Must work on any new
 /// connection.
-fn assert_serves(server: &Server, vmm: Monitor, features: Features) {
+fn assert_serves(server: &Server, vmm: Vmm, features: Features) {
     let (front, served) = server.connect();
     let mut vm = Vm::boot(vmm, front, features);
     assert_balloons(server, &mut vm);

@@ -7,7 +7,7 @@ use control::api::ReleaseMode;
 
 use super::hostile::{Stage, outcome_of};
 use crate::assert_serves;
-use crate::support::driver::{BITMAP, CLASSIC, Monitor};
+use crate::support::driver::{BITMAP, CLASSIC, Vmm};
 use crate::support::front_end::{FLAGS, eventfd, message};
 use crate::support::server::Server;
 
@@ -48,7 +48,7 @@ fn sweep(stages: &[Stage]) {
                 }
             }
             let features: [Features; 2] = [CLASSIC, BITMAP];
-            assert_serves(&server, Monitor::Uml, features[request as usize % 2]);
+            assert_serves(&server, Vmm::Uml, features[request as usize % 2]);
         }
     }
     let faults = server.status().faults;

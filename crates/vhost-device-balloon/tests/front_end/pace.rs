@@ -15,7 +15,7 @@ use vhost_device_balloon::{End, SessionError};
 
 use crate::assert_serves;
 use crate::support::TEST_TIMEOUT;
-use crate::support::driver::{BITMAP, CLASSIC, INFLATE, MESSAGE, Monitor, RING_SIZE, Vm};
+use crate::support::driver::{BITMAP, CLASSIC, INFLATE, MESSAGE, RING_SIZE, Vm, Vmm};
 use crate::support::front_end::{FLAGS, FrontEnd, eventfd, message, request, words};
 use crate::support::guest::data_pages;
 use crate::support::server::Server;
@@ -47,7 +47,7 @@ fn a_stalled_front_end_times_out() {
                 }
                 assert!(started.elapsed() < MESSAGE_TIMEOUT + SLACK);
                 assert_eq!(server.front_end_faults("broken_connection"), 1);
-                assert_serves(&server, Monitor::Uml, CLASSIC);
+                assert_serves(&server, Vmm::Uml, CLASSIC);
             });
         }
     });
@@ -80,7 +80,7 @@ fn request_without_reading(front: &FrontEnd) {
 fn unread_calls_and_channels_do_not_block() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
-    let mut vm = Vm::boot(Monitor::Uml, front, CLASSIC);
+    let mut vm = Vm::boot(Vmm::Uml, front, CLASSIC);
     let (read, write) = rustix::pipe::pipe().unwrap();
     vm.front.send_fd(request::SET_VRING_CALL, 0, write);
     vm.front.barrier();
@@ -102,7 +102,7 @@ fn unread_calls_and_channels_do_not_block() {
     assert_eq!(vm.front.num_pages(), 19_999 % 1000 + 1);
     drop((vm, read));
     assert_eq!(served.outcome().unwrap(), End::HungUp);
-    assert_serves(&server, Monitor::Uml, CLASSIC);
+    assert_serves(&server, Vmm::Uml, CLASSIC);
 }
 
 /// O_NONBLOCK belongs to the open file description, which the front end shares, so it can
@@ -111,7 +111,7 @@ fn unread_calls_and_channels_do_not_block() {
 fn a_call_that_becomes_blocking_does_not_block() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
-    let mut vm = Vm::boot(Monitor::Uml, front, CLASSIC);
+    let mut vm = Vm::boot(Vmm::Uml, front, CLASSIC);
     let (read, write) = rustix::pipe::pipe().unwrap();
     vm.front.send_fd(request::SET_VRING_CALL, 0, &write);
     vm.front.barrier();
@@ -170,13 +170,13 @@ impl Drop for SetOnDrop<'_> {
 fn a_flood_of_kicks_does_not_starve_the_socket() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
-    let vm = Vm::boot(Monitor::Uml, front, CLASSIC);
+    let vm = Vm::boot(Vmm::Uml, front, CLASSIC);
     assert_answers_during(vm, &server, |vm| {
         vm.kick(0);
         vm.kick(1);
     });
     assert_eq!(served.outcome().unwrap(), End::HungUp);
-    assert_serves(&server, Monitor::Uml, CLASSIC);
+    assert_serves(&server, Vmm::Uml, CLASSIC);
 }
 
 /// The driver makes chains available as fast as it can, so that the vring is never
@@ -185,7 +185,7 @@ fn a_flood_of_kicks_does_not_starve_the_socket() {
 fn a_queue_that_is_never_empty_does_not_starve_the_socket() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
-    let mut vm = Vm::boot(Monitor::Uml, front, CLASSIC);
+    let mut vm = Vm::boot(Vmm::Uml, front, CLASSIC);
     let named = vm.name_pages(&data_pages().take(200).collect());
     vm.guest.write(MESSAGE, &named);
     vm.rings[INFLATE].send(&vm.guest.memory, &[Buffer::readable(MESSAGE, named.len() as u32)]);
@@ -206,7 +206,7 @@ fn a_queue_that_is_never_empty_does_not_starve_the_socket() {
         vm.kick(INFLATE);
     });
     assert_eq!(served.outcome().unwrap(), End::HungUp);
-    assert_serves(&server, Monitor::Uml, CLASSIC);
+    assert_serves(&server, Vmm::Uml, CLASSIC);
 }
 
 /// A full vring of the most expensive messages does not block the operator.
@@ -215,7 +215,7 @@ fn a_full_ring_of_large_messages_does_not_block_the_device() {
     for mode in [ReleaseMode::Background, ReleaseMode::Immediate] {
         let server = Server::new(mode);
         let (front, served) = server.connect();
-        let mut vm = Vm::boot(Monitor::Uml, front, BITMAP);
+        let mut vm = Vm::boot(Vmm::Uml, front, BITMAP);
         // Almost 64 KiB: records that name no page, then every second page.
         let mut bytes = Vec::new();
         let header = |words: u64, start: u64| (start | 12 << 52 | words << 58).to_le_bytes();
@@ -285,7 +285,7 @@ fn the_log_cannot_be_flooded() {
         front.wait_closed();
         drop(connect());
     }
-    let mut vm = Vm::boot(Monitor::Uml, connect(), CLASSIC);
+    let mut vm = Vm::boot(Vmm::Uml, connect(), CLASSIC);
     for _ in 0..300 {
         // A vring with more available chains than entries.
         vm.rings[INFLATE].set_avail_idx(&vm.guest.memory, 0x8000);

@@ -9,7 +9,7 @@ use control::api::ReleaseMode;
 use vhost_device_balloon::End;
 
 use crate::support::TEST_TIMEOUT;
-use crate::support::driver::{BITMAP, CLASSIC, DEFLATE, INFLATE, Monitor, Vm, is_readable};
+use crate::support::driver::{BITMAP, CLASSIC, DEFLATE, INFLATE, Vm, Vmm, is_readable};
 use crate::support::front_end::{
     CONFIG_CHANGE, FrontEnd, PROTOCOL_FEATURES, channel_message, eventfd, request,
 };
@@ -30,7 +30,7 @@ fn write_actual_qemu(front: &FrontEnd, actual: u32) {
 fn inflates_and_deflates() {
     let server = Server::new(ReleaseMode::Background);
     for features in [CLASSIC, BITMAP, BITMAP | Features::RING_EVENT_IDX] {
-        assert_serves(&server, Monitor::Qemu, features);
+        assert_serves(&server, Vmm::Qemu, features);
     }
     assert_eq!(server.status().faults.total(), 0);
 }
@@ -39,7 +39,7 @@ fn inflates_and_deflates() {
 fn a_write_of_the_whole_config_space_writes_only_driver_fields() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
-    let mut vm = Vm::boot(Monitor::Qemu, front, CLASSIC);
+    let mut vm = Vm::boot(Vmm::Qemu, front, CLASSIC);
     let pages = some_pages();
     let count = pages.len() as u32;
     let generation = server.balloon.set_target(count).unwrap();
@@ -61,7 +61,7 @@ fn a_write_of_the_whole_config_space_writes_only_driver_fields() {
 fn vrings_resume_at_their_position() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
-    let mut vm = Vm::boot(Monitor::Qemu, front, CLASSIC);
+    let mut vm = Vm::boot(Vmm::Qemu, front, CLASSIC);
     let page = |i| BTreeSet::from([data_pages().start + i]);
     vm.inflate(&page(0));
     vm.inflate(&page(1));
@@ -100,7 +100,7 @@ fn vrings_resume_at_their_position() {
 fn repeated_features_change_nothing_while_queues_run() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
-    let mut vm = Vm::boot(Monitor::Qemu, front, CLASSIC);
+    let mut vm = Vm::boot(Vmm::Qemu, front, CLASSIC);
     let first = BTreeSet::from([data_pages().start]);
     vm.inflate(&first);
     vm.front.write_actual(1);
@@ -119,7 +119,7 @@ fn repeated_features_change_nothing_while_queues_run() {
 fn the_last_call_file_is_used() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
-    let mut vm = Vm::boot(Monitor::Qemu, front, CLASSIC);
+    let mut vm = Vm::boot(Vmm::Qemu, front, CLASSIC);
     let page = BTreeSet::from([data_pages().start]);
     let message = vm.name_pages(&page);
     let head = vm.post(INFLATE, &message);
@@ -155,7 +155,7 @@ fn the_last_call_file_is_used() {
 fn memory_is_replaced_while_queues_run() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
-    let mut vm = Vm::boot(Monitor::Qemu, front, BITMAP);
+    let mut vm = Vm::boot(Vmm::Qemu, front, BITMAP);
     for _ in 0..3 {
         vm.send_memory(crate::support::guest::USER_BASE, 1);
         vm.front.barrier();
@@ -171,7 +171,7 @@ fn memory_is_replaced_while_queues_run() {
 fn a_poison_sent_before_the_features_is_used() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
-    let mut vm = Vm::new(Monitor::Qemu, front, Guest::new());
+    let mut vm = Vm::new(Vmm::Qemu, front, Guest::new());
     vm.attach();
     let mut config = vm.front.read_config(16);
     config[12..].copy_from_slice(&0xaaaa_aaaau32.to_le_bytes());
@@ -190,7 +190,7 @@ fn an_unknown_poison_forbids_zeros() {
     let features = CLASSIC | Features::PAGE_POISON;
     let server = Server::new(ReleaseMode::Background);
     let (front, _served) = server.connect();
-    let mut vm = Vm::boot(Monitor::Qemu, front, features);
+    let mut vm = Vm::boot(Vmm::Qemu, front, features);
     vm.inflate(&BTreeSet::from([data_pages().start]));
     let other = Server::new(ReleaseMode::Background);
     let (front, _served) = other.connect();
@@ -206,7 +206,7 @@ fn an_unknown_poison_forbids_zeros() {
 fn actual_falls_back_to_the_counted_pages() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
-    let mut vm = Vm::boot(Monitor::Qemu, front, CLASSIC);
+    let mut vm = Vm::boot(Vmm::Qemu, front, CLASSIC);
     let pages = some_pages();
     let count = pages.len() as u32;
     let generation = server.balloon.set_target(count).unwrap();

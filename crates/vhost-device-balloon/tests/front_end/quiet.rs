@@ -8,7 +8,7 @@ use control::api::ReleaseMode;
 use rustix::event::EventfdFlags;
 use vhost_device_balloon::End;
 
-use crate::support::driver::{CLASSIC, INFLATE, Monitor, Vm};
+use crate::support::driver::{CLASSIC, INFLATE, Vm, Vmm};
 use crate::support::front_end::{eventfd, request};
 use crate::support::guest::data_pages;
 use crate::support::server::{Served, Server};
@@ -32,7 +32,7 @@ fn assert_idle(served: &Served) {
 fn assert_idle_after(replace: impl FnOnce(&mut Vm)) {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
-    let mut vm = Vm::boot(Monitor::Uml, front, CLASSIC);
+    let mut vm = Vm::boot(Vmm::Uml, front, CLASSIC);
     vm.inflate(&data_pages().take(4).collect());
     replace(&mut vm);
     vm.front.barrier();
@@ -161,7 +161,7 @@ fn a_call_with_a_closed_peer_causes_no_busy_loop() {
 fn a_closed_channel_causes_no_busy_loop() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
-    let mut vm = Vm::boot(Monitor::Uml, front, CLASSIC);
+    let mut vm = Vm::boot(Vmm::Uml, front, CLASSIC);
     vm.channel = None;
     server.balloon.set_target(5).unwrap();
     vm.front.barrier();

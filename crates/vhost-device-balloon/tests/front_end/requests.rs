@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 
 use balloon_abi::{Caches, Command, Outcome};
 use control::api::HoldState;
-use control::{GuestAsk, WhyNot};
+use control::{GuestErrorKind, GuestRequest};
 
 use crate::support::TEST_TIMEOUT;
-use crate::support::driver::{ASKABLE, BITMAP, Monitor, REQUEST, Vm};
+use crate::support::driver::{BITMAP, REQUEST, Vm, Vmm, WITH_REQUESTS};
 use crate::support::guest::{BASE, FIRST_PAGE, PAGE, PAGES, data_pages};
 use crate::support::requests::{Returned, answer_bytes, ask, blocks, why};
 use crate::support::server::{Served, Server};
@@ -23,15 +23,15 @@ const UNWANTED: u32 = 4;
 /// A short timeout.
 const SHORT: Duration = Duration::from_millis(60);
 
-const DROP: GuestAsk = GuestAsk::DropCaches(control::api::Caches::All);
-const SNAPSHOT: GuestAsk = GuestAsk::Snapshot { min_block_bytes: PAGE };
-const HOLD: GuestAsk = GuestAsk::Hold { reserve_bytes: 16 * PAGE };
+const DROP: GuestRequest = GuestRequest::DropCaches(control::api::Caches::All);
+const SNAPSHOT: GuestRequest = GuestRequest::Snapshot { min_block_bytes: PAGE };
+const HOLD: GuestRequest = GuestRequest::Hold { reserve_bytes: 16 * PAGE };
 
 /// Boots a guest whose driver has posted two waiting chains.
-fn guest_with_requests(vmm: Monitor) -> (Server, Vm, Served) {
+fn guest_with_requests(vmm: Vmm) -> (Server, Vm, Served) {
     let server = Server::new(control::ReleaseMode::Background);
     let (front, served) = server.connect();
-    let mut vm = Vm::boot(vmm, front, ASKABLE);
+    let mut vm = Vm::boot(vmm, front, WITH_REQUESTS);
     vm.wait_for_requests(2);
     vm.front.barrier();
     (server, vm, served)
@@ -65,7 +65,7 @@ fn assert_still_asks(server: &Server, vm: &mut Vm) {
 
 #[test]
 fn drop_caches_returns_its_values() {
-    for vmm in [Monitor::Uml, Monitor::Qemu] {
+    for vmm in [Vmm::Uml, Vmm::Qemu] {
         let (server, mut vm, _served) = guest_with_requests(vmm);
         let operator = ask(&server.balloon, DROP, TEST_TIMEOUT);
         let request = vm.next_request();
@@ -84,7 +84,7 @@ fn drop_caches_returns_its_values() {
 
 #[test]
 fn a_free_page_report_in_several_answers_is_kept() {
-    let (server, mut vm, _served) = guest_with_requests(Monitor::Uml);
+    let (server, mut vm, _served) = guest_with_requests(Vmm::Uml);
     let operator = ask(&server.balloon, SNAPSHOT, TEST_TIMEOUT);
     let request = vm.next_request();
     assert_eq!(request.command, Command::ReportFree { min_granule_shift: 12 });
@@ -110,7 +110,7 @@ fn a_free_page_report_in_several_answers_is_kept() {
 
 #[test]
 fn a_hold_can_be_released_or_lost() {
-    let (server, mut vm, _served) = guest_with_requests(Monitor::Qemu);
+    let (server, mut vm, _served) = guest_with_requests(Vmm::Qemu);
     let first = data_pages().start;
     let state = || server.status().requests.hold;
     for lost in [false, true] {
@@ -123,11 +123,14 @@ fn a_hold_can_be_released_or_lost() {
         let answer = operator.join().unwrap().unwrap();
         assert_eq!(answer.free.unwrap().summary.hold, Some(HoldState::Kept));
         let again = ask(&server.balloon, HOLD, TEST_TIMEOUT).join().unwrap();
-        assert_eq!(why(again), (WhyNot::NotPossible, "the guest already holds free pages".into()));
+        assert_eq!(
+            why(again),
+            (GuestErrorKind::NotPossible, "the guest already holds free pages".into())
+        );
         if lost {
             assert_eq!(vm.answer(request.id, Outcome::HoldLost, [128, 0, 0, 0], &[]), ACCEPTED);
         } else {
-            let operator = ask(&server.balloon, GuestAsk::ReleaseHold, TEST_TIMEOUT);
+            let operator = ask(&server.balloon, GuestRequest::ReleaseHold, TEST_TIMEOUT);
             vm.wait_for_requests(1);
             let release = vm.next_request();
             assert_eq!(release.command, Command::ReleaseHold { hold: request.id });
@@ -142,8 +145,8 @@ fn a_hold_can_be_released_or_lost() {
             "the hold has ended, but its pages are known"
         );
     }
-    let nothing = ask(&server.balloon, GuestAsk::ReleaseHold, TEST_TIMEOUT).join().unwrap();
-    assert_eq!(why(nothing).0, WhyNot::NotPossible);
+    let nothing = ask(&server.balloon, GuestRequest::ReleaseHold, TEST_TIMEOUT).join().unwrap();
+    assert_eq!(why(nothing).0, GuestErrorKind::NotPossible);
     assert_still_asks(&server, &mut vm);
     assert_eq!(server.status().faults.total(), 0);
 }
@@ -155,26 +158,26 @@ fn an_impossible_request_is_refused_immediately() {
         let start = Instant::now();
         assert_eq!(
             why(ask(&server.balloon, DROP, TEST_TIMEOUT).join().unwrap()),
-            (WhyNot::NotPossible, String::from(what))
+            (GuestErrorKind::NotPossible, String::from(what))
         );
         assert!(start.elapsed() < TEST_TIMEOUT / 4, "it is refused immediately");
     };
     refused("no guest is connected that could drop caches");
     let (front, _served) = server.connect();
-    let vm = Vm::boot(Monitor::Uml, front, BITMAP);
+    let vm = Vm::boot(Vmm::Uml, front, BITMAP);
     vm.front.barrier();
     refused("the guest's driver cannot drop caches: it has no request queue");
 }
 
 #[test]
 fn each_unanswered_request_times_out() {
-    let (server, mut vm, _served) = guest_with_requests(Monitor::Uml);
+    let (server, mut vm, _served) = guest_with_requests(Vmm::Uml);
     let start = Instant::now();
     let operators = [ask(&server.balloon, DROP, SHORT), ask(&server.balloon, DROP, SHORT)];
     let request = vm.next_request();
     for operator in operators {
         let (why, what) = why(operator.join().unwrap());
-        assert_eq!(why, WhyNot::TimedOut, "{what}");
+        assert_eq!(why, GuestErrorKind::TimedOut, "{what}");
     }
     assert!(start.elapsed() >= SHORT);
     // It was cancelled, and confirms that late.
@@ -193,10 +196,10 @@ fn each_unanswered_request_times_out() {
 fn a_driver_without_waiting_chains_is_reported() {
     let server = Server::new(control::ReleaseMode::Background);
     let (front, _served) = server.connect();
-    let mut vm = Vm::boot(Monitor::Uml, front, ASKABLE);
+    let mut vm = Vm::boot(Vmm::Uml, front, WITH_REQUESTS);
     vm.front.barrier();
     let (reason, what) = why(ask(&server.balloon, DROP, SHORT).join().unwrap());
-    assert_eq!(reason, WhyNot::TimedOut);
+    assert_eq!(reason, GuestErrorKind::TimedOut);
     assert!(what.contains("did not accept a request"), "{what}");
     // A timed-out request is not sent to a driver that recovers late.
     vm.wait_for_requests(2);
@@ -206,14 +209,14 @@ fn a_driver_without_waiting_chains_is_reported() {
 
 #[test]
 fn an_operator_cancels_the_running_request() {
-    let (server, mut vm, _served) = guest_with_requests(Monitor::Qemu);
+    let (server, mut vm, _served) = guest_with_requests(Vmm::Qemu);
     let operator = ask(&server.balloon, SNAPSHOT, TEST_TIMEOUT);
     let request = vm.next_request();
     let cancelled = server.balloon.cancel_request(None).unwrap();
     assert_eq!((cancelled.id, cancelled.command.as_str()), (request.id, "report-free"));
     assert_eq!(vm.next_request().command, Command::Cancel);
     assert_eq!(vm.answer(request.id, Outcome::Cancelled, [0; 4], &[]), ACCEPTED);
-    assert_eq!(why(operator.join().unwrap()).0, WhyNot::Stopped);
+    assert_eq!(why(operator.join().unwrap()).0, GuestErrorKind::Stopped);
     assert!(server.balloon.cancel_request(None).is_err(), "nothing runs");
     // The wait for a guest that ignores the cancel is short.
     let operator = ask(&server.balloon, SNAPSHOT, TEST_TIMEOUT);
@@ -221,14 +224,14 @@ fn an_operator_cancels_the_running_request() {
     vm.next_request();
     let start = Instant::now();
     server.balloon.cancel_request(None).unwrap();
-    assert_eq!(why(operator.join().unwrap()).0, WhyNot::Stopped);
+    assert_eq!(why(operator.join().unwrap()).0, GuestErrorKind::Stopped);
     assert!(start.elapsed() < TEST_TIMEOUT / 2);
     assert_still_asks(&server, &mut vm);
 }
 
 #[test]
 fn too_many_requests_are_refused_immediately() {
-    let (server, mut vm, _served) = guest_with_requests(Monitor::Uml);
+    let (server, mut vm, _served) = guest_with_requests(Vmm::Uml);
     let mut operators = vec![ask(&server.balloon, DROP, TEST_TIMEOUT)];
     let mut request = vm.next_request();
     operators.extend((0..8).map(|_| ask(&server.balloon, DROP, TEST_TIMEOUT)));
@@ -236,7 +239,7 @@ fn too_many_requests_are_refused_immediately() {
     let (reason, what) = why(ask(&server.balloon, DROP, TEST_TIMEOUT).join().unwrap());
     assert_eq!(
         (reason, what.as_str()),
-        (WhyNot::TooMany, "8 requests to the guest are queued already")
+        (GuestErrorKind::TooMany, "8 requests to the guest are queued already")
     );
     let mut last = 0;
     while !operators.is_empty() {
@@ -277,13 +280,13 @@ fn invalid_answers(id: u32) -> Vec<(&'static str, u32, Vec<u8>)> {
 #[test]
 fn an_invalid_answer_ends_only_its_request() {
     for case in 0..invalid_answers(1).len() {
-        let (server, mut vm, _served) = guest_with_requests(Monitor::Uml);
+        let (server, mut vm, _served) = guest_with_requests(Vmm::Uml);
         let operator = ask(&server.balloon, SNAPSHOT, TEST_TIMEOUT);
         let request = vm.next_request();
         let (fault, status, bytes) = invalid_answers(request.id).swap_remove(case);
         assert_eq!(vm.answer_raw(&bytes), status, "{fault}");
         let (reason, what) = why(operator.join().unwrap());
-        assert_eq!(reason, WhyNot::Refused);
+        assert_eq!(reason, GuestErrorKind::Refused);
         assert!(what.contains("violates the protocol"), "{what}");
         assert_eq!(server.guest_faults(fault), 1, "{fault}");
         assert_eq!(server.status().requests.ended["report-free"]["guest_fault"], 1);
@@ -294,14 +297,14 @@ fn an_invalid_answer_ends_only_its_request() {
 
 #[test]
 fn pages_in_the_balloon_cannot_be_reported_as_free() {
-    let (server, mut vm, _served) = guest_with_requests(Monitor::Uml);
+    let (server, mut vm, _served) = guest_with_requests(Vmm::Uml);
     let page = data_pages().start;
     vm.inflate(&(page..page + 8).collect());
     let operator = ask(&server.balloon, SNAPSHOT, TEST_TIMEOUT);
     let request = vm.next_request();
     let status = vm.answer(request.id, Outcome::Done, [0; 4], &blocks(page + 7, 1, &[0b11]));
     assert_eq!((status, server.guest_faults("free_in_balloon")), (OUTSIDE, 1));
-    assert_eq!(why(operator.join().unwrap()).0, WhyNot::Refused);
+    assert_eq!(why(operator.join().unwrap()).0, GuestErrorKind::Refused);
     // A page that is inflated during the report was free before.
     vm.wait_for_requests(1);
     let operator = ask(&server.balloon, SNAPSHOT, TEST_TIMEOUT);
@@ -318,7 +321,7 @@ fn pages_in_the_balloon_cannot_be_reported_as_free() {
 #[test]
 fn endless_partial_answers_are_cut_off() {
     for records in [Vec::new(), blocks(data_pages().start, 1, &[u64::MAX; 4])] {
-        let (server, mut vm, _served) = guest_with_requests(Monitor::Uml);
+        let (server, mut vm, _served) = guest_with_requests(Vmm::Uml);
         let operator = ask(&server.balloon, SNAPSHOT, TEST_TIMEOUT);
         let request = vm.next_request();
         let mut chunks = 0u64;
@@ -328,7 +331,7 @@ fn endless_partial_answers_are_cut_off() {
         }
         assert_eq!(chunks, if records.is_empty() { 2 * PAGES } else { 2 * PAGES / 256 });
         assert_eq!(server.guest_faults("too_many_pages"), 1);
-        assert_eq!(why(operator.join().unwrap()).0, WhyNot::Refused);
+        assert_eq!(why(operator.join().unwrap()).0, GuestErrorKind::Refused);
         assert_eq!(vm.answer(request.id, Outcome::More, [0; 4], &records), UNWANTED);
         assert_eq!(
             server.guest_faults("unknown_request"),
@@ -341,7 +344,7 @@ fn endless_partial_answers_are_cut_off() {
 
 #[test]
 fn an_unsolicited_answer_is_unwanted() {
-    let (server, mut vm, _served) = guest_with_requests(Monitor::Uml);
+    let (server, mut vm, _served) = guest_with_requests(Vmm::Uml);
     for id in [0, 1, 77, u32::MAX] {
         assert_eq!(vm.answer(id, Outcome::Done, [0; 4], &[]), UNWANTED);
     }
@@ -358,7 +361,7 @@ fn an_unsolicited_answer_is_unwanted() {
 
 #[test]
 fn the_error_of_the_guests_kernel_is_reported() {
-    let (server, mut vm, _served) = guest_with_requests(Monitor::Uml);
+    let (server, mut vm, _served) = guest_with_requests(Vmm::Uml);
     for (errno, text) in [(12, "Cannot allocate memory"), (u64::MAX, "error 18446744073709551615")]
     {
         let operator = ask(&server.balloon, DROP, TEST_TIMEOUT);
@@ -366,7 +369,7 @@ fn the_error_of_the_guests_kernel_is_reported() {
         let id = vm.next_request().id;
         assert_eq!(vm.answer(id, Outcome::Failed, [errno, 0, 0, 0], &[]), ACCEPTED);
         let (reason, what) = why(operator.join().unwrap());
-        assert_eq!(reason, WhyNot::Refused);
+        assert_eq!(reason, GuestErrorKind::Refused);
         assert!(what.contains(text), "{what}");
     }
     assert_still_asks(&server, &mut vm);
@@ -375,10 +378,10 @@ fn the_error_of_the_guests_kernel_is_reported() {
 #[test]
 fn an_unloaded_driver_gets_its_chains_back() {
     for enable in [true, false] {
-        let (server, mut vm, _served) = guest_with_requests(Monitor::Uml);
+        let (server, mut vm, _served) = guest_with_requests(Vmm::Uml);
         if !enable {
             vm.remove_uml(true);
-            vm.probe_uml(ASKABLE, false);
+            vm.probe_uml(WITH_REQUESTS, false);
             vm.wait_for_requests(2);
             // The front end sends GET_FEATURES when it removes a driver.
             vm.front.read_config(16);
@@ -390,15 +393,15 @@ fn an_unloaded_driver_gets_its_chains_back() {
         vm.remove_uml(enable);
         for operator in operators {
             let (reason, what) = why(operator.join().unwrap());
-            assert_eq!(reason, WhyNot::Stopped);
+            assert_eq!(reason, GuestErrorKind::Stopped);
             assert!(what.contains("unloaded"), "{what}");
         }
         assert_eq!(vm.returned(), Returned::Empty, "the waiting chain is returned");
         let (reason, what) = why(ask(&server.balloon, DROP, TEST_TIMEOUT).join().unwrap());
-        assert_eq!(reason, WhyNot::NotPossible);
+        assert_eq!(reason, GuestErrorKind::NotPossible);
         assert!(what.contains("unloaded"), "{what}");
         // The next driver starts with no state.
-        vm.probe_uml(ASKABLE, enable);
+        vm.probe_uml(WITH_REQUESTS, enable);
         vm.wait_for_requests(1);
         vm.front.read_config(16);
         assert_still_asks(&server, &mut vm);
@@ -408,7 +411,7 @@ fn an_unloaded_driver_gets_its_chains_back() {
 
 #[test]
 fn a_pause_keeps_the_hold_and_ends_the_request() {
-    let (server, mut vm, _served) = guest_with_requests(Monitor::Qemu);
+    let (server, mut vm, _served) = guest_with_requests(Vmm::Qemu);
     // Queues at position 0 are those of a driver that starts.
     let page = data_pages().start + 100;
     vm.inflate(&(page..page + 1).collect());
@@ -422,10 +425,10 @@ fn a_pause_keeps_the_hold_and_ends_the_request() {
     let operator = ask(&server.balloon, DROP, TEST_TIMEOUT);
     let late = vm.next_request().id;
     let bases = vm.stop_qemu();
-    assert_eq!(why(operator.join().unwrap()).0, WhyNot::Stopped);
+    assert_eq!(why(operator.join().unwrap()).0, GuestErrorKind::Stopped);
     assert_eq!(server.status().requests.hold, Some(HoldState::Paused));
     assert_eq!(vm.returned(), Returned::Empty);
-    vm.start_qemu(ASKABLE, bases);
+    vm.start_qemu(WITH_REQUESTS, bases);
     vm.wait_for_requests(1);
     assert_eq!(vm.answer(late, Outcome::Done, [0; 4], &[]), UNWANTED);
     assert_eq!(server.status().requests.late_answers, 1);
@@ -435,7 +438,7 @@ fn a_pause_keeps_the_hold_and_ends_the_request() {
 
 #[test]
 fn a_disconnect_ends_every_request() {
-    let (server, mut vm, served) = guest_with_requests(Monitor::Uml);
+    let (server, mut vm, served) = guest_with_requests(Vmm::Uml);
     let operators =
         [ask(&server.balloon, SNAPSHOT, TEST_TIMEOUT), ask(&server.balloon, DROP, TEST_TIMEOUT)];
     vm.next_request();
@@ -444,16 +447,16 @@ fn a_disconnect_ends_every_request() {
     served.outcome().unwrap();
     for operator in operators {
         let (reason, what) = why(operator.join().unwrap());
-        assert_eq!(reason, WhyNot::Stopped);
+        assert_eq!(reason, GuestErrorKind::Stopped);
         assert!(what.contains("disconnected"), "{what}");
     }
     assert_eq!(server.status().requests.ended["drop-caches"]["hung_up"], 1);
-    assert_serves(&server, Monitor::Uml, ASKABLE);
+    assert_serves(&server, Vmm::Uml, WITH_REQUESTS);
 }
 
 #[test]
 fn chains_that_cannot_wait_are_returned_unused() {
-    let (server, mut vm, _served) = guest_with_requests(Monitor::Uml);
+    let (server, mut vm, _served) = guest_with_requests(Vmm::Uml);
     let memory = vm.guest.memory.clone();
     // Too short for a request, empty, and the chain at 0 again.
     let short = [guest_ring::Buffer::writable(BASE + 0x39000, 15)];
@@ -475,7 +478,7 @@ fn chains_that_cannot_wait_are_returned_unused() {
     }
     let operator = ask(&server.balloon, DROP, SHORT);
     assert_eq!(vm.returned(), Returned::Empty);
-    assert_eq!(why(operator.join().unwrap()).0, WhyNot::TimedOut);
+    assert_eq!(why(operator.join().unwrap()).0, GuestErrorKind::TimedOut);
     assert_eq!(server.guest_faults("bad_descriptor"), 1);
     assert_still_asks(&server, &mut vm);
 }
@@ -484,9 +487,9 @@ fn chains_that_cannot_wait_are_returned_unused() {
 /// then on the driver's memory may have another use.
 #[test]
 fn a_request_does_not_access_the_vring_of_a_removed_driver() {
-    let (server, mut vm, _served) = guest_with_requests(Monitor::Uml);
+    let (server, mut vm, _served) = guest_with_requests(Vmm::Uml);
     vm.remove_uml(true);
-    vm.probe_uml(ASKABLE, false);
+    vm.probe_uml(WITH_REQUESTS, false);
     vm.wait_for_requests(2);
     vm.front.read_config(16);
     vm.remove_uml(false);
@@ -496,7 +499,7 @@ fn a_request_does_not_access_the_vring_of_a_removed_driver() {
     vm.guest.write(at, &other);
     for _ in 0..20 {
         let outcome = ask(&server.balloon, DROP, SHORT).join().unwrap();
-        assert_eq!(why(outcome).0, WhyNot::NotPossible);
+        assert_eq!(why(outcome).0, GuestErrorKind::NotPossible);
         server.balloon.set_target(5).unwrap();
         server.balloon.set_target(0).unwrap();
         vm.front.read_config(16);

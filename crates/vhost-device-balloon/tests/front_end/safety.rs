@@ -7,7 +7,7 @@ use control::api::ReleaseMode;
 use vhost_device_balloon::End;
 
 use crate::some_pages;
-use crate::support::driver::{BITMAP, CLASSIC, DEFLATE, INFLATE, Monitor, UNTOLD, Vm};
+use crate::support::driver::{BITMAP, CLASSIC, DEFLATE, INFLATE, NO_TELL_HOST, Vm, Vmm};
 use crate::support::front_end::request;
 use crate::support::guest::data_pages;
 use crate::support::server::Server;
@@ -18,7 +18,7 @@ const ROUNDS: usize = 60;
 /// After the driver was stopped, the guest may use every page, and its writes must
 /// survive. `stop` stops the driver and returns when the VMM would run the guest
 /// again.
-fn assert_nothing_is_released_after(vmm: Monitor, stop: impl Fn(&Vm)) {
+fn assert_nothing_is_released_after(vmm: Vmm, stop: impl Fn(&Vm)) {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
     let mut vm = Vm::boot(vmm, front, CLASSIC);
@@ -37,7 +37,7 @@ fn assert_nothing_is_released_after(vmm: Monitor, stop: impl Fn(&Vm)) {
         vm.guest.assert_gone(&BTreeSet::new());
     }
     // Longer than any delay of the release.
-    std::thread::sleep(std::time::Duration::from_millis(3 * host_memory::GRACE_MS));
+    std::thread::sleep(std::time::Duration::from_millis(3 * host_memory::QUIET_MS));
     vm.guest.assert_gone(&BTreeSet::new());
     drop(vm);
     assert_eq!(served.outcome().unwrap(), End::HungUp);
@@ -47,14 +47,14 @@ fn assert_nothing_is_released_after(vmm: Monitor, stop: impl Fn(&Vm)) {
 /// may use all of its memory from then on.
 #[test]
 fn nothing_is_released_after_the_vrings_were_stopped() {
-    assert_nothing_is_released_after(Monitor::Qemu, |vm| {
+    assert_nothing_is_released_after(Vmm::Qemu, |vm| {
         vm.stop_qemu();
     });
 }
 
 #[test]
 fn nothing_is_released_after_only_get_vring_base() {
-    assert_nothing_is_released_after(Monitor::Qemu, |vm| {
+    assert_nothing_is_released_after(Vmm::Qemu, |vm| {
         vm.stop_ring(0);
         vm.stop_ring(1);
     });
@@ -62,12 +62,12 @@ fn nothing_is_released_after_only_get_vring_base() {
 
 #[test]
 fn nothing_is_released_after_the_queues_were_disabled() {
-    assert_nothing_is_released_after(Monitor::Uml, |vm| vm.remove_uml(true));
+    assert_nothing_is_released_after(Vmm::Uml, |vm| vm.remove_uml(true));
 }
 
 #[test]
 fn nothing_is_released_after_reset_owner() {
-    assert_nothing_is_released_after(Monitor::Uml, |vm| {
+    assert_nothing_is_released_after(Vmm::Uml, |vm| {
         vm.front.send(request::RESET_OWNER, &[], &[]);
         vm.front.barrier();
     });
@@ -78,7 +78,7 @@ fn nothing_is_released_after_reset_owner() {
 fn nothing_is_released_after_a_removal_without_bit_30() {
     let server = Server::new(ReleaseMode::Background);
     let (front, _served) = server.connect();
-    let mut vm = Vm::boot(Monitor::Uml, front, CLASSIC);
+    let mut vm = Vm::boot(Vmm::Uml, front, CLASSIC);
     vm.remove_uml(true);
     for _ in 0..ROUNDS {
         vm.probe_uml(CLASSIC, false);
@@ -95,7 +95,7 @@ fn nothing_is_released_after_a_removal_without_bit_30() {
 fn nothing_is_released_after_features_without_bit_30() {
     let server = Server::new(ReleaseMode::Background);
     let (front, _served) = server.connect();
-    let mut vm = Vm::boot(Monitor::Uml, front, CLASSIC);
+    let mut vm = Vm::boot(Vmm::Uml, front, CLASSIC);
     vm.remove_uml(true);
     for _ in 0..ROUNDS {
         vm.probe_uml(CLASSIC, false);
@@ -113,7 +113,7 @@ fn nothing_is_released_after_the_session_ended() {
     let server = Server::new(ReleaseMode::Background);
     for round in 0..ROUNDS {
         let (front, served) = server.connect();
-        let mut vm = Vm::boot(Monitor::Uml, front, if round % 2 == 0 { CLASSIC } else { BITMAP });
+        let mut vm = Vm::boot(Vmm::Uml, front, if round % 2 == 0 { CLASSIC } else { BITMAP });
         vm.inflate(&some_pages());
         match round % 3 {
             // In the middle of a message, between two messages, and by a fault.
@@ -137,7 +137,7 @@ fn without_must_tell_host_pages_are_released_before_the_message_is_returned() {
     for mode in [ReleaseMode::Background, ReleaseMode::Immediate, ReleaseMode::PerPage] {
         let server = Server::new(mode);
         let (front, _served) = server.connect();
-        let mut vm = Vm::boot(Monitor::Uml, front, UNTOLD);
+        let mut vm = Vm::boot(Vmm::Uml, front, NO_TELL_HOST);
         let pages = some_pages();
         for _ in 0..20 {
             vm.guest.write_patterns(data_pages());
@@ -148,7 +148,7 @@ fn without_must_tell_host_pages_are_released_before_the_message_is_returned() {
             vm.front.barrier();
             vm.guest.assert_gone(&BTreeSet::new());
         }
-        std::thread::sleep(std::time::Duration::from_millis(3 * host_memory::GRACE_MS));
+        std::thread::sleep(std::time::Duration::from_millis(3 * host_memory::QUIET_MS));
         vm.guest.assert_gone(&BTreeSet::new());
     }
 }
@@ -160,7 +160,7 @@ fn contents_survive_deflates_that_race_with_the_release() {
     let server = Server::new(ReleaseMode::Background);
     for features in [CLASSIC, BITMAP] {
         let (front, served) = server.connect();
-        let mut vm = Vm::boot(Monitor::Uml, front, features);
+        let mut vm = Vm::boot(Vmm::Uml, front, features);
         let mut random = Random(0x1234_5678_9abc_def1 ^ features.0);
         let mut held = BTreeSet::new();
         for round in 0..300 {
@@ -200,7 +200,7 @@ fn contents_survive_deflates_that_race_with_the_release() {
 fn pages_of_a_returned_deflate_are_kept_in_any_queue_order() {
     let server = Server::new(ReleaseMode::Background);
     let (front, _served) = server.connect();
-    let mut vm = Vm::boot(Monitor::Uml, front, CLASSIC);
+    let mut vm = Vm::boot(Vmm::Uml, front, CLASSIC);
     let message = vm.name_pages(&some_pages());
     for round in 0..300 {
         let (first, second) = if round % 2 == 0 { (INFLATE, DEFLATE) } else { (DEFLATE, INFLATE) };
@@ -216,7 +216,7 @@ fn pages_of_a_returned_deflate_are_kept_in_any_queue_order() {
         vm.guest.write_patterns(some_pages());
         vm.guest.assert_gone(&BTreeSet::new());
     }
-    std::thread::sleep(std::time::Duration::from_millis(3 * host_memory::GRACE_MS));
+    std::thread::sleep(std::time::Duration::from_millis(3 * host_memory::QUIET_MS));
     vm.guest.assert_gone(&BTreeSet::new());
 }
 

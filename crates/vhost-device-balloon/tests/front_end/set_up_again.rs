@@ -3,20 +3,20 @@
 use std::os::fd::AsFd;
 
 use balloon_abi::Outcome;
-use control::GuestAsk;
+use control::GuestRequest;
 use control::api::ReleaseMode;
 use guest_ring::Buffer;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::support::TEST_TIMEOUT;
-use crate::support::driver::{ASKABLE, Monitor, REQUEST, RING_SIZE, Vm, is_readable, vring_addr};
+use crate::support::driver::{REQUEST, RING_SIZE, Vm, Vmm, WITH_REQUESTS, is_readable, vring_addr};
 use crate::support::front_end::request;
 use crate::support::guest::{BASE, Guest, USER_BASE};
 use crate::support::requests::{answer_bytes, ask};
 use crate::support::server::Server;
 
 const QUEUE: u32 = REQUEST as u32;
-const DROP: GuestAsk = GuestAsk::DropCaches(control::api::Caches::All);
+const DROP: GuestRequest = GuestRequest::DropCaches(control::api::Caches::All);
 /// Buffers for requests, one for each descriptor, and for answers.
 const ROOM: u64 = BASE + 0x38000;
 const ANSWER: u64 = BASE + 0x3c000;
@@ -128,15 +128,15 @@ fn ways() -> [(&'static str, Way); 5] {
 fn run(what: &str, way: Way, inflight: bool) {
     let server = Server::new(ReleaseMode::Background);
     let (front, _served) = server.connect();
-    let mut vm = Vm::new(Monitor::Qemu, front, Guest::new());
+    let mut vm = Vm::new(Vmm::Qemu, front, Guest::new());
     vm.attach();
     if inflight {
         let requested = [0u64.to_ne_bytes(), 0u64.to_ne_bytes()].concat();
         let requested = [requested, [3, RING_SIZE].map(u16::to_ne_bytes).concat()].concat();
-        let (answer, file) = vm.front.ask_for_file(request::GET_INFLIGHT_FD, &requested);
+        let (answer, file) = vm.front.request_file(request::GET_INFLIGHT_FD, &requested);
         vm.front.send(request::SET_INFLIGHT_FD, &answer, &[file.as_fd()]);
     }
-    vm.probe(ASKABLE);
+    vm.probe(WITH_REQUESTS);
     let mut driver = Driver { vm, lent: Vec::new() };
     for _ in 0..WAITING {
         driver.wait_for_request();

@@ -10,7 +10,7 @@ use guest_ring::Buffer;
 use vhost_device_balloon::{End, SessionError, Violation};
 
 use crate::support::TEST_TIMEOUT;
-use crate::support::driver::{CLASSIC, INFLATE, MESSAGE, Monitor, Vm};
+use crate::support::driver::{CLASSIC, INFLATE, MESSAGE, Vm, Vmm};
 use crate::support::front_end::{CONFIG_CHANGE, channel_message, request};
 use crate::support::guest::{PAGE, data_pages};
 use crate::support::server::{Served, Server};
@@ -26,7 +26,7 @@ const POISON: Features = REPORTS.union(Features::PAGE_POISON);
 
 const INTERVAL: Duration = Duration::from_millis(100);
 
-fn booted(vmm: Monitor, features: Features) -> (Server, Vm, Served) {
+fn booted(vmm: Vmm, features: Features) -> (Server, Vm, Served) {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
     let vm = Vm::boot(vmm, front, features);
@@ -89,7 +89,7 @@ fn free_bytes(stats: &StatsStatus) -> Option<u64> {
 
 #[test]
 fn statistics_are_requested_at_the_interval() {
-    let (server, mut vm, served) = booted(Monitor::Uml, STATS);
+    let (server, mut vm, served) = booted(Vmm::Uml, STATS);
     let mut head = vm.tell(7);
     let stats = until_stats(&server, |stats| free_bytes(stats) == Some(7));
     assert!(stats.stale, "no interval is set: {stats:?}");
@@ -125,7 +125,7 @@ fn statistics_are_requested_at_the_interval() {
 /// The back end sleeps between statistics requests.
 #[test]
 fn statistics_requests_cost_no_cpu_time() {
-    let (server, mut vm, served) = booted(Monitor::Uml, STATS);
+    let (server, mut vm, served) = booted(Vmm::Uml, STATS);
     vm.tell(7);
     server.balloon.set_stats_interval(Some(INTERVAL)).unwrap();
     vm.wait_used(THIRD);
@@ -137,7 +137,7 @@ fn statistics_requests_cost_no_cpu_time() {
 
 #[test]
 fn a_stopped_queue_gets_its_buffer_back_and_resumes() {
-    let (server, mut vm, _served) = booted(Monitor::Qemu, STATS);
+    let (server, mut vm, _served) = booted(Vmm::Qemu, STATS);
     let head = vm.tell(7);
     until_stats(&server, |stats| free_bytes(stats) == Some(7));
     let bases = vm.stop_qemu();
@@ -155,7 +155,7 @@ fn a_stopped_queue_gets_its_buffer_back_and_resumes() {
 /// without bit 30. It also does so when a module is inserted again.
 #[test]
 fn drivers_that_clear_features_can_be_reloaded() {
-    let (server, mut vm, _served) = booted(Monitor::Uml, STATS | Features::PAGE_POISON);
+    let (server, mut vm, _served) = booted(Vmm::Uml, STATS | Features::PAGE_POISON);
     vm.front.barrier();
     server.balloon.set_stats_interval(Some(INTERVAL)).unwrap();
     for value in 0..3 {
@@ -171,7 +171,7 @@ fn drivers_that_clear_features_can_be_reloaded() {
 
 #[test]
 fn hints_are_requested_reported_and_returned() {
-    let (server, mut vm, _served) = booted(Monitor::Uml, HINTS);
+    let (server, mut vm, _served) = booted(Vmm::Uml, HINTS);
     vm.front.barrier();
     let first = data_pages().start;
     let mut last = 0;
@@ -204,7 +204,7 @@ fn hints_are_requested_reported_and_returned() {
 
 #[test]
 fn unanswered_hints_time_out() {
-    let (server, mut vm, served) = booted(Monitor::Uml, HINTS);
+    let (server, mut vm, served) = booted(Vmm::Uml, HINTS);
     vm.front.barrier();
     let id = server.balloon.start_hints().unwrap();
     let started = Instant::now();
@@ -230,7 +230,7 @@ fn unanswered_hints_time_out() {
 
 #[test]
 fn hints_are_not_requested_without_the_feature() {
-    let (server, vm, _served) = booted(Monitor::Uml, CLASSIC);
+    let (server, vm, _served) = booted(Vmm::Uml, CLASSIC);
     vm.front.barrier();
     assert!(server.balloon.start_hints().is_err());
     assert_eq!(vm.hint_command(), 0);
@@ -242,7 +242,7 @@ fn reports_are_released_before_they_are_returned() {
     for mode in [ReleaseMode::Background, ReleaseMode::Immediate, ReleaseMode::PerPage] {
         let server = Server::new(mode);
         let (front, served) = server.connect();
-        let mut vm = Vm::boot(Monitor::Uml, front, REPORTS);
+        let mut vm = Vm::boot(Vmm::Uml, front, REPORTS);
         let balloon: BTreeSet<u64> = some_pages().into_iter().take(40).collect();
         vm.inflate(&balloon);
         let last = data_pages().end;
@@ -271,7 +271,7 @@ fn reports_are_released_before_they_are_returned() {
 
 #[test]
 fn a_report_does_not_count_in_the_last_change() {
-    let (server, mut vm, _served) = booted(Monitor::Uml, REPORTS);
+    let (server, mut vm, _served) = booted(Vmm::Uml, REPORTS);
     assert_balloons(&server, &mut vm);
     let before = server.status();
     std::thread::sleep(Duration::from_millis(5));
@@ -285,7 +285,7 @@ fn a_report_does_not_count_in_the_last_change() {
 #[test]
 fn a_poison_prevents_the_release_of_reports() {
     for (poison_val, releases) in [(0xaaaa_aaaau32, false), (0, true)] {
-        let (server, mut vm, _served) = booted(Monitor::Uml, POISON);
+        let (server, mut vm, _served) = booted(Vmm::Uml, POISON);
         vm.front.write_config(12, &poison_val.to_le_bytes());
         vm.front.barrier();
         assert_eq!(server.status().guest.poison_val, Some(poison_val));
@@ -302,7 +302,7 @@ fn a_poison_prevents_the_release_of_reports() {
 /// features.
 #[test]
 fn a_write_of_the_whole_space_sets_no_poison_without_the_feature() {
-    let (server, vm, _served) = booted(Monitor::Qemu, CLASSIC);
+    let (server, vm, _served) = booted(Vmm::Qemu, CLASSIC);
     vm.front.write_config(0, &[0x55; 16]);
     vm.front.barrier();
     let config = vm.front.read_config(16);
@@ -319,7 +319,7 @@ fn features_can_be_withheld() {
     let withheld = Features::REPORTING | Features::STATS_VQ;
     server.backend().withhold(withheld);
     let (front, served) = server.connect();
-    let offered = Features(front.ask_u64(request::GET_FEATURES));
+    let offered = Features(front.request_u64(request::GET_FEATURES));
     assert_eq!((offered & withheld).0, 0);
     assert!(offered.contains(Features::FREE_PAGE_HINT | Features::PAGE_POISON));
     front.send_u64(request::SET_FEATURES, (HINTS | Features::REPORTING).0);
@@ -346,7 +346,7 @@ fn hostile_messages_affect_only_their_queue() {
         vec![Buffer::readable(u64::MAX - 3, 4), Buffer::writable(first * PAGE, 4096)],
     ];
     for features in [STATS, HINTS, REPORTS] {
-        let (server, mut vm, served) = booted(Monitor::Uml, features);
+        let (server, mut vm, served) = booted(Vmm::Uml, features);
         for round in 0..2000usize {
             let lie = &lies[round % lies.len()];
             let head = vm.rings[THIRD].send(&vm.guest.memory, lie);
@@ -369,6 +369,6 @@ fn hostile_messages_affect_only_their_queue() {
         drop(vm);
         assert_eq!(served.outcome().unwrap(), End::HungUp);
         let (front, _served) = server.connect();
-        assert_balloons(&server, &mut Vm::boot(Monitor::Uml, front, CLASSIC));
+        assert_balloons(&server, &mut Vm::boot(Vmm::Uml, front, CLASSIC));
     }
 }

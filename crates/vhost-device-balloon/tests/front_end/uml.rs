@@ -7,7 +7,7 @@ use control::api::{Driver, ReleaseMode};
 use vhost_device_balloon::End;
 
 use crate::support::TEST_TIMEOUT;
-use crate::support::driver::{BITMAP, CLASSIC, INFLATE, Monitor, UNTOLD, Vm, is_readable};
+use crate::support::driver::{BITMAP, CLASSIC, INFLATE, NO_TELL_HOST, Vm, Vmm, is_readable};
 use crate::support::front_end::{CONFIG_CHANGE, channel_message};
 use crate::support::guest::{BYTES, Guest, data_pages};
 use crate::support::server::Server;
@@ -17,9 +17,9 @@ use crate::{assert_balloons, assert_serves, some_pages};
 fn inflates_and_deflates_in_every_format_and_mode() {
     for mode in [ReleaseMode::Background, ReleaseMode::Immediate, ReleaseMode::PerPage] {
         let server = Server::new(mode);
-        for form in [CLASSIC, BITMAP, UNTOLD] {
+        for form in [CLASSIC, BITMAP, NO_TELL_HOST] {
             for ring in [Features::NONE, Features::RING_EVENT_IDX, Features::RING_INDIRECT_DESC] {
-                assert_serves(&server, Monitor::Uml, form | ring);
+                assert_serves(&server, Vmm::Uml, form | ring);
             }
         }
         let faults = server.status().faults;
@@ -31,7 +31,7 @@ fn inflates_and_deflates_in_every_format_and_mode() {
 fn a_driver_is_removed_and_inserted_again() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
-    let mut vm = Vm::boot(Monitor::Uml, front, CLASSIC);
+    let mut vm = Vm::boot(Vmm::Uml, front, CLASSIC);
     for features in [CLASSIC, BITMAP, CLASSIC | Features::RING_EVENT_IDX] {
         assert_balloons(&server, &mut vm);
         vm.remove_uml(true);
@@ -53,7 +53,7 @@ fn a_driver_is_removed_and_inserted_again() {
 fn a_second_negotiation_without_protocol_features_is_served() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
-    let mut vm = Vm::boot(Monitor::Uml, front, CLASSIC);
+    let mut vm = Vm::boot(Vmm::Uml, front, CLASSIC);
     assert_balloons(&server, &mut vm);
     vm.remove_uml(true);
     for features in [CLASSIC, BITMAP, CLASSIC] {
@@ -70,7 +70,7 @@ fn a_second_negotiation_without_protocol_features_is_served() {
 fn a_change_of_the_target_is_sent_on_the_channel() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
-    let vm = Vm::boot(Monitor::Uml, front, CLASSIC);
+    let vm = Vm::boot(Vmm::Uml, front, CLASSIC);
     vm.front.barrier();
     let channel = vm.channel.as_ref().unwrap();
     assert!(!is_readable(channel, std::time::Duration::ZERO), "there is no target yet");
@@ -92,7 +92,7 @@ fn a_target_set_before_the_guest_is_sent_when_it_connects() {
     let generation = server.balloon.set_target(77).unwrap();
     for round in 0..2 {
         let (front, served) = server.connect();
-        let mut vm = Vm::new(Monitor::Uml, front, Guest::new());
+        let mut vm = Vm::new(Vmm::Uml, front, Guest::new());
         vm.attach();
         assert_eq!(channel_message(vm.channel.as_ref().unwrap()), CONFIG_CHANGE);
         vm.probe(CLASSIC);
@@ -111,7 +111,7 @@ fn a_target_set_before_the_guest_is_sent_when_it_connects() {
 fn configuration_is_read_and_written_field_by_field() {
     let server = Server::new(ReleaseMode::Background);
     let (front, _served) = server.connect();
-    let vm = Vm::boot(Monitor::Uml, front, CLASSIC);
+    let vm = Vm::boot(Vmm::Uml, front, CLASSIC);
     server.balloon.set_target(0x0102).unwrap();
     vm.front.write_actual(0x0304);
     let config = vm.front.read_config(16);
@@ -133,7 +133,7 @@ fn configuration_is_read_and_written_field_by_field() {
 fn a_vring_wraps_around() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
-    let mut vm = Vm::boot(Monitor::Uml, front, CLASSIC | Features::RING_EVENT_IDX);
+    let mut vm = Vm::boot(Vmm::Uml, front, CLASSIC | Features::RING_EVENT_IDX);
     let message = vm.name_pages(&some_pages().into_iter().take(8).collect());
     for _ in 0..700 {
         vm.post(INFLATE, &message);
@@ -152,7 +152,7 @@ fn the_status_describes_the_guest() {
     let server = Server::new(ReleaseMode::Background);
     assert!(!server.status().guest.connected);
     let (front, served) = server.connect();
-    let vm = Vm::boot(Monitor::Uml, front, BITMAP);
+    let vm = Vm::boot(Vmm::Uml, front, BITMAP);
     vm.front.barrier();
     let status = server.status();
     assert!(status.guest.connected);

@@ -7,7 +7,7 @@ use vhost_device_balloon::End;
 
 use crate::assert_serves;
 use crate::hostile::{Stage, outcome_of};
-use crate::support::driver::{CLASSIC, DEFLATE, INFLATE, Monitor, Vm, is_readable};
+use crate::support::driver::{CLASSIC, DEFLATE, INFLATE, Vm, Vmm, is_readable};
 use crate::support::front_end::{FLAGS, message, request};
 use crate::support::guest::{BASE, FIRST_PAGE, Guest, data_pages};
 use crate::support::server::Server;
@@ -30,7 +30,7 @@ fn inflated_pages_of_the_vring_stop_the_queue() {
         vm.deflate(&data_pages().take(9).collect());
     });
     assert_eq!(outcome.unwrap(), End::HungUp);
-    assert_serves(&server, Monitor::Uml, CLASSIC);
+    assert_serves(&server, Vmm::Uml, CLASSIC);
 }
 
 /// One guest at a time: the next front end waits until the first disconnects.
@@ -38,7 +38,7 @@ fn inflated_pages_of_the_vring_stop_the_queue() {
 fn a_second_front_end_waits_for_the_first() {
     let server = Server::new(ReleaseMode::Background);
     let (front, served) = server.connect();
-    let mut vm = Vm::boot(Monitor::Uml, front, CLASSIC);
+    let mut vm = Vm::boot(Vmm::Uml, front, CLASSIC);
     let (second, second_served) = server.connect();
     second.send(request::GET_FEATURES, &[], &[]);
     crate::assert_balloons(&server, &mut vm);
@@ -80,7 +80,7 @@ fn queues_start_with_any_order_of_setup() {
     for order in orders {
         let server = Server::new(ReleaseMode::Background);
         let (front, served) = server.connect();
-        let mut vm = Vm::new(Monitor::Uml, front, Guest::new());
+        let mut vm = Vm::new(Vmm::Uml, front, Guest::new());
         Stage::Memory.reach(&mut vm);
         vm.features = CLASSIC;
         vm.reset_rings();

@@ -33,20 +33,20 @@ const STATUS: u64 = BASE + 0x3f000;
 pub(crate) const CLASSIC: Features = Features::VERSION_1.union(Features::MUST_TELL_HOST);
 pub(crate) const BITMAP: Features = CLASSIC.union(Features::PAGE_BITMAP);
 /// A driver that answers requests.
-pub(crate) const ASKABLE: Features = BITMAP.union(Features::REQUEST_VQ);
+pub(crate) const WITH_REQUESTS: Features = BITMAP.union(Features::REQUEST_VQ);
 /// A driver without `MUST_TELL_HOST`.
-pub(crate) const UNTOLD: Features = Features::VERSION_1;
+pub(crate) const NO_TELL_HOST: Features = Features::VERSION_1;
 
 /// The VMM whose message order is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Monitor {
+pub(crate) enum Vmm {
     Uml,
     Qemu,
 }
 
 /// A guest with a running driver.
 pub(crate) struct Vm {
-    pub(crate) vmm: Monitor,
+    pub(crate) vmm: Vmm,
     pub(crate) guest: Guest,
     pub(crate) front: FrontEnd,
     pub(crate) features: Features,
@@ -58,7 +58,7 @@ pub(crate) struct Vm {
 
 impl Vm {
     /// Creates a guest behind a front end that has sent no message.
-    pub(crate) fn new(vmm: Monitor, front: FrontEnd, guest: Guest) -> Self {
+    pub(crate) fn new(vmm: Vmm, front: FrontEnd, guest: Guest) -> Self {
         Self {
             vmm,
             guest,
@@ -72,7 +72,7 @@ impl Vm {
     }
 
     /// Boots a guest until its driver runs.
-    pub(crate) fn boot(vmm: Monitor, front: FrontEnd, features: Features) -> Self {
+    pub(crate) fn boot(vmm: Vmm, front: FrontEnd, features: Features) -> Self {
         let mut vm = Self::new(vmm, front, Guest::new());
         vm.attach();
         vm.probe(features);
@@ -82,24 +82,24 @@ impl Vm {
     /// Attaches the front end to the device, before any driver.
     pub(crate) fn attach(&mut self) {
         match self.vmm {
-            Monitor::Uml => self.attach_uml(),
-            Monitor::Qemu => self.attach_qemu(),
+            Vmm::Uml => self.attach_uml(),
+            Vmm::Qemu => self.attach_qemu(),
         }
     }
 
     /// Starts a driver.
     pub(crate) fn probe(&mut self, features: Features) {
         match self.vmm {
-            Monitor::Uml => self.probe_uml(features, true),
-            Monitor::Qemu => self.start_qemu(features, [0; 2]),
+            Vmm::Uml => self.probe_uml(features, true),
+            Vmm::Qemu => self.start_qemu(features, [0; 2]),
         }
     }
 
     /// Like `vhost_user_init` of virtio_uml.c.
     fn attach_uml(&mut self) {
         self.front.send(request::SET_OWNER, &[], &[]);
-        assert_ne!(self.front.ask_u64(request::GET_FEATURES) & PROTOCOL_FEATURES, 0);
-        let protocol = self.front.ask_u64(request::GET_PROTOCOL_FEATURES);
+        assert_ne!(self.front.request_u64(request::GET_FEATURES) & PROTOCOL_FEATURES, 0);
+        let protocol = self.front.request_u64(request::GET_PROTOCOL_FEATURES);
         assert_eq!(protocol, OFFERED_PROTOCOL);
         self.front.send_u64(request::SET_PROTOCOL_FEATURES, protocol);
         self.send_channel();
@@ -142,14 +142,14 @@ impl Vm {
     /// Like `vhost_user_backend_init` and `vhost_dev_init` of QEMU: sends call files long
     /// before the features.
     fn attach_qemu(&mut self) {
-        let features = self.front.ask_u64(request::GET_FEATURES);
+        let features = self.front.request_u64(request::GET_FEATURES);
         assert_ne!(features & PROTOCOL_FEATURES, 0);
-        let protocol = self.front.ask_u64(request::GET_PROTOCOL_FEATURES);
+        let protocol = self.front.request_u64(request::GET_PROTOCOL_FEATURES);
         self.front.send_u64(request::SET_PROTOCOL_FEATURES, protocol & OFFERED_PROTOCOL);
-        assert!(self.front.ask_u64(request::GET_QUEUE_NUM) >= 2);
+        assert!(self.front.request_u64(request::GET_QUEUE_NUM) >= 2);
         self.send_channel();
         self.front.send(request::SET_OWNER, &[], &[]);
-        assert_eq!(self.front.ask_u64(request::GET_FEATURES), features);
+        assert_eq!(self.front.request_u64(request::GET_FEATURES), features);
         for index in 0..RINGS.len() {
             self.calls[index] = eventfd();
             self.front.send_fd(request::SET_VRING_CALL, index as u64, &self.calls[index]);

@@ -114,7 +114,7 @@ impl FrontEnd {
     }
 
     /// Sends a request whose reply has a file.
-    pub(crate) fn ask_for_file(&self, request: u32, payload: &[u8]) -> (Vec<u8>, OwnedFd) {
+    pub(crate) fn request_file(&self, request: u32, payload: &[u8]) -> (Vec<u8>, OwnedFd) {
         self.send(request, payload, &[]);
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -131,14 +131,14 @@ impl FrontEnd {
         (answer.to_vec(), fd.expect("a file"))
     }
 
-    pub(crate) fn ask_u64(&self, request: u32) -> u64 {
+    pub(crate) fn request_u64(&self, request: u32) -> u64 {
         self.send(request, &[], &[]);
         u64::from_ne_bytes(self.reply(request).try_into().unwrap())
     }
 
     /// Waits until the back end has handled all sent messages.
     pub(crate) fn barrier(&self) {
-        self.ask_u64(request::GET_FEATURES);
+        self.request_u64(request::GET_FEATURES);
     }
 
     /// Reads the configuration space from the start, like UML.

@@ -45,7 +45,7 @@ impl Program {
     }
 
     /// Closes the read end of its log.
-    pub(crate) fn hang_up_its_log(&mut self) {
+    pub(crate) fn close_its_log(&mut self) {
         drop(self.child.as_mut().unwrap().stderr.take());
     }
 

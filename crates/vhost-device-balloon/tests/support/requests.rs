@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use balloon_abi::request::{ANSWER_HEADER_BYTES, REQUEST_BYTES};
 use balloon_abi::{AnswerHeader, Outcome, Pfn, Request, record};
-use control::{BalloonControl, ControlError, GuestAnswer, GuestAsk, WhyNot};
+use control::{BalloonControl, ControlError, GuestAnswer, GuestErrorKind, GuestRequest};
 use guest_ring::Buffer;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -135,7 +135,11 @@ pub(crate) fn blocks(start: u64, pages: u64, words: &[u64]) -> Vec<u8> {
 pub(crate) type Operator = JoinHandle<Result<GuestAnswer, ControlError>>;
 
 /// Submits a request and waits in a new thread, like the server.
-pub(crate) fn ask(balloon: &Arc<dyn BalloonControl>, ask: GuestAsk, timeout: Duration) -> Operator {
+pub(crate) fn ask(
+    balloon: &Arc<dyn BalloonControl>,
+    ask: GuestRequest,
+    timeout: Duration,
+) -> Operator {
     let balloon = Arc::clone(balloon);
     thread::spawn(move || {
         let id = balloon.submit(ask, timeout)?;
@@ -144,7 +148,7 @@ pub(crate) fn ask(balloon: &Arc<dyn BalloonControl>, ask: GuestAsk, timeout: Dur
 }
 
 /// Returns the reason and the text of a failed request.
-pub(crate) fn why(outcome: Result<GuestAnswer, ControlError>) -> (WhyNot, String) {
+pub(crate) fn why(outcome: Result<GuestAnswer, ControlError>) -> (GuestErrorKind, String) {
     match outcome {
         Err(ControlError::Guest { why, what, .. }) => (why, what),
         other => panic!("not a failure of the guest: {other:?}"),

@@ -28,11 +28,11 @@ impl MigrationController {
         let thread = current.thread.take();
         let limit = match current.report.current_phase() {
             // The switchover has its own timeout; a snapshot file is about to be renamed.
-            Some(MigrationPhase::Switchover) if !ending.was_asked() => Duration::MAX,
+            Some(MigrationPhase::Switchover) if !ending.is_requested() => Duration::MAX,
             Some(MigrationPhase::Switchover | MigrationPhase::State) => SWITCHOVER_TIMEOUT,
             _ => CANCEL_TIMEOUT,
         };
-        let limit = ending.patience("the end of a migration or snapshot", limit);
+        let limit = ending.limit_wait("the end of a migration or snapshot", limit);
         let running = |current: &mut Current| current.state.reported() == MigrationState::Running;
         let waited = self.changed.wait_timeout_while(current, limit, running);
         current = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -42,7 +42,7 @@ impl MigrationController {
             drop(current);
             // The thread only has to return.
             match thread
-                .map(|thread| join_within(thread, ending.patience("a thread", CANCEL_TIMEOUT)))
+                .map(|thread| join_within(thread, ending.limit_wait("a thread", CANCEL_TIMEOUT)))
             {
                 None | Some(Joined::Ended) => {}
                 Some(Joined::Panicked) => tracing::error!("the migration thread panicked"),
@@ -59,8 +59,8 @@ impl MigrationController {
         if state != MigrationState::Moved {
             return false;
         }
-        let limit = if ending.was_asked() { CANCEL_TIMEOUT } else { OUTCOME_TIMEOUT };
-        let limit = ending.patience("a client to read that the guest was moved", limit);
+        let limit = if ending.is_requested() { CANCEL_TIMEOUT } else { OUTCOME_TIMEOUT };
+        let limit = ending.limit_wait("a client to read that the guest was moved", limit);
         let unread = |current: &mut Current| !current.report.outcome_read;
         drop(self.changed.wait_timeout_while(current, limit, unread));
         true

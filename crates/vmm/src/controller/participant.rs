@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use balloon_abi::Features;
 use control::api::Caches;
-use control::{BalloonControl as _, GuestAsk};
+use control::{BalloonControl as _, GuestRequest};
 use host_memory::{Discard, MemoryMap, MissingPages, Placed};
 use migration::cpu::CpuFeatures;
 use migration::dirty::DirtyBitmap;
@@ -213,7 +213,7 @@ impl SourceMachine for MigrationSource {
 
     fn drop_caches(&mut self, wait: Duration) -> Result<(), MachineError> {
         let balloon = &self.machine.balloon;
-        let id = balloon.submit(GuestAsk::DropCaches(Caches::All), wait)?;
+        let id = balloon.submit(GuestRequest::DropCaches(Caches::All), wait)?;
         match balloon.wait_request(id, wait + ANSWER_MARGIN) {
             Some(outcome) => Ok(outcome.map(drop)?),
             None => Err("guest: it did not answer in time".into()),

@@ -88,7 +88,7 @@ impl Unresolved {
         match self {
             Self::Source { doubt, to, guest } => {
                 let resolved = match action {
-                    ResolveAction::Ask => doubt.ask(guest, to),
+                    ResolveAction::Ask => doubt.resolve(guest, to),
                     ResolveAction::RunHere => doubt.run_here(guest),
                     ResolveAction::Discard => Ok(doubt.relinquish(guest)),
                 };

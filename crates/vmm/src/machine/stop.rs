@@ -49,7 +49,7 @@ impl Machine {
         // The devices are not served from here on: a migration that fails now, or only reads the
         // vCPUs' state, must not resume the guest.
         self.vcpus.halt();
-        let limit = ending.patience("the guest's vCPUs", PAUSE_TIMEOUT);
+        let limit = ending.limit_wait("the guest's vCPUs", PAUSE_TIMEOUT);
         if let Err(error) = self.vcpus.pause(limit) {
             tracing::error!(%error, "a vCPU did not stop; the guest ends anyway");
         }

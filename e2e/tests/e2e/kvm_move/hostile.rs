@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use bench::soak::moves::Receiver;
 use control::api::MigrationState;
 use migration::MigrationId;
-use migration::raw::Speaker;
+use migration::raw::FrameWriter;
 
 /// Kinds of frames (docs/migration.md).
 const HELLO: u16 = 1;
@@ -29,7 +29,7 @@ pub(super) fn sources_get_nothing(receiver: &Receiver) {
     let before_kib = resident_kib(receiver.guest.pid());
     // A frame longer than allowed: the destination does not allocate it.
     let mut long = hello(1);
-    long.extend(Speaker::keyed(MigrationId(ID), 0, true).frame(DESCRIBE, &[], &[]));
+    long.extend(FrameWriter::keyed(MigrationId(ID), 0, true).frame(DESCRIBE, &[], &[]));
     let length = long.len() - 12;
     long[length..length + 4].copy_from_slice(&u32::MAX.to_le_bytes());
     let said = [
@@ -77,11 +77,11 @@ fn hello(count: u8) -> Vec<u8> {
     body.extend([1, 0, 1, 0, 1, 0, count, 0]);
     body.extend(ID);
     body.extend([0; 8]);
-    Speaker::new().frame(HELLO, &body, &[])
+    FrameWriter::new().frame(HELLO, &body, &[])
 }
 
 fn keyed(kind: u16, body: &[u8]) -> Vec<u8> {
-    Speaker::keyed(MigrationId(ID), 0, true).frame(kind, body, &[])
+    FrameWriter::keyed(MigrationId(ID), 0, true).frame(kind, body, &[])
 }
 
 /// Describes a guest with this memory and the right name.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use migration::link::Accept;
 use migration::observer::Silent;
-use migration::raw::{Speaker, content_sum};
+use migration::raw::{FrameWriter, content_sum};
 use migration::{
     DestinationConfig, DestinationGuest, DestinationOwnership, MigrationId, ReceiveFailure,
     Resolution, receive,
@@ -19,7 +19,7 @@ const ID: MigrationId = MigrationId([3; 16]);
 
 /// The frames of a hostile source, and what an honest one would send next.
 struct HostileSource {
-    writers: Vec<Speaker>,
+    writers: Vec<FrameWriter>,
     bytes: Vec<Vec<u8>>,
     round: u32,
     /// Chunks and pages of this round on each connection.
@@ -56,9 +56,9 @@ pub(super) fn run(script: &mut Script<'_>) {
 
 /// The source resolves the doubt with a commit or a rollback.
 fn resolve(mut ownership: DestinationOwnership, machine: &mut Destination, commits: bool) {
-    let mut bytes = Speaker::new().frame(kind::HELLO, &hello(2, 0, 1, (1, 1)), &[]);
+    let mut bytes = FrameWriter::new().frame(kind::HELLO, &hello(2, 0, 1, (1, 1)), &[]);
     let decision = if commits { kind::COMMIT } else { kind::ROLLBACK };
-    bytes.extend(Speaker::keyed(ID, 0, true).frame(decision, &[], &[]));
+    bytes.extend(FrameWriter::keyed(ID, 0, true).frame(decision, &[], &[]));
     let _ = ownership.answer(Scripted::bytes(bytes), Duration::from_secs(1), machine);
     assert_eq!(machine.runs, ownership.resolution() == Resolution::RunsAtDestination);
     assert!(commits || ownership.resolution() == Resolution::NeverRan);
@@ -102,8 +102,8 @@ impl HostileSource {
                 _ => (1, (1, 1), count),
             };
             let body = hello(purpose, index, announced, versions);
-            source.bytes.push(Speaker::new().frame(kind::HELLO, &body, &[]));
-            source.writers.push(Speaker::keyed(ID, index, true));
+            source.bytes.push(FrameWriter::new().frame(kind::HELLO, &body, &[]));
+            source.writers.push(FrameWriter::keyed(ID, index, true));
         }
         source
     }

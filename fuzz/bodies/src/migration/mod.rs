@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use migration::MigrationId;
 use migration::link::{Closer, Link};
-use migration::raw::Speaker;
+use migration::raw::FrameWriter;
 
 use crate::script::Script;
 
@@ -115,7 +115,7 @@ impl Scripted {
         else {
             return;
         };
-        let mut writer = Speaker::keyed(MigrationId(*id), index, false);
+        let mut writer = FrameWriter::keyed(MigrationId(*id), index, false);
         for (kind, body, payload) in self.later.drain(..) {
             self.input.extend(writer.frame(kind, &body, &payload));
         }

@@ -40,7 +40,7 @@ pub(super) fn run(script: &mut Script<'_>) {
         Err(SourceFailure { guest: SourceGuest::InDoubt(doubt), .. }) => {
             assert!(!machine.runs && !machine.relinquished && committed);
             // It sends the request to the next connection.
-            let resolved = doubt.ask(&mut machine, &mut connect);
+            let resolved = doubt.resolve(&mut machine, &mut connect);
             assert_eq!(resolved.is_ok(), machine.runs || machine.relinquished);
         }
         Err(SourceFailure { guest: SourceGuest::Stuck(error), .. }) => panic!("{error}"),

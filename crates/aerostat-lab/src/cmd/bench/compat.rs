@@ -41,7 +41,8 @@ pub(super) fn run(args: &CompatArgs) -> Result<(), Failure> {
         drivers: args.driver.clone(),
         features: args.feature.clone(),
     };
-    let report = compat::run(&options, &mut |step| diagnostics::say!("{step}")).map_err(failure)?;
+    let report =
+        compat::run(&options, &mut |step| diagnostics::log_line!("{step}")).map_err(failure)?;
     if args.json {
         print_json(&report)?
     } else {

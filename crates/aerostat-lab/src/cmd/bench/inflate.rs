@@ -96,7 +96,7 @@ fn run_kvm(args: &InflateArgs) -> Result<(), Failure> {
         return Err(Failure { what: what.into(), hint: "omit it".into(), exit: Exit::Failed });
     }
     let words = &args.kernel_argument;
-    let report = kvm_inflate::measure(options, words, &mut |step| diagnostics::say!("{step}"))
+    let report = kvm_inflate::measure(options, words, &mut |step| diagnostics::log_line!("{step}"))
         .map_err(failure)?;
     if args.json { print_json(&report) } else { print(&kvm_table(&report)) }
 }
@@ -110,7 +110,7 @@ fn run_uml(args: &InflateArgs) -> Result<(), Failure> {
         backing: BackingArg::chosen(&args.backing),
     };
     let report =
-        inflate::run(&options, &mut |step| diagnostics::say!("{step}")).map_err(failure)?;
+        inflate::run(&options, &mut |step| diagnostics::log_line!("{step}")).map_err(failure)?;
     if let Some(path) = &args.svg {
         let guest_mib = options.guest_mib.first().copied().unwrap_or_default();
         std::fs::write(path, bench::chart::svg(&report, guest_mib))

@@ -93,7 +93,7 @@ pub(super) fn run(args: &MigrateArgs) -> Result<(), Failure> {
     let guests_mib = migrate::guests_mib(&options);
     let (words, task) = (&args.kernel_argument, Task::Migrate(options));
     let report: Report =
-        kvm::measure(task, words, guests_mib, limit, &mut |step| diagnostics::say!("{step}"))
+        kvm::measure(task, words, guests_mib, limit, &mut |step| diagnostics::log_line!("{step}"))
             .map_err(failure)?;
     if args.json { print_json(&report) } else { print(&table(&report)) }
 }

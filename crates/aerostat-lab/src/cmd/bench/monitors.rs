@@ -55,7 +55,7 @@ pub(super) fn run(args: &MonitorsArgs) -> Result<(), Failure> {
         kernel_arguments: args.kernel_argument.clone(),
     };
     let report =
-        monitors::run(&options, &mut |step| diagnostics::say!("{step}")).map_err(failure)?;
+        monitors::run(&options, &mut |step| diagnostics::log_line!("{step}")).map_err(failure)?;
     if args.json { print_json(&report) } else { print(&table(&report)) }
 }
 

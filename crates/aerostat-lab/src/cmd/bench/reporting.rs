@@ -41,7 +41,7 @@ pub(super) fn run(args: &ReportingArgs) -> Result<(), Failure> {
         backing: BackingArg::chosen(&args.backing),
     };
     let report =
-        reporting::run(&options, &mut |step| diagnostics::say!("{step}")).map_err(failure)?;
+        reporting::run(&options, &mut |step| diagnostics::log_line!("{step}")).map_err(failure)?;
     if args.json { print_json(&report) } else { print(&table(&report)) }
 }
 

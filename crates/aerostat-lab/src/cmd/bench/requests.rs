@@ -36,7 +36,7 @@ pub(super) fn run(args: &RequestsArgs) -> Result<(), Failure> {
         storm: args.storm,
     };
     let report =
-        requests::run(&options, &mut |step| diagnostics::say!("{step}")).map_err(failure)?;
+        requests::run(&options, &mut |step| diagnostics::log_line!("{step}")).map_err(failure)?;
     if args.json { print_json(&report) } else { print(&text(&report)) }
 }
 

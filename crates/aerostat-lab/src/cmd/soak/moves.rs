@@ -83,7 +83,7 @@ fn words(args: &MovesArgs, seed: u64, case: &Case) -> Vec<OsString> {
 fn inside(args: &MovesArgs, seed: u64) -> Result<(), Failure> {
     let run_config = moves::given_run_config(&program()?).map_err(failure)?;
     moves::raise_loopback();
-    let progress = &mut |step: &str| diagnostics::say!("{step}");
+    let progress = &mut |step: &str| diagnostics::log_line!("{step}");
     let mut reports = Vec::new();
     for case in &args.guest {
         if args.migrate.is_some() {

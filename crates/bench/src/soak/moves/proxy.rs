@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use migration::MigrationId;
-use migration::raw::{Speaker, content_sum};
+use migration::raw::{FrameWriter, content_sum};
 
 use crate::error::{Result, host};
 
@@ -316,7 +316,7 @@ struct Pump {
     to: TcpStream,
     /// Whether it was connected after the fault.
     is_later: bool,
-    writer: Arc<Mutex<Option<[Speaker; 2]>>>,
+    writer: Arc<Mutex<Option<[FrameWriter; 2]>>>,
 }
 
 impl Pump {
@@ -426,7 +426,7 @@ impl Pump {
             let id = frame.body().get(HELLO_ID..).and_then(<[u8]>::first_chunk);
             let index = frame.body().get(HELLO_INDEX).copied();
             if let (Some(id), Some(index)) = (id, index) {
-                let writer = |is_source| Speaker::keyed(MigrationId(*id), index, is_source);
+                let writer = |is_source| FrameWriter::keyed(MigrationId(*id), index, is_source);
                 *writers = Some([writer(true), writer(false)]);
             }
             return;
@@ -457,7 +457,7 @@ struct Frame {
     kind: u16,
     bytes: Vec<u8>,
     body_bytes: usize,
-    sealed: Option<Speaker>,
+    sealed: Option<FrameWriter>,
 }
 
 impl Frame {
@@ -551,7 +551,7 @@ mod tests {
     }
 
     fn frames() -> Vec<u8> {
-        let mut writer = Speaker::keyed(MigrationId([3; 16]), 0, true);
+        let mut writer = FrameWriter::keyed(MigrationId([3; 16]), 0, true);
         (0..3u8).flat_map(|number| writer.frame(CHUNK, &[0, 0, 0, 0, number], &[number])).collect()
     }
 
