@@ -41,9 +41,7 @@ pub use hint::{HintError, HintPhase, Hinting};
 pub use layout::{LayoutError, MemoryLayout};
 pub use reclaim::Reclaim;
 pub use report::Reports;
-pub use request::{
-    DeviceRequest, GuestRequests, Hold, HoldState, MAX_OUTCOMES, MAX_QUEUED_REQUESTS,
-};
-pub use request_failure::{RequestFailure, RequestResult, SubmitError};
+pub use request::{DeviceRequest, GuestRequests, Hold, HoldState, MAX_OUTCOMES};
+pub use request_failure::{MAX_QUEUED_REQUESTS, RequestFailure, RequestResult, SubmitError};
 pub use stats::Stats;
 pub use totals::{RequestKind, RequestTotals};

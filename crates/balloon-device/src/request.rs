@@ -14,12 +14,8 @@ use page_set::PageSet;
 use crate::answer::{Answer, Blocks, FreeKind, FreePages, decode_blocks};
 use crate::fault::Fault;
 use crate::layout::MemoryLayout;
-use crate::request_failure::{RequestFailure, RequestResult, SubmitError};
+use crate::request_failure::{MAX_QUEUED_REQUESTS, RequestFailure, RequestResult, SubmitError};
 use crate::totals::{RequestKind, RequestTotals};
-
-/// Most requests that wait to be sent, without the running one. More are refused: their
-/// operator does not wait for answers.
-pub const MAX_QUEUED_REQUESTS: usize = 8;
 
 /// Most outcomes that are kept until a caller takes them: one for each request that can
 /// wait at once, and as many again for slow callers. An outcome can contain a set of

@@ -2,7 +2,10 @@
 
 use crate::answer::Answer;
 use crate::fault::Fault;
-use crate::request::MAX_QUEUED_REQUESTS;
+
+/// Most requests that wait to be sent, without the running one. More are refused: their
+/// operator does not wait for answers.
+pub const MAX_QUEUED_REQUESTS: usize = 8;
 
 /// Why a request is not accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

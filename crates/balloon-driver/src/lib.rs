@@ -12,7 +12,9 @@
 pub mod answer;
 mod balloon;
 mod encoder;
+mod end;
 mod hold;
+mod hold_request;
 mod inbox;
 pub mod message;
 mod pressure;

@@ -5,24 +5,11 @@ use balloon_abi::request::{ANSWER_VALUES, Caches, Command, Outcome};
 
 use crate::answer::Answer;
 use crate::balloon::Geometry;
-use crate::hold;
+use crate::end::End;
+use crate::hold_request as hold;
 use crate::inbox::{ReceivedRequest, Stop};
 use crate::snapshot::{self, MAX_FOUND};
 use crate::traits::{CachePages, RequestKernel, RequestQueue};
-
-/// How an unsuccessful request ends.
-pub(crate) enum End {
-    /// It was stopped.
-    Stop(Stop),
-    /// It failed; the number is the answer's first value.
-    Outcome(Outcome, u64),
-}
-
-impl From<Stop> for End {
-    fn from(stop: Stop) -> Self {
-        Self::Stop(stop)
-    }
-}
 
 /// State for executing requests.
 pub struct RequestHandler {

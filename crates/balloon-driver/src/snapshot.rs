@@ -10,7 +10,7 @@ use balloon_abi::request::ANSWER_VALUES;
 
 use crate::answer::Answer;
 use crate::balloon::Geometry;
-use crate::requests::End;
+use crate::end::End;
 use crate::traits::{RequestKernel, RequestQueue, Slice};
 
 /// Most blocks that one slice names.

@@ -11,6 +11,7 @@ mod ending;
 mod log_limit;
 mod reclaim;
 mod request_text;
+mod request_times;
 mod requests;
 pub mod ring;
 mod saved;

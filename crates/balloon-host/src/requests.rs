@@ -1,41 +1,23 @@
 //! The control API's requests to the guest, with their times.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use balloon_abi::{Caches, Features};
 use balloon_device::{
-    Answer, DeviceRequest, FreeKind, FreePages, HoldState, MAX_OUTCOMES, RequestKind, RequestResult,
+    Answer, DeviceRequest, FreeKind, FreePages, HoldState, RequestKind, RequestResult,
 };
 use control::api::{self, BALLOON_PAGE_BYTES, BlockCount, CancelledRequest, RequestStatus};
 use control::{ControlError, FreePagesMap, GuestAnswer, GuestErrorKind, GuestRequest};
 use page_set::PageSet;
 
 use crate::request_text::{failed, refused};
+use crate::request_times::{MAX_TIMES, SubmittedRequest};
 use crate::shared::{Shared, State, ms};
 
 /// Time for the guest to confirm a cancel. After it the request ends without a confirmation.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// Most submission times that are kept: one for each request that can have an outcome, and one
-/// for a request that is being submitted.
-const MAX_TIMES: usize = MAX_OUTCOMES + 1;
-
-/// Times of requests, which the device does not record.
-#[derive(Debug, Default)]
-pub(crate) struct RequestTimes {
-    submitted: VecDeque<(u32, SubmittedRequest)>,
-    /// Id, duration and arrival of the newest free pages.
-    newest: Option<(u32, Duration, Instant)>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct SubmittedRequest {
-    at: Instant,
-    timeout: Duration,
-    kind: RequestKind,
-}
 
 impl Shared {
     /// Returns the time until the next deadline of a request.
@@ -158,12 +140,6 @@ impl Shared {
         self.changed();
         self.wake_up()?;
         Ok(CancelledRequest { id, command })
-    }
-}
-
-impl RequestTimes {
-    fn of(&self, id: u32) -> Option<SubmittedRequest> {
-        self.submitted.iter().find(|(submitted, _)| *submitted == id).map(|(_, at)| *at)
     }
 }
 

@@ -24,7 +24,7 @@ use rustix::event::EventfdFlags;
 use crate::HostError;
 use crate::log_limit::LogLimit;
 use crate::reclaim::{HostReclaim, Work};
-use crate::requests::RequestTimes;
+use crate::request_times::RequestTimes;
 use crate::saved::{Saved, StateWriter};
 
 /// How often a wait polls for the end of a background release, which sends no

@@ -1,6 +1,8 @@
 //! Sizes in binary units.
 
 use std::fmt;
+
+use page_set::PAGE_BYTES;
 use std::str::FromStr;
 
 /// A number of bytes, parsed and printed in binary units.
@@ -22,8 +24,6 @@ const FRACTION_DIGITS: usize = 9;
 
 /// Smallest number accepted without a unit, except 0: fewer bytes are hardly meant.
 const LEAST_BARE_BYTES: u64 = 1 << 20;
-
-const PAGE_BYTES: u64 = 4096;
 
 /// Whole numbers above this are printed with two decimals of a larger unit: `3145727 KiB` is hard
 /// to read.

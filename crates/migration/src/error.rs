@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 
 use diagnostics::visible;
 
+use page_set::PAGE_BYTES;
+
 use crate::cpu::CpuMismatch;
 use crate::layout::LayoutError;
+use crate::limits::VERSIONS;
 use crate::traits::MachineError;
-use crate::wire::chunk::PAGE_BYTES;
-use crate::wire::control::VERSIONS;
 
 /// Why a migration, a snapshot or a restore failed. The state of the guest is reported separately.
 #[derive(Debug, thiserror::Error)]
@@ -282,7 +283,7 @@ impl MigrationError {
 
 /// The size of `pages`, in MiB or KiB.
 fn size(pages: u64) -> String {
-    let kib = pages.saturating_mul(PAGE_BYTES as u64 >> 10);
+    let kib = pages.saturating_mul(PAGE_BYTES >> 10);
     if kib.is_multiple_of(1 << 10) { format!("{} MiB", kib >> 10) } else { format!("{kib} KiB") }
 }
 

@@ -58,3 +58,6 @@ pub const FRAME_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Keepalives on one connection in one round: they arrive some times a second, so this is hours.
 pub const MAX_KEEPALIVES: u32 = 100_000;
+
+/// The supported versions, oldest and newest.
+pub(crate) const VERSIONS: (u16, u16) = (1, 1);

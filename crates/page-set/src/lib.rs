@@ -29,15 +29,13 @@ mod bitmap;
 mod bits;
 mod error;
 mod range;
-mod ranges;
 mod set;
 mod slab;
 mod take;
 
 pub use error::PageSetError;
 pub use range::{PAGE_NUMBER_END, PageRange};
-pub use ranges::Ranges;
-pub use set::PageSet;
+pub use set::{PageSet, Ranges};
 
 /// Size of a page in bytes, independent of the host's page size.
 pub const PAGE_BYTES: u64 = 4096;

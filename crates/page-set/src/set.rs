@@ -1,12 +1,15 @@
 //! [`PageSet`].
 
+mod ranges;
+
 use core::fmt;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 
 use crate::range::PageRange;
-use crate::ranges::Ranges;
 use crate::slab::{SLAB_PAGES, Slab};
+
+pub use self::ranges::Ranges;
 
 /// Ranges that `Debug` prints before it only prints the number of remaining pages.
 const DEBUG_RANGES: usize = 16;

@@ -16,6 +16,8 @@ use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use linux_loader::loader::{KernelLoader, KernelLoaderResult};
 use vm_memory::{Address, Bytes, GuestAddress};
 
+use page_set::PAGE_BYTES;
+
 use crate::cpu::Entry;
 use crate::error::Error;
 use crate::layout;
@@ -40,8 +42,6 @@ const INITRD_MAX: u64 = 1 << 31;
 
 /// Lowest load address of a kernel.
 const HIGH: Option<GuestAddress> = Some(GuestAddress(layout::HIGH_START));
-
-const PAGE_BYTES: u64 = 4096;
 
 /// What to boot.
 pub(crate) struct Boot<'a> {

@@ -4,7 +4,7 @@ use balloon_abi::Features;
 use migration::cpu::FeatureWord;
 use migration::layout::GuestLayout;
 use migration::traits::{Description, MachineError};
-use page_set::PageRange;
+use page_set::{PAGE_BYTES, PageRange};
 
 use crate::block::{DiskIdentity, DiskLimits, DiskShape, GuestDisk, MAX_DISKS};
 use crate::codec::{Malformed, Reader, Writer};
@@ -19,8 +19,6 @@ use crate::state;
 /// memory what it has read of its devices, so they must not change. Version 3 added the generation
 /// ID, version 4 the disks' identities.
 const VERSION: u32 = 4;
-
-const PAGE_BYTES: u64 = 4096;
 
 /// The parts of a machine that its guest can see. Each host chooses the memory's backing and the
 /// disks' paths; the disks' identities are included.

@@ -3,7 +3,7 @@
 use std::sync::{Arc, MutexGuard, PoisonError};
 
 use kvm_bindings::CpuId;
-use page_set::{PageRange, PageSet};
+use page_set::{PAGE_BYTES, PageRange, PageSet};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::cpuid::CpuFeatures;
@@ -12,8 +12,6 @@ use crate::error::Error;
 use crate::machine::{Machine, PAUSE_TIMEOUT};
 use crate::memory::Ram;
 use crate::state::{Irqchip, MachineState, Section, VcpuState, transport_name};
-
-const PAGE_BYTES: u64 = 4096;
 
 /// A guest's memory, detached from its machine. Several threads may read and write it.
 #[derive(Clone)]

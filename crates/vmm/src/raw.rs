@@ -10,7 +10,7 @@ use balloon_host::{HostReclaim, Shared};
 use control::api::{PartialHuge, ReleaseMode};
 use migration::layout::GuestLayout;
 use migration::traits::Description;
-use page_set::PageRange;
+use page_set::{PAGE_BYTES, PageRange};
 
 use crate::balloon::VirtioBalloon;
 use crate::block::{DiskIdentity, DiskLimits, DiskShape, GuestDisk};
@@ -24,8 +24,6 @@ use crate::preflight::Sample;
 use crate::state::{Irqchip, MachineState, Section, VcpuState};
 
 pub use disk::Disk;
-
-const PAGE_BYTES: u64 = 4096;
 
 /// A valid description of a machine with one disk.
 ///

@@ -2,6 +2,8 @@
 
 use lab::Guest;
 
+use page_set::PAGE_BYTES;
+
 use super::{GuestState, Scenario};
 use crate::error::{BenchError, Result};
 use crate::kvm::{GuestFiles, command, number};
@@ -23,8 +25,6 @@ const LOAD_MIB: u64 = 16;
 
 /// Seed of the patterns.
 const SEED: u64 = 1;
-
-const PAGE_BYTES: u64 = 4096;
 
 /// Sets the guest's state. Returns its used memory that is not zero, in bytes.
 pub(super) fn set(guest: &mut Guest, scenario: Scenario, files: &GuestFiles) -> Result<u64> {

@@ -10,15 +10,15 @@ use super::round::{self, RoundContext};
 use super::{Sink, SourceConfig, SwitchoverResult};
 use crate::bandwidth::Bandwidth;
 use crate::error::MigrationError;
-use crate::limits::{MAX_FILL_RANGES, MAX_PAYLOAD_BYTES, MAX_STATE_BYTES, MAX_STATE_SECTIONS};
+use crate::limits::{
+    MAX_FILL_RANGES, MAX_PAYLOAD_BYTES, MAX_STATE_BYTES, MAX_STATE_SECTIONS, VERSIONS,
+};
 use crate::link::{Closer, Connect, Link};
 use crate::selection::Plan;
 use crate::summary::RoundSummary;
 use crate::traits::{Description, StateSection};
 use crate::wire::chunk::{Fill, StatePart};
-use crate::wire::control::{
-    CAPABILITY_ZSTD, Control, Hello, MigrationId, PeerStatus, Purpose, VERSIONS,
-};
+use crate::wire::control::{CAPABILITY_ZSTD, Control, Hello, MigrationId, PeerStatus, Purpose};
 use crate::wire::frame::Kind;
 use crate::wire::stream::{Side, Stream};
 

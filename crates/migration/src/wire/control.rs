@@ -10,14 +10,12 @@ use crate::error::MigrationError;
 use crate::layout::{GuestLayout, MAX_REGIONS};
 use crate::limits::{
     MAX_CONFIG_BYTES, MAX_CONNECTIONS, MAX_FEATURE_WORDS, MAX_NAME_BYTES, MAX_REASON_BYTES,
+    VERSIONS,
 };
 use crate::traits::Description;
 
 /// First bytes of a hello.
 const MAGIC: [u8; 8] = *b"AEROSTAT";
-
-/// The supported versions, oldest and newest.
-pub(crate) const VERSIONS: (u16, u16) = (1, 1);
 
 /// Payloads may be compressed with zstd.
 pub(crate) const CAPABILITY_ZSTD: u32 = 1;
