@@ -54,7 +54,7 @@ const MOST_EXITS: u64 = 100;
 const LIMIT: Duration = Duration::from_secs(600);
 
 /// Timeout of one guest command, likewise.
-const COMMAND_LIMIT: Duration = Duration::from_secs(60);
+const COMMAND_LIMIT: Duration = Duration::from_secs(240);
 
 /// Timeout of a panic, its report, and the second that the kernel waits.
 const END_LIMIT: Duration = Duration::from_secs(60);
@@ -148,10 +148,7 @@ fn nested_kvm_module() -> &'static str {
 #[test]
 #[ignore = "another test runs it on a KVM"]
 fn inside() {
-    // Run by hand it has no files.
-    if std::env::var_os(VMLINUZ).is_none() {
-        return;
-    }
+    assert!(std::env::var_os(VMLINUZ).is_some(), "another test runs this on a machine with a KVM");
     let start = Instant::now();
     let path = |variable: &str| PathBuf::from(std::env::var_os(variable).unwrap());
     let modules = std::env::var(MODULES).unwrap();
