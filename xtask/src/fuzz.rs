@@ -41,7 +41,7 @@ pub(crate) struct Args {
     /// Targets to run in parallel.
     #[arg(long, default_value_t = 2)]
     jobs: usize,
-    /// Minimize the corpus in fuzz/corpus to the inputs that reach all covered edges.
+    /// Minimize the corpus in testing/fuzz/corpus to the inputs that reach all covered edges.
     #[arg(long)]
     keep: bool,
 }
@@ -57,7 +57,7 @@ struct Target {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let fuzz = root().join("fuzz");
+    let fuzz = root().join("testing/fuzz");
     let names = choose(&names(&fuzz)?, &args.targets)?;
     let programs = build(&fuzz, &names)?;
     let targets = names.into_iter().map(|name| Target {
@@ -89,10 +89,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Names of all targets: one file each in `fuzz/targets`.
+/// Names of all targets: one file each in `testing/fuzz/targets`.
 fn names(fuzz: &Path) -> Result<Vec<String>> {
     let mut names = Vec::new();
-    for entry in fs::read_dir(fuzz.join("targets")).context("fuzz/targets")? {
+    for entry in fs::read_dir(fuzz.join("targets")).context("testing/fuzz/targets")? {
         let path = entry?.path();
         names.extend(path.file_stem().map(|stem| stem.to_string_lossy().into_owned()));
     }

@@ -148,7 +148,7 @@ mod tests {
 | `crates/abi` | layouts | - | - |
 | `crates/driver` | decisions | abi | - |
 | `crates/device` | the device | abi | vm-memory, thiserror |
-| `fuzz/bodies` (`fuzz-bodies`) | targets | any | any |
+| `testing/fuzz/bodies` (`fuzz-bodies`) | targets | any | any |
 
 Text.
 ";

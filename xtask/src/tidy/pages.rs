@@ -43,7 +43,7 @@ fn is_of_a_path(c: char) -> bool {
 const MAPS: [&str; 3] = ["ARCHITECTURE.md", "docs/design/decisions.md", "docs/design/paths.md"];
 
 /// Prefixes of paths in the tree.
-const PLACES: [&str; 6] = ["crates/", "docs/", "e2e/", "fuzz/", "guest/", "xtask/"];
+const PLACES: [&str; 5] = ["crates/", "docs/", "guest/", "testing/", "xtask/"];
 
 /// Returns paths in [`MAPS`] that do not exist.
 pub(super) fn check_maps(files: &Files) -> Vec<String> {
@@ -91,8 +91,8 @@ mod tests {
 
     #[test]
     fn a_path_that_does_not_exist_is_a_problem() {
-        let map = "See `crates/a/src/b.rs`, `crates/a/src/`, `fuzz/bodies` and `c.rs`.\n";
-        let paths = ["crates/a/src/b.rs", "fuzz/bodies/lib.rs"];
+        let map = "See `crates/a/src/b.rs`, `crates/a/src/`, `testing/fuzz/bodies` and `c.rs`.\n";
+        let paths = ["crates/a/src/b.rs", "testing/fuzz/bodies/lib.rs"];
         let mut files = file("ARCHITECTURE.md", map.to_owned());
         files.0.extend(paths.map(|path| (path.to_owned(), String::new())));
         assert_eq!(check_maps(&files), Vec::<String>::new());

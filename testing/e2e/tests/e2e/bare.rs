@@ -1,4 +1,4 @@
-//! The VMM with a guest that needs no Linux and boots in milliseconds (`guest/bare`).
+//! The VMM with a guest that needs no Linux and boots in milliseconds (`testing/guest/bare`).
 //!
 //! It runs on KVMs that boot no Linux guest. On a machine without any usable KVM, each test runs in
 //! an emulated machine with KVM instead, and prints so.

@@ -145,7 +145,7 @@ pub(crate) fn clone_root() -> PathBuf {
 }
 
 pub(crate) fn guest_source(name: &str) -> Result<PathBuf> {
-    let source = clone_root().join("guest").join(name);
+    let source = clone_root().join("testing/guest").join(name);
     let found = fs::canonicalize(&source);
     found.map_err(|_| LabError::Host {
         what: format!("find the guest's sources at {}", source.display()),

@@ -11,10 +11,10 @@ fn every_committed_input_is_served() {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../corpus");
     for (name, body) in fuzz_bodies::TARGETS {
         let files: Vec<_> = fs::read_dir(corpus.join(name))
-            .unwrap_or_else(|error| panic!("fuzz/corpus/{name}: {error}"))
+            .unwrap_or_else(|error| panic!("testing/fuzz/corpus/{name}: {error}"))
             .map(|entry| entry.expect("a readable directory").path())
             .collect();
-        assert!(files.len() >= MIN_FILES, "fuzz/corpus/{name} has {} files", files.len());
+        assert!(files.len() >= MIN_FILES, "testing/fuzz/corpus/{name} has {} files", files.len());
         for file in files {
             println!("{}", file.display());
             body(&fs::read(&file).expect("a readable file"));

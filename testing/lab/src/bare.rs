@@ -1,4 +1,4 @@
-//! A guest without an operating system (`guest/bare`), in the VMM.
+//! A guest without an operating system (`testing/guest/bare`), in the VMM.
 //!
 //! It uses so little of KVM that it runs where a Linux guest does not, and it boots in
 //! milliseconds. It serves every test that needs no Linux in the guest: the VMM's console, disks,
