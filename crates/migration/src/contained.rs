@@ -47,7 +47,7 @@ mod tests {
     fn a_panic_is_an_error_of_this_side() {
         assert_eq!(contained("moving", || Ok(3)).unwrap(), 3);
         let error = contained::<()>("moving", || panic!("page 7")).unwrap_err().chain();
-        assert!(error.starts_with("VMM: moving: it panicked"), "{error}");
+        assert!(error.starts_with("VMM: moving: a thread panicked"), "{error}");
         assert!(error.ends_with("page 7"), "{error}");
     }
 }

@@ -76,7 +76,7 @@ fn a_failed_migration_reports_its_reason() {
     on_a_kvm("bare_errors::a_failed_migration_reports_its_reason", || {
         let guest = builder("a").argument("--cpus").argument("2").boot().unwrap();
         let limits: [(&[&str], &[&str]); 2] = [
-            (&["--max-memory", "16MiB"], &["32 MiB", "at most 16", "--max-memory"]),
+            (&["--max-memory", "16MiB"], &["32 MiB", "the limit is 16 MiB", "--max-memory"]),
             (&["--max-cpus", "1"], &["2 vCPUs", "at most 1", "--max-cpus"]),
         ];
         for (words, says) in limits {
@@ -92,7 +92,7 @@ fn a_failed_migration_reports_its_reason() {
         for (to, words, says) in [
             ("127.0.0.1:1", &["--plain"][..], &["127.0.0.1:1", "refused", "aerostat receive"][..]),
             ("localhost", &["--plain"], &["localhost", "HOST:PORT"]),
-            ("nowhere.invalid:1", &["--plain"], &["nowhere.invalid:1", "no address"]),
+            ("nowhere.invalid:1", &["--plain"], &["nowhere.invalid:1", "cannot resolve"]),
             ("192.0.2.1:7000", &["--plain"], &["192.0.2.1", "--plain", "--tls-cert"]),
             (&address, &missing, &["/no/cert", "No such file", "PEM"]),
             (&address, &tls, &[&format!("127.0.0.1:{port}"), "--plain"]),
@@ -132,8 +132,8 @@ fn an_invalid_snapshot_reports_its_reason() {
         let cases: [(&[u8], &[&str]); 6] = [
             (b"", &["0 bytes", "4096"]),
             (&[b'x'; 5000], &["begins with \"xxxxxxxx\"", "\"AEROSNAP\""]),
-            (&newer, &["version 7", "1 is known"]),
-            (&bytes[..len - 5], &[&format!("with {len} bytes"), &format!("has {}", len - 5)]),
+            (&newer, &["version 7", "not 1"]),
+            (&bytes[..len - 5], &[&format!("of the {len} that"), &format!("has {}", len - 5)]),
             (&[&bytes[..], b"more"].concat(), &[&format!("has {}", len + 4)]),
             (&damaged, &["the checksum of memory does not match", "another copy"]),
         ];

@@ -76,7 +76,7 @@ fn impossible_targets_are_errors() {
     fixture.load_driver();
     let (code, out, err) = host.aerostat(&["balloon", "other", "1GiB"]);
     assert_eq!((code, out.as_str()), (Some(3), ""), "{err}");
-    assert!(err.contains("\n  hint: `aerostat status` lists the guests"), "{err}");
+    assert!(err.contains("`aerostat status` lists the running guests"), "{err}");
     let (code, _, err) = host.aerostat(&["balloon", NAME, "2GiB"]);
     assert_eq!(code, Some(1), "{err}");
     assert!(err.starts_with("error: a balloon of 2 GiB does not fit into a guest of "), "{err}");

@@ -232,7 +232,7 @@ fn damaged_files_are_refused(file: &Path) {
 
     open.set_len(len - 1).unwrap();
     let (code, text) = aerostat(&["restore", path, "--name", "again"]);
-    let both = format!("was written with {len} bytes, and has {}", len - 1);
+    let both = format!("it has {} bytes of the {len} that were written", len - 1);
     assert!(code == Some(1) && text.contains(&both), "{code:?} {text}");
 }
 
@@ -370,7 +370,7 @@ fn the_demo_shows_a_live_migration() {
     // The guest answers before, during and after the migration.
     assert!(lines("first process   the guest answers: up for") > 4, "{text}");
     assert!(lines("second process  the guest answers: up for") >= 4, "{text}");
-    for expected in ["round 0", "written before are unchanged", "moved to the second"] {
+    for expected in ["round 0", "written before are unchanged", "migrated to the second"] {
         assert_eq!(lines(expected), 1, "{expected} in {text}");
     }
 }

@@ -522,7 +522,7 @@ fn only_a_panic_of_the_loading_thread_ends_a_lazy_restore() {
         assert!(watched.power_off().unwrap().success());
         let mut lost = restore("filling");
         assert_eq!(lost.wait_for_end(TEST_TIMEOUT).unwrap().code(), Some(1), "{}", lost.errors());
-        let reason = "filling memory: it panicked";
+        let reason = "filling memory: a thread panicked";
         lost.wait_for_error("the reason", |text| text.contains(reason).then_some(())).unwrap();
         assert!(guest.power_off().unwrap().success());
     });
@@ -567,7 +567,7 @@ fn a_device_loop_that_always_panics_ends_the_process() {
             assert!(Instant::now() < end, "{}", guest.errors());
         }
         assert_eq!(guest.wait_for_end(TEST_TIMEOUT).unwrap().code(), Some(1));
-        let expected = "host: serving the guest's devices failed: it panicked";
+        let expected = "host: serving the guest's devices failed: a thread panicked";
         guest.wait_for_error("the reason", |text| text.contains(expected).then_some(())).unwrap();
     });
 }
