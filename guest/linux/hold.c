@@ -153,7 +153,7 @@ u64 aerostat_lose_hold(struct aerostat *vb, bool wait_for_lock, unsigned long ti
 	return aerostat_free_lost(rq) >> AEROSTAT_PAGE_SHIFT;
 }
 
-/* Ends the hold when the driver is removed. On a timeout the reset frees it. */
+/* Ends the hold when the driver is removed. On a timeout aerostat_clear_hold() frees it after the reset. */
 void aerostat_leave_hold(struct aerostat_requests *rq)
 {
 	if (!aerostat_begin_loss(rq, true))

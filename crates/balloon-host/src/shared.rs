@@ -247,7 +247,7 @@ impl control::BalloonControl for Shared {
     fn set_target(&self, pages: u32) -> Result<u64, ControlError> {
         let mut state = self.state();
         if state.leaving {
-            let what = "the guest is switching to another host, and a new target would be lost";
+            let what = "the guest is being migrated or saved, and a new target would be lost";
             let hint = "set the target on the host that `aerostat status` reports".to_owned();
             return Err(ControlError::Refused { what: what.to_owned(), hint });
         }

@@ -36,7 +36,7 @@ const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::
     .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
     .union(VhostUserProtocolFeatures::MQ);
 
-/// Bits of a `SET_VRING_KICK` payload: the queue's index, and the flag for a missing file
+/// Bits of a `SET_VRING_KICK` or `SET_VRING_CALL` payload: the queue's index, and the flag for a missing file
 /// descriptor.
 const VRING_INDEX_MASK: u64 = 0xff;
 const VRING_NO_FD: u64 = 1 << 8;

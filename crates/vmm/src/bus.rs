@@ -82,7 +82,8 @@ impl Bus {
 }
 
 impl Slot {
-    /// Places a device in its window; KVM turns notifications and interrupts into eventfd events.
+    /// Places a device in its window; KVM signals an ioeventfd for each notification, and interrupts the
+    /// guest when the irqfd is written.
     pub(crate) fn new(
         number: u32,
         mut device: Box<dyn Device>,

@@ -170,7 +170,7 @@ impl MigrationController {
         !current.state.arrival_failed()
     }
 
-    /// Marks the source as committing. From here on the migration cannot be cancelled.
+    /// Marks the migration or snapshot as committing. From here on the migration cannot be cancelled.
     ///
     /// # Errors
     /// The migration was cancelled, or this process is ending.

@@ -1,4 +1,4 @@
-//! Who may run a guest that is whole at the destination, and the answers to its source.
+//! Who may run a guest that has fully arrived, and the answers to its source.
 
 use std::time::{Duration, Instant};
 

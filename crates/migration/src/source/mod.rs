@@ -479,7 +479,7 @@ impl<'a, M: SourceMachine, S: Sink> Job<'a, M, S> {
         self.panics.check()
     }
 
-    /// Ends the job: resumes, relinquishes or keeps the guest in doubt, as the outcome requires.
+    /// Ends the job: resumes the guest or leaves it in doubt, as the outcome requires.
     pub(crate) fn finish(
         mut self,
         outcome: Result<Outcome, MigrationError>,

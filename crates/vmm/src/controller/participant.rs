@@ -44,7 +44,7 @@ const COPY_BYTES: usize = 4096;
 /// Time to wait for a request's answer beyond the request's own timeout.
 const ANSWER_MARGIN: Duration = Duration::from_millis(500);
 
-/// Guest memory, detached from its machine.
+/// A handle to guest memory that other threads can use.
 pub(crate) struct Pages {
     guest: Ram,
     map: MemoryMap,
@@ -57,7 +57,7 @@ impl Pages {
 }
 
 impl ReadPages for Pages {
-    /// Reads memory in a file with `pread`: reading a hole through the mapping would allocate it.
+    /// Reads file-backed memory with `pread`: reading a hole through the mapping would allocate it.
     fn read_pages(&self, pages: PageRange, out: &mut [u8]) -> Result<(), MachineError> {
         // Cannot overflow: page numbers are below 2^52.
         let at = GuestAddress(pages.start() * PAGE_BYTES);
@@ -128,7 +128,7 @@ impl PlacePages for Missing {
     }
 }
 
-/// A guest at the source of a migration.
+/// A guest at the source of a migration or snapshot.
 #[derive(Clone)]
 pub(crate) struct MigrationSource {
     machine: Arc<Machine>,

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!            Begin (source, snapshot)
-//!   +------+ -----------------------> +---------+ Saved, Moved, Failed, Arrived  +------+
+//!   +------+ -----------------------> +---------+  Saved, Moved, Failed, Start   +------+
 //!   | Idle |                          | Running | -----------------------------> | Done |
 //!   +------+ --> Waiting -----------> +---------+ <----------------------------- +------+
 //!            Wait        Connected     |       |             Begin                ^   ^
@@ -15,12 +15,15 @@
 //!                                    |                                                |
 //!                                    +------------------------------------------------+
 //!                                      ResolveBegin, or a peer that asks; then
-//!                                      Moved, Resumed, Arrived or Discarded
+//!                                      Moved, Resumed, Start or Discarded
 //! ```
+//!
+//! Waiting fails to Done, and a destination whose guest did not arrive waits again.
 //!
 //! A migration is a two-phase commit. The destination is prepared once it has the whole guest. The
 //! source decides: from [`Event::Commit`] on its guest stays paused until the source knows that the
-//! destination did not run it. A side that has not received the other's answer is in-doubt.
+//! destination did not run it. A source without the
+//! answer, or a destination without the decision, is in doubt.
 
 use control::api::{MigrationSide, MigrationState};
 
@@ -40,11 +43,12 @@ pub(crate) enum Phase {
     Idle,
     /// A destination waits for a source to connect.
     Waiting,
-    /// In progress. `committing`: the destination may have been sent the commit.
+    /// In progress. `committing`: from here on it cannot be cancelled.
     Running { side: MigrationSide, committing: bool },
-    /// The peer's answer was lost. `resolving`: a thread is resolving it.
+    /// The answer (source) or the decision (destination) was lost. `resolving`: a thread is
+    /// resolving it.
     InDoubt { side: MigrationSide, resolving: bool },
-    /// Only this host has the guest, and it could not be resumed.
+    /// The guest could not be resumed, or nothing is known of it after a panic.
     Stuck { side: MigrationSide, resolving: bool },
     /// It is over.
     Done { side: MigrationSide, outcome: Outcome },
@@ -74,7 +78,7 @@ pub(crate) enum Guest {
     Paused,
     /// The operator is pausing or resuming it.
     Changing,
-    /// A migration controls it, and only that may pause and resume it; or it is paused in-doubt.
+    /// A migration controls it, and only that may pause and resume it; or it is in doubt or stuck.
     Held,
 }
 
@@ -91,7 +95,7 @@ pub(crate) enum Event {
     Begin(MigrationSide),
     /// The operator cancels the migration or snapshot.
     Cancel,
-    /// The operator, or a source that asks, begins to resolve an in-doubt or stuck guest.
+    /// The operator begins to resolve a guest that is in doubt or stuck.
     ResolveBegin,
     /// It is still in-doubt or stuck.
     ResolveFailed,
@@ -99,7 +103,7 @@ pub(crate) enum Event {
     Wait,
     /// A source has connected.
     Connected,
-    /// The source is about to send the commit: the destination will run the guest.
+    /// The migration or snapshot is about to commit.
     Commit,
     /// The peer's answer is lost.
     Uncertain,
@@ -275,7 +279,7 @@ impl State {
         Ok(Self { phase, ..state })
     }
 
-    /// Transitions before a guest has arrived.
+    /// The events that occur only at a destination: Wait, Connected, Discarded.
     fn destination(self, event: Event) -> Result<Self, Refusal> {
         const SIDE: MigrationSide = MigrationSide::Destination;
         let (phase, guest) = match (event, self.phase) {
@@ -296,7 +300,7 @@ impl State {
         Ok(Self { phase, guest, ..self })
     }
 
-    /// Transitions of a migration that is running, in-doubt or stuck.
+    /// Commit, and the events that end a migration or leave it unresolved.
     fn source(self, event: Event) -> Result<Self, Refusal> {
         use MigrationSide::{Destination, Snapshot, Source};
         let (phase, guest) = match (event, self.phase) {
