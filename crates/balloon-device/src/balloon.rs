@@ -195,8 +195,8 @@ impl<R: Reclaim> BalloonDevice<R> {
         if !gone.is_empty() {
             self.reclaim.cancel(&gone);
         }
+        self.requests.forget_pages(&layout);
         self.layout = layout;
-        self.requests.forget_pages();
     }
 
     /// Serves a queue: takes each message, acts on it, and returns it.

@@ -338,9 +338,13 @@ impl GuestRequests {
         self.hold = hold.filter(|_| self.usable);
     }
 
-    /// Forgets the newest free pages, when the memory layout has changed.
-    pub(crate) fn forget_pages(&mut self) {
+    /// Forgets the newest free pages, when the memory layout has changed to `layout`, and of a
+    /// request that the guest still answers the pages that no longer exist.
+    pub(crate) fn forget_pages(&mut self, layout: &MemoryLayout) {
         self.newest = None;
+        if let Some(running) = &mut self.running {
+            layout.cut(&mut running.pages);
+        }
     }
 
     /// Records pages that were inflated.
