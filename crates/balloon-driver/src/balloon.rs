@@ -62,7 +62,7 @@ impl Geometry {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
     /// The balloon has the target size, up to the granularity of the guest's page size.
-    Settled,
+    AtTarget,
     /// The guest has no more free memory now; call again after a delay.
     Starved,
     /// The guest deflated under memory pressure; the driver inflates again only to a new
@@ -113,7 +113,7 @@ impl BalloonDriver {
             let wanted = u64::from(target) / self.unit() * self.unit();
             if wanted == self.pages {
                 self.reached = Some(target);
-                return Ok(Progress::Settled);
+                return Ok(Progress::AtTarget);
             }
             if wanted < self.pages {
                 self.yielded_at = None;

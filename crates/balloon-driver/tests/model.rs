@@ -193,11 +193,11 @@ fn small_pages(negotiated: Features, blocks: u64) -> (BalloonDriver, Buddy, Host
 fn three_gibibytes_are_one_message() {
     let (mut balloon, mut memory, mut host) = small_pages(Features::PAGE_BITMAP, 1024);
     host.num_pages = 3 << 18;
-    assert_eq!(balloon.run(&mut memory, &mut host), Ok(Progress::Settled));
+    assert_eq!(balloon.run(&mut memory, &mut host), Ok(Progress::AtTarget));
     assert_eq!(host.messages, 1);
     agree(&balloon, &memory, &host);
     host.num_pages = 0;
-    assert_eq!(balloon.run(&mut memory, &mut host), Ok(Progress::Settled));
+    assert_eq!(balloon.run(&mut memory, &mut host), Ok(Progress::AtTarget));
     assert_eq!(host.messages, 2);
     assert_eq!(memory.free_pages(), 1024 << MAX_ORDER);
 }
@@ -207,7 +207,7 @@ fn a_target_smaller_than_a_large_block_is_reached_exactly() {
     let (mut balloon, mut memory, mut host) = small_pages(Features::PAGE_BITMAP, 4);
     for target in [3 << 10, 3000, 1, 4095, 0] {
         host.num_pages = target;
-        assert_eq!(balloon.run(&mut memory, &mut host), Ok(Progress::Settled));
+        assert_eq!(balloon.run(&mut memory, &mut host), Ok(Progress::AtTarget));
         memory.freed.clear();
         agree(&balloon, &memory, &host);
         assert_eq!(host.actual, target);
@@ -218,13 +218,13 @@ fn a_target_smaller_than_a_large_block_is_reached_exactly() {
 fn after_pressure_the_balloon_inflates_only_to_a_new_target() {
     let (mut balloon, mut memory, mut host) = small_pages(Features::PAGE_BITMAP, 4);
     host.num_pages = 4096;
-    assert_eq!(balloon.run(&mut memory, &mut host), Ok(Progress::Settled));
+    assert_eq!(balloon.run(&mut memory, &mut host), Ok(Progress::AtTarget));
     let freed = balloon.yield_pages(1, &mut memory, &mut host).unwrap();
     assert!(freed >= 256);
     assert_eq!(balloon.run(&mut memory, &mut host), Ok(Progress::Yielded));
     assert_eq!(balloon.pages(), 4096 - freed);
     host.num_pages = 4095;
-    assert_eq!(balloon.run(&mut memory, &mut host), Ok(Progress::Settled));
+    assert_eq!(balloon.run(&mut memory, &mut host), Ok(Progress::AtTarget));
     assert_eq!(balloon.pages(), 4095);
 }
 
@@ -232,13 +232,13 @@ fn after_pressure_the_balloon_inflates_only_to_a_new_target() {
 fn after_pressure_below_the_target_the_balloon_inflates_again() {
     let (mut balloon, mut memory, mut host) = small_pages(Features::PAGE_BITMAP, 4);
     host.num_pages = 100;
-    assert_eq!(balloon.run(&mut memory, &mut host), Ok(Progress::Settled));
+    assert_eq!(balloon.run(&mut memory, &mut host), Ok(Progress::AtTarget));
     host.num_pages = 5000;
     assert_eq!(balloon.run(&mut memory, &mut host), Ok(Progress::Starved));
     assert!(balloon.yield_pages(1, &mut memory, &mut host).unwrap() >= 256);
     memory.free[MAX_ORDER as usize].insert(4 << MAX_ORDER);
     memory.freed.clear();
-    assert_eq!(balloon.run(&mut memory, &mut host), Ok(Progress::Settled));
+    assert_eq!(balloon.run(&mut memory, &mut host), Ok(Progress::AtTarget));
     assert_eq!(balloon.pages(), 5000);
     agree(&balloon, &memory, &host);
 }
@@ -307,7 +307,7 @@ proptest! {
                     let progress = balloon.run(&mut memory, &mut host).unwrap();
                     let wanted = u64::from(target) / memory.unit() * memory.unit();
                     match progress {
-                        Progress::Settled => prop_assert_eq!(balloon.pages(), wanted),
+                        Progress::AtTarget => prop_assert_eq!(balloon.pages(), wanted),
                         Progress::Starved => {
                             prop_assert!(wanted > total);
                             prop_assert_eq!(memory.free_pages(), 0);

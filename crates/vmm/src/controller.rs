@@ -17,7 +17,7 @@ use std::thread::JoinHandle;
 
 use control::ControlError;
 use control::api::{MigrationSide, MigrationStatus};
-use diagnostics::{Panicked, contain};
+use diagnostics::{Panicked, contain, panic_point};
 use migration::MigrationError;
 use migration::observer::{Observer, Phase, Progress};
 
@@ -82,11 +82,13 @@ impl MigrationController {
     /// This process is ending, or the guest may not run here in the current state.
     pub(crate) fn start_guest(&self, machine: &Arc<Machine>) -> Result<(), Error> {
         let mut current = self.current();
-        current.advance(Event::Start).map_err(refused_here)?;
+        let state = current.state.next(Event::Start).map_err(refused_here)?;
+        // First: after a panic here the guest has not started, and the caller destroys it.
+        machine.resume();
+        current.state = state;
         current.machine = Some(Arc::clone(machine));
         current.unresolved = None;
         current.report.end(None);
-        machine.resume();
         drop(current);
         self.changed.notify_all();
         Ok(())
@@ -99,21 +101,24 @@ impl MigrationController {
             tracing::warn!(%error, "cannot pause or resume the guest");
             return;
         }
-        let paused = match pause.then(|| machine.pause()) {
-            None => {
+        let change = || {
+            panic_point("operator");
+            if !pause {
                 machine.resume();
                 tracing::info!("resumed");
-                false
+                return false;
             }
-            Some(Ok(())) => {
-                tracing::info!("paused");
-                true
+            let paused = machine.pause();
+            match &paused {
+                Ok(()) => tracing::info!("paused"),
+                Err(error) => {
+                    tracing::error!(%error, "cannot pause the guest; it continues to run")
+                }
             }
-            Some(Err(error)) => {
-                tracing::error!(%error, "cannot pause the guest; it continues to run");
-                false
-            }
+            paused.is_ok()
         };
+        // A panic, which is logged, must not leave the change unfinished: nobody could end it.
+        let paused = contain(change).unwrap_or(false);
         self.record(Event::Changed { paused }, |_| {});
     }
 

@@ -67,7 +67,7 @@ pub unsafe extern "C" fn aerostat_run(core: *mut Core, shim: *mut Shim) -> c_int
     // SAFETY: the same.
     let (mut memory, mut queues) = unsafe { traits(shim, core.negotiated) };
     match core.balloon.run(&mut memory, &mut queues) {
-        Ok(Progress::Settled | Progress::Yielded) => 0,
+        Ok(Progress::AtTarget | Progress::Yielded) => 0,
         Ok(Progress::Starved) => STARVED_RETRY_MS,
         Err(_) => GONE,
     }

@@ -8,8 +8,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use lab::bare::{BareBuilder, BareGuest};
+use rustix::process::Signal;
 
 use crate::bare::{aerostat, boot, builder, on_a_kvm, receiver};
+use crate::panics::{PANIC, signal};
 use crate::program::program;
 
 /// Number of hung clients: more than the server's connection limit.
@@ -167,5 +169,30 @@ fn a_restore_with_a_wrong_disk_names_the_disk_in_its_error() {
         let hint = hint.unwrap();
         // The snapshot file is not at fault.
         assert!(!hint.contains("give a file"), "{hint}\n{}", restored.errors());
+    });
+}
+
+/// The operator can pause the guest, and save it, after a pause that panicked.
+#[test]
+fn a_panic_of_a_pause_does_not_lock_the_operator_out() {
+    on_a_kvm("bare_control::a_panic_of_a_pause_does_not_lock_the_operator_out", || {
+        let mut guest = builder("loop").variable(PANIC, "operator").boot().unwrap();
+        signal(&guest, Signal::USR1);
+        let panicked = |text: &str| text.contains("by a test at `operator`").then_some(());
+        guest.wait_for_error("the panic", panicked).unwrap();
+        assert_eq!(guest.run("ping 7").unwrap(), "7");
+        signal(&guest, Signal::USR2);
+        let file = guest.directory().join("saved");
+        let end = Instant::now() + Duration::from_secs(20);
+        loop {
+            let (code, out, err) = aerostat(&guest, &["snapshot", "loop", file.to_str().unwrap()]);
+            if code == Some(0) {
+                break;
+            }
+            // The resume may still be in progress.
+            assert!(err.contains("paused or resumed") && Instant::now() < end, "{out}{err}");
+            thread::sleep(Duration::from_millis(20));
+        }
+        assert!(guest.power_off().unwrap().success());
     });
 }

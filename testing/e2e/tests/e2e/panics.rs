@@ -22,7 +22,7 @@ use crate::program::program;
 const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Environment variable: where a test build panics (`crates/diagnostics`).
-const PANIC: &str = "AEROSTAT_TEST_PANIC";
+pub(crate) const PANIC: &str = "AEROSTAT_TEST_PANIC";
 
 /// A log that is not read: its reader has closed it, or does not read.
 const BLOCKED_LOGS: [Stream; 2] = [Stream::Closed, Stream::Unread];
@@ -47,7 +47,7 @@ fn fill_log(guest: &BareGuest, stream: Stream) {
     }
 }
 
-fn signal(guest: &BareGuest, signal: Signal) {
+pub(crate) fn signal(guest: &BareGuest, signal: Signal) {
     let pid = Pid::from_raw(guest.pid().cast_signed()).unwrap();
     kill_process(pid, signal).unwrap();
 }
